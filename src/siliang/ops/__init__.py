@@ -1,0 +1,1 @@
+"""Hot paths: each one public function, with a plain-torch reference."""

@@ -1,0 +1,63 @@
+"""The vocabulary: methods, tasks, and the errors that a user can meet."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import StrEnum
+
+
+class PeftType(StrEnum):
+    """A method's name in adapter_config.json; the values are those of Hugging Face PEFT, and BITFIT is ours."""
+
+    LORA = "LORA"
+    BITFIT = "BITFIT"
+
+
+class TaskType(StrEnum):
+    """What the base model is trained to do; the values are those of Hugging Face PEFT."""
+
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class SiliangError(Exception):
+    """What every error for the user derives from: one or two lines that say what, where, what is allowed, what to do."""
+
+
+class ConfigError(SiliangError, ValueError):
+    """A setting, or a combination of settings, is wrong."""
+
+
+class TargetError(ConfigError):
+    """The modules or parameters that a method should tune are not in the model."""
+
+
+class DataError(SiliangError, ValueError):
+    """The user's data cannot be read, or is not what was said."""
+
+
+class ModelError(SiliangError, ValueError):
+    """A base model or its tokenizer cannot be loaded."""
+
+
+class AdapterError(SiliangError, ValueError):
+    """An adapter's files are damaged, foreign, or do not fit the model."""
+
+
+class MergeError(SiliangError, RuntimeError):
+    """A merged model does not answer as the unmerged one."""
+
+
+class OutputError(SiliangError, OSError):
+    """The output folder cannot be used: it holds something already, or the disk is full."""
+
+
+def nearest(word: str, words: Iterable[str], n: int = 3) -> str:
+    """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing where none does."""
+    names = difflib.get_close_matches(word, sorted(set(words)), n=n, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, names))}?" if names else ""
