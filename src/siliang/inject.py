@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siliang.methods import BitFitConfig, LoraConfig, method_of
+from siliang.methods import BitFitConfig, HeadConfig, LoraConfig, method_of
 from siliang.methods.base import LayerConfig, WrappedLayer, trained_dtype
 from siliang.methods.bitfit import bias_names, is_bias
 from siliang.methods.targets import LORA_TARGETS
@@ -65,8 +65,12 @@ class Injection(nn.Module):
         saved = find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
         if heads:
             config.modules_to_save = sorted({*wanted, *heads})
-        if isinstance(config, BitFitConfig):
-            layers: list[str] = []
+        layers: list[str] = []
+        biases: list[str] = []
+        if isinstance(config, HeadConfig):
+            if not saved:
+                raise TargetError("Training the head alone needs a head: task SEQ_CLS, TOKEN_CLS or QUESTION_ANS.")
+        elif isinstance(config, BitFitConfig):
             biases = [b for b in bias_names(self.model) if not _inside(b, saved)]
             if not biases:
                 raise TargetError(no_biases(self.model))

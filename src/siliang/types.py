@@ -8,10 +8,11 @@ from enum import StrEnum
 
 
 class PeftType(StrEnum):
-    """A method's name in adapter_config.json; the values are those of Hugging Face PEFT, and BITFIT is ours."""
+    """A method's name in adapter_config.json; the values are those of PEFT, but for BITFIT and HEAD, which are ours."""
 
     LORA = "LORA"
     BITFIT = "BITFIT"
+    HEAD = "HEAD"
 
 
 class TaskType(StrEnum):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from siliang.methods.base import LayerConfig, PeftConfig, WrappedLayer
 from siliang.methods.bitfit import BitFitConfig
+from siliang.methods.head import HeadConfig
 from siliang.methods.lora import LoraConfig, LoraLinear
 from siliang.types import AdapterError, ConfigError, PeftType, nearest
 
@@ -51,6 +52,14 @@ METHODS: dict[str, Method] = {
             trains="every bias of the model",
         ),
         Method(
+            name="head",
+            config=HeadConfig,
+            layer=None,
+            learning_rate=1e-3,
+            learning_rate_source="Adam's own default (Kingma and Ba 2014); a linear probe is not sensitive to it",
+            trains="the task's head alone: the baseline",
+        ),
+        Method(
             name="full",
             config=None,
             layer=None,
@@ -94,4 +103,4 @@ def config_class(peft_type: object, *, source: str) -> type[LayerConfig]:
         ) from None
 
 
-__all__ = ["METHODS", "BitFitConfig", "LoraConfig", "Method", "config_class", "find_method", "method_of"]
+__all__ = ["METHODS", "BitFitConfig", "HeadConfig", "LoraConfig", "Method", "config_class", "find_method", "method_of"]

@@ -1,0 +1,275 @@
+"""What a run is made of: the one strict schema behind run.yaml, the flags of `siliang train`, and `siliang config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from siliang.types import ConfigError, TaskType, nearest
+
+TRAINABLE_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_CLS)
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, and values are not guessed into other types."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+
+
+class Columns(Section):
+    """The names of the data's columns."""
+
+    instruction: str = "instruction"
+    """What is asked of the model."""
+    input: str = "input"
+    """What the instruction is about; may be absent or empty."""
+    output: str = "output"
+    """The answer that is learned."""
+    text: str = "text"
+    """A text to classify, or, in a causal run, to learn whole."""
+    label: str = "label"
+    """The class of a text."""
+
+
+class DataConfig(Section):
+    """Where the data is and how its rows become what the model sees."""
+
+    train: str
+    """A .json, .jsonl, .csv or .tsv file, a folder from Dataset.save_to_disk, or a name on the hub."""
+    eval: str | None = None
+    """The same, held out. Without it, eval_fraction of the training rows is held out."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of the training rows that is held out where `eval` is not given; 0 for none."""
+    columns: Columns = Field(default_factory=Columns)
+    """The names of the columns."""
+    header: list[str] | None = None
+    """The column names of a csv or tsv file whose first line is data already."""
+    template: Literal["human-assistant", "chat"] = "human-assistant"
+    """How instruction, input and output become text: "Human: ... Assistant: ", or the tokenizer's own chat template."""
+    labels: list[str] | None = None
+    """The classes, in the order of their numbers. Found in the training rows where it is not given."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of a row; a longer one is cut, but never its end-of-sequence token."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, counted and listed, instead of stopping."""
+
+
+class TrainConfig(Section):
+    """How long, how fast and how carefully to train."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training rows."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps; when given, `epochs` is not looked at."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows that go through the model at once."""
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    """Batches that make one optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. None: the method's own default (`siliang methods`)."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.06
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the computation. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise."""
+    gradient_checkpointing: bool = False
+    """Keep fewer activations and compute them again: less memory, about a third more time."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Of everything random: data order, held-out rows, new weights, dropout."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between two lines of the log."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two evaluations on the held-out rows. None: only at the end."""
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two checkpoints. None: only when interrupted."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept; older ones are deleted."""
+
+
+class MethodConfig(BaseModel):
+    """The method's name, and any field of its PEFT config beside it: {name: lora, r: 16}."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "lora"
+    """One of `siliang methods`."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields of the method's config that were given."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        from siliang.methods import find_method  # torch: only when a config is really checked
+
+        config = find_method(self.name).config
+        fields = {f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set()
+        for key in self.arguments:
+            if key not in fields:
+                allowed = ", ".join(sorted(fields)) or "none"
+                raise ConfigError(f"method.{key} is not a setting of {self.name}.{nearest(key, fields)} Allowed: {allowed}.")
+        if config:
+            config(**self.arguments)
+        return self
+
+
+# Fields of a PEFT config that the run itself sets.
+OWN_FIELDS = {"task_type", "base_model_name_or_path", "inference_mode", "auto_mapping"}
+
+
+def _method(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _task(value: Any) -> Any:
+    return value.upper().replace("-", "_") if isinstance(value, str) else value
+
+
+class RunConfig(Section):
+    """One run."""
+
+    model: str
+    """The base model: a folder, or a name on the hub."""
+    revision: str | None = None
+    """The base model's revision on the hub."""
+    task: Annotated[Literal[TaskType.CAUSAL_LM, TaskType.SEQ_CLS], BeforeValidator(_task)]
+    """What is learned: causal_lm (text from text) or seq_cls (a class for a text)."""
+    method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
+    """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}."""
+    data: DataConfig
+    """The data."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """The training."""
+    output: str
+    """The run's folder: made by the run, and must not hold anything yet."""
+
+    @classmethod
+    def build(cls, values: dict[str, Any], *, source: str = "the settings") -> RunConfig:
+        """Checks `values` and fills in the defaults.
+
+        Raises:
+            ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_explain(error)}") from None
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults included, as run.yaml holds it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a yaml file.
+
+    Raises:
+        ConfigError: The file is missing, is no yaml, or is no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no settings file {path}.") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f"{path}:{place.line + 1}" if place else str(path)
+        raise ConfigError(f"{where}: not readable as yaml: {getattr(error, 'problem', None) or error}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings such as `model: ...`, one a line; `siliang config` lists them.")
+    return values
+
+
+def assign(values: dict[str, Any], assignment: str) -> None:
+    """Sets one field by its dotted name: `train.learning_rate=1e-3`; the value is read as yaml.
+
+    Raises:
+        ConfigError: It is no assignment.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {assignment!r}: write it as section.field=value, such as train.learning_rate=1e-3.")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if isinstance(inner, str) and section == "method":
+            inner = values["method"] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {assignment!r}: {section} is a single value, not a section.")
+        values = inner
+    try:
+        values[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        values[last] = text
+
+
+def _number(value: Any) -> Any:
+    """yaml 1.1 reads 1e-3 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def describe(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(dotted name, type, default, meaning) of every field, in order, for `siliang config`."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            rows += describe(kind, f"{prefix}{name}.")
+            continue
+        if info.is_required():
+            default = "(required)"
+        else:
+            value = info.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            default = value.name if isinstance(value, MethodConfig) else _show(value)
+        rows.append((prefix + name, _type_name(kind), default, info.description or ""))
+    return rows
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, type):
+        return {"MethodConfig": "name or mapping"}.get(kind.__name__, kind.__name__)
+    arguments = getattr(kind, "__args__", ())
+    if getattr(kind, "__origin__", None) is Literal:
+        return " | ".join(str(getattr(a, "value", a)).lower() for a in arguments)
+    if getattr(kind, "__origin__", None) is Annotated:
+        return _type_name(arguments[0])
+    if getattr(kind, "__origin__", None) is list:
+        return f"list of {_type_name(arguments[0])}"
+    return " | ".join("null" if a is type(None) else _type_name(a) for a in arguments)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first finding in one line, with the nearest field names for an unknown key."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        names = [row[0] for row in describe()]
+        parent, _, own = path.rpartition(".")
+        siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == parent}
+        hint = nearest(own, siblings) or nearest(path, names) or nearest(own, {n.rpartition(".")[2] for n in names})
+        return f"{path} is not a setting.{hint} `siliang config` lists them all.{more}"
+    if first["type"] == "missing":
+        return f"{path} is missing.{more}"
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):
+        return f"{inner}{more}"
+    return f"{path} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}.{more}"

@@ -1,0 +1,1 @@
+"""Counts bytes: what a run really used."""

@@ -1,0 +1,136 @@
+"""Loads base models and tokenizers: from safetensors, without remote code, with errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaTokenizer,
+)
+
+from siliang.inject import TASK_HEADS
+from siliang.types import ModelError, TaskType
+
+AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: AutoModelForCausalLM,
+    TaskType.SEQ_CLS: AutoModelForSequenceClassification,
+}
+
+
+def load_config(name: str, *, revision: str | None = None) -> Any:
+    """A base model's config.
+
+    Raises:
+        ModelError: `name` is no model, here or on the hub, or it asks for code of its own.
+    """
+    _check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_why_not(name, error)) from error
+
+
+def load_model(
+    name: str, task: TaskType, *, dtype: torch.dtype, labels: list[str] | None = None, revision: str | None = None
+) -> nn.Module:
+    """A base model with its weights on the CPU, in eval mode.
+
+    Args:
+        labels: The classes of a SEQ_CLS model, whose head is new unless the weights bring one of that size.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    config = load_config(name, revision=revision)
+    if labels is not None:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    try:
+        model, info = AUTO_CLASSES[task].from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
+        raise ModelError(_why_not(name, error)) from error
+    heads = TASK_HEADS.get(task, ())
+    lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
+    lost = {key for key in lost if key.split(".")[0] not in heads and ".pooler." not in f".{key}"}
+    if lost:
+        raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
+    return model.eval()
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """A base model's tokenizer, with a pad token.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    _check_folder(name)
+    folder = Path(name)
+    try:
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file():
+            # AutoTokenizer reads a bare sentencepiece file without the leading space and <s> that Llama was trained with
+            tokenizer = LlamaTokenizer.from_pretrained(name, add_bos_token=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(_why_not(name, error, what="tokenizer")) from error
+    if tokenizer.pad_token_id is None:
+        # safe: batches mask padding by position, never by the token's number
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def weights_sha256(name: str) -> str:
+    """A hash over the base model's weight files; of a hub name, over the name."""
+    files = sorted(p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin"))
+    digest = hashlib.sha256(b"" if files else name.encode())
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            raise ModelError(f"{name} is a folder, but no model: config.json is missing there.")
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{config} cannot be read: {error}") from None
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+        raise ModelError(f"There is no model folder {name}.")
+
+
+def _why_not(name: str, error: Exception, what: str = "model") -> str:
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return f"{name} wants to run code of its own, which siliang does not do. Use a model that transformers knows."
+    if not Path(name).is_dir():
+        return f"{name} is no folder here, and the hub did not give its {what}: {_first_line(text)}"
+    return f"{name}: its {what} cannot be loaded: {_first_line(text) or type(error).__name__}"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

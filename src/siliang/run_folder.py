@@ -1,0 +1,96 @@
+"""A run's folder: what is where in it, and how to open it again. Later commands need only the folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from siliang.config import RunConfig, read_yaml
+from siliang.models.load import load_model, load_tokenizer
+from siliang.peft_model import PeftModel
+from siliang.record import RECORD_NAME, Record
+from siliang.types import ConfigError, OutputError, TaskType
+
+CONFIG_NAME = "run.yaml"
+ADAPTER = "adapter"  # the trained adapter
+MODEL = "model"  # the trained model, for full fine-tuning
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class OpenedRun:
+    """A trained run, ready to use: the model in eval mode, with the adapter on it."""
+
+    folder: Path
+    config: RunConfig
+    record: Record
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def labels(self) -> list[str]:
+        return self.record.labels or []
+
+
+def claim(folder: Path) -> bool:
+    """Makes the output folder; returns whether it was new.
+
+    Raises:
+        OutputError: Something is there already, or the folder cannot be made.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            hint = " Go on with --resume, or choose" if (folder / RECORD_NAME).is_file() else " Choose"
+            raise OutputError(f"output folder {folder} is not empty.{hint} another with --output.")
+        new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"output folder {folder} cannot be made: {error.strerror or error}.") from None
+    return new
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The resolved config of a run.
+
+    Raises:
+        ConfigError: The folder is no run.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run folder: {CONFIG_NAME} is missing there.")
+    return RunConfig.build(read_yaml(path), source=str(path))
+
+
+def open_run(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> OpenedRun:
+    """Opens a finished run.
+
+    Raises:
+        ConfigError: The folder is no run, or the run was not finished.
+        ModelError: Its base model is not where it was.
+        AdapterError: Its adapter is damaged.
+    """
+    config, record = read_config(folder), Record.read(folder)
+    if not (folder / ADAPTER).is_dir() and not (folder / MODEL).is_dir():
+        raise ConfigError(f"{folder} was not finished (it is {record.status}): go on with `siliang train --resume {folder}`.")
+    tokenizer = load_tokenizer(config.model, revision=config.revision)
+    if (folder / MODEL).is_dir():
+        model: nn.Module = load_model(str(folder / MODEL), config.task, dtype=dtype, labels=record.labels)
+    else:
+        base = load_base(config, record.labels, tokenizer, dtype=dtype)
+        model = PeftModel.from_pretrained(base, folder / ADAPTER)
+    model.to(device or torch.device("cpu"))
+    return OpenedRun(folder, config, record, model.eval(), tokenizer)
+
+
+def load_base(config: RunConfig, labels: list[str] | None, tokenizer: Any, *, dtype: torch.dtype) -> nn.Module:
+    """The run's base model, told which token is padding."""
+    model = load_model(config.model, config.task, dtype=dtype, labels=labels, revision=config.revision)
+    if config.task is TaskType.SEQ_CLS:
+        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    return model

@@ -1,0 +1,1 @@
+"""Trains: a config in, a run folder with its record out."""

@@ -1,0 +1,84 @@
+"""The device that is there, and the number format that suits it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from siliang.record import Device
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A precision, and why."""
+
+    precision: Precision
+    reason: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+
+def find_device() -> torch.device:
+    """CUDA where it is, otherwise the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Choice:
+    """The number format of the computation: what was asked for, with a word where it will be slow, or the best one."""
+    native = has_bf16(device)
+    if wanted == "bf16" and not native:
+        return Choice("bf16", f"as asked, but this {device.type} only emulates it: fp32 is faster here")
+    if wanted == "fp16" and device.type == "cpu":
+        return Choice("fp16", "as asked, but CPUs emulate it: fp32 is faster here")
+    if wanted != "auto":
+        return Choice(wanted, "as asked")
+    if native:
+        return Choice("bf16", f"this {device.type} computes it natively")
+    if device.type == "cuda":
+        return Choice("fp16", "this card has no bf16; the loss is scaled")
+    return Choice("fp32", "this CPU has no bf16 arithmetic")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed in hardware: Ampere and later cards, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return any(
+        getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def describe_device(device: torch.device) -> Device:
+    """The device as the record names it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory_bytes = properties.name, properties.total_memory
+    else:
+        name, memory_bytes = _cpu_name(), psutil.virtual_memory().total
+    return Device(kind=device.type, name=name, threads=torch.get_num_threads(), memory_bytes=memory_bytes)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("siliang", "torch", "transformers", "accelerate", "datasets", "safetensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,304 @@
+"""One run, from config to record: data, model, method, steps, evaluation, files."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import EvalPrediction, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from siliang.config import RunConfig
+from siliang.data import sources
+from siliang.data.examples import load_examples
+from siliang.data.tokens import PadCollator, TokenDataset, tokenise
+from siliang.memory.peak import PeakMemory
+from siliang.methods import Method, find_method
+from siliang.models.load import load_tokenizer, weights_sha256
+from siliang.peft_model import PeftModel, count_parameters, get_peft_model
+from siliang.record import Counts, Record, Rows, Seconds
+from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, load_base
+from siliang.train.hardware import Choice, choose_precision, describe_device, find_device, versions
+from siliang.train.trainer import Progress, SiliangTrainer, Watcher, stopping_on_signal
+from siliang.types import ConfigError, OutputError, SiliangError, TaskType
+
+
+@dataclass
+class Listener:
+    """Who hears of a run while it goes on; only the command prints.
+
+    Attributes:
+        say: One line about what is being done.
+        progress: After every step.
+    """
+
+    say: Callable[[str], None] = lambda line: None
+    progress: Callable[[Progress], None] = lambda progress: None
+
+
+class InterruptedRunError(SiliangError):
+    """The user stopped the run; what can be resumed has been saved."""
+
+
+def train(config: RunConfig, listener: Listener | None = None, *, resume: bool = False) -> Record:
+    """Trains as `config` says and leaves a run folder.
+
+    Args:
+        resume: Go on from the last checkpoint in the output folder.
+
+    Raises:
+        SiliangError: Something that the user can mend; nothing is left behind then if no step was made.
+        InterruptedRunError: Ctrl-C or SIGTERM came; a checkpoint was saved.
+    """
+    listener = listener or Listener()
+    folder = Path(config.output)
+    new = not resume and claim(folder)
+    try:
+        run = _prepare(config, listener, folder)
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    try:
+        return _train(run, resume=resume)
+    except InterruptedRunError:
+        raise
+    except BaseException as error:
+        run.record.status, run.record.error = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        _try_to_write(run.record, folder)
+        if new and not any((folder / CHECKPOINTS).glob("checkpoint-*")) and isinstance(error, OSError | SiliangError):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@dataclass
+class _Run:
+    """What `_prepare` has made ready."""
+
+    config: RunConfig
+    listener: Listener
+    folder: Path
+    method: Method
+    model: nn.Module
+    tokenizer: Any
+    train_set: TokenDataset
+    eval_set: TokenDataset
+    precision: Choice
+    record: Record
+
+
+def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
+    started = time.perf_counter()
+    set_seed(config.train.seed)
+    method = find_method(config.method.name)
+    device = find_device()
+    precision = choose_precision(config.train.precision, device)
+    tokenizer = load_tokenizer(config.model, revision=config.revision)
+    if config.task is TaskType.CAUSAL_LM and tokenizer.eos_token_id is None:
+        raise ConfigError(f"{config.model}: its tokenizer has no end-of-sequence token, so a model could not learn to stop.")
+    examples = load_examples(config.data, config.task, seed=config.train.seed)
+    sets = [
+        tokenise(rows, tokenizer, template=config.data.template, max_length=config.data.max_length)
+        for rows in (examples.train, examples.eval)
+    ]
+    truncated = sum(row.truncated for row in sets[0].rows)
+    listener.say(f"data       {len(sets[0]):,} rows to train on, {len(sets[1]):,} held out"
+                 + (f", {len(examples.skipped):,} skipped" if examples.skipped else "")
+                 + (f", {truncated:,} cut to {config.data.max_length} tokens" if truncated else ""))
+    for line in examples.skipped:
+        listener.say(f"           skipped {line}")
+    # a frozen base may stand in half precision; weights that are trained themselves stay fp32 under autocast
+    half_base = method.layer is not None and precision.precision != "fp32"
+    model = load_base(config, examples.labels, tokenizer, dtype=precision.dtype if half_base else torch.float32)
+    model, trained, total = _attach(model, method, config)
+    listener.say(f"model      {config.model}: {total:,} parameters, {method.name} trains {trained:,} ({100 * trained / total:.3g}%)")
+    listener.say(f"precision  {precision.precision} ({precision.reason}), on {describe_device(device).name}")
+    record = Record(
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=config.model_dump(mode="json"),
+        seed=config.train.seed,
+        versions=versions(),
+        device=describe_device(device),
+        precision=precision.precision,
+        learning_rate=config.train.learning_rate or method.learning_rate,
+        model_sha256=weights_sha256(config.model),
+        data_sha256=sources.sha256([config.data.train, *([config.data.eval] if config.data.eval else [])]),
+        labels=examples.labels,
+        parameters=Counts(trained=trained, total=total),
+        rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=examples.skipped, truncated=truncated),
+        seconds=Seconds(load=round(time.perf_counter() - started, 3)),
+    )
+    _check_space(folder, model, config)
+    return _Run(config, listener, folder, method, model, tokenizer, sets[0], sets[1], precision, record)
+
+
+def _attach(model: nn.Module, method: Method, config: RunConfig) -> tuple[nn.Module, int, int]:
+    if method.config is None:
+        for p in model.parameters():
+            p.requires_grad_(True)
+    else:
+        # a copy: attaching completes the config, and the resolved run.yaml keeps what the user said
+        model = get_peft_model(model, method.config(task_type=config.task, **config.method.arguments))
+    return model, *count_parameters(model)
+
+
+def _train(run: _Run, *, resume: bool) -> Record:
+    config, record, folder = run.config, run.record, run.folder
+    (folder / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
+    record.write(folder)
+    checkpoint = _last_checkpoint(folder) if resume else None
+    with stopping_on_signal() as stop, PeakMemory(find_device()) as memory:
+        watcher = Watcher(memory, run.listener.progress, stop)
+        trainer = SiliangTrainer(
+            model=run.model,
+            args=_arguments(run, folder / CHECKPOINTS),
+            train_dataset=run.train_set,
+            eval_dataset=run.eval_set if len(run.eval_set) else None,
+            data_collator=PadCollator(run.tokenizer.pad_token_id),
+            compute_metrics=_accuracy if config.task is TaskType.SEQ_CLS else None,
+            callbacks=[watcher],
+        )
+        watcher.trainer = trainer
+        _silence(trainer)
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            trainer.train(resume_from_checkpoint=checkpoint)
+        record.seconds.train = round(time.perf_counter() - start, 3)
+        record.steps, record.tokens_trained = watcher.steps, trainer.tokens_trained
+        record.memory.loaded_bytes, record.memory.peak_bytes = memory.start_bytes, memory.update()
+        if stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
+            _interrupted(run, trainer.state.global_step, trainer.state.max_steps)
+        start = time.perf_counter()
+        if len(run.eval_set):
+            record.final = _final_metrics(trainer.evaluate(), config.task)
+            record.seconds.eval = round(time.perf_counter() - start, 3)
+        record.memory.peak_bytes = memory.update()
+    if record.steps and record.steps[-1].loss is not None:
+        record.final["train_loss"] = record.steps[-1].loss
+    elif losses := [s.loss for s in record.steps if s.loss is not None]:
+        record.final["train_loss"] = losses[-1]
+    record.parameters.adapter_bytes = _save(run)
+    record.status = "completed"
+    record.write(folder)
+    return record
+
+
+def _interrupted(run: _Run, step: int, steps: int) -> None:
+    run.record.status = "interrupted"
+    run.record.write(run.folder)
+    raise InterruptedRunError(
+        f"Stopped at step {step} of {steps}; that step is saved.\nGo on with: siliang train --resume {run.folder}"
+    )
+
+
+def _arguments(run: _Run, checkpoints: Path) -> TrainingArguments:
+    t, record = run.config.train, run.record
+    has_eval = len(run.eval_set) > 0
+    steps_per_epoch = math.ceil(len(run.train_set) / (t.batch_size * t.gradient_accumulation))
+    steps = t.max_steps or math.ceil(steps_per_epoch * t.epochs)
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=t.epochs,
+        max_steps=t.max_steps or -1,
+        per_device_train_batch_size=t.batch_size,
+        per_device_eval_batch_size=t.batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation,
+        learning_rate=record.learning_rate,
+        lr_scheduler_type=t.schedule if t.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(steps * t.warmup_fraction),
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        bf16=run.precision.precision == "bf16",
+        fp16=run.precision.precision == "fp16",
+        use_cpu=find_device().type == "cpu",
+        gradient_checkpointing=t.gradient_checkpointing,
+        seed=t.seed,
+        data_seed=t.seed,
+        logging_steps=t.log_every,
+        eval_strategy="steps" if t.eval_every and has_eval else "no",
+        eval_steps=t.eval_every,
+        save_strategy="steps" if t.save_every else "no",
+        save_steps=t.save_every or 500,
+        save_total_limit=t.keep,
+        prediction_loss_only=run.config.task is TaskType.CAUSAL_LM,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=find_device().type == "cuda",
+    )
+
+
+def _silence(trainer: SiliangTrainer) -> None:
+    """The Trainer prints every log as a dict; our listener says it better."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+
+
+def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float]:
+    final = {"eval_loss": metrics["eval_loss"]}
+    if task is TaskType.SEQ_CLS:
+        final["accuracy"] = metrics["eval_accuracy"]
+    else:
+        final["perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
+    return final
+
+
+def _save(run: _Run) -> int:
+    """Writes the adapter, or the whole model, under a temporary name and then its own; returns its bytes."""
+    final = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
+    temporary = run.folder / f".{final.name}.tmp{os.getpid()}"
+    try:
+        run.model.save_pretrained(temporary)  # type: ignore[operator]
+        if final.name == MODEL:
+            run.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")
+
+
+def _check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:
+    """Refuses to start where the checkpoints to come will not fit the disk: weights and two Adam moments each."""
+    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    copies = config.train.keep + 1 if config.train.save_every else 1
+    need, free = trained * (1 + 3 * copies) + 2**20, shutil.disk_usage(folder).free
+    if free < need:
+        raise OutputError(
+            f"{folder}: {free / 1e6:,.0f} MB are free on that disk, and the run needs {need / 1e6:,.0f} MB for its "
+            "checkpoints.\nMake room, choose another disk with --output, or set train.keep=1."
+        )
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    checkpoints = folder / CHECKPOINTS
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+
+
+def _try_to_write(record: Record, folder: Path) -> None:
+    try:
+        record.write(folder)
+    except OSError:
+        pass
+
+

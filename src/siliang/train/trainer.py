@@ -1,0 +1,152 @@
+"""The thin subclass of transformers.Trainer: checkpoints that are whole or not there, resuming, counting, stopping."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from siliang.checkpoint import load_tensors, read_adapter
+from siliang.memory.peak import PeakMemory
+from siliang.peft_model import PeftModel
+from siliang.record import StepMetrics
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training is; what a progress bar shows."""
+
+    step: int
+    steps: int
+    loss: float | None
+    learning_rate: float | None
+    tokens_per_s: float
+    memory_bytes: int
+    eta_s: float
+
+
+class SiliangTrainer(Trainer):
+    """transformers.Trainer, with the tokens counted and checkpoints never half-written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens trained on so far, padding left out."""
+        return int(self._tokens)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tokens += inputs["attention_mask"].sum().to(self._tokens.device)  # no .item(): that would wait for the GPU
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = model if model is not None else self.model
+        if isinstance(target, PeftModel):
+            tensors = read_adapter(Path(resume_from_checkpoint))
+            load_tensors(target.base_model, target.active_adapter, tensors, source=resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class Watcher(TrainerCallback):
+    """Keeps the log for the record, tells about progress, and stops the training cleanly when asked to."""
+
+    def __init__(self, memory: PeakMemory, on_progress: Callable[[Progress], None], stop: threading.Event) -> None:
+        self.steps: list[StepMetrics] = []
+        self.trainer: SiliangTrainer | None = None
+        self._memory, self._on_progress, self._stop = memory, on_progress, stop
+        self._loss: float | None = None
+        self._rate: float | None = None
+        self._started = self._last_time = 0.0
+        self._first_step = self._last_tokens = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._started = self._last_time = time.perf_counter()
+        self._first_step = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._stop.is_set():
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
+        self._tell(state)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        if "train_runtime" in logs:  # the Trainer's own summary
+            return
+        now, tokens = time.perf_counter(), self.trainer.tokens_trained if self.trainer else 0
+        line = StepMetrics(
+            step=state.global_step,
+            epoch=round(state.epoch or 0.0, 4),
+            loss=logs.get("loss"),
+            eval_loss=logs.get("eval_loss"),
+            accuracy=logs.get("eval_accuracy"),
+            learning_rate=logs.get("learning_rate"),
+            grad_norm=float(logs["grad_norm"]) if "grad_norm" in logs else None,
+        )
+        if line.loss is not None:
+            line.tokens_per_s = round((tokens - self._last_tokens) / max(now - self._last_time, 1e-9), 1)
+            self._last_time, self._last_tokens = now, tokens
+            self._loss, self._rate = line.loss, line.learning_rate
+        self.steps.append(line)
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        done = max(state.global_step - self._first_step, 1)
+        tokens = self.trainer.tokens_trained if self.trainer and self.trainer.args.device.type == "cpu" else None
+        self._on_progress(
+            Progress(
+                step=state.global_step,
+                steps=state.max_steps,
+                loss=self._loss,
+                learning_rate=self._rate,
+                tokens_per_s=(tokens if tokens is not None else self._last_tokens) / elapsed,
+                memory_bytes=self._memory.update(),
+                eta_s=elapsed / done * (state.max_steps - state.global_step),
+            )
+        )
+
+
+@contextmanager
+def stopping_on_signal() -> Iterator[threading.Event]:
+    """Within the block the first Ctrl-C (or SIGTERM) sets the event; the second interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
