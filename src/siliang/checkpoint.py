@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,8 +49,9 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
             return load_file(path)
         if pickled.is_file():
             return torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise AdapterError(f"{folder}: the adapter's weights are damaged: {error}") from error
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise AdapterError(f"{folder}: the adapter's weights are damaged: {first_line}") from error
     raise AdapterError(f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.")
 
 
@@ -61,6 +63,9 @@ def load_tensors(injection: Injection, name: str, tensors: dict[str, Tensor], *,
         AdapterError: Keys are missing or unexpected, or a shape differs.
     """
     own = injection.adapter_tensors(name)
+    # PEFT with bias="all" writes a saved module's bias a second time, under the wrapper's own name
+    twice = {k for k in tensors if ".modules_to_save." in k and k.replace(".modules_to_save.", ".") in tensors}
+    tensors = {k: t for k, t in tensors.items() if k not in twice}
     if missing := sorted(own.keys() - tensors.keys()):
         raise AdapterError(f"{source}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}.")
     if unexpected := sorted(tensors.keys() - own.keys()):

@@ -50,6 +50,8 @@ class Listener:
 class InterruptedRunError(SiliangError):
     """The user stopped the run; what can be resumed has been saved."""
 
+    exit_code = 130
+
 
 def train(config: RunConfig, listener: Listener | None = None, *, resume: bool = False) -> Record:
     """Trains as `config` says and leaves a run folder.
@@ -223,7 +225,7 @@ def _arguments(run: _Run, checkpoints: Path) -> TrainingArguments:
         bf16=run.precision.precision == "bf16",
         fp16=run.precision.precision == "fp16",
         use_cpu=find_device().type == "cpu",
-        gradient_checkpointing=t.gradient_checkpointing,
+        **_checkpointing(t.gradient_checkpointing),
         seed=t.seed,
         data_seed=t.seed,
         logging_steps=t.log_every,
@@ -240,6 +242,13 @@ def _arguments(run: _Run, checkpoints: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         dataloader_pin_memory=find_device().type == "cuda",
     )
+
+
+def _checkpointing(wanted: bool) -> dict[str, bool]:
+    """Gradient checkpointing under the name that this transformers has for it (5.23 renamed it)."""
+    fields = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    return {name: True} if wanted else {}
 
 
 def _silence(trainer: SiliangTrainer) -> None:

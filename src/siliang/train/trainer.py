@@ -25,7 +25,11 @@ from siliang.record import StepMetrics
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the training is; what a progress bar shows."""
+    """Where the training is; what a progress bar shows.
+
+    Attributes:
+        logged: The loss is news: a line of the log, not only another step.
+    """
 
     step: int
     steps: int
@@ -34,6 +38,7 @@ class Progress:
     tokens_per_s: float
     memory_bytes: int
     eta_s: float
+    logged: bool
 
 
 class SiliangTrainer(Trainer):
@@ -112,9 +117,9 @@ class Watcher(TrainerCallback):
             self._last_time, self._last_tokens = now, tokens
             self._loss, self._rate = line.loss, line.learning_rate
         self.steps.append(line)
-        self._tell(state)
+        self._tell(state, logged=line.loss is not None)
 
-    def _tell(self, state: TrainerState) -> None:
+    def _tell(self, state: TrainerState, *, logged: bool = False) -> None:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         done = max(state.global_step - self._first_step, 1)
         tokens = self.trainer.tokens_trained if self.trainer and self.trainer.args.device.type == "cpu" else None
@@ -127,6 +132,7 @@ class Watcher(TrainerCallback):
                 tokens_per_s=(tokens if tokens is not None else self._last_tokens) / elapsed,
                 memory_bytes=self._memory.update(),
                 eta_s=elapsed / done * (state.max_steps - state.global_step),
+                logged=logged,
             )
         )
 

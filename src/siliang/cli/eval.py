@@ -1,0 +1,30 @@
+"""siliang eval: a run's metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    data: Annotated[str | None, typer.Option(help="Other data than the run's held-out rows.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure a run: loss, and accuracy or perplexity, on its held-out rows or on --data."""
+    from siliang.cli.show import quiet_loading
+
+    quiet_loading()
+    from siliang.run_folder import open_run
+    from siliang.train.hardware import find_device
+    from siliang.use import evaluate as measure
+
+    metrics = measure(open_run(run, device=find_device()), data)
+    if json:
+        from json import dumps
+
+        print(dumps(metrics))
+    else:
+        print("  ".join(f"{k} {v:.0f}" if k == "rows" else f"{k} {v:.4f}" for k, v in metrics.items()))

@@ -1,0 +1,101 @@
+"""`siliang`: the commands in one table, and what becomes of errors. Imports of torch stay inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+import warnings
+
+import typer
+from typer.main import get_command
+
+from siliang.cli import config, demo, eval, generate, merge, methods, predict, train
+from siliang.types import SiliangError
+
+app = typer.Typer(
+    name="siliang",
+    help="Parameter-efficient fine-tuning of transformers on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
+app.command("predict")(predict.predict)
+app.command("generate")(generate.generate)
+app.command("merge")(merge.merge)
+app.command("methods")(methods.methods)
+app.command("config")(config.config)
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+) -> None:
+    """Parameter-efficient fine-tuning of transformers on the machine you have."""
+
+
+def main() -> None:
+    """The entry point: runs a command; errors become one or two lines and an exit code (2, or 130 for Ctrl-C)."""
+    _quieten_libraries()
+    debug = "--debug" in sys.argv
+    try:
+        code = get_command(app).main(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = _say("Stopped.", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except SiliangError as error:
+        if debug:
+            traceback.print_exc()
+        code = _say(str(error), getattr(error, "exit_code", 2))
+    except Exception as error:
+        show = getattr(error, "show", None)  # an error of usage, from click
+        if show is not None:
+            show()
+            code = getattr(error, "exit_code", 2)
+        elif type(error).__name__ == "Abort":
+            code = _say("Stopped.", 130)
+        elif debug or not (message := _explain(error)):
+            traceback.print_exc()
+            code = 1
+        else:
+            code = _say(message, 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str, code: int) -> int:
+    print(message if code == 130 else f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _explain(error: Exception) -> str | None:
+    """What to tell of an error that is the machine's and not the program's."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in text or "unexpected pos" in text:
+        return "the disk is full. Make room, or choose another disk with --output; checkpoints saved before are whole."
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: permission denied."
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the device's memory is full. Use a smaller train.batch_size with train.gradient_accumulation instead."
+    return None
+
+
+def _quieten_libraries() -> None:
+    """Libraries' chatter off, unless the user turned it on: what matters we say ourselves. And no telemetry."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,39 @@
+"""siliang merge: a plain model from a run, proved to answer alike."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    """The number formats that a model can be saved in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def merge(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged model; must not hold anything yet.")],
+    dtype: Annotated[Dtype, typer.Option(help="Number format to save, in which the proof is made too.")] = Dtype.FLOAT32,
+    force: Annotated[bool, typer.Option("--force", help="Keep the model even if it does not answer alike.")] = False,
+) -> None:
+    """Merge a run's adapter into its base model, prove that both answer alike, and save a plain model."""
+    from siliang.cli.show import quiet_loading
+
+    quiet_loading()
+    import torch
+
+    from siliang.run_folder import open_run
+    from siliang.use import merge as merge_run
+
+    opened = open_run(run, dtype=getattr(torch, dtype.value))
+    proof = merge_run(opened, output, force=force)
+    print(f"{'proved' if proof.holds else 'NOT PROVED, kept by --force'}: {proof}")
+    kind = "AutoModelForSequenceClassification" if opened.labels else "AutoModelForCausalLM"
+    print(f"saved   {output}\nopen it with transformers.{kind}.from_pretrained({str(output)!r})")

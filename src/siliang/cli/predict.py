@@ -1,0 +1,36 @@
+"""siliang predict: classes for texts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, one a line from standard input.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Classify texts with a trained run."""
+    from siliang.cli.show import quiet_loading
+
+    quiet_loading()
+    from siliang.run_folder import open_run
+    from siliang.train.hardware import find_device
+    from siliang.types import DataError
+    from siliang.use import predict as classify
+
+    opened = open_run(run, device=find_device())
+    given = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not given:
+        raise DataError(f'no text given: siliang predict {run} "a text", or one text a line on standard input.')
+    for p in classify(opened, given):
+        if json:
+            from json import dumps
+
+            print(dumps({"text": p.text, "label": p.label, "probability": round(p.probability, 4)}, ensure_ascii=False))
+        else:
+            print(f"{p.label}\t{p.probability:.2f}\t{p.text}")

@@ -1,0 +1,64 @@
+"""siliang train: one run, from a settings file, from flags, or from both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    settings: Annotated[Path | None, typer.Argument(help="run.yaml; `siliang config` lists what it may hold.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder, or a name on the hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv, a saved data set.")] = None,
+    task: Annotated[str | None, typer.Option(help="causal_lm or seq_cls.")] = None,
+    method: Annotated[str | None, typer.Option(help="What is tuned: see `siliang methods`.")] = None,
+    output: Annotated[str | None, typer.Option(help="The run's folder; must not hold anything yet.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting by name: --set train.learning_rate=1e-3")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run's folder.")] = None,
+) -> None:
+    """Train: attach a method to a base model, tune it on your data, and keep the result in a run folder."""
+    from siliang.cli.show import TrainingDisplay, duration, quiet_loading, size
+    from siliang.config import RunConfig
+    from siliang.run_folder import read_config
+    from siliang.types import ConfigError
+
+    flags = {"model": model, "task": task, "method": method, "output": output}
+    if resume is not None:
+        if settings or data or set_ or any(flags.values()):
+            raise ConfigError("--resume goes on with the run's own settings: give it the run's folder and nothing else.")
+        config = read_config(resume).model_copy(update={"output": str(resume)})
+    else:
+        config = RunConfig.build(gather(settings, flags, data, set_ or []), source=str(settings or "the flags"))
+    quiet_loading()
+    from siliang.train.run import Listener
+    from siliang.train.run import train as run
+
+    with TrainingDisplay() as display:
+        record = run(config, Listener(display.say, display.progress), resume=resume is not None)
+    folder = Path(config.output)
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.final.items())
+    print(f"done       {metrics}")
+    print(f"           {duration(record.seconds.train)} of training, peak memory {size(record.memory.peak_bytes)}")
+    what = "model" if (folder / "model").is_dir() else "adapter"
+    print(f"saved      {folder / what} ({size(record.parameters.adapter_bytes)}), record in {folder / 'run.json'}")
+    use = f'siliang predict {folder} "a text"' if record.labels else f'siliang generate {folder} "an instruction"'
+    print(f"next       {use}   |   siliang eval {folder}   |   siliang merge {folder} --output DIR")
+
+
+def gather(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> dict[str, Any]:
+    """The settings file, then the flags over it, then each --set."""
+    from siliang.config import assign, read_yaml
+
+    values = read_yaml(settings) if settings else {}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    if data is not None:
+        section = values.setdefault("data", {})
+        if isinstance(section, dict):  # otherwise the schema says what is wrong with it
+            section["train"] = data
+    for assignment in sets:
+        assign(values, assignment)
+    return values

@@ -1,0 +1,94 @@
+"""Merging an adapter into its base model, and the proof that the merged model answers as the unmerged one did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from siliang.peft_model import PeftModel
+from siliang.types import MergeError
+
+# Largest difference of two logits, as a share of the logits' own spread, that rounding to the dtype explains.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+LEAST_AGREEMENT = 0.99
+LAST_POSITIONS = 32
+
+
+@dataclass(frozen=True)
+class MergeProof:
+    """How near the merged model is to the unmerged one.
+
+    Attributes:
+        samples: Texts compared.
+        positions: Predictions compared: tokens, or texts for a classifier.
+        largest_difference: Of any logit.
+        spread: Standard deviation of the unmerged model's logits, the measure of what is large.
+        top1_agreement: Share of predictions with the same first choice.
+        dtype: The dtype that is saved, in which both were computed.
+    """
+
+    samples: int
+    positions: int
+    largest_difference: float
+    spread: float
+    top1_agreement: float
+    dtype: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two answer alike, within what rounding explains."""
+        limit = TOLERANCE[getattr(torch, self.dtype)] * max(self.spread, 1e-6)
+        return self.largest_difference <= limit and self.top1_agreement >= LEAST_AGREEMENT
+
+    def __str__(self) -> str:
+        return (
+            f"largest logit difference {self.largest_difference:.2e} (spread of the logits {self.spread:.2f}), "
+            f"same first choice {100 * self.top1_agreement:.2f}% of {self.positions:,} predictions on {self.samples} samples, "
+            f"in {self.dtype}"
+        )
+
+
+@torch.no_grad()
+def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> tuple[nn.Module, MergeProof]:
+    """Merges the active adapter and compares the model with itself before.
+
+    Args:
+        samples: Inputs of one text each, `input_ids` and `attention_mask` of shape (1, length), from the run's own data.
+
+    Returns:
+        The plain merged base model, and the proof, which may say that it does not hold.
+
+    Raises:
+        MergeError: There are no samples to prove it on.
+    """
+    if not samples:
+        raise MergeError("A merge is proved on samples of the data, and there are none.")
+    model.eval()
+    dtype = next(p.dtype for p in model.get_base_model().parameters() if p.is_floating_point())
+    before = [_last(model(**sample).logits) for sample in samples]
+    merged = model.merge_and_unload().to(dtype).eval()  # saved heads were trained in fp32
+    after = [_last(merged(**sample).logits) for sample in samples]
+    pairs = list(zip(before, after, strict=True))
+    agreeing = sum(int((b.argmax(-1) == a.argmax(-1)).sum()) for b, a in pairs)
+    positions = sum(b.argmax(-1).numel() for b in before)
+    proof = MergeProof(
+        samples=len(samples),
+        positions=positions,
+        largest_difference=_nan_is_worst(max((float((b - a).abs().max()) for b, a in pairs), default=0.0)),
+        spread=float(torch.cat([b.flatten() for b in before]).std()),
+        top1_agreement=agreeing / positions,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return merged, proof
+
+
+def _last(logits: Tensor) -> Tensor:
+    """The logits of a classifier, or of the last positions of a text: all of a large vocabulary would not fit."""
+    return (logits[:, -LAST_POSITIONS:] if logits.dim() == 3 else logits).float()
+
+
+def _nan_is_worst(value: float) -> float:
+    return float("inf") if value != value else value

@@ -1,0 +1,58 @@
+"""Fixtures: tiny model folders, small files, and what is there only sometimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import SHARED, WORDS, make, word_tokenizer, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny base models with a tokenizer, as from_pretrained opens them."""
+    folders = {}
+    for name in ("bert", "llama", "bloom"):
+        folders[name] = tmp_path_factory.mktemp("models") / name
+        make(name).save_pretrained(folders[name])  # type: ignore[operator]
+        word_tokenizer().save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def review_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 separable reviews."""
+    rows = [
+        {"text": f"the {noun} was {word}", "label": label}
+        for i in range(10)
+        for noun in ("film", "story", "actor")
+        for word, label in (((("good", "bright")[i % 2]), "pos"), ((("bad", "dull")[i % 2]), "neg"))
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "reviews.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def instruction_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 instructions with answers."""
+    rows = [{"instruction": f"say {w}", "input": "", "output": f"{w} {w}"} for w in WORDS[-20:]]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "instructions.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The project's test data; the test is skipped where it is not."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared, which is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Path:
+    """The demo's encoder; the test is skipped where the extra `demo` is not installed."""
+    from siliang.demo import encoder_folder
+    from siliang.types import ModelError
+
+    try:
+        return encoder_folder()
+    except ModelError as error:
+        pytest.skip(str(error))

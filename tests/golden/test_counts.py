@@ -1,0 +1,76 @@
+"""Published parameter counts, on the meta device: no weights are needed. Sources: the tutorials that siliang began from,
+and print_trainable_parameters() outputs published beside bloom-1b4-zh, Llama-2-7B and chinese-roberta-wwm-ext.
+"""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+
+
+def bloom_1b4_zh() -> nn.Module:
+    with torch.device("meta"):
+        return BloomForCausalLM(BloomConfig(vocab_size=46145, hidden_size=2048, n_layer=24, n_head=16))
+
+
+def llama_2_7b() -> nn.Module:
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=4096,
+                intermediate_size=11008,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                tie_word_embeddings=False,
+            )
+        )
+
+
+def chinese_roberta() -> nn.Module:
+    with torch.device("meta"):
+        return BertForSequenceClassification(BertConfig(vocab_size=21128))
+
+
+def test_bloom_1b4_zh_itself() -> None:
+    assert sum(p.numel() for p in bloom_1b4_zh().parameters()) == 1_303_111_680
+
+
+def test_bitfit_on_bloom_1b4_zh_adds_nothing() -> None:
+    model = get_peft_model(bloom_1b4_zh(), BitFitConfig(task_type=TaskType.CAUSAL_LM))
+    assert model.get_nb_trainable_parameters() == (544_768, 1_303_111_680)
+
+
+@pytest.mark.parametrize(
+    ("targets", "trained", "total"),
+    [
+        (None, 1_572_864, 1_304_684_544),
+        (["query_key_value", "dense_4h_to_h"], 3_538_944, 1_306_650_624),
+    ],
+)
+def test_lora_on_bloom_1b4_zh(targets: list[str] | None, trained: int, total: int) -> None:
+    model = get_peft_model(bloom_1b4_zh(), LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=targets))
+    assert model.get_nb_trainable_parameters() == (trained, total)
+
+
+def test_lora_by_regex_with_saved_embeddings() -> None:
+    config = LoraConfig(target_modules=r".*\.1.*query_key_value", modules_to_save=["word_embeddings"])
+    assert get_peft_model(bloom_1b4_zh(), config).get_nb_trainable_parameters() == (95_225_856, 1_398_337_536)
+
+
+def test_lora_on_llama_2_7b(capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(llama_2_7b(), LoraConfig(task_type=TaskType.CAUSAL_LM))
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out == "trainable params: 4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622\n"
+
+
+def test_lora_on_chinese_roberta_counts_the_classifier_once_or_twice() -> None:
+    model = get_peft_model(chinese_roberta(), LoraConfig(task_type=TaskType.SEQ_CLS, lora_alpha=16, lora_dropout=0.1))
+    trained, total = model.get_nb_trainable_parameters()
+    assert (trained, total) == (296_450, 102_565_636)
+    # the tutorial's PEFT 0.2 counted the model without the original of the copied classifier
+    original = sum(p.numel() for n, p in model.named_parameters() if "original_module" in n)
+    assert total - original == 102_564_098
+    assert isinstance(model, PeftModel)

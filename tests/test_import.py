@@ -1,0 +1,28 @@
+"""Quick to import: nothing heavy until it is used."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "pandas")
+
+
+@pytest.mark.parametrize("code", ["import siliang", "import siliang.cli.main"])
+def test_imports_nothing_heavy(code: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}; import sys; print(*[m for m in {HEAVY} if m in sys.modules])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == []
+
+
+def test_public_names() -> None:
+    import siliang
+
+    for name in siliang.__all__:
+        assert getattr(siliang, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'LoraConfg'"):
+        _ = siliang.LoraConfg
