@@ -85,11 +85,16 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(KEY), "1 of 8 tensors are missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors have no place in the model, the first is extra"),
+        (
+            lambda t: t.update(extra=torch.zeros(1)),
+            "1 tensors have no place in the model, the first is extra",
+        ),
         (lambda t: t.update({KEY: torch.zeros(8, 16)}), r"has shape \(8, 16\), the model needs \(8, 32\)"),
     ],
 )
-def test_tensors_that_do_not_fit(adapter: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str) -> None:
+def test_tensors_that_do_not_fit(
+    adapter: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
     change_tensors(adapter, change)
     base = make("llama")
     with pytest.raises(AdapterError, match=message):

@@ -66,7 +66,11 @@ def test_missing_settings() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("model: [", r"run.yaml:1: not readable as yaml"), ("just text", "must hold settings"), ("", "must hold settings")],
+    [
+        ("model: [", r"run.yaml:1: not readable as yaml"),
+        ("just text", "must hold settings"),
+        ("", "must hold settings"),
+    ],
 )
 def test_unreadable_yaml(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text)

@@ -68,7 +68,7 @@ def test_what_is_a_bias() -> None:
 
 def test_bitfit_without_biases_names_what_to_use() -> None:
     base = make("llama")
-    with pytest.raises(TargetError, match="has none.*Use LoRA"):
+    with pytest.raises(TargetError, match=r"has none.*Use LoRA"):
         get_peft_model(base, BitFitConfig())
     assert all(p.requires_grad for p in base.parameters())
 
@@ -139,7 +139,7 @@ def test_unknown_model_type_asks_for_targets() -> None:
 
 
 def test_modules_to_save_that_are_not_there() -> None:
-    with pytest.raises(TargetError, match="modules_to_save: 'lm_heed'.*Did you mean 'lm_head'"):
+    with pytest.raises(TargetError, match=r"modules_to_save: 'lm_heed'.*Did you mean 'lm_head'"):
         get_peft_model(make("llama"), LoraConfig(modules_to_save=["lm_heed"]))
 
 
@@ -161,7 +161,11 @@ def test_generate() -> None:
     model = get_peft_model(make("llama"), LoraConfig(task_type=TaskType.CAUSAL_LM))
     inputs = batch("llama")
     written = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=4, do_sample=False, pad_token_id=0
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=0,
     )
     assert written.shape[0] == 3 and 11 < written.shape[1] <= 15
 

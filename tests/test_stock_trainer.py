@@ -22,7 +22,9 @@ def rows() -> Dataset:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("config", [LoraConfig(task_type=TaskType.CAUSAL_LM), BitFitConfig(task_type=TaskType.CAUSAL_LM)])
+@pytest.mark.parametrize(
+    "config", [LoraConfig(task_type=TaskType.CAUSAL_LM), BitFitConfig(task_type=TaskType.CAUSAL_LM)]
+)
 def test_checkpoints_are_adapter_folders(config: siliang.PeftConfig, checkpointing: bool, tmp_path: Path) -> None:
     base = make("bloom")
     model = get_peft_model(base, config)

@@ -51,7 +51,9 @@ def bloom() -> nn.Module:
 
 def gpt2() -> nn.Module:
     """Its linear layers are Conv1D, stored the other way round."""
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -87,10 +89,54 @@ def batch(name: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-WORDS = (
-    "the a film was is and not very good bad dull bright funny slow fast story actor I we liked hated it of to "
-    "Human : Assistant say one two three four five six seven eight nine ten yes no hello world . , ! ?"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "was",
+    "is",
+    "and",
+    "not",
+    "very",
+    "good",
+    "bad",
+    "dull",
+    "bright",
+    "funny",
+    "slow",
+    "fast",
+    "story",
+    "actor",
+    "I",
+    "we",
+    "liked",
+    "hated",
+    "it",
+    "of",
+    "to",
+    "Human",
+    ":",
+    "Assistant",
+    "say",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "yes",
+    "no",
+    "hello",
+    "world",
+    ".",
+    ",",
+    "!",
+    "?",
+]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -99,7 +145,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *WORDS])}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", bos_token="<s>", eos_token="</s>", unk_token="[UNK]", model_max_length=64
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="[UNK]",
+        model_max_length=64,
     )
 
 

@@ -69,7 +69,9 @@ def load_tensors(injection: Injection, name: str, tensors: dict[str, Tensor], *,
     if missing := sorted(own.keys() - tensors.keys()):
         raise AdapterError(f"{source}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}.")
     if unexpected := sorted(tensors.keys() - own.keys()):
-        raise AdapterError(f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}.")
+        raise AdapterError(
+            f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}."
+        )
     for key, tensor in own.items():
         if tensor.shape != tensors[key].shape:
             raise AdapterError(

@@ -117,7 +117,9 @@ class MethodConfig(BaseModel):
         for key in self.arguments:
             if key not in fields:
                 allowed = ", ".join(sorted(fields)) or "none"
-                raise ConfigError(f"method.{key} is not a setting of {self.name}.{nearest(key, fields)} Allowed: {allowed}.")
+                raise ConfigError(
+                    f"method.{key} is not a setting of {self.name}.{nearest(key, fields)} Allowed: {allowed}."
+                )
         if config:
             config(**self.arguments)
         return self
@@ -246,7 +248,7 @@ def _show(value: Any) -> str:
 def _type_name(kind: Any) -> str:
     if isinstance(kind, type):
         return {"MethodConfig": "name or mapping"}.get(kind.__name__, kind.__name__)
-    arguments = getattr(kind, "__args__", ())
+    arguments: tuple[Any, ...] = getattr(kind, "__args__", ())
     if getattr(kind, "__origin__", None) is Literal:
         return " | ".join(str(getattr(a, "value", a)).lower() for a in arguments)
     if getattr(kind, "__origin__", None) is Annotated:
@@ -263,8 +265,13 @@ def _explain(error: ValidationError) -> str:
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         names = [row[0] for row in describe()]
-        parent, _, own = path.rpartition(".")
-        siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == parent}
+        own = path.rpartition(".")[2]
+        depth = path.count(".") + 1
+        siblings = {
+            part[depth - 1]
+            for n in names
+            if len(part := n.split(".")) >= depth and part[: depth - 1] == path.split(".")[:-1]
+        }
         hint = nearest(own, siblings) or nearest(path, names) or nearest(own, {n.rpartition(".")[2] for n in names})
         return f"{path} is not a setting.{hint} `siliang config` lists them all.{more}"
     if first["type"] == "missing":

@@ -46,8 +46,8 @@ class MergeProof:
     def __str__(self) -> str:
         return (
             f"largest logit difference {self.largest_difference:.2e} (spread of the logits {self.spread:.2f}), "
-            f"same first choice {100 * self.top1_agreement:.2f}% of {self.positions:,} predictions on {self.samples} samples, "
-            f"in {self.dtype}"
+            f"same first choice {100 * self.top1_agreement:.2f}% of {self.positions:,} predictions "
+            f"on {self.samples} samples, in {self.dtype}"
         )
 
 
@@ -56,7 +56,7 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
     """Merges the active adapter and compares the model with itself before.
 
     Args:
-        samples: Inputs of one text each, `input_ids` and `attention_mask` of shape (1, length), from the run's own data.
+        samples: Inputs of one text of the run's data each: `input_ids` and `attention_mask` of shape (1, length).
 
     Returns:
         The plain merged base model, and the proof, which may say that it does not hold.

@@ -26,7 +26,7 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     The model itself is changed; `PeftModel.unload()` gives it back.
 
     Args:
-        peft_config: The method and its settings. It is copied, then completed (target modules, heads, base model's name).
+        peft_config: The method and its settings; copied, then completed (target modules, heads, base model's name).
 
     Raises:
         TargetError: The method's targets are not in the model. The model has not been changed then.
@@ -53,7 +53,7 @@ class PeftModel(PreTrainedModel):
         nn.Module.__init__(self)  # PreTrainedModel's own would adjust the base model's config to this wrapper
         if isinstance(model, PeftModel):
             raise ConfigError("The model has adapters already: call its add_adapter, or unload() it first.")
-        self.peft_config: dict[str, LayerConfig] = {}
+        self.peft_config: dict[str, LayerConfig] = {}  # type: ignore[assignment]
         self._modules["base_model"] = Injection(model)
         try:
             self._add_adapter(adapter_name, peft_config, lenient=lenient)
@@ -66,7 +66,7 @@ class PeftModel(PreTrainedModel):
 
     # ---- adapters ----
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:  # type: ignore[override]
         """Attaches another new adapter, inactive until `set_adapter`."""
         self._add_adapter(adapter_name, peft_config)
 
@@ -82,11 +82,16 @@ class PeftModel(PreTrainedModel):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         if config.task_type is None:
-            config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+            config.auto_mapping = {
+                "base_model_class": type(base).__name__,
+                "parent_library": type(base).__module__,
+            }
         self.base_model.add_adapter(name, config, lenient=lenient)
         self.peft_config[name] = config
 
-    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
+    def load_adapter(  # type: ignore[override]
+        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False
+    ) -> None:
         """Attaches an adapter from a folder (or a hub name), inactive until `set_adapter`.
 
         Raises:
@@ -103,7 +108,7 @@ class PeftModel(PreTrainedModel):
         finally:
             self.base_model.set_active(*before)
 
-    def set_adapter(self, adapter_name: str) -> None:
+    def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
         """Makes one adapter the active one, and, unless it was loaded for inference only, the trained one."""
         self._known(adapter_name)
         self.base_model.set_active(adapter_name)
@@ -115,7 +120,7 @@ class PeftModel(PreTrainedModel):
         return self.base_model.active[0]
 
     @property
-    def active_adapters(self) -> list[str]:
+    def active_adapters(self) -> list[str]:  # type: ignore[override]
         return list(self.base_model.active)
 
     @property
@@ -135,7 +140,8 @@ class PeftModel(PreTrainedModel):
     def _known(self, name: str) -> None:
         if name not in self.peft_config:
             raise ConfigError(
-                f"adapter {name!r} is not there; there are {', '.join(self.peft_config)}." + nearest(name, self.peft_config)
+                f"adapter {name!r} is not there; there are {', '.join(self.peft_config)}."
+                + nearest(name, self.peft_config)
             )
 
     # ---- off again ----
@@ -325,7 +331,9 @@ def adapter_folder(model_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model_id), allow_patterns=[CONFIG_NAME, "adapter_model.*"]))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{model_id} is no folder here, and the hub did not give it: {_first_line(error)}") from error
+        raise AdapterError(
+            f"{model_id} is no folder here, and the hub did not give it: {_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

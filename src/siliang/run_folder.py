@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from siliang.config import RunConfig, read_yaml
 from siliang.models.load import load_model, load_tokenizer
@@ -28,7 +27,7 @@ class OpenedRun:
     folder: Path
     config: RunConfig
     record: Record
-    model: nn.Module
+    model: Any  # PeftModel or PreTrainedModel
     tokenizer: Any
 
     @property
@@ -77,10 +76,12 @@ def open_run(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.
     """
     config, record = read_config(folder), Record.read(folder)
     if not (folder / ADAPTER).is_dir() and not (folder / MODEL).is_dir():
-        raise ConfigError(f"{folder} was not finished (it is {record.status}): go on with `siliang train --resume {folder}`.")
+        raise ConfigError(
+            f"{folder} was not finished (it is {record.status}): go on with `siliang train --resume {folder}`."
+        )
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     if (folder / MODEL).is_dir():
-        model: nn.Module = load_model(str(folder / MODEL), config.task, dtype=dtype, labels=record.labels)
+        model: Any = load_model(str(folder / MODEL), config.task, dtype=dtype, labels=record.labels)
     else:
         base = load_base(config, record.labels, tokenizer, dtype=dtype)
         model = PeftModel.from_pretrained(base, folder / ADAPTER)
@@ -88,9 +89,9 @@ def open_run(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.
     return OpenedRun(folder, config, record, model.eval(), tokenizer)
 
 
-def load_base(config: RunConfig, labels: list[str] | None, tokenizer: Any, *, dtype: torch.dtype) -> nn.Module:
+def load_base(config: RunConfig, labels: list[str] | None, tokenizer: Any, *, dtype: torch.dtype) -> Any:
     """The run's base model, told which token is padding."""
     model = load_model(config.model, config.task, dtype=dtype, labels=labels, revision=config.revision)
     if config.task is TaskType.SEQ_CLS:
-        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -27,7 +27,7 @@ class TaskType(StrEnum):
 
 
 class SiliangError(Exception):
-    """What every error for the user derives from: one or two lines that say what, where, what is allowed, what to do."""
+    """What every error for the user derives from: a line or two on what, where, what is allowed, what to do."""
 
 
 class ConfigError(SiliangError, ValueError):

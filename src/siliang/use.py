@@ -153,8 +153,10 @@ def merge(run: OpenedRun, output: Path, *, force: bool = False) -> MergeProof:
     try:
         merged, proof = merge_with_proof(run.model, samples)
         if not proof.holds and not force:
-            raise MergeError(f"The merged model does not answer as the adapter does: {proof}.\n"
-                             "Nothing was written. Merge in a wider --dtype, or keep it all the same with --force.")
+            raise MergeError(
+                f"The merged model does not answer as the adapter does: {proof}.\n"
+                "Nothing was written. Merge in a wider --dtype, or keep it all the same with --force."
+            )
         merged.save_pretrained(temporary)  # type: ignore[operator]
         run.tokenizer.save_pretrained(temporary)
         output.rmdir()
@@ -172,7 +174,9 @@ def _rows(run: OpenedRun, data: str | None) -> list[Any]:
     """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows."""
     settings = run.config.data
     if data is not None:
-        settings = settings.model_copy(update={"train": data, "eval": None, "eval_fraction": 0.0, "labels": run.record.labels})
+        settings = settings.model_copy(
+            update={"train": data, "eval": None, "eval_fraction": 0.0, "labels": run.record.labels}
+        )
         return load_examples(settings, run.config.task, seed=run.config.train.seed).train
     examples = load_examples(settings, run.config.task, seed=run.config.train.seed)
     return examples.eval or examples.train

@@ -36,7 +36,7 @@ def test_kinds_of_file(name: str, content: str, tmp_path: Path) -> None:
 
 
 def test_header_given(tmp_path: Path) -> None:
-    (tmp_path / "d.tsv").write_text("a, b\tx\nsay \"c\"\ty\n")
+    (tmp_path / "d.tsv").write_text('a, b\tx\nsay "c"\ty\n')
     assert [row.values for row in read_rows(str(tmp_path / "d.tsv"), header=["text", "label"])] == ROWS
 
 
@@ -51,9 +51,21 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", '{"text": "a", "label": "x"}\n{"text": \n{"text": "b", "label": "y"}', r"d.jsonl:2 not valid JSON"),
-        ("d.jsonl", '{"text": "a", "label": "x"}\n[1]\n{"text": "b", "label": "y"}', r"d.jsonl:2 must be an object"),
-        ("d.jsonl", '{"text": " ", "label": "x"}\n{"text": "b", "label": "y"}', r"d.jsonl:1 has an empty 'text'"),
+        (
+            "d.jsonl",
+            '{"text": "a", "label": "x"}\n{"text": \n{"text": "b", "label": "y"}',
+            r"d.jsonl:2 not valid JSON",
+        ),
+        (
+            "d.jsonl",
+            '{"text": "a", "label": "x"}\n[1]\n{"text": "b", "label": "y"}',
+            r"d.jsonl:2 must be an object",
+        ),
+        (
+            "d.jsonl",
+            '{"text": " ", "label": "x"}\n{"text": "b", "label": "y"}',
+            r"d.jsonl:1 has an empty 'text'",
+        ),
         ("d.csv", "text,label\na,x\nb,y,z\nc,y\n", r"d.csv:3 has 3 columns, not 2 \(text, label\)"),
         ("d.csv", 'text,label\na,x\nb,y\n"c,y\n', r"d.csv:4 not readable as csv"),
         ("d.json", "[{}, ", "d.json:1: not valid JSON"),

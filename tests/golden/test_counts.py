@@ -1,11 +1,18 @@
-"""Published parameter counts, on the meta device: no weights are needed. Sources: the tutorials that siliang began from,
-and print_trainable_parameters() outputs published beside bloom-1b4-zh, Llama-2-7B and chinese-roberta-wwm-ext.
+"""Published parameter counts, on the meta device: no weights are needed. Sources: the tutorials that siliang began
+from, and print_trainable_parameters() outputs published for bloom-1b4-zh, Llama-2-7B and chinese-roberta-wwm-ext.
 """
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 

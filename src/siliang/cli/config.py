@@ -21,5 +21,11 @@ def config() -> None:
         fields = [f for f in dataclasses.fields(method.config) if f.name not in OWN_FIELDS]
         values = method.config()
         print(f"\nmethod: {{name: {method.name}, ...}} may also hold, with PEFT's names and defaults:")
-        print(textwrap.fill(", ".join(f"{f.name}: {getattr(values, f.name)}" for f in fields), 100,
-                            initial_indent="    ", subsequent_indent="    "))
+        print(
+            textwrap.fill(
+                ", ".join(f"{f.name}: {getattr(values, f.name)}" for f in fields),
+                100,
+                initial_indent="    ",
+                subsequent_indent="    ",
+            )
+        )

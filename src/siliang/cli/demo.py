@@ -17,7 +17,7 @@ def demo(
         "siliang-demo"
     ),
 ) -> None:
-    """Train LoRA against full fine-tuning and a frozen encoder, on reviews that come with siliang: 3 minutes, no network."""
+    """Train LoRA against full fine-tuning and a frozen encoder on reviews that come along: 3 minutes, no network."""
     from siliang.cli.show import TrainingDisplay, duration, quiet_loading
     from siliang.demo import NAMES, SAMPLES, SETTINGS, TEST, TRAIN, demo_config, encoder_folder
 

@@ -77,7 +77,11 @@ def _say(message: str, code: int) -> int:
 def _explain(error: Exception) -> str | None:
     """What to tell of an error that is the machine's and not the program's."""
     text = str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in text or "unexpected pos" in text:
+    if (
+        (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+        or "No space left" in text
+        or "unexpected pos" in text
+    ):
         return "the disk is full. Make room, or choose another disk with --output; checkpoints saved before are whole."
     if isinstance(error, PermissionError):
         return f"{error.filename}: permission denied."

@@ -20,7 +20,9 @@ class Dtype(StrEnum):
 def merge(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged model; must not hold anything yet.")],
-    dtype: Annotated[Dtype, typer.Option(help="Number format to save, in which the proof is made too.")] = Dtype.FLOAT32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format to save, in which the proof is made too.")
+    ] = Dtype.FLOAT32,
     force: Annotated[bool, typer.Option("--force", help="Keep the model even if it does not answer alike.")] = False,
 ) -> None:
     """Merge a run's adapter into its base model, prove that both answer alike, and save a plain model."""

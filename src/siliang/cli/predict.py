@@ -11,7 +11,9 @@ import typer
 
 def predict(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, one a line from standard input.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; without any, one a line from standard input.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Classify texts with a trained run."""
@@ -31,6 +33,11 @@ def predict(
         if json:
             from json import dumps
 
-            print(dumps({"text": p.text, "label": p.label, "probability": round(p.probability, 4)}, ensure_ascii=False))
+            print(
+                dumps(
+                    {"text": p.text, "label": p.label, "probability": round(p.probability, 4)},
+                    ensure_ascii=False,
+                )
+            )
         else:
             print(f"{p.label}\t{p.probability:.2f}\t{p.text}")

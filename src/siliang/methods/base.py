@@ -145,8 +145,10 @@ class WrappedLayer(nn.Module, ABC):
     asks what kind it is, so the same class serves full-precision and quantised layers.
     """
 
-    # The attributes that hold the adapters' parameters, each keyed by adapter name, in the order in which they are saved.
+    # The attributes that hold the adapters' parameters, each keyed by adapter name, in the order of the file.
     ADAPTER_ATTRIBUTES: ClassVar[tuple[str, ...]]
+
+    base_layer: Any  # nn.Linear and its quantised kin
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -161,7 +163,7 @@ class WrappedLayer(nn.Module, ABC):
 
     @abstractmethod
     def add_adapter(self, name: str, **arguments: Any) -> None:
-        """Makes the parameters of adapter `name`; the arguments are the config's, already resolved for this layer."""
+        """Makes the parameters of adapter `name`, from the config's values resolved for this layer."""
 
     @abstractmethod
     def delete_adapter(self, name: str) -> None:
@@ -180,7 +182,7 @@ class WrappedLayer(nn.Module, ABC):
         return self.base_layer.bias  # type: ignore[return-value]
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of adapter `name` under their names in the file: `lora_A.weight`, without the adapter's name."""
+        """The parameters of adapter `name` under their names in the file, such as `lora_A.weight`."""
         found = {}
         for attribute in self.ADAPTER_ATTRIBUTES:
             held = getattr(self, attribute)
@@ -195,7 +197,7 @@ class WrappedLayer(nn.Module, ABC):
 
 
 def trained_dtype(reference: Tensor) -> torch.dtype:
-    """The dtype of parameters trained beside `reference`: fp32 beside half precision, where Adam's steps would vanish."""
+    """The dtype to train beside `reference`: fp32 beside half precision, where Adam's steps would vanish."""
     return torch.float32 if not reference.is_floating_point() or reference.itemsize < 4 else reference.dtype
 
 

@@ -1,4 +1,4 @@
-"""Head only: the encoder is frozen and just the task's new head is trained. The baseline that every method must beat."""
+"""Head only: the encoder is frozen, the task's new head is trained. The baseline that every method must beat."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class LoraLinear(WrappedLayer):
     def supports(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
-    def add_adapter(
+    def add_adapter(  # type: ignore[override]
         self, name: str, *, r: int, scaling: float, dropout_p: float = 0.0, init: bool | str = True
     ) -> None:
         """Makes A and B for adapter `name`, beside the base weight: on its device, in fp32 where it is half."""
@@ -135,8 +135,8 @@ class LoraLinear(WrappedLayer):
             in_features, out_features = self.base_layer.in_features, self.base_layer.out_features
         place = {"device": weight.device, "dtype": trained_dtype(weight)}
         # skip_init, then our own: nn.Linear would draw, and throw away, random numbers for B
-        A = nn.utils.skip_init(nn.Linear, in_features, r, bias=False, **place)
-        B = nn.utils.skip_init(nn.Linear, r, out_features, bias=False, **place)
+        A: Any = nn.utils.skip_init(nn.Linear, in_features, r, bias=False, **place)
+        B: Any = nn.utils.skip_init(nn.Linear, r, out_features, bias=False, **place)
         if init == "gaussian":
             nn.init.normal_(A.weight, std=1 / r)
         else:
@@ -159,8 +159,7 @@ class LoraLinear(WrappedLayer):
                 y = lora_linear(
                     y,
                     x,
-                    self.lora_A[name].weight,
-                    self.lora_B[name].weight,
+                    *self._factors(name),
                     self.scaling[name],
                     dropout_p=self.dropout_p[name],
                     training=self.training,
@@ -169,7 +168,8 @@ class LoraLinear(WrappedLayer):
 
     def delta(self, name: str) -> Tensor:
         """scaling * B A, in the layout of the base weight and in A's dtype."""
-        BA = self.scaling[name] * (self.lora_B[name].weight @ self.lora_A[name].weight)
+        A, B = self._factors(name)
+        BA = self.scaling[name] * (B @ A)
         return BA.T if self._transposed else BA
 
     @torch.no_grad()
@@ -177,8 +177,11 @@ class LoraLinear(WrappedLayer):
         if name in self.lora_A:
             weight = self.base_layer.weight
             # one rounding, at the end: the sum is formed in the wider dtype
-            weight.copy_((weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta(name)))
+            weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta(name))
             self.merged = (*self.merged, name)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
 
 def _for_path(patterns: Mapping[str, float], path: str, default: float) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,8 +39,13 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
 
 
 def load_model(
-    name: str, task: TaskType, *, dtype: torch.dtype, labels: list[str] | None = None, revision: str | None = None
-) -> nn.Module:
+    name: str,
+    task: TaskType,
+    *,
+    dtype: torch.dtype,
+    labels: list[str] | None = None,
+    revision: str | None = None,
+) -> Any:
     """A base model with its weights on the CPU, in eval mode.
 
     Args:
@@ -85,7 +89,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     folder = Path(name)
     try:
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file():
-            # AutoTokenizer reads a bare sentencepiece file without the leading space and <s> that Llama was trained with
+            # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
             tokenizer = LlamaTokenizer.from_pretrained(name, add_bos_token=True)
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)

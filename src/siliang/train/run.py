@@ -8,6 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,7 +93,7 @@ class _Run:
     listener: Listener
     folder: Path
     method: Method
-    model: nn.Module
+    model: Any
     tokenizer: Any
     train_set: TokenDataset
     eval_set: TokenDataset
@@ -108,23 +109,30 @@ def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
     precision = choose_precision(config.train.precision, device)
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     if config.task is TaskType.CAUSAL_LM and tokenizer.eos_token_id is None:
-        raise ConfigError(f"{config.model}: its tokenizer has no end-of-sequence token, so a model could not learn to stop.")
+        raise ConfigError(
+            f"{config.model}: its tokenizer has no end-of-sequence token, so a model could not learn to stop."
+        )
     examples = load_examples(config.data, config.task, seed=config.train.seed)
     sets = [
         tokenise(rows, tokenizer, template=config.data.template, max_length=config.data.max_length)
         for rows in (examples.train, examples.eval)
     ]
     truncated = sum(row.truncated for row in sets[0].rows)
-    listener.say(f"data       {len(sets[0]):,} rows to train on, {len(sets[1]):,} held out"
-                 + (f", {len(examples.skipped):,} skipped" if examples.skipped else "")
-                 + (f", {truncated:,} cut to {config.data.max_length} tokens" if truncated else ""))
+    listener.say(
+        f"data       {len(sets[0]):,} rows to train on, {len(sets[1]):,} held out"
+        + (f", {len(examples.skipped):,} skipped" if examples.skipped else "")
+        + (f", {truncated:,} cut to {config.data.max_length} tokens" if truncated else "")
+    )
     for line in examples.skipped:
         listener.say(f"           skipped {line}")
     # a frozen base may stand in half precision; weights that are trained themselves stay fp32 under autocast
     half_base = method.layer is not None and precision.precision != "fp32"
     model = load_base(config, examples.labels, tokenizer, dtype=precision.dtype if half_base else torch.float32)
     model, trained, total = _attach(model, method, config)
-    listener.say(f"model      {config.model}: {total:,} parameters, {method.name} trains {trained:,} ({100 * trained / total:.3g}%)")
+    listener.say(
+        f"model      {config.model}: {total:,} parameters, "
+        f"{method.name} trains {trained:,} ({100 * trained / total:.3g}%)"
+    )
     listener.say(f"precision  {precision.precision} ({precision.reason}), on {describe_device(device).name}")
     record = Record(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -244,7 +252,7 @@ def _arguments(run: _Run, checkpoints: Path) -> TrainingArguments:
     )
 
 
-def _checkpointing(wanted: bool) -> dict[str, bool]:
+def _checkpointing(wanted: bool) -> dict[str, Any]:
     """Gradient checkpointing under the name that this transformers has for it (5.23 renamed it)."""
     fields = TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
@@ -277,7 +285,7 @@ def _save(run: _Run) -> int:
     final = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
     temporary = run.folder / f".{final.name}.tmp{os.getpid()}"
     try:
-        run.model.save_pretrained(temporary)  # type: ignore[operator]
+        run.model.save_pretrained(temporary)
         if final.name == MODEL:
             run.tokenizer.save_pretrained(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -305,9 +313,5 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def _try_to_write(record: Record, folder: Path) -> None:
-    try:
+    with suppress(OSError):  # the disk that failed the run
         record.write(folder)
-    except OSError:
-        pass
-
-

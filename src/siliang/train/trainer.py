@@ -54,7 +54,9 @@ class SiliangTrainer(Trainer):
         return int(self._tokens)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._tokens += inputs["attention_mask"].sum().to(self._tokens.device)  # no .item(): that would wait for the GPU
+        self._tokens += (
+            inputs["attention_mask"].sum().to(self._tokens.device)
+        )  # no .item(): that would wait for the GPU
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -86,7 +88,9 @@ class Watcher(TrainerCallback):
         self._started = self._last_time = 0.0
         self._first_step = self._last_tokens = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._started = self._last_time = time.perf_counter()
         self._first_step = state.global_step
 
@@ -97,7 +101,12 @@ class Watcher(TrainerCallback):
         self._tell(state)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **kwargs: Any,
     ) -> None:
         logs = logs or {}
         if "train_runtime" in logs:  # the Trainer's own summary
