@@ -1,0 +1,5 @@
+"""python -m siliang."""
+
+from siliang.cli.main import main
+
+main()
