@@ -165,9 +165,7 @@ def test_interrupted_then_resumed(model_folders: dict[str, Path], review_file: P
     assert Record.read(run).status == "completed"
 
 
-def test_bad_input(
-    here: Callable[..., str], model_folders: dict[str, Path], review_file: Path, tmp_path: Path
-) -> None:
+def test_bad_input(here: Callable[..., str], model_folders: dict[str, Path], review_file: Path, tmp_path: Path) -> None:
     (tmp_path / "no-model").mkdir()
     (tmp_path / "full" / "a").mkdir(parents=True)
     (tmp_path / "bad.yaml").write_text("model: [")
@@ -198,7 +196,9 @@ def test_bad_input(
     assert "No such option" in here("train", "--modle", "x")
     assert "is no run folder" in here("predict", tmp_path / "full", "a")
     # and once as the user meets it
-    assert siliang("train", "--model", tmp_path / "missing", "--data", "x", "--task", "seq_cls", "--output", "y", code=2)
+    assert siliang(
+        "train", "--model", tmp_path / "missing", "--data", "x", "--task", "seq_cls", "--output", "y", code=2
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/bin/mount").exists(), reason="needs root to mount a small disk")

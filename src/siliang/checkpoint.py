@@ -63,7 +63,7 @@ def load_tensors(injection: Injection, name: str, tensors: dict[str, Tensor], *,
         AdapterError: Keys are missing or unexpected, or a shape differs.
     """
     own = injection.adapter_tensors(name)
-    # PEFT with bias="all" writes a saved module's bias more than once: under the wrapper's own name, and as it was before
+    # PEFT with bias="all" writes a saved module's bias more than once: under the wrapper's name, and as it was before
     twice = {k for k in tensors if ".modules_to_save." in k and k.replace(".modules_to_save.", ".") in tensors}
     twice |= {k for k in tensors if k.replace(".original_module.", ".") in own.keys() - {k}}
     tensors = {k: t for k, t in tensors.items() if k not in twice}
