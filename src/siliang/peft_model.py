@@ -68,8 +68,20 @@ def prepare_model_for_kbit_training(
         settings = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if settings["use_reentrant"]:
             model.enable_input_require_grads()  # reentrant checkpoints see no gradient where no input asks for one
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        enable_checkpointing(model, **settings)
     return model
+
+
+def enable_checkpointing(model: Any, **settings: Any) -> None:
+    """Turns gradient checkpointing on, under the name that this transformers has for it (5.23 renamed it).
+
+    Args:
+        settings: For torch.utils.checkpoint, such as `use_reentrant=False`.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 class PeftModel(PreTrainedModel):
@@ -125,6 +137,7 @@ class PeftModel(PreTrainedModel):
         if name in self.peft_config:
             raise ConfigError(f"adapter {name!r} is there already: {', '.join(self.peft_config)}.")
         config = copy.deepcopy(peft_config)
+        config.__post_init__()  # fields may have been set since it was made
         base = self.get_base_model()
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
