@@ -23,9 +23,9 @@ __all__ = [
 def register() -> None:
     """Tells the Auto classes that model type "chatglm" is opened here; calling it again changes nothing.
 
-    Published folders name code of their own (`auto_map`). Registered classes take its place, so that nothing of the
-    folder is run, not even with trust_remote_code=True. The class names are those that the folders name: transformers
-    finds a tokenizer by the name of its class.
+    Published folders name code of their own (`auto_map`). These classes take its place, so that nothing of the folder
+    is run; only AutoTokenizer still runs it where it is told to with trust_remote_code=True. The class names are those
+    that the folders name, because transformers finds a tokenizer by the name of its class.
     """
     AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
     AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)

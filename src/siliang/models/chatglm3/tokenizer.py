@@ -57,7 +57,7 @@ class ChatGLMTokenizer(PythonBackend):
             the end of answers.
 
     Raises:
-        ModelError: There is no tokenizer.model.
+        ModelError: There is no tokenizer.model, or it is another model's.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012  as transformers declares it
@@ -79,6 +79,8 @@ class ChatGLMTokenizer(PythonBackend):
         self.vocab_file = vocab_file
         self.pieces = SentencePieceProcessor(model_file=vocab_file)
         self.commands = {word: len(self.pieces) + i for i, word in enumerate(COMMANDS)}
+        if clash := [word for word in COMMANDS if self.pieces.piece_to_id(word) != self.pieces.unk_id()]:
+            raise ModelError(f"{vocab_file}: {clash[0]!r} is a piece, so it cannot also be a special token.")
         # what may stand in published and older configs about tokens whose ids are fixed
         given = kwargs.pop("extra_special_tokens", None) or kwargs.pop("additional_special_tokens", None) or []
         added = kwargs.pop("added_tokens_decoder", {})
