@@ -418,6 +418,17 @@ def test_an_adapter_of_peft_gives_the_same_logits_in_siliang(published: Path, id
     torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
+@peft_still_says
+def test_peft_sizes_a_prefix_by_the_heads_of_keys_and_values(
+    model: ChatGLMForConditionalGeneration, ids: Tensor
+) -> None:
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = peft.get_peft_model(model, prefix)
+    assert tuned.get_nb_trainable_parameters()[0] == 4 * 2 * 2 * (2 * 8)
+    tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in tuned.parameters() if p.requires_grad)
+
+
 def test_lora_lowers_the_loss_under_gradient_checkpointing(published: Path, ids: Tensor) -> None:
     model = get_peft_model(
         load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32), LoraConfig(task_type=TaskType.CAUSAL_LM)

@@ -69,6 +69,13 @@ class ChatGLMConfig(PreTrainedConfig):
             self.multi_query_group_num = self.num_attention_heads
         self._check()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Also under the names by which PEFT, which reads this and not the attributes, sizes a prefix."""
+        return super().to_dict() | {
+            "num_key_value_heads": self.multi_query_group_num,
+            "head_dim": self.kv_channels,
+        }
+
     def _check(self) -> None:
         """Raises ModelError for what this architecture is not: the weights would load, and answer nonsense."""
         for foreign in ("position_encoding_2d", "inner_hidden_size"):
