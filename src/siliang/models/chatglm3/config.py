@@ -63,8 +63,11 @@ class ChatGLMConfig(PreTrainedConfig):
     original_rope: bool = True
     apply_residual_connection_post_layernorm: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+    # transformers 5.4 and later would make a dataclass's __init__ of the fields above; 5.3 leaves them alone
+    def __init__(self, **kwargs: Any) -> None:
+        for name in ChatGLMConfig.__annotations__:
+            setattr(self, name, kwargs.pop(name, getattr(ChatGLMConfig, name)))
+        super().__init__(**kwargs)
         if not self.multi_query_attention:
             self.multi_query_group_num = self.num_attention_heads
         self._check()

@@ -12,6 +12,7 @@ channels that are rotated, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -30,6 +31,8 @@ from siliang.models.chatglm3.config import ChatGLMConfig
 
 # <|user|> and <|observation|>: where a chat model hands over, it writes the next role in the place of </s>
 TURN_ENDS = (64795, 64797)
+# transformers 5.3 must be told; 5.4 finds them itself, and a later one has dropped the parameter
+MASK_NEEDS_PLACES = "cache_position" in inspect.signature(create_causal_mask).parameters
 
 
 class RMSNorm(nn.Module):
@@ -194,7 +197,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$"]  # noqa: RUF012
+    # a headless model, or one of classes, opens a checkpoint that has a head
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"output_layer\.weight$"]  # noqa: RUF012
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.embedding.word_embeddings  # type: ignore[union-attr]
@@ -210,9 +214,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         with_output_layer: Make the head too. The published checkpoint keeps it inside this module, as
             `transformer.output_layer`; what is built upon this module calls it.
     """
-
-    # a headless model opens a checkpoint that has a head
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"output_layer\.weight$"]  # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig, with_output_layer: bool = False) -> None:
         super().__init__(config)
@@ -251,12 +252,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(x_BLC, attention_mask, past_key_values)
+        places: dict[str, Any] = {"cache_position": _places(x_BLC, past_key_values)} if MASK_NEEDS_PLACES else {}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BLC,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            **places,
         )
         x_BLC = self.encoder(
             x_BLC,
@@ -317,8 +320,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.transformer.output_layer(kept)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.transformer.output_layer(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.padded_vocab_size, **kwargs)
@@ -338,10 +341,14 @@ class ChatGLMForSequenceClassification(GenericForSequenceClassification, ChatGLM
 
 
 def _positions(x_BLC: Tensor, attention_mask: Any, past_key_values: Cache | None) -> Tensor:
-    length, device = x_BLC.shape[1], x_BLC.device
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         # padding has no place in the text: every row counts from its own first token
-        counted = attention_mask.to(device).long().cumsum(-1) - 1
-        return counted.clamp(min=0)[:, -length:]
+        counted = attention_mask.to(x_BLC.device).long().cumsum(-1) - 1
+        return counted.clamp(min=0)[:, -x_BLC.shape[1] :]
+    return _places(x_BLC, past_key_values)[None]
+
+
+def _places(x_BLC: Tensor, past_key_values: Cache | None) -> Tensor:
+    """The places (L) of the new tokens in the cache."""
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    return (torch.arange(length, device=device) + seen)[None]
+    return torch.arange(x_BLC.shape[1], device=x_BLC.device) + seen
