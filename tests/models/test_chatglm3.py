@@ -212,6 +212,25 @@ def test_greedy_generation_with_the_cache_equals_full_passes(
         assert found[row, skipped:].tolist() == text[0].tolist()
 
 
+def test_a_static_cache_answers_alike(model: ChatGLMForConditionalGeneration, ids: Tensor) -> None:
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    found = [
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            cache_implementation=cache,
+            disable_compile=True,
+        ).tolist()
+        for cache in ("dynamic", "static")
+    ]
+    assert found[0] == found[1]
+
+
 def test_generation_stops_at_the_end_token(model: ChatGLMForConditionalGeneration, ids: Tensor) -> None:
     free = model.generate(ids[:1], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:].tolist()
     stop = free[3]

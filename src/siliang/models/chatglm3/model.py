@@ -31,8 +31,8 @@ from siliang.models.chatglm3.config import ChatGLMConfig
 
 # <|user|> and <|observation|>: where a chat model hands over, it writes the next role in the place of </s>
 TURN_ENDS = (64795, 64797)
-# transformers 5.3 must be told; 5.4 finds them itself, and a later one has dropped the parameter
-MASK_NEEDS_PLACES = "cache_position" in inspect.signature(create_causal_mask).parameters
+# masks and static caches of transformers 5.3 must be told the new tokens' places; since 5.4 they count for themselves
+NEEDS_PLACES = "cache_position" in inspect.signature(create_causal_mask).parameters
 
 
 class RMSNorm(nn.Module):
@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            k, v = past_key_values.update(k, v, self.layer_idx, kwargs)  # in which 5.3 looks for cache_position
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         heads_BLHD, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -252,7 +252,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(x_BLC, attention_mask, past_key_values)
-        places: dict[str, Any] = {"cache_position": _places(x_BLC, past_key_values)} if MASK_NEEDS_PLACES else {}
+        places: dict[str, Any] = {"cache_position": _places(x_BLC, past_key_values)} if NEEDS_PLACES else {}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BLC,
@@ -268,7 +268,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **kwargs,
+            **(kwargs | places),
         )
         return BaseModelOutputWithPast(last_hidden_state=x_BLC, past_key_values=past_key_values)
 
