@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import make, word_tokenizer
+from tiny import enable_checkpointing, make, word_tokenizer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import siliang
@@ -30,7 +30,7 @@ def test_checkpoints_are_adapter_folders(config: siliang.PeftConfig, checkpointi
     model = get_peft_model(base, config)
     if checkpointing:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
