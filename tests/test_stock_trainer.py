@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import enable_checkpointing, make, word_tokenizer
+from tiny import make, word_tokenizer
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import siliang
 from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from siliang.peft_model import enable_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 

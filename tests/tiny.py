@@ -278,9 +278,3 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def enable_checkpointing(model: Any, **how: Any) -> None:
-    """Gradient checkpointing under the name that this transformers has for it (5.23 renamed it)."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(how or None)

@@ -11,7 +11,6 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from tiny import enable_checkpointing
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,6 +25,7 @@ from siliang import LoraConfig, TaskType, get_peft_model
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
 from siliang.models.chatglm3.model import RotaryEmbedding
 from siliang.models.load import load_config, load_model
+from siliang.peft_model import enable_checkpointing
 from siliang.types import ModelError
 
 # what the published config.json says beside the shape
