@@ -65,8 +65,8 @@ def prepare_model_for_kbit_training(
     for p in model.parameters():
         p.requires_grad_(False)
     if use_gradient_checkpointing:
-        settings = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        if settings["use_reentrant"]:
+        settings = gradient_checkpointing_kwargs or {}
+        if settings.get("use_reentrant"):
             model.enable_input_require_grads()  # reentrant checkpoints see no gradient where no input asks for one
         enable_checkpointing(model, **settings)
     return model
@@ -76,8 +76,9 @@ def enable_checkpointing(model: Any, **settings: Any) -> None:
     """Turns gradient checkpointing on, under the name that this transformers has for it (5.23 renamed it).
 
     Args:
-        settings: For torch.utils.checkpoint, such as `use_reentrant=False`.
+        settings: For torch.utils.checkpoint; `use_reentrant` is False unless given.
     """
+    settings = {"use_reentrant": False} | settings
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
