@@ -11,7 +11,10 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     LlamaTokenizer,
 )
@@ -22,6 +25,9 @@ from siliang.types import ModelError, TaskType
 AUTO_CLASSES = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
+    TaskType.TOKEN_CLS: AutoModelForTokenClassification,
+    TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
+    TaskType.QUESTION_ANS: AutoModelForQuestionAnswering,
 }
 
 
@@ -49,7 +55,7 @@ def load_model(
     """A base model with its weights on the CPU, in eval mode.
 
     Args:
-        labels: The classes of a SEQ_CLS model, whose head is new unless the weights bring one of that size.
+        labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
 
     Raises:
         ModelError: It cannot be loaded.
