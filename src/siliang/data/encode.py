@@ -56,6 +56,10 @@ class Encoder:
         """The number of the single token that `text` is, if it is one."""
         return self._markers.get(text)
 
+    def markers(self) -> list[str]:
+        """Every text that is one token by itself: special tokens and added ones."""
+        return list(self._markers)
+
     def markers_in(self, text: str) -> list[str]:
         """The markers that occur in a text."""
         return [m for m in self._split.findall(text) if m in self._markers]

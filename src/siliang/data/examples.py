@@ -99,7 +99,7 @@ class SourceTarget:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokens and labels that were made elsewhere."""
+    """Tokens that were made elsewhere, and their labels; without any, every token is learned."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]

@@ -303,15 +303,18 @@ def _source_target(values: Values, c: Columns) -> Result:
 
 
 def _prepared(values: Values, c: Columns) -> Result:
-    ids, labels = values.get("input_ids"), values.get("labels", values.get("input_ids"))
+    ids, labels = values.get("input_ids"), values.get("labels")
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
         return "must hold a list of whole numbers in 'input_ids'"
-    if not isinstance(labels, list) or len(labels) != len(ids) or not all(isinstance(i, int) for i in labels):
+    if labels is not None and not (isinstance(labels, list) and len(labels) == len(ids)):
         return f"must hold a list of {len(ids)} whole numbers in 'labels'"
+    labels = labels or []
+    if not all(isinstance(i, int) for i in labels):
+        return "must hold whole numbers in 'labels'"
     mask = values.get("attention_mask")
     if isinstance(mask, list) and len(mask) == len(ids):  # padding that was put there is taken off again
         kept = [i for i, on in enumerate(mask) if on]
-        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
+        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept] if labels else []
     return Prepared(tuple(ids), tuple(labels))
 
 

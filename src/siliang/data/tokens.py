@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -94,6 +94,12 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
             total = np.concatenate([[0], np.cumsum(values != IGNORED)])
             parts.append(total[ends] - total[ends - sizes])
         return np.concatenate(parts or [np.zeros(0, np.int64)])
+
+    def lists(self, name: str) -> Iterator[np.ndarray]:
+        """The arrays of a column of lists, one an entry."""
+        for chunk in self._chunks(name):
+            values, sizes = chunk.flatten().to_numpy(zero_copy_only=False), _sizes(chunk)
+            yield from np.split(values, np.cumsum(sizes)[:-1])
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers."""
@@ -284,7 +290,8 @@ def _conversations(
     rows: list[Rows] = []
     for example in examples:
         if isinstance(example, Prepared):
-            ids, labels = list(example.input_ids), list(example.labels)
+            ids = list(example.input_ids)
+            labels = list(example.labels or ids)
             over = max(0, len(ids) - data.max_length)
             cut = len(ids) - over
             lost = sum(x != IGNORED for x in labels[cut:])

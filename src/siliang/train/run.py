@@ -19,21 +19,22 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from siliang.check import find, look_at, stop_on_errors
 from siliang.config import RunConfig
 from siliang.data import sources
 from siliang.data.collate import PadCollator
-from siliang.data.load import Examples, load_examples
-from siliang.data.tokens import TokenSet, tokenise
+from siliang.data.load import Examples
+from siliang.data.tokens import TokenSet
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
-from siliang.models.load import load_tokenizer, weights_sha256
+from siliang.models.load import weights_sha256
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
 from siliang.record import Counts, Record, Rows, Seconds
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, load_base
-from siliang.train.hardware import Choice, choose_precision, describe_device, find_device, versions
+from siliang.train.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.train.metrics import trainer_metrics
 from siliang.train.trainer import Progress, SiliangTrainer, Watcher, stopping_on_signal
-from siliang.types import ConfigError, OutputError, SiliangError, TaskType
+from siliang.types import OutputError, SiliangError, TaskType
 
 # where the labels are not in `labels`
 LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
@@ -112,16 +113,12 @@ def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
     method = find_method(config.method.name)
     device = find_device()
     precision = choose_precision(config.train.precision, device)
-    tokenizer = load_tokenizer(config.model, revision=config.revision)
-    if config.task is TaskType.CAUSAL_LM and tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"{config.model}: its tokenizer has no end-of-sequence token, so a model could not learn to stop."
-        )
-    examples = load_examples(config.data, config.task, seed=config.train.seed)
-    sets = [
-        tokenise(rows, tokenizer, config.data, config.task, labels=examples.labels)
-        for rows in (examples.train, examples.eval)
-    ]
+    subject = look_at(config, machine())
+    findings = find(subject, stop_early=True)
+    stop_on_errors(findings)
+    for finding in findings:
+        listener.say(f"warning    {finding.code} {finding.title}: {finding.message}")
+    tokenizer, examples, sets = subject.tokenizer, subject.examples, [subject.train, subject.eval]
     truncated = int((sets[0].column("lost") > 0).sum())
     listener.say(
         f"data       {len(sets[0]):,} rows to train on, {len(sets[1]):,} held out"
