@@ -93,7 +93,7 @@ def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) 
         parts = rows.train_test_split(test_size, seed=seed, stratify_by_column=by)
     except ValueError as error:
         raise DataError(f"data.test_size = {test_size} with data.stratify: {error}.") from None
-    return list(parts["train"]["row"]), list(parts["test"]["row"])
+    return parts["train"]["row"][:], parts["test"]["row"][:]
 
 
 def bad_rows_message(bad: list[str]) -> str:

@@ -114,7 +114,8 @@ class Template:
                 inside = []
         if prompt:
             out.append(Piece(self.assistant))
-        return [dataclasses.replace(p, alone=p.alone or self.apart) for p in out if p.text or p.end]
+        out = [p for p in out if p.text or p.end]
+        return [dataclasses.replace(p, alone=True) for p in out] if self.apart else out
 
     def _system(self, talk: Conversation) -> tuple[str, list[Message]]:
         given = [m.content for m in talk.messages if m.role == "system"]
