@@ -35,5 +35,10 @@ def fit_embeddings(model: Any, tokenizer: Any) -> list[str]:
     if model.get_input_embeddings().weight.shape[0] >= len(tokenizer):
         return []
     model.resize_token_embeddings(len(tokenizer))
-    grown = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [name for name, module in model.named_modules() if any(module is m for m in grown if m is not None)]
+    return embedding_modules(model)
+
+
+def embedding_modules(model: Any) -> list[str]:
+    """The names of the modules with a row for each token: the embedding, and the output head where there is one."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [name for name, module in model.named_modules() if any(module is end for end in ends if end is not None)]

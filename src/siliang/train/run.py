@@ -25,6 +25,7 @@ from siliang.data import sources
 from siliang.data.collate import PadCollator
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
+from siliang.data.vocabulary import embedding_modules
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.models.load import weights_sha256
@@ -161,7 +162,10 @@ def _attach(model: nn.Module, method: Method, config: RunConfig) -> tuple[nn.Mod
             p.requires_grad_(True)
     else:
         # a copy: attaching completes the config, and the resolved run.yaml keeps what the user said
-        model = get_peft_model(model, method.config(task_type=config.task, **config.method.arguments))
+        arguments = dict(config.method.arguments)
+        if config.data.add_tokens:  # new tokens are learned only where their embeddings are
+            arguments["modules_to_save"] = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]
+        model = get_peft_model(model, method.config(task_type=config.task, **arguments))
     return model, *count_parameters(model)
 
 
