@@ -67,8 +67,8 @@ def test_unknown_field_warns_and_a_changing_one_stops(adapter: Path) -> None:
     change_config(adapter, something_new=3)
     with pytest.warns(UserWarning, match="something_new = 3 is ignored"):
         PeftModel.from_pretrained(make("llama"), adapter)
-    change_config(adapter, something_new=None, use_dora=True)
-    with pytest.raises(AdapterError, match="use_dora = True changes what LORA computes"):
+    change_config(adapter, something_new=None, use_qalora=True)
+    with pytest.raises(AdapterError, match="use_qalora = True changes what LORA computes"):
         PeftModel.from_pretrained(make("llama"), adapter)
 
 

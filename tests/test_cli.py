@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tiny import WORDS, make, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from siliang import PeftModel
+from siliang.cli.main import main
 from siliang.record import Record
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -26,6 +29,23 @@ def siliang(*arguments: object, code: int = 0, stdin: str = "") -> str:
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command that must fail in this process, for long tables of cases; returns its error."""
+
+    def run(*arguments: object, code: int = 2) -> str:
+        monkeypatch.setattr(sys, "argv", ["siliang", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
+            main()
+        error = capsys.readouterr().err
+        assert stopped.value.code == code, error
+        assert "Traceback" not in error
+        return error
+
+    return run
 
 
 QUICK = ("--set", "train.batch_size=8", "--set", "data.max_length=32", "--set", "train.log_every=2")
@@ -145,7 +165,7 @@ def test_interrupted_then_resumed(model_folders: dict[str, Path], review_file: P
     assert Record.read(run).status == "completed"
 
 
-def test_bad_input(model_folders: dict[str, Path], review_file: Path, tmp_path: Path) -> None:
+def test_bad_input(here: Callable[..., str], model_folders: dict[str, Path], review_file: Path, tmp_path: Path) -> None:
     (tmp_path / "no-model").mkdir()
     (tmp_path / "full" / "a").mkdir(parents=True)
     (tmp_path / "bad.yaml").write_text("model: [")
@@ -169,12 +189,16 @@ def test_bad_input(model_folders: dict[str, Path], review_file: Path, tmp_path: 
     ]
     for change, extra, message in cases:
         flags = [str(part) for pair in (good | change).items() for part in pair]
-        error = siliang("train", *flags, *extra, code=2)
+        error = here("train", *flags, *extra)
         assert message in error
         assert error.startswith("error: ") and error.count("\n") <= 2, error
         assert not (tmp_path / "out").exists(), message
-    assert "No such option" in siliang("train", "--modle", "x", code=2)
-    assert "is no run folder" in siliang("predict", tmp_path / "full", "a", code=2)
+    assert "No such option" in here("train", "--modle", "x")
+    assert "is no run folder" in here("predict", tmp_path / "full", "a")
+    # and once as the user meets it
+    assert siliang(
+        "train", "--model", tmp_path / "missing", "--data", "x", "--task", "seq_cls", "--output", "y", code=2
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/bin/mount").exists(), reason="needs root to mount a small disk")

@@ -10,6 +10,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import siliang
 from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from siliang.peft_model import enable_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -30,7 +31,7 @@ def test_checkpoints_are_adapter_folders(config: siliang.PeftConfig, checkpointi
     model = get_peft_model(base, config)
     if checkpointing:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

@@ -12,32 +12,66 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from siliang.methods.base import PeftConfig
     from siliang.methods.bitfit import BitFitConfig
+    from siliang.methods.head import HeadConfig
+    from siliang.methods.ia3 import IA3Config
+    from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.lora import LoraConfig
-    from siliang.peft_model import PeftModel, get_peft_model
+    from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+    from siliang.methods.prefix_tuning import PrefixTuningConfig
+    from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+    from siliang.peft_model import (
+        PeftModel,
+        get_peft_model,
+        get_peft_model_state_dict,
+        prepare_model_for_kbit_training,
+        set_peft_model_state_dict,
+    )
     from siliang.types import PeftType, SiliangError, TaskType
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BitFitConfig": "siliang.methods.bitfit",
+    "HeadConfig": "siliang.methods.head",
+    "IA3Config": "siliang.methods.ia3",
+    "LNTuningConfig": "siliang.methods.ln_tuning",
     "LoraConfig": "siliang.methods.lora",
     "PeftConfig": "siliang.methods.base",
     "PeftModel": "siliang.peft_model",
     "PeftType": "siliang.types",
+    "PrefixTuningConfig": "siliang.methods.prefix_tuning",
+    "PromptEncoderConfig": "siliang.methods.p_tuning",
+    "PromptEncoderReparameterizationType": "siliang.methods.p_tuning",
+    "PromptTuningConfig": "siliang.methods.prompt_tuning",
+    "PromptTuningInit": "siliang.methods.prompt_tuning",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
     "get_peft_model": "siliang.peft_model",
+    "get_peft_model_state_dict": "siliang.peft_model",
+    "prepare_model_for_kbit_training": "siliang.peft_model",
+    "set_peft_model_state_dict": "siliang.peft_model",
 }
 
 __all__ = [
     "BitFitConfig",
+    "HeadConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoraConfig",
     "PeftConfig",
     "PeftModel",
     "PeftType",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "SiliangError",
     "TaskType",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
 ]
 
 

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from siliang.methods.base import CONFIG_NAME, LayerConfig
+from siliang.inject import PROMPT_KEY, Injection
+from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
 from siliang.types import AdapterError
-
-if TYPE_CHECKING:
-    from siliang.inject import Injection
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
+TRAINING_NAME = "siliang_training.safetensors"
 
 
-def save_adapter(folder: Path, injection: Injection, name: str, config: LayerConfig) -> None:
+def save_adapter(folder: Path, injection: Injection, name: str, config: PeftConfig) -> None:
     """Writes adapter `name` into `folder`: each file under a temporary name first, the config last.
 
-    A folder with adapter_config.json in it is therefore complete.
+    A folder with adapter_config.json in it is therefore complete. What PEFT flattens away, the encoder of a P-tuning
+    prompt or the projection of a prefix, goes into a file of its own, which PEFT does not look at.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: t.detach().cpu().contiguous() for key, t in injection.adapter_tensors(name).items()}
-    with replacing(folder / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    prompt = injection.prompts[name] if name in injection.prompts else None  # noqa: SIM401, ModuleDict has no get
+    encoder = {} if prompt is None or prompt.flat else prompt.state_dict()
+    for file, tensors in ((TRAINING_NAME, encoder), (WEIGHTS_NAME, injection.adapter_tensors(name))):
+        if tensors:
+            with replacing(folder / file) as temporary:
+                plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+                save_file(plain, temporary, metadata={"format": "pt"})
+        else:
+            (folder / file).unlink(missing_ok=True)
     with replacing(folder / CONFIG_NAME) as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
 
@@ -55,31 +60,100 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     raise AdapterError(f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.")
 
 
+def read_training(folder: Path) -> dict[str, Tensor] | None:
+    """What made the prompt of an adapter folder, on the CPU; None where there is nothing more than the prompt.
+
+    Raises:
+        AdapterError: The file is damaged.
+    """
+    path = folder / TRAINING_NAME
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from error
+
+
 @torch.no_grad()
-def load_tensors(injection: Injection, name: str, tensors: dict[str, Tensor], *, source: str) -> None:
+def load_tensors(
+    injection: Injection,
+    name: str,
+    tensors: dict[str, Tensor],
+    *,
+    source: str,
+    training: dict[str, Tensor] | None = None,
+) -> None:
     """Copies `tensors` into adapter `name`; nothing is copied unless all of it fits.
+
+    Args:
+        training: What makes the prompt, from `read_training`: without it the prompt becomes a plain table.
 
     Raises:
         AdapterError: Keys are missing or unexpected, or a shape differs.
     """
     own = injection.adapter_tensors(name)
-    # PEFT with bias="all" writes a saved module's bias a second time, under the wrapper's own name
+    # PEFT with bias="all" writes a saved module's bias more than once: under the wrapper's name, and as it was before
     twice = {k for k in tensors if ".modules_to_save." in k and k.replace(".modules_to_save.", ".") in tensors}
+    twice |= {k for k in tensors if k.replace(".original_module.", ".") in own.keys() - {k}}
     tensors = {k: t for k, t in tensors.items() if k not in twice}
+    embeddings = _embeddings_along(injection, tensors.keys() - own.keys())
     if missing := sorted(own.keys() - tensors.keys()):
         raise AdapterError(f"{source}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}.")
-    if unexpected := sorted(tensors.keys() - own.keys()):
+    if unexpected := sorted(tensors.keys() - own.keys() - embeddings.keys()):
         raise AdapterError(
             f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}."
         )
-    for key, tensor in own.items():
-        if tensor.shape != tensors[key].shape:
+    needed = {k: t.shape for k, t in own.items()}
+    needed |= {k: injection.model.get_parameter(path).shape for k, path in embeddings.items()}
+    for key, shape in needed.items():
+        if shape != tensors[key].shape:
             raise AdapterError(
-                f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(tensor.shape)}. "
+                f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(shape)}. "
                 "Is it an adapter of another base model?"
             )
     for key, tensor in own.items():
-        tensor.copy_(tensors[key])
+        if key == PROMPT_KEY:
+            _load_prompt(injection.prompts[name], tensors[key], training, source)
+        else:
+            tensor.copy_(tensors[key])
+    for key, path in embeddings.items():
+        if not torch.equal(injection.model.get_parameter(path).cpu(), tensors[key].cpu()):
+            injection.stand_in(path, name, tensors[key].to(injection.model.get_parameter(path)))
+
+
+def _embeddings_along(injection: Injection, keys: Iterable[str]) -> dict[str, str]:
+    """Those of `keys` that are the base model's embeddings, which PEFT saves along when they are tuned or were resized,
+    with the path where each stands.
+    """
+    ends = (getattr(injection.model, f"get_{end}_embeddings", None) for end in ("input", "output"))
+    modules = {id(module) for end in ends if end is not None and (module := end()) is not None}
+    paths = {f"{path}.weight" for path, m in injection.model.named_modules() if id(m) in modules}
+    paths |= {
+        f"{path}.base_layer.weight"
+        for path, m in injection.model.named_modules()
+        if id(m) in modules and hasattr(m, "base_layer")
+    }
+    paths = {p for p in paths if p.removesuffix(".weight") and _has(injection.model, p)}
+    return {key: path for key in keys if (path := key.removeprefix(injection.key_prefix)) in paths}
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_parameter(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _load_prompt(prompt: Prompt, table: Tensor, training: dict[str, Tensor] | None, source: str) -> None:
+    if training is None or prompt.flat:
+        prompt.flatten(table)
+        return
+    try:
+        prompt.load_state_dict(training)
+    except RuntimeError as error:
+        raise AdapterError(f"{source}: {TRAINING_NAME} does not fit: {str(error).splitlines()[-1].strip()}") from error
 
 
 @contextmanager

@@ -1,42 +1,52 @@
-"""Finds the targets, wraps them, freezes the rest, and can undo it all: the only file that changes a base model."""
+"""Attaches adapters to a base model, freezes the rest, and can undo it all: the only file that changes a base model's
+modules. Where is targets.py's to say, what is methods/'s.
+"""
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from siliang.methods import BitFitConfig, HeadConfig, LoraConfig, method_of
-from siliang.methods.base import LayerConfig, WrappedLayer, trained_dtype
-from siliang.methods.bitfit import bias_names, is_bias
-from siliang.methods.targets import LORA_TARGETS
-from siliang.types import TargetError, TaskType, nearest
+from siliang.methods import BitFitConfig, HeadConfig, method_of
+from siliang.methods.base import LayerConfig, PeftConfig, Prompt, PromptConfig, WrappedLayer
+from siliang.methods.bitfit import bias_names
+from siliang.saved_module import SavedModule, Swap
+from siliang.targets import find_saved_modules, find_targets, inside, lora_biases, no_biases
+from siliang.types import ConfigError, MergeError, TargetError, TaskType
+from siliang.virtual_tokens import Route, word_embeddings
 
 # The heads that are new, and so trained and saved by themselves, for each task.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.SEQ_CLS: ("classifier", "score", "classification_head"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+PROMPT_KEY = "prompt_embeddings"
 
 
 class Injection(nn.Module):
-    """A base model, and everything that has been attached inside it.
+    """A base model, and everything that has been attached to it.
 
-    It stands between PeftModel and the base model so that parameters are called `base_model.model.<path>`, as in PEFT.
+    It stands between PeftModel and the base model, so that parameters are called `base_model.model.<path>` as in PEFT.
+    With prompts PEFT leaves that step out; then PeftModel holds the base model itself, and this object beside it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, for_prompts: bool = False) -> None:
         super().__init__()
         self.model = model
         self.active: tuple[str, ...] = ()
+        self.for_prompts = for_prompts
+        self.key_prefix = "base_model." if for_prompts else "base_model.model."
+        self._prompt_configs: dict[str, PromptConfig] = {}
+        self._route: Route | None = None
         self._swaps: dict[str, Swap] = {}
         self._was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        # not a child: PeftModel shows it, under PEFT's name for it
+        self.__dict__["prompts"] = nn.ModuleDict()
         for p in model.parameters():
             p.requires_grad_(False)
 
@@ -51,325 +61,270 @@ class Injection(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def add_adapter(self, name: str, config: LayerConfig, *, lenient: bool = False) -> None:
-        """Attaches a new, inactive adapter; what the config leaves open (targets, heads) is filled in there.
+    # ---- on ----
+
+    def add_adapter(self, name: str, config: PeftConfig, *, lenient: bool = False) -> None:
+        """Attaches a new, inactive adapter; what the config leaves open (targets, shapes, heads) is filled in there.
 
         Args:
-            lenient: Some of several target names may match nothing, as in files that PEFT wrote.
+            lenient: Some of several names may match nothing, as in files that PEFT wrote.
 
         Raises:
             TargetError: The targets are not in the model. Nothing has been changed then.
+            ConfigError: The method cannot work on this model.
         """
-        heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
-        wanted = list(config.modules_to_save or ())
-        saved = find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
-        if heads:
-            config.modules_to_save = sorted({*wanted, *heads})
+        if isinstance(config, PromptConfig) is not self.for_prompts:
+            raise ConfigError("Adapters in layers and prompts cannot stand on one model: unload() it first.")
+        saved = self._saved_modules(config, lenient=lenient)
         layers: list[str] = []
         biases: list[str] = []
-        if isinstance(config, HeadConfig):
+        if isinstance(config, PromptConfig):
+            self._add_prompt(name, config)
+        elif isinstance(config, HeadConfig):
             if not saved:
                 raise TargetError("Training the head alone needs a head: task SEQ_CLS, TOKEN_CLS or QUESTION_ANS.")
         elif isinstance(config, BitFitConfig):
-            biases = [b for b in bias_names(self.model) if not _inside(b, saved)]
+            biases = [b for b in bias_names(self.model) if not inside(b, saved)]
             if not biases:
                 raise TargetError(no_biases(self.model))
-        else:
-            assert isinstance(config, LoraConfig)
+        elif isinstance(config, LayerConfig):
             layers = find_targets(self.model, config, outside=saved, lenient=lenient)
-            biases = _lora_biases(self.model, config, layers, saved)
-        layer_class = method_of(config).layer
+            biases = lora_biases(self.model, config, layers, saved)
         for path in layers:
-            layer = self.model.get_submodule(path)
-            if not isinstance(layer, WrappedLayer):
-                assert layer_class is not None
-                layer = layer_class(layer)
-                layer.train(layer.base_layer.training)
-                _replace(self.model, path, layer)
-            layer.add_adapter(name, **config.layer_arguments(path))  # type: ignore[attr-defined]
+            self._wrap(path, cast(LayerConfig, config)).add_adapter(
+                name, **cast(LayerConfig, config).layer_arguments(path)
+            )
         for path in biases:
-            swap = self._swaps.setdefault(path, Swap.of(self.model, path))
-            swap.adapters[name] = nn.Parameter(swap.original.detach().clone(), requires_grad=False)
+            self._swap(path).adapters[name] = nn.Parameter(
+                self._swap(path).original.detach().clone(), requires_grad=False
+            )
         for path in saved:
             module = self.model.get_submodule(path)
             if not isinstance(module, SavedModule):
                 module = SavedModule(module)
-                _replace(self.model, path, module)
+                replace(self.model, path, module)
             module.add_adapter(name)
+
+    def _saved_modules(self, config: PeftConfig, *, lenient: bool) -> list[str]:
+        heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
+        wanted = list(config.modules_to_save or ())
+        if lenient and wanted:
+            heads = ()  # the file says what it holds
+        saved = find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
+        if heads:
+            config.modules_to_save = sorted({*wanted, *heads})
+        return saved
+
+    def _wrap(self, path: str, config: LayerConfig) -> WrappedLayer:
+        layer = self.model.get_submodule(path)
+        if isinstance(layer, WrappedLayer):
+            if not isinstance(layer, method_of(config).layers):
+                raise ConfigError(
+                    f"{path} carries an adapter of another method already; adapters on one model must be of one method."
+                )
+            return layer
+        layer_class = next(kind for kind in method_of(config).layers if kind.supports(layer))
+        wrapped = layer_class(layer)
+        wrapped.train(layer.training)
+        replace(self.model, path, wrapped)
+        return wrapped
+
+    def _swap(self, path: str) -> Swap:
+        return self._swaps.setdefault(path, Swap.of(self.model, path))
+
+    def _add_prompt(self, name: str, config: PromptConfig) -> None:
+        embeddings = word_embeddings(self.model)
+        config.complete(self.model.config)
+        # made where the model is: on the meta device the encoder of a large model costs nothing
+        weight = next(self.model.parameters())
+        with torch.device(weight.device):
+            prompt = method_of(config).make_prompt(config, embeddings)
+        Route.of(self.model, config, prompt).remove()  # to find out now whether the model has a place for it
+        prompt.requires_grad_(False)
+        self.prompts[name] = prompt
+        self._prompt_configs[name] = config
+
+    # ---- at work ----
 
     def set_active(self, *names: str) -> None:
         """Makes the named adapters, none or several, the ones that compute."""
         self.active = names
         for module in self.model.modules():
             if isinstance(module, WrappedLayer):
-                module.active = names
+                module.activate(names)
             elif isinstance(module, SavedModule):
                 module.active = next((n for n in names if n in module.modules_to_save), None)
         for swap in self._swaps.values():
             swap.put(next((n for n in names if n in swap.adapters), None))
+        if self._route is not None:
+            self._route.remove()
+            self._route = None
+        for name in names:
+            if name in self.prompts:
+                if len(names) > 1:
+                    raise ConfigError(f"Only one prompt can be at work at a time, not {', '.join(names)}.")
+                self._route = Route.of(self.model, self._prompt_configs[name], cast(Prompt, self.prompts[name]))
 
     def train_only(self, *names: str) -> None:
         """Sets requires_grad on the parameters of the named adapters and on nothing else."""
-        for p in self.parameters():
+        for p in (*self.parameters(), *self.prompts.parameters()):
             p.requires_grad_(False)
         for name in names:
-            for p in self.adapter_parameters(name).values():
+            for p in self.adapter_parameters(name):
                 p.requires_grad_(True)
 
+    @contextmanager
+    def by_rows(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the block each row of a batch is computed with the adapter named for it ("__base__": with none).
+
+        Raises:
+            ConfigError: The adapters are of a kind that stands in place of the base model's own parameters.
+        """
+        rows = tuple(names)
+        if self.for_prompts or any(name in swap.adapters for swap in self._swaps.values() for name in rows):
+            raise ConfigError("adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.")
+        modules = [m for m in self.model.modules() if isinstance(m, WrappedLayer | SavedModule)]
+        for module in modules:
+            module.row_adapters = rows
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.row_adapters = None
+
+    # ---- what an adapter consists of ----
+
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
-        """What adapter `name` consists of, live, under the keys of the file (INTEROP: without the adapter's name)."""
+        """What adapter `name` consists of, under the keys of the file (INTEROP: without the adapter's name).
+
+        The tensors are live, but for a prompt that comes out of an encoder: that one is computed.
+        """
         found: dict[str, Tensor] = {}
+        if name in self.prompts:
+            found[PROMPT_KEY] = self.prompts[name]()
+        wrapped = set()
         for path, module in self.model.named_modules():
             if isinstance(module, WrappedLayer):
-                found |= {f"{path}.{key}": p for key, p in module.adapter_parameters(name).items()}
+                wrapped.add(path)
+                found |= {self._key(path, key): p for key, p in module.adapter_parameters(name).items()}
             elif isinstance(module, SavedModule) and name in module.modules_to_save:
                 state = module.modules_to_save[name].state_dict(keep_vars=True)
-                found |= {f"{path}.{key}": t for key, t in state.items()}
-        wrapped = {path for path, m in self.model.named_modules() if isinstance(m, WrappedLayer)}
+                found |= {self._key(path, key): t for key, t in state.items()}
         for path, swap in self._swaps.items():
             if name in swap.adapters:
                 owner, _, own = path.rpartition(".")
-                key = f"{owner}.base_layer.{own}" if owner in wrapped else path
-                found[key] = swap.adapters[name]
-        return {f"base_model.model.{key}": tensor for key, tensor in found.items()}
+                found[self._key(f"{owner}.base_layer" if owner in wrapped else owner, own)] = swap.adapters[name]
+        return found
 
-    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The trained part of `adapter_tensors`: without the buffers of saved modules."""
-        return {k: t for k, t in self.adapter_tensors(name).items() if isinstance(t, nn.Parameter)}
+    def _key(self, path: str, key: str) -> str:
+        return f"{self.key_prefix}{path}.{key}" if path else f"{self.key_prefix}{key}"
 
-    def unload(self, merge: str | None = None) -> nn.Module:
-        """Takes everything off again and returns the base model: as it was, bit for bit, or with one adapter merged."""
-        self.set_active(*((merge,) if merge else ()))
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """What of adapter `name` is trained: without the buffers of saved modules, with the encoder of a prompt."""
+        found = [t for t in self.adapter_tensors(name).values() if isinstance(t, nn.Parameter)]
+        made_by = list(self.prompts[name].parameters()) if name in self.prompts else []
+        return [*made_by, *(p for p in found if not any(p is q for q in made_by))]
+
+    def stand_in(self, path: str, name: str, tensor: Tensor) -> None:
+        """Makes `tensor` what adapter `name` has in the place of the base model's parameter at `path`."""
+        self._swap(path).adapters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    # ---- off ----
+
+    def delete_adapter(self, name: str) -> None:
+        """Takes adapter `name` off; a layer without any is the base model's own again."""
+        self.set_active(*(n for n in self.active if n != name))
+        if name in self.prompts:
+            del self.prompts[name], self._prompt_configs[name]
         for path, module in list(self.model.named_modules()):
             if isinstance(module, WrappedLayer):
-                if merge:
-                    module.merge(merge)
-                _replace(self.model, path, module.base_layer)
+                module.delete_adapter(name)
+                if not any(getattr(module, attribute) for attribute in module.ADAPTER_ATTRIBUTES):
+                    replace(self.model, path, module.restore())
             elif isinstance(module, SavedModule):
-                _replace(self.model, path, module.current)
+                module.delete_adapter(name)
+                if not module.modules_to_save:
+                    replace(self.model, path, module.original_module)
+        for path, swap in list(self._swaps.items()):
+            swap.adapters.pop(name, None)
+            if not swap.adapters:
+                del self._swaps[path]
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters that are in the base model's own weights just now."""
+        found = (n for m in self.model.modules() if isinstance(m, WrappedLayer) for n in m.merged)
+        return tuple(dict.fromkeys(found))
+
+    def merge(self, *names: str, safe: bool = False, keep: bool = True) -> None:
+        """Puts adapters into the base layers' weights.
+
+        Args:
+            safe: Refuse where a merged weight is not finite; nothing has been changed then.
+            keep: Hold the originals for `unmerge`.
+
+        Raises:
+            MergeError: The adapter is a prompt, is broken, or its base is quantised.
+        """
+        if self.for_prompts:
+            raise MergeError("A prompt stands beside the weights and cannot be merged into them: keep the adapter.")
+        done: list[WrappedLayer] = []
+        try:
+            for module in self.model.modules():
+                if isinstance(module, WrappedLayer):
+                    done.append(module)
+                    for name in names:
+                        module.merge(name, safe=safe, keep=keep or safe)
+        except BaseException:
+            for module in done:
+                module.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Takes merged adapters out of the weights again, bit for bit."""
+        for module in self.model.modules():
+            if isinstance(module, WrappedLayer):
+                module.unmerge()
+                module.activate(self.active)
+
+    def unload(self, *merge: str, safe: bool = False) -> nn.Module:
+        """Takes everything off again and returns the base model: as it was, bit for bit, or with adapters merged.
+
+        Raises:
+            MergeError: See `merge`; everything is still attached then.
+        """
+        self.unmerge()
+        self.set_active(*merge)
+        if merge:
+            self.merge(*merge, safe=safe, keep=False)
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, WrappedLayer):
+                replace(self.model, path, module.base_layer if merge else module.restore())
+            elif isinstance(module, SavedModule):
+                replace(self.model, path, module.current)
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._was_trainable.get(name, True))
         self._swaps.clear()
+        self.prompts.clear()
+        if merge:
+            _untie(self.model)
         return self.model
 
 
-class SavedModule(nn.Module):
-    """A module of the base model (a head, an embedding) of which each adapter trains and saves a copy of its own."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.original_module = module
-        self.modules_to_save = nn.ModuleDict()
-        self.active: str | None = None
-        self.train(module.training)
-
-    def add_adapter(self, name: str) -> None:
-        """Copies the original for adapter `name`, in fp32 where it is in half precision."""
-        twin = copy.deepcopy(self.original_module)
-        for p in twin.parameters():
-            p.data = p.data.to(trained_dtype(p))
-        self.modules_to_save[name] = twin
-
-    @property
-    def current(self) -> nn.Module:
-        return self.original_module if self.active is None else self.modules_to_save[self.active]
-
-    @property
-    def weight(self) -> Tensor:  # of a head or an embedding that other modules look into
-        return self.current.weight  # type: ignore[return-value]
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        module = self.current
-        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(next(module.parameters()).dtype)
-        return module(x, *args, **kwargs)
-
-
-@dataclass
-class Swap:
-    """A parameter of the base model that adapters put others in the place of.
-
-    Attributes:
-        sites: Every (module, attribute) that holds it: one, or several where it is tied.
-    """
-
-    original: nn.Parameter
-    sites: list[tuple[nn.Module, str]]
-    adapters: dict[str, nn.Parameter] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: nn.Module, path: str) -> Swap:
-        original = model.get_parameter(path)
-        sites = [
-            (module, attribute)
-            for module in model.modules()
-            for attribute, p in module.named_parameters(recurse=False, remove_duplicate=False)
-            if p is original
-        ]
-        return cls(original, sites)
-
-    def put(self, name: str | None) -> None:
-        """Puts adapter `name`'s parameter, or the original, where the model reads it."""
-        chosen = self.original if name is None else self.adapters[name]
-        module, attribute = self.sites[0]
-        standing = getattr(module, attribute)
-        # those put aside do not move with the model
-        chosen.data = chosen.data.to(device=standing.device)
-        for module, attribute in self.sites:
-            setattr(module, attribute, chosen)
-
-
-def find_targets(model: nn.Module, config: LoraConfig, *, outside: list[str], lenient: bool) -> list[str]:
-    """The paths of the layers that `config` means; fills in its `target_modules` where it is None.
-
-    Raises:
-        TargetError: A name or the regex matches nothing, or a match is no layer that the method can wrap.
-    """
-    layer_class = method_of(config).layer
-    assert layer_class is not None
-    modules = dict(plain_modules(model))
-    fitting = [p for p, m in modules.items() if layer_class.supports(m) and not _inside(p, outside)]
-    if config.target_modules is None:
-        config.target_modules = default_targets(model, fitting)
-    wanted = config.target_modules
-    if wanted == "all-linear":
-        head = _output_embedding(model)
-        found = [p for p in fitting if modules[p] is not head]
-        # PEFT saves the names themselves, so that the file means the same on a model with other linear layers
-        config.target_modules = sorted({p.rpartition(".")[2] for p in found})
-    elif isinstance(wanted, str):
-        try:
-            found = [p for p in modules if re.fullmatch(wanted, p)]
-        except re.error as error:
-            raise TargetError(f"target_modules = {wanted!r} is no regular expression: {error}.") from error
-        if not found:
-            raise TargetError(f"target_modules = {wanted!r} matches no module. The names are like {_samples(fitting)}.")
-    else:
-        missing = [name for name in wanted if not any(_ends(p, name) for p in modules)]
-        if missing and not (lenient and len(missing) < len(wanted)):
-            endings = {p.rpartition(".")[2] for p in fitting}
-            hint = nearest(missing[0], endings)
-            raise TargetError(
-                f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}.{hint} "
-                f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}."
-            )
-        found = [p for p in modules if any(_ends(p, name) for name in wanted)]
-    found = [p for p in found if not _excluded(p, config.exclude_modules) and _in_chosen_layers(p, config)]
-    found = [p for p in found if not _inside(p, outside)]
-    if not found:
-        raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
-    if strange := [p for p in found if not layer_class.supports(modules[p])]:
-        kind = type(modules[strange[0]]).__name__
-        raise TargetError(f"target_modules: {strange[0]!r} is a {kind}, which {config.peft_type} cannot wrap.")
-    return found
-
-
-def default_targets(model: nn.Module, fitting: list[str]) -> list[str]:
-    """The usual targets for the model's type, and an error that lists what there is where the type is unknown."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in LORA_TARGETS:
-        return list(LORA_TARGETS[model_type])
-    endings = sorted({p.rpartition(".")[2] for p in fitting})
-    raise TargetError(
-        f"No default target_modules are known for model type {model_type!r}: name them, or say 'all-linear'. "
-        f"Layers that can be tuned: {', '.join(endings) or 'none'}."
-    )
-
-
-def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str]) -> list[str]:
-    """The outermost modules whose path ends in one of `names`.
-
-    Raises:
-        TargetError: One of `required` matches nothing.
-    """
-    paths = [p for p, _ in plain_modules(model) if p]
-    for name in required:
-        if not any(_ends(p, name) for p in paths):
-            hint = nearest(name, {p.rpartition(".")[2] for p in paths})
-            raise TargetError(f"modules_to_save: {name!r} matches no module of {type(model).__name__}.{hint}")
-    found = [p for p in paths if any(_ends(p, name) for name in names)]
-    return [p for p in found if not _inside(p, [other for other in found if other != p])]
-
-
-def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base model under their own paths, as if nothing were attached."""
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(module, WrappedLayer):
-            module = module.base_layer
-        elif isinstance(module, SavedModule):
-            module = module.original_module
-        yield path, module
-        for name, child in module.named_children():
-            yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, "")
-
-
-def no_biases(model: nn.Module) -> str:
-    """Why BitFit cannot work on this model, and what can."""
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    return (
-        f"BitFit trains biases, and this model ({model_type}) has none. "
-        "Use LoRA instead: method: lora, or LoraConfig()."
-    )
-
-
-def _lora_biases(model: nn.Module, config: LoraConfig, layers: list[str], saved: list[str]) -> list[str]:
-    """The base biases that LoRA's `bias` setting trains along, under their plain names."""
-    if config.bias == "none":
-        return []
-    everywhere = [
-        f"{path}.{name}" if path else name
-        for path, module in plain_modules(model)
-        for name, _ in module.named_parameters(recurse=False)
-        if is_bias(name)
-    ]
-    everywhere = [b for b in everywhere if not _inside(b, saved)]
-    if config.bias == "all":
-        return everywhere
-    return [b for b in everywhere if b.rpartition(".")[0] in layers]
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
 
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+def _untie(model: Any) -> None:
+    """Says in the config that input and output embeddings are tied no more, where merging into one of them parted them.
 
-
-def _inside(path: str, roots: list[str]) -> bool:
-    return any(path == root or path.startswith(root + ".") for root in roots)
-
-
-def _excluded(path: str, exclude: list[str] | str | None) -> bool:
-    if exclude is None:
-        return False
-    if isinstance(exclude, str):
-        return re.fullmatch(exclude, path) is not None
-    return any(_ends(path, name) for name in exclude)
-
-
-def _in_chosen_layers(path: str, config: LoraConfig) -> bool:
-    """Whether the block index in `path` is one of layers_to_transform: the first number after the pattern's name."""
-    chosen = config.layers_to_transform
-    if chosen is None:
-        return True
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    patterns = config.layers_pattern
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns or [r"[^.]*"]:
-        if found := re.match(rf".*\.{pattern}\.(\d+)\.", "." + path):
-            return int(found[1]) in chosen
-    return False
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
-
-
-def _samples(paths: list[str]) -> str:
-    return ", ".join(map(repr, paths[:3])) or "(none)"
+    Otherwise saving would drop one of the two, and loading tie the other to it.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if None not in ends and ends[0].weight is not ends[1].weight:
+        config.tie_word_embeddings = False

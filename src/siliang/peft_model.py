@@ -7,17 +7,19 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.checkpoint import load_tensors, read_adapter, save_adapter
+from siliang.checkpoint import load_tensors, read_adapter, read_training, save_adapter
 from siliang.inject import Injection
-from siliang.methods.base import CONFIG_NAME, LayerConfig, PeftConfig
+from siliang.methods.base import CONFIG_NAME, PeftConfig
 from siliang.types import AdapterError, ConfigError, nearest
+
+BASE = "__base__"  # in adapter_names: no adapter
 
 
 def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
@@ -34,13 +36,67 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     return PeftModel(model, peft_config, adapter_name)
 
 
+def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """What an adapter consists of, under the keys of its file."""
+    return {key: tensor.detach() for key, tensor in model.injection.adapter_tensors(adapter_name).items()}
+
+
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Copies tensors under the keys of a file into an adapter.
+
+    Raises:
+        AdapterError: They do not fit; nothing has been copied then.
+    """
+    load_tensors(model.injection, adapter_name, peft_model_state_dict, source="peft_model_state_dict")
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Freezes a quantised model and turns gradient checkpointing on, non-reentrant unless told otherwise.
+
+    PEFT's function of this name also copies every 16-bit parameter to fp32: the norms, and a whole embedding and output
+    layer, gigabytes for a large vocabulary. Frozen weights gain nothing by it, and adapters are fp32 anyway.
+    """
+    for p in model.parameters():
+        p.requires_grad_(False)
+    if use_gradient_checkpointing:
+        settings = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if settings["use_reentrant"]:
+            model.enable_input_require_grads()  # reentrant checkpoints see no gradient where no input asks for one
+        enable_checkpointing(model, **settings)
+    return model
+
+
+def enable_checkpointing(model: Any, **settings: Any) -> None:
+    """Turns gradient checkpointing on, under the name that this transformers has for it (5.23 renamed it).
+
+    Args:
+        settings: For torch.utils.checkpoint, such as `use_reentrant=False`.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
 class PeftModel(PreTrainedModel):
     """A base model with named adapters, one of which is active.
 
     It is a PreTrainedModel so that the stock Trainer saves it through `save_pretrained`, which makes its checkpoints
     adapter folders: the Trainer does so only for that class and for peft's own. It holds no config or generation
     machinery of its own: what it does not define is the base model's.
+
+    Attributes:
+        injection: All that is attached. With adapters in layers it is `base_model`; with prompts that is the base model
+            itself, and `prompt_encoder` holds the prompts, as in PEFT.
     """
+
+    injection: Injection
 
     def __init__(
         self,
@@ -53,16 +109,21 @@ class PeftModel(PreTrainedModel):
         nn.Module.__init__(self)  # PreTrainedModel's own would adjust the base model's config to this wrapper
         if isinstance(model, PeftModel):
             raise ConfigError("The model has adapters already: call its add_adapter, or unload() it first.")
-        self.peft_config: dict[str, LayerConfig] = {}  # type: ignore[assignment]
-        self._modules["base_model"] = Injection(model)
+        if not isinstance(peft_config, PeftConfig):
+            raise ConfigError(f"{type(peft_config).__name__} is not a method's config of siliang, such as LoraConfig.")
+        self.peft_config: dict[str, PeftConfig] = {}  # type: ignore[assignment]
+        injection = Injection(model, for_prompts=peft_config.is_prompt_learning)
+        self.__dict__["injection"] = injection
+        if injection.for_prompts:
+            self._modules["base_model"], self._modules["prompt_encoder"] = model, injection.prompts
+        else:
+            self._modules["base_model"] = injection
         try:
             self._add_adapter(adapter_name, peft_config, lenient=lenient)
+            self.set_adapter(adapter_name)
         except BaseException:
             self.unload()
             raise
-        self.set_adapter(adapter_name)
-        if self.peft_config[adapter_name].inference_mode:
-            self.base_model.train_only()
 
     # ---- adapters ----
 
@@ -71,13 +132,12 @@ class PeftModel(PreTrainedModel):
         self._add_adapter(adapter_name, peft_config)
 
     def _add_adapter(self, name: str, peft_config: PeftConfig, *, lenient: bool = False) -> None:
-        if not name or any(c in name for c in "./\\") or name == "__base__":
+        if not name or any(c in name for c in "./\\") or name == BASE:
             raise ConfigError(f"adapter name {name!r}: use letters, digits, '-' and '_', at least one.")
         if name in self.peft_config:
             raise ConfigError(f"adapter {name!r} is there already: {', '.join(self.peft_config)}.")
-        if not isinstance(peft_config, LayerConfig):
-            raise ConfigError(f"{type(peft_config).__name__} is not a method's config: use LoraConfig or BitFitConfig.")
         config = copy.deepcopy(peft_config)
+        config.__post_init__()  # fields may have been set since it was made
         base = self.get_base_model()
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
@@ -86,7 +146,7 @@ class PeftModel(PreTrainedModel):
                 "base_model_class": type(base).__name__,
                 "parent_library": type(base).__module__,
             }
-        self.base_model.add_adapter(name, config, lenient=lenient)
+        self.injection.add_adapter(name, config, lenient=lenient)
         self.peft_config[name] = config
 
     def load_adapter(  # type: ignore[override]
@@ -95,47 +155,59 @@ class PeftModel(PreTrainedModel):
         """Attaches an adapter from a folder (or a hub name), inactive until `set_adapter`.
 
         Raises:
-            AdapterError: The files are damaged, incomplete, or do not fit the model.
+            AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
         """
         folder = adapter_folder(model_id)
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors = read_adapter(folder)
-        before = self.base_model.active
+        before = self.injection.active
         self._add_adapter(adapter_name, config, lenient=True)
         try:
-            load_tensors(self.base_model, adapter_name, tensors, source=str(folder))
-        finally:
-            self.base_model.set_active(*before)
+            load_tensors(self.injection, adapter_name, tensors, source=str(folder), training=read_training(folder))
+        except AdapterError:
+            self.delete_adapter(adapter_name)
+            raise
+        self.injection.set_active(*before)
 
-    def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
-        """Makes one adapter the active one, and, unless it was loaded for inference only, the trained one."""
+    def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
+        """Takes an adapter off for good."""
         self._known(adapter_name)
-        self.base_model.set_active(adapter_name)
-        trainable = () if self.peft_config[adapter_name].inference_mode else (adapter_name,)
-        self.base_model.train_only(*trainable)
+        self.injection.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:  # type: ignore[override]
+        """Makes one adapter (or several, which add up) the active one, and trained unless loaded for inference."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name in names:
+            self._known(name)
+        self.injection.set_active(*names)
+        self.injection.train_only(*(name for name in names if not self.peft_config[name].inference_mode))
 
     @property
     def active_adapter(self) -> str:
-        return self.base_model.active[0]
+        return self.injection.active[0]
 
     @property
     def active_adapters(self) -> list[str]:  # type: ignore[override]
-        return list(self.base_model.active)
+        return list(self.injection.active)
 
     @property
-    def active_peft_config(self) -> LayerConfig:
+    def active_peft_config(self) -> PeftConfig:
         return self.peft_config[self.active_adapter]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model computes as the base model does."""
-        before = self.base_model.active
-        self.base_model.set_active()
+        """Within the block the model computes as the base model does, merged adapters or not."""
+        before, merged = self.injection.active, self.injection.merged
+        self.injection.unmerge()
+        self.injection.set_active()
         try:
             yield
         finally:
-            self.base_model.set_active(*before)
+            self.injection.set_active(*before)
+            if merged:
+                self.injection.merge(*merged)
 
     def _known(self, name: str) -> None:
         if name not in self.peft_config:
@@ -144,24 +216,51 @@ class PeftModel(PreTrainedModel):
                 + nearest(name, self.peft_config)
             )
 
-    # ---- off again ----
+    # ---- merging, and off again ----
 
     def get_base_model(self) -> nn.Module:
         """The base model, with what is attached still in it."""
-        return self.base_model.model
+        return self.injection.model
 
     def unload(self) -> nn.Module:
-        """Takes the adapters off and returns the base model as it was, bit for bit."""
-        return self.base_model.unload()
+        """Takes the adapters off and returns the base model as it was, bit for bit, even if some had been merged."""
+        return self.injection.unload()
 
-    def merge_and_unload(self, adapter_name: str | None = None) -> nn.Module:
-        """Adds the adapter (the active one) into the weights and returns the plain base model.
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | str | None = None
+    ) -> nn.Module:
+        """Adds adapters (the active ones) into the weights and returns the plain base model.
 
         See `siliang.merge` for a merge that is proved.
+
+        Args:
+            progressbar: Taken for PEFT's sake; merging is quick.
+            safe_merge: Refuse where merged weights would not be finite; the model is unchanged then.
+
+        Raises:
+            MergeError: The base model is quantised, the adapter is a prompt, or, with `safe_merge`, broken.
         """
-        name = self.active_adapter if adapter_name is None else adapter_name
-        self._known(name)
-        return self.base_model.unload(merge=name)
+        return self.injection.unload(*self._chosen(adapter_names), safe=safe_merge)
+
+    def merge_adapter(self, adapter_names: list[str] | str | None = None, safe_merge: bool = False) -> None:
+        """Adds adapters (the active ones) into the weights in place, until `unmerge_adapter`, which is exact.
+
+        Until then the original weights of the tuned layers are held as well.
+
+        Raises:
+            MergeError: As for `merge_and_unload`.
+        """
+        self.injection.merge(*self._chosen(adapter_names), safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Takes merged adapters out of the weights again, bit for bit."""
+        self.injection.unmerge()
+
+    def _chosen(self, names: list[str] | str | None) -> list[str]:
+        chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else names
+        for name in chosen:
+            self._known(name)
+        return chosen
 
     # ---- files ----
 
@@ -179,7 +278,7 @@ class PeftModel(PreTrainedModel):
         for name in selected_adapters or list(self.peft_config):
             self._known(name)
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            save_adapter(folder, self.base_model, name, self.peft_config[name])
+            save_adapter(folder, self.injection, name, self.peft_config[name])
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -194,7 +293,9 @@ class PeftModel(PreTrainedModel):
 
         Args:
             model_id: The adapter's folder, or its name on the hub.
-            is_trainable: Go on training it; otherwise it is frozen and the model put into eval mode.
+            is_trainable: Go on training it; otherwise it is frozen and the model put into eval mode. P-tuning and a
+                projected prefix go on where siliang saved them; from PEFT's files, which lack what made the prompt, the
+                prompt itself is trained.
             config: Used in the file's place.
 
         Raises:
@@ -203,13 +304,14 @@ class PeftModel(PreTrainedModel):
         folder = adapter_folder(model_id)
         config = copy.deepcopy(config) or PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
-        tensors = read_adapter(folder)
+        tensors, training = read_adapter(folder), read_training(folder) if is_trainable else None
         peft_model = cls(model, config, adapter_name, lenient=True)
         try:
-            load_tensors(peft_model.base_model, adapter_name, tensors, source=str(folder))
+            load_tensors(peft_model.injection, adapter_name, tensors, source=str(folder), training=training)
         except AdapterError:
             peft_model.unload()
             raise
+        peft_model.set_adapter(adapter_name)
         if not is_trainable:
             peft_model.eval()
         return peft_model
@@ -239,9 +341,14 @@ class PeftModel(PreTrainedModel):
         labels: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward. The names are spelt out because the stock Trainer reads them off here."""
+        """The base model's forward. The names are spelt out because the stock Trainer reads them off here.
+
+        Args:
+            adapter_names: The adapter of each row of the batch, "__base__" for none; None: the active one for all.
+        """
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -255,13 +362,23 @@ class PeftModel(PreTrainedModel):
             "end_positions": end_positions,
         }
         given = {name: value for name, value in named.items() if value is not None}
-        if given.keys() <= {"input_ids"} and not isinstance(self.get_base_model(), PreTrainedModel):
-            return self.base_model(*given.values(), **kwargs)  # any nn.Module: its input has its own name
-        return self.base_model(**given, **kwargs)
+        with self._rows(adapter_names):
+            if given.keys() <= {"input_ids"} and not isinstance(self.get_base_model(), PreTrainedModel):
+                return self.base_model(*given.values(), **kwargs)  # any nn.Module: its input has its own name
+            return self.base_model(**given, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, with the adapter at work."""
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the adapter at work, or one for each row."""
+        with self._rows(adapter_names):
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _rows(self, names: list[str] | None) -> AbstractContextManager[None]:
+        if names is None:
+            return nullcontext()
+        for name in names:
+            if name != BASE:
+                self._known(name)
+        return self.injection.by_rows(names)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -275,8 +392,8 @@ class PeftModel(PreTrainedModel):
     # ---- what PreTrainedModel defines and the base model must answer ----
 
     @property
-    def base_model(self) -> Injection:  # type: ignore[override]
-        return self._modules["base_model"]  # type: ignore[return-value]
+    def base_model(self) -> Any:  # type: ignore[override]
+        return self._modules["base_model"]
 
     @property
     def main_input_name(self) -> str:  # type: ignore[override]

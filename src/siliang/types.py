@@ -11,6 +11,11 @@ class PeftType(StrEnum):
     """A method's name in adapter_config.json; the values are those of PEFT, but for BITFIT and HEAD, which are ours."""
 
     LORA = "LORA"
+    IA3 = "IA3"
+    LN_TUNING = "LN_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

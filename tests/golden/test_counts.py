@@ -14,7 +14,18 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from siliang import (
+    BitFitConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from siliang.peft_model import count_parameters
 
 
 def bloom_1b4_zh() -> nn.Module:
@@ -81,3 +92,44 @@ def test_lora_on_chinese_roberta_counts_the_classifier_once_or_twice() -> None:
     original = sum(p.numel() for n, p in model.named_parameters() if "original_module" in n)
     assert total - original == 102_564_098
     assert isinstance(model, PeftModel)
+
+
+P_TUNING = {"num_virtual_tokens": 10, "encoder_hidden_size": 2048}
+ON_BLOOM = {
+    "prompt": (PromptTuningConfig(num_virtual_tokens=10), 20_480),
+    "prompt, 7 tokens": (PromptTuningConfig(num_virtual_tokens=7), 14_336),
+    "P-tuning, MLP": (PromptEncoderConfig(**P_TUNING), 12_609_536),
+    "P-tuning, LSTM": (PromptEncoderConfig(**P_TUNING, encoder_reparameterization_type="LSTM"), 193_030_144),  # type: ignore[arg-type]
+    "prefix": (PrefixTuningConfig(num_virtual_tokens=10), 983_040),
+    "prefix, projected": (PrefixTuningConfig(num_virtual_tokens=10, prefix_projection=True), 205_641_728),
+    "IA3": (IA3Config(), 344_064),
+    "LoRA and embeddings": (
+        LoraConfig(target_modules=r".*\.1.*query_key_value", modules_to_save=["word_embeddings"]),
+        95_225_856,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_BLOOM)
+def test_every_method_on_bloom_1b4_zh(name: str) -> None:
+    config, trained = ON_BLOOM[name]
+    config.task_type = TaskType.CAUSAL_LM
+    model = get_peft_model(bloom_1b4_zh(), config)
+    assert model.get_nb_trainable_parameters() == (trained, 1_303_111_680 + trained)
+
+
+ON_ROBERTA = {
+    "prefix": (PrefixTuningConfig(num_virtual_tokens=20), 370_178),
+    "prompt": (PromptTuningConfig(num_virtual_tokens=20), 16_898),
+    "P-tuning": (PromptEncoderConfig(num_virtual_tokens=20, encoder_hidden_size=128), 230_914),
+    "LoRA": (LoraConfig(), 296_450),
+}
+
+
+@pytest.mark.parametrize("name", ON_ROBERTA)
+def test_every_method_on_chinese_roberta(name: str) -> None:
+    config, trained = ON_ROBERTA[name]
+    config.task_type = TaskType.SEQ_CLS
+    model = chinese_roberta()
+    assert count_parameters(model)[1] == 102_269_186  # full fine-tuning
+    assert get_peft_model(model, config).get_nb_trainable_parameters()[0] == trained

@@ -8,5 +8,5 @@ def methods() -> None:
     from siliang.methods import METHODS
 
     for method in METHODS.values():
-        print(f"{method.name:<10} trains {method.trains}")
-        print(f"{'':<10} learning rate {method.learning_rate:g} ({method.learning_rate_source})")
+        print(f"{method.name:<14} trains {method.trains}")
+        print(f"{'':<14} learning rate {method.learning_rate:g} ({method.learning_rate_source})")

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from siliang.methods.base import LayerConfig, PeftConfig, WrappedLayer
+from torch import nn
+
+from siliang.methods.base import PeftConfig, Prompt, PromptConfig, WrappedLayer
 from siliang.methods.bitfit import BitFitConfig
 from siliang.methods.head import HeadConfig
-from siliang.methods.lora import LoraConfig, LoraLinear
+from siliang.methods.ia3 import IA3Config, IA3Linear
+from siliang.methods.ln_tuning import LNTuningConfig, TunedNorm
+from siliang.methods.lora import LoraConfig, LoraEmbedding, LoraLinear
+from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from siliang.methods.prefix_tuning import PrefixTuningConfig
+from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from siliang.types import AdapterError, ConfigError, PeftType, nearest
 
 
@@ -18,54 +25,106 @@ class Method:
     Attributes:
         name: What the user writes in `method:`.
         config: Its config class; None for full fine-tuning, which attaches nothing.
-        layer: The wrapped layer that it attaches; None where it trains parameters of the base model itself.
-        learning_rate: The default when the user gives none, for a model with a new head (SEQ_CLS) or a causal one.
+        layers: The wrapped layers that it attaches, the first that supports a base layer is taken; none where it trains
+            parameters of the base model itself, or virtual tokens.
+        learning_rate: The default when the user gives none.
         learning_rate_source: Where that figure is from.
         trains: What it trains, in a few words.
     """
 
     name: str
-    config: type[LayerConfig] | None
-    layer: type[WrappedLayer] | None
+    config: type[PeftConfig] | None
+    layers: tuple[type[WrappedLayer], ...]
     learning_rate: float
     learning_rate_source: str
     trains: str
+
+    @property
+    def freezes_the_base(self) -> bool:
+        """Whether the base model's own parameters all stay as they are, and so may be stored in half precision."""
+        return bool(self.layers) or (self.config is not None and self.config.is_prompt_learning)
+
+    @staticmethod
+    def make_prompt(config: PromptConfig, word_embeddings: nn.Module) -> Prompt:
+        """A new prompt of the config's method."""
+        assert isinstance(config, PromptTuningConfig | PromptEncoderConfig | PrefixTuningConfig)
+        return config.make_prompt(word_embeddings)
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(
-            name="lora",
-            config=LoraConfig,
-            layer=LoraLinear,
-            learning_rate=5e-4,
-            learning_rate_source="Hu et al. 2021, table 9: 4e-4 to 5e-4 for RoBERTa-base on GLUE",
-            trains="low-rank updates of chosen linear layers",
+            "lora",
+            LoraConfig,
+            (LoraLinear, LoraEmbedding),
+            5e-4,
+            "Hu et al. 2021, table 9: 4e-4 to 5e-4 for RoBERTa-base on GLUE",
+            "low-rank updates of chosen linear layers",
         ),
         Method(
-            name="bitfit",
-            config=BitFitConfig,
-            layer=None,
-            learning_rate=1e-3,
-            learning_rate_source="Ben Zaken et al. 2021, appendix A.2: 1e-4 to 1e-3",
-            trains="every bias of the model",
+            "ia3",
+            IA3Config,
+            (IA3Linear,),
+            3e-3,
+            "Liu et al. 2022, section 3.5: 3e-3",
+            "one factor for each key, value and feed-forward unit",
         ),
         Method(
-            name="head",
-            config=HeadConfig,
-            layer=None,
-            learning_rate=1e-3,
-            learning_rate_source="Adam's own default (Kingma and Ba 2014); a linear probe is not sensitive to it",
-            trains="the task's head alone: the baseline",
+            "ln_tuning",
+            LNTuningConfig,
+            (TunedNorm,),
+            1e-3,
+            "as BitFit, its sibling; Zhao et al. 2023 give none for language",
+            "the norms' weights and biases",
         ),
         Method(
-            name="full",
-            config=None,
-            layer=None,
-            learning_rate=3e-5,
-            learning_rate_source="Devlin et al. 2018, appendix A.3: 2e-5 to 5e-5",
-            trains="every parameter",
+            "bitfit",
+            BitFitConfig,
+            (),
+            1e-3,
+            "Ben Zaken et al. 2021, appendix A.2: 1e-4 to 1e-3",
+            "every bias of the model",
+        ),
+        Method(
+            "prompt_tuning",
+            PromptTuningConfig,
+            (),
+            3e-1,
+            "Lester et al. 2021, appendix A.1: 0.3",
+            "virtual tokens before the text",
+        ),
+        Method(
+            "p_tuning",
+            PromptEncoderConfig,
+            (),
+            1e-3,
+            "PEFT's example for P-tuning: 1e-3",
+            "virtual tokens, through a small network",
+        ),
+        Method(
+            "prefix_tuning",
+            PrefixTuningConfig,
+            (),
+            1e-2,
+            "PEFT's example for prefix tuning: 1e-2; Liu et al. 2021b, table 5: 5e-3 to 1e-2",
+            "keys and values before every layer's own",
+        ),
+        Method(
+            "head",
+            HeadConfig,
+            (),
+            1e-3,
+            "Adam's own default (Kingma and Ba 2014); a linear probe is not sensitive to it",
+            "the task's head alone: the baseline",
+        ),
+        Method(
+            "full",
+            None,
+            (),
+            3e-5,
+            "Devlin et al. 2018, appendix A.3: 2e-5 to 5e-5",
+            "every parameter",
         ),
     )
 }
@@ -88,7 +147,7 @@ def method_of(config: PeftConfig) -> Method:
     return next(m for m in METHODS.values() if m.config is type(config))
 
 
-def config_class(peft_type: object, *, source: str) -> type[LayerConfig]:
+def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
     """The config class for the `peft_type` of an adapter file.
 
     Raises:
@@ -107,8 +166,15 @@ __all__ = [
     "METHODS",
     "BitFitConfig",
     "HeadConfig",
+    "IA3Config",
+    "LNTuningConfig",
     "LoraConfig",
     "Method",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "config_class",
     "find_method",
     "method_of",

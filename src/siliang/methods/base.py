@@ -7,6 +7,7 @@ import enum
 import json
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from siliang.types import AdapterError, ConfigError, PeftType, TaskType, nearest
+from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType, nearest
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
@@ -30,6 +31,7 @@ class PeftConfig:
         revision: The base model's revision on the hub.
         inference_mode: The adapter is not to be trained. Always true in a saved file.
         auto_mapping: With task_type None, the base model's class and library; filled in when attaching.
+        modules_to_save: Name endings of modules trained and saved whole, beside the adapter (heads, embeddings).
     """
 
     task_type: TaskType | None = None
@@ -37,7 +39,9 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
     auto_mapping: dict[str, str] | None = None
+    modules_to_save: list[str] | None = None
 
+    is_prompt_learning: ClassVar[bool] = False
     peft_type: ClassVar[PeftType]
     # Fields of PEFT that siliang does not have, at PEFT's defaults: at any other value they would change the result.
     UNSUPPORTED: ClassVar[dict[str, Any]] = {}
@@ -51,6 +55,8 @@ class PeftConfig:
                     f"task_type {self.task_type!r} is not one of {', '.join(TaskType)}."
                     + nearest(str(self.task_type), TaskType)
                 ) from None
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save must be a list of names, not the string {self.modules_to_save!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it stands in adapter_config.json: sets become sorted lists, enums their values."""
@@ -124,18 +130,117 @@ class PeftConfig:
 
 @dataclass(kw_only=True)
 class LayerConfig(PeftConfig):
-    """A method that works inside the base model's layers, which can therefore be named.
+    """A method that wraps layers of the base model, which can therefore be named.
 
     Attributes:
-        modules_to_save: Name endings of modules trained and saved whole, beside the adapter (heads, embeddings).
+        target_modules: Which layers: a list of name endings, a regex for the whole name, "all-linear", or None for the
+            model type's defaults.
+        exclude_modules: Layers left out again: name endings or a regex.
     """
 
-    modules_to_save: list[str] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+
+    # The usual targets by the base model's model_type.
+    DEFAULT_TARGETS: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save must be a list of names, not the string {self.modules_to_save!r}.")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, set | tuple | frozenset):
+                setattr(self, name, sorted(value))
+
+    def use_defaults_of(self, model_type: str | None) -> None:
+        """Fills in what else depends on the model's type."""
+
+    @abstractmethod
+    def layer_arguments(self, path: str) -> dict[str, Any]:
+        """What the wrapped layer's `add_adapter` needs for the layer at `path`."""
+
+
+@dataclass(kw_only=True)
+class PromptConfig(PeftConfig):
+    """A method that puts trained virtual tokens before the text and leaves the base model's layers alone.
+
+    What is None is read off the base model when attaching.
+
+    Attributes:
+        num_virtual_tokens: Length of the prompt.
+        token_dim: Width of a virtual token: the model's hidden size, or, for a prefix, all key/value heads together.
+        num_transformer_submodules: 2 for encoder-decoders, whose files have twice the rows, otherwise 1.
+        num_attention_heads: Heads; for a prefix the key/value heads.
+        num_layers: Blocks of the model.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    is_prompt_learning: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens is not None and self.num_virtual_tokens < 1:
+            raise ConfigError(f"num_virtual_tokens = {self.num_virtual_tokens}: must be at least 1.")
+
+    def complete(self, model_config: Any) -> None:
+        """Fills in the shapes from the base model's config.
+
+        Raises:
+            ConfigError: The config does not say them.
+        """
+        if self.num_virtual_tokens is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs num_virtual_tokens (in a run: method.num_virtual_tokens), such as 20."
+            )
+        text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        if self.num_transformer_submodules is None:
+            self.num_transformer_submodules = 2 if self.task_type is TaskType.SEQ_2_SEQ_LM else 1
+        for name, names in (
+            ("num_layers", ("num_hidden_layers", "num_layers", "n_layer")),
+            ("token_dim", ("hidden_size", "n_embd", "d_model")),
+            ("num_attention_heads", ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")),
+        ):
+            if getattr(self, name) is None:
+                found = next((v for n in names if (v := getattr(text, n, None)) is not None), None)
+                if found is None:
+                    raise ConfigError(f"{type(text).__name__} does not say {name}: give it in {type(self).__name__}.")
+                setattr(self, name, found)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the saved table of virtual tokens."""
+        assert self.num_virtual_tokens is not None
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+
+class Prompt(nn.Module, ABC):
+    """What makes the virtual tokens. Its `embedding` alone is left in a saved file: what trained it is flattened.
+
+    Attributes:
+        flat: The embedding is the prompt itself: there is nothing between, or it was loaded from a flattened file.
+    """
+
+    embedding: nn.Embedding
+    flat: bool
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The table of virtual tokens, (rows, width): what `prompt_embeddings` holds in the file."""
+
+    @torch.no_grad()
+    def flatten(self, table: Tensor) -> None:
+        """Becomes the plain table that a file holds."""
+        weight = self.embedding.weight
+        for name, _ in list(self.named_children()):
+            if name != "embedding":
+                delattr(self, name)
+        rows, width = table.shape
+        self.embedding = nn.Embedding(rows, width, _weight=table.to(device=weight.device, dtype=weight.dtype))
+        self.flat = True
 
 
 class WrappedLayer(nn.Module, ABC):
@@ -143,6 +248,11 @@ class WrappedLayer(nn.Module, ABC):
 
     The wrapped layer stands where the base layer stood and keeps it as `base_layer`. It calls the base layer and never
     asks what kind it is, so the same class serves full-precision and quantised layers.
+
+    Attributes:
+        active: The adapters that compute, in order.
+        merged: Those that are in the base layer's own weights just now.
+        row_adapters: For a batch that mixes adapters, the one of each row ("__base__" for none); None otherwise.
     """
 
     # The attributes that hold the adapters' parameters, each keyed by adapter name, in the order of the file.
@@ -155,6 +265,8 @@ class WrappedLayer(nn.Module, ABC):
         self.base_layer = base_layer
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        self.row_adapters: tuple[str, ...] | None = None
+        self._unmerged: dict[str, nn.Parameter] = {}
 
     @classmethod
     @abstractmethod
@@ -166,12 +278,74 @@ class WrappedLayer(nn.Module, ABC):
         """Makes the parameters of adapter `name`, from the config's values resolved for this layer."""
 
     @abstractmethod
-    def delete_adapter(self, name: str) -> None:
-        """Forgets adapter `name`, if this layer has it."""
+    def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with the adapters `names` at work."""
 
     @abstractmethod
-    def merge(self, name: str) -> None:
-        """Adds adapter `name` into the base layer's own weights."""
+    def merged_parameters(self, name: str) -> dict[str, Tensor]:
+        """What the base layer's parameters become with adapter `name` in them."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.row_adapters is None:
+            return self.adapted([n for n in self.active if n not in self.merged], x, *args, **kwargs)
+        return by_row(self.row_adapters, x, lambda name, part: self.adapted([name], part, *args, **kwargs))
+
+    def has(self, name: str) -> bool:
+        """Whether this layer has adapter `name`."""
+        return any(name in getattr(self, attribute) for attribute in self.ADAPTER_ATTRIBUTES)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets adapter `name`, if this layer has it."""
+        for attribute in self.ADAPTER_ATTRIBUTES:
+            held = getattr(self, attribute)
+            if name in held:
+                del held[name]
+
+    @torch.no_grad()
+    def merge(self, name: str, *, safe: bool = False, keep: bool = True) -> None:
+        """Puts adapter `name` into the base layer's own parameters.
+
+        They are replaced, not written to: a parameter that is tied to another layer's leaves that one as it is.
+
+        Args:
+            safe: Refuse where the result is not finite.
+            keep: Hold the originals for `unmerge`, which then restores them bit for bit.
+
+        Raises:
+            MergeError: The base layer is quantised, or, with `safe`, the adapter is broken.
+        """
+        if not self.has(name) or name in self.merged:
+            return
+        if is_quantised(self.base_layer):
+            raise MergeError(
+                "The base model is quantised, and rounding the merged weights to it again would change the answers: "
+                "load the base model in 16 bits, attach the adapter, and merge there (`siliang merge` does)."
+            )
+        for key, value in self.merged_parameters(name).items():
+            if safe and not torch.isfinite(value).all():
+                raise MergeError(f"Adapter {name!r} is broken: merged weights would not be finite.")
+            parameter = getattr(self.base_layer, key)
+            if keep:
+                self._unmerged.setdefault(key, parameter)
+            setattr(self.base_layer, key, nn.Parameter(value.to(parameter.dtype), requires_grad=False))
+        self.merged = (*self.merged, name)
+
+    def unmerge(self) -> None:
+        """Puts the parameters back that `merge` replaced."""
+        for key, parameter in self._unmerged.items():
+            setattr(self.base_layer, key, parameter)
+        self._unmerged.clear()
+        self.merged = ()
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Makes `names` the adapters that compute."""
+        self.active = names
+
+    def restore(self) -> nn.Module:
+        """The base layer as it was before anything was done to it."""
+        self.unmerge()
+        self.activate(())
+        return self.base_layer
 
     @property
     def weight(self) -> Tensor:  # some models read `dense.weight` of a layer they think is plain
@@ -194,6 +368,64 @@ class WrappedLayer(nn.Module, ABC):
             else:
                 found |= {f"{attribute}.{key}": p for key, p in item.named_parameters()}
         return found
+
+
+def by_row(rows: Sequence[str], x: Tensor, run: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """A batch that mixes adapters: each adapter's rows go through `run` together, and come back in their order.
+
+    Args:
+        rows: The adapter of each row; a batch that is a multiple of it (beams) repeats each.
+        x: (B, ...).
+    """
+    repeat = len(x) // len(rows)
+    names = [name for name in rows for _ in range(repeat)]
+    out: Tensor | None = None
+    for name in dict.fromkeys(names):
+        index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+        part = run(name, x[index])
+        if out is None:
+            out = part.new_empty((len(x), *part.shape[1:]))
+        out = out.index_copy(0, index, part)
+    assert out is not None
+    return out
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether the layer's weight is stored in 4 or 8 bits."""
+    weight = getattr(layer, "weight", None)
+    return hasattr(weight, "quant_state") or hasattr(weight, "SCB")
+
+
+def float_weight(layer: Any) -> Tensor:
+    """The layer's weight in floating point, whatever it is stored in, as (out, in); Conv1D is turned round."""
+    weight: Any = layer.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if hasattr(weight, "SCB"):
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scale = layer.state.SCB if weight.SCB is None else weight.SCB
+        return int8_vectorwise_dequant(weight.data, scale)
+    return weight.T if is_transposed(layer) else weight
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer keeps its weight as (in, out), as GPT-2's Conv1D does."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def features(layer: Any) -> tuple[int, int]:
+    """(in, out) features of a linear layer; a quantised weight's own shape would be that of its storage."""
+    if is_transposed(layer):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """nn.Linear, its quantised kin, or GPT-2's Conv1D."""
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
 
 
 def trained_dtype(reference: Tensor) -> torch.dtype:

@@ -14,12 +14,12 @@ from typing import ClassVar
 
 from torch import nn
 
-from siliang.methods.base import LayerConfig
+from siliang.methods.base import PeftConfig
 from siliang.types import PeftType
 
 
 @dataclass(kw_only=True)
-class BitFitConfig(LayerConfig):
+class BitFitConfig(PeftConfig):
     """BitFit has no settings of its own: every existing bias is trained, and nothing else."""
 
     peft_type: ClassVar[PeftType] = PeftType.BITFIT

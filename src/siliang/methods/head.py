@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from siliang.methods.base import LayerConfig
+from siliang.methods.base import PeftConfig
 from siliang.types import PeftType
 
 
 @dataclass(kw_only=True)
-class HeadConfig(LayerConfig):
+class HeadConfig(PeftConfig):
     """Trains `modules_to_save`, which for a task with a head is that head, and nothing else."""
 
     peft_type: ClassVar[PeftType] = PeftType.HEAD

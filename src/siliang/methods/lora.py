@@ -1,25 +1,43 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021, arXiv:2106.09685).
 
-    y = W x + (alpha / r) B A x        A ~ U(kaiming), B = 0: at the start y = W x exactly
+    y = W x + s B A x        s = alpha / r,  A ~ U(kaiming), B = 0: at the start y = W x exactly
 
-rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732) scales by alpha / sqrt(r) instead.
-Shapes: W (O, I), A (R, I), B (O, R); B leading dimensions of the input, I in, O out, R = r.
+rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
+DoRA (Liu et al., 2024, arXiv:2402.09353): y = m / |W + s B A| * (W + s B A) x, m trained, the norm taken per output and
+held constant in the gradient; m starts as |W|.
+On an embedding: y = W[x] + s (A[:, x])^T B^T, with A = 0 and B normal at the start.
+Starts other than zero (PiSSA, OLoRA, LoftQ) live in lora_init.py.
+
+Shapes: W (O, I), A (R, I), B (O, R), m (O,); I in, O out, R = r. Of an embedding: A (R, V), B (D, R).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siliang.methods.base import LayerConfig, WrappedLayer, trained_dtype
+from siliang.methods.base import (
+    LayerConfig,
+    WrappedLayer,
+    features,
+    float_weight,
+    is_linear,
+    is_transposed,
+    trained_dtype,
+)
+from siliang.methods.lora_init import RESIDUAL_STARTS, start
+from siliang.methods.targets import LORA_TARGETS
 from siliang.ops.lora_linear import lora_linear
 from siliang.types import ConfigError, PeftType
+
+INITS = ("gaussian", "pissa", "olora", "loftq")
 
 
 @dataclass(kw_only=True)
@@ -28,16 +46,17 @@ class LoraConfig(LayerConfig):
 
     Attributes:
         r: Rank of the update.
-        target_modules: Which layers: a list of name endings, a regex for the whole name, "all-linear", or None for the
-            model type's defaults.
-        exclude_modules: Layers left out again: name endings or a regex.
         lora_alpha: Numerator of the scaling.
         lora_dropout: Probability of zeroing an input of A during training.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
         bias: Base biases trained along: none, all, or those of the wrapped layers.
         use_rslora: Scale by alpha / sqrt(r).
+        use_dora: Train the weight's magnitude apart from its direction.
+        lora_bias: Give B a bias of its own.
         init_lora_weights: True: A kaiming uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
-            random, for tests.
+            random, for tests. "pissa" (or "pissa_niter_4", faster), "olora": A and B take the weight's main directions,
+            and the base weight keeps the rest. "loftq": the base weight is rounded to few bits, A and B make up for it.
+        loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         layers_to_transform: Indices of the blocks to tune; None for all.
         layers_pattern: Name of the list that the indices count in ("layers", "h"); None for any.
         rank_pattern: r for layers whose name ends in, or matches, the key.
@@ -45,20 +64,22 @@ class LoraConfig(LayerConfig):
     """
 
     r: int = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
+    use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+    loftq_config: dict[str, Any] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
+    DEFAULT_TARGETS: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
     UNSUPPORTED: ClassVar[dict[str, Any]] = {
         "alora_invocation_tokens": None,
         "arrow_config": None,
@@ -66,8 +87,6 @@ class LoraConfig(LayerConfig):
         "ensure_weight_tying": False,
         "eva_config": None,
         "layer_replication": None,
-        "loftq_config": {},
-        "lora_bias": False,
         "lora_ga_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
@@ -76,7 +95,6 @@ class LoraConfig(LayerConfig):
         "target_parameters": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
-        "use_dora": False,
         "use_qalora": False,
     }
 
@@ -88,13 +106,21 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must be at least 0 and less than 1.")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias = {self.bias!r}: must be 'none', 'all' or 'lora_only'.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ConfigError(f"init_lora_weights = {self.init_lora_weights!r}: must be true, false or 'gaussian'.")
+        init = self.init_lora_weights
+        if init not in (True, False, *INITS) and not re.fullmatch(r"pissa_niter_[1-9]\d*", str(init)):
+            raise ConfigError(
+                f"init_lora_weights = {init!r}: must be true, false, {', '.join(map(repr, INITS))} or 'pissa_niter_4'."
+            )
+        self.loftq_config = dict(self.loftq_config or {})
+        if init == "loftq":
+            self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
+            if self.loftq_config["loftq_bits"] not in (4, 8) or self.loftq_config["loftq_iter"] < 1:
+                raise ConfigError(f"loftq_config = {self.loftq_config}: loftq_bits is 4 or 8, loftq_iter at least 1.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set without layers_to_transform: say which layers, or leave both out.")
 
     def layer_arguments(self, path: str) -> dict[str, Any]:
-        """What `LoraLinear.add_adapter` needs for the layer at `path`, the patterns resolved."""
+        """What `add_adapter` needs for the layer at `path`, the patterns resolved."""
         r = _for_path(self.rank_pattern, path, self.r)
         alpha = _for_path(self.alpha_pattern, path, self.lora_alpha)
         return {
@@ -102,41 +128,86 @@ class LoraConfig(LayerConfig):
             "scaling": alpha / math.sqrt(r) if self.use_rslora else alpha / r,
             "dropout_p": self.lora_dropout,
             "init": self.init_lora_weights,
+            "dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "bits": self.loftq_config.get("loftq_bits", 4),
+            "iterations": self.loftq_config.get("loftq_iter", 1),
         }
 
 
-class LoraLinear(WrappedLayer):
+class _LoraLayer(WrappedLayer):
+    """What a linear layer and an embedding with LoRA share: scaling, and starts that leave a residual behind."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.scaling: dict[str, float] = {}
+        # With PiSSA and its kin the base weight is not the model's own any more: each such adapter has a weight to go
+        # with it, and the model's own is kept, so that disabling and unloading are exact.
+        self._own_weight: nn.Parameter | None = None
+        self._residuals: dict[str, nn.Parameter] = {}
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        super().activate(names)
+        if self._own_weight is not None and not self.merged:
+            residual = next((self._residuals[n] for n in names if n in self._residuals), self._own_weight)
+            self.base_layer.weight = residual
+
+    def delete_adapter(self, name: str) -> None:
+        super().delete_adapter(name)
+        self.scaling.pop(name, None)
+        self._residuals.pop(name, None)
+
+    def _leave(self, name: str, residual: Tensor) -> None:
+        """Remembers the base weight that goes with adapter `name`."""
+        self._own_weight = self._own_weight if self._own_weight is not None else self.base_layer.weight
+        assert self._own_weight is not None
+        self._residuals[name] = nn.Parameter(residual.to(self._own_weight.dtype), requires_grad=False)
+
+    @property
+    def _pristine(self) -> Tensor:
+        return self.base_layer.weight if self._own_weight is None else self._own_weight
+
+
+class LoraLinear(_LoraLayer):
     """A linear layer (or GPT-2's Conv1D) with low-rank updates beside it.
 
-    Parameter names are PEFT's: `lora_A.<adapter>.weight` (R, I) and `lora_B.<adapter>.weight` (O, R).
+    Parameter names are PEFT's: `lora_A.<adapter>.weight` (R, I), `lora_B.<adapter>.weight` (O, R) and `.bias` (O,), and
+    `lora_magnitude_vector.<adapter>.weight` (O,), which the file calls `lora_magnitude_vector`.
     """
 
-    ADAPTER_ATTRIBUTES = ("lora_A", "lora_B")
+    ADAPTER_ATTRIBUTES = ("lora_A", "lora_B", "lora_magnitude_vector")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.scaling: dict[str, float] = {}
+        self.lora_magnitude_vector = nn.ModuleDict()
         self.dropout_p: dict[str, float] = {}
-        self._transposed = not hasattr(base_layer, "in_features")  # Conv1D keeps its weight (I, O)
 
     @classmethod
     def supports(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+        return is_linear(layer)
 
     def add_adapter(  # type: ignore[override]
-        self, name: str, *, r: int, scaling: float, dropout_p: float = 0.0, init: bool | str = True
+        self,
+        name: str,
+        *,
+        r: int,
+        scaling: float,
+        dropout_p: float = 0.0,
+        init: bool | str = True,
+        dora: bool = False,
+        lora_bias: bool = False,
+        bits: int = 4,
+        iterations: int = 1,
     ) -> None:
         """Makes A and B for adapter `name`, beside the base weight: on its device, in fp32 where it is half."""
         weight = self.base_layer.weight
-        in_features, out_features = weight.shape if self._transposed else (weight.shape[1], weight.shape[0])
-        if hasattr(self.base_layer, "in_features"):  # a quantised weight's own shape is that of its storage
-            in_features, out_features = self.base_layer.in_features, self.base_layer.out_features
+        in_features, out_features = features(self.base_layer)
         place = {"device": weight.device, "dtype": trained_dtype(weight)}
         # skip_init, then our own: nn.Linear would draw, and throw away, random numbers for B
         A: Any = nn.utils.skip_init(nn.Linear, in_features, r, bias=False, **place)
-        B: Any = nn.utils.skip_init(nn.Linear, r, out_features, bias=False, **place)
+        B: Any = nn.utils.skip_init(nn.Linear, r, out_features, bias=lora_bias, **place)
         if init == "gaussian":
             nn.init.normal_(A.weight, std=1 / r)
         else:
@@ -145,43 +216,165 @@ class LoraLinear(WrappedLayer):
             nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
         else:
             nn.init.zeros_(B.weight)
+        if lora_bias:
+            nn.init.zeros_(B.bias)
         self.lora_A[name], self.lora_B[name] = A, B
         self.scaling[name], self.dropout_p[name] = scaling, dropout_p
+        if isinstance(init, str) and init.startswith(RESIDUAL_STARTS) and weight.device.type != "meta":
+            W_OI = self._pristine.T if is_transposed(self.base_layer) else self._pristine
+            A.weight.data, B.weight.data, residual = start(
+                init, W_OI, r=r, scaling=scaling, bits=bits, iterations=iterations
+            )
+            self._leave(name, residual.T.contiguous() if is_transposed(self.base_layer) else residual)
+        if dora:
+            holder = nn.Module()
+            holder.weight = nn.Parameter(self._norm(name).to(place["dtype"]))
+            self.lora_magnitude_vector[name] = holder
 
     def delete_adapter(self, name: str) -> None:
-        if name in self.lora_A:
-            del self.lora_A[name], self.lora_B[name], self.scaling[name], self.dropout_p[name]
+        super().delete_adapter(name)
+        self.dropout_p.pop(name, None)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        for name in self.active:
-            if name in self.lora_A and name not in self.merged:
+    def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = base = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            if name not in self.lora_A:
+                continue
+            if name in self.lora_magnitude_vector:
+                y = y + self._dora(name, x, base)
+            else:
                 y = lora_linear(
                     y,
                     x,
                     *self._factors(name),
                     self.scaling[name],
+                    bias_O=self.lora_B[name].bias,  # type: ignore[arg-type]
                     dropout_p=self.dropout_p[name],
                     training=self.training,
                 )
         return y
 
+    def merged_parameters(self, name: str) -> dict[str, Tensor]:
+        weight = self.base_layer.weight
+        # one rounding, at the end: the sum is formed in the wider dtype
+        merged_OI = float_weight(self.base_layer).to(torch.promote_types(weight.dtype, torch.float32)) + self.delta(
+            name
+        )
+        if name in self.lora_magnitude_vector:
+            merged_OI = merged_OI * (self._magnitude(name) / self._norm(name)).unsqueeze(1)
+        found = {"weight": merged_OI.T.contiguous() if is_transposed(self.base_layer) else merged_OI}
+        bias_O = self.lora_B[name].bias
+        if bias_O is not None:
+            base_O = self.base_layer.bias
+            update_O = self.scaling[name] * bias_O  # type: ignore[operator]
+            found["bias"] = update_O if base_O is None else base_O.to(update_O.dtype) + update_O
+        return found
+
     def delta(self, name: str) -> Tensor:
-        """scaling * B A, in the layout of the base weight and in A's dtype."""
+        """s B A, (O, I), in A's dtype."""
         A, B = self._factors(name)
-        BA = self.scaling[name] * (B @ A)
-        return BA.T if self._transposed else BA
+        return self.scaling[name] * (B @ A)
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        # in the file the magnitude stands without ".weight"
+        return {k.replace("vector.weight", "vector"): p for k, p in super().adapter_parameters(name).items()}
+
+    def _dora(self, name: str, x_BI: Tensor, base_BO: Tensor) -> Tensor:
+        """What DoRA adds to the base layer's output, its bias left out: (m/|.| - 1) W x + m/|.| s B A x."""
+        dropout_p = self.dropout_p[name] if self.training else 0.0
+        x_BI = F.dropout(x_BI, dropout_p)
+        if dropout_p:
+            base_BO = F.linear(x_BI, float_weight(self.base_layer).to(x_BI.dtype))
+        elif self.base_layer.bias is not None:
+            base_BO = base_BO - self.base_layer.bias
+        scale_O = self._magnitude(name) / self._norm(name)
+        update_BO = lora_linear(torch.zeros_like(base_BO), x_BI, *self._factors(name), self.scaling[name])
+        # near 1 the difference is small, and is rounded as such in half precision
+        return (scale_O - 1).to(base_BO.dtype) * base_BO + scale_O.to(base_BO.dtype) * update_BO
 
     @torch.no_grad()
-    def merge(self, name: str) -> None:
-        if name in self.lora_A:
-            weight = self.base_layer.weight
-            # one rounding, at the end: the sum is formed in the wider dtype
-            weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta(name))
-            self.merged = (*self.merged, name)
+    def _norm(self, name: str) -> Tensor:
+        """|W + s B A| of each output, (O,), a constant in the gradient as the paper says (section 4.3)."""
+        A, _ = self._factors(name)
+        if A.device.type == "meta":
+            return A.new_empty(features(self.base_layer)[1])
+        base = self._residuals.get(name)
+        W_OI = float_weight(self.base_layer) if base is None else base.T if is_transposed(self.base_layer) else base
+        return torch.linalg.norm(W_OI.to(A.dtype) + self.delta(name), dim=1)
+
+    def _magnitude(self, name: str) -> Tensor:
+        return self.lora_magnitude_vector[name].weight  # type: ignore[return-value]
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+
+
+class LoraEmbedding(_LoraLayer):
+    """An embedding with a low-rank update: `lora_embedding_A.<adapter>` (R, V), `lora_embedding_B.<adapter>` (D, R)."""
+
+    ADAPTER_ATTRIBUTES = ("lora_embedding_A", "lora_embedding_B")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+
+    @classmethod
+    def supports(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Embedding)
+
+    def add_adapter(  # type: ignore[override]
+        self,
+        name: str,
+        *,
+        r: int,
+        scaling: float,
+        init: bool | str = True,
+        bits: int = 4,
+        iterations: int = 1,
+        **rest: Any,
+    ) -> None:
+        """Makes A and B for adapter `name`.
+
+        Raises:
+            ConfigError: A setting that an embedding cannot have.
+        """
+        if rest.get("dora") or rest.get("lora_bias"):
+            raise ConfigError(
+                "use_dora and lora_bias are for linear layers: leave the embedding out of target_modules."
+            )
+        weight = self.base_layer.weight
+        place = {"device": weight.device, "dtype": trained_dtype(weight)}
+        A, B = torch.zeros(r, weight.shape[0], **place), torch.empty(weight.shape[1], r, **place)
+        nn.init.normal_(B)
+        if init is False:
+            nn.init.normal_(A)
+        elif isinstance(init, str) and init == "loftq" and weight.device.type != "meta":
+            # (V, D) is this layer's (O, I): the factors change places
+            B_right, A_right, residual = start(
+                init, self._pristine, r=r, scaling=scaling, bits=bits, iterations=iterations
+            )
+            A, B = A_right.T.contiguous(), B_right.T.contiguous()
+            self._leave(name, residual)
+        self.lora_embedding_A[name], self.lora_embedding_B[name] = nn.Parameter(A), nn.Parameter(B)
+        self.scaling[name] = scaling
+
+    def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            if name in self.lora_embedding_A:
+                A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
+                update = F.embedding(x, A.T) @ B.T
+                # BART's and Gemma's embeddings multiply their output by a constant
+                scale = getattr(self.base_layer, "embed_scale", None)
+                update = update if scale is None else update * scale
+                y = y + (self.scaling[name] * update).to(y.dtype)
+        return y
+
+    def merged_parameters(self, name: str) -> dict[str, Tensor]:
+        weight = self.base_layer.weight
+        A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
+        return {"weight": weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scaling[name] * (B @ A).T}
 
 
 def _for_path(patterns: Mapping[str, float], path: str, default: float) -> Any:

@@ -1,4 +1,6 @@
-"""Which layers a method tunes when the user names none, by the base model's `model_type`: the choices of PEFT 0.21."""
+"""Which layers a method tunes when the user names none, by the base model's `model_type`: the choices of PEFT 0.21, and
+ours for the types that it leaves out (chatglm, glm, and the norms of BERT and its kin).
+"""
 
 from __future__ import annotations
 
@@ -40,4 +42,100 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "stablelm": QV_PROJ,
     "t5": ("q", "v"),
     "xlm-roberta": QUERY_VALUE,
+}
+
+IA3_TARGETS: dict[str, tuple[str, ...]] = {
+    "bart": ("q_proj", "v_proj", "fc2"),
+    "bert": ("key", "value", "output.dense"),
+    "bloom": ("query_key_value", "mlp.dense_4h_to_h"),
+    "chatglm": ("query_key_value", "mlp.dense_4h_to_h"),
+    "deberta": ("in_proj", "output.dense"),
+    "deberta-v2": ("key_proj", "value_proj", "output.dense"),
+    "falcon": ("query_key_value", "dense_4h_to_h"),
+    "gemma": ("q_proj", "v_proj", "down_proj"),
+    "gemma2": ("q_proj", "v_proj", "down_proj"),
+    "gemma3_text": ("q_proj", "v_proj", "down_proj"),
+    "glm": ("k_proj", "v_proj", "down_proj"),
+    "glm4": ("k_proj", "v_proj", "down_proj"),
+    "gpt2": ("c_attn", "mlp.c_proj"),
+    "gpt_bigcode": ("c_attn", "mlp.c_proj"),
+    "gpt_neo": ("q_proj", "v_proj", "c_proj"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+    "gptj": ("q_proj", "v_proj", "fc_out"),
+    "llama": ("k_proj", "v_proj", "down_proj"),
+    "mistral": ("k_proj", "v_proj", "down_proj"),
+    "mixtral": ("k_proj", "v_proj", "w2"),
+    "mt5": ("k", "v", "wi_1"),
+    "opt": ("q_proj", "k_proj", "fc2"),
+    "phi": ("q_proj", "v_proj", "fc2"),
+    "qwen2": ("q_proj", "v_proj", "down_proj"),
+    "qwen3": ("q_proj", "v_proj", "down_proj"),
+    "roberta": ("key", "value", "output.dense"),
+    "t5": ("k", "v", "wo"),
+}
+
+# Those of IA3's targets whose input is scaled instead of their output.
+IA3_FEEDFORWARD: dict[str, tuple[str, ...]] = {
+    "bart": ("fc2",),
+    "bert": ("output.dense",),
+    "bloom": ("mlp.dense_4h_to_h",),
+    "chatglm": ("mlp.dense_4h_to_h",),
+    "deberta": ("output.dense",),
+    "deberta-v2": ("output.dense",),
+    "falcon": ("dense_4h_to_h",),
+    "gemma": ("down_proj",),
+    "gemma2": ("down_proj",),
+    "gemma3_text": ("down_proj",),
+    "glm": ("down_proj",),
+    "glm4": ("down_proj",),
+    "gpt2": ("mlp.c_proj",),
+    "gpt_bigcode": ("mlp.c_proj",),
+    "gpt_neo": ("c_proj",),
+    "gpt_neox": ("dense_4h_to_h",),
+    "gptj": ("fc_out",),
+    "llama": ("down_proj",),
+    "mistral": ("down_proj",),
+    "mixtral": ("w2",),
+    "mt5": (),
+    "opt": ("fc2",),
+    "phi": ("fc2",),
+    "qwen2": ("down_proj",),
+    "qwen3": ("down_proj",),
+    "roberta": ("output.dense",),
+    "t5": ("wo",),
+}
+
+GEMMA_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "norm",
+)
+
+LN_TARGETS: dict[str, tuple[str, ...]] = {
+    "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+    "bert": ("LayerNorm",),
+    "bloom": ("input_layernorm", "post_attention_layernorm", "ln_f"),
+    "chatglm": ("input_layernorm", "post_attention_layernorm", "final_layernorm"),
+    "deberta": ("LayerNorm",),
+    "deberta-v2": ("LayerNorm",),
+    "electra": ("LayerNorm",),
+    "falcon": ("input_layernorm", "post_attention_layernorm", "ln_f"),
+    "gemma": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "gemma2": GEMMA_NORMS,
+    "gemma3_text": GEMMA_NORMS,
+    "glm": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "glm4": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "gpt2": ("ln_1", "ln_2", "ln_f"),
+    "gptj": ("ln_1", "ln_f"),
+    "llama": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "mistral": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "mt5": ("layer_norm", "final_layer_norm"),
+    "phi": ("input_layernorm", "final_layernorm"),
+    "qwen2": ("post_attention_layernorm",),
+    "qwen3": ("post_attention_layernorm",),
+    "roberta": ("LayerNorm",),
+    "t5": ("layer_norm", "final_layer_norm"),
+    "xlm-roberta": ("LayerNorm",),
 }

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from siliang.inject import TASK_HEADS
+from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.types import ModelError, TaskType
 
 AUTO_CLASSES = {
@@ -99,7 +100,8 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     _check_folder(name)
     folder = Path(name)
     try:
-        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file():
+        bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file()
+        if bare and load_config(name, revision=revision).model_type != ChatGLMConfig.model_type:
             # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
             tokenizer = LlamaTokenizer.from_pretrained(name, add_bos_token=True)
         else:

@@ -29,7 +29,6 @@ def lora_linear(
         (..., O), in the dtype of `y_BO`.
     """
     x_BI = F.dropout(x_BI, dropout_p, training)
-    update_BO = F.linear(F.linear(x_BI, A_RI.to(x_BI.dtype)), B_OR.to(x_BI.dtype))
-    if bias_O is not None:
-        update_BO = update_BO + bias_O.to(update_BO.dtype)
+    bias_O = None if bias_O is None else bias_O.to(x_BI.dtype)
+    update_BO = F.linear(F.linear(x_BI, A_RI.to(x_BI.dtype)), B_OR.to(x_BI.dtype), bias_O)
     return y_BO + (scaling * update_BO).to(y_BO.dtype)

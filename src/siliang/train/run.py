@@ -129,7 +129,7 @@ def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
     for line in examples.skipped:
         listener.say(f"           skipped {line}")
     # a frozen base may stand in half precision; weights that are trained themselves stay fp32 under autocast
-    half_base = method.layer is not None and precision.precision != "fp32"
+    half_base = method.freezes_the_base and precision.precision != "fp32"
     model = load_base(config, examples.labels, tokenizer, dtype=precision.dtype if half_base else torch.float32)
     model, trained, total = _attach(model, method, config)
     listener.say(

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from siliang.checkpoint import load_tensors, read_adapter
+from siliang.checkpoint import load_tensors, read_adapter, read_training
 from siliang.memory.peak import PeakMemory
 from siliang.peft_model import PeftModel
 from siliang.record import StepMetrics
@@ -70,8 +70,14 @@ class SiliangTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = model if model is not None else self.model
         if isinstance(target, PeftModel):
-            tensors = read_adapter(Path(resume_from_checkpoint))
-            load_tensors(target.base_model, target.active_adapter, tensors, source=resume_from_checkpoint)
+            folder = Path(resume_from_checkpoint)
+            load_tensors(
+                target.injection,
+                target.active_adapter,
+                read_adapter(folder),
+                source=resume_from_checkpoint,
+                training=read_training(folder),
+            )
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -1,0 +1,77 @@
+"""Starts of LoRA that take something out of the base weight: W = W' + s B A (or nearly), and W' is what stays in place.
+
+PiSSA (Meng et al., 2024, arXiv:2404.02948): W = U S V^T, A = sqrt(S_R / s) V_R^T, B = U_R sqrt(S_R / s).
+OLoRA (Buyukakyuz, 2024, arXiv:2406.01775): W = Q R, A = R_R, B = Q_R.
+LoftQ (Li et al., 2023, arXiv:2310.08659): W' = rounded(W - B A), B A = the best rank R of W - W', in turn.
+
+Shapes: W (O, I), A (R, I), B (O, R).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from siliang.types import ConfigError
+
+RESIDUAL_STARTS = ("pissa", "olora", "loftq")
+
+
+@torch.no_grad()
+def start(
+    init: str, W_OI: Tensor, *, r: int, scaling: float, bits: int, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and the weight that stays in the base layer, in fp32.
+
+    Args:
+        init: "pissa", "pissa_niter_N", "olora" or "loftq".
+        scaling: s.
+        bits, iterations: LoftQ's 4 (NF4) or 8 (int8), and its rounds.
+
+    Raises:
+        ConfigError: The weight is quantised already, or bitsandbytes is not there for LoftQ.
+    """
+    if not W_OI.is_floating_point():
+        raise ConfigError(
+            f"init_lora_weights = {init!r} starts from a base model in 16 or 32 bits, not a quantised one."
+        )
+    W_OI = W_OI.detach().float()
+    if init == "loftq":
+        return _loftq(W_OI, r, bits, iterations)
+    if init == "olora":
+        Q, R = torch.linalg.qr(W_OI)
+        A, B = R[:r], Q[:, :r]
+    else:
+        if init == "pissa":
+            U, S, Vh = torch.linalg.svd(W_OI, full_matrices=False)
+        else:
+            U, S, V = torch.svd_lowrank(W_OI, r, niter=int(init.removeprefix("pissa_niter_")))
+            Vh = V.T
+        root = (S[:r] / scaling).sqrt()
+        A, B = root[:, None] * Vh[:r], U[:, :r] * root
+    A, B = A.contiguous(), B.contiguous()
+    return A, B, W_OI - scaling * (B @ A)
+
+
+def _loftq(W_OI: Tensor, r: int, bits: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    A, B = W_OI.new_zeros(r, W_OI.shape[1]), W_OI.new_zeros(W_OI.shape[0], r)
+    rounded = W_OI
+    for _ in range(iterations):
+        rounded = _rounded(W_OI - B @ A, bits)
+        U, S, Vh = torch.linalg.svd(W_OI - rounded, full_matrices=False)
+        A, B = S[:r, None].sqrt() * Vh[:r], U[:, :r] * S[:r].sqrt()
+    return A.contiguous(), B.contiguous(), rounded
+
+
+def _rounded(W: Tensor, bits: int) -> Tensor:
+    """W as it comes back from NF4 or int8."""
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise ConfigError(
+            "init_lora_weights = 'loftq' rounds with bitsandbytes, which is not installed: pip install 'siliang[cuda]'."
+        ) from None
+    if bits == 4:
+        return functional.dequantize_4bit(*functional.quantize_4bit(W.contiguous(), quant_type="nf4"))
+    values, scale, _ = functional.int8_vectorwise_quant(W.half())
+    return functional.int8_vectorwise_dequant(values, scale)

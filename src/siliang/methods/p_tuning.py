@@ -1,0 +1,92 @@
+"""P-tuning: GPT Understands, Too (Liu et al., 2021, arXiv:2103.10385).
+
+    P = MLP(E)                  three layers with ReLU between, or
+    P = MLP2(BiLSTM(E))         a bidirectional LSTM and two layers; both are thrown away after training
+
+    model(P ; E(x))
+
+Shapes: E, P (V, D); H the encoder's hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from siliang.methods.base import Prompt, PromptConfig
+from siliang.types import ConfigError, PeftType, nearest
+
+
+class PromptEncoderReparameterizationType(StrEnum):
+    """What stands between E and P."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass(kw_only=True)
+class PromptEncoderConfig(PromptConfig):
+    """P-tuning's settings, with PEFT's names and defaults.
+
+    Attributes:
+        encoder_reparameterization_type: MLP or LSTM.
+        encoder_hidden_size: H; None: the model's hidden size.
+        encoder_num_layers: Layers of the LSTM; the MLP always has three.
+        encoder_dropout: Between the LSTM's layers.
+    """
+
+    encoder_reparameterization_type: PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    peft_type: ClassVar[PeftType] = PeftType.P_TUNING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = self.encoder_reparameterization_type
+        try:
+            self.encoder_reparameterization_type = PromptEncoderReparameterizationType(kind)
+        except ValueError:
+            raise ConfigError(
+                f"encoder_reparameterization_type = {kind!r} is not one of MLP, LSTM."
+                + nearest(str(kind), PromptEncoderReparameterizationType)
+            ) from None
+
+    def make_prompt(self, word_embeddings: nn.Module) -> EncodedPrompt:
+        """A new prompt; the word embeddings play no part in it."""
+        assert self.token_dim is not None
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+        return EncodedPrompt(self.rows, self.token_dim, self)
+
+
+class EncodedPrompt(Prompt):
+    """E and its encoder: `embedding`, `mlp_head` and, for LSTM, `lstm_head`, as PEFT names them."""
+
+    def __init__(self, rows: int, D: int, config: PromptEncoderConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows, D)
+        self.flat = config.inference_mode
+        self.lstm_head: nn.LSTM | None = None
+        if self.flat:
+            return
+        assert config.encoder_hidden_size is not None
+        H = config.encoder_hidden_size
+        if config.encoder_reparameterization_type is PromptEncoderReparameterizationType.LSTM:
+            self.lstm_head = nn.LSTM(
+                D, H, config.encoder_num_layers, dropout=config.encoder_dropout, bidirectional=True, batch_first=True
+            )
+            self.mlp_head = nn.Sequential(nn.Linear(2 * H, 2 * H), nn.ReLU(), nn.Linear(2 * H, D))
+        else:
+            self.mlp_head = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, D))
+
+    def forward(self) -> Tensor:
+        E = self.embedding.weight
+        if self.flat:
+            return E
+        if self.lstm_head is not None:
+            E = self.lstm_head(E.unsqueeze(0))[0].squeeze(0)
+        return self.mlp_head(E)

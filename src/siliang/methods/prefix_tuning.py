@@ -1,0 +1,81 @@
+"""Prefix tuning: Optimizing Continuous Prompts for Generation (Li and Liang, 2021, arXiv:2101.00190), and P-tuning v2
+(Liu et al., 2021, arXiv:2110.07602), which is the same for understanding tasks.
+
+    attention(Q, [P_k ; K], [P_v ; V])   in every layer
+    P = E                                 or, with projection,  P = W2 tanh(W1 E + b1) + b2
+
+Shapes: P (T, L * 2 * D): a row is (L layers, key and value, heads, head_dim); T virtual tokens, D = heads * head_dim of
+the key/value heads. With projection E (T, D) and W1 (H, D), W2 (L * 2 * D, H).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from siliang.methods.base import Prompt, PromptConfig
+from siliang.types import ConfigError, PeftType
+
+
+@dataclass(kw_only=True)
+class PrefixTuningConfig(PromptConfig):
+    """Prefix tuning's settings, with PEFT's names and defaults.
+
+    Attributes:
+        encoder_hidden_size: H of the projection; None: D.
+        prefix_projection: Train the prefix through a small network, which is thrown away afterwards.
+        init_weights: "zero": start from a prefix of zeros. None: at random.
+    """
+
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+    init_weights: Literal["zero"] | None = None
+
+    peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights not in (None, "zero"):
+            raise ConfigError(f"init_weights = {self.init_weights!r}: must be null or 'zero'.")
+
+    def complete(self, model_config: Any) -> None:
+        """As for every prompt; with grouped heads the width is that of the keys, not of the hidden states."""
+        given = self.token_dim, self.num_attention_heads
+        super().complete(model_config)
+        text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        kv_heads = getattr(text, "num_key_value_heads", None)
+        assert self.token_dim is not None and self.num_attention_heads is not None
+        head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+        head_dim = head_dim or self.token_dim // self.num_attention_heads
+        if given == (None, None):
+            heads: int = kv_heads or self.num_attention_heads
+            self.num_attention_heads, self.token_dim = heads, heads * head_dim
+
+    def make_prompt(self, word_embeddings: nn.Module) -> Prefix:
+        """A new prefix; the word embeddings play no part in it."""
+        assert self.token_dim is not None and self.num_layers is not None and self.num_virtual_tokens is not None
+        H = self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+        width = self.num_layers * 2 * self.token_dim
+        projected = self.prefix_projection and not self.inference_mode
+        prefix = Prefix(self.num_virtual_tokens, self.token_dim, H, width, projected)
+        if self.init_weights == "zero":
+            for p in (prefix.embedding if prefix.flat else prefix.transform[-1]).parameters():  # type: ignore[index]
+                nn.init.zeros_(p)
+        return prefix
+
+
+class Prefix(Prompt):
+    """E and its projection: `embedding` and `transform`, as PEFT names them."""
+
+    def __init__(self, T: int, D: int, H: int, width: int, projected: bool) -> None:
+        super().__init__()
+        self.flat = not projected
+        self.embedding = nn.Embedding(T, D if projected else width)
+        if projected:
+            self.transform = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, width))
+
+    def forward(self) -> Tensor:
+        E = self.embedding.weight
+        return E if self.flat else self.transform(E)

@@ -1,0 +1,105 @@
+"""Prompt tuning: The Power of Scale for Parameter-Efficient Prompt Tuning (Lester et al., 2021, arXiv:2104.08691).
+
+    model(P ; E(x))        P is trained, the embeddings E and all else stay
+
+Shapes: P (V, D); V virtual tokens, D the model's hidden size. For an encoder-decoder twice as many rows, of which, as
+in PEFT, the encoder gets the first half and nobody the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from siliang.methods.base import Prompt, PromptConfig
+from siliang.types import ConfigError, PeftType, nearest
+
+
+class PromptTuningInit(StrEnum):
+    """What the prompt starts from."""
+
+    RANDOM = "RANDOM"
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+
+
+@dataclass(kw_only=True)
+class PromptTuningConfig(PromptConfig):
+    """Prompt tuning's settings, with PEFT's names and defaults.
+
+    Attributes:
+        prompt_tuning_init: RANDOM; TEXT: the embeddings of a text, repeated or cut to length; SAMPLE_VOCAB: those of
+            random tokens.
+        prompt_tuning_init_text: The text.
+        tokenizer_name_or_path: What reads the text.
+        tokenizer_kwargs: Passed to AutoTokenizer.from_pretrained; `trust_remote_code` is left out.
+    """
+
+    prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    peft_type: ClassVar[PeftType] = PeftType.PROMPT_TUNING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+        except ValueError:
+            raise ConfigError(
+                f"prompt_tuning_init = {self.prompt_tuning_init!r} is not one of {', '.join(PromptTuningInit)}."
+                + nearest(str(self.prompt_tuning_init), PromptTuningInit)
+            ) from None
+        if self.prompt_tuning_init is PromptTuningInit.TEXT:
+            for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
+                if not getattr(self, name):
+                    raise ConfigError(f"prompt_tuning_init = TEXT needs {name} as well.")
+        elif self.tokenizer_kwargs:
+            raise ConfigError("tokenizer_kwargs is for prompt_tuning_init = TEXT only.")
+
+    def make_prompt(self, word_embeddings: nn.Module) -> SoftPrompt:
+        """A new prompt.
+
+        Args:
+            word_embeddings: The base model's, whose rows TEXT and SAMPLE_VOCAB start from.
+        """
+        prompt = SoftPrompt(self.rows, self.token_dim or 0)
+        if self.inference_mode or self.prompt_tuning_init is PromptTuningInit.RANDOM:
+            return prompt
+        weight: Any = word_embeddings.weight
+        if self.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
+            ids = torch.randint(0, weight.shape[0], (self.rows,))
+        else:
+            ids = torch.tensor(self._text_ids())
+        if weight.device.type != "meta":
+            with torch.no_grad():
+                prompt.embedding.weight.copy_(word_embeddings(ids.to(weight.device)))
+        return prompt
+
+    def _text_ids(self) -> list[int]:
+        from transformers import AutoTokenizer
+
+        settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+        assert self.tokenizer_name_or_path is not None
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, **settings)
+        ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
+        if not ids:
+            raise ConfigError(f"prompt_tuning_init_text = {self.prompt_tuning_init_text!r} has no tokens.")
+        return (ids * (self.rows // len(ids) + 1))[: self.rows]
+
+
+class SoftPrompt(Prompt):
+    """P itself: `prompt_encoder.<adapter>.embedding.weight` (V, D)."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows, width)
+        self.flat = True
+
+    def forward(self) -> Tensor:
+        return self.embedding.weight

@@ -1,0 +1,167 @@
+"""Which modules of a base model a config means, and errors with near names where it means none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from siliang.methods import method_of
+from siliang.methods.base import LayerConfig, WrappedLayer, is_linear
+from siliang.methods.bitfit import is_bias
+from siliang.methods.lora import LoraConfig
+from siliang.saved_module import SavedModule
+from siliang.types import TargetError, nearest
+
+
+def find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], lenient: bool) -> list[str]:
+    """The paths of the layers that `config` means; fills in its `target_modules` where it is None.
+
+    Raises:
+        TargetError: A name or the regex matches nothing, or a match is no layer that the method can wrap.
+    """
+    kinds = method_of(config).layers
+    modules = dict(plain_modules(model))
+    fitting = [p for p, m in modules.items() if any(k.supports(m) for k in kinds) and not inside(p, outside)]
+    if config.target_modules is None:
+        config.target_modules = default_targets(model, config, fitting)
+    config.use_defaults_of(getattr(getattr(model, "config", None), "model_type", None))
+    wanted = config.target_modules
+    if wanted == "all-linear":
+        head = _output_embedding(model)
+        found = [p for p in fitting if modules[p] is not head and is_linear(modules[p])]
+        # PEFT saves the names themselves, so that the file means the same on a model with other linear layers
+        config.target_modules = sorted({p.rpartition(".")[2] for p in found})
+    elif isinstance(wanted, str):
+        try:
+            found = [p for p in modules if re.fullmatch(wanted, p)]
+        except re.error as error:
+            raise TargetError(f"target_modules = {wanted!r} is no regular expression: {error}.") from error
+        if not found:
+            raise TargetError(f"target_modules = {wanted!r} matches no module. The names are like {_samples(fitting)}.")
+    else:
+        missing = [name for name in wanted if not any(_ends(p, name) for p in modules)]
+        if missing and not (lenient and len(missing) < len(wanted)):
+            endings = {p.rpartition(".")[2] for p in fitting}
+            hint = nearest(missing[0], endings)
+            raise TargetError(
+                f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}.{hint} "
+                f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}."
+            )
+        found = [p for p in modules if any(_ends(p, name) for name in wanted)]
+    found = [p for p in found if not _excluded(p, config.exclude_modules) and _in_chosen_layers(p, config)]
+    found = [p for p in found if not inside(p, outside)]
+    if not found:
+        raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
+    if strange := [p for p in found if p not in fitting]:
+        kind = type(modules[strange[0]]).__name__
+        raise TargetError(f"target_modules: {strange[0]!r} is a {kind}, which {config.peft_type} cannot wrap.")
+    return found
+
+
+def default_targets(model: nn.Module, config: LayerConfig, fitting: list[str]) -> list[str]:
+    """The usual targets for the model's type, and an error that lists what there is where the type is unknown."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in config.DEFAULT_TARGETS:
+        return list(config.DEFAULT_TARGETS[model_type])
+    endings = sorted({p.rpartition(".")[2] for p in fitting})
+    raise TargetError(
+        f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: name them. "
+        f"Layers that can be tuned: {', '.join(endings) or 'none'}."
+    )
+
+
+def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str]) -> list[str]:
+    """The outermost modules whose path ends in one of `names`.
+
+    Raises:
+        TargetError: One of `required` matches nothing.
+    """
+    paths = [p for p, _ in plain_modules(model) if p]
+    for name in required:
+        if not any(_ends(p, name) for p in paths):
+            hint = nearest(name, {p.rpartition(".")[2] for p in paths})
+            raise TargetError(f"modules_to_save: {name!r} matches no module of {type(model).__name__}.{hint}")
+    found = [p for p in paths if any(_ends(p, name) for name in names)]
+    return [p for p in found if not inside(p, [other for other in found if other != p])]
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base model under their own paths, as if nothing were attached."""
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(module, WrappedLayer):
+            module = module.base_layer
+        elif isinstance(module, SavedModule):
+            module = module.original_module
+        yield path, module
+        for name, child in module.named_children():
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def no_biases(model: nn.Module) -> str:
+    """Why BitFit cannot work on this model, and what can."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return (
+        f"BitFit trains biases, and this model ({model_type}) has none. "
+        "Use LoRA instead: method: lora, or LoraConfig()."
+    )
+
+
+def lora_biases(model: nn.Module, config: LayerConfig, layers: list[str], saved: list[str]) -> list[str]:
+    """The base biases that LoRA's `bias` setting trains along, under their plain names."""
+    if not isinstance(config, LoraConfig) or config.bias == "none":
+        return []
+    everywhere = [
+        f"{path}.{name}" if path else name
+        for path, module in plain_modules(model)
+        for name, _ in module.named_parameters(recurse=False)
+        if is_bias(name)
+    ]
+    everywhere = [b for b in everywhere if not inside(b, saved)]
+    if config.bias == "all":
+        return everywhere
+    return [b for b in everywhere if b.rpartition(".")[0] in layers]
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def inside(path: str, roots: list[str]) -> bool:
+    """Whether `path` is one of `roots`, or lies within one."""
+    return any(path == root or path.startswith(root + ".") for root in roots)
+
+
+def _excluded(path: str, exclude: list[str] | str | None) -> bool:
+    if exclude is None:
+        return False
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, path) is not None
+    return any(_ends(path, name) for name in exclude)
+
+
+def _in_chosen_layers(path: str, config: LayerConfig) -> bool:
+    """Whether the block index in `path` is one of layers_to_transform: the first number after the pattern's name."""
+    if not isinstance(config, LoraConfig) or config.layers_to_transform is None:
+        return True
+    chosen = config.layers_to_transform
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    patterns = config.layers_pattern
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns or [r"[^.]*"]:
+        if found := re.match(rf".*\.{pattern}\.(\d+)\.", "." + path):
+            return int(found[1]) in chosen
+    return False
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _samples(paths: list[str]) -> str:
+    return ", ".join(map(repr, paths[:3])) or "(none)"

@@ -1,0 +1,354 @@
+"""Brings virtual tokens to the base model: in front of its embeddings, or, for a prefix, in front of the keys and
+values of every attention. All of it is hooks, which go as they came.
+
+Prefixes could be handed over as a cache of past tokens, as PEFT does. But caches are taken away under gradient
+checkpointing, and models without one have no place for them. What every attention has is the moment where it asks its
+cache for the keys and values to attend to. So each attention module is given a cache of its own for that moment, which
+answers with the module's own keys and values (or those of the real cache, in generation) and the prefix in front. That
+happens inside the block, so recomputing it repeats it, and it needs no attention interface: BLOOM has caches too.
+DeBERTa has none: there, virtual rows are put in front of its hidden states, their keys and values replaced, and their
+outputs cut off.
+
+Positions count on from the virtual tokens, as in PEFT.
+
+Shapes: B batch, N tokens, V virtual tokens, D hidden size, H key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+
+from siliang.methods.base import Prompt, PromptConfig, WrappedLayer, is_linear
+from siliang.methods.prefix_tuning import PrefixTuningConfig
+from siliang.types import ConfigError, TaskType
+
+
+class Route:
+    """The hooks that bring one prompt to the model. `remove` takes them off."""
+
+    def __init__(self, model: nn.Module, config: PromptConfig, prompt: Prompt) -> None:
+        assert config.num_virtual_tokens is not None
+        self.model, self.config, self.prompt = model, config, prompt
+        self.V = config.num_virtual_tokens
+        self._handles: list[Any] = []
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    @staticmethod
+    def of(model: nn.Module, config: PromptConfig, prompt: Prompt) -> Route:
+        """The route that the method takes.
+
+        Raises:
+            ConfigError: The model has no place for it.
+        """
+        return (PrefixRoute if isinstance(config, PrefixTuningConfig) else EmbeddingRoute)(model, config, prompt)
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _install(self) -> None:
+        raise NotImplementedError  # pragma: no cover
+
+    def _before(self, module: nn.Module, change: Callable[[nn.Module, dict[str, Any]], None]) -> None:
+        """Lets `change` rewrite the arguments of `module`'s forward, all by name."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
+            named = by_name(module, args, kwargs)
+            change(module, named)
+            return (), named
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, change: Callable[[nn.Module, Any, Any], Any]) -> None:
+        self._handles.append(module.register_forward_hook(change))
+
+
+class EmbeddingRoute(Route):
+    """P ; E(x): prompt tuning and P-tuning."""
+
+    def _install(self) -> None:
+        model, task = self.model, self.config.task_type
+        self._embeddings: Any = word_embeddings(model)
+        self._cut = False
+        if is_encoder_decoder(model):
+            # generate() runs the encoder by itself, so the prompt joins there; the cross-attention's mask grows too
+            self._before(model.get_encoder(), self._prepend)  # type: ignore[operator]
+            self._before(model, self._grow_mask)
+        elif task in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS) or (
+            task is TaskType.SEQ_CLS and hasattr(model, "score")
+        ):
+            # the head must see the user's own tokens: one answer for each, or that of the last one that is no padding
+            self._before(backbone(model), self._prepend)
+            self._after(backbone(model), self._cut_off)
+        else:
+            self._before(model, self._prepend)
+
+    def _prepend(self, module: nn.Module, named: dict[str, Any]) -> None:
+        ids, embeds, V = named.get("input_ids"), named.get("inputs_embeds"), self.V
+        given = ids if ids is not None else embeds
+        if given is None:
+            return
+        B, N = given.shape[:2]
+        seen = cached_tokens(named)
+        mask = named.get("attention_mask")
+        # in a generation that has begun, the cache holds the virtual tokens already
+        if mask is not None and mask.dim() == 2 and mask.shape[1] == (seen + N - V if seen else N):
+            named["attention_mask"] = F.pad(mask, (V, 0), value=1)
+        positions = named.get("position_ids")
+        if positions is not None:
+            positions = positions + V
+        self._cut = not seen
+        if not seen:
+            embeds = self._embeddings(ids) if embeds is None else embeds
+            P = self.prompt()[:V].to(device=embeds.device, dtype=embeds.dtype)
+            named["input_ids"], named["inputs_embeds"] = None, torch.cat([P.expand(B, -1, -1), embeds], 1)
+            if named.get("token_type_ids") is not None:
+                named["token_type_ids"] = F.pad(named["token_type_ids"], (V, 0))
+            if named.get("labels") is not None and self.config.task_type is TaskType.CAUSAL_LM:
+                named["labels"] = F.pad(named["labels"], (V, 0), value=-100)
+            if positions is not None:
+                first = torch.arange(V, device=positions.device).expand(len(positions), -1)
+                positions = torch.cat([first, positions], 1)
+        if positions is not None:
+            named["position_ids"] = positions
+
+    def _grow_mask(self, module: nn.Module, named: dict[str, Any]) -> None:
+        if named.get("attention_mask") is not None:
+            named["attention_mask"] = F.pad(named["attention_mask"], (self.V, 0), value=1)
+
+    def _cut_off(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self._cut:
+            return output
+        if isinstance(output, tuple):
+            return (output[0][:, self.V :], *output[1:])
+        output.last_hidden_state = output.last_hidden_state[:, self.V :]
+        return output
+
+
+class PrefixRoute(Route):
+    """[P_k ; K], [P_v ; V] in every layer."""
+
+    def _install(self) -> None:
+        self._table: Tensor | None = None
+        host: Any = self.model.get_decoder() if is_encoder_decoder(self.model) else backbone(self.model)  # type: ignore[operator]
+        self._before(host, self._begin)
+        if "position_ids" not in inspect.signature(host.forward).parameters and hasattr(host, "embed_positions"):
+            self._before(host.embed_positions, self._shift)  # BART counts by itself
+        attentions = [m for m in host.modules() if is_cached_attention(m)]
+        for module in attentions:
+            self._before(module, self._attend)
+        disentangled = [m for m in host.modules() if type(m).__name__ == "DisentangledSelfAttention"]
+        for layer, module in enumerate(disentangled):
+            self._before(module, partial(self._widen, layer=layer))
+            self._after(module, lambda module, args, out: (out[0][:, self.V :], *out[1:]))
+            if hasattr(module, "in_proj"):
+                self._after(module.in_proj, partial(self._put_fused, layer=layer, attention=module))
+            else:
+                self._after(module.key_proj, partial(self._put, layer=layer, which=0))
+                self._after(module.value_proj, partial(self._put, layer=layer, which=1))
+        if not attentions and not disentangled:
+            raise ConfigError(
+                f"Prefix tuning finds no attention in {type(self.model).__name__} that it can reach. "
+                "Use method p_tuning, prompt_tuning or lora on this model."
+            )
+
+    def _begin(self, module: nn.Module, named: dict[str, Any]) -> None:
+        c = self.config
+        assert c.num_layers is not None and c.num_attention_heads is not None
+        # rows (V, layers, key and value, H, K) -> (layers, 2, H, V, K)
+        self._table = self.prompt().view(self.V, c.num_layers, 2, c.num_attention_heads, -1).permute(1, 2, 3, 0, 4)
+        if "position_ids" in inspect.signature(module.forward).parameters:
+            named["position_ids"] = self._positions(module, named)
+
+    def _positions(self, module: nn.Module, named: dict[str, Any]) -> Tensor | None:
+        if named.get("position_ids") is not None:
+            return named["position_ids"] + self.V
+        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+        given = ids if ids is not None else embeds
+        if given is None:
+            return None
+        padding = getattr(getattr(module, "embeddings", None), "padding_idx", None)
+        if hasattr(getattr(module, "embeddings", None), "create_position_ids_from_input_ids"):
+            # RoBERTa counts from its padding number on, and leaves the padding out
+            assert padding is not None
+            if ids is None:
+                return (torch.arange(given.shape[1], device=given.device) + padding + 1 + self.V).unsqueeze(0)
+            real = ids.ne(padding).long()
+            return (real.cumsum(1) + self.V) * real + padding
+        seen = cached_tokens(named)
+        return (torch.arange(given.shape[1], device=given.device) + seen + self.V).unsqueeze(0)
+
+    def _shift(self, module: nn.Module, named: dict[str, Any]) -> None:
+        if named.get("position_ids") is not None:
+            named["position_ids"] = named["position_ids"] + self.V
+        else:
+            named["past_key_values_length"] = named.get("past_key_values_length", 0) + self.V
+
+    def _layer(self, layer: int) -> Tensor:
+        """Keys and values of one layer, (2, H, V, K)."""
+        assert self._table is not None, "the prefix reaches the attention through its own model's forward"
+        if self.config.num_transformer_submodules == 2:
+            # PEFT lays the prefix out for self- and cross-attention and empties the latter: this is what is left
+            layer = 2 * layer % len(self._table)
+        return self._table[layer]
+
+    def _attend(self, module: nn.Module, named: dict[str, Any]) -> None:
+        if any(named.get(key) is not None for key in ("key_value_states", "encoder_hidden_states")):
+            return  # cross-attention
+        cache = "layer_past" if "layer_past" in inspect.signature(module.forward).parameters else "past_key_values"
+        inner = named.get(cache)
+        if isinstance(inner, EncoderDecoderCache):
+            inner = inner.self_attention_cache
+        layer_idx: Any = module.layer_idx
+        seen = inner.get_seq_length(layer_idx) if inner is not None else 0
+        named[cache] = PrefixedCache(self._layer(layer_idx), inner)
+        mask = "mask" if "mask" in inspect.signature(module.forward).parameters else "attention_mask"
+        named[mask] = self._mask(module, named.get(mask), named["hidden_states"], seen)
+        if named.get("alibi") is not None:
+            named["alibi"] = self._alibi(named["alibi"], module.num_heads)  # type: ignore[arg-type]
+
+    def _mask(self, module: nn.Module, mask: Any, hidden_BND: Tensor, seen: int) -> Tensor | None:
+        """The mask with the prefix's columns in front, open to all."""
+        V, N = self.V, hidden_BND.shape[1]
+        if isinstance(mask, Tensor):
+            return F.pad(mask, (V, 0), value=1.0 if mask.dim() == 2 or mask.dtype == torch.bool else 0.0)
+        if mask is not None:
+            raise ConfigError(f"Prefix tuning cannot extend a {type(mask).__name__}: use attn_implementation='sdpa'.")
+        implementation = str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+        if N == 1 or not getattr(module, "is_causal", False) or "flash" in implementation:
+            return None
+        # no mask means "causal" to the attention, which would line it up with the prefix
+        open_NS = torch.ones(N, V + seen + N, dtype=torch.bool, device=hidden_BND.device).tril(V + seen)
+        if implementation == "eager":
+            lowest = torch.finfo(hidden_BND.dtype).min
+            return torch.zeros_like(open_NS, dtype=hidden_BND.dtype).masked_fill(~open_NS, lowest)[None, None]
+        return open_NS[None, None]
+
+    def _alibi(self, alibi: Tensor, heads: int) -> Tensor:
+        """BLOOM's bias, (B * heads, 1, N), with positions -V ... -1 in front: only differences matter to a softmax."""
+        from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+        slopes = build_alibi_tensor(torch.ones(1, 2, device=alibi.device), heads, alibi.dtype)[:, 0, 1]
+        before = slopes[:, None, None] * torch.arange(-self.V, 0, device=alibi.device, dtype=alibi.dtype)
+        return torch.cat([before.repeat(len(alibi) // heads, 1, 1), alibi], -1)
+
+    # ---- DeBERTa ----
+
+    def _widen(self, module: nn.Module, named: dict[str, Any], *, layer: int) -> None:
+        V, hidden_BND = self.V, named["hidden_states"]
+        named["hidden_states"] = F.pad(hidden_BND, (0, 0, V, 0))
+        self._widened = named["hidden_states"].shape[:2]
+        if named.get("query_states") is not None:
+            named["query_states"] = F.pad(named["query_states"], (0, 0, V, 0))
+        # (B, 1, N, N): the virtual rows may look at anything, for their output is cut off
+        named["attention_mask"] = F.pad(named["attention_mask"], (V, 0, V, 0), value=1)
+        if named.get("relative_pos") is not None:
+            build: Any = sys.modules[type(module).__module__].build_relative_position  # type: ignore[attr-defined]
+            x = named["hidden_states"]
+            wanted = inspect.signature(build).parameters
+            settings = {
+                "bucket_size": getattr(module, "position_buckets", -1),
+                "max_position": module.max_relative_positions,
+                "device": x.device,
+            }
+            named["relative_pos"] = build(x, x, **{k: v for k, v in settings.items() if k in wanted}).to(x.device)
+
+    def _put(self, module: nn.Module, args: Any, out_BND: Tensor, *, layer: int, which: int) -> Tensor:
+        """The prefix in the place of the virtual rows of a key or value projection."""
+        if out_BND.shape[:2] != self._widened:  # DeBERTa sends its table of relative positions through here as well
+            return out_BND
+        P_VD = self._layer(layer)[which].transpose(0, 1).flatten(1).to(out_BND.dtype)
+        return torch.cat([P_VD.expand(len(out_BND), -1, -1), out_BND[:, self.V :]], 1)
+
+    def _put_fused(self, module: nn.Module, args: Any, out: Tensor, *, layer: int, attention: Any) -> Tensor:
+        """The same for DeBERTa v1's one projection: for each head query, key and value in turn."""
+        heads = attention.num_attention_heads
+        k_HVK, v_HVK = self._layer(layer).to(out.dtype)
+        rows = out[:, : self.V].unflatten(-1, (heads, 3, -1))
+        k, v = (t.transpose(0, 1).expand(len(out), -1, -1, -1) for t in (k_HVK, v_HVK))
+        rows = torch.stack([rows[..., 0, :], k, v], -2).flatten(-3)
+        return torch.cat([rows, out[:, self.V :]], 1)
+
+
+class PrefixedCache:
+    """What one attention module takes for its cache: the real one, if there is one, with the prefix in front.
+
+    Args:
+        prefix: Keys and values, (2, H, V, K).
+    """
+
+    def __init__(self, prefix: Tensor, inner: Any) -> None:
+        self._prefix, self._inner = prefix, inner
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(B, H, N, K) of either in; the same with the cached tokens and the prefix before them out."""
+        if self._inner is not None:
+            key, value = self._inner.update(key, value, layer_idx, *args, **kwargs)
+        k, v = self._prefix.to(device=key.device, dtype=key.dtype)
+        return tuple(torch.cat([p.expand(len(own), -1, -1, -1), own], 2) for p, own in ((k, key), (v, value)))  # type: ignore[return-value]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that came before, the virtual ones among them."""
+        seen = self._inner.get_seq_length(layer_idx) if self._inner is not None else 0
+        return self._prefix.shape[2] + seen
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `module`'s forward, all by name."""
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {k: v for k, v in bound.items() if k not in ("args", "kwargs")} | bound.get("kwargs", {})
+
+
+def cached_tokens(named: dict[str, Any]) -> int:
+    """How many tokens the cache among the arguments holds."""
+    cache = named.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def is_cached_attention(module: nn.Module) -> bool:
+    """Whether `module` is an attention itself, not something around one, and asks a cache for its keys and values."""
+    if getattr(module, "layer_idx", None) is None:
+        return False
+    parameters = inspect.signature(module.forward).parameters
+    own = any(is_linear(child) or isinstance(child, WrappedLayer) for child in module.children())
+    return own and not {"past_key_values", "layer_past"}.isdisjoint(parameters) and "hidden_states" in parameters
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model without its head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return getattr(model, prefix, model) if prefix else model
+
+
+def word_embeddings(model: nn.Module) -> nn.Module:
+    """The model's input embeddings.
+
+    Raises:
+        ConfigError: It has none that it would name.
+    """
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        raise ConfigError(
+            f"Virtual tokens need a transformers model with word embeddings, and {type(model).__name__} is none: "
+            "use a method that works on layers, such as lora."
+        ) from None

@@ -1,0 +1,172 @@
+"""Every method on every kind of model beside the live `peft`, on the same weights: names, forward, gradients, five
+steps, generation, bf16, and files both ways.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny import TASK, batch, make
+
+import siliang
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {"init_lora_weights": False, "r": 4}),
+    "dora": ("LoraConfig", {"init_lora_weights": False, "use_dora": True, "r": 4}),
+    "lora-bias": ("LoraConfig", {"init_lora_weights": False, "lora_bias": True, "r": 4}),
+    "ia3": ("IA3Config", {"init_ia3_weights": False}),
+    "ln": ("LNTuningConfig", {}),
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
+    "p-mlp": ("PromptEncoderConfig", {"num_virtual_tokens": 5, "encoder_hidden_size": 16}),
+    "p-lstm": (
+        "PromptEncoderConfig",
+        {"num_virtual_tokens": 5, "encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"},
+    ),
+    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 5}),
+    "prefix-projected": (
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 16},
+    ),
+}
+PROMPTS = ("prompt", "p-mlp", "p-lstm", "prefix", "prefix-projected")
+MODELS = ("llama", "bloom", "gpt2", "qwen2", "bert", "roberta", "t5", "bart", "plain")
+# where PEFT knows no default targets, or the model has no types
+TARGETS: dict[tuple[str, str], list[str]] = {
+    ("ln", "bert"): ["LayerNorm"],
+    ("ln", "roberta"): ["LayerNorm"],
+    ("ln", "plain"): ["norm"],
+} | {(method, "plain"): ["first", "second"] for method in ("lora", "dora", "lora-bias", "ia3")}
+CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain")]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*fan_in_fan_out.*",
+    "ignore:.*Could not find a config file.*",
+    "ignore:Unsupported layer type.*",  # of peft's LN tuning, about norms
+    "ignore:.*lora_bias=True. was passed but the targeted layer.*",
+    "ignore:.*LoRA tensor.s. have invalid shape.*",  # about B's bias, which has one dimension
+    "ignore:.*[Pp]osition ids are not supported for parameter efficient tuning.*",
+    "ignore:.*position_ids. is not supported for parameter efficient tuning.*",
+    "ignore:.*token_type_ids. is not supported for parameter efficient tuning.*",
+)
+
+
+def configs(method: str, name: str) -> tuple[Any, Any]:
+    """The same config of both libraries."""
+    kind, settings = METHODS[method]
+    settings = {"task_type": TASK[name]} | copy.deepcopy(settings)
+    if (method, name) in TARGETS:
+        settings["target_modules"] = TARGETS[method, name]
+        if method == "ia3":
+            settings["feedforward_modules"] = ["second"]
+    return getattr(siliang, kind)(**settings), getattr(peft, kind)(**settings)
+
+
+def randomise(model: Any) -> None:
+    """Moves what is trained away from where it starts: from ones, zeros and the base's own values."""
+    generator = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn(p.shape, generator=generator)
+
+
+def pair(method: str, name: str, seed: int = 0) -> tuple[Any, Any]:
+    """The same adapter on the same base in both libraries."""
+    ours_config, theirs_config = configs(method, name)
+    ours = siliang.get_peft_model(make(name, seed), ours_config)
+    theirs = peft.get_peft_model(make(name, seed), theirs_config)
+    randomise(ours)
+    # every name is the same; with prompts peft lists the word embeddings a second time
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"word_embeddings.weight"}
+    return ours.eval(), theirs.eval()
+
+
+def loss_and_logits(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = batch(name)
+    if name == "plain":
+        logits = model(inputs["x"])
+        return logits.square().mean(), logits
+    out = model(**inputs)
+    return out.loss, out.logits
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_names_forward_and_gradients(method: str, name: str) -> None:
+    ours, theirs = pair(method, name)
+    trained = [n for n, p in ours.named_parameters() if p.requires_grad]
+    assert trained == [n for n, p in theirs.named_parameters() if p.requires_grad]
+    (our_loss, our_logits), (their_loss, their_logits) = (loss_and_logits(m, name) for m in (ours, theirs))
+    torch.testing.assert_close(our_logits, their_logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=1e-5)
+    our_loss.backward()
+    their_loss.backward()
+    theirs_by_name = dict(theirs.named_parameters())
+    for n, p in ours.named_parameters():
+        if p.requires_grad and (theirs_by_name[n].grad is not None or p.grad is not None):
+            torch.testing.assert_close(p.grad, theirs_by_name[n].grad, rtol=1e-4, atol=1e-6, msg=n)
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_five_steps(method: str, name: str) -> None:
+    losses = []
+    for model in pair(method, name):
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        steps = []
+        for _ in range(5):
+            loss, _ = loss_and_logits(model, name)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            steps.append(loss.item())
+        losses.append(steps)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_files_go_both_ways(method: str, name: str, tmp_path: Path) -> None:
+    ours, theirs = pair(method, name)
+    wanted = loss_and_logits(theirs, name)[1]
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    there = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
+    here = siliang.PeftModel.from_pretrained(make(name), tmp_path / "theirs")
+    torch.testing.assert_close(loss_and_logits(there, name)[1], wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss_and_logits(here, name)[1], wanted, rtol=1e-5, atol=1e-5)
+
+
+GENERATING = [(m, n) for m, n in CASES if TASK[n] in ("CAUSAL_LM", "SEQ_2_SEQ_LM")]
+
+
+@pytest.mark.parametrize(("method", "name"), GENERATING)
+def test_generation(method: str, name: str) -> None:
+    ours, theirs = pair(method, name)
+    inputs = {k: v for k, v in batch(name).items() if k != "labels"}
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    here, there = ours.generate(**inputs, **settings), theirs.generate(**inputs, **settings)
+    assert here.shape[1] >= 7
+    assert here.tolist() == there.tolist()
+    # and what the cache gives is what it would be without one
+    assert ours.generate(**inputs, **settings, use_cache=False).tolist() == here.tolist()
+
+
+@pytest.mark.parametrize(("method", "name"), [case for case in CASES if case[1] != "plain"])
+def test_bf16_error_budget(method: str, name: str) -> None:
+    """Against fp32 truth, our error on a bf16 base may not exceed that of peft with everything in bf16."""
+    errors = {siliang: 0.0, peft: 0.0}
+    for seed in range(4):  # the rounding of one tiny model is a matter of luck
+        ours, theirs = pair(method, name, seed)
+        truth = loss_and_logits(theirs, name)[1]
+        for library, config in zip(errors, configs(method, name), strict=True):
+            naive = {"autocast_adapter_dtype": False} if library is peft else {}
+            base = make(name, seed).to(torch.bfloat16)
+            model: Any = library.get_peft_model(base, config, **naive)  # type: ignore[attr-defined]
+            if method in ("p-mlp", "p-lstm", "prefix-projected"):
+                model.prompt_encoder.load_state_dict(ours.prompt_encoder.state_dict())
+            else:
+                adapter = siliang.get_peft_model_state_dict(ours)
+                library.set_peft_model_state_dict(model, adapter)  # type: ignore[attr-defined]
+            errors[library] += (loss_and_logits(model.eval(), name)[1].float() - truth).abs().mean().item()
+    assert errors[siliang] <= errors[peft] * 1.05
