@@ -28,8 +28,9 @@ def measure(library: str, steps: int) -> dict[str, Any]:
 
     import siliang
     from siliang.config import DataConfig
-    from siliang.data.examples import load_examples
-    from siliang.data.tokens import PadCollator, tokenise
+    from siliang.data.collate import PadCollator
+    from siliang.data.load import load_examples
+    from siliang.data.tokens import tokenise
     from siliang.demo import TRAIN, encoder_folder
     from siliang.memory.peak import PeakMemory
     from siliang.models.load import load_model, load_tokenizer
@@ -38,8 +39,9 @@ def measure(library: str, steps: int) -> dict[str, Any]:
     set_seed(0)
     folder = str(encoder_folder())
     tokenizer = load_tokenizer(folder)
-    examples = load_examples(DataConfig(train=str(TRAIN), eval_fraction=0.0), TaskType.SEQ_CLS, seed=0)
-    data = tokenise(examples.train, tokenizer, template="human-assistant", max_length=64)
+    settings = DataConfig(train=str(TRAIN), test_size=0.0, max_length=64)
+    examples = load_examples(settings, TaskType.SEQ_CLS, seed=0)
+    data = tokenise(examples.train, tokenizer, settings, TaskType.SEQ_CLS, labels=examples.labels)
     model: Any = load_model(folder, TaskType.SEQ_CLS, dtype=torch.float32, labels=examples.labels)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -16,6 +16,7 @@ from torch import nn
 
 from siliang import PeftConfig, PeftModel
 from siliang.config import RunConfig
+from siliang.data.tokens import prompt_tokens
 from siliang.models.load import load_model, load_tokenizer
 from siliang.record import Record
 from siliang.run_folder import open_run
@@ -64,7 +65,7 @@ def test_lora_lowers_the_held_out_loss(stories: Path) -> None:
 
 def test_reloaded_merged_and_peft_answer_alike(stories: Path, tmp_path: Path) -> None:
     run = open_run(stories)
-    ids = torch.tensor([run.tokenizer("Human: Name a colour.\n\nAssistant: ")["input_ids"]])
+    ids = torch.tensor([prompt_tokens("Name a colour.", run.tokenizer, template="human-assistant")])
     with torch.no_grad():
         logits = run.model(input_ids=ids).logits
         base: nn.Module = load_model(run.config.model, TaskType.CAUSAL_LM, dtype=torch.float32)

@@ -11,7 +11,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from siliang.types import ConfigError, TaskType, nearest
 
-TRAINABLE_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_CLS)
+FORMATS = (
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt-completion",
+    "input-output",
+    "text",
+    "text-label",
+    "sentence-pair",
+    "tokens-tags",
+    "squad",
+    "source-target",
+    "prepared",
+)
 
 
 class Section(BaseModel):
@@ -20,8 +34,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
 
 
+def _template(value: Any) -> Any:
+    from siliang.data.templates import find_template
+
+    if isinstance(value, str):
+        find_template(value)
+    return value
+
+
+def _as_sources(value: str | list[str | Source]) -> list[Source]:
+    values = value if isinstance(value, list) else [value]
+    return [Source(path=v) if isinstance(v, str) else v for v in values]
+
+
 class Columns(Section):
-    """The names of the data's columns."""
+    """The names of the data's columns, where they are not the usual ones."""
 
     instruction: str = "instruction"
     """What is asked of the model."""
@@ -29,33 +56,99 @@ class Columns(Section):
     """What the instruction is about; may be absent or empty."""
     output: str = "output"
     """The answer that is learned."""
+    prompt: str = "prompt"
+    """What stands in front of a completion."""
+    completion: str = "completion"
+    """What is learned to follow a prompt."""
+    messages: str = "messages"
+    """A conversation: a list of {role, content}, or of ShareGPT's {from, value}."""
+    system: str = "system"
+    """A system message beside the other columns; may be absent or empty."""
+    tools: str = "tools"
+    """Tools that the model may call, as a list or as JSON text; may be absent or empty."""
     text: str = "text"
     """A text to classify, or, in a causal run, to learn whole."""
+    text_pair: str = "text_pair"
+    """The second text of a sentence pair."""
     label: str = "label"
     """The class of a text."""
+    tokens: str = "tokens"
+    """The words (or characters) of a sentence, for token_cls."""
+    tags: str = "tags"
+    """The tag of each token."""
+    source: str = "source"
+    """What is translated, summarised or asked, for seq_2_seq_lm."""
+    target: str = "target"
+    """What is to be written from the source."""
+    context: str = "context"
+    """The passage that holds the answer, for question_ans."""
+    question: str = "question"
+    """The question on the context."""
+    answers: str = "answers"
+    """The answer's text and start: {text: [...], answer_start: [...]}, as in SQuAD."""
+
+
+class Source(Section):
+    """One source of several, and how often its rows are used."""
+
+    path: str
+    """A file, a folder, a pattern such as data/*.jsonl, or a name on the hub."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row is used in an epoch: 2 for twice, 0.5 for a random half. Held-out rows have no weight."""
 
 
 class DataConfig(Section):
     """Where the data is and how its rows become what the model sees."""
 
-    train: str
-    """A .json, .jsonl, .csv or .tsv file, a folder from Dataset.save_to_disk, or a name on the hub."""
-    eval: str | None = None
-    """The same, held out. Without it, eval_fraction of the training rows is held out."""
-    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """Share of the training rows that is held out where `eval` is not given; 0 for none."""
+    train: str | list[str | Source]
+    """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .txt, .bmes, .bio, .conll), a pattern of files, a folder
+    from Dataset.save_to_disk, or a name on the hub (owner/name, owner/name:config); or a list of these, each a name or
+    {path, weight}."""
+    eval: str | list[str | Source] | None = None
+    """The same, held out. Without it, test_size of the training rows is held out."""
+    test_size: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of the rows that is held out where `eval` is not given; 0 for none."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Of the split: with test_size the same rows as Dataset.train_test_split(test_size, seed). None: train.seed."""
+    stratify: bool = False
+    """Hold out the same share of every class. Off, the split is that of Dataset.train_test_split."""
+    format: Literal[FORMATS] = "auto"  # type: ignore[valid-type]
+    """How the rows are laid out. auto: by their columns."""
     columns: Columns = Field(default_factory=Columns)
     """The names of the columns."""
     header: list[str] | None = None
     """The column names of a csv or tsv file whose first line is data already."""
-    template: Literal["human-assistant", "chat"] = "human-assistant"
-    """How instruction, input and output become text: "Human: ... Assistant: ", or the tokenizer's own chat template."""
+    template: Annotated[str, BeforeValidator(_template)] = "human-assistant"
+    """How a conversation becomes text: human-assistant, alpaca, llama2, chatml, chatglm3, zephyr, vicuna, plain; chat
+    for the tokenizer's own chat template; or a .yaml file of your own."""
+    train_on: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learned."""
     labels: list[str] | None = None
-    """The classes, in the order of their numbers. Found in the training rows where it is not given."""
+    """The classes or tags, in the order of their numbers. Found in the training rows where it is not given."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens of a row; a longer one is cut, but never its end-of-sequence token."""
+    """Tokens of a row; of a longer one see too_long."""
+    max_target_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens of a target, for seq_2_seq_lm."""
+    stride: Annotated[int, Field(ge=0)] = 128
+    """Tokens that neighbouring windows of a long context share, for question_ans."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """A row longer than max_length: cut, which keeps the prompt's frame and the end-of-sequence token, or dropped."""
+    add_tokens: list[str] = Field(default_factory=list)
+    """New tokens for the vocabulary; the embeddings grow by them."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Processes that tokenise. None: one for small data, all cores for large."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, counted and listed, instead of stopping."""
+
+    @property
+    def train_sources(self) -> list[Source]:
+        """The training data, one source an entry."""
+        return _as_sources(self.train)
+
+    @property
+    def eval_sources(self) -> list[Source]:
+        """The held-out data; empty where a share of the training rows is held out instead."""
+        return _as_sources(self.eval or [])
 
 
 class TrainConfig(Section):
@@ -144,14 +237,26 @@ class RunConfig(Section):
     """The base model: a folder, or a name on the hub."""
     revision: str | None = None
     """The base model's revision on the hub."""
-    task: Annotated[Literal[TaskType.CAUSAL_LM, TaskType.SEQ_CLS], BeforeValidator(_task)]
-    """What is learned: causal_lm (text from text) or seq_cls (a class for a text)."""
+    task: Annotated[
+        Literal[
+            TaskType.CAUSAL_LM,
+            TaskType.SEQ_CLS,
+            TaskType.TOKEN_CLS,
+            TaskType.SEQ_2_SEQ_LM,
+            TaskType.QUESTION_ANS,
+        ],
+        BeforeValidator(_task),
+    ]
+    """What is learned: causal_lm (text from text), seq_cls (a class for a text), token_cls (a tag for each word),
+    seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
     """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}."""
     data: DataConfig
     """The data."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training."""
+    accept: list[str] = Field(default_factory=list)
+    """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop."""
     output: str
     """The run's folder: made by the run, and must not hold anything yet."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from siliang.config import RunConfig, read_yaml
+from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.models.load import load_model, load_tokenizer
 from siliang.peft_model import PeftModel
 from siliang.record import RECORD_NAME, Record
@@ -80,6 +81,7 @@ def open_run(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.
             f"{folder} was not finished (it is {record.status}): go on with `siliang train --resume {folder}`."
         )
     tokenizer = load_tokenizer(config.model, revision=config.revision)
+    grow_vocabulary(tokenizer, config.data.add_tokens)
     if (folder / MODEL).is_dir():
         model: Any = load_model(str(folder / MODEL), config.task, dtype=dtype, labels=record.labels)
     else:
@@ -90,8 +92,12 @@ def open_run(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.
 
 
 def load_base(config: RunConfig, labels: list[str] | None, tokenizer: Any, *, dtype: torch.dtype) -> Any:
-    """The run's base model, told which token is padding."""
-    model = load_model(config.model, config.task, dtype=dtype, labels=labels, revision=config.revision)
+    """The run's base model, told which token is padding, its embeddings grown by the run's new tokens."""
+    model = load_model(
+        config.model, config.task, dtype=dtype, labels=labels, revision=config.revision, seed=config.train.seed
+    )
+    if config.data.add_tokens:
+        fit_embeddings(model, tokenizer)
     if config.task is TaskType.SEQ_CLS:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model

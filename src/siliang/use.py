@@ -12,14 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siliang.data.examples import Labelled, Turn, load_examples
-from siliang.data.tokens import IGNORED, PadCollator, prompt_tokens, special_prefix, tokenise
+from siliang.data.collate import PadCollator
+from siliang.data.encode import IGNORED
+from siliang.data.examples import ExampleSet, Labelled, SourceTarget
+from siliang.data.load import load_examples
+from siliang.data.tokens import TokenSet, prompt_tokens, special_prefix, stop_tokens, tokenise
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, claim
+from siliang.train import metrics
 from siliang.types import ConfigError, MergeError, TaskType
 
 PROOF_SAMPLES = 32
+WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+LABELS = ("labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
@@ -39,17 +45,12 @@ def predict(run: OpenedRun, texts: Sequence[str], *, batch_size: int = 32) -> It
         ConfigError: The run is no classifier.
     """
     if run.config.task is not TaskType.SEQ_CLS:
-        raise ConfigError(f"{run.folder} was trained to write text: use `siliang generate`.")
-    tokens = tokenise(
-        [Labelled(text, 0) for text in texts],
-        run.tokenizer,
-        template=run.config.data.template,
-        max_length=run.config.data.max_length,
-    )
-    collate = PadCollator(run.tokenizer.pad_token_id)
-    for start in range(0, len(texts), batch_size):
-        batch = collate([tokens[i] for i in range(start, min(start + batch_size, len(texts)))])
-        logits = run.model(**_inputs(batch, run.model.device)).logits
+        other = "generate" if run.config.task in WRITERS else "eval"
+        raise ConfigError(f"{run.folder} is no classifier of texts: use `siliang {other}`.")
+    data = run.config.data.model_copy(update={"too_long": "cut"})
+    tokens = tokenise([Labelled(text, "") for text in texts], run.tokenizer, data, run.config.task, labels=run.labels)
+    for start, batch in _batches(run, tokens, batch_size):
+        logits = run.model(**_inputs(batch)).logits
         probabilities, numbers = logits.float().softmax(-1).max(-1)
         for text, p, n in zip(texts[start : start + batch_size], probabilities.tolist(), numbers.tolist(), strict=True):
             yield Prediction(text, run.labels[n], p)
@@ -76,21 +77,26 @@ def generate(
     Raises:
         ConfigError: The run is a classifier, or the base of a fully tuned model was asked for.
     """
-    if run.config.task is not TaskType.CAUSAL_LM:
+    if run.config.task not in WRITERS:
         raise ConfigError(f"{run.folder} was trained to classify: use `siliang predict`.")
     if base and not isinstance(run.model, PeftModel):
         raise ConfigError(f"{run.folder} was fully tuned: its base model is not inside it any more.")
-    tokenizer = run.tokenizer
-    if plain:
+    tokenizer, template = run.tokenizer, run.config.data.template
+    if run.config.task is TaskType.SEQ_2_SEQ_LM:
+        ids = tokenizer(f"{instruction}\n{input}".strip() if input else instruction)["input_ids"]
+        stop = [tokenizer.eos_token_id]
+    elif plain:
         ids = special_prefix(tokenizer) + tokenizer(instruction, add_special_tokens=False)["input_ids"]
+        stop = [tokenizer.eos_token_id]
     else:
-        ids = prompt_tokens(Turn("", instruction, input), tokenizer, template=run.config.data.template)
+        ids = prompt_tokens(instruction, tokenizer, template=template, input=input)
+        stop = stop_tokens(tokenizer, template=template)
     input_ids = torch.tensor([ids], device=run.model.device)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
         "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": stop,
         "attention_mask": torch.ones_like(input_ids),
     }
     if temperature > 0:
@@ -100,7 +106,8 @@ def generate(
             written = run.model.generate(input_ids=input_ids, **settings)
     else:
         written = run.model.generate(input_ids=input_ids, **settings)
-    return tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True)
+    answer = written[0] if run.config.task is TaskType.SEQ_2_SEQ_LM else written[0, len(ids) :]
+    return tokenizer.decode(answer, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -108,30 +115,70 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int = 16) -
     """Metrics on the run's held-out rows, or on other data.
 
     Returns:
-        rows; loss (mean over rows for classes, over labelled tokens for text); accuracy or perplexity.
+        rows; loss (mean over rows for classes, over labelled tokens for text and tags); and by task: accuracy and f1;
+        f1, precision and recall over spans; perplexity; rouge_l; exact_match and f1.
     """
-    rows = _rows(run, data)
-    tokens = tokenise(rows, run.tokenizer, template=run.config.data.template, max_length=run.config.data.max_length)
-    collate = PadCollator(run.tokenizer.pad_token_id)
-    loss, count, right = 0.0, 0, 0
-    for start in range(0, len(tokens), batch_size):
-        batch = collate([tokens[i] for i in range(start, min(start + batch_size, len(tokens)))])
-        labels = batch["labels"].to(run.model.device)
-        logits = run.model(**_inputs(batch, run.model.device)).logits.float()
-        if run.config.task is TaskType.CAUSAL_LM:
+    task = run.config.task
+    rows, tokens = _rows(run, data)
+    loss, count = 0.0, 0
+    guesses: list[Any] = []
+    right: list[Any] = []
+    for _, batch in _batches(run, tokens, batch_size):
+        if task is TaskType.QUESTION_ANS:
+            output = run.model(**batch)
+            loss, count = loss + float(output.loss) * len(batch["input_ids"]), count + len(batch["input_ids"])
+            guesses.append((_wide(output.start_logits, tokens), _wide(output.end_logits, tokens)))
+            continue
+        labels = batch["labels"]
+        # an encoder-decoder model makes the decoder's input from the labels
+        logits = run.model(**(batch if task is TaskType.SEQ_2_SEQ_LM else _inputs(batch))).logits.float()
+        if task is TaskType.CAUSAL_LM:
             logits, labels = logits[:, :-1], labels[:, 1:]
         flat = labels.flatten()
         loss += float(
             torch.nn.functional.cross_entropy(logits.flatten(0, -2), flat, ignore_index=IGNORED, reduction="sum")
         )
         count += int((flat != IGNORED).sum())
-        right += int((logits.argmax(-1).flatten() == flat).sum())
-    metrics = {"rows": float(len(rows)), "loss": loss / count}
-    if run.config.task is TaskType.CAUSAL_LM:
-        metrics["perplexity"] = float(torch.tensor(loss / count, dtype=torch.float64).exp())
-    else:
-        metrics["accuracy"] = right / count
-    return metrics
+        if task is TaskType.SEQ_CLS:
+            guesses += logits.argmax(-1).tolist()
+            right += labels.tolist()
+        elif task is TaskType.TOKEN_CLS:
+            found, gold = metrics.tag_names(logits.argmax(-1).cpu().numpy(), labels.cpu().numpy(), run.labels)
+            guesses += found
+            right += gold
+        elif task is TaskType.SEQ_2_SEQ_LM:
+            guesses += _write_targets(run, batch)
+    figures = {"rows": float(len(rows)), "loss": loss / max(count, 1)}
+    match task:
+        case TaskType.SEQ_CLS:
+            return figures | metrics.classification(guesses, right)
+        case TaskType.TOKEN_CLS:
+            return figures | metrics.spans_of_tags(guesses, right)
+        case TaskType.QUESTION_ANS:
+            starts, ends = (torch.cat([g[i] for g in guesses]).cpu().numpy() for i in (0, 1))
+            answers = [e.answers for e in rows]  # type: ignore[union-attr]
+            return figures | metrics.squad(metrics.best_spans(starts, ends, tokens, rows), answers)
+    figures["perplexity"] = float(torch.tensor(figures["loss"], dtype=torch.float64).exp())
+    if task is TaskType.SEQ_2_SEQ_LM:
+        targets = [e.target for e in rows if isinstance(e, SourceTarget)]
+        numbers = tokens.column("row").tolist()
+        figures["rouge_l"] = metrics.rouge_l(guesses, [targets[n] for n in numbers])
+    return figures
+
+
+def _wide(logits: Tensor, tokens: TokenSet) -> Tensor:
+    """Logits (rows, length of the batch) on the length of the longest row, so that batches can be joined."""
+    return torch.nn.functional.pad(logits.float(), (0, int(tokens.lengths.max()) - logits.shape[1]), value=-1e4)
+
+
+def _write_targets(run: OpenedRun, inputs: dict[str, Tensor]) -> list[str]:
+    written = run.model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=run.config.data.max_target_length,
+        do_sample=False,
+    )
+    return run.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
 def merge(run: OpenedRun, output: Path, *, force: bool = False) -> MergeProof:
@@ -144,10 +191,10 @@ def merge(run: OpenedRun, output: Path, *, force: bool = False) -> MergeProof:
     """
     if not isinstance(run.model, PeftModel):
         raise ConfigError(f"{run.folder} was fully tuned: {run.folder / 'model'} is a plain model already.")
-    rows = _rows(run, None)[:PROOF_SAMPLES]
-    tokens = tokenise(rows, run.tokenizer, template=run.config.data.template, max_length=run.config.data.max_length)
-    collate = PadCollator(run.tokenizer.pad_token_id)
-    samples = [_inputs(collate([tokens[i]]), run.model.device) for i in range(len(tokens))]
+    _, tokens = _rows(run, None, limit=PROOF_SAMPLES)
+    keep = run.config.task is TaskType.SEQ_2_SEQ_LM
+    batches = (batch for _, batch in _batches(run, tokens.select(range(min(PROOF_SAMPLES, len(tokens)))), 1))
+    samples = [b if keep else _inputs(b) for b in batches]
     new = claim(output)
     temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
     try:
@@ -170,17 +217,24 @@ def merge(run: OpenedRun, output: Path, *, force: bool = False) -> MergeProof:
     return proof
 
 
-def _rows(run: OpenedRun, data: str | None) -> list[Any]:
-    """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows."""
-    settings = run.config.data
+def _rows(run: OpenedRun, data: str | None, limit: int | None = None) -> tuple[ExampleSet, TokenSet]:
+    """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows; and tokens."""
+    settings, task = run.config.data, run.config.task
     if data is not None:
-        settings = settings.model_copy(
-            update={"train": data, "eval": None, "eval_fraction": 0.0, "labels": run.record.labels}
-        )
-        return load_examples(settings, run.config.task, seed=run.config.train.seed).train
-    examples = load_examples(settings, run.config.task, seed=run.config.train.seed)
-    return examples.eval or examples.train
+        named = {"train": data, "eval": None, "test_size": 0.0, "labels": run.record.labels}
+        settings = settings.model_copy(update=named)
+    examples = load_examples(settings, task, seed=run.config.train.seed)
+    rows = examples.train if data is not None or not len(examples.eval) else examples.eval
+    rows = rows if limit is None else rows[:limit]
+    return rows, tokenise(rows, run.tokenizer, settings, task, labels=run.record.labels)
 
 
-def _inputs(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+def _batches(run: OpenedRun, tokens: TokenSet, size: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    collate = PadCollator(run.tokenizer.pad_token_id)
+    for start in range(0, len(tokens), size):
+        rows = tokens.__getitems__(list(range(start, min(start + size, len(tokens)))))
+        yield start, {name: t.to(run.model.device) for name, t in collate(rows).items()}
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name not in LABELS}

@@ -7,13 +7,14 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from siliang.config import Columns, DataConfig
-from siliang.data.examples import Labelled, Turn, load_examples
+from siliang.data.examples import Labelled, Text, conversation
+from siliang.data.load import Examples, load_examples
 from siliang.data.sources import read_rows, sha256
 from siliang.types import DataError, TaskType
 
 
-def load(path: Path, task: TaskType = TaskType.SEQ_CLS, **settings: object) -> object:
-    return load_examples(DataConfig.model_validate({"train": str(path), "eval_fraction": 0.0} | settings), task, seed=0)
+def load(path: Path, task: TaskType = TaskType.SEQ_CLS, **settings: object) -> Examples:
+    return load_examples(DataConfig.model_validate({"train": str(path), "test_size": 0.0} | settings), task, seed=0)
 
 
 ROWS = [{"text": "a, b", "label": "x"}, {"text": 'say "c"', "label": "y"}]
@@ -45,7 +46,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(tmp_path / "two")
     assert [row.values for row in read_rows(str(tmp_path / "one"))] == ROWS
     examples = load(tmp_path / "two", eval=str(tmp_path / "two"))
-    assert (len(examples.train), len(examples.eval)) == (2, 1)  # type: ignore[attr-defined]
+    assert (len(examples.train), len(examples.eval)) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +107,8 @@ def test_label_outside_the_set(tmp_path: Path) -> None:
 def test_skipping_counts_and_lists(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text,label\na,x\n,y\nb,y\nc\n")
     examples = load(tmp_path / "d.csv", skip_bad_rows=True)
-    assert examples.train == [Labelled("a", 0), Labelled("b", 1)]  # type: ignore[attr-defined]
-    assert [line.split(" ", 1)[0].rsplit(":", 1)[1] for line in examples.skipped] == ["3", "5"]  # type: ignore[attr-defined]
+    assert examples.train == [Labelled("a", "x"), Labelled("b", "y")]
+    assert [line.split(" ", 1)[0].rsplit(":", 1)[1] for line in examples.skipped] == ["3", "5"]
 
 
 def test_instructions_texts_and_other_columns(tmp_path: Path) -> None:
@@ -115,22 +116,22 @@ def test_instructions_texts_and_other_columns(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"q": "add", "input": "1 2", "a": "3"}, {"q": "b", "input": None, "a": "c"}]))
     columns = Columns(instruction="q", output="a").model_dump()
     examples = load(path, TaskType.CAUSAL_LM, columns=columns)
-    assert examples.train == [Turn("3", "add", "1 2"), Turn("c", "b", "")]  # type: ignore[attr-defined]
+    assert examples.train == [conversation("add", "3", "1 2"), conversation("b", "c")]
     path.write_text(json.dumps([{"text": "once"}]))
-    assert load(path, TaskType.CAUSAL_LM).train == [Turn("once")]  # type: ignore[attr-defined]
+    assert load(path, TaskType.CAUSAL_LM).train == [Text("once")]
 
 
 def test_held_out_rows_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text,label\n" + "".join(f"row {i},{'xy'[i % 2]}\n" for i in range(40)))
-    one, two = (load(tmp_path / "d.csv", eval_fraction=0.2) for _ in range(2))
+    one, two = (load(tmp_path / "d.csv", test_size=0.2) for _ in range(2))
     assert one == two
-    assert len(one.eval) == 8  # type: ignore[attr-defined]
-    assert not {e.text for e in one.train} & {e.text for e in one.eval}  # type: ignore[attr-defined]
+    assert len(one.eval) == 8
+    assert not {e.text for e in one.train} & {e.text for e in one.eval}
 
 
 def test_numeric_labels_in_order(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text,label\na,10\nb,2\nc,1\n")
-    assert load(tmp_path / "d.csv").labels == ["1", "2", "10"]  # type: ignore[attr-defined]
+    assert load(tmp_path / "d.csv").labels == ["1", "2", "10"]
 
 
 def test_hash_follows_the_bytes(tmp_path: Path) -> None:

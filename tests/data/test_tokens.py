@@ -1,65 +1,93 @@
-"""Tokens and labels: the answer and its end are trained, and nothing else."""
+"""Tokens, labels and batches: what is cut, and what never is; the cache; the other tasks."""
 
-from hypothesis import given
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import WORDS, word_tokenizer
 
-from siliang.data.examples import Labelled, Turn
-from siliang.data.templates import human_assistant
-from siliang.data.tokens import IGNORED, PadCollator, prompt_tokens, tokenise
+from siliang.config import DataConfig
+from siliang.data import tokens as tokens_module
+from siliang.data.collate import PadCollator
+from siliang.data.encode import IGNORED
+from siliang.data.examples import (
+    Conversation,
+    ExampleSet,
+    Labelled,
+    Message,
+    Prepared,
+    SourceTarget,
+    Span,
+    Tagged,
+    Text,
+    conversation,
+    from_json,
+    to_json,
+)
+from siliang.data.tokens import prompt_tokens, tokenise
+from siliang.types import TaskType
 
 TOKENIZER = word_tokenizer()
 texts = st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join)
-CHAT = (
-    "{% for m in messages %}<s> {{ m.role }} : {{ m.content }} </s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s> assistant :{% endif %}"
-)
+CAUSAL = TaskType.CAUSAL_LM
 
 
-def test_the_tutorials_template() -> None:
-    assert human_assistant("say", "one") == "Human: say\none\n\nAssistant: "
-    assert human_assistant("say") == "Human: say\n\nAssistant: "
+def config(**values: object) -> DataConfig:
+    return DataConfig.model_validate({"train": "x"} | values)
 
 
+@settings(deadline=None)
 @given(instruction=texts, input=texts, output=texts.filter(bool), max_length=st.integers(8, 80))
 def test_labels_are_the_answer_and_its_end(instruction: str, input: str, output: str, max_length: int) -> None:
-    turn = Turn(output, instruction or "say", input)
-    row = tokenise([turn], TOKENIZER, template="human-assistant", max_length=max_length).rows[0]
-    assert isinstance(row.labels, list)
-    assert len(row.input_ids) == len(row.labels) <= max_length
-    trained = [t for t in row.labels if t != IGNORED]
-    assert row.input_ids[len(row.input_ids) - len(trained) :] == trained
+    talk = conversation(instruction or "say", output, input)
+    made = tokenise([talk], TOKENIZER, config(max_length=max_length), CAUSAL)
+    ids, labels = made[0]["input_ids"], made[0]["labels"]
+    assert len(ids) == len(labels) <= max_length
+    trained = [t for t in labels if t != IGNORED]
+    assert ids[len(ids) - len(trained) :] == trained
     assert trained[-1] == TOKENIZER.eos_token_id
     answer = TOKENIZER(output, add_special_tokens=False)["input_ids"]
     assert trained[:-1] == answer[: len(trained) - 1]
-    prompt = prompt_tokens(turn, TOKENIZER, template="human-assistant")
-    if not row.truncated:
-        assert row.input_ids == [*prompt, *answer, TOKENIZER.eos_token_id]
+    prompt = prompt_tokens(instruction or "say", TOKENIZER, template="human-assistant", input=input)
+    lost = int(made.column("lost")[0])
+    assert lost == len(prompt) + len(answer) + 1 - len(ids)
+    assert int(made.column("lost_answer")[0]) == len(answer) + 1 - len(trained)
+    if not lost:
+        assert ids == [*prompt, *answer, TOKENIZER.eos_token_id]
     else:
-        kept = row.input_ids[: len(row.input_ids) - len(trained)]
+        kept = ids[: len(ids) - len(trained)]
         assert prompt[len(prompt) - len(kept) :] == kept
         assert len(trained) >= min(len(answer) + 1, max_length // 2)
 
 
-def test_chat_template_trains_the_assistants_turn() -> None:
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = CHAT
-    row = tokenise([Turn("one two", "say")], tokenizer, template="chat", max_length=64).rows[0]
-    assert isinstance(row.labels, list)
-    trained = [t for t in row.labels if t != IGNORED]
-    assert tokenizer.decode(trained) == "one two </s>"
-    assert tokenizer.decode(row.input_ids).startswith("<s>")
+def test_the_oldest_rounds_go_first() -> None:
+    system = Message("system", "I")
+    rounds = [
+        m for word in ("one", "two", "three") for m in (Message("user", f"say {word}"), Message("assistant", word))
+    ]
+    talk = Conversation((system, *rounds))
+    made = tokenise([talk], TOKENIZER, config(max_length=16), CAUSAL)
+    text = TOKENIZER.decode(made[0]["input_ids"])
+    assert text == "I Human : say three Assistant : three </s>"
+    dropped = tokenise([talk, conversation("a", "one")], TOKENIZER, config(max_length=16, too_long="drop"), CAUSAL)
+    assert (len(dropped), dropped.dropped) == (1, 1)
+    assert dropped.column("row").tolist() == [1]
 
 
 def test_plain_text_is_trained_whole() -> None:
-    row = tokenise([Turn("one two")], TOKENIZER, template="human-assistant", max_length=64).rows[0]
-    assert row.labels == row.input_ids
+    made = tokenise([Text("one two")], TOKENIZER, config(), CAUSAL)[0]
+    assert made["labels"] == made["input_ids"]
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_padding_carries_no_label_and_no_attention(lengths: list[int]) -> None:
     rows = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in lengths]
-    padded = PadCollator(pad_token_id=2)(rows)
+    padded = PadCollator(pad_token_id=2)(rows)  # 2 is also a word of every row of two and more
     for i, n in enumerate(lengths):
         assert padded["attention_mask"][i].sum() == n
         assert padded["labels"][i, :n].tolist() == rows[i]["labels"]
@@ -68,5 +96,139 @@ def test_padding_carries_no_label_and_no_attention(lengths: list[int]) -> None:
 
 
 def test_a_text_to_classify_is_cut_by_the_tokenizer() -> None:
-    row = tokenise([Labelled("one " * 50, 1)], TOKENIZER, template="human-assistant", max_length=10).rows[0]
-    assert (len(row.input_ids), row.labels, row.truncated) == (10, 1, True)
+    made = tokenise([Labelled("one " * 50, "b")], TOKENIZER, config(max_length=10), TaskType.SEQ_CLS, labels=["a", "b"])
+    assert (len(made[0]["input_ids"]), made[0]["labels"], made.column("lost").tolist()) == (10, 1, [40])
+    assert "token_type_ids" not in made[0]
+
+
+def test_tags_stand_on_the_first_piece_of_a_word() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(
+        models.WordPiece({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "Wang": 3, "##lin": 4, "lives": 5}, unk_token="[UNK]")
+    )
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[UNK]"
+    )
+    sentence = Tagged(("Wanglin", "lives", "Wang"), ("S-NAME", "O", "S-NAME"))
+    made = tokenise([sentence], tok, config(), TaskType.TOKEN_CLS, labels=["O", "S-NAME"])[0]
+    assert made == {"input_ids": [1, 3, 4, 5, 3, 2], "labels": [IGNORED, 1, IGNORED, 0, 1, IGNORED]}
+    cut = tokenise([Tagged(("lives",) * 20, ("O",) * 20)], tok, config(max_length=8), TaskType.TOKEN_CLS, labels=["O"])
+    assert cut[0]["input_ids"] == [1, *[5] * 6, 2]
+    assert (cut.column("lost").tolist(), cut.column("lost_answer").tolist()) == ([14], [14])
+
+
+def test_sources_and_targets_end_with_the_end() -> None:
+    made = tokenise(
+        [SourceTarget("one two", "two " * 9)], TOKENIZER, config(max_target_length=4), TaskType.SEQ_2_SEQ_LM
+    )
+    assert TOKENIZER.decode(made[0]["labels"]) == "two two two </s>"
+    assert made.column("lost_answer").tolist() == [6]
+    batch = PadCollator(0)([made[0], {"input_ids": [1], "labels": [2]}])
+    assert batch["input_ids"].shape == (2, 2) and batch["labels"].shape == (2, 4)
+
+
+def test_windows_of_a_long_context() -> None:
+    context = " ".join(WORDS[:24])
+    answer = " ".join(WORDS[10:12])
+    span = Span("say it", context, (answer,), (context.index(answer),))
+    made = tokenise([span], TOKENIZER, config(max_length=12, stride=4), TaskType.QUESTION_ANS)
+    assert len(made) > 2 and set(made.column("row").tolist()) == {0}
+    found = 0
+    for i in range(len(made)):
+        start, end = made[i]["start_positions"], made[i]["end_positions"]
+        if end:
+            assert TOKENIZER.decode(made[i]["input_ids"][start : end + 1]) == answer
+            found += 1
+        assert "offsets" not in made[i]
+    assert found
+
+
+def test_prepared_rows_stay_as_they_are() -> None:
+    made = tokenise([Prepared((5, 6, 7), (IGNORED, 6, 7))], TOKENIZER, config(), CAUSAL)[0]
+    assert made == {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        conversation("a", "b", "c", "d"),
+        Text("x\n\u2028"),
+        Labelled("a", "b", "c"),
+        Tagged(("a",), ("O",)),
+        Span("q", "c", ("a",), (0,)),
+        SourceTarget("s", "t"),
+        Prepared((1, 2), (3, 4)),
+    ],
+)
+def test_examples_survive_the_table(example: object) -> None:
+    assert from_json(to_json(example)) == example  # type: ignore[arg-type]
+    assert ExampleSet.build([("here", example)])[0] == example  # type: ignore[list-item]
+
+
+def test_more_than_memory_goes_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    from siliang.data import examples
+
+    monkeypatch.setattr(examples, "SPILL_BYTES", 2000)
+    many = ExampleSet.build((f"f:{i}", Text(f"row {i}")) for i in range(300))
+    assert many.table.cache_files  # memory-mapped
+    assert [e.text for e in many] == [f"row {i}" for i in range(300)]  # type: ignore[union-attr]
+    assert many.where(299) == "f:299"
+
+
+def test_tokens_are_kept_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
+    monkeypatch.setattr(tokens_module, "CACHED_ROWS", 10)
+    calls = 0
+    real: Callable[..., object] = tokens_module._batch
+
+    def counting(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        return real(*args)
+
+    monkeypatch.setattr(tokens_module, "_batch", counting)
+    rows = ExampleSet.build((str(i), conversation("say", WORDS[i % 9])) for i in range(20))
+    first = tokenise(rows, TOKENIZER, config(), CAUSAL)
+    n = calls
+    again = tokenise(ExampleSet.build((f"elsewhere {i}", e) for i, e in enumerate(rows)), TOKENIZER, config(), CAUSAL)
+    assert calls == n > 0
+    assert [first[i] for i in range(20)] == [again[i] for i in range(20)]
+    tokenise(rows, TOKENIZER, config(template="vicuna"), CAUSAL)
+    assert calls > n
+    other = word_tokenizer()
+    other.add_tokens(["new"])
+    n = calls
+    tokenise(rows, other, config(), CAUSAL)
+    assert calls > n
+
+
+def test_processes_give_the_same_tokens() -> None:
+    rows = ExampleSet.build((str(i), conversation("say", WORDS[i % 9])) for i in range(1200))
+    one = tokenise(rows, TOKENIZER, config(workers=1), CAUSAL)
+    two = tokenise(rows, TOKENIZER, config(workers=2, train_on="last"), CAUSAL)
+    assert one.table["input_ids"] == two.table["input_ids"]
+    assert np.array_equal(one.learned, two.learned)
+
+
+def test_old_entries_of_the_cache_go(tmp_path: Path) -> None:
+    import os
+
+    from siliang.data.cache import prune
+
+    (tmp_path / "old").write_text("")
+    (tmp_path / "new").write_text("")
+    os.utime(tmp_path / "old", (time.time() - 40 * 86400,) * 2)
+    prune(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+
+
+def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
+    made = tokenise([conversation("say", w) for w in WORDS[:9]], TOKENIZER, config(), CAUSAL)
+    assert made.__getitems__([3, 1]) == [made[3], made[1]]
+    assert made.lengths.tolist() == [len(made[i]["input_ids"]) for i in range(9)]
+    assert made.learned.tolist() == [sum(x != IGNORED for x in made[i]["labels"]) for i in range(9)]
+    assert isinstance(made.table, Dataset)

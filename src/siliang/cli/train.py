@@ -14,7 +14,9 @@ def train(
     data: Annotated[
         str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv, a saved data set.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="causal_lm or seq_cls.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="What is tuned: see `siliang methods`.")] = None,
     output: Annotated[str | None, typer.Option(help="The run's folder; must not hold anything yet.")] = None,
     set_: Annotated[
@@ -49,8 +51,12 @@ def train(
     print(f"           {duration(record.seconds.train)} of training, peak memory {size(record.memory.peak_bytes)}")
     what = "model" if (folder / "model").is_dir() else "adapter"
     print(f"saved      {folder / what} ({size(record.parameters.adapter_bytes)}), record in {folder / 'run.json'}")
-    use = f'siliang predict {folder} "a text"' if record.labels else f'siliang generate {folder} "an instruction"'
-    print(f"next       {use}   |   siliang eval {folder}   |   siliang merge {folder} --output DIR")
+    use = {
+        "SEQ_CLS": f'siliang predict {folder} "a text"   |   ',
+        "CAUSAL_LM": f'siliang generate {folder} "an instruction"   |   ',
+        "SEQ_2_SEQ_LM": f'siliang generate {folder} "a text"   |   ',
+    }.get(config.task, "")
+    print(f"next       {use}siliang eval {folder}   |   siliang merge {folder} --output DIR")
 
 
 def gather(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> dict[str, Any]:

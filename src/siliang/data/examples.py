@@ -1,171 +1,242 @@
-"""Rows to examples: what is asked and answered, or a text and its class. A row that is neither is named, never dropped
-silently.
+"""What a row means: a conversation, a text with its class, tagged words, a question on a context, a source and target.
+
+`ExampleSet` holds many of them in an Arrow table: in memory while they are few, in a mapped file when they are many.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
 
-from siliang.config import Columns, DataConfig
-from siliang.data.sources import Row, read_rows
-from siliang.types import DataError, TaskType, nearest
+from datasets import Dataset, concatenate_datasets
 
-SHOWN_BAD_ROWS = 5
+Role = Literal["system", "user", "assistant", "tool"]
+
+SPILL_BYTES = 256 * 2**20  # examples beyond this lie in a file
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One instruction and its answer. With neither instruction nor input, `output` is a text learned whole."""
+class Call:
+    """A tool that the assistant calls; `arguments` is JSON text."""
 
-    output: str
-    instruction: str = ""
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        input: What an Alpaca instruction is about; templates without a place of its own join it to the content.
+        calls: The tools called; `content` is usually empty then.
+    """
+
+    role: Role
+    content: str
     input: str = ""
+    calls: tuple[Call, ...] = ()
 
     @property
-    def is_plain(self) -> bool:
-        return not self.instruction and not self.input
+    def text(self) -> str:
+        """Content and input in one, as the seeds join them."""
+        return f"{self.content}\n{self.input}".strip() if self.input else self.content
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of a user and an assistant, whose words are learned; `tools` is a JSON list of what it may call."""
+
+    messages: tuple[Message, ...]
+    tools: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that is learned whole."""
+
+    text: str
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text and the number of its class."""
+    """A text, or a pair of texts, and the name of its class."""
 
     text: str
-    label: int
+    label: str
+    pair: str | None = None
 
 
-Example = Turn | Labelled
+@dataclass(frozen=True)
+class Tagged:
+    """Words and a tag for each."""
+
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...]
 
 
-@dataclass
-class Examples:
-    """The data of a run, before tokens.
+@dataclass(frozen=True)
+class Span:
+    """A question, and where in its context the answers begin (characters)."""
 
-    Attributes:
-        labels: The classes' names by number; None for a causal run.
-        skipped: The rows left out, with place and reason.
-    """
-
-    train: list[Any]
-    eval: list[Any]
-    labels: list[str] | None = None
-    skipped: list[str] = field(default_factory=list)
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...]
 
 
-def load_examples(data: DataConfig, task: TaskType, *, seed: int) -> Examples:
-    """Reads and checks the data, and holds out the evaluation rows.
+@dataclass(frozen=True)
+class SourceTarget:
+    """A text and what is written from it."""
 
-    Raises:
-        DataError: The data cannot be read, its columns are not there, or rows are bad and `skip_bad_rows` is off.
-    """
-    train_rows = read_rows(data.train, header=data.header)
-    eval_rows = read_rows(data.eval, header=data.header, split=_eval_split(data)) if data.eval else []
-    labels = None
-    if task is TaskType.SEQ_CLS:
-        _need_columns(train_rows, [data.columns.text, data.columns.label], data)
-        labels = data.labels or _find_labels(train_rows, data.columns.label)
-        if len(labels) < 2:
-            raise DataError(
-                f"{data.train}: column {data.columns.label!r} has one class only, {labels}: nothing to learn."
-            )
-        make = _labelled(data.columns, labels)
-    else:
-        text_only = data.columns.text in train_rows[0].values and data.columns.output not in train_rows[0].values
-        _need_columns(train_rows, [data.columns.text if text_only else data.columns.output], data)
-        make = _plain(data.columns) if text_only else _turn(data.columns)
-    bad: list[str] = []
-    train = _make_all(train_rows, make, bad)
-    held_out = _make_all(eval_rows, make, bad)
-    if bad and not data.skip_bad_rows:
-        raise DataError(bad_rows_message(bad))
-    if not train:
-        raise DataError(f"{data.train}: not one row can be used. {bad_rows_message(bad)}")
-    if data.eval is None and data.eval_fraction > 0 and len(train) > 1:
-        order = random.Random(seed).sample(range(len(train)), len(train))
-        n = max(1, round(data.eval_fraction * len(train)))
-        held_out, train = [train[i] for i in sorted(order[:n])], [train[i] for i in sorted(order[n:])]
-    return Examples(train, held_out, labels, bad)
+    source: str
+    target: str
 
 
-def bad_rows_message(bad: list[str]) -> str:
-    """The first few bad rows, and how to go on without them."""
-    more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-    rows = "1 row is bad" if len(bad) == 1 else f"{len(bad)} rows are bad"
-    return (
-        f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
+@dataclass(frozen=True)
+class Prepared:
+    """Tokens that were made elsewhere, and their labels; without any, every token is learned."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+Example = Conversation | Text | Labelled | Tagged | Span | SourceTarget | Prepared
+KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Conversation, Text, Labelled, Tagged, Span, SourceTarget, Prepared)
+}
+
+
+def conversation(instruction: str, output: str, input: str = "", system: str = "") -> Conversation:
+    """A conversation of one question and its answer."""
+    start = (Message("system", system),) if system else ()
+    return Conversation((*start, Message("user", instruction, input), Message("assistant", output)))
+
+
+def texts(example: Example) -> list[str]:
+    """Every text in an example, for whoever looks for damage."""
+    match example:
+        case Conversation():
+            return [part for m in example.messages for part in (m.content, m.input) if part]
+        case Text():
+            return [example.text]
+        case Labelled():
+            return [example.text] + ([example.pair] if example.pair else [])
+        case Tagged():
+            return [" ".join(example.tokens)]
+        case Span():
+            return [example.question, example.context]
+        case SourceTarget():
+            return [example.source, example.target]
+        case Prepared():
+            return []
+
+
+def to_json(example: Example) -> str:
+    """An example as one line of JSON, its kind with it."""
+    values = dict(vars(example))  # dataclasses.asdict copies deeply, which takes longer than all the rest
+    if isinstance(example, Conversation):
+        values["messages"] = [{**vars(m), "calls": [vars(c) for c in m.calls]} for m in example.messages]
+    return json.dumps([type(example).__name__, values], ensure_ascii=False)
+
+
+def from_json(line: str) -> Example:
+    """The example that `to_json` wrote."""
+    kind, values = json.loads(line)
+    if kind == "Conversation":
+        messages = tuple(
+            Message(m["role"], m["content"], m["input"], tuple(Call(**c) for c in m["calls"]))
+            for m in values["messages"]
+        )
+        return Conversation(messages, values["tools"])
+    return KINDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class ExampleSet(Sequence[Example]):
+    """Examples in order, each with the place of its row."""
+
+    def __init__(self, table: Dataset) -> None:
+        self.table = table  # columns: example (JSON), where
+
+    @classmethod
+    def build(cls, items: Iterable[tuple[str, Example]]) -> ExampleSet:
+        """From (place, example); what is more than memory should hold goes to a file for the life of the process."""
+        parts: list[Dataset] = []
+        lines: list[str] = []
+        places: list[str] = []
+        held = 0
+        for where, example in items:
+            line = to_json(example)
+            lines.append(line)
+            places.append(where)
+            held += len(line)
+            if held > SPILL_BYTES:
+                parts.append(_spill(lines, places))
+                lines, places, held = [], [], 0
+        if lines or not parts:
+            parts.append(Dataset.from_dict({"example": lines, "where": places}) if lines else _nothing())
+        return cls(parts[0] if len(parts) == 1 else concatenate_datasets(parts))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> ExampleSet: ...
+    def __getitem__(self, i: int | slice) -> Example | ExampleSet:
+        if isinstance(i, slice):
+            return self.select(range(*i.indices(len(self))))
+        return from_json(self.table[i]["example"])
+
+    def __iter__(self) -> Iterator[Example]:
+        for batch in self.table.iter(batch_size=1000):
+            yield from map(from_json, batch["example"])  # type: ignore[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def lines(self) -> Iterator[str]:
+        """The examples as JSON, for hashing."""
+        for batch in self.table.iter(batch_size=1000):
+            yield from batch["example"]  # type: ignore[index]
+
+    def where(self, i: int) -> str:
+        """The place of example `i`."""
+        return self.table[i]["where"]
+
+    def select(self, rows: Iterable[int]) -> ExampleSet:
+        """Some of the examples, in the order of `rows`; a row may come twice."""
+        return ExampleSet(self.table.select(rows))
+
+
+def _nothing() -> Dataset:
+    from datasets import Features, Value
+
+    return Dataset.from_dict(
+        {"example": [], "where": []}, features=Features({"example": Value("string"), "where": Value("string")})
     )
 
 
-def _eval_split(data: DataConfig) -> str:
-    return "test" if data.eval == data.train else "train"
+# open for the process's life: their files go away with it
+_SPILLED: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def _make_all(rows: list[Row], make: Callable[[dict[str, Any]], Example | str], bad: list[str]) -> list[Any]:
-    made = []
-    for row in rows:
-        result = row.problem or make(row.values)
-        if isinstance(result, str):
-            bad.append(f"{row.where} {result}")
-        else:
-            made.append(result)
-    return made
+def _spill(lines: list[str], places: list[str]) -> Dataset:
+    import pyarrow as pa
 
+    from siliang.data.cache import cache_folder
 
-def _need_columns(rows: list[Row], wanted: list[str], data: DataConfig) -> None:
-    there = next((list(row.values) for row in rows if row.problem is None), None)
-    if there is None:
-        raise DataError(bad_rows_message([f"{row.where} {row.problem}" for row in rows]))
-    for name in wanted:
-        if name not in there:
-            raise DataError(
-                f"{data.train} has no column {name!r}; it has {', '.join(map(repr, there))}.{nearest(name, there)}\n"
-                "Say which is which with data.columns (data.columns.text=review), or data.header where the file has no "
-                "header line."
-            )
-
-
-def _find_labels(rows: list[Row], column: str) -> list[str]:
-    found = {_as_text(row.values.get(column)) for row in rows if row.problem is None} - {""}
-    if len(found) > 1000:
-        raise DataError(f"column {column!r} has {len(found)} different values: these are no classes.")
-    # 2 before 10 where all are numbers
-    return sorted(found, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
-
-
-def _labelled(columns: Columns, labels: list[str]) -> Callable[[dict[str, Any]], Labelled | str]:
-    numbers = {name: i for i, name in enumerate(labels)}
-
-    def make(values: dict[str, Any]) -> Labelled | str:
-        text, label = _as_text(values.get(columns.text)), _as_text(values.get(columns.label))
-        if not text.strip():
-            return f"has an empty {columns.text!r}"
-        if label not in numbers:
-            return f"has the label {label!r}, which is not one of {', '.join(labels)}"
-        return Labelled(text, numbers[label])
-
-    return make
-
-
-def _turn(columns: Columns) -> Callable[[dict[str, Any]], Turn | str]:
-    def make(values: dict[str, Any]) -> Turn | str:
-        output = _as_text(values.get(columns.output))
-        if not output.strip():
-            return f"has an empty {columns.output!r}"
-        return Turn(output, _as_text(values.get(columns.instruction)), _as_text(values.get(columns.input)))
-
-    return make
-
-
-def _plain(columns: Columns) -> Callable[[dict[str, Any]], Turn | str]:
-    def make(values: dict[str, Any]) -> Turn | str:
-        text = _as_text(values.get(columns.text))
-        return Turn(text) if text.strip() else f"has an empty {columns.text!r}"
-
-    return make
-
-
-def _as_text(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else str(value)
+    folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache_folder(), ignore_cleanup_errors=True)
+    _SPILLED.append(folder)
+    path = Path(folder.name) / "rows.arrow"
+    table = pa.table({"example": pa.array(lines, pa.string()), "where": pa.array(places, pa.string())})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    return Dataset.from_file(str(path))

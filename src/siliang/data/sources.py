@@ -1,18 +1,23 @@
-"""Reads rows from files, folders and the hub, each with the place it came from, so that a bad one can be named."""
+"""Reads rows from files, folders and the hub, one by one, each with the place it came from, so that a bad one can be
+named and a file larger than memory can be read.
+"""
 
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from siliang.types import DataError
+from siliang.data.json_stream import json_lines, json_list
+from siliang.types import DataError, nearest
 
-FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv")
+COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
+FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *COLUMN_FILES)
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Row:
     """One row of the data.
 
     Attributes:
-        where: `file:line`, or `file, item n` where lines mean nothing.
+        where: `file:line`, or `source, row n` where lines mean nothing.
         problem: Why it cannot be used; None for a row that was read.
     """
 
@@ -29,43 +34,53 @@ class Row:
     problem: str | None = None
 
 
-def read_rows(source: str, *, header: list[str] | None = None, split: str = "train") -> list[Row]:
-    """All rows of `source`; an unreadable one comes with its problem.
+def iter_rows(
+    source: str, *, header: list[str] | None = None, split: str = "train", tagged: bool = False
+) -> Iterator[Row]:
+    """The rows of `source`, in order; an unreadable one comes with its problem.
 
     Args:
-        source: A .json, .jsonl, .csv or .tsv file, a folder from Dataset.save_to_disk, or a name on the hub.
+        source: A file, a pattern of files, a folder from Dataset.save_to_disk, or a name on the hub.
         header: Column names of a csv or tsv file without a header line.
         split: Which part of a folder or hub data set that has several.
+        tagged: A .txt file holds a word and its tag a line.
 
     Raises:
-        DataError: There is no such source, it is of an unknown kind, or it holds nothing.
+        DataError: There is no such source, it is of an unknown kind, or it is damaged as a whole.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
-        readers = {".json": _json, ".jsonl": _jsonl, ".csv": _table, ".tsv": _table}
-        if path.suffix not in readers:
-            raise DataError(
-                f"{source}: {path.suffix or 'no ending'} is not a kind of file that can be read. Allowed: "
-                f"{', '.join(FILE_KINDS)}, or a folder from Dataset.save_to_disk."
-            )
-        rows = list(_table(path, header)) if path.suffix in (".csv", ".tsv") else list(readers[path.suffix](path))
+        yield from _file(path, header, tagged)
     elif path.is_dir():
-        rows = _dataset(_from_disk(path), split, source)
+        yield from _dataset(_from_disk(path), split, source)
+    elif any(c in source for c in "*?[") and (found := sorted(glob.glob(str(path)))):  # noqa: PTH207 (absolute patterns)
+        for name in found:
+            yield from _file(Path(name), header, tagged)
     elif path.suffix in FILE_KINDS or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise DataError(f"There is no data file or folder {source}.")
+        raise DataError(f"There is no data file or folder {source}.{_neighbours(path)}")
     else:
-        rows = _dataset(_from_hub(source), split, source)
+        yield from _dataset(_from_hub(source), split, source)
+
+
+def read_rows(source: str, *, header: list[str] | None = None, split: str = "train") -> list[Row]:
+    """All rows of `source` at once; see `iter_rows`.
+
+    Raises:
+        DataError: As there, and where the source holds nothing.
+    """
+    rows = list(iter_rows(source, header=header, split=split))
     if not rows:
         raise DataError(f"{source} holds no rows.")
     return rows
 
 
-def sha256(sources: list[str]) -> str:
+def sha256(sources: Sequence[str]) -> str:
     """A hash over the bytes of the data files; of a hub name, over the name."""
     digest = hashlib.sha256()
     for source in sources:
-        path = Path(source)
+        path = Path(source).expanduser()
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+        files = files or [Path(name) for name in sorted(glob.glob(source))]  # noqa: PTH207
         digest.update(b"" if files else source.encode())
         for file in files:
             with file.open("rb") as opened:
@@ -73,54 +88,57 @@ def sha256(sources: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _text(path: Path) -> str:
+def _neighbours(path: Path) -> str:
+    return nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+
+
+def _file(path: Path, header: list[str] | None, tagged: bool) -> Iterator[Row]:
+    kind = path.suffix.lower()
+    if kind not in FILE_KINDS:
+        raise DataError(
+            f"{path}: {kind or 'no ending'} is not a kind of file that can be read. Allowed: "
+            f"{', '.join(FILE_KINDS)}, or a folder from Dataset.save_to_disk."
+        )
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
+        if kind in (".csv", ".tsv"):
+            yield from _table(path, header)
+        elif kind in (".parquet", ".arrow"):
+            yield from _arrow(path, kind)
+        elif kind in COLUMN_FILES or (kind == ".txt" and tagged):
+            yield from _tagged(path)
+        elif kind == ".txt":
+            yield from (
+                Row({"text": line.rstrip("\r\n")}, f"{path}:{n}") for n, line in text_lines(path) if line.strip()
+            )
+        else:
+            for where, value, problem in (json_list if kind == ".json" else json_lines)(path):
+                if problem is None and not isinstance(value, dict):
+                    problem = f"must be an object with named fields, not {type(value).__name__}"
+                elif problem is None and not value:
+                    problem = "is empty: it has no fields"
+                yield Row(value if problem is None else {}, where, problem)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _row(value: Any, where: str) -> Row:
-    if isinstance(value, dict):
-        return Row(value, where)
-    return Row({}, where, f"must be an object with named fields, not {type(value).__name__}")
-
-
-def _json(path: Path) -> Iterator[Row]:
-    text = _text(path)
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}.{hint}") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply to be data.") from None
-    if not isinstance(values, list):
-        raise DataError(f"{path} must hold a list of objects: [{{...}}, {{...}}].")
-    for i, value in enumerate(values, start=1):
-        yield _row(value, f"{path}, item {i}")
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            yield _row(json.loads(line), where)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield Row({}, where, f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}")
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line with its end) of a UTF-8 file, with or without a byte order mark."""
+    with path.open("rb") as opened:
+        for number, raw in enumerate(opened, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{path}:{number}: not UTF-8 text. Save the file as UTF-8.") from None
 
 
 def _table(path: Path, header: list[str] | None = None) -> Iterator[Row]:
     # quotes are text in a tsv file: SST-2 and its kind have unpaired ones
-    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    reader = csv.reader(_text(path).splitlines(keepends=True), strict=True, **style)
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
+    csv.field_size_limit(2**27)
+    reader = csv.reader((line for _, line in text_lines(path)), strict=True, **style)
     names = header
     while True:
+        first = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
@@ -133,13 +151,50 @@ def _table(path: Path, header: list[str] | None = None) -> Iterator[Row]:
         if names is None:
             names = fields
         elif len(fields) != len(names):
-            yield Row(
-                {},
-                f"{path}:{reader.line_num}",
-                f"has {len(fields)} columns, not {len(names)} ({', '.join(names)})",
-            )
+            has = f"has {len(fields)} columns, not {len(names)} ({', '.join(names)})"
+            yield Row({}, f"{path}:{first}", has)
         else:
-            yield Row(dict(zip(names, fields, strict=True)), f"{path}:{reader.line_num}")
+            yield Row(dict(zip(names, fields, strict=True)), f"{path}:{first}")
+
+
+def _tagged(path: Path) -> Iterator[Row]:
+    """Sentences of one word and its tag a line, with an empty line between two: CoNLL, BIO, BMES."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    start, problem = 1, None
+    for number, ended in chain(text_lines(path), [(0, "")]):
+        line = ended.rstrip("\r\n")
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            if tokens or problem:
+                yield Row({"tokens": tokens, "tags": tags}, f"{path}:{start}", problem)
+            tokens, tags, start, problem = [], [], number + 1, None
+            continue
+        fields = line.split("\t") if "\t" in line else line.split()
+        if len(fields) < 2:
+            problem = problem or f"has no tag in line {number}: {line!r}"
+            continue
+        tokens.append(fields[0])
+        tags.append(fields[-1].strip())
+
+
+def _arrow(path: Path, kind: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if kind == ".parquet":
+            batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
+        else:
+            from datasets import Dataset
+
+            batches = Dataset.from_file(str(path)).with_format("arrow").iter(batch_size=1000)  # type: ignore[attr-defined]
+        number = 0
+        for batch in batches:
+            for values in batch.to_pylist():  # type: ignore[attr-defined]
+                number += 1
+                yield Row(values, f"{path}, row {number}")
+    except (pa.ArrowInvalid, pa.ArrowException) as error:
+        raise DataError(f"{path} is not a readable {kind[1:]} file: {_first_line(error)}") from None
 
 
 def _from_disk(path: Path) -> Any:
@@ -154,20 +209,22 @@ def _from_disk(path: Path) -> Any:
 def _from_hub(name: str) -> Any:
     from datasets import load_dataset
 
+    path, _, config = name.partition(":")
     try:
-        return load_dataset(name)
+        return load_dataset(path, config or None)
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
         raise DataError(
             f"{name} is no file or folder here, and the hub did not give it: {_first_line(error)}"
         ) from None
 
 
-def _dataset(loaded: Any, split: str, source: str) -> list[Row]:
+def _dataset(loaded: Any, split: str, source: str) -> Iterator[Row]:
     if isinstance(loaded, dict):
         if split not in loaded:
             raise DataError(f"{source} has no part {split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[split]
-    return [Row(dict(values), f"{source}, row {i}") for i, values in enumerate(loaded, start=1)]
+    for i, values in enumerate(loaded, start=1):
+        yield Row(dict(values), f"{source}, row {i}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,10 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     LlamaTokenizer,
 )
@@ -23,6 +26,9 @@ from siliang.types import ModelError, TaskType
 AUTO_CLASSES = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
+    TaskType.TOKEN_CLS: AutoModelForTokenClassification,
+    TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
+    TaskType.QUESTION_ANS: AutoModelForQuestionAnswering,
 }
 
 
@@ -46,11 +52,14 @@ def load_model(
     dtype: torch.dtype,
     labels: list[str] | None = None,
     revision: str | None = None,
+    seed: int = 0,
 ) -> Any:
     """A base model with its weights on the CPU, in eval mode.
 
     Args:
-        labels: The classes of a SEQ_CLS model, whose head is new unless the weights bring one of that size.
+        labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
+        seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
+            without one. An adapter's file does not hold the latter, so they must come out the same each time.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -61,15 +70,17 @@ def load_model(
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
     try:
-        model, info = AUTO_CLASSES[task].from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model, info = AUTO_CLASSES[task].from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
         raise ModelError(_why_not(name, error)) from error
     heads = TASK_HEADS.get(task, ())

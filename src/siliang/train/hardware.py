@@ -11,6 +11,7 @@ from typing import Literal
 import psutil
 import torch
 
+from siliang.check.subject import Machine
 from siliang.record import Device
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -64,6 +65,12 @@ def describe_device(device: torch.device) -> Device:
     else:
         name, memory_bytes = _cpu_name(), psutil.virtual_memory().total
     return Device(kind=device.type, name=name, threads=torch.get_num_threads(), memory_bytes=memory_bytes)
+
+
+def machine() -> Machine:
+    """What the rules of `siliang check` need to know of this machine."""
+    device = find_device()
+    return Machine(device.type, has_bf16(device))
 
 
 def versions() -> dict[str, str]:

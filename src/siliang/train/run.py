@@ -14,25 +14,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from siliang.check import find, look_at, stop_on_errors
 from siliang.config import RunConfig
 from siliang.data import sources
-from siliang.data.examples import load_examples
-from siliang.data.tokens import PadCollator, TokenDataset, tokenise
+from siliang.data.collate import PadCollator
+from siliang.data.load import Examples
+from siliang.data.tokens import TokenSet
+from siliang.data.vocabulary import embedding_modules
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
-from siliang.models.load import load_tokenizer, weights_sha256
+from siliang.models.load import weights_sha256
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
 from siliang.record import Counts, Record, Rows, Seconds
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, load_base
-from siliang.train.hardware import Choice, choose_precision, describe_device, find_device, versions
+from siliang.train.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
+from siliang.train.metrics import trainer_metrics
 from siliang.train.trainer import Progress, SiliangTrainer, Watcher, stopping_on_signal
-from siliang.types import ConfigError, OutputError, SiliangError, TaskType
+from siliang.types import OutputError, SiliangError, TaskType
+
+# where the labels are not in `labels`
+LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
 
 
 @dataclass
@@ -95,8 +101,9 @@ class _Run:
     method: Method
     model: Any
     tokenizer: Any
-    train_set: TokenDataset
-    eval_set: TokenDataset
+    examples: Examples
+    train_set: TokenSet
+    eval_set: TokenSet
     precision: Choice
     record: Record
 
@@ -107,17 +114,13 @@ def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
     method = find_method(config.method.name)
     device = find_device()
     precision = choose_precision(config.train.precision, device)
-    tokenizer = load_tokenizer(config.model, revision=config.revision)
-    if config.task is TaskType.CAUSAL_LM and tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"{config.model}: its tokenizer has no end-of-sequence token, so a model could not learn to stop."
-        )
-    examples = load_examples(config.data, config.task, seed=config.train.seed)
-    sets = [
-        tokenise(rows, tokenizer, template=config.data.template, max_length=config.data.max_length)
-        for rows in (examples.train, examples.eval)
-    ]
-    truncated = sum(row.truncated for row in sets[0].rows)
+    subject = look_at(config, machine())
+    findings = find(subject, stop_early=True)
+    stop_on_errors(findings)
+    for finding in findings:
+        listener.say(f"warning    {finding.code} {finding.title}: {finding.message}")
+    tokenizer, examples, sets = subject.tokenizer, subject.examples, [subject.train, subject.eval]
+    truncated = int((sets[0].column("lost") > 0).sum())
     listener.say(
         f"data       {len(sets[0]):,} rows to train on, {len(sets[1]):,} held out"
         + (f", {len(examples.skipped):,} skipped" if examples.skipped else "")
@@ -143,14 +146,14 @@ def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
         precision=precision.precision,
         learning_rate=config.train.learning_rate or method.learning_rate,
         model_sha256=weights_sha256(config.model),
-        data_sha256=sources.sha256([config.data.train, *([config.data.eval] if config.data.eval else [])]),
+        data_sha256=sources.sha256([s.path for s in (*config.data.train_sources, *config.data.eval_sources)]),
         labels=examples.labels,
         parameters=Counts(trained=trained, total=total),
         rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=examples.skipped, truncated=truncated),
         seconds=Seconds(load=round(time.perf_counter() - started, 3)),
     )
     _check_space(folder, model, config)
-    return _Run(config, listener, folder, method, model, tokenizer, sets[0], sets[1], precision, record)
+    return _Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record)
 
 
 def _attach(model: nn.Module, method: Method, config: RunConfig) -> tuple[nn.Module, int, int]:
@@ -159,7 +162,10 @@ def _attach(model: nn.Module, method: Method, config: RunConfig) -> tuple[nn.Mod
             p.requires_grad_(True)
     else:
         # a copy: attaching completes the config, and the resolved run.yaml keeps what the user said
-        model = get_peft_model(model, method.config(task_type=config.task, **config.method.arguments))
+        arguments = dict(config.method.arguments)
+        if config.data.add_tokens:  # new tokens are learned only where their embeddings are
+            arguments["modules_to_save"] = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]
+        model = get_peft_model(model, method.config(task_type=config.task, **arguments))
     return model, *count_parameters(model)
 
 
@@ -176,7 +182,7 @@ def _train(run: _Run, *, resume: bool) -> Record:
             train_dataset=run.train_set,
             eval_dataset=run.eval_set if len(run.eval_set) else None,
             data_collator=PadCollator(run.tokenizer.pad_token_id),
-            compute_metrics=_accuracy if config.task is TaskType.SEQ_CLS else None,
+            compute_metrics=trainer_metrics(config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
             callbacks=[watcher],
         )
         watcher.trainer = trainer
@@ -242,8 +248,8 @@ def _arguments(run: _Run, checkpoints: Path) -> TrainingArguments:
         save_strategy="steps" if t.save_every else "no",
         save_steps=t.save_every or 500,
         save_total_limit=t.keep,
-        prediction_loss_only=run.config.task is TaskType.CAUSAL_LM,
-        label_names=["labels"],
+        prediction_loss_only=run.config.task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM),
+        label_names=LABELS.get(run.config.task, ["labels"]),
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
@@ -266,16 +272,13 @@ def _silence(trainer: SiliangTrainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
-
-
 def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float]:
+    """The Trainer's figures without its prefix and without its timings."""
+    skipped = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     final = {"eval_loss": metrics["eval_loss"]}
-    if task is TaskType.SEQ_CLS:
-        final["accuracy"] = metrics["eval_accuracy"]
-    else:
+    final |= {k: v for k, v in named.items() if k not in ("loss", "epoch", *skipped) and "memory" not in k}
+    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
         final["perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
     return final
 

@@ -1,0 +1,45 @@
+"""The figures of a data set: rows, tokens, lengths, how much of it is learned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from siliang.check.subject import Subject
+from siliang.data.examples import Labelled
+from siliang.types import TaskType
+
+
+def count(s: Subject) -> dict[str, Any]:
+    """Counts by name; shares are between 0 and 1."""
+    lengths, tokens = s.train.lengths, int(s.train.lengths.sum())
+    counts: dict[str, Any] = {
+        "layout": s.examples.layout,
+        "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.examples.skipped)},
+        "tokens": tokens,
+    }
+    if len(lengths):
+        points = np.percentile(lengths, [50, 90, 99]).astype(int).tolist()
+        counts["length"] = {"median": points[0], "p90": points[1], "p99": points[2], "longest": int(lengths.max())}
+    if s.task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) and tokens:
+        counts["learned"] = float(s.train.learned.sum() / tokens)
+    if s.task is not TaskType.QUESTION_ANS:
+        lost = s.train.column("lost")
+        counts["truncated"] = {
+            "rows": int((lost > 0).sum()),
+            "tokens": int(lost.sum()),
+            "answers": int((s.train.column("lost_answer") > 0).sum()),
+            "dropped": s.train.dropped,
+        }
+    unknown = s.tokenizer.unk_token_id
+    if unknown is not None and unknown != s.encoder.eos and tokens:
+        counts["unknown"] = float(sum(int((ids == unknown).sum()) for ids in s.train.lists("input_ids")) / tokens)
+    if s.task is TaskType.SEQ_CLS:
+        classes = Counter(e.label for e in s.examples.train if isinstance(e, Labelled))
+        counts["classes"] = dict(sorted(classes.items(), key=lambda item: -item[1])[:20])
+    elif s.examples.labels is not None:
+        counts["tags"] = len(s.examples.labels)
+    counts["steps"] = {"per_epoch": s.steps_per_epoch, "all": s.steps}
+    return counts

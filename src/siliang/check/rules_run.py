@@ -1,0 +1,251 @@
+"""Rules on the base model, the precision and the course of the run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from siliang.check.finding import Found
+from siliang.check.subject import Subject
+from siliang.methods import METHODS
+from siliang.peft_model import count_parameters, get_peft_model
+from siliang.types import ConfigError, ModelError, TargetError, TaskType
+
+RATE_FACTOR = 10.0  # between a learning rate and the method's usual one, from where on it is another method's
+LEARNED_POSITIONS = ("bert", "roberta", "xlm-roberta", "gpt2", "opt", "electra", "bart", "distilbert", "albert")
+
+
+def remote_code(s: Subject) -> Iterator[Found]:
+    """The model wants to run code of its own.
+
+    Cause: Its folder names Python files that transformers would run as part of this process (trust_remote_code). That
+    is any code that somebody uploaded, and it breaks with each new transformers.
+
+    Fix: Use a model that transformers or siliang knows by itself; ChatGLM3's folders open here without their code.
+    """
+    if (code := s.wanted_code) is not None:
+        yield Found(f"{s.config.model}: its config.json asks to run {code}")
+
+
+def no_pad_token(s: Subject) -> Iterator[Found]:
+    """There is no pad token.
+
+    Cause: Rows of a batch are filled up to one length, and there is nothing to fill them with. Where the tokenizer
+    has an end of sequence or an unknown token, siliang takes that one: labels and attention are masked by position,
+    so any will do.
+
+    Fix: Name a pad_token in the model's tokenizer_config.json.
+    """
+    if s.tokenizer.pad_token_id is None:
+        yield Found(f"{s.config.model}: its tokenizer has no pad token, no end of sequence and no unknown token")
+
+
+def vocabulary(s: Subject) -> Iterator[Found]:
+    """Tokens without an embedding.
+
+    Cause: The tokenizer knows more tokens than the embedding has rows: on the first such token the run ends in an index
+    error, on a GPU in one that says nothing.
+
+    Fix: Use the model's own tokenizer, or name the new tokens in data.add_tokens, which makes the embeddings grow.
+    """
+    rows = getattr(s.text_config, "vocab_size", None)
+    if rows is None or s.data.add_tokens:
+        return
+    largest = max((int(ids.max()) for ids in s.train.lists("input_ids") if len(ids)), default=0)
+    if largest >= rows:
+        yield Found(f"the data holds token {largest}, and the embedding has {rows:,} rows")
+    elif len(s.tokenizer) > rows:
+        yield Found(
+            f"the tokenizer has {len(s.tokenizer):,} tokens, the embedding {rows:,} rows; the data uses none beyond",
+            severity="warning",
+        )
+
+
+def targets(s: Subject) -> Iterator[Found]:
+    """The method finds nothing to tune.
+
+    Cause: method.target_modules names modules that this model does not have, wholly or in part; PEFT passes over the
+    part that matches nothing.
+
+    Fix: Name modules that are there (the message lists near ones), or leave target_modules out.
+    """
+    if s.method.name == "bitfit" or (problem := _attach(s)) is None:
+        return
+    yield Found(problem)
+
+
+def no_biases(s: Subject) -> Iterator[Found]:
+    """BitFit on a model without biases.
+
+    Cause: BitFit trains the biases, and Llama and its kin have none: nothing would be learned.
+
+    Fix: Use method=lora, or a model with biases (BLOOM, BERT, GPT-2, Qwen2's attention).
+    """
+    if s.method.name == "bitfit" and (problem := _attach(s)) is not None:
+        yield Found(problem)
+
+
+def tied_embedding(s: Subject) -> Iterator[Found]:
+    """An adapter on a tied embedding.
+
+    Cause: The model's output head is its embedding. An adapter on one of them is merged into both, so the merged model
+    answers otherwise than the one that was trained.
+
+    Fix: Leave the embedding and the head out of target_modules and modules_to_save, or do not merge.
+    """
+    if not getattr(s.text_config, "tie_word_embeddings", False) or s.method.config is None:
+        return
+    given = s.config.method.arguments
+    names: list[str] = []
+    for key in ("target_modules", "modules_to_save"):
+        value = given.get(key) or []
+        names += [value] if isinstance(value, str) else list(value)
+    touched = [n for n in names if any(part in n for part in ("embed", "lm_head", "wte", "output_layer", "shared"))]
+    if touched:
+        yield Found(f"{', '.join(touched)} is tied to the model's other end (tie_word_embeddings)")
+
+
+def too_many_positions(s: Subject) -> Iterator[Found]:
+    """Rows longer than the model can read.
+
+    Cause: The model has learned embeddings for so many positions, and there is none for the next one: the run ends in
+    an index error. With rotary positions it goes on, and answers worse there than it was trained to.
+
+    Fix: Lower data.max_length to the model's length.
+    """
+    config = s.text_config
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or s.task is TaskType.SEQ_2_SEQ_LM:
+        return
+    kind = getattr(config, "model_type", "")
+    learned = kind in LEARNED_POSITIONS
+    limit -= 2 if "roberta" in kind else 0  # its positions begin behind the pad token's number
+    longest = int(s.train.lengths.max(initial=0))
+    if longest > limit:
+        yield Found(
+            f"a row has {longest:,} tokens, the model {limit:,} positions", severity=None if learned else "warning"
+        )
+
+
+def pure_fp16(s: Subject) -> Iterator[Found]:
+    """Everything in fp16.
+
+    Cause: Adam divides by the root of the second moment plus 1e-8, and 1e-8 is 0 in fp16, whose smallest number is
+    6e-8: the step is divided by zero. An eps of 1e-4 avoids that and costs stability. "Attempting to unscale FP16
+    gradients" is the same trap.
+
+    Fix: precision=auto keeps what is trained in fp32; precision=bf16 where the hardware has it.
+    """
+    if s.config.train.precision == "pure-fp16":
+        yield Found("weights, gradients and Adam's moments are all fp16; eps is raised to 1e-4", severity="warning")
+
+
+def emulated_precision(s: Subject) -> Iterator[Found]:
+    """A number format that this hardware only imitates.
+
+    Cause: Arithmetic that the processor does not have is done in another format and converted back and forth: fp16 on a
+    CPU is several times slower than fp32. And where bf16 is native, fp16 brings its narrow range for nothing.
+
+    Fix: precision=auto.
+    """
+    wanted, machine = s.config.train.precision.removeprefix("pure-"), s.machine
+    if wanted == "fp16" and machine.kind == "cpu":
+        yield Found("fp16 on a CPU is emulated, and slower than fp32")
+    elif wanted == "bf16" and not machine.native_bf16:
+        yield Found(f"bf16 on this {machine.kind} is emulated, and slower than fp32")
+    elif wanted == "fp16" and machine.native_bf16:
+        yield Found(
+            f"fp16 is used where this {machine.kind} has bf16, which needs no loss scaling and does not overflow"
+        )
+
+
+def steps(s: Subject) -> Iterator[Found]:
+    """Steps and warm-up that do not fit the data.
+
+    Cause: The learning rate rises for train.warmup_fraction of the steps. In a run of few steps that is most of it;
+    with fewer steps than train.log_every nothing is seen of it; and a batch larger than the data makes one step an
+    epoch.
+
+    Fix: More epochs, a smaller train.batch_size times train.gradient_accumulation, or a smaller warm-up.
+    """
+    t = s.config.train
+    effective = t.batch_size * t.gradient_accumulation
+    if effective > len(s.train):
+        yield Found(f"one optimiser step takes {effective:,} rows, and there are {len(s.train):,}")
+    elif s.steps < t.log_every:
+        yield Found(f"the run has {s.steps:,} steps, fewer than between two lines of the log ({t.log_every:,})")
+    if t.warmup_fraction > 0.5:
+        yield Found(f"the learning rate rises for {100 * t.warmup_fraction:.0f}% of the run and hardly stands")
+    if t.save_every and t.save_every > s.steps:
+        yield Found(
+            f"train.save_every = {t.save_every:,} is more than the run's {s.steps:,} steps: nothing is saved between"
+        )
+
+
+def learning_rate(s: Subject) -> Iterator[Found]:
+    """A learning rate usual for another method.
+
+    Cause: The methods differ by orders of magnitude. Full fine-tuning at LoRA's rate collapses to the largest class;
+    prompt tuning at LoRA's rate learns nothing in its few parameters.
+
+    Fix: Leave train.learning_rate out, which takes the method's own (`siliang methods`), or stay within ten times of
+    it.
+    """
+    rate, usual = s.config.train.learning_rate, s.method.learning_rate
+    if rate is None or max(rate / usual, usual / rate) < RATE_FACTOR * (1 - 1e-9):
+        return
+    near = min(METHODS.values(), key=lambda m: max(rate / m.learning_rate, m.learning_rate / rate))
+    like = f"; {rate:g} is usual for {near.name}" if near is not s.method and near.learning_rate / rate < 3 else ""
+    yield Found(f"{rate:g} for {s.method.name}, whose own is {usual:g} ({s.method.learning_rate_source}){like}")
+
+
+def disk(s: Subject) -> Iterator[Found]:
+    """The checkpoints will not fit the disk.
+
+    Cause: Each checkpoint holds the trained weights and Adam's two moments of each, and a run that fills the disk
+    ends in the middle of writing one.
+
+    Fix: Make room, choose another disk with --output, or lower train.keep.
+    """
+    trained = _trained_parameters(s)
+    if trained is None:
+        return
+    t = s.config.train
+    copies = t.keep + 1 if t.save_every else 1
+    need = 4 * trained * (1 + 3 * copies) + 2**20
+    folder = Path(s.config.output).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        yield Found(f"{need / 1e6:,.0f} MB are needed in {folder}, and {free / 1e6:,.0f} MB are free on that disk")
+
+
+def _attach(s: Subject) -> str | None:
+    """What goes wrong when the method is attached to the model's skeleton; None where nothing does."""
+    if s.method.config is None:
+        return None
+    try:
+        _attached(s)
+    except (TargetError, ConfigError) as error:
+        return str(error)
+    return None
+
+
+def _attached(s: Subject) -> Any:
+    assert s.method.config is not None
+    with torch.device("meta"):
+        return get_peft_model(s.skeleton(), s.method.config(task_type=s.task, **s.config.method.arguments))
+
+
+def _trained_parameters(s: Subject) -> int | None:
+    try:
+        if s.method.config is None:
+            return count_parameters(s.skeleton())[1]
+        return count_parameters(_attached(s))[0]
+    except (TargetError, ConfigError, ModelError):
+        return None

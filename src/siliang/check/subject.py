@@ -1,0 +1,209 @@
+"""What the rules look at: settings, rows, tokens, and the base model's shape without its weights; each made when
+asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from siliang.config import RunConfig
+from siliang.data.encode import IGNORED, Encoder
+from siliang.data.examples import (
+    Conversation,
+    Example,
+    ExampleSet,
+    Labelled,
+    Prepared,
+    SourceTarget,
+    Span,
+    Tagged,
+    Text,
+)
+from siliang.data.load import Examples, load_examples
+from siliang.data.tokens import TokenSet, stop_tokens, tokenise
+from siliang.data.vocabulary import grow_vocabulary
+from siliang.methods import Method, find_method
+from siliang.models.load import AUTO_CLASSES, load_config, load_tokenizer
+from siliang.types import ModelError, TaskType
+
+
+@dataclass
+class Machine:
+    """What the rules need to know of the hardware.
+
+    Attributes:
+        kind: cpu, cuda or mps.
+        native_bf16: bf16 is computed in hardware.
+    """
+
+    kind: str = "cpu"
+    native_bf16: bool = True
+
+
+class Subject:
+    """A run that has not been started."""
+
+    def __init__(self, config: RunConfig, machine: Machine) -> None:
+        self.config, self.machine = config, machine
+        self.data, self.task = config.data, config.task
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.config.model, revision=self.config.revision)
+        grow_vocabulary(tokenizer, self.data.add_tokens)
+        return tokenizer
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """Read with bad rows left aside, so that they can all be told of."""
+        return load_examples(self.data, self.task, seed=self.config.train.seed, keep_going=True)
+
+    @cached_property
+    def train(self) -> TokenSet:
+        return self._tokens(self.examples.train)
+
+    @cached_property
+    def eval(self) -> TokenSet:
+        return self._tokens(self.examples.eval)
+
+    def _tokens(self, examples: ExampleSet) -> TokenSet:
+        return tokenise(examples, self.tokenizer, self.data, self.task, labels=self.examples.labels)
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """The tokens that may end an answer."""
+        return stop_tokens(self.tokenizer, template=self.data.template)
+
+    @cached_property
+    def method(self) -> Method:
+        return find_method(self.config.method.name)
+
+    @cached_property
+    def model_config(self) -> Any:
+        return load_config(self.config.model, revision=self.config.revision)
+
+    @cached_property
+    def text_config(self) -> Any:
+        """The part of the model's config that speaks of its text."""
+        return self.model_config.get_text_config()
+
+    def skeleton(self) -> Any:
+        """The base model without weights, for whoever wants to know its modules; a new one each time.
+
+        Raises:
+            ModelError: transformers has no model of this kind for the task.
+        """
+        config = self.model_config
+        if self.examples.labels is not None:
+            config.num_labels = len(self.examples.labels)
+        try:
+            with torch.device("meta"):
+                return AUTO_CLASSES[self.task].from_config(config, trust_remote_code=False)
+        except ValueError as error:
+            first = str(error).strip().partition("\n")[0]
+            raise ModelError(f"{self.config.model} cannot be trained for {self.task.lower()}: {first}") from None
+
+    @property
+    def wanted_code(self) -> str | None:
+        """The file of code that the model's folder asks to run, where transformers does not know the model itself."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        path = Path(self.config.model) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        code = values.get("auto_map") if isinstance(values, dict) else None
+        if not isinstance(code, dict) or values.get("model_type") in CONFIG_MAPPING:
+            return None
+        return str(next(iter(code.values()), ""))
+
+    # ---- for many rules ----
+
+    def places(self, rows: Iterable[int], part: str = "train") -> tuple[str, ...]:
+        """The first places of the examples with these numbers."""
+        examples: ExampleSet = getattr(self.examples, part)
+        return tuple(examples.where(int(i)) for i, _ in zip(rows, range(6), strict=False))
+
+    def entries(self, rows: Iterable[int]) -> tuple[str, ...]:
+        """The first places of these entries of `train`."""
+        numbers = self.train.column("row")
+        return self.places(numbers[int(i)] for i, _ in zip(rows, range(6), strict=False))
+
+    @cached_property
+    def prints(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For train and eval: (hash of what is asked, hash of the whole) of each example."""
+        return {part: _prints(getattr(self.examples, part)) for part in ("train", "eval")}
+
+    @cached_property
+    def last_labels(self) -> np.ndarray:
+        """The last learned token of each training entry; -100 where nothing is learned."""
+        last = np.full(len(self.train), IGNORED, dtype=np.int64)
+        for i, labels in enumerate(self.train.lists("labels")):
+            learned = labels[labels != IGNORED]
+            if len(learned):
+                last[i] = learned[-1]
+        return last
+
+    @property
+    def prepared(self) -> bool:
+        """The rows came as tokens."""
+        return self.examples.layout == "prepared"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        t = self.config.train
+        return -(-len(self.train) // (t.batch_size * t.gradient_accumulation))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run."""
+        t = self.config.train
+        return t.max_steps or int(np.ceil(self.steps_per_epoch * t.epochs))
+
+
+def look_at(config: RunConfig, machine: Machine | None = None) -> Subject:
+    """What there is to see of a run before it starts; read when a rule asks for it."""
+    return Subject(config, machine or Machine())
+
+
+def question_of(example: Example) -> str:
+    """What is given in an example, without what is to be learned."""
+    match example:
+        case Conversation():
+            return json.dumps([[m.role, m.text] for m in example.messages[:-1]], ensure_ascii=False)
+        case Labelled():
+            return f"{example.text}\0{example.pair or ''}"
+        case Tagged():
+            return "\0".join(example.tokens)
+        case Span():
+            return f"{example.question}\0{example.context}"
+        case SourceTarget():
+            return example.source
+        case Text():
+            return example.text
+        case Prepared():
+            return str([i for i, x in zip(example.input_ids, example.labels, strict=False) if x == IGNORED] or example)
+
+
+def _prints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
+    # Python's own hash of 64 bits: two different rows meet by chance once in a run of billions
+    asked = np.fromiter((hash(question_of(e)) for e in examples), dtype=np.int64, count=len(examples))
+    whole = np.fromiter((hash(line) for line in examples.lines()), dtype=np.int64, count=len(examples))
+    return asked, whole
+
+
+def is_text_task(task: TaskType) -> bool:
+    """The model learns to write."""
+    return task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)

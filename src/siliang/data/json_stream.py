@@ -1,0 +1,145 @@
+"""JSON read piece by piece: lines of objects, and lists of objects that need not fit into memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from siliang.types import DataError
+
+CHUNK_BYTES = 4 * 2**20
+
+Item = tuple[str, Any, str | None]  # place, value, problem
+
+
+def json_lines(path: Path) -> Iterator[Item]:
+    """One value a line; a line that is not JSON comes with its problem."""
+    with path.open("rb") as opened:
+        for number, raw in enumerate(opened, start=1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{where}: not UTF-8 text. Save the file as UTF-8.") from None
+            if not line.strip():
+                continue
+            try:
+                yield where, json.loads(line), None
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield where, None, f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}"
+
+
+def json_list(path: Path) -> Iterator[Item]:
+    """The items of a list, each with the line on which it begins; also SQuAD's {"data": [...]}.
+
+    Raises:
+        DataError: It is not JSON, or not a list.
+    """
+    text = _Text(path)
+    text.skip(" \t\r\n")
+    if text.peek() != "[":
+        yield from _whole(path)
+        return
+    text.position += 1
+    decoder = json.JSONDecoder()
+    while True:
+        text.skip(" \t\r\n,")
+        if text.peek() == "]":
+            text.position += 1
+            text.skip(" \t\r\n")
+            if text.peek():
+                raise DataError(f"{path}:{text.line}: not valid JSON: there is more after the end of the list.")
+            return
+        line = text.line
+        try:
+            value = text.decode(decoder)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
+        except RecursionError:
+            raise DataError(f"{path}:{line}: nested too deeply to be data.") from None
+        yield f"{path}:{line}", value, None
+
+
+def _whole(path: Path) -> Iterator[Item]:
+    """A file that holds one object: SQuAD's nested lists, or a list under the name `data`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        hint = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}.{hint}") from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply to be data.") from None
+    items = value.get("data") if isinstance(value, dict) else None
+    if not isinstance(items, list):
+        raise DataError(f"{path} must hold a list of objects: [{{...}}, {{...}}].")
+    number = 0
+    for item in items:
+        for flat in _squad(item) if isinstance(item, dict) and "paragraphs" in item else [item]:
+            number += 1
+            yield f"{path}, row {number}", flat, None
+
+
+def _squad(article: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for paragraph in article["paragraphs"]:
+        for question in paragraph["qas"]:
+            yield {"context": paragraph["context"], **question}
+
+
+class _Text:
+    """A file's text, of which only what is being looked at is in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._bytes = path.open("rb")
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text, self._ended = "", False
+        self.position = 0
+        self.line = 1  # of `position`, once `skip` has run
+
+    def peek(self) -> str:
+        return self._text[self.position : self.position + 1] if self._here(1) else ""
+
+    def skip(self, characters: str) -> None:
+        """Goes to the next character that is none of these; counts the lines on the way."""
+        while (c := self.peek()) and c in characters:
+            self.line += c == "\n"
+            self.position += 1
+        if not self.peek():
+            self._bytes.close()
+
+    def decode(self, decoder: json.JSONDecoder) -> Any:
+        """The value at the position."""
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._text, self.position)
+                break
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    rest = self._text[self.position :]
+                    raise json.JSONDecodeError(error.msg, rest, min(error.pos - self.position, len(rest))) from None
+        self.line += self._text.count("\n", self.position, end)
+        self.position = end
+        return value
+
+    def _here(self, n: int) -> bool:
+        while len(self._text) - self.position < n:
+            if not self._more():
+                return False
+        return True
+
+    def _more(self) -> bool:
+        if self._ended:
+            return False
+        raw = self._bytes.read(CHUNK_BYTES)
+        self._ended = not raw
+        try:
+            fresh = self._decoder.decode(raw, final=self._ended)
+        except UnicodeDecodeError as error:
+            line = self.line + self._text.count("\n", self.position) + raw[: error.start].count(b"\n")
+            self._bytes.close()
+            raise DataError(f"{self._path}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
+        self._text, self.position = self._text[self.position :] + fresh, 0
+        return not self._ended

@@ -1,0 +1,44 @@
+"""New tokens: the tokenizer learns them, the embeddings grow by them, and are trained and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from siliang.types import ConfigError
+
+
+def grow_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> int:
+    """Adds the tokens that are not there yet; returns how many were new.
+
+    Raises:
+        ConfigError: One is empty, or given twice.
+    """
+    for token in tokens:
+        if not token.strip():
+            raise ConfigError(f"data.add_tokens holds {token!r}, which is no token.")
+    if len(set(tokens)) != len(tokens):
+        twice = next(t for t in tokens if list(tokens).count(t) > 1)
+        raise ConfigError(f"data.add_tokens holds {twice!r} twice.")
+    return int(tokenizer.add_tokens(list(tokens))) if tokens else 0
+
+
+def fit_embeddings(model: Any, tokenizer: Any) -> list[str]:
+    """Makes the embeddings as large as the vocabulary, never smaller.
+
+    New rows start at the mean of the old ones, as transformers does it. The modules named must be trained and saved
+    (`modules_to_save`), or the new tokens stay what they were at the start.
+
+    Returns:
+        The names of the modules that grew; empty where there was room already.
+    """
+    if model.get_input_embeddings().weight.shape[0] >= len(tokenizer):
+        return []
+    model.resize_token_embeddings(len(tokenizer))
+    return embedding_modules(model)
+
+
+def embedding_modules(model: Any) -> list[str]:
+    """The names of the modules with a row for each token: the embedding, and the output head where there is one."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [name for name, module in model.named_modules() if any(module is end for end in ends if end is not None)]

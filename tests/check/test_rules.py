@@ -1,0 +1,323 @@
+"""Each rule: the trap is built and found; a clean run is silent."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import WORDS, make, word_tokenizer, write_jsonl
+from transformers import T5Config, T5ForConditionalGeneration
+
+from siliang.check import RULES, Finding, find, look_at, stop_on_errors
+from siliang.check.counts import count
+from siliang.check.subject import Machine
+from siliang.config import RunConfig
+from siliang.types import ConfigError, DataError
+
+CLEAN = [{"instruction": f"say {a} {b}", "output": f"{b} {a}"} for a in WORDS[28:38] for b in WORDS[28:38]]
+REVIEWS = [
+    {"text": f"{a} {noun} was {b}", "label": label}
+    for noun in ("film", "story", "actor")
+    for a in ("the", "a", "very")
+    for b, label in (("good", "pos"), ("bad", "neg"), ("bright", "pos"), ("dull", "neg"))
+]
+TAGGED = [
+    {"tokens": ["I", "liked", w, x], "tags": ["O", "O", "B-NAME", "E-NAME"]} for w in WORDS[:9] for x in WORDS[9:14]
+]
+
+
+class Case:
+    """Builds runs over tiny models in one folder."""
+
+    def __init__(self, folder: Path, models: dict[str, Path]) -> None:
+        self.folder, self.models = folder, models
+
+    def __call__(
+        self,
+        rows: list[dict[str, Any]] | None = None,
+        *,
+        task: str = "causal_lm",
+        model: str | Path = "llama",
+        machine: Machine | None = None,
+        held_out: list[dict[str, Any]] | None = None,
+        **settings: Any,
+    ) -> list[Finding]:
+        default = {"causal_lm": CLEAN, "seq_cls": REVIEWS, "token_cls": TAGGED}
+        data = {"train": str(write_jsonl(self.folder / "d.jsonl", rows or default[task]))}
+        if held_out is not None:
+            data["eval"] = str(write_jsonl(self.folder / "e.jsonl", held_out))
+        values: dict[str, Any] = {
+            "model": str(self.models.get(str(model), model)),
+            "task": task,
+            "data": {**data, "max_length": 64, **settings.pop("data", {})},
+            "train": {"batch_size": 4, "log_every": 1, **settings.pop("train", {})},
+            "output": str(self.folder / "out"),
+            **settings,
+        }
+        return find(look_at(RunConfig.build(values), machine))
+
+
+@pytest.fixture
+def case(tmp_path: Path, model_folders: dict[str, Path]) -> Case:
+    return Case(tmp_path, model_folders)
+
+
+def codes(findings: list[Finding]) -> set[str]:
+    return {f.code for f in findings}
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq_cls", "token_cls"])
+def test_a_clean_run_is_silent(case: Case, task: str) -> None:
+    assert case(task=task, model="llama" if task == "causal_lm" else "bert") == []
+
+
+BIG = 10**4
+TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
+    "SL001": ("1 row is bad", lambda c: c([*CLEAN, {"instruction": "a", "output": " "}])),
+    "SL002": ("1 of", lambda c: c([*CLEAN, CLEAN[3]], held_out=[{"instruction": "a", "output": "b"}])),
+    "SL003": ("1 of 2 held-out", lambda c: c(held_out=[CLEAN[0], {"instruction": "I", "output": "no"}])),
+    "SL004": (
+        "1 training",
+        lambda c: c([*CLEAN, {"instruction": "a \ufffd", "output": "I"}], data={"test_size": 0.01}),
+    ),
+    "SL005": ("'mixed'", lambda c: c(task="seq_cls", model="bert", data={"labels": ["neg", "pos", "'mixed'"]})),
+    "SL006": (
+        "'pos' has",
+        lambda c: c(
+            [*({"text": f"{a} {b}", "label": "pos"} for a in WORDS for b in WORDS[:3]), *REVIEWS[1::4]],
+            task="seq_cls",
+            model="bert",
+        ),
+    ),
+    "SL009": (
+        "cut to 12 tokens",
+        lambda c: c([*CLEAN, {"instruction": "I", "output": "no " * 30}], data={"max_length": 12}),
+    ),
+    "SL012": ("<|im_start|>", lambda c: c(data={"template": "chatml"})),
+    "SL013": ("unknown", lambda c: c([*CLEAN, {"instruction": "I", "output": "Σ Ω"}], data={"test_size": 0.01})),
+    "SL014": ("</s>", lambda c: c([*CLEAN, {"instruction": "I </s>", "output": "no"}], data={"test_size": 0.01})),
+    "SL015": (
+        "1 training",
+        lambda c: c([*REVIEWS, REVIEWS[0] | {"label": "neg"}], task="seq_cls", model="bert", data={"test_size": 0.02}),
+    ),
+    "SL016": ("{{name}}", lambda c: c([*CLEAN, {"instruction": "I", "output": "{{name}}"}], data={"test_size": 0.01})),
+    "SL017": (
+        "1 sentences",
+        lambda c: c(
+            [*TAGGED, {"tokens": ["a", "b"], "tags": ["E-NAME", "O"]}],
+            task="token_cls",
+            model="bert",
+            data={"test_size": 0.02},
+        ),
+    ),
+    "SL018": (
+        "1 training",
+        lambda c: c(
+            [
+                {"context": f"the {w} was good", "question": "say", "answers": {"text": [w], "answer_start": [n]}}
+                for w, n in (("film", 4), ("story", 4), ("actor", 3))
+            ],
+            task="question_ans",
+            model="bert",
+            data={"test_size": 0.0},
+        ),
+    ),
+    "SL019": ("test_size", lambda c: c(data={"test_size": 0.0})),
+    "SL024": ("'qury' matches no module", lambda c: c(method={"name": "lora", "target_modules": ["qury"]})),
+    "SL025": ("none", lambda c: c(method="bitfit")),
+    "SL026": (
+        "tied",
+        lambda c: c(model="bloom", method={"name": "lora", "target_modules": ["word_embeddings", "query_key_value"]}),
+    ),
+    "SL032": ("emulated", lambda c: c(train={"precision": "bf16"}, machine=Machine("cpu", native_bf16=False))),
+    "SL041": ("fewer than", lambda c: c(train={"max_steps": 3, "log_every": 10})),
+    "SL042": ("3e-05", lambda c: c(method="full", train={"learning_rate": 3e-4})),
+    "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),
+}
+
+
+@pytest.mark.parametrize("code", TRAPS)
+def test_the_trap_is_found(code: str, case: Case) -> None:
+    said, build = TRAPS[code]
+    found = [f for f in build(case) if f.code == code]
+    assert len(found) == 1
+    assert said in found[0].message
+    assert found[0].cause and found[0].fix and found[0].severity == RULES[code].severity
+
+
+def prepared(process: Callable[[Any, str, str], tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
+    tok = word_tokenizer()
+    rows = []
+    for row in CLEAN:
+        ids, labels = process(tok, row["instruction"], row["output"])
+        rows.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
+    return rows
+
+
+def seed_rows(tok: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """The tutorials' process function, which asks for the end as text; Llama-2's tokenizer makes words of it."""
+    a = tok(f"Human: {question}\n\nAssistant: ", add_special_tokens=False)["input_ids"]
+    b = tok(answer + tok.eos_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return a + b, [-100] * len(a) + b
+
+
+def right_rows(tok: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
+    a, b = (tok(t, add_special_tokens=False)["input_ids"] for t in (question, answer))
+    return [*a, *b, tok.eos_token_id], [-100] * len(a) + [*b, tok.eos_token_id]
+
+
+def test_prepared_rows(case: Case) -> None:
+    assert case(prepared(right_rows)) == []
+
+    def end_masked(tok: Any, q: str, a: str) -> tuple[list[int], list[int]]:
+        ids, labels = right_rows(tok, q, a)
+        return ids, [x if x != tok.eos_token_id else -100 for x in labels]
+
+    def all_masked(tok: Any, q: str, a: str) -> tuple[list[int], list[int]]:
+        ids, _ = right_rows(tok, q, a)
+        return ids, [-100] * len(ids)
+
+    def shifted(tok: Any, q: str, a: str) -> tuple[list[int], list[int]]:
+        ids, labels = right_rows(tok, f"{q} I", "one two three four five six seven")
+        return ids, [*labels[1:], -100]
+
+    lost = case(prepared(seed_rows))
+    # the pieces of "</s>" are unknown to this small vocabulary
+    assert codes(lost) == {"SL007", "SL013"} and "90 of 90 rows" in lost[0].message
+    masked = next(f for f in case(prepared(end_masked)) if f.code == "SL007")
+    assert "in 90 of them it stands there with its label masked" in masked.message
+    assert "SL008" in codes(case(prepared(all_masked)))
+    assert "SL010" in codes(case(prepared(lambda *x: (right_rows(*x)[0],) * 2)))
+    assert "SL011" in codes(case(prepared(shifted)))
+    cut = case(prepared(right_rows), data={"max_length": 8, "test_size": 0.0})
+    assert "SL009" not in codes(cut)  # four to seven tokens each
+    raw = [{"input_ids": row["input_ids"]} for row in prepared(right_rows)]
+    assert "SL010" not in codes(case(raw))
+
+
+@pytest.mark.shared
+def test_the_seeds_llama2_rows_lose_their_end(case: Case, shared: Path, tmp_path: Path) -> None:
+    """Llama-2's own tokenizer, the tutorial's function: the end is there as pieces of text, and check says so."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+    tok = LlamaTokenizer.from_pretrained(shared / "tokenizers" / "llama2", add_bos_token=True)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tok.save_pretrained(tmp_path / "model")
+    rows = []
+    for row in CLEAN:
+        ids, labels = seed_rows(tok, row["instruction"], row["output"])
+        rows.append({"input_ids": ids, "labels": labels})
+    assert codes(case(rows, model=tmp_path / "model")) == {"SL007"}
+    assert case(model=tmp_path / "model") == []
+
+
+def test_models_that_do_not_fit(case: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make("llama").save_pretrained(folder)  # type: ignore[operator]
+    big = word_tokenizer()
+    big.add_tokens([f"w{i}" for i in range(100)])
+    big.save_pretrained(folder)
+    assert codes(case(model=folder)) == {"SL023"} and case(model=folder)[0].severity == "warning"
+    used = case([*CLEAN, {"instruction": "w99", "output": "w99"}], model=folder, data={"test_size": 0.01})
+    assert [f.severity for f in used if f.code == "SL023"] == ["error"]
+    long = case(
+        [{"text": "film " * 80 + b, "label": "ab"[i % 2]} for i, b in enumerate(WORDS[:20])],
+        task="seq_cls",
+        model="bert",
+        data={"max_length": 100},
+    )
+    assert "a row has 81 tokens, the model 64 positions" in next(f.message for f in long if f.code == "SL028")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text(
+        json.dumps({"model_type": "mystery", "auto_map": {"AutoConfig": "code.Mystery"}})
+    )
+    found = case(model=foreign)
+    assert codes(found) == {"SL027"} and "code.Mystery" in found[0].message
+
+
+def test_pure_fp16_is_told(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from siliang.check.rules_run import pure_fp16
+
+    config = RunConfig.build({"model": "m", "task": "causal_lm", "data": {"train": "x"}, "output": "o"})
+    subject = look_at(config)
+    assert not list(pure_fp16(subject))
+    subject.config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "pure-fp16"})})
+    assert "eps" in next(iter(pure_fp16(subject))).message
+
+
+def test_a_missing_pad_token_and_a_wrong_collator(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from siliang.check import rules_tokens
+    from siliang.check.rules_run import no_pad_token
+
+    data = {"train": str(write_jsonl(tmp_path / "d.jsonl", CLEAN)), "max_length": 64}
+    values = {"model": str(case.models["llama"]), "task": "causal_lm", "data": data, "output": str(tmp_path / "o")}
+    subject = look_at(RunConfig.build(values))
+    assert not list(no_pad_token(subject)) and not list(rules_tokens.padding_learned(subject))
+    subject.tokenizer._pad_token = None
+    subject.tokenizer.pad_token = None
+    assert list(no_pad_token(subject))
+
+    class ByNumber(rules_tokens.PadCollator):
+        """As DataCollatorForLanguageModeling does: every label that is the pad token is masked, the end with it."""
+
+        def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            batch = super().__call__(rows)
+            batch["labels"][batch["labels"] == 2] = -100
+            return batch
+
+    subject.tokenizer.pad_token = "</s>"
+    monkeypatch.setattr(rules_tokens, "PadCollator", ByNumber)
+    assert list(rules_tokens.padding_learned(subject))
+
+
+def test_accepted_findings_do_not_stop(case: Case) -> None:
+    rows = [*CLEAN, {"instruction": "a", "output": ""}]
+    with pytest.raises(DataError, match=r"SL001 1 row is bad: .*has an empty 'output'.\nMend them"):
+        stop_on_errors(case(rows))
+    found = case(rows, accept=["sl001"])
+    stop_on_errors(found)
+    assert [(f.code, f.severity, f.accepted) for f in found] == [("SL001", "warning", True)]
+    with pytest.raises(ConfigError, match="there is no rule SL999"):
+        case(accept=["SL999"])
+
+
+def test_pages() -> None:
+    for code, rule in RULES.items():
+        assert rule.title and not rule.title.startswith("Cause"), code
+        assert rule.part("Cause") and rule.part("Fix"), code
+    assert len({rule.function for rule in RULES.values()}) == len(RULES)
+
+
+def test_every_rule_has_a_trap() -> None:
+    elsewhere = {"SL007", "SL008", "SL010", "SL011", "SL021", "SL022", "SL023", "SL027", "SL028", "SL031"}
+    assert set(RULES) == set(TRAPS) | elsewhere
+
+
+def test_counts_of_an_encoder_decoder(tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    config = T5Config(vocab_size=120, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    rows = [{"source": f"say {w}", "target": w} for w in WORDS[:20]]
+    values = {
+        "model": str(folder),
+        "task": "seq_2_seq_lm",
+        "output": str(tmp_path / "o"),
+        "data": {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 64},
+        "train": {"batch_size": 2, "log_every": 1},
+    }
+    subject = look_at(RunConfig.build(values))
+    assert find(subject) == []
+    assert count(subject)["rows"] == {"train": 18, "held_out": 2, "bad": 0}

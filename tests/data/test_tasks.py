@@ -1,0 +1,255 @@
+"""Every task from data to metrics: tiny runs here, short ones on real data behind `shared`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import WORDS, word_tokenizer, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from siliang.config import RunConfig
+from siliang.data.examples import Span
+from siliang.data.tokens import tokenise
+from siliang.data.vocabulary import grow_vocabulary
+from siliang.record import Record
+from siliang.run_folder import open_run
+from siliang.train import metrics
+from siliang.train.run import train
+from siliang.types import ConfigError, TaskType
+from siliang.use import evaluate, generate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+
+
+def run(folder: Path, model: Path, task: str, data: dict[str, Any], **settings: Any) -> tuple[Record, dict[str, float]]:
+    """Trains, opens the run again, and measures it."""
+    values = {
+        "model": str(model),
+        "task": task,
+        "data": data,
+        "train": {"batch_size": 8, **settings.pop("train", {})},
+        "output": str(folder / "run"),
+        **settings,
+    }
+    record = train(RunConfig.build(values))
+    return record, evaluate(open_run(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=120, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config.eos_token_id = 2
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_tags(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"tokens": ["I", "liked", a, b], "tags": ["O", "O", "B-X", "E-X"]} for a in WORDS[:9] for b in WORDS[9:14]]
+    data = {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 32}
+    rate = {"max_steps": 60, "learning_rate": 1e-2}
+    record, measured = run(
+        tmp_path, model_folders["bert"], "token_cls", data, train=rate, method="full", accept=["SL042"]
+    )
+    assert record.labels == ["O", "B-X", "E-X"]
+    assert measured["f1"] == 1.0 and measured["accuracy"] == 1.0
+    assert measured["f1"] == record.final["f1"]
+    assert measured["loss"] == pytest.approx(record.final["eval_loss"], rel=1e-3)
+
+
+def test_answers_in_a_context(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = []
+    for i, word in enumerate(WORDS[:30]):
+        context = f"hello world {word} ! ? yes" if i % 2 else f"{word} ! hello world ? yes"
+        rows.append(
+            {
+                "context": context,
+                "question": "say !",
+                "answers": {"text": [word], "answer_start": [context.index(word)]},
+            }
+        )
+    data = {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 32, "test_size": 0.2}
+    rate = {"max_steps": 120, "learning_rate": 5e-3}
+    record, measured = run(
+        tmp_path, model_folders["bert"], "question_ans", data, train=rate, method="full", accept=["SL042"]
+    )
+    assert 0.0 <= measured["exact_match"] <= measured["f1"] <= 1.0
+    assert measured["exact_match"] == record.final["exact_match"]
+    assert measured["f1"] > 0.4
+
+
+def test_text_from_text(t5: Path, tmp_path: Path) -> None:
+    rows = [{"source": f"say {w}", "target": f"{w}"} for w in WORDS[:5] * 8]
+    data = {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 32, "max_target_length": 6}
+    rate = {"max_steps": 80, "learning_rate": 1e-2}
+    record, measured = run(tmp_path, t5, "seq_2_seq_lm", data, train=rate, method="full", accept=["SL042"])
+    assert measured["loss"] < 1.0
+    assert measured["rouge_l"] > 0.5
+    assert measured["loss"] == pytest.approx(record.final["eval_loss"], rel=2e-2)
+    assert isinstance(generate(open_run(tmp_path / "run"), "say the", max_new_tokens=4), str)
+
+
+def test_new_tokens_are_learned_and_saved(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {w}", "output": f"<new> {w}"} for w in WORDS[:24]]
+    data = {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 32}
+    tokens = [f"<new{i or ''}>" for i in range(90)]  # more than the embedding has room for
+    data["add_tokens"] = tokens  # type: ignore[assignment]
+    _, measured = run(
+        tmp_path, model_folders["llama"], "causal_lm", data, train={"max_steps": 40, "learning_rate": 5e-3}
+    )
+    opened = open_run(tmp_path / "run")
+    number = opened.tokenizer.convert_tokens_to_ids("<new>")
+    assert opened.model.get_input_embeddings().weight.shape[0] >= number
+    assert measured["loss"] < 3.0
+    prompt = [*opened.tokenizer("Human: say film\n\nAssistant:", add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        first = int(opened.model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    assert first == number
+
+
+def test_bad_new_tokens() -> None:
+    with pytest.raises(ConfigError, match="holds 'a' twice"):
+        grow_vocabulary(word_tokenizer(), ["a", "a"])
+    with pytest.raises(ConfigError, match="which is no token"):
+        grow_vocabulary(word_tokenizer(), [" "])
+
+
+# ---- the figures themselves ----
+
+
+def test_metrics_by_hand() -> None:
+    assert metrics.classification([0, 1, 1, 1], [0, 0, 1, 1]) == {
+        "accuracy": 0.75,
+        "f1": pytest.approx((2 / 3 + 0.8) / 2),
+    }
+    right = [["B-A", "M-A", "E-A", "O", "S-B"]]
+    guess = [["B-A", "M-A", "E-A", "O", "O"]]
+    assert metrics.spans_of_tags(guess, right) == {
+        "f1": pytest.approx(2 / 3),
+        "precision": 1.0,
+        "recall": 0.5,
+        "accuracy": 0.8,
+    }
+    cut = [["B-A", "E-A", "O", "O", "S-B"]]  # a span that ends too early is none
+    assert metrics.spans_of_tags(cut, right)["f1"] == 0.5
+    assert metrics.squad(["The cat", "in 北京市", ""], [["cat"], ["北京"], []]) == {
+        "exact_match": pytest.approx(2 / 3),
+        "f1": pytest.approx((1 + 2 * 2 / 6 + 1) / 3),
+    }
+
+
+def test_rouge_l_counts_chinese_characters() -> None:
+    assert metrics.units("飞行器的ABC测试, ok!") == ["飞", "行", "器", "的", "abc", "测", "试", "ok"]
+    assert metrics.rouge_l(["飞行控制"], ["飞行器控制"]) == pytest.approx(2 * 4 / 9)
+    assert metrics.rouge_l(["the cat sat"], ["the dog sat"]) == pytest.approx(2 / 3)
+
+
+def test_the_best_span_is_found_over_windows() -> None:
+    tok = word_tokenizer()
+    from siliang.config import DataConfig
+
+    context = " ".join(WORDS[:20])
+    span = Span("say it", context, ("was is",), (context.index("was is"),))
+    windows = tokenise([span], tok, DataConfig(train="x", max_length=10, stride=2), TaskType.QUESTION_ANS)
+    starts, ends = np.zeros((len(windows), 10)), np.zeros((len(windows), 10))
+    for i in range(len(windows)):
+        row = windows[i]
+        if row["end_positions"]:
+            starts[i, row["start_positions"]] = ends[i, row["end_positions"]] = 5.0
+        else:
+            starts[i, 0] = ends[i, 0] = 9.0  # outside of the context: no answer can be there
+    assert metrics.best_spans(starts, ends, windows, [span]) == ["was is"]
+
+
+# ---- real data ----
+
+
+@pytest.mark.shared
+def test_causal_on_alpaca_zh(shared: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    config = LlamaConfig(
+        vocab_size=6400,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
+    for file in (shared / "tokenizers" / "minimind").iterdir():
+        shutil.copyfile(file, model / file.name)
+    rows = [r for r in json.loads((shared / "data" / "alpaca_zh_52k.json").read_text())[:700] if r["output"]]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    data = {"train": str(tmp_path / "d.json"), "template": "chat", "max_length": 96}
+    rate = {"max_steps": 60, "learning_rate": 3e-3}
+    record, measured = run(tmp_path, model, "causal_lm", data, train=rate, method="full", accept=["SL042"])
+    losses = [s.loss for s in record.steps if s.loss is not None]
+    print(f"alpaca_zh: training loss {losses}, held out {measured}")
+    assert losses[0] > 7.5 and losses[-1] < losses[0] - 1.0  # ln 6400 = 8.76 at the start
+    assert measured["loss"] == pytest.approx(record.final["eval_loss"], rel=3e-2)
+
+
+@pytest.mark.shared
+def test_classes_on_chnsenticorp(shared: Path, tmp_path: Path) -> None:
+    data = {
+        "train": str(shared / "data" / "ChnSentiCorp_htl_all.csv"),
+        "test_size": 0.05,
+        "stratify": True,
+        "seed": 123,
+        "max_length": 86,
+        "skip_bad_rows": True,
+    }
+    rate = {"max_steps": 120, "batch_size": 32, "learning_rate": 3e-3}
+    method = {"name": "lora", "r": 8, "lora_alpha": 16}
+    _, measured = run(tmp_path, shared / "weights" / "zh-mini-bert", "seq_cls", data, train=rate, method=method)
+    print(f"ChnSentiCorp: {measured}")
+    assert measured["rows"] == 389
+    assert measured["accuracy"] > 0.74 and measured["f1"] > 0.65  # the larger class is 0.685
+
+
+@pytest.mark.shared
+def test_spans_on_ner_resume(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data" / "ner_resume"
+    data = {"train": str(folder / "train.char.bmes"), "eval": str(folder / "dev.char.bmes"), "max_length": 128}
+    rate = {"max_steps": 150, "batch_size": 16, "learning_rate": 5e-4}
+    model = shared / "weights" / "zh-mini-bert"
+    record, measured = run(tmp_path, model, "token_cls", data, train=rate, method="full", accept=["SL042"])
+    print(f"ner_resume: {measured}")
+    assert record.labels is not None and len(record.labels) == 28
+    assert measured["f1"] > 0.6
+
+
+@pytest.mark.shared
+def test_titles_on_csl(shared: Path, tmp_path: Path) -> None:
+    """A tiny random T5 learns in a minute how titles sound, not what the abstract says: ROUGE-L rises from nothing."""
+    bert, model = shared / "weights" / "zh-mini-bert", tmp_path / "model"
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=21128, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    config.eos_token_id = 102
+    T5ForConditionalGeneration(config).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copyfile(bert / name, model / name)
+    held_out = (shared / "data" / "csl_title" / "test.tsv").read_text().splitlines()[:100]
+    (tmp_path / "e.tsv").write_text("\n".join(held_out) + "\n")
+    data = {
+        "train": str(shared / "data" / "csl_title" / "dev.tsv"),
+        "eval": str(tmp_path / "e.tsv"),
+        "header": ["task", "source", "target"],
+        "max_length": 128,
+        "max_target_length": 32,
+    }
+    rate = {"max_steps": 150, "batch_size": 16, "learning_rate": 3e-3}
+    record, measured = run(tmp_path, model, "seq_2_seq_lm", data, train=rate, method="full", accept=["SL042"])
+    losses = [s.loss for s in record.steps if s.loss is not None]
+    print(f"csl_title: training loss {losses[0]:.2f} to {losses[-1]:.2f}, held out {measured}")
+    assert losses[-1] < losses[0] - 2
+    assert measured["rouge_l"] > 0.05
