@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,29 +39,29 @@ def json_list(path: Path) -> Iterator[Item]:
     Raises:
         DataError: It is not JSON, or not a list.
     """
-    text = _Text(path)
-    text.skip(" \t\r\n")
-    if text.peek() != "[":
-        yield from _whole(path)
-        return
-    text.position += 1
-    decoder = json.JSONDecoder()
-    while True:
-        text.skip(" \t\r\n,")
-        if text.peek() == "]":
-            text.position += 1
-            text.skip(" \t\r\n")
-            if text.peek():
-                raise DataError(f"{path}:{text.line}: not valid JSON: there is more after the end of the list.")
+    with contextlib.closing(_Text(path)) as text:
+        text.skip(" \t\r\n")
+        if text.peek() != "[":
+            yield from _whole(path)
             return
-        line = text.line
-        try:
-            value = text.decode(decoder)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
-        except RecursionError:
-            raise DataError(f"{path}:{line}: nested too deeply to be data.") from None
-        yield f"{path}:{line}", value, None
+        text.position += 1
+        decoder = json.JSONDecoder()
+        while True:
+            text.skip(" \t\r\n,")
+            if text.peek() == "]":
+                text.position += 1
+                text.skip(" \t\r\n")
+                if text.peek():
+                    raise DataError(f"{path}:{text.line}: not valid JSON: there is more after the end of the list.")
+                return
+            line = text.line
+            try:
+                value = text.decode(decoder)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
+            except RecursionError:
+                raise DataError(f"{path}:{line}: nested too deeply to be data.") from None
+            yield f"{path}:{line}", value, None
 
 
 def _whole(path: Path) -> Iterator[Item]:
@@ -107,8 +108,10 @@ class _Text:
         while (c := self.peek()) and c in characters:
             self.line += c == "\n"
             self.position += 1
-        if not self.peek():
-            self._bytes.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._bytes.close()
 
     def decode(self, decoder: json.JSONDecoder) -> Any:
         """The value at the position."""
@@ -139,7 +142,6 @@ class _Text:
             fresh = self._decoder.decode(raw, final=self._ended)
         except UnicodeDecodeError as error:
             line = self.line + self._text.count("\n", self.position) + raw[: error.start].count(b"\n")
-            self._bytes.close()
             raise DataError(f"{self._path}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
         self._text, self.position = self._text[self.position :] + fresh, 0
         return not self._ended
