@@ -415,11 +415,6 @@ class PeftModel(PreTrainedModel):
         return getattr(self.get_base_model(), "supports_gradient_checkpointing", False)
 
     @property
-    def _hf_peft_config_loaded(self) -> bool:  # type: ignore[override]
-        # what the Trainer asks of a quantised model before it trains it
-        return bool(getattr(self.get_base_model(), "is_quantized", False))
-
-    @property
     def _no_split_modules(self) -> Any:  # type: ignore[override]
         return getattr(self.get_base_model(), "_no_split_modules", None)
 

@@ -198,32 +198,44 @@ def test_causal_on_alpaca_zh(shared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.shared
 def test_classes_on_chnsenticorp(shared: Path, tmp_path: Path) -> None:
-    data = {
-        "train": str(shared / "data" / "ChnSentiCorp_htl_all.csv"),
-        "test_size": 0.05,
-        "stratify": True,
-        "seed": 123,
-        "max_length": 86,
-        "skip_bad_rows": True,
-    }
-    rate = {"max_steps": 120, "batch_size": 32, "learning_rate": 3e-3}
-    method = {"name": "lora", "r": 8, "lora_alpha": 16}
-    _, measured = run(tmp_path, shared / "weights" / "zh-mini-bert", "seq_cls", data, train=rate, method=method)
-    print(f"ChnSentiCorp: {measured}")
-    assert measured["rows"] == 389
-    assert measured["accuracy"] > 0.74 and measured["f1"] > 0.65  # the larger class is 0.685
+    raw = (shared / "data" / "ChnSentiCorp_htl_all.csv").read_text(encoding="utf-8-sig").splitlines()
+    rows = raw[1:901] + raw[-500:]  # the file is sorted by label
+    (tmp_path / "d.csv").write_text("\n".join([raw[0], *rows]) + "\n")
+    data = {"train": str(tmp_path / "d.csv"), "test_size": 0.15, "stratify": True, "seed": 123, "max_length": 64}
+    rate = {"max_steps": 70, "batch_size": 32, "learning_rate": 2e-4}
+    model = shared / "weights" / "zh-mini-bert"
+    record, measured = run(tmp_path, model, "seq_cls", data, train=rate, method="full")
+    print(f"ChnSentiCorp, {record.rows.train} rows: {measured}")
+    assert measured["accuracy"] == record.final["accuracy"]
+    assert measured["accuracy"] > 0.72 and measured["f1"] > 0.65  # the larger class is 0.64
+
+
+@pytest.mark.shared
+def test_an_opened_adapter_meets_the_pooler_it_was_trained_on(shared: Path, tmp_path: Path) -> None:
+    """zh-mini-bert has no pooler, so a new one is drawn at each opening, and no adapter's file holds it."""
+    rows = (shared / "data" / "ChnSentiCorp_htl_all.csv").read_text(encoding="utf-8-sig").splitlines()
+    (tmp_path / "d.csv").write_text("\n".join([rows[0], *rows[1:61], *rows[-60:]]) + "\n")
+    data = {"train": str(tmp_path / "d.csv"), "test_size": 0.5, "max_length": 32}
+    model = shared / "weights" / "zh-mini-bert"
+    record, measured = run(
+        tmp_path, model, "seq_cls", data, train={"max_steps": 6, "learning_rate": 3e-3}, method="lora"
+    )
+    assert measured["loss"] == pytest.approx(record.final["eval_loss"], rel=1e-3)
 
 
 @pytest.mark.shared
 def test_spans_on_ner_resume(shared: Path, tmp_path: Path) -> None:
     folder = shared / "data" / "ner_resume"
-    data = {"train": str(folder / "train.char.bmes"), "eval": str(folder / "dev.char.bmes"), "max_length": 128}
-    rate = {"max_steps": 150, "batch_size": 16, "learning_rate": 5e-4}
+    blocks = (folder / "dev.char.bmes").read_text(encoding="utf-8").split("\n\n")[:200]
+    (tmp_path / "e.bmes").write_text("\n\n".join(blocks) + "\n")
+    data = {"train": str(folder / "train.char.bmes"), "eval": str(tmp_path / "e.bmes"), "max_length": 64}
+    rate = {"max_steps": 80, "batch_size": 16, "learning_rate": 5e-4}
     model = shared / "weights" / "zh-mini-bert"
     record, measured = run(tmp_path, model, "token_cls", data, train=rate, method="full", accept=["SL042"])
-    print(f"ner_resume: {measured}")
+    print(f"ner_resume, 80 steps: {measured}")
     assert record.labels is not None and len(record.labels) == 28
-    assert measured["f1"] > 0.6
+    assert measured["f1"] > 0.5
+    assert measured["f1"] == record.final["f1"]
 
 
 @pytest.mark.shared
@@ -232,24 +244,24 @@ def test_titles_on_csl(shared: Path, tmp_path: Path) -> None:
     bert, model = shared / "weights" / "zh-mini-bert", tmp_path / "model"
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=21128, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, decoder_start_token_id=0
+        vocab_size=21128, d_model=48, d_kv=16, d_ff=96, num_layers=1, num_heads=3, decoder_start_token_id=0
     )
     config.eos_token_id = 102
     T5ForConditionalGeneration(config).save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         shutil.copyfile(bert / name, model / name)
-    held_out = (shared / "data" / "csl_title" / "test.tsv").read_text().splitlines()[:100]
+    held_out = (shared / "data" / "csl_title" / "test.tsv").read_text().splitlines()[:60]
     (tmp_path / "e.tsv").write_text("\n".join(held_out) + "\n")
     data = {
         "train": str(shared / "data" / "csl_title" / "dev.tsv"),
         "eval": str(tmp_path / "e.tsv"),
         "header": ["task", "source", "target"],
-        "max_length": 128,
-        "max_target_length": 32,
+        "max_length": 64,
+        "max_target_length": 24,
     }
-    rate = {"max_steps": 150, "batch_size": 16, "learning_rate": 3e-3}
+    rate = {"max_steps": 150, "batch_size": 16, "learning_rate": 1e-2}
     record, measured = run(tmp_path, model, "seq_2_seq_lm", data, train=rate, method="full", accept=["SL042"])
     losses = [s.loss for s in record.steps if s.loss is not None]
     print(f"csl_title: training loss {losses[0]:.2f} to {losses[-1]:.2f}, held out {measured}")
     assert losses[-1] < losses[0] - 2
-    assert measured["rouge_l"] > 0.05
+    assert measured["rouge_l"] > 0.03

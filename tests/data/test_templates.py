@@ -16,6 +16,7 @@ from siliang.data.encode import IGNORED, Encoder
 from siliang.data.examples import Call, Conversation, Message, conversation
 from siliang.data.templates import TEMPLATES, find_template, human_assistant
 from siliang.data.tokens import prompt_tokens, stop_tokens, tokenise
+from siliang.models.chatglm3 import ChatGLMTokenizer
 from siliang.types import ConfigError, DataError, TaskType
 
 CAUSAL = TaskType.CAUSAL_LM
@@ -32,30 +33,8 @@ def tokenizer(name: str) -> Any:
     if name == "minimind":
         return AutoTokenizer.from_pretrained(folder)
     if name == "chatglm3":
-        return chatglm3(folder)
+        return ChatGLMTokenizer(str(folder / "tokenizer.model"))
     return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
-
-
-def chatglm3(folder: Path) -> Any:
-    """siliang's own class where it is there; otherwise the same sentencepiece file with the special tokens added."""
-    try:
-        from siliang.models.chatglm3.tokenization import ChatGLM3Tokenizer  # type: ignore[import-not-found]
-    except ImportError:
-        opened = LlamaTokenizer.from_pretrained(folder)
-        names = [
-            "[MASK]",
-            "[gMASK]",
-            "[sMASK]",
-            "sop",
-            "eop",
-            "<|system|>",
-            "<|user|>",
-            "<|assistant|>",
-            "<|observation|>",
-        ]
-        opened.add_special_tokens({"additional_special_tokens": names})
-        return opened
-    return ChatGLM3Tokenizer.from_pretrained(folder)
 
 
 def row(talk: Conversation, tok: Any, template: str, **settings: object) -> tuple[list[int], list[int]]:
@@ -126,22 +105,26 @@ def test_labels_are_the_assistants_words_and_the_end(name: str, template: str, t
     if template == "chat":
         assume(not any("think>" in a or "tool_response>" in a for a in answers))
     ids, labels = row(talk, tok, template)
-    end = stop_tokens(tok, template=template)[0]
+    ends = stop_tokens(tok, template=template)
     stretches = learned(labels)
     assert len(stretches) == len(answers)
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     for stretch, answer in zip(stretches, answers, strict=True):
-        assert stretch[-1] == end
-        assert end not in stretch[:-1]
+        assert stretch[-1] in ends
+        assert not set(ends) & set(stretch[:-1])
         body = tok.decode(stretch[:-1])
-        if template == "chatglm3":  # there the model itself writes the line break in front of its answer
+        if template == "chatglm3" or (template, name) == (
+            "chat",
+            "chatglm3",
+        ):  # there the model itself writes the line break in front of its answer
             line = Encoder(tok).text(["\n"])[0]
             assert stretch[: len(line)] == line
             body = tok.decode(stretch[len(line) : -1])
         # sentencepiece's decode drops a leading space, BERT's spaces are not the text's
         assert body.strip() == plain(answer, tok).strip() or body.split() == plain(answer, tok).split()
         if tok.is_fast and "minimind" in name:
-            assert body == answer
+            # minimind's chat template takes line breaks off an answer's beginning
+            assert body == (answer.lstrip("\n") if template == "chat" else answer)
     prompt = prompt_tokens(Conversation(talk.messages[:-1]), tok, template=template)
     last = max(i for i, label in enumerate(labels) if label != IGNORED) + 1 - len(stretches[-1])
     assert ids[:last] == prompt
@@ -165,8 +148,6 @@ def test_chatglm3_ids_are_the_seeds() -> None:
     tok = tokenizer("chatglm3")
     wanted = [64790, 64792, 64795, 30910, 13, 51310, 32080, 31786, 43454, 33605, 31514, 64796]
     prompt = prompt_tokens("如何准备数据分析师面试？", tok, template="chatglm3")
-    if len(tok) < 64798:  # the stand-in numbers its special tokens from 64789 on as the original does
-        pytest.skip("the sentencepiece file alone does not know the special tokens")
     assert prompt == wanted
     ids, labels = row(conversation("如何准备数据分析师面试？", "好"), tok, "chatglm3")
     assert ids[: len(prompt)] == prompt
@@ -203,8 +184,9 @@ def test_bloom_style_rows_are_the_seeds() -> None:
 
 
 @pytest.mark.shared
-def test_chat_template_gives_transformers_ids() -> None:
-    tok = tokenizer("minimind")
+@pytest.mark.parametrize("name", ["minimind", "chatglm3"])
+def test_chat_template_gives_transformers_ids(name: str) -> None:
+    tok = tokenizer(name)
     talk = Conversation((Message("system", "be brief"), Message("user", "你好"), Message("assistant", "hello")))
     ids, _ = row(talk, tok, "chat")
     messages = [{"role": m.role, "content": m.content} for m in talk.messages]

@@ -94,6 +94,8 @@ class Subject:
         config = self.model_config
         if self.examples.labels is not None:
             config.num_labels = len(self.examples.labels)
+        elif self.task is TaskType.QUESTION_ANS:
+            config.num_labels = 2
         try:
             with torch.device("meta"):
                 return AUTO_CLASSES[self.task].from_config(config, trust_remote_code=False)

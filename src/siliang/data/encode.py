@@ -155,7 +155,8 @@ class Encoder:
         marker = next(iter(self._markers), None)
         if marker is None:
             return True
-        ids = self.tokenizer(marker + "a", add_special_tokens=False, verbose=False)["input_ids"]
+        settings = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
+        ids = self.tokenizer(marker + "a", **settings)["input_ids"]
         tokens = self.tokenizer.convert_ids_to_tokens(ids)
         return len(tokens) > 1 and str(tokens[1])[:1] in ("▁", "Ġ")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from siliang.types import DataError
 
@@ -39,29 +38,34 @@ def json_list(path: Path) -> Iterator[Item]:
     Raises:
         DataError: It is not JSON, or not a list.
     """
-    with contextlib.closing(_Text(path)) as text:
+    with path.open("rb") as opened:
+        text = _Text(path, opened)
         text.skip(" \t\r\n")
-        if text.peek() != "[":
-            yield from _whole(path)
+        if text.peek() == "[":
+            yield from _items(text, path)
             return
-        text.position += 1
-        decoder = json.JSONDecoder()
-        while True:
-            text.skip(" \t\r\n,")
-            if text.peek() == "]":
-                text.position += 1
-                text.skip(" \t\r\n")
-                if text.peek():
-                    raise DataError(f"{path}:{text.line}: not valid JSON: there is more after the end of the list.")
-                return
-            line = text.line
-            try:
-                value = text.decode(decoder)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
-            except RecursionError:
-                raise DataError(f"{path}:{line}: nested too deeply to be data.") from None
-            yield f"{path}:{line}", value, None
+    yield from _whole(path)
+
+
+def _items(text: _Text, path: Path) -> Iterator[Item]:
+    text.position += 1
+    decoder = json.JSONDecoder()
+    while True:
+        text.skip(" \t\r\n,")
+        if text.peek() == "]":
+            text.position += 1
+            text.skip(" \t\r\n")
+            if text.peek():
+                raise DataError(f"{path}:{text.line}: not valid JSON: there is more after the end of the list.")
+            return
+        line = text.line
+        try:
+            value = text.decode(decoder)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
+        except RecursionError:
+            raise DataError(f"{path}:{line}: nested too deeply to be data.") from None
+        yield f"{path}:{line}", value, None
 
 
 def _whole(path: Path) -> Iterator[Item]:
@@ -78,23 +82,24 @@ def _whole(path: Path) -> Iterator[Item]:
         raise DataError(f"{path} must hold a list of objects: [{{...}}, {{...}}].")
     number = 0
     for item in items:
-        for flat in _squad(item) if isinstance(item, dict) and "paragraphs" in item else [item]:
+        try:
+            rows = _squad(item) if isinstance(item, dict) and "paragraphs" in item else [item]
+        except (KeyError, TypeError) as error:
+            rows = [f"an article of SQuAD without {error}"]
+        for row in rows:
             number += 1
-            yield f"{path}, row {number}", flat, None
+            yield f"{path}, row {number}", row, None
 
 
-def _squad(article: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for paragraph in article["paragraphs"]:
-        for question in paragraph["qas"]:
-            yield {"context": paragraph["context"], **question}
+def _squad(article: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"context": p["context"], **question} for p in article["paragraphs"] for question in p["qas"]]
 
 
 class _Text:
     """A file's text, of which only what is being looked at is in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._bytes = path.open("rb")
+    def __init__(self, path: Path, opened: BinaryIO) -> None:
+        self._path, self._bytes = path, opened
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._ended = "", False
         self.position = 0
@@ -108,10 +113,6 @@ class _Text:
         while (c := self.peek()) and c in characters:
             self.line += c == "\n"
             self.position += 1
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._bytes.close()
 
     def decode(self, decoder: json.JSONDecoder) -> Any:
         """The value at the position."""

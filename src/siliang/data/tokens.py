@@ -270,10 +270,13 @@ def stop_tokens(tokenizer: Any, *, template: str) -> list[int]:
     """The tokens that end an answer in this template, and the tokenizer's own end of sequence."""
     encoder = Encoder(tokenizer)
     write = writer(template, encoder)
-    talk = Conversation((Message("user", "a"), Message("assistant", "a")))
-    (ids, labels), *_ = encoder.rows([write.pieces(talk)], own_spacing=isinstance(write, ChatTemplate))
-    learned = [i for i, label in zip(ids, labels, strict=True) if label != IGNORED]
-    return list(dict.fromkeys([learned[-1], encoder.need_eos()]))
+    # ChatGLM3's answers end with the token of whoever speaks next, and only the last with </s>
+    talk = Conversation(
+        (Message("user", "a"), Message("assistant", "a"), Message("user", "a"), Message("assistant", "a"))
+    )
+    (_, labels), *_ = encoder.rows([write.pieces(talk)], own_spacing=isinstance(write, ChatTemplate))
+    ends = [a for a, b in zip(labels, [*labels[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
+    return list(dict.fromkeys([ends[-1], *ends, encoder.need_eos()]))
 
 
 def special_prefix(tokenizer: Any) -> list[int]:

@@ -78,6 +78,8 @@ def load_model(
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
+    elif task is TaskType.QUESTION_ANS:
+        config.num_labels = 2  # where an answer begins and where it ends
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
