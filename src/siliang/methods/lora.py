@@ -86,16 +86,19 @@ class LoraConfig(LayerConfig):
         "corda_config": None,
         "ensure_weight_tying": False,
         "eva_config": None,
+        "kasa_config": None,
         "layer_replication": None,
         "lora_ga_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
+        "monteclora_config": None,
         "qalora_group_size": 16,
         "runtime_config": {"ephemeral_gpu_offload": False},
         "target_parameters": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
         "use_qalora": False,
+        "velora_config": None,
     }
 
     def __post_init__(self) -> None:
@@ -143,14 +146,16 @@ class _LoraLayer(WrappedLayer):
         self.scaling: dict[str, float] = {}
         # With PiSSA and its kin the base weight is not the model's own any more: each such adapter has a weight to go
         # with it, and the model's own is kept, so that disabling and unloading are exact.
-        self._own_weight: nn.Parameter | None = None
+        # Dicts, so that neither is listed among the layer's parameters.
+        self._own: dict[str, nn.Parameter] = {}
         self._residuals: dict[str, nn.Parameter] = {}
 
     def activate(self, names: tuple[str, ...]) -> None:
         super().activate(names)
-        if self._own_weight is not None and not self.merged:
-            residual = next((self._residuals[n] for n in names if n in self._residuals), self._own_weight)
-            self.base_layer.weight = residual
+        if self._own and not self.merged:
+            self.base_layer.weight = next(
+                (self._residuals[n] for n in names if n in self._residuals), self._own["weight"]
+            )
 
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
@@ -159,13 +164,12 @@ class _LoraLayer(WrappedLayer):
 
     def _leave(self, name: str, residual: Tensor) -> None:
         """Remembers the base weight that goes with adapter `name`."""
-        self._own_weight = self._own_weight if self._own_weight is not None else self.base_layer.weight
-        assert self._own_weight is not None
-        self._residuals[name] = nn.Parameter(residual.to(self._own_weight.dtype), requires_grad=False)
+        own = self._own.setdefault("weight", self.base_layer.weight)
+        self._residuals[name] = nn.Parameter(residual.to(own.dtype), requires_grad=False)
 
     @property
     def _pristine(self) -> Tensor:
-        return self.base_layer.weight if self._own_weight is None else self._own_weight
+        return self._own["weight"] if self._own else self.base_layer.weight
 
 
 class LoraLinear(_LoraLayer):

@@ -1,0 +1,134 @@
+"""LoRA's other starts and the embedding, beside the live `peft`: PiSSA, OLoRA, LoftQ."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny import TASK, batch, make
+
+import siliang
+from siliang.methods.lora_init import start
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*save_embedding_layers.*")
+
+
+def logits(model: Any, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch(name)).logits
+
+
+# PEFT's OLoRA takes Conv1D's weight the wrong way round
+@pytest.mark.parametrize(
+    ("init", "name"), [("pissa", "llama"), ("pissa", "gpt2"), ("pissa", "bert"), ("olora", "llama"), ("olora", "bert")]
+)
+def test_pissa_and_olora(init: str, name: str, tmp_path: Path) -> None:
+    settings = {"init_lora_weights": init, "task_type": TASK[name], "r": 4, "lora_alpha": 8}
+    ours: Any = siliang.get_peft_model(make(name), siliang.LoraConfig(**settings))
+    theirs: Any = peft.get_peft_model(make(name), peft.LoraConfig(**settings))  # type: ignore[arg-type]
+    # the start is the base model, and the product of A and B is PEFT's: the signs of a decomposition are free
+    torch.testing.assert_close(logits(ours.eval(), name), logits(make(name), name), rtol=1e-4, atol=1e-5)
+    state, theirs_state = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == theirs_state.keys()
+    for key in state:
+        if key.endswith("lora_A.default.weight"):
+            other = key.replace("lora_A", "lora_B")
+            torch.testing.assert_close(
+                state[other] @ state[key], theirs_state[other] @ theirs_state[key], rtol=1e-4, atol=1e-6
+            )
+        elif "base_layer" in key:
+            torch.testing.assert_close(state[key], theirs_state[key], rtol=1e-4, atol=1e-6)
+    # files go both ways, trained
+    theirs.load_state_dict(state)
+    for model in (ours, theirs):
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.data *= 1.5
+    wanted = logits(theirs.eval(), name)
+    torch.testing.assert_close(logits(ours, name), wanted, rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    here = siliang.PeftModel.from_pretrained(make(name), tmp_path / "theirs")
+    there = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(here, name), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(there, name), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_pissa_with_few_iterations_is_nearly_pissa() -> None:
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(48, 32), full_matrices=False)
+    W = U * torch.tensor([9.0, 7.0, 5.0, 3.0] + [0.05] * 28) @ Vh
+    settings = {"r": 4, "scaling": 2.0, "bits": 4, "iterations": 1}
+    exact, quick = start("pissa", W, **settings), start("pissa_niter_8", W, **settings)
+    torch.testing.assert_close(quick[1] @ quick[0], exact[1] @ exact[0], rtol=1e-2, atol=1e-2)
+    for A, B, rest in (exact, quick):
+        torch.testing.assert_close(rest + 2.0 * (B @ A), W, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loftq_makes_up_for_rounding(bits: int) -> None:
+    """PEFT's own needs CUDA. With the factors the rounded weight is nearer to W than alone; more rounds help."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    W = torch.randn(64, 64) @ torch.diag(torch.linspace(3, 0.1, 64)) @ torch.randn(64, 64)
+    distances = []
+    for rounds in (1, 5):
+        A, B, rounded = start("loftq", W, r=8, scaling=1.0, bits=bits, iterations=rounds)
+        distances.append(((W - rounded - B @ A).norm() / W.norm()).item())
+    alone = start("loftq", W, r=8, scaling=1.0, bits=bits, iterations=1)[2]
+    assert distances[0] < (W - alone).norm().item() / W.norm().item()
+    assert distances[1] < distances[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"r": 4, "lora_alpha": 16, "use_rslora": True}], ids=str)
+@pytest.mark.parametrize(("name", "target"), [("llama", "embed_tokens"), ("bloom", "word_embeddings"), ("gpt2", "wte")])
+def test_lora_on_an_embedding(name: str, target: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = settings | {"init_lora_weights": False, "task_type": TASK[name], "target_modules": [target]}
+    ours: Any = siliang.get_peft_model(make(name), siliang.LoraConfig(**settings))
+    theirs: Any = peft.get_peft_model(make(name), peft.LoraConfig(**settings))
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for model in (ours.eval(), theirs.eval()):
+        out = model(**batch(name))
+        out.loss.backward()
+        results.append((out.logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")  # with the base's embedding along
+    here = siliang.PeftModel.from_pretrained(make(name), tmp_path / "theirs")
+    there = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(here, name), results[1][0].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(there, name), results[1][0].detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_that_grew_come_along(tmp_path: Path) -> None:
+    """PEFT saves resized embeddings beside the adapter; they are the adapter's, and go with it."""
+    theirs_base: Any = make("llama")
+    theirs_base.resize_token_embeddings(124, mean_resizing=False)
+    theirs: Any = peft.get_peft_model(theirs_base, peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    base: Any = make("llama", seed=0)
+    torch.manual_seed(9)  # other new rows
+    base.resize_token_embeddings(124, mean_resizing=False)
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    ours = siliang.PeftModel.from_pretrained(base, tmp_path)
+    inputs = {"input_ids": torch.tensor([[5, 121, 123, 7]])}
+    torch.testing.assert_close(ours(**inputs).logits, theirs.eval()(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in ours.unload().state_dict().items())
+
+
+def test_what_siliang_names_and_peft_lets_pass() -> None:
+    """PEFT #1959: of several target names a wrong one passes silently there."""
+    targets = ["q_proj", "v_porj"]
+    peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=targets))  # type: ignore[arg-type]
+    with pytest.raises(siliang.SiliangError, match="'v_porj' matches no module"):
+        siliang.get_peft_model(make("llama"), siliang.LoraConfig(target_modules=targets))
+
+
+def test_where_peft_refuses_gradient_checkpointing() -> None:
+    base: Any = make("llama")
+    siliang.prepare_model_for_kbit_training(base)
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))  # type: ignore[arg-type]
