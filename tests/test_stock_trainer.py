@@ -72,6 +72,8 @@ def test_a_base_in_4_bits_trains(tmp_path: Path) -> None:
         tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
     )
     model = get_peft_model(siliang.prepare_model_for_kbit_training(base), LoraConfig(task_type=TaskType.CAUSAL_LM))
+    in_32_bits = get_peft_model(make("llama"), LoraConfig(task_type=TaskType.CAUSAL_LM))
+    assert model.get_nb_trainable_parameters() == in_32_bits.get_nb_trainable_parameters()  # as PEFT counts
     args = TrainingArguments(
         output_dir=str(tmp_path),
         num_train_epochs=4,

@@ -55,6 +55,8 @@ options = parser.parse_args()
 dataset = Dataset.load_from_disk(options.data) if Path(options.data).is_dir() else Dataset.from_json(options.data)
 dataset = dataset.select(range(min(options.rows or len(dataset), len(dataset))))
 tokenizer = AutoTokenizer.from_pretrained(options.model)
+if tokenizer.pad_token is None:
+    tokenizer.pad_token = tokenizer.eos_token
 
 
 def process_func(example: dict[str, str]) -> dict[str, list[int]]:

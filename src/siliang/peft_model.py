@@ -443,9 +443,15 @@ class PeftModel(PreTrainedModel):
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters of any model, shared ones once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """(trained, all) parameters of any model, shared ones once, 4-bit ones as many as they stand for."""
+    sizes = [(_numbers(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def _numbers(p: Tensor) -> int:
+    """How many numbers a parameter holds; a 4-bit one is stored two to a byte."""
+    state = getattr(p, "quant_state", None)
+    return p.numel() if state is None else state.shape.numel()
 
 
 def adapter_folder(model_id: str | Path) -> Path:

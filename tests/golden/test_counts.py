@@ -2,6 +2,8 @@
 from, and print_trainable_parameters() outputs published for bloom-1b4-zh, Llama-2-7B and chinese-roberta-wwm-ext.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -16,8 +18,11 @@ from transformers import (
 
 from siliang import (
     BitFitConfig,
+    HeadConfig,
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -25,6 +30,7 @@ from siliang import (
     TaskType,
     get_peft_model,
 )
+from siliang.methods import METHODS
 from siliang.peft_model import count_parameters
 
 
@@ -133,3 +139,44 @@ def test_every_method_on_chinese_roberta(name: str) -> None:
     model = chinese_roberta()
     assert count_parameters(model)[1] == 102_269_186  # full fine-tuning
     assert get_peft_model(model, config).get_nb_trainable_parameters()[0] == trained
+
+
+# ---- the figures of docs/methods.md ----
+
+DOC = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
+MODELS = (bloom_1b4_zh, llama_2_7b, chinese_roberta)
+LSTM = {"encoder_reparameterization_type": "LSTM", "num_virtual_tokens": 10}
+COUNTED: dict[str, PeftConfig] = {
+    "`lora`, r=8": LoraConfig(),
+    "`lora`, r=8, all-linear": LoraConfig(target_modules="all-linear"),
+    "`lora`, r=8, use_dora": LoraConfig(use_dora=True),
+    "`ia3`": IA3Config(),
+    "`ln_tuning`": LNTuningConfig(),
+    "`bitfit`": BitFitConfig(),
+    "`prompt_tuning`, 20 tokens": PromptTuningConfig(num_virtual_tokens=20),
+    "`p_tuning`, MLP, 20 tokens, hidden 128": PromptEncoderConfig(num_virtual_tokens=20, encoder_hidden_size=128),
+    "`p_tuning`, LSTM, 10 tokens": PromptEncoderConfig(**LSTM),  # type: ignore[arg-type]
+    "`prefix_tuning`, 20 tokens": PrefixTuningConfig(num_virtual_tokens=20),
+    "`prefix_tuning`, 10 tokens, projected": PrefixTuningConfig(num_virtual_tokens=10, prefix_projection=True),
+    "`head`": HeadConfig(),
+}
+
+
+@pytest.mark.parametrize("row", COUNTED)
+def test_counts_in_the_document(row: str) -> None:
+    table = DOC[DOC.index("## Trained parameters") :]
+    line = next(line for line in table.splitlines() if line.startswith(f"| {row} |"))
+    figures = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    for make, figure in zip(MODELS, figures, strict=True):
+        if not figure[:1].isdigit():
+            continue  # no biases, no head
+        COUNTED[row].task_type = "SEQ_CLS" if make is chinese_roberta else "CAUSAL_LM"  # type: ignore[assignment]
+        assert f"{get_peft_model(make(), COUNTED[row]).get_nb_trainable_parameters()[0]:,}" == figure
+
+
+def test_learning_rates_in_the_document() -> None:
+    table = DOC[DOC.index("## Learning rates") : DOC.index("## Trained parameters")]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| `")]
+    assert [(name.strip("`"), float(rate), source) for name, rate, source in rows] == [
+        (m.name, m.learning_rate, m.learning_rate_source) for m in METHODS.values()
+    ]
