@@ -105,10 +105,11 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         """A column of numbers."""
         return np.concatenate([c.to_numpy(zero_copy_only=False) for c in self._chunks(name)] or [np.zeros(0, np.int64)])
 
-    def _chunks(self, name: str) -> list[Any]:
-        if not len(self.table):
-            return []
-        return [batch[name].combine_chunks() for batch in self.table.with_format("arrow").iter(batch_size=10_000)]  # type: ignore[index]
+    def _chunks(self, name: str) -> Iterator[Any]:
+        """A column piece by piece: the whole need not fit into memory."""
+        if len(self.table):
+            for batch in self.table.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+                yield batch[name].combine_chunks()  # type: ignore[index]
 
 
 def _sizes(column: Any) -> np.ndarray:
