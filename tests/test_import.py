@@ -26,3 +26,14 @@ def test_public_names() -> None:
         assert getattr(siliang, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'LoraConfg'"):
         _ = siliang.LoraConfg
+
+
+def test_the_tutorials_imports() -> None:
+    from siliang import (  # what one of them imports from peft, used or not
+        LoraConfig,
+        PeftType,
+        get_peft_config,
+    )
+
+    config = get_peft_config({"peft_type": PeftType.LORA, "task_type": "SEQ_CLS", "r": 4})
+    assert config == LoraConfig(task_type="SEQ_CLS", r=4)

@@ -61,3 +61,28 @@ def test_checkpoints_are_adapter_folders(config: siliang.PeftConfig, checkpointi
     ids = torch.tensor([[5, 6, 7]])
     model.eval()
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_a_base_in_4_bits_trains(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    make("llama").save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    )
+    model = get_peft_model(siliang.prepare_model_for_kbit_training(base), LoraConfig(task_type=TaskType.CAUSAL_LM))
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=4,
+        logging_steps=4,
+        learning_rate=3e-2,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(
+        model=model, args=args, train_dataset=rows(), data_collator=DataCollatorForSeq2Seq(word_tokenizer())
+    )
+    trainer.train()
+    first, *_, last = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert last < first

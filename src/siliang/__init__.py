@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
     from siliang.peft_model import (
         PeftModel,
+        get_peft_config,
         get_peft_model,
         get_peft_model_state_dict,
         prepare_model_for_kbit_training,
@@ -46,6 +47,7 @@ _HOME = {
     "PromptTuningInit": "siliang.methods.prompt_tuning",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
+    "get_peft_config": "siliang.peft_model",
     "get_peft_model": "siliang.peft_model",
     "get_peft_model_state_dict": "siliang.peft_model",
     "prepare_model_for_kbit_training": "siliang.peft_model",
@@ -68,6 +70,7 @@ __all__ = [
     "PromptTuningInit",
     "SiliangError",
     "TaskType",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "prepare_model_for_kbit_training",

@@ -230,6 +230,19 @@ def _task(value: Any) -> Any:
     return value.upper().replace("-", "_") if isinstance(value, str) else value
 
 
+class QuantizationConfig(Section):
+    """The base model's linear layers in few bits: QLoRA and its kin. Needs bitsandbytes."""
+
+    bits: Literal[4, 8] = 4
+    """4 or 8."""
+    type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of 4 bits: nf4 suits weights, which are nearly normal."""
+    double: bool = True
+    """Quantise the scales as well: 0.4 bits less a parameter."""
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
+
+
 class RunConfig(Section):
     """One run."""
 
@@ -251,6 +264,8 @@ class RunConfig(Section):
     seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
     """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}."""
+    quantization: QuantizationConfig | None = None
+    """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is."""
     data: DataConfig
     """The data."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -336,6 +351,11 @@ def describe(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[tup
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             rows += describe(kind, f"{prefix}{name}.")
+            continue
+        inner = next((k for k in getattr(kind, "__args__", ()) if isinstance(k, type) and issubclass(k, Section)), None)
+        if inner is QuantizationConfig:
+            rows += [(prefix + name, "mapping | null", "null", info.description or "")]
+            rows += describe(inner, f"{prefix}{name}.")
             continue
         if info.is_required():
             default = "(required)"

@@ -21,10 +21,11 @@ from siliang.virtual_tokens import Route, word_embeddings
 
 # The heads that are new, and so trained and saved by themselves, for each task.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score", "classification_head"),
+    TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+OTHER_HEADS = ("classification_head",)  # BART's and T5's, which PEFT leaves untrained
 PROMPT_KEY = "prompt_embeddings"
 
 
@@ -110,10 +111,11 @@ class Injection(nn.Module):
         wanted = list(config.modules_to_save or ())
         if lenient and wanted:
             heads = ()  # the file says what it holds
-        saved = find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
+        if config.task_type is TaskType.SEQ_CLS and heads:
+            heads = (*heads, *(name for name in OTHER_HEADS if find_saved_modules(self.model, [name], required=[])))
         if heads:
             config.modules_to_save = sorted({*wanted, *heads})
-        return saved
+        return find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
 
     def _wrap(self, path: str, config: LayerConfig) -> WrappedLayer:
         layer = self.model.get_submodule(path)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training, save_adapter
 from siliang.inject import Injection
+from siliang.methods import config_class
 from siliang.methods.base import CONFIG_NAME, PeftConfig
 from siliang.types import AdapterError, ConfigError, nearest
 
@@ -34,6 +35,15 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
         TargetError: The method's targets are not in the model. The model has not been changed then.
     """
     return PeftModel(model, peft_config, adapter_name)
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config for a dictionary such as {"peft_type": "LORA", "r": 16}.
+
+    Raises:
+        AdapterError: The method is none of siliang's, or a field that it does not support would change the result.
+    """
+    return config_class(config_dict.get("peft_type"), source="config_dict").from_dict(config_dict, source="config_dict")
 
 
 def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -65,8 +75,8 @@ def prepare_model_for_kbit_training(
     for p in model.parameters():
         p.requires_grad_(False)
     if use_gradient_checkpointing:
-        settings = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        if settings["use_reentrant"]:
+        settings = gradient_checkpointing_kwargs or {}
+        if settings.get("use_reentrant"):
             model.enable_input_require_grads()  # reentrant checkpoints see no gradient where no input asks for one
         enable_checkpointing(model, **settings)
     return model
@@ -76,8 +86,9 @@ def enable_checkpointing(model: Any, **settings: Any) -> None:
     """Turns gradient checkpointing on, under the name that this transformers has for it (5.23 renamed it).
 
     Args:
-        settings: For torch.utils.checkpoint, such as `use_reentrant=False`.
+        settings: For torch.utils.checkpoint; `use_reentrant` is False unless given.
     """
+    settings = {"use_reentrant": False} | settings
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
@@ -406,6 +417,11 @@ class PeftModel(PreTrainedModel):
     @property
     def _no_split_modules(self) -> Any:  # type: ignore[override]
         return getattr(self.get_base_model(), "_no_split_modules", None)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:  # type: ignore[override]
+        """How the stock Trainer is told that a quantised model has adapters: it refuses to train one without."""
+        return bool(getattr(self.get_base_model(), "is_quantized", False))
 
     def can_generate(self) -> bool:  # type: ignore[override]
         base = self.get_base_model()

@@ -67,8 +67,17 @@ def read_config(folder: Path) -> RunConfig:
     return RunConfig.build(read_yaml(path), source=str(path))
 
 
-def open_run(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> OpenedRun:
+def open_run(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    quantised: bool = True,
+) -> OpenedRun:
     """Opens a finished run.
+
+    Args:
+        quantised: Its base model in few bits, if it was trained on that. False: in `dtype`, as for merging.
 
     Raises:
         ConfigError: The folder is no run, or the run was not finished.
@@ -85,16 +94,32 @@ def open_run(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.
     if (folder / MODEL).is_dir():
         model: Any = load_model(str(folder / MODEL), config.task, dtype=dtype, labels=record.labels)
     else:
-        base = load_base(config, record.labels, tokenizer, dtype=dtype)
+        base = load_base(config, record.labels, tokenizer, dtype=dtype, device=device, quantised=quantised)
         model = PeftModel.from_pretrained(base, folder / ADAPTER)
-    model.to(device or torch.device("cpu"))
+    if not (quantised and config.quantization):
+        model.to(device or torch.device("cpu"))
     return OpenedRun(folder, config, record, model.eval(), tokenizer)
 
 
-def load_base(config: RunConfig, labels: list[str] | None, tokenizer: Any, *, dtype: torch.dtype) -> Any:
+def load_base(
+    config: RunConfig,
+    labels: list[str] | None,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    quantised: bool = True,
+) -> Any:
     """The run's base model, told which token is padding, its embeddings grown by the run's new tokens."""
     model = load_model(
-        config.model, config.task, dtype=dtype, labels=labels, revision=config.revision, seed=config.train.seed
+        config.model,
+        config.task,
+        dtype=dtype,
+        labels=labels,
+        revision=config.revision,
+        seed=config.train.seed,
+        quantization=config.quantization if quantised else None,
+        device=device,
     )
     if config.data.add_tokens:
         fit_embeddings(model, tokenizer)

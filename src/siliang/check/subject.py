@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,10 @@ from siliang.data.examples import (
 from siliang.data.load import Examples, load_examples
 from siliang.data.tokens import TokenSet, stop_tokens, tokenise
 from siliang.data.vocabulary import grow_vocabulary
+from siliang.hardware import Machine
 from siliang.methods import Method, find_method
 from siliang.models.load import AUTO_CLASSES, load_config, load_tokenizer
 from siliang.types import ModelError, TaskType
-
-
-@dataclass
-class Machine:
-    """What the rules need to know of the hardware.
-
-    Attributes:
-        kind: cpu, cuda or mps.
-        native_bf16: bf16 is computed in hardware.
-    """
-
-    kind: str = "cpu"
-    native_bf16: bool = True
 
 
 class Subject:

@@ -53,7 +53,7 @@ def check(
     quiet_loading()
     from siliang.check import find, look_at
     from siliang.check.counts import count
-    from siliang.train.hardware import machine
+    from siliang.hardware import machine
 
     subject = look_at(config, machine())
     findings = find(subject)

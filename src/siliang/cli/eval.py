@@ -17,8 +17,8 @@ def evaluate(
     from siliang.cli.show import quiet_loading
 
     quiet_loading()
+    from siliang.hardware import find_device
     from siliang.run_folder import open_run
-    from siliang.train.hardware import find_device
     from siliang.use import evaluate as measure
 
     metrics = measure(open_run(run, device=find_device()), data)

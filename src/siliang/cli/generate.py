@@ -21,8 +21,8 @@ def generate(
     from siliang.cli.show import quiet_loading
 
     quiet_loading()
+    from siliang.hardware import find_device
     from siliang.run_folder import open_run
-    from siliang.train.hardware import find_device
     from siliang.use import generate as write
 
     opened = open_run(run, device=find_device())

@@ -34,7 +34,8 @@ def merge(
     from siliang.run_folder import open_run
     from siliang.use import merge as merge_run
 
-    opened = open_run(run, dtype=getattr(torch, dtype.value))
+    # a base model in few bits would round the sum again: merging is done in the base model's own
+    opened = open_run(run, dtype=getattr(torch, dtype.value), quantised=False)
     proof = merge_run(opened, output, force=force)
     print(f"{'proved' if proof.holds else 'NOT PROVED, kept by --force'}: {proof}")
     kind = "AutoModelForSequenceClassification" if opened.labels else "AutoModelForCausalLM"

@@ -20,8 +20,8 @@ def predict(
     from siliang.cli.show import quiet_loading
 
     quiet_loading()
+    from siliang.hardware import find_device
     from siliang.run_folder import open_run
-    from siliang.train.hardware import find_device
     from siliang.types import DataError
     from siliang.use import predict as classify
 

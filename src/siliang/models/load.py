@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaTokenizer,
 )
 
-from siliang.inject import TASK_HEADS
+from siliang.config import QuantizationConfig
+from siliang.hardware import choose_precision
+from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.types import ModelError, TaskType
 
+OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
 AUTO_CLASSES = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
@@ -53,10 +58,14 @@ def load_model(
     labels: list[str] | None = None,
     revision: str | None = None,
     seed: int = 0,
+    quantization: QuantizationConfig | None = None,
+    device: torch.device | None = None,
 ) -> Any:
-    """A base model with its weights on the CPU, in eval mode.
+    """A base model in eval mode, with its weights on the CPU, or, quantised, on `device`.
 
     Args:
+        dtype: Of the weights, or of those that are not quantised.
+        quantization: The linear layers in few bits; the task's head and the output layer stay as they are.
         labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
         seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
             without one. An adapter's file does not hold the latter, so they must come out the same each time.
@@ -82,6 +91,7 @@ def load_model(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **_quantised(quantization, task, device or torch.device("cpu")),
             )
     except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
         raise ModelError(_why_not(name, error)) from error
@@ -91,6 +101,25 @@ def load_model(
     if lost:
         raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
     return model.eval()
+
+
+def _quantised(wanted: QuantizationConfig | None, task: TaskType, device: torch.device) -> dict[str, Any]:
+    """What from_pretrained needs to load in few bits."""
+    if wanted is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("quantization needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'.")
+    kept = [*TASK_HEADS.get(task, ()), *OTHER_HEADS, *OUTPUT_LAYERS]
+    settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_skip_modules": kept}
+    if wanted.bits == 4:
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": wanted.type,
+            "bnb_4bit_use_double_quant": wanted.double,
+            "bnb_4bit_compute_dtype": choose_precision(wanted.compute_dtype, device).dtype,
+            "llm_int8_skip_modules": kept,
+        }
+    return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:

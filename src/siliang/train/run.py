@@ -26,16 +26,16 @@ from siliang.data.collate import PadCollator
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
+from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.models.load import weights_sha256
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
 from siliang.record import Counts, Record, Rows, Seconds
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, load_base
-from siliang.train.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.train.metrics import trainer_metrics
 from siliang.train.trainer import Progress, SiliangTrainer, Watcher, stopping_on_signal
-from siliang.types import OutputError, SiliangError, TaskType
+from siliang.types import ConfigError, OutputError, SiliangError, TaskType
 
 # where the labels are not in `labels`
 LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
@@ -130,7 +130,10 @@ def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
         listener.say(f"           skipped {line}")
     # a frozen base may stand in half precision; weights that are trained themselves stay fp32 under autocast
     half_base = method.freezes_the_base and precision.precision != "fp32"
-    model = load_base(config, examples.labels, tokenizer, dtype=precision.dtype if half_base else torch.float32)
+    if config.quantization and not method.config:
+        raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
+    dtype = precision.dtype if half_base else torch.float32
+    model = load_base(config, examples.labels, tokenizer, dtype=dtype, device=device)
     model, trained, total = _attach(model, method, config)
     listener.say(
         f"model      {config.model}: {total:,} parameters, "

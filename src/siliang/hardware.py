@@ -11,10 +11,22 @@ from typing import Literal
 import psutil
 import torch
 
-from siliang.check.subject import Machine
 from siliang.record import Device
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class Machine:
+    """What the rules need to know of the hardware.
+
+    Attributes:
+        kind: cpu, cuda or mps.
+        native_bf16: bf16 is computed in hardware.
+    """
+
+    kind: str = "cpu"
+    native_bf16: bool = True
 
 
 @dataclass(frozen=True)

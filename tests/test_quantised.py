@@ -1,0 +1,150 @@
+"""A base model in 4 and 8 bits under adapters, with bitsandbytes on the CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import batch, make, word_tokenizer, write_jsonl
+
+import siliang
+from siliang.config import QuantizationConfig, RunConfig
+from siliang.methods.base import float_weight
+from siliang.models.load import load_model
+from siliang.types import ConfigError, MergeError, TaskType
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+METHODS: dict[str, Any] = {
+    "lora": siliang.LoraConfig(target_modules="all-linear", init_lora_weights=False),
+    "dora": siliang.LoraConfig(use_dora=True, init_lora_weights=False),
+    "ia3": siliang.IA3Config(init_ia3_weights=False),
+    "ln_tuning": siliang.LNTuningConfig(),
+    "prompt_tuning": siliang.PromptTuningConfig(num_virtual_tokens=4),
+    "p_tuning": siliang.PromptEncoderConfig(num_virtual_tokens=4),
+    "prefix_tuning": siliang.PrefixTuningConfig(num_virtual_tokens=4),
+    "bitfit": siliang.BitFitConfig(),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models whose layers are wide enough for blocks of 64."""
+    made = {}
+    for name in ("llama", "bloom", "bert"):
+        made[name] = tmp_path_factory.mktemp("models") / name
+        make(name).save_pretrained(made[name])  # type: ignore[operator]
+        word_tokenizer().save_pretrained(made[name])
+    return made
+
+
+def load(folder: Path, task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    return load_model(str(folder), TaskType(task), dtype=dtype, quantization=QuantizationConfig(**settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method: str, bits: int, dtype: torch.dtype, folders: dict[str, Path]) -> None:
+    compute = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    base = load(folders["bloom"], dtype=dtype, bits=bits, compute_dtype=compute)
+    stored = {n: p.data.clone() for n, p in base.named_parameters() if not p.is_floating_point()}
+    assert len(stored) == 8  # four linear layers a block; the head is the embedding
+    config = METHODS[method]
+    config.task_type = "CAUSAL_LM"
+    model: Any = siliang.get_peft_model(base, config)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(**batch("bloom")).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1e-4
+    assert all(torch.equal(model.unload().get_parameter(n), p) for n, p in stored.items())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_an_adapter_computes_as_on_the_weights_that_the_bits_stand_for(method: str, folders: dict[str, Path]) -> None:
+    """The same base with its linear layers replaced by what 4 bits give back: same outputs, same gradients."""
+    four: Any = load(folders["llama"], compute_dtype="fp32")
+    plain: Any = make("llama")
+    with torch.no_grad():
+        for name, module in four.named_modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                plain.get_submodule(name).weight.copy_(float_weight(module))
+    config = METHODS[method]
+    models = [siliang.get_peft_model(base, config) for base in (four, plain)]
+    models[1].load_state_dict(
+        {n: p for n, p in models[0].state_dict().items() if "_l." in n or "lora_" in n}, strict=False
+    )
+    out = []
+    for model in models:
+        result = model(**batch("llama"))
+        result.loss.backward()
+        out.append((result.logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(out[0][0], out[1][0], rtol=1e-4, atol=1e-4)
+    for n, gradient in out[0][1].items():
+        torch.testing.assert_close(gradient, out[1][1][n], rtol=1e-3, atol=1e-5, msg=n)
+
+
+def test_heads_and_output_layers_keep_their_bits(folders: dict[str, Path]) -> None:
+    assert type(load(folders["llama"]).lm_head) is torch.nn.Linear
+    classifier = load(folders["bert"], "SEQ_CLS")
+    assert type(classifier.classifier) is torch.nn.Linear
+    assert isinstance(classifier.bert.encoder.layer[0].attention.self.query, bitsandbytes.nn.Linear4bit)
+    model = siliang.get_peft_model(classifier, siliang.LoraConfig(task_type=TaskType.SEQ_CLS))
+    model(**batch("bert")).loss.backward()
+
+
+def test_no_merging_into_four_bits(folders: dict[str, Path]) -> None:
+    model = siliang.get_peft_model(load(folders["llama"]), METHODS["lora"])
+    with pytest.raises(MergeError, match="load the base model in 16 bits"):
+        model.merge_and_unload()
+    assert model.active_adapters == ["default"]
+    with pytest.raises(ConfigError, match="not a quantised one"):
+        siliang.get_peft_model(load(folders["llama"]), siliang.LoraConfig(init_lora_weights="pissa"))
+
+
+def test_preparing_copies_nothing_to_fp32(folders: dict[str, Path]) -> None:
+    model = load(folders["llama"], dtype=torch.bfloat16, compute_dtype="bf16")
+    before = {n: p.dtype for n, p in model.named_parameters()}
+    model = siliang.prepare_model_for_kbit_training(model)
+    assert {n: p.dtype for n, p in model.named_parameters()} == before
+    tuned: Any = siliang.get_peft_model(model, METHODS["lora"])
+    tuned.train()
+    tuned(**batch("llama")).loss.backward()
+    assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
+
+
+def test_a_run_in_four_bits_merges_into_its_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    """siliang train on 4 bits, predict on them, merge into the whole base model."""
+    from siliang.record import Record
+    from siliang.run_folder import open_run
+    from siliang.train.run import train
+    from siliang.use import merge
+
+    rows = [{"instruction": f"say {w}", "output": w} for w in ("one", "two", "three", "four", "five", "six")]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    config = RunConfig.build(
+        {
+            "model": str(folders["llama"]),
+            "task": "causal_lm",
+            "method": "lora",
+            "quantization": {"bits": 4},
+            "data": {"train": str(data), "test_size": 0.0, "max_length": 32},
+            "train": {"max_steps": 3, "batch_size": 2},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    train(config)
+    assert Record.read(tmp_path / "run").config["quantization"]["type"] == "nf4"
+    opened = open_run(tmp_path / "run")
+    assert opened.model.get_base_model().is_quantized
+    proof = merge(open_run(tmp_path / "run", quantised=False), tmp_path / "merged")
+    assert proof.holds
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    with pytest.raises(ConfigError, match="full fine-tuning needs all its bits"):
+        train(RunConfig.build(config.model_dump() | {"method": "full", "output": str(tmp_path / "full")}))
