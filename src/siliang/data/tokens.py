@@ -23,7 +23,7 @@ from siliang.data.labelled_tokens import classes, sources_and_targets, spans, ta
 from siliang.data.templates import Piece, Template, find_template
 from siliang.types import DataError, TaskType
 
-CODE_VERSION = 1  # of what this file and those under it compute; raised when the same data gives other tokens
+CODE_VERSION = 2  # of what this file and those under it compute; raised when the same data gives other tokens
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
 PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
 BATCH = 500
