@@ -196,6 +196,7 @@ def test_causal_on_alpaca_zh(shared: Path, tmp_path: Path) -> None:
     assert measured["loss"] == pytest.approx(record.final["eval_loss"], rel=3e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_classes_on_chnsenticorp(shared: Path, tmp_path: Path) -> None:
     raw = (shared / "data" / "ChnSentiCorp_htl_all.csv").read_text(encoding="utf-8-sig").splitlines()
@@ -223,6 +224,7 @@ def test_an_opened_adapter_meets_the_pooler_it_was_trained_on(shared: Path, tmp_
     assert measured["loss"] == pytest.approx(record.final["eval_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_spans_on_ner_resume(shared: Path, tmp_path: Path) -> None:
     folder = shared / "data" / "ner_resume"
@@ -238,6 +240,7 @@ def test_spans_on_ner_resume(shared: Path, tmp_path: Path) -> None:
     assert measured["f1"] == record.final["f1"]
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_titles_on_csl(shared: Path, tmp_path: Path) -> None:
     """A tiny random T5 learns in a minute how titles sound, not what the abstract says: ROUGE-L rises from nothing."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import SHARED, word_tokenizer
 from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer
@@ -96,6 +96,11 @@ def conversations(draw: st.DrawFn) -> Conversation:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("template", [*TEMPLATES, "chat"])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(
+    talk=Conversation(
+        (Message("user", "X"), Message("assistant", "  \u0627"), Message("user", "X"), Message("assistant", "X"))
+    )
+)
 @given(talk=conversations())
 def test_labels_are_the_assistants_words_and_the_end(name: str, template: str, talk: Conversation) -> None:
     tok = tokenizer(name)

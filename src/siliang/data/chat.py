@@ -58,7 +58,7 @@ class ChatTemplate:
                 filled = [_fill(piece, words, change) for piece in frame]
                 if "".join(p.text for p in filled) == whole:
                     return filled
-        return self._without_frame(messages, words, tools, whole, train_on, prompt)
+        return self._without_frame(messages, words, tools, train_on, prompt)
 
     # ---- with placeholders ----
 
@@ -85,29 +85,26 @@ class ChatTemplate:
 
     def _pieces(self, messages: list[dict[str, Any]], tools: Any, train_on: str, prompt: bool) -> list[Piece]:
         """The template's text on these messages, cut where learning begins and ends and where a placeholder stands."""
-        if prompt:
-            return _places(Piece(self._render(messages, tools, prompt=True)))
-        whole, spans = self._spans(messages, tools)
-        if train_on == "last":
-            spans = spans[-1:]
+        whole, spans = self._spans(messages, tools, prompt)
         pieces: list[Piece] = []
         at = 0
-        for start, end in spans:
+        for number, (start, end) in enumerate(spans, start=1):
+            trained = not prompt and (train_on == "all" or number == len(spans))
             pieces += _places(Piece(whole[at:start]))
             answer, marker, at = self._end(whole, start, end)
-            pieces += _places(Piece(answer, trained=True))
-            pieces.append(Piece(marker, trained=True, end=True))
+            pieces += _places(Piece(answer, trained=trained, answer=True))
+            pieces.append(Piece(marker, trained=trained, end=True))
         pieces += _places(Piece(whole[at:]))
         return [p for p in pieces if p.text or p.end]
 
-    def _spans(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
+    def _spans(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and where in it each answer begins and ends (its end marker inside or right behind)."""
         if self._marked:
-            whole, spans = self._render_marked(messages, tools)
+            whole, spans = self._render_marked(messages, tools, prompt)
             spans = [s for s in spans if s[0] is not None and s[1] > s[0]]
             if spans:
                 return whole, spans
-        whole = self._render(messages, tools)
+        whole = self._render(messages, tools, prompt=prompt)
         spans = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -144,7 +141,7 @@ class ChatTemplate:
     # ---- without ----
 
     def _without_frame(
-        self, messages: list[dict[str, Any]], words: list[str], tools: Any, whole: str, train_on: str, prompt: bool
+        self, messages: list[dict[str, Any]], words: list[str], tools: Any, train_on: str, prompt: bool
     ) -> list[Piece]:
         """For templates that change the words: the words cannot be kept apart, so there must be no markers in them."""
         for text in words:
@@ -153,8 +150,6 @@ class ChatTemplate:
                     f"holds the special token {found[0]!r} in its text, where this chat template cannot keep it from "
                     "acting as one"
                 )
-        if prompt:
-            return [Piece(whole)]
         return self._pieces(messages, tools, train_on, prompt)
 
     # ---- transformers ----
@@ -168,7 +163,9 @@ class ChatTemplate:
             text = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"is refused by the chat template: {text}") from None
 
-    def _render_marked(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
+    def _render_marked(
+        self, messages: list[dict[str, Any]], tools: Any, prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names = self._encoder.tokenizer.special_tokens_map
@@ -177,6 +174,7 @@ class ChatTemplate:
             tools=tools,
             chat_template=self._template,
             return_assistant_tokens_mask=True,
+            add_generation_prompt=prompt,
             **names,
         )
         return rendered[0], spans[0]  # type: ignore[index]
@@ -222,9 +220,9 @@ def _places(piece: Piece) -> list[Piece]:
     out: list[Piece] = []
     for i, part in enumerate(parts):
         if i % 2:
-            out.append(Piece(f"{OPEN}{part}{CLOSE}", data=True, trained=piece.trained))
+            out.append(Piece(f"{OPEN}{part}{CLOSE}", data=True, trained=piece.trained, answer=piece.answer))
         elif part:
-            out.append(Piece(part, trained=piece.trained))
+            out.append(Piece(part, trained=piece.trained, answer=piece.answer))
     return out
 
 
@@ -233,4 +231,4 @@ def _fill(piece: Piece, words: list[str], change: Any) -> Piece:
         return piece
     number = PLACE.fullmatch(piece.text)
     assert number is not None
-    return Piece(change(words[int(number[1])]), data=True, trained=piece.trained)
+    return Piece(change(words[int(number[1])]), data=True, trained=piece.trained, answer=piece.answer)

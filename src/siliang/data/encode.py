@@ -87,7 +87,7 @@ class Encoder:
     def prompt(self, pieces: Sequence[Piece], *, own_spacing: bool = False) -> list[int]:
         """The tokens in front of an answer, which will begin as it began in training."""
         # an answer that is there for the border's sake and cut off again
-        runs = self._runs([*pieces, Piece("a", data=True, trained=True)], own_spacing)[:-1]
+        runs = self._runs([*pieces, Piece("a", data=True, trained=True, answer=True)], own_spacing)[:-1]
         return self._join(
             runs, {p: ids for run in runs for p, ids in zip(run.parts, self.text(run.parts), strict=True)}
         )[0]
@@ -114,10 +114,10 @@ class Encoder:
                 last = runs[-1] if runs else None
                 if tokens is not None:
                     runs.append(_Run("", piece.trained, ids=tokens))
-                elif part and last and last.ids is None and last.trained == piece.trained and not piece.alone:
+                elif part and last and last.ids is None and last.joins(piece):
                     last.text += part
                 elif part:
-                    runs.append(_Run(part, piece.trained, alone=piece.alone))
+                    runs.append(_Run(part, piece.trained, answer=piece.answer, alone=piece.alone))
         for before, run in zip([None, *runs], runs, strict=False):
             if run.ids is None and before is not None and not run.alone:
                 self._at_border(before, run, own_spacing)
@@ -164,9 +164,15 @@ class Encoder:
 class _Run:
     """Text, or tokens, that are learned or not."""
 
-    def __init__(self, text: str, trained: bool, *, ids: list[int] | None = None, alone: bool = False) -> None:
-        self.text, self.trained, self.ids, self.alone = text, trained, ids, alone
+    def __init__(
+        self, text: str, trained: bool, *, ids: list[int] | None = None, answer: bool = False, alone: bool = False
+    ) -> None:
+        self.text, self.trained, self.ids, self.answer, self.alone = text, trained, ids, answer, alone
         self.guard = ""  # text put in front for the tokenizer's sake, whose tokens are cut off again
+
+    def joins(self, piece: Piece) -> bool:
+        """Whether the text goes on in `piece`."""
+        return (self.trained, self.answer) == (piece.trained, piece.answer) and not piece.alone
 
     @property
     def parts(self) -> list[str]:

@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 
 Role = Literal["system", "user", "assistant", "tool"]
 
-SPILL_BYTES = 256 * 2**20  # examples beyond this lie in a file
+SPILL_BYTES = 64 * 2**20  # examples beyond this lie in a file
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Piece:
     Attributes:
         data: These are words of the data: nothing in them is a marker.
         trained: The model learns to write it.
+        answer: The assistant wrote it, now or earlier; the text around it never shares a token with it, so that an
+            answer in the history has the tokens that it had when it was learned.
         alone: It is tokenised by itself, not with the piece before it.
         end: It ends an answer, and must be one token: the marker that it holds, or the tokenizer's end of sequence.
     """
@@ -35,6 +37,7 @@ class Piece:
     text: str
     data: bool = False
     trained: bool = False
+    answer: bool = False
     alone: bool = False
     end: bool = False
 
@@ -128,9 +131,9 @@ class Template:
 
     def _answer(self, message: Message, trained: bool) -> list[Piece]:
         call = message.calls[0] if message.calls else None
-        lead = Piece(self.lead.replace("{name}", call.name if call else ""), trained=trained)
+        lead = Piece(self.lead.replace("{name}", call.name if call else ""), trained=trained, answer=True)
         words = "\n".join([*filter(None, [message.content]), *(self._call(c) for c in message.calls)])
-        return [lead, Piece(words, data=True, trained=trained), Piece(self.end, trained=trained, end=True)]
+        return [lead, Piece(words, data=True, trained=trained, answer=True), Piece(self.end, trained=trained, end=True)]
 
     def _call(self, call: Call) -> str:
         arguments = call.arguments

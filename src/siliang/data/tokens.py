@@ -23,7 +23,7 @@ from siliang.data.labelled_tokens import classes, sources_and_targets, spans, ta
 from siliang.data.templates import Piece, Template, find_template
 from siliang.types import DataError, TaskType
 
-CODE_VERSION = 1  # of what this file and those under it compute; raised when the same data gives other tokens
+CODE_VERSION = 2  # of what this file and those under it compute; raised when the same data gives other tokens
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
 PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
 BATCH = 500
@@ -105,10 +105,11 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         """A column of numbers."""
         return np.concatenate([c.to_numpy(zero_copy_only=False) for c in self._chunks(name)] or [np.zeros(0, np.int64)])
 
-    def _chunks(self, name: str) -> list[Any]:
-        if not len(self.table):
-            return []
-        return [batch[name].combine_chunks() for batch in self.table.with_format("arrow").iter(batch_size=10_000)]  # type: ignore[index]
+    def _chunks(self, name: str) -> Iterator[Any]:
+        """A column piece by piece: the whole need not fit into memory."""
+        if len(self.table):
+            for batch in self.table.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+                yield batch[name].combine_chunks()  # type: ignore[index]
 
 
 def _sizes(column: Any) -> np.ndarray:
