@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +69,9 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
         raise MergeError("A merge is proved on samples of the data, and there are none.")
     model.eval()
     dtype = next(p.dtype for p in model.get_base_model().parameters() if p.is_floating_point())
-    before = [_last(model(**sample).logits) for sample in samples]
+    before = [_last(model(**sample)) for sample in samples]
     merged = model.merge_and_unload().to(dtype).eval()  # saved heads were trained in fp32
-    after = [_last(merged(**sample).logits) for sample in samples]
+    after = [_last(merged(**sample)) for sample in samples]
     pairs = list(zip(before, after, strict=True))
     agreeing = sum(int((b.argmax(-1) == a.argmax(-1)).sum()) for b, a in pairs)
     positions = sum(b.argmax(-1).numel() for b in before)
@@ -85,8 +86,11 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
     return merged, proof
 
 
-def _last(logits: Tensor) -> Tensor:
+def _last(output: Any) -> Tensor:
     """The logits of a classifier, or of the last positions of a text: all of a large vocabulary would not fit."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], 1).float()
+    logits = output.logits
     return (logits[:, -LAST_POSITIONS:] if logits.dim() == 3 else logits).float()
 
 

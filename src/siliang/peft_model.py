@@ -442,6 +442,11 @@ class PeftModel(PreTrainedModel):
             return getattr(self.base_model, name)
 
 
+# PEFT has a class a task. Here one serves all, and answers to their names, so that scripts port.
+PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
+PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters of any model, shared ones once, 4-bit ones as many as they stand for."""
     sizes = [(_numbers(p), p.requires_grad) for p in model.parameters()]
