@@ -4,16 +4,19 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt bench clean
+.PHONY: help demo test test-long check fmt bench clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
 
 demo: .venv/demo  ## LoRA against full fine-tuning and a frozen encoder, on reviews that come with siliang
 	$(BIN)/siliang demo
 
 test: .venv/dev  ## the test suite
 	$(BIN)/python -m pytest -n auto
+
+test-long: .venv/dev  ## and what takes many minutes: every method on real data
+	$(BIN)/python -m pytest -m long -n auto
 
 check: .venv/dev  ## style and types
 	$(BIN)/ruff check .

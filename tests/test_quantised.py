@@ -148,3 +148,14 @@ def test_a_run_in_four_bits_merges_into_its_base(folders: dict[str, Path], tmp_p
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     with pytest.raises(ConfigError, match="full fine-tuning needs all its bits"):
         train(RunConfig.build(config.model_dump() | {"method": "full", "output": str(tmp_path / "full")}))
+
+
+def test_compute_dtype_is_not_fp32_where_16_bits_are_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    from siliang import hardware
+    from siliang.models.load import _quantised
+
+    cpu = torch.device("cpu")
+    for native, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(hardware, "has_bf16", lambda device, native=native: native)
+        made = _quantised(QuantizationConfig(), TaskType.CAUSAL_LM, cpu)["quantization_config"]
+        assert made.bnb_4bit_compute_dtype is wanted
