@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.types import ConfigError, TaskType
 
 
-class Route:
+class Route(ABC):
     """The hooks that bring one prompt to the model. `remove` takes them off."""
 
     def __init__(self, model: nn.Module, config: PromptConfig, prompt: Prompt) -> None:
@@ -61,8 +62,9 @@ class Route:
             handle.remove()
         self._handles.clear()
 
+    @abstractmethod
     def _install(self) -> None:
-        raise NotImplementedError  # pragma: no cover
+        """Puts the hooks on."""
 
     def _before(self, module: nn.Module, change: Callable[[nn.Module, dict[str, Any]], None]) -> None:
         """Lets `change` rewrite the arguments of `module`'s forward, all by name."""
