@@ -43,7 +43,7 @@ def test_classes(method: str, shared: Path, encoder: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("head", "bitfit")])
 def test_text(method: str, shared: Path, tmp_path: Path) -> None:
-    """BitFit is left out: this Llama has no biases. The prefix starts from zero: PEFT's start harms so small a model."""
+    """Without BitFit: this Llama has no biases. The prefix starts from zero: at random it harms so small a model."""
     start = {"init_weights": "zero"} if method == "prefix_tuning" else {}
     settings = {
         "model": str(shared / "weights" / "stories260K"),
