@@ -11,10 +11,10 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from siliang.inject import PROMPT_KEY, Injection
-from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
+from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt, WrappedLayer
 from siliang.types import AdapterError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -128,22 +128,14 @@ def _embeddings_along(injection: Injection, keys: Iterable[str]) -> dict[str, st
     """
     ends = (getattr(injection.model, f"get_{end}_embeddings", None) for end in ("input", "output"))
     modules = {id(module) for end in ends if end is not None and (module := end()) is not None}
-    paths = {f"{path}.weight" for path, m in injection.model.named_modules() if id(m) in modules}
-    paths |= {
-        f"{path}.base_layer.weight"
-        for path, m in injection.model.named_modules()
-        if id(m) in modules and hasattr(m, "base_layer")
-    }
-    paths = {p for p in paths if p.removesuffix(".weight") and _has(injection.model, p)}
+    paths = set()
+    for path, module in injection.model.named_modules():
+        if path and id(module) in modules:
+            wrapped = isinstance(module, WrappedLayer)
+            holder = module.base_layer if wrapped else module
+            if dict(holder.named_parameters(recurse=False)).keys() >= {"weight"}:  # a saved copy has none of its own
+                paths.add(f"{path}.base_layer.weight" if wrapped else f"{path}.weight")
     return {key: path for key in keys if (path := key.removeprefix(injection.key_prefix)) in paths}
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_parameter(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _load_prompt(prompt: Prompt, table: Tensor, training: dict[str, Tensor] | None, source: str) -> None:

@@ -408,7 +408,17 @@ def float_weight(layer: Any) -> Tensor:
 
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
         return int8_vectorwise_dequant(weight.data, scale)
+    return out_by_in(layer, weight)
+
+
+def out_by_in(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight as `layer` stores it, turned to (out, in)."""
     return weight.T if is_transposed(layer) else weight
+
+
+def as_stored(layer: nn.Module, weight_OI: Tensor) -> Tensor:
+    """The way back: (out, in) as `layer` stores it."""
+    return weight_OI.T.contiguous() if is_transposed(layer) else weight_OI
 
 
 def is_transposed(layer: nn.Module) -> bool:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from siliang.methods.base import (
     LayerConfig,
     WrappedLayer,
+    as_stored,
     features,
     float_weight,
     is_linear,
-    is_transposed,
     trained_dtype,
 )
 from siliang.methods.targets import IA3_FEEDFORWARD, IA3_TARGETS
@@ -105,7 +105,7 @@ class IA3Linear(WrappedLayer):
         scale = self.ia3_l[name]
         weight = self.base_layer.weight
         merged_OI = float_weight(self.base_layer).to(torch.promote_types(weight.dtype, torch.float32)) * scale
-        found = {"weight": merged_OI.T.contiguous() if is_transposed(self.base_layer) else merged_OI}
+        found = {"weight": as_stored(self.base_layer, merged_OI)}
         if scale.shape[0] != 1 and self.base_layer.bias is not None:
             found["bias"] = self.base_layer.bias * scale.flatten()
         return found

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from siliang.methods.base import (
     LayerConfig,
     WrappedLayer,
+    as_stored,
     features,
     float_weight,
     is_linear,
-    is_transposed,
+    out_by_in,
     trained_dtype,
 )
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
@@ -225,11 +226,11 @@ class LoraLinear(_LoraLayer):
         self.lora_A[name], self.lora_B[name] = A, B
         self.scaling[name], self.dropout_p[name] = scaling, dropout_p
         if isinstance(init, str) and init.startswith(RESIDUAL_STARTS) and weight.device.type != "meta":
-            W_OI = self._pristine.T if is_transposed(self.base_layer) else self._pristine
+            W_OI = out_by_in(self.base_layer, self._pristine)
             A.weight.data, B.weight.data, residual = start(
                 init, W_OI, r=r, scaling=scaling, bits=bits, iterations=iterations
             )
-            self._leave(name, residual.T.contiguous() if is_transposed(self.base_layer) else residual)
+            self._leave(name, as_stored(self.base_layer, residual))
         if dora:
             holder = nn.Module()
             holder.weight = nn.Parameter(self._norm(name).to(place["dtype"]))
@@ -266,7 +267,7 @@ class LoraLinear(_LoraLayer):
         )
         if name in self.lora_magnitude_vector:
             merged_OI = merged_OI * (self._magnitude(name) / self._norm(name)).unsqueeze(1)
-        found = {"weight": merged_OI.T.contiguous() if is_transposed(self.base_layer) else merged_OI}
+        found = {"weight": as_stored(self.base_layer, merged_OI)}
         bias_O = self.lora_B[name].bias
         if bias_O is not None:
             base_O = self.base_layer.bias
@@ -303,7 +304,7 @@ class LoraLinear(_LoraLayer):
         if A.device.type == "meta":
             return A.new_empty(features(self.base_layer)[1])
         base = self._residuals.get(name)
-        W_OI = float_weight(self.base_layer) if base is None else base.T if is_transposed(self.base_layer) else base
+        W_OI = float_weight(self.base_layer) if base is None else out_by_in(self.base_layer, base)
         return torch.linalg.norm(W_OI.to(A.dtype) + self.delta(name), dim=1)
 
     def _magnitude(self, name: str) -> Tensor:
