@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -132,8 +133,8 @@ def _embeddings_along(injection: Injection, keys: Iterable[str]) -> dict[str, st
     for path, module in injection.model.named_modules():
         if path and id(module) in modules:
             wrapped = isinstance(module, WrappedLayer)
-            holder = module.base_layer if wrapped else module
-            if dict(holder.named_parameters(recurse=False)).keys() >= {"weight"}:  # a saved copy has none of its own
+            holder: Any = module.base_layer if wrapped else module
+            if "weight" in dict(holder.named_parameters(recurse=False)):  # a saved copy has none of its own
                 paths.add(f"{path}.base_layer.weight" if wrapped else f"{path}.weight")
     return {key: path for key in keys if (path := key.removeprefix(injection.key_prefix)) in paths}
 

@@ -172,8 +172,9 @@ class TrainConfig(Section):
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the computation. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"] = "auto"
+    """Number format of the computation. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
+    What is trained stays fp32, but with pure-: docs/precision.md has the bytes of each."""
     gradient_checkpointing: bool = False
     """Keep fewer activations and compute them again: less memory, about a third more time."""
     seed: Annotated[int, Field(ge=0)] = 42

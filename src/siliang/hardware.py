@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,9 @@ import torch
 
 from siliang.record import Device
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"]
+
+FP16_ADAM_EPS = 1e-4  # Adam's own 1e-8 is 0 in fp16, whose smallest number is 6e-8: it would divide by zero
 
 
 @dataclass
@@ -37,8 +39,28 @@ class Choice:
     reason: str
 
     @property
+    def compute(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The number format of the computation alone."""
+        return self.precision.removeprefix("pure-")  # type: ignore[return-value]
+
+    @property
     def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        """Of the computation, and of the weights that are not trained."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.compute]
+
+    @property
+    def pure(self) -> bool:
+        """Trained weights, gradients and Adam's moments have 16 bits too."""
+        return self.precision.startswith("pure-")
+
+    @property
+    def autocast(self) -> bool:
+        """Trained weights stay fp32 and are cast where they are used."""
+        return self.precision in ("bf16", "fp16")
+
+    @property
+    def adam_eps(self) -> float:
+        return FP16_ADAM_EPS if self.precision == "pure-fp16" else 1e-8
 
 
 def find_device() -> torch.device:
@@ -46,15 +68,16 @@ def find_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def choose_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Choice:
+def choose_precision(wanted: Precision | Literal["auto"], device: torch.device) -> Choice:
     """The number format of the computation: what was asked for, with a word where it will be slow, or the best one."""
     native = has_bf16(device)
-    if wanted == "bf16" and not native:
-        return Choice("bf16", f"as asked, but this {device.type} only emulates it: fp32 is faster here")
-    if wanted == "fp16" and device.type == "cpu":
-        return Choice("fp16", "as asked, but CPUs emulate it: fp32 is faster here")
     if wanted != "auto":
-        return Choice(wanted, "as asked")
+        choice = Choice(wanted, "as asked")
+        if choice.compute == "bf16" and not native:
+            return replace(choice, reason=f"as asked, but this {device.type} only emulates it: fp32 is faster here")
+        if choice.compute == "fp16" and device.type == "cpu":
+            return replace(choice, reason="as asked, but CPUs emulate it: fp32 is faster here")
+        return choice
     if native:
         return Choice("bf16", f"this {device.type} computes it natively")
     if device.type == "cuda":

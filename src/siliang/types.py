@@ -59,6 +59,10 @@ class MergeError(SiliangError, RuntimeError):
     """A merged model does not answer as the unmerged one."""
 
 
+class TrainingError(SiliangError, ArithmeticError):
+    """Training cannot go on: its loss or gradient is no number, or nothing is learned."""
+
+
 class OutputError(SiliangError, OSError):
     """The output folder cannot be used: it holds something already, or the disk is full."""
 

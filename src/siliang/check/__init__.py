@@ -6,8 +6,19 @@ wrong.
 prints.
 """
 
-from siliang.check.finding import Finding, Found, Rule
+from siliang.check.finding import RATE_FACTOR, Finding, Found, Rule
 from siliang.check.subject import Subject, look_at
 from siliang.check.table import RULES, find, find_rule, stop_on_errors
 
-__all__ = ["RULES", "Finding", "Found", "Rule", "Subject", "find", "find_rule", "look_at", "stop_on_errors"]
+__all__ = [
+    "RATE_FACTOR",
+    "RULES",
+    "Finding",
+    "Found",
+    "Rule",
+    "Subject",
+    "find",
+    "find_rule",
+    "look_at",
+    "stop_on_errors",
+]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Severity = Literal["error", "warning"]
 SHOWN_ROWS = 5
+RATE_FACTOR = 10.0  # between a learning rate and the method's usual one, from where on it is another method's
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from siliang.check.finding import Found
+from siliang.check.finding import RATE_FACTOR, Found
 from siliang.check.subject import Subject
+from siliang.hardware import FP16_ADAM_EPS
 from siliang.methods import METHODS
 from siliang.peft_model import count_parameters, get_peft_model
 from siliang.types import ConfigError, ModelError, TargetError, TaskType
 
-RATE_FACTOR = 10.0  # between a learning rate and the method's usual one, from where on it is another method's
 LEARNED_POSITIONS = ("bert", "roberta", "xlm-roberta", "gpt2", "opt", "electra", "bart", "distilbert", "albert")
 
 
@@ -141,7 +141,7 @@ def pure_fp16(s: Subject) -> Iterator[Found]:
     Fix: precision=auto keeps what is trained in fp32; precision=bf16 where the hardware has it.
     """
     if s.config.train.precision == "pure-fp16":
-        yield Found("weights, gradients and Adam's moments are all fp16; eps is raised to 1e-4", severity="warning")
+        yield Found(f"weights, gradients and Adam's moments are all fp16; eps is raised to {FP16_ADAM_EPS:g}")
 
 
 def emulated_precision(s: Subject) -> Iterator[Found]:
@@ -160,6 +160,27 @@ def emulated_precision(s: Subject) -> Iterator[Found]:
     elif wanted == "fp16" and machine.native_bf16:
         yield Found(
             f"fp16 is used where this {machine.kind} has bf16, which needs no loss scaling and does not overflow"
+        )
+
+
+def wide_quantised_compute(s: Subject) -> Iterator[Found]:
+    """QLoRA that computes in fp32.
+
+    Cause: Each 4-bit weight is widened to quantization.compute_dtype before it is multiplied, and fp32 is bitsandbytes'
+    own default: on a GPU that misses the tensor cores, and steps take minutes instead of seconds.
+
+    Fix: quantization.compute_dtype=auto takes bf16, or fp16 on older GPUs.
+    """
+    wanted, machine = s.config.quantization, s.machine
+    if (
+        wanted
+        and wanted.bits == 4
+        and wanted.compute_dtype == "fp32"
+        and (machine.native_bf16 or machine.kind == "cuda")
+    ):
+        native = "bf16" if machine.native_bf16 else "fp16"
+        yield Found(
+            f"quantization.compute_dtype is fp32, and this {machine.kind} computes {native} several times faster"
         )
 
 

@@ -52,11 +52,13 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         table: A column for each model input; `row`, the number of the example (a long context gives several entries);
             `lost` and `lost_answer`, the tokens that truncation took, of everything and of what is learned.
         dropped: Examples left out because they were too long.
+        numbered: Each entry gives its `row` too, for whoever wants to know what was in a batch.
     """
 
-    def __init__(self, table: Dataset, dropped: int = 0) -> None:
-        self.table, self.dropped = table, dropped
-        self._inputs = [name for name in table.column_names if name not in NOT_FOR_MODEL]
+    def __init__(self, table: Dataset, dropped: int = 0, *, numbered: bool = False) -> None:
+        self.table, self.dropped, self.numbered = table, dropped, numbered
+        hidden = [name for name in NOT_FOR_MODEL if not (numbered and name == "row")]
+        self._inputs = [name for name in table.column_names if name not in hidden]
         self._for_model = table.select_columns(self._inputs)
 
     def __len__(self) -> int:
@@ -72,6 +74,10 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _clean(self, row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if value is not None}
+
+    def number(self) -> TokenSet:
+        """The same, each entry with its number."""
+        return TokenSet(self.table, self.dropped, numbered=True)
 
     def select(self, rows: Sequence[int]) -> TokenSet:
         """Some of the entries."""

@@ -11,15 +11,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from siliang.check import find, look_at, stop_on_errors
+from siliang.check import RATE_FACTOR, find, look_at, stop_on_errors
 from siliang.config import RunConfig
 from siliang.data import sources
 from siliang.data.collate import PadCollator
@@ -33,9 +35,10 @@ from siliang.models.load import weights_sha256
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
 from siliang.record import Counts, Record, Rows, Seconds
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, load_base
+from siliang.train.guard import PATIENCE, Trouble
 from siliang.train.metrics import trainer_metrics
 from siliang.train.trainer import Progress, SiliangTrainer, Watcher, stopping_on_signal
-from siliang.types import ConfigError, OutputError, SiliangError, TaskType
+from siliang.types import ConfigError, OutputError, SiliangError, TaskType, TrainingError
 
 # where the labels are not in `labels`
 LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
@@ -74,7 +77,7 @@ def train(config: RunConfig, listener: Listener | None = None, *, resume: bool =
     folder = Path(config.output)
     new = not resume and claim(folder)
     try:
-        run = _prepare(config, listener, folder)
+        run = prepare(config, listener, folder)
     except BaseException:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
@@ -92,8 +95,8 @@ def train(config: RunConfig, listener: Listener | None = None, *, resume: bool =
 
 
 @dataclass
-class _Run:
-    """What `_prepare` has made ready."""
+class Run:
+    """What `prepare` has made ready."""
 
     config: RunConfig
     listener: Listener
@@ -108,7 +111,12 @@ class _Run:
     record: Record
 
 
-def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
+def prepare(config: RunConfig, listener: Listener, folder: Path) -> Run:
+    """Data, model and method of a run, ready for its first step.
+
+    Raises:
+        SiliangError: Something that the user can mend.
+    """
     started = time.perf_counter()
     set_seed(config.train.seed)
     method = find_method(config.method.name)
@@ -129,17 +137,25 @@ def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
     for line in examples.skipped:
         listener.say(f"           skipped {line}")
     # a frozen base may stand in half precision; weights that are trained themselves stay fp32 under autocast
-    half_base = method.freezes_the_base and precision.precision != "fp32"
+    in_dtype = precision.pure or method.freezes_the_base
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
-    dtype = precision.dtype if half_base else torch.float32
+    dtype = precision.dtype if in_dtype else torch.float32
     model = load_base(config, examples.labels, tokenizer, dtype=dtype, device=device)
     model, trained, total = _attach(model, method, config)
+    if precision.pure:
+        for p in model.parameters():
+            p.data = p.data.to(dtype) if p.requires_grad else p.data
     listener.say(
         f"model      {config.model}: {total:,} parameters, "
         f"{method.name} trains {trained:,} ({100 * trained / total:.3g}%)"
     )
     listener.say(f"precision  {precision.precision} ({precision.reason}), on {describe_device(device).name}")
+    if precision.adam_eps != TrainingArguments.adam_epsilon:
+        listener.say(
+            f"           Adam's eps is {precision.adam_eps:g}, at some cost of stability: "
+            f"the usual {TrainingArguments.adam_epsilon:g} is 0 in fp16, and would divide by zero"
+        )
     record = Record(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         config=config.model_dump(mode="json"),
@@ -156,7 +172,7 @@ def _prepare(config: RunConfig, listener: Listener, folder: Path) -> _Run:
         seconds=Seconds(load=round(time.perf_counter() - started, 3)),
     )
     _check_space(folder, model, config)
-    return _Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record)
+    return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record)
 
 
 def _attach(model: nn.Module, method: Method, config: RunConfig) -> tuple[nn.Module, int, int]:
@@ -172,24 +188,15 @@ def _attach(model: nn.Module, method: Method, config: RunConfig) -> tuple[nn.Mod
     return model, *count_parameters(model)
 
 
-def _train(run: _Run, *, resume: bool) -> Record:
+def _train(run: Run, *, resume: bool) -> Record:
     config, record, folder = run.config, run.record, run.folder
     (folder / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
     record.write(folder)
     checkpoint = _last_checkpoint(folder) if resume else None
     with stopping_on_signal() as stop, PeakMemory(find_device()) as memory:
         watcher = Watcher(memory, run.listener.progress, stop)
-        trainer = SiliangTrainer(
-            model=run.model,
-            args=_arguments(run, folder / CHECKPOINTS),
-            train_dataset=run.train_set,
-            eval_dataset=run.eval_set if len(run.eval_set) else None,
-            data_collator=PadCollator(run.tokenizer.pad_token_id),
-            compute_metrics=trainer_metrics(config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
-            callbacks=[watcher],
-        )
+        trainer = make_trainer(run, watcher)
         watcher.trainer = trainer
-        _silence(trainer)
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -214,7 +221,55 @@ def _train(run: _Run, *, resume: bool) -> Record:
     return record
 
 
-def _interrupted(run: _Run, step: int, steps: int) -> None:
+def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
+    """The trainer of a prepared run."""
+    trainer = SiliangTrainer(
+        model=run.model,
+        args=_arguments(run, run.folder / CHECKPOINTS),
+        train_dataset=run.train_set.number(),
+        eval_dataset=run.eval_set if len(run.eval_set) else None,
+        data_collator=PadCollator(run.tokenizer.pad_token_id),
+        compute_metrics=trainer_metrics(run.config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
+        callbacks=list(callbacks),
+        on_trouble=partial(_explain, run),
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; our listener says it better
+    return trainer
+
+
+def _explain(run: Run, trouble: Trouble) -> TrainingError:
+    """Which step, which rows, the likely cause, what is left."""
+    t, rate, usual = run.config.train, run.record.learning_rate, run.method.learning_rate
+    places = [run.examples.train.where(row).rpartition(":") for row in trouble.rows[:3]]  # file, ":", line
+    shown = ", ".join("".join(place[i > 0 and place[0] == places[0][0] :]) for i, place in enumerate(places))
+    rest = f" and {len(trouble.rows) - 3:,} more" if len(trouble.rows) > 3 else ""
+    frozen = ((n, p) for n, p in run.model.named_parameters() if not p.requires_grad and p.is_floating_point())
+    if (broken := next((n for n, p in frozen if not torch.isfinite(p).all()), None)) is not None:
+        cause = f"the base model's {broken} holds nan or inf. Load sound weights"
+    elif rate >= RATE_FACTOR * usual:
+        cause = (
+            f"train.learning_rate = {rate:g} is {rate / usual:,.3g} times {run.method.name}'s own {usual:g}. Lower it"
+        )
+    elif trouble.value == 0:
+        cause = "no label of these rows reaches what is trained. `siliang check` shows what is learned"
+    elif run.precision.compute == "fp16":
+        cause = "fp16 ends at 65,504. Use train.precision=bf16 where the hardware has it, or fp32"
+    else:
+        cause = f"the steps are too large. Lower train.learning_rate = {rate:g}, or raise train.warmup_fraction"
+    since = f" in {PATIENCE} steps one after the other" if trouble.value == 0 else ""
+    last = _last_checkpoint(run.folder)
+    kept = (
+        f"{last} is kept"
+        if last
+        else "no checkpoint was made: train.save_every" + (f" is {t.save_every:,}" if t.save_every else " is not set")
+    )
+    return TrainingError(
+        f"Step {trouble.step:,}: the {trouble.what} is {trouble.value:g}{since}, in a batch of {shown}{rest}.\n"
+        f"Likely {cause}; {kept}."
+    )
+
+
+def _interrupted(run: Run, step: int, steps: int) -> None:
     run.record.status = "interrupted"
     run.record.write(run.folder)
     raise InterruptedRunError(
@@ -222,7 +277,7 @@ def _interrupted(run: _Run, step: int, steps: int) -> None:
     )
 
 
-def _arguments(run: _Run, checkpoints: Path) -> TrainingArguments:
+def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
     t, record = run.config.train, run.record
     has_eval = len(run.eval_set) > 0
     steps_per_epoch = math.ceil(len(run.train_set) / (t.batch_size * t.gradient_accumulation))
@@ -239,8 +294,9 @@ def _arguments(run: _Run, checkpoints: Path) -> TrainingArguments:
         warmup_steps=math.ceil(steps * t.warmup_fraction),
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
-        bf16=run.precision.precision == "bf16",
-        fp16=run.precision.precision == "fp16",
+        bf16=run.precision.autocast and run.precision.compute == "bf16",
+        fp16=run.precision.autocast and run.precision.compute == "fp16",
+        adam_epsilon=run.precision.adam_eps,
         use_cpu=find_device().type == "cpu",
         **_checkpointing(t.gradient_checkpointing),
         seed=t.seed,
@@ -268,13 +324,6 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: True} if wanted else {}
 
 
-def _silence(trainer: SiliangTrainer) -> None:
-    """The Trainer prints every log as a dict; our listener says it better."""
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-
-
 def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float]:
     """The Trainer's figures without its prefix and without its timings."""
     skipped = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -286,7 +335,7 @@ def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float
     return final
 
 
-def _save(run: _Run) -> int:
+def _save(run: Run) -> int:
     """Writes the adapter, or the whole model, under a temporary name and then its own; returns its bytes."""
     final = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
     temporary = run.folder / f".{final.name}.tmp{os.getpid()}"

@@ -21,6 +21,7 @@ from siliang.checkpoint import load_tensors, read_adapter, read_training
 from siliang.memory.peak import PeakMemory
 from siliang.peft_model import PeftModel
 from siliang.record import StepMetrics
+from siliang.train.guard import Guard, Trouble
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class Progress:
 
 
 class SiliangTrainer(Trainer):
-    """transformers.Trainer, with the tokens counted and checkpoints never half-written."""
+    """transformers.Trainer, with the tokens counted, checkpoints never half-written, and a guard on the loss."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_trouble: Callable[[Trouble], BaseException], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._on_trouble = on_trouble
+        self._guard, self._guarded = Guard(scaled=self.args.fp16), 0
 
     @property
     def tokens_trained(self) -> int:
@@ -54,10 +57,23 @@ class SiliangTrainer(Trainer):
         return int(self._tokens)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = inputs.pop("row").tolist()
         self._tokens += (
             inputs["attention_mask"].sum().to(self._tokens.device)
         )  # no .item(): that would wait for the GPU
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._guard.see_batch(loss, rows)
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """What follows every optimiser step; the last call of an epoch has no step of its own."""
+        if self.state.global_step > self._guarded:
+            self._guarded = self.state.global_step
+            self._guard.see_step(self._guarded, grad_norm)
+        waits = self.control.should_log or self.control.should_save or self.control.should_evaluate
+        if (waits or self.args.device.type == "cpu") and (trouble := self._guard.look()):
+            raise self._on_trouble(trouble)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -1,0 +1,94 @@
+"""Stops a run whose loss or gradient is nan, infinite, or exactly zero: nothing is learned from there on.
+
+The figures stay on the device, and are looked at when something else waits for it anyhow (a line of the log, a
+checkpoint), so that a GPU is not made to wait at every step. On the CPU they are looked at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PATIENCE = 25  # steps of exact zeros; or, under fp16, of infinite gradients: the loss scale halves 16 times at most
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What went wrong, and where.
+
+    Attributes:
+        what: "loss" or "gradient".
+        value: nan, inf or 0.
+        step: The optimiser step in which it began, from 1.
+        rows: The numbers of the examples in that step.
+    """
+
+    what: str
+    value: float
+    step: int
+    rows: tuple[int, ...]
+
+
+@dataclass
+class _Seen:
+    step: int
+    rows: tuple[int, ...]
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class Guard:
+    """Watches one training.
+
+    Args:
+        scaled: The loss is scaled for fp16: a gradient may overflow now and then, and the step is passed over.
+    """
+
+    def __init__(self, *, scaled: bool) -> None:
+        self._scaled = scaled
+        self._unread: deque[_Seen] = deque()
+        self._losses: list[Tensor] = []
+        self._rows: list[int] = []
+        self._runs = {"zero loss": 0, "zero gradient": 0, "lost gradient": 0}
+
+    def see_batch(self, loss: Tensor, rows: list[int]) -> None:
+        """One batch of a step that is not finished.
+
+        Args:
+            loss: Of the batch; any shape, on any device.
+            rows: The numbers of its examples.
+        """
+        self._losses.append(loss.detach().float().sum())
+        self._rows += rows
+
+    def see_step(self, step: int, grad_norm: Tensor | float) -> None:
+        """The step's end, before anything of it is kept."""
+        losses = torch.stack(self._losses)
+        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=losses.device)
+        self._unread.append(_Seen(step, tuple(self._rows), losses.sum(), norm))
+        self._losses, self._rows = [], []
+
+    def look(self) -> Trouble | None:
+        """What has gone wrong since the last look; waits for the device."""
+        if not self._unread:
+            return None
+        figures = torch.stack([torch.stack((s.loss, s.grad_norm)) for s in self._unread]).tolist()
+        seen, self._unread = list(self._unread), deque()
+        for s, (loss, norm) in zip(seen, figures, strict=True):
+            if not math.isfinite(loss):
+                return Trouble("loss", loss, s.step, s.rows)
+            if not math.isfinite(norm) and not self._scaled:
+                return Trouble("gradient", norm, s.step, s.rows)
+            for name, value, now in (
+                ("zero loss", loss, loss == 0),
+                ("zero gradient", norm, norm == 0),
+                ("lost gradient", norm, not math.isfinite(norm)),
+            ):
+                self._runs[name] = self._runs[name] + 1 if now else 0
+                if self._runs[name] == PATIENCE:
+                    return Trouble(name.split()[1], value, s.step - PATIENCE + 1, s.rows)
+        return None

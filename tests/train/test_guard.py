@@ -1,0 +1,87 @@
+"""A loss that is no number stops the run, with the reason."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make, word_tokenizer
+
+from siliang.config import RunConfig
+from siliang.train.guard import PATIENCE, Guard, Trouble
+from siliang.train.run import train
+from siliang.types import TrainingError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+
+
+def go(guard: Guard, losses: list[float], norms: list[float]) -> Trouble | None:
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1):
+        guard.see_batch(torch.tensor(loss), [2 * step])
+        guard.see_batch(torch.tensor(0.0), [2 * step + 1])
+        guard.see_step(step, norm)
+    return guard.look()
+
+
+def test_the_first_bad_step_is_named() -> None:
+    """Also when it is looked for only later, as on a GPU."""
+    nan = float("nan")
+    trouble = go(Guard(scaled=False), [1.0, 1.0, nan, nan], [1.0, 1.0, nan, nan])
+    assert trouble is not None
+    assert (trouble.what, trouble.step, trouble.rows) == ("loss", 3, (6, 7)) and math.isnan(trouble.value)
+    assert go(Guard(scaled=False), [1.0, 1.0], [1.0, float("inf")]) == Trouble("gradient", float("inf"), 2, (4, 5))
+
+
+def test_overflow_under_loss_scaling_is_allowed_for_a_while() -> None:
+    inf = float("inf")
+    assert go(Guard(scaled=True), [1.0] * PATIENCE, [inf] * (PATIENCE - 1) + [1.0]) is None
+    trouble = go(Guard(scaled=True), [1.0] * PATIENCE, [inf] * PATIENCE)
+    assert trouble is not None and (trouble.what, trouble.step) == ("gradient", 1)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_zeros(what: str) -> None:
+    ones, zeros = [1.0] * PATIENCE, [0.0] * PATIENCE
+    trouble = go(Guard(scaled=False), *((zeros, ones) if what == "loss" else (ones, zeros)))
+    assert trouble is not None and (trouble.what, trouble.value, trouble.step) == (what, 0.0, 1)
+    now_and_then = [0.0, 0.0, 1.0] * PATIENCE
+    assert go(Guard(scaled=False), now_and_then, now_and_then) is None
+
+
+def settings(model: Path, data: Path, output: Path, **more: Any) -> RunConfig:
+    section = {"max_steps": 40, "batch_size": 4, "save_every": 2, "warmup_fraction": 0.0} | more
+    data_section = {"train": str(data), "test_size": 0.0, "max_length": 64}
+    return RunConfig.build(
+        {"model": str(model), "task": "causal_lm", "data": data_section, "train": section, "output": str(output)}
+    )
+
+
+def test_a_learning_rate_out_of_all_reason(
+    model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    config = settings(model_folders["llama"], instruction_file, tmp_path / "run", learning_rate=1e30)
+    with pytest.raises(
+        TrainingError,
+        match=r"(?s)Step \d+: the .* is (nan|inf|0 in 25 steps)[^,]*, in a batch of .*jsonl:\d+.*times lora",
+    ):
+        train(config)
+    record = json.loads((tmp_path / "run" / "run.json").read_text()) if (tmp_path / "run").exists() else {}
+    assert record.get("status", "failed") == "failed"
+    for weights in (tmp_path / "run").rglob("adapter_model.safetensors"):  # what was saved is sound
+        assert all(torch.isfinite(t).all() for t in load_file(weights).values())
+
+
+def test_broken_base_weights(instruction_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model: Any = make("llama")
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match=r"(?s)Step 1: the loss is nan.*up_proj.weight holds nan.*no checkpoint"):
+        train(settings(folder, instruction_file, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
