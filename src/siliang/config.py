@@ -162,6 +162,11 @@ class TrainConfig(Section):
     """Rows that go through the model at once."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     """Batches that make one optimiser step."""
+    tokens_at_once: Annotated[int, Field(ge=8)] | None = None
+    """Tokens that go through the model at once, beside batch_size: a step's rows are split to it, which changes its
+    memory and not its result. None: no limit but batch_size."""
+    packing: bool = True
+    """Run the model's layers without padding. The results are the same; off by itself where a model cannot do it."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. None: the method's own default (`siliang methods`)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

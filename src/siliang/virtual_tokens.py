@@ -30,6 +30,7 @@ from transformers import EncoderDecoderCache
 
 from siliang.methods.base import Prompt, PromptConfig, WrappedLayer, is_linear
 from siliang.methods.prefix_tuning import PrefixTuningConfig
+from siliang.ops.packed_attention import Layout
 from siliang.types import ConfigError, TaskType
 
 
@@ -224,11 +225,13 @@ class PrefixRoute(Route):
         if named.get("alibi") is not None:
             named["alibi"] = self._alibi(named["alibi"], module.num_heads)  # type: ignore[arg-type]
 
-    def _mask(self, module: nn.Module, mask: Any, hidden_BND: Tensor, seen: int) -> Tensor | None:
+    def _mask(self, module: nn.Module, mask: Any, hidden_BND: Tensor, seen: int) -> Tensor | Layout | None:
         """The mask with the prefix's columns in front, open to all."""
         V, N = self.V, hidden_BND.shape[1]
         if isinstance(mask, Tensor):
             return F.pad(mask, (V, 0), value=1.0 if mask.dim() == 2 or mask.dtype == torch.bool else 0.0)
+        if isinstance(mask, Layout):
+            return mask  # the attention to packed rows sees by itself that there are more keys than queries
         if mask is not None:
             raise ConfigError(f"Prefix tuning cannot extend a {type(mask).__name__}: use attn_implementation='sdpa'.")
         implementation = str(getattr(getattr(module, "config", None), "_attn_implementation", ""))

@@ -1,17 +1,25 @@
-"""y + scaling * (dropout(x) A^T) B^T: what LoRA adds to a linear layer's output.
+"""What LoRA adds to a linear layer's output, in one step that keeps little for the backward pass.
 
-Shapes: B any leading dimensions, I features in, O features out, R rank.
+    y' = y + s (m * x) A^T B^T + s b        m: dropout's mask, 1/(1-p) or 0
+
+Kept are x (which q, k and v share when they read the same), x A^T, and one byte for each element of a mask. Formed in
+place: the update in the copy of y, dx in one buffer.
+
+Shapes: T tokens (any leading dimensions), I features in, O features out, R rank.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def lora_linear(
-    y_BO: Tensor,
-    x_BI: Tensor,
+    y_TO: Tensor,
+    x_TI: Tensor,
     A_RI: Tensor,
     B_OR: Tensor,
     scaling: float,
@@ -19,16 +27,73 @@ def lora_linear(
     bias_O: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
+    impl: Literal["fused", "reference"] = "fused",
 ) -> Tensor:
-    """Adds the low-rank update of `x_BI` to the base layer's output `y_BO`.
+    """Adds the low-rank update of `x_TI` to the base layer's output `y_TO`.
 
     A and B may be wider than x (fp32 beside bf16): they are cast down, which touches R * (I + O) numbers, rather
     than x up, which would copy every activation (PEFT issue 2421).
 
+    Args:
+        impl: reference is the plain expression, which autograd differentiates. fused cannot be differentiated twice.
+
     Returns:
-        (..., O), in the dtype of `y_BO`.
+        (..., O), in the dtype of `y_TO`.
     """
-    x_BI = F.dropout(x_BI, dropout_p, training)
-    bias_O = None if bias_O is None else bias_O.to(x_BI.dtype)
-    update_BO = F.linear(F.linear(x_BI, A_RI.to(x_BI.dtype)), B_OR.to(x_BI.dtype), bias_O)
-    return y_BO + (scaling * update_BO).to(y_BO.dtype)
+    dropout_p = dropout_p if training else 0.0
+    if impl == "reference" or y_TO.device.type == "meta":
+        x_TI = F.dropout(x_TI, dropout_p)
+        bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
+        update_TO = F.linear(F.linear(x_TI, A_RI.to(x_TI.dtype)), B_OR.to(x_TI.dtype), bias_O)
+        return y_TO + (scaling * update_TO).to(y_TO.dtype)
+    return _LoraLinear.apply(y_TO, x_TI, A_RI, B_OR, bias_O, scaling, dropout_p)  # type: ignore[no-any-return]
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_TO: Tensor,
+        x_TI: Tensor,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        bias_O: Tensor | None,
+        s: float,
+        dropout_p: float,
+    ) -> Tensor:
+        dtype = y_TO.dtype  # the base layer has computed in it, under autocast as well
+        mask_TI = None
+        x = x_TI.reshape(-1, x_TI.shape[-1])
+        with torch.autocast(y_TO.device.type, enabled=False):
+            if dropout_p:
+                mask_TI = torch.rand_like(x, dtype=torch.float32) >= dropout_p
+            xA_TR = _masked(x.to(dtype), mask_TI, dropout_p) @ A_RI.to(dtype).T
+            y = torch.addmm(y_TO.reshape(-1, y_TO.shape[-1]), xA_TR, B_OR.to(dtype).T, alpha=s)
+            if bias_O is not None:
+                y.add_(bias_O.to(dtype), alpha=s)
+        ctx.save_for_backward(x_TI, xA_TR, mask_TI, A_RI, B_OR)
+        ctx.s, ctx.p, ctx.bias = s, dropout_p, None if bias_O is None else bias_O.dtype
+        return y.view_as(y_TO)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_TI, xA_TR, mask_TI, A_RI, B_OR = ctx.saved_tensors
+        s, dtype, needs = ctx.s, dy_TO.dtype, ctx.needs_input_grad
+        dx = dA = dB = db = None
+        with torch.autocast(dy_TO.device.type, enabled=False):
+            dy, x = dy_TO.reshape(-1, dy_TO.shape[-1]), x_TI.reshape(-1, x_TI.shape[-1])
+            dyB_TR = (dy @ B_OR.to(dtype)).mul_(s)
+            if needs[1]:
+                dx = _masked(dyB_TR @ A_RI.to(dtype), mask_TI, ctx.p).to(x_TI.dtype).view_as(x_TI)
+            if needs[2]:
+                dA = (dyB_TR.T @ _masked(x.to(dtype), mask_TI, ctx.p)).to(A_RI.dtype)
+            if needs[3]:
+                dB = (dy.T @ xA_TR).mul_(s).to(B_OR.dtype)
+            if needs[4]:
+                db = (s * dy.sum(0, dtype=torch.float32)).to(ctx.bias)
+        return dy_TO, dx, dA, dB, db, None, None
+
+
+def _masked(x_TI: Tensor, mask_TI: Tensor | None, dropout_p: float) -> Tensor:
+    return x_TI if mask_TI is None else x_TI * mask_TI / (1.0 - dropout_p)

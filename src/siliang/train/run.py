@@ -28,6 +28,8 @@ from siliang.data.collate import PadCollator
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
+from siliang.engine.batches import StepCollator
+from siliang.engine.step import Engine
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
@@ -223,12 +225,23 @@ def _train(run: Run, *, resume: bool) -> Record:
 
 def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     """The trainer of a prepared run."""
+    run.model.to(find_device())
+    engine = Engine(run.model, run.config.task, packing=run.config.train.packing)
+    for note in engine.notes:
+        run.listener.say(f"           {note}")
     trainer = SiliangTrainer(
         model=run.model,
         args=_arguments(run, run.folder / CHECKPOINTS),
         train_dataset=run.train_set.number(),
         eval_dataset=run.eval_set if len(run.eval_set) else None,
-        data_collator=PadCollator(run.tokenizer.pad_token_id),
+        data_collator=StepCollator(
+            PadCollator(run.tokenizer.pad_token_id),
+            run.config.task,
+            run.config.train.batch_size,
+            run.config.train.tokens_at_once,
+            packed=engine.padding is not None,
+        ),
+        engine=engine,
         compute_metrics=trainer_metrics(run.config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
         callbacks=list(callbacks),
         on_trouble=partial(_explain, run),
@@ -286,9 +299,8 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
         output_dir=str(checkpoints),
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
-        per_device_train_batch_size=t.batch_size,
+        per_device_train_batch_size=t.batch_size * t.gradient_accumulation,  # which the collator splits again
         per_device_eval_batch_size=t.batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation,
         learning_rate=record.learning_rate,
         lr_scheduler_type=t.schedule if t.schedule != "constant" else "constant_with_warmup",
         warmup_steps=math.ceil(steps * t.warmup_fraction),

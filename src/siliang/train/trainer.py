@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training
+from siliang.engine.batches import Batch
+from siliang.engine.step import Engine
 from siliang.memory.peak import PeakMemory
 from siliang.peft_model import PeftModel
 from siliang.record import StepMetrics
@@ -43,27 +46,54 @@ class Progress:
 
 
 class SiliangTrainer(Trainer):
-    """transformers.Trainer, with the tokens counted, checkpoints never half-written, and a guard on the loss."""
+    """transformers.Trainer around our own step, with checkpoints never half-written, and a guard on the loss.
 
-    def __init__(self, *args: Any, on_trouble: Callable[[Trouble], BaseException], **kwargs: Any) -> None:
+    What the Trainer holds for a batch is the rows of a whole optimiser step, which `training_step` runs as the batches
+    that its collator has made of them.
+
+    Args:
+        on_trouble: Makes the error for a loss that is no number.
+
+    Attributes:
+        tokens_trained: So far, padding left out.
+    """
+
+    def __init__(
+        self, *args: Any, engine: Engine, on_trouble: Callable[[Trouble], BaseException], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self._on_trouble = on_trouble
+        self.tokens_trained = 0
+        self._engine, self._on_trouble = engine, on_trouble
         self._guard, self._guarded = Guard(scaled=self.args.fp16), 0
 
-    @property
-    def tokens_trained(self) -> int:
-        """Tokens trained on so far, padding left out."""
-        return int(self._tokens)
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        rows = inputs.pop("row").tolist()
-        self._tokens += (
-            inputs["attention_mask"].sum().to(self._tokens.device)
-        )  # no .item(): that would wait for the GPU
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        self._guard.see_batch(loss, rows)
-        return loss
+        """Forward and backward of a step's batches; the mean loss of its labelled tokens, or of its rows."""
+        model.train()
+        batches: list[Batch] = inputs["batches"]
+        weight = sum(batch.weight for batch in batches)
+        whole = torch.zeros((), device=self.args.device)
+        for batch in batches:
+            batch = batch.to(self.args.device)
+            with self.accelerator.autocast(), self._engine.loss(model, batch) as loss:
+                loss = loss / max(weight, 1)
+                self.accelerator.backward(loss)
+            whole += loss.detach()
+            self.tokens_trained += batch.tokens
+        self._guard.see_batch(whole, inputs["rows"])
+        return whole
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer's estimate is of padded batches."""
+        return 0
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Padded batches, as the Trainer's own evaluation takes them."""
+        collate: Any = self.data_collator
+        self.data_collator = collate.pad
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collate
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """What follows every optimiser step; the last call of an epoch has no step of its own."""
@@ -153,14 +183,14 @@ class Watcher(TrainerCallback):
     def _tell(self, state: TrainerState, *, logged: bool = False) -> None:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         done = max(state.global_step - self._first_step, 1)
-        tokens = self.trainer.tokens_trained if self.trainer and self.trainer.args.device.type == "cpu" else None
+        tokens = self.trainer.tokens_trained if self.trainer else 0
         self._on_progress(
             Progress(
                 step=state.global_step,
                 steps=state.max_steps,
                 loss=self._loss,
                 learning_rate=self._rate,
-                tokens_per_s=(tokens if tokens is not None else self._last_tokens) / elapsed,
+                tokens_per_s=tokens / elapsed,
                 memory_bytes=self._memory.update(),
                 eta_s=elapsed / done * (state.max_steps - state.global_step),
                 logged=logged,

@@ -62,14 +62,15 @@ class RotaryEmbedding(nn.Module):
         self.base = 10000.0 * config.rope_ratio
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Positions (B, L) to cos and sin, each (B, 1, L, R / 2)."""
+        """Positions (B, L) to cos and sin, each (B, L, R / 2)."""
         steps = torch.arange(0, self.rotated, 2, device=position_ids.device, dtype=torch.float32)
-        angles = position_ids[:, None, :, None].float() * self.base ** (-steps / self.rotated)
+        angles = position_ids[..., None].float() * self.base ** (-steps / self.rotated)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
     """Turns the channel pairs (0, 1), (2, 3), ... of the first R channels; the others pass through."""
+    cos, sin = cos_BLR.unsqueeze(1), sin_BLR.unsqueeze(1)  # the same for all heads
     turned, passed = x_BHLD.split([2 * cos.shape[-1], x_BHLD.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)

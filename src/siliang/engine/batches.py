@@ -1,0 +1,108 @@
+"""The rows of one optimiser step as the batches that go through the model one after the other.
+
+A step is a fixed number of rows; how they are split changes what it costs, and not what it computes: the losses are
+summed and divided by the labelled tokens (or rows) of the whole step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siliang.data.collate import PadCollator
+from siliang.data.encode import IGNORED
+from siliang.types import TaskType
+
+PADDED_SPLIT_TOKENS = (
+    512  # a batch that cannot be packed is not split below so many tokens, where overhead eats the gain
+)
+PADDED_SPLIT_WASTE = 0.8  # and is split where the next row is shorter than this share of its longest
+
+
+@dataclass
+class Batch:
+    """Rows that go through the model at once.
+
+    Attributes:
+        inputs: What the model takes, padded on the right.
+        lengths: Tokens of each row.
+        weight: What the loss is divided by: labelled tokens, or rows.
+        targets: For a model that writes, each labelled token's number, row and column, (3, N).
+    """
+
+    inputs: dict[str, Tensor]
+    lengths: tuple[int, ...]
+    weight: int
+    targets: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """Columns of the padded batch."""
+        return self.inputs["input_ids"].shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same, there."""
+        if device.type == "cpu":
+            return self
+        inputs = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
+        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
+        return Batch(inputs, self.lengths, self.weight, targets)
+
+
+@dataclass
+class StepCollator:
+    """Makes {"batches": [...], "rows": [...]} of a step's rows.
+
+    Attributes:
+        rows_at_once: A batch has at most so many rows.
+        tokens_at_once: And at most so many tokens, padding included where there is any; None for no limit. A row longer
+            than that is a batch of its own.
+        packed: The batches will be run without padding.
+    """
+
+    pad: PadCollator
+    task: TaskType
+    rows_at_once: int
+    tokens_at_once: int | None = None
+    packed: bool = True
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        numbers = [row.pop("row", -1) for row in rows]
+        return {"batches": [self._batch(part) for part in self._split(rows)], "rows": numbers}
+
+    def _split(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        # the longest first: what does not fit shows at once, and rows of one length stand together
+        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+        parts: list[list[dict[str, Any]]] = [[]]
+        tokens = longest = 0
+        for row in rows:
+            n = len(row["input_ids"])
+            longest = longest if parts[-1] else n
+            cost = tokens + n if self.packed else longest * (len(parts[-1]) + 1)
+            too_many = self.tokens_at_once is not None and cost > self.tokens_at_once
+            wasteful = not self.packed and n < PADDED_SPLIT_WASTE * longest and tokens >= PADDED_SPLIT_TOKENS
+            if parts[-1] and (len(parts[-1]) == self.rows_at_once or too_many or wasteful):
+                parts.append([])
+                tokens, longest = 0, n
+            parts[-1].append(row)
+            tokens += n
+        return parts
+
+    def _batch(self, rows: list[dict[str, Any]]) -> Batch:
+        inputs = self.pad(rows)
+        lengths = tuple(len(row["input_ids"]) for row in rows)
+        if self.task is TaskType.CAUSAL_LM:
+            labels = inputs.pop("labels")
+            where = (labels[:, 1:] != IGNORED).nonzero().T  # the state of column j says token j + 1
+            targets = torch.stack((labels[:, 1:][tuple(where)], *where))
+            return Batch(inputs, lengths, targets.shape[1], targets)
+        by_token = self.task in (TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
+        return Batch(inputs, lengths, int((inputs["labels"] != IGNORED).sum()) if by_token else len(rows))

@@ -1,0 +1,155 @@
+"""Forward and loss of one batch, at the least cost that gives the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siliang.engine.batches import Batch
+from siliang.engine.padding import NotPackableError, PaddingFree
+from siliang.ops.masked_ce import masked_cross_entropy
+from siliang.ops.packed_attention import Layout
+from siliang.peft_model import PeftModel
+from siliang.types import TaskType
+
+
+class Engine:
+    """Runs a model's batches.
+
+    Attributes:
+        padding: The means to run without padding; None where it is off.
+        notes: What is off, and why.
+    """
+
+    def __init__(self, model: nn.Module, task: TaskType, *, packing: bool = True) -> None:
+        """Tries on `model` what it allows; the model is unchanged outside of `loss`."""
+        self.task = task
+        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.padding: PaddingFree | None = None
+        self.notes: list[str] = []
+        vocabulary = getattr(self._base.config.get_text_config(), "vocab_size", 32)
+        if packing:
+            try:
+                self.padding = PaddingFree(self._base)
+                reason = self.padding.fits(model, vocabulary)
+            except NotPackableError as error:
+                reason = str(error)
+            if reason is not None:
+                self.notes.append(f"packing is off: {reason}")
+                if self.padding is not None:
+                    self.padding.close()
+                    self.padding = None
+        self._head = HeadLoss(self._base) if task is TaskType.CAUSAL_LM else None
+        if self._head and (reason := self._head.differs(model, vocabulary)):
+            self.notes.append(f"the loss takes all logits: {reason}")
+            self._head = None
+
+    @contextmanager
+    def loss(self, model: nn.Module, batch: Batch) -> Iterator[Tensor]:
+        """The summed loss of `batch`, which divided by its weight is the mean; run backward within the block.
+
+        Args:
+            model: As it is called: the engine's own, or what a strategy has wrapped around it.
+        """
+        head, padding = self._head, self.padding
+        keep = padding is not None and padding.keeps and head is not None
+        with padding.without(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext():
+            if batch.targets is None:
+                loss = model(**batch.inputs).loss
+                yield loss.float() * batch.weight
+            elif head is None:
+                logits = model(**batch.inputs, use_cache=False).logits
+                rows = logits.flatten(0, 1).index_select(0, self._rows(logits, batch, None))
+                yield nn.functional.cross_entropy(rows.float(), batch.targets[0], reduction="sum")
+            else:
+                with head.caught() as seen:
+                    model(**batch.inputs, use_cache=False)
+                rows = self._rows(seen[0], batch, padding.layout if padding and keep else None)
+                yield head.loss(seen[0], rows, batch.targets[0])
+
+    @staticmethod
+    def _rows(states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
+        """Where, in the flattened states, packed or not, the one stands that says each target."""
+        assert batch.targets is not None
+        if layout is not None:
+            virtual, starts = layout.width - batch.width, layout.starts
+        else:
+            virtual = states.shape[1] - batch.width
+            starts = tuple(range(0, len(batch.lengths) * states.shape[1], states.shape[1]))
+        first = torch.tensor(starts).to(states.device, non_blocking=True)
+        return first[batch.targets[1]] + virtual + batch.targets[2]
+
+
+class HeadLoss:
+    """The loss of a language model's output layer, formed without all its logits.
+
+    The output layer is left out of the model's forward: it hands on a column in place of its logits, and what it would
+    have read is kept for `loss`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self._head: Any = model.get_output_embeddings()
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
+        self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
+
+    @contextmanager
+    def caught(self) -> Iterator[list[Tensor]]:
+        """Within the block the output layer keeps what it reads in the list, and computes nothing."""
+        seen: list[Tensor] = []
+
+        def catch(states: Tensor) -> Tensor:
+            seen.append(states)
+            return states[..., :1]
+
+        own = self._head.__dict__.get("forward")
+        self._head.forward = catch
+        try:
+            yield seen
+        finally:
+            if own is None:
+                del self._head.forward
+            else:
+                self._head.forward = own
+
+    def loss(self, states: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Summed over the labelled rows.
+
+        Args:
+            states: What the output layer read, (..., D).
+            rows: (N,), into the flattened states.
+            labels: (N,).
+        """
+        hidden_ND = states.flatten(0, -2).index_select(0, rows)
+        return masked_cross_entropy(hidden_ND, self._head, labels, softcap=self._softcap, scale=self._scale)
+
+    @torch.no_grad()
+    def differs(self, model: nn.Module, vocabulary: int) -> str | None:
+        """Tries a few tokens both ways; why the two are not the same, or None."""
+        if self._head is None:
+            return "the model names no output layer"
+        device = next(model.parameters()).device
+        ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
+        training = model.training
+        model.eval()
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[0, -6:-1].float()
+            expected = nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            with self.caught() as seen:
+                model(input_ids=ids, use_cache=False)
+            states = seen[0]
+            rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
+            found = self.loss(states, rows, ids[0, 1:])
+        except Exception as error:  # whatever a model of any kind raises when its logits are gone
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            model.train(training)
+        off = float((found - expected).abs() / expected.abs().clamp(min=1e-6))
+        return (
+            None if off < (1e-4 if states.dtype == torch.float32 else 2e-2) else "its logits are worked on afterwards"
+        )

@@ -1,0 +1,191 @@
+"""Attention over several sequences that stand one behind the other in one row, without padding between them.
+
+    out_i = softmax(scaling * q_i K_s^T + bias) V_s      for each token i, over its own sequence s alone
+
+Shapes: T tokens of all sequences, S sequences, H query heads, G key and value heads, K head size, P prefix rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a padded batch lie once the padding is gone.
+
+    Attributes:
+        lengths: Tokens of each sequence.
+        width: Columns of the padded batch.
+        index: The place of each token in the flattened batch, (T,).
+    """
+
+    lengths: tuple[int, ...]
+    width: int
+    index: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], width: int, device: torch.device) -> Layout:
+        """Of a batch that is padded on the right."""
+        if min(lengths) == width:
+            index = torch.arange(len(lengths) * width, device=device)
+        else:
+            index = torch.cat([torch.arange(n) + i * width for i, n in enumerate(lengths)]).to(device)
+        return cls(lengths, width, index)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each sequence begins."""
+        starts = [0]
+        for n in self.lengths[:-1]:
+            starts.append(starts[-1] + n)
+        return tuple(starts)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where each sequence begins, and T, (S + 1,)."""
+        return torch.tensor((*self.starts, self.tokens), dtype=torch.int32).to(self.index.device)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """(start, sequences, tokens of each) for neighbours of the same length, which are computed in one."""
+        found: list[tuple[int, int, int]] = []
+        for start, n in zip(self.starts, self.lengths, strict=True):
+            if found and found[-1][2] == n:
+                found[-1] = (found[-1][0], found[-1][1] + 1, n)
+            else:
+                found.append((start, 1, n))
+        return tuple(found)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(S, width, ...) to (1, T, ...)."""
+        return x.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, T, ...) to (S, width, ...), with zeros where the padding was."""
+        whole = x.new_zeros(len(self.lengths) * self.width, *x.shape[2:])
+        return whole.index_copy(0, self.index, x[0]).unflatten(0, (len(self.lengths), self.width))
+
+
+def packed_attention(
+    q_1HTK: Tensor,
+    k_1GTK: Tensor,
+    v_1GTK: Tensor,
+    layout: Layout,
+    *,
+    scaling: float,
+    causal: bool,
+    bias_HN: Tensor | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    impl: Literal["auto", "sdpa", "varlen", "reference"] = "auto",
+) -> Tensor:
+    """Attention of each sequence to itself.
+
+    Args:
+        k_1GTK: May have P rows more in front than q: a prefix, which all sequences see. Likewise v.
+        causal: A token sees those before it in its sequence, and itself; otherwise all of its sequence.
+        bias_HN: Added to the scores of a sequence's keys, by head and position, prefix first (BLOOM's alibi). At least
+            as long as the longest sequence.
+        window: A token sees so many tokens before it, itself among them (Mistral's sliding window).
+        impl: reference is one attention over the whole row, with a mask; varlen is CUDA's; auto chooses.
+
+    Returns:
+        (1, T, H, K).
+    """
+    P = k_1GTK.shape[2] - q_1HTK.shape[2]
+    if window is not None and window >= max(layout.lengths):
+        window = None
+    if impl == "reference":
+        mask = _whole_mask(layout, P, q_1HTK, causal=causal, bias_HN=bias_HN, window=window)
+        return _sdpa(q_1HTK, k_1GTK, v_1GTK, mask, scaling, dropout_p).transpose(1, 2)
+    plain = P == 0 and bias_HN is None and dropout_p == 0.0 and (causal or window is None)
+    if impl == "varlen" or (impl == "auto" and plain and _has_varlen(q_1HTK)):
+        return _varlen(
+            q_1HTK, k_1GTK, v_1GTK, layout, scaling, (-1 if window is None else window - 1, 0 if causal else -1)
+        )
+    parts: list[Tensor] = []
+    for start, count, n in layout.runs:
+        q, k, v = (_sequences(x, start + own, count, n) for x, own in ((q_1HTK, 0), (k_1GTK, P), (v_1GTK, P)))
+        if P:
+            k, v = (torch.cat([x[:, :, :P].expand(count, -1, -1, -1), y], 2) for x, y in ((k_1GTK, k), (v_1GTK, v)))
+        mask = None
+        if bias_HN is not None or window is not None or (P and causal):
+            mask = _mask(n, P, q, causal=causal, window=window, bias_HN=bias_HN)
+        out = _sdpa(q, k, v, mask, scaling, dropout_p, causal=causal and mask is None)
+        parts.append(out.transpose(1, 2).flatten(0, 1))  # (count, H, n, K) to (count * n, H, K)
+    return torch.cat(parts).unsqueeze(0)
+
+
+def _sequences(x_1HTK: Tensor, start: int, count: int, n: int) -> Tensor:
+    """(1, H, T, K) to the `count` sequences of `n` tokens from `start` on, (count, H, n, K)."""
+    part = x_1HTK[0, :, start : start + count * n]
+    return part.unflatten(1, (count, n)).transpose(0, 1)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, dropout_p: float, *, causal: bool = False
+) -> Tensor:
+    if q.shape[1] != k.shape[1] and q.device.type != "cuda":
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _mask(n: int, P: int, q: Tensor, *, causal: bool, window: int | None, bias_HN: Tensor | None) -> Tensor:
+    """What one sequence of `n` tokens may see: (n, P + n), or (H, n, P + n) with a bias."""
+    i, j = torch.arange(n, device=q.device)[:, None], torch.arange(-P, n, device=q.device)[None, :]
+    seen = (j <= i) | (not causal)
+    if window is not None:
+        seen = seen & ((j > i - window) | (j < 0))
+    if bias_HN is None:
+        return seen
+    return bias_HN[:, None, : P + n].to(q.dtype).masked_fill(~seen, float("-inf"))
+
+
+def _whole_mask(
+    layout: Layout, P: int, q: Tensor, *, causal: bool, window: int | None, bias_HN: Tensor | None
+) -> Tensor:
+    """The same for all sequences in one square."""
+    T, H = layout.tokens, q.shape[1]
+    shape = (T, P + T) if bias_HN is None else (H, T, P + T)
+    kind = torch.bool if bias_HN is None else q.dtype
+    whole = torch.full(shape, False if bias_HN is None else float("-inf"), dtype=kind, device=q.device)
+    for start, n in zip(layout.starts, layout.lengths, strict=True):
+        one = _mask(n, P, q, causal=causal, window=window, bias_HN=bias_HN)
+        whole[..., start : start + n, :P] = one[..., :P]
+        whole[..., start : start + n, P + start : P + start + n] = one[..., P:]
+    return whole
+
+
+def _has_varlen(q: Tensor) -> bool:
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and hasattr(torch.nn.attention, "varlen")
+    )
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, window: tuple[int, int]) -> Tensor:
+    """Flash attention over sequences of unlike length, as torch ships it for CUDA; window: tokens (before, after)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    bounds, longest = layout.bounds, max(layout.lengths)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
+    return out.unsqueeze(0)

@@ -1,0 +1,187 @@
+"""Each hot path against its reference: values, every gradient, odd shapes, and the error budget in low precision."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from siliang.ops.lora_linear import lora_linear
+from siliang.ops.masked_ce import masked_cross_entropy
+from siliang.ops.packed_attention import Layout, packed_attention
+
+
+def results(f: Callable[..., Tensor], tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The value of `f` and its gradients, computed in `dtype`."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    y = f(*leaves)
+    seed = torch.Generator().manual_seed(7)
+    weight = torch.randn(y.shape, generator=seed).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)]
+
+
+def same(f: Callable[..., Tensor], reference: Callable[..., Tensor], *tensors: Tensor) -> None:
+    """fp32: to 1e-5. bf16: no further from fp64 than twice the reference's own distance, and a little."""
+    for ours, theirs in zip(
+        results(f, tensors, torch.float32), results(reference, tensors, torch.float32), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    truth = results(reference, tensors, torch.float64)
+    for low in (torch.bfloat16, torch.float16):
+        for ours, naive, true in zip(results(f, tensors, low), results(reference, tensors, low), truth, strict=True):
+            budget = 2 * (naive.double() - true).abs().mean() + 1e-3 * true.abs().mean() + 1e-6
+            assert (ours.double() - true).abs().mean() <= budget
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 7, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_linear(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    I, O, R = shape[-1], 17, 3  # noqa: E741
+    tensors = [torch.randn(*shape[:-1], O), torch.randn(shape), torch.randn(R, I), torch.randn(O, R)]
+    tensors += [torch.randn(O)] if bias else []
+
+    def go(impl: Any) -> Callable[..., Tensor]:
+        return lambda y, x, A, B, b=None: lora_linear(y, x, A, B, 0.7, bias_O=b, impl=impl)
+
+    same(go("fused"), go("reference"), *tensors)
+
+
+def test_lora_linear_keeps_wide_factors_beside_narrow_activations() -> None:
+    y, x = torch.randn(4, 8).bfloat16(), torch.randn(4, 6).bfloat16().requires_grad_()
+    A, B = torch.randn(2, 6, requires_grad=True), torch.randn(8, 2, requires_grad=True)
+    out = lora_linear(y, x, A, B, 2.0)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and x.grad is not None and x.grad.dtype == torch.bfloat16
+    assert A.grad is not None and A.grad.dtype == torch.float32
+
+
+def test_lora_dropout() -> None:
+    """The mean is kept, the gradient sees the same mask, and eval mode has none."""
+    torch.manual_seed(0)
+    x, A, B = torch.ones(20_000, 4, requires_grad=True), torch.randn(2, 4), torch.randn(3, 2, requires_grad=True)
+    y = lora_linear(torch.zeros(20_000, 3), x, A, B, 1.0, dropout_p=0.25, training=True)
+    torch.testing.assert_close(y.mean(0), A.sum(1) @ B.T, rtol=0.03, atol=0.03)
+    y.sum().backward()
+    assert x.grad is not None
+    dropped = x.grad[:, 0] == 0
+    assert abs(float(dropped.float().mean()) - 0.25) < 0.02
+    torch.testing.assert_close(x.grad[~dropped][0, 0], (B.sum(0) @ A)[0].detach() / 0.75)
+    assert torch.equal(lora_linear(torch.zeros(5, 3), x[:5], A, B, 1.0, dropout_p=0.25), x[:5] @ A.T @ B.T)
+
+
+class Adapted(nn.Module):
+    """A head that is more than a linear layer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.gain = linear, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain.to(x.dtype) * self.linear(x)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 130])
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": 0.3}, {"softcap": 2.0}, {"label_smoothing": 0.1}, {"softcap": 3.0, "scale": 2.0}]
+)
+@pytest.mark.parametrize("kind", ["frozen", "biased", "trained", "adapted"])
+def test_masked_cross_entropy(rows: int, options: dict[str, float], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import siliang.ops.masked_ce as module
+
+    torch.manual_seed(0)
+    D, V = 9, 41
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 50)  # so that 130 rows take three chunks
+    labels = torch.randint(V, (rows,))
+    weight, offset = torch.randn(V, D), torch.randn(V)
+
+    def head(dtype: torch.dtype) -> nn.Module:
+        linear = nn.Linear(D, V, bias=kind != "frozen").to(dtype)
+        linear.weight.data = weight.to(dtype)
+        if kind != "frozen":
+            linear.bias.data = offset.to(dtype)
+        linear.requires_grad_(kind == "trained")
+        return Adapted(linear).to(dtype) if kind == "adapted" else linear
+
+    def go(impl: Any) -> Callable[[Tensor], Tensor]:
+        def run(h: Tensor) -> Tensor:
+            made.append(head(h.dtype))
+            return masked_cross_entropy(h, made[-1], labels, impl=impl, **options)
+
+        return run
+
+    made: list[nn.Module] = []
+    if kind in ("frozen", "biased"):
+        same(go("chunked"), go("reference"), torch.randn(rows, D))
+        return
+    found = []
+    for impl in ("chunked", "reference"):
+        h = torch.randn(rows, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (go(impl)(h) * 0.5).backward()
+        found.append([h.grad, *(p.grad for p in made[-1].parameters() if p.requires_grad)])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+def test_no_labelled_rows() -> None:
+    h = torch.randn(0, 4, requires_grad=True)
+    masked_cross_entropy(h, nn.Linear(4, 9), torch.zeros(0, dtype=torch.long)).backward()
+    assert h.grad is not None and h.grad.shape == (0, 4)
+
+
+def test_the_loss_alone_needs_no_gradient() -> None:
+    head, h, labels = nn.Linear(4, 9), torch.randn(6, 4), torch.arange(6)
+    with torch.no_grad():
+        loss = masked_cross_entropy(h, head, labels)
+    torch.testing.assert_close(loss, masked_cross_entropy(h, head, labels, impl="reference").detach())
+
+
+LENGTHS = [(1,), (5, 5, 5), (7, 1, 12, 3)]
+
+
+def heads(T: int, H: int, K: int, *, prefix: int = 0) -> Tensor:
+    return torch.randn(1, H, prefix + T, K)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("extra", ["", "grouped", "prefix", "bias", "window", "all"])
+def test_packed_attention(lengths: tuple[int, ...], causal: bool, extra: str) -> None:
+    torch.manual_seed(0)
+    T, H, K = sum(lengths), 4, 8
+    P = 3 if extra in ("prefix", "all") else 0
+    G = 2 if extra in ("grouped", "all") else H
+    bias = torch.randn(H, P + max(lengths)) if extra in ("bias", "all") else None
+    window = 4 if extra in ("window", "all") and causal else None
+    layout = Layout.of(lengths, max(lengths), torch.device("cpu"))
+
+    def go(impl: Any) -> Callable[..., Tensor]:
+        return lambda q, k, v: packed_attention(
+            q, k, v, layout, scaling=K**-0.5, causal=causal, bias_HN=bias, window=window, impl=impl
+        )
+
+    same(go("auto"), go("reference"), heads(T, H, K), heads(T, G, K, prefix=P), heads(T, G, K, prefix=P))
+
+
+def test_nothing_leaks_between_sequences() -> None:
+    """The gradient of one sequence's output is zero on all others."""
+    layout = Layout.of((4, 6, 3), 6, torch.device("cpu"))
+    q, k, v = (heads(13, 2, 8).requires_grad_() for _ in range(3))
+    out = packed_attention(q, k, v, layout, scaling=1.0, causal=False)
+    for start, n in zip(layout.starts, layout.lengths, strict=True):
+        for grad in torch.autograd.grad(out[:, start : start + n].sum(), (q, k, v), retain_graph=True):
+            outside = torch.ones(13, dtype=torch.bool)
+            outside[start : start + n] = False
+            assert not grad[:, :, outside].any() and grad[:, :, ~outside].any()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_packing_and_back(lengths: tuple[int, ...]) -> None:
+    width = max(lengths)
+    layout = Layout.of(lengths, width, torch.device("cpu"))
+    x = torch.randn(len(lengths), width, 3)
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    assert torch.equal(layout.pack(x)[0], x[mask])
+    assert torch.equal(layout.unpack(layout.pack(x)), x * mask[..., None])
