@@ -36,6 +36,15 @@ def test_kinds_of_file(name: str, content: str, tmp_path: Path) -> None:
     assert [row.values for row in read_rows(str(path))] == ROWS
 
 
+def test_rows_on_one_line_are_named_by_number(tmp_path: Path) -> None:
+    """json.dump writes a list on one line, which says nothing about its rows."""
+    (tmp_path / "d.json").write_text(json.dumps([*ROWS, {"text": ""}]))
+    path = str(tmp_path / "d.json")
+    assert [row.where for row in read_rows(path)] == [f"{path}, row {n}" for n in (1, 2, 3)]
+    (tmp_path / "d.json").write_text(json.dumps(ROWS, indent=1))
+    assert [row.where for row in read_rows(path)] == [f"{path}:2", f"{path}:6"]
+
+
 def test_header_given(tmp_path: Path) -> None:
     (tmp_path / "d.tsv").write_text('a, b\tx\nsay "c"\ty\n')
     assert [row.values for row in read_rows(str(tmp_path / "d.tsv"), header=["text", "label"])] == ROWS
