@@ -132,6 +132,15 @@ def test_own_targets_of_the_other_methods(family: str, method: str, tmp_path: Pa
     assert all(any(f".{block}." in n for n in names) for block in (0, 1))
 
 
+def test_ln_tuning_finds_every_norm_of_glm4() -> None:
+    """Four in a block, where its kin have two, and the last one."""
+    from siliang import LNTuningConfig, get_peft_model
+    from siliang.types import TaskType
+
+    tuned = get_peft_model(FAMILIES["glm4"](), LNTuningConfig(task_type=TaskType.CAUSAL_LM))
+    assert sum(p.requires_grad for p in tuned.parameters()) == 2 * 4 + 1
+
+
 @pytest.mark.parametrize("base", ["llama", "bert"])
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "head")])
 def test_gradient_checkpointing_reaches_the_inputs(
