@@ -102,8 +102,8 @@ class DataConfig(Section):
 
     train: str | list[str | Source]
     """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .txt, .bmes, .bio, .conll), a pattern of files, a folder
-    from Dataset.save_to_disk, or a name on the hub (owner/name, owner/name:config); or a list of these, each a name or
-    {path, weight}."""
+    (from Dataset.save_to_disk, or of such files), or a name on the hub (owner/name, owner/name:config); or a list of
+    these, each a name or {path, weight}."""
     eval: str | list[str | Source] | None = None
     """The same, held out. Without it, test_size of the training rows is held out."""
     test_size: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from tiny import WORDS, write_jsonl
 
+from siliang.check import RULES
+
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+
+KNOWN = ("--set", "accept=[SL002]")
 
 
 def check(*arguments: object, code: int = 0) -> str:
@@ -33,12 +38,14 @@ def test_examples_counts_findings_and_codes(model_folders: dict[str, Path], tmp_
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     shown = check(*flags, "--data", data)
     assert "Human : say" in shown and "</s>]]" in shown and "[[" in shown
-    assert "rows              train 90  held_out 10  bad 0" in shown
+    assert "rows              train 90  held out 10  bad 0" in shown
     assert shown.endswith("Nothing found.\n")
 
     write_jsonl(data, [*rows, rows[0]])
     assert "SL002 warning" in check(*flags, "--data", data, "--set", "data.test_size=0.01", "--examples", 0)
     check(*flags, "--data", data, "--set", "data.test_size=0.01", "--strict", code=1)
+    known = json.loads(check(*flags, "--data", data, "--set", "data.test_size=0.01", *KNOWN, "--strict", "--json"))
+    assert [(f["code"], f["accepted"]) for f in known["findings"]] == [("SL002", True)]
 
     write_jsonl(data, [*rows, {"instruction": "a", "output": ""}])
     found = json.loads(check(*flags, "--data", data, "--json", code=1))
@@ -50,6 +57,8 @@ def test_examples_counts_findings_and_codes(model_folders: dict[str, Path], tmp_
 def test_pages_and_bad_usage(tmp_path: Path) -> None:
     page = check("--explain", "SL007")
     assert page.startswith("SL007 (error): The end of sequence is not learned.") and "Cause:" in page and "Fix:" in page
+    for page, (code, rule) in zip(check("--explain", "all").split("\n\nSL"), RULES.items(), strict=True):
+        assert f"SL{page.removeprefix('SL')}".strip() == f"{code} ({rule.severity}): {rule.page}"
     assert "there is no rule SL999" in check("--explain", "SL999", code=2)
     assert "say what to look at" in check(code=2)
     assert "There is no data file" in check(

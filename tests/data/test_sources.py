@@ -1,15 +1,23 @@
 """Reading: every bad line is named with its file, line and reason."""
 
+import collections
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
+import datasets
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, List
 
 from siliang.config import Columns, DataConfig
-from siliang.data.examples import Labelled, Text, conversation
+from siliang.data import json_stream
+from siliang.data.examples import Labelled, Tagged, Text, conversation
 from siliang.data.load import Examples, load_examples
-from siliang.data.sources import read_rows, sha256
+from siliang.data.sources import iter_rows, read_rows, sha256
 from siliang.types import DataError, TaskType
 
 
@@ -36,9 +44,69 @@ def test_kinds_of_file(name: str, content: str, tmp_path: Path) -> None:
     assert [row.values for row in read_rows(str(path))] == ROWS
 
 
+def test_rows_on_one_line_are_named_by_number(tmp_path: Path) -> None:
+    """json.dump writes a list on one line, which says nothing about its rows."""
+    (tmp_path / "d.json").write_text(json.dumps([*ROWS, {"text": ""}]))
+    path = str(tmp_path / "d.json")
+    assert [row.where for row in read_rows(path)] == [f"{path}, row {n}" for n in (1, 2, 3)]
+    (tmp_path / "d.json").write_text(json.dumps(ROWS, indent=1))
+    assert [row.where for row in read_rows(path)] == [f"{path}:2", f"{path}:6"]
+
+
 def test_header_given(tmp_path: Path) -> None:
     (tmp_path / "d.tsv").write_text('a, b\tx\nsay "c"\ty\n')
     assert [row.values for row in read_rows(str(tmp_path / "d.tsv"), header=["text", "label"])] == ROWS
+
+
+TYPED = [
+    {"text": "好 film", "label": 1, "n": None, "answers": {"text": ["好"], "answer_start": [0]}},
+    {"text": "bad", "label": 0, "n": 2.5, "answers": {"text": [], "answer_start": []}},
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "folder"])
+def test_arrow_and_parquet(kind: str, tmp_path: Path) -> None:
+    """Cells come as they are, lists, mappings and empty ones too; classes that have names come by name."""
+    data = Dataset.from_list(TYPED)
+    named = data.cast_column("label", ClassLabel(names=["neg", "pos"]))
+    for number, made in enumerate((data, named)):
+        path = tmp_path / f"d{number}.{kind}"
+        if kind == "parquet":
+            made.to_parquet(path)
+        elif kind == "folder":
+            made.save_to_disk(path)
+        else:
+            made.save_to_disk(tmp_path / f"saved{number}")
+            shutil.copy(next((tmp_path / f"saved{number}").glob("*.arrow")), path)
+        rows = read_rows(str(path))
+        names = ({1: 1, 0: 0}, {1: "pos", 0: "neg"})[number]
+        assert [row.values for row in rows] == [row | {"label": names[row["label"]]} for row in TYPED]  # type: ignore[index]
+        assert [row.where for row in rows] == [f"{path}, row 1", f"{path}, row 2"]
+        assert load(path).train == [Labelled(row["text"], str(names[row["label"]])) for row in TYPED]  # type: ignore[index,arg-type]
+
+
+def test_tags_by_number_come_by_name(tmp_path: Path) -> None:
+    tags = List(ClassLabel(names=["O", "B-X"]))
+    data = Dataset.from_dict({"tokens": [["a", "b"]] * 2, "ner_tags": [[0, 1], [1, 0]]}).cast_column("ner_tags", tags)
+    data.save_to_disk(tmp_path / "d")
+    examples = load(tmp_path / "d", TaskType.TOKEN_CLS)
+    assert examples.labels == ["O", "B-X"]
+    assert examples.train[0] == Tagged(("a", "b"), ("O", "B-X"))
+
+
+def test_a_class_that_is_not_told_is_a_bad_row(tmp_path: Path) -> None:
+    """Public test sets hide their labels as -1."""
+    data = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]})
+    data.cast_column("label", ClassLabel(names=["x", "y"])).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d.parquet, row 3 has an empty 'label'"):
+        load(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
+def test_damaged_arrow_and_parquet(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PAR1 or not")
+    with pytest.raises(DataError, match=rf"{name} is not a readable"):
+        read_rows(str(tmp_path / name))
 
 
 def test_saved_data_sets(tmp_path: Path) -> None:
@@ -47,6 +115,100 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     assert [row.values for row in read_rows(str(tmp_path / "one"))] == ROWS
     examples = load(tmp_path / "two", eval=str(tmp_path / "two"))
     assert (len(examples.train), len(examples.eval)) == (2, 1)
+    DatasetDict({"train": Dataset.from_list(ROWS), "validation": Dataset.from_list(ROWS[:1])}).save_to_disk(
+        tmp_path / "three"
+    )
+    assert len(load(tmp_path / "three", eval=str(tmp_path / "three")).eval) == 1
+    DatasetDict({"first": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "four")
+    with pytest.raises(DataError, match="has no part 'train'; it has first"):
+        read_rows(str(tmp_path / "four"))
+
+
+@pytest.fixture
+def files_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a data set's repository on the hub is: one file a part."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    return folder
+
+
+def test_a_folder_of_files(files_of_a_hub: Path, tmp_path: Path) -> None:
+    """As a clone of a repository is; `datasets` knows the parts by the files' names."""
+    examples = load(files_of_a_hub, eval=str(files_of_a_hub))
+    assert examples.train == [Labelled("a, b", "x"), Labelled('say "c"', "y")]
+    assert examples.eval == [Labelled("a, b", "x")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty holds no data:.*\n.*save_to_disk"):
+        read_rows(str(tmp_path / "empty"))
+
+
+def test_a_name_on_the_hub(files_of_a_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is a folder here, the rest is real."""
+    asked: list[tuple[str, str | None]] = []
+    real = datasets.load_dataset
+
+    def here(path: str, name: str | None = None) -> object:
+        asked.append((path, name))
+        return real(str(files_of_a_hub))
+
+    monkeypatch.setattr(datasets, "load_dataset", here)
+    assert [row.values for row in read_rows("owner/name:config")] == ROWS
+    assert read_rows("owner/name", split="test")[0].where == "owner/name, row 1"
+    assert asked == [("owner/name", "config"), ("owner/name", None)]
+
+
+def test_without_a_network_one_line_says_what_to_do(tmp_path: Path) -> None:
+    command = ["check", "--model", tmp_path, "--task", "seq_cls", "--data", "nobody/no-such-data"]
+    done = subprocess.run(
+        [sys.executable, "-m", "siliang", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: nobody/no-such-data is no file or folder here, and the hub did not give it: ")
+    assert second == "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."
+
+
+def test_several_files_and_their_weights(tmp_path: Path) -> None:
+    """Held-out rows have no weight; a weight below 1 takes rows by chance, the same for the same seed."""
+    for name, n in (("a", 40), ("b", 40)):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"{name}{i},{'xy'[i % 2]}\n" for i in range(n)))
+    pattern = load(tmp_path / "*.csv")
+    assert len(pattern.train) == 80
+    sources = [str(tmp_path / "a.csv"), {"path": str(tmp_path / "b.csv"), "weight": 2.5}]
+    whole, again = (load(tmp_path, train=sources, test_size=0.25) for _ in range(2))
+    assert whole == again and len(whole.eval) == 20
+    counts = collections.Counter(e.text for e in whole.train)  # type: ignore[union-attr]
+    held = {e.text for e in whole.eval}  # type: ignore[union-attr]
+    assert not held & set(counts) and len(held | set(counts)) == 80
+    assert {n for text, n in counts.items() if text[0] == "a"} == {1}
+    assert {n for text, n in counts.items() if text[0] == "b"} == {2, 3}
+
+
+def test_a_stratified_split_holds_out_the_same_share(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("text,label\n" + "".join(f"row {i},{'xxxy'[i % 4]}\n" for i in range(80)))
+    examples = load(tmp_path / "d.csv", test_size=0.2, seed=123, stratify=True)
+    for part, n in ((examples.train, 64), (examples.eval, 16)):
+        assert collections.Counter(e.label for e in part) == {"x": n * 3 // 4, "y": n // 4}  # type: ignore[union-attr]
+
+
+def test_a_large_file_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 2**16)
+    path = tmp_path / "d.json"
+    with path.open("w") as opened:
+        opened.write("[" + ",\n".join(json.dumps({"text": "x" * 1000, "label": "y"}) for _ in range(4000)) + "]")
+    tracemalloc.start()
+    rows = iter_rows(str(path))
+    n = sum(1 for _ in rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n == 4000 and path.stat().st_size > 4e6
+    assert peak < 1e6
 
 
 @pytest.mark.parametrize(

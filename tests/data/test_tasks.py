@@ -1,15 +1,26 @@
 """Every task from data to metrics: tiny runs here, short ones on real data behind `shared`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
-from tiny import WORDS, word_tokenizer, write_jsonl
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from tiny import VOCABULARY, WORDS, word_tokenizer, write_jsonl
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from siliang.config import RunConfig
 from siliang.data.examples import Span
@@ -20,7 +31,7 @@ from siliang.run_folder import open_run
 from siliang.train import metrics
 from siliang.train.run import train
 from siliang.types import ConfigError, TaskType
-from siliang.use import evaluate, generate
+from siliang.use import evaluate, generate, merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -111,6 +122,74 @@ def test_new_tokens_are_learned_and_saved(model_folders: dict[str, Path], tmp_pa
     with torch.no_grad():
         first = int(opened.model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
     assert first == number
+
+
+# PEFT's word on a tied embedding that is trained: siliang's merge parts the two
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("base", ["llama", "bloom"])  # the output head apart, and tied to the embedding
+def test_a_grown_vocabulary_goes_everywhere(base: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Trained, saved, opened by siliang and by PEFT, and merged into a plain model folder."""
+    rows = [{"instruction": f"say {w}", "output": f"<new> {w}"} for w in WORDS[:24]]
+    data = {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 32}
+    tokens = ["<new>", *(f"<new{i}>" for i in range(90))]
+    run(
+        tmp_path,
+        model_folders[base],
+        "causal_lm",
+        data | {"add_tokens": tokens},
+        train={"max_steps": 10, "learning_rate": 1e-2},
+    )
+    opened = open_run(tmp_path / "run")
+    n, number = len(opened.tokenizer), opened.tokenizer.convert_tokens_to_ids("<new>")
+    assert n > VOCABULARY
+    ids = torch.tensor([opened.tokenizer("say <new> film")["input_ids"]])
+    assert number in ids
+    plain: Any = AutoModelForCausalLM.from_pretrained(model_folders[base])
+    old = plain.get_input_embeddings().weight.detach().clone()
+    plain.resize_token_embeddings(n)
+    with torch.no_grad():
+        logits = opened.model(input_ids=ids).logits
+        there = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()
+        torch.testing.assert_close(there(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+        assert merge(opened, tmp_path / "merged").holds
+        merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == n == merged.config.vocab_size
+    for module in (merged.get_input_embeddings(), merged.get_output_embeddings()):
+        assert module.weight.shape[0] == n
+    new = merged.get_input_embeddings().weight
+    assert (new[number] - new[number + 1 :].mean(0)).abs().max() > 0.01  # seen in training, unlike the others
+    assert not torch.equal(new[: len(old)], old)
+
+
+def test_a_grown_vocabulary_through_the_commands(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"text": f"<new> {w}", "label": "ab"[i % 2]} for i, w in enumerate(WORDS[:20])]
+    settings = {
+        "model": str(model_folders["bert"]),
+        "task": "seq_cls",
+        "data": {
+            "train": str(write_jsonl(tmp_path / "d.jsonl", rows)),
+            "max_length": 32,
+            "add_tokens": ["<new>", *(f"<new{i}>" for i in range(90))],
+        },
+        "train": {"max_steps": 2, "batch_size": 8, "log_every": 1},
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    command("train", tmp_path / "run.yaml")
+    assert command("predict", tmp_path / "run", "<new> film").endswith("<new> film\n")
+    assert "rows 2" in command("eval", tmp_path / "run")
+
+
+def command(*arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "siliang", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_bad_new_tokens() -> None:
@@ -238,6 +317,57 @@ def test_spans_on_ner_resume(shared: Path, tmp_path: Path) -> None:
     assert record.labels is not None and len(record.labels) == 28
     assert measured["f1"] > 0.5
     assert measured["f1"] == record.final["f1"]
+
+
+QUESTIONS = {"NAME": "这个人叫什么名字？", "ORG": "在哪个单位工作？", "TITLE": "担任什么职务？"}
+
+
+def questions(sentences: list[str]) -> list[dict[str, Any]]:
+    """SQuAD's rows from tagged sentences: for each kind of span a question, whose answer is the first of that kind."""
+    rows: list[dict[str, Any]] = []
+    for sentence in sentences:
+        pairs = [line.split(" ") for line in sentence.strip("\n").split("\n")]
+        context, asked = "".join(word for word, _ in pairs), set[str]()
+        for start, (_, tag) in enumerate(pairs):
+            kind = tag[2:]
+            if tag[:2] != "B-" or kind not in QUESTIONS or kind in asked:
+                continue
+            asked.add(kind)
+            end = next(i for i in range(start, len(pairs)) if pairs[i][1] == f"E-{kind}") + 1
+            answers = {"text": [context[start:end]], "answer_start": [start]}
+            rows.append({"context": context, "question": QUESTIONS[kind], "answers": answers})
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_answers_on_ner_resume(shared: Path, tmp_path: Path) -> None:
+    """Through the commands, as a user would."""
+    blocks = (shared / "data" / "ner_resume" / "dev.char.bmes").read_text(encoding="utf-8").split("\n\n")
+    rows = questions([b for b in blocks if b.strip()])
+    (tmp_path / "train.json").write_text(json.dumps(rows[:-80], ensure_ascii=False))
+    (tmp_path / "eval.json").write_text(json.dumps(rows[-80:], ensure_ascii=False))
+    settings = {
+        "model": str(shared / "weights" / "zh-mini-bert"),
+        "task": "question_ans",
+        "method": "full",
+        "data": {"train": str(tmp_path / "train.json"), "eval": str(tmp_path / "eval.json"), "max_length": 64},
+        "train": {"max_steps": 60, "batch_size": 16, "learning_rate": 3e-4},
+        "accept": ["SL042"],
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    command("train", tmp_path / "run.yaml")
+    lora = ("--method", "lora", "--output", tmp_path / "lora", "--set", "train.max_steps=2")
+    command("train", tmp_path / "run.yaml", *lora, "--set", "train.learning_rate=1e-3")
+    record = Record.read(tmp_path / "run")
+    losses = [s.loss for s in record.steps if s.loss is not None]
+    measured = json.loads(command("eval", tmp_path / "run", "--json"))
+    print(f"questions on ner_resume: {len(rows)} rows, training loss {losses[0]:.2f} to {losses[-1]:.2f}, {measured}")
+    assert losses[-1] < losses[0] - 0.5
+    assert measured["exact_match"] == record.final["exact_match"] and measured["f1"] == record.final["f1"]
+    assert 0.15 < measured["exact_match"] <= measured["f1"]
+    assert "AutoModelForQuestionAnswering" in command("merge", tmp_path / "lora", "--output", tmp_path / "merged")
 
 
 @pytest.mark.slow

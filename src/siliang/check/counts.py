@@ -20,9 +20,11 @@ def count(s: Subject) -> dict[str, Any]:
         "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.examples.skipped)},
         "tokens": tokens,
     }
-    if len(lengths):
-        points = np.percentile(lengths, [50, 90, 99]).astype(int).tolist()
-        counts["length"] = {"median": points[0], "p90": points[1], "p99": points[2], "longest": int(lengths.max())}
+    counts |= {"length": _spread(lengths)} if len(lengths) else {}
+    if s.task is TaskType.SEQ_2_SEQ_LM and len(lengths):
+        counts["target_length"] = _spread(s.train.learned)
+    if s.task is TaskType.QUESTION_ANS:
+        counts["windows"] = {"all": len(lengths), "with_answer": int((s.train.column("end_positions") > 0).sum())}
     if s.task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) and tokens:
         counts["learned"] = float(s.train.learned.sum() / tokens)
     if s.task is not TaskType.QUESTION_ANS:
@@ -43,3 +45,8 @@ def count(s: Subject) -> dict[str, Any]:
         counts["tags"] = len(s.examples.labels)
     counts["steps"] = {"per_epoch": s.steps_per_epoch, "all": s.steps}
     return counts
+
+
+def _spread(lengths: np.ndarray) -> dict[str, int]:
+    median, p90, p99 = np.percentile(lengths, [50, 90, 99]).astype(int).tolist()
+    return {"median": median, "p90": p90, "p99": p99, "longest": int(lengths.max())}

@@ -60,7 +60,7 @@ def duplicates(s: Subject) -> Iterator[Found]:
 def overlap(s: Subject) -> Iterator[Found]:
     """Held-out rows that are also trained.
 
-    Cause: The model has seen these questions in training, so the evaluation measures its memory.
+    Cause: The model has seen these questions or texts in training, so the evaluation measures its memory.
 
     Fix: Remove them from one of the two, or remove copies before the split (SL002).
     """
@@ -69,7 +69,7 @@ def overlap(s: Subject) -> Iterator[Found]:
     if len(known):
         share = 100 * len(known) / len(asked)
         yield Found(
-            f"{len(known):,} of {len(asked):,} held-out rows ({share:.1f}%) ask what a training row asks",
+            f"{len(known):,} of {len(asked):,} held-out rows ({share:.1f}%) have the question or text of a trained one",
             s.places(known, "eval"),
             len(known),
         )

@@ -67,10 +67,11 @@ def all_masked(s: Subject) -> Iterator[Found]:
 def truncated(s: Subject) -> Iterator[Found]:
     """Rows that are cut.
 
-    Cause: They are longer than data.max_length. siliang takes the oldest rounds first, then the beginning of the
-    question and the end of the answer; the end-of-sequence token stays.
+    Cause: They are longer than data.max_length (a target: than data.max_target_length). Of a conversation the oldest
+    rounds go first, then the beginning of the question and the end of the answer; of any other text its end goes. The
+    special tokens at the end stay.
 
-    Fix: Raise data.max_length (memory grows with it), or leave such rows out with data.too_long=drop.
+    Fix: Raise that length (memory grows with it), or leave such rows out with data.too_long=drop.
     """
     if s.task is TaskType.QUESTION_ANS:  # windows instead
         return

@@ -10,11 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from siliang.check import Finding, Subject
-
-SHOWN_TOKENS = 400
 
 
 def check(
@@ -79,79 +76,60 @@ def _page(code: str) -> str:
 
 def _show(subject: Subject | None, findings: list[Finding], counts: dict[str, Any], examples: int) -> None:
     from rich.console import Console
-    from rich.text import Text
+
+    from siliang.cli.show_examples import show_examples
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if subject is not None:
-        _show_examples(console, subject, examples)
+        show_examples(console, subject, examples)
         for name, value in counts.items():
             console.print(f"{name.replace('_', ' '):<18}{_plain(value)}", markup=False)
         console.print()
     for f in findings:
-        style = "bold red" if f.severity == "error" else "yellow"
-        head = Text(f"{f.code} {'accepted' if f.accepted else f.severity}", style=style)
-        console.print(head + Text(f"  {f.title}: {f.message}", style=""))
-        if f.rows and f.code != "SL001":
-            more = f" and {f.count - len(f.rows):,} more" if f.count > len(f.rows) else ""
-            console.print(f"      rows   {'; '.join(f.rows)}{more}", markup=False)
-        console.print(f"      cause  {f.cause}\n      fix    {f.fix}", markup=False)
+        _show_finding(console, f)
     errors = sum(f.severity == "error" for f in findings)
     warnings = sum(f.severity == "warning" and not f.accepted for f in findings)
     console.print(f"{_n(errors, 'error')}, {_n(warnings, 'warning')}" if findings else "Nothing found.")
 
 
-def _show_examples(console: Console, subject: Subject, n: int) -> None:
-    from siliang.data.encode import IGNORED
-
-    tokens = subject.train
-    per_token = "labels" in tokens.table.column_names and len(tokens) and isinstance(tokens[0]["labels"], list)
-    if not per_token or not n:
-        return
-    colours = console.is_terminal
-    how = "green: learned, grey: not, reverse: special tokens" if colours else "[[...]]: learned; <...> special tokens"
-    console.print(f"Examples ({how})", markup=False)
-    for i in range(min(n, len(tokens))):
-        row = tokens[i]
-        console.print(f"{subject.entries([i])[0]}:", markup=False)
-        if len(row["labels"]) != len(row["input_ids"]):  # encoder and decoder
-            pairs = [(t, False) for t in row["input_ids"]] + [(t, True) for t in row["labels"]]
-        else:
-            pairs = [(t, x != IGNORED) for t, x in zip(row["input_ids"], row["labels"], strict=True)]
-        console.print(_coloured(subject.tokenizer, pairs[:SHOWN_TOKENS], colours))
-        if len(pairs) > SHOWN_TOKENS:
-            console.print(f"... {len(pairs) - SHOWN_TOKENS:,} more tokens")
-        console.print()
-
-
-def _coloured(tokenizer: Any, pairs: list[tuple[int, bool]], colours: bool) -> Text:
+def _show_finding(console: Console, f: Finding) -> None:
+    from rich.table import Table
     from rich.text import Text
 
-    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    out = Text()
-    at = 0
-    while at < len(pairs):
-        learned, is_special = pairs[at][1], pairs[at][0] in special
-        end = at + 1
-        # stretches and not single tokens: a character may be made of several
-        while not is_special and end < len(pairs) and pairs[end][1] == learned and pairs[end][0] not in special:
-            end += 1
-        text = tokenizer.decode([t for t, _ in pairs[at:end]], clean_up_tokenization_spaces=False)
-        if colours:
-            style = ("green" if learned else "bright_black") + (" reverse" if is_special else "")
-            out.append(text, style=style)
-        else:
-            before = learned and (at == 0 or not pairs[at - 1][1])
-            after = learned and (end == len(pairs) or not pairs[end][1])
-            out.append(("[[" if before else "") + text + ("]]" if after else ""))
-        at = end
-    return out
+    style = "bold red" if f.severity == "error" else "yellow"
+    head = Text(f"{f.code} {'accepted' if f.accepted else f.severity}", style=style)
+    console.print(head + Text(f"  {f.title}: {f.message}", style=""))
+    lines = [("cause", f.cause), ("fix", f.fix)]
+    if f.rows and f.code != "SL001":
+        more = f" and {f.count - len(f.rows):,} more" if f.count > len(f.rows) else ""
+        lines.insert(0, ("rows", grouped(f.rows) + more))
+    if console.is_terminal:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, text in lines:
+            grid.add_row(f"      {name}", Text(text))
+        console.print(grid)
+    else:  # a line each, for whoever searches in them
+        for name, text in lines:
+            console.print(f"      {name:<5}  {text}", markup=False)
+
+
+def grouped(places: list[str]) -> str:
+    """Places of rows, each file named once: a.csv:3, 7; b.csv:1."""
+    numbers: dict[str, list[str]] = {}
+    for place in places:
+        mark = ", row " if ", row " in place else ":"
+        source, _, number = place.rpartition(mark)
+        numbers.setdefault(f"{source}{mark}", []).append(number)
+    return "; ".join(f"{source}{', '.join(found)}" for source, found in numbers.items())
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{k} {_plain(v)}" for k, v in value.items())
+        return "  ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in value.items())
     if isinstance(value, float):
-        return f"{100 * value:.2f}%"
+        return f"{100 * value:.2f}% of the tokens"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

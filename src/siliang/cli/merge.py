@@ -31,6 +31,7 @@ def merge(
     quiet_loading()
     import torch
 
+    from siliang.models.load import AUTO_CLASSES
     from siliang.run_folder import open_run
     from siliang.use import merge as merge_run
 
@@ -38,5 +39,5 @@ def merge(
     opened = open_run(run, dtype=getattr(torch, dtype.value), quantised=False)
     proof = merge_run(opened, output, force=force)
     print(f"{'proved' if proof.holds else 'NOT PROVED, kept by --force'}: {proof}")
-    kind = "AutoModelForSequenceClassification" if opened.labels else "AutoModelForCausalLM"
+    kind = AUTO_CLASSES[opened.config.task].__name__
     print(f"saved   {output}\nopen it with transformers.{kind}.from_pretrained({str(output)!r})")

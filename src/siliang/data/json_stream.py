@@ -33,7 +33,8 @@ def json_lines(path: Path) -> Iterator[Item]:
 
 
 def json_list(path: Path) -> Iterator[Item]:
-    """The items of a list, each with the line on which it begins; also SQuAD's {"data": [...]}.
+    """The items of a list, each with the line on which it begins, or, where that is not its own line, its number; also
+    SQuAD's {"data": [...]}.
 
     Raises:
         DataError: It is not JSON, or not a list.
@@ -50,6 +51,7 @@ def json_list(path: Path) -> Iterator[Item]:
 def _items(text: _Text, path: Path) -> Iterator[Item]:
     text.position += 1
     decoder = json.JSONDecoder()
+    number, ended_on = 0, text.line
     while True:
         text.skip(" \t\r\n,")
         if text.peek() == "]":
@@ -65,7 +67,9 @@ def _items(text: _Text, path: Path) -> Iterator[Item]:
             raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
         except RecursionError:
             raise DataError(f"{path}:{line}: nested too deeply to be data.") from None
-        yield f"{path}:{line}", value, None
+        number += 1
+        yield f"{path}:{line}" if line > ended_on else f"{path}, row {number}", value, None
+        ended_on = text.line
 
 
 def _whole(path: Path) -> Iterator[Item]:

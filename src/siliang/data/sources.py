@@ -7,7 +7,8 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -40,7 +41,8 @@ def iter_rows(
     """The rows of `source`, in order; an unreadable one comes with its problem.
 
     Args:
-        source: A file, a pattern of files, a folder from Dataset.save_to_disk, or a name on the hub.
+        source: A file, a pattern of files, a folder (from Dataset.save_to_disk, or of files, as a data set's repository
+            is), or a name on the hub.
         header: Column names of a csv or tsv file without a header line.
         split: Which part of a folder or hub data set that has several.
         tagged: A .txt file holds a word and its tag a line.
@@ -52,7 +54,7 @@ def iter_rows(
     if path.is_file():
         yield from _file(path, header, tagged)
     elif path.is_dir():
-        yield from _dataset(_from_disk(path), split, source)
+        yield from _dataset(_from_folder(path), split, source)
     elif any(c in source for c in "*?[") and (found := sorted(glob.glob(str(path)))):  # noqa: PTH207 (absolute patterns)
         for name in found:
             yield from _file(Path(name), header, tagged)
@@ -180,30 +182,40 @@ def _tagged(path: Path) -> Iterator[Row]:
 def _arrow(path: Path, kind: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from datasets import Dataset, Features
 
     try:
         if kind == ".parquet":
-            batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
+            file = pq.ParquetFile(path)
+            batches, features = file.iter_batches(batch_size=1000), Features.from_arrow_schema(file.schema_arrow)
         else:
-            from datasets import Dataset
-
-            batches = Dataset.from_file(str(path)).with_format("arrow").iter(batch_size=1000)  # type: ignore[attr-defined]
+            data = Dataset.from_file(str(path))
+            batches, features = data.with_format("arrow").iter(batch_size=1000), data.features  # type: ignore[attr-defined]
+        name_classes = _class_names(features)
         number = 0
         for batch in batches:
             for values in batch.to_pylist():  # type: ignore[attr-defined]
                 number += 1
-                yield Row(values, f"{path}, row {number}")
+                yield Row(name_classes(values), f"{path}, row {number}")
     except (pa.ArrowInvalid, pa.ArrowException) as error:
         raise DataError(f"{path} is not a readable {kind[1:]} file: {_first_line(error)}") from None
 
 
-def _from_disk(path: Path) -> Any:
-    from datasets import load_from_disk
+def _from_folder(path: Path) -> Any:
+    """What Dataset.save_to_disk wrote, or files of data whose names say their part (train.jsonl, test.jsonl)."""
+    from datasets import load_dataset, load_from_disk
 
+    saved = ("dataset_info.json", "dataset_dict.json")
     try:
-        return load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a folder from Dataset.save_to_disk: {_first_line(error)}") from None
+        if any((path / name).is_file() for name in saved):
+            return load_from_disk(str(path))
+        _quieten()
+        return load_dataset(str(path))
+    except Exception as error:  # `datasets` raises kinds of its own for each kind of file
+        raise DataError(
+            f"{path} holds no data: {_first_line(error)}\n"
+            "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl and test.jsonl."
+        ) from None
 
 
 def _from_hub(name: str) -> Any:
@@ -211,20 +223,57 @@ def _from_hub(name: str) -> Any:
 
     path, _, config = name.partition(":")
     try:
+        _quieten()
         return load_dataset(path, config or None)
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
         raise DataError(
-            f"{name} is no file or folder here, and the hub did not give it: {_first_line(error)}"
+            f"{name} is no file or folder here, and the hub did not give it: {_first_line(error)}\n"
+            "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."
         ) from None
+
+
+def _quieten() -> None:
+    """Bars are for people, and each of the client's attempts for nobody: the error says it once."""
+    import logging
+
+    from datasets import disable_progress_bars, enable_progress_bars
+
+    (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _dataset(loaded: Any, split: str, source: str) -> Iterator[Row]:
     if isinstance(loaded, dict):
-        if split not in loaded:
+        # what is held out goes by several names
+        wanted = [split] if split != "test" else ["test", "validation", "dev"]
+        found = next((name for name in wanted if name in loaded), None)
+        if found is None:
             raise DataError(f"{source} has no part {split!r}; it has {', '.join(loaded)}.")
-        loaded = loaded[split]
+        loaded = loaded[found]
+    name_classes = _class_names(loaded.features)
     for i, values in enumerate(loaded, start=1):
-        yield Row(dict(values), f"{source}, row {i}")
+        yield Row(name_classes(dict(values)), f"{source}, row {i}")
+
+
+def _class_names(features: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Classes and tags that are stored as numbers with names beside them, by name: F1 over spans reads B- and I-."""
+    from datasets import ClassLabel
+
+    names: dict[str, list[str]] = {}
+    for column, feature in features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, ClassLabel) and inner.names:
+            names[column] = inner.names
+
+    def name(number: Any, known: list[str]) -> Any:
+        if isinstance(number, list):
+            return [name(n, known) for n in number]
+        return known[number] if isinstance(number, int) and 0 <= number < len(known) else None  # -1: not told
+
+    def change(values: dict[str, Any]) -> dict[str, Any]:
+        return values | {c: name(values[c], known) for c, known in names.items()}
+
+    return change
 
 
 def _first_line(error: BaseException) -> str:

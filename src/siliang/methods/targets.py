@@ -126,7 +126,7 @@ LN_TARGETS: dict[str, tuple[str, ...]] = {
     "gemma2": GEMMA_NORMS,
     "gemma3_text": GEMMA_NORMS,
     "glm": ("input_layernorm", "post_attention_layernorm", "norm"),
-    "glm4": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "glm4": ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm", "norm"),
     "gpt2": ("ln_1", "ln_2", "ln_f"),
     "gptj": ("ln_1", "ln_f"),
     "llama": ("input_layernorm", "post_attention_layernorm", "norm"),

@@ -1,0 +1,147 @@
+"""What `siliang check` shows of the rows: their tokens, and what is learned of them, for each task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from siliang.data.encode import IGNORED
+from siliang.types import TaskType
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from siliang.check import Subject
+
+HEAD, TAIL = 300, 100  # tokens shown of a long row: its end is where the end of sequence is learned or is not
+
+# (on a terminal, in plain lines)
+LEGENDS: dict[TaskType, tuple[str, str]] = {
+    TaskType.CAUSAL_LM: ("green: learned, grey: not", "[[...]]: learned"),
+    TaskType.SEQ_2_SEQ_LM: ("grey: read, green: learned", "->: what is learned"),
+    TaskType.SEQ_CLS: ("grey: read, green: the class, which is learned", "->: the class, which is learned"),
+    TaskType.TOKEN_CLS: (
+        "green: token/tag, bold where the tag is not O; grey: not learned",
+        "token/tag; one without a tag is not learned",
+    ),
+    TaskType.QUESTION_ANS: (
+        "grey: read, green: the answer, whose place is learned",
+        "[[...]]: the answer, whose place is learned",
+    ),
+}
+
+
+def show_examples(console: Console, subject: Subject, n: int) -> None:
+    """Prints the first `n` training entries as the model sees them, special tokens visible."""
+    tokens = subject.train
+    n = min(n, len(tokens))
+    if not n:
+        return
+    colours = console.is_terminal
+    legend = LEGENDS[subject.task][0 if colours else 1]
+    console.print(f"Examples ({legend}{', reverse: special tokens' if colours else ''})", markup=False)
+    pen = _Pen(subject.tokenizer, colours)
+    windows = Counter(tokens.column("row").tolist()) if subject.task is TaskType.QUESTION_ANS else Counter()
+    seen: Counter[int] = Counter()
+    for i in range(n):
+        place, number = subject.entries([i])[0], int(tokens.column("row")[i])
+        seen[number] += 1
+        more = f", window {seen[number]} of {windows[number]}" if windows[number] > 1 else ""
+        console.print(f"{place}{more}:", markup=False)
+        line = _line(pen, subject, tokens[i])
+        line.rstrip()
+        console.print(line)
+        console.print()
+
+
+def _line(pen: _Pen, subject: Subject, row: dict[str, Any]) -> Text:
+    """One entry."""
+    ids = row["input_ids"]
+    match subject.task:
+        case TaskType.SEQ_CLS:
+            names = subject.examples.labels or []
+            return pen.tokens(ids, set()) + pen.target(names[row["labels"]])
+        case TaskType.TOKEN_CLS:
+            return pen.tagged(ids, row["labels"], subject.examples.labels or [])
+        case TaskType.QUESTION_ANS:
+            first, last = row["start_positions"], row["end_positions"]
+            if not last:  # both stand on the first token, as for SQuAD 2
+                return pen.tokens(ids, set()) + pen.target("no answer in here")
+            return pen.tokens(ids, set(range(first, last + 1)))
+        case TaskType.SEQ_2_SEQ_LM:
+            return pen.tokens(ids, set()) + pen.target() + pen.tokens(row["labels"], None)
+        case _:
+            return pen.tokens(ids, {i for i, label in enumerate(row["labels"]) if label != IGNORED})
+
+
+class _Pen:
+    """Writes tokens in colours, or, where there are none, with marks."""
+
+    def __init__(self, tokenizer: Any, colours: bool) -> None:
+        self.tokenizer, self.colours = tokenizer, colours
+        self.special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+
+    def plain(self, text: str) -> Text:
+        from rich.text import Text
+
+        return Text(text)
+
+    def target(self, name: str = "") -> Text:
+        """A new line for what is learned from the tokens above it."""
+        return self.plain("\n-> ").append(name, "green" if self.colours else "")
+
+    def tokens(self, ids: list[int], learned: set[int] | None) -> Text:
+        """The text of tokens, the middle of very many left out.
+
+        Args:
+            learned: The positions to mark. None: all, without need of a mark where there are no colours.
+        """
+        mark = not self.colours and learned is not None
+        learned = set(range(len(ids))) if learned is None else learned
+        hidden = range(HEAD, len(ids) - TAIL)
+        out = self.plain("")
+        at = 0
+        while at < len(ids):
+            if at in hidden:
+                out.append(f"\n... {len(hidden):,} more tokens ...\n")
+                at = hidden.stop
+            on, special = at in learned, ids[at] in self.special
+            end = at + 1
+            # stretches and not single tokens: a character may be made of several
+            while (
+                not special
+                and end < len(ids)
+                and end not in hidden
+                and (end in learned) == on
+                and ids[end] not in self.special
+            ):
+                end += 1
+            text = self.tokenizer.decode(ids[at:end], clean_up_tokenization_spaces=False)
+            if self.colours:
+                out.append(text, ("green" if on else "bright_black") + (" reverse" if special else ""))
+            else:
+                opens = mark and on and (at - 1 not in learned or at - 1 in hidden)
+                closes = mark and on and (end not in learned or end in hidden)
+                out.append(("[[" if opens else "") + text + ("]]" if closes else ""))
+            at = end
+        return out
+
+    def tagged(self, ids: list[int], labels: list[int], names: list[str]) -> Text:
+        """Each token, with its tag where it has one."""
+        hidden = range(HEAD, len(ids) - TAIL)
+        parts: list[Text] = []
+        for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            if i in hidden:
+                if i == hidden.start:
+                    parts.append(self.plain(f"... {len(hidden):,} more tokens ..."))
+                continue
+            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
+            if not text or "\ufffd" in text:  # a piece of a character
+                text = self.tokenizer.convert_ids_to_tokens(token)
+            if label == IGNORED:
+                style = "bright_black" + (" reverse" if token in self.special else "")
+            else:
+                text, style = f"{text}/{names[label]}", "bold green" if names[label] != "O" else "green"
+            parts.append(self.plain("").append(text, style if self.colours else ""))
+        return self.plain(" ").join(parts)
