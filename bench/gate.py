@@ -46,8 +46,9 @@ def compare(ours: Measurement, peer: Measurement) -> Verdict:
         elif bad := next((i for i, n in enumerate(m.grad_norms, start=1) if not 0 < n < math.inf), None):
             problems.append(f"the gradient norm of {NAMES[m.job.library]} is {m.grad_norms[bad - 1]} in step {bad}")
     differences = [abs(a - b) / abs(b) for a, b in zip(ours.losses, peer.losses, strict=False)]
-    largest = max(differences, default=math.nan)
-    if not largest <= TOLERANCE:
+    differences = [math.inf if math.isnan(d) else d for d in differences]  # nan is larger than nothing
+    largest = max(differences, default=math.inf)
+    if largest > TOLERANCE:
         step = differences.index(largest) + 1 if differences else 0
         problems.append(f"the losses differ by {largest:.2%} in step {step}, allowed is {TOLERANCE:.0%}")
     return Verdict(largest, tuple(problems))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from bench.workloads import Layout, Library
 from siliang.record import Device, Part
@@ -51,6 +51,9 @@ class Job(Part):
 
 class Measurement(Part):
     """What a job gave."""
+
+    # a loss may be nan, which plain JSON has no word for
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
     job: Job
     started_at: str

@@ -147,7 +147,10 @@ class Bench:
         path.write_text(found.model_dump_json(), encoding="utf-8")
         process = self._context.Process(target=run_job, args=(path, log, self.scratch))
         process.start()
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.terminate()  # nothing, unless the user interrupts
         found = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
         if process.exitcode and not found.error:
             found.error = f"the process ended with {process.exitcode}"
