@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check fmt bench clean
+.PHONY: help demo test test-long check fmt bench bench-smoke bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
@@ -27,8 +27,14 @@ fmt: .venv/dev  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/dev  ## siliang beside PEFT on the same steps, in turn
-	$(BIN)/python bench/classify.py
+bench: .venv/bench  ## siliang beside PEFT and TRL on the same steps, in turn, hours of it; ONLY="W1 W3" for some
+	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
+
+bench-smoke: .venv/bench  ## whether the bench runs and its losses agree, at tiny sizes
+	$(BIN)/python -m bench --smoke
+
+bench-gpu: .venv/bench  ## the same on the CUDA device that is there
+	$(BIN)/python -m bench --gpu $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
@@ -46,4 +52,8 @@ clean:  ## remove .venv and caches
 
 .venv/dev: .venv/demo
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/bench: .venv/dev
+	$(PIP) --editable '.[bench]'
 	@touch $@

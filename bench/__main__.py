@@ -1,0 +1,119 @@
+"""siliang beside PEFT + transformers.Trainer and TRL, on the same model, data and steps, in turn.
+
+python -m bench [--only W1 W3] [--rounds 3]      W1 to W4, on the CPU
+python -m bench --gpu                            W5, on the CUDA device that is there
+python -m bench --smoke                          everything at tiny sizes: does it run, do the losses agree
+python -m bench --table docs/benchmarks/...      the table again, from its records
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.workloads import ON_CPU, ON_CUDA, WORKLOADS
+from siliang.config import assign
+
+
+def main() -> int:
+    """Runs the bench; returns 1 where the gate failed."""
+    options = _options()
+    if options.table:
+        report(options.table)
+        return 0
+    if not options.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # W1 to W4 are the CPU's; said before anything asks torch for devices
+    from bench.folders import SHARED
+    from bench.rounds import Bench, Plan, is_there
+    from siliang.hardware import find_device
+
+    if options.gpu and find_device().type != "cuda":
+        print("bench: W5 needs a CUDA device, and there is none here: nothing was measured.")
+        return 0
+    names = options.only or (ON_CUDA if options.gpu else ON_CPU)
+    if not options.smoke and not SHARED.is_dir():
+        print(f"bench: the data of the workloads is not at {SHARED}. --smoke needs none.", file=sys.stderr)
+        return 2
+    for peer in options.peers:
+        if not is_there(peer):
+            print(f"bench: {peer} is not installed, and is left out: pip install 'siliang[bench]'")
+    extra: dict[str, Any] = {}
+    for assignment in options.set:
+        assign(extra, assignment)
+    plan = Plan(
+        rounds=options.rounds,
+        steps=options.steps,
+        gate_steps=options.gate_steps,
+        peers=tuple(options.peers),
+        all_settings=options.all_settings,
+        extra=extra,
+    )
+    if options.smoke:
+        plan.smoke, plan.searched = True, names[:1]
+        plan.rounds, plan.steps, plan.search_steps, plan.gate_steps = 1, 2, 2, 5
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.output or (Path(scratch) if options.smoke else default_folder())
+        bench = Bench(plan, folder / "records", lambda line: print(line, flush=True))
+        try:
+            for name in names:
+                bench.run(WORKLOADS[name], options.methods)
+        finally:
+            bench.close()
+        return report(folder)
+
+
+def report(folder: Path) -> int:
+    """Writes and prints the table of a folder's records; returns 1 where the gate failed."""
+    from bench.record import read_records
+    from bench.table import gates, render
+
+    records = read_records(folder / "records")
+    if not records:
+        print(f"bench: there are no records in {folder / 'records'}.", file=sys.stderr)
+        return 2
+    text = render(records)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    print("\n" + text)
+    verdicts = gates(records)
+    failed = sum(not passed for passed, _ in verdicts)
+    print(f"gate: {failed} of {len(verdicts)} comparisons FAILED" if failed else f"gate: {len(verdicts)} passed")
+    return 1 if failed or not verdicts else 0
+
+
+def default_folder() -> Path:
+    """docs/benchmarks/<date>-<processor or card>."""
+    from siliang.hardware import describe_device, find_device
+
+    device = describe_device(find_device())
+    name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+    name += f"-{device.threads}-threads" if device.kind == "cpu" else ""
+    return Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / f"{datetime.now(UTC):%Y-%m-%d}-{name}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="W", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--methods", nargs="+", metavar="M", help="only these of the workloads' methods")
+    parser.add_argument("--peers", nargs="+", choices=("peft", "trl"), default=["peft", "trl"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=32, help="timed steps of a run, after 3 of warm-up")
+    parser.add_argument("--gate-steps", type=int, default=50)
+    parser.add_argument("--all-settings", action="store_true", help="try bf16 even where the hardware imitates it")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, no targets")
+    parser.add_argument("--gpu", action="store_true", help="the workload for CUDA")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of siliang's runs")
+    parser.add_argument("--output", type=Path, help="default: docs/benchmarks/<date>-<device>")
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="only make the table again")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

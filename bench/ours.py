@@ -1,0 +1,45 @@
+"""One measurement of siliang: a run's own preparation and trainer, as `siliang train` uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.limit import MIN_RUN_TIME_S, limit_seconds
+from bench.record import Measurement
+from bench.steps import StepClock, set_start, settle, start_sha256
+from bench.workloads import WORKLOADS, run_config
+from siliang.hardware import find_device
+from siliang.memory.peak import PeakMemory
+from siliang.train.run import Listener, make_trainer, prepare
+
+
+def measure(found: Measurement, scratch: Path) -> None:
+    """Trains as the record's job says, and fills the record."""
+    job, device = found.job, find_device()
+    workload = WORKLOADS[job.workload]
+    config = run_config(
+        workload,
+        workload.method(job.method),
+        scratch,
+        smoke=job.smoke,
+        steps=job.warmup + job.steps,
+        log_every=1 if job.purpose == "gate" else job.warmup + job.steps,
+        extra=job.extra,
+    )
+    folder = scratch / "runs" / job.name
+    folder.mkdir(parents=True)
+    run = prepare(config, Listener(), folder)
+    found.precision = run.precision.precision
+    set_start(run.model)
+    found.start_sha256 = start_sha256(run.model)
+    clock = StepClock(job, device)
+    trainer = make_trainer(run, clock)
+    clock.tokens = lambda step: trainer.tokens_trained
+    settle(run.model)
+    with PeakMemory(device) as memory:
+        trainer.train()
+        clock.fill(found, trainer.state.log_history, memory)
+    found.trained = run.record.parameters.trained
+    time_s = MIN_RUN_TIME_S / 50 if job.smoke else MIN_RUN_TIME_S
+    limit = limit_seconds(run, found.tokens / job.steps, device, min_run_time_s=time_s)
+    found.limit_tokens_per_s = found.tokens / job.steps / limit

@@ -1,0 +1,132 @@
+"""The bench itself: the gate lets nothing through that differs, missed targets are told, and it all runs."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench.gate import compare
+from bench.record import Job, Measurement, Setting, read_records
+from bench.steps import set_start, start_sha256
+from bench.table import render
+from bench.workloads import WORKLOADS
+from siliang.record import Device
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def measurement(library: Any, purpose: Any = "gate", number: int = 0, **values: Any) -> Measurement:
+    """A record of five steps that went well."""
+    setting = Setting() if library == "siliang" else Setting(dtype="fp32", layout="padded")
+    job = Job(
+        workload="W1", method="lora", library=library, setting=setting, purpose=purpose, round=number, steps=4, warmup=1
+    )
+    usual: dict[str, Any] = {
+        "precision": "fp32" if library == "siliang" else "",
+        "trained": 10,
+        "start_sha256": "a",
+        "tokens": 400,
+        "seconds": 2.0,
+        "peak_bytes": 1_000_000,
+        "losses": [5.0, 4.0, 3.0, 2.0, 1.0],
+        "grad_norms": [1.0] * 5,
+        "step_tokens": [100] * 5,
+    }
+    return Measurement(
+        job=job,
+        started_at="2026-01-01T00:00:00+00:00",
+        command="python -m bench",
+        device=Device(kind="cpu", name="a CPU", threads=2, memory_bytes=2**33),
+        versions={},
+        **(usual | values),
+    )
+
+
+def test_equal_runs_pass_the_gate() -> None:
+    verdict = compare(measurement("siliang"), measurement("peft", losses=[5.0, 4.0, 3.0, 2.0, 1.009]))
+    assert not verdict.problems
+    assert verdict.difference == pytest.approx(0.009, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"losses": [5.0, 4.0, 3.0, 2.0, 1.02]}, "losses differ by 1.96% in step 5"),
+        ({"losses": [5.0, float("nan"), 3.0, 2.0, 1.0]}, "losses differ"),
+        ({"losses": [5.0]}, "logged 1 losses in 5 steps"),
+        ({"grad_norms": [1.0, 0.0, 1.0, 1.0, 1.0]}, "gradient norm of PEFT + Trainer is 0.0 in step 2"),
+        ({"step_tokens": [100, 100, 90, 110, 100]}, "data order differs from step 3"),
+        ({"start_sha256": "b"}, "weights differ before the first step"),
+        ({"trained": 11}, "10 parameters are trained by us, 11 by the peer"),
+        ({"error": "RuntimeError: no"}, "PEFT + Trainer gave no result: RuntimeError: no"),
+    ],
+)
+def test_the_gate_says_what_differs(values: dict[str, Any], words: str) -> None:
+    assert words in str(compare(measurement("siliang"), measurement("peft", **values)))
+
+
+def test_a_record_keeps_what_is_no_number(tmp_path: Path) -> None:
+    measurement("peft", losses=[float("nan")] * 5).write(tmp_path)
+    (again,) = read_records(tmp_path)
+    assert all(math.isnan(x) for x in again.losses)
+
+
+def test_a_missed_target_is_told() -> None:
+    records = [measurement("siliang"), measurement("peft")]
+    for number, ours in enumerate((7.0, 5.0, 6.0), start=1):
+        records.append(measurement("siliang", "time", number, tokens=800, seconds=ours, limit_tokens_per_s=150.0))
+        records.append(measurement("peft", "time", number, tokens=800, seconds=15.0, peak_bytes=3_000_000))
+    text = render(records)
+    assert "MISSED: speed of PEFT + Trainer (fp32, padded), target >= 3.0x, reached 2.50 [2.14, 3.00]x" in text
+    assert "met: memory of PEFT + Trainer (fp32, padded), target <= 0.4x, reached 0.33 [0.33, 0.33]x" in text
+    assert "met: eta, target >= 0.8, reached 0.89" in text
+
+
+def test_the_start_depends_on_names_alone() -> None:
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A, self.lora_B = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    first, second = Adapter(), nn.Module()
+    second.base_model = nn.Module()
+    second.base_model.model = Adapter()
+    for model in (first, second):
+        set_start(model)
+    assert start_sha256(first) == start_sha256(second)
+    assert first.lora_A.weight.std() > 0
+    assert torch.count_nonzero(first.lora_B.weight) == 0
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_method_runs_beside_peft(tmp_path: Path) -> None:
+    done = run("--smoke", "--peers", "peft", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    pairs = sum(len(WORKLOADS[name].methods) for name in ("W1", "W2", "W3", "W4"))
+    assert f"gate: {pairs} passed" in done.stdout
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").strip() in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_differs_fails_the_gate(tmp_path: Path) -> None:
+    settings = ("--only", "W3", "--methods", "lora", "--set", "train.learning_rate=0.1")
+    done = run("--smoke", "--peers", "peft", *settings, "--output", str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the losses differ by" in done.stdout
+    assert "gate: 1 of 1 comparisons FAILED" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_there_is_one_line() -> None:
+    done = run("--gpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["bench: W5 needs a CUDA device, and there is none here: nothing was measured."]
