@@ -15,6 +15,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHORT = 64  # sequences up to so many tokens are padded to one another: calls cost more there than products
+ALIKE = 0.8  # longer ones, where the shortest is at least this share of the longest
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences that attention computes in one call.
+
+    Attributes:
+        start: Where the first begins.
+        width: Tokens of the longest.
+        index: The place of each token once they are padded to `width`; None where all are as long.
+    """
+
+    start: int
+    lengths: tuple[int, ...]
+    width: int
+    index: Tensor | None
+
+    def pad(self, x_HTK: Tensor) -> Tensor:
+        """(H, T, K) to (S, H, width, K)."""
+        part = x_HTK[:, self.start : self.start + sum(self.lengths)]
+        if self.index is None:
+            return part.unflatten(1, (len(self.lengths), self.width)).transpose(0, 1)
+        whole = part.new_zeros(len(self.lengths) * self.width, part.shape[0], part.shape[2])
+        whole = whole.index_copy(0, self.index, part.transpose(0, 1))
+        return whole.unflatten(0, (len(self.lengths), self.width)).transpose(1, 2)
+
+    def unpad(self, x_SHNK: Tensor) -> Tensor:
+        """The way back: (S, H, width, K) to (tokens, H, K)."""
+        flat = x_SHNK.transpose(1, 2).flatten(0, 1)
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def real(self, device: torch.device) -> Tensor | None:
+        """Which keys are no padding, (S, 1, 1, width); None where all are none."""
+        if self.index is None:
+            return None
+        lengths = torch.tensor(self.lengths, device=device)
+        return (torch.arange(self.width, device=device) < lengths[:, None])[:, None, None]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -58,15 +98,23 @@ class Layout:
         return torch.tensor((*self.starts, self.tokens), dtype=torch.int32).to(self.index.device)
 
     @cached_property
-    def runs(self) -> tuple[tuple[int, int, int], ...]:
-        """(start, sequences, tokens of each) for neighbours of the same length, which are computed in one."""
-        found: list[tuple[int, int, int]] = []
-        for start, n in zip(self.starts, self.lengths, strict=True):
-            if found and found[-1][2] == n:
-                found[-1] = (found[-1][0], found[-1][1] + 1, n)
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Neighbours of about the same length, which are computed in one; sorted rows make the fewest."""
+        found: list[list[int]] = []
+        for n in self.lengths:
+            longest = max(found[-1], default=0) if found else 0
+            if found and (max(longest, n) <= SHORT or min(found[-1][-1], n) >= ALIKE * max(longest, n)):
+                found[-1].append(n)
             else:
-                found.append((start, 1, n))
-        return tuple(found)
+                found.append([n])
+        buckets, start = [], 0
+        for lengths in found:
+            width = max(lengths)
+            whole = min(lengths) == width
+            index = None if whole else Layout.of(tuple(lengths), width, self.index.device).index
+            buckets.append(Bucket(start, tuple(lengths), width, index))
+            start += sum(lengths)
+        return tuple(buckets)
 
     def pack(self, x: Tensor) -> Tensor:
         """(S, width, ...) to (1, T, ...)."""
@@ -116,22 +164,21 @@ def packed_attention(
             q_1HTK, k_1GTK, v_1GTK, layout, scaling, (-1 if window is None else window - 1, 0 if causal else -1)
         )
     parts: list[Tensor] = []
-    for start, count, n in layout.runs:
-        q, k, v = (_sequences(x, start + own, count, n) for x, own in ((q_1HTK, 0), (k_1GTK, P), (v_1GTK, P)))
+    for bucket in layout.buckets:
+        S, n = len(bucket.lengths), bucket.width
+        q, k, v = (bucket.pad(x[0, :, own:]) for x, own in ((q_1HTK, 0), (k_1GTK, P), (v_1GTK, P)))
         if P:
-            k, v = (torch.cat([x[:, :, :P].expand(count, -1, -1, -1), y], 2) for x, y in ((k_1GTK, k), (v_1GTK, v)))
+            k, v = (torch.cat([x[:, :, :P].expand(S, -1, -1, -1), y], 2) for x, y in ((k_1GTK, k), (v_1GTK, v)))
         mask = None
         if bias_HN is not None or window is not None or (P and causal):
             mask = _mask(n, P, q, causal=causal, window=window, bias_HN=bias_HN)
-        out = _sdpa(q, k, v, mask, scaling, dropout_p, causal=causal and mask is None)
-        parts.append(out.transpose(1, 2).flatten(0, 1))  # (count, H, n, K) to (count * n, H, K)
+        # padding stands on the right, where what is causal does not look
+        real = None if causal else bucket.real(q.device)
+        if real is not None:
+            real = F.pad(real, (P, 0), value=True)
+            mask = real if mask is None else mask.masked_fill(~real, float("-inf"))
+        parts.append(bucket.unpad(_sdpa(q, k, v, mask, scaling, dropout_p, causal=causal and mask is None)))
     return torch.cat(parts).unsqueeze(0)
-
-
-def _sequences(x_1HTK: Tensor, start: int, count: int, n: int) -> Tensor:
-    """(1, H, T, K) to the `count` sequences of `n` tokens from `start` on, (count, H, n, K)."""
-    part = x_1HTK[0, :, start : start + count * n]
-    return part.unflatten(1, (count, n)).transpose(0, 1)
 
 
 def _sdpa(
