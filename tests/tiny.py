@@ -210,6 +210,16 @@ def batch(name: str) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Nothing random is left in the model's forward."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 WORDS = [
     "the",
     "a",

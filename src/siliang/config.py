@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from siliang.memory.size import parse_bytes
 from siliang.types import ConfigError, TaskType, nearest
 
 FORMATS = (
@@ -40,6 +41,12 @@ def _template(value: Any) -> Any:
     if isinstance(value, str):
         find_template(value)
     return value
+
+
+def _size(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        parse_bytes(value)
+    return str(value) if isinstance(value, int) else value
 
 
 def _as_sources(value: str | list[str | Source]) -> list[Source]:
@@ -180,8 +187,14 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"] = "auto"
     """Number format of the computation. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
     What is trained stays fp32, but with pure-: docs/precision.md has the bytes of each."""
+    memory_budget: Annotated[str | None, BeforeValidator(_size)] = "auto"
+    """Memory that training may take, such as 12GB: as many layers as need to compute their activations again in the
+    backward pass instead of keeping them. auto: most of what is free. null: no limit."""
+    keep_frozen: bool = True
+    """Where the lower layers are frozen (layers_to_transform) and have no dropout, what they say of a row is computed
+    in the first epoch and kept, in up to a quarter of the free memory and then of the free disk."""
     gradient_checkpointing: bool = False
-    """Keep fewer activations and compute them again: less memory, about a third more time."""
+    """All layers compute their activations again, fit or not: least memory, about a third more time."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Of everything random: data order, held-out rows, new weights, dropout."""
     log_every: Annotated[int, Field(ge=1)] = 10

@@ -71,6 +71,8 @@ class Memory(Part):
     """Before the first step."""
     peak_bytes: int = 0
     """The most during training."""
+    recomputed_layers: int = 0
+    """Layers that computed their activations twice, in the batch where it was most."""
 
 
 class StepMetrics(Part):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TASK, VOCABULARY, make
+from tiny import TASK, VOCABULARY, make, without_dropout
 from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
@@ -111,15 +111,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def without_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def compare(name: str, method: str, *, checkpointing: bool = False) -> tuple[Engine, Engine]:

@@ -6,9 +6,11 @@ summed and divided by the labelled tokens (or rows) of the whole step.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +32,14 @@ class Batch:
         inputs: What the model takes, padded on the right.
         lengths: Tokens of each row.
         weight: What the loss is divided by: labelled tokens, or rows.
+        keys: What tells each row from others, by its content.
         targets: For a model that writes, each labelled token's number, row and column, (3, N).
     """
 
     inputs: dict[str, Tensor]
     lengths: tuple[int, ...]
     weight: int
+    keys: tuple[bytes, ...]
     targets: Tensor | None = None
 
     @property
@@ -54,7 +58,7 @@ class Batch:
             return self
         inputs = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
         targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
-        return Batch(inputs, self.lengths, self.weight, targets)
+        return Batch(inputs, self.lengths, self.weight, self.keys, targets)
 
 
 @dataclass
@@ -97,12 +101,18 @@ class StepCollator:
         return parts
 
     def _batch(self, rows: list[dict[str, Any]]) -> Batch:
+        keys = tuple(_key(row) for row in rows)
         inputs = self.pad(rows)
         lengths = tuple(len(row["input_ids"]) for row in rows)
         if self.task is TaskType.CAUSAL_LM:
             labels = inputs.pop("labels")
             where = (labels[:, 1:] != IGNORED).nonzero().T  # the state of column j says token j + 1
             targets = torch.stack((labels[:, 1:][tuple(where)], *where))
-            return Batch(inputs, lengths, targets.shape[1], targets)
+            return Batch(inputs, lengths, targets.shape[1], keys, targets)
         by_token = self.task in (TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
-        return Batch(inputs, lengths, int((inputs["labels"] != IGNORED).sum()) if by_token else len(rows))
+        return Batch(inputs, lengths, int((inputs["labels"] != IGNORED).sum()) if by_token else len(rows), keys)
+
+
+def _key(row: dict[str, Any]) -> bytes:
+    read = np.asarray([*row["input_ids"], *row.get("token_type_ids", [])], dtype=np.int32)
+    return hashlib.blake2b(read.tobytes(), digest_size=16).digest()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from siliang.engine.frozen import FrozenBelow
 from siliang.ops.packed_attention import Layout, packed_attention
 from siliang.types import SiliangError
 from siliang.virtual_tokens import backbone, by_name, is_encoder_decoder
@@ -40,6 +41,8 @@ class PaddingFree:
 
     Attributes:
         layout: Of the batch that is going through; None outside of `without`.
+        layers: The model's.
+        below: Keeps what the lower layers say, where that is the same each time.
         keeps: What comes behind the layers can do with packed rows too (GPT-2 reshapes to the padded batch). Found out
             by `fits`.
     """
@@ -53,7 +56,8 @@ class PaddingFree:
         if is_encoder_decoder(model):
             raise NotPackableError("an encoder-decoder's cross-attention needs the padded rows")
         self._config: Any = getattr(model, "config", None)
-        self._layers = find_layers(model)
+        self.layers = find_layers(model)
+        self.below: FrozenBelow | None = None
         AttentionInterface.register(ATTENTION, attend)
         self.layout: Layout | None = None
         self.keeps = False
@@ -61,8 +65,8 @@ class PaddingFree:
         self._keep_packed = False
         self._packed: dict[int, tuple[Any, Any]] = {}
         self._patched = [m for m in model.modules() if _is_bloom(m)]
-        self._handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self._layers]
-        self._handles.append(self._layers[-1].register_forward_hook(self._leave))
+        self._handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
+        self._handles += [layer.register_forward_hook(self._leave) for layer in {self.layers[0], self.layers[-1]}]
         for module in self._patched:
             module.forward = partial(_bloom_attention, module, module.forward)  # type: ignore[method-assign]
 
@@ -98,11 +102,14 @@ class PaddingFree:
         named = by_name(layer, args, kwargs)
         parameters = inspect.signature(layer.forward).parameters
         hidden = named.pop(next(iter(parameters)))
-        if layer is self._layers[0]:
+        if layer is self.layers[0]:
             lengths, width = self._rows
             virtual = hidden.shape[1] - width
             self.layout = Layout.of(tuple(n + virtual for n in lengths), width + virtual, hidden.device)
             hidden = self.layout.pack(hidden)
+        if self.below is not None and layer is self.layers[self.below.cut]:
+            assert self.layout is not None
+            hidden = self.below.enter(hidden, self.layout.lengths)
         assert self.layout is not None
         named = {key: self._pack(value) for key, value in named.items()}
         if "attention_mask" in parameters:
@@ -110,7 +117,9 @@ class PaddingFree:
         return (hidden,), named
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        if self._rows is None or self._keep_packed:
+        if self.below is not None and layer is self.layers[0]:
+            self.below.left(output)
+        if layer is not self.layers[-1] or self._rows is None or self._keep_packed:
             return None
         assert self.layout is not None
         if isinstance(output, tuple):

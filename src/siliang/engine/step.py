@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from siliang.engine.batches import Batch
+from siliang.engine.frozen import FrozenBelow, Store, find_cut
 from siliang.engine.padding import NotPackableError, PaddingFree
+from siliang.engine.recompute import Recompute
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_model import PeftModel
@@ -22,10 +24,20 @@ class Engine:
 
     Attributes:
         padding: The means to run without padding; None where it is off.
+        recompute: Which layers keep their activations.
         notes: What is off, and why.
     """
 
-    def __init__(self, model: nn.Module, task: TaskType, *, packing: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: TaskType,
+        *,
+        packing: bool = True,
+        memory_budget: str | None = None,
+        checkpointing: bool = False,
+        keep_frozen: bool = False,
+    ) -> None:
         """Tries on `model` what it allows; the model is unchanged outside of `loss`."""
         self.task = task
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -43,6 +55,13 @@ class Engine:
                 if self.padding is not None:
                     self.padding.close()
                     self.padding = None
+        if keep_frozen and self.padding is not None and not _has_prompts(model):
+            cut = find_cut(self._base, self.padding.layers)
+            if cut.layer:
+                self.padding.below = FrozenBelow(self.padding.layers, cut.layer, Store.of_free())
+            elif cut.why_not:
+                self.notes.append(f"the frozen layers are computed in every epoch: {cut.why_not}")
+        self.recompute = Recompute(model, memory_budget, always=checkpointing)
         self._head = HeadLoss(self._base) if task is TaskType.CAUSAL_LM else None
         if self._head and (reason := self._head.differs(model, vocabulary)):
             self.notes.append(f"the loss takes all logits: {reason}")
@@ -57,7 +76,13 @@ class Engine:
         """
         head, padding = self._head, self.padding
         keep = padding is not None and padding.keeps and head is not None
-        with padding.without(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext():
+        below = padding.below if padding and model.training else None
+        tokens = batch.tokens if padding else batch.width * len(batch.lengths)
+        with (
+            padding.without(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext(),
+            self.recompute.chosen(tokens),
+            below.of(batch.keys) if below else nullcontext(),
+        ):
             if batch.targets is None:
                 loss = model(**batch.inputs).loss
                 yield loss.float() * batch.weight
@@ -82,6 +107,10 @@ class Engine:
             starts = tuple(range(0, len(batch.lengths) * states.shape[1], states.shape[1]))
         first = torch.tensor(starts).to(states.device, non_blocking=True)
         return first[batch.targets[1]] + virtual + batch.targets[2]
+
+
+def _has_prompts(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values())
 
 
 class HeadLoss:

@@ -68,9 +68,11 @@ class _LoraLinear(torch.autograd.Function):
             if dropout_p:
                 mask_TI = torch.rand_like(x, dtype=torch.float32) >= dropout_p
             xA_TR = _masked(x.to(dtype), mask_TI, dropout_p) @ A_RI.to(dtype).T
-            y = torch.addmm(y_TO.reshape(-1, y_TO.shape[-1]), xA_TR, B_OR.to(dtype).T, alpha=s)
-            if bias_O is not None:
-                y.add_(bias_O.to(dtype), alpha=s)
+            y, B_RO = y_TO.reshape(-1, y_TO.shape[-1]), B_OR.to(dtype).T
+            if bias_O is None:
+                y = torch.addmm(y, xA_TR, B_RO, alpha=s)
+            else:
+                y = torch.add(y, torch.addmm(bias_O.to(dtype), xA_TR, B_RO), alpha=s)
         ctx.save_for_backward(x_TI, xA_TR, mask_TI, A_RI, B_OR)
         ctx.s, ctx.p, ctx.bias = s, dropout_p, None if bias_O is None else bias_O.dtype
         return y.view_as(y_TO)

@@ -206,6 +206,7 @@ def _train(run: Run, *, resume: bool) -> Record:
         record.seconds.train = round(time.perf_counter() - start, 3)
         record.steps, record.tokens_trained = watcher.steps, trainer.tokens_trained
         record.memory.loaded_bytes, record.memory.peak_bytes = memory.start_bytes, memory.update()
+        record.memory.recomputed_layers = trainer.engine.recompute.most
         if stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
             _interrupted(run, trainer.state.global_step, trainer.state.max_steps)
         start = time.perf_counter()
@@ -226,7 +227,15 @@ def _train(run: Run, *, resume: bool) -> Record:
 def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     """The trainer of a prepared run."""
     run.model.to(find_device())
-    engine = Engine(run.model, run.config.task, packing=run.config.train.packing)
+    t = run.config.train
+    engine = Engine(
+        run.model,
+        run.config.task,
+        packing=t.packing,
+        memory_budget=t.memory_budget,
+        checkpointing=t.gradient_checkpointing,
+        keep_frozen=t.keep_frozen and _epochs(run) > 1,
+    )
     for note in engine.notes:
         run.listener.say(f"           {note}")
     trainer = SiliangTrainer(
@@ -237,8 +246,8 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         data_collator=StepCollator(
             PadCollator(run.tokenizer.pad_token_id),
             run.config.task,
-            run.config.train.batch_size,
-            run.config.train.tokens_at_once,
+            t.batch_size,
+            t.tokens_at_once,
             packed=engine.padding is not None,
         ),
         engine=engine,
@@ -293,8 +302,7 @@ def _interrupted(run: Run, step: int, steps: int) -> None:
 def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
     t, record = run.config.train, run.record
     has_eval = len(run.eval_set) > 0
-    steps_per_epoch = math.ceil(len(run.train_set) / (t.batch_size * t.gradient_accumulation))
-    steps = t.max_steps or math.ceil(steps_per_epoch * t.epochs)
+    steps = t.max_steps or math.ceil(_steps_per_epoch(run) * t.epochs)
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=t.epochs,
@@ -310,7 +318,6 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
         fp16=run.precision.autocast and run.precision.compute == "fp16",
         adam_epsilon=run.precision.adam_eps,
         use_cpu=find_device().type == "cpu",
-        **_checkpointing(t.gradient_checkpointing),
         seed=t.seed,
         data_seed=t.seed,
         logging_steps=t.log_every,
@@ -329,11 +336,13 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
     )
 
 
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Gradient checkpointing under the name that this transformers has for it (5.23 renamed it)."""
-    fields = TrainingArguments.__dataclass_fields__
-    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    return {name: True} if wanted else {}
+def _steps_per_epoch(run: Run) -> int:
+    return math.ceil(len(run.train_set) / (run.config.train.batch_size * run.config.train.gradient_accumulation))
+
+
+def _epochs(run: Run) -> float:
+    t = run.config.train
+    return t.max_steps / _steps_per_epoch(run) if t.max_steps else t.epochs
 
 
 def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float]:

@@ -63,7 +63,7 @@ class SiliangTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.tokens_trained = 0
-        self._engine, self._on_trouble = engine, on_trouble
+        self.engine, self._on_trouble = engine, on_trouble
         self._guard, self._guarded = Guard(scaled=self.args.fp16), 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -74,7 +74,7 @@ class SiliangTrainer(Trainer):
         whole = torch.zeros((), device=self.args.device)
         for batch in batches:
             batch = batch.to(self.args.device)
-            with self.accelerator.autocast(), self._engine.loss(model, batch) as loss:
+            with self.accelerator.autocast(), self.engine.loss(model, batch) as loss:
                 loss = loss / max(weight, 1)
                 self.accelerator.backward(loss)
             whole += loss.detach()

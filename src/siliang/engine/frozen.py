@@ -1,0 +1,170 @@
+"""With only the top layers trained, what the layers below them say of a row is the same in every epoch: it is computed
+once and kept.
+
+    epoch 1:   row -> layers 0 .. c-1 -> kept -> layers c .. L
+    after it:  kept -> layers c .. L
+
+Exact, or off: nothing below layer c may be trained or random (dropout), and the rows must come without padding.
+
+Shapes: n tokens of a row, D hidden.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from siliang.virtual_tokens import backbone
+
+MEMORY_SHARE = 0.25  # of the free memory that the cache takes before it goes on in a file
+DISK_SHARE = 0.25  # of the free disk
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the part that is the same in each epoch ends.
+
+    Attributes:
+        layer: The first layer that is computed each time; 0 for none below it.
+        why_not: What makes the part below it different each time; None for nothing.
+    """
+
+    layer: int
+    why_not: str | None = None
+
+
+def find_cut(model: nn.Module, layers: list[nn.Module]) -> Cut:
+    """The lowest layer with something to train, and whether those below it give the same each time."""
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    cut = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if cut == 0:
+        return Cut(0)
+    if any(p.requires_grad for p in embeddings.parameters()):
+        return Cut(0, "the embeddings are trained")
+    above = {id(m) for layer in layers[cut:] for m in layer.modules()}
+    for module in backbone(model).modules():
+        if id(module) in above:
+            continue
+        found = [v for n, v in vars(module).items() if ("dropout" in n or n == "p") and isinstance(v, float)]
+        if any(found):
+            return Cut(0, f"there is dropout of {max(found):g} below layer {cut} ({type(module).__name__})")
+    return Cut(cut)
+
+
+@dataclass
+class Store:
+    """Hidden states by row: in memory up to a limit, then in a file that goes with the process.
+
+    Attributes:
+        refused: Rows that found no room.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
+    refused: int = 0
+    _held: dict[bytes, Tensor] = field(default_factory=dict)
+    _places: dict[bytes, tuple[int, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    _used: int = 0
+    _written: int = 0
+    _file: Any = None
+
+    @classmethod
+    def of_free(cls) -> Store:
+        """With shares of what is free now."""
+        disk = psutil.disk_usage(tempfile.gettempdir()).free
+        return cls(int(MEMORY_SHARE * psutil.virtual_memory().available), int(DISK_SHARE * disk))
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._held or key in self._places
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._places)
+
+    def put(self, key: bytes, states_nD: Tensor) -> None:
+        """Keeps a row, if there is room."""
+        if key in self:
+            return
+        states_nD = states_nD.detach().to("cpu", copy=True)
+        if self._used + states_nD.nbytes <= self.memory_bytes:
+            self._held[key] = states_nD
+            self._used += states_nD.nbytes
+        elif self._written + states_nD.nbytes <= self.disk_bytes:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the store
+            self._file.seek(self._written)
+            self._file.write(states_nD.contiguous().view(torch.uint8).numpy())
+            self._places[key] = (self._written, tuple(states_nD.shape), states_nD.dtype)
+            self._written += states_nD.nbytes
+        else:
+            self.refused += 1
+
+    def get(self, key: bytes) -> Tensor:
+        """A row that is there, (n, D)."""
+        if key in self._held:
+            return self._held[key]
+        start, shape, dtype = self._places[key]
+        count = int(np.prod(shape)) * dtype.itemsize
+        self._file.seek(start)
+        raw = torch.frombuffer(bytearray(self._file.read(count)), dtype=torch.uint8)
+        return raw.view(dtype).view(shape)
+
+
+class FrozenBelow:
+    """Keeps and gives back what enters layer `cut`.
+
+    Attributes:
+        hits: Batches whose lower layers were not computed.
+    """
+
+    def __init__(self, layers: list[nn.Module], cut: int, store: Store) -> None:
+        self.layers, self.cut, self.store = layers, cut, store
+        self.hits = 0
+        self._keys: tuple[bytes, ...] | None = None
+        self._tuples: bool | None = None
+
+    @contextmanager
+    def of(self, keys: tuple[bytes, ...]) -> Iterator[None]:
+        """Within the block, backward included, a batch of these rows goes through the model."""
+        self._keys = keys
+        if self._tuples is not None and all(key in self.store for key in keys):
+            self.hits += 1
+            for layer in self.layers[: self.cut]:
+                layer.forward = self._pass  # type: ignore[method-assign]
+
+        try:
+            yield
+        finally:
+            self._keys = None
+            for layer in self.layers[: self.cut]:
+                layer.__dict__.pop("forward", None)
+
+    def enter(self, hidden_1TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """What layer `cut` is to read: the kept states, or those that came, which are kept then."""
+        if self._keys is None:
+            return hidden_1TD
+        if "forward" in self.layers[0].__dict__:
+            states = torch.cat([self.store.get(key) for key in self._keys])
+            return states.to(hidden_1TD.device, non_blocking=True).unsqueeze(0)
+        for key, states_nD in zip(self._keys, hidden_1TD[0].split(lengths), strict=True):
+            self.store.put(key, states_nD)
+        return hidden_1TD
+
+    def left(self, output: Any) -> None:
+        """The output of a lower layer, which says what kind of output a skipped one has to have."""
+        self._tuples = isinstance(output, tuple)
+
+    def _pass(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden, None) if self._tuples else hidden

@@ -1,0 +1,136 @@
+"""Which layers keep what their backward pass needs, and which compute it again: as many keep it as memory allows.
+
+Recomputing a layer costs its forward pass once more, a third of a step if all do it; keeping costs memory in proportion
+to the batch's tokens. What one token costs is measured on the first batch, so that each batch after it recomputes just
+so many layers as do not fit, from the lowest on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from siliang.memory.size import parse_bytes
+from siliang.ops.masked_ce import CHUNK_BYTES
+from siliang.peft_model import enable_checkpointing
+
+AUTO_SHARE = 0.85  # of the free memory: the allocator's own losses and what others take need the rest
+
+
+class Recompute:
+    """Chooses for each batch.
+
+    Attributes:
+        layers: Those that can recompute.
+        recomputed: How many did in the last batch.
+        most: And in any so far.
+        bytes_per_token: What keeping costs, of each layer; empty until it is measured.
+    """
+
+    def __init__(self, model: Any, budget: str | None, *, always: bool = False) -> None:
+        """Prepares `model`.
+
+        Args:
+            budget: What the process (on CUDA: the allocator) may take, as "12GB"; "auto" for most of what is free; None
+                for no limit.
+            always: Recompute every layer.
+        """
+        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.recomputed = self.most = 0
+        self.bytes_per_token: list[float] = []
+        self._model, self._budget, self._always = model, budget, always
+        self._boundary = 0.0  # bytes of a layer's input, for each token
+        self._room: float | None = None
+        if always or (budget is not None and self.layers):
+            enable_checkpointing(model)
+            self._set(len(self.layers) if always else 0)
+
+    @contextmanager
+    def chosen(self, tokens: int) -> Iterator[None]:
+        """For a batch of so many tokens, padding included where it is computed; the first of them is measured."""
+        if self._always or self._budget is None or not self.layers:
+            yield
+            return
+        if not self.bytes_per_token:
+            self._set(0)
+            with self._measuring(tokens):
+                yield
+            self._room = self._free()
+            return
+        self._set(self.needed(tokens))
+        yield
+
+    def needed(self, tokens: int) -> int:
+        """How many layers have to recompute so that a batch of so many tokens fits."""
+        assert self._room is not None
+        each = [b * tokens for b in self.bytes_per_token]
+        kept, room = sum(each), self._room
+        for count, layer_bytes in enumerate(each):
+            # one layer at a time is whole again while it recomputes
+            if kept + (max(each[:count]) if count else 0.0) <= room:
+                return count
+            kept += self._boundary * tokens - layer_bytes
+        return len(each)
+
+    def _set(self, count: int) -> None:
+        for i, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = i < count
+        self.recomputed = count
+        self.most = max(self.most, count)
+
+    def _free(self) -> float:
+        """Bytes for what the layers keep: the budget less weights, gradients, Adam's moments and the head's chunks."""
+        device = next(self._model.parameters()).device
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        to_come = sum(p.nbytes * (2 if p.grad is not None else 3) for p in trained) + 4 * CHUNK_BYTES
+        if device.type == "cuda":
+            taken = torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
+        else:
+            taken, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+        assert self._budget is not None
+        room = AUTO_SHARE * free if self._budget == "auto" else parse_bytes(self._budget) - taken
+        return room - to_come
+
+    @contextmanager
+    def _measuring(self, tokens: int) -> Iterator[None]:
+        seen: set[int] = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
+        found = [0.0] * len(self.layers)
+        now = -1
+
+        def enter(i: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                nonlocal now
+                now = i
+                if args and isinstance(args[0], Tensor):
+                    self._boundary = args[0].nbytes / tokens
+
+            return hook
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal now
+            now = -1
+
+        def pack(x: Tensor) -> Tensor:
+            where = x.untyped_storage().data_ptr()
+            if now >= 0 and where not in seen:
+                seen.add(where)
+                found[now] += x.untyped_storage().nbytes()
+            return x
+
+        handles = [layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(self.layers)]
+        handles += [layer.register_forward_hook(leave) for layer in self.layers]
+        try:
+            with saved_tensors_hooks(pack, lambda x: x):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.bytes_per_token = [b / tokens for b in found]
