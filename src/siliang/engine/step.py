@@ -80,7 +80,7 @@ class Engine:
         tokens = batch.tokens if padding else batch.width * len(batch.lengths)
         with (
             padding.without(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext(),
-            self.recompute.chosen(tokens),
+            self.recompute.chosen(tokens) if torch.is_grad_enabled() else nullcontext(),
             below.of(batch.keys) if below else nullcontext(),
         ):
             if batch.targets is None:
@@ -95,6 +95,16 @@ class Engine:
                     model(**batch.inputs, use_cache=False)
                 rows = self._rows(seen[0], batch, padding.layout if padding and keep else None)
                 yield head.loss(seen[0], rows, batch.targets[0])
+
+    @contextmanager
+    def unpadded(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Within the block the model runs these inputs, padded on the right, without their padding."""
+        if self.padding is None:
+            yield
+            return
+        lengths = tuple(inputs["attention_mask"].sum(1).tolist())
+        with self.padding.without(lengths, inputs["attention_mask"].shape[1]):
+            yield
 
     @staticmethod
     def _rows(states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:

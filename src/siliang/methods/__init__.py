@@ -98,8 +98,8 @@ METHODS: dict[str, Method] = {
             "p_tuning",
             PromptEncoderConfig,
             (),
-            1e-2,
-            "measured: stories260K 3.79 after 200 steps, 3.89 with 1e-3, at which SST-2 is not learned",
+            2e-2,
+            "measured: 71% on SST-2 after 300 steps, 64% with 1e-2, 51% with 1e-3",
             "virtual tokens, through a small network",
         ),
         Method(

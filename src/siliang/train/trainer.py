@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from siliang.memory.peak import PeakMemory
 from siliang.peft_model import PeftModel
 from siliang.record import StepMetrics
 from siliang.train.guard import Guard, Trouble
+from siliang.types import TaskType
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,56 @@ class SiliangTrainer(Trainer):
         """Forward and backward of a step's batches; the mean loss of its labelled tokens, or of its rows."""
         model.train()
         batches: list[Batch] = inputs["batches"]
-        weight = sum(batch.weight for batch in batches)
+        weight = self._per_rank(sum(batch.weight for batch in batches))
         whole = torch.zeros((), device=self.args.device)
-        for batch in batches:
+        for i, batch in enumerate(batches):
             batch = batch.to(self.args.device)
-            with self.accelerator.autocast(), self.engine.loss(model, batch) as loss:
-                loss = loss / max(weight, 1)
+            last = i == len(batches) - 1  # before it, ranks need not hear of each other's gradients
+            with (
+                nullcontext() if last else self.accelerator.no_sync(model),
+                self.accelerator.autocast(),
+                self.engine.loss(model, batch) as loss,
+            ):
+                loss = loss / weight
                 self.accelerator.backward(loss)
             whole += loss.detach()
             self.tokens_trained += batch.tokens
         self._guard.see_batch(whole, inputs["rows"])
         return whole
 
+    def _per_rank(self, weight: int) -> float:
+        """What each rank divides its summed loss by, so that the mean of the ranks' gradients is that of all tokens."""
+        if self.args.world_size == 1:
+            return max(weight, 1)
+        whole: Any = self.accelerator.reduce(torch.tensor(float(weight), device=self.args.device), "sum")
+        return max(float(whole), 1.0) / self.args.world_size
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate is of padded batches."""
         return 0
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """For a model that writes, the mean loss of all labelled tokens, whatever batches they meet in, and without the
+        logits of whole batches; for other tasks the Trainer's own."""
+        if self.engine.task is not TaskType.CAUSAL_LM:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        total, weight = torch.zeros((), device=self.args.device), 0
+        self.model.eval()  # type: ignore[union-attr]
+        for inputs in super().get_eval_dataloader(eval_dataset):
+            for batch in inputs["batches"]:
+                batch = batch.to(self.args.device)
+                with torch.no_grad(), self.accelerator.autocast(), self.engine.loss(self.model, batch) as loss:  # type: ignore[arg-type]
+                    total += loss
+                weight += batch.weight
+        metrics = {f"{metric_key_prefix}_loss": float(total) / max(weight, 1)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, without padding inside of the model."""
+        with self.engine.unpadded(inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Padded batches, as the Trainer's own evaluation takes them."""
