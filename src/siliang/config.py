@@ -139,7 +139,8 @@ class DataConfig(Section):
     stride: Annotated[int, Field(ge=0)] = 128
     """Tokens that neighbouring windows of a long context share, for question_ans."""
     too_long: Literal["cut", "drop"] = "cut"
-    """A row longer than max_length: cut, which keeps the prompt's frame and the end-of-sequence token, or dropped."""
+    """A row longer than max_length: cut, or dropped. Cutting takes the oldest rounds of a conversation first, then the
+    beginning of the question, then the end of the answer; the end-of-sequence token stays."""
     add_tokens: list[str] = Field(default_factory=list)
     """New tokens for the vocabulary; the embeddings grow by them."""
     workers: Annotated[int, Field(ge=1)] | None = None
