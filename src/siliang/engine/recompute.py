@@ -50,7 +50,11 @@ class Recompute:
         self._room: float | None = None
         if always or (budget is not None and self.layers):
             enable_checkpointing(model)
-            self._set(len(self.layers) if always else 0)
+            if not always:
+                for module in model.modules():  # what recomputes as a whole, beside its layers, does not
+                    if hasattr(module, "gradient_checkpointing"):
+                        module.gradient_checkpointing = False
+                self._set(0)
 
     @contextmanager
     def chosen(self, tokens: int) -> Iterator[None]:

@@ -96,6 +96,12 @@ class Engine:
                 rows = self._rows(seen[0], batch, padding.layout if padding and keep else None)
                 yield head.loss(seen[0], rows, batch.targets[0])
 
+    def close(self) -> None:
+        """Takes everything off the model again."""
+        if self.padding is not None:
+            self.padding.close()
+            self.padding = None
+
     @contextmanager
     def unpadded(self, inputs: dict[str, Any]) -> Iterator[None]:
         """Within the block the model runs these inputs, padded on the right, without their padding."""

@@ -214,6 +214,7 @@ def _train(run: Run, *, resume: bool) -> Record:
             record.final = _final_metrics(trainer.evaluate(), config.task)
             record.seconds.eval = round(time.perf_counter() - start, 3)
         record.memory.peak_bytes = memory.update()
+    trainer.engine.close()
     if record.steps and record.steps[-1].loss is not None:
         record.final["train_loss"] = record.steps[-1].loss
     elif losses := [s.loss for s in record.steps if s.loss is not None]:
