@@ -18,8 +18,10 @@ from transformers import (
 import siliang
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
+from siliang.engine.padding import NotPackableError, attend
 from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from siliang.ops.packed_attention import Layout
 from siliang.peft_model import enable_checkpointing
 from siliang.types import TaskType
 
@@ -190,3 +192,13 @@ def test_the_model_is_itself_again_afterwards() -> None:
     assert engine.padding is not None
     engine.padding.close()
     assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules())
+
+
+def test_a_window_to_both_sides_is_refused() -> None:
+    """The trial's rows are shorter than any window, and would not show that ours looks back alone."""
+    encoder = nn.Module()
+    encoder.is_causal = False  # type: ignore[assignment]
+    layout = Layout.of((3, 2), 3, torch.device("cpu"))
+    q = torch.randn(1, 2, 5, 4)
+    with pytest.raises(NotPackableError, match="window to both sides"):
+        attend(encoder, q, q, q, layout, sliding_window=128)

@@ -143,7 +143,6 @@ class FrozenBelow:
             self.hits += 1
             for layer in self.layers[: self.cut]:
                 layer.forward = self._pass  # type: ignore[method-assign]
-
         try:
             yield
         finally:

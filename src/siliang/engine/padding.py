@@ -212,13 +212,16 @@ def attend(
         raise NotPackableError(f"{type(module).__name__} lost the layout on the way")
     if wanted := [name for name in UNKNOWN if kwargs.get(name) is not None]:
         raise NotPackableError(f"{type(module).__name__} wants {wanted[0]}")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if sliding_window is not None and not causal:  # a window to both sides; a trial of short rows would not show it
+        raise NotPackableError(f"{type(module).__name__} has a window to both sides")
     out = packed_attention(
         query,
         key,
         value,
         attention_mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+        causal=causal,
         window=sliding_window,
         dropout_p=dropout,
     )

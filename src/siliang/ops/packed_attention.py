@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -222,7 +223,7 @@ def _has_varlen(q: Tensor) -> bool:
         q.device.type == "cuda"
         and q.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and hasattr(torch.nn.attention, "varlen")
+        and find_spec("torch.nn.attention.varlen") is not None  # no attribute before it is imported
     )
 
 
