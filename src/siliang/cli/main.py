@@ -11,7 +11,7 @@ import warnings
 import typer
 from typer.main import get_command
 
-from siliang.cli import check, config, demo, eval, generate, merge, methods, predict, train
+from siliang.cli import check, config, demo, eval, generate, merge, methods, plan, predict, train
 from siliang.types import SiliangError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
+app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)

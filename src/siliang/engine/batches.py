@@ -7,6 +7,7 @@ summed and divided by the labelled tokens (or rows) of the whole step.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +81,14 @@ class StepCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         numbers = [row.pop("row", -1) for row in rows]
-        return {"batches": [self._batch(part) for part in self._split(rows)], "rows": numbers}
+        return {"batches": [self._batch(part) for part in self.split(rows)], "rows": numbers}
 
-    def _split(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    def cost_of(self, lengths: Sequence[int]) -> int:
+        """Tokens that a batch of rows of these lengths computes, padding included where there is any."""
+        return sum(lengths) if self.packed else max(lengths) * len(lengths)
+
+    def split(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The rows of a step as those of its batches."""
         # the longest first: what does not fit shows at once, and rows of one length stand together
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         parts: list[list[dict[str, Any]]] = [[]]

@@ -48,13 +48,19 @@ class Recompute:
         self._model, self._budget, self._always = model, budget, always
         self._boundary = 0.0  # bytes of a layer's input, for each token
         self._room: float | None = None
-        if always or (budget is not None and self.layers):
+        self._prepared = False
+        if always:
             enable_checkpointing(model)
-            if not always:
-                for module in model.modules():  # what recomputes as a whole, beside its layers, does not
-                    if hasattr(module, "gradient_checkpointing"):
-                        module.gradient_checkpointing = False
-                self._set(0)
+            self.recomputed = self.most = len(self.layers)
+        elif budget is not None and self.layers:
+            self._prepare()
+
+    def fix(self, count: int) -> None:
+        """Lets the `count` lowest layers recompute from now on, whatever the batch."""
+        if not self._prepared:
+            self._prepare()
+        self._always = True
+        self._set(count)
 
     @contextmanager
     def chosen(self, tokens: int) -> Iterator[None]:
@@ -82,6 +88,14 @@ class Recompute:
                 return count
             kept += self._boundary * tokens - layer_bytes
         return len(each)
+
+    def _prepare(self) -> None:
+        enable_checkpointing(self._model)
+        for module in self._model.modules():  # what recomputes as a whole, beside its layers, does not
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        self._prepared = True
+        self._set(0)
 
     def _set(self, count: int) -> None:
         for i, layer in enumerate(self.layers):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,8 +37,14 @@ class Engine:
         memory_budget: str | None = None,
         checkpointing: bool = False,
         keep_frozen: bool = False,
+        comparing: bool = True,
     ) -> None:
-        """Tries on `model` what it allows; the model is unchanged outside of `loss`."""
+        """Tries on `model` what it allows; the model is unchanged outside of `loss`.
+
+        Args:
+            comparing: Compare the results of what is tried; off on fake tensors, which have none: there it only has to
+                run.
+        """
         self.task = task
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.padding: PaddingFree | None = None
@@ -47,7 +53,7 @@ class Engine:
         if packing:
             try:
                 self.padding = PaddingFree(self._base)
-                reason = self.padding.fits(model, vocabulary)
+                reason = self.padding.fits(model, vocabulary, comparing=comparing)
             except NotPackableError as error:
                 reason = str(error)
             if reason is not None:
@@ -62,10 +68,41 @@ class Engine:
             elif cut.why_not:
                 self.notes.append(f"the frozen layers are computed in every epoch: {cut.why_not}")
         self.recompute = Recompute(model, memory_budget, always=checkpointing)
-        self._head = HeadLoss(self._base) if task is TaskType.CAUSAL_LM else None
-        if self._head and (reason := self._head.differs(model, vocabulary)):
+        has_head = task is TaskType.CAUSAL_LM and self._base.get_output_embeddings() is not None
+        self._head = HeadLoss(self._base) if has_head else None
+        if comparing and self._head and (reason := self._head.differs(model, vocabulary)):
             self.notes.append(f"the loss takes all logits: {reason}")
             self._head = None
+
+    def run(
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        weight: float,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        unsynced: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
+    ) -> Tensor:
+        """Forward and backward of one optimiser step.
+
+        Args:
+            weight: What the summed loss is divided by: labelled tokens, or rows, of the whole step.
+            autocast: Makes the context of the computation.
+            unsynced: Makes the one in which ranks need not hear of each other's gradients: all batches but the last.
+
+        Returns:
+            The mean loss, a scalar.
+        """
+        device = next(model.parameters()).device
+        whole = torch.zeros((), device=device)
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with nullcontext() if last else unsynced(), autocast(), self.loss(model, batch.to(device)) as loss:
+                loss = loss / weight
+                backward(loss)
+            whole += loss.detach()
+        return whole
 
     @contextmanager
     def loss(self, model: nn.Module, batch: Batch) -> Iterator[Tensor]:
@@ -176,8 +213,6 @@ class HeadLoss:
     @torch.no_grad()
     def differs(self, model: nn.Module, vocabulary: int) -> str | None:
         """Tries a few tokens both ways; why the two are not the same, or None."""
-        if self._head is None:
-            return "the model names no output layer"
         device = next(model.parameters()).device
         ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
         training = model.training

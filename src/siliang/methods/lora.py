@@ -210,9 +210,7 @@ class LoraLinear(_LoraLayer):
         weight = self.base_layer.weight
         in_features, out_features = features(self.base_layer)
         place = {"device": weight.device, "dtype": trained_dtype(weight)}
-        # skip_init, then our own: nn.Linear would draw, and throw away, random numbers for B
-        A: Any = nn.utils.skip_init(nn.Linear, in_features, r, bias=False, **place)
-        B: Any = nn.utils.skip_init(nn.Linear, r, out_features, bias=lora_bias, **place)
+        A, B = _empty(in_features, r, **place), _empty(r, out_features, bias=lora_bias, **place)
         if init == "gaussian":
             nn.init.normal_(A.weight, std=1 / r)
         else:
@@ -380,6 +378,14 @@ class LoraEmbedding(_LoraLayer):
         weight = self.base_layer.weight
         A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
         return {"weight": weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scaling[name] * (B @ A).T}
+
+
+def _empty(in_features: int, out_features: int, *, bias: bool = False, device: Any, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer whose weights are still to be set: nn.Linear itself would draw, and throw away, random numbers."""
+    layer = nn.Linear(in_features, out_features, bias=bias, device="meta")
+    for name, p in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype)))
+    return layer
 
 
 def _for_path(patterns: Mapping[str, float], path: str, default: float) -> Any:

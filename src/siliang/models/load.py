@@ -103,13 +103,18 @@ def load_model(
     return model.eval()
 
 
+def kept_whole(task: TaskType) -> list[str]:
+    """The modules that are never quantised, as bitsandbytes takes them."""
+    return [*TASK_HEADS.get(task, ()), *OTHER_HEADS, *OUTPUT_LAYERS]
+
+
 def _quantised(wanted: QuantizationConfig | None, task: TaskType, device: torch.device) -> dict[str, Any]:
     """What from_pretrained needs to load in few bits."""
     if wanted is None:
         return {}
     if find_spec("bitsandbytes") is None:
         raise ModelError("quantization needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'.")
-    kept = [*TASK_HEADS.get(task, ()), *OTHER_HEADS, *OUTPUT_LAYERS]
+    kept = kept_whole(task)
     settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_skip_modules": kept}
     if wanted.bits == 4:
         settings = {

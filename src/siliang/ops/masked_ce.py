@@ -89,11 +89,13 @@ class _Frozen(torch.autograd.Function):
                 z = F.linear(h_ND[start : start + step].to(dtype), W_VD, b_V).float()
                 if scale != 1.0:
                     z.mul_(scale)
-                lse = torch.logsumexp(z, -1, keepdim=True)
-                loss += (lse - z.gather(1, labels)).sum()
+                # softmax in place: torch.logsumexp would hold a second z
+                label_z, top = z.gather(1, labels), z.amax(-1, keepdim=True)
+                total = z.sub_(top).exp_().sum(-1, keepdim=True)
+                loss += (total.log() + top - label_z).sum()
                 if dh_ND is not None:
                     # d loss / d z = softmax(z) - onehot(label)
-                    z.sub_(lse).exp_().scatter_add_(1, labels, z.new_full((1, 1), -1.0).expand_as(labels))
+                    z.div_(total).scatter_add_(1, labels, z.new_full((1, 1), -1.0).expand_as(labels))
                     if scale != 1.0:
                         z.mul_(scale)
                     torch.mm(z.to(dtype), W_VD, out=dh_ND[start : start + step])

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORT = 64  # sequences up to so many tokens are padded to one another: calls cost more there than products
-ALIKE = 0.8  # longer ones, where the shortest is at least this share of the longest
+ALIKE = 0.8  # sequences are padded to one another where the shortest is at least this share of the longest,
+SPARE = 3000  # and shorter ones too, while their padded scores are no more: a call of its own costs about as many
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,18 @@ class Layout:
     def buckets(self) -> tuple[Bucket, ...]:
         """Neighbours of about the same length, which are computed in one; sorted rows make the fewest."""
         found: list[list[int]] = []
+        longest = wasted = 0
         for n in self.lengths:
-            longest = max(found[-1], default=0) if found else 0
-            if found and (max(longest, n) <= SHORT or min(found[-1][-1], n) >= ALIKE * max(longest, n)):
+            more = abs(longest**2 - n**2)
+            if found and (
+                min(found[-1][-1], n) >= ALIKE * max(longest, n) or (wasted + more <= SPARE and n <= longest)
+            ):
                 found[-1].append(n)
+                wasted += more
             else:
                 found.append([n])
+                wasted = 0
+            longest = max(found[-1])
         buckets, start = [], 0
         for lengths in found:
             width = max(lengths)

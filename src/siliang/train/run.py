@@ -138,16 +138,10 @@ def prepare(config: RunConfig, listener: Listener, folder: Path) -> Run:
     )
     for line in examples.skipped:
         listener.say(f"           skipped {line}")
-    # a frozen base may stand in half precision; weights that are trained themselves stay fp32 under autocast
-    in_dtype = precision.pure or method.freezes_the_base
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
-    dtype = precision.dtype if in_dtype else torch.float32
-    model = load_base(config, examples.labels, tokenizer, dtype=dtype, device=device)
-    model, trained, total = _attach(model, method, config)
-    if precision.pure:
-        for p in model.parameters():
-            p.data = p.data.to(dtype) if p.requires_grad else p.data
+    model = load_base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
+    model, trained, total = attach(model, method, config, precision)
     listener.say(
         f"model      {config.model}: {total:,} parameters, "
         f"{method.name} trains {trained:,} ({100 * trained / total:.3g}%)"
@@ -177,7 +171,14 @@ def prepare(config: RunConfig, listener: Listener, folder: Path) -> Run:
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record)
 
 
-def _attach(model: nn.Module, method: Method, config: RunConfig) -> tuple[nn.Module, int, int]:
+def weight_dtype(method: Method, precision: Choice) -> torch.dtype:
+    """Of the base model: a frozen one may stand in half precision; weights that are trained themselves stay fp32 under
+    autocast."""
+    return precision.dtype if precision.pure or method.freezes_the_base else torch.float32
+
+
+def attach(model: nn.Module, method: Method, config: RunConfig, precision: Choice) -> tuple[nn.Module, int, int]:
+    """The model with the run's method on it; how many parameters it trains, and of how many."""
     if method.config is None:
         for p in model.parameters():
             p.requires_grad_(True)
@@ -187,6 +188,9 @@ def _attach(model: nn.Module, method: Method, config: RunConfig) -> tuple[nn.Mod
         if config.data.add_tokens:  # new tokens are learned only where their embeddings are
             arguments["modules_to_save"] = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]
         model = get_peft_model(model, method.config(task_type=config.task, **arguments))
+    if precision.pure:
+        for p in model.parameters():
+            p.data = p.data.to(precision.dtype) if p.requires_grad else p.data
     return model, *count_parameters(model)
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,19 +72,15 @@ class SiliangTrainer(Trainer):
         model.train()
         batches: list[Batch] = inputs["batches"]
         weight = self._per_rank(sum(batch.weight for batch in batches))
-        whole = torch.zeros((), device=self.args.device)
-        for i, batch in enumerate(batches):
-            batch = batch.to(self.args.device)
-            last = i == len(batches) - 1  # before it, ranks need not hear of each other's gradients
-            with (
-                nullcontext() if last else self.accelerator.no_sync(model),
-                self.accelerator.autocast(),
-                self.engine.loss(model, batch) as loss,
-            ):
-                loss = loss / weight
-                self.accelerator.backward(loss)
-            whole += loss.detach()
-            self.tokens_trained += batch.tokens
+        whole = self.engine.run(
+            model,
+            batches,
+            weight,
+            autocast=self.accelerator.autocast,
+            unsynced=lambda: self.accelerator.no_sync(model),
+            backward=self.accelerator.backward,
+        )
+        self.tokens_trained += sum(batch.tokens for batch in batches)
         self._guard.see_batch(whole, inputs["rows"])
         return whole
 

@@ -1,0 +1,267 @@
+"""Predicted against measured bytes at the peak of a step: what the plan says on paper, what torch's allocator counts.
+
+python -m bench.memory            the table of docs/memory.md: every method, model, layout and format
+python -m bench.memory --only llama lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
+
+from siliang.config import QuantizationConfig, RunConfig
+from siliang.engine.step import Engine
+from siliang.hardware import Choice, find_device
+from siliang.methods import METHODS, find_method
+from siliang.models.chatglm3 import ChatGLMConfig
+from siliang.models.load import AUTO_CLASSES, load_model
+from siliang.plan import Sketch
+from siliang.plan.device import Device
+from siliang.plan.rows import made_up_row
+from siliang.train.run import attach, weight_dtype
+from siliang.types import SiliangError, TaskType
+
+MODELS: dict[str, tuple[TaskType, Callable[[], Any]]] = {
+    "llama": (
+        TaskType.CAUSAL_LM,
+        lambda: AutoConfig.for_model(
+            "llama",
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=2048,
+        ),
+    ),
+    "bloom": (
+        TaskType.CAUSAL_LM,
+        lambda: AutoConfig.for_model("bloom", hidden_size=256, n_layer=4, n_head=8, vocab_size=2048),
+    ),
+    "bert": (
+        TaskType.SEQ_CLS,
+        lambda: AutoConfig.for_model(
+            "bert",
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            vocab_size=2048,
+        ),
+    ),
+    "t5": (
+        TaskType.SEQ_2_SEQ_LM,
+        lambda: AutoConfig.for_model(
+            "t5", d_model=256, d_ff=1024, d_kv=32, num_layers=3, num_heads=8, vocab_size=2048, decoder_start_token_id=0
+        ),
+    ),
+    "chatglm": (
+        TaskType.CAUSAL_LM,
+        lambda: ChatGLMConfig(
+            hidden_size=256,
+            ffn_hidden_size=704,
+            num_layers=4,
+            num_attention_heads=8,
+            kv_channels=32,
+            multi_query_group_num=2,
+            padded_vocab_size=2048,
+        ),
+    ),
+}
+LENGTHS = (192, 192, 160, 128, 128, 96, 64, 64)
+PROMPTS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+FORMATS = ("fp32", "bf16", "nf4")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the table."""
+
+    model: str
+    method: str
+    checkpointing: bool
+    packing: bool
+    kind: str
+
+    def __str__(self) -> str:
+        layout, kept = "packed" if self.packing else "padded", "recomputed" if self.checkpointing else "kept"
+        return f"{self.model:<8} {self.method:<14} {layout} {kept:<10} {self.kind}"
+
+    @property
+    def precision(self) -> Choice:
+        return Choice("bf16" if self.kind == "bf16" else "fp32", "as asked")
+
+    @property
+    def quantization(self) -> QuantizationConfig | None:
+        return QuantizationConfig(compute_dtype="fp32") if self.kind == "nf4" else None
+
+    def config(self) -> RunConfig:
+        """The run that is measured."""
+        return RunConfig.build(
+            {
+                "model": self.model,
+                "task": MODELS[self.model][0].value,
+                "method": {"name": self.method} | ({"num_virtual_tokens": 20} if self.method in PROMPTS else {}),
+                "data": {"train": "-"},
+                "train": {"packing": self.packing, "batch_size": len(LENGTHS), "memory_budget": None},
+                "output": "-",
+            }
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of several lengths."""
+        return [made_up_row(self.config(), n) for n in LENGTHS]
+
+
+def cases() -> Iterator[Case]:
+    """Every combination that there is."""
+    for model, method, checkpointing, packing, kind in product(MODELS, METHODS, (False, True), (True, False), FORMATS):
+        if kind == "nf4" and method == "full":
+            continue
+        yield Case(model, method, checkpointing, packing, kind)
+
+
+def predict(case: Case) -> int:
+    """Bytes of tensors at the peak, on paper."""
+    device = Device("cpu", None, "unknown", case.precision, 0, here=True)
+    task, make = MODELS[case.model]
+    config = make()
+    config.num_labels = 2
+    sketch = Sketch(case.config(), config, device, quantization=case.quantization)
+    batches = sketch.batches(case.rows())
+    return sketch.measure(batches, recomputed=sketch.layers if case.checkpointing else 0).peaks["train"].nbytes
+
+
+def measure(case: Case, folder: Path) -> int:
+    """Bytes of tensors at the peak of a real second step, as torch's allocator reports them."""
+    task, make = MODELS[case.model]
+    saved = folder / case.model
+    if not saved.is_dir():
+        AUTO_CLASSES[task].from_config(make()).save_pretrained(saved)
+    config, method = case.config(), find_method(case.method)
+    labels = ["a", "b"] if task is TaskType.SEQ_CLS else None
+    gc.collect()
+    with allocations() as loading:
+        model = load_model(
+            str(saved),
+            task,
+            dtype=weight_dtype(method, case.precision),
+            labels=labels,
+            quantization=case.quantization,
+            device=find_device(),
+        )
+        model, _, _ = attach(model, method, config, case.precision)
+        engine = Engine(model, task, packing=case.packing, checkpointing=case.checkpointing)
+        gc.collect()
+    standing = sum(t.untyped_storage().nbytes() for t in _held(model))
+    del loading
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    model.train()
+    sketch_collator = _collator(case, model, packed=engine.padding is not None)
+    batches = sketch_collator([dict(row) for row in case.rows()])["batches"]
+    weight = float(sum(batch.weight for batch in batches))
+    autocast = partial(torch.autocast, "cpu", case.precision.dtype, enabled=case.precision.autocast)
+
+    def step() -> None:
+        engine.run(model, batches, weight, autocast=autocast)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    gc.collect()
+    standing += sum(x.nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
+    standing += sum(x.nbytes for batch in batches for x in (*batch.inputs.values(), *_some(batch.targets)))
+    with allocations() as found:
+        step()
+    engine.close()
+    return standing + found.peak_bytes
+
+
+class Allocations:
+    """What torch's CPU allocator gave out and took back."""
+
+    peak_bytes = 0
+
+
+class allocations:  # noqa: N801 - a context, written as one
+    """Within the block the allocator's own reports are read: `peak_bytes` is the most above the start."""
+
+    def __enter__(self) -> Allocations:
+        self.found = Allocations()
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self.found
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        events: Any = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        reports = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
+        live = 0
+        for _, _, nbytes in reports:
+            live += nbytes
+            self.found.peak_bytes = max(self.found.peak_bytes, live)
+
+
+def _some(x: torch.Tensor | None) -> list[torch.Tensor]:
+    return [] if x is None else [x]
+
+
+def _held(model: torch.nn.Module) -> list[torch.Tensor]:
+    from siliang.plan.paper import held_tensors
+
+    unique = {t.untyped_storage().data_ptr(): t for t in held_tensors(model)}
+    return list(unique.values())
+
+
+def _collator(case: Case, model: Any, *, packed: bool) -> Any:
+    from siliang.data.collate import PadCollator
+    from siliang.engine.batches import StepCollator
+
+    pad = model.config.pad_token_id
+    return StepCollator(
+        PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0), MODELS[case.model][0], len(LENGTHS), packed=packed
+    )
+
+
+def main() -> int:
+    """Prints the table; returns 1 where a prediction is off by more than 2%."""
+    parser = argparse.ArgumentParser("python -m bench.memory", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], help="words that a case must have")
+    options = parser.parse_args()
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases():
+            if not all(word in str(case).split() for word in options.only):
+                continue
+            try:
+                said = predict(case)
+            except SiliangError as error:
+                print(f"{case}  {error}".partition("\n")[0][:150], flush=True)
+                continue
+            found = measure(case, Path(folder))
+            off = said / found - 1
+            worst = max(worst, abs(off))
+            print(
+                f"{case}  predicted {said / 1e6:8.2f} MB  measured {found / 1e6:8.2f} MB  {100 * off:+6.2f}%",
+                flush=True,
+            )
+    print(f"the worst is off by {100 * worst:.2f}%")
+    return 1 if worst > 0.02 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""siliang plan: what each method will need, before anything is loaded, and what to change so that it fits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from siliang.config import RunConfig
+    from siliang.plan import MethodPlan, PlanRecord
+
+NO_DATA = "(no data)"  # stands where a run's data would; nothing reads it
+# what the bar shows, in the order of its pieces
+PIECES: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
+    ("weights", ("weights",), "█", "blue"),
+    ("trained, gradients, optimiser", ("trained", "gradients", "optimizer"), "▓", "magenta"),
+    ("activations", ("activations",), "▒", "green"),
+    ("logits, workspace", ("logits", "workspace"), "░", "yellow"),
+    ("beside the tensors", (), "·", "bright_black"),
+)
+BAR = 24
+
+
+def plan(
+    settings: Annotated[Path | None, typer.Argument(help="run.yaml, as for `siliang train`.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder, a name on the hub, or a shape by name: `--model list` shows those.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Training data: the plan is then for its longest batch.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="A method, several with commas, or all.")] = None,
+    memory: Annotated[str | None, typer.Option(help="What there is: 8GB. Without it, what is free here.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, which need not be here.")] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="What the device computes in a second, such as 65e12, for the times.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting by name: --set train.batch_size=4")
+    ] = None,
+    usual: Annotated[
+        bool, typer.Option("--usual", help="Also what PEFT with transformers.Trainer would need.")
+    ] = False,
+    write: Annotated[Path | None, typer.Option(help="Write a run.yaml that fits.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what memory and time a run will take, by method, and the smallest changes with which it fits.
+
+    Nothing is loaded: the run's own step is made on paper. Exit code 1 where nothing of what was asked fits.
+    """
+    from siliang.cli.show import quiet_loading
+    from siliang.cli.train import gather
+    from siliang.config import RunConfig
+    from siliang.memory.size import parse_bytes
+    from siliang.methods import METHODS, find_method
+    from siliang.types import ConfigError
+
+    if model == "list":
+        _list_shapes()
+        return
+    memory_bytes = parse_bytes(memory) if memory else None
+    values = gather(settings, {"model": model, "task": task}, data, set_ or [])
+    if "model" not in values:
+        raise ConfigError("say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).")
+    chosen = values.get("method", "lora")
+    own = str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen)
+    names = [own]
+    if method is not None or not settings:
+        names = [m for m in METHODS if m != "head"] if method in (None, "all") else str(method).split(",")
+    for name in names:
+        find_method(name)
+    if own not in names:
+        values["method"] = names[0]
+    with_data = isinstance(values.get("data"), dict) and bool(values["data"].get("train"))
+    if not with_data:
+        section = values.setdefault("data", {})
+        if isinstance(section, dict):
+            section["train"] = NO_DATA
+    values.setdefault("output", "siliang-run")
+    quiet_loading()
+    from siliang.plan import find_target, model_config
+    from siliang.plan import plan as make
+    from siliang.plan.shapes import SHAPES, task_of
+
+    base_config = None
+    if "task" not in values:
+        probe = RunConfig.build(values | {"task": "causal_lm"}, source=str(settings or "the flags"))
+        base_config = model_config(probe)
+        values["task"] = task_of(values["model"], base_config).lower()
+    config = RunConfig.build(values, source=str(settings or "the flags"))
+    if with_data and config.model in SHAPES and not Path(config.model).is_dir():
+        raise ConfigError(
+            f"{config.model} is a shape, without the tokenizer that the data needs: give the model's folder, "
+            "or leave the data away and say data.max_length."
+        )
+    target = find_target(config, device, memory_bytes=memory_bytes, flops=flops)
+    record = make(
+        config, target, methods=names, with_data=with_data, base_config=base_config, usual=usual, say=_Say(not json)
+    )
+    if json:
+        print(record.model_dump_json(indent=1))
+    else:
+        show(record)
+    if write is not None:
+        _write(config, record, write)
+    if not any(m.fits is not False and not m.error for m in record.methods):
+        raise typer.Exit(1)
+
+
+class _Say:
+    """What is being planned, on a terminal, gone when it is done."""
+
+    def __init__(self, on: bool) -> None:
+        self._on = on and sys.stderr.isatty()
+
+    def __call__(self, what: str) -> None:
+        if self._on:
+            print(f"\r\033[Kplanning {what} ..." if what else "\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def show(record: PlanRecord) -> None:
+    """The table, the bars, and what to change."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from siliang.cli.show import duration, size
+
+    wide = {} if sys.stdout.isatty() else {"width": 120}
+    console = Console(highlight=False, **wide)  # type: ignore[arg-type]
+    for line in headline(record):
+        console.print(line, markup=False)
+    planned = [m for m in record.methods if not m.error]
+    timed = any(m.tokens_per_s for m in planned)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("method", no_wrap=True)
+    for name in (
+        "trained",
+        "share",
+        "on disk",
+        "peak",
+        *(("usual stack",) if any(m.usual_bytes for m in planned) else ()),
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    if record.memory_bytes is not None:
+        table.add_column("fits", no_wrap=True)
+    if timed:
+        table.add_column("an epoch" if record.tokens_per_epoch else "tokens/s", justify="right", no_wrap=True)
+    widest = max([m.peak_bytes for m in planned] + [1])
+    for m in planned:
+        cells: list[Any] = [
+            m.method,
+            f"{m.trained:,}",
+            f"{100 * m.trained / m.total:.3g}%",
+            size(m.adapter_bytes),
+            size(m.peak_bytes),
+        ]
+        if any(x.usual_bytes for x in planned):
+            cells.append(size(m.usual_bytes) if m.usual_bytes else "")
+        cells.append(_bar(m, widest))
+        if record.memory_bytes is not None:
+            cells.append(_fits(m))
+        if timed and m.tokens_per_s:
+            cells.append(duration(m.epoch_s) if m.epoch_s else f"{m.tokens_per_s:,.3g}")
+        table.add_row(*cells)
+    console.print(table)
+    console.print("  ".join(f"{glyph} {name}" for name, _, glyph, _ in PIECES), style="dim", markup=False)
+    for m in record.methods:
+        if m.error:
+            console.print(f"{m.method}: {m.error}", markup=False)
+        for note in m.notes:
+            console.print(f"{m.method}: {note}", markup=False)
+    if any(m.recomputed_layers for m in planned):
+        console.print("twice: so many layers compute their activations again in the backward pass", style="dim")
+    _show_changes(console, record)
+
+
+def headline(record: PlanRecord) -> list[str]:
+    """What was planned, in a few lines."""
+    from siliang.cli.show import size
+
+    base = f", base in {record.quantization}" if record.quantization != "none" else ""
+    there = f"{size(record.memory_bytes)} {record.memory_source}" if record.memory_bytes else "of unknown size"
+    source = (
+        "the longest batch of the data" if record.batch_source == "data" else "rows of data.max_length: no data given"
+    )
+    lines = [
+        f"model      {record.model}, {record.task}, {record.precision}{base}",
+        f"device     {record.device}, {there}",
+        f"batch      {record.batch_rows} rows, {record.batch_tokens:,} tokens ({source})",
+    ]
+    if record.rate:
+        lines.append(f"speed      {record.rate}")
+    return lines
+
+
+def _bar(m: MethodPlan, widest: int) -> Any:
+    from rich.text import Text
+
+    text = Text()
+    for _, names, glyph, style in PIECES:
+        part = sum(m.parts.get(name, 0) for name in names) if names else m.overhead_bytes  # type: ignore[call-overload]
+        text.append(glyph * round(BAR * part / widest), style=style)
+    return text
+
+
+def _fits(m: MethodPlan) -> str:
+    if m.fits:
+        return f"yes, {m.recomputed_layers}/{m.layers} twice" if m.recomputed_layers else "yes"
+    return "no"
+
+
+def _show_changes(console: Console, record: PlanRecord) -> None:
+    from siliang.cli.show import size
+
+    for m in record.methods:
+        if m.error or m.fits is not False:
+            continue
+        if m.fit is None and len(record.methods) > 1:
+            continue
+        if m.fit is None:
+            console.print(f"\n{m.method} does not fit, whatever is changed.", markup=False)
+            continue
+        slower = f", {100 * (m.fit.time_factor - 1):.0f}% more time" if m.fit.time_factor > 1.005 else ""
+        console.print(f"\n{m.method} fits with {size(m.fit.peak_bytes)}{slower}:", markup=False)
+        for change in m.fit.changes:
+            console.print(f"  {change.setting}: {change.before} -> {change.after}   ({change.price})", markup=False)
+
+    if len(record.methods) > 1 and (left := [m.method for m in record.methods if m.fits is False]):
+        console.print(f"\nwhat to change so that it fits: siliang plan ... --method {left[0]}", markup=False)
+
+
+def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
+    """The run of the first method that fits, changed where it needs to be."""
+    import yaml
+
+    from siliang.types import ConfigError
+
+    able = [m for m in record.methods if not m.error and (m.fits is not False or m.fit is not None)]
+    if not able:
+        raise ConfigError(f"nothing fits, so {path} is not written.")
+    if path.exists():
+        raise ConfigError(f"{path} is there already: choose another name for --write.")
+    best = next((m for m in able if m.method == config.method.name), able[0])
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    values["task"] = config.task.lower()
+    if best.method != config.method.name:
+        values["method"] = best.method
+    if values["data"]["train"] == NO_DATA:
+        values["data"]["train"] = "data.jsonl"
+    for change in best.fit.changes if best.fit and not best.fits else []:
+        *sections, last = change.setting.split(".")
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = yaml.safe_load(change.after)
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    print(f"written    {path} ({best.method}); start it with: siliang train {path}")
+
+
+def _list_shapes() -> None:
+    from siliang.plan.shapes import SHAPES
+
+    for name, shape in SHAPES.items():
+        print(f"{name:<26}{shape.parameters:>16,}  {shape.task.lower()}")

@@ -1,0 +1,219 @@
+"""Counts the bytes of live tensors while something runs, on real tensors or on fake ones: how many at the peak, and
+what they were.
+
+Every operator's result passes by here, and with it the storage that it lives in; a storage is alive until its last
+tensor is gone. So the count is of what a program holds on to, at each moment, and not of what a kernel takes for
+itself and gives back before it returns. What a storage *is* may come out late (a result turns out to be saved for the
+backward pass, or to be a gradient): the peak is put into categories once it is over.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+Category = Literal["weights", "trained", "gradients", "optimizer", "activations", "logits", "workspace"]
+CATEGORIES: tuple[Category, ...] = (
+    "weights",  # of the base model, frozen or not
+    "trained",  # what the method has added: adapters, prompts, heads that are saved with them
+    "gradients",
+    "optimizer",
+    "activations",  # kept for the backward pass
+    "logits",  # whatever has a column for each token of the vocabulary, and its gradient
+    "workspace",  # everything that lives for a moment
+)
+DEVICE = torch.ops.prim.device.default
+CUDA_BLOCK_BYTES = 512  # the CUDA allocator rounds up to it
+
+
+@dataclass
+class Held:
+    """A storage.
+
+    Attributes:
+        born: Moments at which it came and went; None while it is there.
+        what: The operator that made it, and the shape it had.
+    """
+
+    nbytes: int
+    category: Category
+    layer: int | None
+    born: int
+    what: tuple[str, tuple[int, ...]]
+    gone: int | None = None
+    ref: Any = None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which the most was alive.
+
+    Attributes:
+        nbytes: Of all live storages together.
+        parts: Of each category; they add up to `nbytes`.
+        layers: Activations of each layer.
+        largest: The largest tensors of that moment: bytes, category, operator, shape.
+    """
+
+    nbytes: int
+    parts: dict[Category, int]
+    layers: tuple[int, ...] = ()
+    largest: tuple[tuple[int, Category, str, tuple[int, ...]], ...] = ()
+
+
+@dataclass
+class Tracker(TorchDispatchMode):
+    """Counts within `with`.
+
+    Attributes:
+        block_bytes: A storage counts as the next multiple of it: CUDA_BLOCK_BYTES, or 1.
+        vocabulary: Width of the logits.
+        live_bytes: At this moment.
+        peak_bytes: At the worst one so far.
+        counting: Count the products too.
+        flops: Of those so far.
+        layer_flops: Of those, what the layers' forward passes took.
+    """
+
+    block_bytes: int = 1
+    vocabulary: int | None = None
+    live_bytes: int = 0
+    peak_bytes: int = 0
+    counting: bool = False
+    flops: int = 0
+    layer_flops: int = 0
+    _moment: int = 0
+    _peak_moment: int = 0
+    _layer: int | None = None
+    _layers: int = 0
+    _alive: dict[int, Held] = field(default_factory=dict)
+    _all: list[Held] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for twice as often as anything is computed
+        out = func(*args, **(kwargs or {}))
+        if self.counting and (count := flop_registry.get(func.overloadpacket)) is not None:
+            flops = count(*args, **(kwargs or {}), out_val=out)
+            self.flops += flops
+            self.layer_flops += flops if self._layer is not None else 0
+        for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._see(x, func)
+        return out
+
+    def hold(self, tensors: Iterable[Tensor], category: Category) -> None:
+        """Says what these are, whether they have been seen or not."""
+        for x in tensors:
+            held = self._see(x, None)
+            held.category = category
+
+    @contextmanager
+    def watching(self, model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+        """Within the block, what `model` is made of and what its training steps leave behind is told apart.
+
+        Args:
+            layers: Those of its stack, to which activations are counted.
+        """
+        self._layers = len(layers)
+        for p in model.parameters():
+            self.hold([p], "trained" if p.requires_grad else "weights")
+        self.hold(model.buffers(), "weights")
+        handles = [
+            p.register_post_accumulate_grad_hook(self._accumulated) for p in model.parameters() if p.requires_grad
+        ]
+        for i, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(partial(self._enter, i)))
+            handles.append(layer.register_forward_hook(self._leave))
+        try:
+            with saved_tensors_hooks(self._saved, lambda x: x), self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def restart(self) -> None:
+        """Forgets the peak, and begins again with what is alive."""
+        self._all = list(self._alive.values())
+        self.peak_bytes, self._peak_moment = self.live_bytes, self._moment
+
+    def peak(self, largest: int = 8) -> Peak:
+        """The worst moment since the last `restart`, with the largest so many tensors of it."""
+        there = [h for h in self._all if h.born <= self._peak_moment and (h.gone is None or h.gone > self._peak_moment)]
+        parts: Counter[Category] = Counter(dict.fromkeys(CATEGORIES, 0))
+        layers = [0] * self._layers
+        for held in there:
+            parts[held.category] += held.nbytes
+            if held.layer is not None and held.category == "activations":
+                layers[held.layer] += held.nbytes
+        there.sort(key=lambda held: -held.nbytes)
+        return Peak(
+            self.peak_bytes,
+            dict(parts),
+            tuple(layers),
+            tuple((h.nbytes, h.category, *h.what) for h in there[:largest]),
+        )
+
+    def _see(self, x: Tensor, func: Any) -> Held:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if (held := self._alive.get(key)) is not None:
+            return held
+        self._moment += 1
+        nbytes = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+        wide = self.vocabulary is not None and x.dim() > 1 and x.shape[-1] == self.vocabulary
+        held = Held(
+            nbytes, "logits" if wide else "workspace", self._layer, self._moment, (str(func or ""), tuple(x.shape))
+        )
+        held.ref = weakref.ref(storage, partial(self._lost, key))
+        self._alive[key] = held
+        self._all.append(held)
+        self.live_bytes += nbytes
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes, self._peak_moment = self.live_bytes, self._moment
+        return held
+
+    def _lost(self, key: int, ref: Any) -> None:
+        held = self._alive.pop(key)
+        self._moment += 1
+        held.gone = self._moment
+        self.live_bytes -= held.nbytes
+
+    def _saved(self, x: Tensor) -> Tensor:
+        held = self._see(x, None)
+        if held.category == "workspace":
+            held.category = "activations"
+        return x
+
+    def _accumulated(self, p: Tensor) -> None:
+        if p.grad is not None:
+            self.hold([p.grad], "gradients")
+
+    def _enter(self, i: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._layer = i
+        # kept by a layer that recomputes, which hides it from autograd
+        for x in args:
+            if isinstance(x, Tensor) and self._see(x, None).category == "workspace":
+                self._see(x, None).category = "activations"
+
+    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self._layer = None

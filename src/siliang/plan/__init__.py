@@ -1,0 +1,222 @@
+"""The memory plan: a run's own training step, made on paper before anything is loaded, and what to change so that it
+fits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+from siliang.check import look_at
+from siliang.config import MethodConfig, QuantizationConfig, RunConfig
+from siliang.data.collate import PadCollator
+from siliang.engine.batches import StepCollator
+from siliang.hardware import machine
+from siliang.methods import find_method
+from siliang.models.load import load_config
+from siliang.plan.device import ETA, Device, find_target, measure_flops
+from siliang.plan.fit import Room, find_fit
+from siliang.plan.record import Change, Fit, MethodPlan, PlanRecord
+from siliang.plan.rows import StepRows, heaviest, made_up
+from siliang.plan.shapes import SHAPES
+from siliang.plan.sketch import Sketch, Usual
+from siliang.plan.steps import Phase
+from siliang.types import SiliangError, TaskType
+
+VIRTUAL_TOKENS = 20  # of a prompt whose length is not said
+TOLD: tuple[Phase, ...] = ("train", "evaluate", "generate", "merge")
+
+
+def plan(
+    config: RunConfig,
+    device: Device,
+    *,
+    methods: Sequence[str] = (),
+    with_data: bool = True,
+    base_config: Any = None,
+    usual: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> PlanRecord:
+    """What a run will take, by method.
+
+    Args:
+        methods: To be compared, each with its defaults; the config's own keeps its settings. None: its own alone.
+        with_data: Read the data, for the batch that the run will really see; otherwise rows of max_length are taken.
+        base_config: The base model's config, where it is known already.
+        usual: Say also what PEFT with transformers.Trainer would need.
+        say: Hears what is being done.
+
+    Raises:
+        ModelError: There is no such model, or its config is not whole.
+        DataError: The data cannot be read.
+    """
+    subject = look_at(config, machine())
+    base_config = base_config or model_config(config)
+    labels = subject.examples.labels if with_data else None
+    if config.task is TaskType.QUESTION_ANS or labels is not None:
+        base_config.num_labels = len(labels) if labels is not None else 2
+    names = list(methods) or [config.method.name]
+    draw = partial(Sketch, config, base_config, device, new_tokens=len(config.data.add_tokens))
+    # every method's batches are those of the first, which is packed if any is
+    collator = StepCollator(PadCollator(0), config.task, config.train.batch_size, config.train.tokens_at_once)
+    step = heaviest(config, subject.train, collator) if with_data else made_up(config)
+    work = partial(_plan_one, config, device, draw, step, usual=usual, thorough=len(names) == 1)
+    found = list(_in_parallel(work, names, say))
+    first = next((one for one in found if not one.error), None)
+    record = PlanRecord(
+        model=config.model,
+        task=config.task.lower(),
+        device=device.kind,
+        memory_bytes=device.memory_bytes,
+        memory_source=device.memory_source,
+        precision=device.precision.precision,
+        quantization=_in_words(config.quantization),
+        batch_rows=first.batch_rows if first else 0,
+        batch_tokens=first.batch_tokens if first else 0,
+        batch_source="data" if with_data else "max_length",
+        tokens_per_epoch=step.tokens_per_epoch,
+        methods=found,
+    )
+    say("the speed of this device")
+    _add_times(record, device, base_config)
+    say("")
+    return record
+
+
+def model_config(config: RunConfig) -> Any:
+    """The base model's config: of its folder, of the hub, or of the table of shapes.
+
+    Raises:
+        ModelError: There is none.
+    """
+    shape = SHAPES.get(config.model)
+    return shape.config() if shape else load_config(config.model, revision=config.revision)
+
+
+def _in_parallel(
+    work: Callable[[str], MethodPlan], names: Sequence[str], say: Callable[[str], None]
+) -> Iterator[MethodPlan]:
+    """A process for each core: on paper there is nothing but Python to run. Fork, because what is to be drawn is here
+    already, and nothing has computed in threads yet."""
+    workers = min(len(names), os.cpu_count() or 1)
+    if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        for name in names:
+            say(name)
+            yield work(name)
+        return
+    say(f"{len(names)} methods")
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(work, names)
+
+
+def _plan_one(
+    config: RunConfig,
+    device: Device,
+    draw: Callable[..., Sketch],
+    step: StepRows,
+    name: str,
+    *,
+    usual: bool,
+    thorough: bool,
+) -> MethodPlan:
+    own = name == config.method.name
+    method = config.method if own else MethodConfig(name=name)
+    found = find_method(name)
+    if found.config is not None and found.config.is_prompt_learning and "num_virtual_tokens" not in method.arguments:
+        method = MethodConfig(name=name, num_virtual_tokens=VIRTUAL_TOKENS, **method.arguments)  # type: ignore[call-arg]
+    # what trains the base itself has no base in few bits
+    bits = config.quantization if found.config is not None else None
+    try:
+        sketch = draw(method=method, quantization=bits)
+        batches = sketch.batches(step.rows)
+        always = sketch.layers if config.train.gradient_checkpointing else 0
+        measured = sketch.measure(batches, recomputed=always, phases=TOLD if thorough else ("train",))
+    except SiliangError as error:
+        return MethodPlan(method=name, error=str(error))
+    beside, peak = device.overhead_bytes, measured.peaks["train"]
+    one = MethodPlan(
+        method=name,
+        trained=sketch.trained,
+        total=sketch.total,
+        adapter_bytes=sketch.adapter_bytes,
+        loaded_bytes=measured.peaks["loaded"].nbytes,
+        overhead_bytes=beside,
+        host_bytes=device.host_bytes,
+        layers=sketch.layers,
+        recomputed_layers=always,
+        batch_rows=len(batches[0].lengths),
+        batch_tokens=sketch.collator().cost_of(batches[0].lengths),
+        flops_per_token=measured.flops / max(measured.tokens, 1),
+        notes=list(sketch.notes),
+        **{
+            f"{phase}_bytes": measured.peaks[phase].nbytes + beside
+            for phase in ("evaluate", "generate", "merge")
+            if phase in measured.peaks
+        },
+    )
+    if config.quantization is not None and bits is None:
+        one.notes.append("on the whole base: weights in few bits cannot be trained")
+    if device.memory_bytes is not None:
+        room = Room(device.memory_bytes - beside)
+        one.fits = peak.nbytes <= room.limit_bytes
+        if not one.fits and config.train.memory_budget is not None and not always:
+            if (fewest := room.fewest_recomputed(sketch, step.rows, config.train.batch_size)) is not None:
+                one.fits, one.recomputed_layers = True, fewest[0]
+                one.time_factor = sketch.time_factor(fewest[0])
+                peak = sketch.measure(batches, recomputed=fewest[0]).peaks["train"]
+        if not one.fits and thorough:
+            can_quantise = config.quantization is None and found.freezes_the_base
+            quantised = (lambda wanted: draw(method=method, quantization=wanted)) if can_quantise else None
+            one.fit = find_fit(room, config, sketch, step, quantised)
+            if one.fit is not None:
+                one.fit.peak_bytes += beside
+    one.peak_bytes = peak.nbytes + beside
+    one.parts, one.activations_by_layer = peak.parts, list(peak.layers)
+    if usual:
+        other = draw(method=method, quantization=bits, usual=Usual())
+        one.usual_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + beside
+    return one
+
+
+def _add_times(record: PlanRecord, device: Device, base_config: Any) -> None:
+    """From the products of a step, and the speed of a device that is here or that the user has told of."""
+    if device.flops:
+        flops, source = device.flops, "as asked"
+    elif device.here:
+        text = base_config.get_text_config()
+        width = text.hidden_size
+        inner = getattr(text, "intermediate_size", None) or 4 * width
+        rows = min(max(record.batch_tokens, 16), 4096)
+        flops, source = measure_flops(device.precision.dtype, rows, width, int(inner)), "measured here"
+    else:
+        return
+    record.rate = f"{flops / 1e9:,.0f} GFLOP/s {source}, of which a step reaches {100 * ETA:.0f}%"
+    for one in record.methods:
+        if one.flops_per_token:
+            one.tokens_per_s = flops * ETA / (one.flops_per_token * one.time_factor)
+            if record.tokens_per_epoch is not None:
+                one.epoch_s = record.tokens_per_epoch / one.tokens_per_s
+
+
+def _in_words(wanted: QuantizationConfig | None) -> str:
+    if wanted is None:
+        return "none"
+    return f"{wanted.bits}-bit" + (f" {wanted.type}" if wanted.bits == 4 else "")
+
+
+__all__ = [
+    "SHAPES",
+    "Change",
+    "Device",
+    "Fit",
+    "MethodPlan",
+    "PlanRecord",
+    "Sketch",
+    "Usual",
+    "find_target",
+    "model_config",
+    "plan",
+]

@@ -1,0 +1,151 @@
+"""The smallest set of changes with which a run fits: first those that leave its result as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from siliang.config import QuantizationConfig, RunConfig
+from siliang.plan.record import Change, Fit
+from siliang.plan.rows import StepRows
+from siliang.plan.sketch import Sketch
+
+FULL_CALLS = 1024  # tokens: batches that are smaller than it do not fill the processor, so splitting stops to be free
+SHORTEST = 64  # tokens, below which nothing is proposed
+DEQUANTISE = 1.1  # time of a step on a base in 4 bits, of one on the whole base: measured on the CPU
+
+
+class Room:
+    """Knows what fits.
+
+    Attributes:
+        limit_bytes: For the tensors alone.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+
+    def fewest_recomputed(self, sketch: Sketch, rows: list[dict[str, Any]], batch_size: int) -> tuple[int, int] | None:
+        """(layers, peak bytes): the fewest layers that have to recompute; None where all of them are too few."""
+        batches = sketch.batches(rows, batch_size)
+
+        def peak(count: int) -> int:
+            return sketch.measure(batches, recomputed=count).peaks["train"].nbytes
+
+        first = peak(0)
+        if first <= self.limit_bytes:
+            return 0, first
+        if not sketch.layers or (last := peak(sketch.layers)) > self.limit_bytes:
+            return None
+        # each layer that recomputes frees about the same
+        count = math.ceil((first - self.limit_bytes) / max(first - last, 1) * sketch.layers)
+        while count < sketch.layers:
+            if (found := peak(count)) <= self.limit_bytes:
+                return count, found
+            count += 1
+        return sketch.layers, last
+
+
+def find_fit(
+    room: Room,
+    config: RunConfig,
+    sketch: Sketch,
+    step: StepRows,
+    quantised: Callable[[QuantizationConfig], Sketch] | None,
+) -> Fit | None:
+    """What to change, in the order of its price; None where nothing helps.
+
+    Args:
+        sketch: The run as it is configured.
+        step: Its heaviest step.
+        quantised: Draws the run on a base in few bits; None where its method trains the base itself, or it is so now.
+    """
+    found = _smaller(room, config, sketch, step)
+    if found is not None:
+        return found
+    if quantised is not None:
+        in_4 = quantised(QuantizationConfig())
+        change = Change(
+            setting="quantization",
+            before="null",
+            after="{bits: 4}",
+            price=f"results differ a little; about {DEQUANTISE:.1f} times the time",
+        )
+        if (fit := _smaller(room, config, in_4, step)) is not None:
+            return Fit(
+                changes=[change, *fit.changes], peak_bytes=fit.peak_bytes, time_factor=fit.time_factor * DEQUANTISE
+            )
+        sketch, more = in_4, [change]
+    else:
+        more = []
+    length = config.data.max_length // 2
+    while length >= SHORTEST:
+        rows = [_cut(row, length) for row in step.rows[:1]]
+        if (fewest := room.fewest_recomputed(sketch, rows, 1)) is not None:
+            cut = step.cut_by(length)
+            shorter = Change(
+                setting="data.max_length",
+                before=str(config.data.max_length),
+                after=str(length),
+                price=f"{cut:,} rows are cut" if step.lengths is not None else "longer rows are cut",
+            )
+            changes = [*more, *_split_change(config, 1), *_recompute_change(config, sketch, fewest[0]), shorter]
+            return Fit(changes=changes, peak_bytes=fewest[1], time_factor=sketch.time_factor(fewest[0]))
+        length //= 2
+    return None
+
+
+def _smaller(room: Room, config: RunConfig, sketch: Sketch, step: StepRows) -> Fit | None:
+    """Smaller batches and recomputed layers, which change no result."""
+    whole = config.train.batch_size
+    best: Fit | None = None
+    for size in (n for n in range(whole, 0, -1) if whole % n == 0):
+        rows = step.rows if size == whole else step.rows[: 2 * size]
+        if (fewest := room.fewest_recomputed(sketch, rows, size)) is not None:
+            count, peak = fewest
+            changes = [*_split_change(config, size), *_recompute_change(config, sketch, count)]
+            fit = Fit(changes=changes, peak_bytes=peak, time_factor=sketch.time_factor(count))
+            if best is None or fit.time_factor < best.time_factor:
+                best = fit
+            if count == 0 or sum(len(row["input_ids"]) for row in rows[:size]) < 2 * FULL_CALLS:
+                break
+    return best
+
+
+def _split_change(config: RunConfig, size: int) -> list[Change]:
+    t = config.train
+    if size == t.batch_size:
+        return []
+    parts = -(-t.batch_size // size)
+    return [
+        Change(
+            setting="train.batch_size",
+            before=str(t.batch_size),
+            after=str(size),
+            price="none: the same rows make a step, in smaller parts",
+        ),
+        Change(
+            setting="train.gradient_accumulation",
+            before=str(t.gradient_accumulation),
+            after=str(t.gradient_accumulation * parts),
+            price="none",
+        ),
+    ]
+
+
+def _recompute_change(config: RunConfig, sketch: Sketch, count: int) -> list[Change]:
+    if not count or config.train.gradient_checkpointing or config.train.memory_budget is not None:
+        return []  # a budget chooses the layers by itself
+    return [
+        Change(
+            setting="train.memory_budget",
+            before="null",
+            after="auto",
+            price=f"{count} of {sketch.layers} layers compute twice: {100 * (sketch.time_factor(count) - 1):.0f}% more time",
+        )
+    ]
+
+
+def _cut(row: dict[str, Any], length: int) -> dict[str, Any]:
+    return {name: value[:length] if isinstance(value, list) else value for name, value in row.items()}

@@ -1,0 +1,106 @@
+"""The schema of a plan: what `siliang plan` shows and `--json` prints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from siliang.memory.track import Category
+from siliang.record import Part
+
+SCHEMA_VERSION = 1
+
+
+class Change(Part):
+    """One setting to change so that a run fits."""
+
+    setting: str
+    """Its dotted name in run.yaml."""
+    before: str
+    after: str
+    price: str
+    """What it costs, in time or in what is learned."""
+
+
+class Fit(Part):
+    """The smallest set of changes with which a method fits."""
+
+    changes: list[Change]
+    peak_bytes: int
+    time_factor: float
+    """Of the run's time, by the products that it adds; 1.0 where there are none."""
+
+
+class MethodPlan(Part):
+    """One method."""
+
+    method: str
+    error: str | None = None
+    """Why there is no plan: it does not apply to this model, or cannot be drawn."""
+    trained: int = 0
+    total: int = 0
+    adapter_bytes: int = 0
+    """On disk, once it is saved."""
+    loaded_bytes: int = 0
+    """The device's tensors before the first step."""
+    peak_bytes: int = 0
+    """On the device, everything included, with `recomputed_layers`."""
+    parts: dict[Category, int] = Field(default_factory=dict)
+    """What the peak is made of, beside the overhead."""
+    activations_by_layer: list[int] = Field(default_factory=list)
+    overhead_bytes: int = 0
+    """The process (CPU) or the context and libraries (CUDA)."""
+    evaluate_bytes: int = 0
+    generate_bytes: int = 0
+    merge_bytes: int = 0
+    """Peaks of these, overhead included; 0 where there is no such thing."""
+    host_bytes: int = 0
+    """The process's memory beside the device's."""
+    usual_bytes: int = 0
+    """The peak of the same step with PEFT and transformers.Trainer: padded, all logits; 0 where it was not asked."""
+    layers: int = 0
+    recomputed_layers: int = 0
+    """So many layers compute their activations twice, so that it fits."""
+    time_factor: float = 1.0
+    """What that costs, by the products that it adds."""
+    fits: bool | None = None
+    """None where no limit is known."""
+    flops_per_token: float = 0.0
+    tokens_per_s: float | None = None
+    epoch_s: float | None = None
+    fit: Fit | None = None
+    """How to make it fit, where it does not."""
+    batch_rows: int = 0
+    batch_tokens: int = 0
+    """Of the heaviest batch, padding included where there is any."""
+    notes: list[str] = Field(default_factory=list)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The peak without the overhead."""
+        return self.peak_bytes - self.overhead_bytes
+
+
+class PlanRecord(Part):
+    """What a run will take."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    task: str
+    device: str
+    """cpu or cuda."""
+    memory_bytes: int | None
+    """What there is, or was said to be."""
+    memory_source: Literal["free here", "as asked", "unknown"]
+    precision: str
+    quantization: str
+    """none, 4-bit nf4, ..."""
+    batch_rows: int
+    batch_tokens: int
+    """Of the heaviest batch, padding included where there is any."""
+    batch_source: Literal["data", "max_length"]
+    tokens_per_epoch: int | None = None
+    rate: str = ""
+    """Where tokens per second come from."""
+    methods: list[MethodPlan] = Field(default_factory=list)

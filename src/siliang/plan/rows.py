@@ -1,0 +1,94 @@
+"""Which rows the heaviest step of a run will hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from accelerate.data_loader import SeedableRandomSampler
+
+from siliang.config import RunConfig
+from siliang.data.tokens import TokenSet
+from siliang.engine.batches import StepCollator
+from siliang.types import TaskType
+
+MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind them is of the same rows
+
+
+@dataclass
+class StepRows:
+    """The rows of one optimiser step.
+
+    Attributes:
+        rows: As the collator takes them.
+        tokens_per_epoch: Of all rows; None where there is no data.
+        too_long: How many rows a shorter max_length would cut, by max_length.
+    """
+
+    rows: list[dict[str, Any]]
+    tokens_per_epoch: int | None = None
+    lengths: np.ndarray | None = None
+
+    def cut_by(self, max_length: int) -> int:
+        """How many rows that length would cut."""
+        return 0 if self.lengths is None else int((self.lengths > max_length).sum())
+
+
+def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator) -> StepRows:
+    """The step with the largest batch, of those that the run will make, in its order.
+
+    Args:
+        collator: Splits a step's rows into batches, as the run's own will.
+    """
+    t, lengths = config.train, tokens.lengths
+    found, worst = list(range(min(len(tokens), t.batch_size))), -1
+    for rows in order(config, len(tokens)):
+        for part in collator.split([{"input_ids": range(int(lengths[i]))} for i in rows]):
+            cost = collator.cost_of([len(row["input_ids"]) for row in part])
+            if cost > worst:
+                worst, found = cost, rows
+    return StepRows(tokens.__getitems__(found), int(lengths.sum()), lengths)
+
+
+def order(config: RunConfig, rows: int) -> Iterator[list[int]]:
+    """The rows of each step, as the Trainer's sampler draws them from this seed."""
+    t = config.train
+    step = t.batch_size * t.gradient_accumulation
+    steps = t.max_steps or math.ceil(math.ceil(rows / step) * t.epochs)
+    sampler = SeedableRandomSampler(range(rows), data_seed=t.seed)  # type: ignore[arg-type]
+    epoch = made = 0
+    while made < min(steps, MOST_STEPS):
+        sampler.set_epoch(epoch)
+        drawn = list(sampler)
+        for start in range(0, rows, step):
+            if made == min(steps, MOST_STEPS):
+                return
+            yield drawn[start : start + step]
+            made += 1
+        epoch += 1
+
+
+def made_up(config: RunConfig) -> StepRows:
+    """As many rows of max_length as a step has, every token learned; two batches show what a step of more takes."""
+    t = config.train
+    row = made_up_row(config, config.data.max_length)
+    return StepRows([dict(row) for _ in range(t.batch_size * min(t.gradient_accumulation, 2))])
+
+
+def made_up_row(config: RunConfig, length: int) -> dict[str, Any]:
+    """A row of so many tokens, every one of them learned."""
+    row: dict[str, Any] = {"input_ids": [1] * length}
+    match config.task:
+        case TaskType.SEQ_CLS:
+            return row | {"labels": 0}
+        case TaskType.QUESTION_ANS:
+            return row | {"start_positions": 1, "end_positions": 2}
+        case TaskType.TOKEN_CLS:
+            return row | {"labels": [0] * length}
+        case TaskType.SEQ_2_SEQ_LM:
+            return row | {"labels": [1] * min(config.data.max_target_length, length)}
+        case _:
+            return row | {"labels": [1] * length}

@@ -1,0 +1,118 @@
+"""Models by name whose shape can be planned with nothing on disk and no network: the tutorials' and common ones.
+
+Each is the model's own config.json, without what does not change a shape. `parameters` is what its authors publish, or
+what the released weights hold; the tests count it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig
+
+from siliang.models.chatglm3 import ChatGLMConfig
+from siliang.types import TaskType
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, without weights.
+
+    Attributes:
+        kind: transformers' model_type.
+        parameters: Of the model as its authors released it.
+    """
+
+    kind: str
+    parameters: int
+    settings: dict[str, Any]
+    task: TaskType = TaskType.CAUSAL_LM
+
+    def config(self) -> Any:
+        """A new config of this shape."""
+        if self.kind == ChatGLMConfig.model_type:
+            return ChatGLMConfig(**self.settings)
+        return AutoConfig.for_model(self.kind, **self.settings)
+
+
+def _llama(
+    hidden: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+        "head_dim": hidden // heads,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+def _bloom(hidden: int, layers: int, heads: int, vocabulary: int = 250880) -> dict[str, Any]:
+    return {"hidden_size": hidden, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
+
+
+_LLAMA3: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}
+_ENCODER = TaskType.SEQ_CLS
+
+SHAPES: dict[str, Shape] = {
+    # the tutorials' own
+    "bloom-1b4-zh": Shape("bloom", 1_303_111_680, _bloom(2048, 24, 16, 46145)),
+    "Llama-2-7b": Shape("llama", 6_738_415_616, _llama(4096, 11008, 32, 32, 32, 32000)),
+    "chatglm3-6b": Shape("chatglm", 6_243_584_000, {}),
+    "chinese-roberta-wwm-ext": Shape("bert", 102_267_648, {"vocab_size": 21128}, _ENCODER),
+    # today's
+    "bloom-560m": Shape("bloom", 559_214_592, _bloom(1024, 24, 16)),
+    "bloom-7b1": Shape("bloom", 7_069_016_064, _bloom(4096, 30, 32)),
+    "gpt2": Shape("gpt2", 124_439_808, {}),
+    "Llama-2-13b": Shape("llama", 13_015_864_320, _llama(5120, 13824, 40, 40, 40, 32000)),
+    "Llama-3.1-8B": Shape("llama", 8_030_261_248, _llama(4096, 14336, 32, 32, 8, 128256, **_LLAMA3)),
+    "Llama-3.2-1B": Shape("llama", 1_235_814_400, _llama(2048, 8192, 16, 32, 8, 128256, **_LLAMA3, **_TIED)),
+    "Llama-3.2-3B": Shape("llama", 3_212_749_824, _llama(3072, 8192, 28, 24, 8, 128256, **_LLAMA3, **_TIED)),
+    "Mistral-7B-v0.3": Shape("mistral", 7_248_023_552, _llama(4096, 14336, 32, 32, 8, 32768, sliding_window=None)),
+    "Qwen2.5-0.5B": Shape("qwen2", 494_032_768, _llama(896, 4864, 24, 14, 2, 151936, **_TIED)),
+    "Qwen2.5-1.5B": Shape("qwen2", 1_543_714_304, _llama(1536, 8960, 28, 12, 2, 151936, **_TIED)),
+    "Qwen2.5-7B": Shape("qwen2", 7_615_616_512, _llama(3584, 18944, 28, 28, 4, 152064)),
+    "Qwen3-0.6B": Shape("qwen3", 596_049_920, _llama(1024, 3072, 28, 16, 8, 151936, **(_TIED | {"head_dim": 128}))),
+    "Qwen3-1.7B": Shape("qwen3", 1_720_574_976, _llama(2048, 6144, 28, 16, 8, 151936, **_TIED)),
+    "Qwen3-4B": Shape("qwen3", 4_022_468_096, _llama(2560, 9728, 36, 32, 8, 151936, **(_TIED | {"head_dim": 128}))),
+    "Qwen3-8B": Shape("qwen3", 8_190_735_360, _llama(4096, 12288, 36, 32, 8, 151936)),
+    "glm-4-9b": Shape("glm", 9_399_951_360, _llama(4096, 13696, 40, 32, 2, 151552, attention_bias=True, head_dim=128)),
+    "bert-base-uncased": Shape("bert", 109_482_240, {}, _ENCODER),
+    "bert-base-chinese": Shape("bert", 102_267_648, {"vocab_size": 21128}, _ENCODER),
+    "roberta-base": Shape(
+        "roberta",
+        124_645_632,
+        {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1},
+        _ENCODER,
+    ),
+    "MiniLM-L6": Shape(
+        "bert",
+        22_713_216,
+        {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+        _ENCODER,
+    ),
+    "t5-small": Shape("t5", 60_506_624, {"decoder_start_token_id": 0}, TaskType.SEQ_2_SEQ_LM),
+    "t5-base": Shape(
+        "t5",
+        222_903_552,
+        {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0},
+        TaskType.SEQ_2_SEQ_LM,
+    ),
+}
+
+
+def task_of(name: str, config: Any) -> TaskType:
+    """What a model of this name or config is mostly trained for."""
+    if name in SHAPES:
+        return SHAPES[name].task
+    if getattr(config, "is_encoder_decoder", False):
+        return TaskType.SEQ_2_SEQ_LM
+    made_for = (getattr(config, "architectures", None) or [""])[0]
+    writes = made_for.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return TaskType.CAUSAL_LM if writes else TaskType.SEQ_CLS

@@ -1,0 +1,161 @@
+"""One run on paper: its model, its method, its engine; asked again and again for its peak under other settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from siliang.config import MethodConfig, QuantizationConfig, RunConfig
+from siliang.data.collate import PadCollator
+from siliang.engine.batches import Batch, StepCollator
+from siliang.engine.step import Engine
+from siliang.hardware import Choice
+from siliang.methods import find_method
+from siliang.plan.device import Device
+from siliang.plan.paper import draw_base, on_paper, to_paper
+from siliang.plan.rows import made_up_row
+from siliang.plan.steps import Measured, Phase, measure, usual_step
+from siliang.train.run import attach, weight_dtype
+from siliang.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Usual:
+    """A step as PEFT and transformers.Trainer make it, to compare with: padded, all logits, whole checkpoints.
+
+    Attributes:
+        attention: transformers' attn_implementation.
+    """
+
+    attention: Literal["eager", "sdpa"] = "sdpa"
+
+
+class Sketch:
+    """A run's model on paper.
+
+    Attributes:
+        trained: Parameters that are.
+        total: All of the model.
+        adapter_bytes: Of the saved file.
+        layers: That can recompute.
+        packed: Its batches have no padding.
+        notes: What the engine says is off.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        base_config: Any,
+        device: Device,
+        *,
+        method: MethodConfig | None = None,
+        quantization: QuantizationConfig | None = None,
+        usual: Usual | None = None,
+        new_tokens: int = 0,
+    ) -> None:
+        """Draws it.
+
+        Args:
+            base_config: The base model's, which knows its classes.
+            method: Instead of the config's own.
+            new_tokens: By which the vocabulary grows.
+
+        Raises:
+            SiliangError: The method does not apply to the model.
+        """
+        self._layers_share: float | None = None
+        self._config = config.model_copy(update={"method": method or config.method, "quantization": quantization})
+        self._device, self._usual, self.precision = device, usual, device.precision
+        found = find_method(self._config.method.name)
+        if quantization is not None and found.config is None:
+            raise ConfigError("quantised weights cannot be trained themselves.")
+        with on_paper() as self._mode:
+            base = draw_base(
+                base_config,
+                config.task,
+                dtype=weight_dtype(found, device.precision),
+                quantization=quantization,
+                compute_dtype=self._product_dtype(quantization),
+                attention=usual.attention if usual else None,
+            )
+            if new_tokens:
+                base.resize_token_embeddings(base.config.get_text_config().vocab_size + new_tokens)
+            self.model, self.trained, self.total = attach(base, found, self._config, device.precision)
+            self.engine = Engine(
+                self.model,
+                config.task,
+                packing=config.train.packing and usual is None,
+                memory_budget=None,
+                comparing=False,
+            )
+        self.packed = self.engine.padding is not None
+        self.layers = len(self.engine.recompute.layers)
+        self.notes = self.engine.notes
+        self.method = self._config.method.name
+        self.adapter_bytes = self._saved_bytes()
+
+    def collator(self, batch_size: int | None = None) -> StepCollator:
+        """Splits rows as the run will."""
+        t = self._config.train
+        config: Any = self.model.config
+        pad = getattr(config, "pad_token_id", None)
+        return StepCollator(
+            PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0),
+            self._config.task,
+            batch_size or t.batch_size,
+            t.tokens_at_once,
+            packed=self.packed,
+        )
+
+    def batches(self, rows: list[dict[str, Any]], batch_size: int | None = None) -> list[Batch]:
+        """The first two batches of a step, the longest: a third one finds what the second one found."""
+        if self._usual is not None:
+            collator = self.collator(batch_size)
+            size = collator.rows_at_once
+            return collator([dict(row) for row in rows[:size]])["batches"]
+        return self.collator(batch_size)([dict(row) for row in rows])["batches"][:2]
+
+    def measure(
+        self,
+        batches: list[Batch],
+        *,
+        recomputed: int = 0,
+        phases: tuple[Phase, ...] = ("train",),
+    ) -> Measured:
+        """Counts the phases on these batches with so many layers recomputing."""
+        with self._mode:
+            drawn = [to_paper(self._mode, batch) for batch in batches]
+            if recomputed or self.engine.recompute.recomputed:
+                self.engine.recompute.fix(recomputed)
+            found = measure(
+                self.model,
+                self.engine,
+                drawn,
+                self._device.precision,
+                block_bytes=self._device.block_bytes,
+                phases=phases,
+                step=usual_step if self._usual else None,
+            )
+        if not recomputed and found.flops:
+            self._layers_share = found.layer_flops / found.flops
+        return found
+
+    def time_factor(self, recomputed: int) -> float:
+        """How much longer a step takes where so many layers compute their activations twice, by its products."""
+        if not recomputed:
+            return 1.0
+        if self._layers_share is None:
+            found = self.measure(self.batches([made_up_row(self._config, 64)]))
+            self._layers_share = found.layer_flops / found.flops
+        return 1.0 + self._layers_share * recomputed / self.layers
+
+    def _product_dtype(self, quantization: QuantizationConfig | None) -> torch.dtype:
+        """What weights in few bits become to be multiplied."""
+        if quantization is None or quantization.compute_dtype == "auto":
+            return self._device.best.dtype
+        return Choice(quantization.compute_dtype, "").dtype
+
+    def _saved_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)

@@ -1,0 +1,163 @@
+"""Runs what a run will do, on paper, and counts: an optimiser step, an evaluation, a generation, a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from siliang.engine.batches import Batch
+from siliang.engine.padding import NotPackableError, find_layers
+from siliang.engine.step import Engine
+from siliang.hardware import Choice
+from siliang.memory.track import Peak, Tracker
+from siliang.peft_model import PeftModel
+from siliang.plan.paper import held_tensors
+from siliang.types import TaskType
+
+Phase = Literal["loaded", "train", "evaluate", "generate", "merge"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was counted.
+
+    Attributes:
+        peaks: Of each phase that the model has.
+        flops: Of the forward and backward passes of the batches that were run.
+        layer_flops: Of the layers' forward passes alone.
+        tokens: Of those batches, padding left out.
+    """
+
+    peaks: dict[Phase, Peak] = field(default_factory=dict)
+    flops: int = 0
+    layer_flops: int = 0
+    tokens: int = 0
+
+
+def measure(
+    model: nn.Module,
+    engine: Engine,
+    batches: list[Batch],
+    precision: Choice,
+    *,
+    block_bytes: int = 1,
+    phases: tuple[Phase, ...] = ("train",),
+    step: Callable[[nn.Module, list[Batch]], Any] | None = None,
+) -> Measured:
+    """Runs the phases of a prepared model; the tensors may be fake or real.
+
+    Adam's moments come to be in the first step, so that step is made first, on gradients of zero: the one that is
+    counted is then like every later one.
+
+    Args:
+        batches: Of one optimiser step.
+        block_bytes: What a tensor's size is rounded up to.
+        step: Forward and backward of the batches; None for the engine's own.
+    """
+    autocast = partial(torch.autocast, "cpu", precision.dtype, enabled=precision.autocast)
+    if step is None:
+        weight = float(max(sum(batch.weight for batch in batches), 1))
+        step = partial(_own_step, engine, weight, autocast)
+    layers = _layers(engine, model)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr,operator]
+    tracker = Tracker(block_bytes, vocabulary if engine.task is not TaskType.TOKEN_CLS else None)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    peaks: dict[Phase, Peak] = {}
+    with tracker.watching(model, layers):
+        tracker.hold((x for x in held_tensors(model)), "weights")
+        tracker.hold(trained, "trained" if isinstance(model, PeftModel) else "weights")
+        for batch in batches:
+            tracker.hold(_tensors(batch), "workspace")
+        peaks["loaded"] = tracker.peak()
+        if "train" in phases:
+            optimizer = torch.optim.AdamW(trained, fused=True)
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+            moments = (x for state in optimizer.state.values() for x in state.values())
+            tracker.hold((x for x in moments if isinstance(x, torch.Tensor)), "optimizer")
+            tracker.restart()
+            model.train()
+            tracker.counting = True
+            step(model, batches)
+            tracker.counting = False
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            peaks["train"] = tracker.peak()
+        model.eval()
+        for phase, run in (("evaluate", _evaluate), ("generate", _generate), ("merge", _merge)):
+            if phase in phases:
+                tracker.restart()
+                with torch.no_grad():
+                    if run(model, engine, batches, autocast):
+                        peaks[phase] = tracker.peak()  # type: ignore[index]
+    return Measured(peaks, tracker.flops, tracker.layer_flops, sum(batch.tokens for batch in batches))
+
+
+def usual_step(model: nn.Module, batches: list[Batch]) -> None:
+    """The step of transformers.Trainer on these rows: padded, all logits."""
+    for batch in batches:
+        inputs = dict(batch.inputs)
+        if batch.targets is not None:
+            inputs["labels"] = inputs["input_ids"]
+        model(**inputs, **({"use_cache": False} if batch.targets is not None else {})).loss.backward()
+
+
+def _own_step(
+    engine: Engine,
+    weight: float,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    model: nn.Module,
+    batches: list[Batch],
+) -> None:
+    engine.run(model, batches, weight, autocast=autocast)
+
+
+def _evaluate(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> bool:
+    with autocast(), engine.loss(model, batches[0]):
+        pass
+    return True
+
+
+def _generate(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> bool:
+    """One more token for each of the batch's rows, behind all of it; a run of `generate` needs no more than that."""
+    if engine.task is not TaskType.CAUSAL_LM:
+        return False
+    rows = {name: x for name, x in batches[0].inputs.items() if name in ("input_ids", "attention_mask")}
+    with autocast():
+        found = model(**rows, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+    del found
+    return True
+
+
+def _merge(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> bool:
+    if not isinstance(model, PeftModel) or not hasattr(model, "merge_adapter"):
+        return False
+    try:
+        model.merge_adapter()
+    except Exception:  # prompts, and quantised bases, cannot be merged in place
+        return False
+    model.unmerge_adapter()
+    return True
+
+
+def _layers(engine: Engine, model: Any) -> list[nn.Module]:
+    if engine.padding is not None:
+        return engine.padding.layers
+    try:
+        return find_layers(model.get_base_model() if isinstance(model, PeftModel) else model)
+    except NotPackableError:
+        return []
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    return [*batch.inputs.values(), *([] if batch.targets is None else [batch.targets])]
