@@ -81,7 +81,7 @@ def show(material: Material, language: str) -> None:
     from rich.text import Text
 
     from siliang.report.summary import answer, lines
-    from siliang.report.table import sentences, table
+    from siliang.report.table import notes, sentences, table
     from siliang.report.words import words
 
     w = words(language)
@@ -89,8 +89,7 @@ def show(material: Material, language: str) -> None:
     columns, rows = table(found, material, w)
     plain = not sys.stdout.isatty()
     console = Console(highlight=False, width=10_000 if plain else None)
-    shown = [c for c in columns if c.key != "notes"]
-    for part in [shown] if plain else _fitting(shown, rows, console.width):
+    for part in [columns] if plain else _fitting(columns, rows, console.width):
         grid = Table(box=None, padding=(0, 1), pad_edge=False, header_style="" if plain else "bold")
         for column in part:
             grid.add_column(column.title, justify="right" if column.number else "left", no_wrap=True)
@@ -99,9 +98,9 @@ def show(material: Material, language: str) -> None:
         for line in _captured(console, grid):
             print(line)
         print()
-    for line, cells in zip(found, rows, strict=True):
-        if cells[-1].text:
-            print(f"{line.label}: {cells[-1].text}")
+    for line in found:
+        for note in notes(line, w):
+            print(f"{line.label}: {note}")
     print(w["terminal_note"])
     for sentence in sentences(answer(found, material), material, w):
         print(sentence)

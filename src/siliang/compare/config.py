@@ -149,13 +149,13 @@ class CompareConfig:
         given = self.settings.seeds
         return [self.run.train.seed + i for i in range(given)] if isinstance(given, int) else given
 
-    def as_dict(self) -> dict[str, Any]:
-        """The whole config, defaults included."""
-        run = self.run.model_dump(mode="json", exclude={"method"})
-        settings = self.settings.model_dump(mode="json")
+    def as_dict(self, *, defaults: bool = True) -> dict[str, Any]:
+        """The whole config, or what of it is not at its default."""
+        run = self.run.model_dump(mode="json", exclude={"method"}, exclude_defaults=not defaults)
+        settings = self.settings.model_dump(mode="json", exclude_defaults=not defaults)
         settings["methods"] = [_short(entry) for entry in self.settings.methods]
         output = run.pop("output")
-        return {**run, **settings, "output": output}
+        return {**run, **settings, "seeds": self.settings.seeds, "output": output}
 
     def to_yaml(self) -> str:
         """The same, as compare.yaml holds it."""

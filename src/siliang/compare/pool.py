@@ -106,16 +106,21 @@ class _Worker:
             return
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
+        self._close_pipes()
 
     @property
     def _log(self) -> Path:
         return self._logs / f"worker-{self._number + 1}.log"
 
+    def _close_pipes(self) -> None:
+        if self._process is not None:
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    with suppress(OSError):
+                        stream.close()
+
     def _start(self) -> None:
+        self._close_pipes()
         self._logs.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

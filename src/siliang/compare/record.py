@@ -70,6 +70,8 @@ class Comparison(Saved):
     """UTC, ISO 8601."""
     config: dict[str, Any]
     """The resolved compare.yaml."""
+    given: dict[str, Any]
+    """The same without what is at its default."""
     base: dict[str, float] = Field(default_factory=dict)
     """What the untuned base model reaches on the held-out rows; empty where it has no head for the task."""
     steps: dict[str, int] = Field(default_factory=dict)

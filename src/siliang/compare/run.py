@@ -112,7 +112,8 @@ class _Comparing:
         if not path.is_file():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise OutputError(f"output folder {self.folder} is not empty. Choose another with --output.")
-            return Comparison(started_at=datetime.now(UTC).isoformat(timespec="seconds"), config=now)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            return Comparison(started_at=started, config=now, given=self.config.as_dict(defaults=False))
         record = Comparison.open(path)
         for key in now:
             if key not in MAY_DIFFER and record.config.get(key) != now[key]:
@@ -120,7 +121,7 @@ class _Comparing:
                     f"{self.folder} holds a comparison with another {_where(key, record.config.get(key), now[key])}.\n"
                     "Choose another folder with --output, or take the settings of its compare.yaml."
                 )
-        record.config, record.status = now, "running"
+        record.config, record.given, record.status = now, self.config.as_dict(defaults=False), "running"
         return record
 
     def _check(self) -> None:
@@ -139,7 +140,7 @@ class _Comparing:
 
     def _say(self, line: str) -> None:
         """What every run would say is said once."""
-        if line.startswith(("warning", "           ")) and line not in self.said:
+        if line.startswith("warning") and line not in self.said:
             self.said.add(line)
             self.listener.say(line)
 

@@ -6,6 +6,7 @@ replies are JSON; what libraries print goes to the log.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -31,6 +32,8 @@ from siliang.train.run import Listener, Run, make_trainer, prepare, train
 from siliang.train.trainer import Progress
 from siliang.types import SiliangError
 
+# imported when they are first used: the first run would have their memory counted as its own
+LIBRARIES = ("sklearn.metrics", "seqeval.metrics", "accelerate", "transformers.trainer")
 Reply = Callable[[dict[str, Any]], None]
 
 
@@ -39,6 +42,8 @@ def main() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     disable_progress_bar()
+    for name in LIBRARIES:
+        importlib.import_module(name)
     warnings.simplefilter("ignore", FutureWarning)
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin, requests), daemon=True).start()

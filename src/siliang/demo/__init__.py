@@ -17,7 +17,7 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 # Found by `search` on a tenth of the training rows; each method at a rate that suits it on this small encoder.
 METHODS: list[dict[str, Any]] = [
-    {"name": "head", "label": "head only", "learning_rate": 1e-2},
+    {"name": "head", "label": "head only", "learning_rate": 5e-3},
     {"name": "bitfit", "label": "BitFit", "learning_rate": 5e-3},
     {"name": "ia3", "label": "IA3", "learning_rate": 1e-2},
     {"name": "lora", "label": "LoRA", "r": 8, "learning_rate": 2e-3},

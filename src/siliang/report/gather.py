@@ -53,6 +53,7 @@ class Material:
         base: The untuned model's metrics, where measured.
         base_answers: And what it says.
         settings: The yaml that makes the same again.
+        all_settings: The same with all defaults, where that is more.
         command: That makes it.
         folder: Where the runs are.
         complete: Nothing is left to be run.
@@ -68,6 +69,7 @@ class Material:
     base_answers: Answers | None = None
     complete: bool = True
     is_comparison: bool = False
+    all_settings: str = ""
 
     @property
     def records(self) -> list[Record]:
@@ -139,12 +141,13 @@ def _of_comparison(folder: Path) -> Material:
         TaskType(comparison.config["task"]),
         sorted(_grouped(found), key=lambda group: order.index(group.label) if group.label in order else len(order)),
         folder,
-        yaml.safe_dump(comparison.config, sort_keys=False, allow_unicode=True),
+        yaml.safe_dump(comparison.given, sort_keys=False, allow_unicode=True),
         "siliang compare compare.yaml",
         comparison.base,
         Answers.open(base) if base.is_file() else None,
         comparison.status == "completed",
         is_comparison=True,
+        all_settings=yaml.safe_dump(comparison.config, sort_keys=False, allow_unicode=True),
     )
 
 

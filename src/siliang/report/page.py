@@ -22,7 +22,7 @@ from siliang.report import plots
 from siliang.report.gather import Group, Material
 from siliang.report.plots import Axis, Curve, Point
 from siliang.report.summary import Line, Mean, answer, lines, pareto
-from siliang.report.table import sentences, table
+from siliang.report.table import notes, sentences, table
 from siliang.report.words import words
 from siliang.types import TaskType
 
@@ -74,7 +74,8 @@ def render(material: Material, *, language: str = "en") -> str:
         answer=sentences(answer(found, material), material, w),
         complete=material.complete,
         columns=columns,
-        rows=list(zip(found, cells, strict=True)),
+        rows=cells,
+        notes=[(i % COLOURS, line.label, text) for i, line in enumerate(found) for text in notes(line, w)],
         cpu=first is None or first.device.kind == "cpu",
         figures=figures(found, material, w),
         series=[(i, group.label) for i, group in enumerate(material.groups)],
@@ -87,6 +88,7 @@ def render(material: Material, *, language: str = "en") -> str:
         counts=counts,
         looked_at=max((len(_rows(group)) for group in material.groups), default=0),
         settings=material.settings,
+        all_settings=material.all_settings,
         command=material.command,
         comparison=material.is_comparison,
         first=first,
@@ -177,7 +179,7 @@ def disagreements(material: Material) -> tuple[list[Asked], int, list[int]]:
             one = next(a for a in answers if a is not None)
             given = [(_given(a), right) for a, right in zip(answers, judged, strict=True)]
             split.append(Asked(place, one.asked, one.right, given))
-    split.sort(key=lambda asked: abs(sum(1 if ok else -1 for _, ok in asked.given)))  # the most divided first
+    split.sort(key=lambda asked: abs(sum(1 if ok else -1 for _, ok in asked.given if ok is not None)))  # most divided
     return split[:SHOWN_ROWS], len(split), wrong
 
 

@@ -54,7 +54,7 @@ class Axis:
         """An axis on which all `values` have room; `zero`: it begins there."""
         if log:
             low, high = math.log10(max(min(values), 1e-12)), math.log10(max(*values, 1e-12))
-            edge = max(high - low, 0.5) * 2 * room
+            edge = max(high - low, 0.5) * room
             low, high = low - edge, high + edge
             ticks = tuple(10.0**e for e in range(math.ceil(low), math.floor(high) + 1))
             if len(ticks) < 2:

@@ -11,6 +11,7 @@ from siliang.compare.verdict import QUALITY, Quality, Verdict
 from siliang.record import Record
 from siliang.report.gather import Group, Material
 
+SAME_COST = 1.02  # costs that differ by less are the same: so much two runs of one method differ by
 GOOD_ENOUGH = 0.95  # of the best quality, for a method that is recommended because it is small
 
 
@@ -111,7 +112,8 @@ def pareto(found: list[Line], quality: Quality, cost: Callable[[Line], Mean | No
         line
         for line, score, c in usable
         if not any(
-            (quality.better(s, score) and k <= c) or (not quality.better(score, s) and k < c) for _, s, k in usable
+            (quality.better(s, score) and k <= c * SAME_COST) or (not quality.better(score, s) and k * SAME_COST < c)
+            for _, s, k in usable
         )
     ]
 

@@ -9,7 +9,7 @@ from siliang.memory.size import show_bytes
 from siliang.report.gather import Material
 from siliang.report.summary import Answer, Line, Mean
 
-STAR = "★"
+STAR, MARK = "★", "⚠"
 ORDER = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l", "perplexity")
 
 
@@ -60,19 +60,16 @@ def table(found: list[Line], material: Material, w: dict[str, str]) -> tuple[lis
         Column("train_speed", w["train_speed"], higher=True),
         Column("eval_speed", w["eval_speed"], higher=True),
         Column("rate", w["rate"]),
-        Column("notes", w["notes"], number=False),
     ]
     return columns, [[_cell(column.key, line, quality.name, w) for column in columns] for line in found]
 
 
 def _cell(key: str, line: Line, score: str, w: dict[str, str]) -> Cell:
     if key == "method":
-        return Cell(f"{line.label} {STAR}" if line.on_front else line.label, line.label)
-    if key == "notes":
-        text = "; ".join(notes(line, w))
-        return Cell(text, text)
+        marks = [STAR] * line.on_front + [MARK] * bool(line.verdicts or line.errors)
+        return Cell(" ".join([line.label, *marks]), line.label)
     if line.total == 0:  # nothing but failures
-        return Cell("–", None)
+        return Cell(w["no_figures"] if key == score else "–", None)
     if key == score:
         return _mean(line.score, 4)
     if key in line.others:
