@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from siliang.record import Record
 from siliang.run_folder import load_base
 from siliang.train.run import Listener, train
 
+pytestmark = pytest.mark.slow  # each worker and each command imports torch anew
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
@@ -37,12 +40,29 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "siliang", *map(str, arguments)]
 
 
-def siliang(*arguments: object, code: int = 0, stdin: str = "") -> str:
-    """Runs a command; returns its output, or, where it should fail, its error."""
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENV, input=stdin)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout if code in (0, 1) else done.stderr
+def siliang(*arguments: object) -> str:
+    """Runs a command in a process of its own; returns its output."""
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command in this process, which has the slow imports behind it, as `siliang` does in its own."""
+
+    def run(*arguments: object, code: int = 0, stdin: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", ["siliang", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
+            main()
+        out, error = capsys.readouterr()
+        assert stopped.value.code == code, out + error
+        assert "Traceback" not in error
+        return error if code == 2 else out
+
+    return run
 
 
 METHODS = [
@@ -92,7 +112,7 @@ def killed_then_finished(settings: Path) -> tuple[Path, dict[str, str], str]:
     return folder, before, siliang("compare", settings)
 
 
-def test_killed_and_gone_on(killed_then_finished: tuple[Path, dict[str, str], str]) -> None:
+def test_killed_and_gone_on(killed_then_finished: tuple[Path, dict[str, str], str], here: Callable[..., str]) -> None:
     folder, before, printed = killed_then_finished
     comparison = Comparison.open(folder / "comparison.json")
     assert comparison.status == "completed"
@@ -101,12 +121,8 @@ def test_killed_and_gone_on(killed_then_finished: tuple[Path, dict[str, str], st
     assert "resumed    3 of 12 runs are there already" in printed
     assert {t.status for t in comparison.trials if t.method != "lost"} == {"completed"}
     # once more: only what failed is tried again
-    again = siliang("compare", settings_of(folder))
+    again = here("compare", folder / "compare.yaml")
     assert len(re.findall(r"^ +\d+/12 ", again, re.MULTILINE)) == 2 and "10 of 12 runs are there" in again
-
-
-def settings_of(folder: Path) -> Path:
-    return folder / "compare.yaml"
 
 
 def test_each_run_is_that_of_its_own_command(
@@ -150,17 +166,17 @@ def test_the_table_says_all(killed_then_finished: tuple[Path, dict[str, str], st
     assert (folder / "report.html").stat().st_size > 10_000
 
 
-def test_the_runs_are_runs(killed_then_finished: tuple[Path, dict[str, str], str]) -> None:
+def test_the_runs_are_runs(killed_then_finished: tuple[Path, dict[str, str], str], here: Callable[..., str]) -> None:
     runs = killed_then_finished[0] / "runs"
     record = Record.read(runs / "lora" / "seed-42")
-    assert json.loads(siliang("eval", runs / "lora" / "seed-42", "--json"))["accuracy"] == record.final["accuracy"]
-    said = siliang("chat", runs / "lora" / "seed-42", runs / "full" / "seed-42", stdin="the film was good\n")
+    assert json.loads(here("eval", runs / "lora" / "seed-42", "--json"))["accuracy"] == record.final["accuracy"]
+    said = here("chat", runs / "lora" / "seed-42", runs / "full" / "seed-42", stdin="the film was good\n")
     lines = said.strip().splitlines()
     assert lines[0] == "> the film was good" and len(lines) == 3
-    expected = siliang("predict", runs / "lora" / "seed-42", "the film was good").split("\t")
+    expected = here("predict", runs / "lora" / "seed-42", "the film was good").split("\t")
     assert lines[1] == f"{runs / 'lora' / 'seed-42'}: {expected[0]} ({expected[1]})"
     page = runs.parent / "two.html"
-    siliang("report", runs / "lora" / "seed-42", runs / "bitfit" / "seed-42", "--output", page, "--lang", "zh")
+    here("report", runs / "lora" / "seed-42", runs / "bitfit" / "seed-42", "--output", page, "--lang", "zh")
     assert "bitfit" in page.read_text() and "collapsed" not in page.read_text()
 
 
@@ -168,8 +184,7 @@ def test_wrong_input(
     killed_then_finished: tuple[Path, dict[str, str], str],
     settings: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    here: Callable[..., str],
 ) -> None:
     folder = killed_then_finished[0]
     (tmp_path / "full").mkdir()
@@ -190,17 +205,13 @@ def test_wrong_input(
         (["chat", folder], "is no run folder"),
     ]
     for arguments, message in cases:
-        monkeypatch.setattr(sys, "argv", ["siliang", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
-            main()
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2
+        error = here(*arguments, code=2)
         assert message in error and error.startswith("error: ") and error.count("\n") <= 2, error
     assert not (tmp_path / "new").exists()
 
 
 def test_search_sees_validation_rows_alone(
-    model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+    model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path, here: Callable[..., str]
 ) -> None:
     """On a model that writes: the base is measured, settings are chosen, two workers share the runs."""
     out = tmp_path / "out"
@@ -216,7 +227,7 @@ def test_search_sees_validation_rows_alone(
         "accept=[SL041]",
     ]
     given = [part for text in sets for part in ("--set", text)]
-    printed = siliang("compare", *flags, "--methods", "lora,bitfit,prompt", "--seeds", 1, "--jobs", 2, *given)
+    printed = here("compare", *flags, "--methods", "lora,bitfit,prompt", "--seeds", 1, "--jobs", 2, *given)
     comparison = Comparison.open(out / "comparison.json")
     searched = [t for t in comparison.trials if t.purpose == "search"]
     assert len(searched) == 4 + 2 + 2
@@ -239,14 +250,16 @@ def test_search_sees_validation_rows_alone(
     assert comparison.base["eval_loss"] > chosen.final["eval_loss"]
     assert f"{comparison.base['eval_loss']:.4f}" in printed
     question = base.rows[0].asked
-    said = siliang("chat", out / "runs" / "lora" / "seed-42", "--max-new-tokens", 4, stdin=f"{question}\n")
+    said = here("chat", out / "runs" / "lora" / "seed-42", "--max-new-tokens", 4, stdin=f"{question}\n")
     assert f"base: {base.rows[0].given}\n" in said
     assert f"{out / 'runs' / 'lora' / 'seed-42'}: {tuned.rows[0].given}\n" in said
 
 
-def test_minutes_become_steps(model_folders: dict[str, Path], review_file: Path, tmp_path: Path) -> None:
+def test_minutes_become_steps(
+    model_folders: dict[str, Path], review_file: Path, tmp_path: Path, here: Callable[..., str]
+) -> None:
     flags = ["--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls", "--output", tmp_path / "o"]
-    siliang("compare", *flags, "--methods", "lora", "--seeds", 1, "--set", "minutes=0.02", "--set", "accept=[SL002]")
+    here("compare", *flags, "--methods", "lora", "--seeds", 1, "--set", "minutes=0.02", "--set", "accept=[SL002]")
     comparison = Comparison.open(tmp_path / "o" / "comparison.json")
     record = Record.read(tmp_path / "o" / "runs" / "lora" / "seed-42")
     assert record.config["train"]["max_steps"] == comparison.steps["lora"] > 1

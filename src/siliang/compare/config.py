@@ -185,7 +185,10 @@ def settings_of(entry: MethodEntry) -> set[str]:
 
 def describe_settings() -> list[tuple[str, str, str, str]]:
     """(name, type, default, meaning) of what compare.yaml may hold beside the settings of a run."""
-    return describe(CompareSettings)
+    shown = {"methods": ("names or mappings", ", ".join(SEVEN)), "search": ("mapping of lists", "{}")}
+    return [
+        (name, *shown.get(name, (kind, default)), meaning) for name, kind, default, meaning in describe(CompareSettings)
+    ]
 
 
 def _without_rate(settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ TEST = Path(__file__).with_name("test.jsonl")
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Found by `search` on a tenth of the training rows; each method at a rate that suits it on this small encoder.
+TRAINING = {"epochs": 3, "batch_size": 16}
 METHODS: list[dict[str, Any]] = [
     {"name": "head", "label": "head only", "learning_rate": 5e-3},
     {"name": "bitfit", "label": "BitFit", "learning_rate": 5e-3},
@@ -61,7 +62,7 @@ def demo_config(output: Path) -> CompareConfig:
             "model": str(encoder_folder()),
             "task": "seq_cls",
             "data": {"train": str(TRAIN), "eval": str(TEST), "max_length": 64},
-            "train": {"epochs": 3, "batch_size": 16},
+            "train": TRAINING,
             "methods": METHODS,
             "seeds": 1,
             "prompts": list(SAMPLES),
