@@ -115,6 +115,9 @@ class DataConfig(Section):
     """The same, held out. Without it, test_size of the training rows is held out."""
     test_size: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of the rows that is held out where `eval` is not given; 0 for none."""
+    validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of the training rows that is held out in place of the others, which are then not looked at: for choosing
+    settings. None: train on all of them, and evaluate on what `eval` or test_size holds out."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Of the split: with test_size the same rows as Dataset.train_test_split(test_size, seed). None: train.seed."""
     stratify: bool = False

@@ -71,6 +71,8 @@ class Memory(Part):
     """Before the first step."""
     peak_bytes: int = 0
     """The most during training."""
+    predicted_bytes: int | None = None
+    """What the plan said; None where it was not asked."""
     recomputed_layers: int = 0
     """Layers that computed their activations twice, in the batch where it was most."""
 

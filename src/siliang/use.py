@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TextStreamer
 
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
@@ -66,6 +67,7 @@ def generate(
     temperature: float = 0.0,
     plain: bool = False,
     base: bool = False,
+    on_text: Callable[[str], None] | None = None,
 ) -> str:
     """What the model answers to an instruction, in the run's own template.
 
@@ -73,6 +75,7 @@ def generate(
         temperature: 0 for the most probable token each time, higher for more varied text.
         plain: The instruction is the beginning of a text, to be continued without a template.
         base: Ask the base model, without the adapter.
+        on_text: Hears the answer piece by piece while it is written.
 
     Raises:
         ConfigError: The run is a classifier, or the base of a fully tuned model was asked for.
@@ -101,6 +104,8 @@ def generate(
     }
     if temperature > 0:
         settings["temperature"] = temperature
+    if on_text is not None:
+        settings["streamer"] = _Pieces(tokenizer, on_text)
     if base:
         with run.model.disable_adapter():
             written = run.model.generate(input_ids=input_ids, **settings)
@@ -108,6 +113,18 @@ def generate(
         written = run.model.generate(input_ids=input_ids, **settings)
     answer = written[0] if run.config.task is TaskType.SEQ_2_SEQ_LM else written[0, len(ids) :]
     return tokenizer.decode(answer, skip_special_tokens=True)
+
+
+class _Pieces(TextStreamer):
+    """Hands on an answer as soon as its next words are whole."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
 
 
 @torch.no_grad()

@@ -9,10 +9,15 @@ def config() -> None:
     """List every setting with its type, default and meaning."""
     import dataclasses
 
+    from siliang.compare.config import describe_settings
     from siliang.config import OWN_FIELDS, describe
     from siliang.methods import METHODS
 
     for name, kind, default, meaning in describe():
+        print(f"{name}: {default}    # {kind}")
+        print(textwrap.fill(" ".join(meaning.split()), 100, initial_indent="    ", subsequent_indent="    "))
+    print("\ncompare.yaml has, in place of `method`:")
+    for name, kind, default, meaning in describe_settings():
         print(f"{name}: {default}    # {kind}")
         print(textwrap.fill(" ".join(meaning.split()), 100, initial_indent="    ", subsequent_indent="    "))
     for method in METHODS.values():

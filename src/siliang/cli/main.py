@@ -11,7 +11,7 @@ import warnings
 import typer
 from typer.main import get_command
 
-from siliang.cli import check, config, demo, eval, generate, merge, methods, plan, predict, train
+from siliang.cli import chat, check, compare, config, demo, eval, generate, merge, methods, plan, predict, report, train
 from siliang.types import SiliangError
 
 app = typer.Typer(
@@ -26,9 +26,12 @@ app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("train")(train.train)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("eval")(eval.evaluate)
 app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("methods")(methods.methods)
 app.command("config")(config.config)

@@ -6,10 +6,14 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from siliang.memory.size import show_bytes as size
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from siliang.train.trainer import Progress
+
+__all__ = ["TrainingDisplay", "duration", "quiet_loading", "size"]
 
 
 def quiet_loading() -> None:
@@ -17,15 +21,6 @@ def quiet_loading() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
-
-def size(n_bytes: float) -> str:
-    """Bytes for people: 512 B, 3.1 KB, 1.31 GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if n_bytes < 1000 or unit == "GB":
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    raise AssertionError
 
 
 def duration(seconds: float) -> str:

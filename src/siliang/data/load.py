@@ -64,6 +64,11 @@ def load_examples(data: DataConfig, task: TaskType, *, seed: int, keep_going: bo
         labels = reader.classes(train) if data.stratify else None
         chosen, held = split(len(train), data.test_size, seed, labels)
         held_out = train.select(held)
+    if data.validation_size is not None and len(chosen) > 1:
+        labels = reader.classes(train.select(chosen)) if data.stratify else None
+        kept, validation = split(len(chosen), data.validation_size, seed, labels)
+        held_out = train.select([chosen[i] for i in validation])
+        chosen = [chosen[i] for i in kept]
     weights = [s.weight for s in data.train_sources]
     if any(w != 1.0 for w in weights):
         chosen = _weighted(chosen, sizes, weights, seed)

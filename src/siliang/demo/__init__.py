@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from siliang.config import RunConfig
+from siliang.compare.config import CompareConfig
 from siliang.types import ModelError
 
 TRAIN = Path(__file__).with_name("train.jsonl")
@@ -14,13 +15,15 @@ TEST = Path(__file__).with_name("test.jsonl")
 # The official model.safetensors of sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-# Found by trying on the training rows; each method at a rate that suits it on this small encoder.
-SETTINGS: dict[str, dict[str, float]] = {
-    "head": {"epochs": 3, "learning_rate": 1e-2},
-    "lora": {"epochs": 3, "learning_rate": 2e-3},
-    "full": {"epochs": 2, "learning_rate": 1e-4},
-}
-NAMES = {"head": "frozen encoder + head", "lora": "LoRA r=8", "full": "full fine-tuning"}
+# Found by `search` on a tenth of the training rows; each method at a rate that suits it on this small encoder.
+TRAINING = {"epochs": 3, "batch_size": 16}
+METHODS: list[dict[str, Any]] = [
+    {"name": "head", "label": "head only", "learning_rate": 5e-3},
+    {"name": "bitfit", "label": "BitFit", "learning_rate": 5e-3},
+    {"name": "ia3", "label": "IA3", "learning_rate": 1e-2},
+    {"name": "lora", "label": "LoRA", "r": 8, "learning_rate": 2e-3},
+    {"name": "full", "label": "full", "learning_rate": 1e-4},
+]
 SAMPLES = (
     "The room smelled of damp and the shower never got warm.",
     "We laughed all evening and went back the very next day.",
@@ -52,15 +55,17 @@ def encoder_folder() -> Path:
     return folder
 
 
-def demo_config(method: str, output: Path) -> RunConfig:
-    """The run of one method on the embedded reviews."""
-    return RunConfig.build(
+def demo_config(output: Path) -> CompareConfig:
+    """The comparison on the embedded reviews."""
+    return CompareConfig.build(
         {
             "model": str(encoder_folder()),
             "task": "seq_cls",
-            "method": method,
             "data": {"train": str(TRAIN), "eval": str(TEST), "max_length": 64},
-            "train": {**SETTINGS[method], "batch_size": 16},
+            "train": TRAINING,
+            "methods": METHODS,
+            "seeds": 1,
+            "prompts": list(SAMPLES),
             "output": str(output),
         }
     )

@@ -22,3 +22,12 @@ def parse_bytes(text: str) -> int:
     if found[3]:
         unit = 1024 ** list(UNITS).index(found[2].upper())
     return int(float(found[1]) * unit)
+
+
+def show_bytes(n_bytes: float) -> str:
+    """Bytes for people: 512 B, 3.1 KB, 1.31 GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    raise AssertionError

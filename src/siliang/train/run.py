@@ -53,10 +53,12 @@ class Listener:
     Attributes:
         say: One line about what is being done.
         progress: After every step.
+        trained: With the trained model, when it has been measured and saved.
     """
 
     say: Callable[[str], None] = lambda line: None
     progress: Callable[[Progress], None] = lambda progress: None
+    trained: Callable[[Run], None] = lambda run: None
 
 
 class InterruptedRunError(SiliangError):
@@ -65,11 +67,18 @@ class InterruptedRunError(SiliangError):
     exit_code = 130
 
 
-def train(config: RunConfig, listener: Listener | None = None, *, resume: bool = False) -> Record:
+def train(
+    config: RunConfig,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    base: Callable[..., Any] = load_base,
+) -> Record:
     """Trains as `config` says and leaves a run folder.
 
     Args:
         resume: Go on from the last checkpoint in the output folder.
+        base: What gives the base model, called as `load_base` is, for whoever has it loaded already.
 
     Raises:
         SiliangError: Something that the user can mend; nothing is left behind then if no step was made.
@@ -79,7 +88,7 @@ def train(config: RunConfig, listener: Listener | None = None, *, resume: bool =
     folder = Path(config.output)
     new = not resume and claim(folder)
     try:
-        run = prepare(config, listener, folder)
+        run = prepare(config, listener, folder, base=base)
     except BaseException:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
@@ -113,8 +122,11 @@ class Run:
     record: Record
 
 
-def prepare(config: RunConfig, listener: Listener, folder: Path) -> Run:
+def prepare(config: RunConfig, listener: Listener, folder: Path, *, base: Callable[..., Any] = load_base) -> Run:
     """Data, model and method of a run, ready for its first step.
+
+    Args:
+        base: What gives the base model, called as `load_base` is.
 
     Raises:
         SiliangError: Something that the user can mend.
@@ -140,7 +152,7 @@ def prepare(config: RunConfig, listener: Listener, folder: Path) -> Run:
         listener.say(f"           skipped {line}")
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
-    model = load_base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
+    model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
     model, trained, total = attach(model, method, config, precision)
     listener.say(
         f"model      {config.model}: {total:,} parameters, "
@@ -224,6 +236,7 @@ def _train(run: Run, *, resume: bool) -> Record:
     elif losses := [s.loss for s in record.steps if s.loss is not None]:
         record.final["train_loss"] = losses[-1]
     record.parameters.adapter_bytes = _save(run)
+    run.listener.trained(run)
     record.status = "completed"
     record.write(folder)
     return record

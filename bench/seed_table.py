@@ -1,0 +1,183 @@
+"""The methods of a comparison once more, with `peft` in its usual loop: same rows, seeds and learning rates.
+
+python -m bench.seed_table examples/compare/chnsenticorp.yaml --output runs/peft
+
+The loop is that of the tutorials: padded batches, AdamW, a linear schedule with warm-up, the task's metrics at the end.
+Each run is a line in results.jsonl of the output folder; a run that is there is not run again. Where the comparison's
+own folder is there, the table has both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from transformers import get_linear_schedule_with_warmup, set_seed
+
+from siliang.check import look_at
+from siliang.compare.config import CompareConfig
+from siliang.compare.record import COMPARISON_NAME, Comparison, Trial
+from siliang.compare.trials import find_entry, run_config, test_trials
+from siliang.compare.verdict import QUALITY
+from siliang.config import RunConfig, assign, read_yaml
+from siliang.data.collate import PadCollator
+from siliang.data.tokens import TokenSet
+from siliang.hardware import find_device
+from siliang.methods import find_method
+from siliang.record import Record
+from siliang.run_folder import load_base
+from siliang.train import metrics
+from siliang.types import TaskType
+
+CONFIGS = {
+    "lora": peft.LoraConfig,
+    "ia3": peft.IA3Config,
+    "ln_tuning": peft.LNTuningConfig,
+    "prompt_tuning": peft.PromptTuningConfig,
+    "p_tuning": peft.PromptEncoderConfig,
+    "prefix_tuning": peft.PrefixTuningConfig,
+}
+HEADS = ("classifier", "score", "pre_classifier", "qa_outputs")
+
+
+def main() -> None:
+    """Runs what is missing, and prints the table."""
+    parser = argparse.ArgumentParser("python -m bench.seed_table", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("settings", type=Path, help="compare.yaml")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl and README.md")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting by name")
+    options = parser.parse_args()
+    values = read_yaml(options.settings)
+    for assignment in options.set:
+        assign(values, assignment)
+    config = CompareConfig.build(values, source=str(options.settings))
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "results.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for trial in test_trials(config, {}):
+        if any((d["method"], d["seed"]) == (trial.method, trial.seed) for d in done):
+            continue
+        found = {"method": trial.method, "seed": trial.seed, **measure(config, trial)}
+        done.append(found)
+        with path.open("a") as opened:
+            opened.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+    text = render(config, done)
+    (options.output / "README.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def measure(config: CompareConfig, trial: Trial) -> dict[str, float]:
+    """One run with peft: the task's figures, and minutes."""
+    run = run_config(config, trial, Path("unused"), {})
+    set_seed(trial.seed)
+    subject = look_at(run)
+    device, t = find_device(), run.train
+    model: Any = load_base(run, subject.examples.labels, subject.tokenizer, dtype=torch.float32)
+    model = attach(model, run).to(device)
+    collate = PadCollator(subject.tokenizer.pad_token_id)
+    loader = DataLoader(subject.train, batch_size=t.batch_size, shuffle=True, collate_fn=collate)
+    steps = t.max_steps or int(np.ceil(len(loader) * t.epochs))
+    rate = t.learning_rate or find_method(run.method.name).learning_rate
+    optimizer = AdamW((p for p in model.parameters() if p.requires_grad), lr=rate, weight_decay=t.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(np.ceil(t.warmup_fraction * steps)), steps)
+    started, step = time.perf_counter(), 0
+    model.train()
+    while step < steps:
+        for batch in loader:
+            loss = model(**{k: v.to(device) for k, v in batch.items()}).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), t.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            if step == steps:
+                break
+    minutes = (time.perf_counter() - started) / 60
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"minutes": minutes, "trained": trained, "rate": rate} | evaluate(
+        model, subject.eval, collate, run, subject.examples.labels or []
+    )
+
+
+def attach(model: Any, run: RunConfig) -> Any:
+    """The method on the base model, by peft; BitFit, the head and full tuning, which it does not have, by hand."""
+    name = run.method.name
+    if name in CONFIGS:
+        return peft.get_peft_model(model, CONFIGS[name](task_type=run.task.value, **run.method.arguments))
+    for key, p in model.named_parameters():
+        head = key.split(".")[0] in HEADS
+        p.requires_grad_(name == "full" or head or (name == "bitfit" and key.endswith("bias")))
+    return model
+
+
+@torch.no_grad()
+def evaluate(model: Any, rows: TokenSet, collate: PadCollator, run: RunConfig, labels: list[str]) -> dict[str, float]:
+    """The loss, and the task's metrics, on the held-out rows."""
+    model.eval()
+    device, total, weight = find_device(), 0.0, 0
+    guesses: list[Any] = []
+    right: list[Any] = []
+    for batch in DataLoader(rows, batch_size=run.train.batch_size, collate_fn=collate):
+        batch = {k: v.to(device) for k, v in batch.items()}
+        output = model(**batch)
+        gold = batch["labels"]
+        shifted = gold[:, 1:] if run.task is TaskType.CAUSAL_LM else gold
+        n = int((shifted != -100).sum())
+        total, weight = total + float(output.loss) * n, weight + n
+        if run.task is TaskType.SEQ_CLS:
+            guesses += output.logits.argmax(-1).tolist()
+            right += gold.tolist()
+        elif run.task is TaskType.TOKEN_CLS:
+            found, names = metrics.tag_names(output.logits.argmax(-1).cpu().numpy(), gold.cpu().numpy(), labels)
+            guesses += found
+            right += names
+    figures = {"eval_loss": total / max(weight, 1)}
+    if run.task is TaskType.SEQ_CLS:
+        figures |= metrics.classification(guesses, right)
+    elif run.task is TaskType.TOKEN_CLS:
+        figures |= metrics.spans_of_tags(guesses, right)
+    return figures
+
+
+def render(config: CompareConfig, done: list[dict[str, Any]]) -> str:
+    """Both libraries' figures, mean and spread over seeds, in Markdown."""
+    quality = QUALITY[config.run.task]
+    folder = Path(config.run.output)
+    path = folder / COMPARISON_NAME
+    trials = [t for t in Comparison.open(path).trials if t.purpose == "test"] if path.is_file() else []
+    lines = [
+        f"| method | learning rate | trained | siliang, {quality.name} | peft, {quality.name} "
+        "| siliang, min | peft, min |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for entry in config.settings.methods:
+        theirs = [d for d in done if d["method"] == entry.label]
+        ours = [Record.read(folder / t.folder) for t in trials if (t.method, t.status) == (entry.label, "completed")]
+        rate = theirs[0]["rate"] if theirs else find_method(find_entry(config, entry.label).name).learning_rate
+        lines.append(
+            f"| {entry.label} | {rate:g} | {theirs[0]['trained'] if theirs else 0:,} "
+            f"| {_spread([r.final[quality.name] for r in ours])} | {_spread([d[quality.name] for d in theirs])} "
+            f"| {_spread([r.seconds.train / 60 for r in ours], 2)} | {_spread([d['minutes'] for d in theirs], 2)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], digits: int = 4) -> str:
+    if not values:
+        return "–"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The base model and any number of runs, asked the same: one base model in memory, adapters come and go on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from siliang.data.vocabulary import grow_vocabulary
+from siliang.models.load import load_model, load_tokenizer
+from siliang.peft_model import PeftModel
+from siliang.record import Record
+from siliang.run_folder import ADAPTER, MODEL, OpenedRun, load_base, read_config
+from siliang.types import ConfigError, TaskType
+from siliang.use import generate, predict
+
+BASE = "base"
+ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.SEQ_CLS)
+
+
+class Chat:
+    """Runs side by side.
+
+    Attributes:
+        names: Who answers, in order: the base, unless its head would be new, and the runs.
+        writes: They write text; otherwise they say a class.
+    """
+
+    def __init__(self, folders: list[Path], device: torch.device) -> None:
+        """Opens the runs' base models; runs with the same one share it.
+
+        Raises:
+            ConfigError: A folder is no finished run, or the runs do different things.
+        """
+        self._device = device
+        self._runs = [_Closed(folder) for folder in folders]
+        tasks = {run.config.task for run in self._runs}
+        if len(tasks) > 1:
+            raise ConfigError(f"the runs do different things: {', '.join(sorted(task.lower() for task in tasks))}.")
+        task = tasks.pop()
+        if task not in ANSWERING:
+            raise ConfigError(f"{folders[0]} was trained for {task.lower()}, which is no chat: use `siliang eval`.")
+        self.writes = task is not TaskType.SEQ_CLS
+        self._bases: dict[str, Any] = {}
+        labels = [str(folder) for folder in folders]
+        self._by_name = dict(zip(labels, self._runs, strict=True))
+        self._of_base = next((run for run in self._runs if run.has_adapter), None) if self.writes else None
+        self.names = [*([BASE] if self._of_base else []), *self._by_name]
+
+    def answer(
+        self, name: str, prompt: str, on_text: Callable[[str], None], *, max_new_tokens: int, temperature: float
+    ) -> str:
+        """What one of them answers; `on_text` hears it while it is written."""
+        of_base = name == BASE and name not in self._by_name
+        closed = self._of_base if of_base else self._by_name[name]
+        assert closed is not None
+        with self._open(closed) as run:
+            if self.writes:
+                return generate(
+                    run,
+                    prompt,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    base=of_base,
+                    on_text=on_text,
+                )
+            said = next(predict(run, [prompt]))
+        text = f"{said.label} ({said.probability:.2f})"
+        on_text(text)
+        return text
+
+    @contextmanager
+    def _open(self, run: _Closed) -> Iterator[OpenedRun]:
+        """The run, ready to use within the block; its adapter is taken off again behind it."""
+        base = self._base(run)
+        model: Any = PeftModel.from_pretrained(base, run.folder / ADAPTER) if run.has_adapter else base
+        if not run.config.quantization:
+            model.to(self._device)
+        try:
+            yield OpenedRun(run.folder, run.config, run.record, model.eval(), run.tokenizer)
+        finally:
+            if isinstance(model, PeftModel):
+                model.unload()
+
+    def _base(self, run: _Closed) -> Any:
+        if run.key not in self._bases:
+            if run.has_adapter:
+                base = load_base(run.config, run.record.labels, run.tokenizer, dtype=torch.float32, device=self._device)
+            else:
+                folder = str(run.folder / MODEL)
+                base = load_model(folder, run.config.task, dtype=torch.float32, labels=run.record.labels)
+            self._bases[run.key] = base
+        return self._bases[run.key]
+
+
+class _Closed:
+    """A run whose model is not loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.config, self.record = folder, read_config(folder), Record.read(folder)
+        self.has_adapter = (folder / ADAPTER).is_dir()
+        if not self.has_adapter and not (folder / MODEL).is_dir():
+            raise ConfigError(f"{folder} was not finished (it is {self.record.status}): nothing can be asked of it.")
+        self.tokenizer = load_tokenizer(self.config.model, revision=self.config.revision)
+        grow_vocabulary(self.tokenizer, self.config.data.add_tokens)
+
+    @property
+    def key(self) -> str:
+        """The same for runs that can share a base model."""
+        if not self.has_adapter:
+            return str(self.folder)
+        c = self.config
+        seed = c.train.seed if c.task is TaskType.SEQ_CLS else None  # draws what the weights do not hold
+        quantised = c.quantization.model_dump_json() if c.quantization else ""
+        return repr((c.model, c.revision, quantised, c.data.add_tokens, self.record.labels, seed))

@@ -1,0 +1,102 @@
+"""siliang chat: the base model and runs side by side, on the same words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from siliang.chat import Chat
+
+WIDEST = 4  # columns side by side; more stand below one another
+NARROWEST = 28  # characters of a column
+
+
+def chat(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
+) -> None:
+    """Ask the base model and any number of runs the same, and see the answers side by side as they are written.
+
+    One question a line, each on its own; from standard input where that is no terminal. An empty line ends it.
+    """
+    from siliang.cli.show import quiet_loading
+
+    quiet_loading()
+    from siliang.chat import Chat
+    from siliang.hardware import find_device
+
+    opened = Chat(list(dict.fromkeys(runs)), find_device())
+    side_by_side = sys.stdout.isatty()
+    for prompt in _prompts():
+        if not sys.stdin.isatty():
+            print(f"> {prompt}", flush=True)
+        answer = _columns if side_by_side else _one_by_one
+        answer(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+def _prompts() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not prompt:
+            return
+        yield prompt
+
+
+def _one_by_one(opened: Chat, prompt: str, *, max_new_tokens: int, temperature: float) -> None:
+    """Plain lines, each answer behind its name, for whoever reads them from a pipe."""
+    for name in opened.names:
+        sys.stdout.write(f"{name}: ")
+        opened.answer(name, prompt, _write, max_new_tokens=max_new_tokens, temperature=temperature)
+        _write("\n")
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _columns(opened: Chat, prompt: str, *, max_new_tokens: int, temperature: float) -> None:
+    """A column each, filled as the words come."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    at_once = max(1, min(WIDEST, console.width // NARROWEST, len(opened.names)))
+    answers = {name: Text() for name in opened.names}
+
+    def drawn() -> Group:
+        grids = []
+        for start in range(0, len(opened.names), at_once):
+            names = opened.names[start : start + at_once]
+            grid = Table(box=None, expand=True, padding=(0, 1), pad_edge=False, header_style="bold")
+            for name in names:
+                grid.add_column(Text(name), ratio=1, overflow="fold")
+            grid.add_row(*(answers[name] for name in names))
+            grids.append(grid)
+        return Group(*grids)
+
+    with Live(drawn(), console=console, refresh_per_second=10, vertical_overflow="visible") as live:
+        for name in opened.names:
+
+            def hear(text: str, shown: Text = answers[name]) -> None:
+                shown.append(text)
+                live.update(drawn())
+
+            opened.answer(name, prompt, hear, max_new_tokens=max_new_tokens, temperature=temperature)
+    print()

@@ -1,0 +1,195 @@
+"""siliang compare: which method is best on one's own data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from siliang.compare.record import Trial
+    from siliang.record import Record
+    from siliang.report.gather import Material
+
+
+def compare(
+    settings: Annotated[
+        Path | None,
+        typer.Argument(
+            help="compare.yaml: run.yaml without `method`, with `methods`, `seeds`, `search`, `minutes` ..."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder, or a name on the hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="The methods, with commas: full,bitfit,lora,ia3,prompt,p-tuning,prefix.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
+    output: Annotated[str | None, typer.Option(help="The comparison's folder; one that was begun goes on.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting by name: --set train.epochs=1")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each with its card or its threads.")] = 1,
+    lang: Annotated[str, typer.Option(help="The report's language: en or zh.")] = "en",
+) -> None:
+    """Train several methods with several seeds on the same rows, and say which is best: one table, one page.
+
+    Interrupted, the same command goes on where it was. Exit code 1 where no run was completed.
+    """
+    from siliang.cli.show import quiet_loading
+    from siliang.cli.train import gather
+    from siliang.report.words import words
+
+    flags = {"model": model, "task": task, "output": output}
+    values = gather(settings, flags, data, set_ or [])
+    values |= {k: v for k, v in {"methods": methods, "seeds": seeds}.items() if v is not None}
+    words(lang)
+    quiet_loading()
+    from siliang.compare.config import CompareConfig
+
+    config = CompareConfig.build(values, source=str(settings or "the flags"))
+    material = run(config, jobs=jobs, language=lang)
+    if not material.records:
+        raise typer.Exit(1)
+
+
+def run(config: Any, *, jobs: int, language: str) -> Material:
+    """Runs a comparison, shows it as it goes on, prints its table, and writes its page."""
+    from siliang.compare.run import compare as run_all
+    from siliang.report.gather import gather
+    from siliang.report.page import write_page
+
+    display = Display()
+    run_all(config, display.listener(), jobs=jobs)
+    folder = Path(config.run.output)
+    material = gather([folder])
+    print()
+    show(material, language)
+    write_page(material, folder / "report.html", language=language)
+    print(f"\npage       {folder / 'report.html'}")
+    return material
+
+
+def show(material: Material, language: str) -> None:
+    """Prints the table and the answer."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from siliang.report.summary import answer, lines
+    from siliang.report.table import notes, sentences, table
+    from siliang.report.words import words
+
+    w = words(language)
+    found = lines(material)
+    columns, rows = table(found, material, w)
+    plain = not sys.stdout.isatty()
+    console = Console(highlight=False, width=10_000 if plain else None)
+    for part in [columns] if plain else _fitting(columns, rows, console.width):
+        grid = Table(box=None, padding=(0, 1), pad_edge=False, header_style="" if plain else "bold")
+        for column in part:
+            grid.add_column(column.title, justify="right" if column.number else "left", no_wrap=True)
+        for cells in rows:
+            grid.add_row(*(Text(cells[columns.index(column)].text) for column in part))
+        for line in _captured(console, grid):
+            print(line)
+        print()
+    for line in found:
+        for note in notes(line, w):
+            print(f"{line.label}: {note}")
+    print(w["terminal_note"])
+    for sentence in sentences(answer(found, material), material, w):
+        print(sentence)
+
+
+def _captured(console: Any, grid: Any) -> list[str]:
+    with console.capture() as capture:
+        console.print(grid)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def _fitting(columns: list[Any], rows: list[list[Any]], width: int) -> list[list[Any]]:
+    """The columns in parts as wide as the terminal, each with the method in front."""
+    from rich.cells import cell_len
+
+    def wide(i: int) -> int:
+        return 2 + max(cell_len(columns[i].title), *(cell_len(cells[i].text) for cells in rows))
+
+    parts, left = [[columns[0]]], width - wide(0)
+    for i in range(1, len(columns)):
+        if wide(i) > left and len(parts[-1]) > 1:
+            parts.append([columns[0]])
+            left = width - wide(0)
+        parts[-1].append(columns[i])
+        left -= wide(i)
+    return parts
+
+
+class Display:
+    """One line for each run: as it goes on, on a terminal, and when it is done."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, tuple[float, str]] = {}
+        self._shown = 0.0
+
+    def listener(self) -> Any:
+        """For the comparison."""
+        from siliang.compare.run import Listener
+
+        return Listener(self.say, self.began, self.progress, self.ended)
+
+    def say(self, line: str) -> None:
+        """Prints one line."""
+        self._clear()
+        print(line, flush=True)
+
+    def began(self, trial: Trial, number: int, of: int) -> None:
+        """A trial begins."""
+        tried = ", ".join(f"{key} {value}" for key, value in trial.settings.items())
+        what = f", {tried}" if tried else ""
+        name = f"{trial.method}{what}, seed {trial.seed}"
+        self._begun[trial.folder] = (time.perf_counter(), f"{number:>3}/{of}  {name}")
+        self._draw(f"{number:>3}/{of}  {name} ...")
+
+    def progress(self, trial: Trial, progress: dict[str, Any]) -> None:
+        """A step is done."""
+        from siliang.cli.show import duration
+
+        if time.perf_counter() - self._shown < 0.2:
+            return
+        loss = f"  loss {progress['loss']:.4f}" if progress["loss"] is not None else ""
+        _, name = self._begun[trial.folder]
+        left = duration(progress["eta_s"])
+        self._draw(f"{name}  step {progress['step']:,}/{progress['steps']:,}{loss}  {left} to go")
+
+    def ended(self, trial: Trial, record: Record | None) -> None:
+        """A trial is done, or will not be."""
+        from siliang.cli.show import duration
+        from siliang.compare.verdict import QUALITY
+        from siliang.types import TaskType
+
+        started, name = self._begun.get(trial.folder, (time.perf_counter(), f"{trial.method}, seed {trial.seed}"))
+        self._clear()
+        if record is None:
+            print(f"{name}  failed: {trial.error}", flush=True)
+            return
+        quality = QUALITY[TaskType(record.config["task"])].name
+        took = duration(time.perf_counter() - started)
+        print(f"{name}  {quality} {record.final[quality]:.4f}  {took}", flush=True)
+
+    def _draw(self, line: str) -> None:
+        if sys.stdout.isatty():
+            import shutil
+
+            self._shown = time.perf_counter()
+            sys.stdout.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+            sys.stdout.flush()
+
+    @staticmethod
+    def _clear() -> None:
+        if sys.stdout.isatty():
+            sys.stdout.write("\r\x1b[K")

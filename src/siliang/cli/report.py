@@ -1,0 +1,30 @@
+"""siliang report: the table and the page of runs that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of a comparison.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html in a comparison's folder, or here.")
+    ] = None,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+) -> None:
+    """Make the table and the page of a comparison, or of any runs on the same data, from their records."""
+    from siliang.cli.compare import show
+    from siliang.report.gather import gather
+    from siliang.report.page import write_page
+    from siliang.types import OutputError
+
+    material = gather(runs)
+    page = output or (runs[0] / "report.html" if material.is_comparison else Path("report.html"))
+    if page.is_dir() or not page.parent.is_dir():
+        raise OutputError(f"--output {page}: name a file in a folder that is there, such as report.html.")
+    show(material, lang)
+    write_page(material, page, language=lang)
+    print(f"\npage       {page}")

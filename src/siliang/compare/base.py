@@ -1,0 +1,100 @@
+"""The base model of many runs: loaded once, lent to one run after the other, and taken back as it was."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from siliang.config import RunConfig
+from siliang.peft_model import PeftModel
+from siliang.run_folder import load_base
+from siliang.types import TaskType
+
+# their heads come with the weights; the other tasks' are drawn by the run's seed
+WITHOUT_NEW_WEIGHTS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+
+
+class KeptBase:
+    """Gives base models as `load_base` does, and keeps the one that comes back.
+
+    What a run gets is the same, bit for bit, as if it had loaded the model itself: a model that does not come back
+    unchanged, such as a fully tuned one, is let go, and one whose head another seed draws is loaded anew.
+
+    Attributes:
+        loads: How often a model was read from its files.
+    """
+
+    def __init__(self) -> None:
+        self.loads = 0
+        self._model: nn.Module | None = None
+        self._key: tuple[Any, ...] = ()
+        self._bits: dict[str, int] = {}
+
+    def __call__(
+        self,
+        config: RunConfig,
+        labels: list[str] | None,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> Any:
+        """The base model for a run; lent, until `take_back`."""
+        key = _key(config, labels, dtype)
+        model, self._model = self._model, None  # a run that fails does not bring it back
+        if model is not None and key == self._key:
+            return model
+        del model
+        free_memory()
+        fresh = load_base(config, labels, tokenizer, dtype=dtype, device=device)
+        self.loads += 1
+        self._key, self._bits = key, bits(fresh)
+        return fresh
+
+    def take_back(self, model: nn.Module, config: RunConfig) -> None:
+        """Takes a run's model, whatever is attached to it; it is kept if it is what was lent."""
+        # embeddings that grew did so with the global random numbers, which a run of its own would draw too
+        if isinstance(model, PeftModel) and not config.data.add_tokens:
+            base = model.unload().eval()
+            for p in base.parameters():
+                p.grad = None
+            if bits(base) == self._bits:
+                self._model = base
+
+    def drop(self) -> None:
+        """Lets the model go."""
+        self._model = None
+        free_memory()
+
+
+def bits(model: nn.Module) -> dict[str, int]:
+    """A number for each parameter and buffer that changes when one of its bits does."""
+    return {name: _sum(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _sum(tensor: torch.Tensor) -> int:
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64)) if tensor.numel() else 0
+
+
+def free_memory() -> None:
+    """Gives what is not used back to the machine, so that the next run's memory is its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
+
+
+def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    quantised = config.quantization.model_dump_json() if config.quantization else None
+    seed = None if config.task in WITHOUT_NEW_WEIGHTS else config.train.seed
+    named = tuple(labels) if labels is not None else None
+    return (config.model, config.revision, config.task, named, quantised, tuple(config.data.add_tokens), dtype, seed)

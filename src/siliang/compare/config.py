@@ -1,0 +1,209 @@
+"""The settings of a comparison: those of a run, and beside them the methods, the seeds, the search and the budget."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from siliang.config import MethodConfig, RunConfig, Section, describe
+from siliang.types import ConfigError, nearest
+
+SEVEN = ("full", "bitfit", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning")
+VIRTUAL_TOKENS = 20  # of the methods that want to be told, as PEFT's examples and the tutorials have it
+
+
+class MethodEntry(BaseModel):
+    """A method of the comparison: its name, or {name: lora, r: 16, learning_rate: 1e-3, search: {...}}."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """One of `siliang methods`; prompt, p-tuning and prefix are understood too."""
+    label: str = ""
+    """What it is called in the table. Made from the name and what is set beside it, where it is not given."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. None: train.learning_rate, or the method's own default."""
+    search: dict[str, list[Any]] | None = None
+    """What is tried for this method, in place of the comparison's `search`."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields of the method's config that were given, and those that it cannot do without."""
+        needed = {"num_virtual_tokens": VIRTUAL_TOKENS} if "num_virtual_tokens" in settings_of(self) else {}
+        return needed | dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _complete(self) -> MethodEntry:
+        from siliang.methods import METHODS
+
+        name = self.name.strip().lower().replace("-", "_")
+        self.name = f"{name}_tuning" if f"{name}_tuning" in METHODS else name
+        MethodConfig(name=self.name, **self.arguments)
+        if not self.label:
+            self.label = " ".join([self.name, *(f"{k}={v}" for k, v in (self.model_extra or {}).items())])
+        return self
+
+
+def _entries(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+
+class CompareSettings(Section):
+    """What compare.yaml may hold beside the settings of a run."""
+
+    methods: Annotated[list[MethodEntry], BeforeValidator(_entries), Field(min_length=1)] = Field(
+        default_factory=lambda: [MethodEntry(name=name) for name in SEVEN]
+    )
+    """The methods: names of `siliang methods`, or mappings such as {name: lora, r: 16, learning_rate: 1e-3}."""
+    seeds: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = 3
+    """How many seeds, from train.seed on; or the seeds themselves."""
+    search: dict[str, list[Any]] = Field(default_factory=dict)
+    """Settings to choose from, each a list: learning_rate, or fields of a method's config. Each method tries those it
+    has, all combinations, with the first seed, on validation rows; the held-out rows see only what was chosen."""
+    validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training rows that the search is judged on."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes of training for every run, in place of train.epochs: the steps that fit are measured for each method."""
+    prompts: list[str] = Field(default_factory=list)
+    """Texts or instructions that the base and every method answer. Taken from the held-out rows where none is given."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Of each of these answers, where text is written."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompareSettings:
+        labels = [slug(entry.label) for entry in self.methods]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ConfigError(f"methods holds {twice[0]!r} twice: give one of them a setting or a `label` of its own.")
+        for key in self.search:
+            if not any(key in settings_of(entry) for entry in self.methods):
+                known = sorted({name for entry in self.methods for name in settings_of(entry)})
+                raise ConfigError(
+                    f"search.{key} is a setting of none of the methods.{nearest(key, known)} "
+                    f"Allowed: {', '.join(known)}."
+                )
+        for entry in self.methods:
+            for key in entry.search or {}:
+                if key not in settings_of(entry):
+                    raise ConfigError(
+                        f"search.{key} is not a setting of {entry.name}.{nearest(key, settings_of(entry))}"
+                    )
+            for settings in self.choices(entry):
+                MethodConfig(name=entry.name, **(entry.arguments | _without_rate(settings)))
+        return self
+
+    @property
+    def budget_steps(self) -> bool:
+        """Steps have to be measured first."""
+        return self.minutes is not None
+
+    def choices(self, entry: MethodEntry) -> list[dict[str, Any]]:
+        """The settings that the search tries for a method; empty where there is nothing to choose."""
+        given = self.search if entry.search is None else entry.search
+        own = {key: values for key, values in given.items() if key in settings_of(entry) and values}
+        if not own:
+            return []
+        found = [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
+        return found if len(found) > 1 else []
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison: `run`, what all runs have in common, and what is compared."""
+
+    run: RunConfig
+    settings: CompareSettings
+
+    @classmethod
+    def build(cls, values: dict[str, Any], *, source: str = "the settings") -> CompareConfig:
+        """Checks `values` and fills in the defaults.
+
+        Raises:
+            ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
+        """
+        own = set(CompareSettings.model_fields)
+        of_a_run = set(RunConfig.model_fields) - {"method"}
+        if "method" in values:
+            raise ConfigError(f"{source}: a comparison has `methods`, a list, and no `method`.")
+        for key in values:
+            if key not in own | of_a_run:
+                raise ConfigError(f"{source}: {key} is not a setting.{nearest(key, own | of_a_run)}")
+        run = RunConfig.build({k: v for k, v in values.items() if k in of_a_run}, source=source)
+        if run.data.validation_size is not None:
+            raise ConfigError(f"{source}: data.validation_size is the search's own: use validation_size.")
+        try:
+            settings = CompareSettings.model_validate({k: v for k, v in values.items() if k in own})
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_explain(error)}") from None
+        return cls(run, settings)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in order."""
+        given = self.settings.seeds
+        return [self.run.train.seed + i for i in range(given)] if isinstance(given, int) else given
+
+    def as_dict(self, *, defaults: bool = True) -> dict[str, Any]:
+        """The whole config, or what of it is not at its default."""
+        run = self.run.model_dump(mode="json", exclude={"method"}, exclude_defaults=not defaults)
+        settings = self.settings.model_dump(mode="json", exclude_defaults=not defaults)
+        settings["methods"] = [_short(entry) for entry in self.settings.methods]
+        output = run.pop("output")
+        return {**run, **settings, "seeds": self.settings.seeds, "output": output}
+
+    def to_yaml(self) -> str:
+        """The same, as compare.yaml holds it."""
+        return to_yaml(self.as_dict())
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """A mapping as yaml, in its own order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def slug(label: str) -> str:
+    """A label as the name of a folder."""
+    return re.sub(r"[^\w.=-]+", "-", label).strip("-.") or "method"
+
+
+def settings_of(entry: MethodEntry) -> set[str]:
+    """What can be searched for a method."""
+    import dataclasses
+
+    from siliang.config import OWN_FIELDS
+    from siliang.methods import find_method
+
+    config = find_method(entry.name).config
+    return {"learning_rate"} | ({f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set())
+
+
+def describe_settings() -> list[tuple[str, str, str, str]]:
+    """(name, type, default, meaning) of what compare.yaml may hold beside the settings of a run."""
+    shown = {"methods": ("names or mappings", ", ".join(SEVEN)), "search": ("mapping of lists", "{}")}
+    return [
+        (name, *shown.get(name, (kind, default)), meaning) for name, kind, default, meaning in describe(CompareSettings)
+    ]
+
+
+def _without_rate(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "learning_rate"}
+
+
+def _short(entry: MethodEntry) -> dict[str, Any]:
+    """An entry without what it does not say."""
+    return entry.model_dump(mode="json", exclude_none=True)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):
+        return str(inner)
+    path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "int")))
+    return f"{path} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."

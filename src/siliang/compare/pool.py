@@ -1,0 +1,157 @@
+"""The worker processes, as seen from the one that asks: each does one request after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a worker said of a request.
+
+    Attributes:
+        kind: began, say, progress, done, failed, or died, where the process is gone.
+        number: Of the request, in the order in which they were given.
+        message: The worker's own words.
+    """
+
+    kind: str
+    number: int
+    message: dict[str, Any]
+
+
+class Pool:
+    """Workers for the life of a `with` block; a worker that dies is replaced by the next request.
+
+    Args:
+        jobs: How many. On CUDA each gets one of the visible cards, on the CPU its share of the threads.
+        logs: Folder for what the workers' libraries print.
+    """
+
+    def __init__(self, jobs: int, logs: Path) -> None:
+        self._workers = [_Worker(i, jobs, logs) for i in range(jobs)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def run(self, requests: Iterable[dict[str, Any]]) -> Iterator[Event]:
+        """Has all requests done, in order, by whichever worker is free, and tells what happens as it happens."""
+        waiting = deque(enumerate(requests))
+        left = len(waiting)
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+        def serve(worker: _Worker) -> None:
+            while True:
+                try:
+                    number, request = waiting.popleft()  # atomic
+                except IndexError:
+                    return
+                events.put(Event("began", number, {}))
+                worker.ask(request, lambda message, n=number: events.put(Event(message["kind"], n, message)))
+
+        for worker in self._workers[: max(left, 1)]:
+            threading.Thread(target=serve, args=(worker,), daemon=True).start()
+        while left:
+            event = events.get()
+            left -= event.kind in ("done", "failed", "died")
+            yield event
+
+
+class _Worker:
+    def __init__(self, number: int, of: int, logs: Path) -> None:
+        self._number, self._of, self._logs = number, of, logs
+        self._process: subprocess.Popen[str] | None = None
+        self._closed = False
+
+    def ask(self, request: dict[str, Any], hear: Callable[[dict[str, Any]], None]) -> None:
+        """Sends a request and passes on what comes, up to done, failed or died."""
+        if self._closed:
+            return
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            message = json.loads(line)
+            hear(message)
+            if message["kind"] in ("done", "failed"):
+                return
+        hear({"kind": "died", "error": _why_gone(self._process.wait(), self._log)})
+
+    def close(self) -> None:
+        """Ends the process, whatever it does."""
+        self._closed = True
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        self._close_pipes()
+
+    @property
+    def _log(self) -> Path:
+        return self._logs / f"worker-{self._number + 1}.log"
+
+    def _close_pipes(self) -> None:
+        if self._process is not None:
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    with suppress(OSError):
+                        stream.close()
+
+    def _start(self) -> None:
+        self._close_pipes()
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "siliang.compare.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                env=os.environ | self._environment(),
+                start_new_session=True,  # Ctrl-C is for the process that asks
+            )
+
+    def _environment(self) -> dict[str, str]:
+        """This worker's card, or its share of the processor."""
+        import torch
+
+        if cards := torch.cuda.device_count():
+            named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            visible = named.split(",") if named else [str(i) for i in range(cards)]
+            return {"CUDA_VISIBLE_DEVICES": visible[self._number % len(visible)]}
+        if self._of == 1:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self._of))}
+
+
+def _why_gone(code: int, log: Path) -> str:
+    if code == -signal.SIGKILL:
+        return "the process was killed, most likely because the machine's memory was full"
+    with suppress(OSError):
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if lines:
+            return f"the process ended with code {code}: {lines[-1][:200]} (see {log})"
+    return f"the process ended with code {code}"

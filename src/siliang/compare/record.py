@@ -1,0 +1,109 @@
+"""The schema of comparison.json, and of answers.json, which each of its runs keeps beside run.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from siliang.record import Part
+from siliang.types import ConfigError
+
+COMPARISON_NAME = "comparison.json"
+ANSWERS_NAME = "answers.json"
+SCHEMA_VERSION = 1
+
+
+class Saved(Part):
+    """A part that is a file of its own."""
+
+    def save(self, path: Path) -> None:
+        """Writes the file, never half of it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Reads the file.
+
+        Raises:
+            ConfigError: It is missing or damaged.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path.parent} holds no {path.name}.") from None
+        except (ValidationError, OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+class Trial(Part):
+    """One run of the comparison: a method, its settings, a seed."""
+
+    method: str
+    """The method's label."""
+    seed: int
+    purpose: Literal["search", "test"]
+    """search: to choose settings, on the validation rows. test: for the table, on the held-out rows."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What the search gives or gave: learning_rate, or fields of the method's config."""
+    folder: str
+    """The run's folder, seen from the comparison's."""
+    status: Literal["waiting", "running", "completed", "failed"] = "waiting"
+    error: str | None = None
+    attempts: int = 0
+    """How often it was begun: more than once where the comparison was interrupted."""
+
+
+class Comparison(Saved):
+    """comparison.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    status: Literal["running", "completed"] = "running"
+    started_at: str
+    """UTC, ISO 8601."""
+    config: dict[str, Any]
+    """The resolved compare.yaml."""
+    given: dict[str, Any]
+    """The same without what is at its default."""
+    base: dict[str, float] = Field(default_factory=dict)
+    """What the untuned base model reaches on the held-out rows; empty where it has no head for the task."""
+    steps: dict[str, int] = Field(default_factory=dict)
+    """With a budget in minutes: the steps of each method that fit into it."""
+    chosen: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """The settings that the search found best for each method."""
+    trials: list[Trial] = Field(default_factory=list)
+
+
+class Answer(Part):
+    """What a model says to one text."""
+
+    where: str = ""
+    """The held-out row, as file and line; empty for a prompt of the settings."""
+    asked: str
+    right: str | None = None
+    """What the data says; None for a prompt of the settings."""
+    given: str
+    probability: float | None = None
+    """Of the class; None for text and tags."""
+
+
+class Answers(Saved):
+    """answers.json: what a run's model says, for whoever wants to see more than figures."""
+
+    prompts: list[Answer] = Field(default_factory=list)
+    """The same questions for every run of a comparison."""
+    rows: list[Answer] = Field(default_factory=list)
+    """Some of the held-out rows, the same for every run."""
+    majority: float | None = None
+    """Share of the most frequent class among all held-out rows."""
+    classes: int | None = None
+    """How many classes the data has."""
+    figures: dict[str, float] = Field(default_factory=dict)
+    """Metrics on the held-out rows that take writing: rouge_l."""

@@ -1,0 +1,321 @@
+"""A comparison, from its settings to its records: what is left to do is done, what is done stays."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from siliang.check import find, look_at, stop_on_errors
+from siliang.compare.config import CompareConfig
+from siliang.compare.pool import Event, Pool
+from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison, Trial
+from siliang.compare.trials import TIMED_STEPS, run_config, search_trials, test_trials
+from siliang.compare.verdict import QUALITY, learned_nothing
+from siliang.config import RunConfig
+from siliang.hardware import machine
+from siliang.record import RECORD_NAME, Record
+from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
+from siliang.types import ConfigError, OutputError, SiliangError, TaskType
+
+CONFIG_NAME = "compare.yaml"
+BASE = "base"  # folder of what the untuned model says
+WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+MAY_DIFFER = ("methods", "seeds", "search", "output")  # in a comparison that goes on
+METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings that are one method's, and no reason to stop the others
+MOST_ATTEMPTS = 3  # of a trial that takes its process, or the whole comparison, down with it
+
+
+class InterruptedComparisonError(SiliangError):
+    """The user stopped the comparison; what was finished is there."""
+
+    exit_code = 130
+
+
+@dataclass
+class Listener:
+    """Who hears of a comparison while it goes on; only the command prints.
+
+    Attributes:
+        say: One line about what is being done.
+        began: A trial, its number from 1, and how many there are.
+        progress: After every step of a trial: its number, the step, the steps, the loss, the seconds to go.
+        ended: A trial, and its record where it was completed.
+    """
+
+    say: Callable[[str], None] = lambda line: None
+    began: Callable[[Trial, int, int], None] = lambda trial, number, of: None
+    progress: Callable[[Trial, dict[str, Any]], None] = lambda trial, progress: None
+    ended: Callable[[Trial, Record | None], None] = lambda trial, record: None
+
+
+def compare(config: CompareConfig, listener: Listener | None = None, *, jobs: int = 1) -> Comparison:
+    """Runs every method with every seed, in worker processes, and leaves a folder of records.
+
+    Where the output folder holds this comparison already, it goes on: a run that is complete is not run again, one
+    that was interrupted begins anew. Methods, seeds and search may have been added to since.
+
+    Args:
+        jobs: Runs at the same time, each with a base model of its own.
+
+    Raises:
+        ConfigError: The folder holds a comparison with other settings.
+        OutputError: The folder holds something else.
+        DataError: `siliang check` finds an error in the data that all runs would meet.
+        InterruptedComparisonError: Ctrl-C or SIGTERM came.
+    """
+    return _Comparing(config, listener or Listener(), jobs).run()
+
+
+class _Comparing:
+    def __init__(self, config: CompareConfig, listener: Listener, jobs: int) -> None:
+        self.config, self.listener, self.jobs = config, listener, jobs
+        self.folder = Path(config.run.output)
+        self.task = config.run.task
+        self.said: set[str] = set()
+        self.record = self._open()
+        self.pool: Pool | None = None
+
+    def run(self) -> Comparison:
+        self._check()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / CONFIG_NAME).write_text(self.config.to_yaml(), encoding="utf-8")
+        self._save()
+        try:
+            with _stopping(), Pool(self.jobs, self.folder / "logs") as self.pool:
+                self._measure_steps()
+                self._search()
+                if self.task in WRITERS and not self.record.base:
+                    self._measure_base()
+                self._do(test_trials(self.config, self.record.chosen))
+        except KeyboardInterrupt:
+            done = sum(t.status == "completed" for t in self.record.trials)
+            raise InterruptedComparisonError(
+                f"Stopped; {done} of {len(self.record.trials)} runs are done and kept.\n"
+                f"Go on with the same command, or: siliang compare {self.folder / CONFIG_NAME}"
+            ) from None
+        self.record.status = "completed"
+        self._save()
+        return self.record
+
+    # ---- what is there already ----
+
+    def _open(self) -> Comparison:
+        """The record of a comparison that was begun before, or a new one."""
+        path, now = self.folder / COMPARISON_NAME, self.config.as_dict()
+        if not path.is_file():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise OutputError(f"output folder {self.folder} is not empty. Choose another with --output.")
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            return Comparison(started_at=started, config=now, given=self.config.as_dict(defaults=False))
+        record = Comparison.open(path)
+        for key in now:
+            if key not in MAY_DIFFER and record.config.get(key) != now[key]:
+                raise ConfigError(
+                    f"{self.folder} holds a comparison with another {_where(key, record.config.get(key), now[key])}.\n"
+                    "Choose another folder with --output, or take the settings of its compare.yaml."
+                )
+        record.config, record.given, record.status = now, self.config.as_dict(defaults=False), "running"
+        return record
+
+    def _check(self) -> None:
+        """Stops before anything is made where every run would stop."""
+        trial = test_trials(self.config, {})[0]
+        subject = look_at(run_config(self.config, trial, self.folder, {}), machine())
+        findings = [f for f in find(subject, stop_early=True) if f.code not in METHODS_OWN]
+        stop_on_errors(findings)
+        for finding in findings:
+            self._say(f"warning    {finding.code} {finding.title}: {finding.message}")
+        if not len(subject.eval):
+            raise ConfigError("a comparison needs held-out rows: give data.eval, or a data.test_size above 0.")
+        self.listener.say(
+            f"data       {len(subject.train):,} rows to train on, {len(subject.eval):,} held out, the same for all runs"
+        )
+
+    def _say(self, line: str) -> None:
+        """What every run would say is said once."""
+        if line.startswith("warning") and line not in self.said:
+            self.said.add(line)
+            self.listener.say(line)
+
+    def _save(self) -> None:
+        self.record.save(self.folder / COMPARISON_NAME)
+
+    # ---- the phases ----
+
+    def _measure_steps(self) -> None:
+        """With a budget in minutes: the steps of each method that fit into it."""
+        minutes = self.config.settings.minutes
+        if minutes is None:
+            return
+        labels = [e.label for e in self.config.settings.methods if e.label not in self.record.steps]
+        requests = []
+        for label in labels:
+            trial = Trial(method=label, seed=self.config.seeds[0], purpose="test", folder=f"timing/{len(requests)}")
+            values = run_config(self.config, trial, self.folder, {label: TIMED_STEPS})
+            requests.append(self._request("base", values) | {"kind": "steps", "minutes": minutes})
+        for event in self._ask(requests):
+            if event.kind == "done":
+                self.record.steps[labels[event.number]] = event.message["found"]["steps"]
+                self.listener.say(
+                    f"budget     {labels[event.number]}: {self.record.steps[labels[event.number]]:,} steps"
+                )
+        shutil.rmtree(self.folder / "timing", ignore_errors=True)
+        self._save()
+
+    def _search(self) -> None:
+        """Tries the settings to choose from, and chooses."""
+        trials = search_trials(self.config)
+        if not trials:
+            self.record.chosen = {}
+            return
+        self._do(trials)
+        quality = QUALITY[self.task]
+        self.record.chosen = {}
+        best: dict[str, float] = {}
+        for trial in (t for t in self.record.trials if t.purpose == "search" and t.status == "completed"):
+            found = Record.read(self.folder / trial.folder).final[quality.name]
+            if trial.method not in best or quality.better(found, best[trial.method]):
+                best[trial.method], self.record.chosen[trial.method] = found, trial.settings
+        for label, settings in self.record.chosen.items():
+            shown = ", ".join(f"{key} {value}" for key, value in settings.items())
+            self.listener.say(f"chosen     {label}: {shown} ({quality.name} {best[label]:.4f} on validation rows)")
+        self._save()
+
+    def _measure_base(self) -> None:
+        values = self.config.run.model_copy(update={"output": str(self.folder / BASE)})
+        for event in self._ask([self._request("base", values)]):
+            if event.kind == "done":
+                self.record.base = event.message["found"]
+                self.listener.say(f"base       held-out loss {self.record.base['eval_loss']:.4f} before any training")
+            elif event.kind in ("failed", "died"):
+                self.listener.say(f"warning    the base model was not measured: {event.message['error']}")
+        shutil.rmtree(self.folder / BASE / CHECKPOINTS, ignore_errors=True)
+        self._save()
+
+    def _do(self, trials: list[Trial]) -> None:
+        """Runs those of the trials that are not complete."""
+        trials = [self._known(trial) for trial in trials]
+        purpose = trials[0].purpose
+        old = [t for t in self.record.trials if t.purpose != purpose]
+        self.record.trials = [*old, *trials] if purpose == "test" else [*trials, *old]
+        todo = [t for t in trials if t.status != "completed"]
+        if len(todo) < len(trials):
+            self.listener.say(f"resumed    {len(trials) - len(todo)} of {len(trials)} runs are there already")
+        requests, asked = [], []
+        for trial in todo:
+            if trial.attempts >= MOST_ATTEMPTS and trial.status == "running":
+                trial.status = "failed"
+                trial.error = f"begun {trial.attempts} times, and each time the process was killed: out of memory?"
+                self.listener.ended(trial, None)
+                continue
+            trial.status, trial.error = "waiting", None
+            values = run_config(self.config, trial, self.folder, self.record.steps)
+            requests.append(self._request("train", values))
+            asked.append(trial)
+        self._save()
+        begun = 0
+        for event in self._ask(requests):
+            trial = asked[event.number]
+            match event.kind:
+                case "began":
+                    begun += 1
+                    shutil.rmtree(self.folder / trial.folder, ignore_errors=True)
+                    trial.status, trial.attempts = "running", trial.attempts + 1
+                    self._save()
+                    self.listener.began(trial, len(trials) - len(asked) + begun, len(trials))
+                case "say":
+                    self._say(event.message["line"])
+                case "progress":
+                    self.listener.progress(trial, event.message["progress"])
+                case "done":
+                    trial.status = "completed"
+                    self._finished(trial)
+                case _:
+                    trial.status, trial.error = "failed", event.message["error"]
+                    self._save()
+                    self.listener.ended(trial, None)
+
+    def _finished(self, trial: Trial) -> None:
+        folder = self.folder / trial.folder
+        for name in (CHECKPOINTS, *((ADAPTER, MODEL) if trial.purpose == "search" else ())):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        self._save()
+        self.listener.ended(trial, Record.read(folder))
+
+    def _known(self, trial: Trial) -> Trial:
+        """The trial as it stands in the record; complete only if its run is there, with these settings.
+
+        Raises:
+            ConfigError: A run of other settings is there.
+        """
+        before = next((t for t in self.record.trials if (t.folder, t.purpose) == (trial.folder, trial.purpose)), trial)
+        folder = self.folder / trial.folder
+        if before.status not in ("completed", "running") or not (folder / RECORD_NAME).is_file():
+            return trial if before.status == "completed" else before.model_copy(update={"settings": trial.settings})
+        record = Record.read(folder)
+        if record.status != "completed":
+            return before.model_copy(update={"settings": trial.settings})
+        wanted = run_config(self.config, trial, self.folder, self.record.steps).model_dump(mode="json")
+        if record.config != wanted:
+            where = next(key for key in wanted if record.config.get(key) != wanted[key])
+            raise ConfigError(
+                f"{folder} is a run with another {_where(where, record.config.get(where), wanted[where])}.\n"
+                "Remove that folder, choose another with --output, or give the method a label of its own."
+            )
+        # a run that was complete when the comparison was killed
+        return before.model_copy(update={"status": "completed", "settings": trial.settings})
+
+    def _request(self, kind: str, config: RunConfig) -> dict[str, Any]:
+        settings = self.config.settings
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        if kind == "base":
+            Path(config.output).mkdir(parents=True, exist_ok=True)
+        return {
+            "kind": kind,
+            "config": config.model_dump(mode="json"),
+            "prompts": settings.prompts,
+            "max_new_tokens": settings.max_new_tokens,
+        }
+
+    def _ask(self, requests: list[dict[str, Any]]) -> Iterator[Event]:
+        assert self.pool is not None
+        return self.pool.run(requests)
+
+
+def read_verdict(folder: Path, record: Record, base: dict[str, float]) -> str | None:
+    """Why a run has learned nothing, as its folder tells; None where it has."""
+    path = folder / ANSWERS_NAME
+    answers = Answers.open(path) if path.is_file() else None
+    return learned_nothing(TaskType(record.config["task"]), record.final, answers, base)
+
+
+def _where(key: str, was: Any, wanted: Any) -> str:
+    """The first setting in which two configs differ, and how."""
+    while isinstance(was, dict) and isinstance(wanted, dict):
+        inner = next(k for k in (*wanted, *was) if was.get(k) != wanted.get(k))
+        key, was, wanted = f"{key}.{inner}", was.get(inner), wanted.get(inner)
+    return f"{key} ({was}, here {wanted})"
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Within the block SIGTERM stops as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

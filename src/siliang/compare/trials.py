@@ -1,0 +1,74 @@
+"""The trials of a comparison, and the config of each: `siliang train` with it gives the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from siliang.compare.config import CompareConfig, MethodEntry, slug
+from siliang.compare.record import Trial
+from siliang.config import RunConfig
+
+RUNS, SEARCH = "runs", "search"  # folders within the comparison's
+TIMED_STEPS = 9  # that tell a method's speed; the first half is warm-up
+
+
+def search_trials(config: CompareConfig) -> list[Trial]:
+    """What is tried to choose settings, with the first seed."""
+    return [
+        Trial(
+            method=entry.label,
+            seed=config.seeds[0],
+            purpose="search",
+            settings=settings,
+            folder=f"{SEARCH}/{slug(entry.label)}/{i + 1}",
+        )
+        for entry in config.settings.methods
+        for i, settings in enumerate(config.settings.choices(entry))
+    ]
+
+
+def test_trials(config: CompareConfig, chosen: dict[str, dict[str, Any]]) -> list[Trial]:
+    """What the table is made of: seed by seed, so that a whole table is there after the first; full tuning, which
+    spoils the base model, comes last of each."""
+    entries = sorted(config.settings.methods, key=lambda entry: entry.name == "full")
+    return [
+        Trial(
+            method=entry.label,
+            seed=seed,
+            purpose="test",
+            settings=chosen.get(entry.label, {}),
+            folder=f"{RUNS}/{slug(entry.label)}/seed-{seed}",
+        )
+        for seed in config.seeds
+        for entry in entries
+    ]
+
+
+def run_config(config: CompareConfig, trial: Trial, folder: Path, steps: dict[str, int]) -> RunConfig:
+    """The trial as a run of its own.
+
+    Args:
+        folder: The comparison's.
+        steps: With a budget in minutes: each method's steps.
+    """
+    entry = find_entry(config, trial.method)
+    values = config.run.model_dump(mode="json")
+    settings = dict(trial.settings)
+    rate = settings.pop("learning_rate", None) or entry.learning_rate or config.run.train.learning_rate
+    values["method"] = {"name": entry.name, **entry.arguments, **settings}
+    values["train"] |= {"seed": trial.seed, "learning_rate": rate}
+    if trial.method in steps:
+        values["train"]["max_steps"] = steps[trial.method]
+    data: dict[str, Any] = values["data"]
+    if data["seed"] is None:
+        data["seed"] = config.run.train.seed  # the split is the same for all seeds
+    if trial.purpose == "search":
+        data["validation_size"] = config.settings.validation_size
+    values["output"] = str(folder / trial.folder)
+    return RunConfig.build(values, source=f"{trial.method}, seed {trial.seed}")
+
+
+def find_entry(config: CompareConfig, label: str) -> MethodEntry:
+    """The method of that label."""
+    return next(entry for entry in config.settings.methods if entry.label == label)

@@ -1,0 +1,153 @@
+"""The process that trains: reads one request a line, answers in lines, keeps the base model between requests.
+
+A process of its own, so that a run for which the memory was not enough takes nothing else down with it. Requests and
+replies are JSON; what libraries print goes to the log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
+from siliang.compare.answers import collect
+from siliang.compare.base import KeptBase, free_memory
+from siliang.compare.record import ANSWERS_NAME
+from siliang.config import RunConfig
+from siliang.train.run import Listener, Run, make_trainer, prepare, train
+from siliang.train.trainer import Progress
+from siliang.types import SiliangError
+
+# imported when they are first used: the first run would have their memory counted as its own
+LIBRARIES = ("sklearn.metrics", "seqeval.metrics", "accelerate", "transformers.trainer")
+Reply = Callable[[dict[str, Any]], None]
+
+
+def main() -> None:
+    """Serves requests until there are no more; ends at once when the process that asks is gone."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    disable_progress_bar()
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    warnings.simplefilter("ignore", FutureWarning)
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(sys.stdin, requests), daemon=True).start()
+
+    def reply(message: dict[str, Any]) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
+
+    kept = KeptBase()
+    while (request := requests.get()) != {"kind": "end"}:
+        answer(request, kept, reply)
+
+
+def answer(request: dict[str, Any], kept: KeptBase, reply: Reply) -> None:
+    """Does what one request asks, and says how it went."""
+    config = RunConfig.model_validate(request["config"])
+    try:
+        match request["kind"]:
+            case "train":
+                found = _train(config, request, kept, reply)
+            case "base":
+                found = _measure_base(config, request, kept)
+            case _:
+                found = _measure_steps(config, request, kept)
+        reply({"kind": "done", "found": found})
+    except BaseException as error:
+        kept.drop()
+        if not isinstance(error, SiliangError):
+            traceback.print_exc()
+        reply({"kind": "failed", "error": _why(error)})
+        if isinstance(error, KeyboardInterrupt):
+            raise
+
+
+def _train(config: RunConfig, request: dict[str, Any], kept: KeptBase, reply: Reply) -> dict[str, Any]:
+    models: list[Any] = []
+
+    def trained(run: Run) -> None:
+        collect(run, request["prompts"], request["max_new_tokens"]).save(run.folder / ANSWERS_NAME)
+        models.append(run.model)
+
+    free_memory()
+    record = train(config, _listener(reply, trained), base=kept)
+    kept.take_back(models.pop(), config)
+    return {"loads": kept.loads, **record.final}
+
+
+def _measure_base(config: RunConfig, request: dict[str, Any], kept: KeptBase) -> dict[str, Any]:
+    """The untuned model's loss on the held-out rows, and its answers: through LoRA, which starts as nothing."""
+    run = prepare(config, Listener(), Path(config.output), base=kept)
+    trainer = make_trainer(run)
+    loss = float(trainer.evaluate()["eval_loss"])
+    trainer.engine.close()
+    found = collect(run, request["prompts"], request["max_new_tokens"], base=True)
+    found.save(run.folder / ANSWERS_NAME)
+    kept.take_back(run.model, config)
+    perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
+    return {"eval_loss": loss, "perplexity": perplexity, **found.figures}
+
+
+def _measure_steps(config: RunConfig, request: dict[str, Any], kept: KeptBase) -> dict[str, Any]:
+    """Steps that fit into `minutes`, by the speed of a few."""
+    run = prepare(config, Listener(), Path(config.output), base=kept)
+    clock = _Clock()
+    trainer = make_trainer(run, clock)
+    trainer.train()
+    trainer.engine.close()
+    kept.take_back(run.model, config)
+    times = clock.times[len(clock.times) // 2 :]
+    step_s = (times[-1] - times[0]) / (len(times) - 1)
+    return {"steps": max(1, int(request["minutes"] * 60 / step_s))}
+
+
+class _Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def _listener(reply: Reply, trained: Callable[[Run], None]) -> Listener:
+    def progress(p: Progress) -> None:
+        reply({"kind": "progress", "progress": asdict(p)})
+
+    return Listener(lambda line: reply({"kind": "say", "line": line}), progress, trained)
+
+
+def _why(error: BaseException) -> str:
+    """An error in a line."""
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        return "does not fit: the memory is full. Use a smaller train.batch_size, or train.gradient_checkpointing"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines else ""
+    return text if isinstance(error, SiliangError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _read(stdin: IO[str], requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+    for line in stdin:
+        requests.put(json.loads(line))
+    os._exit(1)  # whoever asked has died: nobody waits for the run that goes on
+
+
+if __name__ == "__main__":
+    main()

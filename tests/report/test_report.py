@@ -1,0 +1,117 @@
+"""Tables, answers and the page from records made by hand, whose right answers can be read off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from records import SCORES, comparison, record
+
+from siliang.cli.main import main
+from siliang.report.gather import gather
+from siliang.report.page import disagreements, prompts, render
+from siliang.report.plots import Axis, Point, scatter
+from siliang.report.summary import answer, lines
+from siliang.report.table import sentences, table
+from siliang.report.words import EN, ZH, words
+from siliang.types import ConfigError
+
+
+def test_the_answer(tmp_path: Path) -> None:
+    material = gather([comparison(tmp_path, SCORES)])
+    found = lines(material)
+    by_label = {line.label: line for line in found}
+    score = by_label["full"].score
+    assert score is not None and score.value == pytest.approx(0.91) and score.spread == pytest.approx(0.01)
+    # lora costs within 2% of what ia3 does and is better; wide is worse than lora at twice the memory
+    assert [line.label for line in found if line.on_front] == ["full", "lora"]
+    assert by_label["stuck"].verdicts == ["majority"] * 3 and not by_label["stuck"].learned
+    best = answer(found, material)
+    assert best.best is by_label["full"] and best.tied == [by_label["lora"]]
+    assert best.small is by_label["ia3"] and best.fewer == 1000 and best.share == pytest.approx(0.87 / 0.91)
+    said = sentences(best, material, EN)
+    assert said[0] == "full is ahead with accuracy 0.910 ± 0.010 over 3 seeds, but the seeds cannot tell it from lora."
+    assert said[1] == "ia3 gives 96% of it with 1/1,000 of the trained parameters (4 KB saved)."
+    columns, cells = table(found, material, EN)
+    texts = {row[0].text: dict(zip((c.key for c in columns), (c.text for c in row), strict=True)) for row in cells}
+    assert list(texts) == ["full ★", "lora ★", "ia3", "wide", "stuck ⚠", "gone ⚠"]
+    assert texts["lora ★"]["accuracy"] == "0.9000 ± 0.0100" and texts["lora ★"]["above"] == "300 MB"
+    assert texts["lora ★"]["train_speed"] == "100" and texts["lora ★"]["eval_speed"] == "10"
+    assert texts["gone ⚠"]["accuracy"] == "failed"
+
+
+def test_one_class_and_nothing_learned(tmp_path: Path) -> None:
+    scores = {"full": ([0.7], 1_000_000, 900), "lora": ([0.6], 1000, 400)}
+    material = gather([comparison(tmp_path, scores, full=["good"] * 3)])
+    assert [line.verdicts for line in lines(material)] == [["one class"], ["majority"], []]
+    said = sentences(answer(lines(material), material), material, ZH)
+    assert said == [ZH["none"], "全部猜较大的一类，准确率就有 0.6000。"]
+
+
+def test_rows_on_which_methods_disagree(tmp_path: Path) -> None:
+    material = gather([comparison(tmp_path, SCORES, ia3=["bad", "bad", "bad"], stuck=["bad", "good", "bad"])])
+    shown, n, wrong = disagreements(material)
+    assert n == 2 and wrong == [1, 1, 1, 1, 0, 0]
+    assert [asked.where for asked in shown] == ["reviews.csv:2", "reviews.csv:1"]  # the most divided first
+    assert [ok for _, ok in shown[0].given] == [False, False, True, False, True, None]
+    assert [asked.asked for asked in prompts(material)] == ["was it?"]
+
+
+def test_the_page_shows_text_as_text(tmp_path: Path) -> None:
+    page = render(gather([comparison(tmp_path, SCORES)]))
+    assert "<img src=x" not in page and page.count("<script>") == 1
+    assert page.count("&lt;script&gt;") > 5  # of rows, answers, errors and settings
+    assert "Predicted against measured peak memory" in page and "Training loss by step" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_plain_runs_become_a_table(tmp_path: Path) -> None:
+    folders = []
+    for seed in (1, 2):
+        folder = tmp_path / f"run-{seed}"
+        folder.mkdir()
+        record(0.8 + seed / 100, trained=1000, memory=300, seed=seed, method="lora").write(folder)
+        folders.append(folder)
+    material = gather(folders)
+    (line,) = lines(material)
+    assert line.label == "lora" and line.score is not None and line.score.value == pytest.approx(0.815)
+    other = record(0.8, trained=1000, memory=300, seed=1, method="lora")
+    other.rows.eval = 21
+    other.write(folders[1])
+    with pytest.raises(ConfigError, match="do not belong into one table: their held-out rows differ"):
+        gather(folders)
+
+
+def test_axes_hold_what_they_show() -> None:
+    axis = Axis.over("x", [0.6875, 0.7375])
+    assert all(0 <= axis.place(v) <= 1 for v in (0.6875, 0.7375, *axis.ticks)) and len(axis.ticks) >= 3
+    log = Axis.over("x", [770, 22_713_986], log=True)
+    assert log.ticks == (1e3, 1e4, 1e5, 1e6, 1e7) and log.place(22_713_986) < 1
+    one = Axis.over("x", [5.0])
+    assert one.low < 5 < one.high
+    points = [Point(f"method-{i}", i, 1.0 + i / 1000, 0.5) for i in range(4)]
+    drawn = scatter(points, Axis.over("x", [p.x for p in points]), Axis.over("y", [0.4, 0.6]))
+    places = {part.split('"')[0] for part in drawn.split('class="name" x="')[1:]}
+    assert drawn.count('class="name"') == 4 and len(places) > 1  # names step aside for each other
+
+
+def test_both_languages_say_the_same_things() -> None:
+    assert EN.keys() == ZH.keys()
+    for key in EN:
+        fields = {part.split("}")[0] for part in EN[key].split("{")[1:]}
+        assert fields == {part.split("}")[0] for part in ZH[key].split("{")[1:]}, key
+    with pytest.raises(ConfigError, match="there are en, zh"):
+        words("fr")
+
+
+def test_the_command_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = comparison(tmp_path / "out", SCORES)
+    monkeypatch.setattr("sys.argv", ["siliang", "report", str(folder), "--lang", "zh"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "准确率" in printed and "lora ★" in printed and "没有学到东西" in printed
+    assert '<html lang="zh-CN">' in (folder / "report.html").read_text(encoding="utf-8")
