@@ -71,6 +71,16 @@ class Recompute:
         self._set(self.needed(tokens))
         yield
 
+    def all(self) -> bool:
+        """From now on every layer recomputes; False where that changes nothing."""
+        if self._always or not self.layers:
+            return False
+        if self._budget is None:
+            enable_checkpointing(self._model)
+        self._always = True
+        self._set(len(self.layers))
+        return True
+
     def needed(self, tokens: int) -> int:
         """How many layers have to recompute so that a batch of so many tokens fits."""
         assert self._room is not None
