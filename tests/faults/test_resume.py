@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from faults.damage import damage_adapters, damage_checkpoints
 from faults.kills import kill_at_random
 from faults.runs import METHODS, Child, Place, damaged_parts, make_place, outcome, run
-
 from siliang.files import replacing_folder
 from siliang.record import Record
 from siliang.train.saving import checkpoints, read_state
