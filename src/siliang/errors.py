@@ -14,6 +14,8 @@ from siliang.types import ConfigError, SiliangError, nearest
 
 Language = Literal["en", "zh"]
 
+LONGEST_LINE = 1000
+
 
 @dataclass(frozen=True)
 class Page:
@@ -211,10 +213,14 @@ def explain(code: str, language: Language) -> str:
 
 def shown(error: SiliangError, language: Language) -> str:
     """An error as the command prints it: its own words, and to a reader of Chinese also what it is and what to do."""
-    if language == "en" or error.code not in CATALOGUE:
-        return f"error[{error.code}]: {error}"
+    # a file may hold lines of any length
+    words = "\n".join(
+        line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..." for line in str(error).split("\n")
+    )
+    if language == "en":
+        return f"error[{error.code}]: {words}"
     page = CATALOGUE[error.code].zh
-    return f"错误[{error.code}] {page.title}：{error}\n办法：{page.remedy}"
+    return f"错误[{error.code}] {page.title}：{words}\n办法：{page.remedy}"
 
 
 def as_markdown() -> str:
