@@ -132,9 +132,9 @@ class Child:
             os.close(write)
             return
         code = 1
+        out = os.fdopen(write, "w", buffering=1)
         try:
             os.close(self._read)
-            out = os.fdopen(write, "w", buffering=1)
 
             def step(progress: Progress) -> None:
                 print(f"step {progress.step}", file=out)

@@ -24,8 +24,8 @@ class LimitError(Exception):
 
 
 @contextmanager
-def limited(seconds: float = SECONDS, extra_bytes: int | None = EXTRA_BYTES) -> Iterator[None]:
-    """Stops the block's Python after `seconds`, and refuses it more than `extra_bytes` of new memory.
+def limited(seconds: float | None = None, extra_bytes: int | None = EXTRA_BYTES) -> Iterator[None]:
+    """Stops the block's Python after `seconds` (SECONDS where none are given), and refuses it more than `extra_bytes` of new memory.
 
     Time is bounded in the main thread alone, where Python hears of signals (processes that tokenise have one each).
     Memory is bounded on Linux.
@@ -44,7 +44,7 @@ def limited(seconds: float = SECONDS, extra_bytes: int | None = EXTRA_BYTES) -> 
         if timed:
             before = signal.signal(signal.SIGALRM, _stop)
             # again and again: the first may meet code that swallows every error
-            signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+            signal.setitimer(signal.ITIMER_REAL, seconds or SECONDS, 0.1)
         if extra_bytes is not None and (used := _address_space()) is not None:
             wanted = used + extra_bytes
             resource.setrlimit(resource.RLIMIT_AS, (wanted if soft < 0 else min(soft, wanted), hard))
@@ -57,7 +57,7 @@ def limited(seconds: float = SECONDS, extra_bytes: int | None = EXTRA_BYTES) -> 
 
 
 def _stop(number: int, frame: Any) -> None:
-    raise LimitError(f"it runs for more than {SECONDS:g} seconds")
+    raise LimitError("it runs for too long")
 
 
 def _address_space() -> int | None:

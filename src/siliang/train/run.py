@@ -279,7 +279,7 @@ def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, flo
     if best is None:
         return metrics
     run.record.best_step = state.best_global_step
-    if before is None or state.best_global_step == state.global_step:
+    if before is None or state.best_global_step is None or state.best_global_step == state.global_step:
         return metrics
     saved = checkpoints(run.folder / CHECKPOINTS).get(state.best_global_step)
     if saved is None or damage(saved) is not None:

@@ -222,7 +222,7 @@ class SiliangTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The Trainer asks for it right before the optimiser's step, which a bad gradient must not reach."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         step = self.state.global_step + 1
         if self._skips and (trouble := self.guard.passes_over(step, norm)):
             for p in model.parameters():
@@ -257,6 +257,7 @@ class SiliangTrainer(Trainer):
         state = self._whole_state()
         started = time.perf_counter()
         if self.args.should_save:
+            assert self.args.output_dir is not None
             folder = Path(self.args.output_dir)
             with telling(folder.parent):
                 folder.mkdir(exist_ok=True)
