@@ -25,7 +25,7 @@ class LimitError(Exception):
 
 @contextmanager
 def limited(seconds: float | None = None, extra_bytes: int | None = EXTRA_BYTES) -> Iterator[None]:
-    """Stops the block's Python after `seconds` (SECONDS where none are given), and refuses it more than `extra_bytes` of new memory.
+    """Stops the block's Python after `seconds`, or SECONDS, and refuses it more than `extra_bytes` of new memory.
 
     Time is bounded in the main thread alone, where Python hears of signals (processes that tokenise have one each).
     Memory is bounded on Linux.

@@ -6,6 +6,8 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from siliang.secrets import without_secrets
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -61,7 +63,7 @@ class TrainingDisplay:
 
     def say(self, line: str) -> None:
         """Prints one line."""
-        print(line, flush=True)
+        print(without_secrets(line), flush=True)
 
     def progress(self, p: Progress) -> None:
         """Shows where the training is."""
