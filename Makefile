@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check fmt bench bench-smoke bench-gpu clean
+.PHONY: help demo test test-long check audit docs faults fmt bench bench-smoke bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
@@ -18,10 +18,29 @@ test: .venv/dev  ## the test suite
 test-long: .venv/dev  ## and what takes many minutes: every method on real data
 	$(BIN)/python -m pytest -m long -n auto
 
-check: .venv/dev  ## style and types
+faults: .venv/dev  ## kills, full disks, damaged and hostile files, by the thousand, half an hour of it; ONLY="kills disks" for some
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m faults $(if $(ONLY),--only $(ONLY))
+
+check: .venv/dev  ## style, types, and known holes in the dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	@$(MAKE) --no-print-directory audit
+
+# fails only where pip-audit says so: who has no network can check style and types all the same
+audit: .venv/dev
+	@if ! $(BIN)/python -m pip_audit --version >/dev/null 2>&1 && ! $(PIP) --retries 0 --timeout 10 pip-audit >/dev/null 2>&1; then \
+		echo "audit      skipped: pip-audit is not here and cannot be fetched"; \
+	elif said=$$($(BIN)/python -m pip_audit --skip-editable --progress-spinner off --timeout 10 2>&1); then \
+		echo "audit      no known holes in the dependencies"; \
+	elif echo "$$said" | grep -q "known vulnerabilit"; then \
+		echo "$$said"; exit 1; \
+	else \
+		echo "audit      skipped: the advisory database cannot be reached"; \
+	fi
+
+docs: .venv/base  ## docs/errors.md from the catalogue of errors
+	$(BIN)/python -m siliang.errors > docs/errors.md
 
 fmt: .venv/dev  ## put the code into shape
 	$(BIN)/ruff format .

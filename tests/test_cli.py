@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def test_bad_input(here: Callable[..., str], model_folders: dict[str, Path], rev
         flags = [str(part) for pair in (good | change).items() for part in pair]
         error = here("train", *flags, *extra)
         assert message in error
-        assert error.startswith("error: ") and error.count("\n") <= 2, error
+        assert re.match(r"error\[SLE\d\d\]: ", error) and error.count("\n") <= 2, error
         assert not (tmp_path / "out").exists(), message
     assert "No such option" in here("train", "--modle", "x")
     assert "is no run folder" in here("predict", tmp_path / "full", "a")

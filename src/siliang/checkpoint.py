@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,13 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from siliang.files import replacing
 from siliang.inject import PROMPT_KEY, Injection
 from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt, WrappedLayer
+from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.types import AdapterError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 TRAINING_NAME = "siliang_training.safetensors"
+MOST_ENCODER_UNITS = 32_768  # of the small network of a P-tuning prompt, which a file need not hold
 
 
 def save_adapter(folder: Path, injection: Injection, name: str, config: PeftConfig) -> None:
@@ -74,6 +75,25 @@ def read_training(folder: Path) -> dict[str, Tensor] | None:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from error
+
+
+def check_sizes(config: PeftConfig, tensors: dict[str, Tensor], *, source: str) -> None:
+    """Before anything is made by a config: what it asks for must be in the file, or a small file could fill the memory.
+
+    Raises:
+        AdapterError: It asks for more.
+    """
+    largest = max((n for t in tensors.values() for n in t.shape), default=0)
+    wanted = {n: getattr(config, n, None) for n in ("r", "num_virtual_tokens", "token_dim", "num_layers")}
+    wanted |= {f"rank_pattern[{key!r}]": r for key, r in getattr(config, "rank_pattern", {}).items()}
+    if isinstance(config, PrefixTuningConfig):
+        wanted["num_layers times token_dim"] = (config.num_layers or 0) * (config.token_dim or 0)
+    for name, value in wanted.items():
+        if value is not None and value > largest:
+            raise AdapterError(f"{source}: {name} = {value:,}, and the largest tensor has {largest:,} rows or columns.")
+    for name in ("encoder_hidden_size", "encoder_num_layers"):
+        if (getattr(config, name, None) or 0) > MOST_ENCODER_UNITS:
+            raise AdapterError(f"{source}: {name} = {getattr(config, name):,} is more than {MOST_ENCODER_UNITS:,}.")
 
 
 @torch.no_grad()
@@ -147,16 +167,3 @@ def _load_prompt(prompt: Prompt, table: Tensor, training: dict[str, Tensor] | No
         prompt.load_state_dict(training)
     except RuntimeError as error:
         raise AdapterError(f"{source}: {TRAINING_NAME} does not fit: {str(error).splitlines()[-1].strip()}") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path` to write to; it becomes `path` only if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

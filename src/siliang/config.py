@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from siliang.memory.size import parse_bytes
+from siliang.memory.size import parse_bytes, parse_duration
+from siliang.safe_yaml import YamlError, parse_yaml
 from siliang.types import ConfigError, TaskType, nearest
 
 FORMATS = (
@@ -47,6 +49,18 @@ def _size(value: Any) -> Any:
     if isinstance(value, str) and value != "auto":
         parse_bytes(value)
     return str(value) if isinstance(value, int) else value
+
+
+def _duration(value: Any) -> Any:
+    if isinstance(value, str):
+        parse_duration(value)
+    return value
+
+
+def _on_nan(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"stop|skip [1-9]\d{0,8}", value):
+        raise ConfigError(f"train.on_nan = {value!r}: must be `stop`, or `skip` and a number of steps, as in `skip 5`.")
+    return value
 
 
 def _as_sources(value: str | list[str | Source]) -> list[Source]:
@@ -207,8 +221,35 @@ class TrainConfig(Section):
     """Steps between two evaluations on the held-out rows. None: only at the end."""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between two checkpoints. None: only when interrupted."""
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes between two checkpoints, beside save_every."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints kept; older ones are deleted, but never the best one where `best` is set."""
+    max_time: Annotated[str | None, BeforeValidator(_duration)] = None
+    """Wall-clock time that the run may take, such as 8h, 90m or 1:30:00: before it is over the run saves and stops, to
+    go on with --resume. Loading counts."""
+    best: str | None = None
+    """A metric of the held-out rows (loss, accuracy, f1, ...): what is kept at the end are the weights of the step
+    where it was best, among the evaluations of eval_every and the last step."""
+    on_nan: Annotated[str, BeforeValidator(_on_nan)] = "stop"
+    """At a step whose loss or gradient is nan or infinite: stop; or `skip 5`, to leave out up to so many such steps."""
+    fit: bool = False
+    """Where the run would not fit, split its batches and recompute more, with the same result, instead of stopping."""
+
+    @property
+    def saves(self) -> bool:
+        """Checkpoints are made while the run goes on."""
+        return bool(self.save_every or self.save_every_minutes or self.best)
+
+    @property
+    def nan_skips(self) -> int:
+        """Steps that may be left out because their loss or gradient is no number."""
+        return int(self.on_nan.removeprefix("skip")) if self.on_nan != "stop" else 0
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        return None if self.max_time is None else parse_duration(self.max_time)
 
 
 class MethodConfig(BaseModel):
@@ -237,7 +278,10 @@ class MethodConfig(BaseModel):
                     f"method.{key} is not a setting of {self.name}.{nearest(key, fields)} Allowed: {allowed}."
                 )
         if config:
-            config(**self.arguments)
+            try:
+                config(**self.arguments)
+            except (TypeError, AttributeError, KeyError, OverflowError) as error:
+                raise ConfigError(f"method: a setting of {self.name} is of the wrong kind: {error}.") from None
         return self
 
 
@@ -309,6 +353,8 @@ class RunConfig(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"{source}: {_explain(error)}") from None
+        except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
+            raise ConfigError(f"{source}: a value is of the wrong kind: {error}.") from None
 
     def to_yaml(self) -> str:
         """The whole config, defaults included, as run.yaml holds it."""
@@ -319,17 +365,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a yaml file.
 
     Raises:
-        ConfigError: The file is missing, is no yaml, or is no mapping.
+        ConfigError: The file is missing, is no yaml, goes beyond what settings need, or is no mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"There is no settings file {path}.") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        place = getattr(error, "problem_mark", None)
-        where = f"{path}:{place.line + 1}" if place else str(path)
-        raise ConfigError(f"{where}: not readable as yaml: {getattr(error, 'problem', None) or error}.") from None
-    if not isinstance(values, dict):
+    except (YamlError, OSError, UnicodeDecodeError) as error:
+        where = f"{path}:{error.line}" if isinstance(error, YamlError) and error.line else str(path)
+        raise ConfigError(f"{where}: not readable as yaml: {error}.") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} must hold settings such as `model: ...`, one a line; `siliang config` lists them.")
     return values
 
@@ -352,8 +397,8 @@ def assign(values: dict[str, Any], assignment: str) -> None:
             raise ConfigError(f"--set {assignment!r}: {section} is a single value, not a section.")
         values = inner
     try:
-        values[last] = _number(yaml.safe_load(text))
-    except yaml.YAMLError:
+        values[last] = _number(parse_yaml(text))
+    except YamlError:
         values[last] = text
 
 

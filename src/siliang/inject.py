@@ -4,6 +4,7 @@ modules. Where is targets.py's to say, what is methods/'s.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from siliang.methods import BitFitConfig, HeadConfig, method_of
+from siliang.methods import BitFitConfig, HeadConfig, PromptTuningConfig, PromptTuningInit, method_of
 from siliang.methods.base import LayerConfig, PeftConfig, Prompt, PromptConfig, WrappedLayer
 from siliang.methods.bitfit import bias_names
 from siliang.saved_module import SavedModule, Swap
-from siliang.targets import find_saved_modules, find_targets, inside, lora_biases, no_biases
+from siliang.targets import find_saved_modules, find_targets, inside, layer_arguments, lora_biases, no_biases
 from siliang.types import ConfigError, MergeError, TargetError, TaskType
 from siliang.virtual_tokens import Route, word_embeddings
 
@@ -80,7 +81,7 @@ class Injection(nn.Module):
         layers: list[str] = []
         biases: list[str] = []
         if isinstance(config, PromptConfig):
-            self._add_prompt(name, config)
+            self._add_prompt(name, config, from_file=lenient)
         elif isinstance(config, HeadConfig):
             if not saved:
                 raise TargetError("Training the head alone needs a head: task SEQ_CLS, TOKEN_CLS or QUESTION_ANS.")
@@ -91,10 +92,9 @@ class Injection(nn.Module):
         elif isinstance(config, LayerConfig):
             layers = find_targets(self.model, config, outside=saved, lenient=lenient)
             biases = lora_biases(self.model, config, layers, saved)
+        arguments = layer_arguments(cast(LayerConfig, config), layers)
         for path in layers:
-            self._wrap(path, cast(LayerConfig, config)).add_adapter(
-                name, **cast(LayerConfig, config).layer_arguments(path)
-            )
+            self._wrap(path, cast(LayerConfig, config)).add_adapter(name, **arguments[path])
         for path in biases:
             self._swap(path).adapters[name] = nn.Parameter(
                 self._swap(path).original.detach().clone(), requires_grad=False
@@ -134,13 +134,16 @@ class Injection(nn.Module):
     def _swap(self, path: str) -> Swap:
         return self._swaps.setdefault(path, Swap.of(self.model, path))
 
-    def _add_prompt(self, name: str, config: PromptConfig) -> None:
+    def _add_prompt(self, name: str, config: PromptConfig, *, from_file: bool) -> None:
         embeddings = word_embeddings(self.model)
         config.complete(self.model.config)
+        start = config
+        if from_file and isinstance(config, PromptTuningConfig):  # the file holds the prompt: no tokenizer is fetched
+            start = dataclasses.replace(config, prompt_tuning_init=PromptTuningInit.RANDOM, tokenizer_kwargs=None)
         # made where the model is: on the meta device the encoder of a large model costs nothing
         weight = next(self.model.parameters())
         with torch.device(weight.device):
-            prompt = method_of(config).make_prompt(config, embeddings)
+            prompt = method_of(config).make_prompt(start, embeddings)
         Route.of(self.model, config, prompt).remove()  # to find out now whether the model has a place for it
         prompt.requires_grad_(False)
         self.prompts[name] = prompt

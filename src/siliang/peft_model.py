@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.checkpoint import load_tensors, read_adapter, read_training, save_adapter
+from siliang.checkpoint import check_sizes, load_tensors, read_adapter, read_training, save_adapter
+from siliang.files import outside_links
 from siliang.inject import Injection
 from siliang.methods import config_class
 from siliang.methods.base import CONFIG_NAME, PeftConfig
@@ -172,6 +173,7 @@ class PeftModel(PreTrainedModel):
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors = read_adapter(folder)
+        check_sizes(config, tensors, source=str(folder))
         before = self.injection.active
         self._add_adapter(adapter_name, config, lenient=True)
         try:
@@ -316,6 +318,7 @@ class PeftModel(PreTrainedModel):
         config = copy.deepcopy(config) or PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors, training = read_adapter(folder), read_training(folder) if is_trainable else None
+        check_sizes(config, tensors, source=str(folder))
         peft_model = cls(model, config, adapter_name, lenient=True)
         try:
             load_tensors(peft_model.injection, adapter_name, tensors, source=str(folder), training=training)
@@ -467,6 +470,8 @@ def adapter_folder(model_id: str | Path) -> Path:
     """
     path = Path(model_id)
     if path.is_dir():
+        if links := outside_links(path):
+            raise AdapterError(f"{links[0]} is a link that leads out of the adapter's folder, to {links[0].resolve()}.")
         return path
     if path.is_absolute() or str(model_id).startswith(".") or str(model_id).count("/") != 1:
         raise AdapterError(f"There is no adapter folder {model_id}.")

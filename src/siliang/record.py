@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from siliang.files import replacing
+from siliang.secrets import without_secrets
 from siliang.types import ConfigError
 
 SCHEMA_VERSION = 1
@@ -120,17 +122,17 @@ class Record(Part):
     """Tokens that went through the model in training, padding left out."""
     memory: Memory = Field(default_factory=Memory)
     steps: list[StepMetrics] = Field(default_factory=list)
+    passed_over: list[int] = Field(default_factory=list)
+    """Steps that were not made because their loss or gradient was no number (train.on_nan)."""
+    best_step: int | None = None
+    """The step whose weights were saved, where train.best chose."""
     final: dict[str, float] = Field(default_factory=dict)
     """Metrics at the end: eval_loss, accuracy or perplexity, base_eval_loss where measured."""
 
     def write(self, folder: Path) -> None:
         """Writes run.json into `folder`, never half of it."""
-        temporary = folder / f".{RECORD_NAME}.tmp"
-        try:
-            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            temporary.replace(folder / RECORD_NAME)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(folder / RECORD_NAME) as temporary:
+            temporary.write_text(without_secrets(self.model_dump_json(indent=1)) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -144,5 +146,5 @@ class Record(Part):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{folder} is no run folder: {RECORD_NAME} is missing there.") from None
-        except (ValidationError, OSError, UnicodeDecodeError) as error:
+        except (ValidationError, OSError, ValueError) as error:
             raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from None

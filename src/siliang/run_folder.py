@@ -10,10 +10,11 @@ import torch
 
 from siliang.config import RunConfig, read_yaml
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
+from siliang.files import damage
 from siliang.models.load import load_model, load_tokenizer
 from siliang.peft_model import PeftModel
 from siliang.record import RECORD_NAME, Record
-from siliang.types import ConfigError, OutputError, TaskType
+from siliang.types import AdapterError, ConfigError, OutputError, TaskType
 
 CONFIG_NAME = "run.yaml"
 ADAPTER = "adapter"  # the trained adapter
@@ -89,6 +90,12 @@ def open_run(
         raise ConfigError(
             f"{folder} was not finished (it is {record.status}): go on with `siliang train --resume {folder}`."
         )
+    for part in (ADAPTER, MODEL):
+        if (folder / part).is_dir() and (problem := damage(folder / part)) is not None:
+            raise AdapterError(
+                f"{folder / part} is damaged: {problem}.\n"
+                f"`siliang train --resume {folder}` makes it again from the last sound checkpoint, where there is one."
+            )
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     grow_vocabulary(tokenizer, config.data.add_tokens)
     if (folder / MODEL).is_dir():

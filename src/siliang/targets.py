@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from siliang.limits import LimitError, limited
 from siliang.methods import method_of
 from siliang.methods.base import LayerConfig, WrappedLayer, is_linear
 from siliang.methods.bitfit import is_bias
@@ -21,6 +24,32 @@ def find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], l
     Raises:
         TargetError: A name or the regex matches nothing, or a match is no layer that the method can wrap.
     """
+    with _matching("target_modules, exclude_modules or layers_pattern"):
+        return _find_targets(model, config, outside=outside, lenient=lenient)
+
+
+def layer_arguments(config: LayerConfig, layers: list[str]) -> dict[str, dict[str, Any]]:
+    """What the wrapped layer of each path needs.
+
+    Raises:
+        TargetError: A pattern is no regular expression, or takes too long to match.
+    """
+    with _matching("rank_pattern or alpha_pattern"):
+        return {path: config.layer_arguments(path) for path in layers}
+
+
+@contextmanager
+def _matching(names: str) -> Iterator[None]:
+    try:
+        with limited(extra_bytes=None):
+            yield
+    except LimitError:
+        raise TargetError(f"a pattern of {names} takes too long to match: write it more simply.") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise TargetError(f"a pattern of {names} is no regular expression: {error}.") from None
+
+
+def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], lenient: bool) -> list[str]:
     kinds = method_of(config).layers
     modules = dict(plain_modules(model))
     fitting = [p for p, m in modules.items() if any(k.supports(m) for k in kinds) and not inside(p, outside)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import ClassVar
 
 
 class PeftType(StrEnum):
@@ -32,39 +33,76 @@ class TaskType(StrEnum):
 
 
 class SiliangError(Exception):
-    """What every error for the user derives from: a line or two on what, where, what is allowed, what to do."""
+    """What every error for the user derives from: a line or two on what, where, what is allowed, what to do.
+
+    Attributes:
+        code: Under which errors.py says the cause and the remedy, in English and in Chinese.
+        exit_code: Of the command that ends with it.
+    """
+
+    code: ClassVar[str] = "SLE00"
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(SiliangError, ValueError):
     """A setting, or a combination of settings, is wrong."""
 
+    code = "SLE01"
+
 
 class TargetError(ConfigError):
     """The modules or parameters that a method should tune are not in the model."""
+
+    code = "SLE02"
 
 
 class DataError(SiliangError, ValueError):
     """The user's data cannot be read, or is not what was said."""
 
+    code = "SLE03"
+
 
 class ModelError(SiliangError, ValueError):
     """A base model or its tokenizer cannot be loaded."""
+
+    code = "SLE04"
 
 
 class AdapterError(SiliangError, ValueError):
     """An adapter's files are damaged, foreign, or do not fit the model."""
 
+    code = "SLE05"
+
 
 class MergeError(SiliangError, RuntimeError):
     """A merged model does not answer as the unmerged one."""
+
+    code = "SLE06"
 
 
 class TrainingError(SiliangError, ArithmeticError):
     """Training cannot go on: its loss or gradient is no number, or nothing is learned."""
 
+    code = "SLE07"
+
+
+class DeviceMemoryError(SiliangError, MemoryError):
+    """A step does not fit the memory of the device."""
+
+    code = "SLE08"
+
 
 class OutputError(SiliangError, OSError):
-    """The output folder cannot be used: it holds something already, or the disk is full."""
+    """The output folder cannot be used: it holds something already, it is gone, or the disk is full."""
+
+    code = "SLE09"
+
+
+class InterruptedRunError(SiliangError):
+    """The run was stopped by the user or by its time limit; what can be resumed has been saved."""
+
+    code = "SLE10"
+    exit_code = 130
 
 
 def nearest(word: str, words: Iterable[str], n: int = 3) -> str:

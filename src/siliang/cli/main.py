@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -11,8 +10,23 @@ import warnings
 import typer
 from typer.main import get_command
 
-from siliang.cli import chat, check, compare, config, demo, eval, generate, merge, methods, plan, predict, report, train
-from siliang.types import SiliangError
+from siliang.cli import (
+    chat,
+    check,
+    compare,
+    config,
+    demo,
+    eval,
+    explain,
+    generate,
+    merge,
+    methods,
+    plan,
+    predict,
+    report,
+    train,
+)
+from siliang.types import DeviceMemoryError, InterruptedRunError, OutputError, SiliangError
 
 app = typer.Typer(
     name="siliang",
@@ -35,6 +49,7 @@ app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("methods")(methods.methods)
 app.command("config")(config.config)
+app.command("explain")(explain.explain)
 
 
 @app.callback()
@@ -58,7 +73,7 @@ def main() -> None:
     except SiliangError as error:
         if debug:
             traceback.print_exc()
-        code = _say(str(error), getattr(error, "exit_code", 2))
+        code = _tell(error)
     except Exception as error:
         show = getattr(error, "show", None)  # an error of usage, from click
         if show is not None:
@@ -66,32 +81,37 @@ def main() -> None:
             code = getattr(error, "exit_code", 2)
         elif type(error).__name__ == "Abort":
             code = _say("Stopped.", 130)
-        elif debug or not (message := _explain(error)):
+        elif debug or not (known := _as_ours(error)):
             traceback.print_exc()
             code = 1
         else:
-            code = _say(message, 2)
+            code = _tell(known)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _say(message: str, code: int) -> int:
-    print(message if code == 130 else f"error: {message}", file=sys.stderr)
+    print(message, file=sys.stderr)
     return code
 
 
-def _explain(error: Exception) -> str | None:
-    """What to tell of an error that is the machine's and not the program's."""
-    text = str(error)
-    if (
-        (isinstance(error, OSError) and error.errno == errno.ENOSPC)
-        or "No space left" in text
-        or "unexpected pos" in text
-    ):
-        return "the disk is full. Make room, or choose another disk with --output; checkpoints saved before are whole."
+def _tell(error: SiliangError) -> int:
+    from siliang.errors import language, shown
+    from siliang.secrets import without_secrets
+
+    stopped = isinstance(error, InterruptedRunError) and language() == "en"  # what the user asked for is no error
+    return _say(without_secrets(str(error) if stopped else shown(error, language())), error.exit_code)
+
+
+def _as_ours(error: Exception) -> SiliangError | None:
+    """An error that is the machine's and not the program's, in our words."""
+    from siliang.files import disk_error
+
     if isinstance(error, PermissionError):
-        return f"{error.filename}: permission denied."
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the device's memory is full. Use a smaller train.batch_size with train.gradient_accumulation instead."
+        return OutputError(f"{error.filename}: permission denied.")
+    if not isinstance(error, FileNotFoundError) and (message := disk_error(error)) is not None:
+        return OutputError(f"{message}. What was saved before is whole.")
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return DeviceMemoryError("the memory is full. `siliang explain SLE08` says what to change.")
     return None
 
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from siliang.memory.size import show_bytes as size
+from siliang.secrets import without_secrets
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -56,7 +57,7 @@ class TrainingDisplay:
 
     def say(self, line: str) -> None:
         """Prints one line."""
-        print(line, flush=True)
+        print(without_secrets(line), flush=True)
 
     def progress(self, p: Progress) -> None:
         """Shows where the training is."""

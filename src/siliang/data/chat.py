@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
+from siliang.limits import limited
 from siliang.types import DataError
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters, around the number of the message whose words stand there
@@ -155,13 +158,10 @@ class ChatTemplate:
     # ---- transformers ----
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
-        try:
+        with _refusals():
             return self._encoder.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=prompt
             )
-        except Exception as error:  # whatever a template raises: jinja's errors, or its own raise_exception
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"is refused by the chat template: {text}") from None
 
     def _render_marked(
         self, messages: list[dict[str, Any]], tools: Any, prompt: bool
@@ -169,15 +169,27 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names = self._encoder.tokenizer.special_tokens_map
-        rendered, spans = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self._template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=prompt,
-            **names,
-        )
+        with _refusals():
+            rendered, spans = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self._template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=prompt,
+                **names,
+            )
         return rendered[0], spans[0]  # type: ignore[index]
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """A template is a stranger's program: transformers runs it in Jinja's sandbox, this bounds its time and memory."""
+    try:
+        with limited():
+            yield
+    except Exception as error:  # whatever a template raises: jinja's errors, or its own raise_exception
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"is refused by the chat template: {text}") from None
 
 
 def _as_dicts(talk: Conversation) -> tuple[list[dict[str, Any]], list[str]]:

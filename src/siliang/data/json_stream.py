@@ -28,8 +28,8 @@ def json_lines(path: Path) -> Iterator[Item]:
                 continue
             try:
                 yield where, json.loads(line), None
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield where, None, f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}"
+            except (ValueError, RecursionError) as error:
+                yield where, None, f"not valid JSON: {_reason(error)}"
 
 
 def json_list(path: Path) -> Iterator[Item]:
@@ -65,8 +65,8 @@ def _items(text: _Text, path: Path) -> Iterator[Item]:
             value = text.decode(decoder)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
-        except RecursionError:
-            raise DataError(f"{path}:{line}: nested too deeply to be data.") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{line}: not valid JSON: {_reason(error)}.") from None
         number += 1
         yield f"{path}:{line}" if line > ended_on else f"{path}, row {number}", value, None
         ended_on = text.line
@@ -79,8 +79,10 @@ def _whole(path: Path) -> Iterator[Item]:
     except json.JSONDecodeError as error:
         hint = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}.{hint}") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply to be data.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text. Save the file as UTF-8.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {_reason(error)}.") from None
     items = value.get("data") if isinstance(value, dict) else None
     if not isinstance(items, list):
         raise DataError(f"{path} must hold a list of objects: [{{...}}, {{...}}].")
@@ -93,6 +95,12 @@ def _whole(path: Path) -> Iterator[Item]:
         for row in rows:
             number += 1
             yield f"{path}, row {number}", row, None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return getattr(error, "msg", "a number has too many digits")  # the only other thing that json refuses
 
 
 def _squad(article: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -203,19 +204,42 @@ def _arrow(path: Path, kind: str) -> Iterator[Row]:
 
 def _from_folder(path: Path) -> Any:
     """What Dataset.save_to_disk wrote, or files of data whose names say their part (train.jsonl, test.jsonl)."""
-    from datasets import load_dataset, load_from_disk
+    from datasets import load_dataset, load_dataset_builder, load_from_disk
 
     saved = ("dataset_info.json", "dataset_dict.json")
     try:
         if any((path / name).is_file() for name in saved):
+            _stay_inside(path, _named_in_saved(path))
             return load_from_disk(str(path))
         _quieten()
+        named = load_dataset_builder(str(path)).config.data_files or {}
+        _stay_inside(path, [str(file) for files in named.values() for file in files])  # type: ignore[union-attr]
         return load_dataset(str(path))
+    except DataError:
+        raise
     except Exception as error:  # `datasets` raises kinds of its own for each kind of file
         raise DataError(
             f"{path} holds no data: {_first_line(error)}\n"
             "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl and test.jsonl."
         ) from None
+
+
+def _named_in_saved(path: Path) -> list[str]:
+    """The files that a saved data set says it consists of."""
+    names = []
+    for file in (*path.glob("dataset_dict.json"), *path.rglob("state.json")):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        listed = values.get("splits") or [entry["filename"] for entry in values.get("_data_files") or []]
+        names += [str(file.parent / name) for name in listed]
+    return names
+
+
+def _stay_inside(path: Path, names: list[str]) -> None:
+    """A data set's own description must not lead to other files of this machine."""
+    root = path.resolve()
+    for name in names:
+        if "://" not in name and not (root / name).resolve().is_relative_to(root):
+            raise DataError(f"{path} names {name}, which is not inside of it.")
 
 
 def _from_hub(name: str) -> Any:

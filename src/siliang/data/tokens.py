@@ -208,6 +208,20 @@ def _map(examples: ExampleSet, function: Any, features: Features, key: str, data
         enable_progress_bars()
     else:
         disable_progress_bars()
+    try:
+        return _mapped(examples, function, features, key, workers, settings)
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise DataError(
+            f"one of {workers} processes that tokenise was killed, perhaps because memory was full.\n"
+            "Set data.workers=1, or a smaller number than that."
+        ) from None
+
+
+def _mapped(
+    examples: ExampleSet, function: Any, features: Features, key: str, workers: int, settings: dict[str, Any]
+) -> Dataset:
     return examples.table.map(
         function,
         with_indices=True,

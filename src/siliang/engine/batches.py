@@ -61,6 +61,22 @@ class Batch:
         targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
         return Batch(inputs, self.lengths, self.weight, self.keys, targets)
 
+    def halves(self) -> list[Batch]:
+        """The same rows in two batches; of a single row, the batch itself."""
+        n = len(self.lengths)
+        return [self._part(0, n // 2), self._part(n // 2, n)] if n > 1 else [self]
+
+    def _part(self, start: int, stop: int) -> Batch:
+        inputs = {name: t[start:stop] for name, t in self.inputs.items()}
+        lengths, keys, targets = self.lengths[start:stop], self.keys[start:stop], self.targets
+        if targets is not None:
+            targets = targets[:, (targets[1] >= start) & (targets[1] < stop)].clone()
+            targets[1] -= start
+            return Batch(inputs, lengths, targets.shape[1], keys, targets)
+        labels = inputs.get("labels")
+        by_token = labels is not None and labels.dim() > 1
+        return Batch(inputs, lengths, int((labels != IGNORED).sum()) if by_token else stop - start, keys)
+
 
 @dataclass
 class StepCollator:
@@ -82,6 +98,12 @@ class StepCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         numbers = [row.pop("row", -1) for row in rows]
         return {"batches": [self._batch(part) for part in self.split(rows)], "rows": numbers}
+
+    def narrow_to(self, batches: list[Batch]) -> None:
+        """From now on no batch is larger than the largest of these."""
+        self.rows_at_once = min(self.rows_at_once, max(len(batch.lengths) for batch in batches))
+        tokens = max(self.cost_of(batch.lengths) for batch in batches)
+        self.tokens_at_once = min(self.tokens_at_once or tokens, tokens)
 
     def cost_of(self, lengths: Sequence[int]) -> int:
         """Tokens that a batch of rows of these lengths computes, padding included where there is any."""

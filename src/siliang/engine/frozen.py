@@ -122,15 +122,21 @@ class Store:
         return raw.view(dtype).view(shape)
 
 
+class EnoughError(Exception):
+    """The rows are kept, and nothing above them is wanted."""
+
+
 class FrozenBelow:
     """Keeps and gives back what enters layer `cut`.
 
     Attributes:
+        filling: Only to keep rows: behind layer `cut` the model is left by an EnoughError.
         hits: Batches whose lower layers were not computed.
     """
 
     def __init__(self, layers: list[nn.Module], cut: int, store: Store) -> None:
         self.layers, self.cut, self.store = layers, cut, store
+        self.filling = False
         self.hits = 0
         self._keys: tuple[bytes, ...] | None = None
         self._tuples: bool | None = None
@@ -159,6 +165,8 @@ class FrozenBelow:
             return states.to(hidden_1TD.device, non_blocking=True).unsqueeze(0)
         for key, states_nD in zip(self._keys, hidden_1TD[0].split(lengths), strict=True):
             self.store.put(key, states_nD)
+        if self.filling:
+            raise EnoughError
         return hidden_1TD
 
     def left(self, output: Any) -> None:

@@ -25,14 +25,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from siliang.engine.frozen import FrozenBelow
 from siliang.ops.packed_attention import Layout, packed_attention
-from siliang.types import SiliangError
 from siliang.virtual_tokens import backbone, by_name, is_encoder_decoder
 
 ATTENTION = "siliang_packed"
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models want of their attention, and ours does not do
 
 
-class NotPackableError(SiliangError):
+class NotPackableError(Exception):
     """The model has something that does not work on packed rows."""
 
 

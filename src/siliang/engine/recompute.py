@@ -77,6 +77,13 @@ class Recompute:
         self._set(self.needed(tokens))
         yield
 
+    def all(self) -> bool:
+        """From now on every layer recomputes; False where that changes nothing."""
+        if self._always or not self.layers:
+            return False
+        self.fix(len(self.layers))
+        return True
+
     def needed(self, tokens: int) -> int:
         """How many layers have to recompute so that a batch of so many tokens fits."""
         assert self._room is not None

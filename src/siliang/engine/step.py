@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from siliang.engine.batches import Batch
-from siliang.engine.frozen import FrozenBelow, Store, find_cut
+from siliang.engine.frozen import EnoughError, FrozenBelow, Store, find_cut
 from siliang.engine.padding import NotPackableError, PaddingFree
 from siliang.engine.recompute import Recompute
 from siliang.ops.masked_ce import masked_cross_entropy
@@ -103,6 +103,21 @@ class Engine:
                 backward(loss)
             whole += loss.detach()
         return whole
+
+    def keep_frozen(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Computes again what the frozen layers say of these batches, as the run did before it was stopped."""
+        below = self.padding.below if self.padding else None
+        if below is None:
+            return
+        below.filling = True
+        model.train()
+        try:
+            for batch in batches:
+                if not all(key in below.store for key in batch.keys):
+                    with torch.no_grad(), suppress(EnoughError), self.loss(model, batch):
+                        pass
+        finally:
+            below.filling = False
 
     @contextmanager
     def loss(self, model: nn.Module, batch: Batch) -> Iterator[Tensor]:

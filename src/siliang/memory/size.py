@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory, and stretches of time, as people write them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: It is no size.
     """
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not found or not re.fullmatch(r"\d+(\.\d+)?", found[1]):
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    if not found or not re.fullmatch(r"\d{1,18}(\.\d{1,18})?", found[1], re.ASCII):
         raise ConfigError(f"{text!r} is no size of memory: write it as 12GB or 800MB, or auto.")
     unit = UNITS[found[2].upper()]
     if found[3]:
@@ -31,3 +31,21 @@ def show_bytes(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
         n_bytes /= 1000
     raise AssertionError
+
+
+def parse_duration(text: str) -> float:
+    """ "8h", "90m", "45s", "1h30m" or "1:30:00" in seconds.
+
+    Raises:
+        ConfigError: It is no stretch of time.
+    """
+    number = r"(\d{1,9}(?:\.\d{1,9})?)"
+    words = re.fullmatch(rf"\s*(?:{number}d)?\s*(?:{number}h)?\s*(?:{number}m)?\s*(?:{number}s)?\s*", text, re.ASCII)
+    clock = re.fullmatch(r"\s*(?:(\d{1,9}):)?(\d{1,9}):(\d\d):(\d\d)\s*", text, re.ASCII)
+    found = clock or words
+    seconds = (
+        sum(float(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True)) if found else 0
+    )
+    if not seconds:
+        raise ConfigError(f"{text!r} is no stretch of time: write it as 8h, 90m, 1h30m or 1:30:00.")
+    return seconds

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType, nearest
@@ -99,9 +100,18 @@ class PeftConfig:
                     )
             elif value not in (None, False, "", [], {}):
                 warnings.warn(f"{source}: unknown field {key} = {value!r} is ignored", stacklevel=3)
+        kinds = get_type_hints(cls)
+        empty = {f.name for f in dataclasses.fields(cls) if f.default_factory is dict}
+        kept = {k: v for k, v in kept.items() if v is not None or k not in empty}  # older releases wrote null
+        for key, value in kept.items():
+            try:
+                TypeAdapter(kinds[key]).validate_python(value)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise AdapterError(f"{source}: {key} = {repr(value)[:80]}: {reason[0].lower()}{reason[1:]}.") from None
         try:
             return cls(**kept)
-        except TypeError as error:
+        except (TypeError, AttributeError, KeyError) as error:
             raise AdapterError(f"{source}: {error}") from error
 
     @classmethod
@@ -120,6 +130,8 @@ class PeftConfig:
             raise AdapterError(f"{folder} holds no adapter: {CONFIG_NAME} is missing there.") from None
         except (ValueError, OSError) as error:
             raise AdapterError(f"{path} cannot be read: {error}") from error
+        except RecursionError:
+            raise AdapterError(f"{path} cannot be read: it is nested too deeply.") from None
         if not isinstance(values, dict):
             raise AdapterError(f"{path} must hold a JSON object, not {type(values).__name__}.")
         found = config_class(values.get("peft_type"), source=str(path))

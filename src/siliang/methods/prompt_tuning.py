@@ -86,7 +86,7 @@ class PromptTuningConfig(PromptConfig):
 
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
         assert self.tokenizer_name_or_path is not None
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, **settings)
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, trust_remote_code=False, **settings)
         ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
         if not ids:
             raise ConfigError(f"prompt_tuning_init_text = {self.prompt_tuning_init_text!r} has no tokens.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaTokenizer,
+    PreTrainedConfig,
 )
 
 from siliang.config import QuantizationConfig
+from siliang.files import outside_links
 from siliang.hardware import choose_precision
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
@@ -45,9 +48,22 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
     """
     _check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # a config's own checks raise kinds of their own
         raise ModelError(_why_not(name, error)) from error
+    for part in _parts(config):
+        # what a downloaded file says of code to run, its own or a kernel from the hub, is not asked
+        part.__dict__.pop("auto_map", None)
+        part._attn_implementation_internal = part._experts_implementation_internal = None
+    return config
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config and those inside of it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
 
 
 def load_model(
@@ -170,10 +186,30 @@ def _check_folder(name: str) -> None:
             values = json.loads(config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{config} cannot be read: {error}") from None
-        if not isinstance(values, dict) or "model_type" not in values:
+        except RecursionError:
+            raise ModelError(f"{config} cannot be read: it is nested too deeply.") from None
+        if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
+        if links := outside_links(path):
+            raise ModelError(
+                f"{links[0]} is a link that leads out of the model's folder, to {links[0].resolve()}.\n"
+                "Put the file itself there if you know it to be right."
+            )
+        for index in path.glob("*.index.json"):
+            _check_index(index)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
         raise ModelError(f"There is no model folder {name}.")
+
+
+def _check_index(path: Path) -> None:
+    """The parts of weights that come in several files are read wherever the index says."""
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        strange = [n for n in names if Path(n).name != n]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelError(f"{path} is damaged.") from None
+    if strange:
+        raise ModelError(f"{path} names {strange[0]!r}, which is not in the model's folder.")
 
 
 def _why_not(name: str, error: Exception, what: str = "model") -> str:

@@ -1,4 +1,5 @@
-"""Stops a run whose loss or gradient is nan, infinite, or exactly zero: nothing is learned from there on.
+"""Stops a run whose loss or gradient is nan, infinite, or exactly zero: nothing is learned from there on. Or, where the
+user wants it, passes over a few steps whose loss or gradient is no number, before they touch a weight.
 
 The figures stay on the device, and are looked at when something else waits for it anyhow (a line of the log, a
 checkpoint), so that a GPU is not made to wait at every step. On the CPU they are looked at every step.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +48,15 @@ class Guard:
 
     Args:
         scaled: The loss is scaled for fp16: a gradient may overflow now and then, and the step is passed over.
+        skips: Steps that may be passed over because their loss or gradient is no number.
+
+    Attributes:
+        passed_over: The steps that were.
     """
 
-    def __init__(self, *, scaled: bool) -> None:
-        self._scaled = scaled
+    def __init__(self, *, scaled: bool, skips: int = 0) -> None:
+        self.passed_over: list[int] = []
+        self._scaled, self._skips = scaled, skips
         self._unread: deque[_Seen] = deque()
         self._losses: list[Tensor] = []
         self._rows: list[int] = []
@@ -65,8 +72,31 @@ class Guard:
         self._losses.append(loss.detach().float().sum())
         self._rows += rows
 
+    def passes_over(self, step: int, grad_norm: Tensor | float) -> Trouble | None:
+        """What is wrong with a step that is not to be made; None where it is made. Waits for the device."""
+        if len(self.passed_over) >= self._skips:
+            return None
+        loss, norm = float(torch.stack(self._losses).sum()), float(grad_norm)
+        if math.isfinite(loss) and (math.isfinite(norm) or self._scaled):
+            return None
+        what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+        trouble = Trouble(what, value, step, tuple(self._rows))
+        self._losses, self._rows = [], []
+        self.passed_over.append(step)
+        return trouble
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {"runs": dict(self._runs), "passed_over": list(self.passed_over)}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`."""
+        self._runs, self.passed_over = dict(state["runs"]), list(state["passed_over"])
+
     def see_step(self, step: int, grad_norm: Tensor | float) -> None:
         """The step's end, before anything of it is kept."""
+        if not self._losses:
+            return  # it was passed over
         losses = torch.stack(self._losses)
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=losses.device)
         self._unread.append(_Seen(step, tuple(self._rows), losses.sum(), norm))

@@ -22,6 +22,12 @@ from siliang.data.tokens import TokenSet
 from siliang.types import TaskType
 
 ZERO: Any = 0  # for a class that is nowhere found; both libraries declare only the text "warn"
+# what is measured beside the loss while a run goes on
+MEASURED = {
+    TaskType.SEQ_CLS: ("accuracy", "f1"),
+    TaskType.TOKEN_CLS: ("f1", "precision", "recall", "accuracy"),
+    TaskType.QUESTION_ANS: ("exact_match", "f1"),
+}
 MAX_ANSWER_TOKENS = 30  # of a span that is taken for an answer, as in BERT's run_squad
 
 
@@ -146,8 +152,7 @@ def trainer_metrics(
                 found = best_spans(logits[0], logits[1], tokens, examples)
                 return squad(found, [e.answers for e in examples])  # type: ignore[union-attr]
 
-    measured = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
-    return compute if task in measured else None
+    return compute if task in MEASURED else None
 
 
 def tag_names(numbers: np.ndarray, right: np.ndarray, labels: list[str]) -> tuple[list[list[str]], list[list[str]]]:

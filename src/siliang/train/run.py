@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 import warnings
@@ -19,7 +18,6 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from siliang.check import RATE_FACTOR, find, look_at, stop_on_errors
 from siliang.config import RunConfig
@@ -30,6 +28,7 @@ from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
+from siliang.files import damage, replacing, replacing_folder, sweep, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
@@ -37,11 +36,23 @@ from siliang.models.load import weights_sha256
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
 from siliang.record import Counts, Record, Rows, Seconds
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, load_base
+from siliang.secrets import without_secrets
 from siliang.train.guard import PATIENCE, Trouble
-from siliang.train.metrics import trainer_metrics
-from siliang.train.trainer import Progress, SiliangTrainer, Watcher, stopping_on_signal
-from siliang.types import ConfigError, OutputError, SiliangError, TaskType, TrainingError
+from siliang.train.metrics import MEASURED, trainer_metrics
+from siliang.train.saving import checkpoints, last_good, read_weights
+from siliang.train.trainer import Handlers, Limits, Progress, SiliangTrainer, Watcher, stopping_on_signal
+from siliang.types import (
+    ConfigError,
+    DeviceMemoryError,
+    InterruptedRunError,
+    OutputError,
+    SiliangError,
+    TaskType,
+    TrainingError,
+    nearest,
+)
 
+SLOW_DISK_BYTES_PER_S = 50e6  # for a checkpoint before the first one was timed
 # where the labels are not in `labels`
 LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
 
@@ -61,12 +72,6 @@ class Listener:
     trained: Callable[[Run], None] = lambda run: None
 
 
-class InterruptedRunError(SiliangError):
-    """The user stopped the run; what can be resumed has been saved."""
-
-    exit_code = 130
-
-
 def train(
     config: RunConfig,
     listener: Listener | None = None,
@@ -82,8 +87,9 @@ def train(
 
     Raises:
         SiliangError: Something that the user can mend; nothing is left behind then if no step was made.
-        InterruptedRunError: Ctrl-C or SIGTERM came; a checkpoint was saved.
+        InterruptedRunError: Ctrl-C or SIGTERM came, or train.max_time is over; a checkpoint was saved.
     """
+    started = time.monotonic()
     listener = listener or Listener()
     folder = Path(config.output)
     new = not resume and claim(folder)
@@ -94,13 +100,14 @@ def train(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     try:
-        return _train(run, resume=resume)
+        with telling(folder):
+            return _train(run, started, resume=resume)
     except InterruptedRunError:
         raise
     except BaseException as error:
         run.record.status, run.record.error = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
         _try_to_write(run.record, folder)
-        if new and not any((folder / CHECKPOINTS).glob("checkpoint-*")) and isinstance(error, OSError | SiliangError):
+        if new and not checkpoints(folder / CHECKPOINTS) and isinstance(error, OSError | SiliangError):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -150,6 +157,7 @@ def prepare(config: RunConfig, listener: Listener, folder: Path, *, base: Callab
     )
     for line in examples.skipped:
         listener.say(f"           skipped {line}")
+    _check_best(config, len(sets[1]))
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
     model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
@@ -183,6 +191,20 @@ def prepare(config: RunConfig, listener: Listener, folder: Path, *, base: Callab
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record)
 
 
+def _check_best(config: RunConfig, held_out: int) -> None:
+    t, allowed = config.train, ("loss", *MEASURED.get(config.task, ()))
+    if t.best is None:
+        return
+    if t.best not in allowed:
+        raise ConfigError(
+            f"train.best = {t.best!r} is not measured for {config.task.lower()}.{nearest(t.best, allowed)} "
+            f"Allowed: {', '.join(allowed)}."
+        )
+    if not held_out or not t.eval_every:
+        missing = "held-out rows (data.eval, or data.test_size)" if not held_out else "train.eval_every"
+        raise ConfigError(f"train.best = {t.best!r} needs {missing}: it chooses among evaluations.")
+
+
 def weight_dtype(method: Method, precision: Choice) -> torch.dtype:
     """Of the base model: a frozen one may stand in half precision; weights that are trained themselves stay fp32 under
     autocast."""
@@ -206,28 +228,40 @@ def attach(model: nn.Module, method: Method, config: RunConfig, precision: Choic
     return model, *count_parameters(model)
 
 
-def _train(run: Run, *, resume: bool) -> Record:
+def _train(run: Run, started: float, *, resume: bool) -> Record:
     config, record, folder = run.config, run.record, run.folder
-    (folder / CONFIG_NAME).write_text(config.to_yaml(), encoding="utf-8")
+    t = config.train
+    checkpoint = None
+    if resume:
+        sweep(folder)
+        _compare(run, folder)
+        checkpoint = last_good(folder / CHECKPOINTS, lambda line: run.listener.say(f"warning    {line}"))
+    with replacing(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(without_secrets(config.to_yaml()), encoding="utf-8")
     record.write(folder)
-    checkpoint = _last_checkpoint(folder) if resume else None
+    limits = Limits(
+        save_every_s=t.save_every_minutes * 60 if t.save_every_minutes else None,
+        stop_at=started + t.max_seconds if t.max_seconds else None,
+        save_s=12 * record.parameters.trained / SLOW_DISK_BYTES_PER_S,
+        best=t.best,
+    )
     with stopping_on_signal() as stop, PeakMemory(find_device()) as memory:
-        watcher = Watcher(memory, run.listener.progress, stop)
+        watcher = Watcher(memory, run.listener.progress, stop, limits)
         trainer = make_trainer(run, watcher)
-        watcher.trainer = trainer
-        start = time.perf_counter()
+        watcher.watch(trainer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            trainer.train(resume_from_checkpoint=checkpoint)
-        record.seconds.train = round(time.perf_counter() - start, 3)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        record.seconds.train = round(watcher.train_s, 3)
         record.steps, record.tokens_trained = watcher.steps, trainer.tokens_trained
+        record.passed_over = trainer.guard.passed_over
         record.memory.loaded_bytes, record.memory.peak_bytes = memory.start_bytes, memory.update()
         record.memory.recomputed_layers = trainer.engine.recompute.most
-        if stop.is_set() and trainer.state.global_step < trainer.state.max_steps:
-            _interrupted(run, trainer.state.global_step, trainer.state.max_steps)
+        if watcher.stopped and trainer.state.global_step < trainer.state.max_steps:
+            _interrupted(run, watcher.stopped, trainer.state.global_step, trainer.state.max_steps)
         start = time.perf_counter()
         if len(run.eval_set):
-            record.final = _final_metrics(trainer.evaluate(), config.task)
+            record.final = _final_metrics(_at_best(run, trainer, limits), config.task)
             record.seconds.eval = round(time.perf_counter() - start, 3)
         record.memory.peak_bytes = memory.update()
     trainer.engine.close()
@@ -240,6 +274,42 @@ def _train(run: Run, *, resume: bool) -> Record:
     record.status = "completed"
     record.write(folder)
     return record
+
+
+def _compare(run: Run, folder: Path) -> None:
+    """A run goes on exactly only with the data and the weights that it began with."""
+    with suppress(ConfigError):
+        before = Record.read(folder)
+        for what in ("data_sha256", "model_sha256"):
+            if getattr(before, what) != getattr(run.record, what):
+                run.listener.say(
+                    f"warning    the {'data' if what[0] == 'd' else 'base model'} has changed since the run began: "
+                    "it goes on, but not as it would have"
+                )
+
+
+def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, float]:
+    """The metrics at the end; where an earlier step was better and `best` is set, the model is as it was then."""
+    state, best = trainer.state, limits.best
+    before = state.best_metric
+    metrics = trainer.evaluate()
+    if best is None:
+        return metrics
+    run.record.best_step = state.best_global_step
+    if before is None or state.best_global_step is None or state.best_global_step == state.global_step:
+        return metrics
+    saved = checkpoints(run.folder / CHECKPOINTS).get(state.best_global_step)
+    if saved is None or damage(saved) is not None:
+        run.listener.say(
+            f"warning    the checkpoint of step {state.best_global_step:,}, the best one, is gone or damaged: the last "
+            "step is kept"
+        )
+        run.record.best_step = state.global_step
+        return metrics
+    read_weights(saved, run.model)
+    metrics = trainer.evaluate()
+    del run.record.steps[-1]  # the log has this evaluation already, at its own step
+    return metrics
 
 
 def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
@@ -271,7 +341,9 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         engine=engine,
         compute_metrics=trainer_metrics(run.config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
         callbacks=list(callbacks),
-        on_trouble=partial(_explain, run),
+        handlers=Handlers(partial(_explain, run), partial(_does_not_fit, run, engine), run.listener.say),
+        skips=t.nan_skips,
+        fit=t.fit,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; our listener says it better
     return trainer
@@ -297,10 +369,10 @@ def _explain(run: Run, trouble: Trouble) -> TrainingError:
     else:
         cause = f"the steps are too large. Lower train.learning_rate = {rate:g}, or raise train.warmup_fraction"
     since = f" in {PATIENCE} steps one after the other" if trouble.value == 0 else ""
-    last = _last_checkpoint(run.folder)
+    saved = list(checkpoints(run.folder / CHECKPOINTS).values())
     kept = (
-        f"{last} is kept"
-        if last
+        f"{saved[-1]} is kept"
+        if saved
         else "no checkpoint was made: train.save_every" + (f" is {t.save_every:,}" if t.save_every else " is not set")
     )
     return TrainingError(
@@ -309,11 +381,31 @@ def _explain(run: Run, trouble: Trouble) -> TrainingError:
     )
 
 
-def _interrupted(run: Run, step: int, steps: int) -> None:
+def _does_not_fit(run: Run, engine: Engine, step: int, tokens: int, words: str) -> DeviceMemoryError:
+    """What the step took, and what to change."""
+    device, t = run.record.device, run.config.train
+    held = sum(p.nbytes for p in run.model.parameters())
+    trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+    each = sum(engine.recompute.bytes_per_token)
+    batch = f", a batch of {tokens:,} tokens" + (f" about {each * tokens / 1e9:,.2f} GB" if each else "")
+    ways = [] if t.fit else ["train.fit=true (smaller batches, the same result)"]
+    ways += [] if t.gradient_checkpointing or t.fit else ["train.gradient_checkpointing=true"]
+    ways += [f"data.max_length={run.config.data.max_length // 2}"]
+    ways += [] if run.config.quantization or not run.method.freezes_the_base else ["quantization.bits=4"]
+    return DeviceMemoryError(
+        f"Step {step:,} does not fit the memory of this {device.kind} ({device.memory_bytes / 1e9:,.1f} GB): the "
+        f"weights take {held / 1e9:,.2f} GB, gradients and Adam {3 * trained / 1e9:,.2f} GB{batch}.\n"
+        f"Set {', or '.join(ways)}."
+    )
+
+
+def _interrupted(run: Run, why: str, step: int, steps: int) -> None:
     run.record.status = "interrupted"
     run.record.write(run.folder)
+    reason = ": train.max_time is nearly over" if why == "out of time" else ""
     raise InterruptedRunError(
-        f"Stopped at step {step} of {steps}; that step is saved.\nGo on with: siliang train --resume {run.folder}"
+        f"Stopped at step {step} of {steps}{reason}; that step is saved.\n"
+        f"Go on with: siliang train --resume {run.folder}"
     )
 
 
@@ -377,22 +469,17 @@ def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float
 def _save(run: Run) -> int:
     """Writes the adapter, or the whole model, under a temporary name and then its own; returns its bytes."""
     final = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
-    temporary = run.folder / f".{final.name}.tmp{os.getpid()}"
-    try:
+    with replacing_folder(final) as temporary:
         run.model.save_pretrained(temporary)
         if final.name == MODEL:
             run.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")
 
 
 def _check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:
     """Refuses to start where the checkpoints to come will not fit the disk: weights and two Adam moments each."""
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    copies = config.train.keep + 1 if config.train.save_every else 1
+    copies = config.train.keep + 1 + bool(config.train.best) if config.train.saves else 1
     need, free = trained * (1 + 3 * copies) + 2**20, shutil.disk_usage(folder).free
     if free < need:
         raise OutputError(
@@ -401,11 +488,6 @@ def _check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:
         )
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    checkpoints = folder / CHECKPOINTS
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-
-
 def _try_to_write(record: Record, folder: Path) -> None:
-    with suppress(OSError):  # the disk that failed the run
+    with suppress(OSError):  # OutputError is one too: the disk that failed the run
         record.write(folder)

@@ -1,8 +1,7 @@
-"""The thin subclass of transformers.Trainer: checkpoints that are whole or not there, resuming, counting, stopping."""
+"""The thin subclass of transformers.Trainer: our own step and checkpoints, counting, stopping."""
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 import time
@@ -13,18 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
 
-from siliang.checkpoint import load_tensors, read_adapter, read_training
-from siliang.engine.batches import Batch
+from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.step import Engine
+from siliang.files import replacing_folder, telling
 from siliang.memory.peak import PeakMemory
-from siliang.peft_model import PeftModel
 from siliang.record import StepMetrics
 from siliang.train.guard import Guard, Trouble
+from siliang.train.saving import (
+    PREFIX,
+    prune,
+    random_state,
+    read_state,
+    read_weights,
+    set_random_state,
+    write_state,
+    write_weights,
+)
 from siliang.types import TaskType
 
 
@@ -46,33 +55,78 @@ class Progress:
     logged: bool
 
 
+@dataclass
+class Handlers:
+    """What the trainer leaves to who made it.
+
+    Attributes:
+        on_trouble: Makes the error for a loss that is no number.
+        on_memory: Makes the error for a step that does not fit the device; its tokens and the device's own words.
+        say: One line about what happened.
+    """
+
+    on_trouble: Callable[[Trouble], BaseException]
+    on_memory: Callable[[int, int, str], BaseException]
+    say: Callable[[str], None]
+
+
 class SiliangTrainer(Trainer):
-    """transformers.Trainer around our own step, with checkpoints never half-written, and a guard on the loss.
+    """transformers.Trainer around our own step, with checkpoints of our own, and a guard on the loss.
 
     What the Trainer holds for a batch is the rows of a whole optimiser step, which `training_step` runs as the batches
     that its collator has made of them.
 
     Args:
-        on_trouble: Makes the error for a loss that is no number.
+        skips: Steps that may be left out because their loss or gradient is no number.
+        fit: Split a step further where it does not fit the device.
 
     Attributes:
         tokens_trained: So far, padding left out.
+        evaluation_due: The last step's evaluation was put off when the run was stopped.
+        slowest_save_s: Of the checkpoints so far.
     """
 
     def __init__(
-        self, *args: Any, engine: Engine, on_trouble: Callable[[Trouble], BaseException], **kwargs: Any
+        self, *args: Any, engine: Engine, handlers: Handlers, skips: int = 0, fit: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.tokens_trained = 0
-        self.engine, self._on_trouble = engine, on_trouble
-        self._guard, self._guarded = Guard(scaled=self.args.fp16), 0
+        self.evaluation_due = False
+        self.slowest_save_s = 0.0
+        self.engine = engine
+        self.watcher: Watcher | None = None
+        self._handlers, self._skips, self._fit = handlers, skips, fit
+        self.guard, self._guarded = Guard(scaled=self.args.fp16, skips=skips), 0
+        self._resumed: dict[str, Any] | None = None
+
+    # ---- the step ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of a step's batches; the mean loss of its labelled tokens, or of its rows."""
         model.train()
         batches: list[Batch] = inputs["batches"]
+        before = random_state() if self._fit else None
+        while True:
+            try:
+                loss = self._forward_backward(model, batches)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                words = str(error)
+            # outside of the handler: the error holds on to what it had computed
+            batches = self._smaller(model, batches, words)
+            assert before is not None
+            set_random_state(before)
+        self.tokens_trained += sum(batch.tokens for batch in batches)
+        self.guard.see_batch(loss, inputs["rows"])
+        if self._skips and not torch.isfinite(loss):  # keeps the log's mean a number, as the Trainer's own filter does
+            return self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return loss
+
+    def _forward_backward(self, model: nn.Module, batches: list[Batch]) -> torch.Tensor:
         weight = self._per_rank(sum(batch.weight for batch in batches))
-        whole = self.engine.run(
+        return self.engine.run(
             model,
             batches,
             weight,
@@ -80,9 +134,31 @@ class SiliangTrainer(Trainer):
             unsynced=lambda: self.accelerator.no_sync(model),
             backward=self.accelerator.backward,
         )
-        self.tokens_trained += sum(batch.tokens for batch in batches)
-        self._guard.see_batch(whole, inputs["rows"])
-        return whole
+
+    def _smaller(self, model: nn.Module, batches: list[Batch], words: str) -> list[Batch]:
+        """A step's rows in smaller batches, or with every layer computed twice; the batches to come are so too.
+
+        Raises:
+            SiliangError: It is not wanted, or there is no smaller.
+        """
+        model.zero_grad()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halves = [half for batch in batches for half in batch.halves()]
+        tokens, step = max(batch.tokens for batch in batches), self.state.global_step + 1
+        collator: Any = self.data_collator
+        if self._fit and self.args.world_size == 1 and len(halves) > len(batches):
+            assert isinstance(collator, StepCollator)
+            collator.narrow_to(halves)
+            self._handlers.say(
+                f"memory     step {step:,} did not fit in batches of up to {tokens:,} tokens: from now on up to "
+                f"{collator.tokens_at_once:,}, with the same result"
+            )
+            return halves
+        if self._fit and self.engine.recompute.all():
+            self._handlers.say(f"memory     step {step:,} did not fit by rows: from now on every layer recomputes")
+            return batches
+        raise self._handlers.on_memory(step, tokens, words)
 
     def _per_rank(self, weight: int) -> float:
         """What each rank divides its summed loss by, so that the mean of the ranks' gradients is that of all tokens."""
@@ -95,9 +171,19 @@ class SiliangTrainer(Trainer):
         """Not counted: the Trainer's estimate is of padded batches."""
         return 0
 
+    # ---- evaluation ----
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """For a model that writes, the mean loss of all labelled tokens, whatever batches they meet in, and without the
-        logits of whole batches; for other tasks the Trainer's own."""
+        logits of whole batches; for other tasks the Trainer's own. Training does not notice it: the random numbers that
+        it draws are given back."""
+        before = random_state()
+        try:
+            return self._measure(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            set_random_state(before)
+
+    def _measure(self, eval_dataset: Any, ignore_keys: Any, metric_key_prefix: str) -> Any:
         if self.engine.task is not TaskType.CAUSAL_LM:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         total, weight = torch.zeros((), device=self.args.device), 0
@@ -127,62 +213,241 @@ class SiliangTrainer(Trainer):
         finally:
             self.data_collator = collate
 
+    # ---- between the steps ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer asks for it right before the optimiser's step, which a bad gradient must not reach."""
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        step = self.state.global_step + 1
+        if self._skips and (trouble := self.guard.passes_over(step, norm)):
+            for p in model.parameters():
+                p.grad = None  # which the optimiser leaves alone
+            self._handlers.say(
+                f"warning    step {step:,} is left out ({len(self.guard.passed_over)} of at most {self._skips}): "
+                f"its {trouble.what} is {trouble.value:g}"
+            )
+        return norm
+
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """What follows every optimiser step; the last call of an epoch has no step of its own."""
         if self.state.global_step > self._guarded:
             self._guarded = self.state.global_step
-            self._guard.see_step(self._guarded, grad_norm)
+            self.guard.see_step(self._guarded, grad_norm)
         waits = self.control.should_log or self.control.should_save or self.control.should_evaluate
-        if (waits or self.args.device.type == "cpu") and (trouble := self._guard.look()):
-            raise self._on_trouble(trouble)
+        if (waits or self.args.device.type == "cpu") and (trouble := self.guard.look()):
+            raise self._handlers.on_trouble(trouble)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own makes one step at least, also in a run that was stopped behind its last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- checkpoints ----
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        """Ours, in the place of the Trainer's, which pickles and has no manifest."""
+        state = self._whole_state()
+        started = time.perf_counter()
+        if self.args.should_save:
+            assert self.args.output_dir is not None
+            folder = Path(self.args.output_dir)
+            with telling(folder.parent):
+                folder.mkdir(exist_ok=True)
+                with replacing_folder(folder / f"{PREFIX}{self.state.global_step}") as checkpoint:
+                    write_weights(checkpoint, self.model)
+                    write_state(checkpoint, state)
+                    self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+                prune(folder, self.args.save_total_limit or 1, spare=self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+        self.slowest_save_s = max(self.slowest_save_s, time.perf_counter() - started)
+
+    def _whole_state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        rank = random_state()
+        return {
+            "optimizer": self.optimizer.state_dict(),  # type: ignore[union-attr]
+            "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": gather_object([rank]) if self.args.world_size > 1 else [rank],
+            "since_log": {"loss": float(self._tr_loss), "step": self._globalstep_last_logged},
+            "tokens_trained": self.tokens_trained,
+            "guard": self.guard.state(),
+            "evaluation_due": self.evaluation_due,
+            "watcher": self.watcher.state() if self.watcher else None,
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = model if model is not None else self.model
-        if isinstance(target, PeftModel):
-            folder = Path(resume_from_checkpoint)
-            load_tensors(
-                target.injection,
-                target.active_adapter,
-                read_adapter(folder),
-                source=resume_from_checkpoint,
-                training=read_training(folder),
-            )
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        read_weights(folder, self.model)  # type: ignore[arg-type]
+        self._resumed = read_state(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._resumed is not None:
+            self.optimizer.load_state_dict(self._resumed.pop("optimizer"))  # type: ignore[union-attr]
+            self.lr_scheduler.load_state_dict(self._resumed["scheduler"])  # type: ignore[union-attr]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self._resumed is not None and self.accelerator.scaler is not None and self._resumed["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(self._resumed["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The Trainer asks for it when the data loader stands where it stood."""
+        if self._resumed is not None and self.args.process_index < len(self._resumed["random"]):
+            set_random_state(self._resumed["random"][self.args.process_index])
+
+    def go_on(self) -> None:
+        """After the Trainer has set its own counters to the beginning, sets them to where the checkpoint was made."""
+        if (state := self._resumed) is None:
+            return
+        self._tr_loss += state["since_log"]["loss"]
+        self._globalstep_last_logged = state["since_log"]["step"]
+        self._guarded, self.tokens_trained = self.state.global_step, state["tokens_trained"]
+        self.guard.go_on(state["guard"])
+        if self.watcher is not None and state["watcher"] is not None:
+            self.watcher.go_on(state["watcher"])
+        self._keep_frozen()
+        if state["evaluation_due"] and self.eval_dataset is not None:
+            self.evaluate()
+            self.control.should_save = False  # the checkpoint of this step is there
+
+    def _keep_frozen(self) -> None:
+        """The frozen layers' last bits hang on the batch in which they saw a row first: the steps so far, once more."""
+        if self.engine.padding is None or self.engine.padding.below is None:
+            return
+        before = random_state()
+        loader: Any = self.get_train_dataloader()
+        loader.set_epoch(0)
+        steps = zip(range(self.state.global_step), loader.base_dataloader, strict=False)
+        batches = (batch.to(self.args.device) for _, inputs in steps for batch in inputs["batches"])
+        with self.accelerator.autocast():
+            self.engine.keep_frozen(self.model, batches)  # type: ignore[arg-type]
+        set_random_state(before)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text
+
+
+@dataclass
+class Limits:
+    """What makes the watcher save, stop, or choose.
+
+    Attributes:
+        save_every_s: Seconds between two checkpoints.
+        stop_at: When to have stopped, by time.monotonic().
+        save_s: What a checkpoint is expected to take before one was made.
+        best: The metric whose best step is kept.
+    """
+
+    save_every_s: float | None = None
+    stop_at: float | None = None
+    save_s: float = 0.0
+    best: str | None = None
+
+    def better(self, new: float, old: float | None) -> bool:
+        """By the metric's own direction."""
+        lower = self.best in ("loss", "perplexity")
+        return old is None or (new < old if lower else new > old)
 
 
 class Watcher(TrainerCallback):
-    """Keeps the log for the record, tells about progress, and stops the training cleanly when asked to."""
+    """Keeps the log for the record, tells about progress, and saves, stops and chooses the best step as it is told to.
 
-    def __init__(self, memory: PeakMemory, on_progress: Callable[[Progress], None], stop: threading.Event) -> None:
+    Attributes:
+        steps: The log.
+        stopped: Why the training was stopped before its end; None where it was not.
+        train_s: Seconds of training, those before a resume included.
+    """
+
+    def __init__(
+        self,
+        memory: PeakMemory,
+        on_progress: Callable[[Progress], None],
+        stop: threading.Event,
+        limits: Limits | None = None,
+    ) -> None:
         self.steps: list[StepMetrics] = []
         self.trainer: SiliangTrainer | None = None
+        self.stopped: str | None = None
         self._memory, self._on_progress, self._stop = memory, on_progress, stop
+        self._limits = limits or Limits()
         self._loss: float | None = None
         self._rate: float | None = None
-        self._started = self._last_time = 0.0
-        self._first_step = self._last_tokens = 0
+        self._started = self._last_time = self._last_step_time = self._last_save = 0.0
+        self._slowest_step_s = self._before_s = 0.0
+        self._first_step = self._last_tokens = self._first_tokens = 0
+
+    @property
+    def train_s(self) -> float:
+        return self._before_s + time.perf_counter() - self._started
+
+    def watch(self, trainer: SiliangTrainer) -> None:
+        """Belongs to `trainer` from now on."""
+        self.trainer = trainer
+        trainer.watcher = self
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        steps = [line.model_dump() for line in self.steps]
+        return {"steps": steps, "train_s": self.train_s, "loss": self._loss, "rate": self._rate}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`."""
+        self.steps[:] = [StepMetrics(**line) for line in state["steps"]]
+        self._before_s, self._loss, self._rate = state["train_s"], state["loss"], state["rate"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started = self._last_time = time.perf_counter()
+        self._started = self._last_time = self._last_step_time = self._last_save = time.perf_counter()
         self._first_step = state.global_step
+        if self.trainer is not None:
+            self.trainer.go_on()
+            self._last_tokens = self._first_tokens = self.trainer.tokens_trained
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now, limits = time.perf_counter(), self._limits
+        # the first step of a process also warms up what the others use
+        self._slowest_step_s = max(self._slowest_step_s, now - self._last_step_time)
+        self._last_step_time = now
+        if limits.save_every_s is not None and now - self._last_save >= limits.save_every_s:
+            control.should_save = True
         if self._stop.is_set():
+            self.stopped = "stopped"
+        elif limits.stop_at is not None and time.monotonic() + self._reserve_s() >= limits.stop_at:
+            self.stopped = "out of time"
+        if self.stopped and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
+            if self.trainer is not None:  # it comes first when the run goes on
+                self.trainer.evaluation_due = control.should_evaluate
             control.should_evaluate = False
         self._tell(state)
+
+    def _reserve_s(self) -> float:
+        """Seconds that one more step, which may evaluate, and the checkpoint after it may take."""
+        save_s = self.trainer.slowest_save_s if self.trainer else 0.0
+        return 2 * self._slowest_step_s + 2 * max(save_s, self._limits.save_s) + 1.0
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last_save = time.perf_counter()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remembers the best step, whose checkpoint is made at once."""
+        found = (metrics or {}).get(f"eval_{self._limits.best}")
+        if found is not None and self._limits.better(float(found), state.best_metric):
+            state.best_metric, state.best_global_step = float(found), state.global_step
+            control.should_save = True
 
     def on_log(
         self,
@@ -193,6 +458,7 @@ class Watcher(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
+        state.log_history.clear()  # the same as `steps`, once more in every checkpoint
         if "train_runtime" in logs:  # the Trainer's own summary
             return
         now, tokens = time.perf_counter(), self.trainer.tokens_trained if self.trainer else 0
@@ -215,7 +481,7 @@ class Watcher(TrainerCallback):
     def _tell(self, state: TrainerState, *, logged: bool = False) -> None:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         done = max(state.global_step - self._first_step, 1)
-        tokens = self.trainer.tokens_trained if self.trainer else 0
+        tokens = (self.trainer.tokens_trained if self.trainer else 0) - self._first_tokens
         self._on_progress(
             Progress(
                 step=state.global_step,

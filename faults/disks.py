@@ -1,0 +1,114 @@
+"""Disks that fill up, are read-only, or whose folders go away under a run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from faults.runs import Child, Place, damaged_parts, outcome, run
+
+
+@dataclass
+class Disks:
+    """What was tried.
+
+    Attributes:
+        failed: Cases in which the message was not clear, or what had been saved was not whole.
+        skipped: Cases that this machine does not allow.
+    """
+
+    cases: int = 0
+    failed: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return self.cases > 0 and not self.failed
+
+    def see(self, name: str, right: bool, what: object = "") -> None:
+        self.cases += 1
+        if not right:
+            self.failed.append(f"{name}: {what}")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[bool]:
+    """A disk of that size at `folder`; False where it cannot be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    mounted = sys.platform == "linux" and subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def try_disks(place: Place, folder: Path) -> Disks:
+    """Each case once."""
+    seen = Disks()
+    assert run(place.config(folder / "peace")).code == 0
+    wanted = outcome(folder / "peace")
+    _removed(seen, place, folder)
+    with small_disk(folder / "full", "2m") as mounted:
+        if mounted:
+            _full(seen, place, folder / "full", wanted)
+        else:
+            seen.skipped.append("disk full: no small disk can be mounted here")
+    with small_disk(folder / "read-only", "8m") as mounted:
+        if mounted:
+            _read_only(seen, place, folder / "read-only", wanted)
+        else:
+            seen.skipped.append("disk read-only: none can be mounted here")
+    return seen
+
+
+def _full(seen: Disks, place: Place, disk: Path, wanted: object) -> None:
+    """The disk fills up while the run goes on; with room again it goes on too."""
+    config = place.config(disk / "run")
+    child = Child(config, pace_s=0.02)
+    child.wait_for("step 8\n")
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as opened:
+        try:
+            while True:
+                opened.write(bytes(4096))
+        except OSError:
+            pass
+    ending = child.end()
+    seen.see("disk full", ending.code == 2 and "the disk is full. Make room" in ending.said, ending.said[-300:])
+    seen.see("disk full: what was saved", not damaged_parts(disk / "run"), damaged_parts(disk / "run"))
+    filler.unlink()
+    again = run(config, resume=True)
+    seen.see("disk full: going on", again.code == 0 and outcome(disk / "run") == wanted, again.said[-300:])
+
+
+def _read_only(seen: Disks, place: Place, disk: Path, wanted: object) -> None:
+    config = place.config(disk / "run")
+    child = Child(config, pace_s=0.02)
+    child.wait_for("step 8\n")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    ending = child.end()
+    seen.see("read-only", ending.code == 2 and "the disk is read-only" in ending.said, ending.said[-300:])
+    fresh = run(place.config(disk / "other"))
+    seen.see("read-only from the start", fresh.code == 2 and "cannot be made" in fresh.said, fresh.said[-300:])
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    seen.see("read-only: what was saved", not damaged_parts(disk / "run"), damaged_parts(disk / "run"))
+    again = run(config, resume=True)
+    seen.see("read-only: going on", again.code == 0 and outcome(disk / "run") == wanted, again.said[-300:])
+
+
+def _removed(seen: Disks, place: Place, folder: Path) -> None:
+    """The folder goes away, and is not made again with half a run in it."""
+    child = Child(place.config(folder / "removed"), pace_s=0.02)
+    child.wait_for("step 8\n")
+    shutil.rmtree(folder / "removed", ignore_errors=True)
+    shutil.rmtree(folder / "removed", ignore_errors=True)  # what was being written at that moment
+    ending = child.end()
+    seen.see("removed", ending.code == 2 and "the folder is gone" in ending.said, ending.said[-300:])
+    seen.see("removed: nothing is left", not (folder / "removed").exists())

@@ -1,0 +1,70 @@
+"""Hours' worth of steps in minutes: memory and open files must level off."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import torch
+
+from faults.runs import Place
+from siliang.train.run import Listener, train
+from siliang.train.trainer import Progress
+
+ALLOWED_GROWTH = 1.05  # of resident memory, from a third of the way on
+
+
+@dataclass
+class Endurance:
+    """What was measured every so many steps."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    resident_bytes: list[int] = field(default_factory=list)
+    open_files: list[int] = field(default_factory=list)
+    checkpoints: int = 0
+
+    @property
+    def growth(self) -> float:
+        """Of the mean of the last third over that of the second."""
+        n = max(1, len(self.resident_bytes) // 3)
+        middle, last = self.resident_bytes[n : 2 * n] or [1], self.resident_bytes[-n:] or [0]
+        return (sum(last) / len(last)) / (sum(middle) / len(middle))
+
+    @property
+    def passed(self) -> bool:
+        n = len(self.open_files) // 3
+        level = n > 0 and max(self.open_files[-n:]) <= max(self.open_files[:-n])
+        return level and self.growth < ALLOWED_GROWTH
+
+
+def endure(place: Place, folder: Path, *, steps: int) -> Endurance:
+    """So many steps with a checkpoint and an evaluation every hundredth part of them."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(place, folder / "long", steps, send))
+    process.start()
+    send.close()
+    found = receive.recv()
+    process.join()
+    return found
+
+
+def _run(place: Place, folder: Path, steps: int, send: Connection) -> None:
+    torch.set_num_threads(1)
+    every = max(1, steps // 100)
+    config = place.config(folder, max_steps=steps, save_every=every, eval_every=every, log_every=every, keep=3)
+    found, me, started = Endurance(steps), psutil.Process(), time.perf_counter()
+
+    def look(progress: Progress) -> None:
+        if progress.logged:
+            found.resident_bytes.append(me.memory_info().rss)
+            found.open_files.append(me.num_fds())
+
+    train(config, Listener(progress=look))
+    found.seconds = time.perf_counter() - started
+    found.checkpoints = len(list((folder / "checkpoints").iterdir()))
+    send.send(found)

@@ -1,0 +1,23 @@
+"""siliang explain: what a code means."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def explain(
+    code: Annotated[str, typer.Argument(help="Of an error, such as SLE03, or of a finding of `siliang check`, SL007.")],
+) -> None:
+    """Say what an error or a finding means, why it happens, and what to do."""
+    from siliang.errors import explain as explain_error
+    from siliang.errors import language
+
+    if code.upper().startswith("SLE"):
+        print(explain_error(code, language()))
+        return
+    from siliang.check import find_rule
+
+    rule = find_rule(code)
+    print(f"{rule.code} ({rule.severity}): {rule.page}")

@@ -1,0 +1,248 @@
+"""What each error means and what to do about it, in English and in Chinese; docs/errors.md is made from here, by
+`python -m siliang.errors`.
+
+The message of an error says what happened in this very case. This catalogue says the rest, by the class's code.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from siliang.types import ConfigError, SiliangError, nearest
+
+Language = Literal["en", "zh"]
+
+LONGEST_LINE = 1000
+
+
+@dataclass(frozen=True)
+class Page:
+    """One error in one language."""
+
+    title: str
+    cause: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One error."""
+
+    en: Page
+    zh: Page
+
+    def page(self, language: Language) -> Page:
+        return self.zh if language == "zh" else self.en
+
+
+CATALOGUE: dict[str, Entry] = {
+    "SLE01": Entry(
+        Page(
+            "a setting is wrong",
+            "A setting is unknown, missing, has a value that is not allowed, or does not go with another one.",
+            "The message names the setting, its value and what is allowed. `siliang config` lists every setting.",
+        ),
+        Page(
+            "配置有误",
+            "某个配置项不存在、缺失、取值不被允许，或与其他配置冲突。",
+            "按提示修改该项；`siliang config` 会列出全部配置项、默认值和含义。",
+        ),
+    ),
+    "SLE02": Entry(
+        Page(
+            "nothing in the model to tune",
+            "The modules or parameters that the method should tune are not in this model: the names belong to "
+            "another "
+            "architecture, or BitFit was asked for on a model without biases.",
+            "Take one of the names that the message offers, leave target_modules out, or choose another method.",
+        ),
+        Page(
+            "模型中没有可微调的部分",
+            "该方法要微调的模块或参数不在这个模型里：名字属于别的结构，或对没有偏置的模型用了 BitFit。",
+            "改用提示中给出的模块名，或去掉 target_modules 用默认值，或换一种方法。",
+        ),
+    ),
+    "SLE03": Entry(
+        Page(
+            "the data cannot be used",
+            "A file is missing, is not of a kind that can be read, or rows of it are not what the task needs.",
+            "Mend the rows that the message names, by file and line, or leave them out with data.skip_bad_rows=true. "
+            "`siliang check` shows all of them, and what would be learned.",
+        ),
+        Page(
+            "数据无法使用",
+            "文件不存在、格式无法读取，或其中有些行不符合任务要求。",
+            "按提示的文件和行号修正，或用 data.skip_bad_rows=true 跳过；`siliang check` 会列出所有问题。",
+        ),
+    ),
+    "SLE04": Entry(
+        Page(
+            "the base model cannot be loaded",
+            "The folder holds no transformers model, the hub did not give it, weights are missing or damaged, it "
+            "wants "
+            "to run code of its own, or a link in it leads elsewhere.",
+            "Look at the name and the network, download the model again, or take one that transformers knows by "
+            "itself.",
+        ),
+        Page(
+            "基座模型无法加载",
+            "目录中没有 transformers 模型、无法从 Hub 下载、权重缺失或损坏、模型要求运行自带代码，"
+            "或其中的链接指向目录之外。",
+            "检查名称和网络，重新下载模型，或改用 transformers 自身支持的模型。",
+        ),
+    ),
+    "SLE05": Entry(
+        Page(
+            "the adapter cannot be used",
+            "The adapter's files are damaged or incomplete, or belong to another base model or to a method that "
+            "siliang "
+            "does not have.",
+            "Copy or download the adapter again, check that it belongs to this base model, or go back to a "
+            "checkpoint of "
+            "the run: each is an adapter folder.",
+        ),
+        Page(
+            "适配器无法使用",
+            "适配器文件损坏或不完整，或属于别的基座模型，或是 siliang 不支持的方法。",
+            "重新复制或下载适配器，确认它与基座模型一致；也可以使用训练目录中的检查点，每个检查点都是一个适配器目录。",
+        ),
+    ),
+    "SLE06": Entry(
+        Page(
+            "the merged model answers otherwise",
+            "Merging rounds the weights: in few bits, or in 16 bits with a small update, the difference shows.",
+            "Merge in a wider --dtype, into the base model in all its bits, or keep the adapter apart.",
+        ),
+        Page(
+            "合并后的模型输出不一致",
+            "合并会对权重取整：量化权重或 16 位权重加上很小的更新时，差异会显现。",
+            "用更宽的 --dtype 合并，合并到未量化的基座模型，或不合并、直接使用适配器。",
+        ),
+    ),
+    "SLE07": Entry(
+        Page(
+            "training cannot go on",
+            "The loss or the gradient is nan, infinite, or exactly zero for many steps: nothing would be learned "
+            "any more.",
+            "The message names the step, the rows and the likely cause. Usually a lower train.learning_rate, "
+            "precision "
+            'bf16 or fp32 in place of fp16, or other data helps; train.on_nan="skip 5" leaves out a few bad steps.',
+        ),
+        Page(
+            "训练无法继续",
+            "损失或梯度为 nan、无穷大，或连续多步恰为零：继续训练学不到任何东西。",
+            "提示中有步数、数据行和可能的原因。通常应降低 train.learning_rate、用 bf16 或 fp32 代替 fp16，"
+            "或检查数据；"
+            'train.on_nan="skip 5" 可跳过少数坏步。',
+        ),
+    ),
+    "SLE08": Entry(
+        Page(
+            "out of memory",
+            "A step needs more memory than the device has left.",
+            "Set train.fit=true, which splits the batches with the same result, or train.tokens_at_once, "
+            "train.gradient_checkpointing=true, a smaller data.max_length, or quantization.bits=4.",
+        ),
+        Page(
+            "显存或内存不足",
+            "一步训练所需的内存超过设备剩余的内存。",
+            "设置 train.fit=true（自动拆分批次，结果不变），或使用 train.tokens_at_once、"
+            "train.gradient_checkpointing=true、更小的 data.max_length、quantization.bits=4。",
+        ),
+    ),
+    "SLE09": Entry(
+        Page(
+            "the output folder cannot be used",
+            "It holds something already, was removed, may not be written to, or the disk is full.",
+            "Choose another with --output, make room, or go on with an interrupted run by --resume. What was saved "
+            "before "
+            "is whole.",
+        ),
+        Page(
+            "输出目录不可用",
+            "目录非空、已被删除、不可写，或磁盘已满。",
+            "用 --output 换一个目录，清理磁盘空间，或用 --resume 继续中断的训练。此前保存的内容是完整的。",
+        ),
+    ),
+    "SLE10": Entry(
+        Page(
+            "the run was stopped",
+            "Ctrl-C or SIGTERM came, or train.max_time is nearly over; the step was saved.",
+            "Go on with `siliang train --resume RUN`: the result is that of a run that was never stopped.",
+        ),
+        Page(
+            "训练已中断",
+            "收到 Ctrl-C 或 SIGTERM，或 train.max_time 即将用完；当前步已保存。",
+            "用 `siliang train --resume RUN` 继续，结果与从未中断的训练相同。",
+        ),
+    ),
+}
+
+
+def language() -> Language:
+    """SILIANG_LANG, or else the locale's language."""
+    wanted = os.environ.get("SILIANG_LANG") or next(
+        (value for name in ("LC_ALL", "LC_MESSAGES", "LANG") if (value := os.environ.get(name))), ""
+    )
+    return "zh" if wanted.lower().startswith("zh") else "en"
+
+
+def find_entry(code: str) -> Entry:
+    """The entry of an error's code.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        return CATALOGUE[code.upper()]
+    except KeyError:
+        raise ConfigError(
+            f"there is no error {code}; there are {min(CATALOGUE)} to "
+            f"{max(CATALOGUE)}.{nearest(code.upper(), CATALOGUE)}"
+        ) from None
+
+
+def explain(code: str, language: Language) -> str:
+    """An error's page."""
+    page = find_entry(code).page(language)
+    cause, remedy = ("原因：", "办法：") if language == "zh" else ("Cause: ", "Remedy: ")
+    return f"{code.upper()}: {page.title}\n\n{cause}{page.cause}\n\n{remedy}{page.remedy}"
+
+
+def shown(error: SiliangError, language: Language) -> str:
+    """An error as the command prints it: its own words, and to a reader of Chinese also what it is and what to do."""
+    # a file may hold lines of any length
+    words = "\n".join(
+        line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..." for line in str(error).split("\n")
+    )
+    if language == "en":
+        return f"error[{error.code}]: {words}"
+    page = CATALOGUE[error.code].zh
+    return f"错误[{error.code}] {page.title}：{words}\n办法：{page.remedy}"
+
+
+def as_markdown() -> str:
+    """docs/errors.md."""
+    parts = [
+        "# Errors\n\nMade by `make docs` from `src/siliang/errors.py`. Each error has a class, which code can "
+        "catch, and a "
+        "code, which `siliang explain CODE` explains; `SILIANG_LANG=zh`, or a Chinese locale, shows them in "
+        "Chinese.\n"
+    ]
+    classes = {kind.code: kind for kind in _classes(SiliangError)}
+    for code, entry in CATALOGUE.items():
+        parts.append(
+            f"## {code} `{classes[code].__name__}`: {entry.en.title} · {entry.zh.title}\n\n"
+            f"{entry.en.cause}\n{entry.en.remedy}\n\n{entry.zh.cause}{entry.zh.remedy}\n"
+        )
+    return "\n".join(parts)
+
+
+def _classes(kind: type[SiliangError]) -> list[type[SiliangError]]:
+    return [found for sub in kind.__subclasses__() for found in (sub, *_classes(sub))]
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

@@ -1,0 +1,74 @@
+"""Yaml that others may have written: plain values only, and limits on size, depth and what aliases unfold to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+MAX_CHARACTERS = 1_000_000
+MAX_DEPTH = 20
+MAX_VALUES = 10_000  # with every alias written out
+
+
+class YamlError(ValueError):
+    """Not yaml, or more of it than settings need.
+
+    Attributes:
+        line: Where, from 1; None where that means nothing.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a yaml text, by yaml's safe loader.
+
+    Raises:
+        YamlError: It is no yaml, too long, too deep, or unfolds to too much.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise YamlError(f"more than {MAX_CHARACTERS:,} characters are no settings")
+    try:
+        _measure(text)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        said = getattr(error, "problem", None) or str(error).strip().partition("\n")[0]
+        raise YamlError(said, mark.line + 1 if mark else None) from None
+    except YamlError:
+        raise
+    except Exception as error:  # the loader raises whatever its conversions do: of `!!int x`, or of a 13th month
+        raise YamlError(f"a value cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _measure(text: str) -> None:
+    """Refuses what the loader would choke on; looks at events, which are small whatever they unfold to."""
+    whole: dict[str, int] = {}  # values under an anchor, aliases unfolded
+    stack: list[tuple[str | None, int]] = []  # collections that are open: anchor, values so far
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            stack.append((event.anchor, 1))
+            if len(stack) > MAX_DEPTH:
+                raise YamlError(f"nested more than {MAX_DEPTH} deep", line)
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = stack.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in whole:
+                raise YamlError(f"*{event.anchor} stands inside of what it names, or before it", line)
+            anchor, size = None, whole[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1
+        else:
+            continue
+        if anchor is not None:
+            whole[anchor] = size
+        if stack:
+            stack[-1] = (stack[-1][0], stack[-1][1] + size)
+            size = stack[-1][1]
+        if size > MAX_VALUES:
+            raise YamlError(f"more than {MAX_VALUES:,} values, aliases written out", line)

@@ -1,0 +1,166 @@
+"""A checkpoint: all that a run needs to go on as if it had never stopped, in safetensors and JSON.
+
+    checkpoints/checkpoint-40/
+        adapter_config.json ...    the adapter, as every other adapter folder; of full fine-tuning model.safetensors
+        state.json                 schedule, loss scale, random numbers, the log so far, ...
+        state.safetensors          what of it is tensors: Adam's moments first of all
+        trainer_state.json         transformers' own
+        manifest.json              sizes and hashes of all these, written last
+
+The folder has its name only when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from siliang.checkpoint import load_tensors, read_adapter, read_training
+from siliang.files import damage, remove_folder, sweep
+from siliang.peft_model import PeftModel
+
+STATE_NAME = "state"
+MODEL_WEIGHTS = "model.safetensors"
+PREFIX = "checkpoint-"
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder` by their step, the oldest first."""
+    named = {p: re.fullmatch(rf"{PREFIX}(\d+)", p.name) for p in folder.glob(f"{PREFIX}*")}
+    return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
+
+
+def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged ones are set aside, each with a warning."""
+    sweep(folder)
+    found = checkpoints(folder)
+    for path in reversed(found.values()):
+        if (problem := damage(path)) is None:
+            return path
+        aside = path.with_name(f"damaged-{path.name}")
+        with suppress(OSError):
+            remove_folder(aside)
+            path.rename(aside)
+        warn(f"{path} is damaged ({problem}) and passed over for the one before; it is now {aside.name}")
+    if found:
+        warn(f"no sound checkpoint is left in {folder}: the run begins again")
+    return None
+
+
+def prune(folder: Path, keep: int, *, spare: int | None = None) -> None:
+    """Deletes the oldest checkpoints, so that `keep` are left, and the one of step `spare`."""
+    found = checkpoints(folder)
+    for step in list(found)[:-keep]:
+        if step != spare:
+            remove_folder(found[step])
+
+
+# ---- weights ----
+
+
+def write_weights(folder: Path, model: Any) -> None:
+    """The adapter as an adapter folder; of a model that is tuned whole, its weights and config."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return
+    model.config.save_pretrained(folder)
+    # named_parameters names a tied weight once
+    named, saved = {**dict(model.named_parameters()), **dict(model.named_buffers())}, set(model.state_dict())
+    kept = {name: t.detach().cpu().contiguous() for name, t in named.items() if name in saved}
+    save_file(kept, folder / MODEL_WEIGHTS, metadata={"format": "pt"})
+
+
+def read_weights(folder: Path, model: nn.Module) -> None:
+    """Puts a checkpoint's weights into the model that it is of.
+
+    Raises:
+        AdapterError: They do not fit.
+    """
+    if isinstance(model, PeftModel):
+        name = model.active_adapter
+        load_tensors(model.injection, name, read_adapter(folder), source=str(folder), training=read_training(folder))
+        return
+    missing, unexpected = model.load_state_dict(load_file(folder / MODEL_WEIGHTS), strict=False)
+    tied = set(model.state_dict()) - {n for n, _ in model.named_parameters()} - {n for n, _ in model.named_buffers()}
+    assert not unexpected and set(missing) <= tied, (missing, unexpected)
+
+
+# ---- state ----
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Any tree of dicts, lists, tuples, numbers, texts and tensors."""
+    tensors: dict[str, Tensor] = {}
+    tree = _split(state, tensors, "")
+    (folder / f"{STATE_NAME}.json").write_text(json.dumps(tree), encoding="utf-8")
+    save_file(tensors, folder / f"{STATE_NAME}.safetensors")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote."""
+    tree = json.loads((folder / f"{STATE_NAME}.json").read_text(encoding="utf-8"))
+    return _join(tree, load_file(folder / f"{STATE_NAME}.safetensors"))
+
+
+def _split(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    match value:
+        case Tensor():
+            tensors[path] = value.detach().cpu().contiguous()
+            return {"tensor": path}
+        case dict():  # as pairs: JSON has no numbers for keys
+            return {"dict": [[key, _split(v, tensors, f"{path}/{key}")] for key, v in value.items()]}
+        case tuple():
+            return {"tuple": [_split(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]}
+        case list():
+            return [_split(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
+        case np.generic():
+            return value.item()
+        case _:
+            return value
+
+
+def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    match tree:
+        case {"tensor": path}:
+            return tensors[path]
+        case {"dict": pairs}:
+            return {key: _join(v, tensors) for key, v in pairs}
+        case {"tuple": values}:
+            return tuple(_join(v, tensors) for v in values)
+        case list():
+            return [_join(v, tensors) for v in tree]
+        case _:
+            return tree
+
+
+# ---- random numbers ----
+
+
+def random_state() -> dict[str, Any]:
+    """Of every generator that training draws from: Python's, numpy's, torch's, and the CUDA devices'."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Goes on from `random_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

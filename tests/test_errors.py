@@ -1,0 +1,73 @@
+"""Every error class has a code, a cause and a remedy, in English and in Chinese, and the command shows them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import siliang.engine.padding
+import siliang.train.run  # noqa: F401 - whatever defines errors
+from siliang.errors import CATALOGUE, _classes, as_markdown, explain, language, shown
+from siliang.types import ConfigError, InterruptedRunError, SiliangError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_class_is_in_the_catalogue() -> None:
+    classes = _classes(SiliangError)
+    assert sorted(kind.code for kind in classes) == sorted(CATALOGUE), "one code for each class"
+    for kind in classes:
+        entry = CATALOGUE[kind.code]
+        for page in (entry.en, entry.zh):
+            assert page.title and page.cause and page.remedy
+        assert not re.search("[一-鿿]", entry.en.title + entry.en.cause + entry.en.remedy)
+        for text in (entry.zh.title, entry.zh.cause, entry.zh.remedy):
+            assert re.search("[一-鿿]", text), text
+        message = kind("what happened")
+        assert shown(message, "en") == f"error[{kind.code}]: what happened"
+        assert shown(message, "zh").startswith(f"错误[{kind.code}] {entry.zh.title}：what happened\n办法：")
+        assert entry.en.remedy in explain(kind.code.lower(), "en")
+    assert InterruptedRunError.exit_code == 130 and ConfigError.exit_code == 2
+
+
+def test_docs_are_made_from_it() -> None:
+    assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == as_markdown(), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, "en"),
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "de_DE"}, "en"),
+        ({"LANG": "zh_CN.UTF-8", "SILIANG_LANG": "en"}, "en"),
+        ({"SILIANG_LANG": "zh"}, "zh"),
+    ],
+)
+def test_language(variables: dict[str, str], wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SILIANG_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert language() == wanted
+
+
+def test_the_command_in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SILIANG_LANG", "zh")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+
+    def siliang(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "siliang", *arguments], capture_output=True, encoding="utf-8")
+
+    done = siliang("train", "--model", "./m", "--data", "x", "--task", "seq_cls", "--output", "y")
+    assert done.returncode == 2
+    assert done.stderr.startswith("错误[SLE03] 数据无法使用：There is no data file or folder x.\n办法：")
+    assert siliang("explain", "SLE04").stdout.startswith("SLE04: 基座模型无法加载\n\n原因：")
+    assert siliang("explain", "SL007").stdout.startswith("SL007 (error)")
+    assert "SLE01 to SLE10" in siliang("explain", "SLE99").stderr
+
+
+def test_a_line_of_any_length_is_cut() -> None:
+    assert len(shown(ConfigError("x" * 10_000), "en")) < 1100
