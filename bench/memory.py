@@ -135,9 +135,8 @@ def cases() -> Iterator[Case]:
 
 def predict(case: Case) -> int:
     """Bytes of tensors at the peak, on paper."""
-    device = Device("cpu", None, "unknown", case.precision, 0, here=True)
-    task, make = MODELS[case.model]
-    config = make()
+    device = Device("cpu", None, "unknown", case.precision, 0, 0, here=True)
+    config = MODELS[case.model][1]()
     config.num_labels = 2
     sketch = Sketch(case.config(), config, device, quantization=case.quantization)
     batches = sketch.batches(case.rows())

@@ -178,6 +178,21 @@ CATALOGUE: dict[str, Entry] = {
             "用 `siliang train --resume RUN` 继续，结果与从未中断的训练相同。",
         ),
     ),
+    "SLE11": Entry(
+        Page(
+            "the run will not fit",
+            "The plan, made before anything was loaded, needs more memory than there is.",
+            "The message says with which settings it fits. train.fit=true makes those changes by itself where they "
+            "leave the result as it is; `siliang plan run.yaml` shows what takes the memory, and `--method all` what "
+            "other methods would need.",
+        ),
+        Page(
+            "内存（显存）不够",
+            "加载模型之前的预算表明，这次训练需要的内存超过了可用的数量。",
+            "按提示修改配置即可放下；不改变结果的修改可以用 train.fit=true 自动完成。`siliang plan run.yaml` "
+            "会列出各部分占用，`--method all` 会列出其他方法的需要。",
+        ),
+    ),
 }
 
 

@@ -105,6 +105,12 @@ class InterruptedRunError(SiliangError):
     exit_code = 130
 
 
+class PlanError(SiliangError):
+    """The run needs more memory than there is."""
+
+    code = "SLE11"
+
+
 def nearest(word: str, words: Iterable[str], n: int = 3) -> str:
     """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing where none does."""
     names = difflib.get_close_matches(word, sorted(set(words)), n=n, cutoff=0.5)

@@ -40,15 +40,20 @@ def train(
     else:
         config = RunConfig.build(gather(settings, flags, data, set_ or []), source=str(settings or "the flags"))
     quiet_loading()
+    from siliang.plan.before import Planner
     from siliang.train.run import Listener
     from siliang.train.run import train as run
 
+    planner = Planner()
     with TrainingDisplay() as display:
-        record = run(config, Listener(display.say, display.progress), resume=resume is not None)
+        record = run(config, Listener(display.say, display.progress), resume=resume is not None, planner=planner)
+    planner.remember(record)
     folder = Path(config.output)
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.final.items())
     print(f"done       {metrics}")
-    print(f"           {duration(record.seconds.train)} of training, peak memory {size(record.memory.peak_bytes)}")
+    planned = f" ({size(record.memory.predicted_bytes)} planned)" if record.memory.predicted_bytes else ""
+    peak = size(record.memory.peak_bytes) + planned
+    print(f"           {duration(record.seconds.train)} of training, peak memory {peak}")
     what = "model" if (folder / "model").is_dir() else "adapter"
     print(f"saved      {folder / what} ({size(record.parameters.adapter_bytes)}), record in {folder / 'run.json'}")
     use = {

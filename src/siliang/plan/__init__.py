@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
-from siliang.check import look_at
+from siliang.check import Subject, look_at
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
@@ -23,7 +23,7 @@ from siliang.plan.record import Change, Fit, MethodPlan, PlanRecord
 from siliang.plan.rows import StepRows, heaviest, made_up
 from siliang.plan.shapes import SHAPES
 from siliang.plan.sketch import Sketch, Usual
-from siliang.plan.steps import Phase
+from siliang.plan.steps import Measured, Phase
 from siliang.types import SiliangError, TaskType
 
 VIRTUAL_TOKENS = 20  # of a prompt whose length is not said
@@ -36,8 +36,10 @@ def plan(
     *,
     methods: Sequence[str] = (),
     with_data: bool = True,
+    subject: Subject | None = None,
     base_config: Any = None,
     usual: bool = False,
+    timed: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> PlanRecord:
     """What a run will take, by method.
@@ -45,15 +47,17 @@ def plan(
     Args:
         methods: To be compared, each with its defaults; the config's own keeps its settings. None: its own alone.
         with_data: Read the data, for the batch that the run will really see; otherwise rows of max_length are taken.
+        subject: The run's data, where it has been read already.
         base_config: The base model's config, where it is known already.
         usual: Say also what PEFT with transformers.Trainer would need.
+        timed: Measure the speed of a device that is here.
         say: Hears what is being done.
 
     Raises:
         ModelError: There is no such model, or its config is not whole.
         DataError: The data cannot be read.
     """
-    subject = look_at(config, machine())
+    subject = subject or look_at(config, machine())
     base_config = base_config or model_config(config)
     labels = subject.examples.labels if with_data else None
     if config.task is TaskType.QUESTION_ANS or labels is not None:
@@ -80,8 +84,9 @@ def plan(
         tokens_per_epoch=step.tokens_per_epoch,
         methods=found,
     )
-    say("the speed of this device")
-    _add_times(record, device, base_config)
+    if timed:
+        say("the speed of this device")
+        _add_times(record, device, base_config)
     say("")
     return record
 
@@ -151,22 +156,21 @@ def _plan_one(
         batch_tokens=sketch.collator().cost_of(batches[0].lengths),
         flops_per_token=measured.flops / max(measured.tokens, 1),
         notes=list(sketch.notes),
-        **{
-            f"{phase}_bytes": measured.peaks[phase].nbytes + beside
-            for phase in ("evaluate", "generate", "merge")
-            if phase in measured.peaks
-        },
+        evaluate_bytes=_bytes_of(measured, "evaluate", beside),
+        generate_bytes=_bytes_of(measured, "generate", beside),
+        merge_bytes=_bytes_of(measured, "merge", beside),
     )
     if config.quantization is not None and bits is None:
         one.notes.append("on the whole base: weights in few bits cannot be trained")
     if device.memory_bytes is not None:
         room = Room(device.memory_bytes - beside)
         one.fits = peak.nbytes <= room.limit_bytes
-        if not one.fits and config.train.memory_budget is not None and not always:
-            if (fewest := room.fewest_recomputed(sketch, step.rows, config.train.batch_size)) is not None:
-                one.fits, one.recomputed_layers = True, fewest[0]
-                one.time_factor = sketch.time_factor(fewest[0])
-                peak = sketch.measure(batches, recomputed=fewest[0]).peaks["train"]
+        budgeted = config.train.memory_budget is not None and not always
+        fewest = room.fewest_recomputed(sketch, step.rows, config.train.batch_size) if budgeted else None
+        if not one.fits and fewest is not None:
+            one.fits, one.recomputed_layers = True, fewest[0]
+            one.time_factor = sketch.time_factor(fewest[0])
+            peak = sketch.measure(batches, recomputed=fewest[0]).peaks["train"]
         if not one.fits and thorough:
             can_quantise = config.quantization is None and found.freezes_the_base
             quantised = (lambda wanted: draw(method=method, quantization=wanted)) if can_quantise else None
@@ -179,6 +183,10 @@ def _plan_one(
         other = draw(method=method, quantization=bits, usual=Usual())
         one.usual_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + beside
     return one
+
+
+def _bytes_of(measured: Measured, phase: Phase, beside: int) -> int:
+    return measured.peaks[phase].nbytes + beside if phase in measured.peaks else 0
 
 
 def _add_times(record: PlanRecord, device: Device, base_config: Any) -> None:

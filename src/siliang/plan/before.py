@@ -8,44 +8,74 @@ from siliang.check import Subject
 from siliang.config import RunConfig
 from siliang.memory.size import show_bytes
 from siliang.plan import plan
-from siliang.plan.device import Device, find_target
+from siliang.plan.device import Device, find_target, in_this_process
+from siliang.plan.history import remember
 from siliang.plan.record import Change, MethodPlan
+from siliang.record import Record
 from siliang.types import PlanError, SiliangError
 
 SAME_RESULT = ("train.batch_size", "train.gradient_accumulation", "train.memory_budget")
 
 
-def before_training(
-    config: RunConfig, say: Callable[[str], None], *, subject: Subject | None = None, device: Device | None = None
-) -> tuple[RunConfig, MethodPlan | None]:
-    """Tells what the run will take.
+class Planner:
+    """Plans a run that is about to start in this process.
 
-    Args:
-        subject: The run's data, where it has been read already.
-        device: Instead of the one that is here.
+    Attributes:
+        device: For which; None for the one that is here.
+        found: The plan, once there is one.
+    """
 
-    Returns:
-        The config, changed where `train.fit` is on and it has to be; the plan, or None where none could be made, which
-        is said and stops nothing.
+    def __init__(self, device: Device | None = None) -> None:
+        self.device = device
+        self.found: MethodPlan | None = None
+
+    def __call__(self, config: RunConfig, subject: Subject, say: Callable[[str], None]) -> tuple[RunConfig, int | None]:
+        """Tells what the run will take.
+
+        Args:
+            subject: The run's data, which has been read already.
+
+        Returns:
+            The config, changed where `train.fit` is on and it has to be; the predicted peak, as the record will measure
+            it. None where no plan could be made, which is said and stops nothing.
+
+        Raises:
+            PlanError: The run will not fit.
+        """
+        self.device = in_this_process(self.device or find_target(config))
+        try:
+            found = plan(config, self.device, subject=subject, timed=False).methods[0]
+        except SiliangError:
+            raise  # the run itself would end with it
+        except Exception as error:  # whatever a model of any kind does when its tensors have no values
+            say(f"memory     not planned: {type(error).__name__}: {error}".partition("\n")[0])
+            return config, None
+        if found.error:
+            return config, None  # the run says it better
+        self.found = found
+        config = settle(config, found, self.device, say)
+        # a card's context is there before its allocator counts
+        return config, found.peak_bytes - (self.device.beside_bytes if self.device.kind == "cuda" else 0)
+
+    def remember(self, record: Record) -> None:
+        """Lets later plans know what this run really took."""
+        if self.found is None or self.device is None:
+            return
+        before = self.device.beside_bytes if self.device.kind == "cpu" else 0
+        remember(record.device.name, record.memory.peak_bytes - before - self.found.tensor_bytes)
+
+
+def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[str], None]) -> RunConfig:
+    """Says that a run fits, or makes it fit.
 
     Raises:
-        PlanError: The run will not fit.
+        PlanError: It does not, and may not be changed.
     """
-    device = device or find_target(config)
-    try:
-        found = plan(config, device, subject=subject, timed=False).methods[0]
-        if found.error:
-            raise PlanError(found.error)
-    except SiliangError:
-        raise  # the run itself would end with it
-    except Exception as error:  # whatever a model of any kind does when its tensors have no values
-        say(f"memory     not planned: {type(error).__name__}: {error}".partition("\n")[0])
-        return config, None
     there = f"{show_bytes(device.memory_bytes)} {device.memory_source}" if device.memory_bytes else "of unknown size"
     twice = f", {found.recomputed_layers} of {found.layers} layers computing twice" if found.recomputed_layers else ""
     if found.fits is not False:
         say(f"memory     about {show_bytes(found.peak_bytes)} of {there}{twice} ({_parts(found)})")
-        return config, found
+        return config
     harmless = found.fit is not None and all(c.setting in SAME_RESULT for c in found.fit.changes)
     if config.train.fit and found.fit is not None and harmless:
         changed = apply(config, found.fit.changes)
@@ -55,7 +85,7 @@ def before_training(
             f"{in_words(found.fit.changes)}: {show_bytes(found.fit.peak_bytes)}{slower}, with the same result"
         )
         found.peak_bytes = found.fit.peak_bytes
-        return changed, found
+        return changed
     raise PlanError(
         f"This run needs about {show_bytes(found.peak_bytes)}, and {there} are there: {_parts(found)}.\n"
         + _advice(found, harmless=harmless)
@@ -88,6 +118,6 @@ def _parts(found: MethodPlan) -> str:
 
 def _advice(found: MethodPlan, *, harmless: bool) -> str:
     if found.fit is None:
-        return "Nothing that can be changed makes it fit: take a smaller model, or another method (`siliang plan --method all`)."
+        return "No setting makes it fit: take a smaller model, or another method (`siliang plan --method all`)."
     same = ", with the same result; or let train.fit=true do it" if harmless else ""
     return f"It fits ({show_bytes(found.fit.peak_bytes)}) with {in_words(found.fit.changes)}{same}."

@@ -10,14 +10,16 @@ import psutil
 import torch
 
 from siliang.config import RunConfig
-from siliang.hardware import Choice, choose_precision
+from siliang.hardware import Choice, choose_precision, describe_device
 from siliang.memory.track import CUDA_BLOCK_BYTES
+from siliang.plan.history import known_work
 from siliang.types import ConfigError
 
 # What a process holds beside its tensors; measured where it could be, and corrected by this machine's own runs.
 PROCESS_BYTES = 560_000_000  # Python with torch and transformers, resident, before a model is there
 WORK_BYTES = 90_000_000  # what autograd, kernels and the allocator keep once it has trained
-CUDA_CONTEXT_BYTES = 520_000_000  # context, loaded kernels, cuBLAS' workspace: 0.4 to 0.6 GB by card and version
+CUDA_CONTEXT_BYTES = 480_000_000  # context and loaded kernels: 0.4 to 0.6 GB by card and version
+CUDA_WORK_BYTES = 40_000_000  # cuBLAS' workspace, which the allocator counts
 CUDA_HOST_BYTES = 2_000_000_000  # the process on the host, with CUDA's libraries
 
 MOST_CALIBRATION_S = 10.0
@@ -32,16 +34,23 @@ class Device:
         memory_bytes: What a run may take; None where that is not known.
         here: The device is in this machine.
         flops: What it computes in a second, as the user says.
-        overhead_bytes: Beside the tensors.
+        beside_bytes: What is there before a tensor is: the process, or CUDA's context.
+        work_bytes: What comes to it once there is work: kernels' own memory, the allocator's losses.
     """
 
     kind: Literal["cpu", "cuda"]
     memory_bytes: int | None
     memory_source: Literal["free here", "as asked", "unknown"]
     precision: Choice
-    overhead_bytes: int
+    beside_bytes: int
+    work_bytes: int
     here: bool
     flops: float | None = None
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Everything beside the tensors."""
+        return self.beside_bytes + self.work_bytes
 
     @property
     def best(self) -> Choice:
@@ -95,15 +104,28 @@ def find_target(
         memory_bytes=memory_bytes or free,
         memory_source="as asked" if memory_bytes else "free here" if free else "unknown",
         precision=precision,
-        overhead_bytes=CUDA_CONTEXT_BYTES if kind == "cuda" else PROCESS_BYTES + WORK_BYTES,
+        beside_bytes=CUDA_CONTEXT_BYTES if kind == "cuda" else PROCESS_BYTES,
+        work_bytes=_work_bytes(kind, here=here),
         here=here,
         flops=flops,
     )
 
 
-def with_overhead(device: Device, overhead_bytes: int) -> Device:
-    """The same, knowing better."""
-    return replace(device, overhead_bytes=overhead_bytes)
+def in_this_process(device: Device) -> Device:
+    """The same, for a run that goes on in this very process, which holds what it holds already."""
+    if device.kind != "cpu":
+        return device
+    taken = psutil.Process().memory_info().rss
+    free = device.memory_bytes
+    if device.memory_source == "free here" and free is not None:
+        free += taken  # what is taken already is part of the plan
+    return replace(device, beside_bytes=taken, memory_bytes=free)
+
+
+def _work_bytes(kind: str, *, here: bool) -> int:
+    if here and (known := known_work(describe_device(torch.device(kind)).name)) is not None:
+        return known
+    return CUDA_WORK_BYTES if kind == "cuda" else WORK_BYTES
 
 
 def measure_flops(dtype: torch.dtype, rows: int, width: int, inner: int, most_s: float = MOST_CALIBRATION_S) -> float:

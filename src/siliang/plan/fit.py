@@ -142,7 +142,8 @@ def _recompute_change(config: RunConfig, sketch: Sketch, count: int) -> list[Cha
             setting="train.memory_budget",
             before="null",
             after="auto",
-            price=f"{count} of {sketch.layers} layers compute twice: {100 * (sketch.time_factor(count) - 1):.0f}% more time",
+            price=f"{count} of {sketch.layers} layers compute twice: "
+            f"{100 * (sketch.time_factor(count) - 1):.0f}% more time",
         )
     ]
 

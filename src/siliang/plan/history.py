@@ -9,16 +9,17 @@ from statistics import median
 
 from siliang.data.cache import cache_folder
 from siliang.hardware import versions
-from siliang.plan.record import MethodPlan
-from siliang.record import Record
 
 FILE = "memory.jsonl"
 LATEST = 20  # runs that count
 
 
-def remember(plan: MethodPlan, record: Record) -> None:
-    """Keeps what a finished run took beyond its planned tensors. A disk that is full or read-only is no reason to fail."""
-    line = _key(record.device.name) | {"overhead_bytes": record.memory.peak_bytes - plan.tensor_bytes}
+def remember(device_name: str, work_bytes: int) -> None:
+    """Keeps what a finished run took beside what was there before and its planned tensors.
+
+    A disk that is full or read-only is no reason to fail.
+    """
+    line = _key(device_name) | {"work_bytes": work_bytes}
     with suppress(OSError):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +27,7 @@ def remember(plan: MethodPlan, record: Record) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def known_overhead(device_name: str) -> int | None:
+def known_work(device_name: str) -> int | None:
     """The median of this device's latest runs with these versions; None where there are none."""
     key, found = _key(device_name), []
     try:
@@ -36,9 +37,9 @@ def known_overhead(device_name: str) -> int | None:
     for line in lines:
         with suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
-            overhead = int(row.pop("overhead_bytes"))
-            if row == key and overhead > 0:
-                found.append(overhead)
+            work_bytes = int(row.pop("work_bytes"))
+            if row == key:
+                found.append(max(work_bytes, 0))
     return int(median(found[-LATEST:])) if found else None
 
 

@@ -98,8 +98,8 @@ def _quantised(layer: nn.Linear, wanted: QuantizationConfig, compute_dtype: torc
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
 
-    kinds: Any = bnb.nn
-    kind = kinds.Linear4bit if wanted.bits == 4 else kinds.Linear8bitLt
+    library: Any = bnb
+    kind = library.nn.Linear4bit if wanted.bits == 4 else library.nn.Linear8bitLt
     new: Any = kind.__new__(kind)
     nn.Module.__init__(new)
     new.in_features, new.out_features = layer.in_features, layer.out_features
@@ -107,7 +107,7 @@ def _quantised(layer: nn.Linear, wanted: QuantizationConfig, compute_dtype: torc
     if wanted.bits == 8:
         weight: Any = nn.Parameter(torch.empty(layer.weight.shape, dtype=torch.int8), requires_grad=False)
         weight.CB, weight.SCB = weight.data, torch.empty(layer.out_features)
-        new.state, new.index = bnb.MatmulLtState(), None
+        new.state, new.index = library.MatmulLtState(), None
         new.state.threshold, new.state.has_fp16_weights = 6.0, False
     else:
         n = layer.weight.numel()

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from siliang.check import RATE_FACTOR, find, look_at, stop_on_errors
+from siliang.check import RATE_FACTOR, Subject, find, look_at, stop_on_errors
 from siliang.config import RunConfig
 from siliang.data import sources
 from siliang.data.collate import PadCollator
@@ -57,6 +57,11 @@ SLOW_DISK_BYTES_PER_S = 50e6  # for a checkpoint before the first one was timed
 LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
 
 
+# Looks at a run's config and data before its model is loaded, and tells what it will take: the config, which may come
+# back changed, and the predicted peak in bytes. It is `plan.before.Planner`; plan/ knows this room, not the other way.
+Planner = Callable[[RunConfig, Subject, Callable[[str], None]], tuple[RunConfig, int | None]]
+
+
 @dataclass
 class Listener:
     """Who hears of a run while it goes on; only the command prints.
@@ -78,12 +83,14 @@ def train(
     *,
     resume: bool = False,
     base: Callable[..., Any] = load_base,
+    planner: Planner | None = None,
 ) -> Record:
     """Trains as `config` says and leaves a run folder.
 
     Args:
         resume: Go on from the last checkpoint in the output folder.
         base: What gives the base model, called as `load_base` is, for whoever has it loaded already.
+        planner: Asked before the model is loaded; None for no plan.
 
     Raises:
         SiliangError: Something that the user can mend; nothing is left behind then if no step was made.
@@ -94,7 +101,7 @@ def train(
     folder = Path(config.output)
     new = not resume and claim(folder)
     try:
-        run = prepare(config, listener, folder, base=base)
+        run = prepare(config, listener, folder, base=base, planner=planner)
     except BaseException:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
@@ -129,11 +136,19 @@ class Run:
     record: Record
 
 
-def prepare(config: RunConfig, listener: Listener, folder: Path, *, base: Callable[..., Any] = load_base) -> Run:
+def prepare(
+    config: RunConfig,
+    listener: Listener,
+    folder: Path,
+    *,
+    base: Callable[..., Any] = load_base,
+    planner: Planner | None = None,
+) -> Run:
     """Data, model and method of a run, ready for its first step.
 
     Args:
         base: What gives the base model, called as `load_base` is.
+        planner: Asked before the model is loaded.
 
     Raises:
         SiliangError: Something that the user can mend.
@@ -160,6 +175,10 @@ def prepare(config: RunConfig, listener: Listener, folder: Path, *, base: Callab
     _check_best(config, len(sets[1]))
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
+    predicted = None
+    if planner is not None:
+        with torch.random.fork_rng(devices=[]):
+            config, predicted = planner(config, subject, listener.say)
     model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
     model, trained, total = attach(model, method, config, precision)
     listener.say(
@@ -187,6 +206,7 @@ def prepare(config: RunConfig, listener: Listener, folder: Path, *, base: Callab
         rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=examples.skipped, truncated=truncated),
         seconds=Seconds(load=round(time.perf_counter() - started, 3)),
     )
+    record.memory.predicted_bytes = predicted
     _check_space(folder, model, config)
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record)
 

@@ -130,7 +130,7 @@ class SiliangTrainer(Trainer):
             model,
             batches,
             weight,
-            autocast=self.accelerator.autocast,
+            autocast=lambda: self.accelerator.autocast(),
             unsynced=lambda: self.accelerator.no_sync(model),
             backward=self.accelerator.backward,
         )
