@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
 
-demo: .venv/demo  ## LoRA against full fine-tuning and a frozen encoder, on reviews that come with siliang
+demo: .venv/demo  ## five methods compared on reviews that come with siliang: a table and a page
 	$(BIN)/siliang demo
 
 test: .venv/dev  ## the test suite

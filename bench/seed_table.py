@@ -22,6 +22,7 @@ import torch
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup, set_seed
+from transformers.utils import logging
 
 from siliang.check import look_at
 from siliang.compare.config import CompareConfig
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl and README.md")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting by name")
     options = parser.parse_args()
+    logging.set_verbosity_error()
     values = read_yaml(options.settings)
     for assignment in options.set:
         assign(values, assignment)
