@@ -38,7 +38,8 @@ def kills(place: Place, folder: Path, size: float) -> Result:
 def checkpoints(place: Place, folder: Path, size: float) -> Result:
     """Checkpoint bit-flipped or cut short"""
     c = damage_checkpoints(place, folder, cases=_n(100, size), seed=2)
-    return c.passed, f"{c.cases} cases: {c.noticed} passed over with a warning, the end equal; {c.wrong} wrong"
+    text = f"{c.cases} cases: {c.noticed} passed over with a warning, {c.harmless} without effect, the end equal; "
+    return c.passed, f"{text}{c.wrong} wrong"
 
 
 def adapters(place: Place, folder: Path, size: float) -> Result:

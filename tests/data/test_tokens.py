@@ -1,5 +1,7 @@
 """Tokens, labels and batches: what is cut, and what never is; the cache; the other tasks."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +32,7 @@ from siliang.data.examples import (
     to_json,
 )
 from siliang.data.tokens import prompt_tokens, tokenise
-from siliang.types import TaskType
+from siliang.types import DataError, TaskType
 
 TOKENIZER = word_tokenizer()
 texts = st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join)
@@ -232,3 +234,16 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
     assert made.lengths.tolist() == [len(made[i]["input_ids"]) for i in range(9)]
     assert made.learned.tolist() == [sum(x != IGNORED for x in made[i]["labels"]) for i in range(9)]
     assert isinstance(made.table, Dataset)
+
+
+def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system's own out-of-memory killer ends it."""
+
+    def die(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("siliang.data.tokens._batch", die)
+    rows = [Labelled(f"the film was {w}", "a") for w in WORDS] * 30
+    data = DataConfig(train="d.csv", workers=2)
+    with pytest.raises(DataError, match="one of 2 processes that tokenise was killed"):
+        tokenise(rows, word_tokenizer(), data, TaskType.SEQ_CLS, labels=["a"])

@@ -236,7 +236,7 @@ def disk(s: Subject) -> Iterator[Found]:
     if trained is None:
         return
     t = s.config.train
-    copies = t.keep + 1 if t.save_every else 1
+    copies = t.keep + 1 + bool(t.best) if t.saves else 1
     need = 4 * trained * (1 + 3 * copies) + 2**20
     folder = Path(s.config.output).absolute()
     while not folder.exists():
