@@ -302,3 +302,12 @@ def test_hash_follows_the_bytes(tmp_path: Path) -> None:
     first = sha256([str(path)])
     path.write_text("b")
     assert sha256([str(path)]) != first
+
+
+@pytest.mark.parametrize(("name", "around"), [("d.jsonl", "{}\n"), ("d.json", "[{}]"), ("e.json", '{{"data": [{}]}}')])
+def test_half_a_character(name: str, around: str, tmp_path: Path) -> None:
+    """What JSON can write and UTF-8 cannot; a pair of halves is a character."""
+    (tmp_path / name).write_text(around.format('{"text": "\\ud83d\\ude00", "label": "a"}'))
+    assert read_rows(str(tmp_path / name))[0].values["text"] == "\U0001f600"
+    (tmp_path / name).write_text(around.format('{"text": "a\\ud83d", "label": "a"}'))
+    assert read_rows(str(tmp_path / name))[0].problem == "holds half of a character, \\ud83d"

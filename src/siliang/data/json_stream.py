@@ -27,7 +27,8 @@ def json_lines(path: Path) -> Iterator[Item]:
             if not line.strip():
                 continue
             try:
-                yield where, json.loads(line), None
+                value = json.loads(line)
+                yield where, value, _half_a_character(value) if _may_be_half(line) else None
             except (ValueError, RecursionError) as error:
                 yield where, None, f"not valid JSON: {_reason(error)}"
 
@@ -62,13 +63,14 @@ def _items(text: _Text, path: Path) -> Iterator[Item]:
             return
         line = text.line
         try:
-            value = text.decode(decoder)
+            value, suspect = text.decode(decoder)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: not valid JSON: {_reason(error)}.") from None
         number += 1
-        yield f"{path}:{line}" if line > ended_on else f"{path}, row {number}", value, None
+        problem = _half_a_character(value) if suspect else None
+        yield f"{path}:{line}" if line > ended_on else f"{path}, row {number}", value, problem
         ended_on = text.line
 
 
@@ -94,7 +96,20 @@ def _whole(path: Path) -> Iterator[Item]:
             rows = [f"an article of SQuAD without {error}"]
         for row in rows:
             number += 1
-            yield f"{path}, row {number}", row, None
+            yield f"{path}, row {number}", row, _half_a_character(row)
+
+
+def _may_be_half(text: str) -> bool:
+    return "\\ud" in text or "\\uD" in text
+
+
+def _half_a_character(value: Any) -> str | None:
+    """JSON may name one of the two halves of which UTF-16 makes a character; no text file can hold it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"holds half of a character, \\u{ord(error.object[error.start]):04x}"
+    return None
 
 
 def _reason(error: Exception) -> str:
@@ -126,8 +141,8 @@ class _Text:
             self.line += c == "\n"
             self.position += 1
 
-    def decode(self, decoder: json.JSONDecoder) -> Any:
-        """The value at the position."""
+    def decode(self, decoder: json.JSONDecoder) -> tuple[Any, bool]:
+        """The value at the position, and whether it may hold half of a character."""
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self.position)
@@ -137,8 +152,9 @@ class _Text:
                     rest = self._text[self.position :]
                     raise json.JSONDecodeError(error.msg, rest, min(error.pos - self.position, len(rest))) from None
         self.line += self._text.count("\n", self.position, end)
+        suspect = _may_be_half(self._text[self.position : end])
         self.position = end
-        return value
+        return value, suspect
 
     def _here(self, n: int) -> bool:
         while len(self._text) - self.position < n:
