@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -136,11 +137,14 @@ def _plan_one(
     bits = config.quantization if found.config is not None else None
     try:
         sketch = draw(method=method, quantization=bits)
+        step = replace(step, rows=sketch.shortened(step.rows))
         batches = sketch.batches(step.rows)
         always = sketch.layers if config.train.gradient_checkpointing else 0
         measured = sketch.measure(batches, recomputed=always, phases=TOLD if thorough else ("train",))
     except SiliangError as error:
         return MethodPlan(method=name, error=str(error))
+    except Exception as error:  # whatever a model of any kind does when its tensors have no values
+        return MethodPlan(method=name, error=f"not planned: {type(error).__name__}: {error}".partition("\n")[0])
     beside, peak = device.overhead_bytes, measured.peaks["train"]
     one = MethodPlan(
         method=name,

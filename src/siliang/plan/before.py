@@ -42,7 +42,7 @@ class Planner:
         Raises:
             PlanError: The run will not fit.
         """
-        self.device = in_this_process(self.device or find_target(config))
+        self.device = self.device or in_this_process(find_target(config))
         try:
             found = plan(config, self.device, subject=subject, timed=False).methods[0]
         except SiliangError:

@@ -8,7 +8,7 @@ from typing import Any
 
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.plan.record import Change, Fit
-from siliang.plan.rows import StepRows
+from siliang.plan.rows import StepRows, cut
 from siliang.plan.sketch import Sketch
 
 FULL_CALLS = 1024  # tokens: batches that are smaller than it do not fill the processor, so splitting stops to be free
@@ -81,14 +81,14 @@ def find_fit(
         more = []
     length = config.data.max_length // 2
     while length >= SHORTEST:
-        rows = [_cut(row, length) for row in step.rows[:1]]
+        rows = [cut(row, length) for row in step.rows[:1]]
         if (fewest := room.fewest_recomputed(sketch, rows, 1)) is not None:
-            cut = step.cut_by(length)
+            fewer = step.cut_by(length)
             shorter = Change(
                 setting="data.max_length",
                 before=str(config.data.max_length),
                 after=str(length),
-                price=f"{cut:,} rows are cut" if step.lengths is not None else "longer rows are cut",
+                price=f"{fewer:,} rows are cut" if step.lengths is not None else "longer rows are cut",
             )
             changes = [*more, *_split_change(config, 1), *_recompute_change(config, sketch, fewest[0]), shorter]
             return Fit(changes=changes, peak_bytes=fewest[1], time_factor=sketch.time_factor(fewest[0]))
@@ -146,7 +146,3 @@ def _recompute_change(config: RunConfig, sketch: Sketch, count: int) -> list[Cha
             f"{100 * (sketch.time_factor(count) - 1):.0f}% more time",
         )
     ]
-
-
-def _cut(row: dict[str, Any], length: int) -> dict[str, Any]:
-    return {name: value[:length] if isinstance(value, list) else value for name, value in row.items()}

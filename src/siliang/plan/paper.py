@@ -57,6 +57,7 @@ def draw_base(
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         first = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(f"a {config.model_type} cannot be made for {task.lower()} from its config: {first}") from None
+    model.tie_weights()  # which transformers does with the initialising that is left out
     _keep_wide(model, dtype)
     if quantization is not None:
         kept = [*kept_whole(task), *(getattr(model, "_keep_in_fp32_modules", None) or [])]

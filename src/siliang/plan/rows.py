@@ -92,3 +92,8 @@ def made_up_row(config: RunConfig, length: int) -> dict[str, Any]:
             return row | {"labels": [1] * min(config.data.max_target_length, length)}
         case _:
             return row | {"labels": [1] * length}
+
+
+def cut(row: dict[str, Any], length: int) -> dict[str, Any]:
+    """A row's first so many tokens."""
+    return {name: value[:length] if isinstance(value, list) else value for name, value in row.items()}

@@ -15,7 +15,7 @@ from siliang.hardware import Choice
 from siliang.methods import find_method
 from siliang.plan.device import Device
 from siliang.plan.paper import draw_base, on_paper, to_paper
-from siliang.plan.rows import made_up_row
+from siliang.plan.rows import cut, made_up_row
 from siliang.plan.steps import Measured, Phase, measure, usual_step
 from siliang.train.run import attach, weight_dtype
 from siliang.types import ConfigError
@@ -116,6 +116,17 @@ class Sketch:
             size = collator.rows_at_once
             return collator([dict(row) for row in rows[:size]])["batches"]
         return self.collator(batch_size)([dict(row) for row in rows])["batches"][:2]
+
+    def shortened(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows that leave room for the prompt where the model has no more positions, and a note of it."""
+        config: Any = self.model.config
+        most = getattr(config, "max_position_embeddings", None)
+        virtual = self._config.method.arguments.get("num_virtual_tokens") or 0
+        longest = max(len(row["input_ids"]) for row in rows)
+        if not virtual or self.method == "prefix_tuning" or most is None or longest + virtual <= most:
+            return rows
+        self.notes.append(f"rows of {most - virtual:,} tokens: the model has {most:,} positions, the prompt {virtual}")
+        return [cut(row, most - virtual) for row in rows]
 
     def measure(
         self,

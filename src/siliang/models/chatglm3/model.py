@@ -98,7 +98,7 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        x_BLC: Tensor,
+        hidden_states: Tensor,  # (B, L, C); of transformers' name, by which prefix tuning knows an attention
         rotary: tuple[Tensor, Tensor],
         attention_mask: Any,
         past_key_values: Cache | None,
@@ -107,7 +107,7 @@ class SelfAttention(nn.Module):
         """What attention adds to each token (B, L, C), and its weights, where the attention function gives them."""
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in self.query_key_value(x_BLC).split(self.widths, dim=-1)
+            for part in self.query_key_value(hidden_states).split(self.widths, dim=-1)
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if past_key_values is not None:

@@ -1,0 +1,196 @@
+"""siliang plan as its user meets it, and the plan in front of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoConfig
+
+from siliang.config import RunConfig
+from siliang.data.collate import PadCollator
+from siliang.engine.batches import StepCollator
+from siliang.hardware import Choice
+from siliang.plan import find_target, history, plan
+from siliang.plan.before import Planner, apply
+from siliang.plan.device import Device
+from siliang.plan.record import Change
+from siliang.plan.rows import heaviest, order
+from siliang.train.run import Listener, make_trainer, prepare, train
+from siliang.types import ConfigError, ModelError, PlanError, TaskType
+
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+
+def run_siliang(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "siliang", *arguments], capture_output=True, text=True, env=ENV)
+
+
+FP32 = Choice("fp32", "as asked")
+
+
+def target(memory_bytes: int | None) -> Device:
+    return Device("cpu", memory_bytes, "as asked", FP32, 0, 0, here=True)
+
+
+def test_all_methods_of_a_shape_in_a_table() -> None:
+    done = run_siliang(
+        "plan", "--model", "bert-base-uncased", "--device", "cuda", "--memory", "3GB", "--flops", "20e12"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    rows = {line.split()[0]: line for line in lines if line.startswith(("lora", "full", "bitfit", "prefix", "prompt"))}
+    assert rows["lora"].split()[1] == "296,450"  # r=8 on query and value of 12 layers, and the head
+    assert rows["full"].split()[1] == "109,483,778"
+    assert "20,000 GFLOP/s as asked" in done.stdout
+
+
+def test_what_to_change_and_the_run_that_is_written(tmp_path: Path) -> None:
+    written = tmp_path / "fits.yaml"
+    asked = ("plan", "--model", "gpt2", "--method", "lora", "--device", "cuda", "--memory", "2GB")
+    done = run_siliang(*asked, "--set", "train.memory_budget=null", "--write", str(written))
+    assert done.returncode == 1
+    assert "train.batch_size: 16 ->" in done.stdout
+    values = yaml.safe_load(written.read_text())
+    t = values["train"]
+    assert t["batch_size"] * t["gradient_accumulation"] == 16
+    config = RunConfig.build(values)
+    found = plan(config, find_target(config, "cuda", memory_bytes=2 * 10**9), with_data=False).methods[0]
+    assert found.fits and found.peak_bytes <= 2e9
+
+
+def test_the_parts_add_up() -> None:
+    config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
+    device = find_target(config, "cuda", memory_bytes=10**11)
+    found = plan(config, device, with_data=False).methods[0]
+    assert found.peak_bytes == sum(found.parts.values()) + found.overhead_bytes
+    assert found.parts["weights"] == pytest.approx(124_439_808 * 2, rel=0.01)  # bf16, rounded up in blocks
+    assert found.parts["optimizer"] == pytest.approx(8 * found.trained, rel=0.05)
+    assert len(found.activations_by_layer) == 12 and min(found.activations_by_layer) > 0
+    assert 0 < found.evaluate_bytes < found.peak_bytes and found.generate_bytes > 0 and found.merge_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "no/such/model/here"), "There is no model folder"),
+        (("--model", "gpt2", "--memory", "much"), "is no size of memory"),
+        (("--model", "gpt2", "--method", "loro"), "Did you mean 'lora'"),
+        (("--model", "gpt2", "--device", "tpu"), "is not one of cpu, cuda"),
+        ((), "say which model"),
+    ],
+)
+def test_wrong_input(arguments: tuple[str, ...], words: str) -> None:
+    done = run_siliang("plan", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr and len(done.stderr.splitlines()) <= 2
+
+
+def test_a_config_with_missing_fields(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7})
+    )
+    config = RunConfig.build({"model": str(tmp_path), "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
+    with pytest.raises(ModelError):
+        raise_of(plan(config, target(None), with_data=False))
+
+
+def raise_of(record: Any) -> None:
+    raise ModelError(record.methods[0].error)
+
+
+def test_a_method_that_does_not_apply_is_a_row_that_says_so() -> None:
+    config = RunConfig.build({"model": "Llama-3.2-1B", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
+    found = plan(config, target(None), methods=["bitfit"], with_data=False).methods[0]
+    assert found.error is not None and "has none" in found.error
+
+
+# ---- a run's own data ----
+
+
+def test_the_order_is_the_trainers(reviews: RunConfig, tmp_path: Path) -> None:
+    config = reviews.model_copy(update={"output": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    run = prepare(config, Listener(), tmp_path / "run")
+    loader = make_trainer(run).get_train_dataloader()
+    seen = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)  # type: ignore[attr-defined]
+        seen += [step["rows"] for step in loader]
+    said = [[int(run.train_set.column("row")[i]) for i in step] for step in order(config, len(run.train_set))]
+    assert [sorted(step) for step in said][: len(seen)] == [sorted(step) for step in seen]
+
+
+def test_the_heaviest_step(reviews: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = prepare(reviews, Listener(), tmp_path / "run")
+    collator = StepCollator(PadCollator(0), TaskType.SEQ_CLS, reviews.train.batch_size)
+    found = heaviest(reviews, run.train_set, collator)
+    lengths = run.train_set.lengths
+    brute = max(sum(lengths[i] for i in step) for step in order(reviews, len(lengths)))
+    assert sum(len(row["input_ids"]) for row in found.rows) == brute
+
+
+def test_a_run_that_will_not_fit_is_refused(reviews: RunConfig, tmp_path: Path) -> None:
+    config = reviews.model_copy(update={"output": str(tmp_path / "run")})
+    with pytest.raises(PlanError, match=r"It fits .* train\.batch_size=") as caught:
+        train(config, planner=Planner(tight(config)))
+    assert len(str(caught.value).splitlines()) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit_adapts_it_with_the_same_result(reviews: RunConfig, tmp_path: Path) -> None:
+    plain = train(reviews.model_copy(update={"output": str(tmp_path / "a")}))
+    t = reviews.train.model_copy(update={"fit": True})
+    said: list[str] = []
+    config = reviews.model_copy(update={"output": str(tmp_path / "b"), "train": t})
+    adapted = train(config, Listener(said.append), planner=Planner(tight(config)))
+    assert any("with the same result" in line for line in said)
+    assert adapted.config["train"]["batch_size"] < reviews.train.batch_size
+    losses = [[s.loss for s in record.steps if s.loss is not None] for record in (adapted, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 8
+    assert adapted.memory.predicted_bytes is not None and plain.memory.predicted_bytes is None
+
+
+def tight(config: RunConfig) -> Device:
+    """A device that holds the model and half of what a step needs."""
+    with_room = plan(config, target(None)).methods[0]
+    need = with_room.loaded_bytes + (with_room.peak_bytes - with_room.loaded_bytes) // 2
+    return target(need)
+
+
+def test_the_past_corrects_the_constant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
+    assert history.known_work("a card") is None
+    for nbytes in (10, 30, 20):
+        history.remember("a card", nbytes)
+    history.remember("another", 99)
+    file = tmp_path / history.FILE
+    file.write_text(file.read_text() + "not json\n")
+    assert history.known_work("a card") == 20
+
+
+def test_changes_are_made() -> None:
+    config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
+    changed = apply(config, [Change(setting="quantization", before="null", after="{bits: 4}", price="")])
+    assert changed.quantization is not None and changed.quantization.bits == 4
+    with pytest.raises(ConfigError):
+        apply(config, [Change(setting="train.batch_size", before="16", after="0", price="")])
+
+
+def test_t5_and_tied_shapes_are_drawn_tied() -> None:
+    from siliang.plan.paper import draw_base, on_paper
+
+    with on_paper():
+        import torch
+
+        model = draw_base(
+            AutoConfig.for_model("t5", d_model=64, num_layers=1), TaskType.SEQ_2_SEQ_LM, dtype=torch.float32
+        )
+        assert model.lm_head.weight is model.shared.weight

@@ -1,0 +1,63 @@
+"""What the plan says, beside what torch's own allocator counts in a real step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.memory import Case, measure, predict
+from siliang.memory.track import Tracker
+from siliang.plan.paper import draw_base, on_paper
+from siliang.plan.shapes import SHAPES
+from siliang.types import TaskType
+
+# of the table of docs/memory.md, each model, method, layout and format at least once
+SAMPLE = [
+    Case("llama", "lora", False, True, "fp32"),
+    Case("llama", "prefix_tuning", True, True, "bf16"),
+    Case("llama", "full", False, False, "bf16"),
+    Case("bloom", "bitfit", True, True, "bf16"),
+    Case("bloom", "lora", False, True, "nf4"),
+    Case("bert", "ia3", False, True, "bf16"),
+    Case("bert", "head", False, False, "fp32"),
+    Case("t5", "ln_tuning", True, False, "fp32"),
+    Case("chatglm", "p_tuning", False, True, "nf4"),
+    Case("chatglm", "prompt_tuning", True, False, "fp32"),
+]
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_within_two_per_cent(case: Case, tmp_path: Path) -> None:
+    said, found = predict(case), measure(case, tmp_path)
+    assert said == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_the_published_parameters(name: str) -> None:
+    import torch
+    from transformers import AutoModel
+
+    shape = SHAPES[name]
+    with on_paper():
+        if shape.task is TaskType.SEQ_CLS:
+            model = AutoModel.from_config(shape.config())  # an encoder's are counted with its pooler, without a head
+        else:
+            model = draw_base(shape.config(), shape.task, dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters
+
+
+def test_what_is_counted() -> None:
+    """By hand: what lives, what has gone, what a block is rounded up to."""
+    import torch
+
+    tracker = Tracker(block_bytes=512)
+    with tracker:
+        a = torch.zeros(1000)  # 4000 bytes, 8 blocks
+        b = a + 1
+        view = b[10:]
+        del a, b
+        c = view * 2
+    assert tracker.peak_bytes == 3 * 4096 - 4096 + 0 * len(c)  # a is gone before c comes
+    assert tracker.live_bytes == 2 * 4096
+    assert sum(tracker.peak().parts.values()) == tracker.peak_bytes
