@@ -77,6 +77,9 @@ class Memory(Part):
     """What the plan said; None where it was not asked."""
     recomputed_layers: int = 0
     """Layers that computed their activations twice, in the batch where it was most."""
+    predicted_parts: dict[str, int] = Field(default_factory=dict)
+    """What that is made of: weights, trained, gradients, optimizer, activations, logits, workspace, and what lies
+    beside the tensors (overhead)."""
 
 
 class StepMetrics(Part):

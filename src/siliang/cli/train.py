@@ -9,7 +9,10 @@ import typer
 
 
 def train(
-    settings: Annotated[Path | None, typer.Argument(help="run.yaml; `siliang config` lists what it may hold.")] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Argument(help="run.yaml; `siliang config` lists what it may hold. With --resume: the run's folder."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a folder, or a name on the hub.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv, a saved data set.")
@@ -22,7 +25,9 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting by name: --set train.learning_rate=1e-3")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run's folder.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run: siliang train RUN --resume")
+    ] = False,
 ) -> None:
     """Train: attach a method to a base model, tune it on your data, and keep the result in a run folder."""
     from siliang.cli.show import TrainingDisplay, duration, quiet_loading, size
@@ -31,12 +36,14 @@ def train(
     from siliang.types import ConfigError
 
     flags = {"model": model, "task": task, "method": method, "output": output}
-    if resume is not None:
-        if settings or data or set_ or any(flags.values()):
+    if resume:
+        if settings is None or data or set_ or any(flags.values()):
             raise ConfigError(
                 "--resume goes on with the run's own settings: give it the run's folder and nothing else."
             )
-        config = read_config(resume).model_copy(update={"output": str(resume)})
+        config = read_config(settings).model_copy(update={"output": str(settings)})
+    elif settings is not None and settings.is_dir():
+        raise ConfigError(f"{settings} is a folder: give a settings file, or --resume to go on with the run in it.")
     else:
         config = RunConfig.build(gather(settings, flags, data, set_ or []), source=str(settings or "the flags"))
     quiet_loading()
@@ -46,7 +53,7 @@ def train(
 
     planner = Planner()
     with TrainingDisplay() as display:
-        record = run(config, Listener(display.say, display.progress), resume=resume is not None, planner=planner)
+        record = run(config, Listener(display.say, display.progress), resume=resume, planner=planner)
     planner.remember(record)
     folder = Path(config.output)
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.final.items())

@@ -28,6 +28,7 @@ from siliang.compare.answers import collect
 from siliang.compare.base import KeptBase, free_memory
 from siliang.compare.record import ANSWERS_NAME
 from siliang.config import RunConfig
+from siliang.plan.before import Planner
 from siliang.train.run import Listener, Run, make_trainer, prepare, train
 from siliang.train.trainer import Progress
 from siliang.types import SiliangError
@@ -52,18 +53,18 @@ def main() -> None:
         replies.write(json.dumps(message) + "\n")
         replies.flush()
 
-    kept = KeptBase()
+    kept, planner = KeptBase(), Planner()
     while (request := requests.get()) != {"kind": "end"}:
-        answer(request, kept, reply)
+        answer(request, kept, planner, reply)
 
 
-def answer(request: dict[str, Any], kept: KeptBase, reply: Reply) -> None:
+def answer(request: dict[str, Any], kept: KeptBase, planner: Planner, reply: Reply) -> None:
     """Does what one request asks, and says how it went."""
     config = RunConfig.model_validate(request["config"])
     try:
         match request["kind"]:
             case "train":
-                found = _train(config, request, kept, reply)
+                found = _train(config, request, kept, planner, reply)
             case "base":
                 found = _measure_base(config, request, kept)
             case _:
@@ -78,7 +79,9 @@ def answer(request: dict[str, Any], kept: KeptBase, reply: Reply) -> None:
             raise
 
 
-def _train(config: RunConfig, request: dict[str, Any], kept: KeptBase, reply: Reply) -> dict[str, Any]:
+def _train(
+    config: RunConfig, request: dict[str, Any], kept: KeptBase, planner: Planner, reply: Reply
+) -> dict[str, Any]:
     models: list[Any] = []
 
     def trained(run: Run) -> None:
@@ -86,7 +89,7 @@ def _train(config: RunConfig, request: dict[str, Any], kept: KeptBase, reply: Re
         models.append(run.model)
 
     free_memory()
-    record = train(config, _listener(reply, trained), base=kept)
+    record = train(config, _listener(reply, trained), base=kept, planner=planner)
     kept.take_back(models.pop(), config)
     return {"loads": kept.loads, **record.final}
 

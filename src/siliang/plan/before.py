@@ -18,51 +18,65 @@ SAME_RESULT = ("train.batch_size", "train.gradient_accumulation", "train.memory_
 
 
 class Planner:
-    """Plans a run that is about to start in this process.
+    """Plans runs that are about to start in this process; for one that differs by its seed alone, once.
 
     Attributes:
         device: For which; None for the one that is here.
-        found: The plan, once there is one.
+        found: The last plan.
     """
 
     def __init__(self, device: Device | None = None) -> None:
         self.device = device
         self.found: MethodPlan | None = None
+        self._before_bytes = 0
+        self._known: dict[str, MethodPlan] = {}
 
-    def __call__(self, config: RunConfig, subject: Subject, say: Callable[[str], None]) -> tuple[RunConfig, int | None]:
+    def __call__(
+        self, config: RunConfig, subject: Subject, say: Callable[[str], None]
+    ) -> tuple[RunConfig, dict[str, int]]:
         """Tells what the run will take.
 
         Args:
             subject: The run's data, which has been read already.
 
         Returns:
-            The config, changed where `train.fit` is on and it has to be; the predicted peak, as the record will measure
-            it. None where no plan could be made, which is said and stops nothing.
+            The config, changed where `train.fit` is on and it has to be; what the predicted peak is made of, as the
+            record will measure it. Nothing where no plan could be made, which is said and stops nothing.
 
         Raises:
             PlanError: The run will not fit.
         """
-        self.device = self.device or in_this_process(find_target(config))
-        try:
-            found = plan(config, self.device, subject=subject, timed=False).methods[0]
-        except SiliangError:
-            raise  # the run itself would end with it
-        except Exception as error:  # whatever a model of any kind does when its tensors have no values
-            say(f"memory     not planned: {type(error).__name__}: {error}".partition("\n")[0])
-            return config, None
-        if found.error:
-            return config, None  # the run says it better
-        self.found = found
-        config = settle(config, found, self.device, say)
+        device = self.device or in_this_process(find_target(config))
         # a card's context is there before its allocator counts
-        return config, found.peak_bytes - (self.device.beside_bytes if self.device.kind == "cuda" else 0)
+        uncounted = device.beside_bytes if device.kind == "cuda" else 0
+        self._before_bytes, self.found = device.beside_bytes - uncounted, None
+        key = config.model_dump_json(exclude={"output": True, "train": {"seed"}})
+        found = self._known.get(key)
+        if found is None or found.fits is False:
+            try:
+                found = plan(config, device, subject=subject, timed=False).methods[0]
+            except SiliangError:
+                raise  # the run itself would end with it
+            except Exception as error:  # whatever a model of any kind does when its tensors have no values
+                say(f"memory     not planned: {type(error).__name__}: {error}".partition("\n")[0])
+                return config, {}
+        if found.error:
+            return config, {}  # the run says it better
+        found = self.found = self._known[key] = _on(found, device)
+        config = settle(config, found, device, say)
+        return config, {**found.parts, "overhead": found.overhead_bytes - uncounted}
 
     def remember(self, record: Record) -> None:
         """Lets later plans know what this run really took."""
-        if self.found is None or self.device is None:
-            return
-        before = self.device.beside_bytes if self.device.kind == "cpu" else 0
-        remember(record.device.name, record.memory.peak_bytes - before - self.found.tensor_bytes)
+        if self.found is not None:
+            remember(record.device.name, record.memory.peak_bytes - self._before_bytes - self.found.tensor_bytes)
+
+
+def _on(found: MethodPlan, device: Device) -> MethodPlan:
+    """A plan that was made before, on what the process holds by now."""
+    more = device.overhead_bytes - found.overhead_bytes
+    changed = {"overhead_bytes": device.overhead_bytes, "peak_bytes": found.peak_bytes + more}
+    return found.model_copy(update=changed)
 
 
 def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[str], None]) -> RunConfig:
@@ -84,7 +98,7 @@ def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[
             f"memory     about {show_bytes(found.peak_bytes)} of {there} do not fit; "
             f"{in_words(found.fit.changes)}: {show_bytes(found.fit.peak_bytes)}{slower}, with the same result"
         )
-        found.peak_bytes = found.fit.peak_bytes
+        found.peak_bytes, found.parts = found.fit.peak_bytes, found.fit.parts
         return changed
     raise PlanError(
         f"This run needs about {show_bytes(found.peak_bytes)}, and {there} are there: {_parts(found)}.\n"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from siliang.config import QuantizationConfig, RunConfig
+from siliang.memory.track import Peak
 from siliang.plan.record import Change, Fit
 from siliang.plan.rows import StepRows, cut
 from siliang.plan.sketch import Sketch
@@ -26,22 +27,22 @@ class Room:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
 
-    def fewest_recomputed(self, sketch: Sketch, rows: list[dict[str, Any]], batch_size: int) -> tuple[int, int] | None:
-        """(layers, peak bytes): the fewest layers that have to recompute; None where all of them are too few."""
+    def fewest_recomputed(self, sketch: Sketch, rows: list[dict[str, Any]], batch_size: int) -> tuple[int, Peak] | None:
+        """(layers, peak): the fewest layers that have to recompute; None where all of them are too few."""
         batches = sketch.batches(rows, batch_size)
 
-        def peak(count: int) -> int:
-            return sketch.measure(batches, recomputed=count).peaks["train"].nbytes
+        def peak(count: int) -> Peak:
+            return sketch.measure(batches, recomputed=count).peaks["train"]
 
         first = peak(0)
-        if first <= self.limit_bytes:
+        if first.nbytes <= self.limit_bytes:
             return 0, first
-        if not sketch.layers or (last := peak(sketch.layers)) > self.limit_bytes:
+        if not sketch.layers or (last := peak(sketch.layers)).nbytes > self.limit_bytes:
             return None
         # each layer that recomputes frees about the same
-        count = math.ceil((first - self.limit_bytes) / max(first - last, 1) * sketch.layers)
+        count = math.ceil((first.nbytes - self.limit_bytes) / max(first.nbytes - last.nbytes, 1) * sketch.layers)
         while count < sketch.layers:
-            if (found := peak(count)) <= self.limit_bytes:
+            if (found := peak(count)).nbytes <= self.limit_bytes:
                 return count, found
             count += 1
         return sketch.layers, last
@@ -74,7 +75,10 @@ def find_fit(
         )
         if (fit := _smaller(room, config, in_4, step)) is not None:
             return Fit(
-                changes=[change, *fit.changes], peak_bytes=fit.peak_bytes, time_factor=fit.time_factor * DEQUANTISE
+                changes=[change, *fit.changes],
+                peak_bytes=fit.peak_bytes,
+                parts=fit.parts,
+                time_factor=fit.time_factor * DEQUANTISE,
             )
         sketch, more = in_4, [change]
     else:
@@ -91,7 +95,12 @@ def find_fit(
                 price=f"{fewer:,} rows are cut" if step.lengths is not None else "longer rows are cut",
             )
             changes = [*more, *_split_change(config, 1), *_recompute_change(config, sketch, fewest[0]), shorter]
-            return Fit(changes=changes, peak_bytes=fewest[1], time_factor=sketch.time_factor(fewest[0]))
+            return Fit(
+                changes=changes,
+                peak_bytes=fewest[1].nbytes,
+                parts=fewest[1].parts,
+                time_factor=sketch.time_factor(fewest[0]),
+            )
         length //= 2
     return None
 
@@ -105,7 +114,7 @@ def _smaller(room: Room, config: RunConfig, sketch: Sketch, step: StepRows) -> F
         if (fewest := room.fewest_recomputed(sketch, rows, size)) is not None:
             count, peak = fewest
             changes = [*_split_change(config, size), *_recompute_change(config, sketch, count)]
-            fit = Fit(changes=changes, peak_bytes=peak, time_factor=sketch.time_factor(count))
+            fit = Fit(changes=changes, peak_bytes=peak.nbytes, parts=peak.parts, time_factor=sketch.time_factor(count))
             if best is None or fit.time_factor < best.time_factor:
                 best = fit
             if count == 0 or sum(len(row["input_ids"]) for row in rows[:size]) < 2 * FULL_CALLS:

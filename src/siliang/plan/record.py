@@ -28,6 +28,7 @@ class Fit(Part):
 
     changes: list[Change]
     peak_bytes: int
+    parts: dict[Category, int]
     time_factor: float
     """Of the run's time, by the products that it adds; 1.0 where there are none."""
 

@@ -31,6 +31,9 @@ COLOURS = 10  # of the page
 LONG = 400  # characters of a text; the rest is left out
 
 
+PARTS = ("overhead", "weights", "trained", "gradients", "optimizer", "activations", "logits", "workspace")
+
+
 @dataclass(frozen=True)
 class Figure:
     """A plot with its heading."""
@@ -39,6 +42,7 @@ class Figure:
     note: str
     svg: Markup
     legend: bool = False
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,12 @@ def figures(found: list[Line], material: Material, w: dict[str, str]) -> list[Fi
         x = Axis.over(w["predicted_axis"].format(unit=unit), both)
         svg = plots.scatter(predicted, x, Axis.over(w["measured_axis"].format(unit=unit), both), diagonal=True)
         shown.append(Figure(w["predicted"], "", svg))
+    if made_of := _made_of(material, scale, w):
+        x = Axis.over(
+            w["predicted_axis"].format(unit=unit), [sum(v for _, v in parts) for _, parts in made_of], zero=True
+        )
+        names = tuple(name for name, _ in made_of[0][1])
+        shown.append(Figure(w["made_of"], "", plots.stacked(made_of, x), parts=names))
     return shown
 
 
@@ -250,6 +260,16 @@ def _predicted(material: Material, scale: float) -> list[Point]:
         measured = Mean.of(m.peak_bytes / scale for m in memory)
         if predicted and measured:
             found.append(Point(group.label, i % COLOURS, predicted.value, measured.value, None, measured.spread))
+    return found
+
+
+def _made_of(material: Material, scale: float, w: dict[str, str]) -> list[tuple[str, list[tuple[str, float]]]]:
+    """The parts of each method's predicted memory, in one order; of its first run, for the others differ by seed."""
+    found = []
+    for group in material.groups:
+        parts = next((r.record.memory.predicted_parts for r in group.finished if r.record), {})
+        if parts:
+            found.append((group.label, [(w[f"part_{name}"], parts.get(name, 0) / scale) for name in PARTS]))
     return found
 
 

@@ -133,6 +133,25 @@ def curves(found: Sequence[Curve], x: Axis, y: Axis) -> Markup:
     return _svg(parts, f"{y.title}; {x.title}")
 
 
+def stacked(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], x: Axis) -> Markup:
+    """A bar for each row, of its parts one behind the other; the parts' names stand in the page's legend."""
+    height = (HEIGHT - TOP - BOTTOM) / max(len(rows), 1)
+    parts = [_frame(x, Axis("", 0.0, 1.0, ()))]
+    for i, (label, pieces) in enumerate(rows):
+        top, sum_so_far = TOP + i * height, 0.0
+        for series, (name, value) in enumerate(pieces):
+            left, right = _x(x, sum_so_far), _x(x, sum_so_far + value)
+            parts.append(
+                Markup(
+                    '<g class="s{}"><title>{}: {}, {}</title>'
+                    '<rect class="mark" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/></g>'
+                ).format(series, label, name, x.show(value), left, top + 0.42 * height, right - left, 0.42 * height)
+            )
+            sum_so_far += value
+        parts.append(_text(LEFT + 3, top + 0.32 * height, label, "name", "start"))
+    return _svg(parts, x.title)
+
+
 def swatch(series: int) -> Markup:
     """A point's shape, for a legend or a table."""
     return Markup('<svg class="swatch s{}" viewBox="0 0 16 16" aria-hidden="true">{}</svg>').format(

@@ -59,7 +59,7 @@ LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", 
 
 # Looks at a run's config and data before its model is loaded, and tells what it will take: the config, which may come
 # back changed, and the predicted peak in bytes. It is `plan.before.Planner`; plan/ knows this room, not the other way.
-Planner = Callable[[RunConfig, Subject, Callable[[str], None]], tuple[RunConfig, int | None]]
+Planner = Callable[[RunConfig, Subject, Callable[[str], None]], tuple[RunConfig, dict[str, int]]]
 
 
 @dataclass
@@ -175,7 +175,7 @@ def prepare(
     _check_best(config, len(sets[1]))
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
-    predicted = None
+    predicted: dict[str, int] = {}
     if planner is not None:
         with torch.random.fork_rng(devices=[]):
             config, predicted = planner(config, subject, listener.say)
@@ -206,7 +206,7 @@ def prepare(
         rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=examples.skipped, truncated=truncated),
         seconds=Seconds(load=round(time.perf_counter() - started, 3)),
     )
-    record.memory.predicted_bytes = predicted
+    record.memory.predicted_bytes, record.memory.predicted_parts = sum(predicted.values()) or None, predicted
     _check_space(folder, model, config)
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record)
 
@@ -408,6 +408,8 @@ def _does_not_fit(run: Run, engine: Engine, step: int, tokens: int, words: str) 
     trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
     each = sum(engine.recompute.bytes_per_token)
     batch = f", a batch of {tokens:,} tokens" + (f" about {each * tokens / 1e9:,.2f} GB" if each else "")
+    planned = run.record.memory.predicted_bytes
+    batch += f"; {planned / 1e9:,.2f} GB were planned in all" if planned else ""
     ways = [] if t.fit else ["train.fit=true (smaller batches, the same result)"]
     ways += [] if t.gradient_checkpointing or t.fit else ["train.gradient_checkpointing=true"]
     ways += [f"data.max_length={run.config.data.max_length // 2}"]
