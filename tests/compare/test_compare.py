@@ -206,7 +206,7 @@ def test_wrong_input(
     ]
     for arguments, message in cases:
         error = here(*arguments, code=2)
-        assert message in error and error.startswith("error: ") and error.count("\n") <= 2, error
+        assert message in error and error.startswith("error[") and error.count("\n") <= 2, error
     assert not (tmp_path / "new").exists()
 
 

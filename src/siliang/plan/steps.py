@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from siliang.engine.batches import Batch
@@ -17,6 +18,8 @@ from siliang.engine.padding import NotPackableError, find_layers
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.memory.track import Peak, Tracker
+from siliang.methods import lora
+from siliang.ops.lora_linear import lora_linear
 from siliang.peft_model import PeftModel
 from siliang.plan.paper import held_tensors
 from siliang.types import TaskType
@@ -104,12 +107,32 @@ def measure(
 
 
 def usual_step(model: nn.Module, batches: list[Batch]) -> None:
-    """The step of transformers.Trainer on these rows: padded, all logits."""
-    for batch in batches:
-        inputs = dict(batch.inputs)
-        if batch.targets is not None:
-            inputs["labels"] = inputs["input_ids"]
-        model(**inputs, **({"use_cache": False} if batch.targets is not None else {})).loss.backward()
+    """The step of transformers.Trainer on these rows: padded, all logits, LoRA by PEFT's expression."""
+    lora.lora_linear = _peft_lora  # type: ignore[assignment]
+    try:
+        for batch in batches:
+            inputs = dict(batch.inputs)
+            if batch.targets is not None:
+                inputs |= {"labels": inputs["input_ids"], "use_cache": False}  # type: ignore[dict-item]
+            model(**inputs).loss.backward()
+    finally:
+        lora.lora_linear = lora_linear
+
+
+def _peft_lora(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    bias_O: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """PEFT's Linear.forward: x is copied to the adapter's format, and autograd keeps what it likes."""
+    x = F.dropout(x.to(A.dtype), dropout_p, training) if dropout_p else x.to(A.dtype)
+    return (y + F.linear(F.linear(x, A), B, bias_O) * scaling).to(y.dtype)
 
 
 def _own_step(
