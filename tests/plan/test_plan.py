@@ -17,11 +17,12 @@ from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
 from siliang.hardware import Choice
-from siliang.plan import find_target, history, plan
+from siliang.plan import Sketch, find_target, history, model_config, plan
 from siliang.plan.before import Planner, apply
 from siliang.plan.device import Device
+from siliang.plan.fit import Room
 from siliang.plan.record import Change
-from siliang.plan.rows import heaviest, order
+from siliang.plan.rows import heaviest, made_up, order
 from siliang.train.run import Listener, make_trainer, prepare, train
 from siliang.types import ConfigError, ModelError, PlanError, TaskType
 
@@ -194,3 +195,16 @@ def test_t5_and_tied_shapes_are_drawn_tied() -> None:
             AutoConfig.for_model("t5", d_model=64, num_layers=1), TaskType.SEQ_2_SEQ_LM, dtype=torch.float32
         )
         assert model.lm_head.weight is model.shared.weight
+
+
+def test_the_estimate_names_the_layers_that_a_search_finds() -> None:
+    config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
+    sketch = Sketch(config, model_config(config), target(None))
+    rows = made_up(config).rows
+    measured = sketch.measure(sketch.batches(rows))
+    least = sketch.measure(sketch.batches(rows), recomputed=sketch.layers).peaks["train"].nbytes
+    room = Room((measured.peaks["train"].nbytes + least) // 2)
+    found, said = room.fewest_recomputed(sketch, rows, config.train.batch_size), room.estimate(measured)
+    assert found is not None and said is not None
+    assert 0 <= found[0] - said[0] <= 1
+    assert said[1].nbytes == pytest.approx(found[1].nbytes, rel=0.1)

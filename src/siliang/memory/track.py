@@ -86,6 +86,7 @@ class Tracker(TorchDispatchMode):
         counting: Count the products too.
         flops: Of those so far.
         layer_flops: Of those, what the layers' forward passes took.
+        boundary_bytes: Of a layer's input, which it keeps where it recomputes.
     """
 
     block_bytes: int = 1
@@ -95,6 +96,7 @@ class Tracker(TorchDispatchMode):
     counting: bool = False
     flops: int = 0
     layer_flops: int = 0
+    boundary_bytes: int = 0
     _moment: int = 0
     _peak_moment: int = 0
     _layer: int | None = None
@@ -212,8 +214,8 @@ class Tracker(TorchDispatchMode):
         self._layer = i
         # kept by a layer that recomputes, which hides it from autograd
         for x in args:
-            if isinstance(x, Tensor) and self._see(x, None).category == "workspace":
-                self._see(x, None).category = "activations"
+            if isinstance(x, Tensor) and (held := self._see(x, None)).category in ("workspace", "activations"):
+                held.category, self.boundary_bytes = "activations", held.nbytes
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         self._layer = None

@@ -169,12 +169,14 @@ def _plan_one(
     if device.memory_bytes is not None:
         room = Room(device.memory_bytes - beside)
         one.fits = peak.nbytes <= room.limit_bytes
-        budgeted = config.train.memory_budget is not None and not always
-        fewest = room.fewest_recomputed(sketch, step.rows, config.train.batch_size) if budgeted else None
-        if not one.fits and fewest is not None:
-            one.fits, one.recomputed_layers = True, fewest[0]
-            one.time_factor = sketch.time_factor(fewest[0])
-            peak = sketch.measure(batches, recomputed=fewest[0]).peaks["train"]
+        if not one.fits and config.train.memory_budget is not None and not always:
+            if thorough:
+                fewest = room.fewest_recomputed(sketch, step.rows, config.train.batch_size)
+            else:
+                fewest = room.estimate(measured)
+            if fewest is not None:
+                one.fits, one.recomputed_layers, peak = True, *fewest
+                one.time_factor = sketch.time_factor(fewest[0])
         if not one.fits and thorough:
             can_quantise = config.quantization is None and found.freezes_the_base
             quantised = (lambda wanted: draw(method=method, quantization=wanted)) if can_quantise else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from siliang.memory.track import Peak
 from siliang.plan.record import Change, Fit
 from siliang.plan.rows import StepRows, cut
 from siliang.plan.sketch import Sketch
+from siliang.plan.steps import Measured
 
 FULL_CALLS = 1024  # tokens: batches that are smaller than it do not fill the processor, so splitting stops to be free
 SHORTEST = 64  # tokens, below which nothing is proposed
@@ -31,21 +31,30 @@ class Room:
         """(layers, peak): the fewest layers that have to recompute; None where all of them are too few."""
         batches = sketch.batches(rows, batch_size)
 
-        def peak(count: int) -> Peak:
-            return sketch.measure(batches, recomputed=count).peaks["train"]
-
-        first = peak(0)
+        measured = sketch.measure(batches)
+        first = measured.peaks["train"]
         if first.nbytes <= self.limit_bytes:
             return 0, first
-        if not sketch.layers or (last := peak(sketch.layers)).nbytes > self.limit_bytes:
-            return None
-        # each layer that recomputes frees about the same
-        count = math.ceil((first.nbytes - self.limit_bytes) / max(first.nbytes - last.nbytes, 1) * sketch.layers)
-        while count < sketch.layers:
-            if (found := peak(count)).nbytes <= self.limit_bytes:
+        guess = self.estimate(measured)
+        for count in range(guess[0] if guess else sketch.layers, sketch.layers + 1):
+            found = sketch.measure(batches, recomputed=count).peaks["train"]
+            if count and found.nbytes <= self.limit_bytes:
                 return count, found
-            count += 1
-        return sketch.layers, last
+        return None
+
+    def estimate(self, measured: Measured) -> tuple[int, Peak] | None:
+        """The same without another run, from what each layer keeps: (layers, peak); None where all are too few."""
+        peak = measured.peaks["train"]
+        beside = peak.nbytes - sum(peak.layers)
+        for count in range(1, len(peak.layers) + 1):
+            inputs = count * measured.boundary_bytes
+            # the layers that keep theirs are done, and their memory is free, when one below is whole again
+            left = beside + inputs + max(sum(peak.layers[count:]), max(peak.layers[:count]))
+            if left <= self.limit_bytes:
+                parts = dict(peak.parts)
+                parts["activations"] -= peak.nbytes - left
+                return count, Peak(left, parts)
+        return None
 
 
 def find_fit(

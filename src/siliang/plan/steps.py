@@ -36,12 +36,14 @@ class Measured:
         flops: Of the forward and backward passes of the batches that were run.
         layer_flops: Of the layers' forward passes alone.
         tokens: Of those batches, padding left out.
+        boundary_bytes: Of a layer's input.
     """
 
     peaks: dict[Phase, Peak] = field(default_factory=dict)
     flops: int = 0
     layer_flops: int = 0
     tokens: int = 0
+    boundary_bytes: int = 0
 
 
 def measure(
@@ -103,7 +105,8 @@ def measure(
                 with torch.no_grad():
                     if run(model, engine, batches, autocast):
                         peaks[phase] = tracker.peak()  # type: ignore[index]
-    return Measured(peaks, tracker.flops, tracker.layer_flops, sum(batch.tokens for batch in batches))
+    tokens = sum(batch.tokens for batch in batches)
+    return Measured(peaks, tracker.flops, tracker.layer_flops, tokens, tracker.boundary_bytes)
 
 
 def usual_step(model: nn.Module, batches: list[Batch]) -> None:
