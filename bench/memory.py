@@ -151,21 +151,18 @@ def measure(case: Case, folder: Path) -> int:
         AUTO_CLASSES[task].from_config(make()).save_pretrained(saved)
     config, method = case.config(), find_method(case.method)
     labels = ["a", "b"] if task is TaskType.SEQ_CLS else None
+    model = load_model(
+        str(saved),
+        task,
+        dtype=weight_dtype(method, case.precision),
+        labels=labels,
+        quantization=case.quantization,
+        device=find_device(),
+    )
+    model, _, _ = attach(model, method, config, case.precision)
+    engine = Engine(model, task, packing=case.packing, checkpointing=case.checkpointing)
     gc.collect()
-    with allocations() as loading:
-        model = load_model(
-            str(saved),
-            task,
-            dtype=weight_dtype(method, case.precision),
-            labels=labels,
-            quantization=case.quantization,
-            device=find_device(),
-        )
-        model, _, _ = attach(model, method, config, case.precision)
-        engine = Engine(model, task, packing=case.packing, checkpointing=case.checkpointing)
-        gc.collect()
     standing = sum(t.untyped_storage().nbytes() for t in _held(model))
-    del loading
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     model.train()

@@ -12,7 +12,7 @@ from siliang.plan.device import Device, find_target, in_this_process
 from siliang.plan.history import remember
 from siliang.plan.record import Change, MethodPlan
 from siliang.record import Record
-from siliang.types import PlanError, SiliangError
+from siliang.types import PlanError
 
 SAME_RESULT = ("train.batch_size", "train.gradient_accumulation", "train.memory_budget")
 
@@ -53,15 +53,10 @@ class Planner:
         key = config.model_dump_json(exclude={"output": True, "train": {"seed"}})
         found = self._known.get(key)
         if found is None or found.fits is False:
-            try:
-                found = plan(config, device, subject=subject, timed=False).methods[0]
-            except SiliangError:
-                raise  # the run itself would end with it
-            except Exception as error:  # whatever a model of any kind does when its tensors have no values
-                say(f"memory     not planned: {type(error).__name__}: {error}".partition("\n")[0])
-                return config, {}
+            found = plan(config, device, subject=subject, timed=False).methods[0]
         if found.error:
-            return config, {}  # the run says it better
+            say(f"memory     {found.error}")  # what is the run's own fault stops it soon
+            return config, {}
         found = self.found = self._known[key] = _on(found, device)
         config = settle(config, found, device, say)
         return config, {**found.parts, "overhead": found.overhead_bytes - uncounted}
