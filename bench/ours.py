@@ -26,6 +26,8 @@ def measure(found: Measurement, scratch: Path) -> None:
         log_every=1 if job.purpose == "gate" else job.warmup + job.steps,
         extra=job.extra,
     )
+    if job.purpose == "gate":  # in the order of the peer's default
+        config.train.group_by_length = False
     folder = scratch / "runs" / job.name
     folder.mkdir(parents=True)
     run = prepare(config, Listener(), folder)

@@ -124,7 +124,7 @@ def test_the_order_is_the_trainers(reviews: RunConfig, tmp_path: Path) -> None:
     for epoch in range(2):
         loader.set_epoch(epoch)  # type: ignore[attr-defined]
         seen += [step["rows"] for step in loader]
-    said = [[int(run.train_set.column("row")[i]) for i in step] for step in order(config, len(run.train_set))]
+    said = [[int(run.train_set.column("row")[i]) for i in step] for step in order(config, run.train_set.lengths)]
     assert [sorted(step) for step in said][: len(seen)] == [sorted(step) for step in seen]
 
 
@@ -134,7 +134,7 @@ def test_the_heaviest_step(reviews: RunConfig, tmp_path: Path) -> None:
     collator = StepCollator(PadCollator(0), TaskType.SEQ_CLS, reviews.train.batch_size)
     found = heaviest(reviews, run.train_set, collator)
     lengths = run.train_set.lengths
-    brute = max(sum(lengths[i] for i in step) for step in order(reviews, len(lengths)))
+    brute = max(sum(lengths[i] for i in step) for step in order(reviews, lengths))
     assert sum(len(row["input_ids"]) for row in found.rows) == brute
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from accelerate.data_loader import SeedableRandomSampler
 
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator
+from siliang.train.order import Order
 from siliang.types import TaskType
 
 MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind them is of the same rows
@@ -45,7 +45,7 @@ def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator) -> Ste
     """
     t, lengths = config.train, tokens.lengths
     found, worst = list(range(min(len(tokens), t.batch_size))), -1
-    for rows in order(config, len(tokens)):
+    for rows in order(config, lengths):
         for part in collator.split([{"input_ids": range(int(lengths[i]))} for i in rows]):
             cost = collator.cost_of([len(row["input_ids"]) for row in part])
             if cost > worst:
@@ -53,17 +53,17 @@ def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator) -> Ste
     return StepRows(tokens.__getitems__(found), int(lengths.sum()), lengths)
 
 
-def order(config: RunConfig, rows: int) -> Iterator[list[int]]:
-    """The rows of each step, as the Trainer's sampler draws them from this seed."""
+def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:
+    """The rows of each step, as the run will draw them."""
     t = config.train
     step = t.batch_size * t.gradient_accumulation
-    steps = t.max_steps or math.ceil(math.ceil(rows / step) * t.epochs)
-    sampler = SeedableRandomSampler(range(rows), data_seed=t.seed)  # type: ignore[arg-type]
+    steps = t.max_steps or math.ceil(math.ceil(len(lengths) / step) * t.epochs)
+    sampler = Order.of(config, lengths.tolist())
     epoch = made = 0
     while made < min(steps, MOST_STEPS):
         sampler.set_epoch(epoch)
         drawn = list(sampler)
-        for start in range(0, rows, step):
+        for start in range(0, len(drawn), step):
             if made == min(steps, MOST_STEPS):
                 return
             yield drawn[start : start + step]

@@ -39,6 +39,7 @@ from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, 
 from siliang.secrets import without_secrets
 from siliang.train.guard import PATIENCE, Trouble
 from siliang.train.metrics import MEASURED, trainer_metrics
+from siliang.train.order import Order
 from siliang.train.saving import checkpoints, last_good, read_weights
 from siliang.train.trainer import Handlers, Limits, Progress, SiliangTrainer, Watcher, stopping_on_signal
 from siliang.types import (
@@ -359,6 +360,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
             packed=engine.padding is not None,
         ),
         engine=engine,
+        order=Order.of(run.config, run.train_set.lengths.tolist()),
         compute_metrics=trainer_metrics(run.config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
         callbacks=list(callbacks),
         handlers=Handlers(partial(_explain, run), partial(_does_not_fit, run, engine), run.listener.say),

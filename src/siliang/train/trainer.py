@@ -24,6 +24,7 @@ from siliang.files import replacing_folder, telling
 from siliang.memory.peak import PeakMemory
 from siliang.record import StepMetrics
 from siliang.train.guard import Guard, Trouble
+from siliang.train.order import Order
 from siliang.train.saving import (
     PREFIX,
     prune,
@@ -77,6 +78,7 @@ class SiliangTrainer(Trainer):
     that its collator has made of them.
 
     Args:
+        order: Of the rows.
         skips: Steps that may be left out because their loss or gradient is no number.
         fit: Split a step further where it does not fit the device.
 
@@ -87,8 +89,16 @@ class SiliangTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, engine: Engine, handlers: Handlers, skips: int = 0, fit: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        engine: Engine,
+        order: Order,
+        handlers: Handlers,
+        skips: int = 0,
+        fit: bool = False,
+        **kwargs: Any,
     ) -> None:
+        self._order = order
         super().__init__(*args, **kwargs)
         self.tokens_trained = 0
         self.evaluation_due = False
@@ -170,6 +180,9 @@ class SiliangTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate is of padded batches."""
         return 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self._order
 
     # ---- evaluation ----
 
