@@ -52,6 +52,7 @@ def main() -> int:
         gate_steps=options.gate_steps,
         peers=tuple(options.peers),
         all_settings=options.all_settings,
+        parts=tuple(options.parts),
         extra=extra,
     )
     if options.smoke:
@@ -106,6 +107,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=32, help="timed steps of a run, after 3 of warm-up")
     parser.add_argument("--gate-steps", type=int, default=50)
+    parser.add_argument(
+        "--parts", nargs="+", choices=("time", "gate"), default=["time", "gate"], help="the gate needs no idle machine"
+    )
     parser.add_argument("--all-settings", action="store_true", help="try bf16 even where the hardware imitates it")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, no targets")
     parser.add_argument("--gpu", action="store_true", help="the workload for CUDA")

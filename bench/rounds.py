@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from bench.workloads import Library, Workload
 from siliang.hardware import describe_device, find_device, has_bf16, versions
 
 DEFAULT = Setting(dtype="fp32", layout="padded")  # of PEFT with the Trainer, when nothing is said
+PURPOSES = {"time": ("-time", "-search"), "gate": ("-gate",)}  # in the names of a part's records
 Tried = tuple[float, Library, Setting]  # tokens per second
 
 
@@ -39,9 +40,11 @@ class Plan:
         all_settings: bf16 even where the hardware only imitates it.
         searched: The workloads whose peers' settings are looked for, and that are timed; None: all. The others pass the
             gate alone.
+        parts: The gate's losses hold on a busy machine, times do not: they can be had in two goes.
         extra: Settings of siliang's own.
     """
 
+    parts: tuple[Literal["time", "gate"], ...] = ("time", "gate")
     rounds: int = 3
     steps: int = 32
     warmup: int = 3
@@ -84,25 +87,30 @@ class Bench:
             if labels and method.label not in labels:
                 continue
             for old in self.records.glob(f"{workload.name}-{method.label}-*.json"):
-                old.unlink()
+                if any(purpose in old.name for part in self.plan.parts for purpose in PURPOSES[part]):
+                    old.unlink()
             self._run(workload, method.label)
 
     def _run(self, workload: Workload, method: str) -> None:
         plan = self.plan
         peers: list[Library] = [p for p in plan.peers if p in workload.layouts and is_there(p)]
-        timed = plan.searched is None or workload.name in plan.searched
+        timed = "time" in plan.parts and (plan.searched is None or workload.name in plan.searched)
         tried = self._search(workload, method, peers) if timed else []
         entries = _chosen(workload, tried)
-        self._measure(workload, method, "siliang", Setting(), "gate")
-        for peer in peers:
-            self._measure(workload, method, peer, DEFAULT, "gate")  # grouped by length, the order would be another
-            flat = DEFAULT.model_copy(update={"layout": "flat"})
-            if any(p == peer and s.layout == "flat" for p, s in entries):
-                self._measure(workload, method, peer, flat, "gate")
+        if "gate" in plan.parts:
+            self._gate(workload, method, peers)
         for number in range(1, plan.rounds + 1 if timed else 1):
             self._measure(workload, method, "siliang", Setting(), "time", number)
             for library, setting in entries:
                 self._measure(workload, method, library, setting, "time", number)
+
+    def _gate(self, workload: Workload, method: str, peers: list[Library]) -> None:
+        self._measure(workload, method, "siliang", Setting(), "gate")
+        for peer in peers:
+            # grouped by length, the order would be another
+            for layout in ("padded", "flat"):
+                if layout in workload.layouts[peer]:
+                    self._measure(workload, method, peer, DEFAULT.model_copy(update={"layout": layout}), "gate")
 
     def _search(self, workload: Workload, method: str, peers: list[Library]) -> list[Tried]:
         """The settings of the peers that work, the fastest first."""
