@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4},
     "prefix_tuning": {"num_virtual_tokens": 4, "prefix_projection": True},
+    "bitfit": {},
     "full": {},
 }
 
@@ -69,7 +70,7 @@ class Place:
 
 
 def make_place(folder: Path, *, rows: int = 52) -> Place:
-    """A Llama of two tiny layers with dropout in its attention, a tokenizer of words, and instructions."""
+    """A Llama of two tiny layers, with dropout and biases in its attention, a tokenizer of words, and instructions."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     model: Any = LlamaForCausalLM(
@@ -80,6 +81,7 @@ def make_place(folder: Path, *, rows: int = 52) -> Place:
             bos_token_id=1,
             eos_token_id=2,
             attention_dropout=0.1,
+            attention_bias=True,  # for BitFit
             **sizes,
         )
     )
