@@ -69,7 +69,7 @@ class Place:
         return RunConfig.build(values)
 
 
-def make_place(folder: Path, *, rows: int = 52) -> Place:
+def make_place(folder: Path, *, rows: int = 52, dropout: float = 0.1) -> Place:
     """A Llama of two tiny layers, with dropout and biases in its attention, a tokenizer of words, and instructions."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -80,7 +80,7 @@ def make_place(folder: Path, *, rows: int = 52) -> Place:
             num_key_value_heads=2,
             bos_token_id=1,
             eos_token_id=2,
-            attention_dropout=0.1,
+            attention_dropout=dropout,
             attention_bias=True,  # for BitFit
             **sizes,
         )

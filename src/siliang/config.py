@@ -313,6 +313,16 @@ class QuantizationConfig(Section):
     """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
 
 
+class DistributedConfig(Section):
+    """How several devices share a training."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
+    """ddp: every device holds the whole model. fsdp: its weights are dealt out over the devices. deepspeed: as
+    deepspeed_config says. auto: ddp where the plan says that it fits, fsdp otherwise."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed configuration file (JSON), ZeRO stage 2 or 3."""
+
+
 class RunConfig(Section):
     """One run."""
 
@@ -343,6 +353,8 @@ class RunConfig(Section):
     """The data."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training."""
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    """Several devices."""
     accept: list[str] = Field(default_factory=list)
     """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop."""
     output: str
