@@ -188,7 +188,13 @@ def test_own_code_runs_only_as_it_was_allowed(model_folders: dict[str, Path], tm
         ]
         sets = [
             part
-            for s in ("train.max_steps=2", "accept=[SL002,SL003]", "data.test_size=0.0", *more)
+            for s in (
+                "train.max_steps=2",
+                "accept=[SL002,SL003]",
+                "data.test_size=0.0",
+                "method.target_modules=[q_proj]",
+                *more,
+            )
             for part in ("--set", s)
         ]
         done = subprocess.run(

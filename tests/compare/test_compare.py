@@ -27,13 +27,14 @@ from siliang.compare.base import KeptBase, bits
 from siliang.compare.config import CompareConfig
 from siliang.compare.pool import Pool
 from siliang.compare.record import Answers, Comparison, Trial
-from siliang.compare.run import InterruptedComparisonError, Listener, compare
+from siliang.compare.run import Listener, compare
 from siliang.config import RunConfig
 from siliang.models.load import load_tokenizer
 from siliang.record import Record
 from siliang.run_folder import load_base
 from siliang.train.run import Listener as RunListener
 from siliang.train.run import train
+from siliang.types import InterruptedRunError
 
 pytestmark = pytest.mark.slow  # each worker and each command imports torch anew
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -153,7 +154,7 @@ def test_an_interrupted_run_goes_on_from_where_it_was(
                 child.kill()
             raise KeyboardInterrupt
 
-    with pytest.raises(InterruptedComparisonError):
+    with pytest.raises(InterruptedRunError):
         compare(config("cut"), Listener(progress=interrupt))
     steps: list[int] = []
     compare(config("cut"), Listener(progress=lambda trial, p: steps.append(p["step"])))

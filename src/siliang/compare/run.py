@@ -23,7 +23,7 @@ from siliang.hardware import machine
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
 from siliang.train.saving import last_good
-from siliang.types import ConfigError, OutputError, SiliangError, TaskType
+from siliang.types import ConfigError, InterruptedRunError, OutputError, TaskType
 
 CONFIG_NAME = "compare.yaml"
 BASE = "base"  # folder of what the untuned model says
@@ -31,12 +31,6 @@ WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 MAY_DIFFER = ("methods", "seeds", "search", "output")  # in a comparison that goes on
 METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings that are one method's, and no reason to stop the others
 MOST_ATTEMPTS = 3  # of a trial that takes its process, or the whole comparison, down with it
-
-
-class InterruptedComparisonError(SiliangError):
-    """The user stopped the comparison; what was finished is there."""
-
-    exit_code = 130
 
 
 @dataclass
@@ -70,7 +64,7 @@ def compare(config: CompareConfig, listener: Listener | None = None, *, jobs: in
         ConfigError: The folder holds a comparison with other settings.
         OutputError: The folder holds something else.
         DataError: `siliang check` finds an error in the data that all runs would meet.
-        InterruptedComparisonError: Ctrl-C or SIGTERM came.
+        InterruptedRunError: Ctrl-C or SIGTERM came.
     """
     return _Comparing(config, listener or Listener(), jobs).run()
 
@@ -102,7 +96,7 @@ class _Comparing:
                     trial.status, trial.attempts = "waiting", trial.attempts - 1
             self._save()
             done = sum(t.status == "completed" for t in self.record.trials)
-            raise InterruptedComparisonError(
+            raise InterruptedRunError(
                 f"Stopped; {done} of {len(self.record.trials)} runs are done and kept.\n"
                 f"Go on with the same command, or: siliang compare {self.folder / CONFIG_NAME}"
             ) from None

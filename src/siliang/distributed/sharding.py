@@ -86,8 +86,12 @@ def apart(model: nn.Module) -> None:
 
 def whole(tree: Any) -> Any:
     """The same tree of state with its shards put together; all ranks must ask."""
-    # a copy, and not a view of what may still be under way
-    return tree_map(lambda t: t.detach().full_tensor().clone() if isinstance(t, DTensor) else t, tree)
+
+    def put_together(leaf: Any) -> Any:
+        # a copy, and not a view of what may still be under way
+        return leaf.full_tensor().detach().clone() if isinstance(leaf, DTensor) else leaf
+
+    return tree_map(put_together, tree)
 
 
 def dealt(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:

@@ -139,7 +139,8 @@ class SiliangTrainer(Trainer):
             set_random_state(before)
         self.tokens_trained += self._step_tokens
         if self.ranks.size > 1:  # all see the same, and so stop together
-            loss = self.accelerator.reduce(loss, "mean")  # type: ignore[assignment]
+            mean: Any = self.accelerator.reduce(loss, "mean")
+            loss = mean
         self.guard.see_batch(loss, inputs["rows"])
         if self._skips and not torch.isfinite(loss):  # keeps the log's mean a number, as the Trainer's own filter does
             return self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
@@ -208,12 +209,13 @@ class SiliangTrainer(Trainer):
 
     def _shared(self, rows: Any, order: Sampler[int]) -> DataLoader[Any]:
         share = Share(order, rows.lengths.tolist(), self._step_rows, self.ranks.rank, self.ranks.size)
-        return DataLoaderShard(
+        loader: Any = DataLoaderShard(
             Counted(rows),
             batch_sampler=share,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
+        return loader  # type: ignore[no-any-return]
 
     # ---- evaluation ----
 
