@@ -55,7 +55,7 @@ def train(
     if devices > 1 and "LOCAL_RANK" not in os.environ:
         from siliang.distributed.launch import launch
 
-        raise typer.Exit(launch(devices, sys.argv[1:]))
+        raise typer.Exit(launch(devices, sys.argv[1:], config.output))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun began all processes anew after one was lost
         resume = resume or (Path(config.output) / CONFIG_NAME).is_file()
     quiet_loading()

@@ -13,9 +13,12 @@ from siliang.types import RankError
 SAID_ENOUGH = (2, 130)  # exit codes of processes that have told their error themselves
 
 
-def launch(devices: int, arguments: list[str]) -> int:
+def launch(devices: int, arguments: list[str], folder: str) -> int:
     """Runs `siliang` with these arguments in that many processes, and returns the exit code of the first that ended
     otherwise than well.
+
+    Args:
+        folder: The run's.
 
     Raises:
         RankError: One was killed, or fell over.
@@ -49,7 +52,7 @@ def launch(devices: int, arguments: list[str]) -> int:
             how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "fell over"
             raise RankError(
                 f"Rank {rank} of {devices} {how} (process {failure.pid}), and the run ended with it. What was saved "
-                "before is whole.\nGo on with: siliang train --resume RUN, with as many devices as you like"
+                f"before is whole.\nGo on, with as many devices as you like: siliang train --resume {folder}"
             ) from None
         except SignalException:
             return 130
