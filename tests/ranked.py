@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from faults.runs import Child, Ending
 from siliang.config import RunConfig
+from siliang.train.run import Planner
 
 
 def _become(rank: int, size: int, port: int) -> None:
@@ -21,13 +22,27 @@ def _become(rank: int, size: int, port: int) -> None:
         state._reset_state()
 
 
-def start(config: RunConfig, size: int, *, resume: bool = False, pace_s: float = 0.0) -> list[Child]:
-    """A training on `size` ranks."""
+def start(
+    config: RunConfig,
+    size: int,
+    *,
+    resume: bool = False,
+    pace_s: float = 0.0,
+    planner: Planner | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> list[Child]:
+    """A training on `size` ranks; `before` is called in each."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    hooks: list[Callable[[], None]] = [partial(_become, rank, size, port) for rank in range(size)]
-    return [Child(config, resume=resume, hook=hook, pace_s=pace_s) for hook in hooks]
+
+    def become(rank: int) -> None:
+        _become(rank, size, port)
+        before()
+
+    return [
+        Child(config, resume=resume, hook=partial(become, rank), pace_s=pace_s, planner=planner) for rank in range(size)
+    ]
 
 
 def train_on(config: RunConfig, size: int, *, resume: bool = False) -> list[Ending]:

@@ -186,7 +186,7 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows that go through the model at once."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    """Batches that make one optimiser step."""
+    """Batches that make one optimiser step, on all devices together: their number changes no result."""
     tokens_at_once: Annotated[int, Field(ge=8)] | None = None
     """Tokens that go through the model at once, beside batch_size: a step's rows are split to it, which changes its
     memory and not its result. None: no limit but batch_size."""
@@ -316,11 +316,9 @@ class QuantizationConfig(Section):
 class DistributedConfig(Section):
     """How several devices share a training."""
 
-    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
-    """ddp: every device holds the whole model. fsdp: its weights are dealt out over the devices. deepspeed: as
-    deepspeed_config says. auto: ddp where the plan says that it fits, fsdp otherwise."""
-    deepspeed_config: str | None = None
-    """A DeepSpeed configuration file (JSON), ZeRO stage 2 or 3."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every device holds the whole model. fsdp: its weights are dealt out over the devices. auto: ddp where the
+    plan says that it fits, fsdp otherwise."""
 
 
 class RunConfig(Section):

@@ -1,4 +1,5 @@
-"""Several processes as their user starts them: --devices, torchrun, accelerate launch."""
+"""Several processes as their user starts them: --devices and torchrun. (`accelerate launch` starts several on cards
+alone, or by mpirun.)"""
 
 from __future__ import annotations
 
@@ -20,30 +21,9 @@ from siliang.record import Record
 pytestmark = pytest.mark.slow  # each process imports torch anew
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--cpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-]
 STARTS = {
     "--devices": [sys.executable, "-m", "siliang"],
     "torchrun": [*TORCHRUN, "-m", "siliang"],
-    "accelerate launch": [
-        *ACCELERATE,
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "-m",
-        "siliang",
-    ],
 }
 
 

@@ -19,6 +19,8 @@ from siliang.config import RunConfig
 from siliang.record import Record
 from siliang.train.order import Order, Share, shares
 from siliang.train.saving import checkpoints
+from siliang.train.trainer import SiliangTrainer
+from siliang.types import PlanError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
 ARGUMENTS = {
@@ -125,3 +127,38 @@ def test_a_rank_without_a_row_gets_one_that_does_not_count() -> None:
     assert [len(steps) for steps in drawn] == [2] * 4
     last = [steps[1][0] for steps in drawn]
     assert [i < 0 for i in last] == [False, True, True, True] and {~i for i in last[1:]} == {last[0]}
+
+
+def test_what_is_too_large_for_one_is_dealt_out(still_place: Place, tmp_path: Path) -> None:
+    """The plan refuses it on one device; on two, auto takes FSDP, and says so."""
+
+    def refuses(config: RunConfig, subject: Any, say: Any) -> Any:
+        raise PlanError("too large")
+
+    config = configured(still_place, tmp_path / "run", max_steps=2)
+    assert run(config, planner=refuses).code == 2
+    endings = [child.end() for child in start(changed(config, tmp_path / "run", "auto"), 2, planner=refuses)]
+    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert "fsdp deals the weights out" in endings[0].said
+    assert Record.read(tmp_path / "run").config["distributed"]["strategy"] == "fsdp"
+
+
+def test_only_what_is_trained_is_sent(still_place: Place, tmp_path: Path) -> None:
+    """DDP's own count of what it sends in a step, which is what it sent at the start, too."""
+    config = configured(still_place, tmp_path / "run", max_steps=2)
+
+    def counting() -> None:
+        step = SiliangTrainer.training_step
+
+        def counted(self: SiliangTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = step(self, model, *args, **kwargs)
+            trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            told = model._get_ddp_logging_data()
+            assert told["total_parameter_size_bytes"] == trained == sum(map(int, told["bucket_sizes"].split(", ")))
+            assert trained < 0.1 * sum(p.nbytes for p in model.parameters())
+            return loss
+
+        SiliangTrainer.training_step = counted  # type: ignore[method-assign]
+
+    endings = [child.end() for child in start(config, 2, before=counting)]
+    assert [e.code for e in endings] == [0, 0], endings[0].said

@@ -49,6 +49,7 @@ from siliang.types import (
     DeviceMemoryError,
     InterruptedRunError,
     OutputError,
+    PlanError,
     SiliangError,
     TaskType,
     TrainingError,
@@ -194,7 +195,7 @@ def prepare(
     predicted: dict[str, int] = {}
     if planner is not None:
         with torch.random.fork_rng(devices=[]):
-            config, predicted = ranks.first_does(lambda: planner(config, subject, listener.say))
+            config, predicted = _plan(config, partial(planner, config, subject, listener.say), ranks, listener)
     model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
     model, trained, total = attach(model, method, config, precision)
     listener.say(
@@ -225,6 +226,21 @@ def prepare(
     record.memory.predicted_bytes, record.memory.predicted_parts = sum(predicted.values()) or None, predicted
     _check_space(folder, model, config)
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record, ranks)
+
+
+def _plan(
+    config: RunConfig, planned: Callable[[], tuple[RunConfig, dict[str, int]]], ranks: Ranks, listener: Listener
+) -> tuple[RunConfig, dict[str, int]]:
+    """Of one process with the whole model; several may share one that is too large for each."""
+    strategy = config.distributed.strategy
+    if ranks.size == 1 or strategy == "ddp":
+        return ranks.first_does(planned)
+    if strategy == "auto":
+        with suppress(PlanError):
+            return ranks.first_does(planned)
+        listener.say("memory     too much for one device: fsdp deals the weights out, and what it takes is not planned")
+    distributed = config.distributed.model_copy(update={"strategy": "fsdp"})
+    return config.model_copy(update={"distributed": distributed}), {}
 
 
 def _check_best(config: RunConfig, held_out: int) -> None:
