@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from siliang import files
 from siliang.config import RunConfig
 from siliang.record import Record
-from siliang.train.run import Listener, train
+from siliang.train.run import Listener, Planner, train
 from siliang.train.trainer import Progress
 from siliang.types import SiliangError
 
@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 4},
     "p_tuning": {"num_virtual_tokens": 4},
     "prefix_tuning": {"num_virtual_tokens": 4, "prefix_projection": True},
+    "bitfit": {},
     "full": {},
 }
 
@@ -68,8 +69,8 @@ class Place:
         return RunConfig.build(values)
 
 
-def make_place(folder: Path, *, rows: int = 52) -> Place:
-    """A Llama of two tiny layers with dropout in its attention, a tokenizer of words, and instructions."""
+def make_place(folder: Path, *, rows: int = 52, dropout: float = 0.1) -> Place:
+    """A Llama of two tiny layers, with dropout and biases in its attention, a tokenizer of words, and instructions."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     model: Any = LlamaForCausalLM(
@@ -79,7 +80,8 @@ def make_place(folder: Path, *, rows: int = 52) -> Place:
             num_key_value_heads=2,
             bos_token_id=1,
             eos_token_id=2,
-            attention_dropout=0.1,
+            attention_dropout=dropout,
+            attention_bias=True,  # for BitFit
             **sizes,
         )
     )
@@ -115,7 +117,13 @@ class Child:
     """A run in a forked process, so that what is loaded already need not be loaded again."""
 
     def __init__(
-        self, config: RunConfig, *, resume: bool = False, hook: Callable[[], None] = lambda: None, pace_s: float = 0.0
+        self,
+        config: RunConfig,
+        *,
+        resume: bool = False,
+        hook: Callable[[], None] = lambda: None,
+        pace_s: float = 0.0,
+        planner: Planner | None = None,
     ) -> None:
         """Starts.
 
@@ -142,7 +150,8 @@ class Child:
 
             torch.set_num_threads(1)  # the threads of the parent are not here
             hook()
-            train(config, Listener(say=lambda line: print(line, file=out), progress=step), resume=resume)
+            listener = Listener(say=lambda line: print(line, file=out), progress=step)
+            train(config, listener, resume=resume, planner=planner)
             code = 0
         except SiliangError as error:
             print(f"error[{error.code}]: {error}", file=out)
@@ -187,9 +196,15 @@ class Child:
         return bool(fresh)
 
 
-def run(config: RunConfig, *, resume: bool = False, hook: Callable[[], None] = lambda: None) -> Ending:
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    hook: Callable[[], None] = lambda: None,
+    planner: Planner | None = None,
+) -> Ending:
     """A run in a process of its own, to its end."""
-    return Child(config, resume=resume, hook=hook).end()
+    return Child(config, resume=resume, hook=hook, planner=planner).end()
 
 
 def slow_saving(seconds: float = 0.02) -> None:

@@ -104,7 +104,9 @@ class _Closed:
         self.has_adapter = (folder / ADAPTER).is_dir()
         if not self.has_adapter and not (folder / MODEL).is_dir():
             raise ConfigError(f"{folder} was not finished (it is {self.record.status}): nothing can be asked of it.")
-        self.tokenizer = load_tokenizer(self.config.model, revision=self.config.revision)
+        self.tokenizer = load_tokenizer(
+            self.config.model, revision=self.config.revision, remote_code=self.config.remote_code
+        )
         grow_vocabulary(self.tokenizer, self.config.data.add_tokens)
 
     @property

@@ -186,7 +186,7 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows that go through the model at once."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    """Batches that make one optimiser step."""
+    """Batches that make one optimiser step, on all devices together: their number changes no result."""
     tokens_at_once: Annotated[int, Field(ge=8)] | None = None
     """Tokens that go through the model at once, beside batch_size: a step's rows are split to it, which changes its
     memory and not its result. None: no limit but batch_size."""
@@ -313,6 +313,14 @@ class QuantizationConfig(Section):
     """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
 
 
+class DistributedConfig(Section):
+    """How several devices share a training."""
+
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every device holds the whole model. fsdp: its weights are dealt out over the devices. auto: ddp where the
+    plan says that it fits, fsdp otherwise."""
+
+
 class RunConfig(Section):
     """One run."""
 
@@ -320,6 +328,9 @@ class RunConfig(Section):
     """The base model: a folder, or a name on the hub."""
     revision: str | None = None
     """The base model's revision on the hub."""
+    remote_code: str | None = None
+    """The Python code of the base model's own that may run, by the name that the error gives it: a hash of the folder's
+    Python files, or the commit on the hub. Other code, or code that has changed, does not run."""
     task: Annotated[
         Literal[
             TaskType.CAUSAL_LM,
@@ -340,6 +351,8 @@ class RunConfig(Section):
     """The data."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training."""
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    """Several devices."""
     accept: list[str] = Field(default_factory=list)
     """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop."""
     output: str

@@ -193,6 +193,22 @@ CATALOGUE: dict[str, Entry] = {
             "会列出各部分占用，`--method all` 会列出其他方法的需要。",
         ),
     ),
+    "SLE12": Entry(
+        Page(
+            "a process of the training is gone",
+            "A training on several devices needs all of its processes. One was killed (often for want of memory), fell "
+            "over, or can no longer be reached; the others ended with it.",
+            "Checkpoints are whole: go on with `siliang train --resume RUN`, with the same number of devices or "
+            "another. Where it happens again, look at that machine's memory and network. With `torchrun "
+            "--max-restarts 3` the run goes on by itself.",
+        ),
+        Page(
+            "训练的某个进程已退出",
+            "多设备训练需要所有进程同时在线。其中一个进程被杀死（常因内存不足）、出错退出或网络不可达，其余进程随之结束。",
+            "已保存的检查点是完整的：运行 `siliang train --resume RUN` 继续，设备数可以相同也可以不同。"
+            "若反复发生，请检查那台机器的内存和网络。使用 `torchrun --max-restarts 3` 可自动恢复。",
+        ),
+    ),
 }
 
 

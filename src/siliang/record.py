@@ -73,6 +73,8 @@ class Memory(Part):
     """Before the first step."""
     peak_bytes: int = 0
     """The most during training."""
+    peak_bytes_by_rank: list[int] = Field(default_factory=list)
+    """Of each process, where there were several; peak_bytes is the most."""
     predicted_bytes: int | None = None
     """What the plan said; None where it was not asked."""
     recomputed_layers: int = 0

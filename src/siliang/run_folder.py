@@ -96,7 +96,7 @@ def open_run(
                 f"{folder / part} is damaged: {problem}.\n"
                 f"`siliang train --resume {folder}` makes it again from the last sound checkpoint, where there is one."
             )
-    tokenizer = load_tokenizer(config.model, revision=config.revision)
+    tokenizer = load_tokenizer(config.model, revision=config.revision, remote_code=config.remote_code)
     grow_vocabulary(tokenizer, config.data.add_tokens)
     if (folder / MODEL).is_dir():
         model: Any = load_model(str(folder / MODEL), config.task, dtype=dtype, labels=record.labels)
@@ -124,6 +124,7 @@ def load_base(
         dtype=dtype,
         labels=labels,
         revision=config.revision,
+        remote_code=config.remote_code,
         seed=config.train.seed,
         quantization=config.quantization if quantised else None,
         device=device,

@@ -111,6 +111,12 @@ class PlanError(SiliangError):
     code = "SLE11"
 
 
+class RankError(SiliangError, RuntimeError):
+    """Another process of a training on several devices is gone."""
+
+    code = "SLE12"
+
+
 def nearest(word: str, words: Iterable[str], n: int = 3) -> str:
     """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing where none does."""
     names = difflib.get_close_matches(word, sorted(set(words)), n=n, cutoff=0.5)

@@ -24,13 +24,17 @@ from tiny import WORDS, write_jsonl
 
 from siliang.cli.main import main
 from siliang.compare.base import KeptBase, bits
+from siliang.compare.config import CompareConfig
 from siliang.compare.pool import Pool
-from siliang.compare.record import Answers, Comparison
+from siliang.compare.record import Answers, Comparison, Trial
+from siliang.compare.run import Listener, compare
 from siliang.config import RunConfig
 from siliang.models.load import load_tokenizer
 from siliang.record import Record
 from siliang.run_folder import load_base
-from siliang.train.run import Listener, train
+from siliang.train.run import Listener as RunListener
+from siliang.train.run import train
+from siliang.types import InterruptedRunError
 
 pytestmark = pytest.mark.slow  # each worker and each command imports torch anew
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -123,6 +127,44 @@ def test_killed_and_gone_on(killed_then_finished: tuple[Path, dict[str, str], st
     # once more: only what failed is tried again
     again = here("compare", folder / "compare.yaml")
     assert len(re.findall(r"^ +\d+/12 ", again, re.MULTILINE)) == 2 and "10 of 12 runs are there" in again
+
+
+@pytest.mark.parametrize("way", ["Ctrl-C", "SIGKILL"])
+def test_an_interrupted_run_goes_on_from_where_it_was(
+    way: str, model_folders: dict[str, Path], review_file: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C has the worker save a checkpoint; a worker that is killed has those of train.save_every."""
+
+    def config(name: str) -> CompareConfig:
+        values = {
+            "model": str(model_folders["bert"]),
+            "task": "seq_cls",
+            "data": {"train": str(review_file), "test_size": 0.4, "max_length": 32},
+            "train": {"max_steps": 60, "batch_size": 4, "log_every": 5, "save_every": 10 if way == "SIGKILL" else None},
+            "accept": ["SL002", "SL003"],
+            "methods": [{"name": "lora", "learning_rate": 1e-2}],
+            "seeds": 1,
+            "output": str(tmp_path / name),
+        }
+        return CompareConfig.build(values)
+
+    def interrupt(trial: Trial, progress: dict[str, Any]) -> None:
+        if progress["step"] == 25:
+            for child in psutil.Process().children() if way == "SIGKILL" else []:
+                child.kill()
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError):
+        compare(config("cut"), Listener(progress=interrupt))
+    steps: list[int] = []
+    compare(config("cut"), Listener(progress=lambda trial, p: steps.append(p["step"])))
+    assert min(steps) >= 20
+    compare(config("whole"))
+    whole, cut = (Record.read(tmp_path / name / "runs" / "lora" / "seed-42") for name in ("whole", "cut"))
+    assert cut.final == whole.final
+    losses = [[s.loss for s in record.steps] for record in (whole, cut)]
+    assert losses[0] == losses[1] and len(losses[0]) > 10
+    assert Comparison.open(tmp_path / "cut" / "comparison.json").trials[0].status == "completed"
 
 
 def test_each_run_is_that_of_its_own_command(
@@ -276,7 +318,7 @@ def test_a_killed_worker_is_one_lost_run(model_folders: dict[str, Path], review_
             "output": str(tmp_path / name),
         }
         config = RunConfig.build(values).model_dump(mode="json")
-        return {"kind": "train", "config": config, "prompts": [], "max_new_tokens": 4}
+        return {"kind": "train", "config": config, "prompts": [], "max_new_tokens": 4, "resume": False}
 
     ended = {}
     with Pool(1, tmp_path / "logs") as pool:
@@ -307,7 +349,7 @@ def test_the_base_comes_back_or_is_loaded_anew(model_folders: dict[str, Path], t
             "output": str(tmp_path / f"{name}-{seed}"),
         }
         config = RunConfig.build(values)
-        train(config, Listener(trained=lambda run: models.append(run.model)), base=kept)
+        train(config, RunListener(trained=lambda run: models.append(run.model)), base=kept)
         kept.take_back(models.pop(), config)
 
     for name, loads in (("lora", 1), ("bitfit", 1), ("ln_tuning", 1), ("full", 1), ("ia3", 2)):

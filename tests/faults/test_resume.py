@@ -12,6 +12,7 @@ import torch
 from faults.damage import damage_adapters, damage_checkpoints
 from faults.kills import kill_at_random
 from faults.runs import METHODS, Child, Place, damaged_parts, make_place, outcome, run
+from siliang.config import RunConfig
 from siliang.files import replacing_folder
 from siliang.record import Record
 from siliang.train.saving import checkpoints, read_state
@@ -24,9 +25,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("faults"))
 
 
-def stop_and_go_on(place: Place, folder: Path, *steps: int, method: str = "lora", **settings: Any) -> dict[str, Any]:
-    """A run that is told to stop in each of these steps."""
-    config = place.config(folder, method, **settings)
+def stop_and_go_on(config: RunConfig, *steps: int) -> dict[str, Any]:
+    """The outcome of a run that is told to stop in each of these steps."""
+    folder = Path(config.output)
     for i, step in enumerate(steps):
         child = Child(config, resume=i > 0, pace_s=0.01)
         assert child.wait_for(f"step {step}\n"), child.end().said
@@ -45,7 +46,31 @@ def test_every_method(method: str, place: Place, tmp_path: Path) -> None:
     assert run(place.config(tmp_path / "whole", method)).code == 0
     whole = outcome(tmp_path / "whole")
     assert len(whole["log"]) == 9 + 5 + 2 and whole["tokens"] > 0
-    assert stop_and_go_on(place, tmp_path / "parts", 5, 12, 14, 26, method=method) == whole
+    assert stop_and_go_on(place.config(tmp_path / "parts", method), 5, 12, 14, 26) == whole
+
+
+@pytest.mark.parametrize("method", ["head", "bitfit", "lora", "full"])
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_a_classifier(
+    method: str, group_by_length: bool, model_folders: dict[str, Path], review_file: Path, tmp_path: Path
+) -> None:
+    """Its head is new, and its rows come by length."""
+
+    def config(name: str) -> RunConfig:
+        train = {"epochs": 3, "batch_size": 4, "log_every": 3, "eval_every": 5, "save_every": 4, "learning_rate": 1e-2}
+        values = {
+            "model": str(model_folders["bert"]),
+            "task": "seq_cls",
+            "method": method,
+            "data": {"train": str(review_file), "test_size": 0.2, "max_length": 32},
+            "train": train | {"group_by_length": group_by_length},
+            "accept": ["SL002", "SL003"],
+            "output": str(tmp_path / name),
+        }
+        return RunConfig.build(values)
+
+    assert run(config("whole")).code == 0
+    assert stop_and_go_on(config("parts"), 4, 17) == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +87,7 @@ def test_every_method(method: str, place: Place, tmp_path: Path) -> None:
 )
 def test_settings(settings: dict[str, Any], place: Place, tmp_path: Path) -> None:
     assert run(place.config(tmp_path / "whole", **settings)).code == 0
-    assert stop_and_go_on(place, tmp_path / "parts", 7, 20, **settings) == outcome(tmp_path / "whole")
+    assert stop_and_go_on(place.config(tmp_path / "parts", **settings), 7, 20) == outcome(tmp_path / "whole")
 
 
 def test_frozen_layers_that_are_kept(place: Place, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from siliang.data.tokens import TokenSet, stop_tokens, tokenise
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
-from siliang.models.load import AUTO_CLASSES, load_config, load_tokenizer
+from siliang.models.load import AUTO_CLASSES, load_config, load_tokenizer, may_run_code
 from siliang.types import ModelError, TaskType
 
 
@@ -43,7 +42,9 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.config.model, revision=self.config.revision)
+        tokenizer = load_tokenizer(
+            self.config.model, revision=self.config.revision, remote_code=self.config.remote_code
+        )
         grow_vocabulary(tokenizer, self.data.add_tokens)
         return tokenizer
 
@@ -78,7 +79,7 @@ class Subject:
 
     @cached_property
     def model_config(self) -> Any:
-        return load_config(self.config.model, revision=self.config.revision)
+        return load_config(self.config.model, revision=self.config.revision, remote_code=self.config.remote_code)
 
     @cached_property
     def text_config(self) -> Any:
@@ -98,25 +99,10 @@ class Subject:
             config.num_labels = 2
         try:
             with torch.device("meta"):
-                return AUTO_CLASSES[self.task].from_config(config, trust_remote_code=False)
+                return AUTO_CLASSES[self.task].from_config(config, trust_remote_code=may_run_code(config))
         except ValueError as error:
             first = str(error).strip().partition("\n")[0]
             raise ModelError(f"{self.config.model} cannot be trained for {self.task.lower()}: {first}") from None
-
-    @property
-    def wanted_code(self) -> str | None:
-        """The file of code that the model's folder asks to run, where transformers does not know the model itself."""
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        path = Path(self.config.model) / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        code = values.get("auto_map") if isinstance(values, dict) else None
-        if not isinstance(code, dict) or values.get("model_type") in CONFIG_MAPPING:
-            return None
-        return str(next(iter(code.values()), ""))
 
     # ---- for many rules ----
 

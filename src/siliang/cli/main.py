@@ -26,7 +26,7 @@ from siliang.cli import (
     report,
     train,
 )
-from siliang.types import DeviceMemoryError, InterruptedRunError, OutputError, SiliangError
+from siliang.types import DeviceMemoryError, InterruptedRunError, OutputError, RankError, SiliangError
 
 app = typer.Typer(
     name="siliang",
@@ -98,6 +98,9 @@ def _tell(error: SiliangError) -> int:
     from siliang.errors import language, shown
     from siliang.secrets import without_secrets
 
+    alone = isinstance(error, RankError | DeviceMemoryError)  # not every rank may have it
+    if os.environ.get("RANK", "0") != "0" and not alone:
+        return error.exit_code
     stopped = isinstance(error, InterruptedRunError) and language() == "en"  # what the user asked for is no error
     return _say(without_secrets(str(error) if stopped else shown(error, language())), error.exit_code)
 

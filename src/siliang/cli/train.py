@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +30,15 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: siliang train RUN --resume")
     ] = False,
+    devices: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that train together: one a card, or shares of the CPU."),
+    ] = 1,
 ) -> None:
     """Train: attach a method to a base model, tune it on your data, and keep the result in a run folder."""
     from siliang.cli.show import TrainingDisplay, duration, quiet_loading, size
     from siliang.config import RunConfig
-    from siliang.run_folder import read_config
+    from siliang.run_folder import CONFIG_NAME, read_config
     from siliang.types import ConfigError
 
     flags = {"model": model, "task": task, "method": method, "output": output}
@@ -46,12 +52,22 @@ def train(
         raise ConfigError(f"{settings} is a folder: give a settings file, or --resume to go on with the run in it.")
     else:
         config = RunConfig.build(gather(settings, flags, data, set_ or []), source=str(settings or "the flags"))
+    if devices > 1 and "LOCAL_RANK" not in os.environ:
+        from siliang.distributed.launch import launch
+
+        raise typer.Exit(launch(devices, sys.argv[1:], config.output))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun began all processes anew after one was lost
+        resume = resume or (Path(config.output) / CONFIG_NAME).is_file()
     quiet_loading()
+    from siliang.distributed.ranks import find_ranks
     from siliang.plan.before import Planner
     from siliang.train.run import Listener
     from siliang.train.run import train as run
 
     planner = Planner()
+    if not find_ranks().first:  # one speaks for all
+        run(config, resume=resume, planner=planner)
+        return
     with TrainingDisplay() as display:
         record = run(config, Listener(display.say, display.progress), resume=resume, planner=planner)
     planner.remember(record)

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+STOP_S = 30.0  # for a run to end its step and save it, when the user stops a comparison
+
 
 @dataclass(frozen=True)
 class Event:
@@ -51,7 +53,13 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for worker in self._workers:
-            worker.close()
+            worker.stop()
+        try:
+            for worker in self._workers:
+                worker.wait(STOP_S)
+        finally:
+            for worker in self._workers:
+                worker.close()
 
     def run(self, requests: Iterable[dict[str, Any]]) -> Iterator[Event]:
         """Has all requests done, in order, by whichever worker is free, and tells what happens as it happens."""
@@ -81,6 +89,8 @@ class _Worker:
         self._number, self._of, self._logs = number, of, logs
         self._process: subprocess.Popen[str] | None = None
         self._closed = False
+        self._idle = threading.Event()
+        self._idle.set()
 
     def ask(self, request: dict[str, Any], hear: Callable[[dict[str, Any]], None]) -> None:
         """Sends a request and passes on what comes, up to done, failed or died."""
@@ -89,19 +99,37 @@ class _Worker:
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        self._idle.clear()
+        try:
+            hear(self._answer(request, hear))
+        finally:
+            self._idle.set()
+
+    def _answer(self, request: dict[str, Any], hear: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Sends, passes on what comes, and returns the last word."""
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
             message = json.loads(line)
-            hear(message)
             if message["kind"] in ("done", "failed"):
-                return
-        hear({"kind": "died", "error": _why_gone(self._process.wait(), self._log)})
+                return dict(message)
+            hear(message)
+        return {"kind": "died", "error": _why_gone(self._process.wait(), self._log)}
+
+    def stop(self) -> None:
+        """Takes no more requests; the run that it is at, if any, is told to save a checkpoint and end."""
+        self._closed = True
+        if self._process is not None and not self._idle.is_set():
+            self._process.terminate()
+
+    def wait(self, seconds: float) -> None:
+        """Until it is done with what it is at, at most so long."""
+        self._idle.wait(seconds)
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
-        self._closed = True
         if self._process is None:
             return
         self._process.kill()

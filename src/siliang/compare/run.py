@@ -22,7 +22,8 @@ from siliang.config import RunConfig
 from siliang.hardware import machine
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
-from siliang.types import ConfigError, OutputError, SiliangError, TaskType
+from siliang.train.saving import last_good
+from siliang.types import ConfigError, InterruptedRunError, OutputError, TaskType
 
 CONFIG_NAME = "compare.yaml"
 BASE = "base"  # folder of what the untuned model says
@@ -30,12 +31,6 @@ WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 MAY_DIFFER = ("methods", "seeds", "search", "output")  # in a comparison that goes on
 METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings that are one method's, and no reason to stop the others
 MOST_ATTEMPTS = 3  # of a trial that takes its process, or the whole comparison, down with it
-
-
-class InterruptedComparisonError(SiliangError):
-    """The user stopped the comparison; what was finished is there."""
-
-    exit_code = 130
 
 
 @dataclass
@@ -59,7 +54,8 @@ def compare(config: CompareConfig, listener: Listener | None = None, *, jobs: in
     """Runs every method with every seed, in worker processes, and leaves a folder of records.
 
     Where the output folder holds this comparison already, it goes on: a run that is complete is not run again, one
-    that was interrupted begins anew. Methods, seeds and search may have been added to since.
+    that was interrupted goes on from its last checkpoint, exactly. Methods, seeds and search may have been added to
+    since.
 
     Args:
         jobs: Runs at the same time, each with a base model of its own.
@@ -68,7 +64,7 @@ def compare(config: CompareConfig, listener: Listener | None = None, *, jobs: in
         ConfigError: The folder holds a comparison with other settings.
         OutputError: The folder holds something else.
         DataError: `siliang check` finds an error in the data that all runs would meet.
-        InterruptedComparisonError: Ctrl-C or SIGTERM came.
+        InterruptedRunError: Ctrl-C or SIGTERM came.
     """
     return _Comparing(config, listener or Listener(), jobs).run()
 
@@ -95,8 +91,12 @@ class _Comparing:
                     self._measure_base()
                 self._do(test_trials(self.config, self.record.chosen))
         except KeyboardInterrupt:
+            for trial in self.record.trials:
+                if trial.status == "running":  # stopped by the user, and no attempt that failed
+                    trial.status, trial.attempts = "waiting", trial.attempts - 1
+            self._save()
             done = sum(t.status == "completed" for t in self.record.trials)
-            raise InterruptedComparisonError(
+            raise InterruptedRunError(
                 f"Stopped; {done} of {len(self.record.trials)} runs are done and kept.\n"
                 f"Go on with the same command, or: siliang compare {self.folder / CONFIG_NAME}"
             ) from None
@@ -217,7 +217,10 @@ class _Comparing:
                 continue
             trial.status, trial.error = "waiting", None
             values = run_config(self.config, trial, self.folder, self.record.steps)
-            requests.append(self._request("train", values))
+            resume = _goes_on(self.folder / trial.folder, values)
+            if not resume:
+                shutil.rmtree(self.folder / trial.folder, ignore_errors=True)
+            requests.append(self._request("train", values) | {"resume": resume})
             asked.append(trial)
         self._save()
         begun = 0
@@ -226,7 +229,6 @@ class _Comparing:
             match event.kind:
                 case "began":
                     begun += 1
-                    shutil.rmtree(self.folder / trial.folder, ignore_errors=True)
                     trial.status, trial.attempts = "running", trial.attempts + 1
                     self._save()
                     self.listener.began(trial, len(trials) - len(asked) + begun, len(trials))
@@ -294,6 +296,16 @@ def read_verdict(folder: Path, record: Record, base: dict[str, float]) -> str | 
     path = folder / ANSWERS_NAME
     answers = Answers.open(path) if path.is_file() else None
     return learned_nothing(TaskType(record.config["task"]), record.final, answers, base)
+
+
+def _goes_on(folder: Path, config: RunConfig) -> bool:
+    """Whether an interrupted run of these settings can go on from a checkpoint."""
+    try:
+        record = Record.read(folder)
+    except ConfigError:
+        return False
+    same = record.status != "completed" and record.config == config.model_dump(mode="json")
+    return same and last_good(folder / CHECKPOINTS, lambda line: None) is not None
 
 
 def _where(key: str, was: Any, wanted: Any) -> str:

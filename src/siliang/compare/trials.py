@@ -10,6 +10,7 @@ from siliang.compare.record import Trial
 from siliang.config import RunConfig
 
 RUNS, SEARCH = "runs", "search"  # folders within the comparison's
+SAVE_MINUTES = 5.0
 TIMED_STEPS = 9  # that tell a method's speed; the first half is warm-up
 
 
@@ -58,6 +59,8 @@ def run_config(config: CompareConfig, trial: Trial, folder: Path, steps: dict[st
     rate = settings.pop("learning_rate", None) or entry.learning_rate or config.run.train.learning_rate
     values["method"] = {"name": entry.name, **entry.arguments, **settings}
     values["train"] |= {"seed": trial.seed, "learning_rate": rate}
+    if not config.run.train.saves:
+        values["train"]["save_every_minutes"] = SAVE_MINUTES  # a comparison that is killed goes on from there
     if trial.method in steps:
         values["train"]["max_steps"] = steps[trial.method]
     data: dict[str, Any] = values["data"]

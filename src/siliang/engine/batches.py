@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,11 @@ class Batch:
         targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
         return Batch(inputs, self.lengths, self.weight, self.keys, targets)
 
+    def ghost(self) -> Batch:
+        """The same rows, of which none counts: a rank without work goes through the motions, as the others wait for
+        it."""
+        return replace(self, weight=0, targets=None if self.targets is None else self.targets[:, :0])
+
     def halves(self) -> list[Batch]:
         """The same rows in two batches; of a single row, the batch itself."""
         n = len(self.lengths)
@@ -97,7 +102,11 @@ class StepCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         numbers = [row.pop("row", -1) for row in rows]
-        return {"batches": [self._batch(part) for part in self.split(rows)], "rows": numbers}
+        ghosts = [row.pop("ghost", False) for row in rows]
+        batches = [self._batch(part) for part in self.split(rows)]
+        if any(ghosts):  # of a rank without a row: it has this one alone
+            return {"batches": [batch.ghost() for batch in batches], "rows": []}
+        return {"batches": batches, "rows": numbers}
 
     def narrow_to(self, batches: list[Batch]) -> None:
         """From now on no batch is larger than the largest of these."""

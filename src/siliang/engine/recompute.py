@@ -15,8 +15,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from siliang.distributed.ranks import find_ranks
 from siliang.memory.size import parse_bytes
 from siliang.ops.masked_ce import CHUNK_BYTES
 from siliang.peft_model import enable_checkpointing
@@ -117,16 +119,18 @@ class Recompute:
         to_come = sum(p.nbytes * (2 if p.grad is not None else 3) for p in trained) + 4 * CHUNK_BYTES
         if device.type == "cuda":
             taken = torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
+            free: float = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
         else:
             taken, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+            free /= find_ranks().local_size
         assert self._budget is not None
         room = AUTO_SHARE * free if self._budget == "auto" else parse_bytes(self._budget) - taken
         return room - to_come
 
     @contextmanager
     def _measuring(self, tokens: int) -> Iterator[None]:
-        seen: set[int] = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
+        parameters = (p for p in self._model.parameters() if not isinstance(p, DTensor))
+        seen: set[int] = {p.untyped_storage().data_ptr() for p in parameters}
         found = [0.0] * len(self.layers)
         now = -1
 
@@ -144,6 +148,8 @@ class Recompute:
             now = -1
 
         def pack(x: Tensor) -> Tensor:
+            if any(isinstance(w, nn.Parameter) for w in (x, x._base)):  # one that was dealt out is elsewhere each time
+                return x
             where = x.untyped_storage().data_ptr()
             if now >= 0 and where not in seen:
                 seen.add(where)

@@ -202,7 +202,7 @@ class HeadLoss:
 
         def catch(states: Tensor) -> Tensor:
             seen.append(states)
-            return states[..., :1]
+            return states[..., :1].clone()  # FSDP2 wants no view of a sharded module's output
 
         own = self._head.__dict__.get("forward")
         self._head.forward = catch

@@ -1,9 +1,11 @@
-"""Loads base models and tokenizers: from safetensors, without remote code, with errors that say what to do."""
+"""Loads base models and tokenizers: from safetensors, without code that nobody allowed, with errors that say what to
+do."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers import (
     LlamaTokenizer,
     PreTrainedConfig,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from siliang.config import QuantizationConfig
 from siliang.files import outside_links
@@ -40,22 +43,72 @@ AUTO_CLASSES = {
 }
 
 
-def load_config(name: str, *, revision: str | None = None) -> Any:
+def load_config(name: str, *, revision: str | None = None, remote_code: str | None = None) -> Any:
     """A base model's config.
 
+    Args:
+        remote_code: The code of the model's own that may run, as `code_of` names it.
+
     Raises:
-        ModelError: `name` is no model, here or on the hub, or it asks for code of its own.
+        ModelError: `name` is no model, here or on the hub, or it asks for code of its own that was not allowed.
     """
     _check_folder(name)
+    trusted = _allows(name, revision, remote_code)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
     except Exception as error:  # a config's own checks raise kinds of their own
-        raise ModelError(_why_not(name, error)) from error
+        raise ModelError(_why_not(name, error, revision=revision)) from error
     for part in _parts(config):
         # what a downloaded file says of code to run, its own or a kernel from the hub, is not asked
-        part.__dict__.pop("auto_map", None)
+        if not trusted:
+            part.__dict__.pop("auto_map", None)
         part._attn_implementation_internal = part._experts_implementation_internal = None
     return config
+
+
+def may_run_code(config: Any) -> bool:
+    """Whether a config of `load_config` is of a model whose own code was allowed."""
+    return "auto_map" in vars(config)
+
+
+def wanted_code(name: str) -> str | None:
+    """The file of code that a model's folder asks to run, where transformers does not know the model itself."""
+    try:
+        values = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    code = values.get("auto_map") if isinstance(values, dict) else None
+    if not isinstance(code, dict) or values.get("model_type") in CONFIG_MAPPING:
+        return None
+    return str(next(iter(code.values()), ""))
+
+
+def code_of(name: str, revision: str | None) -> str | None:
+    """What names a model's code, all of it: a hash of a folder's Python files, or the commit on the hub.
+
+    None where nothing names it: a hub model whose revision is a branch, which may be another tomorrow.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _allows(name: str, revision: str | None, remote_code: str | None) -> bool:
+    """Whether the model's own code runs.
+
+    Raises:
+        ModelError: Other code was allowed.
+    """
+    if remote_code is None or (Path(name).is_dir() and wanted_code(name) is None):
+        return False
+    if remote_code != (found := code_of(name, revision)):
+        here = f"its code is {found}" if found else "`revision` must be its commit, in full"
+        raise ModelError(f"{name}: remote_code = {remote_code} allows other code: {here}.")
+    return True
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -73,6 +126,7 @@ def load_model(
     dtype: torch.dtype,
     labels: list[str] | None = None,
     revision: str | None = None,
+    remote_code: str | None = None,
     seed: int = 0,
     quantization: QuantizationConfig | None = None,
     device: torch.device | None = None,
@@ -82,6 +136,7 @@ def load_model(
     Args:
         dtype: Of the weights, or of those that are not quantised.
         quantization: The linear layers in few bits; the task's head and the output layer stay as they are.
+        remote_code: As for `load_config`.
         labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
         seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
             without one. An adapter's file does not hold the latter, so they must come out the same each time.
@@ -89,7 +144,7 @@ def load_model(
     Raises:
         ModelError: It cannot be loaded.
     """
-    config = load_config(name, revision=revision)
+    config = load_config(name, revision=revision, remote_code=remote_code)
     if labels is not None:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
@@ -104,13 +159,13 @@ def load_model(
                 config=config,
                 dtype=dtype,
                 revision=revision,
-                trust_remote_code=False,
+                trust_remote_code=may_run_code(config),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **_quantised(quantization, task, device or torch.device("cpu")),
             )
     except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
-        raise ModelError(_why_not(name, error)) from error
+        raise ModelError(_why_not(name, error, revision=revision)) from error
     heads = TASK_HEADS.get(task, ())
     lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
     lost = {key for key in lost if key.split(".")[0] not in heads and ".pooler." not in f".{key}"}
@@ -143,7 +198,7 @@ def _quantised(wanted: QuantizationConfig | None, task: TaskType, device: torch.
     return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, *, revision: str | None = None, remote_code: str | None = None) -> Any:
     """A base model's tokenizer, with a pad token.
 
     Raises:
@@ -153,13 +208,19 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     folder = Path(name)
     try:
         bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file()
-        if bare and load_config(name, revision=revision).model_type != ChatGLMConfig.model_type:
+        trusted = _allows(name, revision, remote_code)
+        if (
+            bare
+            and load_config(name, revision=revision, remote_code=remote_code).model_type != ChatGLMConfig.model_type
+        ):
             # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
             tokenizer = LlamaTokenizer.from_pretrained(name, add_bos_token=True)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+    except ModelError:
+        raise
     except Exception as error:
-        raise ModelError(_why_not(name, error, what="tokenizer")) from error
+        raise ModelError(_why_not(name, error, what="tokenizer", revision=revision)) from error
     if tokenizer.pad_token_id is None:
         # safe: batches mask padding by position, never by the token's number
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -212,10 +273,15 @@ def _check_index(path: Path) -> None:
         raise ModelError(f"{path} names {strange[0]!r}, which is not in the model's folder.")
 
 
-def _why_not(name: str, error: Exception, what: str = "model") -> str:
+def _why_not(name: str, error: Exception, what: str = "model", *, revision: str | None = None) -> str:
     text = str(error).strip()
     if "trust_remote_code" in text:
-        return f"{name} wants to run code of its own, which siliang does not do. Use a model that transformers knows."
+        code = code_of(name, revision)
+        way = f"set remote_code={code}" if code else "set revision to its commit, in full, and remote_code to the same"
+        return (
+            f"{name} wants to run code of its own ({wanted_code(name) or 'from the hub'}), which may do anything.\n"
+            f"Use a model that transformers knows; or, having read that code, {way}."
+        )
     if not Path(name).is_dir():
         return f"{name} is no folder here, and the hub did not give its {what}: {_first_line(text)}"
     return f"{name}: its {what} cannot be loaded: {_first_line(text) or type(error).__name__}"

@@ -58,10 +58,10 @@ def masked_cross_entropy(
 
     if impl == "reference":
         return F.cross_entropy(finish(head(hidden_ND)), labels_N, reduction="sum", label_smoothing=label_smoothing)
-    if not len(labels_N):
-        # nothing to learn, and still a graph: backward gives zeros
-        return hidden_ND.sum() * 0.0
     trained = [p for p in head.parameters() if p.requires_grad]
+    if not len(labels_N):
+        # nothing to learn, and still a graph: backward gives zeros, for which other ranks may wait
+        return torch.stack([x.sum() * 0.0 for x in (hidden_ND, *trained)]).sum().float()
     if type(head) is nn.Linear and not trained and not softcap and not label_smoothing:
         return _Frozen.apply(hidden_ND, head.weight, head.bias, labels_N, scale)  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from siliang.config import QuantizationConfig
 from siliang.engine.batches import Batch
-from siliang.models.load import AUTO_CLASSES, kept_whole
+from siliang.models.load import AUTO_CLASSES, kept_whole, may_run_code
 from siliang.types import ModelError, TaskType
 
 NF4_BLOCK = 64  # weights that share a scale
@@ -53,7 +53,7 @@ def draw_base(
     """
     chosen = {"attn_implementation": attention} if attention else {}
     try:
-        model = AUTO_CLASSES[task].from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
+        model = AUTO_CLASSES[task].from_config(config, dtype=dtype, trust_remote_code=may_run_code(config), **chosen)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         first = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(f"a {config.model_type} cannot be made for {task.lower()} from its config: {first}") from None

@@ -1,13 +1,16 @@
-"""The order in which the rows of an epoch are trained on: random, or rows of like length side by side."""
+"""The order in which the rows of an epoch are trained on, random or rows of like length side by side; and which of a
+step's rows are which rank's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from siliang.config import RunConfig
@@ -28,7 +31,8 @@ class Order(Sampler[int]):
     """
 
     def __init__(self, lengths: Sequence[int], *, step: int, seed: int, by_length: bool) -> None:
-        self._lengths, self._step, self._seed, self._by_length = lengths, step, seed, by_length
+        self.step = step
+        self._lengths, self._seed, self._by_length = lengths, seed, by_length
         self._random = SeedableRandomSampler(range(len(lengths)), data_seed=seed)  # type: ignore[arg-type]
         self._epoch = 0
 
@@ -52,8 +56,65 @@ class Order(Sampler[int]):
             yield from self._random
             return
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        rows = get_length_grouped_indices(self._lengths, self._step, generator=generator)
-        first, *steps = [rows[i : i + self._step] for i in range(0, len(rows), self._step)]
-        last = steps.pop() if steps and len(steps[-1]) < self._step else []  # a short step is an epoch's last
+        rows = get_length_grouped_indices(self._lengths, self.step, generator=generator)
+        first, *steps = [rows[i : i + self.step] for i in range(0, len(rows), self.step)]
+        last = steps.pop() if steps and len(steps[-1]) < self.step else []  # a short step is an epoch's last
         shuffled = (steps[i] for i in torch.randperm(len(steps), generator=generator).tolist())
         yield from chain(first, *shuffled, last)
+
+
+def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list[int]]:
+    """A step's rows, so dealt to the ranks that each has about as many tokens: the longest first, each to whoever has
+    the least so far."""
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for row in sorted(rows, key=lambda i: (-lengths[i], i)):
+        least = tokens.index(min(tokens))
+        found[least].append(row)
+        tokens[least] += lengths[row]
+    return found
+
+
+@dataclass
+class Share(Sampler[list[int]]):
+    """One rank's rows of each step; as a data loader's `batch_sampler`.
+
+    A rank for which a step has no row gets one that does not count: ~row in place of row.
+    """
+
+    order: Sampler[int]
+    lengths: Sequence[int]
+    step: int
+    rank: int
+    ranks: int
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes next; accelerate says so."""
+        if isinstance(self.order, Order):
+            self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = list(self.order)
+        for start in range(0, len(rows), self.step):
+            whole = rows[start : start + self.step]
+            yield shares(self.lengths, whole, self.ranks)[self.rank] or [~whole[0]]
+
+
+class Counted(Dataset[dict[str, Any]]):
+    """A data set whose rows may be asked for as ~row, which marks them as not counting ("ghost")."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._rows.__getitems__([i if i >= 0 else ~i for i in numbers])
+        return [row | {"ghost": True} if i < 0 else row for i, row in zip(numbers, found, strict=True)]

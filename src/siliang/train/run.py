@@ -26,6 +26,8 @@ from siliang.data.collate import PadCollator
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
+from siliang.distributed.ranks import Ranks, find_ranks, telling_of_the_dead
+from siliang.distributed.sharding import is_sharded, send_what_is_trained, shard
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
 from siliang.files import damage, replacing, replacing_folder, sweep, telling
@@ -40,13 +42,14 @@ from siliang.secrets import without_secrets
 from siliang.train.guard import PATIENCE, Trouble
 from siliang.train.metrics import MEASURED, trainer_metrics
 from siliang.train.order import Order
-from siliang.train.saving import checkpoints, last_good, read_weights
+from siliang.train.saving import checkpoints, last_good, read_weights, whole_weights
 from siliang.train.trainer import Handlers, Limits, Progress, SiliangTrainer, Watcher, stopping_on_signal
 from siliang.types import (
     ConfigError,
     DeviceMemoryError,
     InterruptedRunError,
     OutputError,
+    PlanError,
     SiliangError,
     TaskType,
     TrainingError,
@@ -98,21 +101,26 @@ def train(
         InterruptedRunError: Ctrl-C or SIGTERM came, or train.max_time is over; a checkpoint was saved.
     """
     started = time.monotonic()
+    ranks = find_ranks()
     listener = listener or Listener()
+    if not ranks.first:
+        listener = Listener()
     folder = Path(config.output)
-    new = not resume and claim(folder)
+    new = not resume and ranks.first_does(lambda: claim(folder))
     try:
         run = prepare(config, listener, folder, base=base, planner=planner)
     except BaseException:
-        if new:
+        if new and ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     try:
-        with telling(folder):
+        with telling(folder), telling_of_the_dead(f"What was saved is whole: siliang train --resume {folder}"):
             return _train(run, started, resume=resume)
     except InterruptedRunError:
         raise
     except BaseException as error:
+        if not ranks.first:
+            raise
         run.record.status, run.record.error = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
         _try_to_write(run.record, folder)
         if new and not checkpoints(folder / CHECKPOINTS) and isinstance(error, OSError | SiliangError):
@@ -135,6 +143,12 @@ class Run:
     eval_set: TokenSet
     precision: Choice
     record: Record
+    ranks: Ranks
+
+    def write_record(self) -> None:
+        """Once, however many processes train."""
+        if self.ranks.first:
+            self.record.write(self.folder)
 
 
 def prepare(
@@ -155,13 +169,15 @@ def prepare(
         SiliangError: Something that the user can mend.
     """
     started = time.perf_counter()
+    ranks = find_ranks()
     set_seed(config.train.seed)
     method = find_method(config.method.name)
     device = find_device()
     precision = choose_precision(config.train.precision, device)
-    subject = look_at(config, machine())
-    findings = find(subject, stop_early=True)
-    stop_on_errors(findings)
+    with ranks.first_before_others():
+        subject = look_at(config, machine())
+        findings = find(subject, stop_early=True)
+        stop_on_errors(findings)
     for finding in findings:
         listener.say(f"warning    {finding.code} {finding.title}: {finding.message}")
     tokenizer, examples, sets = subject.tokenizer, subject.examples, [subject.train, subject.eval]
@@ -179,7 +195,7 @@ def prepare(
     predicted: dict[str, int] = {}
     if planner is not None:
         with torch.random.fork_rng(devices=[]):
-            config, predicted = planner(config, subject, listener.say)
+            config, predicted = _plan(config, partial(planner, config, subject, listener.say), ranks, listener)
     model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
     model, trained, total = attach(model, method, config, precision)
     listener.say(
@@ -209,7 +225,22 @@ def prepare(
     )
     record.memory.predicted_bytes, record.memory.predicted_parts = sum(predicted.values()) or None, predicted
     _check_space(folder, model, config)
-    return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record)
+    return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record, ranks)
+
+
+def _plan(
+    config: RunConfig, planned: Callable[[], tuple[RunConfig, dict[str, int]]], ranks: Ranks, listener: Listener
+) -> tuple[RunConfig, dict[str, int]]:
+    """Of one process with the whole model; several may share one that is too large for each."""
+    strategy = config.distributed.strategy
+    if ranks.size == 1 or strategy == "ddp":
+        return ranks.first_does(planned)
+    if strategy == "auto":
+        with suppress(PlanError):
+            return ranks.first_does(planned)
+        listener.say("memory     too much for one device: fsdp deals the weights out, and what it takes is not planned")
+    distributed = config.distributed.model_copy(update={"strategy": "fsdp"})
+    return config.model_copy(update={"distributed": distributed}), {}
 
 
 def _check_best(config: RunConfig, held_out: int) -> None:
@@ -254,12 +285,11 @@ def _train(run: Run, started: float, *, resume: bool) -> Record:
     t = config.train
     checkpoint = None
     if resume:
-        sweep(folder)
-        _compare(run, folder)
-        checkpoint = last_good(folder / CHECKPOINTS, lambda line: run.listener.say(f"warning    {line}"))
-    with replacing(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(without_secrets(config.to_yaml()), encoding="utf-8")
-    record.write(folder)
+        checkpoint = run.ranks.first_does(lambda: _last_checkpoint(run))
+    if run.ranks.first:
+        with replacing(folder / CONFIG_NAME) as temporary:
+            temporary.write_text(without_secrets(config.to_yaml()), encoding="utf-8")
+    run.write_record()
     limits = Limits(
         save_every_s=t.save_every_minutes * 60 if t.save_every_minutes else None,
         stop_at=started + t.max_seconds if t.max_seconds else None,
@@ -285,16 +315,26 @@ def _train(run: Run, started: float, *, resume: bool) -> Record:
             record.final = _final_metrics(_at_best(run, trainer, limits), config.task)
             record.seconds.eval = round(time.perf_counter() - start, 3)
         record.memory.peak_bytes = memory.update()
+        if run.ranks.size > 1:
+            record.memory.peak_bytes_by_rank = run.ranks.all(record.memory.peak_bytes)
+            record.memory.peak_bytes = max(record.memory.peak_bytes_by_rank)
     trainer.engine.close()
     if record.steps and record.steps[-1].loss is not None:
         record.final["train_loss"] = record.steps[-1].loss
     elif losses := [s.loss for s in record.steps if s.loss is not None]:
         record.final["train_loss"] = losses[-1]
-    record.parameters.adapter_bytes = _save(run)
+    weights = whole_weights(run.model) if is_sharded(run.model) else None
+    record.parameters.adapter_bytes = run.ranks.first_does(lambda: _save(run, weights))
     run.listener.trained(run)
     record.status = "completed"
-    record.write(folder)
+    run.write_record()
     return record
+
+
+def _last_checkpoint(run: Run) -> Path | None:
+    sweep(run.folder)
+    _compare(run, run.folder)
+    return last_good(run.folder / CHECKPOINTS, lambda line: run.listener.say(f"warning    {line}"))
 
 
 def _compare(run: Run, folder: Path) -> None:
@@ -335,15 +375,20 @@ def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, flo
 
 def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     """The trainer of a prepared run."""
-    run.model.to(find_device())
     t = run.config.train
+    strategy = run.config.distributed.strategy
+    if run.ranks.size > 1 and strategy == "fsdp":
+        shard(run.model, find_device(), trained_too=not isinstance(run.model, PeftModel))
+    elif run.ranks.size > 1:
+        send_what_is_trained(run.model)
+    run.model.to(find_device())
     engine = Engine(
         run.model,
         run.config.task,
         packing=t.packing,
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
-        keep_frozen=t.keep_frozen and _epochs(run) > 1,
+        keep_frozen=t.keep_frozen and _epochs(run) > 1 and run.ranks.size == 1,  # a rank's rows change
     )
     for note in engine.notes:
         run.listener.say(f"           {note}")
@@ -361,6 +406,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         ),
         engine=engine,
         order=Order.of(run.config, run.train_set.lengths.tolist()),
+        ranks=run.ranks,
         compute_metrics=trainer_metrics(run.config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
         callbacks=list(callbacks),
         handlers=Handlers(partial(_explain, run), partial(_does_not_fit, run, engine), run.listener.say),
@@ -425,7 +471,7 @@ def _does_not_fit(run: Run, engine: Engine, step: int, tokens: int, words: str) 
 
 def _interrupted(run: Run, why: str, step: int, steps: int) -> None:
     run.record.status = "interrupted"
-    run.record.write(run.folder)
+    run.write_record()
     reason = ": train.max_time is nearly over" if why == "out of time" else ""
     raise InterruptedRunError(
         f"Stopped at step {step} of {steps}{reason}; that step is saved.\n"
@@ -467,6 +513,7 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
         disable_tqdm=True,
         logging_nan_inf_filter=False,
         dataloader_pin_memory=find_device().type == "cuda",
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -490,12 +537,14 @@ def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float
     return final
 
 
-def _save(run: Run) -> int:
+def _save(run: Run, weights: dict[str, Any] | None) -> int:
     """Writes the adapter, or the whole model, under a temporary name and then its own; returns its bytes."""
     final = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
     with replacing_folder(final) as temporary:
-        run.model.save_pretrained(temporary)
-        if final.name == MODEL:
+        if final.name == ADAPTER:
+            run.model.save_pretrained(temporary)
+        else:
+            run.model.save_pretrained(temporary, state_dict=weights)
             run.tokenizer.save_pretrained(temporary)
     return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training
+from siliang.distributed.sharding import apart, set_whole, whole
 from siliang.files import damage, remove_folder, sweep
 from siliang.peft_model import PeftModel
 
@@ -68,16 +69,24 @@ def prune(folder: Path, keep: int, *, spare: int | None = None) -> None:
 # ---- weights ----
 
 
-def write_weights(folder: Path, model: Any) -> None:
-    """The adapter as an adapter folder; of a model that is tuned whole, its weights and config."""
+def whole_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of a model that is tuned whole, put together where they are dealt out over the ranks, which then must
+    all ask. Of an adapter, nothing: every rank holds all of it."""
+    if isinstance(model, PeftModel):
+        return {}
+    apart(model)
+    # named_parameters names a tied weight once
+    named, saved = {**dict(model.named_parameters()), **dict(model.named_buffers())}, set(model.state_dict())
+    return {name: whole(t.detach()).cpu().contiguous() for name, t in named.items() if name in saved}
+
+
+def write_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
+    """The adapter as an adapter folder; of a model that is tuned whole, its `whole_weights` and config."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
     model.config.save_pretrained(folder)
-    # named_parameters names a tied weight once
-    named, saved = {**dict(model.named_parameters()), **dict(model.named_buffers())}, set(model.state_dict())
-    kept = {name: t.detach().cpu().contiguous() for name, t in named.items() if name in saved}
-    save_file(kept, folder / MODEL_WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / MODEL_WEIGHTS, metadata={"format": "pt"})
 
 
 def read_weights(folder: Path, model: nn.Module) -> None:
@@ -90,9 +99,7 @@ def read_weights(folder: Path, model: nn.Module) -> None:
         name = model.active_adapter
         load_tensors(model.injection, name, read_adapter(folder), source=str(folder), training=read_training(folder))
         return
-    missing, unexpected = model.load_state_dict(load_file(folder / MODEL_WEIGHTS), strict=False)
-    tied = set(model.state_dict()) - {n for n, _ in model.named_parameters()} - {n for n, _ in model.named_buffers()}
-    assert not unexpected and set(missing) <= tied, (missing, unexpected)
+    set_whole(model, load_file(folder / MODEL_WEIGHTS))
 
 
 # ---- state ----

@@ -7,24 +7,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.data_loader import DataLoaderShard
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from siliang.distributed.ranks import Ranks, find_ranks
+from siliang.distributed.sharding import average_gradients, dealt, gradients_stay, is_sharded, whole
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.step import Engine
 from siliang.files import replacing_folder, telling
 from siliang.memory.peak import PeakMemory
 from siliang.record import StepMetrics
 from siliang.train.guard import Guard, Trouble
-from siliang.train.order import Order
+from siliang.train.order import Counted, Order, Share
 from siliang.train.saving import (
     PREFIX,
     prune,
@@ -32,6 +34,7 @@ from siliang.train.saving import (
     read_state,
     read_weights,
     set_random_state,
+    whole_weights,
     write_state,
     write_weights,
 )
@@ -79,6 +82,7 @@ class SiliangTrainer(Trainer):
 
     Args:
         order: Of the rows.
+        ranks: The processes of this training.
         skips: Steps that may be left out because their loss or gradient is no number.
         fit: Split a step further where it does not fit the device.
 
@@ -93,13 +97,18 @@ class SiliangTrainer(Trainer):
         *args: Any,
         engine: Engine,
         order: Order,
+        ranks: Ranks,
         handlers: Handlers,
         skips: int = 0,
         fit: bool = False,
         **kwargs: Any,
     ) -> None:
-        self._order = order
+        self._order, self.ranks = order, ranks
+        self._step_rows, self._weight, self._step_tokens = order.step, 1.0, 0
         super().__init__(*args, **kwargs)
+        if is_sharded(self.model):  # type: ignore[arg-type]
+            # it is what accelerate would make of it; on CPUs accelerate knows no FSDP, and would wrap it in DDP
+            self.accelerator.prepare_model = lambda model, **kwargs: model  # type: ignore[method-assign]
         self.tokens_trained = 0
         self.evaluation_due = False
         self.slowest_save_s = 0.0
@@ -114,7 +123,7 @@ class SiliangTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of a step's batches; the mean loss of its labelled tokens, or of its rows."""
         model.train()
-        batches: list[Batch] = inputs["batches"]
+        batches = self._together(inputs["batches"])
         before = random_state() if self._fit else None
         while True:
             try:
@@ -128,22 +137,39 @@ class SiliangTrainer(Trainer):
             batches = self._smaller(model, batches, words)
             assert before is not None
             set_random_state(before)
-        self.tokens_trained += sum(batch.tokens for batch in batches)
+        self.tokens_trained += self._step_tokens
+        if self.ranks.size > 1:  # all see the same, and so stop together
+            mean: Any = self.accelerator.reduce(loss, "mean")
+            loss = mean
         self.guard.see_batch(loss, inputs["rows"])
         if self._skips and not torch.isfinite(loss):  # keeps the log's mean a number, as the Trainer's own filter does
             return self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
         return loss
 
     def _forward_backward(self, model: nn.Module, batches: list[Batch]) -> torch.Tensor:
-        weight = self._per_rank(sum(batch.weight for batch in batches))
-        return self.engine.run(
+        sharded = is_sharded(model)
+        loss = self.engine.run(
             model,
             batches,
-            weight,
+            self._weight,
             autocast=lambda: self.accelerator.autocast(),
-            unsynced=lambda: self.accelerator.no_sync(model),
+            unsynced=lambda: gradients_stay(model) if sharded else self.accelerator.no_sync(model),
             backward=self.accelerator.backward,
         )
+        if sharded:
+            average_gradients(model)
+        return loss
+
+    def _together(self, batches: list[Batch]) -> list[Batch]:
+        """Hears of the other ranks' batches: what each divides its summed loss by, so that the mean of their gradients
+        is that of all labelled tokens; and, where layers are put together for each batch, as many for each."""
+        counted = [batch for batch in batches if batch.weight]
+        own = sum(b.weight for b in counted), sum(b.tokens for b in counted), len(batches)
+        weights, tokens, numbers = zip(*self.ranks.numbers(*own), strict=True)
+        self._weight, self._step_tokens = max(sum(weights), 1) / self.ranks.size, sum(tokens)
+        missing = max(numbers) - len(batches) if is_sharded(self.model) else 0  # type: ignore[arg-type]
+        # in front: the last batch is the one whose gradients are sent
+        return [min(batches, key=lambda batch: batch.tokens).ghost()] * missing + batches
 
     def _smaller(self, model: nn.Module, batches: list[Batch], words: str) -> list[Batch]:
         """A step's rows in smaller batches, or with every layer computed twice; the batches to come are so too.
@@ -170,19 +196,26 @@ class SiliangTrainer(Trainer):
             return batches
         raise self._handlers.on_memory(step, tokens, words)
 
-    def _per_rank(self, weight: int) -> float:
-        """What each rank divides its summed loss by, so that the mean of the ranks' gradients is that of all tokens."""
-        if self.args.world_size == 1:
-            return max(weight, 1)
-        whole: Any = self.accelerator.reduce(torch.tensor(float(weight), device=self.args.device), "sum")
-        return max(float(whole), 1.0) / self.args.world_size
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate is of padded batches."""
         return 0
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's own; with several ranks, each has the share of a step that balances their tokens."""
+        return super().get_train_dataloader() if self.ranks.size == 1 else self._shared(self.train_dataset, self._order)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self._order
+
+    def _shared(self, rows: Any, order: Sampler[int]) -> DataLoader[Any]:
+        share = Share(order, rows.lengths.tolist(), self._step_rows, self.ranks.rank, self.ranks.size)
+        loader: Any = DataLoaderShard(
+            Counted(rows),
+            batch_sampler=share,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return loader  # type: ignore[no-any-return]
 
     # ---- evaluation ----
 
@@ -201,16 +234,23 @@ class SiliangTrainer(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         total, weight = torch.zeros((), device=self.args.device), 0
         self.model.eval()  # type: ignore[union-attr]
-        for inputs in super().get_eval_dataloader(eval_dataset):
-            for batch in inputs["batches"]:
+        for inputs in self._eval_batches(eval_dataset):
+            for batch in self._together(inputs["batches"]):
                 batch = batch.to(self.args.device)
                 with torch.no_grad(), self.accelerator.autocast(), self.engine.loss(self.model, batch) as loss:  # type: ignore[arg-type]
                     total += loss
                 weight += batch.weight
-        metrics = {f"{metric_key_prefix}_loss": float(total) / max(weight, 1)}
+        sums = self.ranks.all((float(total), weight))
+        metrics = {f"{metric_key_prefix}_loss": sum(t for t, _ in sums) / max(sum(w for _, w in sums), 1)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _eval_batches(self, eval_dataset: Any) -> DataLoader[Any]:
+        if self.ranks.size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._shared(rows, SequentialSampler(rows))  # type: ignore[arg-type]
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, without padding inside of the model."""
@@ -230,7 +270,7 @@ class SiliangTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The Trainer asks for it right before the optimiser's step, which a bad gradient must not reach."""
-        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: Any = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         step = self.state.global_step + 1
         if self._skips and (trouble := self.guard.passes_over(step, norm)):
             for p in model.parameters():
@@ -248,6 +288,7 @@ class SiliangTrainer(Trainer):
             self.guard.see_step(self._guarded, grad_norm)
         waits = self.control.should_log or self.control.should_save or self.control.should_evaluate
         if (waits or self.args.device.type == "cpu") and (trouble := self.guard.look()):
+            trouble = replace(trouble, rows=tuple(row for rows in self.ranks.all(trouble.rows) for row in rows))
             raise self._handlers.on_trouble(trouble)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
@@ -262,7 +303,7 @@ class SiliangTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Ours, in the place of the Trainer's, which pickles and has no manifest."""
-        state = self._whole_state()
+        state, weights = whole(self._whole_state()), whole_weights(self.model)
         started = time.perf_counter()
         if self.args.should_save:
             assert self.args.output_dir is not None
@@ -270,7 +311,7 @@ class SiliangTrainer(Trainer):
             with telling(folder.parent):
                 folder.mkdir(exist_ok=True)
                 with replacing_folder(folder / f"{PREFIX}{self.state.global_step}") as checkpoint:
-                    write_weights(checkpoint, self.model)
+                    write_weights(checkpoint, self.model, weights)
                     write_state(checkpoint, state)
                     self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
                 prune(folder, self.args.save_total_limit or 1, spare=self.state.best_global_step)
@@ -279,12 +320,11 @@ class SiliangTrainer(Trainer):
 
     def _whole_state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
-        rank = random_state()
         return {
             "optimizer": self.optimizer.state_dict(),  # type: ignore[union-attr]
             "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "random": gather_object([rank]) if self.args.world_size > 1 else [rank],
+            "random": self.ranks.all(random_state()),
             "since_log": {"loss": float(self._tr_loss), "step": self._globalstep_last_logged},
             "tokens_trained": self.tokens_trained,
             "guard": self.guard.state(),
@@ -299,7 +339,9 @@ class SiliangTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._resumed is not None:
-            self.optimizer.load_state_dict(self._resumed.pop("optimizer"))  # type: ignore[union-attr]
+            groups = self.optimizer.param_groups  # type: ignore[union-attr]
+            state = dealt(self._resumed.pop("optimizer"), [p for group in groups for p in group["params"]])
+            self.optimizer.load_state_dict(state)  # type: ignore[union-attr]
             self.lr_scheduler.load_state_dict(self._resumed["scheduler"])  # type: ignore[union-attr]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -427,12 +469,16 @@ class Watcher(TrainerCallback):
         # the first step of a process also warms up what the others use
         self._slowest_step_s = max(self._slowest_step_s, now - self._last_step_time)
         self._last_step_time = now
-        if limits.save_every_s is not None and now - self._last_save >= limits.save_every_s:
+        saves = limits.save_every_s is not None and now - self._last_save >= limits.save_every_s
+        late = limits.stop_at is not None and time.monotonic() + self._reserve_s() >= limits.stop_at
+        votes = saves, self._stop.is_set(), late
+        if self.trainer is not None:  # what one rank wants, all do, in the same step
+            votes = tuple(map(any, zip(*self.trainer.ranks.numbers(*votes), strict=True)))
+        saves, told, late = votes
+        if saves:
             control.should_save = True
-        if self._stop.is_set():
-            self.stopped = "stopped"
-        elif limits.stop_at is not None and time.monotonic() + self._reserve_s() >= limits.stop_at:
-            self.stopped = "out of time"
+        if told or late:
+            self.stopped = "stopped" if told else "out of time"
         if self.stopped and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
             if self.trainer is not None:  # it comes first when the run goes on
@@ -511,15 +557,21 @@ class Watcher(TrainerCallback):
 
 @contextmanager
 def stopping_on_signal() -> Iterator[threading.Event]:
-    """Within the block the first Ctrl-C (or SIGTERM) sets the event; the second interrupts at once."""
+    """Within the block the first Ctrl-C (or SIGTERM) sets the event; the second interrupts at once. Where a launcher
+    passes on what the terminal has sent already, one that follows within a moment is the same."""
     stop = threading.Event()
+    first = 0.0
+    moment_s = 2.0 if find_ranks().size > 1 else 0.0
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
+        nonlocal first
+        if stop.is_set() and time.monotonic() - first >= moment_s:
             raise KeyboardInterrupt
+        if not stop.is_set():
+            first = time.monotonic()
         stop.set()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

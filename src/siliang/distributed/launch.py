@@ -1,0 +1,59 @@
+"""`--devices N`: this machine's processes of a training, by torch's own launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import uuid
+
+from siliang.types import RankError
+
+SAID_ENOUGH = (2, 130)  # exit codes of processes that have told their error themselves
+
+
+def launch(devices: int, arguments: list[str], folder: str) -> int:
+    """Runs `siliang` with these arguments in that many processes, and returns the exit code of the first that ended
+    otherwise than well.
+
+    Args:
+        folder: The run's.
+
+    Raises:
+        RankError: One was killed, or fell over.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // devices)))
+    with tempfile.TemporaryDirectory(prefix="siliang-ranks-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=devices,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.2,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-u", "-m", "siliang", *arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode in SAID_ENOUGH:
+                return failure.exitcode
+            how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "fell over"
+            raise RankError(
+                f"Rank {rank} of {devices} {how} (process {failure.pid}), and the run ended with it. What was saved "
+                f"before is whole.\nGo on, with as many devices as you like: siliang train --resume {folder}"
+            ) from None
+        except SignalException:
+            return 130
+    return 0

@@ -1,0 +1,133 @@
+"""The processes of one training, as torchrun or accelerate started them, and the few words they exchange beside
+gradients."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from siliang.types import RankError, SiliangError
+
+T = TypeVar("T")
+GONE = re.compile(r"connection (closed|reset)|closed by peer|broken pipe|remote process|socket|timed? ?out", re.I)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those of its training.
+
+    Attributes:
+        rank: Of `size`, over all machines.
+        local_rank: Of `local_size`, on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one speaks and writes for all."""
+        return self.rank == 0
+
+    def all(self, value: T) -> list[T]:
+        """What each rank says, in order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=_words())
+        return found
+
+    def numbers(self, *values: int) -> list[list[int]]:
+        """The same for a few whole numbers, which is quicker: one list a rank. No device waits for it."""
+        if self.size == 1:
+            return [list(values)]
+        found = [torch.empty(len(values), dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(found, torch.tensor(values, dtype=torch.int64), group=_words())
+        return [each.tolist() for each in found]
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What the first rank's `work` returns, on every rank; its error, too."""
+        if self.size == 1:
+            return work()
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
+                box[0] = work()
+            except SiliangError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=_words())
+        if box[1] is not None:
+            raise box[1]
+        return box[0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The first rank goes through the block before the others do: what it leaves in a cache is there for them."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier(group=_words())
+
+
+def find_ranks() -> Ranks:
+    """Joins the other processes of this training, if there are any.
+
+    The environment of torchrun and of `accelerate launch` tells; each process then has its device, and a group.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    return _join()
+
+
+@cache
+def _join() -> Ranks:
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size)
+
+
+@cache
+def _words() -> Any:
+    """A group on the CPU, made by all ranks at their first word: NCCL's would make the devices wait."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+@contextmanager
+def telling_of_the_dead(where: str) -> Iterator[None]:
+    """Within the block the network's errors become one that says what happened.
+
+    Args:
+        where: What was saved, and how to go on.
+
+    Raises:
+        RankError: Another process of this training is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = isinstance(error, SiliangError)
+        if known or not dist.is_initialized() or not (isinstance(error, dist.DistError) or GONE.search(str(error))):
+            raise
+        rank, first = dist.get_rank(), str(error).strip().partition("\n")[0]
+        raise RankError(
+            f"Rank {rank} of {dist.get_world_size()} has lost another rank, which was killed or cannot be reached "
+            f"({first[-120:]}).\n{where}"
+        ) from error

@@ -1,0 +1,99 @@
+"""Several processes as their user starts them: --devices and torchrun. (`accelerate launch` starts several on cards
+alone, or by mpirun.)"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from faults.runs import Place
+from siliang.record import Record
+
+pytestmark = pytest.mark.slow  # each process imports torch anew
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+STARTS = {
+    "--devices": [sys.executable, "-m", "siliang"],
+    "torchrun": [*TORCHRUN, "-m", "siliang"],
+}
+
+
+def settings(place: Place, folder: Path, **train: object) -> list[str]:
+    path = folder / "run.yaml"
+    values = {
+        "model": str(place.model),
+        "task": "causal_lm",
+        "method": {"name": "lora", "r": 4},
+        "data": {"train": str(place.data), "max_length": 32},
+        "train": {"max_steps": 12, "batch_size": 4, "log_every": 4, "precision": "fp32", "learning_rate": 1e-2} | train,
+        "output": str(folder / "run"),
+    }
+    path.write_text(yaml.safe_dump(values))
+    return ["train", str(path)]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_same_from_every_launcher(start: str, still_place: Place, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    one = subprocess.run([*STARTS["--devices"], *settings(still_place, tmp_path / "one")], env=ENV, capture_output=True)
+    assert one.returncode == 0
+    command = [*STARTS[start], *settings(still_place, tmp_path)]
+    command += ["--devices", "2"] if start == "--devices" else []
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall("^done ", done.stdout, re.MULTILINE)) == 1
+    found, expected = Record.read(tmp_path / "run"), Record.read(tmp_path / "one" / "run")
+    assert len(found.memory.peak_bytes_by_rank) == 2
+    assert found.final == pytest.approx(expected.final, abs=1e-4)
+    weights = [load_file(p / "run" / "adapter" / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "one")]
+    assert all((weights[0][name] - value).abs().max() < 1e-4 for name, value in weights[1].items())
+
+
+def kill_rank(launcher: psutil.Process, rank: int) -> None:
+    """When the run has begun to save."""
+    for child in launcher.children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            child.kill()
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 180
+    while not list(folder.glob("run/checkpoints/checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_a_killed_rank_ends_the_run_with_a_word(still_place: Place, tmp_path: Path) -> None:
+    command = [*STARTS["--devices"], *settings(still_place, tmp_path, max_steps=600, save_every=20), "--devices", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
+        wait_for_checkpoint(tmp_path, process)
+        kill_rank(psutil.Process(process.pid), 1)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Rank 1 of 2 was killed by signal 9" in error and "Traceback" not in error
+    assert f"siliang train --resume {tmp_path / 'run'}" in error
+    command = [*STARTS["--devices"], "train", str(tmp_path / "run"), "--resume", "--devices", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Record.read(tmp_path / "run").status == "completed"
+
+
+def test_torchrun_begins_again_by_itself(still_place: Place, tmp_path: Path) -> None:
+    arguments = settings(still_place, tmp_path, max_steps=300, save_every=20)
+    command = [*TORCHRUN, "--max-restarts", "1", "-m", "siliang", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
+        wait_for_checkpoint(tmp_path, process)
+        kill_rank(psutil.Process(process.pid), 1)
+        said, error = process.communicate(timeout=300)
+    assert process.returncode == 0, said + error
+    record = Record.read(tmp_path / "run")
+    assert record.status == "completed" and record.steps[-1].step == 300

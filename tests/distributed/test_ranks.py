@@ -1,0 +1,164 @@
+"""The same global batch and seed on one rank and on several: the same losses, the same adapter."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranked import changed, start, train_on
+from safetensors.torch import load_file
+
+from faults.runs import Place, run
+from siliang.config import RunConfig
+from siliang.record import Record
+from siliang.train.order import Order, Share, shares
+from siliang.train.saving import checkpoints
+from siliang.train.trainer import SiliangTrainer
+from siliang.types import PlanError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
+ARGUMENTS = {
+    "lora": {"r": 4},
+    "bitfit": {},
+    "prefix_tuning": {"num_virtual_tokens": 4},
+    "full": {},
+}
+
+
+def configured(place: Place, folder: Path, method: str = "lora", **train: Any) -> RunConfig:
+    config = place.config(folder, method, **({"max_steps": 20, "log_every": 1, "eval_every": 10} | train))
+    return config.model_copy(update={"method": type(config.method)(name=method, **ARGUMENTS[method])})
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/*.safetensors")]
+    return {name: t for path in found for name, t in load_file(path).items()}
+
+
+def assert_same(one: Path, several: Path) -> None:
+    a, b = Record.read(one), Record.read(several)
+    losses = [[(s.step, s.loss, s.eval_loss) for s in r.steps] for r in (a, b)]
+    assert [s for s, *_ in losses[0]] == [s for s, *_ in losses[1]] and len(losses[0]) >= 20
+    for (_, *expected), (_, *found) in zip(*losses, strict=True):
+        for x, y in zip(expected, found, strict=True):
+            assert (x is None) == (y is None) and (x is None or abs(x - y) < 1e-4), (expected, found)  # type: ignore[operator]
+    assert a.tokens_trained == b.tokens_trained
+    expected_weights, found_weights = weights_of(one), weights_of(several)
+    assert expected_weights.keys() == found_weights.keys() and expected_weights
+    for name, value in expected_weights.items():
+        if name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding, which Adam makes steps of
+            continue
+        torch.testing.assert_close(
+            found_weights[name], value, rtol=1e-3, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}"
+        )
+
+
+@pytest.mark.parametrize("method", ARGUMENTS)
+@pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_as_one(method: str, strategy: str, size: int, still_place: Place, tmp_path: Path) -> None:
+    """A step has 4 rows of unlike length, the last of an epoch fewer than there are ranks."""
+    config = configured(still_place, tmp_path / "one", method, tokens_at_once=16)
+    assert run(config).code == 0
+    endings = train_on(changed(config, tmp_path / "several", strategy), size)
+    assert [e.code for e in endings] == [0] * size, endings[0].said + endings[-1].said
+    assert_same(tmp_path / "one", tmp_path / "several")
+    assert len(Record.read(tmp_path / "several").memory.peak_bytes_by_rank) == size
+    assert endings[0].said.count("data  ") == 1 and all("data  " not in e.said for e in endings[1:])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_saved_on_two_goes_on_with_one_and_with_four(
+    method: str, strategy: str, still_place: Place, tmp_path: Path
+) -> None:
+    """Stopped by a signal to one rank alone, which stops all in the same step."""
+    config = configured(still_place, tmp_path / "one", method)
+    assert run(config).code == 0
+    for size in (1, 4):
+        folder = tmp_path / f"then-{size}"
+        two = changed(config, folder, strategy)
+        children = start(two, 2, pace_s=0.05)
+        assert children[0].wait_for("step 7\n"), children[0].end().said
+        children[1].signal(signal.SIGTERM)
+        endings = [child.end() for child in children]
+        assert [e.code for e in endings] == [130, 130], endings[0].said
+        assert 7 <= max(checkpoints(folder / "checkpoints")) < 20
+        endings = [run(two, resume=True)] if size == 1 else train_on(two, size, resume=True)
+        assert [e.code for e in endings] == [0] * size, endings[0].said
+        assert_same(tmp_path / "one", folder)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_is_killed(strategy: str, still_place: Place, tmp_path: Path) -> None:
+    """The other says so and ends; what was saved is whole, and goes on."""
+    config = configured(still_place, tmp_path / "one", save_every=3)
+    assert run(config).code == 0
+    two = changed(config, tmp_path / "two", strategy)
+    children = start(two, 2, pace_s=0.05)
+    assert children[0].wait_for("step 8\n"), children[0].end().said
+    children[1].signal(signal.SIGKILL)
+    killed, left = children[1].end(), children[0].end()
+    assert killed.code == -signal.SIGKILL and left.code == 2, left.said
+    assert "error[SLE12]: Rank 0 of 2 has lost another rank" in left.said
+    assert f"siliang train --resume {tmp_path / 'two'}" in left.said and "Traceback" not in left.said
+    assert 6 <= max(checkpoints(tmp_path / "two" / "checkpoints")) <= 9
+    endings = train_on(two, 2, resume=True)
+    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 9))
+def test_shares_are_all_of_a_step_and_balanced(lengths: list[int], ranks: int) -> None:
+    found = shares(lengths, range(len(lengths)), ranks)
+    assert sorted(i for share in found for i in share) == list(range(len(lengths)))
+    tokens = [sum(lengths[i] for i in share) for share in found]
+    assert max(tokens) - min(tokens) <= max(lengths)
+
+
+def test_a_rank_without_a_row_gets_one_that_does_not_count() -> None:
+    lengths = [3, 4, 5, 6, 7]
+    drawn = [list(Share(Order(lengths, step=4, seed=0, by_length=False), lengths, 4, rank, 4)) for rank in range(4)]
+    assert [len(steps) for steps in drawn] == [2] * 4
+    last = [steps[1][0] for steps in drawn]
+    assert [i < 0 for i in last] == [False, True, True, True] and {~i for i in last[1:]} == {last[0]}
+
+
+def test_what_is_too_large_for_one_is_dealt_out(still_place: Place, tmp_path: Path) -> None:
+    """The plan refuses it on one device; on two, auto takes FSDP, and says so."""
+
+    def refuses(config: RunConfig, subject: Any, say: Any) -> Any:
+        raise PlanError("too large")
+
+    config = configured(still_place, tmp_path / "run", max_steps=2)
+    assert run(config, planner=refuses).code == 2
+    endings = [child.end() for child in start(changed(config, tmp_path / "run", "auto"), 2, planner=refuses)]
+    assert [e.code for e in endings] == [0, 0], endings[0].said
+    assert "fsdp deals the weights out" in endings[0].said
+    assert Record.read(tmp_path / "run").config["distributed"]["strategy"] == "fsdp"
+
+
+def test_only_what_is_trained_is_sent(still_place: Place, tmp_path: Path) -> None:
+    """DDP's own count of what it sends in a step, which is what it sent at the start, too."""
+    config = configured(still_place, tmp_path / "run", max_steps=2)
+
+    def counting() -> None:
+        step = SiliangTrainer.training_step
+
+        def counted(self: SiliangTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = step(self, model, *args, **kwargs)
+            trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            told = model._get_ddp_logging_data()
+            assert told["total_parameter_size_bytes"] == trained == sum(map(int, told["bucket_sizes"].split(", ")))
+            assert trained < 0.1 * sum(p.nbytes for p in model.parameters())
+            return loss
+
+        SiliangTrainer.training_step = counted  # type: ignore[method-assign]
+
+    endings = [child.end() for child in start(config, 2, before=counting)]
+    assert [e.code for e in endings] == [0, 0], endings[0].said
