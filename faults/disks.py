@@ -1,4 +1,4 @@
-"""Disks that fill up, are read-only, or whose folders go away under a run."""
+"""Seen that fill up, are read-only, or whose folders go away under a run."""
 
 from __future__ import annotations
 
@@ -7,33 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults.runs import Child, Place, damaged_parts, outcome, run
-
-
-@dataclass
-class Disks:
-    """What was tried.
-
-    Attributes:
-        failed: Cases in which the message was not clear, or what had been saved was not whole.
-        skipped: Cases that this machine does not allow.
-    """
-
-    cases: int = 0
-    failed: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return self.cases > 0 and not self.failed
-
-    def see(self, name: str, right: bool, what: object = "") -> None:
-        self.cases += 1
-        if not right:
-            self.failed.append(f"{name}: {what}")
+from faults.runs import Child, Place, Seen, damaged_parts, outcome, run
 
 
 @contextmanager
@@ -49,9 +25,9 @@ def small_disk(folder: Path, size: str) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def try_disks(place: Place, folder: Path) -> Disks:
+def try_disks(place: Place, folder: Path) -> Seen:
     """Each case once."""
-    seen = Disks()
+    seen = Seen()
     assert run(place.config(folder / "peace")).code == 0
     wanted = outcome(folder / "peace")
     _removed(seen, place, folder)
@@ -68,7 +44,7 @@ def try_disks(place: Place, folder: Path) -> Disks:
     return seen
 
 
-def _full(seen: Disks, place: Place, disk: Path, wanted: object) -> None:
+def _full(seen: Seen, place: Place, disk: Path, wanted: object) -> None:
     """The disk fills up while the run goes on; with room again it goes on too."""
     config = place.config(disk / "run")
     child = Child(config, pace_s=0.02)
@@ -88,7 +64,7 @@ def _full(seen: Disks, place: Place, disk: Path, wanted: object) -> None:
     seen.see("disk full: going on", again.code == 0 and outcome(disk / "run") == wanted, again.said[-300:])
 
 
-def _read_only(seen: Disks, place: Place, disk: Path, wanted: object) -> None:
+def _read_only(seen: Seen, place: Place, disk: Path, wanted: object) -> None:
     config = place.config(disk / "run")
     child = Child(config, pace_s=0.02)
     child.wait_for("step 8\n")
@@ -103,7 +79,7 @@ def _read_only(seen: Disks, place: Place, disk: Path, wanted: object) -> None:
     seen.see("read-only: going on", again.code == 0 and outcome(disk / "run") == wanted, again.said[-300:])
 
 
-def _removed(seen: Disks, place: Place, folder: Path) -> None:
+def _removed(seen: Seen, place: Place, folder: Path) -> None:
     """The folder goes away, and is not made again with half a run in it."""
     child = Child(place.config(folder / "removed"), pace_s=0.02)
     child.wait_for("step 8\n")

@@ -5,35 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from faults.runs import Place, damaged_parts, outcome, run
+from faults.runs import Place, Seen, damaged_parts, outcome, run
 from siliang.config import RunConfig
 from siliang.engine.batches import Batch
 from siliang.engine.step import Engine
 from siliang.record import Record
-
-
-@dataclass
-class Numbers:
-    """What was tried; `failed` are those whose end was not as it should be."""
-
-    cases: int = 0
-    failed: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return self.cases > 0 and not self.failed
-
-    def see(self, name: str, right: bool, what: object = "") -> None:
-        self.cases += 1
-        if not right:
-            self.failed.append(f"{name}: {what}")
 
 
 def _config(place: Place, output: Path, method: str = "lora", **train_settings: Any) -> RunConfig:
@@ -68,9 +50,9 @@ def no_memory_for(tokens: int, rows: int = 0) -> None:
     Engine.loss = loss  # type: ignore[method-assign]
 
 
-def try_numbers(place: Place, folder: Path) -> Numbers:
+def try_numbers(place: Place, folder: Path) -> Seen:
     """Each case once."""
-    seen = Numbers()
+    seen = Seen()
     assert run(_config(place, folder / "peace")).code == 0
     wanted = outcome(folder / "peace")
     nan, inf = float("nan"), float("inf")
@@ -90,7 +72,7 @@ def try_numbers(place: Place, folder: Path) -> Numbers:
     return seen
 
 
-def _skip(seen: Numbers, place: Place, folder: Path, hook: Callable[[], None]) -> None:
+def _skip(seen: Seen, place: Place, folder: Path, hook: Callable[[], None]) -> None:
     ending = run(_config(place, folder / "skip", on_nan="skip 3"), hook=hook)
     record = Record.read(folder / "skip")
     finite = all(s.loss is None or s.loss == s.loss for s in record.steps)
@@ -99,7 +81,7 @@ def _skip(seen: Numbers, place: Place, folder: Path, hook: Callable[[], None]) -
     seen.see("skip 2 of 3", ending.code == 2 and "Step 10: the loss is nan" in ending.said, ending.said[-400:])
 
 
-def _memory(seen: Numbers, place: Place, folder: Path, wanted: dict[str, Any]) -> None:
+def _memory(seen: Seen, place: Place, folder: Path, wanted: dict[str, Any]) -> None:
     ending = run(_config(place, folder / "memory"), hook=partial(no_memory_for, 20))
     said = "does not fit the memory of this cpu" in ending.said and "train.fit=true" in ending.said
     seen.see("out of memory", ending.code == 2 and said, ending.said[-400:])

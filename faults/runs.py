@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,29 @@ def make_place(folder: Path, *, rows: int = 52, dropout: float = 0.1) -> Place:
     ]
     place.data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return place
+
+
+@dataclass
+class Seen:
+    """What was tried.
+
+    Attributes:
+        failed: Cases that did not end as they should: the message was not clear, or what had been saved was not whole.
+        skipped: Cases that this machine does not allow.
+    """
+
+    cases: int = 0
+    failed: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return self.cases > 0 and not self.failed
+
+    def see(self, name: str, right: bool, what: object = "") -> None:
+        self.cases += 1
+        if not right:
+            self.failed.append(f"{name}: {what}")
 
 
 @dataclass
