@@ -193,8 +193,8 @@ class TrainConfig(Section):
     packing: bool = True
     """Run the model's layers without padding. The results are the same; off by itself where a model cannot do it."""
     group_by_length: bool | None = None
-    """A step's rows are of like length, steps in random order: less padding, or fewer sizes of attention. None: for
-    encoders and encoder-decoders, not for causal models, whose rows are packed anyway."""
+    """A step's rows are of like length, steps in random order: less padding, or fewer sizes of attention. None: where
+    each row counts once (classes, answers); where each token does, those of short rows would weigh more."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. None: the method's own default (`siliang methods`)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

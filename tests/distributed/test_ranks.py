@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from ranked import changed, start, train_on
 from safetensors.torch import load_file
 
-from faults.runs import Place, run
+from faults.runs import Place, make_place, run
 from siliang.config import RunConfig
 from siliang.record import Record
 from siliang.train.order import Order, Share, shares
-from siliang.train.saving import checkpoints
+from siliang.train.saving import checkpoints, read_state
 from siliang.train.trainer import SiliangTrainer
 from siliang.types import PlanError
 
@@ -92,6 +92,15 @@ def test_saved_on_two_goes_on_with_one_and_with_four(
         endings = [run(two, resume=True)] if size == 1 else train_on(two, size, resume=True)
         assert [e.code for e in endings] == [0] * size, endings[0].said
         assert_same(tmp_path / "one", folder)
+
+
+def test_ranks_drop_out_on_their_own(tmp_path: Path) -> None:
+    config = configured(make_place(tmp_path, dropout=0.1), tmp_path / "run", max_steps=4, save_every=2)
+    endings = train_on(changed(config, tmp_path / "run"), 2)
+    assert [e.code for e in endings] == [0, 0], endings[0].said
+    kept = checkpoints(tmp_path / "run" / "checkpoints")
+    first, second = (state["torch"] for state in read_state(kept[max(kept)])["random"])
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

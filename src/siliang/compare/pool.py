@@ -98,7 +98,6 @@ class _Worker:
             return
         if self._process is None or self._process.poll() is not None:
             self._start()
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         self._idle.clear()
         try:
             hear(self._answer(request, hear))

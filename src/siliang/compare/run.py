@@ -22,7 +22,7 @@ from siliang.config import RunConfig
 from siliang.hardware import machine
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
-from siliang.train.saving import last_good
+from siliang.train.saving import checkpoints
 from siliang.types import ConfigError, InterruptedRunError, OutputError, TaskType
 
 CONFIG_NAME = "compare.yaml"
@@ -305,7 +305,7 @@ def _goes_on(folder: Path, config: RunConfig) -> bool:
     except ConfigError:
         return False
     same = record.status != "completed" and record.config == config.model_dump(mode="json")
-    return same and last_good(folder / CHECKPOINTS, lambda line: None) is not None
+    return same and bool(checkpoints(folder / CHECKPOINTS))
 
 
 def _where(key: str, was: Any, wanted: Any) -> str:

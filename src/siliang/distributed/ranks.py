@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from siliang.types import RankError, SiliangError
 
@@ -72,12 +76,15 @@ class Ranks:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The first rank goes through the block before the others do: what it leaves in a cache is there for them."""
+        """The first rank goes through the block before the others do: what it leaves in a cache is there for them. They
+        come to its errors by themselves."""
         if not self.first:
             self.wait()
-        yield
-        if self.first:
-            self.wait()
+        try:
+            yield
+        finally:
+            if self.first:
+                self.wait()
 
     def wait(self) -> None:
         """Until all are here."""
@@ -99,9 +106,43 @@ def find_ranks() -> Ranks:
 def _join() -> Ranks:
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, torch.get_num_threads() // local_size)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate would warn, and choose by itself
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_own_store(rank, size), rank=rank, world_size=size)
+    state = PartialState(cpu=not torch.cuda.is_available())
     return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size)
+
+
+def _own_store(rank: int, size: int) -> Store:
+    """A part of torchrun's store that the processes of this start have to themselves.
+
+    The store outlives a restart with the addresses of dead processes in it, and the counts of restarts differ between
+    nodes (pytorch issue 135712): so every process has a name of its own, the first one's is the prefix, and who is not
+    among those that the first has met read the name of an earlier start.
+    """
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("siliang/first", own)
+        met = [store.get(f"siliang/{own}/{other}").decode() for other in range(1, size)]
+        store.set(f"siliang/{own}/met", " ".join(met))
+        return PrefixStore(f"siliang/{own}", store)
+    said = ""
+    while True:
+        first = store.get("siliang/first").decode()
+        if first != said:
+            store.set(f"siliang/{first}/{rank}", own)
+            said = first
+        met_key = f"siliang/{first}/met"
+        if store.check([met_key]) and own in store.get(met_key).decode():
+            return PrefixStore(f"siliang/{first}", store)
+        time.sleep(0.05)
 
 
 @cache

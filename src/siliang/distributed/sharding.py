@@ -101,20 +101,18 @@ def dealt(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, An
         if isinstance(p, DTensor):
             for name, value in kept.items():
                 if isinstance(value, Tensor) and value.shape == p.shape:
-                    kept[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                    kept[name] = _dealt_as(value, p)
     return state
 
 
-def set_whole(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Puts whole tensors into a model's parameters and buffers, sharded or not, by name."""
-    apart(model)
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, value in weights.items():
-            target = named[name]
-            if isinstance(target, DTensor):
-                value = distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements)
-            target.copy_(value)
+@torch.no_grad()
+def set_whole(target: Tensor, value: Tensor) -> None:
+    """Puts a whole tensor into one that may be dealt out."""
+    target.copy_(_dealt_as(value, target) if isinstance(target, DTensor) else value)
+
+
+def _dealt_as(value: Tensor, like: DTensor) -> Tensor:
+    return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
 def _can_be_dealt(p: nn.Parameter) -> bool:

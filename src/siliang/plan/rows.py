@@ -12,7 +12,7 @@ import numpy as np
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator
-from siliang.train.order import Order
+from siliang.train.order import Order, in_steps
 from siliang.types import TaskType
 
 MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind them is of the same rows
@@ -55,18 +55,15 @@ def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator) -> Ste
 
 def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:
     """The rows of each step, as the run will draw them."""
-    t = config.train
-    step = t.batch_size * t.gradient_accumulation
-    steps = t.max_steps or math.ceil(math.ceil(len(lengths) / step) * t.epochs)
-    sampler = Order.of(config, lengths.tolist())
+    t, sampler = config.train, Order.of(config, lengths.tolist())
+    steps = t.max_steps or math.ceil(math.ceil(len(lengths) / sampler.step) * t.epochs)
     epoch = made = 0
     while made < min(steps, MOST_STEPS):
         sampler.set_epoch(epoch)
-        drawn = list(sampler)
-        for start in range(0, len(drawn), step):
+        for rows in in_steps(list(sampler), sampler.step):
             if made == min(steps, MOST_STEPS):
                 return
-            yield drawn[start : start + step]
+            yield list(rows)
             made += 1
         epoch += 1
 

@@ -16,6 +16,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from siliang.config import RunConfig
 from siliang.types import TaskType
 
+# their loss is a mean over rows; where it is one over tokens, those in a step of short rows would weigh more
+EACH_ROW_COUNTS_ONCE = (TaskType.SEQ_CLS, TaskType.QUESTION_ANS)
+
 
 class Order(Sampler[int]):
     """Row numbers of an epoch, the same for the same seed and epoch.
@@ -40,7 +43,7 @@ class Order(Sampler[int]):
     def of(cls, config: RunConfig, lengths: Sequence[int]) -> Order:
         """As the config asks for it."""
         t = config.train
-        by_length = config.task is not TaskType.CAUSAL_LM if t.group_by_length is None else t.group_by_length
+        by_length = config.task in EACH_ROW_COUNTS_ONCE if t.group_by_length is None else t.group_by_length
         return cls(lengths, step=t.batch_size * t.gradient_accumulation, seed=t.seed, by_length=by_length)
 
     def set_epoch(self, epoch: int) -> None:
@@ -57,10 +60,15 @@ class Order(Sampler[int]):
             return
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         rows = get_length_grouped_indices(self._lengths, self.step, generator=generator)
-        first, *steps = [rows[i : i + self.step] for i in range(0, len(rows), self.step)]
+        first, *steps = in_steps(rows, self.step)
         last = steps.pop() if steps and len(steps[-1]) < self.step else []  # a short step is an epoch's last
         shuffled = (steps[i] for i in torch.randperm(len(steps), generator=generator).tolist())
         yield from chain(first, *shuffled, last)
+
+
+def in_steps(rows: Sequence[int], step: int) -> list[Sequence[int]]:
+    """An epoch's rows as those of each optimiser step; the last may have fewer."""
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list[int]]:
@@ -97,9 +105,7 @@ class Share(Sampler[list[int]]):
         return -(-len(self.lengths) // self.step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows = list(self.order)
-        for start in range(0, len(rows), self.step):
-            whole = rows[start : start + self.step]
+        for whole in in_steps(list(self.order), self.step):
             yield shares(self.lengths, whole, self.ranks)[self.rank] or [~whole[0]]
 
 

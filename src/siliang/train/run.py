@@ -208,6 +208,7 @@ def prepare(
             f"           Adam's eps is {precision.adam_eps:g}, at some cost of stability: "
             f"the usual {TrainingArguments.adam_epsilon:g} is 0 in fp16, and would divide by zero"
         )
+    model_sha256, data_sha256 = ranks.first_does(lambda: _hashes(config))
     record = Record(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         config=config.model_dump(mode="json"),
@@ -216,8 +217,8 @@ def prepare(
         device=describe_device(device),
         precision=precision.precision,
         learning_rate=config.train.learning_rate or method.learning_rate,
-        model_sha256=weights_sha256(config.model),
-        data_sha256=sources.sha256([s.path for s in (*config.data.train_sources, *config.data.eval_sources)]),
+        model_sha256=model_sha256,
+        data_sha256=data_sha256,
         labels=examples.labels,
         parameters=Counts(trained=trained, total=total),
         rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=examples.skipped, truncated=truncated),
@@ -226,6 +227,12 @@ def prepare(
     record.memory.predicted_bytes, record.memory.predicted_parts = sum(predicted.values()) or None, predicted
     _check_space(folder, model, config)
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record, ranks)
+
+
+def _hashes(config: RunConfig) -> tuple[str, str]:
+    """Of the base model's weights and of the data."""
+    read = (*config.data.train_sources, *config.data.eval_sources)
+    return weights_sha256(config.model), sources.sha256([s.path for s in read])
 
 
 def _plan(

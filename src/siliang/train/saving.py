@@ -74,10 +74,14 @@ def whole_weights(model: Any) -> dict[str, Tensor]:
     all ask. Of an adapter, nothing: every rank holds all of it."""
     if isinstance(model, PeftModel):
         return {}
+    return {name: whole(t.detach()).cpu().contiguous() for name, t in _saved_tensors(model).items()}
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and lasting buffers by name, a tied weight once; dealt out, if they are."""
     apart(model)
-    # named_parameters names a tied weight once
     named, saved = {**dict(model.named_parameters()), **dict(model.named_buffers())}, set(model.state_dict())
-    return {name: whole(t.detach()).cpu().contiguous() for name, t in named.items() if name in saved}
+    return {name: t for name, t in named.items() if name in saved}
 
 
 def write_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
@@ -99,7 +103,10 @@ def read_weights(folder: Path, model: nn.Module) -> None:
         name = model.active_adapter
         load_tensors(model.injection, name, read_adapter(folder), source=str(folder), training=read_training(folder))
         return
-    set_whole(model, load_file(folder / MODEL_WEIGHTS))
+    weights, tensors = load_file(folder / MODEL_WEIGHTS), _saved_tensors(model)
+    assert weights.keys() == tensors.keys(), weights.keys() ^ tensors.keys()
+    for name, tensor in tensors.items():
+        set_whole(tensor, weights[name])
 
 
 # ---- state ----

@@ -104,8 +104,11 @@ class SiliangTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._order, self.ranks = order, ranks
-        self._step_rows, self._weight, self._step_tokens = order.step, 1.0, 0
         super().__init__(*args, **kwargs)
+        if not ranks.first:
+            torch.manual_seed(
+                self.args.seed + ranks.rank
+            )  # what is dropped of its rows is not what is dropped of others'
         if is_sharded(self.model):  # type: ignore[arg-type]
             # it is what accelerate would make of it; on CPUs accelerate knows no FSDP, and would wrap it in DDP
             self.accelerator.prepare_model = lambda model, **kwargs: model  # type: ignore[method-assign]
@@ -123,11 +126,12 @@ class SiliangTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of a step's batches; the mean loss of its labelled tokens, or of its rows."""
         model.train()
-        batches = self._together(inputs["batches"])
+        batches = self._as_many(inputs["batches"])
+        weight, tokens = self._of_all_ranks(batches)
         before = random_state() if self._fit else None
         while True:
             try:
-                loss = self._forward_backward(model, batches)
+                loss = self._forward_backward(model, batches, weight)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
@@ -137,7 +141,7 @@ class SiliangTrainer(Trainer):
             batches = self._smaller(model, batches, words)
             assert before is not None
             set_random_state(before)
-        self.tokens_trained += self._step_tokens
+        self.tokens_trained += tokens
         if self.ranks.size > 1:  # all see the same, and so stop together
             mean: Any = self.accelerator.reduce(loss, "mean")
             loss = mean
@@ -146,12 +150,12 @@ class SiliangTrainer(Trainer):
             return self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
         return loss
 
-    def _forward_backward(self, model: nn.Module, batches: list[Batch]) -> torch.Tensor:
+    def _forward_backward(self, model: nn.Module, batches: list[Batch], weight: float) -> torch.Tensor:
         sharded = is_sharded(model)
         loss = self.engine.run(
             model,
             batches,
-            self._weight,
+            weight,
             autocast=lambda: self.accelerator.autocast(),
             unsynced=lambda: gradients_stay(model) if sharded else self.accelerator.no_sync(model),
             backward=self.accelerator.backward,
@@ -160,14 +164,19 @@ class SiliangTrainer(Trainer):
             average_gradients(model)
         return loss
 
-    def _together(self, batches: list[Batch]) -> list[Batch]:
-        """Hears of the other ranks' batches: what each divides its summed loss by, so that the mean of their gradients
-        is that of all labelled tokens; and, where layers are put together for each batch, as many for each."""
+    def _of_all_ranks(self, batches: list[Batch]) -> tuple[float, int]:
+        """(what each rank divides its summed loss by, so that the mean of their gradients is that of all labelled
+        tokens; the step's tokens)."""
         counted = [batch for batch in batches if batch.weight]
-        own = sum(b.weight for b in counted), sum(b.tokens for b in counted), len(batches)
-        weights, tokens, numbers = zip(*self.ranks.numbers(*own), strict=True)
-        self._weight, self._step_tokens = max(sum(weights), 1) / self.ranks.size, sum(tokens)
-        missing = max(numbers) - len(batches) if is_sharded(self.model) else 0  # type: ignore[arg-type]
+        own = sum(b.weight for b in counted), sum(b.tokens for b in counted)
+        weights, tokens = zip(*self.ranks.numbers(*own), strict=True)
+        return max(sum(weights), 1) / self.ranks.size, sum(tokens)
+
+    def _as_many(self, batches: list[Batch]) -> list[Batch]:
+        """Where layers are put together for each batch, every rank has as many as the one with the most."""
+        if not is_sharded(self.model):  # type: ignore[arg-type]
+            return batches
+        missing = max(n for (n,) in self.ranks.numbers(len(batches))) - len(batches)
         # in front: the last batch is the one whose gradients are sent
         return [min(batches, key=lambda batch: batch.tokens).ghost()] * missing + batches
 
@@ -208,7 +217,7 @@ class SiliangTrainer(Trainer):
         return self._order
 
     def _shared(self, rows: Any, order: Sampler[int]) -> DataLoader[Any]:
-        share = Share(order, rows.lengths.tolist(), self._step_rows, self.ranks.rank, self.ranks.size)
+        share = Share(order, rows.lengths.tolist(), self._order.step, self.ranks.rank, self.ranks.size)
         loader: Any = DataLoaderShard(
             Counted(rows),
             batch_sampler=share,
@@ -235,7 +244,7 @@ class SiliangTrainer(Trainer):
         total, weight = torch.zeros((), device=self.args.device), 0
         self.model.eval()  # type: ignore[union-attr]
         for inputs in self._eval_batches(eval_dataset):
-            for batch in self._together(inputs["batches"]):
+            for batch in self._as_many(inputs["batches"]):
                 batch = batch.to(self.args.device)
                 with torch.no_grad(), self.accelerator.autocast(), self.engine.loss(self.model, batch) as loss:  # type: ignore[arg-type]
                     total += loss
@@ -303,7 +312,10 @@ class SiliangTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Ours, in the place of the Trainer's, which pickles and has no manifest."""
-        state, weights = whole(self._whole_state()), whole_weights(self.model)
+        state = whole(self._whole_state())
+        # where they are dealt out, all ranks have to bring theirs
+        asked = self.args.should_save or is_sharded(self.model)  # type: ignore[arg-type]
+        weights = whole_weights(self.model) if asked else {}
         started = time.perf_counter()
         if self.args.should_save:
             assert self.args.output_dir is not None
