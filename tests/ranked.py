@@ -1,4 +1,5 @@
-"""Several ranks on this machine: forked, so that what is imported already need not be imported again."""
+"""Several ranks on this machine: forked, so that what is imported already need not be imported again; and the same
+training on one, to compare."""
 
 from __future__ import annotations
 
@@ -7,12 +8,23 @@ import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
-from faults.runs import Child, Ending
+from faults.runs import Child, Ending, Place
 from siliang.config import RunConfig
+from siliang.record import Record
 from siliang.train.run import Planner
+
+ARGUMENTS = {
+    "lora": {"r": 4},
+    "bitfit": {},
+    "prefix_tuning": {"num_virtual_tokens": 4},
+    "full": {},
+}
 
 
 def _become(rank: int, size: int, port: int) -> None:
@@ -54,3 +66,31 @@ def changed(config: RunConfig, folder: Path, strategy: str = "ddp") -> RunConfig
     """The same training, otherwise dealt with."""
     distributed = config.distributed.model_copy(update={"strategy": strategy})
     return config.model_copy(update={"output": str(folder), "distributed": distributed})
+
+
+def configured(place: Place, folder: Path, method: str = "lora", **train: Any) -> RunConfig:
+    config = place.config(folder, method, **({"max_steps": 20, "log_every": 1, "eval_every": 10} | train))
+    return config.model_copy(update={"method": type(config.method)(name=method, **ARGUMENTS[method])})
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/*.safetensors")]
+    return {name: t for path in found for name, t in load_file(path).items()}
+
+
+def assert_same(one: Path, several: Path) -> None:
+    a, b = Record.read(one), Record.read(several)
+    losses = [[(s.step, s.loss, s.eval_loss) for s in r.steps] for r in (a, b)]
+    assert [s for s, *_ in losses[0]] == [s for s, *_ in losses[1]] and len(losses[0]) >= 20
+    for (_, *expected), (_, *found) in zip(*losses, strict=True):
+        for x, y in zip(expected, found, strict=True):
+            assert (x is None) == (y is None) and (x is None or abs(x - y) < 1e-4), (expected, found)  # type: ignore[operator]
+    assert a.tokens_trained == b.tokens_trained
+    expected_weights, found_weights = weights_of(one), weights_of(several)
+    assert expected_weights.keys() == found_weights.keys() and expected_weights
+    for name, value in expected_weights.items():
+        if name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding, which Adam makes steps of
+            continue
+        torch.testing.assert_close(
+            found_weights[name], value, rtol=1e-3, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -313,12 +314,115 @@ class QuantizationConfig(Section):
     """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
 
 
+# Of DeepSpeed's configuration, what siliang can go along with ...
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "aio",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "comms_logger",
+)
+# ... and what its own settings say
+SAID_BY: dict[str, str] = {
+    "train_batch_size": "train.batch_size and train.gradient_accumulation",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "gradient_clipping": "train.max_grad_norm",
+}
+
+
+def _deepspeed(value: Any) -> Any:
+    """A mapping, or the one in the .json file of that name, with nothing in it that would contradict the run."""
+    where = "distributed.deepspeed"
+    if isinstance(value, str):
+        where, value = f"{where} = {value}", _read_json(Path(value))
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: must be a mapping, or the name of a .json file that holds one.")
+    for key, inner in value.items():
+        if key in SAID_BY:
+            if inner != "auto":
+                raise ConfigError(f'{where}: {key} = {inner!r}: {SAID_BY[key]} says that. Leave it out, or "auto".')
+        elif key not in DEEPSPEED_KEYS:
+            allowed = ", ".join((*DEEPSPEED_KEYS, *SAID_BY))
+            raise ConfigError(
+                f"{where}: {key} is not supported.{nearest(str(key), DEEPSPEED_KEYS)} Allowed: {allowed}."
+            )
+        elif key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler") and not isinstance(inner, dict):
+            raise ConfigError(f"{where}: {key} must be a mapping.")
+    for key in ("bf16", "fp16"):
+        if (said := value.get(key, {}).get("enabled", "auto")) != "auto":
+            raise ConfigError(f'{where}: {key}.enabled = {said!r}: train.precision says that. Set it to "auto".')
+    for key, instead in (("optimizer", "train.learning_rate, weight_decay"), ("scheduler", "train.schedule")):
+        fixed = [name for name, said in value.get(key, {}).get("params", {}).items() if said != "auto"]
+        kind = value.get(key, {}).get("type", "AdamW")
+        if fixed or (key == "optimizer" and kind not in ("Adam", "AdamW")):
+            raise ConfigError(
+                f"{where}: {key} is siliang's own ({instead}): AdamW, with the schedule of every run. Leave it out, or "
+                'all of its params "auto".'
+            )
+    stage = value.get("zero_optimization", {}).get("stage", 2)
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{where}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3.")
+    return value
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > 2**20:
+            raise ConfigError(f"distributed.deepspeed = {path}: larger than any configuration.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"distributed.deepspeed = {path}: not readable as JSON: {error}.") from None
+
+
 class DistributedConfig(Section):
     """How several devices share a training."""
 
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
     """ddp: every device holds the whole model. fsdp: its weights are dealt out over the devices. auto: ddp where the
-    plan says that it fits, fsdp otherwise."""
+    plan says that it fits, fsdp otherwise. deepspeed: its ZeRO; needs DeepSpeed."""
+    zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
+    """Of deepspeed. 1: the optimiser's state is dealt out. 2: gradients, too. 3: weights, too. None: what `deepspeed`
+    says, otherwise 2."""
+    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_deepspeed)] = None
+    """DeepSpeed's own configuration, a mapping or the name of a .json file, as TrainingArguments(deepspeed=...) takes
+    it. What siliang's settings say (batches, clipping, precision, learning rate) is left out or "auto" there."""
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """DeepSpeed's configuration, with the stage."""
+        settings = self.deepspeed or {}
+        zero = settings.get("zero_optimization", {})
+        return settings | {"zero_optimization": {**zero, "stage": self.zero_stage or zero.get("stage", 2)}}
+
+    @model_validator(mode="after")
+    def _of_deepspeed(self) -> DistributedConfig:
+        for name in ("zero_stage", "deepspeed"):
+            if getattr(self, name) is not None and self.strategy != "deepspeed":
+                raise ConfigError(
+                    f"distributed.{name} has no effect with distributed.strategy = {self.strategy}: that has to be "
+                    "deepspeed."
+                )
+        said = (self.deepspeed or {}).get("zero_optimization", {}).get("stage")
+        if None not in (self.zero_stage, said) and self.zero_stage != said:
+            raise ConfigError(
+                f"zero_stage is {self.zero_stage}, but distributed.deepspeed says stage {said}: leave one out."
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -357,6 +461,23 @@ class RunConfig(Section):
     """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop."""
     output: str
     """The run's folder: made by the run, and must not hold anything yet."""
+
+    @model_validator(mode="after")
+    def _with_deepspeed(self) -> RunConfig:
+        if self.distributed.strategy != "deepspeed":
+            return self
+        pure = self.train.precision.startswith("pure-")
+        reasons = {
+            "quantization": self.quantization and "DeepSpeed cannot deal out weights of few bits: use strategy ddp",
+            "train.on_nan": self.train.nan_skips
+            and "DeepSpeed makes its step before the gradient can be seen: use stop",
+            "train.fit": self.train.fit and "a step that DeepSpeed has begun cannot be begun again: leave it off",
+            "train.precision": pure and "DeepSpeed keeps its weights in half precision as it is: use bf16 or fp16",
+        }
+        for name, reason in reasons.items():
+            if reason:
+                raise ConfigError(f"{name} and distributed.strategy = deepspeed: {reason}.")
+        return self
 
     @classmethod
     def build(cls, values: dict[str, Any], *, source: str = "the settings") -> RunConfig:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranked import changed, start, train_on
-from safetensors.torch import load_file
+from ranked import ARGUMENTS, assert_same, changed, configured, start, train_on
 
 from faults.runs import Place, make_place, run
 from siliang.config import RunConfig
@@ -23,40 +22,6 @@ from siliang.train.trainer import SiliangTrainer
 from siliang.types import PlanError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
-ARGUMENTS = {
-    "lora": {"r": 4},
-    "bitfit": {},
-    "prefix_tuning": {"num_virtual_tokens": 4},
-    "full": {},
-}
-
-
-def configured(place: Place, folder: Path, method: str = "lora", **train: Any) -> RunConfig:
-    config = place.config(folder, method, **({"max_steps": 20, "log_every": 1, "eval_every": 10} | train))
-    return config.model_copy(update={"method": type(config.method)(name=method, **ARGUMENTS[method])})
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    found = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/*.safetensors")]
-    return {name: t for path in found for name, t in load_file(path).items()}
-
-
-def assert_same(one: Path, several: Path) -> None:
-    a, b = Record.read(one), Record.read(several)
-    losses = [[(s.step, s.loss, s.eval_loss) for s in r.steps] for r in (a, b)]
-    assert [s for s, *_ in losses[0]] == [s for s, *_ in losses[1]] and len(losses[0]) >= 20
-    for (_, *expected), (_, *found) in zip(*losses, strict=True):
-        for x, y in zip(expected, found, strict=True):
-            assert (x is None) == (y is None) and (x is None or abs(x - y) < 1e-4), (expected, found)  # type: ignore[operator]
-    assert a.tokens_trained == b.tokens_trained
-    expected_weights, found_weights = weights_of(one), weights_of(several)
-    assert expected_weights.keys() == found_weights.keys() and expected_weights
-    for name, value in expected_weights.items():
-        if name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding, which Adam makes steps of
-            continue
-        torch.testing.assert_close(
-            found_weights[name], value, rtol=1e-3, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}"
-        )
 
 
 @pytest.mark.parametrize("method", ARGUMENTS)

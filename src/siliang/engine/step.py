@@ -38,12 +38,14 @@ class Engine:
         checkpointing: bool = False,
         keep_frozen: bool = False,
         comparing: bool = True,
+        all_logits: str | None = None,
     ) -> None:
         """Tries on `model` what it allows; the model is unchanged outside of `loss`.
 
         Args:
             comparing: Compare the results of what is tried; off on fake tensors, which have none: there it only has to
                 run.
+            all_logits: Why the output layer has to be run as it is, if it has to.
         """
         self.task = task
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -70,7 +72,7 @@ class Engine:
         self.recompute = Recompute(model, memory_budget, always=checkpointing)
         has_head = task is TaskType.CAUSAL_LM and self._base.get_output_embeddings() is not None
         self._head = HeadLoss(self._base) if has_head else None
-        if comparing and self._head and (reason := self._head.differs(model, vocabulary)):
+        if self._head and (reason := all_logits or (self._head.differs(model, vocabulary) if comparing else None)):
             self.notes.append(f"the loss takes all logits: {reason}")
             self._head = None
 

@@ -28,6 +28,7 @@ from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
 from siliang.distributed.ranks import Ranks, find_ranks, telling_of_the_dead
 from siliang.distributed.sharding import is_sharded, send_what_is_trained, shard
+from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
 from siliang.files import damage, replacing, replacing_folder, sweep, telling
@@ -42,7 +43,7 @@ from siliang.secrets import without_secrets
 from siliang.train.guard import PATIENCE, Trouble
 from siliang.train.metrics import MEASURED, trainer_metrics
 from siliang.train.order import Order
-from siliang.train.saving import checkpoints, last_good, read_weights, whole_weights
+from siliang.train.saving import adapter_together, checkpoints, last_good, read_weights, whole_weights
 from siliang.train.trainer import Handlers, Limits, Progress, SiliangTrainer, Watcher, stopping_on_signal
 from siliang.types import (
     ConfigError,
@@ -170,6 +171,8 @@ def prepare(
     """
     started = time.perf_counter()
     ranks = find_ranks()
+    if ranks.size > 1 and config.distributed.strategy == "deepspeed":
+        require_deepspeed()
     set_seed(config.train.seed)
     method = find_method(config.method.name)
     device = find_device()
@@ -242,6 +245,11 @@ def _plan(
     strategy = config.distributed.strategy
     if ranks.size == 1 or strategy == "ddp":
         return ranks.first_does(planned)
+    if strategy == "deepspeed":
+        listener.say(
+            f"memory     what ZeRO-{config.distributed.zero['zero_optimization']['stage']} takes is not planned"
+        )
+        return config, {}
     if strategy == "auto":
         with suppress(PlanError):
             return ranks.first_does(planned)
@@ -330,8 +338,9 @@ def _train(run: Run, started: float, *, resume: bool) -> Record:
         record.final["train_loss"] = record.steps[-1].loss
     elif losses := [s.loss for s in record.steps if s.loss is not None]:
         record.final["train_loss"] = losses[-1]
-    weights = whole_weights(run.model) if is_sharded(run.model) else None
-    record.parameters.adapter_bytes = run.ranks.first_does(lambda: _save(run, weights))
+    weights = whole_weights(run.model) if is_sharded(run.model) or _stage(run) == 3 else None
+    with adapter_together(run.model):
+        record.parameters.adapter_bytes = run.ranks.first_does(lambda: _save(run, weights))
     run.listener.trained(run)
     record.status = "completed"
     run.write_record()
@@ -386,7 +395,9 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     strategy = run.config.distributed.strategy
     if run.ranks.size > 1 and strategy == "fsdp":
         shard(run.model, find_device(), trained_too=not isinstance(run.model, PeftModel))
-    elif run.ranks.size > 1:
+    elif _stage(run) == 3:
+        put_together_by_layer(run.model)
+    elif run.ranks.size > 1 and not _stage(run):
         send_what_is_trained(run.model)
     run.model.to(find_device())
     engine = Engine(
@@ -396,6 +407,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
         keep_frozen=t.keep_frozen and _epochs(run) > 1 and run.ranks.size == 1,  # a rank's rows change
+        all_logits="ZeRO-3 puts its weights together in its own forward alone" if _stage(run) == 3 else None,
     )
     for note in engine.notes:
         run.listener.say(f"           {note}")
@@ -422,6 +434,13 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     )
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; our listener says it better
     return trainer
+
+
+def _stage(run: Run) -> int:
+    """Of DeepSpeed's ZeRO; 0 where it is not at work."""
+    distributed = run.config.distributed
+    at_work = run.ranks.size > 1 and distributed.strategy == "deepspeed"
+    return distributed.zero["zero_optimization"]["stage"] if at_work else 0
 
 
 def _explain(run: Run, trouble: Trouble) -> TrainingError:
@@ -490,6 +509,7 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
     t, record = run.config.train, run.record
     has_eval = len(run.eval_set) > 0
     steps = t.max_steps or math.ceil(_steps_per_epoch(run) * t.epochs)
+    of_zero: dict[str, Any] = trainer_arguments(run.config) if _stage(run) else {}
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=t.epochs,
@@ -504,7 +524,6 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
         bf16=run.precision.autocast and run.precision.compute == "bf16",
         fp16=run.precision.autocast and run.precision.compute == "fp16",
         adam_epsilon=run.precision.adam_eps,
-        use_cpu=find_device().type == "cpu",
         seed=t.seed,
         data_seed=t.seed,
         logging_steps=t.log_every,
@@ -521,6 +540,8 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         dataloader_pin_memory=find_device().type == "cuda",
         ddp_find_unused_parameters=False,
+        use_cpu=find_device().type == "cpu" and not of_zero,  # with which accelerate would leave DeepSpeed out
+        **of_zero,
     )
 
 

@@ -16,7 +16,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training
 from siliang.distributed.sharding import apart, set_whole, whole
+from siliang.distributed.zero import is_dealt, together
 from siliang.files import damage, remove_folder, sweep
 from siliang.peft_model import PeftModel
 
@@ -74,7 +75,19 @@ def whole_weights(model: Any) -> dict[str, Tensor]:
     all ask. Of an adapter, nothing: every rank holds all of it."""
     if isinstance(model, PeftModel):
         return {}
-    return {name: whole(t.detach()).cpu().contiguous() for name, t in _saved_tensors(model).items()}
+    return {name: _whole(t) for name, t in _saved_tensors(model).items()}
+
+
+def adapter_together(model: Any, *, changing: bool = False) -> AbstractContextManager[None]:
+    """Within the block an adapter that is dealt out is whole, on all ranks, which all have to come here."""
+    trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
+    return together(trained, changing=changing)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    with together([tensor]):  # which are dealt out again behind the block
+        found = whole(tensor.detach()).cpu().contiguous()
+        return found.clone() if is_dealt(tensor) else found
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -101,12 +114,15 @@ def read_weights(folder: Path, model: nn.Module) -> None:
     """
     if isinstance(model, PeftModel):
         name = model.active_adapter
-        load_tensors(model.injection, name, read_adapter(folder), source=str(folder), training=read_training(folder))
+        with adapter_together(model, changing=True):
+            read = read_adapter(folder)
+            load_tensors(model.injection, name, read, source=str(folder), training=read_training(folder))
         return
     weights, tensors = load_file(folder / MODEL_WEIGHTS), _saved_tensors(model)
     assert weights.keys() == tensors.keys(), weights.keys() ^ tensors.keys()
     for name, tensor in tensors.items():
-        set_whole(tensor, weights[name])
+        with together([tensor], changing=True):
+            set_whole(tensor, weights[name])
 
 
 # ---- state ----

@@ -6,8 +6,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from siliang.distributed import zero
 from siliang.distributed.ranks import Ranks, find_ranks
 from siliang.distributed.sharding import average_gradients, dealt, gradients_stay, is_sharded, whole
 from siliang.engine.batches import Batch, StepCollator
@@ -29,6 +31,7 @@ from siliang.train.guard import Guard, Trouble
 from siliang.train.order import Counted, Order, Share
 from siliang.train.saving import (
     PREFIX,
+    adapter_together,
     prune,
     random_state,
     read_state,
@@ -120,6 +123,8 @@ class SiliangTrainer(Trainer):
         self._handlers, self._skips, self._fit = handlers, skips, fit
         self.guard, self._guarded = Guard(scaled=self.args.fp16, skips=skips), 0
         self._resumed: dict[str, Any] | None = None
+        # in the order of the optimiser's state, which DeepSpeed changes for its own
+        self._trained: list[nn.Parameter] = []
 
     # ---- the step ----
 
@@ -152,12 +157,18 @@ class SiliangTrainer(Trainer):
 
     def _forward_backward(self, model: nn.Module, batches: list[Batch], weight: float) -> torch.Tensor:
         sharded = is_sharded(model)
+
+        def unsynced() -> Any:
+            if self.is_deepspeed_enabled:
+                return zero.batches_to_come(self.accelerator)
+            return gradients_stay(model) if sharded else self.accelerator.no_sync(model)
+
         loss = self.engine.run(
             model,
             batches,
             weight,
             autocast=lambda: self.accelerator.autocast(),
-            unsynced=lambda: gradients_stay(model) if sharded else self.accelerator.no_sync(model),
+            unsynced=unsynced,
             backward=self.accelerator.backward,
         )
         if sharded:
@@ -173,8 +184,9 @@ class SiliangTrainer(Trainer):
         return max(sum(weights), 1) / self.ranks.size, sum(tokens)
 
     def _as_many(self, batches: list[Batch]) -> list[Batch]:
-        """Where layers are put together for each batch, every rank has as many as the one with the most."""
-        if not is_sharded(self.model):  # type: ignore[arg-type]
+        """Where layers are put together for each batch, or DeepSpeed sends its gradients, every rank has as many as the
+        one with the most."""
+        if not is_sharded(self.model) and not self.is_deepspeed_enabled:  # type: ignore[arg-type]
             return batches
         missing = max(n for (n,) in self.ranks.numbers(len(batches))) - len(batches)
         # in front: the last batch is the one whose gradients are sent
@@ -314,26 +326,27 @@ class SiliangTrainer(Trainer):
         """Ours, in the place of the Trainer's, which pickles and has no manifest."""
         state = whole(self._whole_state())
         # where they are dealt out, all ranks have to bring theirs
-        asked = self.args.should_save or is_sharded(self.model)  # type: ignore[arg-type]
+        asked = self.args.should_save or self.is_deepspeed_enabled or is_sharded(self.model)  # type: ignore[arg-type]
         weights = whole_weights(self.model) if asked else {}
         started = time.perf_counter()
-        if self.args.should_save:
-            assert self.args.output_dir is not None
-            folder = Path(self.args.output_dir)
-            with telling(folder.parent):
-                folder.mkdir(exist_ok=True)
-                with replacing_folder(folder / f"{PREFIX}{self.state.global_step}") as checkpoint:
-                    write_weights(checkpoint, self.model, weights)
-                    write_state(checkpoint, state)
-                    self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
-                prune(folder, self.args.save_total_limit or 1, spare=self.state.best_global_step)
+        with adapter_together(self.model):
+            if self.args.should_save:
+                assert self.args.output_dir is not None
+                folder = Path(self.args.output_dir)
+                with telling(folder.parent):
+                    folder.mkdir(exist_ok=True)
+                    with replacing_folder(folder / f"{PREFIX}{self.state.global_step}") as checkpoint:
+                        write_weights(checkpoint, self.model, weights)
+                        write_state(checkpoint, state)
+                        self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+                    prune(folder, self.args.save_total_limit or 1, spare=self.state.best_global_step)
         self.accelerator.wait_for_everyone()
         self.slowest_save_s = max(self.slowest_save_s, time.perf_counter() - started)
 
     def _whole_state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
         return {
-            "optimizer": self.optimizer.state_dict(),  # type: ignore[union-attr]
+            "optimizer": self._optimizer_state(),
             "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": self.ranks.all(random_state()),
@@ -344,17 +357,46 @@ class SiliangTrainer(Trainer):
             "watcher": self.watcher.state() if self.watcher else None,
         }
 
+    def _optimizer_state(self) -> dict[str, Any]:
+        if self.is_deepspeed_enabled:
+            return zero.optimizer_state(self.optimizer.optimizer, self._trained)  # type: ignore[union-attr]
+        return self.optimizer.state_dict()  # type: ignore[union-attr]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own."""
+        first = self.optimizer is None
+        made = super().create_optimizer(*args, **kwargs)
+        if first:
+            self._trained = [p for group in made.param_groups for p in group["params"]]
+        return made
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """The Trainer's own, which with DeepSpeed would look for DeepSpeed's checkpoints, which are pickled."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:  # before the weights are dealt out
+            self._load_from_checkpoint(resume_from_checkpoint)
+        with redirect_stdout(StringIO()):  # on which each rank's DeepSpeed would tell what it has built
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         read_weights(folder, self.model)  # type: ignore[arg-type]
         self._resumed = read_state(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._resumed is not None:
+        if self._resumed is None:
+            return
+        state = self._resumed.pop("optimizer")
+        if self.is_deepspeed_enabled:
+            zero.load_optimizer_state(self.optimizer.optimizer, self._trained, state)  # type: ignore[union-attr]
+        else:
             groups = self.optimizer.param_groups  # type: ignore[union-attr]
-            state = dealt(self._resumed.pop("optimizer"), [p for group in groups for p in group["params"]])
+            state = dealt(zero.without_weights(state), [p for group in groups for p in group["params"]])
             self.optimizer.load_state_dict(state)  # type: ignore[union-attr]
-            self.lr_scheduler.load_state_dict(self._resumed["scheduler"])  # type: ignore[union-attr]
+        self.lr_scheduler.load_state_dict(self._resumed["scheduler"])  # type: ignore[union-attr]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self._resumed is not None and self.accelerator.scaler is not None and self._resumed["scaler"] is not None:

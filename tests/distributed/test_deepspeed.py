@@ -1,0 +1,180 @@
+"""DeepSpeed's ZeRO on CPUs: the same losses as one process, the same checkpoints; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranked import assert_same, changed, configured, start, train_on
+
+from faults.runs import Place, run
+from siliang.config import DistributedConfig, RunConfig
+from siliang.distributed.zero import require_deepspeed
+from siliang.record import Record
+from siliang.train.saving import checkpoints
+from siliang.types import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # DeepSpeed's own are many
+with_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None or not hasattr(os, "fork"),
+    reason="needs DeepSpeed: pip install 'siliang[deepspeed]'",
+)
+STAGES = [2, 3]
+BARE: dict[str, Any] = {"model": "m", "task": "causal_lm", "data": {"train": "d"}, "output": "o"}
+
+
+def under_zero(config: RunConfig, folder: Path, stage: int) -> RunConfig:
+    """Nothing stays whole because it is small, and no message holds all."""
+    small = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    settings: dict[str, Any] = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 2000, **small}}
+    distributed = DistributedConfig(strategy="deepspeed", deepspeed=settings)
+    return config.model_copy(update={"output": str(folder), "distributed": distributed})
+
+
+@with_deepspeed
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit", "prefix_tuning"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_as_one(method: str, stage: int, still_place: Place, tmp_path: Path) -> None:
+    """Steps of one to several batches, of which the last of an epoch has fewer rows than there are ranks."""
+    config = configured(still_place, tmp_path / "one", method, tokens_at_once=16)
+    assert run(config).code == 0
+    endings = train_on(under_zero(config, tmp_path / "two", stage), 2)
+    assert [e.code for e in endings] == [0, 0], endings[0].said + endings[1].said
+    assert_same(tmp_path / "one", tmp_path / "two")
+    assert not list((tmp_path / "two").rglob("*.p[tk]*")) + list((tmp_path / "two").rglob("*.bin"))  # nothing pickled
+
+
+@with_deepspeed
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_goes_on_with_another_strategy(method: str, stage: int, still_place: Place, tmp_path: Path) -> None:
+    """Checkpoints are those of every run: from ZeRO to itself, to one process, and from DDP to ZeRO."""
+    config = configured(still_place, tmp_path / "one", method)
+    assert run(config).code == 0
+
+    def begun(config: RunConfig) -> RunConfig:
+        children = start(config, 2, pace_s=0.05)
+        assert children[0].wait_for("step 7\n"), children[0].end().said
+        children[1].signal(signal.SIGTERM)
+        assert [child.end().code for child in children] == [130, 130]
+        assert 7 <= max(checkpoints(Path(config.output) / "checkpoints")) < 20
+        return config
+
+    zero = begun(under_zero(config, tmp_path / "zero", stage))
+    assert [e.code for e in train_on(zero, 2, resume=True)] == [0, 0]
+    assert_same(tmp_path / "one", tmp_path / "zero")
+    alone = begun(under_zero(config, tmp_path / "alone", stage))
+    assert run(alone, resume=True).code == 0
+    assert_same(tmp_path / "one", tmp_path / "alone")
+    begun(changed(config, tmp_path / "ddp"))
+    assert [e.code for e in train_on(under_zero(config, tmp_path / "ddp", stage), 2, resume=True)] == [0, 0]
+    assert_same(tmp_path / "one", tmp_path / "ddp")
+
+
+@with_deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_best_step_is_kept(stage: int, still_place: Place, tmp_path: Path) -> None:
+    config = configured(still_place, tmp_path / "one", best="loss", eval_every=4, learning_rate=0.3)
+    assert run(config).code == 0
+    endings = train_on(under_zero(config, tmp_path / "two", stage), 2)
+    assert [e.code for e in endings] == [0, 0], endings[0].said
+    one, two = Record.read(tmp_path / "one"), Record.read(tmp_path / "two")
+    assert one.best_step == two.best_step and one.best_step < 20
+    assert two.final["eval_loss"] == pytest.approx(one.final["eval_loss"], abs=1e-3)
+
+
+@with_deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+def test_in_half_precision(stage: int, still_place: Place, tmp_path: Path) -> None:
+    """Its weights in bf16, and the optimiser's in fp32, which a checkpoint keeps."""
+    config = configured(still_place, tmp_path / "one", precision="bf16", save_every=10)
+    assert run(config).code == 0
+    zero = under_zero(config, tmp_path / "two", stage)
+    assert [e.code for e in train_on(zero, 2)] == [0, 0]
+    losses = [[s.loss for s in Record.read(tmp_path / n).steps if s.loss is not None] for n in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.03)
+
+
+@with_deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_that_is_killed(stage: int, still_place: Place, tmp_path: Path) -> None:
+    zero = under_zero(configured(still_place, tmp_path / "two", save_every=3), tmp_path / "two", stage)
+    children = start(zero, 2, pace_s=0.05)
+    assert children[0].wait_for("step 8\n"), children[0].end().said
+    children[1].signal(signal.SIGKILL)
+    killed, left = children[1].end(), children[0].end()
+    assert killed.code == -signal.SIGKILL and left.code == 2, left.said
+    assert "error[SLE12]: Rank 0 of 2 has lost another rank" in left.said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train_batch_size": 32}, "train_batch_size = 32: train.batch_size and train.gradient_accumulation says that"),
+        ({"gradient_clipping": 0.5}, "train.max_grad_norm says that"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled = True: train.precision says that"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "optimizer is siliang's own"),
+        ({"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}}, "optimizer is siliang's own"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}}, "scheduler is siliang's own"),
+        ({"zero_optimization": {"stage": 4}}, "stage = 4: must be 1, 2 or 3"),
+        ({"zero_optimisation": {"stage": 2}}, "Did you mean 'zero_optimization'"),
+        ({"zero_optimization": 2}, "zero_optimization must be a mapping"),
+    ],
+)
+def test_what_would_contradict_the_run_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
+        RunConfig.build(BARE | {"distributed": {"strategy": "deepspeed", "deepspeed": settings}})
+
+
+def test_a_file_as_it_stands_in_the_tutorials(tmp_path: Path, still_place: Place) -> None:
+    auto = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    written = {
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": auto},
+        "zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_prefetch_bucket_size": "auto"},
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(written))
+    found = DistributedConfig(strategy="deepspeed", deepspeed=str(tmp_path / "ds.json"))  # type: ignore[arg-type]
+    assert found.deepspeed == written and found.zero["zero_optimization"]["stage"] == 3
+    config = configured(still_place, tmp_path / "run").model_copy(update={"distributed": found})
+    assert RunConfig.build(config.model_dump(mode="json")).distributed == found  # run.yaml holds what the file did
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("quantization", {"bits": 4}, "quantization and distributed.strategy"),
+        ("train", {"on_nan": "skip 2"}, "train.on_nan and distributed.strategy"),
+        ("train", {"fit": True}, "train.fit and distributed.strategy"),
+        ("train", {"precision": "pure-bf16"}, "train.precision and distributed.strategy"),
+        (
+            "distributed",
+            {"strategy": "ddp", "zero_stage": 3},
+            "zero_stage has no effect with distributed.strategy = ddp",
+        ),
+        ("distributed", {"deepspeed": {"zero_optimization": {"stage": 2}}, "zero_stage": 3}, "says stage 2"),
+        ("distributed", {"deepspeed": "not-there.json"}, "not readable as JSON"),
+        ("distributed", {"zero_stage": 4}, "zero_stage"),
+    ],
+)
+def test_what_does_not_go_with_it(section: str, values: dict[str, Any], words: str) -> None:
+    run = BARE | {"distributed": {"strategy": "deepspeed"}}
+    with pytest.raises(ConfigError, match=words):
+        RunConfig.build(run | {section: {**run.get(section, {}), **values}})
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="it is here")
+def test_where_it_is_not_installed(still_place: Place, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pip install 'siliang\[deepspeed\]'"):
+        require_deepspeed()
+    endings = train_on(under_zero(configured(still_place, tmp_path / "run"), tmp_path / "run", 2), 2)
+    assert [e.code for e in endings] == [2, 2] and "needs DeepSpeed" in endings[0].said
+    assert not (tmp_path / "run").exists()
