@@ -372,6 +372,10 @@ class RunConfig(Section):
         except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
             raise ConfigError(f"{source}: a value is of the wrong kind: {error}.") from None
 
+    def with_strategy(self, strategy: str) -> RunConfig:
+        """The same run, by several devices that share its model so."""
+        return self.model_copy(update={"distributed": self.distributed.model_copy(update={"strategy": strategy})})
+
     def to_yaml(self) -> str:
         """The whole config, defaults included, as run.yaml holds it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
