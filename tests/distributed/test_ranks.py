@@ -148,7 +148,7 @@ def test_a_rank_without_a_row_gets_one_that_does_not_count() -> None:
 
 def test_what_is_too_large_for_one_is_dealt_out(still_place: Place, tmp_path: Path) -> None:
     """Between what a whole model takes and what a share does: one device is too small, on two auto takes FSDP."""
-    config = configured(still_place, tmp_path / "run", max_steps=2)
+    config = configured(still_place, tmp_path / "run", "full", max_steps=2)
     target = replace(find_target(config), beside_bytes=0, work_bytes=0)
     with paper_ranks(2) as mesh:
         whole, share = (

@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -33,6 +33,7 @@ from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
 from siliang.files import damage, replacing, replacing_folder, sweep, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
+from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.models.load import weights_sha256
@@ -196,8 +197,13 @@ def prepare(
     if planner is not None:
         with torch.random.fork_rng(devices=[]):
             config, predicted = _plan(planner, config, subject, ranks, listener)
-    model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
-    model, trained, total = attach(model, method, config, precision)
+    mesh = all_ranks(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
+    with ranks.in_turn() if mesh is not None else nullcontext():  # the machine may not hold it whole more than once
+        model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
+        model, trained, total = attach(model, method, config, precision)
+        if mesh is not None:
+            shard(model, mesh, device, trained_too=not isinstance(model, PeftModel))
+            free_memory()
     listener.say(
         f"model      {config.model}: {total:,} parameters, "
         f"{method.name} trains {trained:,} ({100 * trained / total:.3g}%)"
@@ -376,11 +382,7 @@ def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, flo
 def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     """The trainer of a prepared run."""
     t = run.config.train
-    strategy = run.config.distributed.strategy
-    if run.ranks.size > 1 and strategy == "fsdp":
-        device = find_device()
-        shard(run.model, all_ranks(device), device, trained_too=not isinstance(run.model, PeftModel))
-    elif run.ranks.size > 1:
+    if run.ranks.size > 1 and not is_sharded(run.model):
         send_what_is_trained(run.model)
     run.model.to(find_device())
     engine = Engine(
