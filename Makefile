@@ -4,10 +4,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check audit docs faults fmt bench bench-smoke bench-gpu clean
+.PHONY: help demo test test-long cluster-test check audit docs faults fmt bench bench-smoke bench-gpu clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 17
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 19
 
 demo: .venv/demo  ## five methods compared on reviews that come with siliang: a table and a page
 	$(BIN)/siliang demo
@@ -17,6 +17,9 @@ test: .venv/dev  ## the test suite
 
 test-long: .venv/dev  ## and what takes many minutes: every method on real data
 	$(BIN)/python -m pytest -m long -n auto
+
+cluster-test: .venv/dev  ## two nodes on this machine, torchrun over a cable: killed, begun again, some minutes; ONLY=killed for some
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m faults.two_nodes $(if $(ONLY),--only "$(ONLY)")
 
 faults: .venv/dev  ## kills, full disks, damaged and hostile files, by the thousand, half an hour of it; ONLY="kills disks" for some
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m faults $(if $(ONLY),--only $(ONLY))

@@ -56,16 +56,17 @@ def train(
         from siliang.distributed.launch import launch
 
         raise typer.Exit(launch(devices, sys.argv[1:], config.output))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun began all processes anew after one was lost
-        resume = resume or (Path(config.output) / CONFIG_NAME).is_file()
     quiet_loading()
     from siliang.distributed.ranks import find_ranks
     from siliang.plan.before import Planner
     from siliang.train.run import Listener
     from siliang.train.run import train as run
 
-    planner = Planner()
-    if not find_ranks().first:  # one speaks for all
+    planner, ranks = Planner(), find_ranks()
+    # torchrun began all processes anew after one was lost, of which it does not tell a node whose own lived
+    if any(ranks.all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)):
+        resume = ranks.first_does(lambda: resume or (Path(config.output) / CONFIG_NAME).is_file())
+    if not ranks.first:  # one speaks for all
         run(config, resume=resume, planner=planner)
         return
     with TrainingDisplay() as display:

@@ -126,7 +126,10 @@ def _join() -> Ranks:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=_own_store(rank, size), rank=rank, world_size=size)
+        try:
+            dist.init_process_group(backend, store=_own_store(rank, size), rank=rank, world_size=size)
+        except RuntimeError as error:
+            raise RankError(f"Rank {rank} of {size} has not met the others ({_first_words(error)}).") from error
     state = PartialState(cpu=not torch.cuda.is_available())
     return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size)
 
@@ -179,8 +182,13 @@ def telling_of_the_dead(where: str) -> Iterator[None]:
         known = isinstance(error, SiliangError)
         if known or not dist.is_initialized() or not (isinstance(error, dist.DistError) or GONE.search(str(error))):
             raise
-        rank, first = dist.get_rank(), str(error).strip().partition("\n")[0]
         raise RankError(
-            f"Rank {rank} of {dist.get_world_size()} has lost another rank, which was killed or cannot be reached "
-            f"({first[-120:]}).\n{where}"
+            f"Rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank, which was killed or cannot be "
+            f"reached ({_first_words(error)}).\n{where}"
         ) from error
+
+
+def _first_words(error: BaseException) -> str:
+    """What happened, without where in torch's code and without its advice."""
+    first = str(error).strip().partition("\n")[0].partition(". This ")[0]
+    return re.sub(r"^\[\S+\] ", "", first)[-120:]
