@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from siliang.compare.record import Trial
     from siliang.record import Record
     from siliang.report.gather import Material
+
+
+class RayOption(TyperCommand):
+    """Lets --ray stand alone: what follows it is taken for an address only where it is no option and no settings
+    file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        for i, word in enumerate(args):
+            after = args[i + 1] if i + 1 < len(args) else "-"
+            if word == "--ray" and (after.startswith("-") or after.endswith((".yaml", ".yml")) or Path(after).exists()):
+                given[i] = "--ray=local"
+        return super().parse_args(ctx, given)
 
 
 def compare(
@@ -33,7 +47,16 @@ def compare(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
     output: Annotated[str | None, typer.Option(help="The comparison's folder; one that was begun goes on.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting by name: --set train.epochs=1")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each with its card or its threads.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time on a machine, each with its card or its threads.")
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Share the runs out over a Ray cluster: HOST:PORT or auto; without an address, over a Ray begun here.",
+        ),
+    ] = None,
     lang: Annotated[str, typer.Option(help="The report's language: en or zh.")] = "en",
 ) -> None:
     """Train several methods with several seeds on the same rows, and say which is best: one table, one page.
@@ -52,19 +75,19 @@ def compare(
     from siliang.compare.config import CompareConfig
 
     config = CompareConfig.build(values, source=str(settings or "the flags"))
-    material = run(config, jobs=jobs, language=lang)
+    material = run(config, jobs=jobs, ray=ray, language=lang)
     if not material.records:
         raise typer.Exit(1)
 
 
-def run(config: Any, *, jobs: int, language: str) -> Material:
+def run(config: Any, *, jobs: int, language: str, ray: str | None = None) -> Material:
     """Runs a comparison, shows it as it goes on, prints its table, and writes its page."""
     from siliang.compare.run import compare as run_all
     from siliang.report.gather import gather
     from siliang.report.page import write_page
 
     display = Display()
-    run_all(config, display.listener(), jobs=jobs)
+    run_all(config, display.listener(), jobs=jobs, ray=ray)
     folder = Path(config.run.output)
     material = gather([folder])
     print()
