@@ -87,7 +87,10 @@ def run(config: Any, *, jobs: int, language: str, ray: str | None = None) -> Mat
     from siliang.report.page import write_page
 
     display = Display()
-    run_all(config, display.listener(), jobs=jobs, ray=ray)
+    try:
+        run_all(config, display.listener(), jobs=jobs, ray=ray)
+    finally:
+        display.close()
     folder = Path(config.run.output)
     material = gather([folder])
     print()
@@ -153,17 +156,23 @@ def _fitting(columns: list[Any], rows: list[list[Any]], width: int) -> list[list
 
 
 class Display:
-    """One line for each run: as it goes on, on a terminal, and when it is done."""
+    """A line for each run when it is done; on a terminal, below them, a table of those under way."""
 
     def __init__(self) -> None:
         self._begun: dict[str, tuple[float, str]] = {}
+        self._rows: dict[str, tuple[str, ...]] = {}  # of what is under way
         self._shown = 0.0
+        self._live: Any = None
 
     def listener(self) -> Any:
         """For the comparison."""
         from siliang.compare.run import Listener
 
         return Listener(self.say, self.began, self.progress, self.ended)
+
+    def close(self) -> None:
+        """Leaves the lines alone, and the cursor where it can be seen."""
+        self._clear()
 
     def say(self, line: str) -> None:
         """Prints one line."""
@@ -176,18 +185,22 @@ class Display:
         what = f", {tried}" if tried else ""
         name = f"{trial.method}{what}, seed {trial.seed}"
         self._begun[trial.folder] = (time.perf_counter(), f"{number:>3}/{of}  {name}")
-        self._draw(f"{number:>3}/{of}  {name} ...")
+        self._rows[trial.folder] = (self._begun[trial.folder][1], "...")
+        self._draw()
 
     def progress(self, trial: Trial, progress: dict[str, Any]) -> None:
         """A step is done."""
         from siliang.cli.show import duration
 
-        if time.perf_counter() - self._shown < 0.2:
-            return
-        loss = f"  loss {progress['loss']:.4f}" if progress["loss"] is not None else ""
-        _, name = self._begun[trial.folder]
-        left = duration(progress["eta_s"])
-        self._draw(f"{name}  step {progress['step']:,}/{progress['steps']:,}{loss}  {left} to go")
+        self._rows[trial.folder] = (
+            self._begun[trial.folder][1],
+            f"step {progress['step']:,}/{progress['steps']:,}",
+            f"loss {progress['loss']:.4f}" if progress["loss"] is not None else "",
+            f"{duration(progress['eta_s'])} to go",
+            f"on {progress['node']}" if "node" in progress else "",
+        )
+        if time.perf_counter() - self._shown >= 0.2:
+            self._draw()
 
     def ended(self, trial: Trial, record: Record | None) -> None:
         """A trial is done, or will not be."""
@@ -196,6 +209,7 @@ class Display:
         from siliang.types import TaskType
 
         started, name = self._begun.get(trial.folder, (time.perf_counter(), f"{trial.method}, seed {trial.seed}"))
+        self._rows.pop(trial.folder, None)
         self._clear()
         if record is None:
             print(f"{name}  failed: {trial.error}", flush=True)
@@ -204,15 +218,23 @@ class Display:
         took = duration(time.perf_counter() - started)
         print(f"{name}  {quality} {record.final[quality]:.4f}  {took}", flush=True)
 
-    def _draw(self, line: str) -> None:
-        if sys.stdout.isatty():
-            import shutil
+    def _draw(self) -> None:
+        if not sys.stdout.isatty():
+            return
+        from rich.live import Live
+        from rich.table import Table
 
-            self._shown = time.perf_counter()
-            sys.stdout.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
-            sys.stdout.flush()
+        self._shown = time.perf_counter()
+        grid = Table.grid(padding=(0, 2))
+        for row in self._rows.values():
+            grid.add_row(*row)
+        if self._live is None:
+            self._live = Live(auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+        self._live.update(grid, refresh=True)
 
-    @staticmethod
-    def _clear() -> None:
-        if sys.stdout.isatty():
-            sys.stdout.write("\r\x1b[K")
+    def _clear(self) -> None:
+        """Takes the table away; the next word of a run brings it back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +34,8 @@ from siliang.plan.device import find_target
 from siliang.types import ClusterError, SiliangError
 
 LOCAL = "local"  # in place of an address: a Ray of our own on this machine
-PROBE_S = 20.0  # for a cluster to answer
+PROBE_S = 45.0  # for a cluster to answer
+KNOCK_S = 5.0  # for its machine to
 LOOK_S = 0.2
 SAY_WAITING_S = 15.0
 STORE_BYTES = 2**27  # of a Ray of our own: little goes through its object store
@@ -68,7 +70,7 @@ class Cluster:
             raise ClusterError("--ray needs Ray, which is not installed: pip install 'siliang[cluster]'.")
         if address == LOCAL:
             address = os.environ.get("RAY_ADDRESS") or LOCAL
-        if address != LOCAL:
+        if address != LOCAL and not _is_joined():
             _probe(address)
         self._address, self._jobs, self._logs, self._say, self._apart = address, jobs, logs, say, apart
         self._sign = logs.parent / f".here-{uuid.uuid4().hex}"
@@ -80,9 +82,12 @@ class Cluster:
         self._ours = False
 
     def __enter__(self) -> Self:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray
 
-        self._ours = not ray.is_initialized()
+        worker: Any = import_module("ray._private.worker")
+        worker._worker_logs_enabled = False  # log_to_driver=False leaves a paragraph on every lost worker
+        self._ours = not _is_joined()
         if self._ours:
             _begin(self._address, self._jobs, self._threads)
         self._sign.touch()
@@ -337,15 +342,19 @@ class _Going:
             self._temporary.rename(self.folder)
 
 
+def _is_joined() -> bool:
+    """Whether this process has a Ray already, which is then taken and left as it is."""
+    import ray
+
+    return ray.is_initialized()
+
+
 def _begin(address: str, jobs: int, threads: int) -> None:
     """A Ray of our own, or a place in the cluster; without telemetry, and without a word that is not ours."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns that it will change
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns that this will become the default
     import ray
     import torch
 
-    worker: Any = import_module("ray._private.worker")
-    worker._worker_logs_enabled = False  # `log_to_driver` leaves paragraphs on every lost worker
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         settings |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
@@ -366,7 +375,7 @@ def _probe(address: str) -> None:
     """
     if "://" in address:
         raise ClusterError(
-            f"--ray {address}: a Ray client cannot carry runs. Give HOST:PORT of the cluster's head, on a machine that "
+            f"--ray {address}: siliang does not work through a Ray client. Give HOST:PORT of the cluster's head, on a machine that "
             "`ray start --address HOST:PORT` has made part of it."
         )
     code = (
@@ -375,7 +384,10 @@ def _probe(address: str) -> None:
         "except Exception as error: print(str(error).strip().splitlines()[0]); sys.exit(1)"
     )
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdecimal():  # Ray itself would knock for a minute
+            socket.create_connection((host, int(port)), KNOCK_S).close()
         done = subprocess.run(
             [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=PROBE_S, env=environment
         )
@@ -383,7 +395,9 @@ def _probe(address: str) -> None:
         if done.returncode == 0:
             return
     except subprocess.TimeoutExpired:
-        why = f"nothing answers within {PROBE_S:.0f} s"
+        why = f"what is there has not answered as Ray does within {PROBE_S:.0f} s."
+    except OSError as error:
+        why = f"{error.strerror or error}."
     raise ClusterError(
         f"--ray {address}: no Ray cluster can be joined there: {why}\n"
         "Look at `ray status` on this machine; `--ray` alone begins a Ray here."

@@ -129,10 +129,10 @@ def serve(job: Job) -> Iterator[dict[str, Any]]:
         if not shared and folder.is_dir():
             names.restore(folder)
             yield from _sent(folder)
-        yield last
     finally:
         if not shared:
             shutil.rmtree(folder.parent, ignore_errors=True)
+    yield last  # after which this process may be ended at any time
 
 
 def own_versions() -> dict[str, str]:
