@@ -375,8 +375,8 @@ def _probe(address: str) -> None:
     """
     if "://" in address:
         raise ClusterError(
-            f"--ray {address}: siliang does not work through a Ray client. Give HOST:PORT of the cluster's head, on a machine that "
-            "`ray start --address HOST:PORT` has made part of it."
+            f"--ray {address}: siliang does not work through a Ray client. Give HOST:PORT of the cluster's head, on a "
+            "machine that `ray start --address HOST:PORT` has made part of it."
         )
     code = (
         "import logging, sys, ray\n"
