@@ -165,7 +165,9 @@ def test_the_same_table_though_a_worker_is_killed(
     assert "raylet" not in "".join(capfd.readouterr())  # Ray's own words
 
 
-def test_machines_with_disks_of_their_own(alone: tuple[CompareConfig, Path], tmp_path: Path) -> None:
+def test_machines_with_disks_of_their_own(
+    alone: tuple[CompareConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A machine of a cluster sees nothing of the user's folder: a real one, joined by its address, in a namespace where
     that folder is empty."""
     hides = ["unshare", "--mount", "--map-root-user"]
@@ -173,10 +175,12 @@ def test_machines_with_disks_of_their_own(alone: tuple[CompareConfig, Path], tmp
         pytest.skip("needs unshare, and the right to use it")
     config, folder = alone
     port, cache = free_port(), tmp_path / "cache"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # as a cluster asks for one
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     ray = Path(sys.executable).with_name("ray")
     start = f"{ray} start --head --port {port} --num-cpus 2 --include-dashboard false --disable-usage-stats --block"
     command = [*hides, "sh", "-c", f"mount -t tmpfs none {folder} && exec {start}"]
-    environment = os.environ | {"SILIANG_CACHE": str(cache), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | {"SILIANG_CACHE": str(cache), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
     with (tmp_path / "ray.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:

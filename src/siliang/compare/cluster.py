@@ -70,8 +70,10 @@ class Cluster:
             raise ClusterError("--ray needs Ray, which is not installed: pip install 'siliang[cluster]'.")
         if address == LOCAL:
             address = os.environ.get("RAY_ADDRESS") or LOCAL
-        if address != LOCAL and not _is_joined():
-            _probe(address)
+        if address != LOCAL:
+            _take_token()
+            if not _is_joined():
+                _probe(address)
         self._address, self._jobs, self._logs, self._say, self._apart = address, jobs, logs, say, apart
         self._sign = logs.parent / f".here-{uuid.uuid4().hex}"
         self._threads = threads_each(jobs)
@@ -342,6 +344,13 @@ class _Going:
             self._temporary.rename(self.folder)
 
 
+def _take_token() -> None:
+    """Has Ray show the token that this user has. It does so by itself for the address `auto` alone."""
+    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if named or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # to a cluster without tokens it makes no difference
+
+
 def _is_joined() -> bool:
     """Whether this process has a Ray already, which is then taken and left as it is."""
     import ray
@@ -394,6 +403,8 @@ def _probe(address: str) -> None:
         why = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"it ended with code {done.returncode}"
         if done.returncode == 0:
             return
+        if "InvalidAuthToken" in done.stderr:
+            why = "it asks for its token: copy ~/.ray/auth_token from the cluster's head to this machine."
     except subprocess.TimeoutExpired:
         why = f"what is there has not answered as Ray does within {PROBE_S:.0f} s."
     except OSError as error:
