@@ -36,6 +36,7 @@ from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.report.table import table
 from siliang.report.words import words
+from siliang.train.run import train
 
 pytestmark = [
     pytest.mark.slow,  # a Ray takes six seconds to begin, and each worker imports torch anew
@@ -187,16 +188,24 @@ def test_machines_with_disks_of_their_own(
         until = time.monotonic() + 60
         while "To terminate" not in (tmp_path / "ray.log").read_text() and time.monotonic() < until:
             time.sleep(0.2)
-        said: list[str] = []
         out = folder / "apart"
-        compare(with_output(config, out), Listener(say=said.append), jobs=1, ray=f"127.0.0.1:{port}")
+        file = tmp_path / "compare.yaml"
+        file.write_text(with_output(config, out).to_yaml())
+        # a process of its own: in this one Ray has already looked whether there is a token
+        done = subprocess.run(
+            [sys.executable, "-m", "siliang", "compare", str(file), "--jobs", "1", "--ray", f"127.0.0.1:{port}"],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
     finally:
         begun = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         for one in begun:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait(30)
-    assert sum(line.startswith("files ") for line in said) == 2  # the model and the data, once each
+    assert sum(line.startswith("files ") for line in (done.stdout + done.stderr).splitlines()) == 2  # the model and the data, once each
     assert shown(out) == shown(folder / "alone")
     same_runs(folder / "alone", out)
     for file in out.rglob("*.*"):
@@ -219,7 +228,9 @@ def test_stopped_far_away_it_goes_on_from_there(
     values = yaml.safe_load((folder / "alone" / "runs" / "lora" / "seed-42" / "run.yaml").read_text())
     values |= {"model": "./model", "output": str(tmp_path / "run")}
     values["data"]["train"] = "review*.jsonl"
+    values["train"] |= {"max_steps": 600, "log_every": 10, "save_every": 50}  # not over before it is stopped
     run = RunConfig.build(values)
+    train(RunConfig.build(values | {"output": str(tmp_path / "whole")}))
     request = {"kind": "train", "config": run.model_dump(mode="json"), "prompts": [], "max_new_tokens": 4}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
@@ -242,7 +253,7 @@ def test_stopped_far_away_it_goes_on_from_there(
     finally:
         ray.shutdown()
     assert end == "done" and lost == 1 and min(steps) > 20
-    whole, cut = Record.read(folder / "alone" / "runs" / "lora" / "seed-42"), Record.read(tmp_path / "run")
+    whole, cut = Record.read(tmp_path / "whole"), Record.read(tmp_path / "run")
     assert cut.final == whole.final and [s.loss for s in cut.steps] == [s.loss for s in whole.steps]
     assert cut.config == request["config"]
     assert (cut.model_sha256, cut.data_sha256) == (whole.model_sha256, whole.data_sha256)
