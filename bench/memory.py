@@ -2,15 +2,19 @@
 
 python -m bench.memory            the table of docs/memory.md: every method, model, layout and format
 python -m bench.memory --only llama lora
+python -m bench.memory --ranks 2  the same on each of two processes among which the weights are dealt out
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -18,15 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 from siliang.config import QuantizationConfig, RunConfig
+from siliang.distributed.sharding import all_ranks, apart, average_gradients, is_sharded, paper_ranks, shard
 from siliang.engine.step import Engine
 from siliang.hardware import Choice, find_device
 from siliang.methods import METHODS, find_method
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.load import AUTO_CLASSES, load_model
+from siliang.peft_model import PeftModel
 from siliang.plan import Sketch
 from siliang.plan.device import Device
 from siliang.plan.rows import made_up_row
@@ -94,6 +103,7 @@ class Case:
     checkpointing: bool
     packing: bool
     kind: str
+    ranks: int = 1
 
     def __str__(self) -> str:
         layout, kept = "packed" if self.packing else "padded", "recomputed" if self.checkpointing else "kept"
@@ -116,6 +126,7 @@ class Case:
                 "method": {"name": self.method} | ({"num_virtual_tokens": 20} if self.method in PROMPTS else {}),
                 "data": {"train": "-"},
                 "train": {"packing": self.packing, "batch_size": len(LENGTHS), "memory_budget": None},
+                "distributed": {"strategy": "fsdp"},
                 "output": "-",
             }
         )
@@ -125,12 +136,12 @@ class Case:
         return [made_up_row(self.config(), n) for n in LENGTHS]
 
 
-def cases() -> Iterator[Case]:
+def cases(ranks: int = 1) -> Iterator[Case]:
     """Every combination that there is."""
     for model, method, checkpointing, packing, kind in product(MODELS, METHODS, (False, True), (True, False), FORMATS):
         if kind == "nf4" and method == "full":
             continue
-        yield Case(model, method, checkpointing, packing, kind)
+        yield Case(model, method, checkpointing, packing, kind, ranks)
 
 
 def predict(case: Case) -> int:
@@ -138,17 +149,36 @@ def predict(case: Case) -> int:
     device = Device("cpu", None, "unknown", case.precision, 0, 0, here=True)
     config = MODELS[case.model][1]()
     config.num_labels = 2
-    sketch = Sketch(case.config(), config, device, quantization=case.quantization)
-    batches = sketch.batches(case.rows())
-    return sketch.measure(batches, recomputed=sketch.layers if case.checkpointing else 0).peaks["train"].nbytes
+    with paper_ranks(case.ranks) as mesh:
+        sketch = Sketch(case.config(), config, device, quantization=case.quantization, mesh=mesh)
+        batches = sketch.batches(case.rows())
+        return sketch.measure(batches, recomputed=sketch.layers if case.checkpointing else 0).peaks["train"].nbytes
 
 
 def measure(case: Case, folder: Path) -> int:
-    """Bytes of tensors at the peak of a real second step, as torch's allocator reports them."""
+    """Bytes of tensors at the peak of a real second step, as torch's allocator reports them; of several ranks, those of
+    the one that has most. Every rank has all of the rows."""
     task, make = MODELS[case.model]
     saved = folder / case.model
     if not saved.is_dir():
         AUTO_CLASSES[task].from_config(make()).save_pretrained(saved)
+    if case.ranks == 1:
+        return _measure(case, saved, None)
+    meeting = folder / uuid.uuid4().hex
+    with ProcessPoolExecutor(case.ranks, multiprocessing.get_context("spawn")) as pool:
+        return max(pool.map(partial(_measure_rank, case, saved, meeting), range(case.ranks)))
+
+
+def _measure_rank(case: Case, saved: Path, meeting: Path, rank: int) -> int:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=case.ranks)
+    try:
+        return _measure(case, saved, all_ranks(find_device()))
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
+    task = MODELS[case.model][0]
     config, method = case.config(), find_method(case.method)
     labels = ["a", "b"] if task is TaskType.SEQ_CLS else None
     model = load_model(
@@ -157,12 +187,16 @@ def measure(case: Case, folder: Path) -> int:
         dtype=weight_dtype(method, case.precision),
         labels=labels,
         quantization=case.quantization,
+        to_be_dealt=True,
         device=find_device(),
     )
     model, _, _ = attach(model, method, config, case.precision)
+    if mesh is not None:
+        shard(model, mesh, find_device(), trained_too=not isinstance(model, PeftModel))
     engine = Engine(model, task, packing=case.packing, checkpointing=case.checkpointing)
+    apart(model)
     gc.collect()
-    standing = sum(t.untyped_storage().nbytes() for t in _held(model))
+    standing = sum(_bytes(t) for t in _held(model))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     model.train()
@@ -173,13 +207,15 @@ def measure(case: Case, folder: Path) -> int:
 
     def step() -> None:
         engine.run(model, batches, weight, autocast=autocast)
+        if is_sharded(model):
+            average_gradients(model)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     step()
     gc.collect()
-    standing += sum(x.nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
+    standing += sum(_bytes(x) for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
     standing += sum(x.nbytes for batch in batches for x in (*batch.inputs.values(), *_some(batch.targets)))
     with allocations() as found:
         step()
@@ -212,6 +248,10 @@ class allocations:  # noqa: N801 - a context, written as one
             self.found.peak_bytes = max(self.found.peak_bytes, live)
 
 
+def _bytes(x: torch.Tensor) -> int:
+    return (x.to_local() if isinstance(x, DTensor) else x).untyped_storage().nbytes()
+
+
 def _some(x: torch.Tensor | None) -> list[torch.Tensor]:
     return [] if x is None else [x]
 
@@ -219,7 +259,7 @@ def _some(x: torch.Tensor | None) -> list[torch.Tensor]:
 def _held(model: torch.nn.Module) -> list[torch.Tensor]:
     from siliang.plan.paper import held_tensors
 
-    unique = {t.untyped_storage().data_ptr(): t for t in held_tensors(model)}
+    unique = {(t.to_local() if isinstance(t, DTensor) else t).data_ptr(): t for t in held_tensors(model)}
     return list(unique.values())
 
 
@@ -237,10 +277,11 @@ def main() -> int:
     """Prints the table; returns 1 where a prediction is off by more than 2%."""
     parser = argparse.ArgumentParser("python -m bench.memory", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], help="words that a case must have")
+    parser.add_argument("--ranks", type=int, default=1, help="processes among which the weights are dealt out")
     options = parser.parse_args()
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases():
+        for case in cases(options.ranks):
             if not all(word in str(case).split() for word in options.only):
                 continue
             try:

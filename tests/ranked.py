@@ -15,12 +15,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from faults.runs import Child, Ending, Place
-from siliang.config import RunConfig
+from siliang.config import QuantizationConfig, RunConfig
 from siliang.record import Record
 from siliang.train.run import Planner
 
 ARGUMENTS = {
     "lora": {"r": 4},
+    "qlora": {"r": 4},
     "bitfit": {},
     "prefix_tuning": {"num_virtual_tokens": 4},
     "full": {},
@@ -69,8 +70,12 @@ def changed(config: RunConfig, folder: Path, strategy: str = "ddp") -> RunConfig
 
 
 def configured(place: Place, folder: Path, method: str = "lora", **train: Any) -> RunConfig:
-    config = place.config(folder, method, **({"max_steps": 20, "log_every": 1, "eval_every": 10} | train))
-    return config.model_copy(update={"method": type(config.method)(name=method, **ARGUMENTS[method])})
+    """A method by name; qlora is LoRA on a base in 4 bits."""
+    name = "lora" if method == "qlora" else method
+    config = place.config(folder, name, **({"max_steps": 20, "log_every": 1, "eval_every": 10} | train))
+    bits = QuantizationConfig(compute_dtype="fp32") if method == "qlora" else None
+    changes = {"method": type(config.method)(name=name, **ARGUMENTS[method]), "quantization": bits}
+    return config.model_copy(update=changes)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from siliang.distributed.zero_settings import zero_settings
 from siliang.memory.size import parse_bytes, parse_duration
 from siliang.safe_yaml import YamlError, parse_yaml
 from siliang.types import ConfigError, TaskType, nearest
@@ -314,81 +314,6 @@ class QuantizationConfig(Section):
     """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
 
 
-# Of DeepSpeed's configuration, what siliang can go along with ...
-DEEPSPEED_KEYS = (
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "bf16",
-    "fp16",
-    "optimizer",
-    "scheduler",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "aio",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "dump_state",
-    "comms_logger",
-)
-# ... and what its own settings say
-SAID_BY: dict[str, str] = {
-    "train_batch_size": "train.batch_size and train.gradient_accumulation",
-    "train_micro_batch_size_per_gpu": "train.batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation",
-    "gradient_clipping": "train.max_grad_norm",
-}
-
-
-def _deepspeed(value: Any) -> Any:
-    """A mapping, or the one in the .json file of that name, with nothing in it that would contradict the run."""
-    where = "distributed.deepspeed"
-    if isinstance(value, str):
-        where, value = f"{where} = {value}", _read_json(Path(value))
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: must be a mapping, or the name of a .json file that holds one.")
-    for key, inner in value.items():
-        if key in SAID_BY:
-            if inner != "auto":
-                raise ConfigError(f'{where}: {key} = {inner!r}: {SAID_BY[key]} says that. Leave it out, or "auto".')
-        elif key not in DEEPSPEED_KEYS:
-            allowed = ", ".join((*DEEPSPEED_KEYS, *SAID_BY))
-            raise ConfigError(
-                f"{where}: {key} is not supported.{nearest(str(key), DEEPSPEED_KEYS)} Allowed: {allowed}."
-            )
-        elif key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler") and not isinstance(inner, dict):
-            raise ConfigError(f"{where}: {key} must be a mapping.")
-    for key in ("bf16", "fp16"):
-        if (said := value.get(key, {}).get("enabled", "auto")) != "auto":
-            raise ConfigError(f'{where}: {key}.enabled = {said!r}: train.precision says that. Set it to "auto".')
-    for key, instead in (("optimizer", "train.learning_rate, weight_decay"), ("scheduler", "train.schedule")):
-        fixed = [name for name, said in value.get(key, {}).get("params", {}).items() if said != "auto"]
-        kind = value.get(key, {}).get("type", "AdamW")
-        if fixed or (key == "optimizer" and kind not in ("Adam", "AdamW")):
-            raise ConfigError(
-                f"{where}: {key} is siliang's own ({instead}): AdamW, with the schedule of every run. Leave it out, or "
-                'all of its params "auto".'
-            )
-    stage = value.get("zero_optimization", {}).get("stage", 2)
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"{where}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3.")
-    return value
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > 2**20:
-            raise ConfigError(f"distributed.deepspeed = {path}: larger than any configuration.")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"distributed.deepspeed = {path}: not readable as JSON: {error}.") from None
-
-
 class DistributedConfig(Section):
     """How several devices share a training."""
 
@@ -398,7 +323,7 @@ class DistributedConfig(Section):
     zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
     """Of deepspeed. 1: the optimiser's state is dealt out. 2: gradients, too. 3: weights, too. None: what `deepspeed`
     says, otherwise 2."""
-    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_deepspeed)] = None
+    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(zero_settings)] = None
     """DeepSpeed's own configuration, a mapping or the name of a .json file, as TrainingArguments(deepspeed=...) takes
     it. What siliang's settings say (batches, clipping, precision, learning rate) is left out or "auto" there."""
 
@@ -492,6 +417,10 @@ class RunConfig(Section):
             raise ConfigError(f"{source}: {_explain(error)}") from None
         except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
             raise ConfigError(f"{source}: a value is of the wrong kind: {error}.") from None
+
+    def with_strategy(self, strategy: str) -> RunConfig:
+        """The same run, by several devices that share its model so."""
+        return self.model_copy(update={"distributed": self.distributed.model_copy(update={"strategy": strategy})})
 
     def to_yaml(self) -> str:
         """The whole config, defaults included, as run.yaml holds it."""

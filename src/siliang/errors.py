@@ -209,6 +209,24 @@ CATALOGUE: dict[str, Entry] = {
             "若反复发生，请检查那台机器的内存和网络。使用 `torchrun --max-restarts 3` 可自动恢复。",
         ),
     ),
+    "SLE13": Entry(
+        Page(
+            "the cluster cannot be used",
+            "`--ray` needs the package ray; with an address, a Ray cluster there that this machine is part of, with "
+            "the same siliang on all machines.",
+            "`pip install 'siliang[cluster]'` on every machine; `ray start --head` on one and `ray start --address "
+            "HOST:6379` on the others, this one included. `--ray` without an address starts a Ray here, and `--jobs N` "
+            "uses processes of this machine.",
+        ),
+        Page(
+            "集群无法使用",
+            "`--ray` 需要安装 ray；给出地址时，该地址须有正在运行的 Ray 集群，本机须已加入其中，"
+            "且各台机器上的 siliang 版本相同。",
+            "在每台机器上运行 `pip install 'siliang[cluster]'`；在一台机器上运行 `ray start --head`，"
+            "其余机器（包括本机）运行 `ray start --address HOST:6379`。不带地址的 `--ray` 在本机启动 Ray；"
+            "`--jobs N` 则使用本机的进程。",
+        ),
+    ),
 }
 
 

@@ -127,6 +127,7 @@ def load_base(
         remote_code=config.remote_code,
         seed=config.train.seed,
         quantization=config.quantization if quantised else None,
+        to_be_dealt=config.distributed.strategy == "fsdp",
         device=device,
     )
     if config.data.add_tokens:

@@ -117,6 +117,12 @@ class RankError(SiliangError, RuntimeError):
     code = "SLE12"
 
 
+class ClusterError(SiliangError, RuntimeError):
+    """Ray is not installed, or its cluster cannot be used."""
+
+    code = "SLE13"
+
+
 def nearest(word: str, words: Iterable[str], n: int = 3) -> str:
     """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing where none does."""
     names = difflib.get_close_matches(word, sorted(set(words)), n=n, cutoff=0.5)

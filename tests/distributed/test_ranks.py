@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from ranked import ARGUMENTS, assert_same, changed, configured, start, train_on
 
 from faults.runs import Place, make_place, run
-from siliang.config import RunConfig
+from siliang.distributed.sharding import paper_ranks
+from siliang.plan import find_target, plan
+from siliang.plan.before import Planner
 from siliang.record import Record
 from siliang.train.order import Order, Share, shares
 from siliang.train.saving import checkpoints, read_state
 from siliang.train.trainer import SiliangTrainer
-from siliang.types import PlanError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
 
@@ -104,17 +106,24 @@ def test_a_rank_without_a_row_gets_one_that_does_not_count() -> None:
 
 
 def test_what_is_too_large_for_one_is_dealt_out(still_place: Place, tmp_path: Path) -> None:
-    """The plan refuses it on one device; on two, auto takes FSDP, and says so."""
-
-    def refuses(config: RunConfig, subject: Any, say: Any) -> Any:
-        raise PlanError("too large")
-
-    config = configured(still_place, tmp_path / "run", max_steps=2)
-    assert run(config, planner=refuses).code == 2
-    endings = [child.end() for child in start(changed(config, tmp_path / "run", "auto"), 2, planner=refuses)]
+    """Between what a whole model takes and what a share does: one device is too small, on two auto takes FSDP."""
+    config = configured(still_place, tmp_path / "run", "full", max_steps=2)
+    target = replace(find_target(config), beside_bytes=0, work_bytes=0)
+    with paper_ranks(2) as mesh:
+        whole, share = (
+            plan(config.with_strategy(strategy), target, mesh=mesh, timed=False).methods[0].peak_bytes
+            for strategy in ("ddp", "fsdp")
+        )
+    assert share < whole
+    planner = Planner(replace(target, memory_bytes=(share + whole) // 2, memory_source="as asked"))
+    alone = config.model_copy(update={"train": config.train.model_copy(update={"memory_budget": None})})
+    assert run(alone, planner=planner).code == 2
+    endings = [child.end() for child in start(changed(alone, tmp_path / "run", "auto"), 2, planner=planner)]
     assert [e.code for e in endings] == [0, 0], endings[0].said
-    assert "fsdp deals the weights out" in endings[0].said
-    assert Record.read(tmp_path / "run").config["distributed"]["strategy"] == "fsdp"
+    assert "on each device, weights dealt out (fsdp)" in endings[0].said
+    record = Record.read(tmp_path / "run")
+    assert record.config["distributed"]["strategy"] == "fsdp"
+    assert record.memory.predicted_bytes == share
 
 
 def test_only_what_is_trained_is_sent(still_place: Place, tmp_path: Path) -> None:

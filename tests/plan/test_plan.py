@@ -204,7 +204,7 @@ def test_the_estimate_names_the_layers_that_a_search_finds() -> None:
     measured = sketch.measure(sketch.batches(rows))
     least = sketch.measure(sketch.batches(rows), recomputed=sketch.layers).peaks["train"].nbytes
     room = Room((measured.peaks["train"].nbytes + least) // 2)
-    found, said = room.fewest_recomputed(sketch, rows, config.train.batch_size), room.estimate(measured)
+    found, said = room.fewest_recomputed(sketch, sketch.batches(rows, config.train.batch_size)), room.estimate(measured)
     assert found is not None and said is not None
     assert 0 <= found[0] - said[0] <= 1
     assert said[1].nbytes == pytest.approx(found[1].nbytes, rel=0.1)

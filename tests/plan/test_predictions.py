@@ -24,6 +24,9 @@ SAMPLE = [
     Case("t5", "ln_tuning", True, False, "fp32"),
     Case("chatglm", "p_tuning", False, True, "nf4"),
     Case("chatglm", "prompt_tuning", True, False, "fp32"),
+    Case("llama", "lora", True, True, "fp32", ranks=2),
+    Case("bert", "full", False, True, "fp32", ranks=2),
+    Case("bloom", "lora", False, True, "nf4", ranks=2),
 ]
 
 

@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from siliang.compare.record import Trial
     from siliang.record import Record
     from siliang.report.gather import Material
+
+
+class RayOption(TyperCommand):
+    """Lets --ray stand alone: what follows it is taken for an address only where it is no option and no settings
+    file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        for i, word in enumerate(args):
+            after = args[i + 1] if i + 1 < len(args) else "-"
+            if word == "--ray" and (after.startswith("-") or after.endswith((".yaml", ".yml")) or Path(after).exists()):
+                given[i] = "--ray=local"
+        return super().parse_args(ctx, given)
 
 
 def compare(
@@ -33,7 +47,16 @@ def compare(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
     output: Annotated[str | None, typer.Option(help="The comparison's folder; one that was begun goes on.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting by name: --set train.epochs=1")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each with its card or its threads.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time on a machine, each with its card or its threads.")
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Share the runs out over a Ray cluster: HOST:PORT or auto; without an address, over a Ray begun here.",
+        ),
+    ] = None,
     lang: Annotated[str, typer.Option(help="The report's language: en or zh.")] = "en",
 ) -> None:
     """Train several methods with several seeds on the same rows, and say which is best: one table, one page.
@@ -52,19 +75,22 @@ def compare(
     from siliang.compare.config import CompareConfig
 
     config = CompareConfig.build(values, source=str(settings or "the flags"))
-    material = run(config, jobs=jobs, language=lang)
+    material = run(config, jobs=jobs, ray=ray, language=lang)
     if not material.records:
         raise typer.Exit(1)
 
 
-def run(config: Any, *, jobs: int, language: str) -> Material:
+def run(config: Any, *, jobs: int, language: str, ray: str | None = None) -> Material:
     """Runs a comparison, shows it as it goes on, prints its table, and writes its page."""
     from siliang.compare.run import compare as run_all
     from siliang.report.gather import gather
     from siliang.report.page import write_page
 
     display = Display()
-    run_all(config, display.listener(), jobs=jobs)
+    try:
+        run_all(config, display.listener(), jobs=jobs, ray=ray)
+    finally:
+        display.close()
     folder = Path(config.run.output)
     material = gather([folder])
     print()
@@ -130,17 +156,23 @@ def _fitting(columns: list[Any], rows: list[list[Any]], width: int) -> list[list
 
 
 class Display:
-    """One line for each run: as it goes on, on a terminal, and when it is done."""
+    """A line for each run when it is done; on a terminal, below them, a table of those under way."""
 
     def __init__(self) -> None:
         self._begun: dict[str, tuple[float, str]] = {}
+        self._rows: dict[str, tuple[str, ...]] = {}  # of what is under way
         self._shown = 0.0
+        self._live: Any = None
 
     def listener(self) -> Any:
         """For the comparison."""
         from siliang.compare.run import Listener
 
         return Listener(self.say, self.began, self.progress, self.ended)
+
+    def close(self) -> None:
+        """Leaves the lines alone, and the cursor where it can be seen."""
+        self._clear()
 
     def say(self, line: str) -> None:
         """Prints one line."""
@@ -153,18 +185,22 @@ class Display:
         what = f", {tried}" if tried else ""
         name = f"{trial.method}{what}, seed {trial.seed}"
         self._begun[trial.folder] = (time.perf_counter(), f"{number:>3}/{of}  {name}")
-        self._draw(f"{number:>3}/{of}  {name} ...")
+        self._rows[trial.folder] = (self._begun[trial.folder][1], "...")
+        self._draw()
 
     def progress(self, trial: Trial, progress: dict[str, Any]) -> None:
         """A step is done."""
         from siliang.cli.show import duration
 
-        if time.perf_counter() - self._shown < 0.2:
-            return
-        loss = f"  loss {progress['loss']:.4f}" if progress["loss"] is not None else ""
-        _, name = self._begun[trial.folder]
-        left = duration(progress["eta_s"])
-        self._draw(f"{name}  step {progress['step']:,}/{progress['steps']:,}{loss}  {left} to go")
+        self._rows[trial.folder] = (
+            self._begun[trial.folder][1],
+            f"step {progress['step']:,}/{progress['steps']:,}",
+            f"loss {progress['loss']:.4f}" if progress["loss"] is not None else "",
+            f"{duration(progress['eta_s'])} to go",
+            f"on {progress['node']}" if "node" in progress else "",
+        )
+        if time.perf_counter() - self._shown >= 0.2:
+            self._draw()
 
     def ended(self, trial: Trial, record: Record | None) -> None:
         """A trial is done, or will not be."""
@@ -173,6 +209,7 @@ class Display:
         from siliang.types import TaskType
 
         started, name = self._begun.get(trial.folder, (time.perf_counter(), f"{trial.method}, seed {trial.seed}"))
+        self._rows.pop(trial.folder, None)
         self._clear()
         if record is None:
             print(f"{name}  failed: {trial.error}", flush=True)
@@ -181,15 +218,23 @@ class Display:
         took = duration(time.perf_counter() - started)
         print(f"{name}  {quality} {record.final[quality]:.4f}  {took}", flush=True)
 
-    def _draw(self, line: str) -> None:
-        if sys.stdout.isatty():
-            import shutil
+    def _draw(self) -> None:
+        if not sys.stdout.isatty():
+            return
+        from rich.live import Live
+        from rich.table import Table
 
-            self._shown = time.perf_counter()
-            sys.stdout.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
-            sys.stdout.flush()
+        self._shown = time.perf_counter()
+        grid = Table.grid(padding=(0, 2))
+        for row in self._rows.values():
+            grid.add_row(*row)
+        if self._live is None:
+            self._live = Live(auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+        self._live.update(grid, refresh=True)
 
-    @staticmethod
-    def _clear() -> None:
-        if sys.stdout.isatty():
-            sys.stdout.write("\r\x1b[K")
+    def _clear(self) -> None:
+        """Takes the table away; the next word of a run brings it back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

@@ -38,6 +38,12 @@ def plan(
     method: Annotated[str | None, typer.Option(help="A method, several with commas, or all.")] = None,
     memory: Annotated[str | None, typer.Option(help="What there is: 8GB. Without it, what is free here.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, which need not be here.")] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Of how many devices; the plan is of each, and --memory is what each has.")
+    ] = 1,
+    strategy: Annotated[
+        str | None, typer.Option(help="How they share the model: ddp, fsdp, or auto (distributed.strategy).")
+    ] = None,
     flops: Annotated[
         float | None, typer.Option(help="What the device computes in a second, such as 65e12, for the times.")
     ] = None,
@@ -83,9 +89,13 @@ def plan(
         if isinstance(section, dict):
             section["train"] = NO_DATA
     values.setdefault("output", "siliang-run")
+    if strategy is not None:
+        values["distributed"] = {"strategy": strategy}
     quiet_loading()
+    from siliang.distributed.sharding import paper_ranks
     from siliang.plan import find_target, model_config
     from siliang.plan import plan as make
+    from siliang.plan.device import shared_by
     from siliang.plan.shapes import SHAPES, task_of
 
     base_config = None
@@ -100,9 +110,17 @@ def plan(
             "or leave the data away and say data.max_length."
         )
     target = find_target(config, device, memory_bytes=memory_bytes, flops=flops)
-    record = make(
-        config, target, methods=names, with_data=with_data, base_config=base_config, usual=usual, say=_Say(not json)
-    )
+    with paper_ranks(devices) as mesh:
+        record = make(
+            config,
+            shared_by(target, devices),
+            methods=names,
+            with_data=with_data,
+            base_config=base_config,
+            usual=usual,
+            mesh=mesh,
+            say=_Say(not json),
+        )
     if json:
         print(record.model_dump_json(indent=1))
     else:
@@ -150,6 +168,8 @@ def show(record: PlanRecord) -> None:
     table.add_column("", no_wrap=True)
     if record.memory_bytes is not None:
         table.add_column("fits", no_wrap=True)
+    if record.devices > 1:
+        table.add_column("shared by", no_wrap=True)
     if timed:
         table.add_column("an epoch" if record.tokens_per_epoch else "tokens/s", justify="right", no_wrap=True)
     widest = max([m.peak_bytes for m in planned] + [1])
@@ -166,6 +186,8 @@ def show(record: PlanRecord) -> None:
         cells.append(_bar(m, widest))
         if record.memory_bytes is not None:
             cells.append(_fits(m))
+        if record.devices > 1:
+            cells.append(m.strategy)
         if timed and m.tokens_per_s:
             cells.append(duration(m.epoch_s) if m.epoch_s else f"{m.tokens_per_s:,.3g}")
         table.add_row(*cells)
@@ -192,7 +214,8 @@ def headline(record: PlanRecord) -> list[str]:
     )
     lines = [
         f"model      {record.model}, {record.task}, {record.precision}{base}",
-        f"device     {record.device}, {there}",
+        f"device     {record.device}, {there}"
+        + (f"; {record.devices} of them, of each of which this is the plan" if record.devices > 1 else ""),
         f"batch      {record.batch_rows} rows, {record.batch_tokens:,} tokens ({source})",
     ]
     if record.rate:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
 from siliang.config import RunConfig
+from siliang.memory.free import free_memory
 from siliang.peft_model import PeftModel
 from siliang.run_folder import load_base
 from siliang.types import TaskType
@@ -80,17 +78,6 @@ def bits(model: nn.Module) -> dict[str, int]:
 def _sum(tensor: torch.Tensor) -> int:
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64)) if tensor.numel() else 0
-
-
-def free_memory() -> None:
-    """Gives what is not used back to the machine, so that the next run's memory is its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-        if trim is not None:
-            trim(0)
 
 
 def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[Any, ...]:

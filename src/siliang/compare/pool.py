@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +26,8 @@ class Event:
     """Something that a worker said of a request.
 
     Attributes:
-        kind: began, say, progress, done, failed, or died, where the process is gone.
+        kind: began, say, progress, lost, where the process is gone and the request is done again (only on a cluster),
+            done, failed, or died, where the process is gone for good.
         number: Of the request, in the order in which they were given.
         message: The worker's own words.
     """
@@ -44,7 +46,7 @@ class Pool:
     """
 
     def __init__(self, jobs: int, logs: Path) -> None:
-        self._workers = [_Worker(i, jobs, logs) for i in range(jobs)]
+        self._workers = [Worker(logs / f"worker-{i + 1}.log", partial(_share, i, jobs)) for i in range(jobs)]
 
     def __enter__(self) -> Self:
         return self
@@ -67,7 +69,7 @@ class Pool:
         left = len(waiting)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-        def serve(worker: _Worker) -> None:
+        def serve(worker: Worker) -> None:
             while True:
                 try:
                     number, request = waiting.popleft()  # atomic
@@ -84,9 +86,17 @@ class Pool:
             yield event
 
 
-class _Worker:
-    def __init__(self, number: int, of: int, logs: Path) -> None:
-        self._number, self._of, self._logs = number, of, logs
+class Worker:
+    """One process; it begins with the first request.
+
+    Args:
+        log: For what its libraries print.
+        environment: What it has beside this process's variables.
+        folder: Where it works; None for where this process does.
+    """
+
+    def __init__(self, log: Path, environment: Callable[[], dict[str, str]], folder: Path | None = None) -> None:
+        self._log, self._environment, self._folder = log, environment, folder
         self._process: subprocess.Popen[str] | None = None
         self._closed = False
         self._idle = threading.Event()
@@ -135,10 +145,6 @@ class _Worker:
         self._process.wait()
         self._close_pipes()
 
-    @property
-    def _log(self) -> Path:
-        return self._logs / f"worker-{self._number + 1}.log"
-
     def _close_pipes(self) -> None:
         if self._process is not None:
             for stream in (self._process.stdin, self._process.stdout):
@@ -148,7 +154,7 @@ class _Worker:
 
     def _start(self) -> None:
         self._close_pipes()
-        self._logs.mkdir(parents=True, exist_ok=True)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "siliang.compare.worker"],
@@ -158,20 +164,27 @@ class _Worker:
                 text=True,
                 encoding="utf-8",
                 env=os.environ | self._environment(),
+                cwd=self._folder,
                 start_new_session=True,  # Ctrl-C is for the process that asks
             )
 
-    def _environment(self) -> dict[str, str]:
-        """This worker's card, or its share of the processor."""
-        import torch
 
-        if cards := torch.cuda.device_count():
-            named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            visible = named.split(",") if named else [str(i) for i in range(cards)]
-            return {"CUDA_VISIBLE_DEVICES": visible[self._number % len(visible)]}
-        if self._of == 1:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self._of))}
+def _share(number: int, of: int) -> dict[str, str]:
+    """A worker's card, or its share of the processor."""
+    import torch
+
+    if cards := torch.cuda.device_count():
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        visible = named.split(",") if named else [str(i) for i in range(cards)]
+        return {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)]}
+    return {} if of == 1 else {"OMP_NUM_THREADS": str(threads_each(of))}
+
+
+def threads_each(jobs: int) -> int:
+    """The threads of each of so many runs that share this machine."""
+    import torch
+
+    return max(1, torch.get_num_threads() // jobs)
 
 
 def _why_gone(code: int, log: Path) -> str:

@@ -10,27 +10,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from siliang.check import find, look_at, stop_on_errors
 from siliang.compare.config import CompareConfig
 from siliang.compare.pool import Event, Pool
 from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison, Trial
-from siliang.compare.trials import TIMED_STEPS, run_config, search_trials, test_trials
+from siliang.compare.trials import MOST_ATTEMPTS, TIMED_STEPS, goes_on, run_config, search_trials, test_trials
 from siliang.compare.verdict import QUALITY, learned_nothing
 from siliang.config import RunConfig
 from siliang.hardware import machine
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
-from siliang.train.saving import checkpoints
 from siliang.types import ConfigError, InterruptedRunError, OutputError, TaskType
+
+if TYPE_CHECKING:
+    from siliang.compare.cluster import Cluster
 
 CONFIG_NAME = "compare.yaml"
 BASE = "base"  # folder of what the untuned model says
 WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 MAY_DIFFER = ("methods", "seeds", "search", "output")  # in a comparison that goes on
 METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings that are one method's, and no reason to stop the others
-MOST_ATTEMPTS = 3  # of a trial that takes its process, or the whole comparison, down with it
 
 
 @dataclass
@@ -50,7 +51,9 @@ class Listener:
     ended: Callable[[Trial, Record | None], None] = lambda trial, record: None
 
 
-def compare(config: CompareConfig, listener: Listener | None = None, *, jobs: int = 1) -> Comparison:
+def compare(
+    config: CompareConfig, listener: Listener | None = None, *, jobs: int = 1, ray: str | None = None
+) -> Comparison:
     """Runs every method with every seed, in worker processes, and leaves a folder of records.
 
     Where the output folder holds this comparison already, it goes on: a run that is complete is not run again, one
@@ -58,33 +61,36 @@ def compare(config: CompareConfig, listener: Listener | None = None, *, jobs: in
     since.
 
     Args:
-        jobs: Runs at the same time, each with a base model of its own.
+        jobs: Runs at the same time, each with a base model of its own; with `ray`, on each machine.
+        ray: The address of a Ray cluster, whose machines share the runs, or `local`. None: processes of this machine.
 
     Raises:
+        ClusterError: Ray is not installed, or there is no cluster at that address.
         ConfigError: The folder holds a comparison with other settings.
         OutputError: The folder holds something else.
         DataError: `siliang check` finds an error in the data that all runs would meet.
         InterruptedRunError: Ctrl-C or SIGTERM came.
     """
-    return _Comparing(config, listener or Listener(), jobs).run()
+    return _Comparing(config, listener or Listener(), jobs, ray).run()
 
 
 class _Comparing:
-    def __init__(self, config: CompareConfig, listener: Listener, jobs: int) -> None:
-        self.config, self.listener, self.jobs = config, listener, jobs
+    def __init__(self, config: CompareConfig, listener: Listener, jobs: int, ray: str | None) -> None:
+        self.config, self.listener, self.jobs, self.ray = config, listener, jobs, ray
         self.folder = Path(config.run.output)
         self.task = config.run.task
         self.said: set[str] = set()
         self.record = self._open()
-        self.pool: Pool | None = None
+        self.pool: Pool | Cluster | None = None
 
     def run(self) -> Comparison:
+        pool = self._workers()
         self._check()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / CONFIG_NAME).write_text(self.config.to_yaml(), encoding="utf-8")
         self._save()
         try:
-            with _stopping(), Pool(self.jobs, self.folder / "logs") as self.pool:
+            with _stopping(), pool as self.pool:
                 self._measure_steps()
                 self._search()
                 if self.task in WRITERS and not self.record.base:
@@ -103,6 +109,13 @@ class _Comparing:
         self.record.status = "completed"
         self._save()
         return self.record
+
+    def _workers(self) -> Pool | Cluster:
+        if self.ray is None:
+            return Pool(self.jobs, self.folder / "logs")
+        from siliang.compare.cluster import Cluster  # only who asks for Ray needs it
+
+        return Cluster(self.ray, self.jobs, self.folder / "logs", self.listener.say)
 
     # ---- what is there already ----
 
@@ -217,25 +230,26 @@ class _Comparing:
                 continue
             trial.status, trial.error = "waiting", None
             values = run_config(self.config, trial, self.folder, self.record.steps)
-            resume = _goes_on(self.folder / trial.folder, values)
-            if not resume:
-                shutil.rmtree(self.folder / trial.folder, ignore_errors=True)
-            requests.append(self._request("train", values) | {"resume": resume})
+            requests.append(self._request("train", values) | {"resume": goes_on(values)})
             asked.append(trial)
         self._save()
-        begun = 0
+        begun: dict[int, int] = {}  # in which order they were
         for event in self._ask(requests):
             trial = asked[event.number]
             match event.kind:
                 case "began":
-                    begun += 1
+                    number = begun.setdefault(event.number, len(trials) - len(asked) + len(begun) + 1)
                     trial.status, trial.attempts = "running", trial.attempts + 1
                     self._save()
-                    self.listener.began(trial, len(trials) - len(asked) + begun, len(trials))
+                    self.listener.began(trial, number, len(trials))
                 case "say":
                     self._say(event.message["line"])
                 case "progress":
                     self.listener.progress(trial, event.message["progress"])
+                case "lost":
+                    self.listener.say(
+                        f"lost       {trial.method}, seed {trial.seed}: {event.message['error']}; it is run again"
+                    )
                 case "done":
                     trial.status = "completed"
                     self._finished(trial)
@@ -296,16 +310,6 @@ def read_verdict(folder: Path, record: Record, base: dict[str, float]) -> str | 
     path = folder / ANSWERS_NAME
     answers = Answers.open(path) if path.is_file() else None
     return learned_nothing(TaskType(record.config["task"]), record.final, answers, base)
-
-
-def _goes_on(folder: Path, config: RunConfig) -> bool:
-    """Whether an interrupted run of these settings can go on from a checkpoint."""
-    try:
-        record = Record.read(folder)
-    except ConfigError:
-        return False
-    same = record.status != "completed" and record.config == config.model_dump(mode="json")
-    return same and bool(checkpoints(folder / CHECKPOINTS))
 
 
 def _where(key: str, was: Any, wanted: Any) -> str:

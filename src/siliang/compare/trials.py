@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from siliang.compare.config import CompareConfig, MethodEntry, slug
 from siliang.compare.record import Trial
 from siliang.config import RunConfig
+from siliang.record import Record
+from siliang.run_folder import CHECKPOINTS
+from siliang.train.saving import checkpoints
+from siliang.types import ConfigError
 
 RUNS, SEARCH = "runs", "search"  # folders within the comparison's
 SAVE_MINUTES = 5.0
+MOST_ATTEMPTS = 3  # of a trial that takes its process, or the whole comparison, down with it
 TIMED_STEPS = 9  # that tell a method's speed; the first half is warm-up
 
 
@@ -70,6 +76,20 @@ def run_config(config: CompareConfig, trial: Trial, folder: Path, steps: dict[st
         data["validation_size"] = config.settings.validation_size
     values["output"] = str(folder / trial.folder)
     return RunConfig.build(values, source=f"{trial.method}, seed {trial.seed}")
+
+
+def goes_on(config: RunConfig) -> bool:
+    """Whether an interrupted run of these settings can go on from a checkpoint; if not, its folder is removed."""
+    folder = Path(config.output)
+    try:
+        record = Record.read(folder)
+        same = record.status != "completed" and record.config == config.model_dump(mode="json")
+    except ConfigError:
+        same = False
+    if same and checkpoints(folder / CHECKPOINTS):
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def find_entry(config: CompareConfig, label: str) -> MethodEntry:

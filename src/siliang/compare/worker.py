@@ -25,9 +25,10 @@ from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from siliang.compare.answers import collect
-from siliang.compare.base import KeptBase, free_memory
+from siliang.compare.base import KeptBase
 from siliang.compare.record import ANSWERS_NAME
 from siliang.config import RunConfig
+from siliang.memory.free import free_memory
 from siliang.plan.before import Planner
 from siliang.train.run import Listener, Run, make_trainer, prepare, train
 from siliang.train.trainer import Progress

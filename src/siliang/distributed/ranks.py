@@ -86,6 +86,18 @@ class Ranks:
             if self.first:
                 self.wait()
 
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The ranks of a machine go through the block one after the other, whatever becomes of it."""
+        turns = max(self.all(self.local_size))
+        for _ in range(self.local_rank):
+            self.wait()
+        try:
+            yield
+        finally:
+            for _ in range(self.local_rank, turns):
+                self.wait()
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -22,13 +22,40 @@ from torch.utils._pytree import tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def shard(model: nn.Module, device: torch.device, *, trained_too: bool) -> None:
+def all_ranks(device: torch.device) -> DeviceMesh:
+    """Those among which weights are dealt out."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+@contextmanager
+def paper_ranks(ranks: int) -> Iterator[DeviceMesh | None]:
+    """So many ranks of which this one alone exists: what they are sent is gone, what they send is not waited for; None
+    for a single one. Where ranks do exist, all of them have to ask."""
+    if ranks == 1:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend known
+
+    if dist.is_initialized():
+        group: Any = dist.new_group(backend="fake")
+        yield DeviceMesh.from_group(group, "cpu")
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield all_ranks(torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, *, trained_too: bool) -> None:
     """Deals out the model's weights, layer by layer, on `device`; the model keeps its names and its type.
 
     Args:
         trained_too: What is trained as well.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for m in model.modules():  # bitsandbytes' layers ask for it where their weight has lost it
+        if (state := getattr(getattr(m, "weight", None), "quant_state", None)) is not None:
+            m.quant_state, m.quant_storage = state, m.weight.dtype  # type: ignore[assignment,union-attr]
     whole = {p for p in model.parameters() if (p.requires_grad and not trained_too) or not _can_be_dealt(p)}
     for p in whole:
         p.data = p.data.to(device)
@@ -116,5 +143,5 @@ def _dealt_as(value: Tensor, like: DTensor) -> Tensor:
 
 
 def _can_be_dealt(p: nn.Parameter) -> bool:
-    """bitsandbytes' weights of whole bytes cannot: DTensor takes numbers that could have gradients."""
+    """Weights in 8 bits cannot: DTensor takes numbers that could have gradients."""
     return p.is_floating_point() and p.numel() > 0

@@ -19,7 +19,8 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from siliang.config import SAID_BY, RunConfig
+from siliang.config import RunConfig
+from siliang.distributed.zero_settings import SAID_BY
 from siliang.types import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -146,10 +147,20 @@ class Tracker(TorchDispatchMode):
         for i, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(partial(self._enter, i)))
             handles.append(layer.register_forward_hook(self._leave))
+        handles.append(model.register_forward_pre_hook(self._gathered))
+        resize: Any = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> None:
+            resize(storage, size)
+            self._resized(storage)
+
+        # no operator, but how FSDP gives a layer's weights back, and takes them again
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
         try:
             with saved_tensors_hooks(self._saved, lambda x: x), self:
                 yield
         finally:
+            torch.UntypedStorage.resize_ = resize
             for handle in handles:
                 handle.remove()
 
@@ -176,23 +187,39 @@ class Tracker(TorchDispatchMode):
         )
 
     def _see(self, x: Tensor, func: Any) -> Held:
+        if isinstance(x, DTensor):
+            x = x._local_tensor
         storage = x.untyped_storage()
         key = storage._cdata
         if (held := self._alive.get(key)) is not None:
             return held
         self._moment += 1
-        nbytes = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+        nbytes = self._rounded(storage)
         wide = self.vocabulary is not None and x.dim() > 1 and x.shape[-1] == self.vocabulary
         held = Held(
             nbytes, "logits" if wide else "workspace", self._layer, self._moment, (str(func or ""), tuple(x.shape))
         )
         held.ref = weakref.ref(storage, partial(self._lost, key))
+        self._take(key, held)
+        return held
+
+    def _rounded(self, storage: Any) -> int:
+        return -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+
+    def _take(self, key: int, held: Held) -> None:
         self._alive[key] = held
         self._all.append(held)
-        self.live_bytes += nbytes
+        self.live_bytes += held.nbytes
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self._peak_moment = self.live_bytes, self._moment
-        return held
+
+    def _resized(self, storage: Any) -> None:
+        held = self._alive.get(key := storage._cdata)
+        if held is not None and (nbytes := self._rounded(storage)) != held.nbytes:
+            self._moment += 1
+            held.gone = self._moment
+            self.live_bytes -= held.nbytes
+            self._take(key, replace(held, nbytes=nbytes, born=self._moment, gone=None))
 
     def _lost(self, key: int, ref: Any) -> None:
         held = self._alive.pop(key)
@@ -212,10 +239,17 @@ class Tracker(TorchDispatchMode):
 
     def _enter(self, i: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self._layer = i
+        self._gathered(layer, args)
         # kept by a layer that recomputes, which hides it from autograd
         for x in args:
             if isinstance(x, Tensor) and (held := self._see(x, None)).category in ("workspace", "activations"):
                 held.category, self.boundary_bytes = "activations", held.nbytes
+
+    def _gathered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A layer whose weights are dealt out has just put them together."""
+        for p in module.parameters():
+            if (held := self._see(p, None)).category == "workspace":
+                held.category = "weights"
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         self._layer = None

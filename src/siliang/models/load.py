@@ -34,6 +34,7 @@ from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.types import ModelError, TaskType
 
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
+DEALT_AS = torch.bfloat16  # FSDP deals out what could have gradients: whole bytes pass as it, bit for bit
 AUTO_CLASSES = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
@@ -129,6 +130,7 @@ def load_model(
     remote_code: str | None = None,
     seed: int = 0,
     quantization: QuantizationConfig | None = None,
+    to_be_dealt: bool = False,
     device: torch.device | None = None,
 ) -> Any:
     """A base model in eval mode, with its weights on the CPU, or, quantised, on `device`.
@@ -136,6 +138,7 @@ def load_model(
     Args:
         dtype: Of the weights, or of those that are not quantised.
         quantization: The linear layers in few bits; the task's head and the output layer stay as they are.
+        to_be_dealt: Bytes of 4 bits lie in tensors of `DEALT_AS`.
         remote_code: As for `load_config`.
         labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
         seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
@@ -162,7 +165,7 @@ def load_model(
                 trust_remote_code=may_run_code(config),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **_quantised(quantization, task, device or torch.device("cpu")),
+                **_quantised(quantization, task, device or torch.device("cpu"), to_be_dealt),
             )
     except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
         raise ModelError(_why_not(name, error, revision=revision)) from error
@@ -179,7 +182,9 @@ def kept_whole(task: TaskType) -> list[str]:
     return [*TASK_HEADS.get(task, ()), *OTHER_HEADS, *OUTPUT_LAYERS]
 
 
-def _quantised(wanted: QuantizationConfig | None, task: TaskType, device: torch.device) -> dict[str, Any]:
+def _quantised(
+    wanted: QuantizationConfig | None, task: TaskType, device: torch.device, to_be_dealt: bool
+) -> dict[str, Any]:
     """What from_pretrained needs to load in few bits."""
     if wanted is None:
         return {}
@@ -193,6 +198,7 @@ def _quantised(wanted: QuantizationConfig | None, task: TaskType, device: torch.
             "bnb_4bit_quant_type": wanted.type,
             "bnb_4bit_use_double_quant": wanted.double,
             "bnb_4bit_compute_dtype": choose_precision(wanted.compute_dtype, device).dtype,
+            "bnb_4bit_quant_storage": DEALT_AS if to_be_dealt else torch.uint8,
             "llm_int8_skip_modules": kept,
         }
     return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}

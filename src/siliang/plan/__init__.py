@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from siliang.check import Subject, look_at
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
@@ -41,6 +43,7 @@ def plan(
     base_config: Any = None,
     usual: bool = False,
     timed: bool = True,
+    mesh: DeviceMesh | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> PlanRecord:
     """What a run will take, by method.
@@ -52,6 +55,7 @@ def plan(
         base_config: The base model's config, where it is known already.
         usual: Say also what PEFT with transformers.Trainer would need.
         timed: Measure the speed of a device that is here.
+        mesh: The ranks among which the run is shared; the plan is of each.
         say: Hears what is being done.
 
     Raises:
@@ -64,17 +68,24 @@ def plan(
     if config.task is TaskType.QUESTION_ANS or labels is not None:
         base_config.num_labels = len(labels) if labels is not None else 2
     names = list(methods) or [config.method.name]
-    draw = partial(Sketch, config, base_config, device, new_tokens=len(config.data.add_tokens))
+    ranks = mesh.size() if mesh is not None else 1
+    configs = [config]
+    if mesh is not None and config.distributed.strategy == "auto":  # dealing out costs time: for what does not fit else
+        configs = [config.with_strategy("ddp"), config.with_strategy("fsdp")]
+    draw = partial(Sketch, base_config=base_config, device=device, new_tokens=len(config.data.add_tokens), mesh=mesh)
     # every method's batches are those of the first, which is packed if any is
     collator = StepCollator(PadCollator(0), config.task, config.train.batch_size, config.train.tokens_at_once)
-    step = heaviest(config, subject.train, collator) if with_data else made_up(config)
-    work = partial(_plan_one, config, device, draw, step, usual=usual, thorough=len(names) == 1)
+    step = heaviest(config, subject.train, collator, ranks) if with_data else made_up(config, ranks)
+    work = partial(
+        _plan_one, configs, device, draw, step, usual=usual, thorough=len(names) == 1, dealt=mesh is not None
+    )
     found = list(_in_parallel(work, names, say))
     first = next((one for one in found if not one.error), None)
     record = PlanRecord(
         model=config.model,
         task=config.task.lower(),
         device=device.kind,
+        devices=ranks,
         memory_bytes=device.memory_bytes,
         memory_source=device.memory_source,
         precision=device.precision.precision,
@@ -121,6 +132,18 @@ def _in_parallel(
 
 
 def _plan_one(
+    configs: Sequence[RunConfig], device: Device, draw: Callable[..., Sketch], step: StepRows, name: str, **how: bool
+) -> MethodPlan:
+    """The first of these that fits, or the last."""
+    *others, last = configs
+    for config in others:
+        one = _plan_as(config, device, partial(draw, config), step, name, **how, proposing=False)
+        if one.fits is not False:
+            return one
+    return _plan_as(last, device, partial(draw, last), step, name, **how, proposing=True)
+
+
+def _plan_as(
     config: RunConfig,
     device: Device,
     draw: Callable[..., Sketch],
@@ -129,6 +152,8 @@ def _plan_one(
     *,
     usual: bool,
     thorough: bool,
+    dealt: bool,
+    proposing: bool,
 ) -> MethodPlan:
     own = name == config.method.name
     method = config.method if own else MethodConfig(name=name)
@@ -142,7 +167,8 @@ def _plan_one(
         step = replace(step, rows=sketch.shortened(step.rows))
         batches = sketch.batches(step.rows)
         always = sketch.layers if config.train.gradient_checkpointing else 0
-        measured = sketch.measure(batches, recomputed=always, phases=TOLD if thorough else ("train",))
+        told = TOLD[:2] if dealt else TOLD  # generating and merging are one process's
+        measured = sketch.measure(batches, recomputed=always, phases=told if thorough else TOLD[:1])
     except SiliangError as error:
         return MethodPlan(method=name, error=str(error))
     except Exception as error:  # whatever a model of any kind does when its tensors have no values
@@ -150,6 +176,7 @@ def _plan_one(
     beside, peak = device.overhead_bytes, measured.peaks["train"]
     one = MethodPlan(
         method=name,
+        strategy=config.distributed.strategy if dealt else None,  # type: ignore[arg-type]
         trained=sketch.trained,
         total=sketch.total,
         adapter_bytes=sketch.adapter_bytes,
@@ -172,14 +199,11 @@ def _plan_one(
         room = Room(device.memory_bytes - beside)
         one.fits = peak.nbytes <= room.limit_bytes
         if not one.fits and config.train.memory_budget is not None and not always:
-            if thorough:
-                fewest = room.fewest_recomputed(sketch, step.rows, config.train.batch_size)
-            else:
-                fewest = room.estimate(measured)
+            fewest = room.fewest_recomputed(sketch, batches, measured) if thorough else room.estimate(measured)
             if fewest is not None:
                 one.fits, one.recomputed_layers, peak = True, *fewest
                 one.time_factor = sketch.time_factor(fewest[0])
-        if not one.fits and thorough:
+        if not one.fits and thorough and proposing:
             can_quantise = config.quantization is None and found.freezes_the_base
             quantised = (lambda wanted: draw(method=method, quantization=wanted)) if can_quantise else None
             one.fit = find_fit(room, config, sketch, step, quantised)
@@ -187,7 +211,7 @@ def _plan_one(
                 one.fit.peak_bytes += beside
     one.peak_bytes = peak.nbytes + beside
     one.parts, one.activations_by_layer = peak.parts, list(peak.layers)
-    if usual:
+    if usual and not dealt:
         other = draw(method=method, quantization=bits, usual=Usual())
         one.usual_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + beside
     return one

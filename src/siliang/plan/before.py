@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+
+from torch.distributed.device_mesh import DeviceMesh
 
 from siliang.check import Subject
 from siliang.config import RunConfig
 from siliang.memory.size import show_bytes
 from siliang.plan import plan
-from siliang.plan.device import Device, find_target, in_this_process
+from siliang.plan.device import Device, find_target, in_this_process, shared_by
 from siliang.plan.history import remember
 from siliang.plan.record import Change, MethodPlan
 from siliang.record import Record
@@ -32,32 +35,37 @@ class Planner:
         self._known: dict[str, MethodPlan] = {}
 
     def __call__(
-        self, config: RunConfig, subject: Subject, say: Callable[[str], None]
+        self, config: RunConfig, subject: Subject, say: Callable[[str], None], mesh: DeviceMesh | None = None
     ) -> tuple[RunConfig, dict[str, int]]:
         """Tells what the run will take.
 
         Args:
             subject: The run's data, which has been read already.
+            mesh: The ranks of the run, where it has several.
 
         Returns:
-            The config, changed where `train.fit` is on and it has to be; what the predicted peak is made of, as the
-            record will measure it. Nothing where no plan could be made, which is said and stops nothing.
+            The config, changed where `train.fit` is on and it has to be, and with the strategy of several ranks; what
+            the predicted peak is made of, as the record will measure it. Nothing where no plan could be made, which is
+            said and stops nothing.
 
         Raises:
             PlanError: The run will not fit.
         """
-        device = self.device or in_this_process(find_target(config))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        device = self.device or in_this_process(shared_by(find_target(config), processes))
         # a card's context is there before its allocator counts
         uncounted = device.beside_bytes if device.kind == "cuda" else 0
         self._before_bytes, self.found = device.beside_bytes - uncounted, None
         key = config.model_dump_json(exclude={"output": True, "train": {"seed"}})
         found = self._known.get(key)
         if found is None or found.fits is False:
-            found = plan(config, device, subject=subject, timed=False).methods[0]
+            found = plan(config, device, subject=subject, timed=False, mesh=mesh).methods[0]
         if found.error:
             say(f"memory     {found.error}")  # what is the run's own fault stops it soon
             return config, {}
         found = self.found = self._known[key] = _on(found, device)
+        if found.strategy:
+            config = config.with_strategy(found.strategy)
         config = settle(config, found, device, say)
         return config, {**found.parts, "overhead": found.overhead_bytes - uncounted}
 
@@ -82,8 +90,10 @@ def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[
     """
     there = f"{show_bytes(device.memory_bytes)} {device.memory_source}" if device.memory_bytes else "of unknown size"
     twice = f", {found.recomputed_layers} of {found.layers} layers computing twice" if found.recomputed_layers else ""
+    each = " on each device" if found.strategy else ""
+    dealt = f"{each}, weights dealt out (fsdp)" if found.strategy == "fsdp" else each
     if found.fits is not False:
-        say(f"memory     about {show_bytes(found.peak_bytes)} of {there}{twice} ({_parts(found)})")
+        say(f"memory     about {show_bytes(found.peak_bytes)} of {there}{dealt}{twice} ({_parts(found)})")
         return config
     harmless = found.fit is not None and all(c.setting in SAME_RESULT for c in found.fit.changes)
     if config.train.fit and found.fit is not None and harmless:
@@ -96,7 +106,7 @@ def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[
         found.peak_bytes, found.parts = found.fit.peak_bytes, found.fit.parts
         return changed
     raise PlanError(
-        f"This run needs about {show_bytes(found.peak_bytes)}, and {there} are there: {_parts(found)}.\n"
+        f"This run needs about {show_bytes(found.peak_bytes)}{dealt}, and {there} are there: {_parts(found)}.\n"
         + _advice(found, harmless=harmless)
     )
 

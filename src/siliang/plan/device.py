@@ -111,6 +111,13 @@ def find_target(
     )
 
 
+def shared_by(device: Device, processes: int) -> Device:
+    """The same, where so many processes are on one CPU; cards are not shared."""
+    if device.kind != "cpu" or device.memory_source != "free here" or device.memory_bytes is None:
+        return device
+    return replace(device, memory_bytes=device.memory_bytes // processes)
+
+
 def in_this_process(device: Device) -> Device:
     """The same, for a run that goes on in this very process, which holds what it holds already."""
     if device.kind != "cpu":

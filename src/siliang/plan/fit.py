@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from siliang.config import QuantizationConfig, RunConfig
+from siliang.engine.batches import Batch
 from siliang.memory.track import Peak
 from siliang.plan.record import Change, Fit
 from siliang.plan.rows import StepRows, cut
@@ -27,11 +27,15 @@ class Room:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
 
-    def fewest_recomputed(self, sketch: Sketch, rows: list[dict[str, Any]], batch_size: int) -> tuple[int, Peak] | None:
-        """(layers, peak): the fewest layers that have to recompute; None where all of them are too few."""
-        batches = sketch.batches(rows, batch_size)
+    def fewest_recomputed(
+        self, sketch: Sketch, batches: list[Batch], measured: Measured | None = None
+    ) -> tuple[int, Peak] | None:
+        """(layers, peak): the fewest layers that have to recompute; None where all of them are too few.
 
-        measured = sketch.measure(batches)
+        Args:
+            measured: With none that does, where that is known.
+        """
+        measured = measured or sketch.measure(batches)
         first = measured.peaks["train"]
         if first.nbytes <= self.limit_bytes:
             return 0, first
@@ -95,7 +99,7 @@ def find_fit(
     length = config.data.max_length // 2
     while length >= SHORTEST:
         rows = [cut(row, length) for row in step.rows[:1]]
-        if (fewest := room.fewest_recomputed(sketch, rows, 1)) is not None:
+        if (fewest := room.fewest_recomputed(sketch, sketch.batches(rows, 1))) is not None:
             fewer = step.cut_by(length)
             shorter = Change(
                 setting="data.max_length",
@@ -120,7 +124,7 @@ def _smaller(room: Room, config: RunConfig, sketch: Sketch, step: StepRows) -> F
     best: Fit | None = None
     for size in (n for n in range(whole, 0, -1) if whole % n == 0):
         rows = step.rows if size == whole else step.rows[: 2 * size]
-        if (fewest := room.fewest_recomputed(sketch, rows, size)) is not None:
+        if (fewest := room.fewest_recomputed(sketch, sketch.batches(rows, size))) is not None:
             count, peak = fewest
             changes = [*_split_change(config, size), *_recompute_change(config, sketch, count)]
             fit = Fit(changes=changes, peak_bytes=peak.nbytes, parts=peak.parts, time_factor=sketch.time_factor(count))

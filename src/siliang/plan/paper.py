@@ -15,7 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from siliang.config import QuantizationConfig
 from siliang.engine.batches import Batch
-from siliang.models.load import AUTO_CLASSES, kept_whole, may_run_code
+from siliang.models.load import AUTO_CLASSES, DEALT_AS, kept_whole, may_run_code
 from siliang.types import ModelError, TaskType
 
 NF4_BLOCK = 64  # weights that share a scale
@@ -38,6 +38,7 @@ def draw_base(
     *,
     dtype: torch.dtype,
     quantization: QuantizationConfig | None = None,
+    to_be_dealt: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     attention: str | None = None,
 ) -> Any:
@@ -45,6 +46,7 @@ def draw_base(
 
     Args:
         dtype: Of the weights, or of those that are not quantised.
+        to_be_dealt: As for `load_model`.
         compute_dtype: What a quantised weight becomes to be multiplied.
         attention: transformers' attn_implementation; None for its own choice.
 
@@ -61,7 +63,7 @@ def draw_base(
     _keep_wide(model, dtype)
     if quantization is not None:
         kept = [*kept_whole(task), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
-        _quantise(model, quantization, kept, compute_dtype)
+        _quantise(model, quantization, kept, compute_dtype, DEALT_AS if to_be_dealt else torch.uint8)
     return model.eval()
 
 
@@ -85,16 +87,20 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=torch.float32)))
 
 
-def _quantise(model: nn.Module, wanted: QuantizationConfig, kept: list[str], compute_dtype: torch.dtype) -> None:
+def _quantise(
+    model: nn.Module, wanted: QuantizationConfig, kept: list[str], compute_dtype: torch.dtype, storage: torch.dtype
+) -> None:
     """Puts bitsandbytes' layers in place of the linear ones, as they are once the weights are loaded."""
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or not should_convert_module(path, kept):
             continue
         parent = model.get_submodule(path.rpartition(".")[0])
-        setattr(parent, path.rpartition(".")[2], _quantised(module, wanted, compute_dtype))
+        setattr(parent, path.rpartition(".")[2], _quantised(module, wanted, compute_dtype, storage))
 
 
-def _quantised(layer: nn.Linear, wanted: QuantizationConfig, compute_dtype: torch.dtype) -> nn.Module:
+def _quantised(
+    layer: nn.Linear, wanted: QuantizationConfig, compute_dtype: torch.dtype, storage: torch.dtype
+) -> nn.Module:
     """bitsandbytes' own layer, which computes as ever, around plain parameters: its own kinds cannot be fake."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
@@ -113,7 +119,7 @@ def _quantised(layer: nn.Linear, wanted: QuantizationConfig, compute_dtype: torc
     else:
         n = layer.weight.numel()
         blocks = -(-n // NF4_BLOCK)
-        weight = nn.Parameter(torch.empty(-(-n // 2), 1, dtype=torch.uint8), requires_grad=False)
+        weight = nn.Parameter(torch.empty(-(-n // 2) // storage.itemsize, 1, dtype=storage), requires_grad=False)
         scales = torch.uint8 if wanted.double else torch.float32
         weight.quant_state = QuantState(
             absmax=torch.empty(blocks, dtype=scales),
@@ -132,7 +138,9 @@ def _quantised(layer: nn.Linear, wanted: QuantizationConfig, compute_dtype: torc
             if wanted.double
             else None,
         )
-        new.quant_state, new.quant_storage = weight.quant_state, torch.uint8
+        new.quant_state, new.quant_storage = weight.quant_state, storage
+        # what comes back from being dealt out has lost it, and bitsandbytes would make its own kind again
+        new.register_forward_pre_hook(lambda layer, args: setattr(layer.weight, "quant_state", layer.quant_state))
         new.compute_dtype, new.compute_type_is_set = compute_dtype, True
         new.support_avx512bf16_for_cpu = False
     new.weight = weight
@@ -143,11 +151,12 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and the scales of quantised weights, which are neither."""
     for p in model.parameters():
         yield p
-        state = getattr(p, "quant_state", None)
-        for one in (state, getattr(state, "state2", None)):
-            if one is not None:
-                yield from (x for x in (one.absmax, one.code, one.offset) if isinstance(x, Tensor))
         for name in ("CB", "SCB"):
             if isinstance(getattr(p, name, None), Tensor):
                 yield getattr(p, name)
+    for module in model.modules():  # which have the state, too: a weight that is dealt out has lost it
+        state = getattr(getattr(module, "weight", None), "quant_state", None) or getattr(module, "quant_state", None)
+        for one in (state, getattr(state, "state2", None)):
+            if one is not None:
+                yield from (x for x in (one.absmax, one.code, one.offset) if isinstance(x, Tensor))
     yield from model.buffers()

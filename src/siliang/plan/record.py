@@ -39,6 +39,8 @@ class MethodPlan(Part):
     method: str
     error: str | None = None
     """Why there is no plan: it does not apply to this model, or cannot be drawn."""
+    strategy: Literal["ddp", "fsdp"] | None = None
+    """How several devices share the model."""
     trained: int = 0
     total: int = 0
     adapter_bytes: int = 0
@@ -91,6 +93,8 @@ class PlanRecord(Part):
     task: str
     device: str
     """cpu or cuda."""
+    devices: int = 1
+    """Bytes are those of each; batches, of the one that has the heaviest."""
     memory_bytes: int | None
     """What there is, or was said to be."""
     memory_source: Literal["free here", "as asked", "unknown"]

@@ -12,7 +12,7 @@ import numpy as np
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator
-from siliang.train.order import Order, in_steps
+from siliang.train.order import Order, in_steps, shares
 from siliang.types import TaskType
 
 MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind them is of the same rows
@@ -37,15 +37,17 @@ class StepRows:
         return 0 if self.lengths is None else int((self.lengths > max_length).sum())
 
 
-def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator) -> StepRows:
-    """The step with the largest batch, of those that the run will make, in its order.
+def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator, ranks: int = 1) -> StepRows:
+    """The step with the largest batch, of those that the run will make, in its order; of several ranks, the share of
+    the one that has this batch.
 
     Args:
         collator: Splits a step's rows into batches, as the run's own will.
     """
     t, lengths = config.train, tokens.lengths
     found, worst = list(range(min(len(tokens), t.batch_size))), -1
-    for rows in order(config, lengths):
+    known = lengths.tolist()
+    for rows in (share for step in order(config, lengths) for share in shares(known, step, ranks)):
         for part in collator.split([{"input_ids": range(int(lengths[i]))} for i in rows]):
             cost = collator.cost_of([len(row["input_ids"]) for row in part])
             if cost > worst:
@@ -68,11 +70,13 @@ def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:
         epoch += 1
 
 
-def made_up(config: RunConfig) -> StepRows:
-    """As many rows of max_length as a step has, every token learned; two batches show what a step of more takes."""
+def made_up(config: RunConfig, ranks: int = 1) -> StepRows:
+    """As many rows of max_length as a rank has in a step, every token learned; two batches show what a step of more
+    takes."""
     t = config.train
     row = made_up_row(config, config.data.max_length)
-    return StepRows([dict(row) for _ in range(t.batch_size * min(t.gradient_accumulation, 2))])
+    share = -(-t.batch_size * t.gradient_accumulation // ranks)
+    return StepRows([dict(row) for _ in range(min(share, 2 * t.batch_size))])
 
 
 def made_up_row(config: RunConfig, length: int) -> dict[str, Any]:

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
+from siliang.distributed.sharding import shard
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.methods import find_method
+from siliang.peft_model import PeftModel
 from siliang.plan.device import Device
 from siliang.plan.paper import draw_base, on_paper, to_paper
 from siliang.plan.rows import cut, made_up_row
@@ -54,6 +57,7 @@ class Sketch:
         quantization: QuantizationConfig | None = None,
         usual: Usual | None = None,
         new_tokens: int = 0,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """Draws it.
 
@@ -61,6 +65,7 @@ class Sketch:
             base_config: The base model's, which knows its classes.
             method: Instead of the config's own.
             new_tokens: By which the vocabulary grows.
+            mesh: The ranks of which this is one, as `distributed.strategy` has them share the model.
 
         Raises:
             SiliangError: The method does not apply to the model.
@@ -77,12 +82,17 @@ class Sketch:
                 config.task,
                 dtype=weight_dtype(found, device.precision),
                 quantization=quantization,
+                to_be_dealt=config.distributed.strategy == "fsdp",
                 compute_dtype=self._product_dtype(quantization),
                 attention=usual.attention if usual else None,
             )
             if new_tokens:
                 base.resize_token_embeddings(base.config.get_text_config().vocab_size + new_tokens)
             self.model, self.trained, self.total = attach(base, found, self._config, device.precision)
+            self.adapter_bytes = self._saved_bytes()
+            dealt = config.distributed.strategy == "fsdp"
+            if mesh is not None and dealt:
+                shard(self.model, mesh, torch.device("cpu"), trained_too=not isinstance(self.model, PeftModel))
             self.engine = Engine(
                 self.model,
                 config.task,
@@ -94,7 +104,7 @@ class Sketch:
         self.layers = len(self.engine.recompute.layers)
         self.notes = self.engine.notes
         self.method = self._config.method.name
-        self.adapter_bytes = self._saved_bytes()
+        self._in_buckets = mesh is not None and not dealt
 
     def collator(self, batch_size: int | None = None) -> StepCollator:
         """Splits rows as the run will."""
@@ -148,6 +158,7 @@ class Sketch:
                 block_bytes=self._device.block_bytes,
                 phases=phases,
                 step=usual_step if self._usual else None,
+                in_buckets=self._in_buckets,
             )
         if not recomputed and found.flops:
             self._layers_share = found.layer_flops / found.flops

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from siliang.distributed.sharding import apart
 from siliang.engine.batches import Batch
 from siliang.engine.padding import NotPackableError, find_layers
 from siliang.engine.step import Engine
@@ -55,6 +56,7 @@ def measure(
     block_bytes: int = 1,
     phases: tuple[Phase, ...] = ("train",),
     step: Callable[[nn.Module, list[Batch]], Any] | None = None,
+    in_buckets: bool = False,
 ) -> Measured:
     """Runs the phases of a prepared model; the tensors may be fake or real.
 
@@ -65,11 +67,13 @@ def measure(
         batches: Of one optimiser step.
         block_bytes: What a tensor's size is rounded up to.
         step: Forward and backward of the batches; None for the engine's own.
+        in_buckets: Gradients are sent as DDP does, which holds them once more.
     """
     autocast = partial(torch.autocast, "cpu", precision.dtype, enabled=precision.autocast)
     if step is None:
         weight = float(max(sum(batch.weight for batch in batches), 1))
         step = partial(_own_step, engine, weight, autocast)
+    apart(model)
     layers = _layers(engine, model)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr,operator]
     tracker = Tracker(block_bytes, vocabulary if engine.task is not TaskType.TOKEN_CLS else None)
@@ -89,6 +93,8 @@ def measure(
             optimizer.zero_grad()
             moments = (x for state in optimizer.state.values() for x in state.values())
             tracker.hold((x for x in moments if isinstance(x, torch.Tensor)), "optimizer")
+            buckets = [torch.empty_like(p) for p in trained] if in_buckets else []
+            tracker.hold(buckets, "gradients")
             tracker.restart()
             model.train()
             tracker.counting = True
@@ -98,6 +104,7 @@ def measure(
             optimizer.step()
             optimizer.zero_grad()
             peaks["train"] = tracker.peak()
+            del buckets
         model.eval()
         for phase, run in (("evaluate", _evaluate), ("generate", _generate), ("merge", _merge)):
             if phase in phases:

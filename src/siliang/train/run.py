@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -27,12 +28,13 @@ from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
 from siliang.distributed.ranks import Ranks, find_ranks, telling_of_the_dead
-from siliang.distributed.sharding import is_sharded, send_what_is_trained, shard
+from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, send_what_is_trained, shard
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
 from siliang.files import damage, replacing, replacing_folder, sweep, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
+from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.models.load import weights_sha256
@@ -50,7 +52,6 @@ from siliang.types import (
     DeviceMemoryError,
     InterruptedRunError,
     OutputError,
-    PlanError,
     SiliangError,
     TaskType,
     TrainingError,
@@ -64,7 +65,7 @@ LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", 
 
 # Looks at a run's config and data before its model is loaded, and tells what it will take: the config, which may come
 # back changed, and the predicted peak in bytes. It is `plan.before.Planner`; plan/ knows this room, not the other way.
-Planner = Callable[[RunConfig, Subject, Callable[[str], None]], tuple[RunConfig, dict[str, int]]]
+Planner = Callable[[RunConfig, Subject, Callable[[str], None], DeviceMesh | None], tuple[RunConfig, dict[str, int]]]
 
 
 @dataclass
@@ -198,9 +199,14 @@ def prepare(
     predicted: dict[str, int] = {}
     if planner is not None:
         with torch.random.fork_rng(devices=[]):
-            config, predicted = _plan(config, partial(planner, config, subject, listener.say), ranks, listener)
-    model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
-    model, trained, total = attach(model, method, config, precision)
+            config, predicted = _plan(planner, config, subject, ranks, listener)
+    mesh = all_ranks(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
+    with ranks.in_turn() if mesh is not None else nullcontext():  # the machine may not hold it whole more than once
+        model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
+        model, trained, total = attach(model, method, config, precision)
+        if mesh is not None:
+            shard(model, mesh, device, trained_too=not isinstance(model, PeftModel))
+            free_memory()
     listener.say(
         f"model      {config.model}: {total:,} parameters, "
         f"{method.name} trains {trained:,} ({100 * trained / total:.3g}%)"
@@ -239,23 +245,15 @@ def _hashes(config: RunConfig) -> tuple[str, str]:
 
 
 def _plan(
-    config: RunConfig, planned: Callable[[], tuple[RunConfig, dict[str, int]]], ranks: Ranks, listener: Listener
+    planner: Planner, config: RunConfig, subject: Subject, ranks: Ranks, listener: Listener
 ) -> tuple[RunConfig, dict[str, int]]:
-    """Of one process with the whole model; several may share one that is too large for each."""
-    strategy = config.distributed.strategy
-    if ranks.size == 1 or strategy == "ddp":
-        return ranks.first_does(planned)
-    if strategy == "deepspeed":
-        listener.say(
-            f"memory     what ZeRO-{config.distributed.zero['zero_optimization']['stage']} takes is not planned"
-        )
+    """What the first rank's planner says."""
+    if ranks.size > 1 and config.distributed.strategy == "deepspeed":
+        stage = config.distributed.zero["zero_optimization"]["stage"]
+        listener.say(f"memory     what a rank takes under ZeRO-{stage} is not planned")
         return config, {}
-    if strategy == "auto":
-        with suppress(PlanError):
-            return ranks.first_does(planned)
-        listener.say("memory     too much for one device: fsdp deals the weights out, and what it takes is not planned")
-    distributed = config.distributed.model_copy(update={"strategy": "fsdp"})
-    return config.model_copy(update={"distributed": distributed}), {}
+    with paper_ranks(ranks.size) as mesh:
+        return ranks.first_does(lambda: planner(config, subject, listener.say, mesh))
 
 
 def _check_best(config: RunConfig, held_out: int) -> None:
@@ -392,12 +390,9 @@ def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, flo
 def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     """The trainer of a prepared run."""
     t = run.config.train
-    strategy = run.config.distributed.strategy
-    if run.ranks.size > 1 and strategy == "fsdp":
-        shard(run.model, find_device(), trained_too=not isinstance(run.model, PeftModel))
-    elif _stage(run) == 3:
+    if _stage(run) == 3:
         put_together_by_layer(run.model)
-    elif run.ranks.size > 1 and not _stage(run):
+    elif run.ranks.size > 1 and not _stage(run) and not is_sharded(run.model):
         send_what_is_trained(run.model)
     run.model.to(find_device())
     engine = Engine(
@@ -449,7 +444,12 @@ def _explain(run: Run, trouble: Trouble) -> TrainingError:
     places = [run.examples.train.where(row).rpartition(":") for row in trouble.rows[:3]]  # file, ":", line
     shown = ", ".join("".join(place[i > 0 and place[0] == places[0][0] :]) for i, place in enumerate(places))
     rest = f" and {len(trouble.rows) - 3:,} more" if len(trouble.rows) > 3 else ""
-    frozen = ((n, p) for n, p in run.model.named_parameters() if not p.requires_grad and p.is_floating_point())
+    in_bits = {f"{name}.weight" for name, m in run.model.named_modules() if hasattr(m, "quant_state")}
+    frozen = (
+        (n, p)
+        for n, p in run.model.named_parameters()
+        if not p.requires_grad and p.is_floating_point() and n not in in_bits
+    )
     if (broken := next((n for n, p in frozen if not torch.isfinite(p).all()), None)) is not None:
         cause = f"the base model's {broken} holds nan or inf. Load sound weights"
     elif rate >= RATE_FACTOR * usual:
