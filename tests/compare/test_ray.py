@@ -205,9 +205,8 @@ def test_machines_with_disks_of_their_own(
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait(30)
-    assert (
-        sum(line.startswith("files ") for line in (done.stdout + done.stderr).splitlines()) == 2
-    )  # the model and the data, once each
+    said = (done.stdout + done.stderr).splitlines()
+    assert sum(line.startswith("files ") for line in said) == 2  # the model and the data, once each
     assert shown(out) == shown(folder / "alone")
     same_runs(folder / "alone", out)
     for file in out.rglob("*.*"):
