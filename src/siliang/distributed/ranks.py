@@ -7,9 +7,9 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from siliang.distributed.launched import asked_of_accelerate
 from siliang.types import RankError, SiliangError
 
 T = TypeVar("T")
@@ -31,12 +32,14 @@ class Ranks:
     Attributes:
         rank: Of `size`, over all machines.
         local_rank: Of `local_size`, on this machine.
+        asked: What an accelerate config says of how they share the model, as `distributed` has it.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    asked: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def first(self) -> bool:
@@ -110,6 +113,7 @@ def find_ranks() -> Ranks:
     The environment of torchrun and of `accelerate launch` tells; each process then has its device, and a group.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        asked_of_accelerate()  # one process shares nothing
         return Ranks()
     return _join()
 
@@ -118,6 +122,7 @@ def find_ranks() -> Ranks:
 def _join() -> Ranks:
     from accelerate import PartialState
 
+    asked = asked_of_accelerate()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, torch.get_num_threads() // local_size)
@@ -131,7 +136,7 @@ def _join() -> Ranks:
         except RuntimeError as error:
             raise RankError(f"Rank {rank} of {size} has not met the others ({_first_words(error)}).") from error
     state = PartialState(cpu=not torch.cuda.is_available())
-    return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size)
+    return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size, asked)
 
 
 def _own_store(rank: int, size: int) -> Store:

@@ -172,6 +172,7 @@ def prepare(
     """
     started = time.perf_counter()
     ranks = find_ranks()
+    config = _as_launched(config, ranks, listener)
     if ranks.size > 1 and config.distributed.strategy == "deepspeed":
         require_deepspeed()
     set_seed(config.train.seed)
@@ -242,6 +243,15 @@ def _hashes(config: RunConfig) -> tuple[str, str]:
     """Of the base model's weights and of the data."""
     read = (*config.data.train_sources, *config.data.eval_sources)
     return weights_sha256(config.model), sources.sha256([s.path for s in read])
+
+
+def _as_launched(config: RunConfig, ranks: Ranks, listener: Listener) -> RunConfig:
+    """With the strategy of an accelerate config, where the run itself leaves it open."""
+    if not ranks.asked or config.distributed.strategy != "auto":
+        return config
+    listener.say(f"strategy   {ranks.asked['strategy']}, as accelerate's configuration says")
+    values = config.model_dump(mode="json") | {"distributed": dict(ranks.asked)}
+    return RunConfig.build(values, source="accelerate's configuration")
 
 
 def _plan(
