@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -26,16 +28,21 @@ from siliang.types import ConfigError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def require_deepspeed() -> None:
+def require_deepspeed(device: torch.device, *, half: bool) -> None:
     """
+    Args:
+        half: The run computes in bf16 or fp16.
+
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: It is not installed; or the run is one that transformers hands over to it on cards alone.
     """
     if find_spec("deepspeed") is None:
         raise ConfigError(
             "distributed.strategy = deepspeed needs DeepSpeed, which is not installed.\n"
             "Use strategy=fsdp, which deals out as much, or install it: DS_BUILD_OPS=0 pip install 'siliang[deepspeed]'"
         )
+    if half and device.type == "cpu":
+        raise ConfigError("distributed.strategy = deepspeed trains on the CPU in fp32 alone: set train.precision=fp32.")
 
 
 def trainer_arguments(config: RunConfig) -> dict[str, Any]:
@@ -81,6 +88,20 @@ def together(tensors: list[Any], *, changing: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def unheard(model: nn.Module) -> Iterator[None]:
+    """Within the block modules are called without DeepSpeed's hooks: ZeRO-3 counts the calls of a step, and a rank that
+    has made more of them waits for ever."""
+    kept = [(m, m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
+    for m, _, _ in kept:
+        m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for m, before, after in kept:
+            m._forward_pre_hooks, m._forward_hooks = before, after
+
+
+@contextmanager
 def batches_to_come(accelerator: Any) -> Iterator[None]:
     """Within the block a backward pass sums up gradients, and DeepSpeed makes no step after it."""
     accelerator.gradient_state._set_sync_gradients(False)
@@ -90,27 +111,29 @@ def batches_to_come(accelerator: Any) -> Iterator[None]:
         accelerator.gradient_state._set_sync_gradients(True)
 
 
-def optimizer_state(optimizer: Any, parameters: list[nn.Parameter]) -> dict[str, Any]:
+def optimizer_state(optimizer: Any, trained: list[list[nn.Parameter]]) -> dict[str, Any]:
     """The state_dict that torch's AdamW would have, whole; all ranks must ask.
 
     Args:
         optimizer: DeepSpeed's.
-        parameters: What is trained, as AdamW was given it.
+        trained: The parameters of each group, as AdamW was given them.
     """
     utils, inner = _deepspeed().utils, optimizer.optimizer
     steps = [kept["step"] for kept in inner.state.values() if "step" in kept]
     _link(optimizer)
     state: dict[int, dict[str, Any]] = {}
-    for number, p in enumerate(parameters if steps else []):
+    for number, p in enumerate(chain(*trained) if steps else []):
         moments = {name: utils.safe_get_full_optimizer_state(p, name).cpu().clone() for name in MOMENTS}
         state[number] = {"step": steps[0].detach().clone(), **moments}
         if p.dtype != torch.float32:
             state[number]["weight"] = utils.safe_get_full_fp32_param(p).cpu().clone()
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in inner.param_groups]
+    numbers = count()
+    own = [[next(numbers) for _ in group] for group in trained]
+    groups = [group | {"params": ids} for group, ids in zip(inner.param_groups, own, strict=True)]
     return {"state": state, "param_groups": groups}
 
 
-def load_optimizer_state(optimizer: Any, parameters: list[nn.Parameter], state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: Any, trained: list[list[nn.Parameter]], state: dict[str, Any]) -> None:
     """Goes on from a state_dict of torch's AdamW, or from `optimizer_state`."""
     utils, inner, kept = _deepspeed().utils, optimizer.optimizer, state["state"]
     if kept:
@@ -121,7 +144,7 @@ def load_optimizer_state(optimizer: Any, parameters: list[nn.Parameter], state: 
             inner.state[part] = {"step": torch.as_tensor(step, dtype=torch.float32).clone()}
             inner.state[part] |= {name: torch.zeros_like(part.data) for name in MOMENTS}
         _link(optimizer)
-        for number, p in enumerate(parameters):
+        for number, p in enumerate(chain(*trained)):
             for name in MOMENTS:
                 utils.safe_set_full_optimizer_state(p, kept[number][name].to(flat[0].device), name)
             if "weight" in kept[number]:

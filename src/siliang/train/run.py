@@ -173,12 +173,12 @@ def prepare(
     started = time.perf_counter()
     ranks = find_ranks()
     config = _as_launched(config, ranks, listener)
-    if ranks.size > 1 and config.distributed.strategy == "deepspeed":
-        require_deepspeed()
     set_seed(config.train.seed)
     method = find_method(config.method.name)
     device = find_device()
     precision = choose_precision(config.train.precision, device)
+    if ranks.size > 1 and config.distributed.strategy == "deepspeed":
+        require_deepspeed(device, half=precision.autocast)
     with ranks.first_before_others():
         subject = look_at(config, machine())
         findings = find(subject, stop_early=True)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training
 from siliang.distributed.sharding import apart, set_whole, whole
-from siliang.distributed.zero import is_dealt, together
+from siliang.distributed.zero import is_dealt, together, unheard
 from siliang.files import damage, remove_folder, sweep
 from siliang.peft_model import PeftModel
 
@@ -78,10 +78,12 @@ def whole_weights(model: Any) -> dict[str, Tensor]:
     return {name: _whole(t) for name, t in _saved_tensors(model).items()}
 
 
-def adapter_together(model: Any, *, changing: bool = False) -> AbstractContextManager[None]:
+@contextmanager
+def adapter_together(model: Any, *, changing: bool = False) -> Iterator[None]:
     """Within the block an adapter that is dealt out is whole, on all ranks, which all have to come here."""
     trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
-    return together(trained, changing=changing)
+    with together(trained, changing=changing), unheard(model) if any(map(is_dealt, trained)) else nullcontext():
+        yield
 
 
 def _whole(tensor: Tensor) -> Tensor:

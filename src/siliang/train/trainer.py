@@ -123,8 +123,8 @@ class SiliangTrainer(Trainer):
         self._handlers, self._skips, self._fit = handlers, skips, fit
         self.guard, self._guarded = Guard(scaled=self.args.fp16, skips=skips), 0
         self._resumed: dict[str, Any] | None = None
-        # in the order of the optimiser's state, which DeepSpeed changes for its own
-        self._trained: list[nn.Parameter] = []
+        # group by group, as the optimiser was given them: DeepSpeed puts parts of its own in their place
+        self._trained: list[list[nn.Parameter]] = []
 
     # ---- the step ----
 
@@ -363,11 +363,12 @@ class SiliangTrainer(Trainer):
         return self.optimizer.state_dict()  # type: ignore[union-attr]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own."""
+        """The Trainer's own, without empty groups: DeepSpeed leaves them out, and checkpoints are to be the same."""
         first = self.optimizer is None
         made = super().create_optimizer(*args, **kwargs)
         if first:
-            self._trained = [p for group in made.param_groups for p in group["params"]]
+            made.param_groups[:] = [group for group in made.param_groups if group["params"]]
+            self._trained = [list(group["params"]) for group in made.param_groups]
         return made
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
