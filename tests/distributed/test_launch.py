@@ -1,5 +1,4 @@
-"""Several processes as their user starts them: --devices and torchrun. (`accelerate launch` starts several on cards
-alone, or by mpirun.)"""
+"""Several processes as their user starts them: --devices, torchrun, accelerate launch."""
 
 from __future__ import annotations
 
@@ -21,9 +20,12 @@ from siliang.record import Record
 pytestmark = pytest.mark.slow  # each process imports torch anew
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# without cards it starts several processes for FSDP alone
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "2"]
 STARTS = {
     "--devices": [sys.executable, "-m", "siliang"],
     "torchrun": [*TORCHRUN, "-m", "siliang"],
+    "accelerate": [*ACCELERATE, "-m", "siliang"],
 }
 
 
@@ -53,6 +55,8 @@ def test_the_same_from_every_launcher(start: str, still_place: Place, tmp_path: 
     assert len(re.findall("^done ", done.stdout, re.MULTILINE)) == 1
     found, expected = Record.read(tmp_path / "run"), Record.read(tmp_path / "one" / "run")
     assert len(found.memory.peak_bytes_by_rank) == 2
+    strategy = found.config["distributed"]["strategy"]
+    assert strategy == ("fsdp" if start == "accelerate" else "ddp")
     assert found.final == pytest.approx(expected.final, abs=1e-4)
     weights = [load_file(p / "run" / "adapter" / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "one")]
     assert all((weights[0][name] - value).abs().max() < 1e-4 for name, value in weights[1].items())
