@@ -13,7 +13,7 @@ demo: .venv/demo  ## five methods compared on reviews that come with siliang: a 
 	$(BIN)/siliang demo
 
 test: .venv/dev  ## the test suite
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a worker on each core: with more threads they would wait for each other
 
 test-long: .venv/dev  ## and what takes many minutes: every method on real data
 	$(BIN)/python -m pytest -m long -n auto
