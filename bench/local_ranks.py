@@ -166,7 +166,7 @@ def sent_bytes(place: Path, case: Case, ranks: int, steps: int) -> int:
 
 def step_seconds(place: Path, case: Case, ranks: int) -> float:
     """Of a step, after the first four."""
-    train = command(place, case, ranks, 20, rows=16, length=256)
+    train = command(place, case, ranks, 12, rows=16, length=256)
     done = subprocess.run(train, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = Record.read(Path(train[4]).parent / "run")

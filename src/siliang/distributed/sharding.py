@@ -27,6 +27,11 @@ def all_ranks(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
+# By its name a mesh on paper is unlike the one that is there. DTensor keeps what it has found out about an operator by
+# mesh, the mesh itself included: a planned step would otherwise lend its own, which waits for nobody, to the real ones.
+PAPER = ("paper",)
+
+
 @contextmanager
 def paper_ranks(ranks: int) -> Iterator[DeviceMesh | None]:
     """So many ranks of which this one alone exists: what they are sent is gone, what they send is not waited for; None
@@ -38,11 +43,11 @@ def paper_ranks(ranks: int) -> Iterator[DeviceMesh | None]:
 
     if dist.is_initialized():
         group: Any = dist.new_group(backend="fake")
-        yield DeviceMesh.from_group(group, "cpu")
+        yield DeviceMesh.from_group(group, "cpu", mesh_dim_names=PAPER)
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        yield all_ranks(torch.device("cpu"))
+        yield init_device_mesh("cpu", (ranks,), mesh_dim_names=PAPER)
     finally:
         dist.destroy_process_group()
 
