@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from siliang.distributed.zero_settings import zero_settings
 from siliang.memory.size import parse_bytes, parse_duration
 from siliang.safe_yaml import YamlError, parse_yaml
 from siliang.types import ConfigError, TaskType, nearest
+from siliang.zero_settings import zero_settings
 
 FORMATS = (
     "auto",

@@ -84,6 +84,7 @@ def test_the_parts_add_up() -> None:
         (("--model", "gpt2", "--memory", "much"), "is no size of memory"),
         (("--model", "gpt2", "--method", "loro"), "Did you mean 'lora'"),
         (("--model", "gpt2", "--device", "tpu"), "is not one of cpu, cuda"),
+        (("--model", "gpt2", "--devices", "2", "--strategy", "deepspeed"), "Plan strategy fsdp"),
         ((), "say which model"),
     ],
 )

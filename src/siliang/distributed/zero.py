@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from siliang.config import RunConfig
-from siliang.distributed.zero_settings import SAID_BY
 from siliang.types import ConfigError
+from siliang.zero_settings import SAID_BY
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -27,7 +27,7 @@ from siliang.plan.rows import StepRows, heaviest, made_up
 from siliang.plan.shapes import SHAPES
 from siliang.plan.sketch import Sketch, Usual
 from siliang.plan.steps import Measured, Phase
-from siliang.types import SiliangError, TaskType
+from siliang.types import ConfigError, SiliangError, TaskType
 
 VIRTUAL_TOKENS = 20  # of a prompt whose length is not said
 TOLD: tuple[Phase, ...] = ("train", "evaluate", "generate", "merge")
@@ -61,7 +61,13 @@ def plan(
     Raises:
         ModelError: There is no such model, or its config is not whole.
         DataError: The data cannot be read.
+        ConfigError: DeepSpeed shares it out, whose step cannot be made on paper.
     """
+    if mesh is not None and config.distributed.strategy == "deepspeed":
+        raise ConfigError(
+            "What each device holds under DeepSpeed is not planned. Plan strategy fsdp, which deals out as much as its "
+            "stage 3, or ddp."
+        )
     subject = subject or look_at(config, machine())
     base_config = base_config or model_config(config)
     labels = subject.examples.labels if with_data else None
