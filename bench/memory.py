@@ -39,6 +39,7 @@ from siliang.peft_model import PeftModel
 from siliang.plan import Sketch
 from siliang.plan.device import Device
 from siliang.plan.rows import made_up_row
+from siliang.plan.sketch import collator_of
 from siliang.train.run import attach, weight_dtype
 from siliang.types import SiliangError, TaskType
 
@@ -200,8 +201,8 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     model.train()
-    sketch_collator = _collator(case, model, packed=engine.padding is not None)
-    batches = sketch_collator([dict(row) for row in case.rows()])["batches"]
+    collate = collator_of(case.config(), model, packed=engine.padding is not None)
+    batches = collate([dict(row) for row in case.rows()])["batches"]
     weight = float(sum(batch.weight for batch in batches))
     autocast = partial(torch.autocast, "cpu", case.precision.dtype, enabled=case.precision.autocast)
 
@@ -261,16 +262,6 @@ def _held(model: torch.nn.Module) -> list[torch.Tensor]:
 
     unique = {(t.to_local() if isinstance(t, DTensor) else t).data_ptr(): t for t in held_tensors(model)}
     return list(unique.values())
-
-
-def _collator(case: Case, model: Any, *, packed: bool) -> Any:
-    from siliang.data.collate import PadCollator
-    from siliang.engine.batches import StepCollator
-
-    pad = model.config.pad_token_id
-    return StepCollator(
-        PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0), MODELS[case.model][0], len(LENGTHS), packed=packed
-    )
 
 
 def main() -> int:

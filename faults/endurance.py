@@ -13,7 +13,7 @@ import torch
 
 from faults.runs import Place
 from siliang.train.run import Listener, train
-from siliang.train.trainer import Progress
+from siliang.train.watcher import Progress
 
 ALLOWED_GROWTH = 1.05  # of resident memory, from a third of the way on
 

@@ -23,7 +23,7 @@ from siliang import files
 from siliang.config import RunConfig
 from siliang.record import Record
 from siliang.train.run import Listener, Planner, train
-from siliang.train.trainer import Progress
+from siliang.train.watcher import Progress
 from siliang.types import SiliangError
 
 WORDS = [f"w{i}" for i in range(60)]

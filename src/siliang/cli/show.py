@@ -12,7 +12,7 @@ from siliang.secrets import without_secrets
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from siliang.train.trainer import Progress
+    from siliang.train.watcher import Progress
 
 __all__ = ["TrainingDisplay", "duration", "quiet_loading", "size"]
 

@@ -31,7 +31,7 @@ from siliang.config import RunConfig
 from siliang.memory.free import free_memory
 from siliang.plan.before import Planner
 from siliang.train.run import Listener, Run, make_trainer, prepare, train
-from siliang.train.trainer import Progress
+from siliang.train.watcher import Progress
 from siliang.types import SiliangError
 
 # imported when they are first used: the first run would have their memory counted as its own

@@ -108,16 +108,7 @@ class Sketch:
 
     def collator(self, batch_size: int | None = None) -> StepCollator:
         """Splits rows as the run will."""
-        t = self._config.train
-        config: Any = self.model.config
-        pad = getattr(config, "pad_token_id", None)
-        return StepCollator(
-            PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0),
-            self._config.task,
-            batch_size or t.batch_size,
-            t.tokens_at_once,
-            packed=self.packed,
-        )
+        return collator_of(self._config, self.model, batch_size, packed=self.packed)
 
     def batches(self, rows: list[dict[str, Any]], batch_size: int | None = None) -> list[Batch]:
         """The first two batches of a step, the longest: a third one finds what the second one found."""
@@ -181,3 +172,15 @@ class Sketch:
 
     def _saved_bytes(self) -> int:
         return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+
+
+def collator_of(config: RunConfig, model: Any, batch_size: int | None = None, *, packed: bool) -> StepCollator:
+    """A run's own, where there is no tokenizer to say what padding is."""
+    t, pad = config.train, getattr(model.config, "pad_token_id", None)
+    return StepCollator(
+        PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0),
+        config.task,
+        batch_size or t.batch_size,
+        t.tokens_at_once,
+        packed=packed,
+    )

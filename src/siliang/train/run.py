@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from siliang.check import RATE_FACTOR, Subject, find, look_at, stop_on_errors
+from siliang.check import Subject, find, look_at, stop_on_errors
 from siliang.config import RunConfig
 from siliang.data import sources
 from siliang.data.collate import PadCollator
@@ -42,19 +42,18 @@ from siliang.peft_model import PeftModel, count_parameters, get_peft_model
 from siliang.record import Counts, Record, Rows, Seconds
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, load_base
 from siliang.secrets import without_secrets
-from siliang.train.guard import PATIENCE, Trouble
+from siliang.train.endings import does_not_fit, interrupted, no_number
 from siliang.train.metrics import MEASURED, trainer_metrics
 from siliang.train.order import Order
 from siliang.train.saving import adapter_together, checkpoints, last_good, read_weights, whole_weights
-from siliang.train.trainer import Handlers, Limits, Progress, SiliangTrainer, Watcher, stopping_on_signal
+from siliang.train.trainer import Handlers, SiliangTrainer
+from siliang.train.watcher import Limits, Progress, Watcher, stopping_on_signal
 from siliang.types import (
     ConfigError,
-    DeviceMemoryError,
     InterruptedRunError,
     OutputError,
     SiliangError,
     TaskType,
-    TrainingError,
     nearest,
 )
 
@@ -332,7 +331,7 @@ def _train(run: Run, started: float, *, resume: bool) -> Record:
         record.memory.loaded_bytes, record.memory.peak_bytes = memory.start_bytes, memory.update()
         record.memory.recomputed_layers = trainer.engine.recompute.most
         if watcher.stopped and trainer.state.global_step < trainer.state.max_steps:
-            _interrupted(run, watcher.stopped, trainer.state.global_step, trainer.state.max_steps)
+            interrupted(run, watcher.stopped, trainer.state.global_step, trainer.state.max_steps)
         start = time.perf_counter()
         if len(run.eval_set):
             record.final = _final_metrics(_at_best(run, trainer, limits), config.task)
@@ -433,7 +432,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         ranks=run.ranks,
         compute_metrics=trainer_metrics(run.config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
         callbacks=list(callbacks),
-        handlers=Handlers(partial(_explain, run), partial(_does_not_fit, run, engine), run.listener.say),
+        handlers=Handlers(partial(no_number, run), partial(does_not_fit, run, engine), run.listener.say),
         skips=t.nan_skips,
         fit=t.fit,
     )
@@ -446,73 +445,6 @@ def _stage(run: Run) -> int:
     distributed = run.config.distributed
     at_work = run.ranks.size > 1 and distributed.strategy == "deepspeed"
     return distributed.zero["zero_optimization"]["stage"] if at_work else 0
-
-
-def _explain(run: Run, trouble: Trouble) -> TrainingError:
-    """Which step, which rows, the likely cause, what is left."""
-    t, rate, usual = run.config.train, run.record.learning_rate, run.method.learning_rate
-    places = [run.examples.train.where(row).rpartition(":") for row in trouble.rows[:3]]  # file, ":", line
-    shown = ", ".join("".join(place[i > 0 and place[0] == places[0][0] :]) for i, place in enumerate(places))
-    rest = f" and {len(trouble.rows) - 3:,} more" if len(trouble.rows) > 3 else ""
-    in_bits = {f"{name}.weight" for name, m in run.model.named_modules() if hasattr(m, "quant_state")}
-    frozen = (
-        (n, p)
-        for n, p in run.model.named_parameters()
-        if not p.requires_grad and p.is_floating_point() and n not in in_bits
-    )
-    if (broken := next((n for n, p in frozen if not torch.isfinite(p).all()), None)) is not None:
-        cause = f"the base model's {broken} holds nan or inf. Load sound weights"
-    elif rate >= RATE_FACTOR * usual:
-        cause = (
-            f"train.learning_rate = {rate:g} is {rate / usual:,.3g} times {run.method.name}'s own {usual:g}. Lower it"
-        )
-    elif trouble.value == 0:
-        cause = "no label of these rows reaches what is trained. `siliang check` shows what is learned"
-    elif run.precision.compute == "fp16":
-        cause = "fp16 ends at 65,504. Use train.precision=bf16 where the hardware has it, or fp32"
-    else:
-        cause = f"the steps are too large. Lower train.learning_rate = {rate:g}, or raise train.warmup_fraction"
-    since = f" in {PATIENCE} steps one after the other" if trouble.value == 0 else ""
-    saved = list(checkpoints(run.folder / CHECKPOINTS).values())
-    kept = (
-        f"{saved[-1]} is kept"
-        if saved
-        else "no checkpoint was made: train.save_every" + (f" is {t.save_every:,}" if t.save_every else " is not set")
-    )
-    return TrainingError(
-        f"Step {trouble.step:,}: the {trouble.what} is {trouble.value:g}{since}, in a batch of {shown}{rest}.\n"
-        f"Likely {cause}; {kept}."
-    )
-
-
-def _does_not_fit(run: Run, engine: Engine, step: int, tokens: int, words: str) -> DeviceMemoryError:
-    """What the step took, and what to change."""
-    device, t = run.record.device, run.config.train
-    held = sum(p.nbytes for p in run.model.parameters())
-    trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
-    each = sum(engine.recompute.bytes_per_token)
-    batch = f", a batch of {tokens:,} tokens" + (f" about {each * tokens / 1e9:,.2f} GB" if each else "")
-    planned = run.record.memory.predicted_bytes
-    batch += f"; {planned / 1e9:,.2f} GB were planned in all" if planned else ""
-    ways = [] if t.fit else ["train.fit=true (smaller batches, the same result)"]
-    ways += [] if t.gradient_checkpointing or t.fit else ["train.gradient_checkpointing=true"]
-    ways += [f"data.max_length={run.config.data.max_length // 2}"]
-    ways += [] if run.config.quantization or not run.method.freezes_the_base else ["quantization.bits=4"]
-    return DeviceMemoryError(
-        f"Step {step:,} does not fit the memory of this {device.kind} ({device.memory_bytes / 1e9:,.1f} GB): the "
-        f"weights take {held / 1e9:,.2f} GB, gradients and Adam {3 * trained / 1e9:,.2f} GB{batch}.\n"
-        f"Set {', or '.join(ways)}."
-    )
-
-
-def _interrupted(run: Run, why: str, step: int, steps: int) -> None:
-    run.record.status = "interrupted"
-    run.write_record()
-    reason = ": train.max_time is nearly over" if why == "out of time" else ""
-    raise InterruptedRunError(
-        f"Stopped at step {step} of {steps}{reason}; that step is saved.\n"
-        f"Go on with: siliang train --resume {run.folder}"
-    )
 
 
 def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:

@@ -1,0 +1,89 @@
+"""What is said when a run ends before its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from siliang.check import RATE_FACTOR
+from siliang.engine.step import Engine
+from siliang.run_folder import CHECKPOINTS
+from siliang.train.guard import PATIENCE, Trouble
+from siliang.train.saving import checkpoints
+from siliang.types import DeviceMemoryError, InterruptedRunError, TrainingError
+
+if TYPE_CHECKING:
+    from siliang.train.run import Run
+
+
+def no_number(run: Run, trouble: Trouble) -> TrainingError:
+    """For a loss or gradient that is none: which step, which rows, the likely cause, what is left."""
+    t, rate, usual = run.config.train, run.record.learning_rate, run.method.learning_rate
+    places = [run.examples.train.where(row).rpartition(":") for row in trouble.rows[:3]]  # file, ":", line
+    shown = ", ".join("".join(place[i > 0 and place[0] == places[0][0] :]) for i, place in enumerate(places))
+    rest = f" and {len(trouble.rows) - 3:,} more" if len(trouble.rows) > 3 else ""
+    in_bits = {f"{name}.weight" for name, m in run.model.named_modules() if hasattr(m, "quant_state")}
+    frozen = (
+        (n, p)
+        for n, p in run.model.named_parameters()
+        if not p.requires_grad and p.is_floating_point() and n not in in_bits
+    )
+    if (broken := next((n for n, p in frozen if not torch.isfinite(p).all()), None)) is not None:
+        cause = f"the base model's {broken} holds nan or inf. Load sound weights"
+    elif rate >= RATE_FACTOR * usual:
+        cause = (
+            f"train.learning_rate = {rate:g} is {rate / usual:,.3g} times {run.method.name}'s own {usual:g}. Lower it"
+        )
+    elif trouble.value == 0:
+        cause = "no label of these rows reaches what is trained. `siliang check` shows what is learned"
+    elif run.precision.compute == "fp16":
+        cause = "fp16 ends at 65,504. Use train.precision=bf16 where the hardware has it, or fp32"
+    else:
+        cause = f"the steps are too large. Lower train.learning_rate = {rate:g}, or raise train.warmup_fraction"
+    since = f" in {PATIENCE} steps one after the other" if trouble.value == 0 else ""
+    saved = list(checkpoints(run.folder / CHECKPOINTS).values())
+    kept = (
+        f"{saved[-1]} is kept"
+        if saved
+        else "no checkpoint was made: train.save_every" + (f" is {t.save_every:,}" if t.save_every else " is not set")
+    )
+    return TrainingError(
+        f"Step {trouble.step:,}: the {trouble.what} is {trouble.value:g}{since}, in a batch of {shown}{rest}.\n"
+        f"Likely {cause}; {kept}."
+    )
+
+
+def does_not_fit(run: Run, engine: Engine, step: int, tokens: int, words: str) -> DeviceMemoryError:
+    """What the step took, and what to change."""
+    device, t = run.record.device, run.config.train
+    held = sum(p.nbytes for p in run.model.parameters())
+    trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+    each = sum(engine.recompute.bytes_per_token)
+    batch = f", a batch of {tokens:,} tokens" + (f" about {each * tokens / 1e9:,.2f} GB" if each else "")
+    planned = run.record.memory.predicted_bytes
+    batch += f"; {planned / 1e9:,.2f} GB were planned in all" if planned else ""
+    ways = [] if t.fit else ["train.fit=true (smaller batches, the same result)"]
+    ways += [] if t.gradient_checkpointing or t.fit else ["train.gradient_checkpointing=true"]
+    ways += [f"data.max_length={run.config.data.max_length // 2}"]
+    ways += [] if run.config.quantization or not run.method.freezes_the_base else ["quantization.bits=4"]
+    return DeviceMemoryError(
+        f"Step {step:,} does not fit the memory of this {device.kind} ({device.memory_bytes / 1e9:,.1f} GB): the "
+        f"weights take {held / 1e9:,.2f} GB, gradients and Adam {3 * trained / 1e9:,.2f} GB{batch}.\n"
+        f"Set {', or '.join(ways)}."
+    )
+
+
+def interrupted(run: Run, why: str, step: int, steps: int) -> None:
+    """Stopped as it was told to.
+
+    Raises:
+        InterruptedRunError: Always.
+    """
+    run.record.status = "interrupted"
+    run.write_record()
+    reason = ": train.max_time is nearly over" if why == "out of time" else ""
+    raise InterruptedRunError(
+        f"Stopped at step {step} of {steps}{reason}; that step is saved.\n"
+        f"Go on with: siliang train --resume {run.folder}"
+    )
