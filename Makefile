@@ -12,8 +12,9 @@ help:  ## this list
 demo: .venv/demo  ## five methods compared on reviews that come with siliang: a table and a page
 	$(BIN)/siliang demo
 
+# a worker on each core: with more threads they would wait for each other
 test: .venv/dev  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a worker on each core: with more threads they would wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-long: .venv/dev  ## and what takes many minutes: every method on real data
 	$(BIN)/python -m pytest -m long -n auto

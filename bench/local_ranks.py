@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from bench.command import train
 from bench.scaling import DATA, STRATEGIES, TOKENIZER, Shape, Strategy, imbalance, row_lengths, size, table
 from siliang.record import Record
 
@@ -26,7 +26,7 @@ MESSAGE_BYTES = 64 * 2**20
 # a network of their own, in which nothing else is heard; its bytes are told at the end
 APART = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c"]
 APART += ['ip link set lo up && "$@"; code=$?; cat /proc/self/net/dev; exit $code', "sh"]
-ENV = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,10 @@ def make(place: Path, *, even: bool) -> None:
     )
 
 
-def command(place: Path, case: Case, ranks: int, steps: int, *, rows: int, length: int) -> list[str]:
-    """`siliang train` on so many ranks, with `rows` rows a step."""
-    run = Path(tempfile.mkdtemp(dir=place))
+def trained(
+    place: Path, case: Case, ranks: int, steps: int, *, rows: int, length: int, within: Sequence[str] = ()
+) -> tuple[Record, str]:
+    """`siliang train` on so many ranks, with `rows` rows a step: its record, and what was printed."""
     values = {
         "model": str(place / "model"),
         "task": "causal_lm",
@@ -147,29 +148,22 @@ def command(place: Path, case: Case, ranks: int, steps: int, *, rows: int, lengt
             "log_every": 4,
             "memory_budget": None,
         },
-        "output": str(run / "run"),
     }
-    (run / "run.yaml").write_text(yaml.safe_dump(values | case.settings))
-    siliang = [sys.executable, "-m", "siliang", "train", str(run / "run.yaml")]
-    return siliang if ranks == 1 else [*siliang, "--devices", str(ranks)]
+    folder = Path(tempfile.mkdtemp(dir=place)) / "run"
+    return train(values | case.settings, folder, ranks=ranks, within=within, env=ONE_THREAD)
 
 
 def sent_bytes(place: Path, case: Case, ranks: int, steps: int) -> int:
     """By all ranks together, from first to last."""
-    train = command(place, case, ranks, steps, rows=16, length=32)
-    done = subprocess.run([*APART, *train], env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(r"lo:(?:\s+\d+){8}\s+(\d+)", done.stdout)
+    _, said = trained(place, case, ranks, steps, rows=16, length=32, within=APART)
+    found = re.search(r"lo:(?:\s+\d+){8}\s+(\d+)", said)
     assert found is not None
     return int(found[1])
 
 
 def step_seconds(place: Path, case: Case, ranks: int) -> float:
     """Of a step, after the first four."""
-    train = command(place, case, ranks, 12, rows=16, length=256)
-    done = subprocess.run(train, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = Record.read(Path(train[4]).parent / "run")
+    record, _ = trained(place, case, ranks, 12, rows=16, length=256)
     speeds = [line.tokens_per_s for line in record.steps if line.tokens_per_s]
     return record.tokens_trained / record.steps[-1].step / statistics.median(speeds[1:])
 
@@ -177,7 +171,8 @@ def step_seconds(place: Path, case: Case, ranks: int) -> float:
 def loopback_speed(ranks: int) -> float:
     """Bytes/s that each rank sends in a large all-reduce."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run([*torchrun, "-m", "bench.local_ranks"], env=ENV, capture_output=True, text=True, check=True)
+    env = os.environ | ONE_THREAD
+    done = subprocess.run([*torchrun, "-m", "bench.local_ranks"], env=env, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -25,12 +22,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from bench.command import train
 from siliang import LoraConfig, get_peft_model
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import all_ranks, average_gradients, shard
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
-from siliang.record import Record
 from siliang.types import TaskType
 
 ROWS, LENGTH, VOCABULARY = 8, 64, 4096
@@ -85,16 +82,13 @@ def memory(folder: Path) -> None:
             "data": {"train": str(folder / "rows.jsonl"), "max_length": LENGTH},
             "train": {"batch_size": ROWS, "max_steps": 4},
             "distributed": {"strategy": strategy},
-            "output": str(folder / f"{strategy}-{ranks}"),
         }
-        (folder / "run.yaml").write_text(json.dumps(settings))
-        command = [sys.executable, "-m", "siliang", "train", str(folder / "run.yaml")]
-        command += ["--devices", str(ranks)] if ranks > 1 else []
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            print(f"{strategy:<8}  {ranks:>9}  {done.stderr.strip()}")
+        try:
+            record, _ = train(settings, folder / f"{strategy}-{ranks}", ranks=ranks, env={"OMP_NUM_THREADS": "1"})
+        except RuntimeError as error:
+            print(f"{strategy:<8}  {ranks:>9}  {error}")
             continue
-        found = Record.read(folder / f"{strategy}-{ranks}").memory
+        found = record.memory
         each = found.peak_bytes_by_rank or [found.peak_bytes]
         print(
             f"{strategy:<8}  {ranks:>9}  {(found.predicted_bytes or 0) / 1e6:9,.0f}  "

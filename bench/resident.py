@@ -9,15 +9,12 @@ Each run is a process of its own and its machine's first: no earlier run has cor
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from bench.command import train
 from bench.folders import make_ready
 from bench.workloads import ON_CPU, WORKLOADS, Method, Workload, run_config
-from siliang.record import Record
 
 STEPS = 6
 
@@ -29,17 +26,10 @@ def measure(workload: Workload, method: Method, scratch: Path) -> tuple[int, int
         RuntimeError: The run failed.
     """
     make_ready(workload, scratch, smoke=False)
-    folder = Path(tempfile.mkdtemp(dir=scratch))
+    folder = scratch / "runs" / f"{workload.name}-{method.label}"
     config = run_config(workload, method, scratch, smoke=False, steps=STEPS, log_every=STEPS)
-    config = config.model_copy(update={"output": str(folder / "run")})
-    (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    own = {"SILIANG_CACHE": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "siliang", "train", str(folder / "run.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip())
-    found = Record.read(folder / "run").memory
-    return found.predicted_bytes or 0, found.peak_bytes
+    record, _ = train(config.model_dump(mode="json"), folder, env={"SILIANG_CACHE": str(folder / "cache")})
+    return record.memory.predicted_bytes or 0, record.memory.peak_bytes
 
 
 def main() -> None:

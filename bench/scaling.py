@@ -18,16 +18,16 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import log2
-from pathlib import Path
 
+from bench.folders import SHARED
 from siliang.train.order import shares
 
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
 TOKENS_A_CARD = 8192
 LABELLED = 0.65  # of the tokens, in alpaca_zh
 BUCKET_BYTES = 25 * 2**20  # of DDP's messages
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_zh_52k.json"
-TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "tokenizers" / "minimind"
+DATA = SHARED / "data" / "alpaca_zh_52k.json"
+TOKENIZER = SHARED / "tokenizers" / "minimind"
 
 
 @dataclass(frozen=True)
@@ -292,8 +292,13 @@ def size(n: float) -> str:
     """Bytes, short."""
     for unit, each in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= each:
-            return f"{n / each:.3g} {unit}"
+            return f"{digits(n / each)} {unit}"
     return f"{n:.0f} B"
+
+
+def digits(x: float, most: int = 3) -> str:
+    """A number in so many digits, never with an exponent: 1,130 and not 1.13e+03."""
+    return f"{float(f'{x:.{most}g}'):,g}"
 
 
 def paper(lengths: Sequence[int]) -> str:
@@ -309,7 +314,7 @@ def paper(lengths: Sequence[int]) -> str:
 
     parts.append("## Bytes held by each card before activations, on 1 / 8 / 64 cards\n")
     rows = [
-        [s.name, *(" / ".join(f"{s.held(shape, n) / 1e9:.3g}" for n in (1, 8, 64)) + " GB" for shape in SHAPES)]
+        [s.name, *(" / ".join(digits(s.held(shape, n) / 1e9) for n in (1, 8, 64)) + " GB" for shape in SHAPES)]
         for s in STRATEGIES
     ]
     parts.append(table(["", *(s.name for s in SHAPES)], rows))
@@ -319,7 +324,8 @@ def paper(lengths: Sequence[int]) -> str:
     rows = []
     for ranks in RANKS[1:]:
         cells = [
-            f"{100 * imbalance(lengths, ranks, n):.2g}% ({100 * imbalance(lengths, ranks, n, in_turn=True):.2g}%)"
+            f"{digits(100 * imbalance(lengths, ranks, n), 2)}% "
+            f"({digits(100 * imbalance(lengths, ranks, n, in_turn=True), 2)}%)"
             for n in per_card
         ]
         rows.append([f"{ranks:,}", *cells])
@@ -364,7 +370,7 @@ def paper(lengths: Sequence[int]) -> str:
             for n in RANKS:
                 even = imbalance(lengths, n, total // n)
                 times = step_s(s, SHAPES[2], cluster, n, whole / n, imbalance=even, length=length)
-                cells.append(f"{alone / sum(times):.3g}")
+                cells.append(digits(alone / sum(times)))
             rows.append([cluster.name, s.name, *cells])
     parts.append(table(["", "", *(f"{n:,}" for n in RANKS)], rows))
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -55,9 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.seed_table", description=str(__doc__).partition("\n")[0])
     parser.add_argument("settings", type=Path, help="compare.yaml")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl and README.md")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting by name")
     options = parser.parse_args()
-    logging.set_verbosity_error()
     values = read_yaml(options.settings)
     for assignment in options.set:
         assign(values, assignment)
@@ -65,21 +68,23 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "results.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    for trial in test_trials(config, {}):
-        if any((d["method"], d["seed"]) == (trial.method, trial.seed) for d in done):
-            continue
-        found = {"method": trial.method, "seed": trial.seed, **measure(config, trial)}
-        done.append(found)
-        with path.open("a") as opened:
-            opened.write(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
+    there = {(d["method"], d["seed"]) for d in done}
+    missing = [trial for trial in test_trials(config, {}) if (trial.method, trial.seed) not in there]
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        for future in as_completed([pool.submit(measure, config, trial) for trial in missing]):
+            done.append(future.result())
+            with path.open("a") as opened:
+                opened.write(json.dumps(done[-1]) + "\n")
+            print(json.dumps(done[-1]), flush=True)
     text = render(config, done)
     (options.output / "README.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def measure(config: CompareConfig, trial: Trial) -> dict[str, float]:
+def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
     """One run with peft: the task's figures, and minutes."""
+    logging.set_verbosity_error()
     run = run_config(config, trial, Path("unused"), {})
     set_seed(trial.seed)
     subject = look_at(run)
@@ -107,9 +112,8 @@ def measure(config: CompareConfig, trial: Trial) -> dict[str, float]:
                 break
     minutes = (time.perf_counter() - started) / 60
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"minutes": minutes, "trained": trained, "rate": rate} | evaluate(
-        model, subject.eval, collate, run, subject.examples.labels or []
-    )
+    told = {"method": trial.method, "seed": trial.seed, "minutes": minutes, "trained": trained, "rate": rate}
+    return told | evaluate(model, subject.eval, collate, run, subject.examples.labels or [])
 
 
 def attach(model: Any, run: RunConfig) -> Any:

@@ -4,6 +4,7 @@ training on one, to compare."""
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from faults.runs import Child, Ending, Place
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.record import Record
+from siliang.run_folder import CHECKPOINTS
 from siliang.train.run import Planner
+from siliang.train.saving import checkpoints
 
 ARGUMENTS = {
     "lora": {"r": 4},
@@ -56,6 +59,31 @@ def start(
     return [
         Child(config, resume=resume, hook=partial(become, rank), pace_s=pace_s, planner=planner) for rank in range(size)
     ]
+
+
+def stopped(config: RunConfig) -> RunConfig:
+    """A training on two ranks that is stopped behind its seventh step, by a signal to the second rank alone."""
+    children = _signalled(config, signal.SIGTERM, step=7)
+    endings = [child.end() for child in children]
+    assert [e.code for e in endings] == [130, 130], endings[0].said
+    assert 7 <= max(checkpoints(Path(config.output) / CHECKPOINTS)) < 20
+    return config
+
+
+def killed(config: RunConfig) -> str:
+    """A training on two ranks whose second is killed behind the eighth step: what the first says of it, and ends."""
+    first, second = _signalled(config, signal.SIGKILL, step=8)
+    gone, left = second.end(), first.end()
+    assert gone.code == -signal.SIGKILL and left.code == 2, left.said
+    assert "error[SLE12]: Rank 0 of 2 has lost another rank" in left.said
+    return left.said
+
+
+def _signalled(config: RunConfig, number: signal.Signals, *, step: int) -> list[Child]:
+    children = start(config, 2, pace_s=0.05)
+    assert children[0].wait_for(f"step {step}\n"), children[0].end().said
+    children[1].signal(number)
+    return children
 
 
 def train_on(config: RunConfig, size: int, *, resume: bool = False) -> list[Ending]:

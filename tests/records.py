@@ -47,7 +47,14 @@ def comparison(folder: Path, scores: dict[str, tuple[list[float], int, int]], **
             record(score, trained=trained, memory=memory, seed=seed, method=method).write(run)
             given = answers.get(method, ["bad", "good", "good"])
             rows = [
-                Answer(where=f"reviews.csv:{i}", asked=f"{EVIL} {i}", right=right, given=said, probability=0.9)
+                Answer(
+                    where=f"reviews.csv:{i}",
+                    asked=f"{EVIL} {i}",
+                    right=right,
+                    given=said,
+                    correct=right == said,
+                    probability=0.9,
+                )
                 for i, (right, said) in enumerate(zip(["bad", "good", "bad"], given, strict=True))
             ]
             said = Answers(prompts=[Answer(asked="was it?", given=EVIL)], rows=rows, majority=0.6, classes=2)

@@ -328,11 +328,17 @@ class DistributedConfig(Section):
     it. What siliang's settings say (batches, clipping, precision, learning rate) is left out or "auto" there."""
 
     @property
+    def stage(self) -> int:
+        """Of DeepSpeed's ZeRO; 0 for every other strategy."""
+        if self.strategy != "deepspeed":
+            return 0
+        return self.zero_stage or (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 2)
+
+    @property
     def zero(self) -> dict[str, Any]:
         """DeepSpeed's configuration, with the stage."""
         settings = self.deepspeed or {}
-        zero = settings.get("zero_optimization", {})
-        return settings | {"zero_optimization": {**zero, "stage": self.zero_stage or zero.get("stage", 2)}}
+        return settings | {"zero_optimization": {**settings.get("zero_optimization", {}), "stage": self.stage}}
 
     @model_validator(mode="after")
     def _of_deepspeed(self) -> DistributedConfig:

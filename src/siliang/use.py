@@ -137,15 +137,14 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int = 16) -
     """
     task = run.config.task
     rows, tokens = _rows(run, data)
+    if task is TaskType.QUESTION_ANS:
+        found, loss = find_spans(run, tokens, rows, batch_size=batch_size)
+        answers = [e.answers for e in rows]  # type: ignore[union-attr]
+        return {"rows": float(len(rows)), "loss": loss} | metrics.squad(found, answers)
     loss, count = 0.0, 0
     guesses: list[Any] = []
     right: list[Any] = []
     for _, batch in _batches(run, tokens, batch_size):
-        if task is TaskType.QUESTION_ANS:
-            output = run.model(**batch)
-            loss, count = loss + float(output.loss) * len(batch["input_ids"]), count + len(batch["input_ids"])
-            guesses.append((_wide(output.start_logits, tokens), _wide(output.end_logits, tokens)))
-            continue
         labels = batch["labels"]
         # an encoder-decoder model makes the decoder's input from the labels
         logits = run.model(**(batch if task is TaskType.SEQ_2_SEQ_LM else _inputs(batch))).logits.float()
@@ -171,10 +170,6 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int = 16) -
             return figures | metrics.classification(guesses, right)
         case TaskType.TOKEN_CLS:
             return figures | metrics.spans_of_tags(guesses, right)
-        case TaskType.QUESTION_ANS:
-            starts, ends = (torch.cat([g[i] for g in guesses]).cpu().numpy() for i in (0, 1))
-            answers = [e.answers for e in rows]  # type: ignore[union-attr]
-            return figures | metrics.squad(metrics.best_spans(starts, ends, tokens, rows), answers)
     figures["perplexity"] = float(torch.tensor(figures["loss"], dtype=torch.float64).exp())
     if task is TaskType.SEQ_2_SEQ_LM:
         targets = [e.target for e in rows if isinstance(e, SourceTarget)]
@@ -183,9 +178,23 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int = 16) -
     return figures
 
 
-def _wide(logits: Tensor, tokens: TokenSet) -> Tensor:
-    """Logits (rows, length of the batch) on the length of the longest row, so that batches can be joined."""
-    return torch.nn.functional.pad(logits.float(), (0, int(tokens.lengths.max()) - logits.shape[1]), value=-1e4)
+@torch.no_grad()
+def find_spans(run: OpenedRun, tokens: TokenSet, rows: ExampleSet, *, batch_size: int = 16) -> tuple[list[str], float]:
+    """The words of its context that answer each question, and the mean loss over windows.
+
+    Args:
+        tokens: Windows of the rows' contexts; a row without one is answered with "".
+    """
+    loss, longest = 0.0, int(tokens.lengths.max())
+    starts: list[Tensor] = []
+    ends: list[Tensor] = []
+    for _, batch in _batches(run, tokens, batch_size):
+        output = run.model(**batch)
+        loss += float(output.loss) * len(batch["input_ids"])
+        for joined, logits in ((starts, output.start_logits), (ends, output.end_logits)):  # each (windows, tokens)
+            joined.append(torch.nn.functional.pad(logits.float(), (0, longest - logits.shape[1]), value=-1e4))
+    at_start, at_end = (torch.cat(joined).cpu().numpy() for joined in (starts, ends))
+    return metrics.best_spans(at_start, at_end, tokens, rows), loss / len(tokens)
 
 
 def _write_targets(run: OpenedRun, inputs: dict[str, Tensor]) -> list[str]:

@@ -297,6 +297,29 @@ def test_search_sees_validation_rows_alone(
     assert f"{out / 'runs' / 'lora' / 'seed-42'}: {tuned.rows[0].given}\n" in said
 
 
+def test_answers_in_a_context(model_folders: dict[str, Path], tmp_path: Path, here: Callable[..., str]) -> None:
+    """Contexts longer than a window, two right answers to some questions; what the page shows is what was measured."""
+    rows = []
+    for i, word in enumerate(WORDS[:40]):
+        context = f"hello world {word} ! ? yes " + "no " * (i % 5) + f"say {word} ?"
+        right = [word, f"say {word}"][: 2 if i % 3 else 1]
+        answers = {"text": right, "answer_start": [context.index(text) for text in right]}
+        rows.append({"context": context, "question": "say !", "answers": answers})
+    flags = ["--model", model_folders["bert"], "--data", write_jsonl(tmp_path / "d.jsonl", rows), "--seeds", 1]
+    flags += ["--task", "question_ans", "--methods", "full,bitfit", "--output", tmp_path / "out"]
+    sets = ["data.max_length=14", "data.stride=2", "data.test_size=0.4", "train.max_steps=60", "accept=[SL002,SL042]"]
+    here("compare", *flags, *(part for text in sets for part in ("--set", text)))
+    page = (tmp_path / "out" / "report.html").read_text()
+    for method in ("full", "bitfit"):
+        run = tmp_path / "out" / "runs" / method / "seed-42"
+        said = Answers.open(run / "answers.json").rows
+        assert len(said) == 16 and all(a.asked.startswith("say !\n") for a in said)
+        assert any(a.right and " / " in a.right for a in said)
+        share = sum(bool(a.correct) for a in said) / len(said)
+        assert share == pytest.approx(Record.read(run).final["exact_match"])
+        assert f"{method}: {sum(not a.correct for a in said)} " in page
+
+
 def test_minutes_become_steps(
     model_folders: dict[str, Path], review_file: Path, tmp_path: Path, here: Callable[..., str]
 ) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranked import assert_same, changed, configured, start, train_on
+from ranked import assert_same, changed, configured, killed, stopped, train_on
 
 from faults.runs import Place, run
 from siliang.config import DistributedConfig, RunConfig
 from siliang.distributed.zero import require_deepspeed
 from siliang.record import Record
-from siliang.train.saving import checkpoints
 from siliang.types import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # DeepSpeed's own are many
@@ -57,22 +55,13 @@ def test_stopped_goes_on_with_another_strategy(method: str, stage: int, still_pl
     """Checkpoints are those of every run: from ZeRO to itself, to one process, and from DDP to ZeRO."""
     config = configured(still_place, tmp_path / "one", method)
     assert run(config).code == 0
-
-    def begun(config: RunConfig) -> RunConfig:
-        children = start(config, 2, pace_s=0.05)
-        assert children[0].wait_for("step 7\n"), children[0].end().said
-        children[1].signal(signal.SIGTERM)
-        assert [child.end().code for child in children] == [130, 130]
-        assert 7 <= max(checkpoints(Path(config.output) / "checkpoints")) < 20
-        return config
-
-    zero = begun(under_zero(config, tmp_path / "zero", stage))
+    zero = stopped(under_zero(config, tmp_path / "zero", stage))
     assert [e.code for e in train_on(zero, 2, resume=True)] == [0, 0]
     assert_same(tmp_path / "one", tmp_path / "zero")
-    alone = begun(under_zero(config, tmp_path / "alone", stage))
+    alone = stopped(under_zero(config, tmp_path / "alone", stage))
     assert run(alone, resume=True).code == 0
     assert_same(tmp_path / "one", tmp_path / "alone")
-    begun(changed(config, tmp_path / "ddp"))
+    stopped(changed(config, tmp_path / "ddp"))
     assert [e.code for e in train_on(under_zero(config, tmp_path / "ddp", stage), 2, resume=True)] == [0, 0]
     assert_same(tmp_path / "one", tmp_path / "ddp")
 
@@ -100,12 +89,7 @@ def test_half_precision_needs_a_card(still_place: Place, tmp_path: Path) -> None
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_rank_that_is_killed(stage: int, still_place: Place, tmp_path: Path) -> None:
     zero = under_zero(configured(still_place, tmp_path / "two", save_every=3), tmp_path / "two", stage)
-    children = start(zero, 2, pace_s=0.05)
-    assert children[0].wait_for("step 8\n"), children[0].end().said
-    children[1].signal(signal.SIGKILL)
-    killed, left = children[1].end(), children[0].end()
-    assert killed.code == -signal.SIGKILL and left.code == 2, left.said
-    assert "error[SLE12]: Rank 0 of 2 has lost another rank" in left.said
+    killed(zero)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +151,7 @@ def test_what_does_not_go_with_it(section: str, values: dict[str, Any], words: s
         RunConfig.build(run | {section: {**run.get(section, {}), **values}})
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="it is here")
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed here")
 def test_where_it_is_not_installed(still_place: Place, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'siliang\[deepspeed\]'"):
         require_deepspeed(torch.device("cpu"), half=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranked import ARGUMENTS, assert_same, changed, configured, start, train_on
+from ranked import ARGUMENTS, assert_same, changed, configured, killed, start, stopped, train_on
 
 from faults.runs import Place, make_place, run
 from siliang.distributed.sharding import paper_ranks
@@ -49,13 +48,7 @@ def test_saved_on_two_goes_on_with_one_and_with_four(
     assert run(config).code == 0
     for size in (1, 4):
         folder = tmp_path / f"then-{size}"
-        two = changed(config, folder, strategy)
-        children = start(two, 2, pace_s=0.05)
-        assert children[0].wait_for("step 7\n"), children[0].end().said
-        children[1].signal(signal.SIGTERM)
-        endings = [child.end() for child in children]
-        assert [e.code for e in endings] == [130, 130], endings[0].said
-        assert 7 <= max(checkpoints(folder / "checkpoints")) < 20
+        two = stopped(changed(config, folder, strategy))
         endings = [run(two, resume=True)] if size == 1 else train_on(two, size, resume=True)
         assert [e.code for e in endings] == [0] * size, endings[0].said
         assert_same(tmp_path / "one", folder)
@@ -76,13 +69,8 @@ def test_a_rank_that_is_killed(strategy: str, still_place: Place, tmp_path: Path
     config = configured(still_place, tmp_path / "one", save_every=3)
     assert run(config).code == 0
     two = changed(config, tmp_path / "two", strategy)
-    children = start(two, 2, pace_s=0.05)
-    assert children[0].wait_for("step 8\n"), children[0].end().said
-    children[1].signal(signal.SIGKILL)
-    killed, left = children[1].end(), children[0].end()
-    assert killed.code == -signal.SIGKILL and left.code == 2, left.said
-    assert "error[SLE12]: Rank 0 of 2 has lost another rank" in left.said
-    assert f"siliang train --resume {tmp_path / 'two'}" in left.said and "Traceback" not in left.said
+    said = killed(two)
+    assert f"siliang train --resume {tmp_path / 'two'}" in said and "Traceback" not in said
     assert 6 <= max(checkpoints(tmp_path / "two" / "checkpoints")) <= 9
     endings = train_on(two, 2, resume=True)
     assert [e.code for e in endings] == [0, 0], endings[0].said

@@ -7,21 +7,22 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 
 from siliang.compare.record import Answer, Answers
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
-from siliang.data.examples import Conversation, Example, Labelled, SourceTarget, Tagged, Text
+from siliang.data.examples import Conversation, Example, Labelled, SourceTarget, Span, Tagged, Text
 from siliang.run_folder import OpenedRun
 from siliang.train import metrics
 from siliang.train.run import Run
 from siliang.types import TaskType
-from siliang.use import LABELS, evaluate, generate, predict
+from siliang.use import LABELS, evaluate, find_spans, generate, predict
 
 ROWS = 500  # held-out rows whose answers are kept, where an answer takes one forward pass
 WRITTEN_ROWS = 4  # ... and where it is written word by word
-BEGINNING = 60  # characters of a text without a question, which is then continued
+BEGINNING = 60  # characters of a text without a question, which is then continued; and of a context beside its answer
 
 
 def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = False) -> Answers:
@@ -39,10 +40,10 @@ def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = F
                 found = _classes(run, opened, prompts)
             case TaskType.TOKEN_CLS:
                 found = _tags(run)
-            case TaskType.CAUSAL_LM | TaskType.SEQ_2_SEQ_LM:
-                found = _texts(run, opened, prompts, max_new_tokens, base=base)
+            case TaskType.QUESTION_ANS:
+                found = _spans(run, opened)
             case _:
-                found = Answers()  # an answer's place in a long context does not show in a line
+                found = _texts(run, opened, prompts, max_new_tokens, base=base)
     return found
 
 
@@ -65,6 +66,7 @@ def _classes(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
                 asked=asked,
                 right=labels[int(right)],
                 given=labels[int(number)],
+                correct=int(right) == int(number),
                 probability=round(float(p), 4),
             )
         )
@@ -92,9 +94,41 @@ def _tags(run: Run) -> Answers:
                 asked=space.join(example.tokens),
                 right=spans(example.tokens, gold, space),
                 given=spans(example.tokens, given, space),
+                correct=spans(example.tokens, given, space) == spans(example.tokens, gold, space),
             )
         )
     return Answers(rows=rows)
+
+
+def _spans(run: Run, opened: OpenedRun) -> Answers:
+    """Each question is answered with words of its context, and one of several answers may be right."""
+    numbers, examples = run.eval_set.column("row"), run.examples.eval
+    asked = np.unique(numbers)
+    chosen = asked[sample(len(asked), ROWS)]
+    windows = run.eval_set.select(np.flatnonzero(np.isin(numbers, chosen)).tolist())
+    found, _ = find_spans(opened, windows, examples)
+    rows: list[Answer] = []
+    for number in chosen.tolist():
+        example = examples[number]
+        assert isinstance(example, Span)
+        rows.append(
+            Answer(
+                where=examples.where(number),
+                asked=f"{example.question}\n{_surroundings(example)}",
+                right=" / ".join(dict.fromkeys(example.answers)),
+                given=found[number],
+                correct=metrics.squad([found[number]], [example.answers])["exact_match"] == 1,
+            )
+        )
+    return Answers(rows=rows)
+
+
+def _surroundings(example: Span) -> str:
+    """The context as far as it stands around the answer."""
+    at = example.starts[0] if example.starts else 0
+    start = max(0, at - BEGINNING)
+    end = at + (len(example.answers[0]) if example.answers else 0) + BEGINNING
+    return f"{'…' if start else ''}{example.context[start:end]}{'…' if end < len(example.context) else ''}"
 
 
 def spans(tokens: tuple[str, ...], tags: list[str], space: str) -> str:

@@ -90,6 +90,8 @@ class Answer(Part):
     right: str | None = None
     """What the data says; None for a prompt of the settings."""
     given: str
+    correct: bool | None = None
+    """Whether `given` counts as `right`; None where nothing judges it: a written text, a prompt of the settings."""
     probability: float | None = None
     """Of the class; None for text and tags."""
 

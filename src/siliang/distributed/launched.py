@@ -8,6 +8,7 @@ from typing import Any
 from siliang.types import ConfigError
 
 SWITCH = "ACCELERATE_USE_"
+SWITCHES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 ZERO = "ACCELERATE_DEEPSPEED_"
 
 
@@ -19,22 +20,24 @@ def asked_of_accelerate() -> dict[str, Any]:
     Raises:
         ConfigError: It asks for what siliang does not do.
     """
-    mine = [name for name in os.environ if name.startswith(ZERO) or name in (SWITCH + "FSDP", SWITCH + "DEEPSPEED")]
-    said = {name: os.environ.pop(name).lower() if name.startswith(SWITCH) else os.environ.pop(name) for name in mine}
+    switched_on = {name for name in SWITCHES if os.environ.get(SWITCH + name, "").lower() == "true"}
+    zero = {name.removeprefix(ZERO): os.environ.pop(name) for name in list(os.environ) if name.startswith(ZERO)}
+    for name in ("FSDP", "DEEPSPEED"):
+        os.environ.pop(SWITCH + name, None)
     for other in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if os.environ.get(SWITCH + other, "").lower() == "true":
+        if other in switched_on:
             raise ConfigError(
                 f"accelerate's configuration asks for {other.lower()}, which siliang does not use. "
                 "Allowed there: MULTI_GPU, MULTI_CPU, FSDP, DEEPSPEED."
             )
-    if said.get(SWITCH + "FSDP") == "true":
+    if "FSDP" in switched_on:
         return {"strategy": "fsdp"}
-    if said.get(SWITCH + "DEEPSPEED") != "true":
+    if "DEEPSPEED" not in switched_on:
         return {}
-    if file := said.get(ZERO + "CONFIG_FILE"):
+    if file := zero.get("CONFIG_FILE"):
         return {"strategy": "deepspeed", "deepspeed": file}
-    zero: dict[str, Any] = {"stage": int(said.get(ZERO + "ZERO_STAGE", "2"))}
+    settings: dict[str, Any] = {"stage": int(zero.get("ZERO_STAGE", "2"))}
     for name, key in (("OFFLOAD_OPTIMIZER_DEVICE", "offload_optimizer"), ("OFFLOAD_PARAM_DEVICE", "offload_param")):
-        if (device := said.get(ZERO + name, "none")) != "none":
-            zero[key] = {"device": device}
-    return {"strategy": "deepspeed", "deepspeed": {"zero_optimization": zero}}
+        if (device := zero.get(name, "none")) != "none":
+            settings[key] = {"device": device}
+    return {"strategy": "deepspeed", "deepspeed": {"zero_optimization": settings}}

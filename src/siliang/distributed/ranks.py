@@ -112,10 +112,13 @@ def find_ranks() -> Ranks:
 
     The environment of torchrun and of `accelerate launch` tells; each process then has its device, and a group.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        asked_of_accelerate()  # one process shares nothing
-        return Ranks()
-    return _join()
+    return _alone() if int(os.environ.get("WORLD_SIZE", "1")) == 1 else _join()
+
+
+@cache
+def _alone() -> Ranks:
+    asked_of_accelerate()  # one process shares nothing
+    return Ranks()
 
 
 @cache

@@ -176,15 +176,15 @@ def prompts(material: Material) -> list[Asked]:
 
 def disagreements(material: Material) -> tuple[list[Asked], int, list[int]]:
     """(the rows to show, all rows on which methods disagree, each method's wrong rows)."""
-    if material.task not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+    said = [{a.where: a for a in _rows(group) if a.correct is not None} for group in material.groups]
+    if not any(said):
         return [], 0, []
-    said = [{a.where: a for a in _rows(group)} for group in material.groups]
     places = list(dict.fromkeys(place for rows in said for place in rows))
-    wrong = [sum(a.given != a.right for a in rows.values()) for rows in said]
+    wrong = [sum(not a.correct for a in rows.values()) for rows in said]
     split: list[Asked] = []
     for place in places:
         answers = [rows.get(place) for rows in said]
-        judged = [None if a is None else a.given == a.right for a in answers]
+        judged = [None if a is None else a.correct for a in answers]
         if True in judged and False in judged:
             one = next(a for a in answers if a is not None)
             given = [(_given(a), right) for a, right in zip(answers, judged, strict=True)]

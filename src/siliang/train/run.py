@@ -45,7 +45,14 @@ from siliang.secrets import without_secrets
 from siliang.train.endings import does_not_fit, interrupted, no_number
 from siliang.train.metrics import MEASURED, trainer_metrics
 from siliang.train.order import Order
-from siliang.train.saving import adapter_together, checkpoints, last_good, read_weights, whole_weights
+from siliang.train.saving import (
+    adapter_together,
+    checkpoints,
+    is_dealt_out,
+    last_good,
+    read_weights,
+    whole_weights,
+)
 from siliang.train.trainer import Handlers, SiliangTrainer
 from siliang.train.watcher import Limits, Progress, Watcher, stopping_on_signal
 from siliang.types import (
@@ -176,7 +183,7 @@ def prepare(
     method = find_method(config.method.name)
     device = find_device()
     precision = choose_precision(config.train.precision, device)
-    if ranks.size > 1 and config.distributed.strategy == "deepspeed":
+    if _stage(config, ranks):
         require_deepspeed(device, half=precision.autocast)
     with ranks.first_before_others():
         subject = look_at(config, machine())
@@ -257,8 +264,7 @@ def _plan(
     planner: Planner, config: RunConfig, subject: Subject, ranks: Ranks, listener: Listener
 ) -> tuple[RunConfig, dict[str, int]]:
     """What the first rank's planner says."""
-    if ranks.size > 1 and config.distributed.strategy == "deepspeed":
-        stage = config.distributed.zero["zero_optimization"]["stage"]
+    if stage := _stage(config, ranks):
         listener.say(f"memory     what a rank takes under ZeRO-{stage} is not planned")
         return config, {}
     with paper_ranks(ranks.size) as mesh:
@@ -345,7 +351,7 @@ def _train(run: Run, started: float, *, resume: bool) -> Record:
         record.final["train_loss"] = record.steps[-1].loss
     elif losses := [s.loss for s in record.steps if s.loss is not None]:
         record.final["train_loss"] = losses[-1]
-    weights = whole_weights(run.model) if is_sharded(run.model) or _stage(run) == 3 else None
+    weights = whole_weights(run.model) if is_dealt_out(run.model) else None
     with adapter_together(run.model):
         record.parameters.adapter_bytes = run.ranks.first_does(lambda: _save(run, weights))
     run.listener.trained(run)
@@ -398,10 +404,10 @@ def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, flo
 
 def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     """The trainer of a prepared run."""
-    t = run.config.train
-    if _stage(run) == 3:
+    t, stage = run.config.train, _stage(run.config, run.ranks)
+    if stage == 3:
         put_together_by_layer(run.model)
-    elif run.ranks.size > 1 and not _stage(run) and not is_sharded(run.model):
+    elif run.ranks.size > 1 and not stage and not is_sharded(run.model):
         send_what_is_trained(run.model)
     run.model.to(find_device())
     engine = Engine(
@@ -411,7 +417,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
         keep_frozen=t.keep_frozen and _epochs(run) > 1 and run.ranks.size == 1,  # a rank's rows change
-        all_logits="ZeRO-3 puts its weights together in its own forward alone" if _stage(run) == 3 else None,
+        all_logits="ZeRO-3 puts its weights together in its own forward alone" if stage == 3 else None,
     )
     for note in engine.notes:
         run.listener.say(f"           {note}")
@@ -440,18 +446,16 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     return trainer
 
 
-def _stage(run: Run) -> int:
-    """Of DeepSpeed's ZeRO; 0 where it is not at work."""
-    distributed = run.config.distributed
-    at_work = run.ranks.size > 1 and distributed.strategy == "deepspeed"
-    return distributed.zero["zero_optimization"]["stage"] if at_work else 0
+def _stage(config: RunConfig, ranks: Ranks) -> int:
+    """Of DeepSpeed's ZeRO; 0 where it is not at work, as with a single process."""
+    return config.distributed.stage if ranks.size > 1 else 0
 
 
 def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
     t, record = run.config.train, run.record
     has_eval = len(run.eval_set) > 0
     steps = t.max_steps or math.ceil(_steps_per_epoch(run) * t.epochs)
-    of_zero: dict[str, Any] = trainer_arguments(run.config) if _stage(run) else {}
+    of_zero: dict[str, Any] = trainer_arguments(run.config) if _stage(run.config, run.ranks) else {}
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=t.epochs,

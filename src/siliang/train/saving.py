@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training
-from siliang.distributed.sharding import apart, set_whole, whole
+from siliang.distributed.sharding import apart, is_sharded, set_whole, whole
 from siliang.distributed.zero import is_dealt, together, unheard
 from siliang.files import damage, remove_folder, sweep
 from siliang.peft_model import PeftModel
@@ -68,6 +68,11 @@ def prune(folder: Path, keep: int, *, spare: int | None = None) -> None:
 
 
 # ---- weights ----
+
+
+def is_dealt_out(model: nn.Module) -> bool:
+    """Whether no rank has all of its weights, and all have to bring theirs to what is saved."""
+    return is_sharded(model) or any(map(is_dealt, model.parameters()))
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from siliang.train.order import Counted, Order, Share
 from siliang.train.saving import (
     PREFIX,
     adapter_together,
+    is_dealt_out,
     prune,
     random_state,
     read_state,
@@ -304,8 +305,7 @@ class SiliangTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Ours, in the place of the Trainer's, which pickles and has no manifest."""
         state = whole(self._whole_state())
-        # where they are dealt out, all ranks have to bring theirs
-        asked = self.args.should_save or self.is_deepspeed_enabled or is_sharded(self.model)  # type: ignore[arg-type]
+        asked = self.args.should_save or is_dealt_out(self.model)  # type: ignore[arg-type]
         weights = whole_weights(self.model) if asked else {}
         started = time.perf_counter()
         with adapter_together(self.model):
