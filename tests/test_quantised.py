@@ -108,6 +108,25 @@ def test_no_merging_into_four_bits(folders: dict[str, Path]) -> None:
         siliang.get_peft_model(load(folders["llama"]), siliang.LoraConfig(init_lora_weights="pissa"))
 
 
+def test_an_evaluation_between_two_steps_changes_nothing(folders: dict[str, Path]) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes would pack the weights in eval mode, and gradients would be gone."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    users_own = AutoModelForCausalLM.from_pretrained(folders["llama"], quantization_config=four_bits)
+    for base in (load(folders["llama"], dtype=torch.bfloat16, compute_dtype="bf16"), users_own):
+        model: Any = siliang.get_peft_model(base, METHODS["lora"])
+        gradients = []
+        for _ in range(2):
+            model.train()
+            model(**batch("llama")).loss.backward()
+            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+            model.zero_grad()
+            with torch.no_grad():
+                model.eval()(**batch("llama"))
+        assert all(torch.equal(g, gradients[1][n]) and g.any() for n, g in gradients[0].items())
+
+
 def test_preparing_copies_nothing_to_fp32(folders: dict[str, Path]) -> None:
     model = load(folders["llama"], dtype=torch.bfloat16, compute_dtype="bf16")
     before = {n: p.dtype for n, p in model.named_parameters()}

@@ -19,6 +19,7 @@ from siliang.files import outside_links
 from siliang.inject import Injection
 from siliang.methods import config_class
 from siliang.methods.base import CONFIG_NAME, PeftConfig
+from siliang.models.few_bits import keep_as_stored
 from siliang.types import AdapterError, ConfigError, nearest
 
 BASE = "__base__"  # in adapter_names: no adapter
@@ -124,6 +125,7 @@ class PeftModel(PreTrainedModel):
         if not isinstance(peft_config, PeftConfig):
             raise ConfigError(f"{type(peft_config).__name__} is not a method's config of siliang, such as LoraConfig.")
         self.peft_config: dict[str, PeftConfig] = {}  # type: ignore[assignment]
+        keep_as_stored(model)
         injection = Injection(model, for_prompts=peft_config.is_prompt_learning)
         self.__dict__["injection"] = injection
         if injection.for_prompts:

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.ops.rms_norm import rms_norm
 
 
 def results(f: Callable[..., Tensor], tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -93,6 +96,9 @@ def test_masked_cross_entropy(rows: int, options: dict[str, float], kind: str, m
     torch.manual_seed(0)
     D, V = 9, 41
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 50)  # so that 130 rows take three chunks
+    monkeypatch.setattr(module, "ROWS", 50)
+    monkeypatch.setattr(module, "LEAST_TILE", 16)
+    monkeypatch.setattr(module, "TILE_BYTES", 4 * 16)  # and 41 words three tiles, the last of them narrower
     labels = torch.randint(V, (rows,))
     weight, offset = torch.randn(V, D), torch.randn(V)
 
@@ -125,6 +131,52 @@ def test_masked_cross_entropy(rows: int, options: dict[str, float], kind: str, m
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
+def test_the_gradient_of_a_sure_model_is_not_lost_to_rounding(dtype: torch.dtype, off: float) -> None:
+    """softmax - 1 is 1e-4 to 1e-10 of what it is made of; and e^1000 is no number."""
+    torch.manual_seed(0)
+    weight, labels = nn.Linear(64, 2000, bias=False).weight.detach().to(dtype), torch.arange(0, 2000, 500)
+    for gain in (20.0, 40.0, 1000.0):
+        own = weight[labels].float()
+        h = (gain * own / own.square().sum(-1, keepdim=True)).to(dtype)
+        found = []
+        for number in (dtype, torch.float64):
+            head = nn.Linear(64, 2000, bias=False, dtype=number).requires_grad_(False)
+            head.weight.copy_(weight)
+            leaf = h.to(number, copy=True).requires_grad_()
+            if number is dtype:
+                loss = masked_cross_entropy(leaf, head, labels)
+            else:
+                loss = F.cross_entropy(head(leaf), labels, reduction="sum")
+            loss.backward()
+            assert leaf.grad is not None
+            found.append((float(loss.detach()), leaf.grad.double()))
+        (ours, gradient), (true, right) = found
+        assert abs(ours - true) <= off * true + 1e-4
+        assert (gradient - right).norm() <= off * right.norm() + 1e-30
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 7, 33)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+
+    def go(impl: Any) -> Callable[..., Tensor]:
+        return lambda x, w: rms_norm(x, w, 1e-5, impl=impl)
+
+    same(go("fused"), go("reference"), 3 * torch.randn(shape), torch.randn(shape[-1]))
+
+
+def test_rms_norm_of_mixed_formats_is_that_of_transformers() -> None:
+    norm, x = LlamaRMSNorm(16), torch.randn(5, 16).bfloat16()
+    found = [x.clone().requires_grad_() for _ in range(2)]
+    ours, theirs = rms_norm(found[0], norm.weight, norm.variance_epsilon), norm(found[1])
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+    for y in (ours, theirs):
+        y.square().sum().backward()
+    torch.testing.assert_close(found[0].grad, found[1].grad, rtol=2e-2, atol=2e-2)
+
+
 def test_no_labelled_rows() -> None:
     h = torch.randn(0, 4, requires_grad=True)
     masked_cross_entropy(h, nn.Linear(4, 9), torch.zeros(0, dtype=torch.long)).backward()
@@ -148,7 +200,8 @@ def heads(T: int, H: int, K: int, *, prefix: int = 0) -> Tensor:
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("extra", ["", "grouped", "prefix", "bias", "window", "all"])
-def test_packed_attention(lengths: tuple[int, ...], causal: bool, extra: str) -> None:
+@pytest.mark.parametrize("impl", ["products", "sdpa"])
+def test_packed_attention(lengths: tuple[int, ...], causal: bool, extra: str, impl: str) -> None:
     torch.manual_seed(0)
     T, H, K = sum(lengths), 4, 8
     P = 3 if extra in ("prefix", "all") else 0
@@ -162,7 +215,7 @@ def test_packed_attention(lengths: tuple[int, ...], causal: bool, extra: str) ->
             q, k, v, layout, scaling=K**-0.5, causal=causal, bias_HN=bias, window=window, impl=impl
         )
 
-    same(go("auto"), go("reference"), heads(T, H, K), heads(T, G, K, prefix=P), heads(T, G, K, prefix=P))
+    same(go(impl), go("reference"), heads(T, H, K), heads(T, G, K, prefix=P), heads(T, G, K, prefix=P))
 
 
 def test_nothing_leaks_between_sequences() -> None:

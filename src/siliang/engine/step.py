@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from siliang.engine.batches import Batch
 from siliang.engine.frozen import EnoughError, FrozenBelow, Store, find_cut
 from siliang.engine.padding import NotPackableError, PaddingFree
+from siliang.engine.quicker import Quicker
 from siliang.engine.recompute import Recompute
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
@@ -69,6 +70,7 @@ class Engine:
                 self.padding.below = FrozenBelow(self.padding.layers, cut.layer, Store.of_free())
             elif cut.why_not:
                 self.notes.append(f"the frozen layers are computed in every epoch: {cut.why_not}")
+        self._quicker = Quicker(self._base)
         self.recompute = Recompute(model, memory_budget, always=checkpointing)
         has_head = task is TaskType.CAUSAL_LM and self._base.get_output_embeddings() is not None
         self._head = HeadLoss(self._base) if has_head else None
@@ -133,6 +135,7 @@ class Engine:
         below = padding.below if padding and model.training else None
         tokens = batch.tokens if padding else batch.width * len(batch.lengths)
         with (
+            self._quicker.on(),
             padding.without(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext(),
             self.recompute.chosen(tokens) if torch.is_grad_enabled() else nullcontext(),
             below.of(batch.keys) if below else nullcontext(),
@@ -163,7 +166,7 @@ class Engine:
             yield
             return
         lengths = tuple(inputs["attention_mask"].sum(1).tolist())
-        with self.padding.without(lengths, inputs["attention_mask"].shape[1]):
+        with self._quicker.on(), self.padding.without(lengths, inputs["attention_mask"].shape[1]):
             yield
 
     @staticmethod

@@ -31,6 +31,7 @@ from siliang.files import outside_links
 from siliang.hardware import choose_precision
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
+from siliang.models.few_bits import keep_as_stored
 from siliang.types import ModelError, TaskType
 
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
@@ -174,6 +175,7 @@ def load_model(
     lost = {key for key in lost if key.split(".")[0] not in heads and ".pooler." not in f".{key}"}
     if lost:
         raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
+    keep_as_stored(model)
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
     z = softcap(h W^T + b),   loss = sum_n -log softmax(z_n)[label_n]
 
-The gradient is formed in the forward pass, chunk by chunk, so that what is kept between forward and backward is dh, as
+The gradient is formed in the forward pass, part by part, so that what is kept between forward and backward is dh, as
 large as h, and never a tensor of (tokens, V). The idea is that of Liger's fused linear cross-entropy and of Apple's
 cut cross-entropy (Wijmans et al. 2024), in plain torch.
 
@@ -22,8 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once: larger is little faster, smaller reads W more often
-ALIGNED = 16  # elements
+CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once
+TILE_BYTES = 8 * 2**20  # likewise on a CPU, where a tile should stay in the cache
+LEAST_TILE, ROWS = 512, 2048  # words of a tile; rows at once
+# elements: products that write to or read from rows of a crooked length are up to a third slower (docs/log.md)
+ALIGNED = 16
 
 
 def masked_cross_entropy(
@@ -73,7 +76,15 @@ def masked_cross_entropy(
 
 
 class _Frozen(torch.autograd.Function):
-    """A plain linear head that is not trained: two products a chunk, everything else in place."""
+    """A plain linear head that is not trained, tile by tile of the vocabulary, each while it is in the cache.
+
+        z_j = scale (h W_j + b_j)
+        m = max_j z_j,   o = sum_j e^(z_j - m),   g = sum_j e^(z_j - m) W_j      over all j but the label y
+        lse = log(o e^m + e^z_y),   loss = lse - z_y,   dh = scale e^(m - lse) (g - o W_y)
+
+    m, o and g are carried from tile to tile as flash attention does over keys (Milakov and Gimelshein 2018). The label
+    stays out of the sums: softmax(z)_y - 1 would be lost to rounding where the model is sure.
+    """
 
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, labels_N: Tensor, scale: float) -> Tensor:
@@ -81,26 +92,15 @@ class _Frozen(torch.autograd.Function):
         keep = ctx.needs_input_grad[0]
         dh_ND = torch.empty_like(h_ND, dtype=dtype) if keep else None
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        most = _rows_at_once(len(W_VD))
-        step = -(-len(h_ND) // -(-len(h_ND) // most))  # chunks of one size
+        parts = -(-len(h_ND) // ROWS)
+        step = -(-len(h_ND) // parts)  # parts of one size
         with torch.autocast(h_ND.device.type, enabled=False):
             W_VD = W_VD.to(dtype)
             b_V = None if b_V is None else b_V.to(dtype)
             for start in range(0, len(h_ND), step):
-                labels = labels_N[start : start + step, None]
-                z = _logits(h_ND[start : start + step].to(dtype), W_VD, b_V)
-                if scale != 1.0:
-                    z.mul_(scale)
-                # softmax in place: torch.logsumexp would hold a second z
-                label_z, top = z.gather(1, labels), z.amax(-1, keepdim=True)
-                total = z.sub_(top).exp_().sum(-1, keepdim=True)
-                loss += (total.log() + top - label_z).sum()
-                if dh_ND is not None:
-                    # d loss / d z = softmax(z) - onehot(label)
-                    z.div_(total).scatter_add_(1, labels, z.new_full((1, 1), -1.0).expand_as(labels))
-                    if scale != 1.0:
-                        z.mul_(scale)
-                    torch.mm(z.to(dtype), W_VD, out=dh_ND[start : start + step])
+                part = slice(start, start + step)
+                own = None if dh_ND is None else dh_ND[part]
+                loss += _loss_by_tiles(h_ND[part].to(dtype), W_VD, b_V, labels_N[part, None], scale, own)
         if dh_ND is not None:
             ctx.save_for_backward(dh_ND)
         ctx.dtype = h_ND.dtype
@@ -114,18 +114,55 @@ class _Frozen(torch.autograd.Function):
         return (dh_ND.float() * grad).to(ctx.dtype), None, None, None, None
 
 
-def _logits(h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None) -> Tensor:
-    """h W^T + b in fp32. Its rows begin at multiples of ALIGNED elements, whatever V is: products that write to or read
-    from a crooked V are up to a third slower (docs/log.md)."""
-    shape = len(h_ND), -(-len(W_VD) // ALIGNED) * ALIGNED
-    z_NV = h_ND.new_empty(shape)[:, : len(W_VD)]
-    if b_V is None:
-        torch.mm(h_ND, W_VD.t(), out=z_NV)
-    else:
-        torch.addmm(b_V, h_ND, W_VD.t(), out=z_NV)
-    if z_NV.dtype == torch.float32:
-        return z_NV
-    return z_NV.new_empty(shape, dtype=torch.float32)[:, : len(W_VD)].copy_(z_NV)
+def _loss_by_tiles(
+    h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, y_N1: Tensor, scale: float, dh_ND: Tensor | None
+) -> Tensor:
+    """The summed loss; its gradient goes into `dh_ND`, where there is one. The names are `_Frozen`'s."""
+    (N, D), V = h_ND.shape, len(W_VD)
+    tile = min(V, max(LEAST_TILE, _tile_bytes(h_ND.device) // (4 * N)) // ALIGNED * ALIGNED)
+    in_fp32 = h_ND.dtype == torch.float32
+    # a column more than there are words, for the labels of other tiles; rows begin at multiples of ALIGNED
+    z_whole = h_ND.new_empty(N, -(-(tile + 1) // ALIGNED) * ALIGNED, dtype=torch.float32)
+    low_NV = z_whole if in_fp32 else h_ND.new_empty(N, -(-tile // ALIGNED) * ALIGNED)
+    gW_ND = None if in_fp32 or dh_ND is None else torch.empty_like(h_ND)
+    g_ND = h_ND.new_zeros(N, D, dtype=torch.float32) if dh_ND is not None else None
+    m_N1 = z_whole.new_full((N, 1), torch.finfo(torch.float32).min)
+    o_N1 = torch.zeros_like(m_N1)
+    for start in range(0, V, tile):
+        W = W_VD[start : start + tile]
+        low, z = low_NV[:, : len(W)], z_whole[:, : len(W)]
+        if b_V is None:
+            torch.mm(h_ND, W.t(), out=low)
+        else:
+            torch.addmm(b_V[start : start + tile], h_ND, W.t(), out=low)
+        if not in_fp32:
+            z.copy_(low)
+        if scale != 1.0:
+            z.mul_(scale)
+        here = y_N1 - start
+        z_whole.scatter_(1, torch.where((here >= 0) & (here < len(W)), here, len(W)), float("-inf"))
+        m_before, m_N1 = m_N1, torch.maximum(m_N1, z.amax(-1, keepdim=True))
+        fade_N1 = (m_before - m_N1).exp_()
+        e = z.sub_(m_N1).exp_()
+        o_N1 = o_N1 * fade_N1 + e.sum(-1, keepdim=True)
+        if g_ND is None:
+            continue
+        g_ND.mul_(fade_N1)
+        if in_fp32:
+            g_ND.addmm_(e, W)
+        else:
+            g_ND += torch.mm(low.copy_(e), W, out=gW_ND)
+    W_y = W_VD[y_N1[:, 0]].float()
+    z_y = (h_ND.float() * W_y).sum(-1, keepdim=True)
+    z_y = (z_y if b_V is None else z_y + b_V[y_N1].float()) * scale
+    lse = torch.logaddexp(m_N1 + o_N1.log(), z_y)
+    if g_ND is not None and dh_ND is not None:
+        dh_ND.copy_(g_ND.sub_(o_N1 * W_y).mul_(scale * (m_N1 - lse).exp()))
+    return (lse - z_y).sum()
+
+
+def _tile_bytes(device: torch.device) -> int:
+    return TILE_BYTES if device.type == "cpu" else CHUNK_BYTES
 
 
 class _AnyHead(torch.autograd.Function):

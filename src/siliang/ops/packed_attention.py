@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ALIKE = 0.8  # sequences are padded to one another where the shortest is at least this share of the longest,
+_SHORT = {torch.bfloat16: 512, torch.float32: 48}  # tokens of a sequence, up to which _products is the quicker one
 SPARE = 3000  # and shorter ones too, while their padded scores are no more: a call of its own costs about as many
 
 
@@ -25,29 +26,30 @@ class Bucket:
     """Sequences that attention computes in one call.
 
     Attributes:
-        start: Where the first begins.
         width: Tokens of the longest.
         index: The place of each token once they are padded to `width`; None where all are as long.
     """
 
-    start: int
     lengths: tuple[int, ...]
     width: int
     index: Tensor | None
 
+    @property
+    def tokens(self) -> int:
+        """Of all of them."""
+        return sum(self.lengths)
+
     def pad(self, x_HTK: Tensor) -> Tensor:
-        """(H, T, K) to (S, H, width, K)."""
-        part = x_HTK[:, self.start : self.start + sum(self.lengths)]
+        """(H, tokens, K) to (S, H, width, K)."""
+        S = len(self.lengths)
         if self.index is None:
-            return part.unflatten(1, (len(self.lengths), self.width)).transpose(0, 1)
-        whole = part.new_zeros(len(self.lengths) * self.width, part.shape[0], part.shape[2])
-        whole = whole.index_copy(0, self.index, part.transpose(0, 1))
-        return whole.unflatten(0, (len(self.lengths), self.width)).transpose(1, 2)
+            return x_HTK.unflatten(1, (S, self.width)).transpose(0, 1)
+        return _spread(x_HTK.transpose(0, 1), self.index, S * self.width).unflatten(0, (S, self.width)).transpose(1, 2)
 
     def unpad(self, x_SHNK: Tensor) -> Tensor:
         """The way back: (S, H, width, K) to (tokens, H, K)."""
         flat = x_SHNK.transpose(1, 2).flatten(0, 1)
-        return flat if self.index is None else flat.index_select(0, self.index)
+        return flat if self.index is None else _gather(flat, self.index)
 
     def real(self, device: torch.device) -> Tensor | None:
         """Which keys are no padding, (S, 1, 1, width); None where all are none."""
@@ -114,23 +116,57 @@ class Layout:
                 found.append([n])
                 wasted = 0
             longest = max(found[-1])
-        buckets, start = [], 0
+        buckets: list[Bucket] = []
         for lengths in found:
             width = max(lengths)
             whole = min(lengths) == width
             index = None if whole else Layout.of(tuple(lengths), width, self.index.device).index
-            buckets.append(Bucket(start, tuple(lengths), width, index))
-            start += sum(lengths)
+            buckets.append(Bucket(tuple(lengths), width, index))
         return tuple(buckets)
 
     def pack(self, x: Tensor) -> Tensor:
         """(S, width, ...) to (1, T, ...)."""
-        return x.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+        return _gather(x.flatten(0, 1), self.index).unsqueeze(0)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(1, T, ...) to (S, width, ...), with zeros where the padding was."""
-        whole = x.new_zeros(len(self.lengths) * self.width, *x.shape[2:])
-        return whole.index_copy(0, self.index, x[0]).unflatten(0, (len(self.lengths), self.width))
+        S = len(self.lengths)
+        return _spread(x[0], self.index, S * self.width).unflatten(0, (S, self.width))
+
+
+class _Gather(torch.autograd.Function):
+    """Some rows of x, none twice; unlike index_select's, its backward pass need not add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _spread(dy, *ctx.saved_tensors, ctx.rows), None
+
+
+class _Spread(torch.autograd.Function):
+    """The way back: rows of x at their places among zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _gather(dy, *ctx.saved_tensors), None, None
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return _Gather.apply(x, index)  # type: ignore[no-any-return]
+
+
+def _spread(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    return _Spread.apply(x, index, rows)  # type: ignore[no-any-return]
 
 
 def packed_attention(
@@ -144,7 +180,7 @@ def packed_attention(
     bias_HN: Tensor | None = None,
     window: int | None = None,
     dropout_p: float = 0.0,
-    impl: Literal["auto", "sdpa", "varlen", "reference"] = "auto",
+    impl: Literal["auto", "products", "sdpa", "varlen", "reference"] = "auto",
 ) -> Tensor:
     """Attention of each sequence to itself.
 
@@ -154,7 +190,8 @@ def packed_attention(
         bias_HN: Added to the scores of a sequence's keys, by head and position, prefix first (BLOOM's alibi). At least
             as long as the longest sequence.
         window: A token sees so many tokens before it, itself among them (Mistral's sliding window).
-        impl: reference is one attention over the whole row, with a mask; varlen is CUDA's; auto chooses.
+        impl: reference is one attention over the whole row, with a mask; varlen is CUDA's; products writes the scores
+            down, which on a CPU is quicker for short sequences; auto chooses.
 
     Returns:
         (1, T, H, K).
@@ -171,11 +208,15 @@ def packed_attention(
             q_1HTK, k_1GTK, v_1GTK, layout, scaling, (-1 if window is None else window - 1, 0 if causal else -1)
         )
     parts: list[Tensor] = []
-    for bucket in layout.buckets:
+    by_products = impl == "products" or (impl == "auto" and q_1HTK.device.type == "cpu")
+    # split, and not sliced one by one: the backward pass of a slice is as large as all of them
+    sizes = [bucket.tokens for bucket in layout.buckets]
+    (k_GPK, *ks), (v_GPK, *vs) = (x[0].split([P, *sizes], 1) for x in (k_1GTK, v_1GTK))
+    for bucket, *part in zip(layout.buckets, q_1HTK[0].split(sizes, 1), ks, vs, strict=True):
         S, n = len(bucket.lengths), bucket.width
-        q, k, v = (bucket.pad(x[0, :, own:]) for x, own in ((q_1HTK, 0), (k_1GTK, P), (v_1GTK, P)))
+        q, k, v = map(bucket.pad, part)
         if P:
-            k, v = (torch.cat([x[:, :, :P].expand(S, -1, -1, -1), y], 2) for x, y in ((k_1GTK, k), (v_1GTK, v)))
+            k, v = (torch.cat([x.expand(S, -1, -1, -1), y], 2) for x, y in ((k_GPK, k), (v_GPK, v)))
         mask = None
         if bias_HN is not None or window is not None or (P and causal):
             mask = _mask(n, P, q, causal=causal, window=window, bias_HN=bias_HN)
@@ -184,7 +225,8 @@ def packed_attention(
         if real is not None:
             real = F.pad(real, (P, 0), value=True)
             mask = real if mask is None else mask.masked_fill(~real, float("-inf"))
-        parts.append(bucket.unpad(_sdpa(q, k, v, mask, scaling, dropout_p, causal=causal and mask is None)))
+        attention = _products if by_products and (impl == "products" or n <= _SHORT.get(q.dtype, 0)) else _sdpa
+        parts.append(bucket.unpad(attention(q, k, v, mask, scaling, dropout_p, causal=causal and mask is None)))
     return torch.cat(parts).unsqueeze(0)
 
 
@@ -196,6 +238,24 @@ def _sdpa(
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout_p, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _products(
+    q_SHNK: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, dropout_p: float, *, causal: bool = False
+) -> Tensor:
+    """The same, as the formula has it: scores and probabilities are written down, and kept for the backward pass."""
+    S, H, n, _ = q_SHNK.shape
+    if k.shape[1] != H:
+        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    if causal:
+        mask = torch.full((n, n), float("-inf"), dtype=q_SHNK.dtype, device=q_SHNK.device).triu_(1)
+    elif mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q_SHNK.dtype).masked_fill_(~mask, float("-inf"))
+    scores = torch.bmm((q_SHNK * scaling).flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (S, H))
+    if mask is not None:
+        scores += mask
+    p = F.dropout(scores.softmax(-1), dropout_p)
+    return torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (S, H))
 
 
 def _mask(n: int, P: int, q: Tensor, *, causal: bool, window: int | None, bias_HN: Tensor | None) -> Tensor:
