@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from siliang.config import QuantizationConfig
 from siliang.files import outside_links
-from siliang.hardware import choose_precision
+from siliang.hardware import bound_kernel_caches, choose_precision
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
@@ -148,6 +148,7 @@ def load_model(
     Raises:
         ModelError: It cannot be loaded.
     """
+    bound_kernel_caches()
     config = load_config(name, revision=revision, remote_code=remote_code)
     if labels is not None:
         config.num_labels = len(labels)
