@@ -26,8 +26,10 @@ def measure(found: Measurement, scratch: Path) -> None:
         log_every=1 if job.purpose == "gate" else job.warmup + job.steps,
         extra=job.extra,
     )
-    if job.purpose == "gate":  # in the order of the peer's default
-        config.train.group_by_length = False
+    if job.purpose == "gate":  # in the order and the number format of the peer's default
+        config.train.group_by_length, config.train.precision = False, "fp32"
+        if config.quantization:
+            config.quantization.compute_dtype = "fp32"
     folder = scratch / "runs" / job.name
     folder.mkdir(parents=True)
     run = prepare(config, Listener(), folder)

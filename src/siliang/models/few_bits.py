@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+MAY_PACK = "support_avx512bf16_for_cpu"
+
 
 def keep_as_stored(model: nn.Module) -> None:
     """Forbids bitsandbytes (0.50) to pack 4-bit weights anew on CPUs with AVX512-BF16.
@@ -12,5 +14,5 @@ def keep_as_stored(model: nn.Module) -> None:
     before, and training that goes on behind an evaluation has no gradient for what lies below a packed layer.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, MAY_PACK):
+            setattr(module, MAY_PACK, False)

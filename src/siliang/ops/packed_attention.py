@@ -145,7 +145,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _spread(dy, *ctx.saved_tensors, ctx.rows), None
+        (index,) = ctx.saved_tensors
+        return _spread(dy, index, ctx.rows), None
 
 
 class _Spread(torch.autograd.Function):
@@ -158,7 +159,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _gather(dy, *ctx.saved_tensors), None, None
+        (index,) = ctx.saved_tensors
+        return _gather(dy, index), None, None
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
