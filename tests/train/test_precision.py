@@ -1,5 +1,6 @@
 """docs/precision.md, held against the tensors of real runs."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,11 @@ def test_bytes_in_few_bits(bits: int, double: bool, said: str, tmp_path: Path) -
         assert state.state2.absmax.nbytes == 4 * -(-blocks // 256)
         scales += 4 * blocks / 256  # these weights are smaller than one block of scales
     assert (layer.weight.nbytes + scales) / shape.numel() == pytest.approx(float(said), abs=5e-4)
+
+
+def test_kernel_caches_are_bounded_but_not_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("llama").save_pretrained(tmp_path)  # type: ignore[operator]
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    load_model(str(tmp_path), TaskType.CAUSAL_LM, dtype=torch.float32)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "32" and os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
