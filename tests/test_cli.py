@@ -57,7 +57,17 @@ def classifier(model_folders: dict[str, Path], review_file: Path, tmp_path_facto
     run = tmp_path_factory.mktemp("runs") / "classifier"
     flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls", "--method", "lora")
     out = siliang(
-        "train", *flags, "--output", run, *QUICK, "--set", "train.epochs=30", "--set", "train.learning_rate=1e-2"
+        "train",
+        *flags,
+        "--output",
+        run,
+        *QUICK,
+        "--set",
+        "train.epochs=30",
+        "--set",
+        "train.learning_rate=1e-2",
+        "--set",
+        "train.precision=fp32",  # as eval computes
     )
     assert "lora trains" in out and "precision" in out and "tokens/s" in out and "to go" in out
     return run

@@ -61,7 +61,11 @@ class SavedModule(nn.Module):
     def _run(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(next(module.parameters()).dtype)
-        return module(x, *args, **kwargs)
+        out = module(x, *args, **kwargs)
+        if isinstance(module, nn.Embedding):
+            # what is trained in fp32 goes on in the base's format: no CPU norms fp32 with weights in half precision
+            out = out.to(self.original_module.weight.dtype)  # type: ignore[arg-type]
+        return out
 
 
 @dataclass
