@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,7 +82,7 @@ def main() -> None:
 
 
 def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
-    """One run with peft: the task's figures, and minutes."""
+    """One run with peft: the task's figures."""
     logging.set_verbosity_error()
     run = run_config(config, trial, Path("unused"), {})
     set_seed(trial.seed)
@@ -97,7 +96,7 @@ def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
     rate = t.learning_rate or find_method(run.method.name).learning_rate
     optimizer = AdamW((p for p in model.parameters() if p.requires_grad), lr=rate, weight_decay=t.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, int(np.ceil(t.warmup_fraction * steps)), steps)
-    started, step = time.perf_counter(), 0
+    step = 0
     model.train()
     while step < steps:
         for batch in loader:
@@ -110,9 +109,8 @@ def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
             step += 1
             if step == steps:
                 break
-    minutes = (time.perf_counter() - started) / 60
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    told = {"method": trial.method, "seed": trial.seed, "minutes": minutes, "trained": trained, "rate": rate}
+    told = {"method": trial.method, "seed": trial.seed, "trained": trained, "rate": rate}
     return told | evaluate(model, subject.eval, collate, run, subject.examples.labels or [])
 
 
@@ -157,15 +155,14 @@ def evaluate(model: Any, rows: TokenSet, collate: PadCollator, run: RunConfig, l
 
 
 def render(config: CompareConfig, done: list[dict[str, Any]]) -> str:
-    """Both libraries' figures, mean and spread over seeds, in Markdown."""
+    """Both libraries' figures, mean and spread over seeds, in Markdown; speed is `python -m bench`'s to measure."""
     quality = QUALITY[config.run.task]
     folder = Path(config.run.output)
     path = folder / COMPARISON_NAME
     trials = [t for t in Comparison.open(path).trials if t.purpose == "test"] if path.is_file() else []
     lines = [
-        f"| method | learning rate | trained | siliang, {quality.name} | peft, {quality.name} "
-        "| siliang, min | peft, min |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| method | learning rate | trained | siliang, {quality.name} | peft, {quality.name} | peft, seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for entry in config.settings.methods:
         theirs = [d for d in done if d["method"] == entry.label]
@@ -174,15 +171,15 @@ def render(config: CompareConfig, done: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {entry.label} | {rate:g} | {theirs[0]['trained'] if theirs else 0:,} "
             f"| {_spread([r.final[quality.name] for r in ours])} | {_spread([d[quality.name] for d in theirs])} "
-            f"| {_spread([r.seconds.train / 60 for r in ours], 2)} | {_spread([d['minutes'] for d in theirs], 2)} |"
+            f"| {len(theirs)} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float], digits: int = 4) -> str:
+def _spread(values: list[float]) -> str:
     if not values:
         return "–"
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

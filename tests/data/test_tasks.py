@@ -176,7 +176,7 @@ def test_a_grown_vocabulary_through_the_commands(model_folders: dict[str, Path],
         "output": str(tmp_path / "run"),
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
-    command("train", tmp_path / "run.yaml")
+    assert "not planned" not in command("train", tmp_path / "run.yaml")
     assert command("predict", tmp_path / "run", "<new> film").endswith("<new> film\n")
     assert "rows 2" in command("eval", tmp_path / "run")
 

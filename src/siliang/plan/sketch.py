@@ -87,7 +87,8 @@ class Sketch:
                 attention=usual.attention if usual else None,
             )
             if new_tokens:
-                base.resize_token_embeddings(base.config.get_text_config().vocab_size + new_tokens)
+                size = base.config.get_text_config().vocab_size + new_tokens
+                base.resize_token_embeddings(size, mean_resizing=False)  # there are no values to take the mean of
             self.model, self.trained, self.total = attach(base, found, self._config, device.precision)
             self.adapter_bytes = self._saved_bytes()
             dealt = config.distributed.strategy == "fsdp"
