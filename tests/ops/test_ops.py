@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.ops.place import planned_for
 from siliang.ops.rms_norm import rms_norm
 
 
@@ -238,3 +239,23 @@ def test_packing_and_back(lengths: tuple[int, ...]) -> None:
     mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
     assert torch.equal(layout.pack(x)[0], x[mask])
     assert torch.equal(layout.unpack(layout.pack(x)), x * mask[..., None])
+
+
+def test_a_plan_for_cuda_does_not_keep_what_only_a_cpu_would() -> None:
+    """Scores written down are kept for the backward pass; flash attention on CUDA keeps none."""
+
+    def kept() -> int:
+        q, k, v = (heads(64, 4, 8).bfloat16().requires_grad_() for _ in range(3))
+        layout, found = Layout.of((32, 32), 32, torch.device("cpu")), [0]
+
+        def count(x: Tensor) -> Tensor:
+            found[0] += x.numel() if x.shape[-2:] == (32, 32) else 0
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            packed_attention(q, k, v, layout, scaling=1.0, causal=True)
+        return found[0]
+
+    assert kept() > 0
+    with planned_for("cuda"):
+        assert kept() == 0

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from siliang.ops.place import kind_of
+
 CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once
 TILE_BYTES = 8 * 2**20  # likewise on a CPU, where a tile should stay in the cache
 LEAST_TILE, ROWS = 512, 2048  # words of a tile; rows at once
@@ -119,7 +121,7 @@ def _loss_by_tiles(
 ) -> Tensor:
     """The summed loss; its gradient goes into `dh_ND`, where there is one. The names are `_Frozen`'s."""
     (N, D), V = h_ND.shape, len(W_VD)
-    tile = min(V, max(LEAST_TILE, _tile_bytes(h_ND.device) // (4 * N)) // ALIGNED * ALIGNED)
+    tile = min(V, max(LEAST_TILE, _tile_bytes(h_ND) // (4 * N)) // ALIGNED * ALIGNED)
     in_fp32 = h_ND.dtype == torch.float32
     # a column more than there are words, for the labels of other tiles; rows begin at multiples of ALIGNED
     z_whole = h_ND.new_empty(N, -(-(tile + 1) // ALIGNED) * ALIGNED, dtype=torch.float32)
@@ -161,8 +163,8 @@ def _loss_by_tiles(
     return (lse - z_y).sum()
 
 
-def _tile_bytes(device: torch.device) -> int:
-    return TILE_BYTES if device.type == "cpu" else CHUNK_BYTES
+def _tile_bytes(x: Tensor) -> int:
+    return TILE_BYTES if kind_of(x) == "cpu" else CHUNK_BYTES
 
 
 class _AnyHead(torch.autograd.Function):

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siliang.ops.place import kind_of
+
 ALIKE = 0.8  # sequences are padded to one another where the shortest is at least this share of the longest,
 _SHORT = {torch.bfloat16: 512, torch.float32: 48}  # tokens of a sequence, up to which _products is the quicker one
 SPARE = 3000  # and shorter ones too, while their padded scores are no more: a call of its own costs about as many
@@ -210,7 +212,7 @@ def packed_attention(
             q_1HTK, k_1GTK, v_1GTK, layout, scaling, (-1 if window is None else window - 1, 0 if causal else -1)
         )
     parts: list[Tensor] = []
-    by_products = impl == "products" or (impl == "auto" and q_1HTK.device.type == "cpu")
+    by_products = impl == "products" or (impl == "auto" and kind_of(q_1HTK) == "cpu")
     # split, and not sliced one by one: the backward pass of a slice is as large as all of them
     sizes = [bucket.tokens for bucket in layout.buckets]
     (k_GPK, *ks), (v_GPK, *vs) = (x[0].split([P, *sizes], 1) for x in (k_1GTK, v_1GTK))

@@ -15,6 +15,7 @@ from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.methods import find_method
+from siliang.ops.place import planned_for
 from siliang.peft_model import PeftModel
 from siliang.plan.device import Device
 from siliang.plan.paper import draw_base, on_paper, to_paper
@@ -138,7 +139,7 @@ class Sketch:
         phases: tuple[Phase, ...] = ("train",),
     ) -> Measured:
         """Counts the phases on these batches with so many layers recomputing."""
-        with self._mode:
+        with self._mode, planned_for(self._device.kind):
             drawn = [to_paper(self._mode, batch) for batch in batches]
             if recomputed or self.engine.recompute.recomputed:
                 self.engine.recompute.fix(recomputed)
