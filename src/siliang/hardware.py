@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,7 +15,6 @@ from siliang.record import Device
 
 Precision = Literal["fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"]
 
-KEPT_KERNELS = 32
 FP16_ADAM_EPS = 1e-4  # Adam's own 1e-8 is 0 in fp16, whose smallest number is 6e-8: it would divide by zero
 
 
@@ -124,14 +122,3 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def bound_kernel_caches() -> None:
-    """To be called before a process multiplies for the first time.
-
-    oneDNN, which multiplies in bf16 on CPUs, compiles a kernel for each shape, and two caches keep 1,024 each. Steps of
-    unlike tokens have shapes of their own: after 3,000 of them a process had grown by 1.4 GB, with this by 0.2, and
-    was not slower (docs/log.md). What the user has set stays.
-    """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KEPT_KERNELS))

@@ -27,6 +27,7 @@ from siliang.cli import (
     report,
     train,
 )
+from siliang.environment import bound_kernel_caches
 from siliang.types import DeviceMemoryError, InterruptedRunError, OutputError, RankError, SiliangError
 
 app = typer.Typer(
@@ -63,6 +64,7 @@ def options(
 def main() -> None:
     """The entry point: runs a command; errors become one or two lines and an exit code (2, or 130 for Ctrl-C)."""
     _quieten_libraries()
+    bound_kernel_caches()
     debug = "--debug" in sys.argv
     try:
         code = get_command(app).main(standalone_mode=False)

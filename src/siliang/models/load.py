@@ -27,8 +27,9 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from siliang.config import QuantizationConfig
+from siliang.environment import bound_kernel_caches
 from siliang.files import outside_links
-from siliang.hardware import bound_kernel_caches, choose_precision
+from siliang.hardware import choose_precision
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
