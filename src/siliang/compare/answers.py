@@ -85,16 +85,18 @@ def _tags(run: Run) -> Answers:
     for place, example, logits, right in _forward(run):
         kept = right != IGNORED
         assert isinstance(example, Tagged)
-        given = [labels[n] for n in logits.argmax(-1)[kept].tolist()]
-        gold = [labels[n] for n in right[kept].tolist()]
         space = " " if any(len(token) > 1 for token in example.tokens) else ""
+        given, gold = (
+            spans(example.tokens, [labels[n] for n in numbers[kept].tolist()], space)
+            for numbers in (logits.argmax(-1), right)
+        )
         rows.append(
             Answer(
                 where=place,
                 asked=space.join(example.tokens),
-                right=spans(example.tokens, gold, space),
-                given=spans(example.tokens, given, space),
-                correct=spans(example.tokens, given, space) == spans(example.tokens, gold, space),
+                right=gold,
+                given=given,
+                correct=given == gold,
             )
         )
     return Answers(rows=rows)
