@@ -2,6 +2,7 @@
 
 python -m bench.memory            the table of docs/memory.md: every method, model, layout and format
 python -m bench.memory --only llama lora
+python -m bench.memory --jobs 2   two cases at a time
 python -m bench.memory --ranks 2  the same on each of two processes among which the weights are dealt out
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
+import os
 import sys
 import tempfile
 import uuid
@@ -17,7 +18,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import product, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +158,23 @@ def predict(case: Case) -> int:
         return sketch.measure(batches, recomputed=sketch.layers if case.checkpointing else 0).peaks["train"].nbytes
 
 
+def save_model(name: str, folder: Path) -> Path:
+    """Random weights of one of the models, where they are not there yet."""
+    task, make = MODELS[name]
+    saved = folder / name
+    if not saved.is_dir():
+        AUTO_CLASSES[task].from_config(make()).save_pretrained(saved)
+    return saved
+
+
 def measure(case: Case, folder: Path) -> int:
     """Bytes of tensors at the peak of a real second step, as torch's allocator reports them; of several ranks, those of
     the one that has most. Every rank has all of the rows."""
-    task, make = MODELS[case.model]
-    saved = folder / case.model
-    if not saved.is_dir():
-        AUTO_CLASSES[task].from_config(make()).save_pretrained(saved)
+    saved = save_model(case.model, folder)
     if case.ranks == 1:
         return _measure(case, saved, None)
     meeting = folder / uuid.uuid4().hex
-    with ProcessPoolExecutor(case.ranks, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(case.ranks, get_context("spawn")) as pool:
         return max(pool.map(partial(_measure_rank, case, saved, meeting), range(case.ranks)))
 
 
@@ -264,30 +272,79 @@ def _held(model: torch.nn.Module) -> list[torch.Tensor]:
     return list(unique.values())
 
 
+@dataclass(frozen=True)
+class Result:
+    """A case, made; or why it cannot be."""
+
+    case: Case
+    predicted: int = 0
+    measured: int = 0
+    refused: str = ""
+
+    @property
+    def off(self) -> float:
+        """Share of what was measured."""
+        return self.predicted / self.measured - 1 if self.measured else 0.0
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"{self.case}  {self.refused}"
+        return (
+            f"{self.case}  predicted {self.predicted / 1e6:8.2f} MB  measured {self.measured / 1e6:8.2f} MB  "
+            f"{100 * self.off:+6.2f}%"
+        )
+
+
+def compare(case: Case, folder: Path) -> Result:
+    """Plans the case and makes it."""
+    try:
+        said = predict(case)
+    except SiliangError as error:
+        return Result(case, refused=str(error).partition("\n")[0][:150])
+    return Result(case, said, measure(case, folder))
+
+
+def table(results: list[Result]) -> str:
+    """In Markdown, a row for each method of a model."""
+    columns = sorted({_column(r.case) for r in results}, key=[_column(c) for c in cases()].index)
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for r in results:
+        cell = "" if r.refused else f"{r.measured / 1e6:,.0f} MB {100 * r.off:+.2f}%"
+        rows.setdefault((r.case.model, r.case.method), {})[_column(r.case)] = cell
+    lines = [f"| model | method | {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * len(columns)}"]
+    for (model, method), cells in rows.items():
+        if any(cells.values()):
+            lines.append(f"| {model} | {method} | {' | '.join(cells.get(c, '') for c in columns)} |")
+    return "\n".join(lines)
+
+
+def _column(case: Case) -> str:
+    return ", ".join(
+        (case.kind, "packed" if case.packing else "padded", "recomputed" if case.checkpointing else "kept")
+    )
+
+
 def main() -> int:
-    """Prints the table; returns 1 where a prediction is off by more than 2%."""
+    """Prints each case as it is made, and the table; returns 1 where a prediction is off by more than 2%."""
     parser = argparse.ArgumentParser("python -m bench.memory", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], help="words that a case must have")
     parser.add_argument("--ranks", type=int, default=1, help="processes among which the weights are dealt out")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     options = parser.parse_args()
-    worst = 0.0
+    asked = [case for case in cases(options.ranks) if all(word in str(case).split() for word in options.only)]
+    results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(options.ranks):
-            if not all(word in str(case).split() for word in options.only):
-                continue
-            try:
-                said = predict(case)
-            except SiliangError as error:
-                print(f"{case}  {error}".partition("\n")[0][:150], flush=True)
-                continue
-            found = measure(case, Path(folder))
-            off = said / found - 1
-            worst = max(worst, abs(off))
-            print(
-                f"{case}  predicted {said / 1e6:8.2f} MB  measured {found / 1e6:8.2f} MB  {100 * off:+6.2f}%",
-                flush=True,
-            )
-    print(f"the worst is off by {100 * worst:.2f}%")
+        for model in {case.model for case in asked}:
+            save_model(model, Path(folder))
+        # for the processes to come; bitsandbytes has threads of its own, which torch.set_num_threads does not reach
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+            for result in pool.map(compare, asked, repeat(Path(folder))):
+                print(result, flush=True)
+                results.append(result)
+    worst = max((abs(r.off) for r in results), default=0.0)
+    made = sum(not r.refused for r in results)
+    print(f"\n{table(results)}\n\n{made} combinations, the worst is off by {100 * worst:.2f}%")
     return 1 if worst > 0.02 else 0
 
 
