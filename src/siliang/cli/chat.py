@@ -73,6 +73,7 @@ def _columns(opened: Chat, prompt: str, *, max_new_tokens: int, temperature: flo
     """A column each, filled as the words come."""
     from rich.console import Console, Group
     from rich.live import Live
+    from rich.segment import Segment, Segments
     from rich.table import Table
     from rich.text import Text
 
@@ -91,12 +92,18 @@ def _columns(opened: Chat, prompt: str, *, max_new_tokens: int, temperature: flo
             grids.append(grid)
         return Group(*grids)
 
-    with Live(drawn(), console=console, refresh_per_second=10, vertical_overflow="visible") as live:
+    def end_of_it() -> Segments:
+        """As much as the terminal holds: what has scrolled out of it cannot be drawn over and would stay."""
+        lines = console.render_lines(drawn(), pad=False)[1 - console.height :]
+        return Segments([segment for line in lines for segment in (*line, Segment.line())])
+
+    with Live(end_of_it(), console=console, refresh_per_second=10) as live:
         for name in opened.names:
 
             def hear(text: str, shown: Text = answers[name]) -> None:
                 shown.append(text)
-                live.update(drawn())
+                live.update(end_of_it())
 
             opened.answer(name, prompt, hear, max_new_tokens=max_new_tokens, temperature=temperature)
+        live.update(drawn())
     print()

@@ -2,9 +2,10 @@
 what they were.
 
 Every operator's result passes by here, and with it the storage that it lives in; a storage is alive until its last
-tensor is gone. So the count is of what a program holds on to, at each moment, and not of what a kernel takes for
-itself and gives back before it returns. What a storage *is* may come out late (a result turns out to be saved for the
-backward pass, or to be a gradient): the peak is put into categories once it is over.
+tensor is gone. So the count is of what a program holds on to, at each moment. What a kernel takes for itself and gives
+back before it returns is not seen; what matters of that, on CPUs, is added (`_taken_by_kernel`). What a storage *is*
+may come out late (a result turns out to be saved for the backward pass, or to be a gradient): the peak is put into
+categories once it is over.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from siliang.ops.place import kind_of
+
 Category = Literal["weights", "trained", "gradients", "optimizer", "activations", "logits", "workspace"]
 CATEGORIES: tuple[Category, ...] = (
     "weights",  # of the base model, frozen or not
@@ -37,6 +40,9 @@ CATEGORIES: tuple[Category, ...] = (
     "workspace",  # everything that lives for a moment
 )
 DEVICE = torch.ops.prim.device.default
+SAFE_SOFTMAX = torch.ops.aten._safe_softmax
+ARITHMETIC = {getattr(torch.ops.aten, name + end) for name in ("add", "sub", "mul", "div") for end in ("", "_")}
+KERNELS = {SAFE_SOFTMAX, *ARITHMETIC}
 CUDA_BLOCK_BYTES = 512  # the CUDA allocator rounds up to it
 
 
@@ -122,6 +128,8 @@ class Tracker(TorchDispatchMode):
         for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(x, Tensor):
                 self._see(x, func)
+        if func.overloadpacket in KERNELS and kind_of(out) == "cpu":
+            self._pass_by(_taken_by_kernel(func.overloadpacket, args, out), func)
         return out
 
     def hold(self, tensors: Iterable[Tensor], category: Category) -> None:
@@ -213,6 +221,15 @@ class Tracker(TorchDispatchMode):
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self._peak_moment = self.live_bytes, self._moment
 
+    def _pass_by(self, nbytes: int, func: Any) -> None:
+        """Counts what is there and gone within one operator."""
+        if self.live_bytes + nbytes > self.peak_bytes:
+            self._moment += 1
+            held = Held(nbytes, "workspace", self._layer, self._moment, (str(func), ()), self._moment + 1)
+            self._all.append(held)
+            self.peak_bytes, self._peak_moment = self.live_bytes + nbytes, self._moment
+            self._moment += 1
+
     def _resized(self, storage: Any) -> None:
         held = self._alive.get(key := storage._cdata)
         if held is not None and (nbytes := self._rounded(storage)) != held.nbytes:
@@ -253,3 +270,14 @@ class Tracker(TorchDispatchMode):
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         self._layer = None
+
+
+def _taken_by_kernel(packet: Any, args: tuple[Any, ...], out: Tensor) -> int:
+    """Bytes of what an operator holds besides its arguments and its result, on a CPU."""
+    if packet is SAFE_SOFTMAX:
+        return out.numel()  # which scores are minus infinity
+    operands = [x for x in args[:2] if isinstance(x, Tensor) and x.dim()]
+    if len({x.dtype for x in operands}) < 2:
+        return 0
+    common = torch.result_type(*operands)
+    return sum(x.numel() * common.itemsize for x in operands if x.dtype != common)  # a copy in the format of both
