@@ -60,7 +60,7 @@ def test_wrong_settings(assignment: str, message: str) -> None:
 
 
 def test_missing_settings() -> None:
-    with pytest.raises(ConfigError, match=r"model is missing. \(3 more\)"):
+    with pytest.raises(ConfigError, match=r"model is missing. \(3 more\) The base model: a folder"):
         RunConfig.build({})
 
 

@@ -540,7 +540,8 @@ def _explain(error: ValidationError) -> str:
         hint = nearest(own, siblings) or nearest(path, names) or nearest(own, {n.rpartition(".")[2] for n in names})
         return f"{path} is not a setting.{hint} `siliang config` lists them all.{more}"
     if first["type"] == "missing":
-        return f"{path} is missing.{more}"
+        meaning = next((" ".join(row[3].split()) for row in describe() if row[0] == path), "")
+        return f"{path} is missing.{more} {meaning}".rstrip()
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
         return f"{inner}{more}"

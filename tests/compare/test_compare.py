@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +51,25 @@ def siliang(*arguments: object) -> str:
     done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENV)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stdout
+
+
+def in_terminal(*arguments: object, typed: str, rows: int, columns: int) -> str:
+    """Runs a command with a terminal of that size around it; returns all that is written to that."""
+    ours, its = os.openpty()
+    termios.tcsetwinsize(its, (rows, columns))
+    env = {k: v for k, v in ENV.items() if k != "COLUMNS"} | {"TERM": "xterm-256color"}
+    with subprocess.Popen(
+        command(*arguments), stdin=its, stdout=its, stderr=its, env=env, start_new_session=True
+    ) as run:
+        os.close(its)
+        os.write(ours, typed.encode())
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO is how a terminal says that nobody writes to it any more
+            while part := os.read(ours, 65536):
+                shown += part
+    os.close(ours)
+    assert run.returncode == 0, shown
+    return shown.decode()
 
 
 @pytest.fixture
@@ -295,6 +316,12 @@ def test_search_sees_validation_rows_alone(
     said = here("chat", out / "runs" / "lora" / "seed-42", "--max-new-tokens", 4, stdin=f"{question}\n")
     assert f"base: {base.rows[0].given}\n" in said
     assert f"{out / 'runs' / 'lora' / 'seed-42'}: {tuned.rows[0].given}\n" in said
+    runs = [out / "runs" / name / "seed-42" for name in ("lora", "prompt_tuning")]
+    shown = in_terminal("chat", *runs, "--max-new-tokens", 80, typed=f"{question}\n\n", rows=8, columns=60)
+    assert shown.count("base") >= 1 and runs[1].name in shown
+    redrawn = re.findall(r"(?:\x1b\[1A\x1b\[2K)+", shown)
+    heights = [part.count("\x1b[1A") for part in redrawn]
+    assert max(heights) == 6  # lines above the last of a frame: what has left the terminal is not drawn over
 
 
 def test_answers_in_a_context(model_folders: dict[str, Path], tmp_path: Path, here: Callable[..., str]) -> None:

@@ -19,6 +19,7 @@ SAMPLE = [
     Case("llama", "full", False, False, "bf16"),
     Case("bloom", "bitfit", True, True, "bf16"),
     Case("bloom", "lora", False, True, "nf4"),
+    Case("bloom", "prefix_tuning", True, True, "nf4"),
     Case("bert", "ia3", False, True, "bf16"),
     Case("bert", "head", False, False, "fp32"),
     Case("t5", "ln_tuning", True, False, "fp32"),

@@ -106,5 +106,5 @@ def stop_on_errors(findings: list[Finding]) -> None:
     first = errors[0]
     others = f" Also {', '.join(dict.fromkeys(f.code for f in errors[1:]))}." if len(errors) > 1 else ""
     message = first.message.splitlines()
-    head = " ".join(message) if first.code != "SL024" else message[0]
+    head = (" ".join(message) if first.code != "SL024" else message[0]).rstrip(".")
     raise DataError(f"{first.code} {head}.\n{first.fix}{others} `siliang check --explain {first.code}` says more.")
