@@ -382,7 +382,7 @@ def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, flo
     """The metrics at the end; where an earlier step was better and `best` is set, the model is as it was then."""
     state, best = trainer.state, limits.best
     before = state.best_metric
-    metrics = trainer.evaluate()
+    metrics = trainer.metrics_now()
     if best is None:
         return metrics
     run.record.best_step = state.best_global_step

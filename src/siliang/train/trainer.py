@@ -96,6 +96,7 @@ class SiliangTrainer(Trainer):
             # it is what accelerate would make of it; on CPUs accelerate knows no FSDP, and would wrap it in DDP
             self.accelerator.prepare_model = lambda model, **kwargs: model  # type: ignore[method-assign]
         self.tokens_trained = 0
+        self._measured: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, what it found
         self.evaluation_due = False
         self.slowest_save_s = 0.0
         self.engine = engine
@@ -226,9 +227,17 @@ class SiliangTrainer(Trainer):
         it draws are given back."""
         before = random_state()
         try:
-            return self._measure(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = self._measure(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             set_random_state(before)
+        if eval_dataset is None:
+            self._measured = (self.state.global_step, metrics)
+        return metrics
+
+    def metrics_now(self) -> dict[str, float]:
+        """Of the held-out rows, with the weights of the last step, which may have been measured already."""
+        step, metrics = self._measured
+        return metrics if step == self.state.global_step else self.evaluate()
 
     def _measure(self, eval_dataset: Any, ignore_keys: Any, metric_key_prefix: str) -> Any:
         if self.engine.task is not TaskType.CAUSAL_LM:
