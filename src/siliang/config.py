@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from siliang.memory.size import parse_bytes, parse_duration
 from siliang.safe_yaml import YamlError, parse_yaml
@@ -256,17 +256,27 @@ class TrainConfig(Section):
         return None if self.max_time is None else parse_duration(self.max_time)
 
 
+VIRTUAL_TOKENS = 20  # of a prompt whose length is not said, as PEFT's examples and the tutorials have it
+
+
 class MethodConfig(BaseModel):
     """The method's name, and any field of its PEFT config beside it: {name: lora, r: 16}."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = "lora"
-    """One of `siliang methods`."""
+    """One of `siliang methods`; prompt, p-tuning and prefix are understood too."""
+
+    @field_validator("name")
+    @classmethod
+    def _whole_name(cls, name: str) -> str:
+        from siliang.methods import whole_name
+
+        return whole_name(name)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The fields of the method's config that were given."""
+        """The fields of the method's config that were given, and the prompt's length where none was."""
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
@@ -274,6 +284,8 @@ class MethodConfig(BaseModel):
         from siliang.methods import find_method  # torch: only when a config is really checked
 
         config = find_method(self.name).config
+        if config is not None and config.is_prompt_learning and self.model_extra is not None:
+            self.model_extra.setdefault("num_virtual_tokens", VIRTUAL_TOKENS)
         fields = {f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set()
         for key in self.arguments:
             if key not in fields:

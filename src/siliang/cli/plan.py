@@ -64,7 +64,7 @@ def plan(
     from siliang.cli.train import gather
     from siliang.config import RunConfig
     from siliang.memory.size import parse_bytes
-    from siliang.methods import METHODS, find_method
+    from siliang.methods import METHODS, find_method, whole_name
     from siliang.types import ConfigError
 
     if model == "list":
@@ -77,8 +77,10 @@ def plan(
     chosen = values.get("method", "lora")
     own = str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen)
     names = [own]
-    if method is not None or not settings:
-        names = [m for m in METHODS if m != "head"] if method in (None, "all") else str(method).split(",")
+    if method in (None, "all"):
+        names = [own] if settings and method is None else [m for m in METHODS if m != "head"]
+    else:
+        names = [whole_name(name) for name in method.split(",")]
     for name in names:
         find_method(name)
     if own not in names:

@@ -14,7 +14,6 @@ from siliang.config import MethodConfig, RunConfig, Section, describe
 from siliang.types import ConfigError, nearest
 
 SEVEN = ("full", "bitfit", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning")
-VIRTUAL_TOKENS = 20  # of the methods that want to be told, as PEFT's examples and the tutorials have it
 
 
 class MethodEntry(BaseModel):
@@ -33,17 +32,12 @@ class MethodEntry(BaseModel):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The fields of the method's config that were given, and those that it cannot do without."""
-        needed = {"num_virtual_tokens": VIRTUAL_TOKENS} if "num_virtual_tokens" in settings_of(self) else {}
-        return needed | dict(self.model_extra or {})
+        """The fields of the method's config that were given."""
+        return dict(self.model_extra or {})
 
     @model_validator(mode="after")
     def _complete(self) -> MethodEntry:
-        from siliang.methods import METHODS
-
-        name = self.name.strip().lower().replace("-", "_")
-        self.name = f"{name}_tuning" if f"{name}_tuning" in METHODS else name
-        MethodConfig(name=self.name, **self.arguments)
+        self.name = MethodConfig(name=self.name, **self.arguments).name
         if not self.label:
             self.label = " ".join([self.name, *(f"{k}={v}" for k, v in (self.model_extra or {}).items())])
         return self

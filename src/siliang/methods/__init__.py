@@ -130,6 +130,12 @@ METHODS: dict[str, Method] = {
 }
 
 
+def whole_name(name: str) -> str:
+    """A method's name as the table has it, of Prompt-Tuning, p-tuning, prefix ..."""
+    name = name.strip().lower().replace("-", "_")
+    return f"{name}_tuning" if f"{name}_tuning" in METHODS else name
+
+
 def find_method(name: str) -> Method:
     """The table's row for `name`.
 

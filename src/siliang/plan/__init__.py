@@ -29,7 +29,6 @@ from siliang.plan.sketch import Sketch, Usual
 from siliang.plan.steps import Measured, Phase
 from siliang.types import ConfigError, SiliangError, TaskType
 
-VIRTUAL_TOKENS = 20  # of a prompt whose length is not said
 TOLD: tuple[Phase, ...] = ("train", "evaluate", "generate", "merge")
 
 
@@ -164,8 +163,6 @@ def _plan_as(
     own = name == config.method.name
     method = config.method if own else MethodConfig(name=name)
     found = find_method(name)
-    if found.config is not None and found.config.is_prompt_learning and "num_virtual_tokens" not in method.arguments:
-        method = MethodConfig(name=name, num_virtual_tokens=VIRTUAL_TOKENS, **method.arguments)  # type: ignore[call-arg]
     # what trains the base itself has no base in few bits
     bits = config.quantization if found.config is not None else None
     try:
