@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
 import psutil
 import torch
 
+from siliang.memory.free import trim_heap
+
 SAMPLE_EVERY_S = 0.02
+TRIM_EVERY_S = 2.0
 
 
 class PeakMemory:
@@ -20,9 +24,11 @@ class PeakMemory:
         peak_bytes: The most since then. On the CPU it is sampled fifty times a second: shorter spikes are missed.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, planned: int | None = None) -> None:
+        """planned: Bytes above which a CPU's process gives back what it does not use, every now and then."""
         self._cuda = device if device.type == "cuda" else None
         self._process = psutil.Process()
+        self._planned = planned
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.start_bytes = self.peak_bytes = 0
@@ -55,5 +61,9 @@ class PeakMemory:
         return self.peak_bytes
 
     def _watch(self) -> None:
+        trimmed = 0.0
         while not self._stop.wait(SAMPLE_EVERY_S):
             self.update()
+            if self._planned and self.now() > self._planned and time.monotonic() > trimmed + TRIM_EVERY_S:
+                trim_heap()
+                trimmed = time.monotonic()

@@ -324,7 +324,7 @@ def _train(run: Run, started: float, *, resume: bool) -> Record:
         save_s=12 * record.parameters.trained / SLOW_DISK_BYTES_PER_S,
         best=t.best,
     )
-    with stopping_on_signal() as stop, PeakMemory(find_device()) as memory:
+    with stopping_on_signal() as stop, PeakMemory(find_device(), record.memory.predicted_bytes) as memory:
         watcher = Watcher(memory, run.listener.progress, stop, limits)
         trainer = make_trainer(run, watcher)
         watcher.watch(trainer)
