@@ -23,6 +23,7 @@ from siliang.plan.device import Device
 from siliang.plan.fit import Room
 from siliang.plan.record import Change
 from siliang.plan.rows import heaviest, made_up, order
+from siliang.plan.shapes import shape_name
 from siliang.train.run import Listener, make_trainer, prepare, train
 from siliang.types import ConfigError, ModelError, PlanError, TaskType
 
@@ -209,3 +210,11 @@ def test_the_estimate_names_the_layers_that_a_search_finds() -> None:
     assert found is not None and said is not None
     assert 0 <= found[0] - said[0] <= 1
     assert said[1].nbytes == pytest.approx(found[1].nbytes, rel=0.1)
+
+
+def test_a_shape_in_another_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shape_name("ChatGLM3-6B") == "chatglm3-6b"
+    assert shape_name("some/other") == "some/other"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "GPT2").mkdir()
+    assert shape_name("GPT2") == "GPT2"  # a folder of that name is meant

@@ -75,8 +75,7 @@ def plan(
     if "model" not in values:
         raise ConfigError("say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).")
     chosen = values.get("method", "lora")
-    own = str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen)
-    names = [own]
+    own = whole_name(str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen))
     if method in (None, "all"):
         names = [own] if settings and method is None else [m for m in METHODS if m != "head"]
     else:
@@ -98,8 +97,9 @@ def plan(
     from siliang.plan import find_target, model_config
     from siliang.plan import plan as make
     from siliang.plan.device import shared_by
-    from siliang.plan.shapes import SHAPES, task_of
+    from siliang.plan.shapes import SHAPES, shape_name, task_of
 
+    values["model"] = shape_name(str(values["model"]))
     base_config = None
     if "task" not in values:
         probe = RunConfig.build(values | {"task": "causal_lm"}, source=str(settings or "the flags"))

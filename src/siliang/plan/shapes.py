@@ -7,6 +7,7 @@ what the released weights hold; the tests count it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -105,6 +106,11 @@ SHAPES: dict[str, Shape] = {
         TaskType.SEQ_2_SEQ_LM,
     ),
 }
+
+
+def shape_name(name: str) -> str:
+    """A shape's name as the table has it, in whatever case it is written; another model's as it is."""
+    return next((known for known in SHAPES if known.lower() == name.lower() and not Path(name).is_dir()), name)
 
 
 def task_of(name: str, config: Any) -> TaskType:
