@@ -17,6 +17,15 @@ def changed(*assignments: str) -> dict[str, object]:
     return values
 
 
+@pytest.mark.parametrize("name", ["prompt", "p-tuning", "Prefix-Tuning"])
+def test_short_names_and_the_length_of_a_prompt(name: str) -> None:
+    method = RunConfig.build(changed(f"method={name}")).method
+    assert method.name == name.lower().replace("-", "_").removesuffix("_tuning") + "_tuning"
+    assert method.arguments == {"num_virtual_tokens": 20}
+    method = RunConfig.build(changed(f"method={{name: {name}, num_virtual_tokens: 5}}")).method
+    assert method.arguments == {"num_virtual_tokens": 5}
+
+
 def test_round_trip(tmp_path: Path) -> None:
     config = RunConfig.build(changed("method=bitfit", "train.learning_rate=1e-3", "data.labels=[a, b]"))
     assert config.train.learning_rate == 1e-3

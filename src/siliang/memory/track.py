@@ -274,6 +274,8 @@ class Tracker(TorchDispatchMode):
 
 def _taken_by_kernel(packet: Any, args: tuple[Any, ...], out: Tensor) -> int:
     """Bytes of what an operator holds besides its arguments and its result, on a CPU."""
+    if isinstance(out, DTensor):  # not this process's share
+        return 0
     if packet is SAFE_SOFTMAX:
         return out.numel()  # which scores are minus infinity
     operands = [x for x in args[:2] if isinstance(x, Tensor) and x.dim()]
