@@ -57,7 +57,7 @@ def in_terminal(*arguments: object, typed: str, rows: int, columns: int) -> str:
     """Runs a command with a terminal of that size around it; returns all that is written to that."""
     ours, its = os.openpty()
     termios.tcsetwinsize(its, (rows, columns))
-    env = {k: v for k, v in ENV.items() if k != "COLUMNS"} | {"TERM": "xterm-256color"}
+    env = {k: v for k, v in ENV.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm-256color"}
     with subprocess.Popen(
         command(*arguments), stdin=its, stdout=its, stderr=its, env=env, start_new_session=True
     ) as run:
