@@ -109,8 +109,16 @@ class Case:
     ranks: int = 1
 
     def __str__(self) -> str:
-        layout, kept = "packed" if self.packing else "padded", "recomputed" if self.checkpointing else "kept"
-        return f"{self.model:<8} {self.method:<14} {layout} {kept:<10} {self.kind}"
+        return f"{self.model:<8} {self.method:<14} {self.layout} {self.layers:<10} {self.kind}"
+
+    @property
+    def layout(self) -> str:
+        return "packed" if self.packing else "padded"
+
+    @property
+    def layers(self) -> str:
+        """What becomes of their activations."""
+        return "recomputed" if self.checkpointing else "kept"
 
     @property
     def precision(self) -> Choice:
@@ -319,9 +327,7 @@ def table(results: list[Result]) -> str:
 
 
 def _column(case: Case) -> str:
-    return ", ".join(
-        (case.kind, "packed" if case.packing else "padded", "recomputed" if case.checkpointing else "kept")
-    )
+    return f"{case.kind}, {case.layout}, {case.layers}"
 
 
 def main() -> int:

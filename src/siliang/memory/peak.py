@@ -63,7 +63,8 @@ class PeakMemory:
     def _watch(self) -> None:
         trimmed = 0.0
         while not self._stop.wait(SAMPLE_EVERY_S):
-            self.update()
-            if self._planned and self.now() > self._planned and time.monotonic() > trimmed + TRIM_EVERY_S:
+            now = self.now()
+            self.peak_bytes = max(self.peak_bytes, now)
+            if self._planned and now > self._planned and time.monotonic() > trimmed + TRIM_EVERY_S:
                 trim_heap()
                 trimmed = time.monotonic()
