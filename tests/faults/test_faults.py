@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from faults.disks import try_disks
-from faults.endurance import endure
+from faults.endurance import Endurance, endure
 from faults.fuzz import fuzz, hostile_templates
 from faults.numbers import try_numbers
 from faults.runs import Place, make_place
@@ -43,3 +43,11 @@ def test_templates_made_to_do_harm(place: Place) -> None:
 def test_memory_and_files_level_off(place: Place, tmp_path: Path) -> None:
     found = endure(place, tmp_path, steps=600)
     assert found.passed, (found.growth, found.open_files, found.resident_bytes)
+
+
+def test_a_file_that_stays_open_is_told_from_one_that_is_read() -> None:
+    level, memory = [19] * 30, [600_000_000] * 30
+    read, leaked = [*level[:25], 20, *level[26:]], [19 + i // 10 for i in range(30)]
+    assert Endurance(resident_bytes=memory, open_files=read).passed
+    assert Endurance(resident_bytes=memory, open_files=leaked).passed is False
+    assert Endurance(resident_bytes=[n + 4_000_000 * i for i, n in enumerate(memory)], open_files=level).passed is False
