@@ -13,9 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from siliang.engine.quicker import Quicker, quicker_form
+from siliang.models.chatglm3.model import RMSNorm as ChatGLMRMSNorm
 
 
-@pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm, BloomGelu, NewGELUActivation])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm, ChatGLMRMSNorm, BloomGelu, NewGELUActivation])
 def test_the_same_results_and_gradients(kind: Any) -> None:
     torch.manual_seed(0)
     module = kind(24) if kind.__name__.endswith("Norm") else kind()
