@@ -4,8 +4,8 @@
 
 python -m bench.fits
 
-LoRA r=8 on query and value of a Llama 512 wide, in fp32, rows of 64 tokens, packed. Memory over the number of steps is
-in docs/reliability.md.
+LoRA r=8 on query and value of a Llama 512 wide, in fp32, rows of 64 tokens, packed and split as in a run. Memory over
+the number of steps is in docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from bench.ranks import LENGTH, VOCABULARY, llama
 from siliang import LoraConfig, get_peft_model
 from siliang.data.collate import PadCollator
-from siliang.engine.batches import StepCollator
+from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.types import TaskType
 
@@ -41,7 +41,8 @@ def make_step(rows: int, layers: int) -> Callable[[], None]:
     engine = Engine(model, TaskType.CAUSAL_LM)
     optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
     ids = torch.randint(4, VOCABULARY, (rows, LENGTH)).tolist()
-    collate = StepCollator(PadCollator(0), TaskType.CAUSAL_LM, rows, packed=True)
+    most = most_tokens(None, "cpu", torch.float32)
+    collate = StepCollator(PadCollator(0), TaskType.CAUSAL_LM, rows, most, packed=True)
     batches = collate([{"input_ids": row, "labels": row} for row in ids])["batches"]
     model.train()
 

@@ -190,7 +190,7 @@ class TrainConfig(Section):
     """Batches that make one optimiser step, on all devices together: their number changes no result."""
     tokens_at_once: Annotated[int, Field(ge=8)] | None = None
     """Tokens that go through the model at once, beside batch_size: a step's rows are split to it, which changes its
-    memory and not its result. None: no limit but batch_size."""
+    memory and not its result. None: no limit but batch_size; on a CPU 4,096, and 2,048 in fp32."""
     packing: bool = True
     """Run the model's layers without padding. The results are the same; off by itself where a model cannot do it."""
     group_by_length: bool | None = None

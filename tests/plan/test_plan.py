@@ -67,6 +67,18 @@ def test_what_to_change_and_the_run_that_is_written(tmp_path: Path) -> None:
     assert found.fits and found.peak_bytes <= 2e9
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision", "tokens"), [("cpu", "fp32", 2048), ("cpu", "bf16", 4096), ("cuda", "bf16", 8192)]
+)
+def test_a_batch_on_a_cpu_has_no_more_tokens_than_pays(kind: Any, precision: Any, tokens: int) -> None:
+    """Of 16 rows of 512 tokens; on a card the user's batches stay, and a limit that was asked for does on both."""
+    values = {"model": "gpt2", "task": "causal_lm", "data": {"train": "-", "max_length": 512}, "output": "-"}
+    device = Device(kind, None, "as asked", Choice(precision, "as asked"), 0, 0, here=False)
+    for asked, most in ((None, tokens), (1024, 1024)):
+        config = RunConfig.build(values | {"train": {"tokens_at_once": asked}})
+        assert plan(config, device, with_data=False).methods[0].batch_tokens == most
+
+
 def test_the_parts_add_up() -> None:
     config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
     device = find_target(config, "cuda", memory_bytes=10**11)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from siliang.check import Subject, look_at
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
-from siliang.engine.batches import StepCollator
+from siliang.engine.batches import StepCollator, most_tokens
 from siliang.hardware import machine
 from siliang.methods import find_method
 from siliang.models.load import load_config
@@ -79,7 +79,8 @@ def plan(
         configs = [config.with_strategy("ddp"), config.with_strategy("fsdp")]
     draw = partial(Sketch, base_config=base_config, device=device, new_tokens=len(config.data.add_tokens), mesh=mesh)
     # every method's batches are those of the first, which is packed if any is
-    collator = StepCollator(PadCollator(0), config.task, config.train.batch_size, config.train.tokens_at_once)
+    most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
+    collator = StepCollator(PadCollator(0), config.task, config.train.batch_size, most)
     step = heaviest(config, subject.train, collator, ranks) if with_data else made_up(config, ranks)
     work = partial(
         _plan_one, configs, device, draw, step, usual=usual, thorough=len(names) == 1, dealt=mesh is not None

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import shard
-from siliang.engine.batches import Batch, StepCollator
+from siliang.engine.batches import Batch, StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.methods import find_method
@@ -110,7 +110,9 @@ class Sketch:
 
     def collator(self, batch_size: int | None = None) -> StepCollator:
         """Splits rows as the run will."""
-        return collator_of(self._config, self.model, batch_size, packed=self.packed)
+        asked, device = self._config.train.tokens_at_once, self._device
+        most = None if self._usual else most_tokens(asked, device.kind, device.precision.dtype)
+        return collator_of(self._config, self.model, batch_size, tokens_at_once=most, packed=self.packed)
 
     def batches(self, rows: list[dict[str, Any]], batch_size: int | None = None) -> list[Batch]:
         """The first two batches of a step, the longest: a third one finds what the second one found."""
@@ -176,13 +178,15 @@ class Sketch:
         return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
 
 
-def collator_of(config: RunConfig, model: Any, batch_size: int | None = None, *, packed: bool) -> StepCollator:
+def collator_of(
+    config: RunConfig, model: Any, batch_size: int | None = None, *, tokens_at_once: int | None = None, packed: bool
+) -> StepCollator:
     """A run's own, where there is no tokenizer to say what padding is."""
     t, pad = config.train, getattr(model.config, "pad_token_id", None)
     return StepCollator(
         PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0),
         config.task,
         batch_size or t.batch_size,
-        t.tokens_at_once,
+        tokens_at_once,
         packed=packed,
     )

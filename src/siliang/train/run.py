@@ -30,7 +30,7 @@ from siliang.data.vocabulary import embedding_modules
 from siliang.distributed.ranks import Ranks, find_ranks, telling_of_the_dead
 from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, send_what_is_trained, shard
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
-from siliang.engine.batches import StepCollator
+from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.files import damage, replacing, replacing_folder, sweep, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
@@ -430,7 +430,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
             PadCollator(run.tokenizer.pad_token_id),
             run.config.task,
             t.batch_size,
-            t.tokens_at_once,
+            most_tokens(t.tokens_at_once, find_device().type, run.precision.dtype),
             packed=engine.padding is not None,
         ),
         engine=engine,
