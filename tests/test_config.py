@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from siliang.config import RunConfig, assign, describe, read_yaml
+from siliang.safe_yaml import parse_yaml
 from siliang.types import ConfigError
 
 LEAST = {"model": "m", "task": "seq_cls", "data": {"train": "d.csv"}, "output": "o"}
@@ -41,9 +42,7 @@ def test_method_settings() -> None:
 
 
 def read_yaml_text(text: str) -> dict[str, object]:
-    import yaml
-
-    return yaml.safe_load(text)
+    return parse_yaml(text)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +70,74 @@ def test_wrong_settings(assignment: str, message: str) -> None:
 def test_missing_settings() -> None:
     with pytest.raises(ConfigError, match=r"model is missing. \(3 more\) The base model: a folder"):
         RunConfig.build({})
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ('remote_code="12e45"', "12e45"),
+        ("remote_code=12e45", "12e45"),
+        ("output=nan", "nan"),
+        ("output=123", "123"),
+        ("output=2024-01-01", "2024-01-01"),
+        ("revision=null", None),
+        ("train.learning_rate=1e-3", 1e-3),
+        ("train.learning_rate=5E-4", 5e-4),
+        ("train.epochs=2", 2.0),
+    ],
+)
+def test_what_is_set_is_of_the_settings_kind(assignment: str, value: object) -> None:
+    config = RunConfig.build(changed(assignment))
+    assert RunConfig.build(read_yaml_text(config.to_yaml())) == config
+    *sections, last = assignment.partition("=")[0].split(".")
+    section = getattr(config, sections[0]) if sections else config
+    assert getattr(section, last) == value and type(getattr(section, last)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["batch_size: '16'", "packing: 'no'", "epochs: true", "learning_rate: '1e-3'"])
+def test_no_value_is_guessed_into_another_kind(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"model: m\ntask: seq_cls\ndata: {{train: d.csv}}\noutput: o\ntrain: {{{text}}}\n"
+    )
+    with pytest.raises(ConfigError, match=f"train.{text.split(':')[0]} = .*: input should be a valid"):
+        RunConfig.build(read_yaml(tmp_path / "run.yaml"))
+
+
+def test_a_number_with_an_exponent_is_one_in_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: m\ntask: seq_cls\ndata: {train: d.csv}\noutput: o\n"
+        "method: {name: lora, lora_dropout: 5e-2}\ntrain: {learning_rate: 1e-3, weight_decay: -0e1}\n"
+    )
+    config = RunConfig.build(read_yaml(tmp_path / "run.yaml"))
+    assert (config.method.arguments, config.train.learning_rate) == ({"lora_dropout": 0.05}, 1e-3)
+
+
+def test_names_of_what_is_here_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("text,label\n")
+    (tmp_path / "t.yaml").write_text("user: '{content}'\nassistant: '{content}'\n")
+    method = {"name": "prompt", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x"}
+    values = {
+        "model": "base",
+        "task": "causal_lm",
+        "method": method | {"tokenizer_name_or_path": "base"},
+        "data": {
+            "train": ["*.csv", {"path": "a.csv", "weight": 2}, "owner/set"],
+            "eval": "b.csv",
+            "template": "t.yaml",
+        },
+        "output": "out",
+    }
+    config = RunConfig.build(values).resolved()
+    here = str(tmp_path)
+    assert (config.model, config.output) == (f"{here}/base", f"{here}/out")
+    assert [s.path for s in config.data.train_sources] == [f"{here}/*.csv", f"{here}/a.csv", "owner/set"]
+    assert (config.data.eval, config.data.template) == (f"{here}/b.csv", f"{here}/t.yaml")
+    assert config.method.arguments["tokenizer_name_or_path"] == f"{here}/base"
+    assert config.resolved() == config and config.data.train_sources[1].weight == 2
+    assert RunConfig.build(changed("model=owner/model")).resolved().model == "owner/model"
 
 
 @pytest.mark.parametrize(

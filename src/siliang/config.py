@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from siliang.files import absolute
 from siliang.memory.size import parse_bytes, parse_duration
-from siliang.safe_yaml import YamlError, parse_yaml
+from siliang.safe_yaml import YamlError, dump_yaml, parse_yaml
 from siliang.types import ConfigError, TaskType, nearest
 from siliang.zero_settings import zero_settings
 
@@ -35,7 +35,7 @@ FORMATS = (
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, and values are not guessed into other types."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True, strict=True)
 
 
 def _template(value: Any) -> Any:
@@ -301,6 +301,8 @@ class MethodConfig(BaseModel):
         return self
 
 
+# Fields of a method's config that may name a folder here.
+METHOD_FOLDERS = {"tokenizer_name_or_path"}
 # Fields of a PEFT config that the run itself sets.
 OWN_FIELDS = {"task_type", "base_model_name_or_path", "inference_mode", "auto_mapping"}
 
@@ -310,7 +312,10 @@ def _method(value: Any) -> Any:
 
 
 def _task(value: Any) -> Any:
-    return value.upper().replace("-", "_") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    name = value.upper().replace("-", "_")
+    return TaskType(name) if name in TaskType.__members__ else name
 
 
 class QuantizationConfig(Section):
@@ -440,9 +445,29 @@ class RunConfig(Section):
         """The same run, by several devices that share its model so."""
         return self.model_copy(update={"distributed": self.distributed.model_copy(update={"strategy": strategy})})
 
+    def resolved(self) -> RunConfig:
+        """The same run from any working directory: the names of files and folders that are here are absolute. Names on
+        the hub stay names."""
+        values = self.model_dump(mode="json")
+        data, method = values["data"], values["method"]
+        for part in ("train", "eval"):
+            if isinstance(data[part], list):
+                data[part] = [
+                    s | {"path": absolute(s["path"])} if isinstance(s, dict) else absolute(s) for s in data[part]
+                ]
+            elif data[part] is not None:
+                data[part] = absolute(data[part])
+        if data["template"].endswith((".yaml", ".yml")):
+            data["template"] = absolute(data["template"])
+        for name in METHOD_FOLDERS & method.keys():
+            method[name] = method[name] and absolute(str(method[name]))
+        values["model"] = absolute(self.model)
+        values["output"] = str(Path(self.output).absolute())
+        return RunConfig.build(values)
+
     def to_yaml(self) -> str:
         """The whole config, defaults included, as run.yaml holds it."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -481,19 +506,20 @@ def assign(values: dict[str, Any], assignment: str) -> None:
             raise ConfigError(f"--set {assignment!r}: {section} is a single value, not a section.")
         values = inner
     try:
-        values[last] = _number(parse_yaml(text))
+        value = parse_yaml(text)
     except YamlError:
-        values[last] = text
+        value = text
+    # what is text by its setting is not taken for a number or a date: a commit such as 12e45, a folder called 2024
+    values[last] = text.strip() if not isinstance(value, str | list | dict | None) and _is_text(key) else value
 
 
-def _number(value: Any) -> Any:
-    """yaml 1.1 reads 1e-3 as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _is_text(key: str) -> bool:
+    """Whether the setting of this dotted name is text and nothing else."""
+    kind: Any = RunConfig
+    for part in key.strip().split("."):
+        fields = getattr(kind, "model_fields", {})
+        kind = fields[part].annotation if part in fields else None
+    return kind is str or set(getattr(kind, "__args__", ())) == {str, type(None)}
 
 
 def describe(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:

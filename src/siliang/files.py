@@ -7,6 +7,7 @@ used.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -137,6 +138,13 @@ def disk_error(error: BaseException) -> str | None:
     if number is None and "No space left" in str(error):
         number = errno.ENOSPC
     return DISK_ERRORS.get(number) if number is not None else None
+
+
+def absolute(name: str) -> str:
+    """A file, a folder or a pattern of files that is here, by its absolute name; any other name as it is."""
+    path = Path(name).expanduser()
+    here = path.exists() or (any(c in name for c in "*?[") and bool(glob.glob(str(path))))  # noqa: PTH207
+    return str(path.absolute()) if here else name
 
 
 def outside_links(folder: Path) -> list[Path]:

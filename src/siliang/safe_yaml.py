@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -23,6 +24,20 @@ class YamlError(ValueError):
         self.line = line
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with 1e-3 for a number as in YAML 1.2: YAML 1.1 takes it for text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: the text 12e45 in quotes."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
 def parse_yaml(text: str) -> Any:
     """The value of a yaml text, by yaml's safe loader.
 
@@ -33,7 +48,7 @@ def parse_yaml(text: str) -> Any:
         raise YamlError(f"more than {MAX_CHARACTERS:,} characters are no settings")
     try:
         _measure(text)
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or str(error).strip().partition("\n")[0]
@@ -42,6 +57,11 @@ def parse_yaml(text: str) -> Any:
         raise
     except Exception as error:  # the loader raises whatever its conversions do: of `!!int x`, or of a 13th month
         raise YamlError(f"a value cannot be read: {type(error).__name__}: {error}") from None
+
+
+def dump_yaml(values: Any) -> str:
+    """A yaml text, in the values' own order, that `parse_yaml` reads as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _measure(text: str) -> None:

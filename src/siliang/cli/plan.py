@@ -263,7 +263,7 @@ def _show_changes(console: Console, record: PlanRecord) -> None:
 
 def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
     """The run of the first method that fits, changed where it needs to be."""
-    import yaml
+    from siliang.safe_yaml import dump_yaml, parse_yaml
 
     from siliang.types import ConfigError
 
@@ -284,8 +284,8 @@ def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
         inner = values
         for section in sections:
             inner = inner.setdefault(section, {})
-        inner[last] = yaml.safe_load(change.after)
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        inner[last] = parse_yaml(change.after)
+    path.write_text(dump_yaml(values), encoding="utf-8")
     print(f"written    {path} ({best.method}); start it with: siliang train {path}")
 
 

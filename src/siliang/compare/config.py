@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from siliang.config import MethodConfig, RunConfig, Section, describe
+from siliang.safe_yaml import dump_yaml
 from siliang.types import ConfigError, nearest
 
 SEVEN = ("full", "bitfit", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning")
@@ -153,12 +153,7 @@ class CompareConfig:
 
     def to_yaml(self) -> str:
         """The same, as compare.yaml holds it."""
-        return to_yaml(self.as_dict())
-
-
-def to_yaml(values: dict[str, Any]) -> str:
-    """A mapping as yaml, in its own order."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.as_dict())
 
 
 def slug(label: str) -> str:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from siliang.data.cache import KEEP_DAYS, cache_folder
 from siliang.files import MANIFEST, replacing, seal
+from siliang.safe_yaml import dump_yaml, parse_yaml
 
 FOLDER = "cluster"  # in the cache
 CHUNK_BYTES = 2**25
@@ -201,7 +200,7 @@ class Names:
             if not any(here in text for here, _ in self._within):
                 continue
             if path.suffix == ".yaml":
-                new = yaml.safe_dump(self.back(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
+                new = dump_yaml(self.back(parse_yaml(text)))
             else:
                 indent = len(text.partition("\n")[2]) - len(text.partition("\n")[2].lstrip(" "))
                 new = json.dumps(self.back(json.loads(text)), indent=indent or None, ensure_ascii=False)

@@ -15,6 +15,7 @@ from siliang.plan.device import Device, find_target, in_this_process, shared_by
 from siliang.plan.history import remember
 from siliang.plan.record import Change, MethodPlan
 from siliang.record import Record
+from siliang.safe_yaml import parse_yaml
 from siliang.types import PlanError
 
 SAME_RESULT = ("train.batch_size", "train.gradient_accumulation", "train.memory_budget")
@@ -113,15 +114,13 @@ def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[
 
 def apply(config: RunConfig, changes: list[Change]) -> RunConfig:
     """The config with these changes made."""
-    import yaml
-
     values = config.model_dump(mode="json")
     for change in changes:
         *sections, last = change.setting.split(".")
         inner = values
         for section in sections:
             inner = inner[section]
-        inner[last] = yaml.safe_load(change.after)
+        inner[last] = parse_yaml(change.after)
     return RunConfig.build(values)
 
 
