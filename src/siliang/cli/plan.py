@@ -264,7 +264,6 @@ def _show_changes(console: Console, record: PlanRecord) -> None:
 def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
     """The run of the first method that fits, changed where it needs to be."""
     from siliang.safe_yaml import dump_yaml, parse_yaml
-
     from siliang.types import ConfigError
 
     able = [m for m in record.methods if not m.error and (m.fits is not False or m.fit is not None)]
