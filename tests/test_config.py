@@ -169,3 +169,20 @@ def test_every_setting_is_explained() -> None:
     for name, kind, _, meaning in describe():
         assert meaning, name
         assert kind, name
+
+
+@pytest.mark.parametrize(
+    ("value", "budget"),
+    [("12GB", 12 * 10**9), ("1GiB", 2**30), (4096, 4096), (4e9, 4 * 10**9), ("auto", "auto"), (None, None)],
+)
+def test_a_memory_budget_is_a_number_once_it_is_parsed(value: object, budget: object) -> None:
+    config = RunConfig.build({**LEAST, "train": {"memory_budget": value}})
+    assert config.train.memory_budget == budget and type(config.train.memory_budget) is type(budget)
+    assert RunConfig.build(read_yaml_text(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("value", ["much", "0GB", 0, -1, True, 1.5, [1]])
+def test_what_is_no_memory_budget(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"train\.memory_budget.* 12GB") as caught:
+        RunConfig.build({**LEAST, "train": {"memory_budget": value}})
+    assert len(str(caught.value).splitlines()) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NewType
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -32,6 +32,9 @@ FORMATS = (
 )
 
 
+Bytes = NewType("Bytes", int)  # written as 12GB in run.yaml; once it is parsed, a number
+
+
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, and values are not guessed into other types."""
 
@@ -46,10 +49,21 @@ def _template(value: Any) -> Any:
     return value
 
 
-def _size(value: Any) -> Any:
-    if isinstance(value, str) and value != "auto":
-        parse_bytes(value)
-    return str(value) if isinstance(value, int) else value
+def _budget(value: Any) -> Any:
+    """Parsed once: what comes after the config sees bytes."""
+    if value is None or value == "auto":
+        return value
+    try:
+        found = parse_bytes(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ConfigError(f"train.memory_budget: {error}") from None
+    if isinstance(found, float) and found.is_integer():  # 4e9
+        found = int(found)
+    if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
+        raise ConfigError(
+            f"train.memory_budget = {value!r}: write it as 12GB or 800MB (a bare number is bytes), auto, or null."
+        )
+    return found
 
 
 def _duration(value: Any) -> Any:
@@ -209,7 +223,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"] = "auto"
     """Number format of the computation. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
     What is trained stays fp32, but with pure-: docs/precision.md has the bytes of each."""
-    memory_budget: Annotated[str | None, BeforeValidator(_size)] = "auto"
+    memory_budget: Annotated[Bytes | Literal["auto"] | None, BeforeValidator(_budget)] = "auto"
     """Memory that training may take, such as 12GB: as many layers as need to compute their activations again in the
     backward pass instead of keeping them. auto: most of what is free. null: no limit."""
     keep_frozen: bool = True
@@ -551,6 +565,8 @@ def _show(value: Any) -> str:
 def _type_name(kind: Any) -> str:
     if isinstance(kind, type):
         return {"MethodConfig": "name or mapping"}.get(kind.__name__, kind.__name__)
+    if isinstance(kind, NewType):
+        return kind.__name__.lower()
     arguments: tuple[Any, ...] = getattr(kind, "__args__", ())
     if getattr(kind, "__origin__", None) is Literal:
         return " | ".join(str(getattr(a, "value", a)).lower() for a in arguments)

@@ -1,15 +1,18 @@
 """What frozen layers say is computed once, exactly, or not kept at all."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny import TASK, make, without_dropout
+from transformers import OPTConfig, OPTForCausalLM
 
 import siliang
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
-from siliang.engine.frozen import Store, find_cut
+from siliang.engine.frozen import Store, disk_folder, find_cut
 from siliang.engine.padding import find_layers
 from siliang.engine.step import Engine
 from siliang.types import TaskType
@@ -76,6 +79,63 @@ def test_dropout_below_turns_it_off_and_says_so() -> None:
     _, engine = epochs(model, task, keep=True)
     assert engine.padding is not None and engine.padding.below is None
     assert "dropout of 0.1 below layer 1" in engine.notes[0]
+
+
+def noisy(layer: torch.nn.Module, args: Any) -> Any:
+    if layer.training:
+        return (args[0] * torch.empty_like(args[0]).uniform_(0.99, 1.01), *args[1:])
+    return None
+
+
+def test_jitter_under_whatever_name_turns_it_off() -> None:
+    """As in the routers of mixtures of experts: no dropout is there, and no number tells of it."""
+    model, task = model_and_task("llama")
+    find_layers(model.get_base_model())[0].register_forward_pre_hook(noisy)
+    before = torch.get_rng_state()
+    _, engine = epochs(model, task, keep=True)
+    assert engine.padding is not None and engine.padding.below is None
+    assert "something random below layer 1 (LlamaModel)" in engine.notes[0]
+    assert model.training
+    model, task = model_and_task("llama")  # above the cut it does no harm
+    find_layers(model.get_base_model())[1].register_forward_pre_hook(noisy)
+    torch.set_rng_state(before)
+    found = find_cut(model.get_base_model(), find_layers(model.get_base_model()))
+    assert found.layer == 1 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_that_are_skipped_at_random_turn_it_off() -> None:
+    config = OPTConfig(
+        vocab_size=120,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        layerdrop=0.5,
+        dropout=0.0,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )
+    model = OPTForCausalLM(config).requires_grad_(False)
+    found = find_cut(model, find_layers(model))
+    assert found.layer == 0 and "something random" in (found.why_not or "")
+
+
+def test_the_rows_go_to_a_disk_and_not_to_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The folder of temporary files is a piece of the memory on many machines."""
+    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temporary"))
+    of = {"/": "ext4", str(tmp_path / "temporary"): "tmpfs"}
+
+    def partitions(all: bool = False) -> list[Any]:
+        return [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in of.items()]
+
+    monkeypatch.setattr("psutil.disk_partitions", partitions)
+    assert disk_folder() == tmp_path / "cache"
+    of[str(tmp_path)] = "tmpfs"
+    assert disk_folder() is None
+    assert Store.of_free().disk_bytes == 0
+    del of[str(tmp_path)], of[str(tmp_path / "temporary")]
+    assert disk_folder() == tmp_path / "temporary"
 
 
 def test_where_the_cut_is() -> None:

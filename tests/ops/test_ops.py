@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
-from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.ops.packed_attention import Layout, packed_attention, takes_windows_and_groups
 from siliang.ops.place import planned_for
 from siliang.ops.rms_norm import rms_norm
 
@@ -259,3 +259,17 @@ def test_a_plan_for_cuda_does_not_keep_what_only_a_cpu_would() -> None:
     assert kept() > 0
     with planned_for("cuda"):
         assert kept() == 0
+
+
+def test_flash_attention_of_cuda_takes_grouped_heads_as_they_are() -> None:
+    """Its shapes, without a card: k and v are not repeated for each head, and so are not kept that large."""
+    assert takes_windows_and_groups()
+    q, k, v = (torch.randn(1, H, 8, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for H in (8, 2, 2))
+    layout = Layout.of((3, 5), 5, torch.device("meta"))
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        out = packed_attention(q, k, v, layout, scaling=0.1, causal=True, window=2, impl="varlen")
+    assert out.shape == (1, 8, 8, 64)
+    assert kept.count((8, 2, 64)) == 2 and kept.count((8, 8, 64)) <= 2  # q and the result
+    out.sum().backward()
+    assert k.grad is not None and k.grad.shape == k.shape

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
+import siliang.plan
 from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
@@ -230,3 +231,44 @@ def test_a_shape_in_another_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "GPT2").mkdir()
     assert shape_name("GPT2") == "GPT2"  # a folder of that name is meant
+
+
+def planned_gpt2(budget: Any, memory_bytes: int | None) -> Any:
+    values = {"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"}
+    config = RunConfig.build(values | {"train": {"memory_budget": budget}})
+    return plan(config, target(memory_bytes), with_data=False, timed=False).methods[0]
+
+
+def test_a_budget_of_a_number_is_planned_as_that_much_memory_is() -> None:
+    """On a device with more, with less, and of unknown size."""
+    auto, none = planned_gpt2("auto", 10**9), planned_gpt2(None, 24 * 10**9)
+    assert 0 < auto.recomputed_layers < 12 and auto.peak_bytes <= 10**9
+    assert none.recomputed_layers == 0 and none.peak_bytes > 2 * 10**9
+    for there in (24 * 10**9, None):
+        found = planned_gpt2("1GB", there)
+        assert (found.recomputed_layers, found.peak_bytes) == (auto.recomputed_layers, auto.peak_bytes)
+        assert found.fits is (None if there is None else True)
+    found = planned_gpt2("1MB", 24 * 10**9)  # every layer recomputes, and the run goes on
+    assert found.recomputed_layers == 12 and found.fits and 10**6 < found.peak_bytes < auto.peak_bytes
+    found = planned_gpt2("24GB", 10**9)  # the budget asks for nothing, and the device is full
+    assert found.recomputed_layers == 0 and not found.fits
+    assert ("train.memory_budget", "auto") in {(c.setting, c.after) for c in found.fit.changes}
+
+
+def test_on_cuda_a_budget_does_not_count_the_context() -> None:
+    config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
+    cuda, cpu = find_target(config, "cuda", memory_bytes=10**10), target(10**10)
+    assert cuda.budgeted_bytes == cuda.work_bytes < cuda.overhead_bytes and cpu.budgeted_bytes == cpu.overhead_bytes
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_process_that_uses_cuda_is_not_forked(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its children could not ask the card anything: each method would be "not planned"."""
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: begun)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    pids = set(siliang.plan._in_parallel(where_it_runs, ["lora", "ia3"], lambda line: None))
+    assert (pids == {os.getpid()}) is begun
+
+
+def where_it_runs(method: str) -> Any:
+    return os.getpid()

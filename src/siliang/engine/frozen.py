@@ -11,10 +11,13 @@ Shapes: n tokens of a row, D hidden.
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +25,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from siliang.data.cache import cache_folder
 from siliang.virtual_tokens import backbone
 
 MEMORY_SHARE = 0.25  # of the free memory that the cache takes before it goes on in a file
 DISK_SHARE = 0.25  # of the free disk
+IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,65 @@ def find_cut(model: nn.Module, layers: list[nn.Module]) -> Cut:
         return Cut(0)
     if any(p.requires_grad for p in embeddings.parameters()):
         return Cut(0, "the embeddings are trained")
-    above = {id(m) for layer in layers[cut:] for m in layer.modules()}
-    for module in backbone(model).modules():
-        if id(module) in above:
-            continue
-        found = [v for n, v in vars(module).items() if ("dropout" in n or n == "p") and isinstance(v, float)]
-        if any(found):
-            return Cut(0, f"there is dropout of {max(found):g} below layer {cut} ({type(module).__name__})")
+    if (drawing := _drawing(model, layers[cut])) is not None:
+        return Cut(0, f"there is {drawing[0]} below layer {cut} ({drawing[1]})")
     return Cut(cut)
+
+
+@torch.no_grad()
+def _drawing(model: nn.Module, end: nn.Module) -> tuple[str, str] | None:
+    """What draws random numbers in training before the layer `end`, and where; None for nothing.
+
+    It is tried, not read off settings: dropout, skipped layers and jitter have a name of their own in each model.
+    """
+    device = next(model.parameters()).device
+    ids = torch.ones(1, 4, dtype=torch.long, device=device)
+    before: dict[nn.Module, Any] = {}
+    found: list[tuple[str, str]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        before[module] = _random_state(device)
+
+    def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not found and before.get(module) != _random_state(device):  # the innermost is left first
+            named = [v for n, v in vars(module).items() if ("dropout" in n or n == "p") and isinstance(v, float) and v]
+            what = f"dropout of {max(named):g}" if named else "something random"
+            found.append((what, path or type(module).__name__))
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise EnoughError
+
+    handles = [end.register_forward_pre_hook(stop, prepend=True)]
+    for path, module in backbone(model).named_modules():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(partial(leave, path)))
+    training = [module for module in model.modules() if module.training]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            first = _random_state(device)
+            model.train()
+            with suppress(EnoughError):
+                backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+            if not found and first != _random_state(device):  # between its layers, as where some are skipped
+                found.append(("something random", type(backbone(model)).__name__))
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for handle in handles:
+            handle.remove()
+        model.eval()
+        for module in training:
+            module.training = True
+    return found[0] if found else None
+
+
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    """Of every generator that a model may draw from, to be compared."""
+    numpy: Any = np.random.get_state()
+    on_card = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+    torchs = torch.get_rng_state().numpy().tobytes()
+    return torchs, on_card, random.getstate(), numpy[1].tobytes(), numpy[2]
 
 
 @dataclass
@@ -66,11 +122,13 @@ class Store:
 
     Attributes:
         refused: Rows that found no room.
+        folder: Of the file; None for the folder of temporary files.
     """
 
     memory_bytes: int
     disk_bytes: int
     refused: int = 0
+    folder: Path | None = None
     _held: dict[bytes, Tensor] = field(default_factory=dict)
     _places: dict[bytes, tuple[int, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     _used: int = 0
@@ -80,8 +138,8 @@ class Store:
     @classmethod
     def of_free(cls) -> Store:
         """With shares of what is free now."""
-        disk = psutil.disk_usage(tempfile.gettempdir()).free
-        return cls(int(MEMORY_SHARE * psutil.virtual_memory().available), int(DISK_SHARE * disk))
+        memory, folder = int(MEMORY_SHARE * psutil.virtual_memory().available), disk_folder()
+        return cls(memory, int(DISK_SHARE * psutil.disk_usage(str(folder)).free) if folder else 0, folder=folder)
 
     def __del__(self) -> None:
         if self._file is not None:
@@ -103,7 +161,7 @@ class Store:
             self._used += states_nD.nbytes
         elif self._written + states_nD.nbytes <= self.disk_bytes:
             if self._file is None:
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the store
+                self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - it lives as long as the store
             self._file.seek(self._written)
             self._file.write(states_nD.contiguous().view(torch.uint8).numpy())
             self._places[key] = (self._written, tuple(states_nD.shape), states_nD.dtype)
@@ -120,6 +178,17 @@ class Store:
         self._file.seek(start)
         raw = torch.frombuffer(bytearray(self._file.read(count)), dtype=torch.uint8)
         return raw.view(dtype).view(shape)
+
+
+def disk_folder() -> Path | None:
+    """A folder for temporary files that is on a disk: the usual one is often a piece of the memory. None: there is
+    none."""
+    for folder in (Path(tempfile.gettempdir()), cache_folder()):
+        parts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
+        kind = max(parts, key=lambda part: len(part.mountpoint)).fstype if parts else ""
+        if kind not in IN_MEMORY:
+            return folder
+    return None
 
 
 class EnoughError(Exception):

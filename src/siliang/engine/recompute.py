@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from siliang.distributed.ranks import find_ranks
-from siliang.memory.size import parse_bytes
 from siliang.ops.masked_ce import CHUNK_BYTES
 from siliang.peft_model import enable_checkpointing
 
@@ -36,12 +35,12 @@ class Recompute:
         bytes_per_token: What keeping costs, of each layer; empty until it is measured.
     """
 
-    def __init__(self, model: Any, budget: str | None, *, always: bool = False) -> None:
+    def __init__(self, model: Any, budget: int | Literal["auto"] | None, *, always: bool = False) -> None:
         """Prepares `model`.
 
         Args:
-            budget: What the process (on CUDA: the allocator) may take, as "12GB"; "auto" for most of what is free; None
-                for no limit.
+            budget: Bytes that the process (on CUDA: the allocator) may take; "auto" for most of what is free; None for
+                no limit.
             always: Recompute every layer.
         """
         self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -124,7 +123,7 @@ class Recompute:
             taken, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
             free /= find_ranks().local_size
         assert self._budget is not None
-        room = AUTO_SHARE * free if self._budget == "auto" else parse_bytes(self._budget) - taken
+        room = AUTO_SHARE * free if self._budget == "auto" else self._budget - taken
         return room - to_come
 
     @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Engine:
         task: TaskType,
         *,
         packing: bool = True,
-        memory_budget: str | None = None,
+        memory_budget: int | Literal["auto"] | None = None,
         checkpointing: bool = False,
         keep_frozen: bool = False,
         comparing: bool = True,

@@ -7,8 +7,9 @@ Shapes: T tokens of all sequences, S sequences, H query heads, G key and value h
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -294,16 +295,25 @@ def _has_varlen(q: Tensor) -> bool:
         and q.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and find_spec("torch.nn.attention.varlen") is not None  # no attribute before it is imported
+        and takes_windows_and_groups()
     )
+
+
+@cache
+def takes_windows_and_groups() -> bool:
+    """Whether torch's varlen_attn has what `_varlen` asks of it: torch 2.10 knows no windows, 2.11 no grouped heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, window: tuple[int, int]) -> Tensor:
     """Flash attention over sequences of unlike length, as torch ships it for CUDA; window: tokens (before, after)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    bounds, longest = layout.bounds, max(layout.lengths)
+    bounds, longest, grouped = layout.bounds, max(layout.lengths), q.shape[1] != k.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
+    out: Any = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped
+    )
     return out.unsqueeze(0)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from siliang.check import Subject, look_at
@@ -125,9 +126,11 @@ def _in_parallel(
     work: Callable[[str], MethodPlan], names: Sequence[str], say: Callable[[str], None]
 ) -> Iterator[MethodPlan]:
     """A process for each core: on paper there is nothing but Python to run. Fork, because what is to be drawn is here
-    already, and nothing has computed in threads yet."""
+    already, and nothing has computed in threads yet. A process that has begun to use CUDA cannot be forked: one
+    method after the other then, which takes less time than to import everything in new processes."""
     workers = min(len(names), os.cpu_count() or 1)
-    if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
+    cannot_fork = "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized()
+    if workers == 1 or cannot_fork:
         for name in names:
             say(name)
             yield work(name)
@@ -199,14 +202,18 @@ def _plan_as(
     )
     if config.quantization is not None and bits is None:
         one.notes.append("on the whole base: weights in few bits cannot be trained")
-    if device.memory_bytes is not None:
-        room = Room(device.memory_bytes - beside)
+    room = None if device.memory_bytes is None else Room(device.memory_bytes - beside)
+    budget = config.train.memory_budget
+    aim = Room(budget - device.budgeted_bytes) if isinstance(budget, int) else room if budget == "auto" else None
+    if aim is not None and not always and sketch.layers and peak.nbytes > aim.limit_bytes:
+        fewest = aim.fewest_recomputed(sketch, batches, measured) if thorough else aim.estimate(measured)
+        if fewest is None and isinstance(budget, int):  # which is not kept then, and does not stop the run
+            fewest = sketch.layers, sketch.measure(batches, recomputed=sketch.layers).peaks["train"]
+        if fewest is not None:
+            one.recomputed_layers, peak = fewest
+            one.time_factor = sketch.time_factor(fewest[0])
+    if room is not None:
         one.fits = peak.nbytes <= room.limit_bytes
-        if not one.fits and config.train.memory_budget is not None and not always:
-            fewest = room.fewest_recomputed(sketch, batches, measured) if thorough else room.estimate(measured)
-            if fewest is not None:
-                one.fits, one.recomputed_layers, peak = True, *fewest
-                one.time_factor = sketch.time_factor(fewest[0])
         if not one.fits and thorough and proposing:
             can_quantise = config.quantization is None and found.freezes_the_base
             quantised = (lambda wanted: draw(method=method, quantization=wanted)) if can_quantise else None

@@ -53,6 +53,12 @@ class Device:
         return self.beside_bytes + self.work_bytes
 
     @property
+    def budgeted_bytes(self) -> int:
+        """Of the overhead, what counts against train.memory_budget: all of a process; on CUDA, what the allocator
+        holds."""
+        return self.work_bytes if self.kind == "cuda" else self.overhead_bytes
+
+    @property
     def best(self) -> Choice:
         """The format that suits it."""
         return choose_precision("auto", torch.device(self.kind)) if self.here else Choice("bf16", "taken for granted")

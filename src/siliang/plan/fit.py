@@ -157,12 +157,13 @@ def _split_change(config: RunConfig, size: int) -> list[Change]:
 
 
 def _recompute_change(config: RunConfig, sketch: Sketch, count: int) -> list[Change]:
-    if not count or config.train.gradient_checkpointing or config.train.memory_budget is not None:
-        return []  # a budget chooses the layers by itself
+    before = config.train.memory_budget
+    if not count or config.train.gradient_checkpointing or before == "auto":
+        return []  # it chooses the layers by itself
     return [
         Change(
             setting="train.memory_budget",
-            before="null",
+            before="null" if before is None else str(before),
             after="auto",
             price=f"{count} of {sketch.layers} layers compute twice: "
             f"{100 * (sketch.time_factor(count) - 1):.0f}% more time",
