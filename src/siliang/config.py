@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import re
 from pathlib import Path
@@ -64,6 +65,27 @@ def _budget(value: Any) -> Any:
             f"train.memory_budget = {value!r}: write it as 12GB or 800MB (a bare number is bytes), auto, or null."
         )
     return found
+
+
+def _encoding(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        try:
+            known = codecs.lookup(value)
+            "a".encode(known.name)
+        except (LookupError, UnicodeError, TypeError):
+            raise ConfigError(
+                f"data.encoding = {value!r} is no encoding of text; auto, utf-8, utf-16, gb18030, big5, cp1252 ... are."
+            ) from None
+    return value
+
+
+def _separator(value: Any) -> Any:
+    if not isinstance(value, str) or value == "auto":
+        return value
+    named = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}.get(value, value)
+    if len(named) != 1 or named in '"\r\n':
+        raise ConfigError(f"data.separator = {value!r}: must be one character, such as ';', or tab, or auto.")
+    return named
 
 
 def _duration(value: Any) -> Any:
@@ -157,6 +179,12 @@ class DataConfig(Section):
     """The names of the columns."""
     header: list[str] | None = None
     """The column names of a csv or tsv file whose first line is data already."""
+    encoding: Annotated[str, BeforeValidator(_encoding)] = "auto"
+    """The encoding of text files, such as utf-8, gb18030 or utf-16. auto: by the byte order mark, or UTF-8, or gb18030
+    where the whole file decodes so and is Chinese, which is said."""
+    separator: Annotated[str, BeforeValidator(_separator)] = "auto"
+    """What separates the columns of a csv or tsv file: one character, or tab. auto: a comma (in .tsv a tab), or what
+    the header line leaves no doubt about, which is said."""
     template: Annotated[str, BeforeValidator(_template)] = "human-assistant"
     """How a conversation becomes text: human-assistant, alpaca, llama2, chatml, chatglm3, zephyr, vicuna, plain; chat
     for the tokenizer's own chat template; or a .yaml file of your own."""

@@ -148,15 +148,15 @@ def test_a_folder_of_files(files_of_a_hub: Path, tmp_path: Path) -> None:
 def test_a_name_on_the_hub(files_of_a_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub is a folder here, the rest is real."""
     asked: list[tuple[str, str | None]] = []
-    real = datasets.load_dataset
+    real = datasets.load_dataset_builder
 
     def here(path: str, name: str | None = None) -> object:
         asked.append((path, name))
         return real(str(files_of_a_hub))
 
-    monkeypatch.setattr(datasets, "load_dataset", here)
+    monkeypatch.setattr(datasets, "load_dataset_builder", here)
     assert [row.values for row in read_rows("owner/name:config")] == ROWS
-    assert read_rows("owner/name", split="test")[0].where == "owner/name, row 1"
+    assert read_rows("owner/name", split="test")[0].where == "owner/name/test.jsonl:1"
     assert asked == [("owner/name", "config"), ("owner/name", None)]
 
 
@@ -249,7 +249,7 @@ def test_bad_data(name: str, content: str, message: str, tmp_path: Path) -> None
 
 
 def test_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "d.csv").write_bytes("text,label\na,x\n你好,y\n".encode("gbk"))
+    (tmp_path / "d.csv").write_bytes("text,label\na,x\ncafé,y\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"d.csv:3: not UTF-8"):
         load(tmp_path / "d.csv")
 

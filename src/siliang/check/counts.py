@@ -17,6 +17,9 @@ def count(s: Subject) -> dict[str, Any]:
     lengths, tokens = s.train.lengths, int(s.train.lengths.sum())
     counts: dict[str, Any] = {
         "layout": s.examples.layout,
+        "columns": s.examples.columns,
+        "not_used": s.examples.unused,
+        "notes": s.examples.notes,
         "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.examples.skipped)},
         "tokens": tokens,
     }

@@ -82,7 +82,12 @@ def _show(subject: Subject | None, findings: list[Finding], counts: dict[str, An
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if subject is not None:
         show_examples(console, subject, examples)
+        console.print(f"{'layout':<18}{subject.examples.says_columns}", markup=False)
+        for line in subject.examples.notes:
+            console.print(f"{'note':<18}{line}", markup=False)
         for name, value in counts.items():
+            if name in ("layout", "columns", "not_used", "notes"):
+                continue
             console.print(f"{name.replace('_', ' '):<18}{_plain(value)}", markup=False)
         console.print()
     for f in findings:

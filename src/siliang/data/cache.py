@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -18,12 +19,25 @@ def cache_folder() -> Path:
     return folder
 
 
-def prune(folder: Path) -> None:
-    """Removes the files of `folder` that nobody has used for a month."""
-    limit = time.time() - KEEP_DAYS * 86400
-    for path in folder.iterdir():
+def used(folder: Path, name: str) -> None:
+    """Notes that the entries whose names begin so are used now: `prune` looks at the time of the last use."""
+    for path in folder.glob(f"{name}*"):
         try:
-            if path.is_file() and path.stat().st_mtime < limit:
+            os.utime(path)
+        except OSError:  # another user's: it stays as old as it is
+            continue
+
+
+def prune(folder: Path, prefix: str = "") -> None:
+    """Removes what nobody has used for a month: the files of `folder`, or, with a prefix, the folders named so."""
+    limit = time.time() - KEEP_DAYS * 86400
+    for path in folder.glob(f"{prefix}*"):
+        try:
+            if path.stat().st_mtime >= limit:
+                continue
+            if prefix and path.is_dir():
+                shutil.rmtree(path)
+            elif not prefix and path.is_file():
                 path.unlink()
         except OSError:  # another process was quicker, or owns it
             continue

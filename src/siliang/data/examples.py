@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,11 @@ from typing import Any, Literal, overload
 
 from datasets import Dataset, concatenate_datasets
 
+from siliang.data.cache import cache_folder, prune
+
 Role = Literal["system", "user", "assistant", "tool"]
 
+SPILLED = "rows-"
 SPILL_BYTES = 64 * 2**20  # examples beyond this lie in a file
 
 
@@ -159,13 +164,15 @@ def from_json(line: str) -> Example:
 class ExampleSet(Sequence[Example]):
     """Examples in order, each with the place of its row."""
 
-    def __init__(self, table: Dataset) -> None:
+    def __init__(self, table: Dataset, spilled: Sequence[_Spilled] = ()) -> None:
         self.table = table  # columns: example (JSON), where
+        self._spilled = tuple(spilled)  # held as long as the rows are
 
     @classmethod
     def build(cls, items: Iterable[tuple[str, Example]]) -> ExampleSet:
-        """From (place, example); what is more than memory should hold goes to a file for the life of the process."""
+        """From (place, example); what is more than memory should hold goes to files, which go away with the rows."""
         parts: list[Dataset] = []
+        spilled: list[_Spilled] = []
         lines: list[str] = []
         places: list[str] = []
         held = 0
@@ -175,11 +182,12 @@ class ExampleSet(Sequence[Example]):
             places.append(where)
             held += len(line)
             if held > SPILL_BYTES:
-                parts.append(_spill(lines, places))
+                spilled.append(_Spilled())
+                parts.append(spilled[-1].write(lines, places))
                 lines, places, held = [], [], 0
         if lines or not parts:
             parts.append(Dataset.from_dict({"example": lines, "where": places}) if lines else _nothing())
-        return cls(parts[0] if len(parts) == 1 else concatenate_datasets(parts))
+        return cls(parts[0] if len(parts) == 1 else concatenate_datasets(parts), spilled)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -213,7 +221,7 @@ class ExampleSet(Sequence[Example]):
 
     def select(self, rows: Iterable[int]) -> ExampleSet:
         """Some of the examples, in the order of `rows`; a row may come twice."""
-        return ExampleSet(self.table.select(rows))
+        return ExampleSet(self.table.select(rows), self._spilled)
 
 
 def _nothing() -> Dataset:
@@ -224,19 +232,19 @@ def _nothing() -> Dataset:
     )
 
 
-# open for the process's life: their files go away with it
-_SPILLED: list[tempfile.TemporaryDirectory[str]] = []
+class _Spilled:
+    """A folder in the cache with a file of rows, removed when nobody holds them any more, or when the process ends."""
 
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix=SPILLED, dir=cache_folder()))
+        self._end = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        prune(cache_folder(), SPILLED)  # of processes that were killed
 
-def _spill(lines: list[str], places: list[str]) -> Dataset:
-    import pyarrow as pa
+    def write(self, lines: list[str], places: list[str]) -> Dataset:
+        import pyarrow as pa
 
-    from siliang.data.cache import cache_folder
-
-    folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache_folder(), ignore_cleanup_errors=True)
-    _SPILLED.append(folder)
-    path = Path(folder.name) / "rows.arrow"
-    table = pa.table({"example": pa.array(lines, pa.string()), "where": pa.array(places, pa.string())})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=1000)
-    return Dataset.from_file(str(path))
+        path = self._folder / "rows.arrow"
+        table = pa.table({"example": pa.array(lines, pa.string()), "where": pa.array(places, pa.string())})
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+        return Dataset.from_file(str(path))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,8 @@ from siliang.data.examples import (
     Tagged,
     Text,
 )
-from siliang.types import DataError, TaskType, nearest
+from siliang.data.text_files import INVISIBLE
+from siliang.types import DataError, TaskType
 
 Values = dict[str, Any]
 Result = Example | str  # an example, or what is wrong with the row
@@ -39,6 +42,8 @@ class Format:
         tasks: What can be trained on it.
         read: A row's values to an example, or to what is wrong with it.
         fixed: Columns that it must have and that go by this one name only.
+        optional: Columns that it uses where they are there, by their names in `Columns`.
+        beside: The same of columns that go by one name only.
     """
 
     name: str
@@ -46,6 +51,20 @@ class Format:
     tasks: tuple[TaskType, ...]
     read: Callable[[Values, Columns], Result]
     fixed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    def example(self, values: Values, columns: Columns) -> Result:
+        """A row's values as an example, or what is wrong with the row."""
+        try:
+            return self.read(values, columns)
+        except BadRow as problem:
+            return str(problem)
+
+    def taken(self, columns: Columns) -> dict[str, str]:
+        """The column of each of its parts, where the rows have it."""
+        named = {need: getattr(columns, need) for need in (*self.needs, *self.optional)}
+        return named | {name: name for name in (*self.fixed, *self.beside)}
 
 
 # Other names that data sets use for the same thing; looked at only where the usual name is not there.
@@ -56,15 +75,24 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "tags": ("ner_tags", "pos_tags", "labels"),
     "source": ("document", "article"),
     "target": ("summary", "title", "highlights"),
-    "text": ("sentence1", "text_a", "premise", "question1"),
-    "text_pair": ("sentence2", "text_b", "hypothesis", "question2"),
 }
+FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
+SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
+# of a text with a class: taken where one of them alone is there
+TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "document", "评论", "内容", "文本")
+# what a class may be called: proposed, not taken
+CLASSES_NAMED = ("labels", "class", "category", "cat", "sentiment", "target", "intent", "topic", "标签", "类别")
+NUMBERS_NAMED = ("score", "rating", "stars", "similarity", "similarity_score", "value")
+ALIKE = 0.7  # of two names, from where on one may be meant by the other
 
 
 def find_format(
     name: str, found: Collection[str], task: TaskType, columns: Columns, source: str
 ) -> tuple[Format, Columns]:
     """The layout of rows that have the columns `found`, and the columns' names with aliases put in.
+
+    Args:
+        found: The columns' names; as a mapping, with the cells of the first row.
 
     Raises:
         DataError: None fits, or the one that was named does not.
@@ -93,38 +121,120 @@ def _resolve(layout: Format, found: Collection[str], columns: Columns) -> Column
         if name in found:
             continue
         usual = name == Columns.model_fields[need].default
-        other = next((a for a in ALIASES.get(need, ()) if usual and a in found), None)
+        other = next((a for a in _aliases(layout, need) if usual and a in found), None)
         if other is None and layout.name == "text-label" and need == "text" and usual:
-            rest = [c for c in found if c != columns.label]
-            other = rest[0] if len(rest) == 1 and len(found) == 2 else None  # two columns: the other one is the text
+            other = _text_beside(found, columns)
         if other is None:
             return None
         changes[need] = other
     return columns.model_copy(update=changes)
 
 
+def _aliases(layout: Format, need: str) -> tuple[str, ...]:
+    if layout.name == "sentence-pair":
+        return {"text": FIRST_OF_PAIR, "text_pair": SECOND_OF_PAIR}.get(need, ())
+    return ALIASES.get(need, ())
+
+
+def _text_beside(found: Collection[str], columns: Columns) -> str | None:
+    """The text's column where it is certain: the one with a usual name, or the only one beside the label."""
+    rest = [c for c in found if c != columns.label]
+    usual = [c for c in rest if c.lower() in TEXTS]
+    if len(usual) == 1:
+        return usual[0]
+    if len(rest) != 1 or len(found) != 2:
+        return None
+    value = found[rest[0]] if isinstance(found, Mapping) else ""
+    return None if isinstance(value, int | float) or _as_number(value) is not None else rest[0]
+
+
+def _as_number(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, str | int | float) else None
+    except ValueError:
+        return None
+
+
 def _no_format(suited: list[Format], found: Collection[str], columns: Columns, source: str) -> str:
     there = ", ".join(map(repr, found))
 
-    # the layout of which most is there, so that one name is spoken of and not ten
+    # the layout of which most is there, so that one is spoken of and not ten
     def share(layout: Format) -> float:
         names = [getattr(columns, n) for n in layout.needs] + list(layout.fixed)
         return sum(n in found for n in names) / len(names)
 
-    best = max(suited, key=lambda f: (share(f), not f.fixed))
+    best = max(suited, key=lambda f: (share(f), not f.fixed, -len(f.needs)))
     keys = {getattr(columns, n): n for n in best.needs} | dict.fromkeys(best.fixed, "")
-    name = next(n for n in keys if n not in found)
-    hint = nearest(name, found)
+    missing = [n for n in keys if n not in found]
+    free = [c for c in found if c not in keys]
+    other = _no_classes(free, found) if "label" in best.needs and columns.label in missing else ""
+    said = f"{source} has no column {(columns.label if other else missing[0])!r}; it has {there}.{other}"
+    if odd := next((c for c in found if any(mark in c for mark in ";|\t")), None):
+        mark = next(m for m in ";|\t" if m in odd)
+        return f"{said}\nWhere {mark!r} separates its columns, say so: data.separator={mark!r}."
+    named = " ".join(f"data.columns.{keys[name]}={_meant(keys[name], name, free)}" for name in missing if keys[name])
+    how = f"Say which is which with {named}" if named else f"{best.name} needs {', '.join(map(repr, missing))}"
     return (
-        f"{source} has no column {name!r}; it has {there}.{hint}\n"
-        f"Say which is which with data.columns (data.columns.{keys[name] or 'text'}=NAME), or data.header where the "
-        f"file has no header line. Layouts for this task: {', '.join(f.name for f in suited)}."
+        f"{said}\n{how}; or name the columns with data.header where the file has no header line. Layouts for this "
+        f"task: {', '.join(f.name for f in suited)}."
     )
 
 
-def as_text(value: Any) -> str:
-    """A cell as text; None is empty."""
-    return "" if value is None else value if isinstance(value, str) else str(value)
+def _no_classes(free: list[str], found: Collection[str]) -> str:
+    """What there is in the place of a class, if it shows."""
+    for column in free:
+        value = found[column] if isinstance(found, Mapping) else None
+        if isinstance(value, list):
+            return f" {column!r} holds lists: {SEVERAL}."
+        number = _as_number(value)
+        if column.lower() in NUMBERS_NAMED and number is not None:
+            return f" {column!r} holds numbers such as {value}: {REGRESSION}."
+    return ""
+
+
+def _meant(need: str, name: str, free: list[str]) -> str:
+    """The column that may be meant by a name, or NAME."""
+    usual = {"text": TEXTS, "label": CLASSES_NAMED}.get(need, ALIASES.get(need, ()))
+    known = [c for c in free if c.strip().lower() in usual]
+    alike = sorted(free, key=lambda c: -_likeness(c, name))
+    near = [c for c in alike if _likeness(c, name) >= ALIKE]
+    return next(iter([*near, *known]), "NAME")
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one.strip().lower(), other.lower()).ratio()
+
+
+BLANKS = " \t\r\n\v\f\xa0\u3000" + INVISIBLE
+REGRESSION = "a number to be estimated is a regression, and seq_cls learns classes"
+SEVERAL = "several labels for one text, and seq_cls learns one class for each"
+
+
+class BadRow(Exception):  # noqa: N818  # not an error of the program: it never leaves this file
+    """A row that cannot be used; its text says what is wrong with it."""
+
+
+def as_text(value: Any, name: str = "") -> str:
+    """A cell as text; None is empty.
+
+    Args:
+        name: The column, for the error.
+
+    Raises:
+        BadRow: It is a list, an object, bytes or no number.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    what = {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}.get(type(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        what = "NaN" if math.isnan(value) else "an infinite number"
+    if what is None:
+        return str(value)
+    raise BadRow(f"has {what} in {name!r}" if name else f"has {what} where text belongs")
 
 
 # ---- conversations ----
@@ -220,10 +330,11 @@ def _conversation(messages: list[Message], tools: str | None = None) -> Result:
 
 def _pair(instruction: str, output: str) -> Callable[[Values, Columns], Result]:
     def read(values: Values, c: Columns) -> Result:
-        question, answer = as_text(values.get(getattr(c, instruction))), as_text(values.get(getattr(c, output)))
+        asked, given = getattr(c, instruction), getattr(c, output)
+        question, answer = as_text(values.get(asked), asked), as_text(values.get(given), given)
         if not answer.strip():
             return f"has an empty {getattr(c, output)!r}"
-        about = as_text(values.get(c.input)) if instruction == "instruction" else ""
+        about = as_text(values.get(c.input), c.input) if instruction == "instruction" else ""
         if not question.strip() and not about.strip():
             return f"has an empty {getattr(c, instruction)!r}"
         messages = [Message("user", question, about), Message("assistant", answer)]
@@ -247,25 +358,36 @@ def _history(values: Values) -> list[tuple[str, str]]:
 # ---- the rest ----
 
 
+def _cell(values: Values, name: str) -> str:
+    """A cell that must hold text.
+
+    Raises:
+        BadRow: It is not there, holds something else, or is empty.
+    """
+    if name not in values:
+        raise BadRow(f"has no field {name!r}")
+    text = as_text(values[name], name)
+    if not text.strip(BLANKS):
+        raise BadRow(f"has an empty {name!r}")
+    return text
+
+
 def _text(values: Values, c: Columns) -> Result:
-    text = as_text(values.get(c.text))
-    return Text(text) if text.strip() else f"has an empty {c.text!r}"
+    return Text(_cell(values, c.text))
+
+
+def _label(values: Values, name: str) -> str:
+    if isinstance(values.get(name), list | tuple):
+        raise BadRow(f"has a list in {name!r}: {SEVERAL}")
+    return _cell(values, name)
 
 
 def _labelled(values: Values, c: Columns) -> Result:
-    text, label = as_text(values.get(c.text)), as_text(values.get(c.label))
-    if not text.strip():
-        return f"has an empty {c.text!r}"
-    return Labelled(text, label) if label.strip() else f"has an empty {c.label!r}"
+    return Labelled(_cell(values, c.text), _label(values, c.label))
 
 
 def _sentence_pair(values: Values, c: Columns) -> Result:
-    made = _labelled(values, c)
-    pair = as_text(values.get(c.text_pair))
-    if isinstance(made, str) or not pair.strip():
-        return made if isinstance(made, str) else f"has an empty {c.text_pair!r}"
-    assert isinstance(made, Labelled)
-    return Labelled(made.text, made.label, pair)
+    return Labelled(_cell(values, c.text), _label(values, c.label), _cell(values, c.text_pair))
 
 
 def _tagged(values: Values, c: Columns) -> Result:
@@ -276,13 +398,12 @@ def _tagged(values: Values, c: Columns) -> Result:
         return f"has an empty {c.tokens!r}"
     if len(tokens) != len(tags):
         return f"has {len(tokens)} tokens and {len(tags)} tags"
-    return Tagged(tuple(map(as_text, tokens)), tuple(map(as_text, tags)))
+    made = Tagged(tuple(as_text(t, c.tokens) for t in tokens), tuple(as_text(t, c.tags) for t in tags))
+    return made if all(tag.strip(BLANKS) for tag in made.tags) else f"has an empty tag in {c.tags!r}"
 
 
 def _squad(values: Values, c: Columns) -> Result:
-    context, question, answers = as_text(values.get(c.context)), as_text(values.get(c.question)), values.get(c.answers)
-    if not context.strip() or not question.strip():
-        return f"has an empty {c.context if not context.strip() else c.question!r}"
+    context, question, answers = _cell(values, c.context), _cell(values, c.question), values.get(c.answers)
     if isinstance(answers, list):  # the original files: [{text, answer_start}]
         answers = {key: [a.get(key) for a in answers if isinstance(a, dict)] for key in ("text", "answer_start")}
     if not isinstance(answers, dict) or "text" not in answers or "answer_start" not in answers:
@@ -290,16 +411,21 @@ def _squad(values: Values, c: Columns) -> Result:
     found, starts = answers["text"], answers["answer_start"]
     if not isinstance(found, list) or not isinstance(starts, list) or len(found) != len(starts):
         return f"must hold as many texts as starts in {c.answers!r}"
-    if not all(isinstance(s, int) for s in starts) or not all(isinstance(t, str) for t in found):
+    if not all(type(s) is int for s in starts) or not all(isinstance(t, str) for t in found):
         return f"must hold texts and whole numbers in {c.answers!r}"
-    return Span(question, context, tuple(map(str, found)), tuple(int(s) for s in starts if s is not None))
+    return Span(question, context, tuple(found), tuple(starts))
+
+
+def misplaced(example: Span) -> str | None:
+    """What is wrong with the place of an answer."""
+    for text, start in zip(example.answers, example.starts, strict=True):
+        if start < 0 or example.context[start : start + len(text)] != text:
+            return f"has the answer {text[:40]!r}, which does not stand at its start ({start})"
+    return None
 
 
 def _source_target(values: Values, c: Columns) -> Result:
-    source, target = as_text(values.get(c.source)), as_text(values.get(c.target))
-    if not source.strip() or not target.strip():
-        return f"has an empty {c.source if not source.strip() else c.target!r}"
-    return SourceTarget(source, target)
+    return SourceTarget(_cell(values, c.source), _cell(values, c.target))
 
 
 def _prepared(values: Values, c: Columns) -> Result:
@@ -330,15 +456,25 @@ def as_source_target(made: Result) -> Result:
 
 def _asked(instruction: str, output: str) -> Format:
     name = "alpaca" if instruction == "instruction" else f"{instruction}-{output}"
-    return Format(name, (instruction, output), (CAUSAL, SEQ2SEQ), _pair(instruction, output))
+    more = ("input", "system") if instruction == "instruction" else ("system",)
+    read = _pair(instruction, output)
+    return Format(name, (instruction, output), (CAUSAL, SEQ2SEQ), read, optional=more, beside=("history",))
 
 
+BESIDE_TURNS = ("system", "tools")
 FORMATS: dict[str, Format] = {
     layout.name: layout
     for layout in (
-        Format("prepared", (), (CAUSAL,), _prepared, fixed=("input_ids",)),
-        Format("messages", ("messages",), (CAUSAL,), lambda v, c: _messages(v, c, c.messages)),
-        Format("sharegpt", (), (CAUSAL,), lambda v, c: _messages(v, c, "conversations"), fixed=("conversations",)),
+        Format("prepared", (), (CAUSAL,), _prepared, fixed=("input_ids",), beside=("labels", "attention_mask")),
+        Format("messages", ("messages",), (CAUSAL,), lambda v, c: _messages(v, c, c.messages), optional=BESIDE_TURNS),
+        Format(
+            "sharegpt",
+            (),
+            (CAUSAL,),
+            lambda v, c: _messages(v, c, "conversations"),
+            fixed=("conversations",),
+            optional=BESIDE_TURNS,
+        ),
         _asked("instruction", "output"),
         _asked("prompt", "completion"),
         _asked("input", "output"),

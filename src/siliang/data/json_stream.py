@@ -2,101 +2,159 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
+from siliang.data.text_files import TextFile
 from siliang.types import DataError
 
 CHUNK_BYTES = 4 * 2**20
+BLANK = " \t\r\n"
 
 Item = tuple[str, Any, str | None]  # place, value, problem
 
 
-def json_lines(path: Path) -> Iterator[Item]:
-    """One value a line; a line that is not JSON comes with its problem."""
-    with path.open("rb") as opened:
-        for number, raw in enumerate(opened, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{where}: not UTF-8 text. Save the file as UTF-8.") from None
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                yield where, value, _half_a_character(value) if _may_be_half(line) else None
-            except (ValueError, RecursionError) as error:
-                yield where, None, f"not valid JSON: {_reason(error)}"
+class WrittenFloat(float):
+    """A number with a point or an exponent, whose text is what the file says: 0.10 stays 0.10."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> tuple[type[WrittenFloat], tuple[str]]:
+        return WrittenFloat, (self.text,)
 
 
-def json_list(path: Path) -> Iterator[Item]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise TwiceError(name)
+    return made
+
+
+class TwiceError(ValueError):
+    """An object that has a name twice: one of the two values would be lost."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"an object has the name {name!r} twice")
+
+
+DECODER = json.JSONDecoder(parse_float=WrittenFloat, object_pairs_hook=_object)
+
+
+def json_lines(file: TextFile, name: str | Path) -> Iterator[Item]:
+    """One value a line; a line that is not JSON comes with its problem.
+
+    Args:
+        name: The file's name in the places.
+
+    Raises:
+        DataError: It is a list, or an object over several lines.
+    """
+    first = True
+    for number, line in file.lines():
+        if not line.strip():
+            continue
+        if first and line.strip(BLANK).startswith("["):
+            raise DataError(
+                f"{name} begins with a list, as a .json file does: name it .json (a .jsonl file is one object a line)."
+            )
+        if first and line.strip(BLANK) == "{":
+            raise DataError(f"{name}: its objects go over several lines; a .jsonl file holds one object a line.")
+        first = False
+        where = f"{name}:{number}"
+        try:
+            value = DECODER.decode(line.strip(BLANK))
+            yield where, value, _half_a_character(value) if _may_be_half(line) else None
+        except (ValueError, RecursionError) as error:
+            yield where, None, f"not valid JSON: {_reason(error)}"
+
+
+def json_list(file: TextFile, name: str | Path) -> Iterator[Item]:
     """The items of a list, each with the line on which it begins, or, where that is not its own line, its number; also
-    SQuAD's {"data": [...]}.
+    SQuAD's {"data": [...]}, whose questions have an id.
 
     Raises:
         DataError: It is not JSON, or not a list.
     """
-    with path.open("rb") as opened:
-        text = _Text(path, opened)
-        text.skip(" \t\r\n")
+    with file.open() as opened:
+        text = _Text(opened)
+        text.skip()
         if text.peek() == "[":
-            yield from _items(text, path)
+            yield from _items(text, name)
             return
-    yield from _whole(path)
+    yield from _whole(file, name)
 
 
-def _items(text: _Text, path: Path) -> Iterator[Item]:
+def _items(text: _Text, name: str | Path) -> Iterator[Item]:
     text.position += 1
-    decoder = json.JSONDecoder()
     number, ended_on = 0, text.line
-    while True:
-        text.skip(" \t\r\n,")
-        if text.peek() == "]":
-            text.position += 1
-            text.skip(" \t\r\n")
-            if text.peek():
-                raise DataError(f"{path}:{text.line}: not valid JSON: there is more after the end of the list.")
-            return
+    text.skip()
+    while text.peek() != "]":
         line = text.line
         try:
-            value, suspect = text.decode(decoder)
+            value, suspect = text.decode()
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
+            raise DataError(f"{name}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{line}: not valid JSON: {_reason(error)}.") from None
+            raise DataError(f"{name}:{line}: not valid JSON: {_reason(error)}.") from None
         number += 1
         problem = _half_a_character(value) if suspect else None
-        yield f"{path}:{line}" if line > ended_on else f"{path}, row {number}", value, problem
+        yield f"{name}:{line}" if line > ended_on else f"{name}, row {number}", value, problem
         ended_on = text.line
+        text.skip()
+        if text.peek() == ",":
+            text.position += 1
+            text.skip()
+            if text.peek() == "]":
+                raise DataError(f"{name}:{text.line}: not valid JSON: a comma with nothing after it.")
+        elif text.peek() != "]":
+            missing = "a comma is missing between two items" if text.peek() else "the list does not end"
+            raise DataError(f"{name}:{text.line}: not valid JSON: {missing}.")
+    text.position += 1
+    text.skip()
+    if text.peek():
+        raise DataError(f"{name}:{text.line}: not valid JSON: there is more after the end of the list.")
 
 
-def _whole(path: Path) -> Iterator[Item]:
+def _whole(file: TextFile, name: str | Path) -> Iterator[Item]:
     """A file that holds one object: SQuAD's nested lists, or a list under the name `data`."""
+    content = "".join(line for _, line in file.lines())
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = DECODER.decode(content)
     except json.JSONDecodeError as error:
         hint = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}.{hint}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text. Save the file as UTF-8.") from None
+        raise DataError(f"{name}:{error.lineno}: not valid JSON: {error.msg}.{hint}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {_reason(error)}.") from None
+        raise DataError(f"{name}: not valid JSON: {_reason(error)}.") from None
     items = value.get("data") if isinstance(value, dict) else None
     if not isinstance(items, list):
-        raise DataError(f"{path} must hold a list of objects: [{{...}}, {{...}}].")
+        lists = [key for key, held in value.items() if isinstance(held, list)] if isinstance(value, dict) else []
+        found = f" It holds one object, with a list under {', '.join(map(repr, lists))}." if lists else ""
+        raise DataError(f"{name} must hold a list of objects: [{{...}}, {{...}}].{found}")
     number = 0
     for item in items:
         try:
             rows = _squad(item) if isinstance(item, dict) and "paragraphs" in item else [item]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             rows = [f"an article of SQuAD without {error}"]
         for row in rows:
             number += 1
-            yield f"{path}, row {number}", row, _half_a_character(row)
+            nested = isinstance(item, dict) and "paragraphs" in item and isinstance(row, dict)
+            own = row.get("id") if nested else None
+            place = f"{name}, row {number}" if own is None else f"{name}, id {own}"
+            yield place, row, _half_a_character(row)
 
 
 def _may_be_half(text: str) -> bool:
@@ -115,6 +173,8 @@ def _half_a_character(value: Any) -> str | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if isinstance(error, TwiceError):
+        return str(error)
     return getattr(error, "msg", "a number has too many digits")  # the only other thing that json refuses
 
 
@@ -125,9 +185,8 @@ def _squad(article: dict[str, Any]) -> list[dict[str, Any]]:
 class _Text:
     """A file's text, of which only what is being looked at is in memory."""
 
-    def __init__(self, path: Path, opened: BinaryIO) -> None:
-        self._path, self._bytes = path, opened
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    def __init__(self, opened: TextIO) -> None:
+        self._opened = opened
         self._text, self._ended = "", False
         self.position = 0
         self.line = 1  # of `position`, once `skip` has run
@@ -135,18 +194,20 @@ class _Text:
     def peek(self) -> str:
         return self._text[self.position : self.position + 1] if self._here(1) else ""
 
-    def skip(self, characters: str) -> None:
-        """Goes to the next character that is none of these; counts the lines on the way."""
-        while (c := self.peek()) and c in characters:
+    def skip(self) -> None:
+        """Goes to the next character that is not blank; counts the lines on the way."""
+        while (c := self.peek()) and c in BLANK:
             self.line += c == "\n"
             self.position += 1
 
-    def decode(self, decoder: json.JSONDecoder) -> tuple[Any, bool]:
+    def decode(self) -> tuple[Any, bool]:
         """The value at the position, and whether it may hold half of a character."""
         while True:
             try:
-                value, end = decoder.raw_decode(self._text, self.position)
-                break
+                value, end = DECODER.raw_decode(self._text, self.position)
+                if end < len(self._text) or self._ended:
+                    break
+                self._more()  # a number at the end of what was read may go on
             except json.JSONDecodeError as error:
                 if not self._more():
                     rest = self._text[self.position :]
@@ -165,12 +226,7 @@ class _Text:
     def _more(self) -> bool:
         if self._ended:
             return False
-        raw = self._bytes.read(CHUNK_BYTES)
-        self._ended = not raw
-        try:
-            fresh = self._decoder.decode(raw, final=self._ended)
-        except UnicodeDecodeError as error:
-            line = self.line + self._text.count("\n", self.position) + raw[: error.start].count(b"\n")
-            raise DataError(f"{self._path}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
+        fresh = self._opened.read(CHUNK_BYTES)
+        self._ended = not fresh
         self._text, self.position = self._text[self.position :] + fresh, 0
         return not self._ended

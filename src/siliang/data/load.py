@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from siliang.config import DataConfig, Source
-from siliang.data.examples import Example, ExampleSet, Labelled, Tagged
-from siliang.data.formats import Format, as_source_target, find_format
-from siliang.data.sources import Row, iter_rows
+from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged
+from siliang.data.formats import Format, as_source_target, find_format, misplaced
+from siliang.data.labels import MOST_CLASSES, alike_key, is_whole, no_classes
+from siliang.data.sources import Opened, Reading, Row, open_source
 from siliang.types import DataError, TaskType
 
 SHOWN_BAD_ROWS = 5
@@ -25,6 +26,10 @@ class Examples:
         labels: The classes' (or tags') names by number; None where the task has none.
         skipped: The rows left out, with place and reason.
         layout: How the rows are laid out: a name of `formats.FORMATS`.
+        columns: The data's column of each part of the layout (text, label, ...), of those that are there.
+        unused: Columns that the layout has no use for.
+        notes: How the data was read where that was not plain from the settings, a line each.
+        doubts: What may have been read otherwise than it was meant, a line each.
     """
 
     train: ExampleSet
@@ -32,38 +37,51 @@ class Examples:
     labels: list[str] | None = None
     skipped: list[str] = field(default_factory=list)
     layout: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+
+    @property
+    def says_columns(self) -> str:
+        """Which columns were taken, and which were not."""
+        renamed = (f"{part} from {name!r}" if part != name else repr(part) for part, name in self.columns.items())
+        taken = f"{self.layout}: {', '.join(renamed)}"
+        return f"{taken}; not used: {', '.join(map(repr, self.unused))}" if self.unused else taken
 
 
 def load_examples(data: DataConfig, task: TaskType, *, seed: int, keep_going: bool = False) -> Examples:
-    """Reads the data, and holds out the evaluation rows.
+    """Reads the data, and holds out the evaluation rows: those of `data.eval`, or the held-out part that a folder of
+    several parts has itself, or a share of the training rows.
 
     Args:
         seed: Of the split and of weighted sources, where the data has no seed of its own.
         keep_going: Bad rows do not stop, whatever the settings say; `siliang check` shows them all.
 
     Raises:
-        DataError: The data cannot be read, its columns are not there, or rows are bad and `skip_bad_rows` is off.
+        DataError: The data cannot be read, its columns are not there, not one row of a part can be used, or rows are
+            bad and `skip_bad_rows` is off.
     """
     seed = seed if data.seed is None else data.seed
     reader = _Reader(data, task)
     sizes: list[int] = []
     train = ExampleSet.build(_counted(data.train_sources, reader, sizes))
     stops = not data.skip_bad_rows and not keep_going
-    if reader.bad and stops:
-        raise DataError(bad_rows_message(reader.bad))
-    reader.fix_labels(train, least=1 if keep_going else 2)
-    in_train = {s.path for s in data.train_sources}  # a data set of several parts: the other part
-    parts = [(s, "test" if s.path in in_train else "train") for s in data.eval_sources]
-    held_out = ExampleSet.build(chain.from_iterable(reader.read(s, part) for s, part in parts))
-    if reader.bad and stops:
-        raise DataError(bad_rows_message(reader.bad))
     if not len(train):
-        raise DataError(f"{data.train_sources[0].path}: not one row can be used. {bad_rows_message(reader.bad)}")
+        raise DataError(reader.nothing(data.train_sources))
+    if reader.bad and stops:
+        raise DataError(bad_rows_message(reader.skipped))
+    reader.fix_labels(train, least=1 if keep_going else 2)
+    held_out = reader.held_out()
+    if reader.bad and stops:
+        raise DataError(bad_rows_message(reader.skipped))
     chosen = list(range(len(train)))
-    if not data.eval_sources and data.test_size > 0 and len(train) > 1:
-        labels = reader.classes(train) if data.stratify else None
-        chosen, held = split(len(train), data.test_size, seed, labels)
-        held_out = train.select(held)
+    if held_out is None:
+        held_out = train.select([])
+        if data.test_size > 0 and len(train) > 1:
+            labels = reader.classes(train) if data.stratify else None
+            chosen, held = split(len(train), data.test_size, seed, labels)
+            held_out = train.select(held)
     if data.validation_size is not None and len(chosen) > 1:
         labels = reader.classes(train.select(chosen)) if data.stratify else None
         kept, validation = split(len(chosen), data.validation_size, seed, labels)
@@ -74,7 +92,23 @@ def load_examples(data: DataConfig, task: TaskType, *, seed: int, keep_going: bo
         chosen = _weighted(chosen, sizes, weights, seed)
     if len(chosen) != len(train) or chosen != list(range(len(train))):
         train = train.select(chosen)
-    return Examples(train, held_out, reader.labels, reader.bad, reader.layout.name if reader.layout else "")
+    return reader.examples(train, held_out)
+
+
+def load_rows(data: DataConfig, task: TaskType, source: str) -> Examples:
+    """Rows to be evaluated on, as `eval` of the result: what a folder of several parts holds out, or all of them.
+
+    Args:
+        data: With the classes and the columns of the run that is evaluated.
+
+    Raises:
+        DataError: As `load_examples` does.
+    """
+    reader = _Reader(data, task)
+    rows = reader.evaluated([Source(path=source)])
+    if reader.bad and not data.skip_bad_rows:
+        raise DataError(bad_rows_message(reader.skipped))
+    return reader.examples(rows[:0], rows)
 
 
 def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) -> tuple[list[int], list[int]]:
@@ -104,7 +138,7 @@ def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) 
 def bad_rows_message(bad: list[str]) -> str:
     """The first few bad rows, and how to go on without them."""
     more = f"; and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
-    rows = "1 row is bad" if len(bad) == 1 else f"{len(bad)} rows are bad"
+    rows = "1 row is bad" if len(bad) == 1 else f"{len(bad):,} rows are bad"
     return (
         f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
     )
@@ -115,50 +149,131 @@ class _Reader:
 
     def __init__(self, data: DataConfig, task: TaskType) -> None:
         self.data, self.task = data, task
-        self.bad: list[str] = []
+        self.reading = Reading(data.header, data.encoding, data.separator, task is TaskType.TOKEN_CLS)
+        self.bad: list[tuple[str, str]] = []  # place, reason
         self.labels: list[str] | None = data.labels
         self.layout: Format | None = None
+        self.columns = data.columns
+        self._seen: dict[str, None] = {}  # the columns of all rows
+        self._opened: dict[str, Opened] = {}
+
+    @property
+    def skipped(self) -> list[str]:
+        return [f"{where} {reason}" for where, reason in self.bad]
+
+    def open(self, source: Source) -> Opened:
+        """The source's files, found once."""
+        if source.path not in self._opened:
+            self._opened[source.path] = open_source(source.path, self.reading)
+        return self._opened[source.path]
 
     def read(self, source: Source, part: str = "train") -> Iterator[tuple[str, Example]]:
-        """(place, example) of the usable rows; the others go to `bad`."""
-        data = self.data
-        tagged = self.task is TaskType.TOKEN_CLS
-        waiting: list[Row] = []  # bad rows in front of the first good one
+        """(place, example) of the usable rows of a part; the others go to `bad`.
+
+        Raises:
+            DataError: The part holds no rows, or none that can be read.
+        """
+        opened = self.open(source)
+        rows, some, before = opened.rows(opened.part(part), self.reading), False, len(self.bad)
         make = None
-        some = False
-        for row in iter_rows(source.path, header=data.header, split=part, tagged=tagged):
+        for row in rows:
             some = True
             if row.problem is not None:
-                self.bad.append(f"{row.where} {row.problem}")
-                waiting.append(row)
+                self.bad.append((row.where, row.problem))
                 continue
             make = make or self._maker(row, source)
+            self._seen.update(dict.fromkeys(row.values))
             made = make(row)
             if isinstance(made, str):
-                self.bad.append(f"{row.where} {made}")
+                self.bad.append((row.where, made))
             else:
                 yield row.where, made
         if not some:
             raise DataError(f"{source.path} holds no rows.")
         if make is None:
-            raise DataError(bad_rows_message([f"{row.where} {row.problem}" for row in waiting]))
+            raise DataError(_nothing(source.path, self.bad[before:]))
+
+    def held_out(self) -> ExampleSet | None:
+        """The rows of data.eval, or of the held-out part of the training data's own folder; None where there is
+        neither."""
+        data = self.data
+        if data.eval_sources:
+            in_train = {s.path for s in data.train_sources}  # a data set of several parts: the other part
+            for source in data.eval_sources:
+                if source.path in in_train:
+                    self.open(source).part("test")
+            return self.evaluated(data.eval_sources)
+        own = [s for s in data.train_sources if self.open(s).held_out()]
+        if own and data.test_size == 0:
+            parts = ", ".join(f"part {self.open(s).held_out()[0]!r} of {s.path}" for s in own)
+            self.reading.note(f"{parts}: not used, as data.test_size = 0 holds nothing out")
+        if not own or data.test_size == 0:
+            return None
+        return self.evaluated(own)
+
+    def evaluated(self, sources: list[Source]) -> ExampleSet:
+        """The rows of sources that are evaluated on: of each the part that is held out, or, where it has none, all.
+
+        Raises:
+            DataError: Not one row of them can be used.
+        """
+        found: list[tuple[Source, list[str]]] = [(s, self.open(s).held_out()) for s in sources]
+        rows = ExampleSet.build(chain.from_iterable(self._evaluated(s, parts) for s, parts in found))
+        if not len(rows):
+            raise DataError(self.nothing(sources))
+        return rows
+
+    def _evaluated(self, source: Source, parts: list[str]) -> Iterator[tuple[str, Example]]:
+        opened = self.open(source)
+        if not parts:
+            only = next(iter(opened.parts)) if len(opened.parts) == 1 else "train"
+            yield from self.read(source, only)
+            return
+        for i, part in enumerate(parts):
+            before, some = len(self.bad), False
+            for item in self.read(source, part):
+                some = True
+                yield item
+            if some or i + 1 == len(parts):
+                self.reading.note(f"{source.path}: its part {part!r} is what is held out")
+                return
+            reason = self.bad[before][1]
+            del self.bad[before:]  # public test sets hide their classes
+            self.reading.note(f"{source.path}: not one row of its part {part!r} can be used (each {reason})")
+
+    def nothing(self, sources: list[Source]) -> str:
+        """Says that not one row of these sources can be used."""
+        return _nothing(", ".join(s.path for s in sources), self.bad)
+
+    def examples(self, train: ExampleSet, held_out: ExampleSet) -> Examples:
+        """The result."""
+        layout, taken = self.layout, {}
+        if layout is not None:
+            taken = {part: name for part, name in layout.taken(self.columns).items() if name in self._seen}
+        unused = [name for name in self._seen if name not in taken.values()]
+        name = layout.name if layout else ""
+        notes, doubts = self.reading.notes, self.reading.doubts
+        return Examples(train, held_out, self.labels, self.skipped, name, taken, unused, notes, doubts)
 
     def _maker(self, row: Row, source: Source) -> Callable[[Row], Example | str]:
         layout, columns = find_format(self.data.format, row.values, self.task, self.data.columns, source.path)
-        self.layout = self.layout or layout
+        if self.layout is None:
+            self.layout, self.columns = layout, columns
         fixed = self._labels_are_numbers()
 
         def make(row: Row) -> Example | str:
-            made = layout.read(row.values, columns)
+            made = layout.example(row.values, columns)
             if self.task is TaskType.SEQ_2_SEQ_LM:
                 made = as_source_target(made)
+            if self.data.skip_bad_rows and isinstance(made, Span):  # otherwise SL018 names them all
+                made = misplaced(made) or made
             return made if isinstance(made, str) or self.labels is None else _known(made, self.labels, fixed)
 
         return make
 
     def _labels_are_numbers(self) -> bool:
         """The data may say 0 and 1 where data.labels names the classes."""
-        return bool(self.data.labels) and not any(name.lstrip("-").isdigit() for name in self.data.labels or ())
+        return bool(self.data.labels) and not any(map(is_whole, self.data.labels or ()))
 
     def fix_labels(self, train: ExampleSet, least: int = 2) -> None:
         """The classes that the training rows have, where nobody said them."""
@@ -170,15 +285,14 @@ class _Reader:
         found: set[str] = set()
         for example in train:
             found.update(example.tags if isinstance(example, Tagged) else [example.label])  # type: ignore[union-attr]
-        if len(found) > 1000:
-            raise DataError(
-                f"column {self.data.columns.label!r} has {len(found)} different values: these are no classes."
-            )
+        part = "tags" if self.task is TaskType.TOKEN_CLS else "label"
+        column = f"{self.data.train_sources[0].path}: column {getattr(self.columns, part)!r}"
+        if problem := no_classes(found, len(train)) if part == "label" else None:
+            raise DataError(f"{column} {problem}")
+        if len(found) > MOST_CLASSES:
+            raise DataError(f"{column} has {len(found):,} different values: these are no classes.")
         if len(found) < least:
-            raise DataError(
-                f"{self.data.train_sources[0].path}: column {self.data.columns.label!r} has one class only, "
-                f"{sorted(found)}: nothing to learn."
-            )
+            raise DataError(f"{column} has one class only, {sorted(found)}: nothing to learn.")
         self.labels = sort_labels(found)
 
     def classes(self, train: ExampleSet) -> list[int] | None:
@@ -190,12 +304,20 @@ class _Reader:
 
 
 def sort_labels(found: set[str]) -> list[str]:
-    """Names in a stable order: O first, then numbers by value (2 before 10), then words."""
+    """Names in a stable order: O first, then whole numbers by value (2 before 10), then words."""
 
     def key(name: str) -> tuple[int, int, str]:
-        return (-1, 0, "") if name == "O" else (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name)
+        return (-1, 0, "") if name == "O" else (0, int(name), name) if is_whole(name) else (1, 0, name)
 
     return sorted(found, key=key)
+
+
+def _nothing(source: str, bad: list[tuple[str, str]]) -> str:
+    """Says that not one row can be used: in one line where all are bad in one way."""
+    if len({reason for _, reason in bad}) == 1:
+        every = f", and so does each of the {len(bad):,}" if len(bad) > 1 else ""
+        return f"{source}: not one row can be used: {bad[0][0]} {bad[0][1]}{every}."
+    return f"{source}: not one row can be used. {bad_rows_message([f'{where} {reason}' for where, reason in bad])}"
 
 
 def _known(made: Example, labels: list[str], by_number: bool) -> Example | str:
@@ -206,14 +328,17 @@ def _known(made: Example, labels: list[str], by_number: bool) -> Example | str:
         names, what = list(made.tags), "tag"
     else:
         return made
-    if by_number and all(n.isdigit() and int(n) < len(labels) for n in names):
+    if by_number and all(is_whole(n) and 0 <= int(n) < len(labels) for n in names):
         names = [labels[int(n)] for n in names]
         if isinstance(made, Labelled):
             return Labelled(made.text, names[0], made.pair)
         return Tagged(made.tokens, tuple(names))
     for name in names:
         if name not in labels:
-            return f"has the {what} {name!r}, which is not one of {', '.join(labels)}"
+            near = next((known for known in labels if alike_key(known) == alike_key(name)), None)
+            hint = "" if near is None else f"; it looks like {near!r}"
+            shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "")
+            return f"has the {what} {name!r}, which is not one of {shown}{hint}"
     return made
 
 

@@ -1,25 +1,29 @@
 """Reads rows from files, folders and the hub, one by one, each with the place it came from, so that a bad one can be
-named and a file larger than memory can be read.
+named and a file larger than memory can be read. A kind of file has one reader, wherever the file lies.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from siliang.data.json_stream import json_lines, json_list
+from siliang.data.tables import clean_header, table_fields, whole_quoted
+from siliang.data.text_files import TextFile, find_text, kind_of
 from siliang.types import DataError, nearest
 
 COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
 FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *COLUMN_FILES)
+TRAINED = ("train", "training")
+HELD_OUT = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")  # in the order of preference
 
 
 @dataclass(frozen=True)
@@ -36,33 +40,133 @@ class Row:
     problem: str | None = None
 
 
-def iter_rows(
-    source: str, *, header: list[str] | None = None, split: str = "train", tagged: bool = False
-) -> Iterator[Row]:
-    """The rows of `source`, in order; an unreadable one comes with its problem.
+@dataclass
+class Reading:
+    """How files are read, and what was noticed on the way.
+
+    Attributes:
+        header: Column names of a csv or tsv file without a header line.
+        encoding: Of text files; `auto` finds it.
+        separator: Of csv and tsv files; `auto` finds it.
+        tagged: A .txt file holds a word and its tag a line.
+        notes: What was guessed or left aside, a line each.
+        doubts: What may have been read otherwise than it was meant, a line each.
+    """
+
+    header: list[str] | None = None
+    encoding: str = "auto"
+    separator: str = "auto"
+    tagged: bool = False
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+
+@dataclass
+class Opened:
+    """A source whose files are known.
+
+    Attributes:
+        parts: The files, or the saved table, of each part (train, test ...); a file or a pattern has one, "".
+        named: The name that a file of the hub has in places and messages.
+        features: What a data set's own description says of its columns.
+    """
+
+    source: str
+    parts: dict[str, list[Path] | Any]
+    named: dict[Path, str] = field(default_factory=dict)
+    features: dict[str, Any] | None = None
+
+    def part(self, split: str) -> str:
+        """The name of a part: `train`, or what is held out, which goes by several names.
+
+        Raises:
+            DataError: There is no such part.
+        """
+        if "" in self.parts or split in self.parts:
+            return split if split in self.parts else ""
+        names = {"train": TRAINED, "test": HELD_OUT}.get(split, ())
+        found = [name for name in names if name in self.parts]
+        if not found:
+            apart = f" To read one of them, name its folder, such as {self.source}/{next(iter(self.parts))}."
+            saved = not any(isinstance(files, list) for files in self.parts.values())
+            raise DataError(
+                f"{self.source} has no part {split!r}; it has {', '.join(self.parts)}.{apart if saved else ''}"
+            )
+        return found[0]
+
+    def held_out(self) -> list[str]:
+        """The parts that are for evaluation, the most suited first."""
+        return [name for name in HELD_OUT if name in self.parts]
+
+    def rows(self, part: str, reading: Reading) -> Iterator[Row]:
+        """The rows of a part, in order; an unreadable one comes with its problem.
+
+        Raises:
+            DataError: It is damaged as a whole.
+        """
+        held = self.parts[part]
+        if not isinstance(held, list):
+            yield from _saved(held, self.source)
+            return
+        from siliang.data.arrow_rows import class_names
+
+        changes = class_names(self.features)
+        for file in held:
+            for row in _file(file, self.named.get(file, str(file)), reading):
+                for name, change in changes.items():
+                    if name in row.values:
+                        row.values[name] = change(row.values[name])
+                yield row
+
+
+def open_source(source: str, reading: Reading | None = None) -> Opened:
+    """Finds the files of a source.
 
     Args:
         source: A file, a pattern of files, a folder (from Dataset.save_to_disk, or of files, as a data set's repository
             is), or a name on the hub.
-        header: Column names of a csv or tsv file without a header line.
+        reading: Hears of files that are left aside.
+
+    Raises:
+        DataError: There is no such source.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return Opened(source, {"": [path]})
+    if path.is_dir():
+        return _folder(path, source, reading or Reading())
+    if any(c in source for c in "*?[") and (found := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (absolute patterns)
+        return Opened(source, {"": [Path(name) for name in found if Path(name).is_file()]})
+    if kind_of(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise DataError(f"There is no data file or folder {source}.{_neighbours(path)}")
+    return _hub(source)
+
+
+def iter_rows(
+    source: str,
+    *,
+    header: list[str] | None = None,
+    split: str = "train",
+    tagged: bool = False,
+    encoding: str = "auto",
+    separator: str = "auto",
+) -> Iterator[Row]:
+    """The rows of a part of `source`; see `open_source` and `Opened.rows`.
+
+    Args:
         split: Which part of a folder or hub data set that has several.
-        tagged: A .txt file holds a word and its tag a line.
+        header, tagged, encoding, separator: See `Reading`.
 
     Raises:
         DataError: There is no such source, it is of an unknown kind, or it is damaged as a whole.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        yield from _file(path, header, tagged)
-    elif path.is_dir():
-        yield from _dataset(_from_folder(path), split, source)
-    elif any(c in source for c in "*?[") and (found := sorted(glob.glob(str(path)))):  # noqa: PTH207 (absolute patterns)
-        for name in found:
-            yield from _file(Path(name), header, tagged)
-    elif path.suffix in FILE_KINDS or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise DataError(f"There is no data file or folder {source}.{_neighbours(path)}")
-    else:
-        yield from _dataset(_from_hub(source), split, source)
+    reading = Reading(header, encoding, separator, tagged)
+    opened = open_source(source, reading)
+    yield from opened.rows(opened.part(split), reading)
 
 
 def read_rows(source: str, *, header: list[str] | None = None, split: str = "train") -> list[Row]:
@@ -83,11 +187,12 @@ def sha256(sources: Sequence[str]) -> str:
     for source in sources:
         path = Path(source).expanduser()
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-        files = files or [Path(name) for name in sorted(glob.glob(source))]  # noqa: PTH207
+        files = files or [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
         digest.update(b"" if files else source.encode())
         for file in files:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+            if file.is_file():
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -95,81 +200,74 @@ def _neighbours(path: Path) -> str:
     return nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
-def _file(path: Path, header: list[str] | None, tagged: bool) -> Iterator[Row]:
-    kind = path.suffix.lower()
+# ---- files ----
+
+
+def _file(path: Path, name: str, reading: Reading) -> Iterator[Row]:
+    kind = kind_of(path)
     if kind not in FILE_KINDS:
+        hint = " Save the sheet as .csv." if kind in (".xlsx", ".xls", ".ods") else ""
         raise DataError(
-            f"{path}: {kind or 'no ending'} is not a kind of file that can be read. Allowed: "
+            f"{name}: {kind or 'no ending'} is not a kind of file that can be read.{hint} Allowed: "
             f"{', '.join(FILE_KINDS)}, or a folder from Dataset.save_to_disk."
         )
     try:
+        if kind in (".parquet", ".arrow"):
+            yield from _arrow(path, name, kind)
+            return
+        text = find_text(path, reading.encoding)
+        if text.guessed:
+            reading.note(f"{name}: not UTF-8; read as {text.encoding} (data.encoding says another)")
         if kind in (".csv", ".tsv"):
-            yield from _table(path, header)
-        elif kind in (".parquet", ".arrow"):
-            yield from _arrow(path, kind)
-        elif kind in COLUMN_FILES or (kind == ".txt" and tagged):
-            yield from _tagged(path)
+            yield from _table(text, kind, name, reading)
+        elif kind in COLUMN_FILES or (kind == ".txt" and reading.tagged):
+            yield from _tagged(text, name)
         elif kind == ".txt":
-            yield from (
-                Row({"text": line.rstrip("\r\n")}, f"{path}:{n}") for n, line in text_lines(path) if line.strip()
-            )
+            yield from (Row({"text": line.rstrip("\r\n")}, f"{name}:{n}") for n, line in text.lines() if line.strip())
         else:
-            for where, value, problem in (json_list if kind == ".json" else json_lines)(path):
+            for where, value, problem in (json_list if kind == ".json" else json_lines)(text, name):
                 if problem is None and not isinstance(value, dict):
                     problem = f"must be an object with named fields, not {type(value).__name__}"
                 elif problem is None and not value:
                     problem = "is empty: it has no fields"
                 yield Row(value if problem is None else {}, where, problem)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except UnicodeDecodeError:  # the file has been changed since it was looked through
+        raise DataError(f"{name} cannot be read: it is being written to.") from None
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line with its end) of a UTF-8 file, with or without a byte order mark."""
-    with path.open("rb") as opened:
-        for number, raw in enumerate(opened, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{path}:{number}: not UTF-8 text. Save the file as UTF-8.") from None
-
-
-def _table(path: Path, header: list[str] | None = None) -> Iterator[Row]:
-    # quotes are text in a tsv file: SST-2 and its kind have unpaired ones
-    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
-    csv.field_size_limit(2**27)
-    reader = csv.reader((line for _, line in text_lines(path)), strict=True, **style)
-    names = header
-    while True:
-        first = reader.line_num + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Row({}, f"{path}:{reader.line_num}", f"not readable as {path.suffix[1:]}: {error}")
-            continue
-        if not fields:
-            continue
-        if names is None:
-            names = fields
+def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[Row]:
+    names = reading.header
+    quoted = 0
+    for line, fields, problem in table_fields(file, kind, names, reading.separator, name, reading.note):
+        where = f"{name}:{line}"
+        if problem is not None:
+            yield Row({}, where, problem)
+        elif names is None:
+            names = clean_header(fields, where)
+        elif fields == names and names is reading.header and line == 1:
+            raise DataError(f"{where}: is the header line that data.header says is missing: leave data.header out.")
         elif len(fields) != len(names):
-            has = f"has {len(fields)} columns, not {len(names)} ({', '.join(names)})"
-            yield Row({}, f"{path}:{first}", has)
+            has = f"has {len(fields)} column{'s' if len(fields) != 1 else ''}, not {len(names)} ({', '.join(names)})"
+            yield Row({}, where, has)
         else:
-            yield Row(dict(zip(names, fields, strict=True)), f"{path}:{first}")
+            quoted += kind == ".tsv" and any(map(whole_quoted, fields))
+            yield Row(dict(zip(names, fields, strict=True)), where)
+    if quoted:
+        reading.doubts.append(f"{name}: {quoted:,} rows have a cell in double quotes, and the quotes are read as text")
 
 
-def _tagged(path: Path) -> Iterator[Row]:
+def _tagged(file: TextFile, name: str) -> Iterator[Row]:
     """Sentences of one word and its tag a line, with an empty line between two: CoNLL, BIO, BMES."""
     tokens: list[str] = []
     tags: list[str] = []
     start, problem = 1, None
-    for number, ended in chain(text_lines(path), [(0, "")]):
+    for number, ended in chain(file.lines(), [(0, "")]):
         line = ended.rstrip("\r\n")
         if not line.strip() or line.startswith("-DOCSTART-"):
             if tokens or problem:
-                yield Row({"tokens": tokens, "tags": tags}, f"{path}:{start}", problem)
+                yield Row({"tokens": tokens, "tags": tags}, f"{name}:{start}", problem)
             tokens, tags, start, problem = [], [], number + 1, None
             continue
         fields = line.split("\t") if "\t" in line else line.split()
@@ -180,48 +278,127 @@ def _tagged(path: Path) -> Iterator[Row]:
         tags.append(fields[-1].strip())
 
 
-def _arrow(path: Path, kind: str) -> Iterator[Row]:
+def _arrow(path: Path, name: str, kind: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from datasets import Dataset, Features
+
+    from siliang.data.arrow_rows import changes, rows_of
 
     try:
         if kind == ".parquet":
             file = pq.ParquetFile(path)
-            batches, features = file.iter_batches(batch_size=1000), Features.from_arrow_schema(file.schema_arrow)
+            schema, batches = file.schema_arrow, file.iter_batches(batch_size=1000)
         else:
-            data = Dataset.from_file(str(path))
-            batches, features = data.with_format("arrow").iter(batch_size=1000), data.features  # type: ignore[attr-defined]
-        name_classes = _class_names(features)
-        number = 0
+            schema, batches = _arrow_batches(path)
+        change, number = changes(schema, name), 0
         for batch in batches:
-            for values in batch.to_pylist():  # type: ignore[attr-defined]
+            for values in rows_of(batch, change):
                 number += 1
-                yield Row(name_classes(values), f"{path}, row {number}")
-    except (pa.ArrowInvalid, pa.ArrowException) as error:
-        raise DataError(f"{path} is not a readable {kind[1:]} file: {_first_line(error)}") from None
+                yield Row(values, f"{name}, row {number}")
+    except pa.ArrowException as error:
+        raise DataError(f"{name} is not a readable {kind[1:]} file: {_first_line(error)}") from None
 
 
-def _from_folder(path: Path) -> Any:
-    """What Dataset.save_to_disk wrote, or files of data whose names say their part (train.jsonl, test.jsonl)."""
-    from datasets import load_dataset, load_dataset_builder, load_from_disk
+def _arrow_batches(path: Path) -> tuple[Any, Iterator[Any]]:
+    """Arrow's streams, which `datasets` writes, and its files, which have their table of contents at the end."""
+    import pyarrow as pa
+
+    mapped = pa.memory_map(str(path))
+    try:
+        stream = pa.ipc.open_stream(mapped)
+        return stream.schema, iter(stream)
+    except pa.ArrowInvalid:
+        file = pa.ipc.open_file(mapped)
+        return file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+
+
+# ---- folders and the hub ----
+
+
+def _folder(path: Path, source: str, reading: Reading) -> Opened:
+    """What Dataset.save_to_disk wrote, or files of data whose names, or whose README, say their part."""
+    from datasets import load_from_disk
 
     saved = ("dataset_info.json", "dataset_dict.json")
     try:
         if any((path / name).is_file() for name in saved):
             _stay_inside(path, _named_in_saved(path))
-            return load_from_disk(str(path))
-        _quieten()
-        named = load_dataset_builder(str(path)).config.data_files or {}
-        _stay_inside(path, [str(file) for files in named.values() for file in files])  # type: ignore[union-attr]
-        return load_dataset(str(path))
+            loaded = load_from_disk(str(path))
+            return Opened(source, dict(loaded) if isinstance(loaded, dict) else {"": loaded})
+        parts, features = _described(path)
+        return _only_ours(Opened(source, parts or _by_name(path), features=features), path, reading)
     except DataError:
         raise
-    except Exception as error:  # `datasets` raises kinds of its own for each kind of file
+    except Exception as error:  # `datasets` raises kinds of its own
         raise DataError(
             f"{path} holds no data: {_first_line(error)}\n"
             "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl and test.jsonl."
         ) from None
+
+
+def _described(path: Path) -> tuple[dict[str, Any], Any]:
+    """The parts and the columns' classes, as the README of a data set's repository says them, if it does."""
+    from datasets import load_dataset_builder
+
+    readme = path / "README.md"
+    said = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    if not (found := re.match(r"\ufeff?---\s*\n(.*?)\n---", said, re.DOTALL)):
+        return {}, None
+    says_files = re.search(r"^configs:", found[1], re.MULTILINE) is not None
+    _quieten()
+    try:
+        builder = load_dataset_builder(str(path))
+    except Exception:  # `datasets` raises kinds of its own
+        if says_files:
+            raise
+        return {}, None  # it knows fewer kinds of files
+    if not says_files:
+        return {}, builder.info.features
+    files = {str(part): [str(file) for file in found] for part, found in (builder.config.data_files or {}).items()}
+    _stay_inside(path, [file for found in files.values() for file in found])
+    return {part: [Path(file) for file in found] for part, found in files.items()}, builder.info.features
+
+
+def _by_name(path: Path) -> dict[str, Any]:
+    """The parts by the names of files and folders, as `datasets` knows them: data/train-00000-of-00002.parquet,
+    train.jsonl, test/a.csv; files whose names say no part are for training."""
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+
+    root = path.resolve()
+    try:
+        patterns = get_data_patterns(str(root))
+        found = DataFilesDict.from_patterns(patterns, base_path=str(root), allowed_extensions=[*FILE_KINDS])
+    except (EmptyDatasetError, FileNotFoundError):
+        found = {}
+    parts = {str(part): [Path(str(file)) for file in files] for part, files in found.items()}
+    _stay_inside(path, [str(file) for files in parts.values() for file in files])
+    return parts
+
+
+def _only_ours(opened: Opened, path: Path, reading: Reading) -> Opened:
+    """Names the files of data that no part holds.
+
+    Raises:
+        DataError: There is no file of data.
+    """
+    root = path.resolve()
+    kept = {part: [f for f in files if kind_of(f) in FILE_KINDS] for part, files in opened.parts.items()}
+    opened.parts = {part: [path / f.relative_to(root) for f in files] for part, files in kept.items() if files}
+    there = [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith((".", "README"))]
+    ours = [f for f in there if kind_of(f) in FILE_KINDS]
+    if not opened.parts and ours:
+        opened.parts = {"train": ours}
+    if not opened.parts:
+        raise DataError(
+            f"{path} holds no data: no file of a kind that can be read ({', '.join(FILE_KINDS)}).\n"
+            "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl and test.jsonl."
+        )
+    taken = {file for files in opened.parts.values() for file in files}
+    left = [f.relative_to(path).as_posix() for f in ours if f not in taken]
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        reading.note(f"{path}: not read, as their names say no part: {', '.join(left[:5])}{more}")
+    return opened
 
 
 def _named_in_saved(path: Path) -> list[str]:
@@ -242,18 +419,39 @@ def _stay_inside(path: Path, names: list[str]) -> None:
             raise DataError(f"{path} names {name}, which is not inside of it.")
 
 
-def _from_hub(name: str) -> Any:
-    from datasets import load_dataset
+def _hub(source: str) -> Opened:
+    from datasets import load_dataset_builder
 
-    path, _, config = name.partition(":")
+    name, _, config = source.partition(":")
     try:
         _quieten()
-        return load_dataset(path, config or None)
+        builder = load_dataset_builder(name, config or None)
+        if not builder.config.data_files:  # without a network, from what `datasets` made of it before
+            builder.download_and_prepare()
+            return Opened(source, dict(builder.as_dataset()))
+        parts, named = {}, {}
+        for part, files in builder.config.data_files.items():
+            parts[str(part)] = [_fetch(str(file)) for file in files]
+            named |= {
+                path: f"{name}/{str(file).rpartition('@')[2].partition('/')[2] if '@' in str(file) else path.name}"
+                for path, file in zip(parts[str(part)], files, strict=True)
+            }
+        return Opened(source, parts, named, builder.info.features)
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
         raise DataError(
-            f"{name} is no file or folder here, and the hub did not give it: {_first_line(error)}\n"
+            f"{source} is no file or folder here, and the hub did not give it: {_first_line(error)}\n"
             "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."
         ) from None
+
+
+def _fetch(file: str) -> Path:
+    """A file of the hub, in the hub's cache."""
+    if "://" not in file:
+        return Path(file)
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    found = HfFileSystem().resolve_path(file)
+    return Path(hf_hub_download(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision))
 
 
 def _quieten() -> None:
@@ -266,38 +464,15 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _dataset(loaded: Any, split: str, source: str) -> Iterator[Row]:
-    if isinstance(loaded, dict):
-        # what is held out goes by several names
-        wanted = [split] if split != "test" else ["test", "validation", "dev"]
-        found = next((name for name in wanted if name in loaded), None)
-        if found is None:
-            raise DataError(f"{source} has no part {split!r}; it has {', '.join(loaded)}.")
-        loaded = loaded[found]
-    name_classes = _class_names(loaded.features)
-    for i, values in enumerate(loaded, start=1):
-        yield Row(name_classes(dict(values)), f"{source}, row {i}")
+def _saved(table: Any, source: str) -> Iterator[Row]:
+    """The rows of a table from Dataset.save_to_disk."""
+    from siliang.data.arrow_rows import changes, rows_of
 
-
-def _class_names(features: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Classes and tags that are stored as numbers with names beside them, by name: F1 over spans reads B- and I-."""
-    from datasets import ClassLabel
-
-    names: dict[str, list[str]] = {}
-    for column, feature in features.items():
-        inner = getattr(feature, "feature", feature)
-        if isinstance(inner, ClassLabel) and inner.names:
-            names[column] = inner.names
-
-    def name(number: Any, known: list[str]) -> Any:
-        if isinstance(number, list):
-            return [name(n, known) for n in number]
-        return known[number] if isinstance(number, int) and 0 <= number < len(known) else None  # -1: not told
-
-    def change(values: dict[str, Any]) -> dict[str, Any]:
-        return values | {c: name(values[c], known) for c, known in names.items()}
-
-    return change
+    change, number = changes(table.features.arrow_schema, source), 0
+    for batch in table.with_format("arrow").iter(batch_size=1000):
+        for values in rows_of(batch, change):
+            number += 1
+            yield Row(values, f"{source}, row {number}")
 
 
 def _first_line(error: BaseException) -> str:

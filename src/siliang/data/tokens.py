@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
 
 from siliang.config import DataConfig
-from siliang.data.cache import cache_folder, prune
+from siliang.data.cache import cache_folder, prune, used
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.examples import Conversation, Example, ExampleSet, Message, Prepared, Text, from_json
@@ -198,6 +198,7 @@ def _map(examples: ExampleSet, function: Any, features: Features, key: str, data
     if n >= CACHED_ROWS:
         folder = cache_folder() / "tokens"
         folder.mkdir(exist_ok=True)
+        used(folder, key)
         prune(folder)
         settings["cache_file_name"] = str(folder / f"{key}.arrow")
     else:

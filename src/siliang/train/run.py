@@ -198,6 +198,9 @@ def prepare(
         + (f", {len(examples.skipped):,} skipped" if examples.skipped else "")
         + (f", {truncated:,} cut to {config.data.max_length} tokens" if truncated else "")
     )
+    listener.say(f"           {examples.says_columns}")
+    for line in examples.notes:
+        listener.say(f"           {line}")
     for line in examples.skipped:
         listener.say(f"           skipped {line}")
     _check_best(config, len(sets[1]))

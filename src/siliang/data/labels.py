@@ -1,0 +1,96 @@
+"""The names of classes and tags: which are one class written in two ways, and which columns hold no classes at all."""
+
+from __future__ import annotations
+
+import ast
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+
+from siliang.data.formats import REGRESSION, SEVERAL
+from siliang.data.text_files import INVISIBLE
+
+MOST_CLASSES = 1000
+FEW_ROWS = 20  # below, a class for every other row says nothing
+MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined", "-nan"})
+QUOTES = "\"'`\u2018\u2019\u201c\u201d"
+
+
+def is_whole(name: str) -> bool:
+    """A whole number in plain digits: of "①", "²" and "--5" Python's isdigit and int say different things."""
+    return re.fullmatch(r"-?[0-9]{1,18}", name) is not None
+
+
+def as_number(name: str) -> float | None:
+    """The number that a name is, if it is a finite one."""
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", name):
+        return None
+    number = float(name)
+    return number if abs(number) != float("inf") else None
+
+
+def alike_key(name: str) -> str:
+    """The same for names that people read as one: but for blanks, invisible characters, quotes, upper case, wide and
+    narrow forms, and the way a number is written."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    plain = unicodedata.normalize("NFKC", plain)
+    shown = "".join(c for c in plain if c not in INVISIBLE and unicodedata.category(c) != "Cf")
+    shown = " ".join(shown.split()).strip(QUOTES).strip()
+    number = as_number(shown)
+    return shown if number is None else repr(number + 0.0)
+
+
+def alike(names: Iterable[str]) -> list[list[str]]:
+    """The groups of names that look like one."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(alike_key(name), []).append(name)
+    return [sorted(group) for group in groups.values() if len(group) > 1]
+
+
+def strange(names: Iterable[str]) -> list[str]:
+    """Names that say that there is none, as a program writes a missing value, and names with blanks or invisible
+    characters at their ends or in them."""
+    return sorted(
+        name
+        for name in names
+        if name.casefold().strip() in MISSING or name != name.strip() or any(c in INVISIBLE for c in name)
+    )
+
+
+def no_classes(found: Collection[str], rows: int) -> str | None:
+    """What a label column with these values holds instead of classes, if it does."""
+    numbers = [as_number(name) for name in found]
+    broken = [name for name, n in zip(found, numbers, strict=True) if n is not None and not n.is_integer()]
+    if broken and None not in numbers:
+        shown = ", ".join(sorted(broken)[:3])
+        return f"holds numbers such as {shown}: {REGRESSION}. Where they are classes, list them in data.labels."
+    lists = [name for name in found if _is_list(name)]
+    if len(lists) * 2 > len(found):
+        return f"holds lists such as {min(lists)!r}: {SEVERAL}."
+    if rows >= FEW_ROWS and len(found) * 2 > rows:
+        return (
+            f"has {len(found):,} different values in {rows:,} rows, such as {', '.join(map(repr, sorted(found)[:3]))}: "
+            "these are no classes. Name the right column with data.columns.label."
+        )
+    return None
+
+
+def joined(found: Collection[str]) -> str | None:
+    """What separates several classes in one cell, where these names can only have been made so: "a,b" beside "a" and
+    "b"."""
+    for mark in (",", ";", "|", "/", " "):
+        several = [name for name in found if mark in name.strip()]
+        parts = {part.strip() for name in found for part in name.split(mark)}
+        if len(several) >= 2 and len(parts) < len(found) and all(part for part in parts):
+            return mark
+    return None
+
+
+def _is_list(name: str) -> bool:
+    if not (name.startswith("[") and name.endswith("]")):
+        return False
+    try:
+        return isinstance(ast.literal_eval(name), list)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False

@@ -1,0 +1,120 @@
+"""Files of separated values: which separator, whether quotes are marks or text, and the rows."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from siliang.data.text_files import INVISIBLE, TextFile
+from siliang.types import DataError
+
+SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
+SAMPLE_LINES = 200
+CONSISTENT = 0.9  # of the first records: as many fields as the header, where a separator is certain
+LONGEST_FIELD = 2**27
+
+Fields = tuple[int, list[str], str | None]  # number of the first line, the fields, what is wrong
+
+
+def table_fields(
+    file: TextFile, kind: str, header: list[str] | None, separator: str, name: str | Path, note: Callable[[str], None]
+) -> Iterator[Fields]:
+    """The records of a .csv or .tsv file, its header line among them.
+
+    A .tsv file is text between tabs, where a quote is a quote (SST-2 and its kind have unpaired ones), unless the whole
+    file can only have been written with quotes as marks. A .csv file, and every file whose separator is given or is not
+    that of its kind, has quotes as marks.
+
+    Args:
+        note: Is called with a line on what was guessed.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    own = "\t" if kind == ".tsv" else ","
+    found = separator if separator != "auto" else _separator(file, own, header)
+    marks = separator != "auto" or found == ","
+    if separator == "auto" and found != own:
+        note(f"{name}: its columns are separated by {SEPARATORS[found]} (data.separator says another)")
+        marks = True
+    elif not marks:
+        marks = _quotes_are_marks(file, found)
+        if marks:
+            note(f"{name}: its cells are quoted as in a csv file, and are read so")
+    style: dict[str, Any] = {"delimiter": found} | ({} if marks else {"quoting": csv.QUOTE_NONE})
+    reader = csv.reader((line for _, line in file.lines()), strict=True, **style)
+    while True:
+        first = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, [], f"not readable as {kind[1:]}: {error}"
+            continue
+        if fields:
+            yield first, fields, None
+
+
+def clean_header(fields: list[str], where: str) -> list[str]:
+    """The column names of a header line, without blanks and invisible characters around them.
+
+    Raises:
+        DataError: A name is there twice.
+    """
+    names = [field.strip(INVISIBLE + " \t\r\n\xa0\u3000") for field in fields]
+    for i, name in enumerate(names):
+        if not name and "" in names[:i]:
+            names[i] = f"column {i + 1}"
+        elif name and name in names[:i]:
+            raise DataError(f"{where}: the header names the column {name!r} twice; give each column its own name.")
+    return names
+
+
+def whole_quoted(field: str) -> bool:
+    """The cell stands in double quotes from end to end."""
+    return len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
+
+
+def _separator(file: TextFile, own: str, header: list[str] | None) -> str:
+    """The kind's own, unless the first record is one field with it, and several with exactly one other that also fits
+    the records behind it."""
+    lines = [line for _, line in islice(file.lines(), SAMPLE_LINES)]
+    suited = []
+    for separator in (own, *(s for s in SEPARATORS if s != own)):
+        records = [fields for fields in csv.reader(lines, delimiter=separator) if fields]
+        if len(lines) == SAMPLE_LINES:
+            records = records[:-1]  # it may go on behind the sample
+        wanted = len(header) if header is not None else len(records[0]) if records else 1
+        fitting = sum(len(fields) == wanted for fields in records)
+        if wanted > 1 and fitting >= CONSISTENT * len(records) and records and len(records[0]) == wanted:
+            suited.append(separator)
+        if separator == own and records and (suited or len(records[0]) > 1):
+            return own
+    return suited[0] if len(suited) == 1 else own
+
+
+def _quotes_are_marks(file: TextFile, separator: str) -> bool:
+    """Whether a file reads without a fault where quotes are marks, and has cells that can only have been written so:
+    with a tab or a line break in them, with doubled quotes, or every one of them quoted."""
+    if not any('"' in line for _, line in file.lines()):
+        return False
+    proof, plain, width = False, False, 0
+    try:
+        records = csv.reader((line for _, line in file.lines()), delimiter=separator, strict=True)
+        for fields in records:
+            if not fields:
+                continue
+            width = width or len(fields)
+            if len(fields) != width:
+                return False
+            proof = proof or any(separator in field or "\n" in field or "\r" in field for field in fields)
+    except csv.Error:
+        return False
+    for _, line in file.lines():
+        for field in line.rstrip("\r\n").split(separator):
+            quoted = whole_quoted(field)
+            proof = proof or (quoted and '""' in field[1:-1])
+            plain = plain or (bool(field) and not quoted)
+    return proof or not plain

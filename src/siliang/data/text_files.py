@@ -1,0 +1,151 @@
+"""Text files: their encoding, their line ends, and their lines with numbers."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+
+from siliang.types import DataError
+
+CHUNK_BYTES = 2**17
+MARKS = (  # longest first: the mark of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+CHINESE = re.compile("[\u4e00-\u9fff\u3000-\u303f\uff00-\uffef\u2018-\u201d\u2014\u2026\xb7]")
+COMMON_SHARE = 0.8  # of the characters beyond ASCII: common Chinese ones, where a file really is GB18030
+INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file whose encoding is known, and that decodes from end to end.
+
+    Attributes:
+        newline: What ends its lines: a line feed (with or without a carriage return), or a carriage return alone.
+        guessed: The encoding is not what a mark or UTF-8 itself says.
+    """
+
+    path: Path
+    encoding: str
+    newline: str = "\n"
+    guessed: bool = False
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """(line number, line with its end)."""
+        with self.open(self.newline) as opened:
+            yield from enumerate(opened, start=1)
+
+    def open(self, newline: str = "") -> TextIO:
+        """The file's text, its line ends as they are."""
+        return io.TextIOWrapper(open_bytes(self.path), encoding=self.encoding, newline=newline)
+
+
+def find_text(path: Path, encoding: str = "auto") -> TextFile:
+    """Looks through a text file.
+
+    Args:
+        encoding: Python's name of it. auto: what its byte order mark says, or UTF-8, or GB18030 where the whole file
+            decodes so and is Chinese.
+
+    Raises:
+        DataError: It does not decode.
+    """
+    with open_bytes(path) as opened:
+        head = opened.read(4096)
+    marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
+    if encoding != "auto":
+        name = codecs.lookup(encoding).name
+        if name == "utf-8":  # a mark is no text
+            name = "utf-8-sig"
+        try:
+            return _through(path, name)
+        except _UndecodableError as error:
+            raise DataError(
+                f"{path}:{error.line}: not {encoding} text, which data.encoding says. Leave that setting out, or give "
+                "the encoding that the file was saved in."
+            ) from None
+    try:
+        if marked is not None:
+            return _through(path, marked)
+        if (count := head.count(0)) * 8 > len(head):
+            order = "be" if head[0] == 0 else "le"
+            raise DataError(
+                f"{path}: {count} of its first {len(head)} bytes are 0, as in UTF-16 without a byte order mark: say "
+                f"data.encoding=utf-16-{order}, or save the file as UTF-8."
+            )
+        return _through(path, "utf-8")
+    except _UndecodableError as error:
+        line = error.line
+    wrong = f"{path}:{line}: not {'UTF-8' if marked is None else marked.removesuffix('-sig').upper()} text"
+    if marked is None:
+        try:
+            return _through(path, "gb18030", guessed=True)
+        except _UndecodableError:
+            pass
+    raise DataError(
+        f"{wrong}. Say what it is with data.encoding (gb18030, big5, cp1252, shift_jis, utf-16 ...), or save the file "
+        "as UTF-8."
+    )
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The file's bytes, unpacked where it ends in .gz."""
+    return cast("BinaryIO", gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb"))
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says the kind of file: .csv of both a.csv and a.CSV.gz."""
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return plain.suffix.lower()
+
+
+class _UndecodableError(Exception):
+    def __init__(self, line: int) -> None:
+        super().__init__(line)
+        self.line = line
+
+
+def _through(path: Path, encoding: str, *, guessed: bool = False) -> TextFile:
+    """Decodes the whole file once, piece by piece.
+
+    Raises:
+        _UndecodableError: It is something else; where `guessed`, also where it does not look like Chinese.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()
+    feeds, returns, beyond, common = 0, 0, 0, 0
+    with open_bytes(path) as opened:
+        while True:
+            raw = opened.read(CHUNK_BYTES)
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                raise _UndecodableError(1 + feeds + raw[: error.start].count(b"\n")) from None
+            except UnicodeError:  # UTF-16 and UTF-32 without their mark
+                raise _UndecodableError(1 + feeds) from None
+            feeds += text.count("\n")
+            returns += "\r" in text
+            if guessed:
+                beyond += sum(c > "\x7f" for c in text)
+                common += _common(text)
+            if not raw:
+                break
+    if guessed and common < COMMON_SHARE * beyond:
+        raise _UndecodableError(1)
+    return TextFile(path, encoding, "\r" if returns and not feeds else "\n", guessed)
+
+
+def _common(text: str) -> int:
+    """The characters of GB 2312's first level, and the punctuation that goes with them: nearly all of any Chinese
+    text, and few of what another encoding becomes when it is read as GB18030."""
+    coded = "".join(CHINESE.findall(text)).encode("gb2312", "ignore")
+    return sum(first <= 0xA3 or 0xB0 <= first <= 0xD7 for first in coded[::2])
