@@ -43,8 +43,9 @@ audit: .venv/dev
 		echo "audit      skipped: the advisory database cannot be reached"; \
 	fi
 
-docs: .venv/base  ## docs/errors.md from the catalogue of errors
+docs: .venv/base  ## docs/errors.md from the catalogue of errors, docs/names.md from the table of names
 	$(BIN)/python -m siliang.errors > docs/errors.md
+	$(BIN)/python -m siliang.other_names > docs/names.md
 
 fmt: .venv/dev  ## put the code into shape
 	$(BIN)/ruff format .

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NewType
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from siliang import other_names
 from siliang.files import absolute
 from siliang.memory.size import parse_bytes, parse_duration
-from siliang.safe_yaml import YamlError, dump_yaml, parse_yaml
-from siliang.types import ConfigError, TaskType, nearest
+from siliang.safe_yaml import YamlError, dump_yaml, parse_yaml, read_text
+from siliang.types import ConfigError, TaskType, near, nearest
 from siliang.zero_settings import zero_settings
 
 FORMATS = (
@@ -39,7 +42,9 @@ Bytes = NewType("Bytes", int)  # written as 12GB in run.yaml; once it is parsed,
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, and values are not guessed into other types."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_assignment=True, strict=True, allow_inf_nan=False
+    )
 
 
 def _template(value: Any) -> Any:
@@ -92,6 +97,30 @@ def _duration(value: Any) -> Any:
     if isinstance(value, str):
         parse_duration(value)
     return value
+
+
+def as_list(value: Any) -> Any:
+    """`a,b` as [a, b], for what is a list of names: so the command line's user writes one."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _name(value: Any) -> Any:
+    """A file, a folder, or a name on the hub."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ConfigError("it is an empty name.")
+    if any(ord(c) < 32 or c == "\x7f" for c in value):
+        # as of "C:\\new", with a line's end for the \\n
+        raise ConfigError(
+            f"{value[:200]!r} is a name with a control character in it. In yaml's double quotes a backslash begins an "
+            "escape: write a Windows path in single quotes, without quotes, or with forward slashes."
+        )
+    return os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111
+
+
+Name = Annotated[str, BeforeValidator(_name)]
+Names = Annotated[list[str], BeforeValidator(as_list)]
 
 
 def _on_nan(value: Any) -> Any:
@@ -149,7 +178,7 @@ class Columns(Section):
 class Source(Section):
     """One source of several, and how often its rows are used."""
 
-    path: str
+    path: Name
     """A file, a folder, a pattern such as data/*.jsonl, or a name on the hub."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is used in an epoch: 2 for twice, 0.5 for a random half. Held-out rows have no weight."""
@@ -158,11 +187,11 @@ class Source(Section):
 class DataConfig(Section):
     """Where the data is and how its rows become what the model sees."""
 
-    train: str | list[str | Source]
+    train: Annotated[str | list[str | Source], BeforeValidator(_name)]
     """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .txt, .bmes, .bio, .conll), a pattern of files, a folder
     (from Dataset.save_to_disk, or of such files), or a name on the hub (owner/name, owner/name:config); or a list of
     these, each a name or {path, weight}."""
-    eval: str | list[str | Source] | None = None
+    eval: Annotated[str | list[str | Source] | None, BeforeValidator(_name)] = None
     """The same, held out. Without it, test_size of the training rows is held out."""
     test_size: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of the rows that is held out where `eval` is not given; 0 for none."""
@@ -177,7 +206,7 @@ class DataConfig(Section):
     """How the rows are laid out. auto: by their columns."""
     columns: Columns = Field(default_factory=Columns)
     """The names of the columns."""
-    header: list[str] | None = None
+    header: Names | None = None
     """The column names of a csv or tsv file whose first line is data already."""
     encoding: Annotated[str, BeforeValidator(_encoding)] = "auto"
     """The encoding of text files, such as utf-8, gb18030 or utf-16. auto: by the byte order mark, or UTF-8, or gb18030
@@ -190,7 +219,7 @@ class DataConfig(Section):
     for the tokenizer's own chat template; or a .yaml file of your own."""
     train_on: Literal["all", "last"] = "all"
     """Which of the assistant's turns are learned."""
-    labels: list[str] | None = None
+    labels: Names | None = None
     """The classes or tags, in the order of their numbers. Found in the training rows where it is not given."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of a row; of a longer one see too_long."""
@@ -201,7 +230,7 @@ class DataConfig(Section):
     too_long: Literal["cut", "drop"] = "cut"
     """A row longer than max_length: cut, or dropped. Cutting takes the oldest rounds of a conversation first, then the
     beginning of the question, then the end of the answer; the end-of-sequence token stays."""
-    add_tokens: list[str] = Field(default_factory=list)
+    add_tokens: Names = Field(default_factory=list)
     """New tokens for the vocabulary; the embeddings grow by them."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes that tokenise. None: one for small data, all cores for large."""
@@ -329,12 +358,15 @@ class MethodConfig(BaseModel):
         if config is not None and config.is_prompt_learning and self.model_extra is not None:
             self.model_extra.setdefault("num_virtual_tokens", VIRTUAL_TOKENS)
         fields = {f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set()
-        for key in self.arguments:
+        for key, value in self.arguments.items():
             if key not in fields:
+                hint = name_here(key, value, section="method", fields=fields) or nearest(key, fields)
                 allowed = ", ".join(sorted(fields)) or "none"
-                raise ConfigError(
-                    f"method.{key} is not a setting of {self.name}.{nearest(key, fields)} Allowed: {allowed}."
-                )
+                raise ConfigError(f"method.{key} is not a setting of {self.name}.{hint} Allowed: {allowed}.")
+            if isinstance(value, str) and key in LISTS and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
+                assert self.model_extra is not None
+                names = as_list(value)
+                self.model_extra[key] = [int(n) for n in names] if key == "layers_to_transform" else names
         if config:
             try:
                 config(**self.arguments)
@@ -345,19 +377,40 @@ class MethodConfig(BaseModel):
 
 # Fields of a method's config that may name a folder here.
 METHOD_FOLDERS = {"tokenizer_name_or_path"}
+# Fields of a PEFT config that are lists of names, which the command line's user writes with commas.
+LISTS = {
+    "target_modules",
+    "exclude_modules",
+    "feedforward_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+}
+
 # Fields of a PEFT config that the run itself sets.
 OWN_FIELDS = {"task_type", "base_model_name_or_path", "inference_mode", "auto_mapping"}
 
 
 def _method(value: Any) -> Any:
+    name = value.get("name") if isinstance(value, dict) else value
+    if isinstance(name, str) and (said := other_names.METHOD_VALUES.get(other_names.plain(name))):
+        raise ConfigError(f"method = {name!r}: here that is {_quoted(said.split())}.")
     return {"name": value} if isinstance(value, str) else value
 
 
 def _task(value: Any) -> Any:
     if not isinstance(value, str):
         return value
+    if (said := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
+        raise ConfigError(f"task = {value!r}: here that is `task={said}`.")
     name = value.upper().replace("-", "_")
     return TaskType(name) if name in TaskType.__members__ else name
+
+
+def _quantization(value: Any) -> Any:
+    if value is None or isinstance(value, dict | QuantizationConfig):
+        return value
+    raise ConfigError(f"quantization = {value!r} is no section.{name_here('quantization', value)}")
 
 
 class QuantizationConfig(Section):
@@ -418,7 +471,7 @@ class DistributedConfig(Section):
 class RunConfig(Section):
     """One run."""
 
-    model: str
+    model: Name
     """The base model: a folder, or a name on the hub."""
     revision: str | None = None
     """The base model's revision on the hub."""
@@ -439,7 +492,7 @@ class RunConfig(Section):
     seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
     """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}."""
-    quantization: QuantizationConfig | None = None
+    quantization: Annotated[QuantizationConfig | None, BeforeValidator(_quantization)] = None
     """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is."""
     data: DataConfig
     """The data."""
@@ -447,9 +500,9 @@ class RunConfig(Section):
     """The training."""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     """Several devices."""
-    accept: list[str] = Field(default_factory=list)
+    accept: Names = Field(default_factory=list)
     """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop."""
-    output: str
+    output: Name
     """The run's folder: made by the run, and must not hold anything yet."""
 
     @model_validator(mode="after")
@@ -476,6 +529,8 @@ class RunConfig(Section):
         Raises:
             ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
         """
+        if (strange := _no_text(values)) is not None:
+            raise ConfigError(f"{source}: {strange} holds bytes that are not UTF-8: rename it.")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -519,12 +574,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is no yaml, goes beyond what settings need, or is no mapping.
     """
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(read_text(path))
     except FileNotFoundError:
-        raise ConfigError(f"There is no settings file {path}.") from None
-    except (YamlError, OSError, UnicodeDecodeError) as error:
-        where = f"{path}:{error.line}" if isinstance(error, YamlError) and error.line else str(path)
+        raise ConfigError(f"There is no settings file {path}.{near_names(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: give a settings file.") from None
+    except YamlError as error:
+        where = f"{path}:{error.line}" if error.line else str(path)
         raise ConfigError(f"{where}: not readable as yaml: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} must hold settings such as `model: ...`, one a line; `siliang config` lists them.")
     return values
@@ -538,7 +597,10 @@ def assign(values: dict[str, Any], assignment: str) -> None:
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {assignment!r}: write it as section.field=value, such as train.learning_rate=1e-3.")
+        hint = name_here(key) if key.strip() else ""
+        raise ConfigError(
+            f"--set {assignment!r}: write it as section.field=value, such as train.learning_rate=1e-3.{hint}"
+        )
     *sections, last = key.strip().split(".")
     for section in sections:
         inner = values.setdefault(section, {})
@@ -605,26 +667,132 @@ def _type_name(kind: Any) -> str:
     return " | ".join("null" if a is type(None) else _type_name(a) for a in arguments)
 
 
+NOT_GIVEN: Any = object()
+ALSO = 20  # more of the wrong names that one message mends
+
+
+def name_here(name: str, value: Any = NOT_GIVEN, *, section: str = "", fields: Iterable[str] | None = None) -> str:
+    """What a name that is no setting is here, as a sentence; empty where it is neither one of ours in another section
+    nor another tool's.
+
+    Args:
+        value: What was to be set.
+        section: Where it stood; "" for the top.
+        fields: The settings of the method at hand, for a name under `method`.
+    """
+    row = other_names.find(name) or _own(name)
+    if row is None:
+        return ""
+    note = f" {row.note}" if row.note else ""
+    if not row.setting:
+        return f" {row.note}"
+    field = row.setting.removeprefix("method.")
+    if row.setting == f"{section}.{name}" or (fields is not None and field != row.setting and field not in fields):
+        return ""
+    found = None if value is NOT_GIVEN else other_names.assignments(row, value)
+    if found == []:
+        return f" Nothing has to be set for that here: leave it out.{note}"
+    if found is not None and _holds(found):
+        return f" Here that is {_quoted(found)}.{note}"
+    return f" Here that is {row.setting}, as in `{row.setting}={row.example}`.{note}"
+
+
+def _quoted(assignments: Iterable[str]) -> str:
+    return " and ".join(f"`{assignment}`" for assignment in assignments)
+
+
+def _own(name: str) -> other_names.Row | None:
+    """A setting of ours that stands in another section, or is a field of a method's config."""
+    from siliang.methods import METHODS
+
+    name = other_names.plain(name)
+    found = [row[0] for row in describe() if row[0].rpartition(".")[2] == name]
+    configs = [m.config for m in METHODS.values() if m.config is not None]
+    if not found and any(f.name == name for c in configs for f in dataclasses.fields(c) if f.name not in OWN_FIELDS):
+        found = [f"method.{name}"]
+    return other_names.Row(found[0], (name,), "...") if len(found) == 1 else None
+
+
+def _holds(assignments: Iterable[str]) -> bool:
+    """Whether a run may be set so."""
+    for method in ("lora", "prompt_tuning"):
+        values: dict[str, Any] = {"model": "m", "task": "causal_lm", "data": {"train": "d"}, "output": "o"}
+        values["method"] = {"name": method}
+        try:
+            for assignment in assignments:
+                assign(values, assignment)
+            RunConfig.build(values)
+            return True
+        except ConfigError:
+            continue
+    return False
+
+
+def near_names(path: Path) -> str:
+    """Says which names in its folder look like that of a file or folder which is not there."""
+    try:
+        return nearest(path.name, [p.name for p in path.parent.iterdir()])
+    except OSError:
+        return ""
+
+
+def _no_text(value: Any, where: str = "") -> str | None:
+    """The first setting that holds bytes which are no text, as the command line's may."""
+    if isinstance(value, dict):
+        parts = [(f"{where}.{key}".lstrip("."), inner) for key, inner in value.items()]
+        return next((found for name, inner in parts if (found := _no_text(inner, name)) is not None), None)
+    if isinstance(value, list):
+        return next((found for inner in value if (found := _no_text(inner, where)) is not None), None)
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        return f"{where} = {value!r}"
+    return None
+
+
 def _explain(error: ValidationError) -> str:
-    """The first finding in one line, with the nearest field names for an unknown key."""
-    first = error.errors()[0]
+    """The first finding in one line, with what an unknown key is here; unknown keys first, for they may be what is
+    missing."""
+    found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = found[0]
     path = ".".join(str(part) for part in first["loc"])
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        names = [row[0] for row in describe()]
-        own = path.rpartition(".")[2]
-        depth = path.count(".") + 1
-        siblings = {
-            part[depth - 1]
-            for n in names
-            if len(part := n.split(".")) >= depth and part[: depth - 1] == path.split(".")[:-1]
-        }
-        hint = nearest(own, siblings) or nearest(path, names) or nearest(own, {n.rpartition(".")[2] for n in names})
-        return f"{path} is not a setting.{hint} `siliang config` lists them all.{more}"
+        strange = [e for e in found if e["type"] == "extra_forbidden"]
+        also = [f"{'.'.join(map(str, e['loc']))}:{h}" for e in strange[1:] if (h := _unknown(e, guess=False))][:ALSO]
+        others = f"\nAlso {' '.join(also).replace(': Here that is', ':')}" if also else ""
+        return f"{path} is not a setting.{_unknown(first)} `siliang config` lists them all.{more}{others}"
     if first["type"] == "missing":
         meaning = next((" ".join(row[3].split()) for row in describe() if row[0] == path), "")
         return f"{path} is missing.{more} {meaning}".rstrip()
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
-        return f"{inner}{more}"
-    return f"{path} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}.{more}"
+        text = str(inner)
+        return f"{text if path.split('.')[0] in text else f'{path}: {text}'}{more}"
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 200 else f"{shown[:200]} ..."
+    hint = _section_for(path, first["input"]) if first["type"] in ("model_type", "dict_type") else ""
+    if first["type"] == "list_type":
+        hint = f" Write a list: {path}=[a, b]."
+    return f"{path} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]}.{hint}{more}"
+
+
+def _section_for(path: str, value: Any) -> str:
+    """What was meant where a section got a value of its own."""
+    if path in ("data", "train") and isinstance(value, str) and value:
+        return f" Here that is {_quoted([f'data.train={value}'])}."
+    return f" {path} is a section: set its fields, as in {path}.field=value."
+
+
+def _unknown(error: Any, *, guess: bool = True) -> str:
+    """What an unknown key is here, or the names near it."""
+    *sections, own = (str(part) for part in error["loc"])
+    if hint := name_here(own, error["input"], section=".".join(sections)):
+        return hint
+    if not guess:
+        return ""
+    names, depth = [row[0] for row in describe()], len(sections)
+    siblings = {p[depth] for n in names if len(p := n.split(".")) > depth and p[:depth] == sections}
+    if hint := nearest(own, siblings):
+        return hint
+    alike = near(own, {name.rpartition(".")[2] for name in names})  # in another section
+    found = [name for leaf in alike for name in names if name.rpartition(".")[2] == leaf]
+    return f" Did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""

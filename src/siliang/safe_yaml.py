@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,6 +12,10 @@ import yaml
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 20
 MAX_VALUES = 10_000  # with every alias written out
+
+# yaml 1.1 takes 1e-3 for text; people, and yaml 1.2, for a number
+EXPONENT = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+")
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class YamlError(ValueError):
@@ -33,9 +39,23 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def read_text(path: Path) -> str:
+    """The text of a settings file: UTF-8, with a byte order mark or without, or UTF-16 with one, as Windows writes it.
+
+    Raises:
+        YamlError: It is in another encoding.
+        OSError: It cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise YamlError("it is not UTF-8, in which settings are written: save it as UTF-8", line) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_yaml(text: str) -> Any:
@@ -52,6 +72,10 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or str(error).strip().partition("\n")[0]
+        if "unknown escape character" in said:
+            said += " (in double quotes a backslash begins an escape: write a Windows path in single quotes)"
+        elif "cannot start any token" in said and "\t" in said:
+            said = "a tab, where yaml wants blanks"
         raise YamlError(said, mark.line + 1 if mark else None) from None
     except YamlError:
         raise

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import ClassVar
 
+ALIKE = 0.7  # share of two words' letters that agree
+
 
 class PeftType(StrEnum):
     """A method's name in adapter_config.json; the values are those of PEFT, but for BITFIT and HEAD, which are ours."""
@@ -123,7 +125,19 @@ class ClusterError(SiliangError, RuntimeError):
     code = "SLE13"
 
 
+def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
+    """Those of `words` that look like `word`, the likest first.
+
+    Alike are words most of whose letters agree, or of which one holds the other whole: a far-off proposal misleads.
+    """
+    word = word.casefold()[:200]
+    known = {name: name.casefold() for name in sorted(set(words))}
+    like = {name: difflib.SequenceMatcher(None, word, low).ratio() for name, low in known.items()}
+    part = {name for name, low in known.items() if min(len(low), len(word)) > 3 and (low in word or word in low)}
+    return sorted((name for name in known if like[name] >= ALIKE or name in part), key=lambda name: -like[name])[:n]
+
+
 def nearest(word: str, words: Iterable[str], n: int = 3) -> str:
     """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing where none does."""
-    names = difflib.get_close_matches(word, sorted(set(words)), n=n, cutoff=0.5)
+    names = near(word, words, n)
     return f" Did you mean {' or '.join(map(repr, names))}?" if names else ""

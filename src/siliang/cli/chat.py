@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from siliang.cli.console import as_text, input_lines
+
 if TYPE_CHECKING:
     from siliang.chat import Chat
 
@@ -42,11 +44,11 @@ def chat(
 
 def _prompts() -> Iterator[str]:
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        yield from (line.strip() for line in input_lines())
         return
     while True:
         try:
-            prompt = input("> ").strip()
+            prompt = as_text(input("> ").strip(), "the question")
         except EOFError:
             print()
             return

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from siliang.cli.console import print_json
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -57,10 +59,7 @@ def check(
     readable = not any(f.code == "SL027" for f in findings)
     counts = count(subject) if readable else {}
     if json:
-        from json import dumps
-
-        shown = {"findings": [f.as_dict() for f in findings], "counts": counts}
-        print(dumps(shown, ensure_ascii=False, indent=1))
+        print_json({"findings": [f.as_dict() for f in findings], "counts": counts}, indent=1)
     else:
         _show(subject if readable else None, findings, counts, examples)
     bad = [f for f in findings if f.severity == "error" or (strict and not f.accepted)]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from siliang.cli.console import print_json
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
@@ -23,8 +25,6 @@ def evaluate(
 
     metrics = measure(open_run(run, device=find_device()), data)
     if json:
-        from json import dumps
-
-        print(dumps(metrics))
+        print_json(metrics)
     else:
         print("  ".join(f"{k} {v:.0f}" if k == "rows" else f"{k} {v:.4f}" for k, v in metrics.items()))

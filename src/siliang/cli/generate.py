@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from siliang.cli.console import as_text
+
 
 def generate(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
@@ -20,6 +22,7 @@ def generate(
     """Write text with a trained run."""
     from siliang.cli.show import quiet_loading
 
+    instruction, input = as_text(instruction, "the instruction"), as_text(input, "--input")
     quiet_loading()
     from siliang.hardware import find_device
     from siliang.run_folder import open_run

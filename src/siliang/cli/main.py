@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import traceback
 import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import typer
 from typer.main import get_command
@@ -27,8 +31,17 @@ from siliang.cli import (
     report,
     train,
 )
+from siliang.cli.console import prepare_console
 from siliang.environment import bound_kernel_caches
-from siliang.types import DeviceMemoryError, InterruptedRunError, OutputError, RankError, SiliangError
+from siliang.types import (
+    ConfigError,
+    DeviceMemoryError,
+    InterruptedRunError,
+    OutputError,
+    RankError,
+    SiliangError,
+    nearest,
+)
 
 app = typer.Typer(
     name="siliang",
@@ -54,42 +67,104 @@ app.command("config")(config.config)
 app.command("explain")(explain.explain)
 
 
+# What other tools call these commands.
+OTHER_COMMANDS = {
+    "sft": "train",
+    "finetune": "train",
+    "fine-tune": "train",
+    "resume": "train --resume",
+    "export": "merge",
+    "infer": "generate",
+    "inference": "generate",
+    "evaluate": "eval",
+    "test": "eval",
+    "classify": "predict",
+    "doctor": "check",
+    "version": "--version",
+    "help": "--help",
+}
+
+
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    def find(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "missing"
+
+    print(f"siliang {find('siliang')}, torch {find('torch')}, transformers {find('transformers')}")
+    print(f"Python {platform.python_version()}, {platform.platform(terse=True)}")
+    raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", help="Show the versions of siliang and what it stands on.", callback=_version, is_eager=True
+    ),
 ) -> None:
     """Parameter-efficient fine-tuning of transformers on the machine you have."""
 
 
 def main() -> None:
-    """The entry point: runs a command; errors become one or two lines and an exit code (2, or 130 for Ctrl-C)."""
+    """The entry point: runs a command; errors become one or two lines and an exit code: 2, 130 for Ctrl-C, 1 for an
+    error of siliang's own, whose traceback is in a file, or shown with --debug."""
+    prepare_console()
     _quieten_libraries()
     bound_kernel_caches()
-    debug = "--debug" in sys.argv
+    given, rest = sys.argv[1:], []
+    if "--" in given:
+        given, rest = given[: given.index("--")], given[given.index("--") :]
+    debug = "--debug" in given
+    words = [word for word in given if word != "--debug"] + rest
     try:
-        code = get_command(app).main(standalone_mode=False)
+        code = get_command(app).main(words, prog_name="siliang", standalone_mode=False)
     except KeyboardInterrupt:
         code = _say("Stopped.", 130)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except SiliangError as error:
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        code = _tell(error)
-    except Exception as error:
-        show = getattr(error, "show", None)  # an error of usage, from click
-        if show is not None:
-            show()
-            code = getattr(error, "exit_code", 2)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(getattr(error, "message", ""))
+            code = 2
         elif type(error).__name__ == "Abort":
             code = _say("Stopped.", 130)
-        elif debug or not (known := _as_ours(error)):
-            traceback.print_exc()
-            code = 1
-        else:
+        elif (known := error if isinstance(error, SiliangError) else _as_ours(error, words)) is not None:
             code = _tell(known)
+        else:
+            code = _unexpected(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unexpected(error: Exception) -> int:
+    """A fault of siliang's own: one line, and the traceback where a report can take it from."""
+    from siliang.secrets import without_secrets
+
+    kept = "siliang --debug shows the traceback"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="siliang-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.write(without_secrets(traceback.format_exc()))
+            kept = f"the traceback is in {file.name}"
+    except OSError:
+        pass
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:300]
+    return _say(
+        f"error: siliang has met what it does not expect: {type(error).__name__}: {text} "
+        f"({Path(where.filename).name}:{where.lineno}).\nThis is a fault of siliang; {kept}. Please report it.",
+        1,
+    )
 
 
 def _say(message: str, code: int) -> int:
@@ -108,17 +183,74 @@ def _tell(error: SiliangError) -> int:
     return _say(without_secrets(str(error) if stopped else shown(error, language())), error.exit_code)
 
 
-def _as_ours(error: Exception) -> SiliangError | None:
-    """An error that is the machine's and not the program's, in our words."""
+def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
+    """An error that is the machine's or the command line's and not the program's, in our words."""
     from siliang.files import disk_error
 
+    if hasattr(error, "format_message"):  # of typer's parser
+        return _of_usage(error, words)
+    name = _short(getattr(error, "filename", None))
     if isinstance(error, PermissionError):
-        return OutputError(f"{error.filename}: permission denied.")
+        return OutputError(f"{name}: permission denied.")
     if not isinstance(error, FileNotFoundError) and (message := disk_error(error)) is not None:
         return OutputError(f"{message}. What was saved before is whole.")
+    if isinstance(error, OSError) and name and not isinstance(error, FileNotFoundError):
+        # a folder for a file, a name that is too long, a link to itself
+        reason = error.strerror or str(error)
+        return ConfigError(f"{name}: {reason[0].lower()}{reason[1:]}.")
+    if isinstance(error, UnicodeEncodeError) and error.encoding in (sys.getfilesystemencoding(), "utf-8"):
+        return ConfigError(
+            f"{_short(error.object)!r} cannot be a name in this system's encoding, {sys.getfilesystemencoding()}: "
+            "set PYTHONUTF8=1, or choose other letters."
+        )
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return ConfigError("a name holds a NUL byte, which no file's name can hold.")
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return DeviceMemoryError("the memory is full. `siliang explain SLE08` says what to change.")
     return None
+
+
+def _short(name: Any) -> str:
+    text = str(name if name is not None else "")
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"
+
+
+def _of_usage(error: Any, words: list[str]) -> ConfigError:
+    """What is wrong with the command line, as the parser found it."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "siliang"
+    message = " ".join(str(error.format_message()).split())
+    message = message if len(message) <= 300 else f"{message[:300]} ..."
+    if (option := getattr(error, "option_name", None)) and message.startswith("No such option"):
+        return ConfigError(f"{path}: {_no_option(option, error, words)} `{path} --help` lists its options.")
+    if message.startswith("No such command"):
+        name = next((word for word in words if not word.startswith("-")), "")
+        names = [command.name or "" for command in app.registered_commands]
+        near = f" Did you mean `siliang {OTHER_COMMANDS[name]}`?" if name in OTHER_COMMANDS else nearest(name, names)
+        return ConfigError(f"there is no command {_short(name)!r}.{near} `siliang --help` lists them.")
+    return ConfigError(f"{path}: {message.rstrip('.')}. `{path} --help` says what it takes.")
+
+
+def _no_option(option: str, error: Any, words: list[str]) -> str:
+    """An option that is not there: its name here, where it is another tool's or a setting's, or near names."""
+    from siliang.config import NOT_GIVEN, name_here
+    from siliang.safe_yaml import YamlError, parse_yaml
+
+    said = f"No such option: {_short(option)}."
+    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == option), None)
+    value: Any = NOT_GIVEN
+    if at is not None and "=" in words[at]:
+        value = words[at].partition("=")[2]
+    elif at is not None:  # `--bf16` alone is `--bf16 true`
+        value = words[at + 1] if at + 1 < len(words) and not words[at + 1].startswith("--") else "true"
+    if isinstance(value, str):
+        with suppress(YamlError):
+            value = parse_yaml(value)
+    takes_settings = any("--set" in getattr(p, "opts", ()) for p in error.ctx.command.params)
+    if takes_settings and (found := name_here(option.lstrip("-"), value)):
+        return said + found.replace("`", "`--set ", 1).replace(" and `", " and `--set ")
+    options = [name for p in error.ctx.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]
+    return said + nearest(option, options)
 
 
 def _quieten_libraries() -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from siliang.cli.console import print_json
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -124,7 +126,7 @@ def plan(
             say=_Say(not json),
         )
     if json:
-        print(record.model_dump_json(indent=1))
+        print_json(record.model_dump(mode="json"), indent=1)
     else:
         show(record)
     if write is not None:

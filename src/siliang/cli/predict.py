@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from siliang.cli.console import as_text, input_lines, print_json
 
 
 def predict(
@@ -26,18 +27,11 @@ def predict(
     from siliang.use import predict as classify
 
     opened = open_run(run, device=find_device())
-    given = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    given = [as_text(text, "a text") for text in texts] if texts else list(input_lines())
     if not given:
         raise DataError(f'no text given: siliang predict {run} "a text", or one text a line on standard input.')
     for p in classify(opened, given):
         if json:
-            from json import dumps
-
-            print(
-                dumps(
-                    {"text": p.text, "label": p.label, "probability": round(p.probability, 4)},
-                    ensure_ascii=False,
-                )
-            )
+            print_json({"text": p.text, "label": p.label, "probability": round(p.probability, 4)})
         else:
             print(f"{p.label}\t{p.probability:.2f}\t{p.text}")

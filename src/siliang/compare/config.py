@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from siliang.config import MethodConfig, RunConfig, Section, describe
+from siliang import other_names
+from siliang.config import MethodConfig, RunConfig, Section, describe, name_here
 from siliang.safe_yaml import dump_yaml
 from siliang.types import ConfigError, nearest
 
@@ -78,16 +80,16 @@ class CompareSettings(Section):
         for key in self.search:
             if not any(key in settings_of(entry) for entry in self.methods):
                 known = sorted({name for entry in self.methods for name in settings_of(entry)})
+                hint = _in_a_search(key, known) or nearest(key, known)
                 raise ConfigError(
-                    f"search.{key} is a setting of none of the methods.{nearest(key, known)} "
-                    f"Allowed: {', '.join(known)}."
+                    f"search.{key} is a setting of none of the methods.{hint} Allowed: {', '.join(known)}."
                 )
         for entry in self.methods:
             for key in entry.search or {}:
                 if key not in settings_of(entry):
-                    raise ConfigError(
-                        f"search.{key} is not a setting of {entry.name}.{nearest(key, settings_of(entry))}"
-                    )
+                    own = settings_of(entry)
+                    hint = _in_a_search(key, own) or nearest(key, own)
+                    raise ConfigError(f"search.{key} is not a setting of {entry.name}.{hint}")
             for settings in self.choices(entry):
                 MethodConfig(name=entry.name, **(entry.arguments | _without_rate(settings)))
         return self
@@ -127,7 +129,8 @@ class CompareConfig:
             raise ConfigError(f"{source}: a comparison has `methods`, a list, and no `method`.")
         for key in values:
             if key not in own | of_a_run:
-                raise ConfigError(f"{source}: {key} is not a setting.{nearest(key, own | of_a_run)}")
+                hint = name_here(key, values[key]) or nearest(key, own | of_a_run)
+                raise ConfigError(f"{source}: {key} is not a setting.{hint} `siliang config` lists them all.")
         run = RunConfig.build({k: v for k, v in values.items() if k in of_a_run}, source=source)
         if run.data.validation_size is not None:
             raise ConfigError(f"{source}: data.validation_size is the search's own: use validation_size.")
@@ -170,6 +173,13 @@ def settings_of(entry: MethodEntry) -> set[str]:
 
     config = find_method(entry.name).config
     return {"learning_rate"} | ({f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set())
+
+
+def _in_a_search(key: str, known: Iterable[str]) -> str:
+    """What another tool's name is in a search, as a sentence; empty where it is none."""
+    row = other_names.find(key)
+    name = row.setting.rpartition(".")[2] if row is not None else ""
+    return f" Here that is `search.{name}`." if name in known else ""
 
 
 def describe_settings() -> list[tuple[str, str, str, str]]:

@@ -25,12 +25,14 @@ def parse_bytes(text: str) -> int:
 
 
 def show_bytes(n_bytes: float) -> str:
-    """Bytes for people: 512 B, 3.1 KB, 1.31 GB."""
+    """Bytes for people: 512 B, 3.1 KB, 1.31 GB, 1,300 GB."""
     for unit in ("B", "KB", "MB", "GB"):
-        if n_bytes < 1000 or unit == "GB":
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
+        if round(n_bytes, 1) < 999.5 or unit == "GB":  # 999.6 MB would be shown as 1000 MB
+            break
         n_bytes /= 1000
-    raise AssertionError
+    digits = 0 if unit == "B" or n_bytes >= 99.95 else 1 if n_bytes >= 9.995 else 2
+    shown = f"{n_bytes:,.{digits}f}"
+    return f"{shown.rstrip('0').rstrip('.') if '.' in shown else shown} {unit}"
 
 
 def parse_duration(text: str) -> float:

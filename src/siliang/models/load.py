@@ -26,10 +26,11 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from siliang.config import QuantizationConfig
+from siliang.config import QuantizationConfig, near_names
 from siliang.environment import bound_kernel_caches
 from siliang.files import outside_links
 from siliang.hardware import choose_precision
+from siliang.hub import hub_is_off, is_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
@@ -55,7 +56,7 @@ def load_config(name: str, *, revision: str | None = None, remote_code: str | No
     Raises:
         ModelError: `name` is no model, here or on the hub, or it asks for code of its own that was not allowed.
     """
-    _check_folder(name)
+    _check_folder(name, revision)
     trusted = _allows(name, revision, remote_code)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
@@ -214,7 +215,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, remote_code: str |
     Raises:
         ModelError: It cannot be loaded.
     """
-    _check_folder(name)
+    _check_folder(name, revision)
     folder = Path(name)
     try:
         bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file()
@@ -247,7 +248,7 @@ def weights_sha256(name: str) -> str:
     return digest.hexdigest()
 
 
-def _check_folder(name: str) -> None:
+def _check_folder(name: str, revision: str | None = None) -> None:
     path = Path(name)
     if path.is_dir():
         config = path / "config.json"
@@ -268,8 +269,26 @@ def _check_folder(name: str) -> None:
             )
         for index in path.glob("*.index.json"):
             _check_index(index)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise ModelError(f"There is no model folder {name}.")
+    elif path.is_file():
+        raise ModelError(f"{name} is a file: give the folder of the model, which holds config.json and the weights.")
+    elif _looks_like_a_path(name):
+        raise ModelError(f"There is no model folder {name}.{near_names(path)}")
+    elif (why := hub_is_off()) is not None and not is_cached(name, "config.json", revision=revision):
+        raise ModelError(
+            f"{name} is no folder here, and not in the hub's cache; {why}.{near_names(path)} Give the model's folder."
+        )
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Not owner/name, nor the name of one of the hub's old models."""
+    strange = (
+        name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name or ":" in name
+    )
+    return (
+        strange
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
+        or ("/" in name and Path(name).parent.is_dir())
+    )
 
 
 def _check_index(path: Path) -> None:

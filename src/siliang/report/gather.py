@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison
 from siliang.compare.verdict import Verdict, learned_nothing
 from siliang.record import Record
+from siliang.safe_yaml import dump_yaml
 from siliang.types import ConfigError, TaskType
 
 
@@ -113,7 +112,7 @@ def gather(folders: list[Path]) -> Material:
             if a != b:
                 raise ConfigError(f"the runs do not belong into one table: their {what} differ ({a}, {b}).")
     paths = " ".join(map(str, folders))
-    settings = yaml.safe_dump(first.config, sort_keys=False, allow_unicode=True)
+    settings = dump_yaml(first.config)
     return Material(
         TaskType(first.config["task"]),
         _grouped(found),
@@ -141,13 +140,13 @@ def _of_comparison(folder: Path) -> Material:
         TaskType(comparison.config["task"]),
         sorted(_grouped(found), key=lambda group: order.index(group.label) if group.label in order else len(order)),
         folder,
-        yaml.safe_dump(comparison.given, sort_keys=False, allow_unicode=True),
+        dump_yaml(comparison.given),
         "siliang compare compare.yaml",
         comparison.base,
         Answers.open(base) if base.is_file() else None,
         comparison.status == "completed",
         is_comparison=True,
-        all_settings=yaml.safe_dump(comparison.config, sort_keys=False, allow_unicode=True),
+        all_settings=dump_yaml(comparison.config),
     )
 
 

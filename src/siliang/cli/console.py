@@ -1,0 +1,94 @@
+"""The terminal: what its encoding cannot show is replaced, JSON stays JSON, and what comes in must be text."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from siliang.types import ConfigError
+
+HANDLER = "siliang.replace"
+# For characters that siliang itself prints; each stands for one character, so that columns stay columns.
+PLAIN = {
+    "★": "*", "⚠": "!", "±": "~", "–": "-", "—": "-", "…": ".", "·": ".", "×": "x", "✓": "v", "✗": "x", "“": '"',
+    "”": '"', "‘": "'", "’": "'", "█": "#", "▓": "%", "▒": "+", "░": ":", "━": "=",
+    "╸": "=", "╺": "-", "─": "-", "│": "|",
+}  # fmt: skip
+
+
+def prepare_console() -> None:
+    """Makes standard output and error show every text: a character that their encoding lacks becomes another one.
+
+    Without it a run on a Windows console (GBK, cp1252), or behind a pipe with LC_ALL=C, ends at the first emoji of its
+    data.
+    """
+    codecs.register_error(HANDLER, _replace)
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors=HANDLER)
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    shown = "".join(PLAIN.get(character, "?") for character in error.object[error.start : error.end])
+    return shown, error.end
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Prints a value as JSON that every reader takes: nan and infinity as null, and escapes where the encoding lacks a
+    character."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "").startswith("utf")
+    text = json.dumps(_finite(value), ensure_ascii=False, indent=indent)
+    if not unicode or any("\ud800" <= c <= "\udfff" for c in text):
+        text = json.dumps(_finite(value), indent=indent)
+    print(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def input_lines() -> Iterator[str]:
+    """The lines of standard input that hold something.
+
+    Raises:
+        ConfigError: They are not in its encoding.
+    """
+    number = 0
+    try:
+        for line in sys.stdin:
+            number += 1
+            if line.strip():
+                yield as_text(line.rstrip("\r\n"), f"line {number} of standard input")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"standard input is not {error.encoding} after line {number}: convert it to UTF-8, "
+            "or say what it is with PYTHONIOENCODING, such as PYTHONIOENCODING=gbk."
+        ) from None
+
+
+def as_text(text: str, what: str) -> str:
+    """`text`, if all of it is text.
+
+    Raises:
+        ConfigError: Some bytes of it were none.
+    """
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        encoding = sys.getfilesystemencoding()
+        raise ConfigError(f"{what} holds bytes that are not {encoding}: {text[:80]!r}. Convert it to UTF-8.")
+    return text
+
+
+def command_line(*words: object) -> str:
+    """A command as it can be pasted into a shell."""
+    return shlex.join(str(word) for word in words)

@@ -1,0 +1,210 @@
+"""Names of other tools: each is told what it is here, and what it is told holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import refused
+
+from siliang import other_names
+from siliang.compare.config import CompareConfig
+from siliang.config import RunConfig, assign, name_here
+from siliang.other_names import METHOD_VALUES, NAMES, TABLE, TASK_VALUES, Row
+from siliang.types import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build(*assignments: str, method: str = "lora", folder: Path | None = None) -> RunConfig:
+    values: dict[str, Any] = {"model": "m", "task": "causal_lm", "data": {"train": "d.csv"}, "output": "o"}
+    values["method"] = {"name": method}
+    if folder is not None:  # DeepSpeed's settings go with its strategy alone
+        (folder / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+        values["distributed"] = {"strategy": "deepspeed"}
+    for assignment in assignments:
+        assign(values, assignment.replace("zero2.json", str((folder or Path()) / "zero2.json")))
+    return RunConfig.build(values)
+
+
+def test_every_row_of_the_table_holds(tmp_path: Path) -> None:
+    for row in TABLE:
+        assert row.setting or row.note, row
+        if not row.setting:
+            continue
+        method = "prompt_tuning" if row.setting == "method.num_virtual_tokens" else "lora"
+        folder = tmp_path if row.setting in ("distributed.deepspeed", "distributed.zero_stage") else None
+        build(f"{row.setting}={row.example}", method=method, folder=folder)
+        for theirs in row.values:
+            found = other_names.assignments(row, theirs)
+            assert found is not None
+            build(*found)
+
+
+def test_a_name_stands_in_one_row_and_is_none_of_ours() -> None:
+    names = [name for row in TABLE for name in row.names]
+    assert sorted(names) == sorted(set(names))
+    assert all(other_names.plain(name) == name for name in names)
+    assert not set(NAMES) & {"model", "data", "train", "method", "output", "distributed", "accept"}
+    assert len(names) > 250
+
+
+@pytest.mark.parametrize(("name", "ours"), METHOD_VALUES.items())
+def test_methods_of_other_names(name: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"method = {name!r}: here that is ")):
+        build(f"method='{name}'")
+    build(*ours.split())
+
+
+@pytest.mark.parametrize(("name", "ours"), TASK_VALUES.items())
+def test_tasks_of_other_names(name: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=f"here that is `task={ours}`"):
+        build(f"task={name.replace('_', '-')}")
+    build(f"task={ours}")
+
+
+@pytest.mark.parametrize(
+    ("given", "here"),
+    [
+        ("lr=1e-5", "`train.learning_rate=1e-05`"),
+        ("train.lr=1e-5", "`train.learning_rate=1e-05`"),
+        ("lora_rank=8", "`method.r=8`"),
+        ("method.lora_rank=8", "`method.r=8`"),
+        ("method.rank=4", "`method.r=4`"),
+        ("cutoff_len=1024", "`data.max_length=1024`"),
+        ("data.cutoff_len=1024", "`data.max_length=1024`"),
+        ("bf16=true", "`train.precision=bf16`"),
+        ("bf16=false", "leave it out"),
+        ("packing=true", "`train.packing=true`"),
+        ("quantization=4", "`quantization.bits=4`"),
+        ("quantization=nf4", "`quantization.bits=4`"),
+        ("train.quantization=8", "`quantization.bits=8`"),
+        ("dora=true", "`method.use_dora=true`"),
+        ("qlora=true", "`method=lora` and `quantization.bits=4`"),
+        ("target_modules=q_proj,v_proj", "`method.target_modules=q_proj,v_proj`"),
+        ("lora_target=all", "`method.target_modules=all-linear`"),
+        ("finetuning_type=lora", "`method=lora`"),
+        ("adapter=qlora", "`method=lora` and `quantization.bits=4`"),
+        ("load_in_4bit=true", "`quantization.bits=4`"),
+        ("load_in_8bit=true", "`quantization.bits=8`"),
+        ("per_device_train_batch_size=2", "`train.batch_size=2`"),
+        ("Per-Device-Train-Batch-Size=2", "`train.batch_size=2`"),
+        ("gradient_accumulation_steps=8", "`train.gradient_accumulation=8`"),
+        ("num_train_epochs=3.0", "`train.epochs=3.0`"),
+        ("epochs=3", "`train.epochs=3`"),
+        ("model.epochs=3", "model is a single value"),
+        ("lr_scheduler_type=cosine", "`train.schedule=cosine`"),
+        ("lr_scheduler_type=polynomial", "`train.schedule=cosine`"),  # which is none of ours: as in ...
+        ("lr=fast", "train.learning_rate, as in `train.learning_rate=5e-5`"),
+        ("warmup_steps=100", "train.warmup_fraction, as in `train.warmup_fraction=0.1`. It is a share"),
+        ("torch_dtype=bfloat16", "`train.precision=bf16`"),
+        ("optim=adamw_torch", "siliang trains with AdamW"),
+        ("flash_attn=fa2", "by itself"),
+        ("rank_pattern={q_proj: 4}", "`method.rank_pattern={q_proj: 4}`"),
+        ("data=d.csv", "`data.train=d.csv`"),
+        ("data.labels.a=b", "data.labels"),
+        ("lr", "train.learning_rate"),
+    ],
+)
+def test_names_in_the_settings(given: str, here: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(given)
+    assert here in str(caught.value)
+
+
+def test_no_nonsense() -> None:
+    """A far-off name gets no proposal, and a method's setting none that the method lacks."""
+    for given in ("train.foo=1", "xyzzy=1", "fp=1", "abc=1", "train.zzz=1", "data.q=1"):
+        with pytest.raises(ConfigError) as caught:
+            build(given)
+        assert "Did you mean" not in str(caught.value) and "Here that" not in str(caught.value), str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        build("method={name: ia3, lora_rank: 4}")
+    assert "method.r" not in str(caught.value)
+    assert name_here("learning_rate", 1, section="train") == ""
+
+
+def test_a_whole_file_of_another_tool() -> None:
+    """All of its names in two lines, and not one a run; what is called otherwise is not said to be missing."""
+    theirs = {
+        "model_name_or_path": "qwen", "stage": "sft", "finetuning_type": "lora", "lora_target": "all", "lora_rank": 8,
+        "dataset": "alpaca.json", "template": "qwen", "cutoff_len": 2048, "output_dir": "saves", "bf16": True,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1e-4, "do_train": True,
+        "num_train_epochs": 3.0, "lr_scheduler_type": "cosine", "logging_steps": 10, "overwrite_output_dir": True,
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.build(theirs, source="sft.yaml")
+    message = str(caught.value)
+    assert message.count("\n") == 1
+    for here in ("model=qwen", "data.max_length=2048", "train.precision=bf16", "method.r=8", "output=saves"):
+        assert f"`{here}`" in message
+    assert "missing" not in message
+    with pytest.raises(ConfigError, match=r"lr is not a setting. Here that is `train.learning_rate=0.1`"):
+        CompareConfig.build({"model": "m", "task": "seq_cls", "data": {"train": "d"}, "output": "o", "lr": 0.1})
+    with pytest.raises(
+        ConfigError, match=r"search.lr is a setting of none of the methods. Here that is .*learning_rate"
+    ):
+        CompareConfig.build(
+            {"model": "m", "task": "seq_cls", "data": {"train": "d"}, "output": "o", "search": {"lr": [0.1]}}
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "here"),
+    [
+        (("train", "--lr", "1e-5"), "`--set train.learning_rate=1e-05`"),
+        (("train", "--epochs=3"), "`--set train.epochs=3`"),
+        (("train", "--lora-rank", "8"), "`--set method.r=8`"),
+        (("check", "--batch-size", "8"), "`--set train.batch_size=8`"),
+        (("train", "--bf16"), "`--set train.precision=bf16`"),
+        (("train", "--qlora"), "`--set method=lora` and `--set quantization.bits=4`"),
+        (("compare", "--learning_rate", "1"), "`--set train.learning_rate=1`"),
+        (("plan", "--max-length", "100"), "`--set data.max_length=100`"),
+        (("train", "--modle", "x"), "'--model'"),
+        (("finetune",), "`siliang train`"),
+        (("tarin",), "'train'"),
+    ],
+)
+def test_names_as_options(words: tuple[str, ...], here: str) -> None:
+    assert here in refused(*words)
+
+
+def test_an_option_of_a_command_without_settings() -> None:
+    assert "--set" not in refused("eval", "run", "--batch-size", "8")
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("method.target_modules=q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("method.target_modules=q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("method.target_modules=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("method.target_modules=.*\\.(q|v)_proj", ".*\\.(q|v)_proj"),
+        ("method.target_modules=a{1,2}", "a{1,2}"),
+        ("method.modules_to_save=a,b", ["a", "b"]),
+        ("method.layers_to_transform=0,1", [0, 1]),
+    ],
+)
+def test_lists_with_commas(given: str, value: object) -> None:
+    key = given.partition("=")[0].removeprefix("method.")
+    assert build(given).method.arguments[key] == value
+
+
+def test_lists_of_the_data_with_commas() -> None:
+    config = build("data.labels=bad,good", "accept=SL002,SL003", "data.header=a, b")
+    assert config.data.labels == ["bad", "good"]
+    assert config.accept == ["SL002", "SL003"]
+    assert config.data.header == ["a", "b"]
+
+
+def test_the_docs_hold_the_table() -> None:
+    assert (ROOT / "docs" / "names.md").read_text(encoding="utf-8") == other_names.as_markdown()
+
+
+def test_values_as_set_takes_them() -> None:
+    assert other_names.written([1, "a", True]) == "[1, a, true]"
+    assert other_names.written({"a": None}) == "{a: null}"
+    assert other_names.assignments(Row("a.b", ("c",)), 1e-5) == ["a.b=1e-05"]
