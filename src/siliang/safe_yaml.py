@@ -14,7 +14,7 @@ MAX_DEPTH = 20
 MAX_VALUES = 10_000  # with every alias written out
 
 # yaml 1.1 takes 1e-3 for text; people, and yaml 1.2, for a number
-EXPONENT = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+\Z")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 

@@ -27,7 +27,6 @@ def prepare_console() -> None:
     Without it a run on a Windows console (GBK, cp1252), or behind a pipe with LC_ALL=C, ends at the first emoji of its
     data.
     """
-    codecs.register_error(HANDLER, _replace)
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors=HANDLER)
@@ -38,6 +37,9 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
         raise error
     shown = "".join(PLAIN.get(character, "?") for character in error.object[error.start : error.end])
     return shown, error.end
+
+
+codecs.register_error(HANDLER, _replace)
 
 
 def print_json(value: Any, indent: int | None = None) -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -228,24 +229,31 @@ def _of_usage(error: Any, words: list[str]) -> ConfigError:
         names = [command.name or "" for command in app.registered_commands]
         near = f" Did you mean `siliang {OTHER_COMMANDS[name]}`?" if name in OTHER_COMMANDS else nearest(name, names)
         return ConfigError(f"there is no command {_short(name)!r}.{near} `siliang --help` lists them.")
+    value = _given(getattr(getattr(error, "param", None), "opts", ()), words)
+    if message.startswith("Invalid value") and value is not None and value not in message:
+        message = message.replace("Invalid value for", f"{_short(value)!r} is no value for", 1)
     return ConfigError(f"{path}: {message.rstrip('.')}. `{path} --help` says what it takes.")
+
+
+def _given(options: Sequence[str], words: list[str]) -> str | None:
+    """What the command line gives for an option; None where it is not there, or has nothing behind it."""
+    for i, word in enumerate(words):
+        if word.partition("=")[0] in options:
+            return word.partition("=")[2] if "=" in word else next(iter(words[i + 1 : i + 2]), None)
+    return None
 
 
 def _no_option(option: str, error: Any, words: list[str]) -> str:
     """An option that is not there: its name here, where it is another tool's or a setting's, or near names."""
-    from siliang.config import NOT_GIVEN, name_here
+    from siliang.config import name_here
     from siliang.safe_yaml import YamlError, parse_yaml
 
     said = f"No such option: {_short(option)}."
-    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == option), None)
-    value: Any = NOT_GIVEN
-    if at is not None and "=" in words[at]:
-        value = words[at].partition("=")[2]
-    elif at is not None:  # `--bf16` alone is `--bf16 true`
-        value = words[at + 1] if at + 1 < len(words) and not words[at + 1].startswith("--") else "true"
-    if isinstance(value, str):
-        with suppress(YamlError):
-            value = parse_yaml(value)
+    given = _given([option], words)
+    # `--bf16` alone is `--bf16 true`
+    value: Any = "true" if given is None or given.startswith("--") else given
+    with suppress(YamlError):
+        value = parse_yaml(value)
     takes_settings = any("--set" in getattr(p, "opts", ()) for p in error.ctx.command.params)
     if takes_settings and (found := name_here(option.lstrip("-"), value)):
         return said + found.replace("`", "`--set ", 1).replace(" and `", " and `--set ")
