@@ -337,7 +337,7 @@ class WrappedLayer(nn.Module, ABC):
             if safe and not torch.isfinite(value).all():
                 raise MergeError(f"Adapter {name!r} is broken: merged weights would not be finite.")
             parameter = getattr(self.base_layer, key)
-            if keep:
+            if keep or len(self.active) > 1:  # what is merged next may be computed from the originals, as in DoRA
                 self._unmerged.setdefault(key, parameter)
             setattr(self.base_layer, key, nn.Parameter(value.to(parameter.dtype), requires_grad=False))
         self.merged = (*self.merged, name)

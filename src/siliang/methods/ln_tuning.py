@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from siliang.methods.base import LayerConfig, WrappedLayer, trained_dtype
 from siliang.methods.targets import LN_TARGETS
-from siliang.types import ConfigError, PeftType
+from siliang.types import ConfigError, MergeError, PeftType
 
 
 @dataclass(kw_only=True)
@@ -63,4 +63,6 @@ class TunedNorm(WrappedLayer):
         return norm(x.to(wide) if x.dtype.itemsize < wide.itemsize else x, *args, **kwargs).to(x.dtype)
 
     def merged_parameters(self, name: str) -> dict[str, Tensor]:
+        if self.merged:
+            raise MergeError(f"LN tuning adapter {self.merged[0]!r} is merged already, and {name!r} would replace it.")
         return dict(self.ln_tuning_layers[name].named_parameters())

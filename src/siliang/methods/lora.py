@@ -4,7 +4,9 @@
 
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
 DoRA (Liu et al., 2024, arXiv:2402.09353): y = m / |W + s B A| * (W + s B A) x, m trained, the norm taken per output and
-held constant in the gradient; m starts as |W|.
+held constant in the gradient; m starts as |W|. Beside other adapters, in the order in which they are active:
+y_k = m_k / |W + s_k B_k A_k| * (y_k-1 + s_k B_k A_k x), with y_0 = W x, which is also what merging one after the other
+makes of W.
 On an embedding: y = W[x] + s (A[:, x])^T B^T, with A = 0 and B normal at the start.
 Starts other than zero (PiSSA, OLoRA, LoftQ) live in lora_init.py.
 
@@ -36,7 +38,7 @@ from siliang.methods.base import (
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
 from siliang.methods.targets import LORA_TARGETS
 from siliang.ops.lora_linear import lora_linear
-from siliang.types import ConfigError, PeftType
+from siliang.types import ConfigError, MergeError, PeftType
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
 
@@ -120,6 +122,8 @@ class LoraConfig(LayerConfig):
             self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
             if self.loftq_config["loftq_bits"] not in (4, 8) or self.loftq_config["loftq_iter"] < 1:
                 raise ConfigError(f"loftq_config = {self.loftq_config}: loftq_bits is 4 or 8, loftq_iter at least 1.")
+        if self.use_dora and self.lora_bias:
+            raise ConfigError("use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set without layers_to_transform: say which layers, or leave both out.")
 
@@ -239,12 +243,13 @@ class LoraLinear(_LoraLayer):
         self.dropout_p.pop(name, None)
 
     def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = base = self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        alone = not self.merged
         for name in names:
             if name not in self.lora_A:
                 continue
             if name in self.lora_magnitude_vector:
-                y = y + self._dora(name, x, base)
+                y = y + self._dora(name, x, y, alone)
             else:
                 y = lora_linear(
                     y,
@@ -255,6 +260,7 @@ class LoraLinear(_LoraLayer):
                     dropout_p=self.dropout_p[name],
                     training=self.training,
                 )
+            alone = False
         return y
 
     def merged_parameters(self, name: str) -> dict[str, Tensor]:
@@ -263,15 +269,22 @@ class LoraLinear(_LoraLayer):
         merged_OI = float_weight(self.base_layer).to(torch.promote_types(weight.dtype, torch.float32)) + self.delta(
             name
         )
+        base_O, bias_O, own_O = self.base_layer.bias, self.lora_B[name].bias, self._unmerged.get("bias")
+        found: dict[str, Tensor] = {}
         if name in self.lora_magnitude_vector:
-            merged_OI = merged_OI * (self._magnitude(name) / self._norm(name)).unsqueeze(1)
-        found = {"weight": as_stored(self.base_layer, merged_OI)}
-        bias_O = self.lora_B[name].bias
+            scale_O = self._magnitude(name) / self._norm(name)
+            merged_OI = merged_OI * scale_O.unsqueeze(1)
+            if own_O is not None:  # the biases that were merged before are part of y_k-1, the layer's own is not scaled
+                found["bias"] = own_O + scale_O * (base_O - own_O)
         if bias_O is not None:
-            base_O = self.base_layer.bias
+            if base_O is None:
+                raise MergeError(
+                    "The adapter's lora_bias cannot be merged: the base model's layer has no bias to add it to. "
+                    "Keep the adapter, or train it without lora_bias."
+                )
             update_O = self.scaling[name] * bias_O  # type: ignore[operator]
-            found["bias"] = update_O if base_O is None else base_O.to(update_O.dtype) + update_O
-        return found
+            found["bias"] = base_O.to(update_O.dtype) + update_O
+        return {"weight": as_stored(self.base_layer, merged_OI)} | found
 
     def delta(self, name: str) -> Tensor:
         """s B A, (O, I), in A's dtype."""
@@ -282,14 +295,19 @@ class LoraLinear(_LoraLayer):
         # in the file the magnitude stands without ".weight"
         return {k.replace("vector.weight", "vector"): p for k, p in super().adapter_parameters(name).items()}
 
-    def _dora(self, name: str, x_BI: Tensor, base_BO: Tensor) -> Tensor:
-        """What DoRA adds to the base layer's output, its bias left out: (m/|.| - 1) W x + m/|.| s B A x."""
+    def _dora(self, name: str, x_BI: Tensor, y_BO: Tensor, alone: bool) -> Tensor:
+        """What DoRA adds to the output so far, y, the layer's own bias left out: (m/|.| - 1) y + m/|.| s B A x.
+
+        Args:
+            alone: y is the base layer's output, which dropout then reaches as well.
+        """
         dropout_p = self.dropout_p[name] if self.training else 0.0
         x_BI = F.dropout(x_BI, dropout_p)
-        if dropout_p:
+        bias_O = self._unmerged.get("bias", self.base_layer.bias)
+        if dropout_p and alone:
             base_BO = F.linear(x_BI, float_weight(self.base_layer).to(x_BI.dtype))
-        elif self.base_layer.bias is not None:
-            base_BO = base_BO - self.base_layer.bias
+        else:
+            base_BO = y_BO if bias_O is None else y_BO - bias_O
         scale_O = self._magnitude(name) / self._norm(name)
         update_BO = lora_linear(torch.zeros_like(base_BO), x_BI, *self._factors(name), self.scaling[name])
         # near 1 the difference is small, and is rounded as such in half precision
@@ -301,7 +319,8 @@ class LoraLinear(_LoraLayer):
         A, _ = self._factors(name)
         if A.device.type == "meta":
             return A.new_empty(features(self.base_layer)[1])
-        base = self._residuals.get(name)
+        # the weight without what is merged into it just now: the norm is the same merged and unmerged
+        base = self._residuals.get(name, self._unmerged.get("weight"))
         W_OI = float_weight(self.base_layer) if base is None else out_by_in(self.base_layer, base)
         return torch.linalg.norm(W_OI.to(A.dtype) + self.delta(name), dim=1)
 
@@ -367,7 +386,7 @@ class LoraEmbedding(_LoraLayer):
         for name in names:
             if name in self.lora_embedding_A:
                 A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
-                update = F.embedding(x, A.T) @ B.T
+                update = F.embedding(x, A.T, padding_idx=self.base_layer.padding_idx) @ B.T
                 # BART's and Gemma's embeddings multiply their output by a constant
                 scale = getattr(self.base_layer, "embed_scale", None)
                 update = update if scale is None else update * scale
