@@ -56,7 +56,12 @@ def read_yaml_text(text: str) -> dict[str, object]:
         ("task=translate", "task = 'TRANSLATE'"),
         ("method=lorra", "method 'lorra' is not one of lora,"),
         ("method.rank=4", "method.rank is not a setting of lora. Here that is `method.r=4`."),
-        ("method.r=0", "r = 0: the rank must be a whole number of at least 1."),
+        ("method.r=0", "method.r = 0: must be at least 1."),
+        ("method.r=2.5", "method.r = 2.5: must be a whole number."),
+        ("method.r=true", "method.r = True: must be a whole number."),
+        ("method.rank_pattern={q: '4'}", "method.rank_pattern = {'q': '4'}: must be a mapping of names to whole numbers"),
+        ("method.target_modules=7", "method.target_modules = 7: must be a list of names or text or null."),
+        ("method={name: prompt, num_virtual_tokens: 2.5}", "method.num_virtual_tokens = 2.5: must be a whole number."),
         ("data=d.csv", "data = 'd.csv'"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from siliang.files import replacing
 from siliang.inject import PROMPT_KEY, Injection
 from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt, WrappedLayer
+from siliang.methods.lora import LoraConfig
 from siliang.methods.prefix_tuning import PrefixTuningConfig
-from siliang.types import AdapterError
+from siliang.targets import find_targets, layer_arguments
+from siliang.types import AdapterError, TargetError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
@@ -41,7 +45,7 @@ def save_adapter(folder: Path, injection: Injection, name: str, config: PeftConf
         else:
             (folder / file).unlink(missing_ok=True)
     with replacing(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(config.to_json(), encoding="utf-8")
+        temporary.write_text(config.to_json(inference_mode=True), encoding="utf-8")  # as PEFT does
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -77,17 +81,22 @@ def read_training(folder: Path) -> dict[str, Tensor] | None:
         raise AdapterError(f"{path} is damaged: {error}") from error
 
 
-def check_sizes(config: PeftConfig, tensors: dict[str, Tensor], *, source: str) -> None:
+def check_sizes(config: PeftConfig, tensors: dict[str, Tensor], *, model: nn.Module, source: str) -> None:
     """Before anything is made by a config: what it asks for must be in the file, or a small file could fill the memory.
 
     Raises:
         AdapterError: It asks for more.
     """
     largest = max((n for t in tensors.values() for n in t.shape), default=0)
-    wanted = {n: getattr(config, n, None) for n in ("r", "num_virtual_tokens", "token_dim", "num_layers")}
-    wanted |= {f"rank_pattern[{key!r}]": r for key, r in getattr(config, "rank_pattern", {}).items()}
+    wanted = {n: getattr(config, n, None) for n in ("num_virtual_tokens", "token_dim", "num_layers")}
     if isinstance(config, PrefixTuningConfig):
         wanted["num_layers times token_dim"] = (config.num_layers or 0) * (config.token_dim or 0)
+    if isinstance(config, LoraConfig):
+        # of the layers alone: with rank_pattern, r may be that of none of them
+        with suppress(TargetError):  # attaching will say so
+            layers = find_targets(model, copy.deepcopy(config), outside=[], lenient=True)
+            ranks = {path: values["r"] for path, values in layer_arguments(config, layers, lenient=True).items()}
+            wanted |= {f"r of {path}": rank for path, rank in ranks.items()}
     for name, value in wanted.items():
         if value is not None and value > largest:
             raise AdapterError(f"{source}: {name} = {value:,}, and the largest tensor has {largest:,} rows or columns.")

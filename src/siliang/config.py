@@ -370,8 +370,8 @@ class MethodConfig(BaseModel):
         if config:
             try:
                 config(**self.arguments)
-            except (TypeError, AttributeError, KeyError, OverflowError) as error:
-                raise ConfigError(f"method: a setting of {self.name} is of the wrong kind: {error}.") from None
+            except ConfigError as error:
+                raise ConfigError(f"method.{error}") from None
         return self
 
 

@@ -92,7 +92,7 @@ class Injection(nn.Module):
         elif isinstance(config, LayerConfig):
             layers = find_targets(self.model, config, outside=saved, lenient=lenient)
             biases = lora_biases(self.model, config, layers, saved)
-        arguments = layer_arguments(cast(LayerConfig, config), layers)
+        arguments = layer_arguments(cast(LayerConfig, config), layers, lenient=lenient)
         for path in layers:
             self._wrap(path, cast(LayerConfig, config)).add_adapter(name, **arguments[path])
         for path in biases:

@@ -175,7 +175,7 @@ class PeftModel(PreTrainedModel):
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors = read_adapter(folder)
-        check_sizes(config, tensors, source=str(folder))
+        check_sizes(config, tensors, model=self.get_base_model(), source=str(folder))
         before = self.injection.active
         self._add_adapter(adapter_name, config, lenient=True)
         try:
@@ -320,7 +320,7 @@ class PeftModel(PreTrainedModel):
         config = copy.deepcopy(config) or PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors, training = read_adapter(folder), read_training(folder) if is_trainable else None
-        check_sizes(config, tensors, source=str(folder))
+        check_sizes(config, tensors, model=model, source=str(folder))
         peft_model = cls(model, config, adapter_name, lenient=True)
         try:
             load_tensors(peft_model.injection, adapter_name, tensors, source=str(folder), training=training)

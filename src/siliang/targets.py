@@ -13,7 +13,7 @@ from siliang.limits import LimitError, limited
 from siliang.methods import method_of
 from siliang.methods.base import LayerConfig, WrappedLayer, is_linear
 from siliang.methods.bitfit import is_bias
-from siliang.methods.lora import LoraConfig
+from siliang.methods.lora import LoraConfig, matches_layer
 from siliang.saved_module import SavedModule
 from siliang.types import TargetError, nearest
 
@@ -28,13 +28,25 @@ def find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], l
         return _find_targets(model, config, outside=outside, lenient=lenient)
 
 
-def layer_arguments(config: LayerConfig, layers: list[str]) -> dict[str, dict[str, Any]]:
+def layer_arguments(config: LayerConfig, layers: list[str], *, lenient: bool = False) -> dict[str, dict[str, Any]]:
     """What the wrapped layer of each path needs.
 
+    Args:
+        lenient: Patterns may match nothing, as in files that PEFT wrote.
+
     Raises:
-        TargetError: A pattern is no regular expression, or takes too long to match.
+        TargetError: A pattern matches nothing, is no regular expression, or takes too long to match.
     """
     with _matching("rank_pattern or alpha_pattern"):
+        if isinstance(config, LoraConfig) and not lenient:
+            for name in ("rank_pattern", "alpha_pattern"):
+                for key in getattr(config, name):
+                    if not any(matches_layer(key, path) for path in layers):
+                        hint = nearest(key, {p.rpartition(".")[2] for p in layers}) or nearest(key, layers)
+                        raise TargetError(
+                            f"{name}: {key!r} matches none of the layers that are tuned.{hint} "
+                            f"They are like {_samples(layers)}."
+                        )
         return {path: config.layer_arguments(path) for path in layers}
 
 
@@ -55,9 +67,11 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
     fitting = [p for p, m in modules.items() if any(k.supports(m) for k in kinds) and not inside(p, outside)]
     if config.target_modules is None:
         config.target_modules = default_targets(model, config, fitting)
+    if not lenient:
+        _check_names(config, list(modules))
     config.use_defaults_of(getattr(getattr(model, "config", None), "model_type", None))
     wanted = config.target_modules
-    if wanted == "all-linear":
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
         head = _output_embedding(model)
         found = [p for p in fitting if modules[p] is not head and is_linear(modules[p])]
         # PEFT saves the names themselves, so that the file means the same on a model with other linear layers
@@ -79,7 +93,9 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
                 f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}."
             )
         found = [p for p in modules if any(_ends(p, name) for name in wanted)]
-    found = [p for p in found if not _excluded(p, config.exclude_modules) and _in_chosen_layers(p, config)]
+    chosen = _chosen_layers(config, list(modules), lenient=lenient)
+    found = [p for p in found if not _excluded(p, config.exclude_modules)]
+    found = [p for p in found if chosen is None or _layer_index(p, config) in chosen]
     found = [p for p in found if not inside(p, outside)]
     if not found:
         raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
@@ -95,10 +111,26 @@ def default_targets(model: nn.Module, config: LayerConfig, fitting: list[str]) -
     if model_type in config.DEFAULT_TARGETS:
         return list(config.DEFAULT_TARGETS[model_type])
     endings = sorted({p.rpartition(".")[2] for p in fitting})
+    linear = any(is_linear(model.get_submodule(p)) for p in fitting)
+    way = "set target_modules: all-linear, or name some" if linear else "name them in target_modules"
     raise TargetError(
-        f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: name them. "
+        f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: {way}. "
         f"Layers that can be tuned: {', '.join(endings) or 'none'}."
     )
+
+
+def _check_names(config: LayerConfig, paths: list[str]) -> None:
+    """What is named beside the targets must be there, or it would have no effect.
+
+    Raises:
+        TargetError: A name or regular expression of exclude_modules or feedforward_modules matches nothing.
+    """
+    for field in ("exclude_modules", "feedforward_modules"):
+        named = getattr(config, field, None) or []
+        for name in [named] if isinstance(named, str) else named:
+            if not any(_excluded(p, name if isinstance(named, str) else [name]) for p in paths):
+                hint = nearest(name, {p.rpartition(".")[2] for p in paths})
+                raise TargetError(f"{field}: {name!r} matches no module of the model.{hint}")
 
 
 def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str]) -> list[str]:
@@ -173,18 +205,48 @@ def _excluded(path: str, exclude: list[str] | str | None) -> bool:
     return any(_ends(path, name) for name in exclude)
 
 
-def _in_chosen_layers(path: str, config: LayerConfig) -> bool:
-    """Whether the block index in `path` is one of layers_to_transform: the first number after the pattern's name."""
-    if not isinstance(config, LoraConfig) or config.layers_to_transform is None:
-        return True
-    chosen = config.layers_to_transform
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    patterns = config.layers_pattern
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns or [r"[^.]*"]:
-        if found := re.match(rf".*\.{pattern}\.(\d+)\.", "." + path):
-            return int(found[1]) in chosen
-    return False
+def _chosen_layers(config: LayerConfig, paths: list[str], *, lenient: bool) -> set[int] | None:
+    """The numbers of layers_to_transform; None for all layers.
+
+    Raises:
+        TargetError: The model has no layer of a number, or layers_pattern names no list of layers.
+    """
+    if not isinstance(config, LoraConfig) or config.layers_to_transform in (None, []):
+        return None
+    wanted = config.layers_to_transform
+    chosen = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    if lenient:
+        return chosen
+    for pattern in _layer_patterns(config):
+        if all(_index_in(path, pattern) is None for path in paths):
+            lists = {path.split(".")[-2] for path in paths if path.rpartition(".")[2].isdigit() and "." in path}
+            hint = nearest(pattern, lists) or f" There are {', '.join(sorted(lists)) or 'none'}."
+            raise TargetError(f"layers_pattern: {pattern!r} is the name of no list of layers in this model.{hint}")
+    there = {index for path in paths if (index := _layer_index(path, config)) is not None}
+    if strange := sorted(chosen - there):
+        known = f"they go from {min(there)} to {max(there)}" if there else "its layers have no numbers"
+        raise TargetError(
+            f"layers_to_transform: the model has no layer {', '.join(map(str, strange))}: {known}."
+        )
+    return chosen
+
+
+def _layer_index(path: str, config: LoraConfig) -> int | None:
+    """The number of the model's layer that `path` lies in: the first in it, for those further in count experts and the
+    like; with layers_pattern the first after the pattern's name.
+    """
+    patterns = _layer_patterns(config) or [r"[^.]*"]
+    return next((index for pattern in patterns if (index := _index_in(path, pattern)) is not None), None)
+
+
+def _index_in(path: str, pattern: str) -> int | None:
+    found = re.match(rf".*?\.{pattern}\.(\d+)(\.|$)", "." + path)
+    return int(found[1]) if found else None
+
+
+def _layer_patterns(config: LoraConfig) -> list[str]:
+    patterns = config.layers_pattern or []
+    return [patterns] if isinstance(patterns, str) else patterns
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

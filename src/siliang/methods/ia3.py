@@ -50,8 +50,6 @@ class IA3Config(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.feedforward_modules, set | tuple | frozenset):
-            self.feedforward_modules = sorted(self.feedforward_modules)
         feedforward, targets = self.feedforward_modules, self.target_modules
         if isinstance(feedforward, list) and isinstance(targets, list) and not set(feedforward) <= set(targets):
             strange = sorted(set(feedforward) - set(targets))

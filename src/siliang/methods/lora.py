@@ -19,13 +19,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliang.methods.base import (
+    CONFIG_NAME,
     LayerConfig,
     WrappedLayer,
     as_stored,
@@ -38,9 +39,12 @@ from siliang.methods.base import (
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
 from siliang.methods.targets import LORA_TARGETS
 from siliang.ops.lora_linear import lora_linear
-from siliang.types import ConfigError, MergeError, PeftType
+from siliang.types import AdapterError, ConfigError, MergeError, PeftType, nearest
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
+# Starts of PEFT that siliang does not have. The former set A and B alone, which are in the file.
+STARTS_IN_PLACE = ("eva", "orthogonal", "mica")
+STARTS_BY_DATA = ("corda", "lora_ga")
 
 
 @dataclass(kw_only=True)
@@ -104,28 +108,67 @@ class LoraConfig(LayerConfig):
         "velora_config": None,
     }
 
+    AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ConfigError(f"r = {self.r!r}: the rank must be a whole number of at least 1.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must be at least 0 and less than 1.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(f"bias = {self.bias!r}: must be 'none', 'all' or 'lora_only'.")
+        if low := [key for key, r in self.rank_pattern.items() if r < 1]:
+            raise ConfigError(f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be at least 1.")
         init = self.init_lora_weights
-        if init not in (True, False, *INITS) and not re.fullmatch(r"pissa_niter_[1-9]\d*", str(init)):
-            raise ConfigError(
-                f"init_lora_weights = {init!r}: must be true, false, {', '.join(map(repr, INITS))} or 'pissa_niter_4'."
-            )
-        self.loftq_config = dict(self.loftq_config or {})
+        if isinstance(init, str):
+            init = self.init_lora_weights = init.lower()
+            if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", init):
+                raise ConfigError(
+                    f"init_lora_weights = {init!r}: must be true, false, {', '.join(map(repr, INITS))} or "
+                    f"'pissa_niter_4'.{nearest(init, INITS)}"
+                )
         if init == "loftq":
             self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
-            if self.loftq_config["loftq_bits"] not in (4, 8) or self.loftq_config["loftq_iter"] < 1:
+            bits, rounds = self.loftq_config["loftq_bits"], self.loftq_config["loftq_iter"]
+            if bits not in (4, 8) or type(rounds) is not int or rounds < 1:
                 raise ConfigError(f"loftq_config = {self.loftq_config}: loftq_bits is 4 or 8, loftq_iter at least 1.")
         if self.use_dora and self.lora_bias:
             raise ConfigError("use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set without layers_to_transform: say which layers, or leave both out.")
+        targets = self.target_modules
+        if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
+            raise ConfigError(
+                "layers_to_transform is for target_modules by name: with a regular expression, as here, write the "
+                "layers' numbers into it."
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str = CONFIG_NAME) -> Self:
+        """As for every method; starts that siliang does not have are no matter where they left the base weights alone.
+
+        Raises:
+            AdapterError: As for every method, or the start changed the base weights in a way that is not in the file.
+        """
+        init = str(values.get("init_lora_weights")).lower()
+        if init in STARTS_IN_PLACE:
+            values = values | {"init_lora_weights": True}
+        elif init in STARTS_BY_DATA:
+            raise AdapterError(
+                f"{source}: init_lora_weights = {init!r} changed the base model's weights by data that the file does "
+                "not hold. Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion=...)."
+            )
+        return super().from_dict(values, source=source)
+
+    @classmethod
+    def has_effect(cls, key: str, values: dict[str, Any]) -> bool:
+        """Whether the field that switches the one called `key` on is set."""
+        init = str(values.get("init_lora_weights")).lower()
+        switched_by = {
+            "megatron_core": values.get("megatron_config"),
+            "qalora_group_size": values.get("use_qalora"),
+            "eva_config": False,  # a start: the file holds what came of it
+            "corda_config": init == "corda",
+            "lora_ga_config": init == "lora_ga",
+        }
+        return bool(switched_by.get(key, True))
 
     def layer_arguments(self, path: str) -> dict[str, Any]:
         """What `add_adapter` needs for the layer at `path`, the patterns resolved."""
@@ -407,9 +450,11 @@ def _empty(in_features: int, out_features: int, *, bias: bool = False, device: A
     return layer
 
 
+def matches_layer(pattern: str, path: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the layer at `path`: the whole or its ending, as in PEFT."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
 def _for_path(patterns: Mapping[str, float], path: str, default: float) -> Any:
-    """The value of the first pattern that matches the whole of `path` or its ending, as PEFT matches them."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    """The value of the first pattern that matches `path`."""
+    return next((value for pattern, value in patterns.items() if matches_layer(pattern, path)), default)

@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from siliang.methods.base import Prompt, PromptConfig
-from siliang.types import ConfigError, PeftType, nearest
+from siliang.types import ConfigError, PeftType
 
 
 class PromptEncoderReparameterizationType(StrEnum):
@@ -45,16 +45,12 @@ class PromptEncoderConfig(PromptConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.P_TUNING
 
+    AT_LEAST_1: ClassVar[tuple[str, ...]] = (*PromptConfig.AT_LEAST_1, "encoder_hidden_size", "encoder_num_layers")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        kind = self.encoder_reparameterization_type
-        try:
-            self.encoder_reparameterization_type = PromptEncoderReparameterizationType(kind)
-        except ValueError:
-            raise ConfigError(
-                f"encoder_reparameterization_type = {kind!r} is not one of MLP, LSTM."
-                + nearest(str(kind), PromptEncoderReparameterizationType)
-            ) from None
+        if not 0.0 <= self.encoder_dropout < 1.0:
+            raise ConfigError(f"encoder_dropout = {self.encoder_dropout!r}: must be at least 0 and less than 1.")
 
     def make_prompt(self, word_embeddings: nn.Module) -> EncodedPrompt:
         """A new prompt; the word embeddings play no part in it."""

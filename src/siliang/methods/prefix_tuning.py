@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from siliang.methods.base import Prompt, PromptConfig
-from siliang.types import ConfigError, PeftType
+from siliang.types import PeftType
 
 
 @dataclass(kw_only=True)
@@ -34,11 +34,7 @@ class PrefixTuningConfig(PromptConfig):
     init_weights: Literal["zero"] | None = None
 
     peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_weights not in (None, "zero"):
-            raise ConfigError(f"init_weights = {self.init_weights!r}: must be null or 'zero'.")
+    AT_LEAST_1: ClassVar[tuple[str, ...]] = (*PromptConfig.AT_LEAST_1, "encoder_hidden_size")
 
     def complete(self, model_config: Any) -> None:
         """As for every prompt; with grouped heads the width is that of the keys, not of the hidden states."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.methods.base import Prompt, PromptConfig
-from siliang.types import ConfigError, PeftType, nearest
+from siliang.types import ConfigError, PeftType
 
 
 class PromptTuningInit(StrEnum):
@@ -48,13 +48,6 @@ class PromptTuningConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
-        except ValueError:
-            raise ConfigError(
-                f"prompt_tuning_init = {self.prompt_tuning_init!r} is not one of {', '.join(PromptTuningInit)}."
-                + nearest(str(self.prompt_tuning_init), PromptTuningInit)
-            ) from None
         if self.prompt_tuning_init is PromptTuningInit.TEXT:
             for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 if not getattr(self, name):

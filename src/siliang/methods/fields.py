@@ -1,0 +1,115 @@
+"""The fields of a method's config, checked by their types wherever they come from: Python, run.yaml, or an adapter's
+file.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import enum
+import functools
+import typing
+from contextlib import suppress
+from pathlib import PurePath
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from siliang.types import ConfigError, nearest
+
+
+def check_fields(config: Any) -> None:
+    """Checks each field of a dataclass, strictly: "16" is no number, nor is true. Sets and tuples become lists, words
+    of an enum its members.
+
+    Raises:
+        ConfigError: A value is not what its field's type allows.
+    """
+    for name, (kind, check) in _fields(type(config)).items():
+        value = _as_field(kind, getattr(config, name))
+        setattr(config, name, value)
+        try:
+            check.validate_python(value)
+        except ValidationError:
+            shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]} ..."
+            hint = _near(value, kind) or _quoted(value)
+            raise ConfigError(f"{name} = {shown}: must be {_in_words(kind)}.{hint}") from None
+
+
+@functools.cache
+def _fields(kind: type[Any]) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+    """The type of each field of a dataclass, without `| None`, and what checks it."""
+    hints = get_type_hints(kind)
+    settings = ConfigDict(strict=True, allow_inf_nan=False)
+    return {
+        f.name: (_without_none(hints[f.name]), TypeAdapter(hints[f.name], config=settings))
+        for f in dataclasses.fields(kind)
+    }
+
+
+def _without_none(kind: Any) -> Any:
+    """`X` of `X | None`."""
+    left = [k for k in get_args(kind) if k is not type(None)]
+    return left[0] if len(left) == 1 and type(None) in get_args(kind) else kind
+
+
+def _as_field(kind: Any, value: Any) -> Any:
+    """A value in the form that its field has: a set or tuple as a list, an enum by its word in any case, a Path as its
+    name, a number of numpy as one of Python.
+    """
+    if isinstance(value, set | frozenset):
+        try:
+            return sorted(value)
+        except TypeError:  # of different kinds: the check says which are allowed
+            return list(value)
+    if isinstance(value, tuple | range):
+        return list(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(kind, enum.EnumType) and isinstance(value, str):
+        return next((member for member in kind if member.value.lower() == value.lower()), value)
+    return value
+
+
+def _in_words(kind: Any) -> str:
+    """What a type allows, as a message says it."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if kind in words:
+        return words[kind]
+    if isinstance(kind, enum.EnumType):
+        return f"one of {', '.join(str(member.value) for member in kind)}"
+    inner = get_args(kind)
+    match get_origin(kind):
+        case typing.Literal:
+            return " or ".join([", ".join(map(repr, inner[:-1])), repr(inner[-1])][len(inner) < 2 :])
+        case builtins.list:
+            return f"a list of {_several(inner[0])}"
+        case builtins.dict:
+            return "a mapping" if inner[1] is Any else f"a mapping of names to {_several(inner[1])}"
+    if inner:
+        return " or ".join(_in_words(k) for k in inner)
+    return str(kind)
+
+
+def _several(kind: Any) -> str:
+    return {int: "whole numbers", float: "numbers", str: "names"}[kind]
+
+
+def _near(value: Any, kind: Any) -> str:
+    """The near words of an enum or a literal."""
+    words = [str(m.value) for m in kind] if isinstance(kind, enum.EnumType) else get_args(kind)
+    return nearest(value, words) if isinstance(value, str) and all(isinstance(w, str) for w in words) else ""
+
+
+def _quoted(value: Any) -> str:
+    """A hint where a text, or one in a mapping or list, is a number."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    for text in inner:
+        if isinstance(text, str):
+            with suppress(ValueError):
+                float(text)
+                return f" Write {text} without quotes."
+    return ""
