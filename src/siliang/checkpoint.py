@@ -96,7 +96,7 @@ def check_sizes(config: PeftConfig, tensors: dict[str, Tensor], *, model: nn.Mod
         with suppress(TargetError):  # attaching will say so
             layers = find_targets(model, copy.deepcopy(config), outside=[], lenient=True)
             ranks = {path: values["r"] for path, values in layer_arguments(config, layers, lenient=True).items()}
-            wanted |= {f"r of {path}": rank for path, rank in ranks.items()}
+            wanted |= {f"{path}: r": rank for path, rank in ranks.items()}
     for name, value in wanted.items():
         if value is not None and value > largest:
             raise AdapterError(f"{source}: {name} = {value:,}, and the largest tensor has {largest:,} rows or columns.")

@@ -225,9 +225,7 @@ def _chosen_layers(config: LayerConfig, paths: list[str], *, lenient: bool) -> s
     there = {index for path in paths if (index := _layer_index(path, config)) is not None}
     if strange := sorted(chosen - there):
         known = f"they go from {min(there)} to {max(there)}" if there else "its layers have no numbers"
-        raise TargetError(
-            f"layers_to_transform: the model has no layer {', '.join(map(str, strange))}: {known}."
-        )
+        raise TargetError(f"layers_to_transform: the model has no layer {', '.join(map(str, strange))}: {known}.")
     return chosen
 
 
