@@ -59,7 +59,10 @@ def read_yaml_text(text: str) -> dict[str, object]:
         ("method.r=0", "method.r = 0: must be at least 1."),
         ("method.r=2.5", "method.r = 2.5: must be a whole number."),
         ("method.r=true", "method.r = True: must be a whole number."),
-        ("method.rank_pattern={q: '4'}", "method.rank_pattern = {'q': '4'}: must be a mapping of names to whole numbers"),
+        (
+            "method.rank_pattern={q: '4'}",
+            "method.rank_pattern = {'q': '4'}: must be a mapping of names to whole numbers",
+        ),
         ("method.target_modules=7", "method.target_modules = 7: must be a list of names or text or null."),
         ("method={name: prompt, num_virtual_tokens: 2.5}", "method.num_virtual_tokens = 2.5: must be a whole number."),
         ("data=d.csv", "data = 'd.csv'"),
