@@ -120,6 +120,10 @@ class Record(Part):
     data_sha256: str
     """Over the data files."""
     labels: list[str] | None = None
+    layout: str = ""
+    """How the rows were laid out: a name that data.format knows."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """The data's column of each part of the layout: {text: review, label: label}."""
     parameters: Counts
     rows: Rows
     seconds: Seconds = Field(default_factory=Seconds)

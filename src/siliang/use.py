@@ -16,16 +16,20 @@ from transformers import TextStreamer
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
 from siliang.data.examples import ExampleSet, Labelled, SourceTarget
-from siliang.data.load import load_examples
+from siliang.data.formats import BadRow, as_text
+from siliang.data.load import Layout, load_examples, load_rows
+from siliang.data.sources import Reading, open_source
+from siliang.data.text_files import find_text, kind_of
 from siliang.data.tokens import TokenSet, prompt_tokens, special_prefix, stop_tokens, tokenise
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, claim
 from siliang.train import metrics
-from siliang.types import ConfigError, MergeError, TaskType
+from siliang.types import ConfigError, DataError, MergeError, TaskType
 
 PROOF_SAMPLES = 32
 WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+PAIR = ("text", "text_pair")
 LABELS = ("labels", "start_positions", "end_positions")
 
 
@@ -36,25 +40,72 @@ class Prediction:
     text: str
     label: str
     probability: float
+    pair: str | None = None
 
 
 @torch.no_grad()
-def predict(run: OpenedRun, texts: Sequence[str], *, batch_size: int = 32) -> Iterator[Prediction]:
+def predict(run: OpenedRun, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 32) -> Iterator[Prediction]:
     """The most probable class of each text, in order.
+
+    Args:
+        texts: Where the run was trained on pairs of texts, such pairs, or the two in one with a tab between them.
 
     Raises:
         ConfigError: The run is no classifier.
+        DataError: The run is for pairs, and a text is alone.
     """
     if run.config.task is not TaskType.SEQ_CLS:
         other = "generate" if run.config.task in WRITERS else "eval"
         raise ConfigError(f"{run.folder} is no classifier of texts: use `siliang {other}`.")
     data = run.config.data.model_copy(update={"too_long": "cut"})
-    tokens = tokenise([Labelled(text, "") for text in texts], run.tokenizer, data, run.config.task, labels=run.labels)
+    asked = [_asked(run, text) for text in texts]
+    tokens = tokenise(asked, run.tokenizer, data, run.config.task, labels=run.labels)
     for start, batch in _batches(run, tokens, batch_size):
         logits = run.model(**_inputs(batch)).logits
         probabilities, numbers = logits.float().softmax(-1).max(-1)
-        for text, p, n in zip(texts[start : start + batch_size], probabilities.tolist(), numbers.tolist(), strict=True):
-            yield Prediction(text, run.labels[n], p)
+        for one, p, n in zip(asked[start : start + batch_size], probabilities.tolist(), numbers.tolist(), strict=True):
+            yield Prediction(one.text, run.labels[n], p, one.pair)
+
+
+def _asked(run: OpenedRun, text: str | tuple[str, str]) -> Labelled:
+    if run.record.layout != "sentence-pair":
+        return Labelled(text if isinstance(text, str) else "\t".join(text), "")
+    parts = text.split("\t") if isinstance(text, str) else text
+    if len(parts) != 2 or not all(part.strip() for part in parts):
+        first, second = run.record.columns["text"], run.record.columns["text_pair"]
+        raise DataError(
+            f"{run.folder} was trained on pairs of texts, {first!r} and {second!r}, and {str(text)[:60]!r} has no "
+            f"{second!r}.\nGive both with a tab between them, or a file with both columns: siliang predict RUN a.csv."
+        )
+    return Labelled(parts[0], "", parts[1])
+
+
+def read_texts(run: OpenedRun, source: str) -> list[str | tuple[str, str]]:
+    """The texts of a file of data, from the columns that the run was trained on; "" where a row has none.
+
+    Raises:
+        DataError: It cannot be read, or lacks the columns.
+    """
+    data = run.config.data
+    reading = Reading(data.header, "auto", data.separator)
+    if kind_of(Path(source)) == ".txt":
+        return [line.rstrip("\r\n") for _, line in find_text(Path(source)).lines()]
+    names = [run.record.columns.get(part, part) for part in PAIR[: 1 + (run.record.layout == "sentence-pair")]]
+    texts: list[str | tuple[str, str]] = []
+    opened = open_source(source, reading)
+    for row in opened.rows(next(iter(opened.parts)), reading):
+        missing = [name for name in names if name not in row.values]
+        if row.problem is not None:
+            raise DataError(f"{row.where} {row.problem}.")
+        if missing:
+            there = ", ".join(map(repr, row.values))
+            raise DataError(f"{row.where} has no column {missing[0]!r}, which the run was trained on; it has {there}.")
+        try:
+            cells = [as_text(row.values[name], name) for name in names]
+        except BadRow as problem:
+            raise DataError(f"{row.where} {problem}.") from None
+        texts.append((cells[0], cells[1]) if len(cells) > 1 and any(map(str.strip, cells)) else cells[0])
+    return texts
 
 
 @torch.no_grad()
@@ -247,10 +298,12 @@ def _rows(run: OpenedRun, data: str | None, limit: int | None = None) -> tuple[E
     """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows; and tokens."""
     settings, task = run.config.data, run.config.task
     if data is not None:
-        named = {"train": data, "eval": None, "test_size": 0.0, "labels": run.record.labels}
-        settings = settings.model_copy(update=named)
-    examples = load_examples(settings, task, seed=run.config.train.seed)
-    rows = examples.train if data is not None or not len(examples.eval) else examples.eval
+        settings = settings.model_copy(update={"labels": run.record.labels, "encoding": "auto"})
+        layout = Layout(run.record.layout, run.record.columns) if run.record.layout else None
+        rows = load_rows(settings, task, data, layout).eval
+    else:
+        examples = load_examples(settings, task, seed=run.config.train.seed)
+        rows = examples.eval if len(examples.eval) else examples.train
     rows = rows if limit is None else rows[:limit]
     return rows, tokenise(rows, run.tokenizer, settings, task, labels=run.record.labels)
 

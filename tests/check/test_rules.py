@@ -73,6 +73,29 @@ def test_a_clean_run_is_silent(case: Case, task: str) -> None:
     assert case(task=task, model="llama" if task == "causal_lm" else "bert") == []
 
 
+def quoted(folder: Path) -> str:
+    """Titles in quotes, or the work of a program that quotes: nobody knows."""
+    path = folder / "d.tsv"
+    path.write_text(
+        "instruction\toutput\n" + "".join(f"{r['instruction']}\t{r['output']}\n" for r in CLEAN) + '"I"\tno\n'
+    )
+    return str(path)
+
+
+def chatty(case: Case) -> Path:
+    """A model whose chat template knows no system messages."""
+    folder = case.folder / "chatty"
+    make("llama").save_pretrained(folder)  # type: ignore[operator]
+    tok = word_tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ m.role + ' : ' + m.content }}{% if m.role == 'assistant' %}</s>{% else %} . {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    tok.save_pretrained(folder)
+    return folder
+
+
 BIG = 10**4
 TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
     "SL001": ("1 row is bad", lambda c: c([*CLEAN, {"instruction": "a", "output": " "}])),
@@ -125,6 +148,20 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
         ),
     ),
     "SL019": ("test_size", lambda c: c(data={"test_size": 0.0})),
+    "SL020": (
+        "'pos' (18 rows) and 'pos ' (1 rows)",
+        lambda c: c(
+            [*REVIEWS, {"text": "very good film", "label": "pos "}],
+            task="seq_cls",
+            model="bert",
+            data={"test_size": 0.02},
+        ),
+    ),
+    "SL029": ("1 rows have a cell in double quotes", lambda c: c(data={"train": quoted(c.folder)})),
+    "SL030": (
+        "d.jsonl:91 is refused by the chat template: no system here",
+        lambda c: c([*CLEAN[:90], CLEAN[0] | {"system": "I"}, *CLEAN[91:]], model=chatty(c), data={"template": "chat"}),
+    ),
     "SL024": ("'qury' matches no module", lambda c: c(method={"name": "lora", "target_modules": ["qury"]})),
     "SL025": ("none", lambda c: c(method="bitfit")),
     "SL026": (

@@ -20,7 +20,7 @@ def count(s: Subject) -> dict[str, Any]:
         "columns": s.examples.columns,
         "not_used": s.examples.unused,
         "notes": s.examples.notes,
-        "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.examples.skipped)},
+        "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.skipped)},
         "tokens": tokens,
     }
     counts |= {"length": _spread(lengths)} if len(lengths) else {}

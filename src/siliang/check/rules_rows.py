@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 
 from siliang.check.finding import Found
 from siliang.check.subject import Subject
 from siliang.data.examples import Labelled, Span, Tagged
+from siliang.data.formats import misplaced
+from siliang.data.labels import alike, as_number, is_whole, joined, strange
 from siliang.types import TaskType
 
 LARGEST_SHARE = 0.8  # of one class, above which a model that says nothing else looks good
 LARGEST_RATIO = 10.0
+MANY_NUMBERS = 10  # from where on numbers are more often measured than classes
 DAMAGE = re.compile("\ufffd|\ufeff|锟斤拷|Ã[\u0080-\u00bf]|â€|\\\\u0000")
 PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\[(?:YOUR|INSERT)[ _][A-Z _]+\]")
 
@@ -102,8 +106,9 @@ def missing_classes(s: Subject) -> Iterator[Found]:
         return
     counts = _class_counts(s)
     missing = [name for name in names if not counts[name]]
-    if len(names) < 2:
-        yield Found(f"there is one class only, {names}: nothing to learn")
+    if len(names) - len(missing) < 2:
+        seen = [name for name in names if counts[name]]
+        yield Found(f"the training rows have one class only, {', '.join(map(repr, seen))}: nothing to learn")
     elif missing:
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         # a rare tag that a random split took away is a pity; a rare class is an error
@@ -112,6 +117,55 @@ def missing_classes(s: Subject) -> Iterator[Found]:
             f"{len(missing)} of {len(names)} classes have no training row: {', '.join(missing[:10])}{more}",
             severity=severity,
         )
+
+
+def doubtful_labels(s: Subject) -> Iterator[Found]:
+    """Labels that are not what they seem.
+
+    Cause: Labels are compared to the letter: "a" and "a " with a blank, "1" and "1.0", "Positive" and "positive" are
+    two classes each, which no text tells apart. "nan" and "None" are how programs write that there is no label,
+    numbers with a point are often measurements, and "a,b" beside "a" and "b" is several labels in one.
+
+    Fix: Write each class in one way, and remove rows without one. Where the names are meant as they are, list them in
+    data.labels, or accept this finding (accept: [SL020]).
+    """
+    names = s.examples.labels
+    if names is None or s.data.labels is not None:
+        return
+    counts = _class_counts(s, "train", "eval")
+    groups = alike(names)
+    if groups:
+        shown = [" and ".join(f"{name!r} ({counts[name]:,} rows)" for name in group) for group in groups[:5]]
+        more = f"; and {len(groups) - 5} more" if len(groups) > 5 else ""
+        yield Found(f"classes that look like one: {'; '.join(shown)}{more}")
+    if s.task is TaskType.SEQ_CLS and (mark := joined(names)):
+        shown = ", ".join(repr(name) for name in names if mark in name.strip())
+        yield Found(f"several labels in one, separated by {mark!r}: {shown[:100]}; seq_cls learns one class for a text")
+    together = {name for group in groups for name in group}
+    if odd := [name for name in strange(names) if name not in together]:
+        severity = None if any(name.casefold().strip() in ("nan", "-nan", "<na>", "nat") for name in odd) else "warning"
+        shown = ", ".join(f"{name!r} ({counts[name]:,} rows)" for name in odd[:5])
+        yield Found(f"labels that may stand for none, or hold what is not seen: {shown}", severity=severity)
+    numbers = [name for name in names if as_number(name) is not None]
+    pointed = [name for name in numbers if not is_whole(name)]
+    if s.task is TaskType.SEQ_CLS and len(numbers) == len(names) and (pointed or len(names) > MANY_NUMBERS):
+        what = f"numbers with a point ({', '.join(pointed[:3])})" if pointed else f"{len(names)} different numbers"
+        yield Found(
+            f"the labels are {what}: each is a class of its own; a regression is not learned", severity="warning"
+        )
+
+
+def quoted_cells(s: Subject) -> Iterator[Found]:
+    """Cells in double quotes whose quotes are text.
+
+    Cause: In a .tsv file quotes are text unless all of the file can only have been written with quotes around its
+    cells: some files have titles in quotes, others were written by a program that quotes.
+
+    Fix: Where the quotes are not meant as text, say data.separator=tab, which reads them as csv does; where they are,
+    accept this finding (accept: [SL029]).
+    """
+    for line in s.examples.doubts:
+        yield Found(line)
 
 
 def imbalance(s: Subject) -> Iterator[Found]:
@@ -201,12 +255,7 @@ def misplaced_answers(s: Subject) -> Iterator[Found]:
     """
     if s.task is not TaskType.QUESTION_ANS:
         return
-    rows = [
-        i
-        for i, e in enumerate(s.examples.train)
-        if isinstance(e, Span)
-        and any(e.context[at : at + len(t)] != t for t, at in zip(e.answers, e.starts, strict=True))
-    ]
+    rows = [i for i, e in enumerate(s.examples.train) if isinstance(e, Span) and misplaced(e)]
     if rows:
         yield Found(
             f"{len(rows):,} training rows have an answer that does not stand at its start", s.places(rows), len(rows)
@@ -228,9 +277,10 @@ def _part(part: str) -> str:
     return "training" if part == "train" else "held-out"
 
 
-def _class_counts(s: Subject) -> Counter[str]:
+def _class_counts(s: Subject, *parts: str) -> Counter[str]:
+    """Rows of each class, in the training rows where no part is named."""
     counts: Counter[str] = Counter()
-    for example in s.examples.train:
+    for example in chain.from_iterable(getattr(s.examples, part) for part in parts or ("train",)):
         if isinstance(example, Labelled):
             counts[example.label] += 1
         elif isinstance(example, Tagged):

@@ -20,6 +20,22 @@ UNKNOWN_SHARE = 0.001
 ROLE_WORD = re.compile(r"<\|?[\w ]+\|?>|\[g?MASK\]|\[(?:CLS|SEP)\]")
 
 
+def rows_without_tokens(s: Subject) -> Iterator[Found]:
+    """Rows cannot be made into tokens.
+
+    Cause: The template cannot write them (roles that it has no place for, special tokens that could not be followed),
+    or nothing of them is learned.
+
+    Fix: Mend them, or leave them out with data.skip_bad_rows=true.
+    """
+    bad = [*s.train.skipped, *s.eval.skipped]
+    if bad:
+        rows = "1 row" if len(bad) == 1 else f"{len(bad):,} rows"
+        said = f"{rows}: {'; '.join(bad[:3])}{f'; and {len(bad) - 3:,} more' if len(bad) > 3 else ''}"
+        left = "left out, as data.skip_bad_rows says" if s.data.skip_bad_rows else None
+        yield Found(said, tuple(bad[:6]), len(bad), left, "warning" if left else None)
+
+
 def end_not_learned(s: Subject) -> Iterator[Found]:
     """The end of sequence is not learned.
 

@@ -66,7 +66,13 @@ class Subject:
         return self._tokens(self.examples.eval)
 
     def _tokens(self, examples: ExampleSet) -> TokenSet:
-        return tokenise(examples, self.tokenizer, self.data, self.task, labels=self.examples.labels)
+        labels = self.examples.labels
+        return tokenise(examples, self.tokenizer, self.data, self.task, labels=labels, keep_going=True)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Every row that is left out, with place and reason."""
+        return [*self.examples.skipped, *self.train.skipped, *self.eval.skipped]
 
     @cached_property
     def stops(self) -> list[int]:

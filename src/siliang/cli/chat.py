@@ -44,7 +44,7 @@ def chat(
 
 def _prompts() -> Iterator[str]:
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in input_lines())
+        yield from (line.strip() for line in input_lines() if line.strip())
         return
     while True:
         try:

@@ -81,7 +81,7 @@ def _show(subject: Subject | None, findings: list[Finding], counts: dict[str, An
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if subject is not None:
         show_examples(console, subject, examples)
-        console.print(f"{'layout':<18}{subject.examples.says_columns}", markup=False)
+        console.print(f"{'columns':<18}{subject.examples.says_columns}", markup=False)
         for line in subject.examples.notes:
             console.print(f"{'note':<18}{line}", markup=False)
         for name, value in counts.items():
@@ -104,7 +104,7 @@ def _show_finding(console: Console, f: Finding) -> None:
     head = Text(f"{f.code} {'accepted' if f.accepted else f.severity}", style=style)
     console.print(head + Text(f"  {f.title}: {f.message}", style=""))
     lines = [("cause", f.cause), ("fix", f.fix)]
-    if f.rows and f.code != "SL001":
+    if f.rows and f.code not in ("SL001", "SL030"):
         more = f" and {f.count - len(f.rows):,} more" if f.count > len(f.rows) else ""
         lines.insert(0, ("rows", grouped(f.rows) + more))
     if console.is_terminal:
@@ -123,7 +123,7 @@ def grouped(places: list[str]) -> str:
     """Places of rows, each file named once: a.csv:3, 7; b.csv:1."""
     numbers: dict[str, list[str]] = {}
     for place in places:
-        mark = ", row " if ", row " in place else ":"
+        mark = next((m for m in (", row ", ", id ") if m in place), ":")
         source, _, number = place.rpartition(mark)
         numbers.setdefault(f"{source}{mark}", []).append(number)
     return "; ".join(f"{source}{', '.join(found)}" for source, found in numbers.items())

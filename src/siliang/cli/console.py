@@ -61,7 +61,7 @@ def _finite(value: Any) -> Any:
 
 
 def input_lines() -> Iterator[str]:
-    """The lines of standard input that hold something.
+    """The lines of standard input, without their ends.
 
     Raises:
         ConfigError: They are not in its encoding.
@@ -70,8 +70,7 @@ def input_lines() -> Iterator[str]:
     try:
         for line in sys.stdin:
             number += 1
-            if line.strip():
-                yield as_text(line.rstrip("\r\n"), f"line {number} of standard input")
+            yield as_text(line.rstrip("\r\n"), f"line {number} of standard input")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"standard input is not {error.encoding} after line {number}: convert it to UTF-8, "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from siliang.config import DataConfig, Source
+from siliang.config import Columns, DataConfig, Source
 from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged
 from siliang.data.formats import Format, as_source_target, find_format, misplaced
 from siliang.data.labels import MOST_CLASSES, alike_key, is_whole, no_classes
@@ -95,16 +95,30 @@ def load_examples(data: DataConfig, task: TaskType, *, seed: int, keep_going: bo
     return reader.examples(train, held_out)
 
 
-def load_rows(data: DataConfig, task: TaskType, source: str) -> Examples:
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a run were laid out.
+
+    Attributes:
+        layout: A name of `formats.FORMATS`.
+        columns: The column of each part.
+    """
+
+    layout: str
+    columns: dict[str, str]
+
+
+def load_rows(data: DataConfig, task: TaskType, source: str, like: Layout | None = None) -> Examples:
     """Rows to be evaluated on, as `eval` of the result: what a folder of several parts holds out, or all of them.
 
     Args:
-        data: With the classes and the columns of the run that is evaluated.
+        data: With the classes of the run that is evaluated.
+        like: How its rows were laid out.
 
     Raises:
         DataError: As `load_examples` does.
     """
-    reader = _Reader(data, task)
+    reader = _Reader(data, task, like)
     rows = reader.evaluated([Source(path=source)])
     if reader.bad and not data.skip_bad_rows:
         raise DataError(bad_rows_message(reader.skipped))
@@ -147,8 +161,8 @@ def bad_rows_message(bad: list[str]) -> str:
 class _Reader:
     """Rows to examples, for one run: the layout is found on the first good row, the labels after the training rows."""
 
-    def __init__(self, data: DataConfig, task: TaskType) -> None:
-        self.data, self.task = data, task
+    def __init__(self, data: DataConfig, task: TaskType, like: Layout | None = None) -> None:
+        self.data, self.task, self.like = data, task, like
         self.reading = Reading(data.header, data.encoding, data.separator, task is TaskType.TOKEN_CLS)
         self.bad: list[tuple[str, str]] = []  # place, reason
         self.labels: list[str] | None = data.labels
@@ -256,9 +270,11 @@ class _Reader:
         return Examples(train, held_out, self.labels, self.skipped, name, taken, unused, notes, doubts)
 
     def _maker(self, row: Row, source: Source) -> Callable[[Row], Example | str]:
-        layout, columns = find_format(self.data.format, row.values, self.task, self.data.columns, source.path)
+        layout, columns = self._layout(row, source)
         if self.layout is None:
             self.layout, self.columns = layout, columns
+        elif layout is not self.layout and self.task is TaskType.SEQ_CLS:
+            raise DataError(f"{source.path} is laid out as {layout.name}, the data before it as {self.layout.name}.")
         fixed = self._labels_are_numbers()
 
         def make(row: Row) -> Example | str:
@@ -270,6 +286,25 @@ class _Reader:
             return made if isinstance(made, str) or self.labels is None else _known(made, self.labels, fixed)
 
         return make
+
+    def _layout(self, row: Row, source: Source) -> tuple[Format, Columns]:
+        """The layout of a source's rows, and its columns: those of the run that is evaluated, where they are there."""
+        columns, like = self.data.columns, self.like
+        if like is None:
+            return find_format(self.data.format, row.values, self.task, columns, source.path)
+        own = columns.model_copy(update={k: v for k, v in like.columns.items() if k in Columns.model_fields})
+        try:
+            return find_format(like.layout, row.values, self.task, own, source.path)
+        except DataError:
+            pass
+        try:
+            return find_format(like.layout, row.values, self.task, columns, source.path)
+        except DataError:
+            missing = next((name for name in like.columns.values() if name not in row.values), "")
+            there = ", ".join(map(repr, row.values))
+            raise DataError(
+                f"{source.path} has no column {missing!r}, which the run was trained on; it has {there}."
+            ) from None
 
     def _labels_are_numbers(self) -> bool:
         """The data may say 0 and 1 where data.labels names the classes."""

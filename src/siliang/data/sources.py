@@ -342,7 +342,8 @@ def _described(path: Path) -> tuple[dict[str, Any], Any]:
 
     readme = path / "README.md"
     said = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    if not (found := re.match(r"\ufeff?---\s*\n(.*?)\n---", said, re.DOTALL)):
+    found = re.match(r"\ufeff?---\s*\n(.*?)\n---", said, re.DOTALL)
+    if found is None or not re.search(r"^(configs|dataset_info):", found[1], re.MULTILINE):
         return {}, None
     says_files = re.search(r"^configs:", found[1], re.MULTILINE) is not None
     _quieten()

@@ -20,10 +20,11 @@ from siliang.data.chat import ChatTemplate
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.examples import Conversation, Example, ExampleSet, Message, Prepared, Text, from_json
 from siliang.data.labelled_tokens import classes, sources_and_targets, spans, tags
+from siliang.data.load import bad_rows_message
 from siliang.data.templates import Piece, Template, find_template
 from siliang.types import DataError, TaskType
 
-CODE_VERSION = 2  # of what this file and those under it compute; raised when the same data gives other tokens
+CODE_VERSION = 3  # of what this file and those under it compute; raised when the same data gives other tokens
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
 PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
 BATCH = 500
@@ -42,6 +43,7 @@ COLUMNS: dict[TaskType, dict[str, Any]] = {
         "offsets": INTS,  # two a token: where it begins and ends in the context; -1 outside of it
     },
 }
+BAD = "bad"  # the column for what is wrong with an example
 NOT_FOR_MODEL = ("row", "lost", "lost_answer", "offsets")
 
 
@@ -52,11 +54,14 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         table: A column for each model input; `row`, the number of the example (a long context gives several entries);
             `lost` and `lost_answer`, the tokens that truncation took, of everything and of what is learned.
         dropped: Examples left out because they were too long.
+        skipped: Examples that could not be made into tokens, or of which nothing is learned, with place and reason.
         numbered: Each entry gives its `row` too, for whoever wants to know what was in a batch.
     """
 
-    def __init__(self, table: Dataset, dropped: int = 0, *, numbered: bool = False) -> None:
-        self.table, self.dropped, self.numbered = table, dropped, numbered
+    def __init__(
+        self, table: Dataset, dropped: int = 0, *, numbered: bool = False, skipped: Sequence[str] = ()
+    ) -> None:
+        self.table, self.dropped, self.numbered, self.skipped = table, dropped, numbered, list(skipped)
         hidden = [name for name in NOT_FOR_MODEL if not (numbered and name == "row")]
         self._inputs = [name for name in table.column_names if name not in hidden]
         self._for_model = table.select_columns(self._inputs)
@@ -77,7 +82,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
 
     def number(self) -> TokenSet:
         """The same, each entry with its number."""
-        return TokenSet(self.table, self.dropped, numbered=True)
+        return TokenSet(self.table, self.dropped, numbered=True, skipped=self.skipped)
 
     def select(self, rows: Sequence[int]) -> TokenSet:
         """Some of the entries."""
@@ -125,7 +130,13 @@ def _sizes(column: Any) -> np.ndarray:
 
 
 def tokenise(
-    examples: Sequence[Example], tokenizer: Any, data: DataConfig, task: TaskType, *, labels: list[str] | None = None
+    examples: Sequence[Example],
+    tokenizer: Any,
+    data: DataConfig,
+    task: TaskType,
+    *,
+    labels: list[str] | None = None,
+    keep_going: bool = False,
 ) -> TokenSet:
     """Tokens and labels of each example, at most `data.max_length` of them.
 
@@ -134,22 +145,44 @@ def tokenise(
 
     Args:
         labels: The classes' or tags' names, by number.
+        keep_going: Examples that cannot be made into tokens do not stop, whatever the settings say.
 
     Raises:
-        DataError: An example cannot be written in the template.
+        DataError: An example cannot be made into tokens and `skip_bad_rows` is off, or not one can.
         ConfigError: The tokenizer has no end-of-sequence token, and the model is to write text.
     """
     work = _worker(tokenizer, data, task, labels)
     if not isinstance(examples, ExampleSet):
         examples = ExampleSet.build((f"row {i}", e) for i, e in enumerate(examples, start=1))
-    features = Features({**COLUMNS[task], "row": Value("int32"), "lost": Value("int32"), "lost_answer": Value("int32")})
+    numbers = {name: Value("int32") for name in ("row", "lost", "lost_answer")}
+    features = Features({**COLUMNS[task], **numbers, BAD: Value("string")})
     if not len(examples):
-        return TokenSet(Dataset.from_dict({name: [] for name in features}, features=features))
+        made = Dataset.from_dict({name: [] for name in features}, features=features)
+        return TokenSet(made.remove_columns(BAD))
     table = _map(
         examples, partial(_batch, work, list(features)), features, _key(examples, tokenizer, data, task, labels), data
     )
-    kept = table.filter(lambda row: row >= 0, input_columns="row") if data.too_long == "drop" else table
-    return TokenSet(kept, len(table) - len(kept))
+    found = table.select_columns(["row", BAD]).filter(lambda row: row < -1, input_columns="row")
+    bad = [f"{examples.where(-2 - row)} {why}" for row, why in zip(found["row"], found[BAD], strict=True)]
+    table = table.remove_columns(BAD)
+    kept = table.filter(lambda row: row >= 0, input_columns="row") if bad or data.too_long == "drop" else table
+    dropped = len(table) - len(kept) - len(bad)
+    if data.skip_bad_rows:
+        kept, more = _without_lessons(kept, examples)
+        bad += more
+    if bad and not (keep_going or (data.skip_bad_rows and len(kept))):
+        raise DataError(bad_rows_message(bad))
+    return TokenSet(kept, dropped, skipped=bad)
+
+
+def _without_lessons(table: Dataset, examples: ExampleSet) -> tuple[Dataset, list[str]]:
+    """The entries that carry a label, and the others by place: an answer that was cut off whole teaches nothing."""
+    learned = TokenSet(table).learned
+    if learned.all():
+        return table, []
+    numbers = TokenSet(table).column("row")
+    bad = [f"{examples.where(int(numbers[i]))} carries no label" for i in np.flatnonzero(learned == 0)]
+    return table.select(np.flatnonzero(learned)), bad
 
 
 Rows = list[dict[str, Any]]
@@ -179,14 +212,16 @@ def _batch(work: Worker, names: list[str], batch: dict[str, list[Any]], numbers:
         made = work(examples)
     except DataError:
         made = []
-        for example, where in zip(examples, batch["where"], strict=True):
+        for example in examples:
             try:
                 made += work([example])
             except DataError as error:
-                raise DataError(f"{where} {error}") from None
+                made.append([{"input_ids": [], "row": -1, BAD: str(error)}])
     for number, entries in zip(numbers, made, strict=True):
         for entry in entries:
             row = {"row": number, "lost": 0, "lost_answer": 0} | entry
+            if BAD in entry:
+                row["row"] = -2 - number  # which one: tokens are kept by content, and its place may be another
             for name in names:
                 columns[name].append(row.get(name))
     return columns

@@ -192,16 +192,16 @@ def prepare(
     for finding in findings:
         listener.say(f"warning    {finding.code} {finding.title}: {finding.message}")
     tokenizer, examples, sets = subject.tokenizer, subject.examples, [subject.train, subject.eval]
-    truncated = int((sets[0].column("lost") > 0).sum())
+    truncated, skipped = int((sets[0].column("lost") > 0).sum()), subject.skipped
     listener.say(
         f"data       {len(sets[0]):,} rows to train on, {len(sets[1]):,} held out"
-        + (f", {len(examples.skipped):,} skipped" if examples.skipped else "")
+        + (f", {len(skipped):,} skipped" if skipped else "")
         + (f", {truncated:,} cut to {config.data.max_length} tokens" if truncated else "")
     )
-    listener.say(f"           {examples.says_columns}")
+    listener.say(f"columns    {examples.says_columns}")
     for line in examples.notes:
         listener.say(f"           {line}")
-    for line in examples.skipped:
+    for line in skipped:
         listener.say(f"           skipped {line}")
     _check_best(config, len(sets[1]))
     if config.quantization and not method.config:
@@ -239,8 +239,10 @@ def prepare(
         model_sha256=model_sha256,
         data_sha256=data_sha256,
         labels=examples.labels,
+        layout=examples.layout,
+        columns=examples.columns,
         parameters=Counts(trained=trained, total=total),
-        rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=examples.skipped, truncated=truncated),
+        rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=skipped, truncated=truncated),
         seconds=Seconds(load=round(time.perf_counter() - started, 3)),
     )
     record.memory.predicted_bytes, record.memory.predicted_parts = sum(predicted.values()) or None, predicted
