@@ -1,5 +1,6 @@
 """The commands end to end, in processes of their own, and what they say to bad input."""
 
+import io
 import json
 import os
 import re
@@ -107,10 +108,80 @@ def test_predict_and_eval_need_only_the_folder(classifier: Path) -> None:
     out = siliang("predict", classifier, "the film was good", "the film was dull")
     assert [line.split("\t")[0] for line in out.splitlines()] == ["pos", "neg"]
     from_stdin = siliang("predict", classifier, "--json", stdin="the story was bright\n\nthe actor was bad\n")
-    assert [json.loads(line)["label"] for line in from_stdin.splitlines()] == ["pos", "neg"]
+    assert [json.loads(line)["label"] for line in from_stdin.splitlines()] == ["pos", None, "neg"]
     metrics = json.loads(siliang("eval", classifier, "--json"))
     assert metrics["accuracy"] == Record.read(classifier).final["accuracy"]
     assert metrics["loss"] == pytest.approx(Record.read(classifier).final["eval_loss"], rel=1e-4)
+
+
+def test_predict_reads_files_and_keeps_places(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of data is read, by the run's columns; an empty line keeps its place."""
+
+    def predict(*arguments: object, stdin: str = "", code: int = 0) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["siliang", "predict", str(classifier), *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
+            main()
+        said = capsys.readouterr()
+        assert stopped.value.code == code and "Traceback" not in said.err
+        return (said.err if code else said.out).split("\n")[:-1]
+
+    assert [line.split("\t")[0] for line in predict(stdin="the film was good\n\nthe film was dull\n")] == [
+        "pos",
+        "",
+        "neg",
+    ]
+    (tmp_path / "d.csv").write_text("id,text\n1,the film was dull\n2,\n3,the film was good\n")
+    (tmp_path / "d.txt").write_text("the film was dull\n\nthe film was good\n")
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "the film was dull"}, {"text": None}, {"text": "the film was good"}])
+    for name in ("d.csv", "d.txt", "d.jsonl"):
+        assert [line.split("\t")[0] for line in predict(tmp_path / name)] == ["neg", "", "pos"]
+    shown = [json.loads(line) for line in predict("--json", tmp_path / "d.csv")]
+    assert [row["label"] for row in shown] == ["neg", None, "pos"] and shown[1]["text"] == ""
+    assert predict(tmp_path / "gone.csv", code=2) == [f"error[SLE03]: There is no data file {tmp_path / 'gone.csv'}."]
+    (tmp_path / "e.csv").write_text("words\ngood\n")
+    assert (
+        "has no column 'text', which the run was trained on; it has 'words'" in predict(tmp_path / "e.csv", code=2)[0]
+    )
+
+
+def test_pairs_are_asked_as_pairs(
+    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run on pairs of texts says that it needs the second one, in predict and in eval."""
+
+    def siliang_here(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["siliang", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
+            main()
+        said = capsys.readouterr()
+        assert stopped.value.code == code and "Traceback" not in said.err, said.err
+        return said.err if code else said.out
+
+    rows = [
+        {"idx": i, "premise": f"the {w}", "hypothesis": h, "label": "xy"[n]}
+        for i, w in enumerate(WORDS[:10])
+        for n, h in enumerate(("it was good", "it was bad"))
+    ]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    run = tmp_path / "run"
+    flags = ("--model", model_folders["bert"], "--task", "seq_cls", "--data", data, "--output", run)
+    out = siliang_here("train", *flags, *QUICK, "--set", "train.max_steps=2")
+    assert "text from 'premise', text_pair from 'hypothesis', 'label'; not used: 'idx'" in out
+    error = siliang_here("predict", run, "the film", code=2)
+    assert "'premise' and 'hypothesis'" in error and "has no 'hypothesis'" in error
+    one, row = siliang_here("predict", run, "the film\tit was good"), siliang_here("predict", run, data).splitlines()
+    assert one.split("\t")[2:] == ["the film", "it was good\n"] and len(row) == 20
+    assert row[0].endswith("\tthe the\tit was good")
+    assert "rows 20" in siliang_here("eval", run, "--data", data)
+    alone = write_jsonl(tmp_path / "e.jsonl", [{"premise": "the film", "label": "x"}])
+    assert "has no column 'hypothesis', which the run was trained on" in siliang_here(
+        "eval", run, "--data", alone, code=2
+    )
 
 
 def test_merge_is_proved_and_opens_plainly(classifier: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,252 @@
+"""Labels, columns and parts: what is taken for what, what is said of it, and what is refused."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
+from tiny import write_jsonl
+
+from siliang.config import DataConfig
+from siliang.data import examples as examples_module
+from siliang.data.cache import prune, used
+from siliang.data.examples import ExampleSet, Labelled, Text
+from siliang.data.labels import alike, is_whole, joined, strange
+from siliang.data.load import Examples, Layout, load_examples, load_rows
+from siliang.types import DataError, TaskType
+
+CLASSES = TaskType.SEQ_CLS
+
+
+def load(path: Path, content: str | None = None, task: TaskType = CLASSES, **settings: Any) -> Examples:
+    if content is not None:
+        path.write_text(content)
+    keep_going = settings.pop("keep_going", False)
+    values = {"train": str(path), "test_size": 0.0} | settings
+    return load_examples(DataConfig.model_validate(values), task, seed=0, keep_going=keep_going)
+
+
+# ---- labels ----
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        ("a", "a "),
+        ("a", "a\u200b"),
+        ("a", "\ufeffa"),
+        ("1", "1.0"),
+        ("1", "01", "1e0"),
+        ("Positive", "positive", "POSITIVE"),
+        ("pos", "\uff50\uff4f\uff53"),
+        ("1", "\uff11", "①"),
+        ("2", "²"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("very good", "very  good", "very\u3000good"),
+        ("pos", '"pos"'),
+        ("stra\u00dfe", "STRASSE"),
+    ],
+)
+def test_names_that_look_like_one(group: tuple[str, ...]) -> None:
+    assert alike([*group, "other"]) == [sorted(group)]
+
+
+def test_names_that_are_several() -> None:
+    assert alike(["1", "10", "-1", "+", "a", "b", "B-X", "I-X", "O", "0", "1.5", "好", "坏", "c#", "c++"]) == []
+    assert strange(["nan", "None", "NA", " a", "b\u200b", "no", "O"]) == [" a", "NA", "None", "b\u200b", "nan"]
+    assert joined(["action", "comedy", "drama", "action,comedy", "comedy,drama", "action,drama"]) == ","
+    assert joined(["New York, NY", "Paris", "Rome"]) is None
+    assert [is_whole(n) for n in ("0", "-12", "①", "²", "--5", "", "-", "1.0", "１")] == [True, True] + [False] * 7
+
+
+@pytest.mark.parametrize("labels", [None, ["neg", "pos"]])
+def test_labels_of_strange_digits_do_not_crash(labels: list[str] | None, tmp_path: Path) -> None:
+    content = "text,label\na,①\nb,②\nc,²\nd,--5\n"
+    if labels is None:
+        assert load(tmp_path / "d.csv", content).labels == ["--5", "²", "①", "②"]
+    else:
+        with pytest.raises(DataError, match=r"d.csv:2 has the label '①', which is not one of neg, pos"):
+            load(tmp_path / "d.csv", content, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["z"]}], "has a list in 'label': several labels"),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 3}], "'label' holds numbers such as 0.5: .* regression"),
+        ([{"text": f"t{i}", "label": f"id{i}"} for i in range(30)], "30 different values in 30 rows, .* no classes"),
+        ([{"text": "a", "label": "['x', 'y']"}, {"text": "b", "label": "['x']"}], "'label' holds lists such as"),
+        ([{"text": "a", "label": {"k": 1}}, {"text": "b", "label": "x"}], "d.jsonl:1 has an object in 'label'"),
+        ([{"text": ["a"], "label": "y"}, {"text": "b", "label": "x"}], "d.jsonl:1 has a list in 'text'"),
+        ([{"text": "a", "label": None}, {"text": "b", "label": None}], "not one row can be used: .*an empty 'label'"),
+        ([{"text": "a", "score": 0.5}], "no column 'label'; .* 'score' holds numbers such as 0.5: .*regression"),
+        ([{"review": "a", "score": 2}], "no column 'label'; .* 'score' holds numbers such as 2: .*regression"),
+        ([{"text": "a", "genres": ["x", "y"]}], "no column 'label'; .* 'genres' holds lists: several labels"),
+    ],
+)
+def test_columns_that_hold_no_classes(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        load(write_jsonl(tmp_path / "d.jsonl", rows))
+    assert len(str(raised.value).splitlines()) <= 2
+
+
+def test_no_number(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": NaN, "n": NaN}\n{"text": "b", "label": "y", "n": NaN}\n')
+    with pytest.raises(DataError, match=r"1 row is bad: .*d.jsonl:1 has NaN in 'label'"):
+        load(tmp_path / "d.jsonl")
+
+
+def test_classes_said_by_the_user_are_believed(tmp_path: Path) -> None:
+    content = "text,label\na,0.5\nb,1.5\n"
+    assert load(tmp_path / "d.csv", content, labels=["0.5", "1.5"]).labels == ["0.5", "1.5"]
+    with pytest.raises(DataError, match=r"has the label 'B', which is not one of a, b; it looks like 'b'"):
+        load(tmp_path / "d.csv", "text,label\nx,a\ny,B\n", labels=["a", "b"])
+
+
+# ---- columns ----
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("cat,label,review", "text-label: text from 'review', 'label'; not used: 'cat'"),
+        ("label,review", "text-label: text from 'review', 'label'"),
+        ("id,text,label,date", "text-label: 'text', 'label'; not used: 'id', 'date'"),
+        ("label,words", "text-label: text from 'words', 'label'"),
+    ],
+)
+def test_what_is_taken_and_what_is_not(header: str, says: str, tmp_path: Path) -> None:
+    cells = {"label": ("x", "y"), "review": ("good", "bad"), "text": ("good", "bad"), "words": ("good", "bad")}
+    rows = [",".join(cells.get(name, ("7", "8"))[i] for name in header.split(",")) for i in (0, 1)]
+    found = load(tmp_path / "d.csv", "\n".join([header, *rows]))
+    assert list(found.train) == [Labelled("good", "x"), Labelled("bad", "y")]
+    assert found.says_columns == says
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("note,kind", "no column 'text'; it has 'note', 'kind'.\n.*data.columns.text=NAME data.columns.label=NAME"),
+        ("Text,Label", "no column 'text'; it has 'Text', 'Label'.\n.*data.columns.text=Text data.columns.label=Label"),
+        ("txt,label,id", "no column 'text'; it has 'txt', 'label', 'id'.\n.*data.columns.text=txt"),
+        ("review,content,label", "no column 'text'; it has 'review', 'content', 'label'.\n.*data.columns.text=review"),
+        ("id,label", "no column 'text'; it has 'id', 'label'.\n"),
+        ("text,class", "no column 'label'; it has 'text', 'class'.\n.*data.columns.label=class"),
+    ],
+)
+def test_columns_that_are_not_there(header: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        load(tmp_path / "d.csv", f"{header}\n{','.join('1234'[: header.count(',') + 1])}\n")
+    assert "Did you mean" not in str(raised.value)
+
+
+def test_sources_of_two_layouts(tmp_path: Path) -> None:
+    pair = write_jsonl(tmp_path / "p.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "x"}])
+    one = write_jsonl(tmp_path / "o.jsonl", [{"text": "a", "label": "y"}])
+    with pytest.raises(DataError, match=r"o.jsonl is laid out as text-label, the data before it as sentence-pair"):
+        load(pair, train=[str(pair), str(one)])
+
+
+def test_other_data_is_read_as_the_runs_own(tmp_path: Path) -> None:
+    like = Layout("sentence-pair", {"text": "sentence1", "text_pair": "sentence2", "label": "label"})
+    data = DataConfig(train="gone", labels=["x", "y"])
+    pair = write_jsonl(tmp_path / "p.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "x"}])
+    assert list(load_rows(data, CLASSES, str(pair), like).eval) == [Labelled("a", "x", "b")]
+    one = write_jsonl(tmp_path / "o.jsonl", [{"sentence1": "a", "label": "y"}])
+    with pytest.raises(DataError, match=r"o.jsonl has no column 'sentence2', which the run was trained on"):
+        load_rows(data, CLASSES, str(one), like)
+    like = Layout("text-label", {"text": "review", "label": "label"})
+    both = write_jsonl(tmp_path / "b.jsonl", [{"text": "a", "review": "b", "label": "y"}])
+    assert list(load_rows(data, CLASSES, str(both), like).eval) == [Labelled("b", "y")]
+
+
+# ---- parts ----
+
+
+def parts(folder: Path, **rows: int) -> Path:
+    saved = {
+        name: Dataset.from_list([{"text": f"{name} {i}", "label": "xy"[i % 2]} for i in range(n)])
+        for name, n in rows.items()
+    }
+    DatasetDict(saved).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("name", ["test", "validation", "dev"])
+def test_a_folders_own_part_is_held_out(name: str, tmp_path: Path) -> None:
+    path = parts(tmp_path, train=6, **{name: 3})
+    found = load(path, test_size=0.5)
+    assert (len(found.train), len(found.eval)) == (6, 3)
+    assert found.notes == [f"{path}: its part {name!r} is what is held out"]
+    none = load(path, test_size=0.0)
+    assert (len(none.train), len(none.eval)) == (6, 0)
+    assert none.notes == [f"part {name!r} of {path}: not used, as data.test_size = 0 holds nothing out"]
+    assert len(load_rows(DataConfig(train="gone", labels=["x", "y"]), CLASSES, str(path)).eval) == 3
+
+
+def test_a_part_whose_classes_are_hidden(tmp_path: Path) -> None:
+    """As GLUE's test parts are: all classes are -1."""
+    names = ClassLabel(names=["x", "y"])
+    made = {
+        part: Dataset.from_dict({"text": ["a", "b"], "label": labels}).cast_column("label", names)
+        for part, labels in (("train", [0, 1]), ("validation", [1, 0]), ("test", [-1, -1]))
+    }
+    DatasetDict(made).save_to_disk(tmp_path / "glue")
+    found = load(tmp_path / "glue", test_size=0.1)
+    assert list(found.eval) == [Labelled("a", "y"), Labelled("b", "x")]
+    assert "not one row of its part 'test' can be used (each has an empty 'label')" in found.notes[0]
+
+
+def test_held_out_rows_that_are_all_bad(tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "d.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    bad = write_jsonl(tmp_path / "e.jsonl", [{"text": "", "label": "x"}] * 3)
+    for keep_going in (False, True):
+        with pytest.raises(DataError, match=r"e.jsonl: not one row can be used: .*:1 has an empty 'text', and so does"):
+            load(good, eval=str(bad), skip_bad_rows=True, keep_going=keep_going)
+
+
+def test_nested_questions_are_named_by_id(tmp_path: Path) -> None:
+    questions = [
+        {"id": "q-1", "question": "what", "answers": [{"text": "film", "answer_start": 4}]},
+        {"id": "q-2", "question": " ", "answers": [{"text": "film", "answer_start": 4}]},
+        {"id": "q-3", "question": "what", "answers": [{"text": "film", "answer_start": 3}]},
+    ]
+    content = json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "the film", "qas": questions}]}]})
+    path, task = tmp_path / "d.json", TaskType.QUESTION_ANS
+    with pytest.raises(DataError, match=r"1 row is bad: .*d.json, id q-2 has an empty 'question'"):
+        load(path, content, task)
+    found = load(path, content, task, skip_bad_rows=True)
+    assert len(found.train) == 1
+    assert found.skipped[1].endswith("id q-3 has the answer 'film', which does not stand at its start (3)")
+
+
+# ---- what is kept ----
+
+
+def test_spilled_rows_go_with_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
+    monkeypatch.setattr(examples_module, "SPILL_BYTES", 500)
+    old = tmp_path / "rows-old"
+    old.mkdir()
+    os.utime(old, (time.time() - 40 * 86400,) * 2)
+    many = ExampleSet.build((f"f:{i}", Text(f"row {i}")) for i in range(60))
+    folders = list(tmp_path.glob("rows-*"))
+    assert len(folders) > 1 and not old.exists()
+    few = many[3:5]
+    del many
+    assert list(tmp_path.glob("rows-*")) == folders
+    assert list(few) == [Text("row 3"), Text("row 4")]
+    del few
+    assert not list(tmp_path.glob("rows-*"))
+
+
+def test_what_is_used_is_kept(tmp_path: Path) -> None:
+    for name in ("a-1", "a-2", "b-1"):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (time.time() - 40 * 86400,) * 2)
+    used(tmp_path, "a-")
+    prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1", "a-2"]
