@@ -25,7 +25,7 @@ class Chat:
     """Runs side by side.
 
     Attributes:
-        names: Who answers, in order: the base, unless its head would be new, and the runs.
+        names: Who answers, in order: each base, unless its head would be new, and the runs.
         writes: They write text; otherwise they say a class.
     """
 
@@ -37,26 +37,41 @@ class Chat:
         """
         self._device = device
         self._runs = [_Closed(folder) for folder in folders]
+        for folder, run in zip(folders, self._runs, strict=True):
+            if (task := run.config.task) not in ANSWERING:
+                raise ConfigError(f"{folder} was trained for {task.lower()}, which is no chat: use `siliang eval`.")
         tasks = {run.config.task for run in self._runs}
-        if len(tasks) > 1:
-            raise ConfigError(f"the runs do different things: {', '.join(sorted(task.lower() for task in tasks))}.")
-        task = tasks.pop()
-        if task not in ANSWERING:
-            raise ConfigError(f"{folders[0]} was trained for {task.lower()}, which is no chat: use `siliang eval`.")
-        self.writes = task is not TaskType.SEQ_CLS
+        if TaskType.SEQ_CLS in tasks and len(tasks) > 1:
+            raise ConfigError(
+                f"the runs do different things: {', '.join(sorted(task.lower() for task in tasks))}. "
+                "Ask those that classify and those that write one after the other."
+            )
+        self.writes = TaskType.SEQ_CLS not in tasks
         self._bases: dict[str, Any] = {}
         labels = [str(folder) for folder in folders]
         self._by_name = dict(zip(labels, self._runs, strict=True))
-        self._of_base = next((run for run in self._runs if run.has_adapter), None) if self.writes else None
-        self.names = [*([BASE] if self._of_base else []), *self._by_name]
+        self._of_base = self._named_bases() if self.writes else {}
+        self.names = [*self._of_base, *self._by_name]
+
+    def _named_bases(self) -> dict[str, _Closed]:
+        """A run of each base model, by what the base is called: "base", or, of several, with the model's name."""
+        runs = {run.key: run for run in reversed(self._runs) if run.has_adapter}  # of each the first
+        found: dict[str, _Closed] = {}
+        for run in reversed(runs.values()):
+            name = BASE if len(runs) == 1 else f"{BASE} {Path(run.config.model).name}"
+            if name in found and run.config.quantization:
+                name = f"{name} in {run.config.quantization.bits} bits"
+            while name in found or name in self._by_name:
+                name += "'"
+            found[name] = run
+        return found
 
     def answer(
         self, name: str, prompt: str, on_text: Callable[[str], None], *, max_new_tokens: int, temperature: float
     ) -> str:
         """What one of them answers; `on_text` hears it while it is written."""
-        of_base = name == BASE and name not in self._by_name
-        closed = self._of_base if of_base else self._by_name[name]
-        assert closed is not None
+        of_base = name in self._of_base
+        closed = self._of_base[name] if of_base else self._by_name[name]
         with self._open(closed) as run:
             if self.writes:
                 return generate(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -33,6 +34,11 @@ DISK_ERRORS = {
     errno.EIO: "the disk does not answer rightly. Look at its health, and choose another with --output",
     errno.EFBIG: "a file would be larger than that disk's file system allows. Choose another disk with --output",
 }
+
+
+def pasted(*words: object) -> str:
+    """A command line as a shell takes it: names with blanks or quotes in quotes."""
+    return shlex.join(str(word) for word in words)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from siliang.merge import MergeProof, merge_with_proof
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, claim
 from siliang.train import metrics
-from siliang.types import ConfigError, DataError, MergeError, TaskType
+from siliang.types import ConfigError, DataError, MergeError, ModelError, TaskType
 
 PROOF_SAMPLES = 32
 WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
@@ -155,15 +156,46 @@ def generate(
     }
     if temperature > 0:
         settings["temperature"] = temperature
-    if on_text is not None:
+    wanted = run.model.generation_config
+    streams = (wanted.num_beams or 1) == 1  # beams are not known before the end
+    if on_text is not None and streams:
         settings["streamer"] = _Pieces(tokenizer, on_text)
-    if base:
-        with run.model.disable_adapter():
+    if wanted.stop_strings is not None:
+        settings["tokenizer"] = tokenizer
+    settings |= {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(wanted, name)}
+    try:
+        with run.model.disable_adapter() if base else nullcontext():
             written = run.model.generate(input_ids=input_ids, **settings)
-    else:
-        written = run.model.generate(input_ids=input_ids, **settings)
+    except (ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"{run.config.model} cannot write: {str(error).strip().partition(chr(10))[0]}\n"
+            "Look at its generation_config.json, which says how it writes."
+        ) from error
     answer = written[0] if run.config.task is TaskType.SEQ_2_SEQ_LM else written[0, len(ids) :]
-    return tokenizer.decode(answer, skip_special_tokens=True)
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    if on_text is not None and not streams:
+        on_text(text)
+    return text
+
+
+# What a base model's generation_config may ask for and does not get: several answers, figures beside them, and ways of
+# searching that transformers fetches as code from the hub.
+ONE_PLAIN_ANSWER: dict[str, Any] = {
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "num_beam_groups": None,
+    "diversity_penalty": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+}
 
 
 class _Pieces(TextStreamer):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+from html import unescape
 from pathlib import Path
 
 import pytest
 from records import SCORES, comparison, record
 
 from siliang.cli.main import main
+from siliang.compare.record import Answer, Answers
 from siliang.report.gather import gather
-from siliang.report.page import disagreements, prompts, render
+from siliang.report.page import commands, disagreements, prompts, render
 from siliang.report.plots import Axis, Point, scatter
 from siliang.report.summary import answer, lines
 from siliang.report.table import sentences, table
@@ -115,3 +118,44 @@ def test_the_command_prints_and_writes(
     assert stopped.value.code == 0
     assert "准确率" in printed and "lora ★" in printed and "没有学到东西" in printed
     assert '<html lang="zh-CN">' in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
+    for name, seed in (("a run", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        record(0.8 + seed / 100, trained=1000, memory=400, seed=seed, method="lora").write(tmp_path / name)
+    for folders, score in (([tmp_path / "a run"], "0.810"), ([tmp_path / "a run", tmp_path / "b"], "0.815 ± 0.007")):
+        material = gather(folders)
+        [line] = lines(material)
+        assert not line.on_front
+        said = sentences(answer([line], material), material, EN)
+        over = " over 2 seeds" if len(folders) > 1 else ""
+        assert said == [
+            f"lora: accuracy {score}{over}, in 1.0 min of training and 400 MB of memory. "
+            "There is nothing here to compare it with."
+        ]
+        for language, title in (("en", EN["title_alone"]), ("zh", ZH["title_alone"])):
+            page = render(material, language=language)
+            assert title in page and EN["title"] not in page and ZH["title"] not in page
+            assert "★" not in page and EN["no_small"] not in page
+    assert f"siliang eval '{tmp_path / 'a run'}' --data other.csv" in unescape(render(gather([tmp_path / "a run"])))
+    stuck = record(0.5, trained=1000, memory=400, seed=3, method="lora")
+    (tmp_path / "c").mkdir()
+    stuck.write(tmp_path / "c")
+    rows = [Answer(where=f"r:{i}", asked="a", right="b", given="b", correct=True) for i in range(2)]
+    Answers(rows=rows, majority=0.6, classes=2).save(tmp_path / "c" / "answers.json")
+    material = gather([tmp_path / "c"])
+    assert sentences(answer(lines(material), material), material, EN)[0] == EN["none_alone"]
+
+
+def test_commands_can_be_pasted_and_are_possible(tmp_path: Path) -> None:
+    for method, merges in (("lora", True), ("full", False), ("prompt_tuning", False), ("bitfit", True)):
+        folder = tmp_path / f"my {method}"
+        folder.mkdir()
+        record(0.8, trained=1000, memory=400, seed=1, method=method).write(folder)
+        material = gather([folder])
+        found = [shlex.split(command) for _, command in commands(lines(material), material, EN)]
+        assert [words[1] for words in found] == ["chat", "predict", "eval", *(["merge"] if merges else [])]
+        assert all(words[2] == str(folder) for words in found)
+        if merges:
+            assert found[-1][3:] == ["--output", f"{folder}-merged"]

@@ -127,7 +127,8 @@ def show(material: Material, language: str) -> None:
     for line in found:
         for note in notes(line, w):
             print(f"{line.label}: {note}")
-    print(w["terminal_note"])
+    if len(found) > 1:
+        print(w["terminal_note"])
     for sentence in sentences(answer(found, material), material, w):
         print(sentence)
 

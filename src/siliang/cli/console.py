@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import shlex
+import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from siliang.files import pasted
 from siliang.types import ConfigError
 
 HANDLER = "siliang.replace"
@@ -91,5 +93,12 @@ def as_text(text: str, what: str) -> str:
 
 
 def command_line(*words: object) -> str:
-    """A command as it can be pasted into a shell."""
-    return shlex.join(str(word) for word in words)
+    """A siliang command as it can be pasted into a shell from here, where siliang may be on no path."""
+    started = Path(sys.argv[0])
+    if shutil.which("siliang") or not sys.argv[0]:
+        program: tuple[object, ...] = ("siliang",)
+    elif started.name == "__main__.py":
+        program = (sys.executable, "-m", "siliang")
+    else:
+        program = (started if started.name == "siliang" and len(started.parts) > 1 else ".venv/bin/siliang",)
+    return pasted(*program, *words)

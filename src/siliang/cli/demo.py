@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from siliang.cli.console import command_line
+
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the runs; a number is added where it exists.")] = Path(
@@ -36,11 +38,11 @@ def demo(
     )
     if best is None:
         raise typer.Exit(1)
-    command = _command()
     print("Ask one of them:")
-    print(f'  echo "Not what I paid for." | {command} chat {best.finished[0].folder}')
+    print(f'  echo "Not what I paid for." | {command_line("chat", best.finished[0].folder)}')
     print("and the same on your own data:")
-    print(f"  {command} compare --model MODEL_FOLDER --data reviews.csv --task seq_cls --output my-comparison")
+    own = ("--model", "MODEL_FOLDER", "--data", "reviews.csv", "--task", "seq_cls", "--output", "my-comparison")
+    print(f"  {command_line('compare', *own)}")
 
 
 def _fresh(folder: Path) -> Path:
@@ -49,10 +51,3 @@ def _fresh(folder: Path) -> Path:
         if not name.exists():
             return name
     raise AssertionError("ten thousand demos")
-
-
-def _command() -> str:
-    """How the user can call siliang from here: by name, or through the .venv that make made."""
-    import shutil
-
-    return "siliang" if shutil.which("siliang") else ".venv/bin/siliang"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siliang.cli.console import print_json
+from siliang.cli.console import command_line, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -287,7 +287,7 @@ def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
             inner = inner.setdefault(section, {})
         inner[last] = parse_yaml(change.after)
     path.write_text(dump_yaml(values), encoding="utf-8")
-    print(f"written    {path} ({best.method}); start it with: siliang train {path}")
+    print(f"written    {path} ({best.method}); start it with: {command_line('train', path)}")
 
 
 def _list_shapes() -> None:

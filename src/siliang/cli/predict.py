@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siliang.cli.console import as_text, input_lines, print_json
+from siliang.cli.console import as_text, command_line, input_lines, print_json
 
 if TYPE_CHECKING:
     from siliang.run_folder import OpenedRun
@@ -42,7 +42,9 @@ def predict(
     given = _given(opened, [as_text(text, "a text") for text in texts]) if texts else list(input_lines())
     asked = [text for text in given if not isinstance(text, str) or text.strip()]
     if not asked:
-        raise DataError(f'no text given: siliang predict {run} "a text", or one text a line on standard input.')
+        raise DataError(
+            f"no text given: {command_line('predict', run, 'a text')}, or one text a line on standard input."
+        )
     found = classify(opened, asked)
     for text in given:
         blank = isinstance(text, str) and not text.strip()

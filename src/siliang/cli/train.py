@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from siliang.cli.console import command_line
+
 
 def train(
     settings: Annotated[
@@ -80,12 +82,11 @@ def train(
     print(f"           {duration(record.seconds.train)} of training, peak memory {peak}")
     what = "model" if (folder / "model").is_dir() else "adapter"
     print(f"saved      {folder / what} ({size(record.parameters.adapter_bytes)}), record in {folder / 'run.json'}")
-    use = {
-        "SEQ_CLS": f'siliang predict {folder} "a text"   |   ',
-        "CAUSAL_LM": f'siliang generate {folder} "an instruction"   |   ',
-        "SEQ_2_SEQ_LM": f'siliang generate {folder} "a text"   |   ',
-    }.get(config.task, "")
-    print(f"next       {use}siliang eval {folder}   |   siliang merge {folder} --output DIR")
+    from siliang.next_steps import next_steps
+
+    steps = next_steps(folder, config.task, config.method.name)
+    for i, words in enumerate(words for what, words in steps.items() if what != "chat"):
+        print(f"{'' if i else 'next':<11}{command_line(*words)}")
 
 
 def gather(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> dict[str, Any]:

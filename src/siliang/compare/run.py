@@ -19,6 +19,7 @@ from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Compa
 from siliang.compare.trials import MOST_ATTEMPTS, TIMED_STEPS, goes_on, run_config, search_trials, test_trials
 from siliang.compare.verdict import QUALITY, learned_nothing
 from siliang.config import RunConfig
+from siliang.files import pasted
 from siliang.hardware import machine
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
@@ -31,6 +32,7 @@ CONFIG_NAME = "compare.yaml"
 BASE = "base"  # folder of what the untuned model says
 WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 MAY_DIFFER = ("methods", "seeds", "search", "output")  # in a comparison that goes on
+RATE_RULE = "SL042"  # a learning rate far from the method's own
 METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings that are one method's, and no reason to stop the others
 
 
@@ -104,7 +106,7 @@ class _Comparing:
             done = sum(t.status == "completed" for t in self.record.trials)
             raise InterruptedRunError(
                 f"Stopped; {done} of {len(self.record.trials)} runs are done and kept.\n"
-                f"Go on with the same command, or: siliang compare {self.folder / CONFIG_NAME}"
+                f"Go on with the same command, or: {pasted('siliang', 'compare', self.folder / CONFIG_NAME)}"
             ) from None
         self.record.status = "completed"
         self._save()
@@ -243,7 +245,10 @@ class _Comparing:
                     self._save()
                     self.listener.began(trial, number, len(trials))
                 case "say":
-                    self._say(event.message["line"])
+                    line = event.message["line"]
+                    # a rate that is tried or chosen here is no slip of the user's
+                    if RATE_RULE not in line or "learning_rate" not in trial.settings:
+                        self._say(line)
                 case "progress":
                     self.listener.progress(trial, event.message["progress"])
                 case "lost":

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import uuid
 
+from siliang.files import pasted
 from siliang.types import RankError
 
 SAID_ENOUGH = (2, 130)  # exit codes of processes that have told their error themselves
@@ -52,7 +53,8 @@ def launch(devices: int, arguments: list[str], folder: str) -> int:
             how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "fell over"
             raise RankError(
                 f"Rank {rank} of {devices} {how} (process {failure.pid}), and the run ended with it. What was saved "
-                f"before is whole.\nGo on, with as many devices as you like: siliang train --resume {folder}"
+                "before is whole.\nGo on, with as many devices as you like: "
+                + pasted("siliang", "train", "--resume", folder)
             ) from None
         except SignalException:
             return 130

@@ -44,6 +44,11 @@ class Method:
         """Whether the base model's own parameters all stay as they are, and so may be stored in half precision."""
         return bool(self.layers) or (self.config is not None and self.config.is_prompt_learning)
 
+    @property
+    def merges(self) -> bool:
+        """Whether a run of it can be merged into its base model: virtual tokens cannot, and a full run is one."""
+        return self.config is not None and not self.config.is_prompt_learning
+
     @staticmethod
     def make_prompt(config: PromptConfig, word_embeddings: nn.Module) -> Prompt:
         """A new prompt of the config's method."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison
 from siliang.compare.verdict import Verdict, learned_nothing
+from siliang.files import pasted
 from siliang.record import Record
 from siliang.safe_yaml import dump_yaml
 from siliang.types import ConfigError, TaskType
@@ -111,14 +112,15 @@ def gather(folders: list[Path]) -> Material:
         ):
             if a != b:
                 raise ConfigError(f"the runs do not belong into one table: their {what} differ ({a}, {b}).")
-    paths = " ".join(map(str, folders))
+    paths = pasted(*folders)
     settings = dump_yaml(first.config)
     return Material(
         TaskType(first.config["task"]),
         _grouped(found),
         folders[0],
         settings,
-        f"siliang train {folders[0] / 'run.yaml'} --output NEW_FOLDER   # and so for each of: {paths}",
+        f"{pasted('siliang', 'train', folders[0] / 'run.yaml', '--output', 'NEW_FOLDER')}"
+        + (f"   # and so for each of: {paths}" if len(folders) > 1 else ""),
     )
 
 

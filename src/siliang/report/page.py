@@ -18,6 +18,8 @@ from markupsafe import Markup
 from siliang.compare.record import Answer as Said
 from siliang.compare.record import Answers
 from siliang.compare.verdict import QUALITY
+from siliang.files import pasted
+from siliang.next_steps import next_steps
 from siliang.report import plots
 from siliang.report.gather import Group, Material
 from siliang.report.plots import Axis, Curve, Point
@@ -71,7 +73,7 @@ def render(material: Material, *, language: str = "en") -> str:
     disagreed, n_disagreed, counts = disagreements(material)
     first = material.records[0] if material.records else None
     return environment.get_template("page.html").render(
-        w=w,
+        w=w | {name: w[f"{name}_alone"] for name in ("title", "table_note") if len(found) == 1},
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         question=_question(material, w),
@@ -136,10 +138,11 @@ def figures(found: list[Line], material: Material, w: dict[str, str]) -> list[Fi
         ys = [p.y + s * (p.y_spread or 0) for p in points.values() for s in (-1, 1)]
         xs = [p.x for p in points.values()]
         front = [points[line.label] for line in pareto(found, quality, cost) if line.label in points]
+        front = front if len(found) > 1 else []
         svg = plots.scatter(
             list(points.values()), Axis.over(axis, xs, log=log), Axis.over(f"{metric} ({way})", ys), front=front
         )
-        shown.append(Figure(w[key].format(metric=metric), w["front"], svg))
+        shown.append(Figure(w[key].format(metric=metric), w["front"] if front else "", svg))
     if drawn := _loss_curves(material):
         xs = [x for curve in drawn for x, _ in curve.points]
         ys = [y for curve in drawn for _, y in curve.points]
@@ -200,17 +203,15 @@ def commands(found: list[Line], material: Material, w: dict[str, str]) -> list[t
     if group is None or not group.finished:
         return []
     run = group.finished[0]
-    writes = material.task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
-    shown = []
-    if writes or material.task is TaskType.SEQ_CLS:
-        shown.append((w["try"], f"siliang chat {run.folder}"))
-    if material.task is TaskType.SEQ_CLS:
-        shown.append((w["use"], f'siliang predict {run.folder} "..."'))
-    shown.append((w["measure"], f"siliang eval {run.folder} --data other.csv"))
-    if run.record and run.record.config["method"]["name"] in ("lora", "ia3", "ln_tuning", "bitfit", "head"):
-        shown.append((w["merge"], f"siliang merge {run.folder} --output merged"))
+    assert run.record is not None
+    steps = next_steps(run.folder, material.task, run.record.config["method"]["name"])
+    steps["measure"] = (*steps["measure"], "--data", "other.csv")
+    names = {"chat": "try", "use": "use", "measure": "measure", "merge": "merge"}
+    shown = [(w[name], pasted("siliang", *steps[what])) for what, name in names.items() if what in steps]
     if material.is_comparison:
-        shown.append((w["more_seeds"], f"siliang compare {material.folder / 'compare.yaml'} --seeds 5"))
+        n = len({r.seed for g in material.groups for r in g.runs})
+        again = ("siliang", "compare", material.folder / "compare.yaml", "--seeds", max(5, n + 2))
+        shown.append((w["more_seeds"], pasted(*again)))
     return shown
 
 
@@ -221,8 +222,9 @@ def _question(material: Material, w: dict[str, str]) -> str:
     train = record.config["data"]["train"]
     sources = train if isinstance(train, list) else [train]
     names = [Path(s if isinstance(s, str) else s["path"]).name for s in sources]
-    return w["question"].format(
+    return w["question" if len(material.groups) > 1 else "question_alone"].format(
         methods=len(material.groups),
+        label=material.groups[0].label,
         data=", ".join(names),
         rows=f"{record.rows.train:,}",
         held=f"{record.rows.eval:,}",

@@ -101,7 +101,7 @@ def lines(material: Material) -> list[Line]:
     """The table, a line a method, in the order of the comparison."""
     quality = QUALITY[material.task]
     found = [_line(group, quality) for group in material.groups]
-    front = {line.label for line in pareto(found, quality, lambda line: line.peak)}
+    front = {line.label for line in pareto(found, quality, lambda line: line.peak)} if len(found) > 1 else set()
     return [Line(**{**vars(line), "on_front": line.label in front}) for line in found]
 
 

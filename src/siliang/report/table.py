@@ -129,8 +129,9 @@ def sentences(answer: Answer, material: Material, w: dict[str, str]) -> list[str
     """The answer in two sentences, and what it has to be held against."""
     quality = QUALITY[material.task]
     best, said = answer.best, []
+    alone = len(material.groups) == 1
     if best is None or best.score is None or best.minutes is None or best.peak is None:
-        said.append(w["none"])
+        said.append(w["none_alone" if alone else "none"])
     else:
         digits = 3
         over = w["over"].format(n=best.score.n) if best.score.n > 1 else w["one_run"]
@@ -139,11 +140,12 @@ def sentences(answer: Answer, material: Material, w: dict[str, str]) -> list[str
             "metric": w[quality.name],
             "score": show_mean(best.score, digits),
             "over": over,
+            "over_alone": w["over_alone"].format(n=best.score.n) if best.score.n > 1 else "",
             "minutes": minutes(best.minutes.value, w),
             "memory": show_bytes(best.peak.value),
             "others": _listed([line.label for line in answer.tied], w),
         }
-        said.append(w["best_tied" if answer.tied else "best"].format(**values))
+        said.append(w["alone" if alone else "best_tied" if answer.tied else "best"].format(**values))
         suffix = "" if quality.higher else "_loss"
         if answer.small is not None:
             said.append(
@@ -154,7 +156,7 @@ def sentences(answer: Answer, material: Material, w: dict[str, str]) -> list[str
                     saved=show_bytes(answer.small.saved_bytes),
                 )
             )
-        elif quality.higher or "eval_loss" in material.base:
+        elif not alone and (quality.higher or "eval_loss" in material.base):
             said.append(w[f"no_small{suffix}"])
     if material.majority is not None:
         said.append(w["majority_note"].format(share=f"{material.majority:.4f}"))

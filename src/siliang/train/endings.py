@@ -8,6 +8,7 @@ import torch
 
 from siliang.check import RATE_FACTOR
 from siliang.engine.step import Engine
+from siliang.files import pasted
 from siliang.run_folder import CHECKPOINTS
 from siliang.train.guard import PATIENCE, Trouble
 from siliang.train.saving import checkpoints
@@ -85,5 +86,5 @@ def interrupted(run: Run, why: str, step: int, steps: int) -> None:
     reason = ": train.max_time is nearly over" if why == "out of time" else ""
     raise InterruptedRunError(
         f"Stopped at step {step} of {steps}{reason}; that step is saved.\n"
-        f"Go on with: siliang train --resume {run.folder}"
+        f"Go on with: {pasted('siliang', 'train', '--resume', run.folder)}"
     )

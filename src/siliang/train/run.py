@@ -32,7 +32,7 @@ from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, sen
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
-from siliang.files import damage, replacing, replacing_folder, sweep, telling
+from siliang.files import damage, pasted, replacing, replacing_folder, sweep, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
@@ -122,7 +122,10 @@ def train(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     try:
-        with telling(folder), telling_of_the_dead(f"What was saved is whole: siliang train --resume {folder}"):
+        with (
+            telling(folder),
+            telling_of_the_dead(f"What was saved is whole: {pasted('siliang', 'train', '--resume', folder)}"),
+        ):
             return _train(run, started, resume=resume)
     except InterruptedRunError:
         raise

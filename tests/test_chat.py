@@ -1,0 +1,79 @@
+"""Asking base models and runs: whatever the base's generation_config wishes, and whatever the runs stand on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import refused, run
+
+QUICK = ("--set", "train.max_steps=2", "--set", "data.max_length=32")
+
+
+@pytest.fixture(scope="module")
+def folders(
+    model_folders: dict[str, Path], instruction_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A run on a llama of its own, whose generation_config the tests change, and one on a BLOOM."""
+    place = tmp_path_factory.mktemp("chat")
+    shutil.copytree(model_folders["llama"], place / "own-llama")
+    found = {"base": place / "own-llama"}
+    for name, model in (("llama", place / "own-llama"), ("bloom", model_folders["bloom"])):
+        found[name] = place / name
+        flags = ("--model", model, "--data", instruction_file, "--task", "causal_lm", "--output", found[name])
+        assert run("train", *flags, *QUICK).code == 0
+    return found
+
+
+WISHES: list[dict[str, Any]] = [
+    {"num_beams": 3},
+    {"num_beams": 3, "do_sample": True, "num_return_sequences": 2},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    {"num_return_sequences": 3, "do_sample": True},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True, "output_hidden_states": True},
+    {"dola_layers": "high"},
+    {"prompt_lookup_num_tokens": 3},
+    {"force_words_ids": [[5]], "num_beams": 2},
+    {"temperature": 0.5, "top_p": 0.5, "do_sample": True},
+    {"max_length": 4},
+    {"use_cache": False},
+]
+
+
+@pytest.mark.parametrize("wishes", WISHES, ids=lambda wishes: "-".join(wishes))
+def test_whatever_the_base_wishes(folders: dict[str, Path], wishes: dict[str, Any]) -> None:
+    (folders["base"] / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | wishes))
+    written = run("generate", folders["llama"], "say one", "--max-new-tokens", 4)
+    asked = run("chat", folders["llama"], "--max-new-tokens", 4, stdin=b"say one\n")
+    assert written.code == 0 and asked.code == 0, (written, asked)
+    assert "Traceback" not in asked.err + written.err
+    base, own = asked.out.splitlines()[1:3]
+    assert base.startswith("base: ") and own.removeprefix(f"{folders['llama']}: ").strip() == written.out.strip()
+
+
+def test_runs_of_different_bases(folders: dict[str, Path]) -> None:
+    (folders["base"] / "generation_config.json").unlink(missing_ok=True)
+    ended = run("chat", folders["llama"], folders["bloom"], "--max-new-tokens", 3, stdin=b"say one\n")
+    names = [line.partition(": ")[0] for line in ended.out.splitlines()[1:] if line]
+    assert names == ["base own-llama", "base bloom", str(folders["llama"]), str(folders["bloom"])], ended
+    # each answers as when it is alone
+    alone = [run("generate", folders[n], "say one", "--max-new-tokens", 3).out.strip() for n in ("llama", "bloom")]
+    assert [line.partition(": ")[2].strip() for line in ended.out.splitlines()[3:5]] == alone
+
+
+def test_runs_that_do_different_things(
+    folders: dict[str, Path], model_folders: dict[str, Path], review_file: Path, tmp_path: Path
+) -> None:
+    flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls", "--output", tmp_path / "c")
+    assert run("train", *flags, *QUICK).code == 0
+    assert "one after the other" in refused("chat", folders["llama"], tmp_path / "c")
+
+
+def test_wishes_that_cannot_be_followed(folders: dict[str, Path]) -> None:
+    (folders["base"] / "generation_config.json").write_text(json.dumps({"stop_strings": ["film"]}))  # of words: no
+    for words in (("generate", folders["llama"], "say one"), ("generate", folders["llama"], "say", "--base")):
+        assert "generation_config.json" in refused(*words)
