@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from siliang.data.vocabulary import grow_vocabulary
-from siliang.models.load import load_model, load_tokenizer
+from siliang.models.load import load_model
 from siliang.peft_model import PeftModel
-from siliang.record import Record
-from siliang.run_folder import ADAPTER, MODEL, OpenedRun, load_base, read_config
+from siliang.run_folder import OpenedRun, find_run, load_base, load_run_tokenizer
 from siliang.types import ConfigError, TaskType
 from siliang.use import generate, predict
 
@@ -27,19 +25,28 @@ class Chat:
     Attributes:
         names: Who answers, in order: each base, unless its head would be new, and the runs.
         writes: They write text; otherwise they say a class.
+        notes: What is not as it was in training, and was passed over by `force`.
     """
 
-    def __init__(self, folders: list[Path], device: torch.device) -> None:
+    def __init__(
+        self, folders: list[Path], device: torch.device, *, base: str | None = None, force: bool = False
+    ) -> None:
         """Opens the runs' base models; runs with the same one share it.
+
+        Args:
+            base: Where the runs' base model is now: a folder, or a name on the hub.
+            force: Go on also where a base model has changed since the training.
 
         Raises:
             ConfigError: A folder is no finished run, or the runs do different things.
+            ModelError: A base model is gone, or another by now.
         """
         self._device = device
-        self._runs = [_Closed(folder) for folder in folders]
+        self._runs = [_Closed(folder, base, force) for folder in folders]
         for folder, run in zip(folders, self._runs, strict=True):
             if (task := run.config.task) not in ANSWERING:
                 raise ConfigError(f"{folder} was trained for {task.lower()}, which is no chat: use `siliang eval`.")
+        self.notes = [note for run in self._runs for note in run.trained.notes]
         tasks = {run.config.task for run in self._runs}
         if TaskType.SEQ_CLS in tasks and len(tasks) > 1:
             raise ConfigError(
@@ -91,11 +98,11 @@ class Chat:
     def _open(self, run: _Closed) -> Iterator[OpenedRun]:
         """The run, ready to use within the block; its adapter is taken off again behind it."""
         base = self._base(run)
-        model: Any = PeftModel.from_pretrained(base, run.folder / ADAPTER) if run.has_adapter else base
+        model: Any = PeftModel.from_pretrained(base, run.trained.weights) if run.has_adapter else base
         if not run.config.quantization:
             model.to(self._device)
         try:
-            yield OpenedRun(run.folder, run.config, run.record, model.eval(), run.tokenizer)
+            yield OpenedRun(run.trained.folder, run.config, run.record, model.eval(), run.tokenizer, run.trained)
         finally:
             if isinstance(model, PeftModel):
                 model.unload()
@@ -105,7 +112,7 @@ class Chat:
             if run.has_adapter:
                 base = load_base(run.config, run.record.labels, run.tokenizer, dtype=torch.float32, device=self._device)
             else:
-                folder = str(run.folder / MODEL)
+                folder = str(run.trained.weights)
                 base = load_model(folder, run.config.task, dtype=torch.float32, labels=run.record.labels)
             self._bases[run.key] = base
         return self._bases[run.key]
@@ -114,21 +121,16 @@ class Chat:
 class _Closed:
     """A run whose model is not loaded."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.config, self.record = folder, read_config(folder), Record.read(folder)
-        self.has_adapter = (folder / ADAPTER).is_dir()
-        if not self.has_adapter and not (folder / MODEL).is_dir():
-            raise ConfigError(f"{folder} was not finished (it is {self.record.status}): nothing can be asked of it.")
-        self.tokenizer = load_tokenizer(
-            self.config.model, revision=self.config.revision, remote_code=self.config.remote_code
-        )
-        grow_vocabulary(self.tokenizer, self.config.data.add_tokens)
+    def __init__(self, folder: Path, base: str | None, force: bool) -> None:
+        self.trained = find_run(folder, base=base, force=force)
+        self.config, self.record, self.has_adapter = self.trained.config, self.trained.record, self.trained.has_adapter
+        self.tokenizer = load_run_tokenizer(self.trained)
 
     @property
     def key(self) -> str:
         """The same for runs that can share a base model."""
         if not self.has_adapter:
-            return str(self.folder)
+            return str(self.trained.weights)
         c = self.config
         seed = c.train.seed if c.task is TaskType.SEQ_CLS else None  # draws what the weights do not hold
         quantised = c.quantization.model_dump_json() if c.quantization else ""

@@ -626,6 +626,18 @@ def _is_text(key: str) -> bool:
     return kind is str or set(getattr(kind, "__args__", ())) == {str, type(None)}
 
 
+def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two dumped configs differ, by their dotted names: (what it was, what it is now)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in (*now, *(k for k in was if k not in now)):
+        a, b = was.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= {f"{key}.{name}": pair for name, pair in differences(a, b).items()}
+        elif a != b:
+            found[key] = (a, b)
+    return found
+
+
 def describe(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str, str, str]]:
     """(dotted name, type, default, meaning) of every field, in order, for `siliang config`."""
     rows: list[tuple[str, str, str, str]] = []

@@ -149,7 +149,7 @@ def disk_error(error: BaseException) -> str | None:
 def absolute(name: str) -> str:
     """A file, a folder or a pattern of files that is here, by its absolute name; any other name as it is."""
     path = Path(name).expanduser()
-    here = path.exists() or (any(c in name for c in "*?[") and bool(glob.glob(str(path))))  # noqa: PTH207
+    here = path.exists() or (any(c in name for c in "*?[") and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
     return str(path.absolute()) if here else name
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from siliang.files import replacing
-from siliang.secrets import without_secrets
+from siliang.secrets import redacted
 from siliang.types import ConfigError
 
 SCHEMA_VERSION = 1
@@ -19,6 +21,42 @@ class Part(BaseModel):
     """A part of the record."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Saved(Part):
+    """A part that is a file of its own."""
+
+    def save(self, path: Path) -> None:
+        """Writes the file, never half of it, with no secret in it."""
+        text = json.dumps(plain(self.model_dump(mode="json")), indent=1, ensure_ascii=False, allow_nan=False)
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Reads the file.
+
+        Raises:
+            ConfigError: It is missing or damaged.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path.parent} holds no {path.name}.") from None
+        except (ValidationError, OSError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def plain(value: Any) -> Any:
+    """Values as a record's file holds them: no secrets, and as text the numbers that JSON does not have, NaN and
+    Infinity, which the record's fields read back as numbers."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return redacted(value)
 
 
 class Device(Part):
@@ -98,7 +136,14 @@ class StepMetrics(Part):
     tokens_per_s: float | None = None
 
 
-class Record(Part):
+class File(Part):
+    """A file, or a folder of files, that a run read."""
+
+    path: str
+    sha256: str
+
+
+class Record(Saved):
     """run.json."""
 
     schema_version: int = SCHEMA_VERSION
@@ -107,7 +152,12 @@ class Record(Part):
     started_at: str
     """UTC, ISO 8601."""
     config: dict[str, Any]
-    """The resolved config."""
+    """The resolved config: what was really used. Names of files and folders are absolute."""
+    adjusted: dict[str, Any] = Field(default_factory=dict)
+    """Settings that the run changed itself (train.fit, the strategy of several devices), by their dotted names, as they
+    were asked for."""
+    changed: list[str] = Field(default_factory=list)
+    """Settings that were changed between two parts of the run: from which step on, what, and what it was."""
     seed: int
     versions: dict[str, str]
     device: Device
@@ -117,8 +167,14 @@ class Record(Part):
     """What was really used."""
     model_sha256: str
     """Over the base model's weight files."""
+    model_files: dict[str, str] = Field(default_factory=dict)
+    """The SHA-256 of each file of the base model: weights, configs, tokenizer. Empty where there are none here."""
     data_sha256: str
     """Over the data files."""
+    data_files: list[File] = Field(default_factory=list)
+    """The same for each source, those held out behind those trained on; and for a template that is a file."""
+    adapter_sha256: str | None = None
+    """Over the adapter whose weights the training began with (`adapter` in the config)."""
     labels: list[str] | None = None
     layout: str = ""
     """How the rows were laid out: a name that data.format knows."""
@@ -138,10 +194,20 @@ class Record(Part):
     final: dict[str, float] = Field(default_factory=dict)
     """Metrics at the end: eval_loss, accuracy or perplexity, base_eval_loss where measured."""
 
+    def asked(self) -> dict[str, Any]:
+        """The config as it was asked for, before the run changed anything itself."""
+        values: dict[str, Any] = json.loads(json.dumps(self.config))
+        for name, asked in self.adjusted.items():
+            *sections, last = name.split(".")
+            inner = values
+            for section in sections:
+                inner = inner[section]
+            inner[last] = asked
+        return values
+
     def write(self, folder: Path) -> None:
         """Writes run.json into `folder`, never half of it."""
-        with replacing(folder / RECORD_NAME) as temporary:
-            temporary.write_text(without_secrets(self.model_dump_json(indent=1)) + "\n", encoding="utf-8")
+        self.save(folder / RECORD_NAME)
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -151,9 +217,6 @@ class Record(Part):
             ConfigError: It is missing or damaged.
         """
         path = folder / RECORD_NAME
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{folder} is no run folder: {RECORD_NAME} is missing there.") from None
-        except (ValidationError, OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        if not path.exists():
+            raise ConfigError(f"{folder} is no run folder: {RECORD_NAME} is missing there.")
+        return cls.open(path)

@@ -2,51 +2,135 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from siliang.config import RunConfig, read_yaml
+from siliang.data.hashes import base_files, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
-from siliang.files import damage
+from siliang.files import damage, replacing
+from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model, load_tokenizer
 from siliang.peft_model import PeftModel
-from siliang.record import RECORD_NAME, Record
-from siliang.types import AdapterError, ConfigError, OutputError, TaskType
+from siliang.record import RECORD_NAME, File, Record
+from siliang.safe_yaml import dump_yaml
+from siliang.secrets import redacted
+from siliang.types import AdapterError, ConfigError, DataError, ModelError, OutputError, TaskType
 
 CONFIG_NAME = "run.yaml"
 ADAPTER = "adapter"  # the trained adapter
 MODEL = "model"  # the trained model, for full fine-tuning
 CHECKPOINTS = "checkpoints"
+PREFIX = "checkpoint-"  # and the step
+COMPARISON = "comparison.json"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A trained run whose model is not loaded.
+
+    Attributes:
+        folder: As it was given: the run's own folder, a checkpoint in it, or its adapter.
+        run: The run's own folder.
+        weights: The adapter folder, or, after full fine-tuning, the model folder.
+        config: With the base model and its place as they are now.
+        notes: What is not as it was in training, and was passed over by `force`.
+    """
+
+    folder: Path
+    run: Path
+    weights: Path
+    config: RunConfig
+    record: Record
+    force: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def has_adapter(self) -> bool:
+        return (self.weights / ADAPTER_CONFIG).is_file()
+
+    def check_base(self) -> None:
+        """The adapter belongs to the weights, the config and the tokenizer that it was trained on.
+
+        Raises:
+            ModelError: The base model is gone, or another by now, and `force` is off.
+        """
+        model, was = self.config.model, self.record.model_files
+        if Path(model).is_absolute() and not Path(model).is_dir():
+            raise ModelError(
+                f"The base model of {self.folder} is not there any more: {model}. Say where it is with "
+                "--base FOLDER_OR_NAME."
+            )
+        if (changed := changed_base(model, self.config.revision, was)) is None:
+            return
+        problem = f"{model} is not the base model that {self.folder} was trained on: {changed}."
+        if not self.force:
+            raise ModelError(
+                f"{problem}\nPut that one back, name its place with --base FOLDER_OR_NAME, or go on all the same with "
+                "--force."
+            )
+        self.notes.append(problem)
+
+    def check_data(self) -> None:
+        """The held-out rows are those of the training, which hang on all rows where they were split off from them.
+
+        Raises:
+            DataError: The data is gone, or has changed, and `force` is off.
+        """
+        data = self.config.data
+        read = data.eval_sources if data.eval_sources and data.validation_size is None else data.train_sources
+        problem = changed_data([s.path for s in read], self.record.data_files)
+        if problem is None:
+            return
+        if not self.force:
+            raise DataError(
+                f"{problem} since {self.folder} was trained: its held-out rows are not what they were.\n"
+                "Measure other rows with --data FILE, or these all the same with --force."
+            )
+        self.notes.append(f"{problem} since {self.folder} was trained")
 
 
 @dataclass
 class OpenedRun:
-    """A trained run, ready to use: the model in eval mode, with the adapter on it."""
+    """A trained run, ready to use: the model in eval mode, with the adapter on it.
+
+    Attributes:
+        trained: Where it is from; None for one that is still being trained.
+    """
 
     folder: Path
     config: RunConfig
     record: Record
     model: Any  # PeftModel or PreTrainedModel
     tokenizer: Any
+    trained: TrainedRun | None = None
 
     @property
     def labels(self) -> list[str]:
         return self.record.labels or []
 
 
-def claim(folder: Path) -> bool:
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder` by their step, the oldest first."""
+    named = {p: re.fullmatch(rf"{PREFIX}(\d+)", p.name) for p in folder.glob(f"{PREFIX}*")}
+    return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
+
+
+def claim(folder: Path, *, for_run: bool = False) -> bool:
     """Makes the output folder; returns whether it was new.
+
+    Args:
+        for_run: A run is to be trained into it, which may be there already.
 
     Raises:
         OutputError: Something is there already, or the folder cannot be made.
     """
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            hint = " Go on with --resume, or choose" if (folder / RECORD_NAME).is_file() else " Choose"
-            raise OutputError(f"output folder {folder} is not empty.{hint} another with --output.")
+        check_empty(folder, for_run=for_run)
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except OutputError:
@@ -54,6 +138,38 @@ def claim(folder: Path) -> bool:
     except OSError as error:
         raise OutputError(f"output folder {folder} cannot be made: {error.strerror or error}.") from None
     return new
+
+
+def check_empty(folder: Path, *, for_run: bool = False) -> None:
+    """Nothing is in the output folder.
+
+    Raises:
+        OutputError: Something is: what it is, and what can be done.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    status = None
+    if (folder / RECORD_NAME).is_file():
+        try:
+            status = Record.read(folder).status
+        except ConfigError:
+            status = "damaged"
+    if status == "completed":
+        raise OutputError(
+            f"output folder {folder} is not empty: it holds a finished run. Choose another with --output."
+        )
+    if status and for_run:
+        raise OutputError(
+            f"output folder {folder} is not empty: it holds a run that is not finished. Go on with it by "
+            f"siliang train --resume {folder}, or choose another with --output."
+        )
+    raise OutputError(f"output folder {folder} is not empty. Choose another with --output.")
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Writes run.yaml, never half of it."""
+    with replacing(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(dump_yaml(redacted(config.model_dump(mode="json"))), encoding="utf-8")
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -64,48 +180,141 @@ def read_config(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder: {CONFIG_NAME} is missing there.")
+        raise ConfigError(f"{folder} is no run folder: {CONFIG_NAME} is missing there.{_what_else(folder)}")
     return RunConfig.build(read_yaml(path), source=str(path))
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder is that is no run's."""
+    if not folder.exists():
+        others = [p.name for p in checkpoints(folder.parent).values()] if folder.parent.name == CHECKPOINTS else []
+        return f" There is {', '.join(others)}." if others else " There is no such folder."
+    if (folder / COMPARISON).is_file():
+        run = next((p.parent for p in sorted(folder.glob(f"runs/*/*/{CONFIG_NAME}"))), folder / "runs" / "...")
+        return f" It holds a comparison: name one of its runs, such as {run}."
+    if (folder / ADAPTER_CONFIG).is_file():
+        return " It holds an adapter alone: train it further with siliang train --adapter, and use that run."
+    if folder.name == CHECKPOINTS and (found := checkpoints(folder)):
+        return f" Name one of its checkpoints, such as {list(found.values())[-1]}."
+    return ""
+
+
+def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> TrainedRun:
+    """A trained run by its folder, by one of its checkpoints, or by its adapter.
+
+    Args:
+        base: Where its base model is now: a folder, or a name on the hub.
+        force: Use it also where its base model or its data have changed since it was trained.
+
+    Raises:
+        ConfigError: The folder is no run, or the run was not finished.
+        ModelError: Its base model is gone, or another by now.
+        AdapterError: Its adapter is damaged.
+    """
+    folder = Path(folder)
+    run, weights = folder, None
+    if not (folder / CONFIG_NAME).is_file():
+        place = folder.absolute()
+        if place.parent.name == CHECKPOINTS and (place.parent.parent / CONFIG_NAME).is_file() and place.is_dir():
+            run, weights = place.parent.parent, folder
+        elif place.name in (ADAPTER, MODEL) and (place.parent / CONFIG_NAME).is_file() and place.is_dir():
+            run, weights = place.parent, folder
+    config, record = read_config(run), Record.read(run)
+    weights = weights or next((run / part for part in (ADAPTER, MODEL) if (run / part).is_dir()), None)
+    if weights is None:
+        saved = list(checkpoints(run / CHECKPOINTS).values())
+        instead = f", or use what was saved last: {saved[-1]}" if saved else ""
+        raise ConfigError(
+            f"{run} was not finished (it is {record.status}): go on with `siliang train --resume {run}`{instead}."
+        )
+    if (problem := damage(weights)) is not None:
+        again = f"`siliang train --resume {run}` makes it again from the last sound checkpoint, where there is one."
+        raise AdapterError(f"{weights} is damaged: {problem}.\n{again}")
+    if base is not None:
+        config = config.model_copy(update={"model": base, "revision": None})
+    found = TrainedRun(folder, run, weights, config, record, force)
+    if found.has_adapter:
+        found.check_base()
+    if any(f.path == config.data.template for f in record.data_files):
+        problem = changed_data([config.data.template], record.data_files)
+        if problem is not None and not force:
+            raise DataError(f"{problem} since {folder} was trained: put it back, or go on all the same with --force.")
+        found.notes.extend([f"{problem} since {folder} was trained"] if problem else [])
+    return found
 
 
 def open_run(
     folder: Path,
     *,
+    base: str | None = None,
+    force: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     quantised: bool = True,
 ) -> OpenedRun:
-    """Opens a finished run.
+    """Opens a finished run, or a checkpoint of one.
 
     Args:
+        base: Where its base model is now: a folder, or a name on the hub.
+        force: Open it also where its base model has changed since it was trained.
         quantised: Its base model in few bits, if it was trained on that. False: in `dtype`, as for merging.
 
     Raises:
         ConfigError: The folder is no run, or the run was not finished.
-        ModelError: Its base model is not where it was.
+        ModelError: Its base model is gone, or another by now.
         AdapterError: Its adapter is damaged.
     """
-    config, record = read_config(folder), Record.read(folder)
-    if not (folder / ADAPTER).is_dir() and not (folder / MODEL).is_dir():
-        raise ConfigError(
-            f"{folder} was not finished (it is {record.status}): go on with `siliang train --resume {folder}`."
-        )
-    for part in (ADAPTER, MODEL):
-        if (folder / part).is_dir() and (problem := damage(folder / part)) is not None:
-            raise AdapterError(
-                f"{folder / part} is damaged: {problem}.\n"
-                f"`siliang train --resume {folder}` makes it again from the last sound checkpoint, where there is one."
-            )
-    tokenizer = load_tokenizer(config.model, revision=config.revision, remote_code=config.remote_code)
-    grow_vocabulary(tokenizer, config.data.add_tokens)
-    if (folder / MODEL).is_dir():
-        model: Any = load_model(str(folder / MODEL), config.task, dtype=dtype, labels=record.labels)
+    trained = find_run(folder, base=base, force=force)
+    tokenizer = load_run_tokenizer(trained)
+    config, record = trained.config, trained.record
+    if trained.has_adapter:
+        base_model = load_base(config, record.labels, tokenizer, dtype=dtype, device=device, quantised=quantised)
+        if not Path(config.model).is_dir():  # by now the hub's copy is here
+            trained.check_base()
+        model: Any = PeftModel.from_pretrained(base_model, trained.weights)
     else:
-        base = load_base(config, record.labels, tokenizer, dtype=dtype, device=device, quantised=quantised)
-        model = PeftModel.from_pretrained(base, folder / ADAPTER)
+        model = load_model(str(trained.weights), config.task, dtype=dtype, labels=record.labels)
     if not (quantised and config.quantization):
         model.to(device or torch.device("cpu"))
-    return OpenedRun(folder, config, record, model.eval(), tokenizer)
+    return OpenedRun(trained.folder, config, record, model.eval(), tokenizer, trained)
+
+
+def load_run_tokenizer(trained: TrainedRun) -> Any:
+    """The tokenizer of a run's base model; of a model that was tuned whole and saved with one, its own."""
+    config = trained.config
+    if not trained.has_adapter and (trained.weights / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(trained.weights), remote_code=None)
+    tokenizer = load_tokenizer(config.model, revision=config.revision, remote_code=config.remote_code)
+    grow_vocabulary(tokenizer, config.data.add_tokens)
+    return tokenizer
+
+
+def changed_base(model: str, revision: str | None, was: dict[str, str]) -> str | None:
+    """In what a base model differs from the one whose files' hashes these were; None for nothing, or where there are no
+    files to look at."""
+    if not was or not (now := base_files(model, revision)):
+        return None
+    if missing := sorted(was.keys() - now.keys()):
+        return f"{missing[0]} is missing"
+    if other := [name for name in sorted(was) if now[name] != was[name]]:
+        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
+        return f"{other[0]} is another file{more}"
+    if added := sorted(now.keys() - was.keys()):
+        return f"{added[0]} was not there"
+    return None
+
+
+def changed_data(paths: list[str], was: list[File]) -> str | None:
+    """Which of these sources is not what it was; None where all are."""
+    known = {f.path: f.sha256 for f in was}
+    for path in paths:
+        if path in known and source_sha256(path) != known[path]:
+            return f"{path} {'has changed' if _exists(path) else 'is gone'}"
+    return None
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists() or any(c in path for c in "*?[")
 
 
 def load_base(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 HIDDEN = "***"
 _SHAPES = (
@@ -15,6 +16,18 @@ _SHAPES = (
     re.compile(r"(?<=://)[^/\s:@\"']+:[^/\s@\"']+(?=@)"),  # https://user:password@host
 )
 _NAMES = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+
+
+def redacted(value: Any) -> Any:
+    """A structure with each of its texts `without_secrets`. Numbers stay as they are: in a text made of the whole, a
+    password of digits would take digits out of a number."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {key: redacted(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(inner) for inner in value]
+    return value
 
 
 def without_secrets(text: str) -> str:

@@ -290,8 +290,8 @@ def _write_targets(run: OpenedRun, inputs: dict[str, Tensor]) -> list[str]:
     return run.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
-def merge(run: OpenedRun, output: Path, *, force: bool = False) -> MergeProof:
-    """Merges the run's adapter, proves it on the run's own data, and writes a plain model folder.
+def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool = False) -> MergeProof:
+    """Merges the run's adapter, proves it on the run's own data, or on `data`, and writes a plain model folder.
 
     Raises:
         ConfigError: The run has no adapter.
@@ -300,7 +300,12 @@ def merge(run: OpenedRun, output: Path, *, force: bool = False) -> MergeProof:
     """
     if not isinstance(run.model, PeftModel):
         raise ConfigError(f"{run.folder} was fully tuned: {run.folder / 'model'} is a plain model already.")
-    _, tokens = _rows(run, None, limit=PROOF_SAMPLES)
+    try:
+        _, tokens = _rows(run, data, limit=PROOF_SAMPLES, same=False)
+    except DataError as error:
+        if data is not None:
+            raise
+        raise DataError(f"{error}\nThe proof needs some rows, whichever: give them with --data FILE.") from None
     keep = run.config.task is TaskType.SEQ_2_SEQ_LM
     batches = (batch for _, batch in _batches(run, tokens.select(range(min(PROOF_SAMPLES, len(tokens)))), 1))
     samples = [b if keep else _inputs(b) for b in batches]
@@ -326,9 +331,20 @@ def merge(run: OpenedRun, output: Path, *, force: bool = False) -> MergeProof:
     return proof
 
 
-def _rows(run: OpenedRun, data: str | None, limit: int | None = None) -> tuple[ExampleSet, TokenSet]:
-    """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows; and tokens."""
+def _rows(
+    run: OpenedRun, data: str | None, limit: int | None = None, *, same: bool = True
+) -> tuple[ExampleSet, TokenSet]:
+    """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows; and tokens.
+
+    Args:
+        same: They have to be those of the training.
+
+    Raises:
+        DataError: The run's own data is not what it was.
+    """
     settings, task = run.config.data, run.config.task
+    if data is None and same and run.trained is not None:
+        run.trained.check_data()
     if data is not None:
         settings = settings.model_copy(update={"labels": run.record.labels, "encoding": "auto"})
         layout = Layout(run.record.layout, run.record.columns) if run.record.layout else None

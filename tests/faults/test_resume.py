@@ -181,7 +181,8 @@ def test_the_data_has_changed(place: Place, tmp_path: Path) -> None:
     child.signal(signal.SIGTERM)
     child.end()
     data.write_text(data.read_text().replace("w1", "w2"))
-    assert "the data has changed since the run began" in run(config, resume=True).said
+    ending = run(config, resume=True)
+    assert ending.code == 2 and "The data has changed since the run began" in ending.said
 
 
 def test_half_a_folder_is_never_there(tmp_path: Path) -> None:

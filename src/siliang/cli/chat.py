@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siliang.cli.console import as_text, input_lines
+from siliang.cli.used_run import Base, Force, show_notes
 
 if TYPE_CHECKING:
     from siliang.chat import Chat
@@ -19,9 +20,11 @@ NARROWEST = 28  # characters of a column
 
 
 def chat(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of their checkpoints.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
+    base: Base = None,
+    force: Force = False,
 ) -> None:
     """Ask the base model and any number of runs the same, and see the answers side by side as they are written.
 
@@ -33,7 +36,8 @@ def chat(
     from siliang.chat import Chat
     from siliang.hardware import find_device
 
-    opened = Chat(list(dict.fromkeys(runs)), find_device())
+    opened = Chat(list(dict.fromkeys(runs)), find_device(), base=base, force=force)
+    show_notes(opened.notes)
     side_by_side = sys.stdout.isatty()
     for prompt in _prompts():
         if not sys.stdin.isatty():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from siliang.cli.console import print_json
+from siliang.cli.used_run import Base, Force, Run, show_notes
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    run: Run,
     data: Annotated[str | None, typer.Option(help="Other data than the run's held-out rows.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    base: Base = None,
+    force: Force = False,
 ) -> None:
     """Measure a run: loss, and accuracy or perplexity, on its held-out rows or on --data."""
     from siliang.cli.show import quiet_loading
@@ -23,7 +25,9 @@ def evaluate(
     from siliang.run_folder import open_run
     from siliang.use import evaluate as measure
 
-    metrics = measure(open_run(run, device=find_device()), data)
+    opened = open_run(run, base=base, force=force, device=find_device())
+    metrics = measure(opened, data)
+    show_notes(opened.trained.notes if opened.trained else ())
     if json:
         print_json(metrics)
     else:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from siliang.cli.console import as_text
+from siliang.cli.used_run import Force, Run, show_notes
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    run: Run,
     instruction: Annotated[str, typer.Argument(help="What to ask, put into the run's own template.")],
     input: Annotated[str, typer.Option(help="What the instruction is about.")] = "",
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text as it is, without a template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
-    base: Annotated[bool, typer.Option("--base", help="Show the base model's answer before the tuned one.")] = False,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--base",
+            metavar="[FOLDER_OR_NAME]",
+            help="Alone: show the base model's answer before the tuned one. With a name: where the base model is now.",
+        ),
+    ] = None,
+    force: Force = False,
 ) -> None:
     """Write text with a trained run."""
     from siliang.cli.show import quiet_loading
@@ -28,9 +36,12 @@ def generate(
     from siliang.run_folder import open_run
     from siliang.use import generate as write
 
-    opened = open_run(run, device=find_device())
-    for of_base in (True, False) if base else (False,):
-        if base:
+    place = next((name for name in reversed(base or []) if name), None)
+    beside = "" in (base or [])
+    opened = open_run(run, base=place, force=force, device=find_device())
+    show_notes(opened.trained.notes if opened.trained else ())
+    for of_base in (True, False) if beside else (False,):
+        if beside:
             print("base:" if of_base else "\ntuned:")
         print(
             write(

@@ -31,6 +31,7 @@ from siliang.cli import (
     predict,
     report,
     train,
+    used_run,
 )
 from siliang.cli.console import prepare_console
 from siliang.environment import bound_kernel_caches
@@ -60,7 +61,7 @@ app.command("compare", cls=compare.RayOption)(compare.compare)
 app.command("report")(report.report)
 app.command("eval")(eval.evaluate)
 app.command("predict")(predict.predict)
-app.command("generate")(generate.generate)
+app.command("generate", cls=used_run.BaseOption)(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("methods")(methods.methods)

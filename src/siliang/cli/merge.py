@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from siliang.cli.used_run import Base, Run, show_notes
+
 
 class Dtype(StrEnum):
     """The number formats that a model can be saved in."""
@@ -18,12 +20,21 @@ class Dtype(StrEnum):
 
 
 def merge(
-    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    run: Run,
     output: Annotated[Path, typer.Option(help="Folder for the merged model; must not hold anything yet.")],
     dtype: Annotated[
         Dtype, typer.Option(help="Number format to save, in which the proof is made too.")
     ] = Dtype.FLOAT32,
-    force: Annotated[bool, typer.Option("--force", help="Keep the model even if it does not answer alike.")] = False,
+    data: Annotated[str | None, typer.Option(help="Rows for the proof, in place of the run's own data.")] = None,
+    base: Base = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Keep the model even if it does not answer alike, and go on where the base model or the data have "
+            "changed since the training.",
+        ),
+    ] = False,
 ) -> None:
     """Merge a run's adapter into its base model, prove that both answer alike, and save a plain model."""
     from siliang.cli.show import quiet_loading
@@ -32,12 +43,14 @@ def merge(
     import torch
 
     from siliang.models.load import AUTO_CLASSES
-    from siliang.run_folder import open_run
+    from siliang.run_folder import check_empty, open_run
     from siliang.use import merge as merge_run
 
+    check_empty(output)
     # a base model in few bits would round the sum again: merging is done in the base model's own
-    opened = open_run(run, dtype=getattr(torch, dtype.value), quantised=False)
-    proof = merge_run(opened, output, force=force)
+    opened = open_run(run, base=base, force=force, dtype=getattr(torch, dtype.value), quantised=False)
+    proof = merge_run(opened, output, data=data, force=force)
+    show_notes(opened.trained.notes if opened.trained else ())
     print(f"{'proved' if proof.holds else 'NOT PROVED, kept by --force'}: {proof}")
     kind = AUTO_CLASSES[opened.config.task].__name__
     print(f"saved   {output}\nopen it with transformers.{kind}.from_pretrained({str(output)!r})")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siliang.cli.console import as_text, command_line, input_lines, print_json
+from siliang.cli.used_run import Base, Force, Run, show_notes
 
 if TYPE_CHECKING:
     from siliang.run_folder import OpenedRun
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    run: Run,
     texts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -24,6 +25,8 @@ def predict(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    base: Base = None,
+    force: Force = False,
 ) -> None:
     """Classify texts with a trained run.
 
@@ -38,7 +41,8 @@ def predict(
     from siliang.types import DataError
     from siliang.use import predict as classify
 
-    opened = open_run(run, device=find_device())
+    opened = open_run(run, base=base, force=force, device=find_device())
+    show_notes(opened.trained.notes if opened.trained else ())
     given = _given(opened, [as_text(text, "a text") for text in texts]) if texts else list(input_lines())
     asked = [text for text in given if not isinstance(text, str) or text.strip()]
     if not asked:

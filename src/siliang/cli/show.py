@@ -32,6 +32,11 @@ def duration(seconds: float) -> str:
     return f"{s // 60}:{s % 60:02d} min" if s < 3600 else f"{s // 3600}:{s % 3600 // 60:02d} h"
 
 
+def figures(metrics: dict[str, float]) -> str:
+    """Metrics in a line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
 class TrainingDisplay:
     """A progress bar on a terminal, a line every few steps elsewhere."""
 
@@ -64,10 +69,21 @@ class TrainingDisplay:
         text = (
             f"loss {p.loss:.4f}" if p.loss is not None else "loss -"
         ) + f"  lr {p.learning_rate or 0:.2e}  {p.tokens_per_s:,.0f} tokens/s  {size(p.memory_bytes)}"
-        if sys.stdout.isatty():
+        if p.measured is not None:
+            self._print(f"step {p.step:>6,}/{p.steps:,}  {figures(p.measured)}")
+        elif sys.stdout.isatty():
             self._draw(p, text)
         elif p.logged:
             print(f"step {p.step:>6,}/{p.steps:,}  {text}  {duration(p.eta_s)} to go", flush=True)
+
+    def _print(self, line: str) -> None:
+        """A line that stays, above the bar where there is one."""
+        from rich.progress import Progress as Bar
+
+        if isinstance(self._bar, Bar):
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
 
     def _draw(self, p: Progress, text: str) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn

@@ -32,24 +32,27 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: siliang train RUN --resume")
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="With --resume: go on where the base model or the data have changed since the run began."
+        ),
+    ] = False,
     devices: Annotated[
         int,
         typer.Option(min=1, help="Processes that train together: one a card, or shares of the CPU."),
     ] = 1,
 ) -> None:
     """Train: attach a method to a base model, tune it on your data, and keep the result in a run folder."""
-    from siliang.cli.show import TrainingDisplay, duration, quiet_loading, size
+    if "LOCAL_RANK" not in os.environ:  # the libraries take seconds, in which a terminal would stay empty
+        print("starting   loading torch and transformers ...", flush=True)
+    from siliang.cli.show import TrainingDisplay, duration, figures, quiet_loading, size
     from siliang.config import RunConfig
-    from siliang.run_folder import CONFIG_NAME, read_config
     from siliang.types import ConfigError
 
     flags = {"model": model, "task": task, "method": method, "output": output}
     if resume:
-        if settings is None or data or set_ or any(flags.values()):
-            raise ConfigError(
-                "--resume goes on with the run's own settings: give it the run's folder and nothing else."
-            )
-        config = read_config(settings).model_copy(update={"output": str(settings)})
+        config = _begun(settings, flags, data, set_ or [])
     elif settings is not None and settings.is_dir():
         raise ConfigError(f"{settings} is a folder: give a settings file, or --resume to go on with the run in it.")
     else:
@@ -61,6 +64,7 @@ def train(
     quiet_loading()
     from siliang.distributed.ranks import find_ranks
     from siliang.plan.before import Planner
+    from siliang.run_folder import CONFIG_NAME
     from siliang.train.run import Listener
     from siliang.train.run import train as run
 
@@ -69,14 +73,13 @@ def train(
     if any(ranks.all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)):
         resume = ranks.first_does(lambda: resume or (Path(config.output) / CONFIG_NAME).is_file())
     if not ranks.first:  # one speaks for all
-        run(config, resume=resume, planner=planner)
+        run(config, resume=resume, force=force, planner=planner)
         return
     with TrainingDisplay() as display:
-        record = run(config, Listener(display.say, display.progress), resume=resume, planner=planner)
+        record = run(config, Listener(display.say, display.progress), resume=resume, force=force, planner=planner)
     planner.remember(record)
     folder = Path(config.output)
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.final.items())
-    print(f"done       {metrics}")
+    print(f"done       {figures(record.final)}")
     planned = f" ({size(record.memory.predicted_bytes)} planned)" if record.memory.predicted_bytes else ""
     peak = size(record.memory.peak_bytes) + planned
     print(f"           {duration(record.seconds.train)} of training, peak memory {peak}")
@@ -87,6 +90,30 @@ def train(
     steps = next_steps(folder, config.task, config.method.name)
     for i, words in enumerate(words for what, words in steps.items() if what != "chat"):
         print(f"{'' if i else 'next':<11}{command_line(*words)}")
+
+
+def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> Any:
+    """The settings of a run that goes on, named by its folder, by its settings file, or by the flags that it was begun
+    with: its own, with what is given beside them over them."""
+    from siliang.config import RunConfig
+    from siliang.record import RECORD_NAME
+    from siliang.run_folder import CONFIG_NAME
+    from siliang.types import ConfigError
+
+    if settings is None and flags["output"] is None:
+        raise ConfigError("--resume goes on with a run: say which, as in siliang train --resume RUN.")
+    folder = settings if settings is not None and settings.is_dir() else None
+    if settings is not None and settings.name == CONFIG_NAME and (settings.parent / RECORD_NAME).is_file():
+        folder = settings.parent
+    if folder is None:
+        return RunConfig.build(gather(settings, flags, data, sets), source=str(settings or "the flags"))
+    own = folder / CONFIG_NAME
+    if not own.is_file():
+        raise ConfigError(f"{folder} is no run folder ({CONFIG_NAME} is missing there): nothing to --resume.")
+    if flags["output"] is not None and Path(flags["output"]).absolute() != folder.absolute():
+        raise ConfigError(f"--resume goes on in {folder} itself: leave out --output {flags['output']}.")
+    values = gather(own, flags | {"output": str(folder)}, data, sets)
+    return RunConfig.build(values, source=str(own))
 
 
 def gather(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> dict[str, Any]:

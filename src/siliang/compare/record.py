@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from siliang.record import Part
-from siliang.types import ConfigError
+from siliang.record import Part, Saved
 
 COMPARISON_NAME = "comparison.json"
 ANSWERS_NAME = "answers.json"
 SCHEMA_VERSION = 1
-
-
-class Saved(Part):
-    """A part that is a file of its own."""
-
-    def save(self, path: Path) -> None:
-        """Writes the file, never half of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Reads the file.
-
-        Raises:
-            ConfigError: It is missing or damaged.
-        """
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path.parent} holds no {path.name}.") from None
-        except (ValidationError, OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
 class Trial(Part):

@@ -10,8 +10,7 @@ from siliang.compare.config import CompareConfig, MethodEntry, slug
 from siliang.compare.record import Trial
 from siliang.config import RunConfig
 from siliang.record import Record
-from siliang.run_folder import CHECKPOINTS
-from siliang.train.saving import checkpoints
+from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.types import ConfigError
 
 RUNS, SEARCH = "runs", "search"  # folders within the comparison's

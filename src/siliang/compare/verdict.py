@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +27,9 @@ class Quality:
     higher: bool
 
     def better(self, a: float, b: float) -> bool:
-        """Whether `a` is better than `b`."""
+        """Whether `a` is better than `b`; a number is better than none (NaN)."""
+        if math.isnan(b):
+            return not math.isnan(a)
         return a > b if self.higher else a < b
 
 

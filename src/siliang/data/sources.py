@@ -5,7 +5,6 @@ named and a file larger than memory can be read. A kind of file has one reader, 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import re
 import sys
@@ -15,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from siliang.data.hashes import joined, source_sha256
 from siliang.data.json_stream import json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import TextFile, find_text, kind_of
@@ -183,17 +183,7 @@ def read_rows(source: str, *, header: list[str] | None = None, split: str = "tra
 
 def sha256(sources: Sequence[str]) -> str:
     """A hash over the bytes of the data files; of a hub name, over the name."""
-    digest = hashlib.sha256()
-    for source in sources:
-        path = Path(source).expanduser()
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-        files = files or [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-        digest.update(b"" if files else source.encode())
-        for file in files:
-            if file.is_file():
-                with file.open("rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+    return joined(map(source_sha256, sources))
 
 
 def _neighbours(path: Path) -> str:

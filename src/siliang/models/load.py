@@ -238,16 +238,6 @@ def load_tokenizer(name: str, *, revision: str | None = None, remote_code: str |
     return tokenizer
 
 
-def weights_sha256(name: str) -> str:
-    """A hash over the base model's weight files; of a hub name, over the name."""
-    files = sorted(p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin"))
-    digest = hashlib.sha256(b"" if files else name.encode())
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _check_folder(name: str, revision: str | None = None) -> None:
     path = Path(name)
     if path.is_dir():

@@ -9,9 +9,8 @@ import torch
 from siliang.check import RATE_FACTOR
 from siliang.engine.step import Engine
 from siliang.files import pasted
-from siliang.run_folder import CHECKPOINTS
+from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.train.guard import PATIENCE, Trouble
-from siliang.train.saving import checkpoints
 from siliang.types import DeviceMemoryError, InterruptedRunError, TrainingError
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from siliang.check import Subject, find, look_at, stop_on_errors
-from siliang.config import RunConfig
-from siliang.data import sources
+from siliang.config import RunConfig, differences
 from siliang.data.collate import PadCollator
+from siliang.data.hashes import base_files, joined, source_sha256, weights_sha256
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
@@ -32,24 +32,22 @@ from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, sen
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
-from siliang.files import damage, pasted, replacing, replacing_folder, sweep, telling
+from siliang.files import absolute, damage, pasted, replacing_folder, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
-from siliang.models.load import weights_sha256
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
-from siliang.record import Counts, Record, Rows, Seconds
-from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, claim, load_base
-from siliang.secrets import without_secrets
+from siliang.record import Counts, File, Record, Rows, Seconds
+from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, claim, load_base, write_config
 from siliang.train.endings import does_not_fit, interrupted, no_number
 from siliang.train.metrics import MEASURED, trainer_metrics
 from siliang.train.order import Order
+from siliang.train.resume import Begun, record_of_template, take_up
 from siliang.train.saving import (
     adapter_together,
     checkpoints,
     is_dealt_out,
-    last_good,
     read_weights,
     whole_weights,
 )
@@ -94,13 +92,15 @@ def train(
     listener: Listener | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     base: Callable[..., Any] = load_base,
     planner: Planner | None = None,
 ) -> Record:
     """Trains as `config` says and leaves a run folder.
 
     Args:
-        resume: Go on from the last checkpoint in the output folder.
+        resume: Go on from the last checkpoint in the output folder. A run that is finished is left as it is.
+        force: Go on also where the base model or the data have changed since the run began.
         base: What gives the base model, called as `load_base` is, for whoever has it loaded already.
         planner: Asked before the model is loaded; None for no plan.
 
@@ -114,9 +114,18 @@ def train(
     if not ranks.first:
         listener = Listener()
     folder = Path(config.output)
-    new = not resume and ranks.first_does(lambda: claim(folder))
+    begun: Begun | None = None
+    if resume:
+        begun = ranks.first_does(lambda: take_up(config, folder, listener.say, force=force))
+        if begun.finished:
+            assert begun.record is not None
+            listener.say(f"finished   {folder} was finished before: {_steps_made(begun.record)}, nothing is left to do")
+            return begun.record
+        config = begun.config
+    new = not resume and ranks.first_does(lambda: claim(folder, for_run=True))
     try:
-        run = prepare(config, listener, folder, base=base, planner=planner)
+        run = prepare(config, listener, folder, base=base, planner=planner, before=begun.record if begun else None)
+        run.record.changed += begun.changed if begun else []
     except BaseException:
         if new and ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +135,7 @@ def train(
             telling(folder),
             telling_of_the_dead(f"What was saved is whole: {pasted('siliang', 'train', '--resume', folder)}"),
         ):
-            return _train(run, started, resume=resume)
+            return _train(run, started, checkpoint=begun.checkpoint if begun else None)
     except InterruptedRunError:
         raise
     except BaseException as error:
@@ -169,18 +178,21 @@ def prepare(
     *,
     base: Callable[..., Any] = load_base,
     planner: Planner | None = None,
+    before: Record | None = None,
 ) -> Run:
     """Data, model and method of a run, ready for its first step.
 
     Args:
         base: What gives the base model, called as `load_base` is.
         planner: Asked before the model is loaded.
+        before: The record of the part of the run that was made already.
 
     Raises:
         SiliangError: Something that the user can mend.
     """
     started = time.perf_counter()
     ranks = find_ranks()
+    asked = config
     config = _as_launched(config, ranks, listener)
     set_seed(config.train.seed)
     method = find_method(config.method.name)
@@ -215,7 +227,9 @@ def prepare(
             config, predicted = _plan(planner, config, subject, ranks, listener)
     mesh = all_ranks(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
     with ranks.in_turn() if mesh is not None else nullcontext():  # the machine may not hold it whole more than once
-        model = base(config, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
+        # what is saved names the base model by its whole path
+        place = config.model_copy(update={"model": absolute(config.model)})
+        model = base(place, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
         model, trained, total = attach(model, method, config, precision)
         if mesh is not None:
             shard(model, mesh, device, trained_too=not isinstance(model, PeftModel))
@@ -230,17 +244,22 @@ def prepare(
             f"           Adam's eps is {precision.adam_eps:g}, at some cost of stability: "
             f"the usual {TrainingArguments.adam_epsilon:g} is 0 in fp16, and would divide by zero"
         )
-    model_sha256, data_sha256 = ranks.first_does(lambda: _hashes(config))
+    files, data_files = ranks.first_does(lambda: _hashes(config))
+    adjusted = differences(asked.model_dump(mode="json"), config.model_dump(mode="json"))
     record = Record(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        config=config.model_dump(mode="json"),
+        config=config.resolved().model_dump(mode="json"),
+        adjusted={name: was for name, (was, _) in adjusted.items()} | (before.adjusted if before else {}),
+        changed=list(before.changed) if before else [],
         seed=config.train.seed,
         versions=versions(),
         device=describe_device(device),
         precision=precision.precision,
         learning_rate=config.train.learning_rate or method.learning_rate,
-        model_sha256=model_sha256,
-        data_sha256=data_sha256,
+        model_sha256=weights_sha256(config.model, files),
+        model_files=files,
+        data_sha256=joined(f.sha256 for f in data_files[: len(_sources(config))]),
+        data_files=data_files,
         labels=examples.labels,
         layout=examples.layout,
         columns=examples.columns,
@@ -253,10 +272,19 @@ def prepare(
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record, ranks)
 
 
-def _hashes(config: RunConfig) -> tuple[str, str]:
-    """Of the base model's weights and of the data."""
-    read = (*config.data.train_sources, *config.data.eval_sources)
-    return weights_sha256(config.model), sources.sha256([s.path for s in read])
+def _hashes(config: RunConfig) -> tuple[dict[str, str], list[File]]:
+    """Of the base model's files, and of the data's, with a template that is a file."""
+    read = [*_sources(config), *([config.data.template] if record_of_template(config) else [])]
+    return base_files(config.model, config.revision), [File(path=absolute(p), sha256=source_sha256(p)) for p in read]
+
+
+def _sources(config: RunConfig) -> list[str]:
+    return [s.path for s in (*config.data.train_sources, *config.data.eval_sources)]
+
+
+def _steps_made(record: Record) -> str:
+    made = record.steps[-1].step if record.steps else 0
+    return f"{made:,} steps"
 
 
 def _as_launched(config: RunConfig, ranks: Ranks, listener: Listener) -> RunConfig:
@@ -316,15 +344,11 @@ def attach(model: nn.Module, method: Method, config: RunConfig, precision: Choic
     return model, *count_parameters(model)
 
 
-def _train(run: Run, started: float, *, resume: bool) -> Record:
+def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
     config, record, folder = run.config, run.record, run.folder
     t = config.train
-    checkpoint = None
-    if resume:
-        checkpoint = run.ranks.first_does(lambda: _last_checkpoint(run))
     if run.ranks.first:
-        with replacing(folder / CONFIG_NAME) as temporary:
-            temporary.write_text(without_secrets(config.to_yaml()), encoding="utf-8")
+        write_config(folder, config.resolved())
     run.write_record()
     limits = Limits(
         save_every_s=t.save_every_minutes * 60 if t.save_every_minutes else None,
@@ -366,24 +390,6 @@ def _train(run: Run, started: float, *, resume: bool) -> Record:
     record.status = "completed"
     run.write_record()
     return record
-
-
-def _last_checkpoint(run: Run) -> Path | None:
-    sweep(run.folder)
-    _compare(run, run.folder)
-    return last_good(run.folder / CHECKPOINTS, lambda line: run.listener.say(f"warning    {line}"))
-
-
-def _compare(run: Run, folder: Path) -> None:
-    """A run goes on exactly only with the data and the weights that it began with."""
-    with suppress(ConfigError):
-        before = Record.read(folder)
-        for what in ("data_sha256", "model_sha256"):
-            if getattr(before, what) != getattr(run.record, what):
-                run.listener.say(
-                    f"warning    the {'data' if what[0] == 'd' else 'base model'} has changed since the run began: "
-                    "it goes on, but not as it would have"
-                )
 
 
 def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, float]:
@@ -481,6 +487,7 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
         seed=t.seed,
         data_seed=t.seed,
         logging_steps=t.log_every,
+        logging_first_step=True,
         eval_strategy="steps" if t.eval_every and has_eval else "no",
         eval_steps=t.eval_every,
         save_strategy="steps" if t.save_every else "no",

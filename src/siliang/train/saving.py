@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -30,16 +29,10 @@ from siliang.distributed.sharding import apart, is_sharded, set_whole, whole
 from siliang.distributed.zero import is_dealt, together, unheard
 from siliang.files import damage, remove_folder, sweep
 from siliang.peft_model import PeftModel
+from siliang.run_folder import checkpoints
 
 STATE_NAME = "state"
 MODEL_WEIGHTS = "model.safetensors"
-PREFIX = "checkpoint-"
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints in `folder` by their step, the oldest first."""
-    named = {p: re.fullmatch(rf"{PREFIX}(\d+)", p.name) for p in folder.glob(f"{PREFIX}*")}
-    return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
 
 
 def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:

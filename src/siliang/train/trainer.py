@@ -23,10 +23,10 @@ from siliang.distributed.sharding import average_gradients, dealt, gradients_sta
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.step import Engine
 from siliang.files import replacing_folder, telling
+from siliang.run_folder import PREFIX
 from siliang.train.guard import Guard, Trouble
 from siliang.train.order import Counted, Order, Share
 from siliang.train.saving import (
-    PREFIX,
     adapter_together,
     is_dealt_out,
     prune,
@@ -400,6 +400,7 @@ class SiliangTrainer(Trainer):
         """After the Trainer has set its own counters to the beginning, sets them to where the checkpoint was made."""
         if (state := self._resumed) is None:
             return
+        self.state.compute_steps(self.args, self.state.max_steps)  # the checkpoint's may have been changed since
         self._tr_loss += state["since_log"]["loss"]
         self._globalstep_last_logged = state["since_log"]["step"]
         self._guarded, self.tokens_trained = self.state.global_step, state["tokens_trained"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ class Progress:
 
     Attributes:
         logged: The loss is news: a line of the log, not only another step.
+        measured: What an evaluation in this step found; None where there was none.
     """
 
     step: int
@@ -36,6 +38,7 @@ class Progress:
     memory_bytes: int
     eta_s: float
     logged: bool
+    measured: dict[str, float] | None = None
 
 
 @dataclass
@@ -55,9 +58,11 @@ class Limits:
     best: str | None = None
 
     def better(self, new: float, old: float | None) -> bool:
-        """By the metric's own direction."""
+        """By the metric's own direction; a number is better than none (NaN)."""
         lower = self.best in ("loss", "perplexity")
-        return old is None or (new < old if lower else new > old)
+        if old is None or math.isnan(old):
+            return old is None or not math.isnan(new)
+        return new < old if lower else new > old
 
 
 class Watcher(TrainerCallback):
@@ -135,6 +140,8 @@ class Watcher(TrainerCallback):
             if self.trainer is not None:  # it comes first when the run goes on
                 self.trainer.evaluation_due = control.should_evaluate
             control.should_evaluate = False
+        if state.global_step == state.max_steps:  # however few steps there are, the last one's loss is seen
+            control.should_log = True
         self._tell(state)
 
     def _reserve_s(self) -> float:
@@ -186,9 +193,10 @@ class Watcher(TrainerCallback):
             self._last_time, self._last_tokens = now, tokens
             self._loss, self._rate = line.loss, line.learning_rate
         self.steps.append(line)
-        self._tell(state, logged=line.loss is not None)
+        found = {name: float(value) for name, value in logs.items() if _is_metric(name)}
+        self._tell(state, logged=line.loss is not None, measured=found or None)
 
-    def _tell(self, state: TrainerState, *, logged: bool = False) -> None:
+    def _tell(self, state: TrainerState, *, logged: bool = False, measured: dict[str, float] | None = None) -> None:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         done = max(state.global_step - self._first_step, 1)
         tokens = (self.trainer.tokens_trained if self.trainer else 0) - self._first_tokens
@@ -202,8 +210,15 @@ class Watcher(TrainerCallback):
                 memory_bytes=self._memory.update(),
                 eta_s=elapsed / done * (state.max_steps - state.global_step),
                 logged=logged,
+                measured=measured,
             )
         )
+
+
+def _is_metric(name: str) -> bool:
+    """Of what an evaluation logs, a figure of the model's, not of the clock's."""
+    clock = ("_runtime", "_per_second", "_preparation_time")
+    return name.startswith("eval_") and not name.endswith(clock) and "_mem_" not in name
 
 
 @contextmanager

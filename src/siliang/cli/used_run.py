@@ -1,0 +1,53 @@
+"""What the commands that use a trained run have in common: where its base model is, and what may have changed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+Run = Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="FOLDER_OR_NAME", help="Where the run's base model is now, if it was moved."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on where the base model or the data have changed since the training.")
+]
+
+
+class BaseOption(TyperCommand):
+    """Lets --base stand alone: what follows it is taken for a model only where it is a folder or the name of one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        words = iter(enumerate(args))
+        for i, word in words:
+            after = args[i + 1] if i + 1 < len(args) else ""
+            if word == "--" or word != "--base":
+                given += args[i:] if word == "--" else [word]
+                if word == "--":
+                    break
+            elif _names_a_model(after):
+                given.append(f"--base={after}")
+                next(words)
+            else:
+                given.append("--base=")
+        return super().parse_args(ctx, given)
+
+
+def _names_a_model(text: str) -> bool:
+    return bool(text) and (
+        Path(text).is_dir() or text.startswith(("/", "./", "../")) or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text))
+    )
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """What --force passed over."""
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)

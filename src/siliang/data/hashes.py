@@ -1,0 +1,98 @@
+"""Hashes of the files that a run reads, so that one that was replaced is noticed. A file of gigabytes is read once: its
+hash is kept in the cache with the file's state, and counts only while that is the same."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from siliang.data.cache import cache_folder, prune
+from siliang.files import replacing
+
+WEIGHTS = (".safetensors", ".bin")
+BASE_FILES = (*WEIGHTS, ".json", ".model", ".txt", ".jinja")  # what makes a base model and its tokenizer
+KEPT_FROM_BYTES = 2**20  # smaller files are read as quickly as their entry would be
+SETTLED_S = 2.0  # a file written later than this before it was read may change again within its clock's grain
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, from the cache where the file is in the very state in which it was read."""
+    state = _state(path)
+    if state[0] < KEPT_FROM_BYTES:
+        return _read(path)
+    entry: Path | None = None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        folder = cache_folder() / "hashes"
+        folder.mkdir(exist_ok=True)
+        entry = folder / f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]}.json"
+        if entry.is_file():
+            kept = json.loads(entry.read_text(encoding="utf-8"))
+            if kept["state"] == state:
+                return str(kept["sha256"])
+    started = time.time()
+    found = _read(path)
+    # the time of the change of the inode is among the state: nobody can set it, as the file's own time can be
+    settled = started - max(state[1], state[2]) / 1e9 > SETTLED_S and _state(path) == state
+    if entry is not None and settled:
+        with suppress(OSError), replacing(entry) as temporary:
+            prune(entry.parent)
+            temporary.write_text(json.dumps({"state": state, "sha256": found}), encoding="utf-8")
+    return found
+
+
+def source_sha256(source: str) -> str:
+    """Over the bytes of a source of data, a file, a folder or a pattern of files; of a hub name, over the name."""
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else []
+    if path.is_dir():  # without what a library keeps beside the data
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "cache-")))
+    files = files or [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    return joined(map(file_sha256, files)) if files else hashlib.sha256(source.encode()).hexdigest()
+
+
+def base_files(name: str, revision: str | None = None) -> dict[str, str]:
+    """The SHA-256 of each file of a base model: weights, configs, tokenizer. Of a hub name, of the copy in the hub's
+    cache; nothing where there is none."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(name, "config.json", revision=revision)
+        except HFValidationError:
+            return {}
+        if not isinstance(found, str):
+            return {}
+        folder = Path(found).parent
+    files = sorted(p for p in folder.iterdir() if p.suffix in BASE_FILES and p.is_file())
+    return {p.name: file_sha256(p) for p in files}
+
+
+def weights_sha256(name: str, files: dict[str, str]) -> str:
+    """Over the weights among a base model's files; over its name where there are none here."""
+    weights = [files[file] for file in sorted(files) if Path(file).suffix in WEIGHTS]
+    return joined(weights) if weights else hashlib.sha256(name.encode()).hexdigest()
+
+
+def joined(hashes: Iterable[str]) -> str:
+    """One hash of several."""
+    digest = hashlib.sha256()
+    for found in hashes:
+        digest.update(bytes.fromhex(found))
+    return digest.hexdigest()
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,188 @@
+"""What stands between a run that was begun and going on with it: its settings, its base model and its data, each as it
+was, or changed in a way that is said and recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from siliang.config import RunConfig, differences
+from siliang.data.hashes import source_sha256
+from siliang.files import damage, sweep
+from siliang.record import RECORD_NAME, Record, plain
+from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, changed_base
+from siliang.train.saving import last_good
+from siliang.types import ConfigError, DataError, ModelError
+
+LENGTH = ("train.epochs", "train.max_steps")
+# What may be another when a run goes on: how long, how often something is done, and how a step's memory is used.
+MAY_CHANGE = (
+    *LENGTH,
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.save_every_minutes",
+    "train.keep",
+    "train.max_time",
+    "train.on_nan",
+    "train.fit",
+    "train.memory_budget",
+    "train.gradient_checkpointing",
+    "train.tokens_at_once",
+    "train.packing",
+    "train.keep_frozen",
+    "data.workers",
+    "accept",
+)
+FILES = ("model", "revision", "data.train", "data.eval", "adapter", "output")  # compared by what is in them
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that goes on.
+
+    Attributes:
+        config: Its settings, with what the run itself had changed.
+        record: As it was written last; None where there is none.
+        checkpoint: The last sound one; None where the run begins again.
+        changed: The settings that were changed since, each in a line.
+        finished: Nothing is left to do.
+    """
+
+    config: RunConfig
+    record: Record | None
+    checkpoint: Path | None
+    changed: list[str]
+    finished: bool = False
+
+
+def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, force: bool) -> Begun:
+    """Looks at the run in `folder`, which is to go on with the settings of `config`.
+
+    Raises:
+        ConfigError: `folder` is no run, or a setting is another by now that has shaped the run already.
+        ModelError: The base model is gone, or another by now, and `force` is off.
+        DataError: The data has changed, and `force` is off.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise ConfigError(f"{folder} is no run folder, so there is nothing to resume: leave out --resume to begin.")
+    sweep(folder)
+    record = _read(folder, say)
+    found: dict[str, tuple[Any, Any]] = {}
+    if record is not None:
+        config = _as_adjusted(config, record)
+        found = _differences(config, record)
+        _refuse(found, folder)
+    whole = next(
+        (part for part in (ADAPTER, MODEL) if (folder / part).is_dir() and damage(folder / part) is None), None
+    )
+    finished = record is not None and record.status == "completed" and whole is not None
+    if finished and not any(name in found for name in LENGTH):
+        if found:
+            raise ConfigError(
+                f"{folder} is finished: {_in_words(*next(iter(found.items())))} has no effect any more.\n"
+                f"Train it further as a run of its own: siliang train ... --adapter {folder}"
+            )
+        return Begun(config, record, None, [], finished=True)
+    forced = _check_files(config, record, folder, say, force=force) if record is not None else []
+    checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(f"warning    {line}"))
+    if checkpoint is None and finished:
+        raise ConfigError(
+            f"{folder} is finished, and none of its checkpoints is left to go on from: "
+            f"{_in_words(*next(iter(found.items())))} cannot take effect.\n"
+            f"Train it further as a run of its own: siliang train ... --adapter {folder}"
+        )
+    if checkpoint is None:
+        say("begins     no checkpoint was saved yet: the run begins again with its first step")
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    if (most := config.train.max_steps) is not None and most < step:
+        raise ConfigError(f"train.max_steps = {most:,}, and {checkpoint} has made {step:,} steps already.")
+    for name, values in found.items():
+        say(f"changed    {_in_words(name, values)}, from step {step + 1:,} on")
+    words = [*(_in_words(name, values) for name, values in found.items()), *forced]
+    changed = [f"from step {step + 1:,} on: {what}" for what in words]
+    return Begun(config, record, checkpoint, changed)
+
+
+def _read(folder: Path, say: Callable[[str], None]) -> Record | None:
+    try:
+        return Record.read(folder)
+    except ConfigError:
+        what = "damaged" if (folder / RECORD_NAME).exists() else "not there"
+        say(f"warning    {folder / RECORD_NAME} is {what}: nobody can tell whether settings or data have changed since")
+        return None
+
+
+def _as_adjusted(config: RunConfig, record: Record) -> RunConfig:
+    """With what the run changed itself, where the settings still ask for what they asked for then."""
+    values, was = config.model_dump(mode="json"), record.config
+    for name, asked in record.adjusted.items():
+        section, _, last = name.partition(".")
+        if section == "train" and plain(values[section][last]) == asked:
+            values[section][last] = was[section][last]
+    return RunConfig.build(values)
+
+
+def _differences(config: RunConfig, record: Record) -> dict[str, tuple[Any, Any]]:
+    """Settings whose value is another now, by dotted name: what it was and what it is. What files and folders are
+    called makes no difference, and neither does what the launcher says."""
+    found = differences(record.config, plain(config.resolved().model_dump(mode="json")))
+    found = {n: pair for n, pair in found.items() if n not in FILES and not n.startswith("distributed")}
+    if record_of_template(config) and str(record.config["data"]["template"]).endswith((".yaml", ".yml")):
+        found.pop("data.template", None)
+    return found
+
+
+def _refuse(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
+    for name, values in found.items():
+        if name not in MAY_CHANGE:
+            raise ConfigError(
+                f"{folder} was begun with another setting: {_in_words(name, values)}. A run that goes on keeps it.\n"
+                f"Put it back, or train what is there further as a run of its own: siliang train ... --adapter {folder}"
+            )
+
+
+def _in_words(name: str, values: tuple[Any, Any]) -> str:
+    was, now = values
+    return f"{name} = {_shown(now)} (it was {_shown(was)})"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_files(
+    config: RunConfig, record: Record, folder: Path, say: Callable[[str], None], *, force: bool
+) -> list[str]:
+    """What of the base model and the data is not what the run began with, where `force` passes over it."""
+    model = config.model
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        raise ModelError(
+            f"The base model of {folder} is not there any more: {model}. Say where it is with --model FOLDER_OR_NAME."
+        )
+    problems: list[tuple[type[ModelError | DataError], str]] = []
+    if (changed := changed_base(model, config.revision, record.model_files)) is not None:
+        problems.append((ModelError, f"the base model {model} has changed since the run began: {changed}"))
+    read = [*config.data.train_sources, *config.data.eval_sources]
+    paths = [s.path for s in read] + ([config.data.template] if record_of_template(config) else [])
+    if len(paths) != len(record.data_files):
+        problems.append((DataError, "the data has changed since the run began: there are other sources"))
+    for path, was in zip(paths, record.data_files, strict=False):
+        if source_sha256(path) != was.sha256:
+            problems.append((DataError, f"the data has changed since the run began: {path} is not what it was"))
+            break
+    for kind, problem in problems:
+        if not force:
+            raise kind(
+                f"{problem[0].upper()}{problem[1:]}.\nPut it back, or go on with what is there now by --force: the run "
+                "will not be what it would have been."
+            )
+        say(f"warning    {problem}: it goes on, but not as it would have")
+    return [problem for _, problem in problems]
+
+
+def record_of_template(config: RunConfig) -> bool:
+    """Whether the template is a file, which is recorded with the data."""
+    return config.data.template.endswith((".yaml", ".yml"))

@@ -1,0 +1,73 @@
+"""Records: what is written is read again as it was, and no secret is in it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from records import SCORES, comparison, record
+
+from siliang.compare.record import Comparison
+from siliang.compare.verdict import QUALITY
+from siliang.record import Record, plain
+from siliang.report.gather import gather
+from siliang.report.summary import lines
+from siliang.secrets import redacted
+from siliang.train.watcher import Limits
+from siliang.types import ConfigError, TaskType
+
+
+def test_a_metric_that_is_no_number_is_written_and_read(tmp_path: Path) -> None:
+    written = record(0.5, trained=10, memory=1, seed=0, method="lora")
+    written.final |= {"eval_loss": math.nan, "perplexity": math.inf}
+    written.steps[0].loss, written.steps[0].grad_norm = math.nan, -math.inf
+    written.write(tmp_path)
+    read = Record.read(tmp_path)
+    assert math.isnan(read.final["eval_loss"]) and read.final["perplexity"] == math.inf
+    assert read.steps[0].loss is not None and math.isnan(read.steps[0].loss)
+    assert read.steps[0].grad_norm == -math.inf and read.final["accuracy"] == 0.5
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
+    told = Comparison(started_at="now", config={}, given={}, base={"eval_loss": math.nan})
+    told.save(tmp_path / "comparison.json")
+    assert math.isnan(Comparison.open(tmp_path / "comparison.json").base["eval_loss"])
+
+
+def test_a_number_is_better_than_none() -> None:
+    for task in (TaskType.SEQ_CLS, TaskType.CAUSAL_LM):
+        assert QUALITY[task].better(0.5, math.nan) and not QUALITY[task].better(math.nan, 0.5)
+    assert Limits(best="loss").better(0.5, math.nan) and not Limits(best="loss").better(math.nan, 0.5)
+    assert not Limits(best="f1").better(math.nan, math.nan) and Limits(best="f1").better(math.nan, None)
+
+
+def test_a_comparison_with_a_metric_that_is_no_number_is_shown(tmp_path: Path) -> None:
+    scores = dict(SCORES) | {"lost": ([math.nan] * 3, 10, 300)}
+    found = {line.label: line for line in lines(gather([comparison(tmp_path, scores)]))}
+    assert "lost" in found and found["lora"].on_front and not found["lost"].on_front
+
+
+def test_secrets_are_hidden_in_texts_and_numbers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "12345678")
+    written = record(0.5, trained=1234567890, memory=1, seed=12345678, method="lora")
+    written.config["note"] = "password 12345678"
+    written.config["deep"] = [{"list": ["12345678"], "seed": 12345678}]
+    written.error = "12345678 was refused"
+    written.write(tmp_path)
+    read = Record.read(tmp_path)
+    assert (read.parameters.trained, read.seed) == (1234567890, 12345678)
+    assert (read.config["note"], read.error) == ("password ***", "*** was refused")
+    assert read.config["deep"] == [{"list": ["***"], "seed": 12345678}]
+    assert redacted({"a": (1, "12345678", None, True, 0.5)}) == {"a": [1, "***", None, True, 0.5]}
+    assert plain({"a": math.inf, "b": 1.5}) == {"a": "Infinity", "b": 1.5}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"started_at": 3}', "\x00"])
+def test_a_damaged_record_is_said_to_be(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match="run.json is damaged"):
+        Record.read(tmp_path)
+    with pytest.raises(ConfigError, match="is no run folder"):
+        Record.read(tmp_path / "nowhere")

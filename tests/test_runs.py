@@ -1,0 +1,348 @@
+"""A run's folder over time: used from elsewhere, its base model moved or replaced, its data changed, its settings
+edited, resumed, and trained further."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import WORDS, write_jsonl
+
+from siliang.cli.main import main
+from siliang.record import Record
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command in this process; returns what it printed, its errors and warnings behind."""
+
+    def command(*arguments: object, code: int = 0, stdin: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", ["siliang", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
+            main()
+        out, error = capsys.readouterr()
+        assert stopped.value.code == code, out + error
+        assert "Traceback" not in error
+        if code == 2:
+            assert error.startswith("error[") and error.count("\n") <= 2, error
+            return error
+        return out + error
+
+    return command
+
+
+@dataclass
+class World:
+    """A folder with a base model, data, and a run of six steps on them."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data.jsonl"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def replace_weights(self) -> None:
+        """Other weights, in files of the same size and time."""
+        file = self.base / "model.safetensors"
+        before = file.stat()
+        torch.manual_seed(9)
+        weights = {name: t + 0.3 * torch.randn_like(t) for name, t in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+        assert file.stat().st_size == before.st_size
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    def record(self) -> Record:
+        return Record.read(self.run)
+
+
+ROWS = [{"instruction": f"say {w}", "input": "", "output": f"{w} {w}"} for w in WORDS[-24:]]
+FLAGS = ("--task", "causal_lm", "--method", "lora")
+QUICK = {
+    "train.batch_size": 4,
+    "train.max_steps": 6,
+    "train.save_every": 2,
+    "train.learning_rate": 0.01,
+    "train.precision": "fp32",
+    "data.max_length": 32,
+    "train.seed": 3,
+}
+
+
+def sets(**more: object) -> list[str]:
+    values = QUICK | {name.replace("__", "."): value for name, value in more.items()}
+    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture(scope="module")
+def trained(model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world, made with relative names."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(model_folders["llama"], folder / "base")
+    write_jsonl(folder / "data.jsonl", ROWS)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
+        patch.chdir(folder)
+        flags = ["--model", "base", "--data", "data.jsonl", *FLAGS, "--output", "run", *sets(train__eval_every=4)]
+        patch.setattr(sys, "argv", ["siliang", "train", *flags])
+        main()
+    assert stopped.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def world(trained: Path, tmp_path: Path) -> World:
+    """A copy of it, to be changed."""
+    folder = tmp_path / "world"
+    shutil.copytree(trained, folder)
+    for name in ("run/run.yaml", "run/run.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace(str(trained), str(folder)))
+    return World(folder)
+
+
+def test_names_in_a_run_folder_are_absolute(trained: Path) -> None:
+    record = Record.read(trained / "run")
+    assert record.config["model"] == str(trained / "base")
+    assert record.config["data"]["train"] == str(trained / "data.jsonl") == record.data_files[0].path
+    assert record.config["output"] == str(trained / "run")
+    assert f"model: {trained / 'base'}\n" in (trained / "run" / "run.yaml").read_text()
+    adapter = json.loads((trained / "run" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(trained / "base")
+    assert set(record.model_files) == {p.name for p in (trained / "base").iterdir()}
+
+
+def test_a_run_works_from_any_folder(
+    world: World, tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run("eval", world.run, "--json")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(world.run, tmp_path / "elsewhere" / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("eval", "moved", "--json") == expected
+    assert run("generate", "moved", "say one", "--max-new-tokens", 2)
+    assert "proved" in run("merge", "moved", "--output", "merged")
+    assert "moved: " in run("chat", "moved", "--max-new-tokens", 2, stdin="say one\n")
+    assert "finished   moved was finished before: 6 steps" in run("train", "--resume", "moved")
+
+
+USES = (("eval",), ("generate", "say one", "--max-new-tokens", 2), ("merge", "--output", "merged"), ("chat",))
+
+
+def test_a_base_model_that_was_replaced_is_an_error(
+    world: World, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.folder)
+    world.replace_weights()
+    for name, *more in USES:
+        error = run(name, "run", *more, code=2)
+        assert "is not the base model that run was trained on: model.safetensors is another file" in error
+        assert "--force" in error and "--base" in error
+        assert name != "merge" or not Path("merged").exists()
+        assert "warning: " in run(name, "run", *more, "--force", stdin="say one\n")
+    error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
+    assert "has changed since the run began: model.safetensors is another file" in error and "--force" in error
+    assert "it goes on, but not as it would have" in run(
+        "train", "--resume", "run", "--set", "train.max_steps=8", "--force"
+    )
+    assert "from step 7 on: the base model" in world.record().changed[-1]
+
+
+def test_a_classifier_on_another_base_model(
+    model_folders: dict[str, Path], review_file: Path, tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folders["bert"], "base")
+    flags = (
+        "--model",
+        "base",
+        "--data",
+        review_file,
+        "--task",
+        "seq_cls",
+        "--output",
+        "run",
+        *sets(train__max_steps=2),
+    )
+    run("train", *flags)
+    assert run("predict", "run", "the film was good").count("\n") == 1
+    vocabulary = Path("base/tokenizer.json")
+    vocabulary.write_text(vocabulary.read_text().replace('"good"', '"evil"'))
+    assert "tokenizer.json is another file" in run("predict", "run", "the film was good", code=2)
+    assert "warning: " in run("predict", "run", "the film was good", "--force")
+
+
+def test_a_base_model_that_was_moved(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    expected = run("eval", "run", "--json")
+    world.base.rename("moved")
+    for name, *more in USES:
+        error = run(name, "run", *more, code=2)
+        assert f"The base model of run is not there any more: {world.base}. Say where it is with --base" in error
+        assert error.count("\n") == 1
+        assert name != "merge" or not Path("merged").exists()
+        assert "warning" not in run(name, "run", *more, "--base", "moved", stdin="say one\n")
+    assert run("eval", "run", "--json", "--base", "moved") == expected
+    error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
+    assert "Say where it is with --model" in error
+    run("train", "--resume", "run", "--set", "train.max_steps=8", "--model", "moved")
+    assert world.record().config["model"] == str(world.folder / "moved")
+    (Path("moved") / "config.json").write_text((Path("moved") / "config.json").read_text() + " ")
+    assert "config.json is another file" in run("eval", "run", "--base", "moved", code=2)
+
+
+def test_generate_shows_the_base_beside_or_takes_another_place(
+    world: World, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.folder)
+    short = ("--max-new-tokens", 2)
+    assert "tuned:" in run("generate", "run", "say one", "--base", *short)
+    assert "tuned:" in run("generate", "run", "--base", "say one", *short)
+    world.base.rename("moved")
+    assert "tuned:" not in run("generate", "run", "say one", "--base", "moved", *short)
+    assert "tuned:" in run("generate", "run", "say one", "--base", "--base=moved", *short)
+
+
+def test_data_that_has_changed(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    run("eval", "run")
+    write_jsonl(world.data, [*ROWS, ROWS[0] | {"instruction": "say a"}])
+    error = run("eval", "run", code=2)
+    assert f"{world.data} has changed since run was trained" in error and "--data" in error and "--force" in error
+    assert "warning: " in run("eval", "run", "--force")
+    assert "rows 25" in run("eval", "run", "--data", "data.jsonl")
+    error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
+    assert "data has changed since the run began" in error and "--force" in error
+    assert "proved" in run("merge", "run", "--output", "merged")  # whose proof takes any rows
+    world.data.unlink()
+    assert f"{world.data} is gone since run was trained" in run("eval", "run", code=2)
+    assert "--data" in run("merge", "run", "--output", "again", code=2)
+    write_jsonl(world.folder / "other.jsonl", ROWS[:4])
+    assert "proved" in run("merge", "run", "--output", "again", "--data", "other.jsonl")
+
+
+def test_settings_that_are_changed_before_a_resume(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    settings = world.run / "run.yaml"
+    text, before = settings.read_text(), (world.run / "adapter" / "adapter_model.safetensors").read_bytes()
+    for old, new, name in (
+        ("learning_rate: 0.01", "learning_rate: 0.02", "train.learning_rate = 0.02 (it was 0.01)"),
+        ("batch_size: 4", "batch_size: 2", "train.batch_size = 2 (it was 4)"),
+        ("name: lora", "name: lora\n  r: 16", "method.r = 16 (it was null)"),
+        ("seed: 3", "seed: 4", "train.seed = 4 (it was 3)"),
+        ("max_length: 32", "max_length: 16", "data.max_length = 16 (it was 32)"),
+    ):
+        assert old in text
+        settings.write_text(text.replace(old, new))
+        error = run("train", "--resume", "run", code=2)
+        assert f"run was begun with another setting: {name}" in error and "--adapter run" in error
+    settings.write_text(text.replace("save_every: 2", "save_every: 5"))
+    assert "train.save_every = 5 (it was 2) has no effect any more" in run("train", "--resume", "run", code=2)
+    assert (world.run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    settings.write_text(text.replace("max_steps: 6", "max_steps: 4"))
+    assert "max_steps = 4, and run/checkpoints/checkpoint-6 has made 6" in run("train", "--resume", "run", code=2)
+    changed = text.replace("max_steps: 6", "max_steps: 12").replace("save_every: 2", "save_every: 5")
+    settings.write_text(changed.replace("log_every: 10", "log_every: 4").replace("eval_every: 4", "eval_every: 3"))
+    out = run("train", "--resume", "run")
+    assert "changed    train.max_steps = 12 (it was 6), from step 7 on" in out
+    record = world.record()
+    assert record.status == "completed" and len(record.changed) == 4
+    assert "from step 7 on: train.save_every = 5 (it was 2)" in record.changed
+    assert [s.step for s in record.steps if s.loss is not None and s.step > 6] == [8, 12]
+    assert [s.step for s in record.steps if s.eval_loss is not None and s.step > 6] == [9, 12]
+    assert {p.name for p in (world.run / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-12"}
+
+
+def test_what_resume_says(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    (world.folder / "own.yaml").write_text((world.run / "run.yaml").read_text())
+    finished = "finished   run was finished before: 6 steps, nothing is left to do"
+    time = world.record().seconds.train
+    for way in (["run"], ["run/run.yaml"], ["own.yaml", "--output", "run"]):
+        assert finished in run("train", *way, "--resume")
+    assert world.record().seconds.train == time
+    assert "nothing to resume" in run("train", "own.yaml", "--resume", "--output", "none", code=2)
+    assert "say which" in run("train", "--resume", code=2)
+    assert "leave out --output" in run("train", "run", "--resume", "--output", "other", code=2)
+    assert "it holds a finished run" in run("train", "own.yaml", "--output", "run", code=2)
+    assert "it holds a finished run" in run("merge", "run", "--output", "run", code=2)
+    shutil.rmtree(world.run / "checkpoints")
+    error = run("train", "run", "--resume", "--set", "train.max_steps=9", code=2)
+    assert "none of its checkpoints is left" in error and "train.max_steps = 9 (it was 6)" in error
+    # as one that was killed before its first checkpoint
+    record = world.record()
+    record.status = "running"
+    record.write(world.run)
+    shutil.rmtree(world.run / "adapter")
+    assert "it holds a run that is not finished" in run("train", "own.yaml", "--output", "run", code=2)
+    assert "Choose another" in run("merge", "run", "--output", "run", code=2)
+    assert "was not finished (it is running)" in run("eval", "run", code=2)
+    out = run("train", "run", "--resume")
+    assert "no checkpoint was saved yet: the run begins again with its first step" in out
+    assert world.record().status == "completed"
+
+
+def test_a_checkpoint_is_used_as_a_run(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    step = "run/checkpoints/checkpoint-4"
+    losses = {s.step: s.eval_loss for s in world.record().steps if s.eval_loss is not None}
+    for folder, n in (("run", 6), (step, 4), ("run/checkpoints/checkpoint-6", 6), ("run/adapter", 6)):
+        assert json.loads(run("eval", folder, "--json"))["loss"] == pytest.approx(losses[n], rel=1e-5)
+    assert losses[4] != pytest.approx(losses[6], rel=1e-5)
+    assert run("generate", step, "say one", "--max-new-tokens", 2)
+    assert f"{step}: " in run("chat", step, "run", stdin="say one\n")
+    assert "proved" in run("merge", step, "--output", "merged")
+    for folder, words in (
+        ("run/checkpoints", "Name one of its checkpoints, such as run/checkpoints/checkpoint-6"),
+        ("run/checkpoints/checkpoint-5", "There is checkpoint-4, checkpoint-6"),
+        ("nowhere", "There is no such folder"),
+    ):
+        assert words in run("eval", folder, code=2)
+    shutil.copytree(world.run / "adapter", "alone")
+    assert "It holds an adapter alone" in run("eval", "alone", code=2)
+    shutil.rmtree(world.run / "adapter")
+    assert "use what was saved last: run/checkpoints/checkpoint-6" in run("eval", "run", code=2)
+
+
+def test_a_fully_tuned_run_needs_no_base(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    flags = ("--model", "base", "--data", "data.jsonl", "--task", "causal_lm", "--method", "full", "--output", "full")
+    run("train", *flags, *sets(train__max_steps=2))
+    expected = run("eval", "full", "--json")
+    loss = json.loads(run("eval", "full/checkpoints/checkpoint-2", "--json"))["loss"]
+    assert loss == pytest.approx(json.loads(expected)["loss"], rel=1e-6)
+    shutil.rmtree(world.base)
+    assert run("eval", "full", "--json") == expected
+
+
+def test_every_run_shows_a_loss_and_its_evaluations(trained: Path, run: Command, world: World) -> None:
+    record = Record.read(trained / "run")
+    assert [s.step for s in record.steps if s.loss is not None] == [1, 6]
+    flags = ("--model", world.base, "--data", world.data, *FLAGS, "--output", world.folder / "new")
+    out = run("train", *flags, *sets(train__eval_every=2, train__save_every="null")).splitlines()
+    assert out[0].startswith("starting ")
+    assert [line.split("/")[0].split()[1] for line in out if line.startswith("step") and " loss " in line] == ["1", "6"]
+    shown = [line.split() for line in out if line.startswith("step") and "eval_loss" in line]
+    assert [words[1].split("/")[0] for words in shown] == ["2", "4", "6"]
+    found = [s.eval_loss for s in Record.read(world.folder / "new").steps if s.eval_loss is not None]
+    assert [float(words[3]) for words in shown] == pytest.approx(found, abs=5e-5)
