@@ -346,3 +346,111 @@ def test_every_run_shows_a_loss_and_its_evaluations(trained: Path, run: Command,
     assert [words[1].split("/")[0] for words in shown] == ["2", "4", "6"]
     found = [s.eval_loss for s in Record.read(world.folder / "new").steps if s.eval_loss is not None]
     assert [float(words[3]) for words in shown] == pytest.approx(found, abs=5e-5)
+
+
+FURTHER = ("--data", "new.jsonl", "--output", "further", *sets(train__max_steps=2, train__learning_rate=1e-30))
+
+
+@pytest.mark.parametrize("given", ["run", "run/adapter", "run/checkpoints/checkpoint-4", "alone"])
+def test_an_adapter_is_trained_further(given: str, world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    write_jsonl(world.folder / "new.jsonl", [row | {"output": "no"} for row in ROWS])
+    shutil.copytree(world.run / "adapter", "alone")
+    folder = Path(given) if given != "run" else Path("run/adapter")
+    before = {p: p.read_bytes() for p in sorted(Path("run").rglob("*")) if p.is_file()}
+    more = ("--set", "data.template=human-assistant") if given == "alone" else ()
+    assert f"starts from {given}" in run("train", "--adapter", given, *FURTHER, *more)
+    started, ended = (load_file(f / "adapter_model.safetensors") for f in (folder, Path("further/adapter")))
+    assert started.keys() == ended.keys() and all(torch.equal(started[name], ended[name]) for name in started)
+    record = Record.read(Path("further"))
+    assert record.config["adapter"] == str(world.folder / given) and record.config["method"]["name"] == "lora"
+    assert record.config["model"] == str(world.base) or given == "alone"  # whose config names the base of the fixture
+    assert record.adapter_sha256 is not None
+    assert {p: p.read_bytes() for p in before} == before
+    shutil.rmtree("further")
+    run("train", "--adapter", given, *FURTHER, "--set", "train.learning_rate=0.01", *more)
+    ended = load_file("further/adapter/adapter_model.safetensors")
+    assert not all(torch.equal(started[name], ended[name]) for name in started)
+    assert Record.read(Path("further")).final["eval_loss"] == pytest.approx(
+        json.loads(run("eval", "further", "--json"))["loss"], rel=1e-5
+    )
+
+
+def test_an_adapter_of_pefts_is_trained_further(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(world.folder)
+    write_jsonl(world.folder / "new.jsonl", ROWS)
+    model = AutoModelForCausalLM.from_pretrained("base")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules=["q_proj", "o_proj"], rank_pattern={"o_proj": 2}
+    )
+    theirs = peft.get_peft_model(model, config)
+    torch.manual_seed(5)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    theirs.save_pretrained("theirs")
+    run("train", "--adapter", "theirs", *FURTHER)
+    method = Record.read(Path("further")).config["method"]
+    assert method["name"] == "lora" and (method["r"], method["lora_alpha"], method["rank_pattern"]) == (
+        4,
+        12,
+        {"o_proj": 2},
+    )
+    started, ended = (load_file(f"{f}/adapter_model.safetensors") for f in ("theirs", "further/adapter"))
+    assert started.keys() == ended.keys() and all(torch.equal(started[name], ended[name]) for name in started)
+    ids = torch.arange(3, 20)[None]
+    opened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "further/adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(opened(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
+
+
+def test_an_interrupted_run_from_an_adapter_goes_on_without_it(
+    world: World, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.folder)
+    write_jsonl(world.folder / "new.jsonl", ROWS)
+    flags = ("--adapter", "old", "--data", "new.jsonl", *sets())
+    world.run.rename("old")
+    run("train", *flags, "--output", "whole")
+    run("train", *flags, "--output", "cut", "--set", "train.max_steps=4")
+    shutil.rmtree("old")
+    out = run("train", "--resume", "cut", "--set", "train.max_steps=6", "--set", "train.epochs=3")
+    assert "from step 5 on" in out
+    assert Record.read(Path("cut")).adapter_sha256 == Record.read(Path("whole")).adapter_sha256
+
+
+def test_what_cannot_be_trained_further(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    write_jsonl(world.folder / "new.jsonl", ROWS)
+    Path("empty").mkdir()
+    for flags, words in (
+        (["--adapter", "nowhere/at/all"], "There is no adapter folder"),
+        (["--adapter", "empty"], "holds no adapter"),
+        (["--adapter", "run", "--method", "ia3"], "method.name = 'ia3', and the adapter in run/adapter has 'lora'"),
+        (["--adapter", "run", "--set", "method.r=16"], "method.r = 16, and the adapter in run/adapter has 8"),
+    ):
+        assert words in run("train", *flags, *FURTHER, code=2)
+        assert not Path("further").exists()
+    world.replace_weights()
+    error = run("train", "--adapter", "run", *FURTHER, code=2)
+    assert "is not the base model that run was trained on: model.safetensors is another file" in error
+    assert not Path("further").exists()
+    run("train", "--adapter", "run", *FURTHER, "--force")
+
+
+def test_a_classifier_keeps_its_classes(
+    model_folders: dict[str, Path], review_file: Path, tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = sets(train__max_steps=2)
+    flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls", "--output", "first", *short)
+    run("train", *flags, "--set", "data.labels=[pos, neg]")
+    run("train", "--adapter", "first", "--data", review_file, "--output", "second", *short)
+    assert Record.read(Path("second")).labels == ["pos", "neg"]
+    rows = [{"text": "the film was slow", "label": "slow"}, {"text": "the film was good", "label": "pos"}] * 8
+    write_jsonl(tmp_path / "other.jsonl", rows)
+    error = run("train", "--adapter", "first", "--data", "other.jsonl", "--output", "third", *short, code=2)
+    assert "has the label 'slow', which is not one of pos, neg" in error

@@ -492,6 +492,10 @@ class RunConfig(Section):
     seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
     """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}."""
+    adapter: Name | None = None
+    """An adapter that is trained further: a run's folder, a checkpoint in it, an adapter folder of siliang's or of
+    PEFT's, or a name on the hub. Its weights are the start and its config is the method; of a run, model, task,
+    template and labels are taken over where nothing else is said. It is not changed itself."""
     quantization: Annotated[QuantizationConfig | None, BeforeValidator(_quantization)] = None
     """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is."""
     data: DataConfig
@@ -532,7 +536,7 @@ class RunConfig(Section):
         if (strange := _no_text(values)) is not None:
             raise ConfigError(f"{source}: {strange} holds bytes that are not UTF-8: rename it.")
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(_with_adapter(values))
         except ValidationError as error:
             raise ConfigError(f"{source}: {_explain(error)}") from None
         except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
@@ -559,12 +563,29 @@ class RunConfig(Section):
         for name in METHOD_FOLDERS & method.keys():
             method[name] = method[name] and absolute(str(method[name]))
         values["model"] = absolute(self.model)
+        values["adapter"] = self.adapter and absolute(self.adapter)
         values["output"] = str(Path(self.output).absolute())
         return RunConfig.build(values)
 
     def to_yaml(self) -> str:
         """The whole config, defaults included, as run.yaml holds it."""
         return dump_yaml(self.model_dump(mode="json"))
+
+
+def _with_adapter(values: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter that the run starts from says of method, base model and text."""
+    name = values.get("adapter")
+    if not isinstance(name, str):
+        return values
+    from siliang.start_adapter import find_start_adapter  # torch: only where there is one
+
+    if (
+        values.keys() >= {"model", "task", "method"}
+        and not Path(name).expanduser().exists()
+        and Path(name).is_absolute()
+    ):
+        return values  # of a run that began with it and has its own weights by now
+    return find_start_adapter(name).filled_in(values)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -623,7 +644,7 @@ def _is_text(key: str) -> bool:
     for part in key.strip().split("."):
         fields = getattr(kind, "model_fields", {})
         kind = fields[part].annotation if part in fields else None
-    return kind is str or set(getattr(kind, "__args__", ())) == {str, type(None)}
+    return kind is str or {getattr(k, "__origin__", k) for k in getattr(kind, "__args__", ())} == {str, type(None)}
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

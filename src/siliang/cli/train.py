@@ -25,6 +25,12 @@ def train(
         str | None, typer.Option(help="causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="What is tuned: see `siliang methods`.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Train this further: a run, a checkpoint of one, or an adapter folder; its config is the method."
+        ),
+    ] = None,
     output: Annotated[str | None, typer.Option(help="The run's folder; must not hold anything yet.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting by name: --set train.learning_rate=1e-3")
@@ -35,7 +41,9 @@ def train(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="With --resume: go on where the base model or the data have changed since the run began."
+            "--force",
+            help="With --resume or --adapter: go on where the base model has changed since then; with --resume also "
+            "where the data has.",
         ),
     ] = False,
     devices: Annotated[
@@ -50,7 +58,7 @@ def train(
     from siliang.config import RunConfig
     from siliang.types import ConfigError
 
-    flags = {"model": model, "task": task, "method": method, "output": output}
+    flags = {"model": model, "task": task, "method": method, "adapter": adapter, "output": output}
     if resume:
         config = _begun(settings, flags, data, set_ or [])
     elif settings is not None and settings.is_dir():

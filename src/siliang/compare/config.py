@@ -124,7 +124,7 @@ class CompareConfig:
             ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
         """
         own = set(CompareSettings.model_fields)
-        of_a_run = set(RunConfig.model_fields) - {"method"}
+        of_a_run = set(RunConfig.model_fields) - {"method", "adapter"}
         if "method" in values:
             raise ConfigError(f"{source}: a comparison has `methods`, a list, and no `method`.")
         for key in values:
@@ -148,7 +148,7 @@ class CompareConfig:
 
     def as_dict(self, *, defaults: bool = True) -> dict[str, Any]:
         """The whole config, or what of it is not at its default."""
-        run = self.run.model_dump(mode="json", exclude={"method"}, exclude_defaults=not defaults)
+        run = self.run.model_dump(mode="json", exclude={"method", "adapter"}, exclude_defaults=not defaults)
         settings = self.settings.model_dump(mode="json", exclude_defaults=not defaults)
         settings["methods"] = [_short(entry) for entry in self.settings.methods]
         output = run.pop("output")

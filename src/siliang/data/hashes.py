@@ -51,7 +51,8 @@ def source_sha256(source: str) -> str:
     files = [path] if path.is_file() else []
     if path.is_dir():  # without what a library keeps beside the data
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "cache-")))
-    files = files or [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns)
+    files = files or [Path(name) for name in found if Path(name).is_file()]
     return joined(map(file_sha256, files)) if files else hashlib.sha256(source.encode()).hexdigest()
 
 

@@ -13,8 +13,9 @@ from siliang.data.hashes import source_sha256
 from siliang.files import damage, sweep
 from siliang.record import RECORD_NAME, Record, plain
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, changed_base
+from siliang.start_adapter import find_start_adapter
 from siliang.train.saving import last_good
-from siliang.types import ConfigError, DataError, ModelError
+from siliang.types import AdapterError, ConfigError, DataError, ModelError
 
 LENGTH = ("train.epochs", "train.max_steps")
 # What may be another when a run goes on: how long, how often something is done, and how a step's memory is used.
@@ -86,8 +87,14 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
                 f"Train it further as a run of its own: siliang train ... --adapter {folder}"
             )
         return Begun(config, record, None, [], finished=True)
-    forced = _check_files(config, record, folder, say, force=force) if record is not None else []
     checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(f"warning    {line}"))
+    forced: list[str] = []
+    if record is not None:
+        forced = _check_files(config, record, folder, say, force=force)
+        if checkpoint is None and config.adapter and find_start_adapter(config.adapter).sha256 != record.adapter_sha256:
+            raise AdapterError(
+                f"{config.adapter} is another adapter than the one that {folder} began with: put it back."
+            )
     if checkpoint is None and finished:
         raise ConfigError(
             f"{folder} is finished, and none of its checkpoints is left to go on from: "

@@ -39,7 +39,8 @@ from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
 from siliang.record import Counts, File, Record, Rows, Seconds
-from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, claim, load_base, write_config
+from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, changed_base, claim, load_base, write_config
+from siliang.start_adapter import find_start_adapter
 from siliang.train.endings import does_not_fit, interrupted, no_number
 from siliang.train.metrics import MEASURED, trainer_metrics
 from siliang.train.order import Order
@@ -56,6 +57,7 @@ from siliang.train.watcher import Limits, Progress, Watcher, stopping_on_signal
 from siliang.types import (
     ConfigError,
     InterruptedRunError,
+    ModelError,
     OutputError,
     SiliangError,
     TaskType,
@@ -124,7 +126,7 @@ def train(
         config = begun.config
     new = not resume and ranks.first_does(lambda: claim(folder, for_run=True))
     try:
-        run = prepare(config, listener, folder, base=base, planner=planner, before=begun.record if begun else None)
+        run = prepare(config, listener, folder, base=base, planner=planner, begun=begun, force=force)
         run.record.changed += begun.changed if begun else []
     except BaseException:
         if new and ranks.first:
@@ -178,21 +180,23 @@ def prepare(
     *,
     base: Callable[..., Any] = load_base,
     planner: Planner | None = None,
-    before: Record | None = None,
+    begun: Begun | None = None,
+    force: bool = False,
 ) -> Run:
     """Data, model and method of a run, ready for its first step.
 
     Args:
         base: What gives the base model, called as `load_base` is.
         planner: Asked before the model is loaded.
-        before: The record of the part of the run that was made already.
+        begun: What was made of the run already.
+        force: The adapter to start from may be of another base model than this one.
 
     Raises:
         SiliangError: Something that the user can mend.
     """
     started = time.perf_counter()
     ranks = find_ranks()
-    asked = config
+    asked, before = config, begun.record if begun else None
     config = _as_launched(config, ranks, listener)
     set_seed(config.train.seed)
     method = find_method(config.method.name)
@@ -206,6 +210,7 @@ def prepare(
         stop_on_errors(findings)
     for finding in findings:
         listener.say(f"warning    {finding.code} {finding.title}: {finding.message}")
+    start = _start(config, begun, force=force)
     tokenizer, examples, sets = subject.tokenizer, subject.examples, [subject.train, subject.eval]
     truncated, skipped = int((sets[0].column("lost") > 0).sum()), subject.skipped
     listener.say(
@@ -230,10 +235,12 @@ def prepare(
         # what is saved names the base model by its whole path
         place = config.model_copy(update={"model": absolute(config.model)})
         model = base(place, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
-        model, trained, total = attach(model, method, config, precision)
+        model, trained, total = attach(model, method, config, precision, start=start)
         if mesh is not None:
             shard(model, mesh, device, trained_too=not isinstance(model, PeftModel))
             free_memory()
+    if config.adapter and begun is None:
+        listener.say(f"adapter    starts from {config.adapter}")
     listener.say(
         f"model      {config.model}: {total:,} parameters, "
         f"{method.name} trains {trained:,} ({100 * trained / total:.3g}%)"
@@ -260,6 +267,7 @@ def prepare(
         model_files=files,
         data_sha256=joined(f.sha256 for f in data_files[: len(_sources(config))]),
         data_files=data_files,
+        adapter_sha256=_adapter_sha256(config, before),
         labels=examples.labels,
         layout=examples.layout,
         columns=examples.columns,
@@ -276,6 +284,34 @@ def _hashes(config: RunConfig) -> tuple[dict[str, str], list[File]]:
     """Of the base model's files, and of the data's, with a template that is a file."""
     read = [*_sources(config), *([config.data.template] if record_of_template(config) else [])]
     return base_files(config.model, config.revision), [File(path=absolute(p), sha256=source_sha256(p)) for p in read]
+
+
+def _start(config: RunConfig, begun: Begun | None, *, force: bool) -> Path | None:
+    """The adapter folder that the run starts from, or, where it goes on, its own checkpoint.
+
+    Raises:
+        ModelError: The adapter was trained on another base model.
+    """
+    if config.adapter is None:
+        return None
+    if begun is not None and begun.checkpoint is not None:
+        return begun.checkpoint
+    found = find_start_adapter(config.adapter)
+    was = found.record.get("model_files")
+    changed = changed_base(config.model, config.revision, was) if isinstance(was, dict) else None
+    if changed is not None and not force:
+        raise ModelError(
+            f"{config.model} is not the base model that {config.adapter} was trained on: {changed}.\n"
+            "Name that one with --model, or go on all the same with --force."
+        )
+    return found.folder
+
+
+def _adapter_sha256(config: RunConfig, before: Record | None) -> str | None:
+    """Of the adapter that the run began with."""
+    if config.adapter is None:
+        return None
+    return before.adapter_sha256 if before else find_start_adapter(config.adapter).sha256
 
 
 def _sources(config: RunConfig) -> list[str]:
@@ -327,16 +363,25 @@ def weight_dtype(method: Method, precision: Choice) -> torch.dtype:
     return precision.dtype if precision.pure or method.freezes_the_base else torch.float32
 
 
-def attach(model: nn.Module, method: Method, config: RunConfig, precision: Choice) -> tuple[nn.Module, int, int]:
-    """The model with the run's method on it; how many parameters it trains, and of how many."""
-    if method.config is None:
+def attach(
+    model: nn.Module, method: Method, config: RunConfig, precision: Choice, *, start: Path | None = None
+) -> tuple[nn.Module, int, int]:
+    """The model with the run's method on it; how many parameters it trains, and of how many.
+
+    Args:
+        start: The adapter folder whose weights are the start; None for new ones.
+    """
+    if start is not None:
+        model = PeftModel.from_pretrained(model, start, is_trainable=True)
+    elif method.config is None:
         for p in model.parameters():
             p.requires_grad_(True)
     else:
         # a copy: attaching completes the config, and the resolved run.yaml keeps what the user said
         arguments = dict(config.method.arguments)
         if config.data.add_tokens:  # new tokens are learned only where their embeddings are
-            arguments["modules_to_save"] = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]
+            named = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]
+            arguments["modules_to_save"] = list(dict.fromkeys(named))
         model = get_peft_model(model, method.config(task_type=config.task, **arguments))
     if precision.pure:
         for p in model.parameters():

@@ -1,0 +1,145 @@
+"""The adapter that a training starts from: a run's, a checkpoint's, or a folder of siliang's or of PEFT's. Its config
+is the method, and what its run knew of base model, task and text holds for the new run where nothing else is said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from siliang.data.hashes import file_sha256, joined
+from siliang.inject import OTHER_HEADS, TASK_HEADS
+from siliang.methods import method_of
+from siliang.methods.base import PeftConfig
+from siliang.safe_yaml import YamlError, parse_yaml
+from siliang.types import AdapterError, ConfigError, TaskType
+
+RUN_CONFIG, RUN_RECORD, ADAPTER, MODEL = "run.yaml", "run.json", "adapter", "model"  # as in run_folder.py
+HUB_FIELDS = ("task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "siliang_training.safetensors")
+
+
+@dataclass(frozen=True)
+class StartAdapter:
+    """An adapter that is trained further.
+
+    Attributes:
+        folder: Of its files.
+        config: Its config.
+        run: The settings of the run that it is of; empty where it is of none.
+        record: That run's record, as it lies in run.json.
+    """
+
+    folder: Path
+    config: PeftConfig
+    run: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """The method, as `method:` takes it."""
+        now, usual = self.config.to_dict(), type(self.config)().to_dict()
+        own = {key: value for key, value in now.items() if key not in HUB_FIELDS and value != usual[key]}
+        heads = (*TASK_HEADS.get(TaskType(self.config.task_type), ()), *OTHER_HEADS) if self.config.task_type else ()
+        if saved := own.pop("modules_to_save", None):  # a task's head is saved without being named
+            own |= {"modules_to_save": named} if (named := [name for name in saved if name not in heads]) else {}
+        return {"name": method_of(self.config).name, **own}
+
+    @property
+    def sha256(self) -> str:
+        return joined(file_sha256(self.folder / name) for name in WEIGHTS if (self.folder / name).is_file())
+
+    def filled_in(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a run that starts from it, with what they leave open.
+
+        Raises:
+            ConfigError: They want another method.
+        """
+        values = dict(values)
+        given = values.get("method")
+        given = {"name": given} if isinstance(given, str) else given
+        if isinstance(given, dict):
+            self._check_method(given)
+        values["method"] = self.method
+        if self.run:
+            own = ("model", "revision", "remote_code", "task", "quantization")
+        else:
+            own = ("model", "revision", "task")
+        known = self.run or {
+            "model": self.config.base_model_name_or_path,
+            "revision": self.config.revision,
+            "task": self.config.task_type,
+        }
+        with_model = "model" in values
+        for name in own:
+            if known.get(name) is not None and name not in values and not (with_model and name == "revision"):
+                values[name] = str(known[name]) if name == "task" else known[name]
+        data = values.get("data")
+        if isinstance(data, dict) and self.run:
+            text = {name: self.run["data"].get(name) for name in ("template", "add_tokens")}
+            text["labels"] = self.record.get("labels")
+            values["data"] = {name: value for name, value in text.items() if value} | data
+        return values
+
+    def _check_method(self, given: dict[str, Any]) -> None:
+        from siliang.methods import whole_name
+
+        for key, value in given.items():
+            wanted = self.method.get(key, self.config.to_dict().get(key))
+            if key == "name":
+                value = whole_name(str(value))
+            if value != wanted:
+                raise ConfigError(
+                    f"method.{key} = {value!r}, and the adapter in {self.folder} has {wanted!r}: it is trained further "
+                    "as it is. Leave `method` out."
+                )
+
+
+def find_start_adapter(name: str) -> StartAdapter:
+    """The adapter of that name: a run's folder, a checkpoint's, an adapter's, or a name on the hub.
+
+    Raises:
+        AdapterError: There is none, or it is damaged.
+        ConfigError: It is a run without an adapter.
+    """
+    path = Path(name).expanduser()
+    run = next((p for p in (path, path.absolute().parent, path.absolute().parent.parent) if _is_run(p)), None)
+    if run is not None and run == path:
+        folder = path / ADAPTER
+        if not folder.is_dir() and (path / MODEL).is_dir():
+            raise ConfigError(f"{path} was fully tuned and has no adapter: give its model, --model {path / MODEL}.")
+        if not folder.is_dir():
+            raise ConfigError(f"{path} was not finished: name one of its checkpoints, {path}/checkpoints/checkpoint-N.")
+    elif path.is_dir():
+        folder = path
+    else:
+        from siliang.peft_model import adapter_folder
+
+        folder = adapter_folder(name)
+    if run is not None and run != path and folder.name != ADAPTER and folder.absolute().parent.parent != run:
+        run = None  # a folder of somebody's beside a run's files
+    values, record = ({}, {}) if run is None else (_read_yaml(run / RUN_CONFIG), _read_json(run / RUN_RECORD))
+    return StartAdapter(folder, PeftConfig.from_pretrained(folder), values, record)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RUN_CONFIG).is_file() and (folder / RUN_RECORD).is_file()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (YamlError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+        raise AdapterError(f"{path} holds no settings of a run.")
+    return values
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+    return values if isinstance(values, dict) else {}
