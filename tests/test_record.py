@@ -67,7 +67,7 @@ def test_secrets_are_hidden_in_texts_and_numbers_stay(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("text", ["{", "[]", '{"started_at": 3}', "\x00"])
 def test_a_damaged_record_is_said_to_be(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ConfigError, match="run.json is damaged"):
+    with pytest.raises(ConfigError, match=r"run\.json is damaged"):
         Record.read(tmp_path)
     with pytest.raises(ConfigError, match="is no run folder"):
         Record.read(tmp_path / "nowhere")
