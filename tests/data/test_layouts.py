@@ -58,7 +58,9 @@ def test_names_that_are_several() -> None:
     assert alike(["1", "10", "-1", "+", "a", "b", "B-X", "I-X", "O", "0", "1.5", "好", "坏", "c#", "c++"]) == []
     assert strange(["nan", "None", "NA", " a", "b\u200b", "no", "O"]) == [" a", "NA", "None", "b\u200b", "nan"]
     assert joined(["action", "comedy", "drama", "action,comedy", "comedy,drama", "action,drama"]) == ","
-    assert joined(["New York, NY", "Paris", "Rome"]) is None
+    assert joined(["1 0 1", "0 1 1", "1 1 1", "0 0 0"]) == " "
+    for words in (["New York, NY", "Paris", "Rome"], ["very good", "good", "bad", "very bad"], ["a/b", "c", "a"]):
+        assert joined(words) is None
     assert [is_whole(n) for n in ("0", "-12", "①", "²", "--5", "", "-", "1.0", "１")] == [True, True] + [False] * 7
 
 
@@ -175,6 +177,15 @@ def parts(folder: Path, **rows: int) -> Path:
     return folder / "saved"
 
 
+def test_parts_that_are_not_used_are_named(tmp_path: Path) -> None:
+    path = parts(tmp_path, train=6, test=3, validation=2)
+    found = load(path, test_size=0.1)
+    assert len(found.eval) == 3
+    assert found.notes[1] == f"{path}: not used: its part 'validation'"
+    other = write_jsonl(tmp_path / "e.jsonl", [{"text": "a", "label": "x"}])
+    assert load(path, eval=str(other)).notes == [f"{path}: not used: its part 'test', 'validation'"]
+
+
 @pytest.mark.parametrize("name", ["test", "validation", "dev"])
 def test_a_folders_own_part_is_held_out(name: str, tmp_path: Path) -> None:
     path = parts(tmp_path, train=6, **{name: 3})
@@ -183,7 +194,7 @@ def test_a_folders_own_part_is_held_out(name: str, tmp_path: Path) -> None:
     assert found.notes == [f"{path}: its part {name!r} is what is held out"]
     none = load(path, test_size=0.0)
     assert (len(none.train), len(none.eval)) == (6, 0)
-    assert none.notes == [f"part {name!r} of {path}: not used, as data.test_size = 0 holds nothing out"]
+    assert none.notes == [f"{path}: not used: its part {name!r}"]
     assert len(load_rows(DataConfig(train="gone", labels=["x", "y"]), CLASSES, str(path)).eval) == 3
 
 

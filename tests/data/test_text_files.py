@@ -69,6 +69,14 @@ def test_utf16_without_its_mark(tmp_path: Path) -> None:
             DataConfig.model_validate({"train": "d.csv", name: value})
 
 
+def test_utf8_is_not_read_as_what_a_setting_says(tmp_path: Path) -> None:
+    """UTF-8 decodes as GB18030 and as Latin-1, to other words."""
+    content = f"text,label\n{'房间很干净，服务也好，' * 3},x\nb,y\n".encode()
+    for encoding in ("gb18030", "latin-1"):
+        with pytest.raises(DataError, match=r"d.csv(:2: not|\ is UTF-8, and data.encoding says) "):
+            load(tmp_path / "d.csv", content, encoding=encoding)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "separator"),
     [

@@ -262,3 +262,51 @@ def test_a_readme_says_the_parts_and_the_classes(tmp_path: Path) -> None:
     found = load_examples(DataConfig(train=str(tmp_path)), TaskType.SEQ_CLS, seed=0)
     assert list(found.train) == [Labelled("007", "pos"), Labelled("NA", "neg")]
     assert list(found.eval) == [Labelled("last", "pos")]
+
+
+# ---- real data in every kind of file ----
+
+
+def digest(path: Path, task: TaskType) -> tuple[list[str], int]:
+    config = DataConfig(train=str(path), test_size=0.0)
+    found = load_examples(config, task, seed=0, keep_going=True)
+    return list(found.train.lines()), len(found.skipped)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("source", [s for s in SOURCES if s not in ("tsv", "folder of tsv")])
+def test_reviews_in_chinese(source: str, shared: Path, tmp_path: Path) -> None:
+    original = shared / "data" / "ChnSentiCorp_htl_all.csv"
+    rows = [row.values for row in read_rows(str(original))][:1500]
+    made = SOURCES[source](tmp_path, rows)
+    lines, bad = digest(made, TaskType.SEQ_CLS)
+    assert lines == digest(original, TaskType.SEQ_CLS)[0][: len(lines)]
+    assert len(lines) + bad == 1500
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "arrow", "saved", "hub of parquet", "folder of json"])
+@pytest.mark.parametrize("name", ["alpaca_zh_demo.json", "glaive_toolcall_zh_demo.json", "alpaca_en_demo.json"])
+def test_instructions_and_tool_calls(name: str, source: str, shared: Path, tmp_path: Path) -> None:
+    original = shared / "data" / "instruct" / name
+    rows: list[dict[str, Any]] = json.loads(original.read_text(encoding="utf-8"))
+    assert digest(SOURCES[source](tmp_path, rows), TaskType.CAUSAL_LM) == digest(original, TaskType.CAUSAL_LM)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-8-sig", "utf-16"])
+def test_encodings_of_real_text(encoding: str, shared: Path, tmp_path: Path) -> None:
+    original = shared / "data" / "ChnSentiCorp_htl_all.csv"
+    rows = [row.values for row in read_rows(str(original))]
+    path = in_utf16(tmp_path, rows)
+    path.write_bytes(separated(rows).encode(encoding))
+    assert digest(path, TaskType.SEQ_CLS) == digest(original, TaskType.SEQ_CLS)
+
+
+@pytest.mark.shared
+def test_quotes_that_are_text(shared: Path) -> None:
+    """SST-2's sentences have unpaired quotes, and no header line."""
+    path = shared / "data" / "sst2" / "train.tsv"
+    raw = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(str(path), header=["text", "label"])
+    assert [list(row.values.values()) for row in rows] == raw

@@ -69,11 +69,16 @@ def end_not_learned(s: Subject) -> Iterator[Found]:
 def all_masked(s: Subject) -> Iterator[Found]:
     """A row in which nothing is learned.
 
-    Cause: Every label is masked (-100): the loss of such a row is 0, of a batch of them nan (0 divided by 0).
+    Cause: Every label is masked (-100): the loss of such a row is 0, of a batch of them nan (0 divided by 0). Of
+    questions on a context: not one window holds the answer, so the model learns to find none.
 
     Fix: Look where the labels went: an answer cut off whole, a template that finds no answer, a mask by the wrong
-    token.
+    token, answers that are all empty.
     """
+    if s.task is TaskType.QUESTION_ANS:
+        if len(s.train) and not (s.train.column("end_positions") > 0).any():
+            yield Found(f"not one of {len(s.train):,} windows holds an answer: there is nothing to find")
+        return
     rows = np.flatnonzero(s.train.learned == 0)
     if len(rows):
         every = " (all of them)" if len(rows) == len(s.train) else ""

@@ -152,6 +152,11 @@ class _Comparing:
         self.listener.say(
             f"data       {len(subject.train):,} rows to train on, {len(subject.eval):,} held out, the same for all runs"
         )
+        for line in (f"columns    {subject.examples.says_columns}", *subject.examples.notes):
+            self.listener.say(line if line.startswith("columns") else f"           {line}")
+        alone = [prompt for prompt in self.config.settings.prompts if len(prompt.split("\t")) != 2]
+        if alone and subject.examples.layout == "sentence-pair":
+            raise ConfigError(f"prompts: {alone[0]!r} must be two texts with a tab between them, as those of the data.")
 
     def _say(self, line: str) -> None:
         """What every run would say is said once."""

@@ -82,7 +82,11 @@ def joined(found: Collection[str]) -> str | None:
     for mark in (",", ";", "|", "/", " "):
         several = [name for name in found if mark in name.strip()]
         parts = {part.strip() for name in found for part in name.split(mark)}
-        if len(several) >= 2 and len(parts) < len(found) and all(part for part in parts):
+        if len(several) < 2 or len(parts) >= len(found) or not all(parts):
+            continue
+        if mark == " " and not all(map(is_whole, parts)):  # words have blanks between them
+            continue
+        if len(several) * 2 > len(found) or all(part in found for part in parts):
             return mark
     return None
 

@@ -170,6 +170,7 @@ class _Reader:
         self.columns = data.columns
         self._seen: dict[str, None] = {}  # the columns of all rows
         self._opened: dict[str, Opened] = {}
+        self._read: set[tuple[str, str]] = set()  # (source, part)
 
     @property
     def skipped(self) -> list[str]:
@@ -187,8 +188,10 @@ class _Reader:
         Raises:
             DataError: The part holds no rows, or none that can be read.
         """
-        opened = self.open(source)
-        rows, some, before = opened.rows(opened.part(part), self.reading), False, len(self.bad)
+        opened, some, before = self.open(source), False, len(self.bad)
+        named = opened.part(part)
+        self._read.add((source.path, named))
+        rows = opened.rows(named, self.reading)
         make = None
         for row in rows:
             some = True
@@ -218,9 +221,6 @@ class _Reader:
                     self.open(source).part("test")
             return self.evaluated(data.eval_sources)
         own = [s for s in data.train_sources if self.open(s).held_out()]
-        if own and data.test_size == 0:
-            parts = ", ".join(f"part {self.open(s).held_out()[0]!r} of {s.path}" for s in own)
-            self.reading.note(f"{parts}: not used, as data.test_size = 0 holds nothing out")
         if not own or data.test_size == 0:
             return None
         return self.evaluated(own)
@@ -266,6 +266,9 @@ class _Reader:
             taken = {part: name for part, name in layout.taken(self.columns).items() if name in self._seen}
         unused = [name for name in self._seen if name not in taken.values()]
         name = layout.name if layout else ""
+        for path, opened in self._opened.items():
+            if left := [part for part in opened.parts if (path, part) not in self._read]:
+                self.reading.note(f"{path}: not used: its part {', '.join(map(repr, left))}")
         notes, doubts = self.reading.notes, self.reading.doubts
         return Examples(train, held_out, self.labels, self.skipped, name, taken, unused, notes, doubts)
 

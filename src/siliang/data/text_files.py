@@ -23,6 +23,7 @@ MARKS = (  # longest first: the mark of UTF-32 begins with that of UTF-16
 )
 CHINESE = re.compile("[\u4e00-\u9fff\u3000-\u303f\uff00-\uffef\u2018-\u201d\u2014\u2026\xb7]")
 COMMON_SHARE = 0.8  # of the characters beyond ASCII: common Chinese ones, where a file really is GB18030
+MANY_CHARACTERS = 20  # beyond ASCII: so many are valid UTF-8 by chance in no other encoding
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
 
 
@@ -68,12 +69,15 @@ def find_text(path: Path, encoding: str = "auto") -> TextFile:
         if name == "utf-8":  # a mark is no text
             name = "utf-8-sig"
         try:
-            return _through(path, name)
+            found = _through(path, name)
         except _UndecodableError as error:
             raise DataError(
                 f"{path}:{error.line}: not {encoding} text, which data.encoding says. Leave that setting out, or give "
                 "the encoding that the file was saved in."
             ) from None
+        if not name.startswith("utf") and _is_utf8(path):
+            raise DataError(f"{path} is UTF-8, and data.encoding says {encoding}: leave that setting out.")
+        return found
     try:
         if marked is not None:
             return _through(path, marked)
@@ -142,6 +146,18 @@ def _through(path: Path, encoding: str, *, guessed: bool = False) -> TextFile:
     if guessed and common < COMMON_SHARE * beyond:
         raise _UndecodableError(1)
     return TextFile(path, encoding, "\r" if returns and not feeds else "\n", guessed)
+
+
+def _is_utf8(path: Path) -> bool:
+    """It is, and not by chance: many characters of it are several bytes long."""
+    beyond = 0
+    try:
+        with open_bytes(path) as opened, io.TextIOWrapper(opened, encoding="utf-8") as text:
+            while beyond < MANY_CHARACTERS and (piece := text.read(CHUNK_BYTES)):
+                beyond += sum(c > "\x7f" for c in piece)
+    except UnicodeDecodeError:
+        return False
+    return beyond >= MANY_CHARACTERS
 
 
 def _common(text: str) -> int:
