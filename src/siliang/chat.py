@@ -74,9 +74,13 @@ class Chat:
         return found
 
     def answer(
-        self, name: str, prompt: str, on_text: Callable[[str], None], *, max_new_tokens: int, temperature: float
+        self, name: str, prompt: str, on_text: Callable[[str], None], *, max_new_tokens: int | None, temperature: float
     ) -> str:
-        """What one of them answers; `on_text` hears it while it is written."""
+        """What one of them answers; `on_text` hears it while it is written.
+
+        Raises:
+            SiliangError: The prompt is longer than the model can read.
+        """
         of_base = name in self._of_base
         closed = self._of_base[name] if of_base else self._by_name[name]
         with self._open(closed) as run:

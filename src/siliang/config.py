@@ -230,6 +230,9 @@ class DataConfig(Section):
     too_long: Literal["cut", "drop"] = "cut"
     """A row longer than max_length: cut, or dropped. Cutting takes the oldest rounds of a conversation first, then the
     beginning of the question, then the end of the answer; the end-of-sequence token stays."""
+    long_text: Literal["window", "cut"] = "window"
+    """A plain text longer than max_length: window, trained whole, in windows that follow on from each other; or cut as
+    too_long says. too_long=drop leaves it out either way."""
     add_tokens: Names = Field(default_factory=list)
     """New tokens for the vocabulary; the embeddings grow by them."""
     workers: Annotated[int, Field(ge=1)] | None = None

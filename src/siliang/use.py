@@ -16,13 +16,15 @@ from transformers import TextStreamer
 
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
-from siliang.data.examples import ExampleSet, Labelled, SourceTarget
+from siliang.data.examples import ExampleSet, Labelled, SourceTarget, bad_rows_message
 from siliang.data.formats import BadRow, as_text
 from siliang.data.load import Layout, load_examples, load_rows
 from siliang.data.sources import Reading, open_source
 from siliang.data.text_files import find_text, kind_of
-from siliang.data.tokens import TokenSet, prompt_tokens, special_prefix, stop_tokens, tokenise
+from siliang.data.tokens import TokenSet, prompt_tokens, special_prefix, stop_tokens, tokenise, usable
 from siliang.merge import MergeProof, merge_with_proof
+from siliang.methods.prefix_tuning import PrefixTuningConfig
+from siliang.models.positions import Positions
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, claim
 from siliang.train import metrics
@@ -31,6 +33,7 @@ from siliang.types import ConfigError, DataError, MergeError, ModelError, TaskTy
 PROOF_SAMPLES = 32
 WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 PAIR = ("text", "text_pair")
+NEW_TOKENS = 128  # of an answer, where nobody says how long it may be
 LABELS = ("labels", "start_positions", "end_positions")
 
 
@@ -53,14 +56,15 @@ def predict(run: OpenedRun, texts: Sequence[str | tuple[str, str]], *, batch_siz
 
     Raises:
         ConfigError: The run is no classifier.
-        DataError: The run is for pairs, and a text is alone.
+        DataError: The run is for pairs and a text is alone, or a text is longer than the model can read.
     """
     if run.config.task is not TaskType.SEQ_CLS:
         other = "generate" if run.config.task in WRITERS else "eval"
         raise ConfigError(f"{run.folder} is no classifier of texts: use `siliang {other}`.")
     data = run.config.data.model_copy(update={"too_long": "cut"})
     asked = [_asked(run, text) for text in texts]
-    tokens = tokenise(asked, run.tokenizer, data, run.config.task, labels=run.labels)
+    tokens = tokenise(asked, run.tokenizer, data, run.config.task, labels=run.labels, judged=False)
+    _check_positions(run, tokens, "a text")
     for start, batch in _batches(run, tokens, batch_size):
         logits = run.model(**_inputs(batch)).logits
         probabilities, numbers = logits.float().softmax(-1).max(-1)
@@ -115,7 +119,8 @@ def generate(
     instruction: str,
     input: str = "",
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
+    up_to: int = NEW_TOKENS,
     temperature: float = 0.0,
     plain: bool = False,
     base: bool = False,
@@ -124,13 +129,15 @@ def generate(
     """What the model answers to an instruction, in the run's own template.
 
     Args:
+        max_new_tokens: So many tokens may be written. None: `up_to`, or fewer where the model has no more positions.
         temperature: 0 for the most probable token each time, higher for more varied text.
         plain: The instruction is the beginning of a text, to be continued without a template.
         base: Ask the base model, without the adapter.
         on_text: Hears the answer piece by piece while it is written.
 
     Raises:
-        ConfigError: The run is a classifier, or the base of a fully tuned model was asked for.
+        ConfigError: The run is a classifier, or the base of a fully tuned model was asked for; or the prompt, with the
+            tokens to be written, is longer than the model can read.
     """
     if run.config.task not in WRITERS:
         raise ConfigError(f"{run.folder} was trained to classify: use `siliang predict`.")
@@ -146,6 +153,9 @@ def generate(
     else:
         ids = prompt_tokens(instruction, tokenizer, template=template, input=input)
         stop = stop_tokens(tokenizer, template=template)
+    if not ids:
+        raise ConfigError("the tokenizer makes nothing of this text: there is nothing to answer.")
+    max_new_tokens = _room(run, len(ids), max_new_tokens, up_to, base=base)
     input_ids = torch.tensor([ids], device=run.model.device)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -198,6 +208,61 @@ ONE_PLAIN_ANSWER: dict[str, Any] = {
 }
 
 
+def _positions(run: OpenedRun, *, base: bool = False) -> Positions:
+    """How long a row may be for the run's model."""
+    if not isinstance(run.model, PeftModel):
+        return Positions.of(run.model)
+    prompts = [] if base else [c for c in run.model.peft_config.values() if c.is_prompt_learning]
+    virtual = sum(c.num_virtual_tokens or 0 for c in prompts)  # type: ignore[attr-defined]
+    prefix = any(isinstance(c, PrefixTuningConfig) for c in prompts)
+    return Positions.of(run.model.get_base_model(), virtual=virtual, prefix=prefix)
+
+
+def _check_positions(run: OpenedRun, tokens: TokenSet, what: str) -> None:
+    """
+    Raises:
+        DataError: A row is longer than the model can read.
+    """
+    limit = (positions := _positions(run)).reads
+    longest = int(tokens.lengths.max(initial=0))
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"{what} has {longest:,} tokens, and the model has {positions.in_words(limit)}: shorten it, or train with "
+            "no larger data.max_length."
+        )
+    if run.config.task is TaskType.SEQ_2_SEQ_LM and positions.writes is not None:
+        longest = int(tokens.learned.max(initial=0))
+        if longest > positions.writes:
+            raise DataError(
+                f"a target has {longest:,} tokens, and the model's decoder {positions.in_words(positions.writes)}: "
+                "shorten it, or train with no larger data.max_target_length."
+            )
+
+
+def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: bool) -> int:
+    """How many tokens are written behind a prompt of so many.
+
+    Raises:
+        ConfigError: The model has no positions for them.
+    """
+    positions = _positions(run, base=base)
+    limit, room = positions.reads, None
+    if limit is not None and tokens > limit - (run.config.task is TaskType.CAUSAL_LM):
+        raise ConfigError(
+            f"the prompt has {tokens:,} tokens, and the model has {positions.in_words(limit)}: shorten it."
+        )
+    if run.config.task is TaskType.SEQ_2_SEQ_LM:
+        room = None if positions.writes is None else positions.writes - 1  # one begins the target
+    elif limit is not None:
+        room = limit - tokens
+    if room is not None and wanted is not None and wanted > room:
+        raise ConfigError(
+            f"max_new_tokens = {wanted:,} behind a prompt of {tokens:,} tokens is more than the model's "
+            f"{positions.in_words(limit if limit is not None else room)}: at most {room:,} can be written."
+        )
+    return wanted or (up_to if room is None else min(up_to, room))
+
+
 class _Pieces(TextStreamer):
     """Hands on an answer as soon as its next words are whole."""
 
@@ -220,6 +285,8 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int = 16) -
     """
     task = run.config.task
     rows, tokens = _rows(run, data)
+    if not tokens.learned.sum():
+        raise DataError("not one of these rows carries a label: there is nothing to measure.")
     if task is TaskType.QUESTION_ANS:
         found, loss = find_spans(run, tokens, rows, batch_size=batch_size)
         answers = [e.answers for e in rows]  # type: ignore[union-attr]
@@ -353,7 +420,11 @@ def _rows(
         examples = load_examples(settings, task, seed=run.config.train.seed)
         rows = examples.eval if len(examples.eval) else examples.train
     rows = rows if limit is None else rows[:limit]
-    return rows, tokenise(rows, run.tokenizer, settings, task, labels=run.record.labels)
+    rows, tokens = usable(rows, tokenise(rows, run.tokenizer, settings, task, labels=run.record.labels))
+    if not len(tokens):
+        raise DataError("not one row can be used." + (f" {bad_rows_message(tokens.skipped)}" if tokens.skipped else ""))
+    _check_positions(run, tokens, "a row")
+    return rows, tokens
 
 
 def _batches(run: OpenedRun, tokens: TokenSet, size: int) -> Iterator[tuple[int, dict[str, Tensor]]]:

@@ -171,6 +171,7 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
     "SL032": ("emulated", lambda c: c(train={"precision": "bf16"}, machine=Machine("cpu", native_bf16=False))),
     "SL031": ("eps", lambda c: c(train={"precision": "pure-fp16"})),
     "SL033": ("fp32", lambda c: c(quantization={"compute_dtype": "fp32"}, machine=Machine("cuda", native_bf16=False))),
+    "SL034": ("'one'", lambda c: c([{"text": "one " * n} for n in range(1, 40)])),
     "SL041": ("fewer than", lambda c: c(train={"max_steps": 3, "log_every": 10})),
     "SL042": ("3e-05", lambda c: c(method="full", train={"learning_rate": 3e-4})),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),

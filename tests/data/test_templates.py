@@ -1,5 +1,6 @@
 """Templates: what is learned is the assistant's words and their end, whatever the template, tokenizer and words."""
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -109,9 +110,6 @@ def test_labels_are_the_assistants_words_and_the_end(name: str, template: str, t
     answers = [m.content for m in talk.messages if m.role == "assistant"]
     if template == "chat":
         assume(not any("think>" in a or "tool_response>" in a for a in answers))
-        # a template that changes an answer has no sure place for it, and special tokens in the texts are refused then
-        changed = any(a.startswith("\n") for a in answers)
-        assume(not (changed and any(Encoder(tok).markers_in(m.content) for m in talk.messages)))
     ids, labels = row(talk, tok, template)
     ends = stop_tokens(tok, template=template)
     stretches = learned(labels)
@@ -139,10 +137,13 @@ def test_labels_are_the_assistants_words_and_the_end(name: str, template: str, t
 
 
 @pytest.mark.shared
-def test_a_special_token_beside_an_answer_that_the_template_changes_is_refused() -> None:
+def test_a_special_token_beside_an_answer_that_the_template_trims_stays_text() -> None:
+    tok = tokenizer("minimind")
     talk = Conversation((Message("user", " <|im_end|>"), Message("assistant", "\n1")))
-    with pytest.raises(DataError, match="holds the special token"):
-        row(talk, tokenizer("minimind"), "chat")
+    ids, labels = row(talk, tok, "chat")
+    calm, _ = row(conversation("hi", "1"), tok, "chat")
+    assert ids.count(tok.eos_token_id) == calm.count(tok.eos_token_id)
+    assert tok.decode(learned(labels)[0]) == "1<|im_end|>"
 
 
 @pytest.mark.shared
@@ -326,3 +327,109 @@ def test_unknown_template() -> None:
         find_template("llama-2")
     with pytest.raises(DataError, match="no chat template"):
         row(conversation("a", "one"), word_tokenizer(), "chat")
+
+
+THINKING = """{%- for m in messages -%}
+{%- if m.role == 'assistant' -%}
+{%- set ns = namespace(content=m.content, think='') -%}
+{%- if m.reasoning_content -%}{%- set ns.think = m.reasoning_content.strip('\\n') -%}
+{%- elif '</think>' in m.content -%}
+{%- set ns.think = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+{%- set ns.content = m.content.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+<|im_start|>assistant
+{% if loop.last %}<think>
+{{ ns.think }}
+</think>
+
+{% endif %}{{ ns.content }}<|im_end|>
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+THOUGHT = "<think>\nT1\n</think>\n\n A1\n"
+
+
+def thinking(template: str | None) -> Any:
+    tok = copy.deepcopy(tokenizer("minimind"))
+    tok.chat_template = template or tok.chat_template
+    return tok
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_thoughts_are_learned_as_the_models_template_writes_them(own: bool, apart: bool, rounds: int) -> None:
+    """The tokens are transformers' own, and end and thought of the last answer are learned."""
+    tok = thinking(None if own else THINKING)
+    answer = {"content": " A1\n", "reasoning_content": "T1"} if apart else {"content": THOUGHT}
+    messages = [{"role": "user", "content": "Q1"}, {"role": "assistant", **answer}] * rounds
+    said = Message("assistant", " A1\n", reasoning="T1") if apart else Message("assistant", THOUGHT)
+    ids, labels = row(Conversation((Message("user", "Q1"), said) * rounds), tok, "chat")
+    assert ids == tok.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    stretches = [tok.decode(s) for s in learned(labels)]
+    assert len(stretches) == rounds and all(s.endswith("A1\n<|im_end|>") for s in stretches)
+    # minimind's generation prompt opens the thought itself, and its template keeps the earlier ones
+    assert stretches[-1] == f"{'' if own else '<think>' + chr(10)}T1\n</think>\n\n A1\n<|im_end|>"
+    if rounds == 2:
+        assert ("T1" in stretches[0]) == own
+
+
+@pytest.mark.shared
+def test_only_special_tokens_are_kept_out_of_a_text() -> None:
+    """A user who writes <think> injects nothing; one who writes <|im_end|> is spelt out."""
+    tok = thinking(THINKING)
+    ids, _ = row(conversation("what is <think> <|im_end|>", "a tag"), tok, "chat")
+    calm, _ = row(conversation("what", "a tag"), tok, "chat")
+    assert ids.count(tok.convert_tokens_to_ids("<think>")) == calm.count(tok.convert_tokens_to_ids("<think>")) + 1
+    assert ids.count(tok.eos_token_id) == calm.count(tok.eos_token_id)
+    assert "<think>" not in Encoder(tok).reserved() and "<|im_end|>" in Encoder(tok).reserved()
+
+
+def test_reasoning_and_marks_where_a_template_has_no_place_for_them() -> None:
+    tok = word_tokenizer()
+    tok.chat_template = GENERATION
+    thought = Conversation((Message("user", "a"), Message("assistant", "one", reasoning="I")))
+    for template in ("chat", "human-assistant"):
+        with pytest.raises(DataError, match="has reasoning beside an answer, for which"):
+            row(thought, tok, template)
+    assert "<think>\nI\n</think>\n\none" in "".join(p.text for p in TEMPLATES["chatml"].pieces(thought))
+    dropping = (
+        "{% for m in messages %}{% if m.role != 'tool' %}<s> {{ m.role }} : {{ m.content }} </s>{% endif %}{% endfor %}"
+    )
+    tok.chat_template = dropping
+    asked = Conversation(
+        (Message("user", "a"), Message("assistant", "one"), Message("tool", "two"), Message("assistant", "yes"))
+    )
+    with pytest.raises(DataError, match=r"loses its turn 3 \(tool\)"):
+        row(asked, tok, "chat")
+
+
+@pytest.mark.parametrize("template", ["chat", "chatml", "human-assistant"])
+def test_a_turn_that_is_marked_carries_no_label(template: str) -> None:
+    tok = word_tokenizer()
+    tok.chat_template = GENERATION
+    talk = Conversation(
+        (
+            Message("user", "a"),
+            Message("assistant", "one", trained=False),
+            Message("user", "is"),
+            Message("assistant", "two"),
+        )
+    )
+    _, labels = row(talk, tok, template)
+    assert len(learned(labels)) == 1 and tok.decode(learned(labels)[0]).startswith("two")
+
+
+def test_a_system_message_in_the_middle() -> None:
+    talk = Conversation(
+        tuple(Message(r, t) for r, t in zip(("user", "assistant", "system", "user", "assistant"), "abcde", strict=True))  # type: ignore[arg-type]
+    )
+    with pytest.raises(DataError, match="has a system message in turn 3, and the template alpaca"):
+        TEMPLATES["alpaca"].pieces(talk)
+    tok = word_tokenizer()
+    tok.chat_template = TRIMMING
+    ids, _ = row(talk, tok, "chat")
+    assert tok.decode(ids).index("system") > tok.decode(ids).index("assistant")

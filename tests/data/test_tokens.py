@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import WORDS, word_tokenizer
+from tokenizers import normalizers
 
 from siliang.config import DataConfig
 from siliang.data import tokens as tokens_module
@@ -31,7 +33,7 @@ from siliang.data.examples import (
     from_json,
     to_json,
 )
-from siliang.data.tokens import prompt_tokens, tokenise
+from siliang.data.tokens import prompt_tokens, tokenise, usable, windows
 from siliang.types import DataError, TaskType
 
 TOKENIZER = word_tokenizer()
@@ -247,3 +249,93 @@ def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     data = DataConfig(train="d.csv", workers=2)
     with pytest.raises(DataError, match="one of 2 processes that tokenise was killed"):
         tokenise(rows, word_tokenizer(), data, TaskType.SEQ_CLS, labels=["a"])
+
+
+@given(n=st.integers(1, 300), limit=st.integers(8, 40))
+@settings(max_examples=60, deadline=None)
+def test_windows_follow_on_and_every_token_is_learned_once(n: int, limit: int) -> None:
+    ids = list(range(1000, 1000 + n))
+    made = windows(ids, limit) if n > limit else [{"input_ids": ids, "labels": ids}]
+    assert [x for row in made for x in row["labels"] if x != IGNORED] == ids
+    assert all(1 < len(row["input_ids"]) <= limit for row in made if n > 1)
+    for before, row in pairwise(made):
+        # the first token is learned from the last one of the window before
+        assert row["input_ids"][0] == before["input_ids"][-1] and row["labels"][0] == IGNORED
+        assert row["input_ids"][1:] == row["labels"][1:]
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5), limit=st.integers(8, 30))
+@settings(max_examples=25, deadline=None)
+def test_long_texts_are_learned_whole_and_apart(lengths: list[int], limit: int) -> None:
+    tok = word_tokenizer()
+    texts = [" ".join(WORDS[(i + k) % len(WORDS)] for k in range(n)) for i, n in enumerate(lengths)]
+    data = DataConfig(train="x", max_length=limit)
+    made = tokenise([Text(text) for text in texts], tok, data, TaskType.CAUSAL_LM)
+    rows, labels = made.column("row").tolist(), [x.tolist() for x in made.lists("labels")]
+    for number, text in enumerate(texts):
+        learned = [x for row, row_labels in zip(rows, labels, strict=True) if row == number for x in row_labels]
+        assert [x for x in learned if x != IGNORED] == [*tok(text, add_special_tokens=False)["input_ids"], 2]
+    assert int(made.learned.sum()) == sum(lengths) + len(lengths) and made.column("lost").sum() == 0
+    assert rows == sorted(rows) and made.lengths.max() <= limit
+    assert made.last_windows.sum() == len(lengths)
+
+
+def test_long_texts_may_be_cut_or_dropped() -> None:
+    tok, text = word_tokenizer(), Text("one " * 100)
+    cut = tokenise([text], tok, DataConfig(train="x", max_length=16, long_text="cut"), TaskType.CAUSAL_LM)
+    assert len(cut) == 1 and cut.column("lost").tolist() == [85]
+    dropped = tokenise([text], tok, DataConfig(train="x", max_length=16, too_long="drop"), TaskType.CAUSAL_LM)
+    assert len(dropped) == 0 and dropped.dropped == 1
+
+
+def test_tokens_that_are_a_text_become_windows_too() -> None:
+    ids = tuple(range(4, 44))
+    data = DataConfig(train="x", max_length=16)
+    made = tokenise([Prepared(ids, ()), Prepared(ids, (-100, *ids[1:]))], word_tokenizer(), data, TaskType.CAUSAL_LM)
+    assert made.column("row").tolist() == [0, 0, 0, 1] and made.column("lost").tolist() == [0, 0, 0, 24]
+    drop = DataConfig(train="x", max_length=16, too_long="drop")
+    assert tokenise([Prepared(ids, ())], word_tokenizer(), drop, TaskType.CAUSAL_LM).dropped == 1
+
+
+def test_rows_of_one_token_teach_nothing() -> None:
+    made = tokenise([Prepared((5,), ())], word_tokenizer(), DataConfig(train="x"), TaskType.CAUSAL_LM, keep_going=True)
+    assert made.refused == ["row 1 becomes 1 token, and a token is learned from those before it"]
+    labelled = [Labelled("\u200b", "a"), Labelled("good", "b")]
+    tok = word_tokenizer()
+    tok.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")  # type: ignore[attr-defined]
+    made = tokenise(labelled, tok, DataConfig(train="x"), TaskType.SEQ_CLS, labels=["a", "b"], keep_going=True)
+    assert len(made) == 1 and "becomes no token but special ones" in made.refused[0]
+    examples, kept = usable(ExampleSet.build((f"row {i}", e) for i, e in enumerate(labelled, start=1)), made)
+    assert [e.text for e in examples] == ["good"] and kept.column("row").tolist() == [0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("question", "stride", "refused"),
+    [
+        ("is it", 128, None),
+        ("is it one two three four", 8, None),  # leaves a smaller room than the stride
+        ("one " * 13, 8, None),
+        ("one " * 16, 8, "a question of 16 tokens, and data.max_length = 16 leaves no room for its context"),
+        ("one " * 40, 8, "a question of 40 tokens"),
+    ],
+)
+def test_a_question_as_long_as_the_window(question: str, stride: int, refused: str | None) -> None:
+    context = " ".join(WORDS[:30])
+    at = context.index("funny")
+    span = Span(question, context, ("funny",), (at,))
+    data = DataConfig(train="x", max_length=16, stride=stride)
+    made = tokenise([span, span], word_tokenizer(), data, TaskType.QUESTION_ANS, keep_going=True)
+    if refused is not None:
+        assert len(made.refused) == 2 and refused in made.refused[0]
+        return
+    assert not made.refused and made.lengths.max() <= 16
+    assert (made.column("end_positions") > 0).sum() >= 2
+
+
+def test_an_answer_in_no_window_is_not_learned_as_none() -> None:
+    context = " ".join(WORDS[:30])
+    span = Span("is it", context, (context[:60],), (0,))
+    made = tokenise(
+        [span], word_tokenizer(), DataConfig(train="x", max_length=12), TaskType.QUESTION_ANS, keep_going=True
+    )
+    assert "has an answer that no window of 12 tokens holds" in made.refused[0]

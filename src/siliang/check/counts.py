@@ -26,6 +26,8 @@ def count(s: Subject) -> dict[str, Any]:
     counts |= {"length": _spread(lengths)} if len(lengths) else {}
     if s.task is TaskType.SEQ_2_SEQ_LM and len(lengths):
         counts["target_length"] = _spread(s.train.learned)
+    if s.task is TaskType.CAUSAL_LM and len(lengths) > len(s.examples.train) - s.train.dropped:
+        counts["windows"] = {"all": len(lengths), "of_rows": len(np.unique(s.train.column("row")))}
     if s.task is TaskType.QUESTION_ANS:
         counts["windows"] = {"all": len(lengths), "with_answer": int((s.train.column("end_positions") > 0).sum())}
     if s.task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) and tokens:
@@ -39,7 +41,7 @@ def count(s: Subject) -> dict[str, Any]:
             "dropped": s.train.dropped,
         }
     unknown = s.tokenizer.unk_token_id
-    if unknown is not None and unknown != s.encoder.eos and tokens:
+    if unknown is not None and unknown not in (s.encoder.eos, s.tokenizer.bos_token_id) and tokens:
         counts["unknown"] = float(sum(int((ids == unknown).sum()) for ids in s.train.lists("input_ids")) / tokens)
     if s.task is TaskType.SEQ_CLS:
         classes = Counter(e.label for e in s.examples.train if isinstance(e, Labelled))

@@ -17,8 +17,6 @@ from siliang.models.load import code_of, wanted_code
 from siliang.peft_model import count_parameters, get_peft_model
 from siliang.types import ConfigError, ModelError, TargetError, TaskType
 
-LEARNED_POSITIONS = ("bert", "roberta", "xlm-roberta", "gpt2", "opt", "electra", "bart", "distilbert", "albert")
-
 
 def remote_code(s: Subject) -> Iterator[Found]:
     """The model wants to run code of its own.
@@ -58,9 +56,16 @@ def vocabulary(s: Subject) -> Iterator[Found]:
     rows = getattr(s.text_config, "vocab_size", None)
     if rows is None or s.data.add_tokens:
         return
-    largest = max((int(ids.max()) for ids in s.train.lists("input_ids") if len(ids)), default=0)
+    read = [ids for part in (s.train, s.eval) for ids in part.lists("input_ids") if len(ids)]
+    largest = max((int(ids.max()) for ids in read), default=0)
+    named = {"pad": s.tokenizer.pad_token_id, "eos": s.tokenizer.eos_token_id, "bos": s.tokenizer.bos_token_id}
+    beyond = [f"its {name} token is {token:,}" for name, token in named.items() if token is not None and token >= rows]
+    own = len(set(s.tokenizer.get_vocab().values()) - set(s.tokenizer.get_added_vocab().values()))
     if largest >= rows:
-        yield Found(f"the data holds token {largest}, and the embedding has {rows:,} rows")
+        yield Found(f"the data holds token {largest:,}, and the embedding has {rows:,} rows")
+    elif beyond or own > rows:
+        why = beyond[0] if beyond else f"{own:,} of them its own: it is another model's tokenizer"
+        yield Found(f"the tokenizer has {len(s.tokenizer):,} tokens, the embedding {rows:,} rows, and {why}")
     elif len(s.tokenizer) > rows:
         yield Found(
             f"the tokenizer has {len(s.tokenizer):,} tokens, the embedding {rows:,} rows; the data uses none beyond",
@@ -115,23 +120,26 @@ def tied_embedding(s: Subject) -> Iterator[Found]:
 def too_many_positions(s: Subject) -> Iterator[Found]:
     """Rows longer than the model can read.
 
-    Cause: The model has learned embeddings for so many positions, and there is none for the next one: the run ends in
-    an index error. With rotary positions it goes on, and answers worse there than it was trained to.
+    Cause: The model has learned embeddings for so many positions, and none for the next one: the run would end in an
+    index error. Virtual tokens in front of a row (prompts, prefixes) take positions too. With rotary positions the
+    model goes on, and answers worse there than it was trained to.
 
-    Fix: Lower data.max_length to the model's length.
+    Fix: Lower data.max_length to the model's length, less the method's virtual tokens.
     """
-    config = s.text_config
-    limit = getattr(config, "max_position_embeddings", None)
-    if not limit or s.task is TaskType.SEQ_2_SEQ_LM:
+    positions = s.positions
+    longest = max(int(part.lengths.max(initial=0)) for part in (s.train, s.eval))
+    if positions.reads is not None and longest > positions.reads:
+        yield Found(f"a row has {longest:,} tokens, the model {positions.in_words(positions.reads)}")
+    if s.task is TaskType.SEQ_2_SEQ_LM:
+        longest = max(int(part.learned.max(initial=0)) for part in (s.train, s.eval))
+        if positions.writes is not None and longest > positions.writes:
+            lower = "Lower data.max_target_length to that"
+            said = f"a target has {longest:,} tokens, the model's decoder {positions.in_words(positions.writes)}"
+            yield Found(said, fix=lower)
         return
-    kind = getattr(config, "model_type", "")
-    learned = kind in LEARNED_POSITIONS
-    limit -= 2 if "roberta" in kind else 0  # its positions begin behind the pad token's number
-    longest = int(s.train.lengths.max(initial=0))
-    if longest > limit:
-        yield Found(
-            f"a row has {longest:,} tokens, the model {limit:,} positions", severity=None if learned else "warning"
-        )
+    trained = getattr(s.text_config, "max_position_embeddings", None)
+    if positions.reads is None and trained and longest + positions.virtual > trained:
+        yield Found(f"a row has {longest:,} tokens, the model was made for {trained:,}", severity="warning")
 
 
 def pure_fp16(s: Subject) -> Iterator[Found]:

@@ -24,9 +24,11 @@ def rows_without_tokens(s: Subject) -> Iterator[Found]:
     """Rows cannot be made into tokens.
 
     Cause: The template cannot write them (roles that it has no place for, special tokens that could not be followed),
-    or nothing of them is learned.
+    nothing of them is learned, or their tokens are no use: fewer than two, most of them unknown to the tokenizer, a
+    question that leaves no room for its context, an answer that no window holds.
 
-    Fix: Mend them, or leave them out with data.skip_bad_rows=true.
+    Fix: Mend them, or leave them out with data.skip_bad_rows=true. Where it is so with most rows, look at the model's
+    tokenizer and at data.template.
     """
     bad = [*s.train.skipped, *s.eval.skipped]
     if bad:
@@ -83,6 +85,41 @@ def all_masked(s: Subject) -> Iterator[Found]:
     if len(rows):
         every = " (all of them)" if len(rows) == len(s.train) else ""
         yield Found(f"{len(rows):,} of {len(s.train):,} rows carry no label at all{every}", s.entries(rows), len(rows))
+    for part, tokens, examples in (("training", s.train, s.examples.train), ("held-out", s.eval, s.examples.eval)):
+        if len(examples) and not len(tokens):
+            yield Found(f"not one of the {len(examples):,} {part} rows is left (data.too_long=drop)")
+    if len(s.eval) and not s.eval.learned.sum():
+        yield Found(f"not one of the {len(s.eval):,} held-out rows carries a label: there is nothing to measure")
+
+
+def nothing_varies(s: Subject) -> Iterator[Found]:
+    """There is one thing only to learn.
+
+    Cause: Every token is the same one, or every tag, or no row has an answer: the loss falls to nothing, and what the
+    model says afterwards does not hang on what it is asked. So it is where every answer is the same (a warning).
+
+    Fix: Look at the columns (data.columns, data.format), at the labels, and at the model's tokenizer.
+    """
+    n = len(s.train)
+    words = {int(t) for ids in s.train.lists("input_ids") for t in np.unique(ids)} - set(s.tokenizer.all_special_ids)
+    if n and len(words) < 2:
+        one = repr(s.tokenizer.convert_ids_to_tokens(words.pop())) if words else "none but special ones"
+        yield Found(f"the {int(s.train.lengths.sum()):,} tokens of all rows are one and the same, {one}")
+    match s.task:
+        case TaskType.QUESTION_ANS:
+            if n and not (s.train.column("end_positions") > 0).any():
+                yield Found(f"not one of {n:,} windows holds an answer")
+        case TaskType.TOKEN_CLS:
+            tags = {int(x) for labels in s.train.lists("labels") for x in np.unique(labels)} - {IGNORED}
+            if n and len(tags) == 1:
+                yield Found(f"all tags are {(s.examples.labels or [])[tags.pop()]!r}")
+        case TaskType.CAUSAL_LM | TaskType.SEQ_2_SEQ_LM:
+            answers = {labels[labels != IGNORED].tobytes() for labels in s.train.lists("labels")}
+            written = {int(x) for labels in s.train.lists("labels") for x in np.unique(labels)} - {IGNORED}
+            if written and s.task is TaskType.CAUSAL_LM and written <= set(s.stops):
+                yield Found(f"nothing is learned of {n:,} rows but how they end")
+            elif len(answers) == 1 and len({ids.tobytes() for ids in s.train.lists("input_ids")}) > 1:
+                yield Found(f"all {n:,} rows have the same answer", severity="warning")
 
 
 def truncated(s: Subject) -> Iterator[Found]:
@@ -90,7 +127,7 @@ def truncated(s: Subject) -> Iterator[Found]:
 
     Cause: They are longer than data.max_length (a target: than data.max_target_length). Of a conversation the oldest
     rounds go first, then the beginning of the question and the end of the answer; of any other text its end goes. The
-    special tokens at the end stay.
+    special tokens at the end stay. A plain text becomes windows and is not cut, unless data.long_text says so.
 
     Fix: Raise that length (memory grows with it), or leave such rows out with data.too_long=drop.
     """
@@ -186,7 +223,7 @@ def unknown_tokens(s: Subject) -> Iterator[Found]:
     Fix: Use a model whose tokenizer knows the language, or add the missing ones with data.add_tokens.
     """
     unknown = s.tokenizer.unk_token_id
-    if unknown is None or unknown == s.encoder.eos:
+    if unknown is None or unknown in (s.encoder.eos, s.tokenizer.bos_token_id):
         return
     counts = np.array([(ids == unknown).sum() for ids in s.train.lists("input_ids")])
     total = int(s.train.lengths.sum())
@@ -214,7 +251,7 @@ def special_words(s: Subject) -> Iterator[Found]:
     """
     if not is_text_task(s.task) or s.prepared:
         return
-    named = [m for m in s.encoder.markers() if not m.isalnum()]  # a word such as ChatGLM3's `sop` is only a word
+    named = [m for m in s.encoder.reserved() if not m.isalnum()]  # a word such as ChatGLM3's `sop` is only a word
     if not named:
         return
     pattern = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))

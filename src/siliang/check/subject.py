@@ -23,14 +23,17 @@ from siliang.data.examples import (
     Span,
     Tagged,
     Text,
+    bad_rows_message,
 )
 from siliang.data.load import Examples, load_examples
-from siliang.data.tokens import TokenSet, stop_tokens, tokenise
+from siliang.data.tokens import TokenSet, stop_tokens, tokenise, usable
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
+from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.load import AUTO_CLASSES, load_config, load_tokenizer, may_run_code
-from siliang.types import ModelError, TaskType
+from siliang.models.positions import Positions
+from siliang.types import DataError, ModelError, TaskType
 
 
 class Subject:
@@ -59,20 +62,41 @@ class Subject:
 
     @cached_property
     def train(self) -> TokenSet:
-        return self._tokens(self.examples.train)
+        self.examples.train, tokens = self._tokens(self.examples.train)
+        if not len(tokens) and tokens.skipped:
+            raise DataError(
+                f"{self.data.train_sources[0].path}: not one row can be used. {bad_rows_message(tokens.skipped)}"
+            )
+        return tokens
 
     @cached_property
     def eval(self) -> TokenSet:
-        return self._tokens(self.examples.eval)
+        self.examples.eval, tokens = self._tokens(self.examples.eval)
+        return tokens
 
-    def _tokens(self, examples: ExampleSet) -> TokenSet:
+    def _tokens(self, examples: ExampleSet) -> tuple[ExampleSet, TokenSet]:
+        """The examples whose tokens can be used, and these; the others are left aside, too."""
         labels = self.examples.labels
-        return tokenise(examples, self.tokenizer, self.data, self.task, labels=labels, keep_going=True)
+        tokens = tokenise(examples, self.tokenizer, self.data, self.task, labels=labels, keep_going=True)
+        return usable(examples, tokens)
 
     @property
     def skipped(self) -> list[str]:
         """Every row that is left out, with place and reason."""
         return [*self.examples.skipped, *self.train.skipped, *self.eval.skipped]
+
+    @cached_property
+    def positions(self) -> Positions:
+        """How long rows may be."""
+        try:
+            skeleton = self.skeleton()
+        except ModelError:
+            return Positions(None, None)
+        config = self.method.config
+        virtual = (
+            self.config.method.arguments.get("num_virtual_tokens", 0) if config and config.is_prompt_learning else 0
+        )
+        return Positions.of(skeleton, virtual=int(virtual), prefix=config is PrefixTuningConfig)
 
     @cached_property
     def stops(self) -> list[int]:
@@ -129,12 +153,14 @@ class Subject:
 
     @cached_property
     def last_labels(self) -> np.ndarray:
-        """The last learned token of each training entry; -100 where nothing is learned."""
+        """The last learned token of each training entry; -100 where nothing is learned, or the text goes on in the
+        next window."""
         last = np.full(len(self.train), IGNORED, dtype=np.int64)
         for i, labels in enumerate(self.train.lists("labels")):
             learned = labels[labels != IGNORED]
             if len(learned):
                 last[i] = learned[-1]
+        last[~self.train.last_windows] = IGNORED
         return last
 
     @property

@@ -47,6 +47,7 @@ RULES: dict[str, Rule] = {
         Rule("SL031", "warning", run.pure_fp16, "run"),
         Rule("SL032", "warning", run.emulated_precision, "run"),
         Rule("SL033", "warning", run.wide_quantised_compute, "run"),
+        Rule("SL034", "error", tokens.nothing_varies),
         Rule("SL041", "warning", run.steps, "run"),
         Rule("SL042", "warning", run.learning_rate, "run"),
         Rule("SL043", "error", run.disk, "run"),

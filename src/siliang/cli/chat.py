@@ -21,7 +21,9 @@ NARROWEST = 28  # characters of a column
 
 def chat(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of their checkpoints.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer: 128, or what the model has positions for.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
     base: Base = None,
     force: Force = False,
@@ -61,7 +63,7 @@ def _prompts() -> Iterator[str]:
         yield prompt
 
 
-def _one_by_one(opened: Chat, prompt: str, *, max_new_tokens: int, temperature: float) -> None:
+def _one_by_one(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperature: float) -> None:
     """Plain lines, each answer behind its name, for whoever reads them from a pipe."""
     for name in opened.names:
         sys.stdout.write(f"{name}: ")
@@ -75,7 +77,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _columns(opened: Chat, prompt: str, *, max_new_tokens: int, temperature: float) -> None:
+def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperature: float) -> None:
     """A column each, filled as the words come."""
     from rich.console import Console, Group
     from rich.live import Live

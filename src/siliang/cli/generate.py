@@ -15,7 +15,9 @@ def generate(
     instruction: Annotated[str, typer.Argument(help="What to ask, put into the run's own template.")],
     input: Annotated[str, typer.Option(help="What the instruction is about.")] = "",
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text as it is, without a template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens to write: 128, or what the model has positions for.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
     base: Annotated[
         list[str] | None,

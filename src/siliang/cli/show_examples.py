@@ -42,7 +42,7 @@ def show_examples(console: Console, subject: Subject, n: int) -> None:
     legend = LEGENDS[subject.task][0 if colours else 1]
     console.print(f"Examples ({legend}{', reverse: special tokens' if colours else ''})", markup=False)
     pen = _Pen(subject.tokenizer, colours)
-    windows = Counter(tokens.column("row").tolist()) if subject.task is TaskType.QUESTION_ANS else Counter()
+    windows = Counter(tokens.column("row").tolist())
     seen: Counter[int] = Counter()
     for i in range(n):
         place, number = subject.entries([i])[0], int(tokens.column("row")[i])

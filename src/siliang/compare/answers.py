@@ -159,13 +159,13 @@ def _forward(run: Run) -> Iterator[tuple[str, Example, torch.Tensor, torch.Tenso
 def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int, *, base: bool) -> Answers:
     found = Answers()
     for prompt in prompts:
-        given = generate(opened, prompt, max_new_tokens=max_new_tokens, base=base)
+        given = generate(opened, prompt, up_to=max_new_tokens, base=base)
         found.prompts.append(Answer(asked=prompt, given=given))
     for number in sample(len(run.examples.eval), WRITTEN_ROWS):
         if (asked := _question(run.examples.eval[number])) is None:
             continue
         instruction, input, right, plain = asked
-        given = generate(opened, instruction, input, max_new_tokens=max_new_tokens, base=base, plain=plain)
+        given = generate(opened, instruction, input, up_to=max_new_tokens, base=base, plain=plain)
         place = run.examples.eval.where(number)
         found.rows.append(Answer(where=place, asked=f"{instruction}\n{input}".strip(), right=right, given=given))
     if run.config.task is TaskType.SEQ_2_SEQ_LM:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from siliang.data.encode import Encoder
@@ -50,49 +51,65 @@ class ChatTemplate:
         """The conversation as pieces; see Template.pieces.
 
         Raises:
-            DataError: The template refuses the conversation, or its answers cannot be told from the rest.
+            DataError: The template refuses the conversation or leaves out a turn of it, or its answers cannot be told
+                from the rest.
         """
-        messages, words = _as_dicts(talk)
+        written = _Written.of(talk, self._reasoning_field(talk))
+        learned = _learned(talk, train_on)
         tools = _tools(talk.tools)
-        frame = self._frame(talk, messages, words, tools, train_on, prompt)
-        whole = self._render(messages, tools, prompt=prompt)
+        frame = self._frame(talk, written, tools, learned, prompt)
+        whole = self._render(written.messages, tools, prompt=prompt)
         if frame is not None:
-            for change in (str, str.strip, str.rstrip):
-                filled = [_fill(piece, words, change) for piece in frame]
-                if "".join(p.text for p in filled) == whole:
-                    return filled
-        return self._without_frame(messages, words, tools, train_on, prompt)
+            filled = [_fill(piece, written.words) for piece in frame]
+            if "".join(p.text for p in filled) == whole:
+                return filled
+        return self._without_frame(written, whole, tools, learned, prompt)
+
+    def _reasoning_field(self, talk: Conversation) -> str:
+        """What the template calls the reasoning that stands beside an answer."""
+        if not any(m.reasoning for m in talk.messages):
+            return ""
+        found = next((name for name in ("reasoning_content", "thinking", "reasoning") if name in self._template), None)
+        if found is None:
+            raise DataError(
+                "has reasoning beside an answer, for which the model's chat template has no place: use a model that "
+                "reasons, or leave it out"
+            )
+        return found
 
     # ---- with placeholders ----
 
     def _frame(
-        self,
-        talk: Conversation,
-        messages: list[dict[str, Any]],
-        words: list[str],
-        tools: Any,
-        train_on: str,
-        prompt: bool,
+        self, talk: Conversation, written: _Written, tools: Any, learned: list[bool], prompt: bool
     ) -> list[Piece] | None:
-        shape = json.dumps([[m["role"], bool(m["content"]), m.get("tool_calls")] for m in messages])
-        key = f"{shape}|{talk.tools}|{train_on}|{prompt}"
+        key = json.dumps([written.holders, talk.tools, learned, prompt])
         if key not in self._frames:
             if len(self._frames) > 1000:
                 self._frames.clear()
-            holders = [m | ({"content": f"{OPEN}{i}{CLOSE}"} if m["content"] else {}) for i, m in enumerate(messages)]
             try:
-                self._frames[key] = self._pieces(holders, tools, train_on, prompt)
+                self._frames[key] = self._pieces(written.holders, written, tools, learned, prompt)
             except DataError:
                 self._frames[key] = None
         return self._frames[key]
 
-    def _pieces(self, messages: list[dict[str, Any]], tools: Any, train_on: str, prompt: bool) -> list[Piece]:
+    def _pieces(
+        self, messages: list[dict[str, Any]], written: _Written, tools: Any, learned: list[bool], prompt: bool
+    ) -> list[Piece]:
         """The template's text on these messages, cut where learning begins and ends and where a placeholder stands."""
-        whole, spans = self._spans(messages, tools, prompt)
+        whole, spans = self._spans(messages, written, tools, prompt)
+        if messages is written.holders and any(f"{OPEN}{n}{CLOSE}" not in whole for n in written.needed):
+            raise DataError("is not written whole")
+        if len(spans) != len(learned):
+            if len(set(learned)) > 1 and not prompt:
+                raise DataError(
+                    f"has {len(learned)} answers, of which some are not learned, and the model's chat template marks "
+                    f"{len(spans)} stretches as answers: use a named template, such as data.template=chatml"
+                )
+            learned = [any(learned)] * len(spans)
         pieces: list[Piece] = []
         at = 0
-        for number, (start, end) in enumerate(spans, start=1):
-            trained = not prompt and (train_on == "all" or number == len(spans))
+        for (start, end), wanted in zip(spans, learned, strict=True):
+            trained = wanted and not prompt
             pieces += _places(Piece(whole[at:start]))
             answer, marker, at = self._end(whole, start, end)
             pieces += _places(Piece(answer, trained=trained, answer=True))
@@ -100,7 +117,9 @@ class ChatTemplate:
         pieces += _places(Piece(whole[at:]))
         return [p for p in pieces if p.text or p.end]
 
-    def _spans(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _spans(
+        self, messages: list[dict[str, Any]], written: _Written, tools: Any, prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and where in it each answer begins and ends (its end marker inside or right behind)."""
         if self._marked:
             whole, spans = self._render_marked(messages, tools, prompt)
@@ -114,19 +133,34 @@ class ChatTemplate:
                 continue
             before = self._render(messages[:i], tools, prompt=True)
             until = self._render(messages[: i + 1], tools)
-            if whole.startswith(before) and whole.startswith(until):
-                spans.append((len(before), len(until)))
-                continue
-            # a template that writes history otherwise than the last turn: only the words themselves are sure
-            place = f"{OPEN}{i}{CLOSE}"
-            at = whole.find(place)
-            if at < 0:
+            places = (
+                [whole.find(f"{OPEN}{n}{CLOSE}") for n in written.numbers[i]] if messages is written.holders else []
+            )
+            places = [place for place in places if place >= 0]
+            # a template that writes history otherwise than the last turn (reasoning models leave out what was thought):
+            # what it writes after its own prompt as far as that goes, and otherwise only the words themselves are sure
+            first = min(places, default=len(whole))
+            start = _shared_start(whole, before)
+            if start < len(before) and (not places or start < self._header(whole, written, i) or start > first):
+                start = first
+            if whole.startswith(until):
+                end = len(until)
+            elif places and not message.get("tool_calls"):
+                end = whole.index(CLOSE, max(places)) + 1
+            else:
+                end = -1
+            if end < start:
                 raise DataError(
                     "The tokenizer's chat template does not continue its own prompt, so the answers cannot be told "
                     "from the rest: use a named template, such as data.template=chatml."
                 )
-            spans.append((at, at + len(place)))
+            spans.append((start, end))
         return whole, spans
+
+    def _header(self, whole: str, written: _Written, i: int) -> int:
+        """Where the words of the messages before the `i`-th end."""
+        ends = [whole.find(f"{OPEN}{n}{CLOSE}") for numbers in written.numbers[:i] for n in numbers]
+        return max((whole.index(CLOSE, at) + 1 for at in ends if at >= 0), default=0)
 
     def _end(self, whole: str, start: int, end: int) -> tuple[str, str, int]:
         """(an answer's words, the marker that ends it, where the text goes on)."""
@@ -138,22 +172,30 @@ class ChatTemplate:
         rest = whole[end:]
         behind = self._encoder.markers_in(rest)
         if behind and rest.lstrip().startswith(behind[0]) and behind[0] != self._encoder.tokenizer.bos_token:
-            return answer, behind[0], end + rest.index(behind[0]) + len(behind[0])
+            at = rest.index(behind[0])
+            return answer + rest[:at], behind[0], end + at + len(behind[0])
         return bare, "", start + len(bare)  # no marker of its own: the tokenizer's end of sequence
 
     # ---- without ----
 
     def _without_frame(
-        self, messages: list[dict[str, Any]], words: list[str], tools: Any, train_on: str, prompt: bool
+        self, written: _Written, whole: str, tools: Any, learned: list[bool], prompt: bool
     ) -> list[Piece]:
-        """For templates that change the words: the words cannot be kept apart, so there must be no markers in them."""
-        for text in words:
-            if found := self._encoder.markers_in(text):
+        """For templates that change the words, which cannot be kept apart: there must be no special tokens in them."""
+        for text in written.words:
+            if found := self._encoder.reserved_in(text):
                 raise DataError(
                     f"holds the special token {found[0]!r} in its text, where this chat template cannot keep it from "
                     "acting as one"
                 )
-        return self._pieces(messages, tools, train_on, prompt)
+        held = self._render(written.holders, tools, prompt=prompt)
+        for turn, numbers in enumerate(written.numbers, start=1):
+            if any(n in written.needed and f"{OPEN}{n}{CLOSE}" not in held for n in numbers):
+                raise DataError(
+                    f"loses its turn {turn} ({written.messages[turn - 1]['role']}), which the model's chat template "
+                    "does not write: use a named template, or take the turn out"
+                )
+        return self._pieces(written.messages, written, tools, learned, prompt)
 
     # ---- transformers ----
 
@@ -192,18 +234,92 @@ def _refusals() -> Iterator[None]:
         raise DataError(f"is refused by the chat template: {text}") from None
 
 
-def _as_dicts(talk: Conversation) -> tuple[list[dict[str, Any]], list[str]]:
-    """transformers' messages, and the words of each."""
-    messages: list[dict[str, Any]] = []
-    for m in talk.messages:
-        message: dict[str, Any] = {"role": m.role, "content": m.text}
-        if m.calls:
-            message["tool_calls"] = [
-                {"type": "function", "function": {"name": c.name, "arguments": _arguments(c.arguments)}}
-                for c in m.calls
-            ]
-        messages.append(message)
-    return messages, [m["content"] for m in messages]
+THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+
+
+@dataclass
+class _Written:
+    """A conversation for transformers, once with its words and once with placeholders.
+
+    The white space around words stays beside the placeholder, and so do the tags of a thought that stands in an answer:
+    many templates cut at them.
+
+    Attributes:
+        messages: transformers' messages.
+        holders: The same, with a placeholder for each of `words`.
+        words: What the placeholders stand for.
+        numbers: Of the words of each message.
+        needed: The numbers of words that the template has to write. What was thought in earlier turns, many do not.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    holders: list[dict[str, Any]] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    numbers: list[list[int]] = field(default_factory=list)
+    needed: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, talk: Conversation, reasoning: str) -> _Written:
+        """
+        Args:
+            reasoning: The field in which the template looks for it.
+        """
+        made = cls()
+        for m in talk.messages:
+            made.numbers.append([])
+            message: dict[str, Any] = {"role": m.role}
+            holder = dict(message)
+            if m.reasoning:
+                message[reasoning], holder[reasoning] = m.reasoning, made._hold(m.reasoning, needed=False)
+            message["content"] = m.text
+            thought = THOUGHT.fullmatch(m.text) if m.role == "assistant" else None
+            if thought is not None:
+                opening, inside, closing, answer = thought.groups()
+                held = made._hold(inside, needed=False)
+                holder["content"] = f"{opening}{held}{closing}{made._hold(answer)}"
+            else:
+                holder["content"] = made._hold(m.text)
+            for name, value in (("name", m.name), ("tool_call_id", m.call_id)):
+                if value:
+                    message[name] = holder[name] = value
+            if m.calls:
+                message["tool_calls"] = holder["tool_calls"] = [
+                    {
+                        "type": "function",
+                        **({"id": c.id} if c.id else {}),
+                        "function": {"name": c.name, "arguments": _arguments(c.arguments)},
+                    }
+                    for c in m.calls
+                ]
+            made.messages.append(message)
+            made.holders.append(holder)
+        return made
+
+    def _hold(self, text: str, *, needed: bool = True) -> str:
+        """The text with a placeholder in the place of its words."""
+        core = text.strip()
+        if not core:
+            return text
+        number = len(self.words)
+        self.words.append(core)
+        self.numbers[-1].append(number)
+        if needed:
+            self.needed.append(number)
+        start = text.index(core)
+        return f"{text[:start]}{OPEN}{number}{CLOSE}{text[start + len(core) :]}"
+
+
+def _learned(talk: Conversation, train_on: str) -> list[bool]:
+    """Of each answer, whether it is learned."""
+    wanted = [m.trained for m in talk.messages if m.role == "assistant"]
+    return wanted if train_on == "all" else [on and i == len(wanted) for i, on in enumerate(wanted, start=1)]
+
+
+def _shared_start(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _arguments(text: str) -> Any:
@@ -238,9 +354,9 @@ def _places(piece: Piece) -> list[Piece]:
     return out
 
 
-def _fill(piece: Piece, words: list[str], change: Any) -> Piece:
+def _fill(piece: Piece, words: list[str]) -> Piece:
     if not piece.data:
         return piece
     number = PLACE.fullmatch(piece.text)
     assert number is not None
-    return Piece(change(words[int(number[1])]), data=True, trained=piece.trained, answer=piece.answer)
+    return Piece(words[int(number[1])], data=True, trained=piece.trained, answer=piece.answer)

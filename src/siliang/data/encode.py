@@ -31,6 +31,7 @@ class Encoder:
         if self.eos is None:
             self.eos = getattr(tokenizer, "sep_token_id", None)
         self._markers = _markers(tokenizer)
+        self._reserved = _reserved(tokenizer)
         names = sorted(self._markers, key=len, reverse=True)
         # a word such as ChatGLM3's `sop` is a marker only at the very places where a template means it
         self._split = re.compile("(" + "|".join(map(re.escape, ["{start}", "{bos}", "{eos}", *names])) + ")")
@@ -63,6 +64,20 @@ class Encoder:
     def markers_in(self, text: str) -> list[str]:
         """The markers that occur in a text."""
         return [m for m in self._split.findall(text) if m in self._markers]
+
+    def reserved(self) -> list[str]:
+        """The markers that no text of the data may be: special tokens. Others, such as Qwen's <think>, are words that
+        the tokenizer knows whole, in any text."""
+        return [m for m in self._markers if m in self._reserved]
+
+    def reserved_in(self, text: str) -> list[str]:
+        """The special tokens that occur in a text."""
+        return [m for m in self.markers_in(text) if m in self._reserved]
+
+    @property
+    def joins_space(self) -> bool:
+        """A space in front of a text is part of the text's first token."""
+        return self._adds_space
 
     def text(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, nothing added, nothing in it taken for a special token."""
@@ -205,3 +220,9 @@ def _markers(tokenizer: Any) -> dict[str, int]:
         found.setdefault(text, tokenizer.convert_tokens_to_ids(text))
     # blank ones (Gemma's line breaks, GPT-NeoX's runs of spaces) are text
     return {text: number for text, number in found.items() if text.strip() and isinstance(number, int) and number >= 0}
+
+
+def _reserved(tokenizer: Any) -> set[str]:
+    """The tokens that act on the conversation: those marked special, also where only the vocabulary says so."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}

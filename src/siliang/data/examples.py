@@ -26,10 +26,11 @@ SPILL_BYTES = 64 * 2**20  # examples beyond this lie in a file
 
 @dataclass(frozen=True)
 class Call:
-    """A tool that the assistant calls; `arguments` is JSON text."""
+    """A tool that the assistant calls; `arguments` is JSON text, `id` what its answer refers to."""
 
     name: str
     arguments: str
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,20 @@ class Message:
     Attributes:
         input: What an Alpaca instruction is about; templates without a place of its own join it to the content.
         calls: The tools called; `content` is usually empty then.
+        reasoning: What the assistant thought in front of its answer, where the data keeps it apart from `content`.
+        trained: The data wants this answer learned; False where it marks the turn as one that is not.
+        name: Of the tool that answers.
+        call_id: The `id` of the call that is answered.
     """
 
     role: Role
     content: str
     input: str = ""
     calls: tuple[Call, ...] = ()
+    reasoning: str = ""
+    trained: bool = True
+    name: str = ""
+    call_id: str = ""
 
     @property
     def text(self) -> str:
@@ -126,7 +135,7 @@ def texts(example: Example) -> list[str]:
     """Every text in an example, for whoever looks for damage."""
     match example:
         case Conversation():
-            return [part for m in example.messages for part in (m.content, m.input) if part]
+            return [part for m in example.messages for part in (m.content, m.input, m.reasoning) if part]
         case Text():
             return [example.text]
         case Labelled():
@@ -153,12 +162,21 @@ def from_json(line: str) -> Example:
     """The example that `to_json` wrote."""
     kind, values = json.loads(line)
     if kind == "Conversation":
-        messages = tuple(
-            Message(m["role"], m["content"], m["input"], tuple(Call(**c) for c in m["calls"]))
-            for m in values["messages"]
-        )
+        messages = tuple(Message(**{**m, "calls": tuple(Call(**c) for c in m["calls"])}) for m in values["messages"])
         return Conversation(messages, values["tools"])
     return KINDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+SHOWN_BAD_ROWS = 5
+
+
+def bad_rows_message(bad: list[str]) -> str:
+    """The first few bad rows, and how to go on without them."""
+    more = f"; and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
+    rows = "1 row is bad" if len(bad) == 1 else f"{len(bad):,} rows are bad"
+    return (
+        f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
+    )
 
 
 class ExampleSet(Sequence[Example]):

@@ -6,10 +6,12 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from siliang.config import Columns
+from siliang.data.encode import IGNORED
 from siliang.data.examples import (
     Call,
     Conversation,
@@ -237,10 +239,79 @@ def as_text(value: Any, name: str = "") -> str:
     raise BadRow(f"has {what} in {name!r}" if name else f"has {what} where text belongs")
 
 
+def cell(values: Values, column: str) -> str:
+    """A row's cell as text; nothing where it is not there."""
+    return as_text(values.get(column), column)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
+def _given(value: Any) -> bool:
+    """There is something in the field; Arrow and Parquet fill fields that only other rows have with nulls."""
+    return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
+
+
+# ---- what says that a row is not to be learned as it stands ----
+
+PREFERENCES = ("rejected", "chosen", "rejected_response", "rejected_responses", "rejected_messages")
+WANTED = ("label", "kto_tag")  # false: this answer is one not to give (KTO)
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+
+
+def _against_its_meaning(values: Values, c: Columns, columns: tuple[str, ...]) -> None:
+    """Refuses a row whose answer is not meant to be learned, or is about something that is no text.
+
+    Args:
+        columns: The columns that the layout reads. Where the user has named one of a pair's columns as the answer, that
+            is what is learned.
+
+    Raises:
+        BadRow: It is such a row.
+    """
+    if not any(name in columns for name in PREFERENCES):
+        for name in PREFERENCES:
+            if _given(values.get(name)):
+                raise BadRow(
+                    f"has {name!r}: a better and a worse answer, and siliang learns answers, not preferences; "
+                    "name the column of the answer to learn with data.columns, or take the other out"
+                )
+    for name in WANTED:
+        value = values.get(name)
+        if name == "label" and c.label != "label":
+            continue  # the user says that this column is another thing
+        if (isinstance(value, int | float) and value == 0) or as_word(value) in ("false", "0"):
+            raise BadRow(
+                f"has {name!r}: {value!r}, which says that its answer is not to be given (KTO), and siliang learns "
+                f"every answer as right; where {name!r} means something else, rename it"
+            )
+    for name in MEDIA:
+        if name not in columns and _given(values.get(name)):
+            raise BadRow(f"has {name!r}: siliang trains on text alone")
+
+
+def as_word(value: Any) -> str:
+    """A text in lower case without blanks; nothing for any other value."""
+    return value.strip().lower() if isinstance(value, str) else ""
+
+
+def _media_in(text: str) -> str | None:
+    """The place of a picture, a film or a sound in a question; `<video>` and `<audio>` in prose are HTML."""
+    bare = text.strip()
+    for mark in PLACEHOLDERS:
+        if bare.startswith(mark) or bare.endswith(mark) or (mark == "<image>" and mark in text):
+            return mark
+    return None
+
+
 # ---- conversations ----
 
 ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -249,67 +320,175 @@ ROLES: dict[str, Role] = {
     "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "tool_response": "tool",
 }
+CALLING = ("function_call", "tool_call")  # roles whose words are a call
+
+# Fields of a turn that say whether it is learned: OpenAI's weight, axolotl's train and training, ms-swift's loss
+MARKS = ("weight", "train", "training", "loss", "loss_mask")
+DETAILS = ("train_detail", "training_detail")  # parts of a turn, by characters
+REASONING = ("reasoning_content", "thinking", "reasoning")
+USED = frozenset(
+    ("role", "from", "content", "value", "tool_calls", "function_call", *MARKS, *DETAILS, "mask", *REASONING, *MEDIA)
+)
+USED_OF = {"tool": ("name", "tool_call_id"), "system": ("tools",)}  # and what only turns of a role have
+
+
+def unused_fields(values: Values, c: Columns) -> set[str]:
+    """The fields of a row's turns that siliang makes nothing of, as "messages[].name"."""
+    found: set[str] = set()
+    for column in (c.messages, "conversations", c.prompt, c.completion):
+        turns = values.get(column)
+        for turn in turns if isinstance(turns, list | tuple) else ():
+            if isinstance(turn, dict):
+                role = ROLES.get(str(_first(turn, "role", "from")).lower(), "user")
+                used = USED.union(USED_OF.get(role, ()))
+                found.update(f"{column}[].{name}" for name, value in turn.items() if name not in used and _given(value))
+    return found
+
+
+def _first(turn: dict[str, Any], *names: str) -> Any:
+    """The first of these fields that is there and not null."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _messages(values: Values, c: Columns, column: str) -> Result:
-    turns = values.get(column)
-    if not isinstance(turns, list | tuple) or not turns:
-        return f"has no list of turns in {column!r}"
+    _against_its_meaning(values, c, (column,))
     messages: list[Message] = []
-    if system := as_text(values.get(c.system)).strip():
+    if system := cell(values, c.system).strip():
         messages.append(Message("system", system))
-    for number, turn in enumerate(turns, start=1):
-        message = _message(turn)
-        if isinstance(message, str):
-            return f"turn {number} of {column!r} {message}"
-        messages.append(message)
-    tools = values.get(c.tools)
+    messages += _turns(values.get(column), column)
+    tools = _first(values, c.tools, "functions")
+    if not _given(tools) and isinstance(turns := values.get(column), list):  # ChatGLM3 keeps them in the system's turn
+        tools = next((t["tools"] for t in turns if _given(t.get("tools"))), None)
     return _conversation(
         messages, tools if isinstance(tools, str) or not tools else json.dumps(tools, ensure_ascii=False)
     )
 
 
-def _message(turn: Any) -> Message | str:
+def _turns(turns: Any, column: str) -> list[Message]:
+    if not isinstance(turns, list | tuple) or not turns:
+        raise BadRow(f"has no list of turns in {column!r}")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        try:
+            messages.append(_message(turn))
+        except BadRow as problem:
+            raise BadRow(f"turn {number} of {column!r} {problem}") from None
+    return messages
+
+
+def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
-        return "is no object"
-    named = turn.get("role", turn.get("from"))
-    role = ROLES.get(str(named).lower())
+        raise BadRow("is no object")
+    named = str(_first(turn, "role", "from")).lower()
+    role = ROLES.get(named)
     if role is None:
-        return f"has the role {named!r}, which is not one of {', '.join(ROLES)}"
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # OpenAI's parts
-        if any(not isinstance(part, dict) or "text" not in part for part in content):
-            return "holds more than text"
-        content = "".join(as_text(part["text"]) for part in content)
-    content = as_text(content)
-    calls: list[Call] = []
-    if named == "function_call":
-        call = _call(content)
-        if call is None:
-            return f"is a function_call whose value is no {{name, arguments}}: {content[:60]!r}"
-        return Message(role, "", calls=(call,))
-    for raw in turn.get("tool_calls") or ():
-        call = _call(raw.get("function", raw) if isinstance(raw, dict) else raw)
-        if call is None:
-            return "has a tool call without name and arguments"
-        calls.append(call)
-    return Message(role, content, calls=tuple(calls))
+        raise BadRow(f"has the role {_first(turn, 'role', 'from')!r}, which is not one of {', '.join(ROLES)}")
+    for name in MEDIA:
+        if _given(turn.get(name)):
+            raise BadRow(f"has {name!r}: siliang trains on text alone")
+    content, reasoning = _content(_first(turn, "content", "value"), role)
+    if role == "user" and (mark := _media_in(content)):
+        raise BadRow(f"holds {mark}, the place of something that is no text: siliang trains on text alone")
+    reasoning = _reasoning(turn, role) or reasoning
+    trained = _trained(turn, role)
+    if named in CALLING:
+        if not (calls := _calls(content)):
+            raise BadRow(f"is a {named} whose value is no {{name, arguments}}: {content[:60]!r}")
+        return Message(role, "", calls=calls, reasoning=reasoning, trained=trained)
+    calls = _calls(_first(turn, "tool_calls", "function_call") or [])
+    if calls is None:
+        raise BadRow("has a tool call without name and arguments")
+    if calls and role != "assistant":
+        raise BadRow(f"has a tool call, and is the {role}'s")
+    name, call_id = (as_text(turn.get(n)) if role == "tool" else "" for n in ("name", "tool_call_id"))
+    return Message(role, content, calls=calls, reasoning=reasoning, trained=trained, name=name, call_id=call_id)
 
 
-def _call(value: Any) -> Call | None:
+def _content(content: Any, role: Role) -> tuple[str, str]:
+    """(a turn's words, what it thought in front of them)."""
+    if isinstance(content, dict):
+        if role == "tool":  # what a tool answers is data
+            return json.dumps(content, ensure_ascii=False), ""
+        raise BadRow(f"has an object for its content, not text: {_short(content)}")
+    if not isinstance(content, list | tuple):
+        return as_text(content), ""
+    words, thoughts = "", ""
+    for part in content:  # OpenAI's and Anthropic's parts
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if isinstance(part, str):
+            words += part
+        elif (
+            isinstance(part, dict)
+            and kind in ("text", "input_text", "output_text")
+            and isinstance(part.get("text"), str)
+        ):
+            words += part["text"]
+        elif isinstance(part, dict) and kind == "thinking" and isinstance(part.get("thinking"), str):
+            thoughts += part["thinking"]
+        else:
+            raise BadRow(f"holds more than text: a part of the type {kind!r}")
+    return words, thoughts
+
+
+def _reasoning(turn: dict[str, Any], role: Role) -> str:
+    found = {name: turn[name] for name in REASONING if _given(turn.get(name))}
+    if not found:
+        return ""
+    name, text = next(iter(found.items()))
+    if role != "assistant":
+        raise BadRow(f"has {name!r}, and is the {role}'s: only the assistant thinks in front of its answer")
+    if not isinstance(text, str) or any(other != text for other in found.values()):
+        raise BadRow(f"has {' and '.join(map(repr, found))}, which are not one text")
+    return text
+
+
+def _trained(turn: dict[str, Any], role: Role) -> bool:
+    """Whether the data wants this turn learned."""
+    if _given(turn.get("mask")):
+        raise BadRow(
+            "has 'mask', which some programs mean as `learn this` and others as `leave this out`; say train: false"
+        )
+    if detail := next((name for name in DETAILS if _given(turn.get(name))), None):
+        raise BadRow(f"has {detail!r}: a turn is learned as a whole, or not at all")
+    marks = {name: turn[name] for name in MARKS if _given(turn.get(name))}
+    for name, value in marks.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise BadRow(f"has {name!r}: {value!r}; allowed are true and false, or 1 and 0")
+    if len(set(map(bool, marks.values()))) > 1:
+        raise BadRow(f"has {' and '.join(map(repr, marks))}, which contradict each other")
+    wanted = bool(next(iter(marks.values()), role == "assistant"))
+    if wanted and role != "assistant":
+        raise BadRow(f"is to be learned ({next(iter(marks))!r}), and is the {role}'s: only the assistant's turns are")
+    return wanted or role != "assistant"
+
+
+def _calls(value: Any) -> tuple[Call, ...] | None:
+    """Calls of tools, one or a list of them, as objects or as JSON text; None where it is something else."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
             return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    calls = [_call(raw) for raw in (value if isinstance(value, list | tuple) else [value])]
+    return None if None in calls else tuple(call for call in calls if call is not None)
+
+
+def _call(value: Any) -> Call | None:
+    if not isinstance(value, dict):
         return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    return Call(value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+    function = value.get("function") if isinstance(value.get("function"), dict) else value
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    arguments = _first(function, "arguments", "parameters")
+    if not isinstance(arguments, str):
+        arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    return Call(function["name"], arguments, as_text(value.get("id")))
 
 
 def _conversation(messages: list[Message], tools: str | None = None) -> Result:
@@ -325,34 +504,64 @@ def _conversation(messages: list[Message], tools: str | None = None) -> Result:
             return f"has an empty question in turn {number}"
     if talk[-1].role != "assistant":
         return f"ends with the {talk[-1].role}, whom nobody answers"
+    if not any(m.trained for m in talk if m.role == "assistant"):
+        return "marks every answer as one that is not learned: there is nothing to learn"
     return Conversation(tuple(messages), (tools or "").strip())
 
 
 def _pair(instruction: str, output: str) -> Callable[[Values, Columns], Result]:
     def read(values: Values, c: Columns) -> Result:
-        asked, given = getattr(c, instruction), getattr(c, output)
-        question, answer = as_text(values.get(asked), asked), as_text(values.get(given), given)
+        asked, answered = getattr(c, instruction), getattr(c, output)
+        _against_its_meaning(values, c, (asked, answered))
+        if any(isinstance(values.get(column), list | tuple) for column in (asked, answered)):
+            return _prompt_and_completion(values, c, asked, answered)
+        question, answer = cell(values, asked), cell(values, answered)
         if not answer.strip():
-            return f"has an empty {getattr(c, output)!r}"
-        about = as_text(values.get(c.input), c.input) if instruction == "instruction" else ""
+            return f"has an empty {answered!r}"
+        about = cell(values, c.input) if instruction == "instruction" else ""
         if not question.strip() and not about.strip():
-            return f"has an empty {getattr(c, instruction)!r}"
+            return f"has an empty {asked!r}"
+        if mark := _media_in(f"{question}\n{about}"):
+            return f"holds {mark}, the place of something that is no text: siliang trains on text alone"
         messages = [Message("user", question, about), Message("assistant", answer)]
-        if system := as_text(values.get(c.system)).strip():
+        if system := cell(values, c.system).strip():
             messages.insert(0, Message("system", system))
-        for asked, answered in reversed(_history(values)):
-            messages[-2:-2] = [Message("user", asked), Message("assistant", answered)]
+        for before, after in reversed(_history(values)):
+            messages[-2:-2] = [Message("user", before), Message("assistant", after)]
         return _conversation(messages)
 
     return read
 
 
+def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str) -> Result:
+    """TRL's conversations in two columns: the completion is learned, answers in the prompt are not."""
+    prompt, completion = values.get(asked), values.get(answered)
+    before = [Message("user", as_text(prompt))] if not isinstance(prompt, list | tuple) else _turns(prompt, asked)
+    if isinstance(completion, list | tuple):
+        after = _turns(completion, answered)
+    else:
+        after = [Message("assistant", cell(values, answered))]
+    if system := cell(values, c.system).strip():
+        before.insert(0, Message("system", system))
+    given = _first(values, c.tools)
+    tools = given if isinstance(given, str) or not given else json.dumps(given, ensure_ascii=False)
+    return _conversation([*(replace(m, trained=m.role != "assistant") for m in before), *after], tools)
+
+
 def _history(values: Values) -> list[tuple[str, str]]:
     """LLaMA-Factory's `history`: earlier rounds as [question, answer]."""
     history = values.get("history")
-    if not isinstance(history, list):
+    if isinstance(history, str) and history.strip():
+        try:
+            history = json.loads(history)
+        except ValueError:
+            raise BadRow(f"has a 'history' that is no list of [question, answer]: {history[:60]!r}") from None
+    if not _given(history):
         return []
-    return [(as_text(h[0]), as_text(h[1])) for h in history if isinstance(h, list | tuple) and len(h) == 2]
+    rounds = history if isinstance(history, list | tuple) else [history]
+    if not all(isinstance(h, list | tuple) and len(h) == 2 for h in rounds):
+        raise BadRow(f"has a 'history' that is no list of [question, answer]: {_short(history)}")
+    return [(as_text(h[0]), as_text(h[1])) for h in rounds]
 
 
 # ---- the rest ----
@@ -428,15 +637,28 @@ def _source_target(values: Values, c: Columns) -> Result:
     return SourceTarget(_cell(values, c.source), _cell(values, c.target))
 
 
+LEARNED_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # TRL's; 1 is learned
+
+
 def _prepared(values: Values, c: Columns) -> Result:
     ids, labels = values.get("input_ids"), values.get("labels")
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
         return "must hold a list of whole numbers in 'input_ids'"
     if labels is not None and not (isinstance(labels, list) and len(labels) == len(ids)):
         return f"must hold a list of {len(ids)} whole numbers in 'labels'"
     labels = labels or []
-    if not all(isinstance(i, int) for i in labels):
+    if not all(type(i) is int for i in labels):
         return "must hold whole numbers in 'labels'"
+    if any(label != IGNORED and label < 0 for label in labels):
+        return f"must hold the numbers of tokens, or {IGNORED}, in 'labels'"
+    if isinstance(places := values.get("position_ids"), list) and any(b <= a for a, b in pairwise(places)):
+        return "has 'position_ids' that begin anew: several texts in one row, which siliang would learn as one"
+    for name in LEARNED_MASKS:
+        if (learned := values.get(name)) is None:
+            continue
+        if not isinstance(learned, list) or len(learned) != len(ids) or any(x not in (0, 1) for x in learned):
+            return f"must hold a list of {len(ids)} zeros and ones in {name!r}"
+        labels = [x if on else IGNORED for x, on in zip(labels or ids, learned, strict=True)]
     mask = values.get("attention_mask")
     if isinstance(mask, list) and len(mask) == len(ids):  # padding that was put there is taken off again
         kept = [i for i, on in enumerate(mask) if on]
@@ -451,6 +673,12 @@ def as_source_target(made: Result) -> Result:
     talk = [m for m in made.messages if m.role != "system"]
     if len(talk) != 2:
         return f"has {len(talk)} turns; {TaskType.SEQ_2_SEQ_LM.lower()} learns from one question and its answer"
+    if len(talk) != len(made.messages):
+        return (
+            f"has a system message, for which {TaskType.SEQ_2_SEQ_LM.lower()} has no place: write it into the question"
+        )
+    if talk[1].calls or talk[1].reasoning:
+        return f"has a tool call or reasoning, for which {TaskType.SEQ_2_SEQ_LM.lower()} has no place"
     return SourceTarget(talk[0].text, talk[1].content)
 
 
@@ -458,14 +686,15 @@ def _asked(instruction: str, output: str) -> Format:
     name = "alpaca" if instruction == "instruction" else f"{instruction}-{output}"
     more = ("input", "system") if instruction == "instruction" else ("system",)
     read = _pair(instruction, output)
-    return Format(name, (instruction, output), (CAUSAL, SEQ2SEQ), read, optional=more, beside=("history",))
+    return Format(name, (instruction, output), (CAUSAL, SEQ2SEQ), read, optional=more, beside=("history", "tools"))
 
 
 BESIDE_TURNS = ("system", "tools")
+PREPARED_TOO = ("labels", "attention_mask", "position_ids", *LEARNED_MASKS)
 FORMATS: dict[str, Format] = {
     layout.name: layout
     for layout in (
-        Format("prepared", (), (CAUSAL,), _prepared, fixed=("input_ids",), beside=("labels", "attention_mask")),
+        Format("prepared", (), (CAUSAL,), _prepared, fixed=("input_ids",), beside=PREPARED_TOO),
         Format("messages", ("messages",), (CAUSAL,), lambda v, c: _messages(v, c, c.messages), optional=BESIDE_TURNS),
         Format(
             "sharegpt",

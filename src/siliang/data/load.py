@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
-from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged
-from siliang.data.formats import Format, as_source_target, find_format, misplaced
+from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged, bad_rows_message
+from siliang.data.formats import Format, as_source_target, find_format, misplaced, unused_fields
 from siliang.data.labels import MOST_CLASSES, alike_key, is_whole, no_classes
 from siliang.data.sources import Opened, Reading, Row, open_source
 from siliang.types import DataError, TaskType
-
-SHOWN_BAD_ROWS = 5
 
 
 @dataclass
@@ -27,7 +25,7 @@ class Examples:
         skipped: The rows left out, with place and reason.
         layout: How the rows are laid out: a name of `formats.FORMATS`.
         columns: The data's column of each part of the layout (text, label, ...), of those that are there.
-        unused: Columns that the layout has no use for.
+        unused: Columns that the layout has no use for, and fields of turns, as messages[].name.
         notes: How the data was read where that was not plain from the settings, a line each.
         doubts: What may have been read otherwise than it was meant, a line each.
     """
@@ -149,15 +147,6 @@ def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) 
     return parts["train"]["row"][:], parts["test"]["row"][:]
 
 
-def bad_rows_message(bad: list[str]) -> str:
-    """The first few bad rows, and how to go on without them."""
-    more = f"; and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
-    rows = "1 row is bad" if len(bad) == 1 else f"{len(bad):,} rows are bad"
-    return (
-        f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
-    )
-
-
 class _Reader:
     """Rows to examples, for one run: the layout is found on the first good row, the labels after the training rows."""
 
@@ -169,6 +158,7 @@ class _Reader:
         self.layout: Format | None = None
         self.columns = data.columns
         self._seen: dict[str, None] = {}  # the columns of all rows
+        self._fields: set[str] = set()  # of turns, that nothing is made of
         self._opened: dict[str, Opened] = {}
         self._read: set[tuple[str, str]] = set()  # (source, part)
 
@@ -200,6 +190,7 @@ class _Reader:
                 continue
             make = make or self._maker(row, source)
             self._seen.update(dict.fromkeys(row.values))
+            self._fields |= unused_fields(row.values, self.columns) if self.task is TaskType.CAUSAL_LM else set()
             made = make(row)
             if isinstance(made, str):
                 self.bad.append((row.where, made))
@@ -264,7 +255,7 @@ class _Reader:
         layout, taken = self.layout, {}
         if layout is not None:
             taken = {part: name for part, name in layout.taken(self.columns).items() if name in self._seen}
-        unused = [name for name in self._seen if name not in taken.values()]
+        unused = [*(name for name in self._seen if name not in taken.values()), *sorted(self._fields)]
         name = layout.name if layout else ""
         for path, opened in self._opened.items():
             if left := [part for part in opened.parts if (path, part) not in self._read]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siliang.data.examples import Call, Conversation, Message
-from siliang.types import ConfigError, nearest
+from siliang.types import ConfigError, DataError, nearest
 
 CHAT = "chat"
 
@@ -61,6 +61,8 @@ class Template:
         tool: What a tool answered, {content}.
         tools: How the tools that may be called are told to the model, as part of the system message: {tools}.
         call: How the assistant calls a tool: {name}, {arguments}.
+        reasoning: How the assistant thinks in front of an answer: {reasoning}. Without it, a row that has reasoning of
+            its own cannot be written.
         apart: Every piece is tokenised by itself, as ChatGLM3 does.
     """
 
@@ -79,6 +81,7 @@ class Template:
     tool: str = ""
     tools: str = "You may call these tools:\n{tools}"
     call: str = '{"name": "{name}", "arguments": {arguments}}'
+    reasoning: str = ""
     apart: bool = False
 
     def pieces(
@@ -88,8 +91,12 @@ class Template:
 
         Args:
             prompt: Stop where the assistant's next answer would begin.
+
+        Raises:
+            DataError: The template has no place for something in the conversation.
         """
         out = [Piece(self.begin)]
+        self._refuse(talk)
         system, turns = self._system(talk)
         inside: list[Piece] = []
         if system:
@@ -104,7 +111,8 @@ class Template:
             if message.role == "assistant":
                 if before == "assistant":
                     out.append(Piece(self.between))
-                out += [Piece(self.assistant), *self._answer(message, train_on == "all" or i == last)]
+                trained = message.trained and (train_on == "all" or i == last)
+                out += [Piece(self.assistant), *self._answer(message, trained)]
                 continue
             if before == "assistant":
                 out.append(Piece(self.between))
@@ -120,6 +128,20 @@ class Template:
         out = [p for p in out if p.text or p.end]
         return [dataclasses.replace(p, alone=True) for p in out] if self.apart else out
 
+    def _refuse(self, talk: Conversation) -> None:
+        spoken = [m.role for m in talk.messages]
+        first = next((i for i, role in enumerate(spoken) if role != "system"), len(spoken))
+        if "system" in spoken[first:]:
+            raise DataError(
+                f"has a system message in turn {spoken.index('system', first) + 1}, and the template {self.name} has a "
+                "place for it in front of the conversation only"
+            )
+        if not self.reasoning and any(m.reasoning for m in talk.messages):
+            raise DataError(
+                f"has reasoning beside an answer, for which the template {self.name} has no place: use "
+                "data.template=chat with a model that reasons, or a template of your own with `reasoning`"
+            )
+
     def _system(self, talk: Conversation) -> tuple[str, list[Message]]:
         given = [m.content for m in talk.messages if m.role == "system"]
         turns = [m for m in talk.messages if m.role != "system"]
@@ -133,7 +155,14 @@ class Template:
         call = message.calls[0] if message.calls else None
         lead = Piece(self.lead.replace("{name}", call.name if call else ""), trained=trained, answer=True)
         words = "\n".join([*filter(None, [message.content]), *(self._call(c) for c in message.calls)])
-        return [lead, Piece(words, data=True, trained=trained, answer=True), Piece(self.end, trained=trained, end=True)]
+        thought = self._fill(self.reasoning, reasoning=message.reasoning) if message.reasoning else []
+        before = [dataclasses.replace(p, trained=trained, answer=True) for p in thought]
+        return [
+            lead,
+            *before,
+            Piece(words, data=True, trained=trained, answer=True),
+            Piece(self.end, trained=trained, end=True),
+        ]
 
     def _call(self, call: Call) -> str:
         arguments = call.arguments
@@ -215,6 +244,7 @@ CHATML = Template(
         '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
     ),
     call='<tool_call>\n{"name": "{name}", "arguments": {arguments}}\n</tool_call>',
+    reasoning="<think>\n{reasoning}\n</think>\n\n",
 )
 
 CHATGLM3 = Template(
@@ -306,9 +336,10 @@ def _read_template(path: Path, stamp: int, read_yaml: Any) -> Template:
             raise ConfigError(
                 f"{path}: {key} is missing. A template needs user: 'Q: {{content}}\\n' and assistant: 'A: '."
             )
-    for key in ("user", "system", "tool"):
-        if values.get(key) and "{content}" not in values[key]:
-            raise ConfigError(f"{path}: {key} = {values[key]!r} must say where the words go, with {{content}}.")
+    places = {"user": "content", "system": "content", "tool": "content", "reasoning": "reasoning"}
+    for key, place in places.items():
+        if values.get(key) and f"{{{place}}}" not in values[key]:
+            raise ConfigError(f"{path}: {key} = {values[key]!r} must say where the words go, with {{{place}}}.")
     return Template(name=path.stem, **values)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,9 +19,18 @@ from siliang.config import DataConfig
 from siliang.data.cache import cache_folder, prune, used
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.examples import Conversation, Example, ExampleSet, Message, Prepared, Text, from_json
+from siliang.data.examples import (
+    Conversation,
+    Example,
+    ExampleSet,
+    Message,
+    Prepared,
+    Text,
+    bad_rows_message,
+    from_json,
+    texts,
+)
 from siliang.data.labelled_tokens import classes, sources_and_targets, spans, tags
-from siliang.data.load import bad_rows_message
 from siliang.data.templates import Piece, Template, find_template
 from siliang.types import DataError, TaskType
 
@@ -43,7 +53,9 @@ COLUMNS: dict[TaskType, dict[str, Any]] = {
         "offsets": INTS,  # two a token: where it begins and ends in the context; -1 outside of it
     },
 }
+DROPPED = -1  # in place of the number of an example that is left out for its length
 BAD = "bad"  # the column for what is wrong with an example
+SETTINGS = ("train_on", "max_length", "max_target_length", "stride", "too_long", "long_text")  # that decide on tokens
 NOT_FOR_MODEL = ("row", "lost", "lost_answer", "offsets")
 
 
@@ -51,8 +63,9 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
     """Tokenised examples, as the Trainer wants them.
 
     Attributes:
-        table: A column for each model input; `row`, the number of the example (a long context gives several entries);
-            `lost` and `lost_answer`, the tokens that truncation took, of everything and of what is learned.
+        table: A column for each model input; `row`, the number of the example (a long context or text gives several
+            entries, one a window); `lost` and `lost_answer`, the tokens that truncation took, of everything and of what
+            is learned.
         dropped: Examples left out because they were too long.
         skipped: Examples that could not be made into tokens, or of which nothing is learned, with place and reason.
         numbered: Each entry gives its `row` too, for whoever wants to know what was in a batch.
@@ -106,6 +119,12 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
             parts.append(total[ends] - total[ends - sizes])
         return np.concatenate(parts or [np.zeros(0, np.int64)])
 
+    @cached_property
+    def last_windows(self) -> np.ndarray:
+        """Whether each entry is the last one of its example."""
+        rows = self.column("row")
+        return np.append(rows[:-1] != rows[1:], True) if len(rows) else np.zeros(0, bool)
+
     def lists(self, name: str) -> Iterator[np.ndarray]:
         """The arrays of a column of lists, one an entry."""
         for chunk in self._chunks(name):
@@ -137,18 +156,22 @@ def tokenise(
     *,
     labels: list[str] | None = None,
     keep_going: bool = False,
+    judged: bool = True,
 ) -> TokenSet:
     """Tokens and labels of each example, at most `data.max_length` of them.
 
     A conversation that is too long loses its oldest rounds first, then the beginning of its question and the end of its
-    answer, never its first token, its system message where that leaves room, or the end-of-sequence token.
+    answer, never its first token, its system message where that leaves room, or the end-of-sequence token. A plain text
+    that is too long becomes windows (`data.long_text`).
 
     Args:
         labels: The classes' or tags' names, by number.
-        keep_going: Examples that cannot be made into tokens do not stop, whatever the settings say.
+        keep_going: Examples that cannot be used do not stop, whatever the settings say.
+        judged: Examples without tokens to speak of, or most of whose tokens are unknown, cannot be used. False where
+            nothing is learned from them.
 
     Raises:
-        DataError: An example cannot be made into tokens and `skip_bad_rows` is off, or not one can.
+        DataError: An example cannot be used and `skip_bad_rows` is off, or not one can.
         ConfigError: The tokenizer has no end-of-sequence token, and the model is to write text.
     """
     work = _worker(tokenizer, data, task, labels)
@@ -159,8 +182,13 @@ def tokenise(
     if not len(examples):
         made = Dataset.from_dict({name: [] for name in features}, features=features)
         return TokenSet(made.remove_columns(BAD))
+    judge = _Judge.of(tokenizer, task) if judged else None
     table = _map(
-        examples, partial(_batch, work, list(features)), features, _key(examples, tokenizer, data, task, labels), data
+        examples,
+        partial(_batch, work, judge, list(features)),
+        features,
+        _key(examples, tokenizer, data, task, labels, judged),
+        data,
     )
     found = table.select_columns(["row", BAD]).filter(lambda row: row < -1, input_columns="row")
     bad = [f"{examples.where(-2 - row)} {why}" for row, why in zip(found["row"], found[BAD], strict=True)]
@@ -185,6 +213,16 @@ def _without_lessons(table: Dataset, examples: ExampleSet) -> tuple[Dataset, lis
     return table.select(np.flatnonzero(learned)), bad
 
 
+def usable(examples: ExampleSet, tokens: TokenSet) -> tuple[ExampleSet, TokenSet]:
+    """The examples without those that were skipped, and their tokens with the new numbers."""
+    if not tokens.skipped:
+        return examples, tokens
+    kept, numbers = np.unique(tokens.column("row"), return_inverse=True)
+    features = tokens.table.features
+    table = tokens.table.remove_columns("row").add_column("row", numbers.tolist(), feature=features["row"])  # type: ignore[call-arg]
+    return examples.select(kept.tolist()), TokenSet(table, tokens.dropped, skipped=tokens.skipped)
+
+
 Rows = list[dict[str, Any]]
 Worker = Callable[[Sequence[Any]], list[Rows]]  # for each example its entries
 
@@ -205,19 +243,18 @@ def _worker(tokenizer: Any, data: DataConfig, task: TaskType, labels: list[str] 
             return partial(_conversations, encoder, writer(data.template, encoder), data)
 
 
-def _batch(work: Worker, names: list[str], batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+def _batch(
+    work: Worker, judge: _Judge | None, names: list[str], batch: dict[str, list[Any]], numbers: list[int]
+) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in names}
     examples = [from_json(line) for line in batch["example"]]
     try:
         made = work(examples)
-    except DataError:
-        made = []
-        for example in examples:
-            try:
-                made += work([example])
-            except DataError as error:
-                made.append([{"input_ids": [], "row": -1, BAD: str(error)}])
-    for number, entries in zip(numbers, made, strict=True):
+    except DataError:  # of one of them: each by itself
+        made = [_alone(work, example) for example in examples]
+    for number, example, entries in zip(numbers, examples, made, strict=True):
+        if judge is not None and (problem := judge.problem(example, entries)):
+            entries = [{"input_ids": [], BAD: problem}]
         for entry in entries:
             row = {"row": number, "lost": 0, "lost_answer": 0} | entry
             if BAD in entry:
@@ -225,6 +262,62 @@ def _batch(work: Worker, names: list[str], batch: dict[str, list[Any]], numbers:
             for name in names:
                 columns[name].append(row.get(name))
     return columns
+
+
+def _alone(work: Worker, example: Any) -> list[dict[str, Any]]:
+    try:
+        return work([example])[0]
+    except DataError as error:
+        return [{"input_ids": [], BAD: str(error)}]
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Whether the tokens of an example are any use.
+
+    Attributes:
+        unknown: The token of everything that the tokenizer does not know; None where it knows all.
+        special: Tokens that say nothing of the text.
+        predicts: The model learns each token from those before it.
+    """
+
+    tokenizer: Any
+    unknown: int | None
+    special: frozenset[int]
+    predicts: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any, task: TaskType) -> _Judge:
+        unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
+        if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id):
+            unknown = None  # GPT-2 calls its end of sequence so, and has no unknown token
+        special.discard(unknown)
+        return cls(tokenizer, unknown, frozenset(special), task is TaskType.CAUSAL_LM)
+
+    def problem(self, example: Example, entries: list[dict[str, Any]]) -> str | None:
+        """What is wrong with an example; None where nothing is."""
+        if entries and (entries[0].get("row", 0) < 0 or BAD in entries[0]):
+            return None
+        ids = [token for entry in entries for token in entry["input_ids"]]
+        if self.predicts and len(ids) < 2:
+            return (
+                f"becomes {len(ids)} token{'' if len(ids) == 1 else 's'}, and a token is learned from those before it"
+            )
+        if not self.predicts and self.special.issuperset(ids):
+            return "becomes no token but special ones: the tokenizer makes nothing of its text"
+        if self.unknown is None or self.unknown not in ids:
+            return None
+        words = ids
+        if parts := texts(example):  # what the template adds is not the row's
+            coded = self.tokenizer(parts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            words = [token for part in coded["input_ids"] for token in part]
+        n = words.count(self.unknown)
+        if n == len(words) or (self._mostly_unknown(ids) and self._mostly_unknown(words)):
+            return f"is not in the tokenizer's vocabulary: {n:,} of its {len(words):,} tokens are unknown"
+        return None
+
+    def _mostly_unknown(self, ids: list[int]) -> bool:
+        return 2 * ids.count(self.unknown) > sum(token not in self.special for token in ids)  # type: ignore[arg-type]
 
 
 def _map(examples: ExampleSet, function: Any, features: Features, key: str, data: DataConfig) -> Dataset:
@@ -272,16 +365,19 @@ def _mapped(
     )
 
 
-def _key(examples: ExampleSet, tokenizer: Any, data: DataConfig, task: TaskType, labels: list[str] | None) -> str:
+def _key(
+    examples: ExampleSet, tokenizer: Any, data: DataConfig, task: TaskType, labels: list[str] | None, judged: bool
+) -> str:
     """What the tokens depend on, as a hash: the examples, the tokenizer, the template, the limits, this code."""
     template = find_template(data.template)
     settings = [
         CODE_VERSION,
         task,
         labels,
+        judged,
         repr(template),
         tokenizer_hash(tokenizer),
-        *(getattr(data, name) for name in ("train_on", "max_length", "max_target_length", "stride", "too_long")),
+        *(getattr(data, name) for name in SETTINGS),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for line in examples.lines():
@@ -350,20 +446,35 @@ def _conversations(
     rows: list[Rows] = []
     for example in examples:
         if isinstance(example, Prepared):
-            ids = list(example.input_ids)
-            labels = list(example.labels or ids)
-            over = max(0, len(ids) - data.max_length)
-            cut = len(ids) - over
-            lost = sum(x != IGNORED for x in labels[cut:])
-            rows.append([{"input_ids": ids[:cut], "labels": labels[:cut], "lost": over, "lost_answer": lost}])
-            continue
-        ids, labels = next(encoded)
+            ids, labels = list(example.input_ids), list(example.labels or example.input_ids)
+        else:
+            ids, labels = next(encoded)
+        whole = isinstance(example, Text) or (isinstance(example, Prepared) and labels == ids)
         if len(ids) <= data.max_length:
             rows.append([{"input_ids": ids, "labels": labels}])
         elif data.too_long == "drop":
-            rows.append([{"input_ids": [], "labels": [], "row": -1}])
+            rows.append([{"input_ids": [], "labels": [], "row": DROPPED}])
+        elif whole and data.long_text == "window":
+            rows.append(windows(ids, data.max_length))
+        elif isinstance(example, Prepared):
+            over, lost = len(ids) - data.max_length, sum(x != IGNORED for x in labels[data.max_length :])
+            row = {"input_ids": ids[: data.max_length], "labels": labels[: data.max_length]}
+            rows.append([{**row, "lost": over, "lost_answer": lost}])
         else:
             rows.append([_shorten(example, ids, labels, encoder, write, data)])
+    return rows
+
+
+def windows(ids: list[int], limit: int) -> Rows:
+    """A text in windows of at most `limit` tokens, which follow on from each other.
+
+    Each but the first begins with the last token of the one before, without a label there, so that every token is
+    learned once, the first of a window from the one in front of it.
+    """
+    rows: Rows = [{"input_ids": ids[:limit], "labels": ids[:limit]}]
+    for start in range(limit, len(ids), limit - 1):
+        part = ids[start - 1 : start + limit - 1]
+        rows.append({"input_ids": part, "labels": [IGNORED, *part[1:]]})
     return rows
 
 
@@ -372,6 +483,8 @@ def _write(example: Example, write: Template | ChatTemplate, data: DataConfig) -
         whole = {"trained": True}
         return [Piece("{start}", **whole), Piece(example.text, data=True, **whole), Piece("{eos}", end=True, **whole)]
     assert isinstance(example, Conversation)
+    if data.train_on == "last" and not next(m for m in reversed(example.messages) if m.role == "assistant").trained:
+        raise DataError("marks its last answer as one that is not learned, and data.train_on=last learns only that")
     return write.pieces(example, train_on=data.train_on)
 
 

@@ -28,6 +28,7 @@ from siliang.ops.packed_attention import Layout, packed_attention
 from siliang.virtual_tokens import backbone, by_name, is_encoder_decoder
 
 ATTENTION = "siliang_packed"
+LONGEST_REASON = 100  # characters of an error of the model's own
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models want of their attention, and ours does not do
 
 
@@ -170,18 +171,17 @@ class PaddingFree:
             with self.without(lengths, width):
                 packed = model(**batch, **_no_cache(model))
         except Exception as error:  # whatever a model of any kind raises when its rows are gone
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return in_a_sentence(error, "packed rows")
         finally:
             model.train(training)
         if not comparing:
             return None
-        expected, found = _tokens_of(padded, mask), _tokens_of(packed, mask)
-        scale = float(expected.std()) + 1e-6
-        off = float((expected - found).abs().max()) / scale
-        limit = 1e-3 if expected.dtype == torch.float32 and _dtype(model) == torch.float32 else 0.2
-        return (
-            None if off <= limit else f"packed rows give other results than padded ones (by {off:.1g} of their spread)"
-        )
+        limit = 1e-3 if _dtype(model) == torch.float32 else 0.2
+        for expected, found in zip(_said(padded, mask), _said(packed, mask), strict=True):
+            off = float((expected - found).abs().max()) / (float(expected.std()) + 1e-6)
+            if not off <= limit:
+                return f"packed rows give other results than padded ones (by {off:.1g} of their spread)"
+        return None
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
@@ -268,13 +268,26 @@ def _bloom_attention(
     return residual + dropped, None
 
 
-def _tokens_of(output: Any, mask: Tensor) -> Tensor:
-    """What the model says, of real tokens where it speaks of tokens."""
-    first = output[0] if not hasattr(output, "logits") else output.logits
-    first = first.float().cpu()
-    if first.dim() == 3 and first.shape[1] >= mask.shape[1]:
-        return first[:, first.shape[1] - mask.shape[1] :][mask]  # behind virtual tokens
-    return first
+def _said(output: Any, mask: Tensor) -> list[Tensor]:
+    """What the model says, of real tokens where it speaks of tokens: what a padded place says is nobody's."""
+    if hasattr(output, "start_logits"):  # each (S, W)
+        return [_of_tokens(output.start_logits, mask), _of_tokens(output.end_logits, mask)]
+    first = (output[0] if not hasattr(output, "logits") else output.logits).float().cpu()
+    return [_of_tokens(first, mask) if first.dim() == 3 and first.shape[1] >= mask.shape[1] else first]
+
+
+def _of_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    return values.float().cpu()[:, values.shape[1] - mask.shape[1] :][mask]  # behind virtual tokens
+
+
+def in_a_sentence(error: Exception, what: str) -> str:
+    """Why a trial failed, for someone who does not know the model's code: what, and behind it the error's own words."""
+    if isinstance(error, NotPackableError):
+        return str(error)
+    words = (str(error).strip().splitlines() or [""])[0]
+    if len(words) > LONGEST_REASON:
+        words = f"{words[:LONGEST_REASON]} ..."
+    return f"this model cannot run {what}" + (f" ({type(error).__name__}: {words})" if words else "")
 
 
 def _no_cache(model: nn.Module) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from siliang.engine.batches import Batch
 from siliang.engine.frozen import EnoughError, FrozenBelow, Store, find_cut
-from siliang.engine.padding import NotPackableError, PaddingFree
+from siliang.engine.padding import NotPackableError, PaddingFree, in_a_sentence
 from siliang.engine.quicker import Quicker
 from siliang.engine.recompute import Recompute
 from siliang.ops.masked_ce import masked_cross_entropy
@@ -246,7 +246,7 @@ class HeadLoss:
             rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
             found = self.loss(states, rows, ids[0, 1:])
         except Exception as error:  # whatever a model of any kind raises when its logits are gone
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return in_a_sentence(error, "without all its logits")
         finally:
             model.train(training)
         off = float((found - expected).abs() / expected.abs().clamp(min=1e-6))

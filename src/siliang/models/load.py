@@ -38,6 +38,15 @@ from siliang.types import ModelError, TaskType
 
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
 DEALT_AS = torch.bfloat16  # FSDP deals out what could have gradients: whole bytes pass as it, bit for bit
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+)
 AUTO_CLASSES = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
@@ -231,11 +240,25 @@ def load_tokenizer(name: str, *, revision: str | None = None, remote_code: str |
     except ModelError:
         raise
     except Exception as error:
+        if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise ModelError(_no_tokenizer(name, TOKENIZER_FILES)) from None
         raise ModelError(_why_not(name, error, what="tokenizer", revision=revision)) from error
+    # transformers makes one that knows no word where the files of its words are missing
+    files = tuple(dict.fromkeys(tokenizer.vocab_files_names.values()))
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    if files and len(set(tokenizer.get_vocab()) - special) < 2:
+        raise ModelError(_no_tokenizer(name, files))
     if tokenizer.pad_token_id is None:
         # safe: batches mask padding by position, never by the token's number
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def _no_tokenizer(name: str, files: tuple[str, ...]) -> str:
+    return (
+        f"{name} has no tokenizer: of {', '.join(dict.fromkeys(('tokenizer.json', *files)))} none is there that holds "
+        "words.\nCopy the tokenizer's files of the model that it was made from beside config.json."
+    )
 
 
 def _check_folder(name: str, revision: str | None = None) -> None:

@@ -60,6 +60,7 @@ class Guard:
         self._unread: deque[_Seen] = deque()
         self._losses: list[Tensor] = []
         self._rows: list[int] = []
+        self._steps, self._last_rows = 0, ()  # looked at
         self._runs = {"zero loss": 0, "zero gradient": 0, "lost gradient": 0}
 
     def see_batch(self, loss: Tensor, rows: list[int]) -> None:
@@ -87,11 +88,12 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know."""
-        return {"runs": dict(self._runs), "passed_over": list(self.passed_over)}
+        return {"runs": dict(self._runs), "passed_over": list(self.passed_over), "steps": self._steps}
 
     def go_on(self, state: dict[str, Any]) -> None:
         """Goes on from `state`."""
         self._runs, self.passed_over = dict(state["runs"]), list(state["passed_over"])
+        self._steps = state["steps"]
 
     def see_step(self, step: int, grad_norm: Tensor | float) -> None:
         """The step's end, before anything of it is kept."""
@@ -102,6 +104,15 @@ class Guard:
         self._unread.append(_Seen(step, tuple(self._rows), losses.sum(), norm))
         self._losses, self._rows = [], []
 
+    def never_more_than_zero(self) -> Trouble | None:
+        """What is wrong where a training is over and its loss, or gradient, was 0 in every step; waits for the device."""
+        if (trouble := self.look()) is not None:
+            return trouble
+        for name in ("zero loss", "zero gradient"):
+            if self._steps and self._runs[name] == self._steps:
+                return Trouble(name.split()[1], 0.0, 1, self._last_rows)
+        return None
+
     def look(self) -> Trouble | None:
         """What has gone wrong since the last look; waits for the device."""
         if not self._unread:
@@ -109,6 +120,7 @@ class Guard:
         figures = torch.stack([torch.stack((s.loss, s.grad_norm)) for s in self._unread]).tolist()
         seen, self._unread = list(self._unread), deque()
         for s, (loss, norm) in zip(seen, figures, strict=True):
+            self._steps, self._last_rows = self._steps + 1, s.rows
             if not math.isfinite(loss):
                 return Trouble("loss", loss, s.step, s.rows)
             if not math.isfinite(norm) and not self._scaled:

@@ -211,10 +211,12 @@ def prepare(
     for finding in findings:
         listener.say(f"warning    {finding.code} {finding.title}: {finding.message}")
     start = _start(config, begun, force=force)
-    tokenizer, examples, sets = subject.tokenizer, subject.examples, [subject.train, subject.eval]
+    sets = [subject.train, subject.eval]
+    tokenizer, examples = subject.tokenizer, subject.examples
     truncated, skipped = int((sets[0].column("lost") > 0).sum()), subject.skipped
+    windowed = "" if sets[0].last_windows.all() else f" (windows of {len(examples.train):,})"
     listener.say(
-        f"data       {len(sets[0]):,} rows to train on, {len(sets[1]):,} held out"
+        f"data       {len(sets[0]):,} rows to train on{windowed}, {len(sets[1]):,} held out"
         + (f", {len(skipped):,} skipped" if skipped else "")
         + (f", {truncated:,} cut to {config.data.max_length} tokens" if truncated else "")
     )
