@@ -425,7 +425,12 @@ def test_a_turn_that_is_marked_carries_no_label(template: str) -> None:
 
 def test_a_system_message_in_the_middle() -> None:
     talk = Conversation(
-        tuple(Message(r, t) for r, t in zip(("user", "assistant", "system", "user", "assistant"), "abcde", strict=True))  # type: ignore[arg-type]
+        tuple(
+            Message(r, t)
+            for r, t in zip(
+                ("user", "assistant", "system", "user", "assistant"), ("one", "two", "is", "no", "yes"), strict=True
+            )
+        )  # type: ignore[arg-type]
     )
     with pytest.raises(DataError, match="has a system message in turn 3, and the template alpaca"):
         TEMPLATES["alpaca"].pieces(talk)
