@@ -175,13 +175,13 @@ def test_rows_that_are_refused_by_their_tokens_are_bad_rows(words: PreTrainedTok
     with pytest.raises(DataError, match=r"1 row is bad: .*d.jsonl:2 has a system message in turn 3"):
         tokenise(examples, words, data, CAUSAL)
     kept = tokenise(examples, words, data.model_copy(update={"skip_bad_rows": True}), CAUSAL)
-    assert len(kept) == 1 and len(kept.refused) == 1
+    assert len(kept) == 1 and len(kept.skipped) == 1
 
 
 def test_words_nobody_knows_are_a_bad_row(words: PreTrainedTokenizerFast) -> None:
     def refused(text: str) -> list[str]:
         example = Conversation((Message("user", text), Message("assistant", text)))
-        return tokenise([example], words, DataConfig(train="x"), CAUSAL, keep_going=True).refused
+        return tokenise([example], words, DataConfig(train="x"), CAUSAL, keep_going=True).skipped
 
     assert refused("hello Σ") == []  # half of them
     assert refused("Σ Ω")[0].endswith("4 of its 4 tokens are unknown")

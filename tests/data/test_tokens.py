@@ -299,12 +299,12 @@ def test_tokens_that_are_a_text_become_windows_too() -> None:
 
 def test_rows_of_one_token_teach_nothing() -> None:
     made = tokenise([Prepared((5,), ())], word_tokenizer(), DataConfig(train="x"), TaskType.CAUSAL_LM, keep_going=True)
-    assert made.refused == ["row 1 becomes 1 token, and a token is learned from those before it"]
+    assert made.skipped == ["row 1 becomes 1 token, and a token is learned from those before it"]
     labelled = [Labelled("\u200b", "a"), Labelled("good", "b")]
     tok = word_tokenizer()
     tok.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")  # type: ignore[attr-defined]
     made = tokenise(labelled, tok, DataConfig(train="x"), TaskType.SEQ_CLS, labels=["a", "b"], keep_going=True)
-    assert len(made) == 1 and "becomes no token but special ones" in made.refused[0]
+    assert len(made) == 1 and "becomes no token but special ones" in made.skipped[0]
     examples, kept = usable(ExampleSet.build((f"row {i}", e) for i, e in enumerate(labelled, start=1)), made)
     assert [e.text for e in examples] == ["good"] and kept.column("row").tolist() == [0]  # type: ignore[union-attr]
 
@@ -326,9 +326,9 @@ def test_a_question_as_long_as_the_window(question: str, stride: int, refused: s
     data = DataConfig(train="x", max_length=16, stride=stride)
     made = tokenise([span, span], word_tokenizer(), data, TaskType.QUESTION_ANS, keep_going=True)
     if refused is not None:
-        assert len(made.refused) == 2 and refused in made.refused[0]
+        assert len(made.skipped) == 2 and refused in made.skipped[0]
         return
-    assert not made.refused and made.lengths.max() <= 16
+    assert not made.skipped and made.lengths.max() <= 16
     assert (made.column("end_positions") > 0).sum() >= 2
 
 
@@ -338,4 +338,4 @@ def test_an_answer_in_no_window_is_not_learned_as_none() -> None:
     made = tokenise(
         [span], word_tokenizer(), DataConfig(train="x", max_length=12), TaskType.QUESTION_ANS, keep_going=True
     )
-    assert "has an answer that no window of 12 tokens holds" in made.refused[0]
+    assert "has an answer that no window of 12 tokens holds" in made.skipped[0]
