@@ -105,7 +105,7 @@ class Guard:
         self._losses, self._rows = [], []
 
     def never_more_than_zero(self) -> Trouble | None:
-        """What is wrong where a training is over, and its loss or gradient was 0 in every step; waits for the device."""
+        """What is wrong at the end of a training whose loss or gradient was 0 in every step; waits for the device."""
         if (trouble := self.look()) is not None:
             return trouble
         for name in ("zero loss", "zero gradient"):
