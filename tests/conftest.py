@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forking import stand_in
 from tiny import SHARED, WORDS, make, word_tokenizer, write_jsonl
 
 
@@ -14,6 +16,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tokens of tests are not kept in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SILIANG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_processes(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`[sys.executable, "-m", "siliang", ...]` begins where the slow imports are done (forking.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(sys, "executable", stand_in(tmp_path_factory.mktemp("python")))
         yield
 
 

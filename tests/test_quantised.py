@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_all_close, assert_close
 from tiny import batch, make, word_tokenizer, write_jsonl
 
 import siliang
@@ -85,9 +86,8 @@ def test_an_adapter_computes_as_on_the_weights_that_the_bits_stand_for(method: s
         result = model(**batch("llama"))
         result.loss.backward()
         out.append((result.logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
-    torch.testing.assert_close(out[0][0], out[1][0], rtol=1e-4, atol=1e-4)
-    for n, gradient in out[0][1].items():
-        torch.testing.assert_close(gradient, out[1][1][n], rtol=1e-3, atol=1e-5, msg=n)
+    assert_close(out[0][0], out[1][0])
+    assert_all_close(out[0][1], out[1][1])
 
 
 def test_heads_and_output_layers_keep_their_bits(folders: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from torch import nn
 
 from siliang import PeftConfig, PeftModel
@@ -70,11 +71,11 @@ def test_reloaded_merged_and_peft_answer_alike(stories: Path, tmp_path: Path) ->
         logits = run.model(input_ids=ids).logits
         base: nn.Module = load_model(run.config.model, TaskType.CAUSAL_LM, dtype=torch.float32)
         there = peft.PeftModel.from_pretrained(base, stories / "adapter").eval()  # type: ignore[arg-type]
-        torch.testing.assert_close(there(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+        assert_close(there(input_ids=ids).logits, logits)
         answer = generate(run, "Name a colour.", max_new_tokens=20)
         proof = merge(run, tmp_path / "merged")
         merged: Any = load_model(str(tmp_path / "merged"), TaskType.CAUSAL_LM, dtype=torch.float32)
-        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+        assert_close(merged(input_ids=ids).logits, logits)
     assert proof.holds and proof.positions >= 300
     written = merged.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=2
@@ -112,7 +113,7 @@ def test_tutorial_adapter_opens(shared: Path) -> None:
     before = net(x)
     model = PeftModel.from_pretrained(net, folder)
     assert PeftConfig.from_pretrained(folder).peft_type == "LORA"
-    torch.testing.assert_close(model(x), there(x), rtol=0, atol=1e-6)
+    assert_close(model(x), there(x))
     with model.disable_adapter():
         assert torch.equal(model(x), before)
 

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from forking import PYTHON
 from safetensors.torch import load_file
 from tiny import WORDS, write_jsonl
 
@@ -122,7 +123,8 @@ def settings(model_folders: dict[str, Path], review_file: Path, tmp_path_factory
 def killed_then_finished(settings: Path) -> tuple[Path, dict[str, str], str]:
     """(the comparison's folder, when the runs before the kill were begun, what the second command printed)."""
     folder = settings.parent / "out"
-    with subprocess.Popen(command("compare", settings), stdout=subprocess.PIPE, text=True, env=ENV) as process:
+    real = [PYTHON, *command("compare", settings)[1:]]  # whose workers are its children
+    with subprocess.Popen(real, stdout=subprocess.PIPE, text=True, env=ENV) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if re.match(r" +4/12 ", line):

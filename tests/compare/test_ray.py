@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from forking import PYTHON
 from safetensors.torch import load_file
 
 pytest.importorskip("ray", reason="needs the extra `cluster`")
@@ -178,7 +179,7 @@ def test_machines_with_disks_of_their_own(
     port, cache = free_port(), tmp_path / "cache"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # as a cluster asks for one
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    ray = Path(sys.executable).with_name("ray")
+    ray = Path(PYTHON).with_name("ray")
     start = f"{ray} start --head --port {port} --num-cpus 2 --include-dashboard false --disable-usage-stats --block"
     command = [*hides, "sh", "-c", f"mount -t tmpfs none {folder} && exec {start}"]
     environment = os.environ | {"SILIANG_CACHE": str(cache), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}

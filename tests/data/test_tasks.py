@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from closeness import assert_close
 from tiny import VOCABULARY, WORDS, word_tokenizer, write_jsonl
 from transformers import (
     AutoModelForCausalLM,
@@ -150,10 +151,10 @@ def test_a_grown_vocabulary_goes_everywhere(base: str, model_folders: dict[str, 
     with torch.no_grad():
         logits = opened.model(input_ids=ids).logits
         there = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()
-        torch.testing.assert_close(there(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+        assert_close(there(input_ids=ids).logits, logits)
         assert merge(opened, tmp_path / "merged").holds
         merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-5, atol=1e-5)
+        assert_close(merged(input_ids=ids).logits, logits)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == n == merged.config.vocab_size
     for module in (merged.get_input_embeddings(), merged.get_output_embeddings()):
         assert module.weight.shape[0] == n

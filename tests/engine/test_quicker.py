@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.activations import GELUActivation, NewGELUActivation
@@ -33,7 +34,7 @@ def test_the_same_results_and_gradients(kind: Any) -> None:
         found.append([y.detach(), x.grad, *(p.grad.clone() for p in module.parameters())])
         module.zero_grad()
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", [GELUActivation, GemmaRMSNorm, nn.LayerNorm, nn.Linear])

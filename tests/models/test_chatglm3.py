@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from closeness import assert_all_close, assert_close
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ def test_golden_hidden_states_in_one_pass(golden: tuple[ChatGLMModel, dict[str, 
     model, expected = golden
     model.set_attn_implementation(attention)
     found = model(expected["input_ids"], use_cache=False).last_hidden_state
-    torch.testing.assert_close(found, expected["last_hidden_state"], atol=1e-5, rtol=0)
+    assert_close(found, expected["last_hidden_state"])
 
 
 @pytest.mark.shared
@@ -134,7 +135,7 @@ def test_golden_hidden_states_step_by_step(golden: tuple[ChatGLMModel, dict[str,
         out = model(step, past_key_values=cache, use_cache=True)
         found.append(out.last_hidden_state)
         cache = out.past_key_values
-    torch.testing.assert_close(torch.cat(found, dim=1), expected["last_hidden_state"], atol=1e-5, rtol=0)
+    assert_close(torch.cat(found, dim=1), expected["last_hidden_state"])
 
 
 def test_the_published_number_of_parameters() -> None:
@@ -164,7 +165,7 @@ def test_sdpa_equals_eager(model: ChatGLMForConditionalGeneration, ids: Tensor) 
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
         logits.append(model(ids, attention_mask=mask).logits[mask.bool()])
-    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    assert_close(*logits)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -177,8 +178,8 @@ def test_padding_changes_nothing(model: ChatGLMForConditionalGeneration, ids: Te
     if side == "right":
         mask[0, :6] = 1
     found = model(batch, attention_mask=mask).logits
-    torch.testing.assert_close(found[0][mask[0].bool()], model(ids[:1, :6]).logits[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found[1], model(ids[1:]).logits[0], atol=1e-5, rtol=1e-5)
+    assert_close(found[0][mask[0].bool()], model(ids[:1, :6]).logits[0])
+    assert_close(found[1], model(ids[1:]).logits[0])
 
 
 def test_a_left_padded_row_counts_from_its_own_first_token(model: ChatGLMForConditionalGeneration, ids: Tensor) -> None:
@@ -193,8 +194,8 @@ def test_packed_rows_do_not_see_each_other(model: ChatGLMForConditionalGeneratio
     packed = torch.cat([ids[0, :5], ids[1]])[None]
     positions = torch.cat([torch.arange(5), torch.arange(9)])[None]
     found = model(packed, position_ids=positions, use_cache=False).logits[0]
-    torch.testing.assert_close(found[:5], model(ids[:1, :5]).logits[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found[5:], model(ids[1:]).logits[0], atol=1e-5, rtol=1e-5)
+    assert_close(found[:5], model(ids[:1, :5]).logits[0])
+    assert_close(found[5:], model(ids[1:]).logits[0])
 
 
 def test_greedy_generation_with_the_cache_equals_full_passes(
@@ -247,8 +248,8 @@ def test_a_chat_model_also_stops_where_it_hands_over() -> None:
 
 def test_logits_to_keep(model: ChatGLMForConditionalGeneration, ids: Tensor) -> None:
     whole = model(ids).logits
-    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
-    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]])
+    assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+    assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]])
 
 
 def test_the_loss_is_that_of_the_next_token(model: ChatGLMForConditionalGeneration, ids: Tensor) -> None:
@@ -256,9 +257,9 @@ def test_the_loss_is_that_of_the_next_token(model: ChatGLMForConditionalGenerati
     labels[:, :4] = -100
     out = model(ids, labels=labels)
     wanted = nn.functional.cross_entropy(out.logits[:, 3:-1].flatten(0, 1), ids[:, 4:].flatten())
-    torch.testing.assert_close(out.loss, wanted)
+    assert_close(out.loss, wanted)
     halved = model(ids, labels=labels, num_items_in_batch=torch.tensor(20)).loss  # of 10 labelled tokens
-    torch.testing.assert_close(halved, wanted / 2)
+    assert_close(halved, wanted / 2)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -277,7 +278,7 @@ def test_gradient_checkpointing_changes_nothing(
     assert model.transformer.encoder.layers[1].gradient_checkpointing
     again = gradients()
     assert plain.keys() == again.keys() == dict(model.named_parameters()).keys()
-    torch.testing.assert_close(again, plain)
+    assert_all_close(again, plain)
 
 
 def test_hidden_states_and_attentions(model: ChatGLMForConditionalGeneration, ids: Tensor) -> None:
@@ -285,7 +286,7 @@ def test_hidden_states_and_attentions(model: ChatGLMForConditionalGeneration, id
     out = model(ids, output_hidden_states=True, output_attentions=True)
     assert [h.shape for h in out.hidden_states] == [(2, 9, 32)] * 3
     assert [a.shape for a in out.attentions] == [(2, 4, 9, 9)] * 2
-    torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 9))
+    assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 9))
 
 
 def test_half_precision_keeps_the_frequencies(model: ChatGLMForConditionalGeneration, ids: Tensor) -> None:
@@ -309,7 +310,7 @@ def test_the_published_folder_opens_without_its_code(
 ) -> None:
     opened = load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32)
     assert type(opened) is ChatGLMForConditionalGeneration
-    torch.testing.assert_close(opened(ids).logits, model.half().float()(ids).logits)
+    assert_close(opened(ids).logits, model.half().float()(ids).logits)
 
 
 told_to_trust = pytest.param(
@@ -379,7 +380,7 @@ def test_blocks_are_spread_whole_over_devices(published: Path, ids: Tensor, tmp_
         },
         offload_folder=tmp_path / "offload",
     )
-    torch.testing.assert_close(spread(ids).logits, whole(ids).logits)
+    assert_close(spread(ids).logits, whole(ids).logits)
     assert spread._no_split_modules >= {"GLMBlock"}
 
 
@@ -433,7 +434,7 @@ def test_an_adapter_of_siliang_gives_the_same_logits_in_peft(published: Path, id
     before = base(ids).logits
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     wanted = ours(ids).logits
-    torch.testing.assert_close(theirs(input_ids=ids).logits, wanted)
+    assert_close(theirs(input_ids=ids).logits, wanted)
     assert (wanted - before).abs().max() > 0.01
 
 
@@ -445,7 +446,7 @@ def test_an_adapter_of_peft_gives_the_same_logits_in_siliang(published: Path, id
     theirs.save_pretrained(tmp_path / "adapter")
     again = load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32)
     ours = siliang.PeftModel.from_pretrained(again, tmp_path / "adapter")
-    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
 @peft_still_says
@@ -480,7 +481,7 @@ def test_classes_are_read_off_the_last_token(published: Path, ids: Tensor) -> No
     model = load_model(str(published), TaskType.SEQ_CLS, dtype=torch.float32, labels=["bad", "good", "dull"])
     padded = torch.cat([torch.zeros(2, 2, dtype=torch.long), ids], dim=1)
     found = model(padded, attention_mask=(padded != 0).long()).logits
-    torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert_close(found, model(ids).logits)
     tuned = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS))
     assert tuned.peft_config["default"].modules_to_save == ["classifier", "score"]
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_all_close, assert_close
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -25,12 +26,14 @@ def results(f: Callable[..., Tensor], tensors: Iterable[Tensor], dtype: torch.dt
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)]
 
 
+def by_number(tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {str(i): t for i, t in enumerate(tensors)}
+
+
 def same(f: Callable[..., Tensor], reference: Callable[..., Tensor], *tensors: Tensor) -> None:
-    """fp32: to 1e-5. bf16: no further from fp64 than twice the reference's own distance, and a little."""
-    for ours, theirs in zip(
-        results(f, tensors, torch.float32), results(reference, tensors, torch.float32), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    """fp32: to some roundings. bf16: no further from fp64 than twice the reference's own distance, and a little."""
+    ours, theirs = (results(g, tensors, torch.float32) for g in (f, reference))
+    assert_all_close(by_number(ours), by_number(theirs))
     truth = results(reference, tensors, torch.float64)
     for low in (torch.bfloat16, torch.float16):
         for ours, naive, true in zip(results(f, tensors, low), results(reference, tensors, low), truth, strict=True):
@@ -71,8 +74,8 @@ def test_lora_dropout() -> None:
     assert x.grad is not None
     dropped = x.grad[:, 0] == 0
     assert abs(float(dropped.float().mean()) - 0.25) < 0.02
-    torch.testing.assert_close(x.grad[~dropped][0, 0], (B.sum(0) @ A)[0].detach() / 0.75)
-    torch.testing.assert_close(lora_linear(torch.zeros(5, 3), x[:5], A, B, 1.0, dropout_p=0.25), x[:5] @ A.T @ B.T)
+    assert_close(x.grad[~dropped][0, 0], (B.sum(0) @ A)[0].detach() / 0.75)
+    assert_close(lora_linear(torch.zeros(5, 3), x[:5], A, B, 1.0, dropout_p=0.25), x[:5] @ A.T @ B.T)
 
 
 class Adapted(nn.Module):
@@ -129,7 +132,7 @@ def test_masked_cross_entropy(rows: int, options: dict[str, float], kind: str, m
         found.append([h.grad, *(p.grad for p in made[-1].parameters() if p.requires_grad)])
     for ours, theirs in zip(*found, strict=True):
         assert ours is not None
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
@@ -172,7 +175,7 @@ def test_rms_norm_of_mixed_formats_is_that_of_transformers() -> None:
     found = [x.clone().requires_grad_() for _ in range(2)]
     ours, theirs = rms_norm(found[0], norm.weight, norm.variance_epsilon), norm(found[1])
     assert ours.dtype == theirs.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs)
+    assert_close(ours, theirs)
     for y in (ours, theirs):
         y.square().sum().backward()
     torch.testing.assert_close(found[0].grad, found[1].grad, rtol=2e-2, atol=2e-2)
@@ -188,7 +191,7 @@ def test_the_loss_alone_needs_no_gradient() -> None:
     head, h, labels = nn.Linear(4, 9), torch.randn(6, 4), torch.arange(6)
     with torch.no_grad():
         loss = masked_cross_entropy(h, head, labels)
-    torch.testing.assert_close(loss, masked_cross_entropy(h, head, labels, impl="reference").detach())
+    assert_close(loss, masked_cross_entropy(h, head, labels, impl="reference").detach())
 
 
 LENGTHS = [(1,), (5, 5, 5), (7, 1, 12, 3)]

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_all_close, assert_close, assert_same_losses
 from tiny import TASK, batch, make
 
 import siliang
@@ -98,14 +99,13 @@ def test_names_forward_and_gradients(method: str, name: str) -> None:
     trained = [n for n, p in ours.named_parameters() if p.requires_grad]
     assert trained == [n for n, p in theirs.named_parameters() if p.requires_grad]
     (our_loss, our_logits), (their_loss, their_logits) = (loss_and_logits(m, name) for m in (ours, theirs))
-    torch.testing.assert_close(our_logits, their_logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=1e-5)
+    assert_close(our_logits, their_logits)
+    assert_close(our_loss, their_loss)
     our_loss.backward()
     their_loss.backward()
     theirs_by_name = dict(theirs.named_parameters())
-    for n, p in ours.named_parameters():
-        if p.requires_grad and (theirs_by_name[n].grad is not None or p.grad is not None):
-            torch.testing.assert_close(p.grad, theirs_by_name[n].grad, rtol=1e-4, atol=1e-6, msg=n)
+    ours_by_name = dict(ours.named_parameters())
+    assert_all_close({n: ours_by_name[n].grad for n in trained}, {n: theirs_by_name[n].grad for n in trained})
 
 
 @pytest.mark.parametrize(("method", "name"), CASES)
@@ -121,7 +121,7 @@ def test_five_steps(method: str, name: str) -> None:
             optimiser.zero_grad()
             steps.append(loss.item())
         losses.append(steps)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert_same_losses(*losses)
     assert losses[0][-1] < losses[0][0]
 
 
@@ -133,8 +133,8 @@ def test_files_go_both_ways(method: str, name: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     there = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
     here = siliang.PeftModel.from_pretrained(make(name), tmp_path / "theirs")
-    torch.testing.assert_close(loss_and_logits(there, name)[1], wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss_and_logits(here, name)[1], wanted, rtol=1e-5, atol=1e-5)
+    assert_close(loss_and_logits(there, name)[1], wanted)
+    assert_close(loss_and_logits(here, name)[1], wanted)
 
 
 GENERATING = [(m, n) for m, n in CASES if TASK[n] in ("CAUSAL_LM", "SEQ_2_SEQ_LM")]

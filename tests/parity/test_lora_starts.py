@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from closeness import assert_all_close, assert_close
 from tiny import TASK, batch, make
 
 import siliang
@@ -28,17 +29,15 @@ def test_pissa_and_olora(init: str, name: str, tmp_path: Path) -> None:
     ours: Any = siliang.get_peft_model(make(name), siliang.LoraConfig(**settings))
     theirs: Any = peft.get_peft_model(make(name), peft.LoraConfig(**settings))  # type: ignore[arg-type]
     # the start is the base model, and the product of A and B is PEFT's: the signs of a decomposition are free
-    torch.testing.assert_close(logits(ours.eval(), name), logits(make(name), name), rtol=1e-4, atol=1e-5)
+    assert_close(logits(ours.eval(), name), logits(make(name), name))
     state, theirs_state = ours.state_dict(), theirs.state_dict()
     assert state.keys() == theirs_state.keys()
     for key in state:
         if key.endswith("lora_A.default.weight"):
             other = key.replace("lora_A", "lora_B")
-            torch.testing.assert_close(
-                state[other] @ state[key], theirs_state[other] @ theirs_state[key], rtol=1e-4, atol=1e-6
-            )
+            assert_close(state[other] @ state[key], theirs_state[other] @ theirs_state[key])
         elif "base_layer" in key:
-            torch.testing.assert_close(state[key], theirs_state[key], rtol=1e-4, atol=1e-6)
+            assert_close(state[key], theirs_state[key])
     # files go both ways, trained
     theirs.load_state_dict(state)
     for model in (ours, theirs):
@@ -46,13 +45,13 @@ def test_pissa_and_olora(init: str, name: str, tmp_path: Path) -> None:
             if "lora_B" in n:
                 p.data *= 1.5
     wanted = logits(theirs.eval(), name)
-    torch.testing.assert_close(logits(ours, name), wanted, rtol=1e-4, atol=1e-5)
+    assert_close(logits(ours, name), wanted)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     here = siliang.PeftModel.from_pretrained(make(name), tmp_path / "theirs")
     there = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(here, name), wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits(there, name), wanted, rtol=1e-4, atol=1e-5)
+    assert_close(logits(here, name), wanted)
+    assert_close(logits(there, name), wanted)
 
 
 def test_pissa_with_few_iterations_is_nearly_pissa() -> None:
@@ -63,7 +62,7 @@ def test_pissa_with_few_iterations_is_nearly_pissa() -> None:
     exact, quick = start("pissa", W, **settings), start("pissa_niter_8", W, **settings)
     torch.testing.assert_close(quick[1] @ quick[0], exact[1] @ exact[0], rtol=1e-2, atol=1e-2)
     for A, B, rest in (exact, quick):
-        torch.testing.assert_close(rest + 2.0 * (B @ A), W, rtol=1e-4, atol=1e-4)
+        assert_close(rest + 2.0 * (B @ A), W)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -93,14 +92,14 @@ def test_lora_on_an_embedding(name: str, target: str, settings: dict[str, Any], 
         out = model(**batch(name))
         out.loss.backward()
         results.append((out.logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+    assert_close(results[0][0], results[1][0])
+    assert_all_close(results[0][1], results[1][1])
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")  # with the base's embedding along
     here = siliang.PeftModel.from_pretrained(make(name), tmp_path / "theirs")
     there = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(here, name), results[1][0].detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(there, name), results[1][0].detach(), rtol=1e-5, atol=1e-5)
+    assert_close(logits(here, name), results[1][0].detach())
+    assert_close(logits(there, name), results[1][0].detach())
 
 
 def test_embeddings_that_grew_come_along(tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_embeddings_that_grew_come_along(tmp_path: Path) -> None:
     before = {k: v.clone() for k, v in base.state_dict().items()}
     ours = siliang.PeftModel.from_pretrained(base, tmp_path)
     inputs = {"input_ids": torch.tensor([[5, 121, 123, 7]])}
-    torch.testing.assert_close(ours(**inputs).logits, theirs.eval()(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert_close(ours(**inputs).logits, theirs.eval()(**inputs).logits)
     assert all(torch.equal(v, before[k]) for k, v in ours.unload().state_dict().items())
 
 
