@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+NUMERIC := tests/ops tests/engine tests/parity tests/golden tests/models tests/train tests/data/test_tasks.py \
+	tests/distributed/test_ranks.py $(addprefix tests/test_,$(addsuffix .py,adapter_life checkpoint inject quantised shared stock_trainer))
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long cluster-test check audit docs faults fmt bench bench-smoke bench-gpu clean
+.PHONY: help demo test test-avx2 test-long cluster-test check audit docs faults fmt bench bench-smoke bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 19
@@ -15,6 +18,11 @@ demo: .venv/demo  ## five methods compared on reviews that come with siliang: a 
 # a worker on each core: with more threads they would wait for each other
 test: .venv/dev  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# the numbers, as a smaller processor adds them up
+test-avx2: .venv/dev  ## the tests that compare numbers, with the instructions of a processor without AVX-512
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python -m pytest -n auto $(NUMERIC)
 
 test-long: .venv/dev  ## and what takes many minutes: every method on real data
 	$(BIN)/python -m pytest -m long -n auto
