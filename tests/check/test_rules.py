@@ -323,6 +323,53 @@ def test_accepted_findings_do_not_stop(case: Case) -> None:
         case(accept=["SL999"])
 
 
+def test_labels_that_teach_nothing(case: Case) -> None:
+    """One class, one tag, or no answer: a run on it would end as a success."""
+    one = [row | {"label": "pos"} for row in REVIEWS]
+    bert: dict[str, Any] = {"model": "bert"}
+    said = "the training rows have one class only"
+    for found in (
+        case(one, task="seq_cls", **bert),
+        case(one, task="seq_cls", data={"labels": ["neg", "pos"]}, **bert),
+        case([row | {"tags": ["O"] * 4} for row in TAGGED], task="token_cls", **bert),
+        case([row | {"tags": ["O"] * 4} for row in TAGGED], task="token_cls", data={"labels": ["O", "B-X"]}, **bert),
+    ):
+        assert [(f.code, f.severity) for f in found if said in f.message] == [("SL005", "error")]
+    empty = {"text": [], "answer_start": []}
+    asked = [{"context": f"the {w} was good", "question": f"say {w}", "answers": empty} for w in WORDS[:20]]
+    found = case(asked, task="question_ans", **bert)
+    assert ("SL008", "not one of 18 windows holds an answer: there is nothing to find") in {
+        (f.code, f.message) for f in found
+    }
+
+
+def test_every_kind_of_bad_row_can_be_left_out(case: Case) -> None:
+    skip = {"skip_bad_rows": True, "test_size": 0.1}
+    rows = [*CLEAN[:90], CLEAN[0] | {"system": "I"}, *CLEAN[91:], {"instruction": "a", "output": ""}]
+    found = case(rows, model=chatty(case), data={"template": "chat", **skip})
+    assert {(f.code, f.severity) for f in found if f.code in ("SL001", "SL030")} == {
+        ("SL001", "warning"),
+        ("SL030", "warning"),
+    }
+    stop_on_errors(found)
+    answers = [
+        {
+            "context": f"the {w} was good",
+            "question": f"say {w}",
+            "answers": {"text": [w], "answer_start": [4 - (i == 3)]},
+        }
+        for i, w in enumerate(WORDS[:20])
+    ]
+    found = case(answers, task="question_ans", model="bert", data=skip)
+    assert "SL018" not in codes(found) and "which does not stand at its start (3)" in found[0].message
+    stop_on_errors(found)
+    masked = prepared(right_rows)
+    masked[5]["labels"] = [-100] * len(masked[5]["labels"])
+    found = case(masked, data=skip)
+    assert "SL008" not in codes(found) and "carries no label" in next(f for f in found if f.code == "SL030").message
+    stop_on_errors(found)
+
+
 def test_pages() -> None:
     for code, rule in RULES.items():
         assert rule.title and not rule.title.startswith("Cause"), code

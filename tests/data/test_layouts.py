@@ -169,7 +169,7 @@ def test_other_data_is_read_as_the_runs_own(tmp_path: Path) -> None:
 
 
 def parts(folder: Path, **rows: int) -> Path:
-    saved = {
+    saved: Any = {
         name: Dataset.from_list([{"text": f"{name} {i}", "label": "xy"[i % 2]} for i in range(n)])
         for name, n in rows.items()
     }
@@ -201,7 +201,7 @@ def test_a_folders_own_part_is_held_out(name: str, tmp_path: Path) -> None:
 def test_a_part_whose_classes_are_hidden(tmp_path: Path) -> None:
     """As GLUE's test parts are: all classes are -1."""
     names = ClassLabel(names=["x", "y"])
-    made = {
+    made: Any = {
         part: Dataset.from_dict({"text": ["a", "b"], "label": labels}).cast_column("label", names)
         for part, labels in (("train", [0, 1]), ("validation", [1, 0]), ("test", [-1, -1]))
     }
@@ -240,9 +240,9 @@ def test_nested_questions_are_named_by_id(tmp_path: Path) -> None:
 def test_spilled_rows_go_with_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
     monkeypatch.setattr(examples_module, "SPILL_BYTES", 500)
-    old = tmp_path / "rows-old"
+    old, long_ago = tmp_path / "rows-old", time.time() - 40 * 86400
     old.mkdir()
-    os.utime(old, (time.time() - 40 * 86400,) * 2)
+    os.utime(old, (long_ago, long_ago))
     many = ExampleSet.build((f"f:{i}", Text(f"row {i}")) for i in range(60))
     folders = list(tmp_path.glob("rows-*"))
     assert len(folders) > 1 and not old.exists()
@@ -255,9 +255,10 @@ def test_spilled_rows_go_with_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_what_is_used_is_kept(tmp_path: Path) -> None:
+    long_ago = time.time() - 40 * 86400
     for name in ("a-1", "a-2", "b-1"):
         (tmp_path / name).write_text("")
-        os.utime(tmp_path / name, (time.time() - 40 * 86400,) * 2)
+        os.utime(tmp_path / name, (long_ago, long_ago))
     used(tmp_path, "a-")
     prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1", "a-2"]

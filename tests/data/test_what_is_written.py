@@ -158,7 +158,7 @@ def test_texts(source: str, pairs: list[tuple[str, str]]) -> None:
         path = SOURCES[source](Path(folder), rows)
         read = load_examples(DataConfig(train=str(path), test_size=0.0), TaskType.CAUSAL_LM, seed=0).train
         assert [(e.messages[0].content, e.messages[1].content) for e in read if isinstance(e, Conversation)] == pairs
-        many = load_examples(DataConfig(train=[str(path)] * 2, test_size=0.0), TaskType.CAUSAL_LM, seed=0).train
+        many = load_examples(DataConfig(train=[*[str(path)] * 2], test_size=0.0), TaskType.CAUSAL_LM, seed=0).train
         assert list(many) == [*read, *read]
 
 

@@ -622,7 +622,7 @@ def _squad(values: Values, c: Columns) -> Result:
         return f"must hold as many texts as starts in {c.answers!r}"
     if not all(type(s) is int for s in starts) or not all(isinstance(t, str) for t in found):
         return f"must hold texts and whole numbers in {c.answers!r}"
-    return Span(question, context, tuple(found), tuple(starts))
+    return Span(question, context, tuple(map(str, found)), tuple(s for s in starts if isinstance(s, int)))
 
 
 def misplaced(example: Span) -> str | None:

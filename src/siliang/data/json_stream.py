@@ -151,8 +151,8 @@ def _whole(file: TextFile, name: str | Path) -> Iterator[Item]:
             rows = [f"an article of SQuAD without {error}"]
         for row in rows:
             number += 1
-            nested = isinstance(item, dict) and "paragraphs" in item and isinstance(row, dict)
-            own = row.get("id") if nested else None
+            nested = isinstance(item, dict) and "paragraphs" in item
+            own = row.get("id") if nested and isinstance(row, dict) else None
             place = f"{name}, row {number}" if own is None else f"{name}, id {own}"
             yield place, row, _half_a_character(row)
 

@@ -313,7 +313,7 @@ def _folder(path: Path, source: str, reading: Reading) -> Opened:
     try:
         if any((path / name).is_file() for name in saved):
             _stay_inside(path, _named_in_saved(path))
-            loaded = load_from_disk(str(path))
+            loaded: Any = load_from_disk(str(path))
             return Opened(source, dict(loaded) if isinstance(loaded, dict) else {"": loaded})
         parts, features = _described(path)
         return _only_ours(Opened(source, parts or _by_name(path), features=features), path, reading)
@@ -419,7 +419,8 @@ def _hub(source: str) -> Opened:
         builder = load_dataset_builder(name, config or None)
         if not builder.config.data_files:  # without a network, from what `datasets` made of it before
             builder.download_and_prepare()
-            return Opened(source, dict(builder.as_dataset()))
+            made: Any = builder.as_dataset()
+            return Opened(source, dict(made))
         parts, named = {}, {}
         for part, files in builder.config.data_files.items():
             parts[str(part)] = [_fetch(str(file)) for file in files]
@@ -441,7 +442,7 @@ def _fetch(file: str) -> Path:
         return Path(file)
     from huggingface_hub import HfFileSystem, hf_hub_download
 
-    found = HfFileSystem().resolve_path(file)
+    found: Any = HfFileSystem().resolve_path(file)
     return Path(hf_hub_download(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision))
 
 
