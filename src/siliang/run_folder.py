@@ -12,7 +12,7 @@ import torch
 from siliang.config import RunConfig, read_yaml
 from siliang.data.hashes import base_files, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
-from siliang.files import damage, replacing
+from siliang.files import absolute, damage, replacing
 from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model, load_tokenizer
 from siliang.peft_model import PeftModel
@@ -311,6 +311,37 @@ def changed_data(paths: list[str], was: list[File]) -> str | None:
         if path in known and source_sha256(path) != known[path]:
             return f"{path} {'has changed' if _exists(path) else 'is gone'}"
     return None
+
+
+def hashes(config: RunConfig) -> tuple[dict[str, str], list[File]]:
+    """Of the base model's files, and of the data's, with a template that is a file."""
+    read = [*sources_of(config), *([config.data.template] if has_template_file(config) else [])]
+    return base_files(config.model, config.revision), [File(path=absolute(p), sha256=source_sha256(p)) for p in read]
+
+
+def sources_of(config: RunConfig) -> list[str]:
+    """The names of a run's data, those held out behind those trained on."""
+    return [s.path for s in (*config.data.train_sources, *config.data.eval_sources)]
+
+
+def has_template_file(config: RunConfig) -> bool:
+    """Whether the template is a file, which is recorded with the data."""
+    return config.data.template.endswith((".yaml", ".yml"))
+
+
+def what_changed(
+    config: RunConfig, model_files: dict[str, str], data_files: list[File]
+) -> list[tuple[type[ModelError | DataError], str, str]]:
+    """What of the base model and the data of `config` is not as when these hashes were made, wherever it lies: the kind
+    of error, what has changed, and which part of it."""
+    found: list[tuple[type[ModelError | DataError], str, str]] = []
+    if (changed := changed_base(config.model, config.revision, model_files)) is not None:
+        found.append((ModelError, f"the base model {config.model}", changed))
+    now = hashes(config)[1]
+    if len(now) != len(data_files):
+        return [*found, (DataError, "the data", "there are other sources")]
+    other = next((new.path for new, was in zip(now, data_files, strict=True) if new.sha256 != was.sha256), None)
+    return [*found, (DataError, "the data", f"{other} is not what it was")] if other else found
 
 
 def _exists(path: str) -> bool:

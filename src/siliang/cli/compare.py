@@ -57,6 +57,9 @@ def compare(
             help="Share the runs out over a Ray cluster: HOST:PORT or auto; without an address, over a Ray begun here.",
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on where the base model or the data have changed since it was begun.")
+    ] = False,
     lang: Annotated[str, typer.Option(help="The report's language: en or zh.")] = "en",
 ) -> None:
     """Train several methods with several seeds on the same rows, and say which is best: one table, one page.
@@ -65,8 +68,11 @@ def compare(
     """
     from siliang.cli.show import quiet_loading
     from siliang.cli.train import gather
+    from siliang.compare.record import COMPARISON_NAME
     from siliang.report.words import words
 
+    if output is None and settings is not None and (settings.parent / COMPARISON_NAME).is_file():
+        output = str(settings.parent)  # a comparison's own settings: it goes on where it lies, moved or not
     flags = {"model": model, "task": task, "output": output}
     values = gather(settings, flags, data, set_ or [])
     values |= {k: v for k, v in {"methods": methods, "seeds": seeds}.items() if v is not None}
@@ -75,12 +81,12 @@ def compare(
     from siliang.compare.config import CompareConfig
 
     config = CompareConfig.build(values, source=str(settings or "the flags"))
-    material = run(config, jobs=jobs, ray=ray, language=lang)
+    material = run(config, jobs=jobs, ray=ray, language=lang, force=force)
     if not material.records:
         raise typer.Exit(1)
 
 
-def run(config: Any, *, jobs: int, language: str, ray: str | None = None) -> Material:
+def run(config: Any, *, jobs: int, language: str, ray: str | None = None, force: bool = False) -> Material:
     """Runs a comparison, shows it as it goes on, prints its table, and writes its page."""
     from siliang.compare.run import compare as run_all
     from siliang.report.gather import gather
@@ -88,7 +94,7 @@ def run(config: Any, *, jobs: int, language: str, ray: str | None = None) -> Mat
 
     display = Display()
     try:
-        run_all(config, display.listener(), jobs=jobs, ray=ray)
+        run_all(config, display.listener(), jobs=jobs, ray=ray, force=force)
     finally:
         display.close()
     folder = Path(config.run.output)

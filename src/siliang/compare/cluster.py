@@ -180,6 +180,8 @@ class Cluster:
                 else:
                     tries = f"begun {MOST_ATTEMPTS} times, and each time its process was lost; the last time: "
                     yield Event("died", going.number, {"kind": "died", "error": tries + error})
+            case "done" if going.incomplete:
+                yield from self._answer(going, {"kind": "lost", "error": "its files did not come back whole"}, waiting)
             case kind:
                 if kind == "progress" and len(self._nodes) > 1:
                     message["progress"]["node"] = going.node
@@ -304,6 +306,7 @@ class _Going:
         node: The machine that does it; empty before it is begun.
         avoid: Machines that lost it.
         begun: Its folder, where it goes on on a machine without ours.
+        incomplete: Of its folder, not all bytes came back.
     """
 
     number: int
@@ -312,6 +315,7 @@ class _Going:
     node_id: str = ""
     avoid: tuple[str, ...] = ()
     begun: Crate | None = None
+    incomplete: bool = False
     _received: int = field(default=0, repr=False)
 
     @property
@@ -339,7 +343,10 @@ class _Going:
             with path.open("ab") as opened:
                 opened.write(message["bytes"])
             self._received += len(message["bytes"])
-        elif message["kind"] == "folder" and self._received == message["nbytes"]:
+        elif message["kind"] == "folder" and self._received != message["nbytes"]:
+            self.incomplete = True
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        elif message["kind"] == "folder":
             remove_folder(self.folder)
             self._temporary.rename(self.folder)
 

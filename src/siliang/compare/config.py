@@ -147,8 +147,9 @@ class CompareConfig:
         return [self.run.train.seed + i for i in range(given)] if isinstance(given, int) else given
 
     def as_dict(self, *, defaults: bool = True) -> dict[str, Any]:
-        """The whole config, or what of it is not at its default."""
-        run = self.run.model_dump(mode="json", exclude={"method", "adapter"}, exclude_defaults=not defaults)
+        """The whole config, with absolute names of files and folders; or what of it is not at its default, as given."""
+        shown = self.run.resolved() if defaults else self.run
+        run = shown.model_dump(mode="json", exclude={"method", "adapter"}, exclude_defaults=not defaults)
         settings = self.settings.model_dump(mode="json", exclude_defaults=not defaults)
         settings["methods"] = [_short(entry) for entry in self.settings.methods]
         output = run.pop("output")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from siliang.record import Part, Saved
+from siliang.record import File, Part, Saved
 
 COMPARISON_NAME = "comparison.json"
 ANSWERS_NAME = "answers.json"
@@ -40,6 +40,10 @@ class Comparison(Saved):
     """UTC, ISO 8601."""
     config: dict[str, Any]
     """The resolved compare.yaml."""
+    model_files: dict[str, str] = Field(default_factory=dict)
+    """The SHA-256 of each file of the base model."""
+    data_files: list[File] = Field(default_factory=list)
+    """The same for each source of the data."""
     given: dict[str, Any]
     """The same without what is at its default."""
     base: dict[str, float] = Field(default_factory=dict)

@@ -16,13 +16,22 @@ from siliang.check import find, look_at, stop_on_errors
 from siliang.compare.config import CompareConfig
 from siliang.compare.pool import Event, Pool
 from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison, Trial
-from siliang.compare.trials import MOST_ATTEMPTS, TIMED_STEPS, goes_on, run_config, search_trials, test_trials
+from siliang.compare.trials import (
+    MOST_ATTEMPTS,
+    PLACES,
+    TIMED_STEPS,
+    goes_on,
+    other_settings,
+    run_config,
+    search_trials,
+    test_trials,
+)
 from siliang.compare.verdict import QUALITY, learned_nothing
-from siliang.config import RunConfig
-from siliang.files import pasted
+from siliang.config import RunConfig, differences
+from siliang.files import pasted, replacing
 from siliang.hardware import machine
-from siliang.record import RECORD_NAME, Record
-from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
+from siliang.record import RECORD_NAME, Record, plain
+from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes, what_changed
 from siliang.types import ConfigError, InterruptedRunError, OutputError, TaskType
 
 if TYPE_CHECKING:
@@ -54,7 +63,12 @@ class Listener:
 
 
 def compare(
-    config: CompareConfig, listener: Listener | None = None, *, jobs: int = 1, ray: str | None = None
+    config: CompareConfig,
+    listener: Listener | None = None,
+    *,
+    jobs: int = 1,
+    ray: str | None = None,
+    force: bool = False,
 ) -> Comparison:
     """Runs every method with every seed, in worker processes, and leaves a folder of records.
 
@@ -64,20 +78,23 @@ def compare(
 
     Args:
         jobs: Runs at the same time, each with a base model of its own; with `ray`, on each machine.
+        force: Go on also where the base model or the data have changed since the comparison began.
         ray: The address of a Ray cluster, whose machines share the runs, or `local`. None: processes of this machine.
 
     Raises:
         ClusterError: Ray is not installed, or there is no cluster at that address.
         ConfigError: The folder holds a comparison with other settings.
+        ModelError, DataError: It was begun with another base model or other data, and `force` is off.
         OutputError: The folder holds something else.
         DataError: `siliang check` finds an error in the data that all runs would meet.
         InterruptedRunError: Ctrl-C or SIGTERM came.
     """
-    return _Comparing(config, listener or Listener(), jobs, ray).run()
+    return _Comparing(config, listener or Listener(), jobs, ray, force).run()
 
 
 class _Comparing:
-    def __init__(self, config: CompareConfig, listener: Listener, jobs: int, ray: str | None) -> None:
+    def __init__(self, config: CompareConfig, listener: Listener, jobs: int, ray: str | None, force: bool) -> None:
+        self.force = force
         self.config, self.listener, self.jobs, self.ray = config, listener, jobs, ray
         self.folder = Path(config.run.output)
         self.task = config.run.task
@@ -88,8 +105,10 @@ class _Comparing:
     def run(self) -> Comparison:
         pool = self._workers()
         self._check()
+        self._check_files()
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / CONFIG_NAME).write_text(self.config.to_yaml(), encoding="utf-8")
+        with replacing(self.folder / CONFIG_NAME) as temporary:
+            temporary.write_text(self.config.to_yaml(), encoding="utf-8")
         self._save()
         try:
             with _stopping(), pool as self.pool:
@@ -123,17 +142,17 @@ class _Comparing:
 
     def _open(self) -> Comparison:
         """The record of a comparison that was begun before, or a new one."""
-        path, now = self.folder / COMPARISON_NAME, self.config.as_dict()
+        path, now = self.folder / COMPARISON_NAME, plain(self.config.as_dict())
         if not path.is_file():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise OutputError(f"output folder {self.folder} is not empty. Choose another with --output.")
             started = datetime.now(UTC).isoformat(timespec="seconds")
             return Comparison(started_at=started, config=now, given=self.config.as_dict(defaults=False))
         record = Comparison.open(path)
-        for key in now:
-            if key not in MAY_DIFFER and record.config.get(key) != now[key]:
+        for name, (was, wanted) in differences(record.config, now).items():
+            if name not in PLACES and name.partition(".")[0] not in MAY_DIFFER:
                 raise ConfigError(
-                    f"{self.folder} holds a comparison with another {_where(key, record.config.get(key), now[key])}.\n"
+                    f"{self.folder} holds a comparison with another {name} ({was}, here {wanted}).\n"
                     "Choose another folder with --output, or take the settings of its compare.yaml."
                 )
         record.config, record.given, record.status = now, self.config.as_dict(defaults=False), "running"
@@ -157,6 +176,20 @@ class _Comparing:
         alone = [prompt for prompt in self.config.settings.prompts if len(prompt.split("\t")) != 2]
         if alone and subject.examples.layout == "sentence-pair":
             raise ConfigError(f"prompts: {alone[0]!r} must be two texts with a tab between them, as those of the data.")
+
+    def _check_files(self) -> None:
+        """Runs that are compared are made on one base model and the same rows, in however many parts they are made."""
+        begun = bool(self.record.data_files)
+        problems = what_changed(self.config.run, self.record.model_files, self.record.data_files) if begun else []
+        for kind, what, how in problems:
+            problem = f"{what} has changed since {self.folder} was begun: {how}"
+            if not self.force:
+                raise kind(
+                    f"{problem[0].upper()}{problem[1:]}. New runs would not compare with those that are there.\n"
+                    "Put it back, choose another folder with --output, or go on all the same with --force."
+                )
+            self.listener.say(f"warning    {problem}")
+        self.record.model_files, self.record.data_files = hashes(self.config.run)
 
     def _say(self, line: str) -> None:
         """What every run would say is said once."""
@@ -288,11 +321,10 @@ class _Comparing:
         record = Record.read(folder)
         if record.status != "completed":
             return before.model_copy(update={"settings": trial.settings})
-        wanted = run_config(self.config, trial, self.folder, self.record.steps).model_dump(mode="json")
-        if record.config != wanted:
-            where = next(key for key in wanted if record.config.get(key) != wanted[key])
+        other = other_settings(record, run_config(self.config, trial, self.folder, self.record.steps))
+        for name, (was, wanted) in other.items():
             raise ConfigError(
-                f"{folder} is a run with another {_where(where, record.config.get(where), wanted[where])}.\n"
+                f"{folder} is a run with another {name} ({was}, here {wanted}).\n"
                 "Remove that folder, choose another with --output, or give the method a label of its own."
             )
         # a run that was complete when the comparison was killed
@@ -300,12 +332,14 @@ class _Comparing:
 
     def _request(self, kind: str, config: RunConfig) -> dict[str, Any]:
         settings = self.config.settings
+        config = config if self.ray is None else config.resolved()  # what comes from elsewhere names what is here
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         if kind == "base":
             Path(config.output).mkdir(parents=True, exist_ok=True)
         return {
             "kind": kind,
             "config": config.model_dump(mode="json"),
+            "force": self.force,
             "prompts": settings.prompts,
             "max_new_tokens": settings.max_new_tokens,
         }
@@ -320,14 +354,6 @@ def read_verdict(folder: Path, record: Record, base: dict[str, float]) -> str | 
     path = folder / ANSWERS_NAME
     answers = Answers.open(path) if path.is_file() else None
     return learned_nothing(TaskType(record.config["task"]), record.final, answers, base)
-
-
-def _where(key: str, was: Any, wanted: Any) -> str:
-    """The first setting in which two configs differ, and how."""
-    while isinstance(was, dict) and isinstance(wanted, dict):
-        inner = next(k for k in (*wanted, *was) if was.get(k) != wanted.get(k))
-        key, was, wanted = f"{key}.{inner}", was.get(inner), wanted.get(inner)
-    return f"{key} ({was}, here {wanted})"
 
 
 @contextmanager

@@ -8,14 +8,15 @@ from typing import Any
 
 from siliang.compare.config import CompareConfig, MethodEntry, slug
 from siliang.compare.record import Trial
-from siliang.config import RunConfig
-from siliang.record import Record
+from siliang.config import RunConfig, differences
+from siliang.record import Record, plain
 from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.types import ConfigError
 
 RUNS, SEARCH = "runs", "search"  # folders within the comparison's
 SAVE_MINUTES = 5.0
 MOST_ATTEMPTS = 3  # of a trial that takes its process, or the whole comparison, down with it
+PLACES = ("model", "data.train", "data.eval", "output")  # settings that are compared by what lies there
 TIMED_STEPS = 9  # that tell a method's speed; the first half is warm-up
 
 
@@ -82,13 +83,20 @@ def goes_on(config: RunConfig) -> bool:
     folder = Path(config.output)
     try:
         record = Record.read(folder)
-        same = record.status != "completed" and record.config == config.model_dump(mode="json")
+        same = record.status != "completed" and not other_settings(record, config)
     except ConfigError:
         same = False
     if same and checkpoints(folder / CHECKPOINTS):
         return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
+
+
+def other_settings(record: Record, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """In which settings a run was asked for otherwise than by `config`: what it was, what it is. Where its files lie,
+    which the comparison has looked at, makes no difference."""
+    found = differences(record.asked(), plain(config.resolved().model_dump(mode="json")))
+    return {name: pair for name, pair in found.items() if name not in PLACES}
 
 
 def find_entry(config: CompareConfig, label: str) -> MethodEntry:

@@ -90,7 +90,14 @@ def _train(
         models.append(run.model)
 
     free_memory()
-    record = train(config, _listener(reply, trained), resume=request["resume"], base=kept, planner=planner)
+    record = train(
+        config,
+        _listener(reply, trained),
+        resume=request["resume"],
+        force=request.get("force", False),
+        base=kept,
+        planner=planner,
+    )
     kept.take_back(models.pop(), config)
     return {"loads": kept.loads, **record.final}
 

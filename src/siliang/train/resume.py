@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from siliang.config import RunConfig, differences
-from siliang.data.hashes import source_sha256
 from siliang.files import damage, sweep
 from siliang.record import RECORD_NAME, Record, plain
-from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, changed_base
+from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, has_template_file, what_changed
 from siliang.start_adapter import find_start_adapter
 from siliang.train.saving import last_good
-from siliang.types import AdapterError, ConfigError, DataError, ModelError
+from siliang.types import AdapterError, ConfigError, ModelError
 
 LENGTH = ("train.epochs", "train.max_steps")
 # What may be another when a run goes on: how long, how often something is done, and how a step's memory is used.
@@ -137,7 +136,7 @@ def _differences(config: RunConfig, record: Record) -> dict[str, tuple[Any, Any]
     called makes no difference, and neither does what the launcher says."""
     found = differences(record.config, plain(config.resolved().model_dump(mode="json")))
     found = {n: pair for n, pair in found.items() if n not in FILES and not n.startswith("distributed")}
-    if record_of_template(config) and str(record.config["data"]["template"]).endswith((".yaml", ".yml")):
+    if has_template_file(config) and str(record.config["data"]["template"]).endswith((".yaml", ".yml")):
         found.pop("data.template", None)
     return found
 
@@ -169,27 +168,13 @@ def _check_files(
         raise ModelError(
             f"The base model of {folder} is not there any more: {model}. Say where it is with --model FOLDER_OR_NAME."
         )
-    problems: list[tuple[type[ModelError | DataError], str]] = []
-    if (changed := changed_base(model, config.revision, record.model_files)) is not None:
-        problems.append((ModelError, f"the base model {model} has changed since the run began: {changed}"))
-    read = [*config.data.train_sources, *config.data.eval_sources]
-    paths = [s.path for s in read] + ([config.data.template] if record_of_template(config) else [])
-    if len(paths) != len(record.data_files):
-        problems.append((DataError, "the data has changed since the run began: there are other sources"))
-    for path, was in zip(paths, record.data_files, strict=False):
-        if source_sha256(path) != was.sha256:
-            problems.append((DataError, f"the data has changed since the run began: {path} is not what it was"))
-            break
-    for kind, problem in problems:
+    forced = []
+    for kind, what, how in what_changed(config, record.model_files, record.data_files):
         if not force:
             raise kind(
-                f"{problem[0].upper()}{problem[1:]}.\nPut it back, or go on with what is there now by --force: the run "
-                "will not be what it would have been."
+                f"{what[0].upper()}{what[1:]} has changed since the run began: {how}.\n"
+                "Put it back, or go on with what is there now by --force: the run will not be what it would have been."
             )
-        say(f"warning    {problem}: it goes on, but not as it would have")
-    return [problem for _, problem in problems]
-
-
-def record_of_template(config: RunConfig) -> bool:
-    """Whether the template is a file, which is recorded with the data."""
-    return config.data.template.endswith((".yaml", ".yml"))
+        say(f"warning    {what} has changed since the run began: {how}. It goes on, but not as it would have")
+        forced.append(f"{what} has changed: {how}")
+    return forced

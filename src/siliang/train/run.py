@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from siliang.check import Subject, find, look_at, stop_on_errors
 from siliang.config import RunConfig, differences
 from siliang.data.collate import PadCollator
-from siliang.data.hashes import base_files, joined, source_sha256, weights_sha256
+from siliang.data.hashes import joined, weights_sha256
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
@@ -38,13 +38,23 @@ from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
-from siliang.record import Counts, File, Record, Rows, Seconds
-from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, changed_base, claim, load_base, write_config
+from siliang.record import Counts, Record, Rows, Seconds
+from siliang.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    MODEL,
+    changed_base,
+    claim,
+    hashes,
+    load_base,
+    sources_of,
+    write_config,
+)
 from siliang.start_adapter import find_start_adapter
 from siliang.train.endings import does_not_fit, interrupted, no_number
 from siliang.train.metrics import MEASURED, trainer_metrics
 from siliang.train.order import Order
-from siliang.train.resume import Begun, record_of_template, take_up
+from siliang.train.resume import Begun, take_up
 from siliang.train.saving import (
     adapter_together,
     checkpoints,
@@ -253,7 +263,7 @@ def prepare(
             f"           Adam's eps is {precision.adam_eps:g}, at some cost of stability: "
             f"the usual {TrainingArguments.adam_epsilon:g} is 0 in fp16, and would divide by zero"
         )
-    files, data_files = ranks.first_does(lambda: _hashes(config))
+    files, data_files = ranks.first_does(lambda: hashes(config))
     adjusted = differences(asked.model_dump(mode="json"), config.model_dump(mode="json"))
     record = Record(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -267,7 +277,7 @@ def prepare(
         learning_rate=config.train.learning_rate or method.learning_rate,
         model_sha256=weights_sha256(config.model, files),
         model_files=files,
-        data_sha256=joined(f.sha256 for f in data_files[: len(_sources(config))]),
+        data_sha256=joined(f.sha256 for f in data_files[: len(sources_of(config))]),
         data_files=data_files,
         adapter_sha256=_adapter_sha256(config, before),
         labels=examples.labels,
@@ -280,12 +290,6 @@ def prepare(
     record.memory.predicted_bytes, record.memory.predicted_parts = sum(predicted.values()) or None, predicted
     _check_space(folder, model, config)
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record, ranks)
-
-
-def _hashes(config: RunConfig) -> tuple[dict[str, str], list[File]]:
-    """Of the base model's files, and of the data's, with a template that is a file."""
-    read = [*_sources(config), *([config.data.template] if record_of_template(config) else [])]
-    return base_files(config.model, config.revision), [File(path=absolute(p), sha256=source_sha256(p)) for p in read]
 
 
 def _start(config: RunConfig, begun: Begun | None, *, force: bool) -> Path | None:
@@ -314,10 +318,6 @@ def _adapter_sha256(config: RunConfig, before: Record | None) -> str | None:
     if config.adapter is None:
         return None
     return before.adapter_sha256 if before else find_start_adapter(config.adapter).sha256
-
-
-def _sources(config: RunConfig) -> list[str]:
-    return [s.path for s in (*config.data.train_sources, *config.data.eval_sources)]
 
 
 def _steps_made(record: Record) -> str:
