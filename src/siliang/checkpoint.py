@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,11 +18,11 @@ from torch import Tensor, nn
 
 from siliang.files import replacing
 from siliang.inject import PROMPT_KEY, Injection
-from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt, WrappedLayer
+from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
 from siliang.methods.lora import LoraConfig
 from siliang.methods.prefix_tuning import PrefixTuningConfig
-from siliang.targets import find_targets, layer_arguments
-from siliang.types import AdapterError, TargetError
+from siliang.targets import find_targets, inside, layer_arguments
+from siliang.types import AdapterError, ConfigError, TargetError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
@@ -28,24 +30,151 @@ TRAINING_NAME = "siliang_training.safetensors"
 MOST_ENCODER_UNITS = 32_768  # of the small network of a P-tuning prompt, which a file need not hold
 
 
-def save_adapter(folder: Path, injection: Injection, name: str, config: PeftConfig) -> None:
+def save_adapter(
+    folder: Path,
+    injection: Injection,
+    name: str,
+    config: PeftConfig,
+    tensors: dict[str, Tensor] | None = None,
+    *,
+    pickled: bool = False,
+) -> None:
     """Writes adapter `name` into `folder`: each file under a temporary name first, the config last.
 
     A folder with adapter_config.json in it is therefore complete. What PEFT flattens away, the encoder of a P-tuning
     prompt or the projection of a prefix, goes into a file of its own, which PEFT does not look at.
+
+    Args:
+        tensors: What it consists of; its live tensors if None.
+        pickled: As adapter_model.bin, which other programs load by running what is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prompt = injection.prompts[name] if name in injection.prompts else None  # noqa: SIM401, ModuleDict has no get
     encoder = {} if prompt is None or prompt.flat else prompt.state_dict()
-    for file, tensors in ((TRAINING_NAME, encoder), (WEIGHTS_NAME, injection.adapter_tensors(name))):
-        if tensors:
+    tensors = injection.adapter_tensors(name) if tensors is None else tensors
+    if pickled:
+        with replacing(folder / PICKLED_NAME) as temporary:
+            torch.save({key: t.detach().cpu().clone() for key, t in tensors.items()}, temporary)
+        tensors = {}  # safetensors of an earlier save would be read first
+    for file, parts in ((TRAINING_NAME, encoder), (WEIGHTS_NAME, tensors)):
+        if parts:
             with replacing(folder / file) as temporary:
-                plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-                save_file(plain, temporary, metadata={"format": "pt"})
+                save_file(_apart(parts), temporary, metadata={"format": "pt"})
         else:
             (folder / file).unlink(missing_ok=True)
     with replacing(folder / CONFIG_NAME) as temporary:
         temporary.write_text(config.to_json(inference_mode=True), encoding="utf-8")  # as PEFT does
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none of which shares its memory with another: safetensors takes no such."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.numel() and plain.untyped_storage().data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        found[key] = plain
+    return found
+
+
+def with_embeddings(
+    injection: Injection, name: str, config: PeftConfig, tensors: dict[str, Tensor], *, wanted: bool | str
+) -> dict[str, Tensor]:
+    """The tensors of adapter `name`, with the embeddings and the head or without them.
+
+    Args:
+        wanted: "auto": where the adapter has others than the base (they are among the tensors), or they have another
+            size than the base model's folder says.
+
+    Raises:
+        ConfigError: `wanted` is none of True, False and "auto".
+    """
+    if wanted not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers = {wanted!r}: must be True, False or 'auto'.")
+    parts = injection.adapters[name]
+    with injection.bare() as base:
+        ends = [path for path in _embedding_parameters(base) if not inside(path, list(parts.modules))]
+        keys = {injection.parameter_key(path, name): base.get_parameter(path) for path in ends}
+        now = _vocabulary(base)
+    if wanted is False:
+        return {key: t for key, t in tensors.items() if key not in keys}
+    if wanted == "auto" and _vocabulary_of(config.base_model_name_or_path) in (None, now):
+        return tensors
+    return {**keys, **tensors}
+
+
+def _vocabulary(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def _vocabulary_of(folder: str | None) -> int | None:
+    """The vocabulary's size that a base model's folder says; None where it is no folder here or does not say it."""
+    path = Path(folder or "") / "config.json"
+    if not folder or not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    text = values.get("text_config") if isinstance(values, dict) else None
+    for holder in (values, text):
+        if isinstance(holder, dict) and isinstance(holder.get("vocab_size"), int):
+            return holder["vocab_size"]
+    return None
+
+
+def on_the_plain_base(
+    config: PeftConfig, tensors: dict[str, Tensor], initial: Path
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """A trained PiSSA or OLoRA adapter as LoRA of twice the rank, beside the base weight as it was.
+
+        W - s B0 A0 + s B A = W + s [B | -B0] [A ; A0]
+
+    Args:
+        initial: The folder of the adapter as it was before training.
+
+    Raises:
+        ConfigError: The adapter is none of these.
+        AdapterError: The folder holds another adapter.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"Only LoRA can be turned into LoRA on the plain base model, not {config.peft_type}.")
+    if config.use_dora or config.init_lora_weights == "loftq":
+        raise ConfigError(
+            "With use_dora or init_lora_weights='loftq' the change of the weight is no product of B and A."
+        )
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise ConfigError("use_rslora with rank_pattern or alpha_pattern cannot be turned into LoRA of twice the rank.")
+    start, found = read_adapter(initial), {}
+    for key, tensor in tensors.items():
+        side = next(
+            (
+                n
+                for n in (".lora_A.weight", ".lora_embedding_A", ".lora_B.weight", ".lora_embedding_B")
+                if key.endswith(n)
+            ),
+            None,
+        )
+        if side is None:
+            found[key] = tensor
+            continue
+        if key not in start or start[key].shape != tensor.shape:
+            raise AdapterError(
+                f"{initial} is not what this adapter started from: {key} is missing or of another shape."
+            )
+        before = start[key].to(tensor)
+        found[key] = torch.cat([tensor, before], 0) if "_A" in side else torch.cat([tensor, -before], 1)
+    plain = copy.deepcopy(config)
+    plain.init_lora_weights = True
+    plain.r = 2 * config.r
+    plain.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
+    plain.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
+    plain.alpha_pattern = {key: 2 * alpha for key, alpha in config.alpha_pattern.items()}
+    return plain, found
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -123,19 +252,21 @@ def load_tensors(
         AdapterError: Keys are missing or unexpected, or a shape differs.
     """
     own = injection.adapter_tensors(name)
-    # PEFT with bias="all" writes a saved module's bias more than once: under the wrapper's name, and as it was before
-    twice = {k for k in tensors if ".modules_to_save." in k and k.replace(".modules_to_save.", ".") in tensors}
-    twice |= {k for k in tensors if k.replace(".original_module.", ".") in own.keys() - {k}}
-    tensors = {k: t for k, t in tensors.items() if k not in twice}
-    embeddings = _embeddings_along(injection, tensors.keys() - own.keys())
+    with injection.bare() as base:
+        embeddings = {injection.parameter_key(path, name): path for path in _embedding_parameters(base)}
+        first = {id(p): path for path, p in base.named_parameters()}
+        tied = {path: first[id(p)] for path, p in base.named_parameters(remove_duplicate=False) if path != first[id(p)]}
+        again = {injection.parameter_key(a, name): injection.parameter_key(b, name) for a, b in tied.items()}
+        sizes = {path: base.get_parameter(path) for path in embeddings.values()}
+    tensors = _respelled(tensors, own, embeddings, again)
+    embeddings = {key: path for key, path in embeddings.items() if key in tensors and key not in own}
     if missing := sorted(own.keys() - tensors.keys()):
         raise AdapterError(f"{source}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}.")
     if unexpected := sorted(tensors.keys() - own.keys() - embeddings.keys()):
         raise AdapterError(
             f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}."
         )
-    needed = {k: t.shape for k, t in own.items()}
-    needed |= {k: injection.model.get_parameter(path).shape for k, path in embeddings.items()}
+    needed = {k: t.shape for k, t in own.items()} | {k: sizes[path].shape for k, path in embeddings.items()}
     for key, shape in needed.items():
         if shape != tensors[key].shape:
             raise AdapterError(
@@ -148,24 +279,48 @@ def load_tensors(
         else:
             tensor.copy_(tensors[key])
     for key, path in embeddings.items():
-        if not torch.equal(injection.model.get_parameter(path).cpu(), tensors[key].cpu()):
-            injection.stand_in(path, name, tensors[key].to(injection.model.get_parameter(path)))
+        if not torch.equal(sizes[path].cpu(), tensors[key].to(sizes[path].dtype).cpu()):
+            injection.stand_in(path, name, tensors[key])
 
 
-def _embeddings_along(injection: Injection, keys: Iterable[str]) -> dict[str, str]:
-    """Those of `keys` that are the base model's embeddings, which PEFT saves along when they are tuned or were resized,
-    with the path where each stands.
+def _respelled(
+    tensors: dict[str, Tensor], own: Iterable[str], embeddings: Iterable[str], again: dict[str, str]
+) -> dict[str, Tensor]:
+    """The tensors under the keys that an adapter alone on its model has.
+
+    PEFT's keys depend on what else was on the model: a bias within a layer that another adapter wraps has "base_layer"
+    in its name, and with bias="all" one within a saved module is there twice, as it was before too.
+
+    Args:
+        again: Further names of parameters that are tied, and the one that they are saved under.
     """
-    ends = (getattr(injection.model, f"get_{end}_embeddings", None) for end in ("input", "output"))
+    known = {*own, *embeddings}
+    found = {key: t for key, t in tensors.items() if key in known}
+    for key, tensor in tensors.items():
+        if key in known:
+            continue
+        owner, _, last = key.rpartition(".")
+        plain = key.replace(".original_module.", ".").replace(".modules_to_save.", ".")
+        spellings = (key.replace(".base_layer.", "."), f"{owner}.base_layer.{last}", plain, again.get(key, key))
+        spelling = next((s for s in spellings if s in known), key)
+        found.setdefault(spelling, tensor)
+    return found
+
+
+def _embedding_parameters(base: Any) -> list[str]:
+    """The paths of the weights of the base model's embeddings and head, which PEFT saves along when they are tuned or
+    were resized.
+    """
+    ends = (getattr(base, f"get_{end}_embeddings", None) for end in ("input", "output"))
     modules = {id(module) for end in ends if end is not None and (module := end()) is not None}
-    paths = set()
-    for path, module in injection.model.named_modules():
-        if path and id(module) in modules:
-            wrapped = isinstance(module, WrappedLayer)
-            holder: Any = module.base_layer if wrapped else module
-            if "weight" in dict(holder.named_parameters(recurse=False)):  # a saved copy has none of its own
-                paths.add(f"{path}.base_layer.weight" if wrapped else f"{path}.weight")
-    return {key: path for key in keys if (path := key.removeprefix(injection.key_prefix)) in paths}
+    weights = {
+        id(weight): f"{path}.weight"
+        for path, module in reversed(list(base.named_modules()))
+        if path
+        and id(module) in modules
+        and (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None
+    }
+    return list(weights.values())  # of tied ones the first
 
 
 def _load_prompt(prompt: Prompt, table: Tensor, training: dict[str, Tensor] | None, source: str) -> None:

@@ -1,24 +1,43 @@
 """Attaches adapters to a base model, freezes the rest, and can undo it all: the only file that changes a base model's
 modules. Where is targets.py's to say, what is methods/'s.
+
+Two rules keep several adapters apart. Whatever is asked of the base model (where a target is, what a copy starts from)
+is asked while everything is taken off it, so that no adapter sees another. And what is at work follows from the state
+alone (the active, merged and disabled adapters, the rows of a batch): a change checks, sets the state, and lets
+`_settle` do the rest.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from siliang.methods import BitFitConfig, HeadConfig, PromptTuningConfig, PromptTuningInit, method_of
-from siliang.methods.base import LayerConfig, PeftConfig, Prompt, PromptConfig, WrappedLayer
+from siliang.methods.base import (
+    BASE,
+    LayerConfig,
+    PeftConfig,
+    Prompt,
+    PromptConfig,
+    Rows,
+    WrappedLayer,
+    is_quantised,
+)
 from siliang.methods.bitfit import bias_names
-from siliang.saved_module import SavedModule, Swap
+from siliang.saved_module import SavedModule, Swap, sites_of
 from siliang.targets import find_saved_modules, find_targets, inside, layer_arguments, lora_biases, no_biases
-from siliang.types import ConfigError, MergeError, TargetError, TaskType
-from siliang.virtual_tokens import Route, word_embeddings
+from siliang.types import ConfigError, MergeError, SiliangError, TargetError, TaskType
+from siliang.virtual_tokens import Route, is_encoder_decoder, word_embeddings
 
 # The heads that are new, and so trained and saved by themselves, for each task.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
@@ -29,26 +48,64 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
 OTHER_HEADS = ("classification_head",)  # BART's and T5's, which PEFT leaves untrained
 PROMPT_KEY = "prompt_embeddings"
 
+_TAKEN: WeakSet[nn.Module] = WeakSet()  # base models that have something attached
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter has of its own, by the base model's own paths.
+
+    Attributes:
+        layers: Layers that it has parameters beside.
+        parameters: Parameters that it trains others in the place of.
+        modules: Modules that it trains copies of.
+    """
+
+    layers: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.layers, *self.parameters, *self.modules)
+
 
 class Injection(nn.Module):
     """A base model, and everything that has been attached to it.
 
     It stands between PeftModel and the base model, so that parameters are called `base_model.model.<path>` as in PEFT.
     With prompts PEFT leaves that step out; then PeftModel holds the base model itself, and this object beside it.
+
+    Attributes:
+        adapters: What each adapter consists of.
+        active: The adapters that were made the active ones, even while they are disabled.
+        merged: The adapters that are in the base model's own weights.
     """
 
     def __init__(self, model: nn.Module, *, for_prompts: bool = False) -> None:
         super().__init__()
+        if model in _TAKEN or any(isinstance(m, WrappedLayer | SavedModule) for m in model.modules()):
+            raise ConfigError(
+                "This base model has adapters already: go on with the PeftModel that holds it, or unload() that one."
+            )
         self.model = model
+        self.adapters: dict[str, Parts] = {}
         self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
         self.for_prompts = for_prompts
         self.key_prefix = "base_model." if for_prompts else "base_model.model."
+        self._disabled = 0
+        self._rows: Rows | None = None
+        # Dicts, so that nothing is listed twice: what stands in the model is listed there.
+        self._layers: dict[str, WrappedLayer] = {}
+        self._saved: dict[str, SavedModule] = {}
+        self._swaps: dict[str, Swap] = {}
         self._prompt_configs: dict[str, PromptConfig] = {}
         self._route: Route | None = None
-        self._swaps: dict[str, Swap] = {}
         self._was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         # not a child: PeftModel shows it, under PEFT's name for it
         self.__dict__["prompts"] = nn.ModuleDict()
+        _TAKEN.add(model)
         for p in model.parameters():
             p.requires_grad_(False)
 
@@ -59,9 +116,75 @@ class Injection(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not there yet: without this line the next one would ask for it for ever
+            # not there yet: without this line the next one would ask for it for ever
+            if name == "model" or "_modules" not in self.__dict__:
                 raise
             return getattr(self.model, name)
+
+    # ---- the base model alone, and with everything on it ----
+
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """Within the block the base model is what it was: its own modules under their own paths, its own parameters."""
+        self._lay_down()
+        for path in self._places():
+            replace(self.model, path, self._own(path))
+        try:
+            yield self.model
+        finally:
+            for path in reversed(self._places()):
+                own = self.model.get_submodule(path)
+                standing = self._layers.get(path, own)
+                if path in self._saved:
+                    self._saved[path].original_module = standing
+                    standing = self._saved[path]
+                replace(self.model, path, standing)
+            self._settle()
+
+    def _places(self) -> list[str]:
+        """Where something stands in a module's place, the outer ones first."""
+        return sorted({*self._layers, *self._saved}, key=lambda path: (path.count("."), path))
+
+    def _own(self, path: str) -> nn.Module:
+        return self._layers[path].base_layer if path in self._layers else self._saved[path].original_module
+
+    def _lay_down(self) -> None:
+        if self._route is not None:
+            self._route.remove()
+            self._route = None
+        for layer in self._layers.values():
+            layer.lay_down()
+        for swap in self._swaps.values():
+            swap.put(None)
+
+    def _settle(self) -> None:
+        """Puts everything where it must stand in the present state: the one function that says what computes."""
+        at_work = self.active if not self._disabled and self._rows is None else ()
+        merged = self.merged if not self._disabled and self._rows is None else ()
+        if self._route is not None:
+            self._route.remove()
+            self._route = None
+        for layer in self._layers.values():
+            layer.lay_down()
+        self._put_swaps((*merged, *at_work))
+        for layer in self._layers.values():
+            layer.stand(at_work, merged=bool(merged))
+            layer.rows = self._rows
+        for saved in self._saved.values():
+            saved.active = next((n for n in at_work if n in saved.modules_to_save), None)
+            saved.rows = self._rows
+        for name in at_work:
+            if name in self.prompts:
+                self._route = Route.of(self.model, self._prompt_configs[name], cast(Prompt, self.prompts[name]))
+
+    def _put_swaps(self, names: Sequence[str]) -> None:
+        for swap in self._swaps.values():
+            swap.put(next((n for n in names if n in swap.adapters), None))
+
+    def aside(self) -> Iterator[nn.Parameter]:
+        """The parameters that are not in the model now, and must move with it all the same."""
+        for holder in (*self._layers.values(), *self._swaps.values()):
+            yield from holder.aside()
 
     # ---- on ----
 
@@ -73,38 +196,46 @@ class Injection(nn.Module):
 
         Raises:
             TargetError: The targets are not in the model. Nothing has been changed then.
-            ConfigError: The method cannot work on this model.
+            ConfigError: The method cannot work on this model. Nothing has been changed then.
         """
         if isinstance(config, PromptConfig) is not self.for_prompts:
             raise ConfigError("Adapters in layers and prompts cannot stand on one model: unload() it first.")
-        saved = self._saved_modules(config, lenient=lenient)
+        with self.bare():
+            parts = self._find(config, lenient=lenient)
+            try:
+                self._make(name, config, parts, from_file=lenient)
+            except BaseException:
+                self._forget(name)
+                raise
+            self.adapters[name] = parts
+
+    def _find(self, config: PeftConfig, *, lenient: bool) -> Parts:
+        """What the adapter will consist of. Asked of the bare model; changes nothing but the config."""
+        modules = self._saved_modules(config, lenient=lenient)
         layers: list[str] = []
         biases: list[str] = []
-        if isinstance(config, PromptConfig):
-            self._add_prompt(name, config, from_file=lenient)
-        elif isinstance(config, HeadConfig):
-            if not saved:
+        if isinstance(config, HeadConfig):
+            if not modules:
                 raise TargetError("Training the head alone needs a head: task SEQ_CLS, TOKEN_CLS or QUESTION_ANS.")
         elif isinstance(config, BitFitConfig):
-            biases = [b for b in bias_names(self.model) if not inside(b, saved)]
+            biases = [b for b in bias_names(self.model) if not inside(b, modules)]
             if not biases:
                 raise TargetError(no_biases(self.model))
         elif isinstance(config, LayerConfig):
-            layers = find_targets(self.model, config, outside=saved, lenient=lenient)
-            biases = lora_biases(self.model, config, layers, saved)
-        arguments = layer_arguments(cast(LayerConfig, config), layers, lenient=lenient)
-        for path in layers:
-            self._wrap(path, cast(LayerConfig, config)).add_adapter(name, **arguments[path])
-        for path in biases:
-            self._swap(path).adapters[name] = nn.Parameter(
-                self._swap(path).original.detach().clone(), requires_grad=False
-            )
-        for path in saved:
-            module = self.model.get_submodule(path)
-            if not isinstance(module, SavedModule):
-                module = SavedModule(module)
-                replace(self.model, path, module)
-            module.add_adapter(name)
+            layers = find_targets(self.model, config, outside=modules, lenient=lenient)
+            biases = lora_biases(self.model, config, layers, modules)
+            for path in layers:
+                if path in self._layers and not isinstance(self._layers[path], method_of(config).layers):
+                    raise ConfigError(
+                        f"{path} carries an adapter of another method already; adapters on one layer must be of one "
+                        "method."
+                    )
+        for path in modules:
+            if any(is_quantised(m) for m in self.model.get_submodule(path).modules()):
+                raise ConfigError(f"modules_to_save: {path} is quantised, and a copy of it cannot be trained.")
+        # a bias that several layers share is one parameter
+        once = set({id(self.model.get_parameter(path)): path for path in reversed(biases)}.values())
+        return Parts(tuple(layers), tuple(b for b in biases if b in once), tuple(modules))
 
     def _saved_modules(self, config: PeftConfig, *, lenient: bool) -> list[str]:
         heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
@@ -117,24 +248,39 @@ class Injection(nn.Module):
             config.modules_to_save = sorted({*wanted, *heads})
         return find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
 
-    def _wrap(self, path: str, config: LayerConfig) -> WrappedLayer:
-        layer = self.model.get_submodule(path)
-        if isinstance(layer, WrappedLayer):
-            if not isinstance(layer, method_of(config).layers):
-                raise ConfigError(
-                    f"{path} carries an adapter of another method already; adapters on one model must be of one method."
-                )
-            return layer
-        layer_class = next(kind for kind in method_of(config).layers if kind.supports(layer))
-        wrapped = layer_class(layer)
-        wrapped.train(layer.training)
-        replace(self.model, path, wrapped)
-        return wrapped
+    def _make(self, name: str, config: PeftConfig, parts: Parts, *, from_file: bool) -> None:
+        if isinstance(config, PromptConfig):
+            self._make_prompt(name, config, from_file=from_file)
+        arguments = layer_arguments(cast(LayerConfig, config), list(parts.layers), lenient=from_file)
+        for path in parts.layers:
+            self._layer(path, config).add_adapter(name, **arguments[path])
+        sites = sites_of(self.model)
+        for path in parts.parameters:
+            self._swap(path, sites).add_adapter(name)
+        for path in parts.modules:
+            own = self.model.get_submodule(path)
+            if path not in self._saved:
+                self._saved[path] = SavedModule(own)
+            self._saved[path].add_adapter(name, own)
+        for layer in (self._layers[path] for path in parts.layers):
+            for p in layer.adapter_parameters(name).values():
+                p.requires_grad_(False)
 
-    def _swap(self, path: str) -> Swap:
-        return self._swaps.setdefault(path, Swap.of(self.model, path))
+    def _layer(self, path: str, config: PeftConfig) -> WrappedLayer:
+        if path not in self._layers:
+            own = self.model.get_submodule(path)
+            layer = next(kind for kind in method_of(config).layers if kind.supports(own))(own)
+            layer.train(own.training)
+            self._layers[path] = layer
+        return self._layers[path]
 
-    def _add_prompt(self, name: str, config: PromptConfig, *, from_file: bool) -> None:
+    def _swap(self, path: str, sites: Any) -> Swap:
+        if path not in self._swaps:
+            original = self.model.get_parameter(path)
+            self._swaps[path] = Swap(original, sites(original))
+        return self._swaps[path]
+
+    def _make_prompt(self, name: str, config: PromptConfig, *, from_file: bool) -> None:
         embeddings = word_embeddings(self.model)
         config.complete(self.model.config)
         start = config
@@ -152,168 +298,375 @@ class Injection(nn.Module):
     # ---- at work ----
 
     def set_active(self, *names: str) -> None:
-        """Makes the named adapters, none or several, the ones that compute."""
-        self.active = names
-        for module in self.model.modules():
-            if isinstance(module, WrappedLayer):
-                module.activate(names)
-            elif isinstance(module, SavedModule):
-                module.active = next((n for n in names if n in module.modules_to_save), None)
-        for swap in self._swaps.values():
-            swap.put(next((n for n in names if n in swap.adapters), None))
-        if self._route is not None:
-            self._route.remove()
-            self._route = None
-        for name in names:
-            if name in self.prompts:
-                if len(names) > 1:
-                    raise ConfigError(f"Only one prompt can be at work at a time, not {', '.join(names)}.")
-                self._route = Route.of(self.model, self._prompt_configs[name], cast(Prompt, self.prompts[name]))
-
-    def train_only(self, *names: str) -> None:
-        """Sets requires_grad on the parameters of the named adapters and on nothing else."""
-        for p in (*self.parameters(), *self.prompts.parameters()):
-            p.requires_grad_(False)
-        for name in names:
-            for p in self.adapter_parameters(name):
-                p.requires_grad_(True)
-
-    @contextmanager
-    def by_rows(self, names: Iterable[str]) -> Iterator[None]:
-        """Within the block each row of a batch is computed with the adapter named for it ("__base__": with none).
+        """Makes the named adapters, none or several, the ones that compute; merged ones are taken out, as in PEFT.
 
         Raises:
-            ConfigError: The adapters are of a kind that stands in place of the base model's own parameters.
+            ConfigError: They cannot be at work together. Nothing has been changed then.
         """
-        rows = tuple(names)
-        if self.for_prompts or any(name in swap.adapters for swap in self._swaps.values() for name in rows):
-            raise ConfigError("adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.")
-        modules = [m for m in self.model.modules() if isinstance(m, WrappedLayer | SavedModule)]
-        for module in modules:
-            module.row_adapters = rows
+        self._check_together(names)
+        self.leave_merged("Other adapters are made active on")
+        self.active = names
+        self._settle()
+
+    def leave_merged(self, what: str) -> None:
+        """Takes merged adapters out of the weights, and says so: `what` does so in PEFT."""
+        if self.merged:
+            warnings.warn(f"{what} a model with merged adapters: these are unmerged first.", stacklevel=4)
+            self.unmerge()
+
+    def _check_together(self, names: Sequence[str], *, error: type[SiliangError] = ConfigError) -> None:
+        """Refuses adapters of which one would take the place of another, or of a part of it."""
+        for one, other in combinations(names, 2):
+            if one == other:
+                raise error(f"adapter {one!r} is named twice.")
+            if one in self.prompts:
+                raise error(f"Only one prompt can be at work at a time, not {one}, {other}.")
+            for a, b in ((one, other), (other, one)):
+                A, B = self.adapters[a], self.adapters[b]
+                whole = [*A.modules, *(path for path in A.layers if self._layers[path].EXCLUSIVE)]
+                both = set(A.parameters) & set(B.parameters)
+                clash = next((path for path in B.all if path in both or inside(path, whole)), None)
+                if clash is not None:
+                    raise error(
+                        f"Adapters {a!r} and {b!r} cannot be at work together: each has a {clash} of its own. "
+                        "Make one of them active at a time."
+                    )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model computes as the base model does, merged adapters or not."""
+        self._disabled += 1
+        self._settle()
         try:
             yield
         finally:
-            for module in modules:
-                module.row_adapters = None
+            self._disabled -= 1
+            self._settle()
+
+    @contextmanager
+    def by_rows(self, names: Iterable[str], *, repeated: bool = False) -> Iterator[None]:
+        """Within the block each row of a batch is computed with the adapter named for it ("__base__": with none).
+
+        Args:
+            repeated: The model may be given each row several times, one after the other, as beams are.
+
+        Raises:
+            ConfigError: Adapters are merged, or are of a kind that stands in place of the base model's own parameters.
+        """
+        names = tuple(names)
+        if self._disabled:
+            yield
+            return
+        if self.merged:
+            raise ConfigError(
+                "adapter_names cannot be told apart while adapters are merged: call unmerge_adapter first."
+            )
+        if not names:
+            raise ConfigError("adapter_names is empty: name the adapter of each row, '__base__' for none.")
+        alike = len(set(names)) == 1
+        if not alike and (
+            self.for_prompts or any(name in swap.adapters for swap in self._swaps.values() for name in names)
+        ):
+            raise ConfigError("adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.")
+        before, rows = self.active, Rows(names)
+        # where the model's rows begin; an encoder that is called by itself has not been multiplied yet
+        hosts = [self.model, *([self.model.get_encoder()] if is_encoder_decoder(self.model) else [])]  # type: ignore[operator]
+        hooks = [m.register_forward_pre_hook(_begins(rows, repeated), with_kwargs=True) for m in hosts]
+        if alike:
+            self.active = () if names[0] == BASE else names[:1]
+        else:
+            self._rows = rows
+        try:
+            self._settle()
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.active, self._rows = before, None
+            self._settle()
 
     # ---- what an adapter consists of ----
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """What adapter `name` consists of, under the keys of the file (INTEROP: without the adapter's name).
 
-        The tensors are live, but for a prompt that comes out of an encoder: that one is computed.
+        The keys are the same whatever else is attached. The tensors are live, but for a prompt that comes out of an
+        encoder: that one is computed.
         """
         found: dict[str, Tensor] = {}
         if name in self.prompts:
             found[PROMPT_KEY] = self.prompts[name]()
-        wrapped = set()
-        for path, module in self.model.named_modules():
-            if isinstance(module, WrappedLayer):
-                wrapped.add(path)
-                found |= {self._key(path, key): p for key, p in module.adapter_parameters(name).items()}
-            elif isinstance(module, SavedModule) and name in module.modules_to_save:
-                state = module.modules_to_save[name].state_dict(keep_vars=True)
-                found |= {self._key(path, key): t for key, t in state.items()}
+        parts = self.adapters[name]
+        for path in parts.layers:
+            found |= {self._key(path, key): p for key, p in self._layers[path].adapter_parameters(name).items()}
+        for path in parts.modules:
+            state = self._saved[path].modules_to_save[name].state_dict(keep_vars=True)
+            found |= {self._key(path, key): t for key, t in state.items()}
         for path, swap in self._swaps.items():
             if name in swap.adapters:
-                owner, _, own = path.rpartition(".")
-                found[self._key(f"{owner}.base_layer" if owner in wrapped else owner, own)] = swap.adapters[name]
+                found[self.parameter_key(path, name)] = self._swapped(path, name)
         return found
+
+    def parameter_key(self, path: str, name: str) -> str:
+        """Under which key a file of adapter `name` holds what stands for the base model's parameter at `path`."""
+        owner, _, own = path.rpartition(".")
+        return self._key(f"{owner}.base_layer" if owner in self.adapters[name].layers else owner, own)
 
     def _key(self, path: str, key: str) -> str:
         return f"{self.key_prefix}{path}.{key}" if path else f"{self.key_prefix}{key}"
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """What of adapter `name` is trained: without the buffers of saved modules, with the encoder of a prompt."""
-        found = [t for t in self.adapter_tensors(name).values() if isinstance(t, nn.Parameter)]
-        made_by = list(self.prompts[name].parameters()) if name in self.prompts else []
-        return [*made_by, *(p for p in found if not any(p is q for q in made_by))]
+        parts = self.adapters[name]
+        found = [*self.prompts[name].parameters()] if name in self.prompts else []
+        for path in parts.layers:
+            found += self._layers[path].adapter_parameters(name).values()
+        for path in parts.modules:
+            found += self._saved[path].modules_to_save[name].parameters()
+        return [*found, *(self._swapped(path, name) for path in parts.parameters)]
+
+    def _swapped(self, path: str, name: str) -> nn.Parameter:
+        owner, _, own = path.rpartition(".")
+        swap = self._swaps[path]
+        if name == swap.standing and owner in self._layers:
+            return self._layers[owner].beneath(own)
+        return swap.of(name)
+
+    def ask_for_gradients(self, name: str, wanted: bool) -> None:
+        """Trains adapter `name`, or freezes it; what is not an adapter's is left as the user set it."""
+        for p in self.adapter_parameters(name):
+            p.requires_grad_(wanted and (p.is_floating_point() or p.is_complex()))
 
     def stand_in(self, path: str, name: str, tensor: Tensor) -> None:
-        """Makes `tensor` what adapter `name` has in the place of the base model's parameter at `path`."""
-        self._swap(path).adapters[name] = nn.Parameter(tensor, requires_grad=False)
+        """Makes `tensor` what adapter `name` has in the place of the base model's parameter at `path`, untrained."""
+        with self.bare():
+            swap = self._swap(path, sites_of(self.model))
+            swap.adapters[name] = nn.Parameter(tensor.to(swap.original), requires_grad=False)
 
     # ---- off ----
 
     def delete_adapter(self, name: str) -> None:
-        """Takes adapter `name` off; a layer without any is the base model's own again."""
-        self.set_active(*(n for n in self.active if n != name))
+        """Takes adapter `name` off; a layer without any is the base model's own again.
+
+        Where it was the only active one, the first of the others takes its place, as in PEFT.
+
+        Raises:
+            ConfigError: It is merged.
+        """
+        if name in self.merged:
+            raise ConfigError(
+                f"adapter {name!r} is merged into the weights: call unmerge_adapter before it is deleted."
+            )
+        rest = tuple(n for n in self.active if n != name)
+        others = [n for n in self.adapters if n != name]
+        if name in self.active and not rest and others:
+            rest = (others[0] if self.for_prompts else min(others),)
+            warnings.warn(f"Adapter {name} was active: {rest[0]} is the active one now.", stacklevel=3)
+        with self.bare():
+            self._forget(name)
+            self.active = rest
+
+    def _forget(self, name: str) -> None:
+        """Drops all that is there of an adapter, from the bare model."""
+        self.adapters.pop(name, None)
         if name in self.prompts:
             del self.prompts[name], self._prompt_configs[name]
-        for path, module in list(self.model.named_modules()):
-            if isinstance(module, WrappedLayer):
-                module.delete_adapter(name)
-                if not any(getattr(module, attribute) for attribute in module.ADAPTER_ATTRIBUTES):
-                    replace(self.model, path, module.restore())
-            elif isinstance(module, SavedModule):
-                module.delete_adapter(name)
-                if not module.modules_to_save:
-                    replace(self.model, path, module.original_module)
+        for path, layer in list(self._layers.items()):
+            layer.delete_adapter(name)
+            if layer.is_empty:
+                del self._layers[path]
+        for path, saved in list(self._saved.items()):
+            saved.delete_adapter(name)
+            if not saved.modules_to_save:
+                del self._saved[path]
         for path, swap in list(self._swaps.items()):
-            swap.adapters.pop(name, None)
+            swap.delete_adapter(name)
             if not swap.adapters:
                 del self._swaps[path]
 
-    @property
-    def merged(self) -> tuple[str, ...]:
-        """The adapters that are in the base model's own weights just now."""
-        found = (n for m in self.model.modules() if isinstance(m, WrappedLayer) for n in m.merged)
-        return tuple(dict.fromkeys(found))
-
-    def merge(self, *names: str, safe: bool = False, keep: bool = True) -> None:
-        """Puts adapters into the base layers' weights.
+    def merge(self, *names: str, safe: bool = False) -> None:
+        """Puts adapters into the base layers' weights, beside those that are merged already.
 
         Args:
-            safe: Refuse where a merged weight is not finite; nothing has been changed then.
-            keep: Hold the originals for `unmerge`.
+            safe: Refuse where a merged weight is not finite.
 
         Raises:
-            MergeError: The adapter is a prompt, is broken, or its base is quantised.
+            MergeError: An adapter is a prompt, is broken, its base is quantised, or it cannot be at work beside the
+                others. Nothing has been changed then.
         """
+        merged = self._to_merge(names)
+        try:
+            self._lay_down()
+            self._put_swaps(merged)
+            found = {path: layer.merge(merged, safe=safe) for path, layer in self._layers.items()}
+            for path, layer in self._layers.items():
+                layer.hold_merged(merged, found[path])
+            self.merged = merged
+        finally:
+            self._settle()
+
+    def _to_merge(self, names: Sequence[str]) -> tuple[str, ...]:
         if self.for_prompts:
             raise MergeError("A prompt stands beside the weights and cannot be merged into them: keep the adapter.")
-        done: list[WrappedLayer] = []
-        try:
-            for module in self.model.modules():
-                if isinstance(module, WrappedLayer):
-                    done.append(module)
-                    for name in names:
-                        module.merge(name, safe=safe, keep=keep or safe)
-        except BaseException:
-            for module in done:
-                module.unmerge()
-            raise
+        merged = (*self.merged, *(n for n in names if n not in self.merged))
+        self._check_together(merged, error=MergeError)
+        for layer in self._layers.values():
+            layer.check_merge(merged)
+        return merged
 
     def unmerge(self) -> None:
         """Takes merged adapters out of the weights again, bit for bit."""
-        for module in self.model.modules():
-            if isinstance(module, WrappedLayer):
-                module.unmerge()
-                module.activate(self.active)
+        self._unmerge()
+        self._settle()
 
-    def unload(self, *merge: str, safe: bool = False) -> nn.Module:
-        """Takes everything off again and returns the base model: as it was, bit for bit, or with adapters merged.
+    def _unmerge(self) -> None:
+        self.merged = ()
+        for layer in self._layers.values():
+            layer.hold_merged((), {})
+
+    def unload(self) -> nn.Module:
+        """Takes everything off and returns the base model as it was, bit for bit."""
+        with self.bare():
+            for name in list(self.adapters):
+                self._forget(name)
+            self.active = ()
+            self._unmerge()
+        return self._let_go()
+
+    def merge_and_unload(self, *names: str, safe: bool = False, progress: bool = False) -> nn.Module:
+        """Takes everything off and returns the base model with adapters in it, those that are merged already included.
+
+        Args:
+            safe: Refuse where a merged weight is not finite.
+            progress: Show how far it is.
 
         Raises:
-            MergeError: See `merge`; everything is still attached then.
+            MergeError: As `merge`; everything is still attached then.
         """
-        self.unmerge()
-        self.set_active(*merge)
-        if merge:
-            self.merge(*merge, safe=safe, keep=False)
-        for path, module in list(self.model.named_modules()):
-            if isinstance(module, WrappedLayer):
-                replace(self.model, path, module.base_layer if merge else module.restore())
-            elif isinstance(module, SavedModule):
-                replace(self.model, path, module.current)
+        merged = self._to_merge(names)
+        found: dict[str, dict[str, nn.Parameter]] = {}
+        try:
+            self._lay_down()
+            self._put_swaps(merged)
+            if safe:
+                found = {path: layer.merge(merged, safe=True) for path, layer in self._layers.items()}
+        except BaseException:
+            self._settle()
+            raise
+        trained = [(swap, swap.of(swap.standing)) for swap in self._swaps.values() if swap.standing is not None]
+        for path, layer in _shown(self._layers.items(), progress):
+            # one layer after the other, so that no weight is there twice for long
+            for key, parameter in (found[path] if safe else layer.merge(merged)).items():
+                setattr(layer.base_layer, key, parameter)
+        for swap, parameter in trained:
+            swap.stay(parameter)
+        copies: list[str] = []
+        for path in self._places():
+            if inside(path, copies):
+                continue
+            standing, saved = self._own(path), self._saved.get(path)
+            name = next((n for n in merged if saved is not None and n in saved.modules_to_save), None)
+            if saved is not None and name is not None:
+                copies.append(path)
+                standing = saved.in_own_format(name)
+            replace(self.model, path, standing)
+        for holder in (self.adapters, self._layers, self._saved, self._swaps):
+            holder.clear()
+        self.active = self.merged = ()
+        self._let_go()
+        _untie(self.model)
+        return self.model
+
+    def _let_go(self) -> nn.Module:
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._was_trainable.get(name, True))
-        self._swaps.clear()
-        self.prompts.clear()
-        if merge:
-            _untie(self.model)
+        _TAKEN.discard(self.model)
         return self.model
+
+    # ---- a larger vocabulary ----
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's function of this name, and every adapter's copy of what it resizes.
+
+        The new rows of a copy are those that the base model got.
+
+        Raises:
+            ConfigError: An adapter has parameters of the old size beside the embeddings or the head. Nothing has been
+                changed then.
+        """
+        with self.bare() as base:
+            ends = [end() for end in (base.get_input_embeddings, base.get_output_embeddings)]  # type: ignore[operator]
+            paths = [path for path, module in base.named_modules() if any(module is end for end in ends)]
+            if path := next((path for path in paths if path in self._layers), None):
+                raise ConfigError(
+                    f"{path} carries an adapter of the present size: resize the embeddings before attaching."
+                )
+            changing = [path for path in self._swaps if path.rpartition(".")[0] in paths]
+            base.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
+            sites = sites_of(base)
+            for path in changing:
+                old = self._swaps.pop(path)
+                swap = self._swap(path, sites)
+                for name, p in old.adapters.items():
+                    swap.adapters[name] = _resized(p, swap.original)
+            for path, saved in self._saved.items():
+                for name, twin in saved.modules_to_save.items():
+                    saved.modules_to_save[name] = _resized_module(twin, base.get_submodule(path))
+
+
+def _resized(old: nn.Parameter, original: Tensor) -> nn.Parameter:
+    """What an adapter has in the place of `original`, grown or cut to its size."""
+    if old.shape == original.shape:
+        return old
+    new = original.detach().to(old.dtype, copy=True)
+    n = min(len(old), len(new))
+    new[:n] = old.detach()[:n]
+    return nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def _resized_module(twin: nn.Module, own: nn.Module) -> nn.Module:
+    before, now = dict(twin.named_parameters()), dict(own.named_parameters())
+    if all(p.shape == now[key].shape for key, p in before.items()):
+        return twin
+    grown = copy.deepcopy(own)
+    grown.train(twin.training)
+    for key, p in before.items():
+        replace_parameter(grown, key, _resized(p, now[key]))
+    return grown
+
+
+def _begins(rows: Rows, repeated: bool) -> Any:
+    """A hook that tells `rows` what batch the model is given."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [*kwargs.values()]
+        if args:
+            given = [*args, *given]
+        tensors = [t for t in given if isinstance(t, Tensor) and t.dim()]
+        named = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+        tokens = [t for name in named if isinstance(t := kwargs.get(name), Tensor)] or tensors[:1]
+        if not tokens:
+            return
+        batch = len(tokens[0])
+        if batch != len(rows.names) and not repeated:
+            raise ConfigError(
+                f"adapter_names has {len(rows.names)} names for a batch of {batch} rows: name the adapter of each row."
+            )
+        rows.begin(batch, {t.shape[1] for t in tokens if t.dim() > 1})
+
+    return hook
+
+
+def _shown(layers: Any, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(layers, disable=not progress, desc="Unloading and merging model")
+
+
+def replace_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Puts `parameter` at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, parameter)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

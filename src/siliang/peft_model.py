@@ -6,23 +6,30 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from siliang.checkpoint import check_sizes, load_tensors, read_adapter, read_training, save_adapter
+from siliang.checkpoint import (
+    check_sizes,
+    load_tensors,
+    on_the_plain_base,
+    read_adapter,
+    read_training,
+    save_adapter,
+    with_embeddings,
+)
 from siliang.files import outside_links
-from siliang.inject import Injection
+from siliang.inject import PROMPT_KEY, Injection
 from siliang.methods import config_class
-from siliang.methods.base import CONFIG_NAME, PeftConfig
+from siliang.methods.base import BASE, CONFIG_NAME, PeftConfig
 from siliang.models.few_bits import keep_as_stored
 from siliang.types import AdapterError, ConfigError, nearest
-
-BASE = "__base__"  # in adapter_names: no adapter
 
 
 def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
@@ -48,9 +55,27 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     return config_class(config_dict.get("peft_type"), source="config_dict").from_dict(config_dict, source="config_dict")
 
 
-def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
-    """What an adapter consists of, under the keys of its file."""
-    return {key: tensor.detach() for key, tensor in model.injection.adapter_tensors(adapter_name).items()}
+def get_peft_model_state_dict(
+    model: PeftModel,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """What an adapter consists of, under the keys of its file.
+
+    Args:
+        state_dict: The whole model's, to take the values from, such as one that was gathered from several devices.
+        unwrap_compiled: The model may be one that torch.compile gave.
+        save_embedding_layers: The embeddings and the head too. "auto": where the adapter has others than the base, or
+            they have another size than the base model's folder says.
+
+    Raises:
+        ConfigError: The adapter is not there.
+        AdapterError: `state_dict` lacks a part of it.
+    """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    return {key: t.detach() for key, t in model.adapter_state(adapter_name, state_dict, save_embedding_layers).items()}
 
 
 def set_peft_model_state_dict(
@@ -139,13 +164,29 @@ class PeftModel(PreTrainedModel):
             self.unload()
             raise
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PeftModel:
+        """Moves what adapters keep aside along with the model."""
+        super()._apply(fn, recurse)
+        for p in {id(p): p for p in self.injection.aside()}.values():
+            p.data = fn(p.data)
+        return self
+
     # ---- adapters ----
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:  # type: ignore[override]
-        """Attaches another new adapter, inactive until `set_adapter`."""
+        """Attaches another new adapter, inactive and frozen until `set_adapter`.
+
+        Merged adapters are taken out of the weights, as in PEFT.
+
+        Raises:
+            ConfigError: The name is taken, or the method cannot work on this model. It is unchanged then.
+        """
         self._add_adapter(adapter_name, peft_config)
 
-    def _add_adapter(self, name: str, peft_config: PeftConfig, *, lenient: bool = False) -> None:
+    def _add_adapter(
+        self, name: str, peft_config: PeftConfig, *, lenient: bool = False, fill: Callable[[], None] = lambda: None
+    ) -> None:
+        """Attaches an adapter and lets `fill` load it; where that fails the adapter is taken off again."""
         if not name or any(c in name for c in "./\\") or name == BASE:
             raise ConfigError(f"adapter name {name!r}: use letters, digits, '-' and '_', at least one.")
         if name in self.peft_config:
@@ -161,6 +202,12 @@ class PeftModel(PreTrainedModel):
                 "parent_library": type(base).__module__,
             }
         self.injection.add_adapter(name, config, lenient=lenient)
+        try:
+            fill()
+            self.injection.leave_merged("An adapter is added to")
+        except BaseException:
+            self.injection.delete_adapter(name)
+            raise
         self.peft_config[name] = config
 
     def load_adapter(  # type: ignore[override]
@@ -168,40 +215,64 @@ class PeftModel(PreTrainedModel):
     ) -> None:
         """Attaches an adapter from a folder (or a hub name), inactive until `set_adapter`.
 
+        Args:
+            is_trainable: Train it, with its head, from now on; otherwise it stays frozen.
+
         Raises:
             AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
         """
         folder = adapter_folder(model_id)
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
-        tensors = read_adapter(folder)
-        check_sizes(config, tensors, model=self.get_base_model(), source=str(folder))
-        before = self.injection.active
-        self._add_adapter(adapter_name, config, lenient=True)
-        try:
-            load_tensors(self.injection, adapter_name, tensors, source=str(folder), training=read_training(folder))
-        except AdapterError:
-            self.delete_adapter(adapter_name)
-            raise
-        self.injection.set_active(*before)
+        tensors, training = read_adapter(folder), read_training(folder)
+        with self.injection.bare() as base:
+            check_sizes(config, tensors, model=base, source=str(folder))
+
+        def fill() -> None:
+            load_tensors(self.injection, adapter_name, tensors, source=str(folder), training=training)
+
+        self._add_adapter(adapter_name, config, lenient=True, fill=fill)
+        self.injection.ask_for_gradients(adapter_name, is_trainable)
 
     def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
-        """Takes an adapter off for good."""
+        """Takes an adapter off for good. Where it was the only active one, another takes its place, as in PEFT.
+
+        Raises:
+            ConfigError: It is not there, or is merged into the weights.
+        """
         self._known(adapter_name)
+        before = self.injection.active
         self.injection.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
+        if self.injection.active != before:
+            self._train_active()
 
-    def set_adapter(self, adapter_name: str | list[str]) -> None:  # type: ignore[override]
-        """Makes one adapter (or several, which add up) the active one, and trained unless loaded for inference."""
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:  # type: ignore[override]
+        """Makes one adapter (or several, which add up) the active one, and trained unless loaded for inference.
+
+        Merged adapters are taken out of the weights first, as in PEFT.
+
+        Args:
+            inference_mode: Leave it frozen.
+
+        Raises:
+            ConfigError: One is not there, or they cannot be at work together. The model is unchanged then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self._known(name)
         self.injection.set_active(*names)
-        self.injection.train_only(*(name for name in names if not self.peft_config[name].inference_mode))
+        self._train_active(frozen=inference_mode)
+
+    def _train_active(self, *, frozen: bool = False) -> None:
+        for name, config in self.peft_config.items():
+            trained = name in self.injection.active and not config.inference_mode and not frozen
+            self.injection.ask_for_gradients(name, trained)
 
     @property
-    def active_adapter(self) -> str:
-        return self.injection.active[0]
+    def active_adapter(self) -> str | None:
+        """The active adapter, the first of several, even while it is disabled; None where there is none."""
+        return next(iter(self.injection.active), None)
 
     @property
     def active_adapters(self) -> list[str]:  # type: ignore[override]
@@ -209,25 +280,20 @@ class PeftModel(PreTrainedModel):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        if self.active_adapter is None:
+            raise ConfigError("No adapter is active: make one so with set_adapter.")
         return self.peft_config[self.active_adapter]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model computes as the base model does, merged adapters or not."""
-        before, merged = self.injection.active, self.injection.merged
-        self.injection.unmerge()
-        self.injection.set_active()
-        try:
+        with self.injection.disabled():
             yield
-        finally:
-            self.injection.set_active(*before)
-            if merged:
-                self.injection.merge(*merged)
 
     def _known(self, name: str) -> None:
         if name not in self.peft_config:
             raise ConfigError(
-                f"adapter {name!r} is not there; there are {', '.join(self.peft_config)}."
+                f"adapter {name!r} is not there; there are {', '.join(self.peft_config) or 'none'}."
                 + nearest(name, self.peft_config)
             )
 
@@ -239,31 +305,38 @@ class PeftModel(PreTrainedModel):
 
     def unload(self) -> nn.Module:
         """Takes the adapters off and returns the base model as it was, bit for bit, even if some had been merged."""
-        return self.injection.unload()
+        base = self.injection.unload()
+        self.peft_config.clear()
+        return base
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | str | None = None
     ) -> nn.Module:
-        """Adds adapters (the active ones) into the weights and returns the plain base model.
+        """Adds adapters (the active ones) into the weights and returns the plain base model, in its own number format.
 
-        See `siliang.merge` for a merge that is proved.
+        Those that are merged already stay in. With the named adapters come their heads and biases; PEFT takes the
+        active one's. See `siliang.merge` for a merge that is proved.
 
         Args:
-            progressbar: Taken for PEFT's sake; merging is quick.
+            progressbar: Show how far it is.
             safe_merge: Refuse where merged weights would not be finite; the model is unchanged then.
 
         Raises:
             MergeError: The base model is quantised, the adapter is a prompt, or, with `safe_merge`, broken.
         """
-        return self.injection.unload(*self._chosen(adapter_names), safe=safe_merge)
+        names = self._chosen(adapter_names)
+        base = self.injection.merge_and_unload(*names, safe=safe_merge, progress=progressbar)
+        self.peft_config.clear()
+        return base
 
     def merge_adapter(self, adapter_names: list[str] | str | None = None, safe_merge: bool = False) -> None:
         """Adds adapters (the active ones) into the weights in place, until `unmerge_adapter`, which is exact.
 
-        Until then the original weights of the tuned layers are held as well.
+        A layer with merged adapters computes with these alone, as in PEFT, whichever is active; heads are the active
+        one's. Until then the original weights of the tuned layers are held as well.
 
         Raises:
-            MergeError: As for `merge_and_unload`.
+            MergeError: As for `merge_and_unload`; nothing is merged then.
         """
         self.injection.merge(*self._chosen(adapter_names), safe=safe_merge)
 
@@ -280,20 +353,70 @@ class PeftModel(PreTrainedModel):
     # ---- files ----
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, selected_adapters: list[str] | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Writes the adapters: "default" into the folder itself, others into folders of their names inside it.
 
         Args:
+            safe_serialization: As safetensors; otherwise as a pickled adapter_model.bin.
             selected_adapters: Which; None for all.
-            kwargs: What the Trainer passes (`state_dict`, `is_main_process`); only the main process writes.
+            save_embedding_layers: See `get_peft_model_state_dict`.
+            is_main_process: Only the main process writes.
+            path_initial_model_for_weight_conversion: The folder of the same adapter as it was before training, for one
+                that started with "pissa" or "olora": what is written is plain LoRA of twice the rank, on the base.
+            state_dict: See `get_peft_model_state_dict`.
+
+        Raises:
+            ConfigError: An adapter is not there, or cannot be turned into plain LoRA. Nothing has been written then.
         """
-        if not kwargs.get("is_main_process", True):
-            return
-        for name in selected_adapters or list(self.peft_config):
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        for name in names:
             self._known(name)
+        if Path(save_directory).is_file():
+            raise ConfigError(f"{save_directory} is a file, and adapters are saved into a folder.")
+        initial = path_initial_model_for_weight_conversion
+        written = []
+        for name in names:
+            config, tensors = self.peft_config[name], self.adapter_state(name, state_dict, save_embedding_layers)
+            if initial is not None:
+                config, tensors = on_the_plain_base(config, tensors, Path(initial))
+            written.append((name, config, tensors))
+        if not is_main_process:
+            return
+        for name, config, tensors in written:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            save_adapter(folder, self.injection, name, self.peft_config[name])
+            save_adapter(folder, self.injection, name, config, tensors, pickled=not safe_serialization)
+
+    def adapter_state(
+        self,
+        name: str,
+        state_dict: dict[str, Tensor] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+    ) -> dict[str, Tensor]:
+        """See `get_peft_model_state_dict`. The tensors are live where they can be."""
+        self._known(name)
+        injection = self.injection
+        tensors = injection.adapter_tensors(name)
+        if state_dict is not None:
+            named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+            keys = {id(t): key for key, t in named}
+            if name in injection.prompts:
+                keys |= {id(t): key for key, t in tensors.items() if key == PROMPT_KEY}
+                state_dict = {**state_dict, PROMPT_KEY: _prompt_of(injection.prompts[name], name, state_dict)}
+            if missing := [key for key, t in tensors.items() if keys.get(id(t), key) not in state_dict]:
+                raise AdapterError(
+                    f"state_dict lacks {len(missing)} tensors of adapter {name!r}, such as {missing[0]}."
+                )
+            tensors = {key: state_dict[keys.get(id(t), key)] for key, t in tensors.items()}
+        return with_embeddings(injection, name, self.peft_config[name], tensors, wanted=save_embedding_layers)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -324,7 +447,7 @@ class PeftModel(PreTrainedModel):
         peft_model = cls(model, config, adapter_name, lenient=True)
         try:
             load_tensors(peft_model.injection, adapter_name, tensors, source=str(folder), training=training)
-        except AdapterError:
+        except BaseException:
             peft_model.unload()
             raise
         peft_model.set_adapter(adapter_name)
@@ -385,16 +508,41 @@ class PeftModel(PreTrainedModel):
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, with the adapter at work, or one for each row."""
-        with self._rows(adapter_names):
+        given = next(
+            (x for x in (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))) if x is not None), None
+        )
+        if adapter_names is not None and len(adapter_names) != (1 if given is None else len(given)):
+            raise ConfigError(
+                f"adapter_names has {len(adapter_names)} names for {1 if given is None else len(given)} rows: "
+                "name the adapter of each row."
+            )
+        with self._rows(adapter_names, repeated=True):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _rows(self, names: list[str] | None) -> AbstractContextManager[None]:
+    def _rows(self, names: list[str] | None, *, repeated: bool = False) -> AbstractContextManager[None]:
         if names is None:
             return nullcontext()
+        if isinstance(names, str):
+            raise ConfigError(f"adapter_names must be a list, the adapter of each row, not the string {names!r}.")
         for name in names:
             if name != BASE:
                 self._known(name)
-        return self.injection.by_rows(names)
+        if self.training:
+            raise ConfigError("adapter_names is for inference: call eval() first.")
+        return self.injection.by_rows(names, repeated=repeated)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        """The base model's function of this name, for its embeddings and head and those that adapters have saved.
+
+        Raises:
+            ConfigError: The base model has none, or an adapter tunes them by parameters of the present size.
+        """
+        if not isinstance(self.get_base_model(), PreTrainedModel):
+            raise ConfigError(
+                f"{type(self.get_base_model()).__name__} has no embeddings that transformers could resize."
+            )
+        self.injection.resize_token_embeddings(*args, **kwargs)
+        return self.get_input_embeddings()
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -442,9 +590,19 @@ class PeftModel(PreTrainedModel):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # not there yet: without this line the next one would ask for it for ever
+            # not there yet: without this line the next one would ask for it for ever
+            if name in ("base_model", "injection") or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_model, name)
+
+
+def _prompt_of(prompt: Any, name: str, state_dict: dict[str, Tensor]) -> Tensor:
+    """The table of virtual tokens with the values of a whole model's state."""
+    start = f"prompt_encoder.{name}."
+    own = {key.removeprefix(start): t for key, t in state_dict.items() if key.startswith(start)}
+    if missing := sorted(prompt.state_dict().keys() - own.keys()):
+        raise AdapterError(f"state_dict lacks {start}{missing[0]}.")
+    return functional_call(prompt, own, ())
 
 
 # PEFT has a class a task. Here one serves all, and answers to their names, so that scripts port.

@@ -11,10 +11,9 @@ from torch import nn
 
 from siliang.limits import LimitError, limited
 from siliang.methods import method_of
-from siliang.methods.base import LayerConfig, WrappedLayer, is_linear
+from siliang.methods.base import LayerConfig, is_linear
 from siliang.methods.bitfit import is_bias
 from siliang.methods.lora import LoraConfig, matches_layer
-from siliang.saved_module import SavedModule
 from siliang.types import TargetError, nearest
 
 
@@ -149,13 +148,9 @@ def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base model under their own paths, as if nothing were attached."""
+    """The modules of a base model, one that is shared under each of its paths. Nothing may be attached to it."""
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(module, WrappedLayer):
-            module = module.base_layer
-        elif isinstance(module, SavedModule):
-            module = module.original_module
         yield path, module
         for name, child in module.named_children():
             yield from walk(child, f"{path}.{name}" if path else name)

@@ -7,7 +7,8 @@ import enum
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +21,7 @@ from siliang.methods.fields import check_fields
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
+BASE = "__base__"  # in adapter_names: no adapter
 PEFT_FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
 
 
@@ -250,20 +252,72 @@ class Prompt(nn.Module, ABC):
         self.flat = True
 
 
+class Rows:
+    """Which adapter computes each row of the batch that is at work ("__base__": none).
+
+    Everything attached to one model shares the object. The model's forward says how its batch stands to the names
+    (`begin`), for generation repeats each row for its beams.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._now = self.names
+        self._tokens: set[int] = set()
+
+    def begin(self, batch: int, tokens: set[int]) -> None:
+        """A forward begins, on a batch of so many rows of so many tokens each.
+
+        Raises:
+            ConfigError: The batch is no multiple of the names.
+        """
+        if batch % len(self.names):
+            raise ConfigError(f"adapter_names has {len(self.names)} names for a batch of {batch}: one for each row.")
+        repeat = batch // len(self.names)
+        self._now, self._tokens = tuple(n for n in self.names for _ in range(repeat)), tokens
+
+    def of(self, x: Tensor) -> tuple[str, ...]:
+        """The adapter of each row of a layer's input, (B, ...) or, flattened, (B N, D).
+
+        Raises:
+            ConfigError: The input has other rows than the batch.
+        """
+        if len(x) == len(self._now):
+            return self._now
+        if x.dim() == 2 and len(x) in {len(self._now) * n for n in self._tokens}:
+            return tuple(n for n in self._now for _ in range(len(x) // len(self._now)))
+        raise ConfigError(
+            f"adapter_names: a layer reads {len(x)} rows where the batch has {len(self._now)}, and whose they are "
+            "cannot be told. Use set_adapter, one adapter at a time."
+        )
+
+    @contextmanager
+    def only(self, names: Sequence[str]) -> Iterator[None]:
+        """Within the block a module is at work on some rows of the batch, those of `names`."""
+        before = self._now
+        self._now = tuple(names)
+        try:
+            yield
+        finally:
+            self._now = before
+
+
 class WrappedLayer(nn.Module, ABC):
     """A layer of the base model with named adapters beside it.
 
     The wrapped layer stands where the base layer stood and keeps it as `base_layer`. It calls the base layer and never
-    asks what kind it is, so the same class serves full-precision and quantised layers.
+    asks what kind it is, so the same class serves full-precision and quantised layers. Adapters are made while the base
+    layer has its own parameters: inject.py sees to that, and then says which of them stand there (`stand`).
 
     Attributes:
         active: The adapters that compute, in order.
-        merged: Those that are in the base layer's own weights just now.
-        row_adapters: For a batch that mixes adapters, the one of each row ("__base__" for none); None otherwise.
+        merged: Those that are in the base layer's own parameters; the layer computes with these alone then, as in PEFT.
+        rows: For a batch that mixes adapters, the one of each row; None otherwise.
     """
 
     # The attributes that hold the adapters' parameters, each keyed by adapter name, in the order of the file.
     ADAPTER_ATTRIBUTES: ClassVar[tuple[str, ...]]
+    # An adapter takes the layer's place, so that only one can be at work.
+    EXCLUSIVE: ClassVar[bool] = False
 
     base_layer: Any  # nn.Linear and its quantised kin
 
@@ -272,8 +326,10 @@ class WrappedLayer(nn.Module, ABC):
         self.base_layer = base_layer
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self.row_adapters: tuple[str, ...] | None = None
-        self._unmerged: dict[str, nn.Parameter] = {}
+        self.rows: Rows | None = None
+        # Dicts, so that nothing of them is listed among the layer's parameters.
+        self._own: dict[str, nn.Parameter] = {}  # what stood where another parameter has been put
+        self._merged: dict[str, nn.Parameter] = {}
 
     @classmethod
     @abstractmethod
@@ -292,14 +348,28 @@ class WrappedLayer(nn.Module, ABC):
     def merged_parameters(self, name: str) -> dict[str, Tensor]:
         """What the base layer's parameters become with adapter `name` in them."""
 
+    def standing(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """What must stand in the place of the base layer's own parameters while adapters `names` are at work."""
+        return {}
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.row_adapters is None:
-            return self.adapted([n for n in self.active if n not in self.merged], x, *args, **kwargs)
-        return by_row(self.row_adapters, x, lambda name, part: self.adapted([name], part, *args, **kwargs))
+        if self.rows is None:
+            return self.adapted(() if self.merged else self.active, x, *args, **kwargs)
+
+        def run(name: str, part: Tensor) -> Tensor:
+            with self._beside([name]):
+                return self.adapted([name], part, *args, **kwargs)
+
+        return by_row(self.rows.of(x), x, run)
 
     def has(self, name: str) -> bool:
         """Whether this layer has adapter `name`."""
         return any(name in getattr(self, attribute) for attribute in self.ADAPTER_ATTRIBUTES)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this layer has no adapter."""
+        return not any(getattr(self, attribute) for attribute in self.ADAPTER_ATTRIBUTES)
 
     def delete_adapter(self, name: str) -> None:
         """Forgets adapter `name`, if this layer has it."""
@@ -308,51 +378,86 @@ class WrappedLayer(nn.Module, ABC):
             if name in held:
                 del held[name]
 
-    @torch.no_grad()
-    def merge(self, name: str, *, safe: bool = False, keep: bool = True) -> None:
-        """Puts adapter `name` into the base layer's own parameters.
+    # ---- which parameters stand in the base layer ----
 
-        They are replaced, not written to: a parameter that is tied to another layer's leaves that one as it is.
+    def stand(self, names: tuple[str, ...], *, merged: bool) -> None:
+        """Makes `names` the adapters that compute, or puts the merged ones into the base layer's parameters."""
+        self.lay_down()
+        self.active = names
+        for key, parameter in (self._merged if merged and self.merged else self.standing(names)).items():
+            self._put(key, parameter)
 
-        Args:
-            safe: Refuse where the result is not finite.
-            keep: Hold the originals for `unmerge`, which then restores them bit for bit.
+    def lay_down(self) -> None:
+        """Gives the base layer the parameters back that others have been put in the place of."""
+        for key, parameter in self._own.items():
+            setattr(self.base_layer, key, parameter)
+        self._own.clear()
+
+    def beneath(self, key: str) -> nn.Parameter:
+        """The base layer's parameter, whatever this layer has put in its place."""
+        return self._own[key] if key in self._own else getattr(self.base_layer, key)
+
+    def _put(self, key: str, parameter: nn.Parameter) -> None:
+        self._own.setdefault(key, getattr(self.base_layer, key))
+        setattr(self.base_layer, key, parameter)
+
+    @contextmanager
+    def _beside(self, names: Sequence[str]) -> Iterator[None]:
+        try:
+            for key, parameter in self.standing(names).items():
+                self._put(key, parameter)
+            yield
+        finally:
+            self.lay_down()
+
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Before anything is merged.
 
         Raises:
-            MergeError: The base layer is quantised, or, with `safe`, the adapter is broken.
+            MergeError: The base layer is quantised.
         """
-        if not self.has(name) or name in self.merged:
-            return
-        if is_quantised(self.base_layer):
+        if is_quantised(self.base_layer) and any(self.has(name) for name in names):
             raise MergeError(
                 "The base model is quantised, and rounding the merged weights to it again would change the answers: "
                 "load the base model in 16 bits, attach the adapter, and merge there (`siliang merge` does)."
             )
-        for key, value in self.merged_parameters(name).items():
-            if safe and not torch.isfinite(value).all():
-                raise MergeError(f"Adapter {name!r} is broken: merged weights would not be finite.")
-            parameter = getattr(self.base_layer, key)
-            if keep or len(self.active) > 1:  # what is merged next may be computed from the originals, as in DoRA
-                self._unmerged.setdefault(key, parameter)
-            setattr(self.base_layer, key, nn.Parameter(value.to(parameter.dtype), requires_grad=False))
-        self.merged = (*self.merged, name)
 
-    def unmerge(self) -> None:
-        """Puts the parameters back that `merge` replaced."""
-        for key, parameter in self._unmerged.items():
-            setattr(self.base_layer, key, parameter)
-        self._unmerged.clear()
-        self.merged = ()
+    @torch.no_grad()
+    def merge(self, names: Sequence[str], *, safe: bool = False) -> dict[str, nn.Parameter]:
+        """The base layer's parameters with the adapters of `names` that this layer has in them, one after another.
 
-    def activate(self, names: tuple[str, ...]) -> None:
-        """Makes `names` the adapters that compute."""
-        self.active = names
+        They are new ones, so that a parameter that is tied to another layer's leaves that one as it is. The base layer
+        must have its own parameters, and has them again behind it.
 
-    def restore(self) -> nn.Module:
-        """The base layer as it was before anything was done to it."""
-        self.unmerge()
-        self.activate(())
-        return self.base_layer
+        Args:
+            safe: Refuse where the result is not finite.
+
+        Raises:
+            MergeError: With `safe`, an adapter is broken; or the base layer lacks a parameter to merge into.
+        """
+        here = [name for name in names if self.has(name)]
+        dtype = self.base_layer.weight.dtype
+        found: dict[str, nn.Parameter] = {}
+        with self._beside(here):
+            for name in here:
+                for key, value in self.merged_parameters(name).items():
+                    if getattr(self.base_layer, key) is None:
+                        raise MergeError(f"Adapter {name!r} has a {key}, and the layer has none to merge it into.")
+                    # one rounding, at the end: what comes after is formed in the wider dtype too
+                    self._put(key, nn.Parameter(value, requires_grad=False))
+                    found[key] = nn.Parameter(value.to(dtype), requires_grad=False)
+                    if safe and not torch.isfinite(found[key]).all():
+                        raise MergeError(f"Adapter {name!r} is broken: merged weights would not be finite.")
+        return found
+
+    def hold_merged(self, names: Sequence[str], parameters: dict[str, nn.Parameter]) -> None:
+        """Takes what `merge` gave; `stand` puts it where the model reads it."""
+        self.merged, self._merged = tuple(name for name in names if self.has(name)), parameters
+
+    def aside(self) -> Iterator[nn.Parameter]:
+        """The parameters that belong to the layer and are not listed among its own, for they do not stand there now."""
+        yield from self._own.values()
+        yield from self._merged.values()
 
     @property
     def weight(self) -> Tensor:  # some models read `dense.weight` of a layer they think is plain
@@ -377,15 +482,13 @@ class WrappedLayer(nn.Module, ABC):
         return found
 
 
-def by_row(rows: Sequence[str], x: Tensor, run: Callable[[str, Tensor], Tensor]) -> Tensor:
+def by_row(names: Sequence[str], x: Tensor, run: Callable[[str, Tensor], Tensor]) -> Tensor:
     """A batch that mixes adapters: each adapter's rows go through `run` together, and come back in their order.
 
     Args:
-        rows: The adapter of each row; a batch that is a multiple of it (beams) repeats each.
+        names: The adapter of each row.
         x: (B, ...).
     """
-    repeat = len(x) // len(rows)
-    names = [name for name in rows for _ in range(repeat)]
     out: Tensor | None = None
     for name in dict.fromkeys(names):
         index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from siliang.methods.base import LayerConfig, WrappedLayer, trained_dtype
 from siliang.methods.targets import LN_TARGETS
-from siliang.types import ConfigError, MergeError, PeftType
+from siliang.types import ConfigError, PeftType
 
 
 @dataclass(kw_only=True)
@@ -36,6 +36,7 @@ class TunedNorm(WrappedLayer):
     """A norm with trained copies of itself: `ln_tuning_layers.<adapter>.weight` (D,) and `.bias` (D,)."""
 
     ADAPTER_ATTRIBUTES = ("ln_tuning_layers",)
+    EXCLUSIVE = True
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -63,6 +64,4 @@ class TunedNorm(WrappedLayer):
         return norm(x.to(wide) if x.dtype.itemsize < wide.itemsize else x, *args, **kwargs).to(x.dtype)
 
     def merged_parameters(self, name: str) -> dict[str, Tensor]:
-        if self.merged:
-            raise MergeError(f"LN tuning adapter {self.merged[0]!r} is merged already, and {name!r} would replace it.")
-        return dict(self.ln_tuning_layers[name].named_parameters())
+        return {key: p.detach().clone() for key, p in self.ln_tuning_layers[name].named_parameters()}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -193,31 +193,35 @@ class _LoraLayer(WrappedLayer):
         super().__init__(base_layer)
         self.scaling: dict[str, float] = {}
         # With PiSSA and its kin the base weight is not the model's own any more: each such adapter has a weight to go
-        # with it, and the model's own is kept, so that disabling and unloading are exact.
-        # Dicts, so that neither is listed among the layer's parameters.
-        self._own: dict[str, nn.Parameter] = {}
+        # with it. A dict, so that it is not listed among the layer's parameters.
         self._residuals: dict[str, nn.Parameter] = {}
 
-    def activate(self, names: tuple[str, ...]) -> None:
-        super().activate(names)
-        if self._own and not self.merged:
-            self.base_layer.weight = next(
-                (self._residuals[n] for n in names if n in self._residuals), self._own["weight"]
-            )
+    @torch.no_grad()
+    def standing(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """The base weight less what every one of the adapters took out of it."""
+        found = [self._residuals[name] for name in names if name in self._residuals]
+        if len(found) < 2:
+            return {"weight": found[0]} if found else {}
+        own = self._pristine
+        rest = own + sum((weight - own for weight in found), torch.zeros_like(own))
+        return {"weight": nn.Parameter(rest, requires_grad=False)}
 
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
         self.scaling.pop(name, None)
         self._residuals.pop(name, None)
 
+    def aside(self) -> Iterator[nn.Parameter]:
+        yield from super().aside()
+        yield from self._residuals.values()
+
     def _leave(self, name: str, residual: Tensor) -> None:
         """Remembers the base weight that goes with adapter `name`."""
-        own = self._own.setdefault("weight", self.base_layer.weight)
-        self._residuals[name] = nn.Parameter(residual.to(own.dtype), requires_grad=False)
+        self._residuals[name] = nn.Parameter(residual.to(self._pristine.dtype), requires_grad=False)
 
     @property
     def _pristine(self) -> Tensor:
-        return self._own["weight"] if self._own else self.base_layer.weight
+        return self._own.get("weight", self.base_layer.weight)
 
 
 class LoraLinear(_LoraLayer):
@@ -287,7 +291,7 @@ class LoraLinear(_LoraLayer):
 
     def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        alone = not self.merged
+        alone = True
         for name in names:
             if name not in self.lora_A:
                 continue
@@ -312,7 +316,7 @@ class LoraLinear(_LoraLayer):
         merged_OI = float_weight(self.base_layer).to(torch.promote_types(weight.dtype, torch.float32)) + self.delta(
             name
         )
-        base_O, bias_O, own_O = self.base_layer.bias, self.lora_B[name].bias, self._unmerged.get("bias")
+        base_O, bias_O, own_O = self.base_layer.bias, self.lora_B[name].bias, self._own.get("bias")
         found: dict[str, Tensor] = {}
         if name in self.lora_magnitude_vector:
             scale_O = self._magnitude(name) / self._norm(name)
@@ -346,11 +350,11 @@ class LoraLinear(_LoraLayer):
         """
         dropout_p = self.dropout_p[name] if self.training else 0.0
         x_BI = F.dropout(x_BI, dropout_p)
-        bias_O = self._unmerged.get("bias", self.base_layer.bias)
+        bias_O = self.base_layer.bias
         if dropout_p and alone:
             base_BO = F.linear(x_BI, float_weight(self.base_layer).to(x_BI.dtype))
         else:
-            base_BO = y_BO if bias_O is None else y_BO - bias_O
+            base_BO = y_BO if bias_O is None else y_BO - bias_O.to(y_BO.dtype)  # a trained bias is wider
         scale_O = self._magnitude(name) / self._norm(name)
         update_BO = lora_linear(torch.zeros_like(base_BO), x_BI, *self._factors(name), self.scaling[name])
         # near 1 the difference is small, and is rounded as such in half precision
@@ -362,8 +366,8 @@ class LoraLinear(_LoraLayer):
         A, _ = self._factors(name)
         if A.device.type == "meta":
             return A.new_empty(features(self.base_layer)[1])
-        # the weight without what is merged into it just now: the norm is the same merged and unmerged
-        base = self._residuals.get(name, self._unmerged.get("weight"))
+        # the weight without what others put into it: the norm is the same beside any, merged and unmerged
+        base = self._residuals.get(name, self._own.get("weight"))
         W_OI = float_weight(self.base_layer) if base is None else out_by_in(self.base_layer, base)
         return torch.linalg.norm(W_OI.to(A.dtype) + self.delta(name), dim=1)
 
