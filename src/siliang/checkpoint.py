@@ -106,7 +106,7 @@ def with_embeddings(
 
 
 def _vocabulary(model: Any) -> int | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
 

@@ -92,7 +92,7 @@ class SavedModule(nn.Module):
         if module is self.original_module:
             return module(*args, **kwargs)
         wide, narrow = _dtype(module), _dtype(self.original_module)
-        if wide is None or wide == narrow:
+        if wide is None or narrow is None or wide == narrow:
             return module(*args, **kwargs)
         # what is trained in fp32 reads fp32, and what goes on is in the base's format
         if not torch.is_autocast_enabled(next(module.parameters()).device.type):
@@ -109,7 +109,14 @@ def _in_dtype(dtype: torch.dtype, value: Any) -> Any:
 
 
 def _rows_of(leaf: Any, index: Tensor, rows: int) -> Any:
-    if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) == 1 != rows:
+    if leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype):
+        return leaf
+    if not isinstance(leaf, Tensor):
+        raise ConfigError(
+            f"adapter_names: a module of modules_to_save reads a {type(leaf).__name__}, which cannot be shared out to "
+            "rows (for a cache: use_cache=False). Use set_adapter, one adapter at a time."
+        )
+    if not leaf.dim() or len(leaf) == 1 != rows:
         return leaf
     if len(leaf) != rows:
         raise ConfigError(

@@ -221,7 +221,7 @@ class _LoraLayer(WrappedLayer):
 
     @property
     def _pristine(self) -> Tensor:
-        return self._own.get("weight", self.base_layer.weight)
+        return self.beneath("weight")
 
 
 class LoraLinear(_LoraLayer):

@@ -113,7 +113,7 @@ def read_weights(folder: Path, model: nn.Module) -> None:
         AdapterError: They do not fit.
     """
     if isinstance(model, PeftModel):
-        name = model.active_adapter
+        name = model.active_adapters[0]
         with adapter_together(model, changing=True):
             read = read_adapter(folder)
             load_tensors(model.injection, name, read, source=str(folder), training=read_training(folder))
