@@ -172,3 +172,23 @@ def test_kinds_of_json_that_are_named_as_the_other(tmp_path: Path) -> None:
         load(tmp_path / "d.jsonl", json.dumps(rows[0], indent=1))
     with pytest.raises(DataError, match="It holds one object, with a list under 'train', 'test'"):
         load(tmp_path / "d.json", json.dumps({"train": rows, "test": rows}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            'text,label\n"a,x\nb,y\nc,y\n',
+            "d.csv:2 not readable as csv: a quote .* closes nowhere, and the 2 lines behind",
+        ),
+        ('text,label\n"he" said,x\nb,y\n', "d.csv:2 not readable as csv: ',' expected after"),
+        ("text,label\na\rb,x\nb,y\n", "d.csv:2 not readable as csv: a carriage return inside of a cell"),
+        ("text,label\na\nb,y\n", r"d.csv:2 has 1 column, not 2 \(text, label\)"),
+        ("text,label\na,b,x\nb,y\n", r"d.csv:2 has 3 columns, not 2 \(text, label\)"),
+        ("text,label\na\nb\n", "d.csv: not one row can be used: .*d.csv:2 has 1 column, .* so does each of the 2"),
+        ("text,label\n", "holds no rows"),
+    ],
+)
+def test_records_that_cannot_be_read(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "d.csv", content)

@@ -607,6 +607,8 @@ def _tagged(values: Values, c: Columns) -> Result:
         return f"has an empty {c.tokens!r}"
     if len(tokens) != len(tags):
         return f"has {len(tokens)} tokens and {len(tags)} tags"
+    if None in tokens:
+        return f"has null in {c.tokens!r}"
     made = Tagged(tuple(as_text(t, c.tokens) for t in tokens), tuple(as_text(t, c.tags) for t in tags))
     return made if all(tag.strip(BLANKS) for tag in made.tags) else f"has an empty tag in {c.tags!r}"
 

@@ -143,7 +143,7 @@ def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) 
     try:
         parts = rows.train_test_split(test_size, seed=seed, stratify_by_column=by)
     except ValueError as error:
-        raise DataError(f"data.test_size = {test_size} with data.stratify: {error}.") from None
+        raise DataError(f"data.test_size = {test_size} with data.stratify: {str(error).rstrip('.')}.") from None
     return parts["train"]["row"][:], parts["test"]["row"][:]
 
 

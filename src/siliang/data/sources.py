@@ -141,7 +141,7 @@ def open_source(source: str, reading: Reading | None = None) -> Opened:
         return _folder(path, source, reading or Reading())
     if any(c in source for c in "*?[") and (found := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (absolute patterns)
         return Opened(source, {"": [Path(name) for name in found if Path(name).is_file()]})
-    if kind_of(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if kind_of(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.strip("/").count("/") != 1:
         raise DataError(f"There is no data file or folder {source}.{_neighbours(path)}")
     return _hub(source)
 

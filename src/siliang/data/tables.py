@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def table_fields(
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, [], f"not readable as {kind[1:]}: {error}"
+            yield first, [], f"not readable as {kind[1:]}: {_reason(str(error), reader.line_num - first)}"
             continue
         if fields:
             yield first, fields, None
@@ -77,13 +78,22 @@ def whole_quoted(field: str) -> bool:
     return len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
 
 
+def _reason(error: str, lines: int) -> str:
+    if error == "unexpected end of data":
+        lost = f", and the {lines:,} lines behind it are lost with it" if lines else ""
+        return f"a quote that opens in this line closes nowhere{lost}"
+    if error.startswith("new-line character seen in unquoted field"):
+        return "a carriage return inside of a cell without quotes"
+    return error
+
+
 def _separator(file: TextFile, own: str, header: list[str] | None) -> str:
     """The kind's own, unless the first record is one field with it, and several with exactly one other that also fits
     the records behind it."""
     lines = [line for _, line in islice(file.lines(), SAMPLE_LINES)]
     suited = []
     for separator in (own, *(s for s in SEPARATORS if s != own)):
-        records = [fields for fields in csv.reader(lines, delimiter=separator) if fields]
+        records = _records(lines, separator)
         if len(lines) == SAMPLE_LINES:
             records = records[:-1]  # it may go on behind the sample
         wanted = len(header) if header is not None else len(records[0]) if records else 1
@@ -93,6 +103,14 @@ def _separator(file: TextFile, own: str, header: list[str] | None) -> str:
         if separator == own and records and (suited or len(records[0]) > 1):
             return own
     return suited[0] if len(suited) == 1 else own
+
+
+def _records(lines: list[str], separator: str) -> list[list[str]]:
+    """The records up to the first that cannot be read."""
+    found: list[list[str]] = []
+    with suppress(csv.Error):
+        found += (fields for fields in csv.reader(lines, delimiter=separator) if fields)
+    return found
 
 
 def _quotes_are_marks(file: TextFile, separator: str) -> bool:
