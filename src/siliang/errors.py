@@ -81,16 +81,17 @@ CATALOGUE: dict[str, Entry] = {
         Page(
             "the base model cannot be loaded",
             "The folder holds no transformers model, the hub did not give it, weights are missing or damaged, it "
-            "wants "
-            "to run code of its own, or a link in it leads elsewhere.",
+            "wants to run code of its own, a link in it leads elsewhere, or its files are not those that a run was "
+            "trained on.",
             "Look at the name and the network, download the model again, or take one that transformers knows by "
-            "itself.",
+            "itself. Of a run: put its base model back, name its place with --base, or go on with --force.",
         ),
         Page(
             "基座模型无法加载",
             "目录中没有 transformers 模型、无法从 Hub 下载、权重缺失或损坏、模型要求运行自带代码，"
-            "或其中的链接指向目录之外。",
-            "检查名称和网络，重新下载模型，或改用 transformers 自身支持的模型。",
+            "其中的链接指向目录之外，或其文件已不是训练时的那些。",
+            "检查名称和网络，重新下载模型，或改用 transformers 自身支持的模型。"
+            "对训练结果：放回原来的基座模型，用 --base 指明位置，或加 --force 继续。",
         ),
     ),
     "SLE05": Entry(

@@ -12,7 +12,7 @@ import torch
 from siliang.config import RunConfig, read_yaml
 from siliang.data.hashes import base_files, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
-from siliang.files import absolute, damage, replacing
+from siliang.files import absolute, damage, pasted, replacing
 from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model, load_tokenizer
 from siliang.peft_model import PeftModel
@@ -161,7 +161,7 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
     if status and for_run:
         raise OutputError(
             f"output folder {folder} is not empty: it holds a run that is not finished. Go on with it by "
-            f"siliang train --resume {folder}, or choose another with --output."
+            f"{pasted('siliang', 'train', '--resume', folder)}, or choose another with --output."
         )
     raise OutputError(f"output folder {folder} is not empty. Choose another with --output.")
 
@@ -220,15 +220,14 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         elif place.name in (ADAPTER, MODEL) and (place.parent / CONFIG_NAME).is_file() and place.is_dir():
             run, weights = place.parent, folder
     config, record = read_config(run), Record.read(run)
+    resume = pasted("siliang", "train", "--resume", run)
     weights = weights or next((run / part for part in (ADAPTER, MODEL) if (run / part).is_dir()), None)
     if weights is None:
         saved = list(checkpoints(run / CHECKPOINTS).values())
         instead = f", or use what was saved last: {saved[-1]}" if saved else ""
-        raise ConfigError(
-            f"{run} was not finished (it is {record.status}): go on with `siliang train --resume {run}`{instead}."
-        )
+        raise ConfigError(f"{run} was not finished (it is {record.status}): go on with `{resume}`{instead}.")
     if (problem := damage(weights)) is not None:
-        again = f"`siliang train --resume {run}` makes it again from the last sound checkpoint, where there is one."
+        again = f"`{resume}` makes it again from the last sound checkpoint, where there is one."
         raise AdapterError(f"{weights} is damaged: {problem}.\n{again}")
     if base is not None:
         config = config.model_copy(update={"model": base, "revision": None})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.config import RunConfig, differences
-from siliang.files import damage, sweep
+from siliang.files import damage, pasted, sweep
 from siliang.record import RECORD_NAME, Record, plain
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, has_template_file, what_changed
 from siliang.start_adapter import find_start_adapter
@@ -83,7 +83,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
         if found:
             raise ConfigError(
                 f"{folder} is finished: {_in_words(*next(iter(found.items())))} has no effect any more.\n"
-                f"Train it further as a run of its own: siliang train ... --adapter {folder}"
+                f"Train it further as a run of its own: {_further(folder)}"
             )
         return Begun(config, record, None, [], finished=True)
     checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(f"warning    {line}"))
@@ -98,7 +98,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
         raise ConfigError(
             f"{folder} is finished, and none of its checkpoints is left to go on from: "
             f"{_in_words(*next(iter(found.items())))} cannot take effect.\n"
-            f"Train it further as a run of its own: siliang train ... --adapter {folder}"
+            f"Train it further as a run of its own: {_further(folder)}"
         )
     if checkpoint is None:
         say("begins     no checkpoint was saved yet: the run begins again with its first step")
@@ -146,13 +146,17 @@ def _refuse(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
         if name not in MAY_CHANGE:
             raise ConfigError(
                 f"{folder} was begun with another setting: {_in_words(name, values)}. A run that goes on keeps it.\n"
-                f"Put it back, or train what is there further as a run of its own: siliang train ... --adapter {folder}"
+                f"Put it back, or train what is there further as a run of its own: {_further(folder)}"
             )
 
 
 def _in_words(name: str, values: tuple[Any, Any]) -> str:
     was, now = values
     return f"{name} = {_shown(now)} (it was {_shown(was)})"
+
+
+def _further(folder: Path) -> str:
+    return f"siliang train ... {pasted('--adapter', folder)}"
 
 
 def _shown(value: Any) -> str:
