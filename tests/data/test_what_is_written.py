@@ -1,6 +1,8 @@
 """What is written is what is learned, whatever kind of file it is written into and wherever that lies."""
 
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
@@ -216,6 +218,21 @@ def test_numbers_are_learned_as_they_are_written(written: str, learned: str, tmp
         )
         made = read.train[0]
         assert isinstance(made, Conversation) and made.messages[1].content == learned
+
+
+def test_numbers_in_calls(tmp_path: Path) -> None:
+    """As they are written, and none that JSON has no word for."""
+    text = json.dumps(call_row(0, {"a": 1})).replace('{"a": 1}', '{"a": 0.10, "b": [1e5, -0.0, 12, "1\u00e9"]}')
+    bad = text.replace("0.10", "NaN")
+    config = DataConfig(train=str(write(tmp_path / "d.jsonl", f"{text}\n{bad}")), test_size=0.0, skip_bad_rows=True)
+    found = load_examples(config, TaskType.CAUSAL_LM, seed=0)
+    made = found.train[0]
+    assert isinstance(made, Conversation) and len(found.train) == 1 and "NaN" in found.skipped[0]
+    assert made.messages[1].calls[0].arguments == '{"a": 0.10, "b": [1e5, -0.0, 12, "1\u00e9"]}'
+    days = [call_row(0, {"a": datetime.date(2024, 5, d), "b": decimal.Decimal(f"1.{d}0")}) for d in (1, 2)]
+    made = load_examples(DataConfig(train=str(in_parquet(tmp_path, days)), test_size=0.0), TaskType.CAUSAL_LM, seed=0)
+    first = made.train[0]
+    assert isinstance(first, Conversation) and first.messages[1].calls[0].arguments == '{"a": "2024-05-01", "b": 1.10}'
 
 
 def test_cells_of_a_table(tmp_path: Path) -> None:

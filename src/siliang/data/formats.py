@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +28,7 @@ from siliang.data.examples import (
     Tagged,
     Text,
 )
+from siliang.data.json_stream import WrittenFloat
 from siliang.data.text_files import INVISIBLE
 from siliang.types import DataError, TaskType
 
@@ -244,6 +248,33 @@ def cell(values: Values, column: str) -> str:
     return as_text(values.get(column), column)
 
 
+def as_json(value: Any) -> str:
+    """A value of the data as JSON text, its numbers as they were written.
+
+    Raises:
+        BadRow: It holds what JSON has no word for.
+    """
+    try:
+        text = json.dumps(_with_marks(value), ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        raise BadRow(f"holds what is no JSON (NaN, bytes ...): {_short(value)}") from None
+    return MARKED.sub(r"\1", text)
+
+
+MARKED = re.compile(r'"\\u0000([-+.0-9eE]+)\\u0000"')
+
+
+def _with_marks(value: Any) -> Any:
+    """With numbers that json would write in another way as marked texts, and dates and the like as texts."""
+    if isinstance(value, dict):
+        return {name: _with_marks(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_marks(held) for held in value]
+    if isinstance(value, WrittenFloat | Decimal):
+        return f"\0{value}\0" if math.isfinite(value) else float(value)
+    return str(value) if isinstance(value, date | time | timedelta) else value
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:60]} ..."
@@ -365,9 +396,7 @@ def _messages(values: Values, c: Columns, column: str) -> Result:
     tools = _first(values, c.tools, "functions")
     if not _given(tools) and isinstance(turns := values.get(column), list):  # ChatGLM3 keeps them in the system's turn
         tools = next((t["tools"] for t in turns if _given(t.get("tools"))), None)
-    return _conversation(
-        messages, tools if isinstance(tools, str) or not tools else json.dumps(tools, ensure_ascii=False)
-    )
+    return _conversation(messages, tools if isinstance(tools, str) or not tools else as_json(tools))
 
 
 def _turns(turns: Any, column: str) -> list[Message]:
@@ -414,7 +443,7 @@ def _content(content: Any, role: Role) -> tuple[str, str]:
     """(a turn's words, what it thought in front of them)."""
     if isinstance(content, dict):
         if role == "tool":  # what a tool answers is data
-            return json.dumps(content, ensure_ascii=False), ""
+            return as_json(content), ""
         raise BadRow(f"has an object for its content, not text: {_short(content)}")
     if not isinstance(content, list | tuple):
         return as_text(content), ""
@@ -487,7 +516,7 @@ def _call(value: Any) -> Call | None:
         return None
     arguments = _first(function, "arguments", "parameters")
     if not isinstance(arguments, str):
-        arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+        arguments = as_json({} if arguments is None else arguments)
     return Call(function["name"], arguments, as_text(value.get("id")))
 
 
@@ -544,7 +573,7 @@ def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str
     if system := cell(values, c.system).strip():
         before.insert(0, Message("system", system))
     given = _first(values, c.tools)
-    tools = given if isinstance(given, str) or not given else json.dumps(given, ensure_ascii=False)
+    tools = given if isinstance(given, str) or not given else as_json(given)
     return _conversation([*(replace(m, trained=m.role != "assistant") for m in before), *after], tools)
 
 
@@ -555,7 +584,7 @@ def _history(values: Values) -> list[tuple[str, str]]:
         try:
             history = json.loads(history)
         except ValueError:
-            raise BadRow(f"has a 'history' that is no list of [question, answer]: {history[:60]!r}") from None
+            raise BadRow(f"has a 'history' that is no list of [question, answer]: {_short(history)}") from None
     if not _given(history):
         return []
     rounds = history if isinstance(history, list | tuple) else [history]
