@@ -35,7 +35,15 @@ from siliang.methods.base import (
 )
 from siliang.methods.bitfit import bias_names
 from siliang.saved_module import SavedModule, Swap, sites_of
-from siliang.targets import find_saved_modules, find_targets, inside, layer_arguments, lora_biases, no_biases
+from siliang.targets import (
+    find_saved_modules,
+    find_targets,
+    inside,
+    invented_modules,
+    layer_arguments,
+    lora_biases,
+    no_biases,
+)
 from siliang.types import ConfigError, MergeError, SiliangError, TargetError, TaskType
 from siliang.virtual_tokens import Route, is_encoder_decoder, word_embeddings
 
@@ -244,9 +252,19 @@ class Injection(nn.Module):
             heads = ()  # the file says what it holds
         if config.task_type is TaskType.SEQ_CLS and heads:
             heads = (*heads, *(name for name in OTHER_HEADS if find_saved_modules(self.model, [name], required=[])))
+        invented = invented_modules(self.model)
+        if not lenient:
+            heads = (*heads, *invented)
         if heads:
             config.modules_to_save = sorted({*wanted, *heads})
-        return find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
+        found = find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
+        if lenient and (lacking := [path for path in invented if not inside(path, found)]):
+            warnings.warn(
+                f"The base model's files lack {', '.join(lacking)}, and the adapter's do not hold it either: it is new "
+                "and random here, so the adapter does not answer as it did where it was trained.",
+                stacklevel=6,
+            )
+        return found
 
     def _make(self, name: str, config: PeftConfig, parts: Parts, *, from_file: bool) -> None:
         if isinstance(config, PromptConfig):

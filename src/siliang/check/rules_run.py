@@ -12,6 +12,7 @@ import torch
 from siliang.check.finding import RATE_FACTOR, Found
 from siliang.check.subject import Subject
 from siliang.hardware import FP16_ADAM_EPS
+from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.methods import METHODS
 from siliang.models.load import code_of, wanted_code
 from siliang.peft_model import count_parameters, get_peft_model
@@ -95,6 +96,21 @@ def no_biases(s: Subject) -> Iterator[Found]:
     """
     if s.method.name == "bitfit" and (problem := _attach(s)) is not None:
         yield Found(problem)
+
+
+def invented(s: Subject) -> Iterator[Found]:
+    """Weights that the model's files do not hold.
+
+    Cause: The model has parts beside the task's head that its files lack, such as the pooler of a BERT that was trained
+    without one. Loading makes them up at random. Frozen, they would be others wherever the adapter is opened, so they
+    are trained, and saved with the adapter (modules_to_save), as the head is.
+
+    Fix: Nothing is wrong where the model is known to come without them. Otherwise take a checkpoint that holds them.
+    """
+    heads = (*TASK_HEADS.get(s.task, ()), *OTHER_HEADS)
+    if new := [path for path in s.invented if not any(head in path.split(".") for head in heads)]:
+        it = "it is" if len(new) == 1 else "they are"
+        yield Found(f"{s.config.model} does not hold {', '.join(new)}: {it} new, and trained and saved along")
 
 
 def tied_embedding(s: Subject) -> Iterator[Found]:

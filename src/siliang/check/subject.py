@@ -31,8 +31,9 @@ from siliang.data.vocabulary import grow_vocabulary
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
 from siliang.methods.prefix_tuning import PrefixTuningConfig
-from siliang.models.load import AUTO_CLASSES, load_config, load_tokenizer, may_run_code
+from siliang.models.load import AUTO_CLASSES, invented_weights, load_config, load_tokenizer, may_run_code
 from siliang.models.positions import Positions
+from siliang.targets import mark_invented
 from siliang.types import DataError, ModelError, TaskType
 
 
@@ -116,23 +117,39 @@ class Subject:
         """The part of the model's config that speaks of its text."""
         return self.model_config.get_text_config()
 
+    def _config_for_task(self) -> Any:
+        config = self.model_config
+        if self.examples.labels is not None:
+            config.num_labels = len(self.examples.labels)
+        elif self.task is TaskType.QUESTION_ANS:
+            config.num_labels = 2
+        return config
+
+    @cached_property
+    def invented(self) -> list[str]:
+        """The modules whose weights the model's files do not hold; none where there are no files to look into."""
+        try:
+            return invented_weights(
+                self.config.model, self.task, self._config_for_task(), revision=self.config.revision
+            )
+        except ModelError:  # loading will say so
+            return []
+
     def skeleton(self) -> Any:
         """The base model without weights, for whoever wants to know its modules; a new one each time.
 
         Raises:
             ModelError: transformers has no model of this kind for the task.
         """
-        config = self.model_config
-        if self.examples.labels is not None:
-            config.num_labels = len(self.examples.labels)
-        elif self.task is TaskType.QUESTION_ANS:
-            config.num_labels = 2
+        config = self._config_for_task()
         try:
             with torch.device("meta"):
-                return AUTO_CLASSES[self.task].from_config(config, trust_remote_code=may_run_code(config))
+                model = AUTO_CLASSES[self.task].from_config(config, trust_remote_code=may_run_code(config))
         except ValueError as error:
             first = str(error).strip().partition("\n")[0]
             raise ModelError(f"{self.config.model} cannot be trained for {self.task.lower()}: {first}") from None
+        mark_invented(model, self.invented)
+        return model
 
     # ---- for many rules ----
 

@@ -48,6 +48,7 @@ RULES: dict[str, Rule] = {
         Rule("SL032", "warning", run.emulated_precision, "run"),
         Rule("SL033", "warning", run.wide_quantised_compute, "run"),
         Rule("SL034", "error", tokens.nothing_varies),
+        Rule("SL035", "warning", run.invented, "model"),
         Rule("SL041", "warning", run.steps, "run"),
         Rule("SL042", "warning", run.learning_rate, "run"),
         Rule("SL043", "error", run.disk, "run"),

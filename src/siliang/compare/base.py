@@ -11,6 +11,7 @@ from siliang.config import RunConfig
 from siliang.memory.free import free_memory
 from siliang.peft_model import PeftModel
 from siliang.run_folder import load_base
+from siliang.targets import invented_modules
 from siliang.types import TaskType
 
 # their heads come with the weights; the other tasks' are drawn by the run's seed
@@ -61,7 +62,10 @@ class KeptBase:
             base = model.unload().eval()
             for p in base.parameters():
                 p.grad = None
-            if bits(base) == self._bits:
+            drawn = config.task in WITHOUT_NEW_WEIGHTS and invented_modules(
+                base
+            )  # by the seed, which is not in the key
+            if bits(base) == self._bits and not drawn:
                 self._model = base
 
     def drop(self) -> None:

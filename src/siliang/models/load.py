@@ -34,8 +34,10 @@ from siliang.hub import hub_is_off, is_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
+from siliang.targets import invented_modules, may_be_invented
 from siliang.types import ModelError, TaskType
 
+BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
 DEALT_AS = torch.bfloat16  # FSDP deals out what could have gradients: whole bytes pass as it, bit for bit
 TOKENIZER_FILES = (
@@ -154,10 +156,10 @@ def load_model(
         remote_code: As for `load_config`.
         labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
         seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
-            without one. An adapter's file does not hold the latter, so they must come out the same each time.
+            without one. A method trains and saves them.
 
     Raises:
-        ModelError: It cannot be loaded.
+        ModelError: It cannot be loaded, or weights of its layers are missing.
     """
     bound_kernel_caches()
     config = load_config(name, revision=revision, remote_code=remote_code)
@@ -167,33 +169,49 @@ def load_model(
         config.label2id = {label: i for i, label in enumerate(labels)}
     elif task is TaskType.QUESTION_ANS:
         config.num_labels = 2  # where an answer begins and where it ends
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model, info = AUTO_CLASSES[task].from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=may_run_code(config),
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **_quantised(quantization, task, device or torch.device("cpu"), to_be_dealt),
-            )
-    except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
-        raise ModelError(_why_not(name, error, revision=revision)) from error
-    heads = TASK_HEADS.get(task, ())
-    lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
-    lost = {key for key in lost if key.split(".")[0] not in heads and ".pooler." not in f".{key}"}
-    if lost:
-        raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        quantised = _quantised(quantization, task, device or torch.device("cpu"), to_be_dealt)
+        model = _from_pretrained(name, task, config, dtype=dtype, revision=revision, **quantised)
     keep_as_stored(model)
     return model.eval()
 
 
+def invented_weights(name: str, task: TaskType, config: Any, *, revision: str | None = None) -> list[str]:
+    """The modules that `load_model` will have to make up, found without reading a weight.
+
+    Args:
+        config: Of `load_config`, with the task's labels.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    model = _from_pretrained(name, task, config, dtype=torch.float32, revision=revision, device_map={"": "meta"})
+    return invented_modules(model)
+
+
+def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | None, **settings: Any) -> Any:
+    try:
+        model, info = AUTO_CLASSES[task].from_pretrained(
+            name,
+            config=config,
+            revision=revision,
+            trust_remote_code=may_run_code(config),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **settings,
+        )
+    except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
+        raise ModelError(_why_not(name, error, revision=revision)) from error
+    lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
+    if lost := {key for key in lost if not may_be_invented(model, key)}:
+        raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
+    return model
+
+
 def kept_whole(task: TaskType) -> list[str]:
     """The modules that are never quantised, as bitsandbytes takes them."""
-    return [*TASK_HEADS.get(task, ()), *OTHER_HEADS, *OUTPUT_LAYERS]
+    return [*TASK_HEADS.get(task, ()), *OTHER_HEADS, *BEFORE_HEADS, *OUTPUT_LAYERS]
 
 
 def _quantised(
