@@ -22,7 +22,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from siliang.methods import BitFitConfig, HeadConfig, PromptTuningConfig, PromptTuningInit, method_of
+from siliang.methods import (
+    BitFitConfig,
+    HeadConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    method_of,
+)
 from siliang.methods.base import (
     BASE,
     LayerConfig,
@@ -45,7 +52,7 @@ from siliang.targets import (
     no_biases,
 )
 from siliang.types import ConfigError, MergeError, SiliangError, TargetError, TaskType
-from siliang.virtual_tokens import Route, is_encoder_decoder, word_embeddings
+from siliang.virtual_tokens import Route, attention_heads, is_encoder_decoder, word_embeddings
 
 # The heads that are new, and so trained and saved by themselves, for each task.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
@@ -299,8 +306,11 @@ class Injection(nn.Module):
         return self._swaps[path]
 
     def _make_prompt(self, name: str, config: PromptConfig, *, from_file: bool) -> None:
-        embeddings = word_embeddings(self.model)
-        config.complete(self.model.config)
+        embeddings: Any = word_embeddings(self.model)
+        if isinstance(config, PrefixTuningConfig):
+            config.complete(self.model.config, heads=None if from_file else attention_heads(self.model))
+        else:
+            config.complete(self.model.config, width=embeddings.weight.shape[1])
         start = config
         if from_file and isinstance(config, PromptTuningConfig):  # the file holds the prompt: no tokenizer is fetched
             start = dataclasses.replace(config, prompt_tuning_init=PromptTuningInit.RANDOM, tokenizer_kwargs=None)
@@ -308,7 +318,10 @@ class Injection(nn.Module):
         weight = next(self.model.parameters())
         with torch.device(weight.device):
             prompt = method_of(config).make_prompt(start, embeddings)
-        Route.of(self.model, config, prompt).remove()  # to find out now whether the model has a place for it
+        if from_file:
+            Route.of(self.model, config, prompt).remove()
+        else:
+            Route.tried(self.model, config, prompt)
         prompt.requires_grad_(False)
         self.prompts[name] = prompt
         self._prompt_configs[name] = config

@@ -48,6 +48,38 @@ class Route(ABC):
             self.remove()
             raise
 
+    @classmethod
+    def tried(cls, model: nn.Module, config: PromptConfig, prompt: Prompt) -> None:
+        """Computes a few tokens with the prompt, to find out before anything is trained whether it reaches the answer.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        name = type(model).__name__
+        way = "Use a method that works on layers, such as lora, on this model."
+        if isinstance(config, PrefixTuningConfig):
+            way = "Use prompt_tuning, p_tuning or lora on this model."
+        route = cls.of(model, config, prompt)
+        try:
+            with torch.enable_grad():
+                out = _answer(model, config.task_type)
+                trained = list(prompt.parameters())
+                reached = torch.autograd.grad(out.sum(), trained, allow_unused=True) if out.requires_grad else [None]
+        except ConfigError:
+            raise
+        except Exception as error:  # of the model's own code, which knows nothing of the prompt
+            route.remove()
+            if _is_unknown(model, config.task_type, error):
+                return
+            said = str(error).strip().partition("\n")[0][:120]
+            raise ConfigError(
+                f"{name} cannot take the virtual tokens of {config.peft_type} ({type(error).__name__}: {said}). {way}"
+            ) from None
+        finally:
+            route.remove()
+        if all(g is None for g in reached):
+            raise ConfigError(f"The virtual tokens of {config.peft_type} do not reach the answer of {name}. {way}")
+
     @staticmethod
     def of(model: nn.Module, config: PromptConfig, prompt: Prompt) -> Route:
         """The route that the method takes.
@@ -148,11 +180,14 @@ class PrefixRoute(Route):
 
     def _install(self) -> None:
         self._table: Tensor | None = None
-        host: Any = self.model.get_decoder() if is_encoder_decoder(self.model) else backbone(self.model)  # type: ignore[operator]
+        host, attentions = attention_host(self.model)
         self._before(host, self._begin)
-        if "position_ids" not in inspect.signature(host.forward).parameters and hasattr(host, "embed_positions"):
-            self._before(host.embed_positions, self._shift)  # BART counts by itself
-        attentions = [m for m in host.modules() if is_cached_attention(m)]
+        if "position_ids" not in inspect.signature(host.forward).parameters:
+            for module in host.modules():
+                if "past_key_values_length" in inspect.signature(module.forward).parameters and "Embedding" in _name(
+                    module
+                ):
+                    self._before(module, self._shift)  # BART and RoFormer count by themselves
         for module in attentions:
             self._before(module, self._attend)
         disentangled = [m for m in host.modules() if type(m).__name__ == "DisentangledSelfAttention"]
@@ -165,10 +200,7 @@ class PrefixRoute(Route):
                 self._after(module.key_proj, partial(self._put, layer=layer, which=0))
                 self._after(module.value_proj, partial(self._put, layer=layer, which=1))
         if not attentions and not disentangled:
-            raise ConfigError(
-                f"Prefix tuning finds no attention in {type(self.model).__name__} that it can reach. "
-                "Use method p_tuning, prompt_tuning or lora on this model."
-            )
+            raise no_attention(self.model)
 
     def _begin(self, module: nn.Module, named: dict[str, Any]) -> None:
         c = self.config
@@ -193,8 +225,12 @@ class PrefixRoute(Route):
                 return (torch.arange(given.shape[1], device=given.device) + padding + 1 + self.V).unsqueeze(0)
             real = ids.ne(padding).long()
             return (real.cumsum(1) + self.V) * real + padding
-        seen = cached_tokens(named)
-        return (torch.arange(given.shape[1], device=given.device) + seen + self.V).unsqueeze(0)
+        seen, N, mask = cached_tokens(named), given.shape[1], named.get("attention_mask")
+        embed = getattr(module, "embed_positions", None)
+        if mask is not None and mask.dim() == 2 and "attention_mask" in _parameters(embed):
+            # OPT counts what is no padding
+            return ((mask.long().cumsum(1) + self.V) * mask.long() - 1)[:, -N:]
+        return (torch.arange(N, device=given.device) + seen + self.V).unsqueeze(0)
 
     def _shift(self, module: nn.Module, named: dict[str, Any]) -> None:
         if named.get("position_ids") is not None:
@@ -217,9 +253,8 @@ class PrefixRoute(Route):
         inner = named.get(cache)
         if isinstance(inner, EncoderDecoderCache):
             inner = inner.self_attention_cache
-        layer_idx: Any = module.layer_idx
-        seen = inner.get_seq_length(layer_idx) if inner is not None else 0
-        named[cache] = PrefixedCache(self._layer(layer_idx), inner)
+        seen = inner.get_seq_length(layer_number(module)) if inner is not None else 0
+        named[cache] = PrefixedCache(self._layer, self.V, inner)
         mask = "mask" if "mask" in inspect.signature(module.forward).parameters else "attention_mask"
         named[mask] = self._mask(module, named.get(mask), named["hidden_states"], seen)
         if named.get("alibi") is not None:
@@ -248,6 +283,11 @@ class PrefixRoute(Route):
         """BLOOM's bias, (B * heads, 1, N), with positions -V ... -1 in front: only differences matter to a softmax."""
         from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+        if alibi.dim() != 3:  # Falcon's are rounded to bf16, and a part of its mask
+            raise ConfigError(
+                f"Prefix tuning cannot extend the positions (ALiBi) of {type(self.model).__name__}. "
+                "Use prompt_tuning, p_tuning or lora on this model."
+            )
         slopes = build_alibi_tensor(torch.ones(1, 2, device=alibi.device), heads, alibi.dtype)[:, 0, 1]
         before = slopes[:, None, None] * torch.arange(-self.V, 0, device=alibi.device, dtype=alibi.dtype)
         return torch.cat([before.repeat(len(alibi) // heads, 1, 1), alibi], -1)
@@ -294,23 +334,24 @@ class PrefixedCache:
     """What one attention module takes for its cache: the real one, if there is one, with the prefix in front.
 
     Args:
-        prefix: Keys and values, (2, H, V, K).
+        prefix: Of a layer's number, its keys and values, (2, H, V, K).
+        length: V.
     """
 
-    def __init__(self, prefix: Tensor, inner: Any) -> None:
-        self._prefix, self._inner = prefix, inner
+    def __init__(self, prefix: Callable[[int], Tensor], length: int, inner: Any) -> None:
+        self._prefix, self._length, self._inner = prefix, length, inner
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(B, H, N, K) of either in; the same with the cached tokens and the prefix before them out."""
         if self._inner is not None:
             key, value = self._inner.update(key, value, layer_idx, *args, **kwargs)
-        k, v = self._prefix.to(device=key.device, dtype=key.dtype)
+        k, v = self._prefix(layer_idx).to(device=key.device, dtype=key.dtype)
         return tuple(torch.cat([p.expand(len(own), -1, -1, -1), own], 2) for p, own in ((k, key), (v, value)))  # type: ignore[return-value]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that came before, the virtual ones among them."""
         seen = self._inner.get_seq_length(layer_idx) if self._inner is not None else 0
-        return self._prefix.shape[2] + seen
+        return self._length + seen
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -327,11 +368,141 @@ def cached_tokens(named: dict[str, Any]) -> int:
 
 def is_cached_attention(module: nn.Module) -> bool:
     """Whether `module` is an attention itself, not something around one, and asks a cache for its keys and values."""
-    if getattr(module, "layer_idx", None) is None:
+    if layer_number(module) is None:
         return False
     parameters = inspect.signature(module.forward).parameters
     own = any(is_linear(child) or isinstance(child, WrappedLayer) for child in module.children())
     return own and not {"past_key_values", "layer_past"}.isdisjoint(parameters) and "hidden_states" in parameters
+
+
+def layer_number(module: nn.Module) -> Any:
+    """The number of the layer that an attention is of; None for other modules. GPT-Neo has a name of its own for it."""
+    return getattr(module, "layer_idx", getattr(module, "layer_id", None))
+
+
+def attention_host(model: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """The module that takes the tokens of a whole text and holds every attention, and those that a prefix can reach.
+
+    It is the innermost such: BartForCausalLM and OPT's classes call it past the modules around it.
+    """
+    host = model.get_decoder() if is_encoder_decoder(model) else backbone(model)
+    attentions = [m for m in host.modules() if is_cached_attention(m)]
+    inside, found = True, host
+    while attentions and inside:
+        inside = False
+        for child in found.children():
+            held = set(child.modules())
+            if all(m in held for m in attentions):
+                found, inside = child, True
+                if not {"input_ids", "inputs_embeds"}.isdisjoint(_parameters(child)):
+                    host = child
+                break
+    return host, attentions
+
+
+def attention_heads(model: nn.Module) -> tuple[int, int] | None:
+    """The key/value heads of the model's attention and their size, as its caches are given them; None where that cannot
+    be found out.
+
+    Raises:
+        ConfigError: It has none, or none of the one size that a prefix has.
+    """
+    host, attentions = attention_host(model)
+    if not attentions:
+        if any(_name(m) == "DisentangledSelfAttention" for m in host.modules()):
+            return None
+        raise no_attention(model)
+    recorder = _Recorder()
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
+        named = by_name(module, args, kwargs)
+        if all(named.get(key) is None for key in ("key_value_states", "encoder_hidden_states")):
+            named["layer_past" if "layer_past" in _parameters(module) else "past_key_values"] = recorder
+        return (), named
+
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in attentions]
+    try:
+        with torch.no_grad():
+            _answer(model, None)
+    except Exception:  # whatever it is, trying the prefix itself will say so
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    sizes = recorder.sizes
+    if len({(k, v) for k, v in sizes if k != v} | {k for k, _ in sizes}) > 1:
+        shown = "; ".join(f"{k[0]} x {k[1]} and {v[0]} x {v[1]}" for k, v in sorted(sizes))
+        raise ConfigError(
+            f"A prefix has one size for the keys and values of all layers, and {type(model).__name__} has several "
+            f"({shown}, heads x size). Use prompt_tuning, p_tuning or lora on this model."
+        )
+    return next(iter(sizes))[0] if sizes else None
+
+
+class _Recorder:
+    """A cache that notes the sizes of what it is given: heads and their size, of keys and of values."""
+
+    def __init__(self) -> None:
+        self.sizes: set[tuple[tuple[int, int], tuple[int, int]]] = set()
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        k, v = ((t.shape[1], t.shape[3]) for t in (key, value))
+        self.sizes.add((k, v))
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def no_attention(model: nn.Module) -> ConfigError:
+    """Why a model cannot have a prefix at all."""
+    return ConfigError(
+        f"Prefix tuning finds no attention in {type(model).__name__} that it can reach. "
+        "Use method p_tuning, prompt_tuning or lora on this model."
+    )
+
+
+def _answer(model: Any, task: TaskType | None) -> Tensor:
+    """What the model says to four tokens, with nothing random in it; the model is left as it was."""
+    config = getattr(model, "config", None)
+    training = [m for m in model.modules() if m.training]
+    end = getattr(config, "eos_token_id", None)
+    ids = torch.ones(1, 4, dtype=torch.long, device=next(model.parameters()).device)
+    if isinstance(end, int):
+        ids[0, -1] = end  # BART's classifier reads its answer there
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if is_encoder_decoder(model) and task is not TaskType.SEQ_CLS and "decoder_input_ids" in _parameters(model):
+        inputs["decoder_input_ids"] = ids[:, :2]
+    try:
+        model.eval()
+        out = model(**inputs)
+    finally:
+        for module in training:
+            module.training = True
+    tensors = [t for t in (out.values() if hasattr(out, "values") else out) if isinstance(t, Tensor)]
+    return tensors[0]
+
+
+def _is_unknown(model: nn.Module, task: TaskType | None, error: Exception) -> bool:
+    """Whether an error says nothing of the prompt: the model does not compute these tokens without it either, or it
+    cannot without data."""
+    if next(model.parameters()).is_meta and isinstance(error, NotImplementedError):
+        return True
+    try:
+        with torch.no_grad():
+            _answer(model, task)
+    except Exception:
+        return True
+    return False
+
+
+def _parameters(module: Any) -> Any:
+    """The names of the arguments of a module's forward."""
+    return inspect.signature(module.forward).parameters if isinstance(module, nn.Module) else {}
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

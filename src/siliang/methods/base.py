@@ -166,6 +166,14 @@ class LayerConfig(PeftConfig):
         """What the wrapped layer's `add_adapter` needs for the layer at `path`."""
 
 
+# Under which names the models' configs say them, in the order in which PEFT looks.
+SHAPES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
 @dataclass(kw_only=True)
 class PromptConfig(PeftConfig):
     """A method that puts trained virtual tokens before the text and leaves the base model's layers alone.
@@ -187,6 +195,7 @@ class PromptConfig(PeftConfig):
     num_layers: int | None = None
 
     is_prompt_learning: ClassVar[bool] = True
+    NEEDED: ClassVar[tuple[str, ...]] = ("token_dim",)
     AT_LEAST_1: ClassVar[tuple[str, ...]] = (
         "num_virtual_tokens",
         "token_dim",
@@ -195,35 +204,52 @@ class PromptConfig(PeftConfig):
         "num_layers",
     )
 
-    def complete(self, model_config: Any) -> None:
-        """Fills in the shapes from the base model's config.
+    def complete(self, model_config: Any, *, width: int | None = None) -> None:
+        """Fills in the shapes from the base model.
+
+        Args:
+            model_config: The base model's config.
+            width: Of its word embeddings, beside which the virtual tokens stand.
 
         Raises:
-            ConfigError: The config does not say them.
+            ConfigError: The model does not say them, or the given ones are others.
         """
         if self.num_virtual_tokens is None:
             raise ConfigError(
                 f"{type(self).__name__} needs num_virtual_tokens (in a run: method.num_virtual_tokens), such as 20."
             )
-        text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
         if self.num_transformer_submodules is None:
             self.num_transformer_submodules = 2 if self.task_type is TaskType.SEQ_2_SEQ_LM else 1
-        for name, names in (
-            ("num_layers", ("num_hidden_layers", "num_layers", "n_layer")),
-            ("token_dim", ("hidden_size", "n_embd", "d_model")),
-            ("num_attention_heads", ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")),
-        ):
+        if self.token_dim is None:
+            self.token_dim = width
+        if width is not None and self.token_dim != width:
+            raise ConfigError(f"token_dim = {self.token_dim}: the model's word embeddings have {width} columns.")
+        for name, names in SHAPES.items():
             if getattr(self, name) is None:
-                found = next((v for n in names if (v := getattr(text, n, None)) is not None), None)
-                if found is None:
-                    raise ConfigError(f"{type(text).__name__} does not say {name}: give it in {type(self).__name__}.")
-                setattr(self, name, found)
+                setattr(self, name, said(model_config, names))
+        for name in self.NEEDED:
+            if getattr(self, name) is None:
+                raise ConfigError(
+                    f"{type(model_config).__name__} does not say {name}: give it in {type(self).__name__}."
+                )
 
     @property
     def rows(self) -> int:
         """Rows of the saved table of virtual tokens."""
         assert self.num_virtual_tokens is not None
         return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+
+def said(model_config: Any, names: Sequence[str]) -> Any:
+    """What a model's config says of its text model under the first of `names` that it has; None where it has none."""
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    for name in names:
+        try:
+            if (value := getattr(text, name, None)) is not None:
+                return value
+        except Exception:  # of a config whose layers differ in it: its error is a kind of its own
+            continue
+    return None
 
 
 class Prompt(nn.Module, ABC):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from siliang.methods.base import Prompt, PromptConfig
+from siliang.methods.base import Prompt, PromptConfig, said
 from siliang.types import PeftType
 
 
@@ -36,18 +36,23 @@ class PrefixTuningConfig(PromptConfig):
     peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
     AT_LEAST_1: ClassVar[tuple[str, ...]] = (*PromptConfig.AT_LEAST_1, "encoder_hidden_size")
 
-    def complete(self, model_config: Any) -> None:
-        """As for every prompt; with grouped heads the width is that of the keys, not of the hidden states."""
-        given = self.token_dim, self.num_attention_heads
+    NEEDED: ClassVar[tuple[str, ...]] = ("token_dim", "num_attention_heads", "num_layers")
+
+    def complete(self, model_config: Any, *, width: int | None = None, heads: tuple[int, int] | None = None) -> None:
+        """As for every prompt, but its width is that of the keys, not of the hidden states.
+
+        Args:
+            heads: The key/value heads of the model's attention and their size, where that is known.
+        """
+        open_ = self.token_dim is None and self.num_attention_heads is None
+        if open_ and heads is not None:
+            self.num_attention_heads, self.token_dim = heads[0], heads[0] * heads[1]
         super().complete(model_config)
-        text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-        kv_heads = getattr(text, "num_key_value_heads", None)
         assert self.token_dim is not None and self.num_attention_heads is not None
-        head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
-        head_dim = head_dim or self.token_dim // self.num_attention_heads
-        if given == (None, None):
-            heads: int = kv_heads or self.num_attention_heads
-            self.num_attention_heads, self.token_dim = heads, heads * head_dim
+        if open_ and heads is None:
+            number = said(model_config, ("num_key_value_heads",)) or self.num_attention_heads
+            size = said(model_config, ("head_dim", "d_kv")) or self.token_dim // self.num_attention_heads
+            self.num_attention_heads, self.token_dim = number, number * size
 
     def make_prompt(self, word_embeddings: nn.Module) -> Prefix:
         """A new prefix; the word embeddings play no part in it."""
