@@ -33,7 +33,9 @@ class Batch:
         lengths: Tokens of each row.
         weight: What the loss is divided by: labelled tokens, or rows.
         keys: What tells each row from others, by its content.
-        targets: For a model that writes, each labelled token's number, row and column, (3, N).
+        targets: For a model that writes, each labelled token's number, and the row and column of the state that
+            predicts it, (3, N).
+        entries: The rows' numbers in their data set, where these were given; empty for a dummy batch.
     """
 
     inputs: dict[str, Tensor]
@@ -41,6 +43,7 @@ class Batch:
     weight: int
     keys: tuple[bytes, ...]
     targets: Tensor | None = None
+    entries: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -58,12 +61,12 @@ class Batch:
             return self
         inputs = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
         targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
-        return Batch(inputs, self.lengths, self.weight, self.keys, targets)
+        return replace(self, inputs=inputs, targets=targets)
 
     def ghost(self) -> Batch:
         """The same rows, of which none counts: a rank without work goes through the motions, as the others wait for
         it."""
-        return replace(self, weight=0, targets=None if self.targets is None else self.targets[:, :0])
+        return replace(self, weight=0, targets=None if self.targets is None else self.targets[:, :0], entries=())
 
     def halves(self) -> list[Batch]:
         """The same rows in two batches; of a single row, the batch itself."""
@@ -73,13 +76,15 @@ class Batch:
     def _part(self, start: int, stop: int) -> Batch:
         inputs = {name: t[start:stop] for name, t in self.inputs.items()}
         lengths, keys, targets = self.lengths[start:stop], self.keys[start:stop], self.targets
+        entries = self.entries[start:stop]
         if targets is not None:
             targets = targets[:, (targets[1] >= start) & (targets[1] < stop)].clone()
             targets[1] -= start
-            return Batch(inputs, lengths, targets.shape[1], keys, targets)
+            return Batch(inputs, lengths, targets.shape[1], keys, targets, entries)
         labels = inputs.get("labels")
         by_token = labels is not None and labels.dim() > 1
-        return Batch(inputs, lengths, int((labels != IGNORED).sum()) if by_token else stop - start, keys)
+        weight = int((labels != IGNORED).sum()) if by_token else stop - start
+        return Batch(inputs, lengths, weight, keys, entries=entries)
 
 
 def most_tokens(asked: int | None, device_type: str, dtype: torch.dtype) -> int | None:
@@ -150,16 +155,20 @@ class StepCollator:
         return parts
 
     def _batch(self, rows: list[dict[str, Any]]) -> Batch:
+        entries = tuple(row.pop("entry") for row in rows if "entry" in row)
         keys = tuple(_key(row) for row in rows)
         inputs = self.pad(rows)
         lengths = tuple(len(row["input_ids"]) for row in rows)
-        if self.task is TaskType.CAUSAL_LM:
-            labels = inputs.pop("labels")
-            where = (labels[:, 1:] != IGNORED).nonzero().T  # the state of column j says token j + 1
-            targets = torch.stack((labels[:, 1:][tuple(where)], *where))
-            return Batch(inputs, lengths, targets.shape[1], keys, targets)
-        by_token = self.task in (TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
-        return Batch(inputs, lengths, int((inputs["labels"] != IGNORED).sum()) if by_token else len(rows), keys)
+        labels = inputs.get("labels")
+        if self.task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+            assert labels is not None
+            if self.task is TaskType.CAUSAL_LM:
+                labels = inputs.pop("labels")[:, 1:]  # the state of column j predicts token j + 1
+            where = (labels != IGNORED).nonzero().T
+            targets = torch.stack((labels[tuple(where)], *where))
+            return Batch(inputs, lengths, targets.shape[1], keys, targets, entries)
+        by_token = labels is not None and labels.dim() > 1
+        return Batch(inputs, lengths, int((labels != IGNORED).sum()) if by_token else len(rows), keys, entries=entries)
 
 
 def _key(row: dict[str, Any]) -> bytes:

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from siliang.data.encode import IGNORED
 from siliang.engine.batches import Batch
 from siliang.engine.frozen import EnoughError, FrozenBelow, Store, find_cut
 from siliang.engine.padding import NotPackableError, PaddingFree, in_a_sentence
@@ -17,7 +19,11 @@ from siliang.engine.recompute import Recompute
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_model import PeftModel
+from siliang.virtual_tokens import is_encoder_decoder
 from siliang.types import TaskType
+
+LABELS = ("labels", "start_positions", "end_positions")
+WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 
 class Engine:
@@ -72,7 +78,9 @@ class Engine:
                 self.notes.append(f"the frozen layers are computed in every epoch: {cut.why_not}")
         self._quicker = Quicker(self._base)
         self.recompute = Recompute(model, memory_budget, always=checkpointing)
-        has_head = task is TaskType.CAUSAL_LM and self._base.get_output_embeddings() is not None
+        has_head = task in WRITERS and self._base.get_output_embeddings() is not None
+        if task is TaskType.SEQ_2_SEQ_LM:  # else its forward needs the labels, and so all logits
+            has_head = has_head and hasattr(self._base, "prepare_decoder_input_ids_from_labels")
         self._head = HeadLoss(self._base) if has_head else None
         if self._head and (reason := all_logits or (self._head.differs(model, vocabulary) if comparing else None)):
             self.notes.append(f"the loss takes all logits: {reason}")
@@ -130,10 +138,21 @@ class Engine:
         Args:
             model: As it is called: the engine's own, or what a strategy has wrapped around it.
         """
+        with self.measured(model, batch) as (loss, _):
+            yield loss
+
+    @contextmanager
+    def measured(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Any]]:
+        """The summed loss of `batch`, in fp32, and the model's output, whose logits are those of the padded batch.
+
+        A model that writes gives no output: its logits, which would be one for each token of the vocabulary, are not
+        formed.
+        """
         head, padding = self._head, self.padding
         keep = padding is not None and padding.keeps and head is not None
         below = padding.below if padding and model.training else None
         tokens = batch.tokens if padding else batch.width * len(batch.lengths)
+        inputs = self._inputs(batch)
         with (
             self._quicker.on(),
             padding.without(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext(),
@@ -141,17 +160,27 @@ class Engine:
             below.of(batch.keys) if below else nullcontext(),
         ):
             if batch.targets is None:
-                loss = model(**batch.inputs).loss
-                yield loss.float() * batch.weight
+                output = model(**inputs)
+                yield summed_loss(output, batch), output
             elif head is None:
-                logits = model(**batch.inputs, use_cache=False).logits
+                logits = model(**inputs, use_cache=False).logits
                 rows = logits.flatten(0, 1).index_select(0, self._rows(logits, batch, None))
-                yield nn.functional.cross_entropy(rows.float(), batch.targets[0], reduction="sum")
+                yield F.cross_entropy(rows.float(), batch.targets[0], reduction="sum"), None
             else:
                 with head.caught() as seen:
-                    model(**batch.inputs, use_cache=False)
+                    model(**inputs, use_cache=False)
                 rows = self._rows(seen[0], batch, padding.layout if padding and keep else None)
-                yield head.loss(seen[0], rows, batch.targets[0])
+                yield head.loss(seen[0], rows, batch.targets[0]), None
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model is called with: no labels, so that it forms no loss of its own."""
+        inputs = {name: x for name, x in batch.inputs.items() if name not in LABELS}
+        if self.task is TaskType.SEQ_2_SEQ_LM:
+            labels = batch.inputs["labels"]
+            # a model without this method (M2M100) shifts the labels in its own forward alone
+            shift = getattr(self._base, "prepare_decoder_input_ids_from_labels", None)
+            inputs |= {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels)}
+        return inputs
 
     def close(self) -> None:
         """Takes everything off the model again."""
@@ -159,20 +188,11 @@ class Engine:
             self.padding.close()
             self.padding = None
 
-    @contextmanager
-    def unpadded(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """Within the block the model runs these inputs, padded on the right, without their padding."""
-        if self.padding is None:
-            yield
-            return
-        lengths = tuple(inputs["attention_mask"].sum(1).tolist())
-        with self._quicker.on(), self.padding.without(lengths, inputs["attention_mask"].shape[1]):
-            yield
-
-    @staticmethod
-    def _rows(states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
+    def _rows(self, states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
         """Where, in the flattened states, packed or not, the one stands that says each target."""
         assert batch.targets is not None
+        if self.task is TaskType.SEQ_2_SEQ_LM:  # the decoder's states, in front of which no virtual tokens stand
+            return batch.targets[1] * states.shape[1] + batch.targets[2]
         if layout is not None:
             virtual, starts = layout.width - batch.width, layout.starts
         else:
@@ -180,6 +200,26 @@ class Engine:
             starts = tuple(range(0, len(batch.lengths) * states.shape[1], states.shape[1]))
         first = torch.tensor(starts).to(states.device, non_blocking=True)
         return first[batch.targets[1]] + virtual + batch.targets[2]
+
+
+def summed_loss(output: Any, batch: Batch) -> Tensor:
+    """Cross-entropy, in fp32 and summed over what `batch.weight` counts.
+
+    A model's own loss is a mean in the format of its logits: rounded in bf16, and not a number where nothing in the
+    batch has a label.
+
+    Args:
+        output: With the logits of classes (S, C) or of each token's tags (S, W, C), or with those of an answer's first
+            and last token, each (S, W).
+    """
+    if "start_positions" in batch.inputs:
+        ends = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
+        losses = [F.cross_entropy(logits.float(), batch.inputs[name], reduction="sum") for logits, name in ends]
+        loss = torch.stack(losses).mean()
+    else:
+        logits, labels = output.logits.float(), batch.inputs["labels"]
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss if batch.weight else loss * 0.0  # a dummy batch counts nothing
 
 
 def _has_prompts(model: nn.Module) -> bool:
@@ -196,6 +236,7 @@ class HeadLoss:
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
         self._head: Any = model.get_output_embeddings()
+        self._decodes = is_encoder_decoder(model)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
         self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
@@ -235,13 +276,14 @@ class HeadLoss:
         """Tries a few tokens both ways; why the two are not the same, or None."""
         device = next(model.parameters()).device
         ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self._decodes else {})
         training = model.training
         model.eval()
         try:
-            logits = model(input_ids=ids, use_cache=False).logits[0, -6:-1].float()
-            expected = nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            logits = model(**inputs, use_cache=False).logits[0, -6:-1].float()
+            expected = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
             with self.caught() as seen:
-                model(input_ids=ids, use_cache=False)
+                model(**inputs, use_cache=False)
             states = seen[0]
             rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
             found = self.loss(states, rows, ids[0, 1:])
