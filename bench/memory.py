@@ -42,7 +42,8 @@ from siliang.plan import Sketch
 from siliang.plan.device import Device
 from siliang.plan.rows import made_up_row
 from siliang.plan.sketch import collator_of
-from siliang.train.run import attach, weight_dtype
+from siliang.run_folder import weight_dtype
+from siliang.train.run import attach
 from siliang.types import SiliangError, TaskType
 
 MODELS: dict[str, tuple[TaskType, Callable[[], Any]]] = {

@@ -130,7 +130,8 @@ class StepMetrics(Part):
     loss: float | None = None
     """Mean training loss since the line before."""
     eval_loss: float | None = None
-    accuracy: float | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """The other figures of an evaluation on the held-out rows, by which train.best may choose: accuracy, f1, ..."""
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_s: float | None = None
@@ -180,6 +181,8 @@ class Record(Saved):
     """How the rows were laid out: a name that data.format knows."""
     columns: dict[str, str] = Field(default_factory=dict)
     """The data's column of each part of the layout: {text: review, label: label}."""
+    unanswered: bool = False
+    """Some training questions have no answer in their context: the run's answer may be that there is none."""
     parameters: Counts
     rows: Rows
     seconds: Seconds = Field(default_factory=Seconds)

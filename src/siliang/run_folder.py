@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from siliang.config import RunConfig, read_yaml
 from siliang.data.hashes import base_files, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import absolute, damage, pasted, replacing
+from siliang.hardware import Choice
+from siliang.methods import Method, find_method
 from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model, load_tokenizer
 from siliang.peft_model import PeftModel
@@ -27,6 +31,7 @@ MODEL = "model"  # the trained model, for full fine-tuning
 CHECKPOINTS = "checkpoints"
 PREFIX = "checkpoint-"  # and the step
 COMPARISON = "comparison.json"
+FP32 = Choice("fp32", "as asked")
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,28 @@ class OpenedRun:
     model: Any  # PeftModel or PreTrainedModel
     tokenizer: Any
     trained: TrainedRun | None = None
+    precision: Choice = FP32  # of the computation
 
     @property
     def labels(self) -> list[str]:
         return self.record.labels or []
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within the block the model computes as it did in training, without gradients."""
+        with torch.no_grad(), autocast(self.precision, self.model.device):
+            yield
+
+
+def autocast(precision: Choice, device: torch.device) -> torch.autocast:
+    """The context in which a run of this precision computes."""
+    return torch.autocast(device.type, precision.dtype, enabled=precision.autocast)
+
+
+def weight_dtype(method: Method, precision: Choice) -> torch.dtype:
+    """Of the base model: a frozen one may stand in half precision; weights that are trained themselves stay fp32 under
+    autocast."""
+    return precision.dtype if precision.pure or method.freezes_the_base else torch.float32
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -247,7 +270,7 @@ def open_run(
     *,
     base: str | None = None,
     force: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     quantised: bool = True,
 ) -> OpenedRun:
@@ -256,6 +279,8 @@ def open_run(
     Args:
         base: Where its base model is now: a folder, or a name on the hub.
         force: Open it also where its base model has changed since it was trained.
+        dtype: Of all weights, as for merging. None: weights and computation are in the run's own precision, so that the
+            run measures and predicts what it did in training.
         quantised: Its base model in few bits, if it was trained on that. False: in `dtype`, as for merging.
 
     Raises:
@@ -266,16 +291,22 @@ def open_run(
     trained = find_run(folder, base=base, force=force)
     tokenizer = load_run_tokenizer(trained)
     config, record = trained.config, trained.record
+    precision = FP32 if dtype is not None else Choice(record.precision, "as in training")  # type: ignore[arg-type]
+    dtype = dtype or weight_dtype(find_method(config.method.name), precision)
     if trained.has_adapter:
         base_model = load_base(config, record.labels, tokenizer, dtype=dtype, device=device, quantised=quantised)
         if not Path(config.model).is_dir():  # by now the hub's copy is here
             trained.check_base()
-        model: Any = PeftModel.from_pretrained(base_model, trained.weights)
+        model: Any = PeftModel.from_pretrained(base_model, trained.weights, is_trainable=precision.pure)
+        if precision.pure:  # the adapter's weights have 16 bits too, as they were trained
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p.data = p.data.to(precision.dtype)
+                p.requires_grad_(False)
     else:
         model = load_model(str(trained.weights), config.task, dtype=dtype, labels=record.labels)
     if not (quantised and config.quantization):
         model.to(device or torch.device("cpu"))
-    return OpenedRun(trained.folder, config, record, model.eval(), tokenizer, trained)
+    return OpenedRun(trained.folder, config, record, model.eval(), tokenizer, trained, precision)
 
 
 def load_run_tokenizer(trained: TrainedRun) -> Any:

@@ -4,37 +4,49 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import TextStreamer
 
 from siliang.data.collate import PadCollator
-from siliang.data.encode import IGNORED
-from siliang.data.examples import ExampleSet, Labelled, SourceTarget, bad_rows_message
+from siliang.data.examples import Example, Labelled, SourceTarget, Span, Tagged, bad_rows_message
 from siliang.data.formats import BadRow, as_text
 from siliang.data.load import Layout, load_examples, load_rows
 from siliang.data.sources import Reading, open_source
 from siliang.data.text_files import find_text, kind_of
 from siliang.data.tokens import TokenSet, prompt_tokens, special_prefix, stop_tokens, tokenise, usable
+from siliang.data.words import cut_into_words, join_words
+from siliang.engine.batches import StepCollator, most_tokens
+from siliang.engine.evaluate import Reader, Sums
+from siliang.engine.evaluate import evaluate as measure
+from siliang.engine.step import LABELS, WRITERS, Engine
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.positions import Positions
 from siliang.peft_model import PeftModel
-from siliang.run_folder import OpenedRun, claim
+from siliang.run_folder import OpenedRun, autocast, claim, open_run
 from siliang.train import metrics
 from siliang.types import ConfigError, DataError, MergeError, ModelError, TaskType
 
 PROOF_SAMPLES = 32
-WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 PAIR = ("text", "text_pair")
 NEW_TOKENS = 128  # of an answer, where nobody says how long it may be
-LABELS = ("labels", "start_positions", "end_positions")
+T = TypeVar("T")
+PREDICTS = {
+    TaskType.SEQ_CLS: "predict",
+    TaskType.TOKEN_CLS: "predict_tags",
+    TaskType.QUESTION_ANS: "predict_answers",
+}
+PREDICTED_AT_ONCE = 256  # texts that are tokenised together
 
 
 @dataclass(frozen=True)
@@ -47,29 +59,25 @@ class Prediction:
     pair: str | None = None
 
 
-@torch.no_grad()
-def predict(run: OpenedRun, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 32) -> Iterator[Prediction]:
+def predict(
+    run: OpenedRun, texts: Iterable[str | tuple[str, str]], *, batch_size: int | None = None
+) -> Iterator[Prediction]:
     """The most probable class of each text, in order.
 
     Args:
-        texts: Where the run was trained on pairs of texts, such pairs, or the two in one with a tab between them.
+        texts: Where the run was trained on pairs of texts, such pairs, or the two in one with a tab between them. Read
+            while they are predicted.
+        batch_size: Rows that go through the model at once; None for the run's own.
 
     Raises:
-        ConfigError: The run is no classifier.
-        DataError: The run is for pairs and a text is alone, or a text is longer than the model can read.
+        ConfigError: The run is no classifier of texts.
+        DataError: The run is for pairs, and a text is alone, or a text is longer than the model can read.
     """
-    if run.config.task is not TaskType.SEQ_CLS:
-        other = "generate" if run.config.task in WRITERS else "eval"
-        raise ConfigError(f"{run.folder} is no classifier of texts: use `siliang {other}`.")
-    data = run.config.data.model_copy(update={"too_long": "cut"})
-    asked = [_asked(run, text) for text in texts]
-    tokens = tokenise(asked, run.tokenizer, data, run.config.task, labels=run.labels, judged=False)
-    _check_positions(run, tokens, "a text")
-    for start, batch in _batches(run, tokens, batch_size):
-        logits = run.model(**_inputs(batch)).logits
-        probabilities, numbers = logits.float().softmax(-1).max(-1)
-        for one, p, n in zip(asked[start : start + batch_size], probabilities.tolist(), numbers.tolist(), strict=True):
-            yield Prediction(one.text, run.labels[n], p, one.pair)
+    _check_task(run, TaskType.SEQ_CLS)
+    for examples, _, found in _predicted(run, (_asked(run, text) for text in texts), batch_size):
+        for example, (number, probability) in zip(examples, found.values(), strict=True):
+            assert isinstance(example, Labelled)
+            yield Prediction(example.text, run.labels[number], probability, example.pair)
 
 
 def _asked(run: OpenedRun, text: str | tuple[str, str]) -> Labelled:
@@ -113,7 +121,183 @@ def read_texts(run: OpenedRun, source: str) -> list[str | tuple[str, str]]:
     return texts
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class TaggedSpan:
+    """A span of words with one tag.
+
+    Attributes:
+        words: The number of its first word, and of the word behind its last.
+    """
+
+    text: str
+    tag: str
+    words: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TaggedWords:
+    """Words, the tag of each, and the spans that these are."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    spans: tuple[TaggedSpan, ...]
+
+
+def predict_tags(
+    run: OpenedRun, sentences: Iterable[str | Sequence[str]], *, batch_size: int | None = None
+) -> Iterator[TaggedWords]:
+    """The tag of each word, in order, however long a sentence is: what does not fit into the run's `data.max_length` is
+    read in several pieces.
+
+    Args:
+        sentences: Words; or a text, which is cut into words at its blanks, and, where a language writes none, into
+            characters. Read while they are predicted.
+        batch_size: Rows that go through the model at once; None for the run's own.
+
+    Raises:
+        ConfigError: The run gives no tags.
+    """
+    _check_task(run, TaskType.TOKEN_CLS)
+    for some in _some(sentences, PREDICTED_AT_ONCE):
+        words = [cut_into_words(s) if isinstance(s, str) else tuple(s) for s in some]
+        for sentence, tags in zip(words, _tags(run, words, batch_size), strict=True):
+            yield TaggedWords(sentence, tags, spans_of(sentence, tags))
+
+
+def _tags(run: OpenedRun, sentences: list[tuple[str, ...]], batch_size: int | None) -> list[tuple[str, ...]]:
+    """A tag for each word: pieces of a sentence are read until all its words have one."""
+    outside = "O" if "O" in run.labels else run.labels[0]
+    tags: list[list[str | None]] = [[None] * len(s) for s in sentences]
+    waiting = [
+        (i, 0) for i, sentence in enumerate(sentences) if sentence
+    ]  # a sentence, and the first word of its piece
+    while waiting:
+        pieces = [Tagged(sentences[i][start:], (run.labels[0],) * len(sentences[i][start:])) for i, start in waiting]
+        again: list[tuple[int, int]] = []
+        read = [
+            (tokens, entry, numbers)
+            for _, tokens, found in _predicted(run, pieces, batch_size)
+            for entry, numbers in found.items()
+        ]
+        for (i, start), (tokens, entry, numbers) in zip(waiting, read, strict=True):
+            places = [start + w for w in tokens.table[entry]["words"]]
+            begin = 0 if start == 0 else len(places) // 8  # the first words of a later piece stand without their left
+            for k, (place, number) in enumerate(zip(places, numbers, strict=True)):
+                if k >= begin or tags[i][place] is None:
+                    tags[i][place] = run.labels[number]
+            last = places[-1] if places else start
+            if tokens.column("lost")[entry] and last + 1 < len(sentences[i]) and places:
+                again.append((i, max(start + 1, last + 1 - len(places) // 4)))
+        waiting = again
+    # a word of which the tokenizer leaves nothing has no tag
+    return [tuple(outside if tag is None else tag for tag in row) for row in tags]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a question; its text is empty where the context has none.
+
+    Attributes:
+        begin: Its first character in the context, None where there is no answer; `end` is behind its last.
+        probability: Of these words, or of there being no answer.
+    """
+
+    question: str
+    context: str
+    text: str
+    begin: int | None
+    end: int | None
+    probability: float
+
+
+def predict_answers(
+    run: OpenedRun, questions: Iterable[tuple[str, str]], *, batch_size: int | None = None
+) -> Iterator[Answer]:
+    """The words of its context that answer each question, in order; or that there is no answer, where the run has
+    learned from questions without one.
+
+    Args:
+        questions: (question, context). Read while they are predicted.
+        batch_size: Rows that go through the model at once; None for the run's own.
+
+    Raises:
+        ConfigError: The run answers no questions.
+    """
+    _check_task(run, TaskType.QUESTION_ANS)
+    rows = (Span(question, context, (), ()) for question, context in questions)
+    for examples, tokens, found in _predicted(run, rows, batch_size):
+        asked = metrics.Rows(tokens, examples, unanswered=run.record.unanswered)
+        for example, a in zip(examples, metrics.best_answers(found, asked), strict=True):
+            assert isinstance(example, Span)
+            yield Answer(example.question, example.context, a.text, a.begin, a.end, a.probability)
+
+
+def spans_of(words: Sequence[str], tags: Sequence[str]) -> tuple[TaggedSpan, ...]:
+    """The spans that the words' tags make, as seqeval reads them."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    found = get_entities([metrics.as_iobes(tag) for tag in tags])
+    return tuple(TaggedSpan(join_words(words[a : b + 1]), tag, (a, b + 1)) for tag, a, b in found)
+
+
+def _check_task(run: OpenedRun, wanted: TaskType) -> None:
+    task = run.config.task
+    if task is wanted:
+        return
+    if task in WRITERS:
+        raise ConfigError(f"{run.folder} was trained to write text: use `siliang generate`.")
+    raise ConfigError(
+        f"{run.folder} was trained for {task.lower()}, and this is for {wanted.lower()}: use {PREDICTS[task]}."
+    )
+
+
+def _predicted(
+    run: OpenedRun, examples: Iterable[Example], batch_size: int | None
+) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
+    """(examples, their tokens, what the model says of each entry), some examples at a time."""
+    data = run.config.data.model_copy(update={"too_long": "cut"})
+    reader = metrics.MEASURES[run.config.task].reader
+    with engine_of(run) as engine:
+        for some in _some(examples, PREDICTED_AT_ONCE):
+            tokens = tokenise(some, run.tokenizer, data, run.config.task, labels=run.labels, judged=False)
+            _check_positions(run, tokens, "a text")
+            yield some, tokens, sums_of(run, engine, tokens, reader, batch_size).found
+
+
+def _some(items: Iterable[T], n: int) -> Iterator[list[T]]:
+    """At most `n` items at a time."""
+    items = iter(items)
+    while some := list(islice(items, n)):
+        yield some
+
+
+@contextmanager
+def engine_of(run: OpenedRun) -> Iterator[Engine]:
+    """The engine with which the run measured in training; off the model again behind the block."""
+    # outside of autocast, as in training: what it tries has to come to the same decisions
+    engine = Engine(run.model, run.config.task, packing=run.config.train.packing)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def sums_of(
+    run: OpenedRun, engine: Engine, tokens: TokenSet, reader: Reader | None = None, batch_size: int | None = None
+) -> Sums:
+    """What an evaluation in training adds up, in the same batches."""
+    t, device = run.config.train, run.model.device
+    collator = StepCollator(
+        PadCollator(run.tokenizer.pad_token_id),
+        run.config.task,
+        batch_size or t.batch_size,
+        most_tokens(t.tokens_at_once, device.type, run.precision.dtype),
+        packed=engine.padding is not None,
+    )
+    computing = partial(autocast, run.precision, device)
+    return measure(run.model, engine, tokens, collator, reader=reader, autocast=computing)
+
+
 def generate(
     run: OpenedRun,
     instruction: str,
@@ -172,9 +356,9 @@ def generate(
         settings["streamer"] = _Pieces(tokenizer, on_text)
     if wanted.stop_strings is not None:
         settings["tokenizer"] = tokenizer
-    settings |= {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(wanted, name)}
+    settings |= _one_plain_answer(run)
     try:
-        with run.model.disable_adapter() if base else nullcontext():
+        with run.computing(), run.model.disable_adapter() if base else nullcontext():
             written = run.model.generate(input_ids=input_ids, **settings)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(
@@ -263,6 +447,11 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
     return wanted or (up_to if room is None else min(up_to, room))
 
 
+def _one_plain_answer(run: OpenedRun) -> dict[str, Any]:
+    wanted = run.model.generation_config
+    return {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(wanted, name)}
+
+
 class _Pieces(TextStreamer):
     """Hands on an answer as soon as its next words are whole."""
 
@@ -275,86 +464,57 @@ class _Pieces(TextStreamer):
             self._on_text(text)
 
 
-@torch.no_grad()
-def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int = 16) -> dict[str, float]:
-    """Metrics on the run's held-out rows, or on other data.
+def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None = None) -> dict[str, float]:
+    """Metrics on the run's held-out rows, or on other data, as they are measured in training and in its precision.
+
+    Args:
+        data: A file, or a name on the hub. None: the held-out rows, or, where the run has none, its training rows.
+        batch_size: Rows that go through the model at once, which no figure depends on but for rounding; None for the
+            run's own.
 
     Returns:
-        rows; loss (mean over rows for classes, over labelled tokens for text and tags); and by task: accuracy and f1;
-        f1, precision and recall over spans; perplexity; rouge_l; exact_match and f1.
+        rows; loss (mean over rows for classes and answers, over labelled tokens for text and tags); and by task:
+        accuracy and f1; f1, precision and recall over spans; perplexity; rouge_l; exact_match and f1. `dropped`, where
+        data.too_long = "drop" left out rows.
+
+    Raises:
+        DataError: There is no row to measure, or none has a label.
     """
     task = run.config.task
-    rows, tokens = _rows(run, data)
-    if not tokens.learned.sum():
-        raise DataError("not one of these rows carries a label: there is nothing to measure.")
-    if task is TaskType.QUESTION_ANS:
-        found, loss = find_spans(run, tokens, rows, batch_size=batch_size)
-        answers = [e.answers for e in rows]  # type: ignore[union-attr]
-        return {"rows": float(len(rows)), "loss": loss} | metrics.squad(found, answers)
-    loss, count = 0.0, 0
-    guesses: list[Any] = []
-    right: list[Any] = []
-    for _, batch in _batches(run, tokens, batch_size):
-        labels = batch["labels"]
-        # an encoder-decoder model makes the decoder's input from the labels
-        logits = run.model(**(batch if task is TaskType.SEQ_2_SEQ_LM else _inputs(batch))).logits.float()
-        if task is TaskType.CAUSAL_LM:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        flat = labels.flatten()
-        loss += float(
-            torch.nn.functional.cross_entropy(logits.flatten(0, -2), flat, ignore_index=IGNORED, reduction="sum")
-        )
-        count += int((flat != IGNORED).sum())
-        if task is TaskType.SEQ_CLS:
-            guesses += logits.argmax(-1).tolist()
-            right += labels.tolist()
-        elif task is TaskType.TOKEN_CLS:
-            found, gold = metrics.tag_names(logits.argmax(-1).cpu().numpy(), labels.cpu().numpy(), run.labels)
-            guesses += found
-            right += gold
-        elif task is TaskType.SEQ_2_SEQ_LM:
-            guesses += _write_targets(run, batch)
-    figures = {"rows": float(len(rows)), "loss": loss / max(count, 1)}
-    match task:
-        case TaskType.SEQ_CLS:
-            return figures | metrics.classification(guesses, right)
-        case TaskType.TOKEN_CLS:
-            return figures | metrics.spans_of_tags(guesses, right)
-    figures["perplexity"] = float(torch.tensor(figures["loss"], dtype=torch.float64).exp())
+    rows = _rows(run, data)
+    with engine_of(run) as engine:
+        sums = sums_of(run, engine, rows.tokens, metrics.MEASURES[task].reader, batch_size)
+    figures = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
+    figures |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
+    figures |= metrics.figures_of(task, sums, rows)
+    if task in WRITERS:
+        figures["perplexity"] = metrics.perplexity(figures["loss"])
     if task is TaskType.SEQ_2_SEQ_LM:
-        targets = [e.target for e in rows if isinstance(e, SourceTarget)]
-        numbers = tokens.column("row").tolist()
-        figures["rouge_l"] = metrics.rouge_l(guesses, [targets[n] for n in numbers])
+        figures["rouge_l"] = rouge_l(run, rows, batch_size=batch_size)
     return figures
 
 
-@torch.no_grad()
-def find_spans(run: OpenedRun, tokens: TokenSet, rows: ExampleSet, *, batch_size: int = 16) -> tuple[list[str], float]:
-    """The words of its context that answer each question, and the mean loss over windows.
-
-    Args:
-        tokens: Windows of the rows' contexts; a row without one is answered with "".
-    """
-    loss, longest = 0.0, int(tokens.lengths.max())
-    starts: list[Tensor] = []
-    ends: list[Tensor] = []
-    for _, batch in _batches(run, tokens, batch_size):
-        output = run.model(**batch)
-        loss += float(output.loss) * len(batch["input_ids"])
-        for joined, logits in ((starts, output.start_logits), (ends, output.end_logits)):  # each (windows, tokens)
-            joined.append(torch.nn.functional.pad(logits.float(), (0, longest - logits.shape[1]), value=-1e4))
-    at_start, at_end = (torch.cat(joined).cpu().numpy() for joined in (starts, ends))
-    return metrics.best_spans(at_start, at_end, tokens, rows), loss / len(tokens)
-
-
-def _write_targets(run: OpenedRun, inputs: dict[str, Tensor]) -> list[str]:
-    written = run.model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=run.config.data.max_target_length,
-        do_sample=False,
-    )
-    return run.tokenizer.batch_decode(written, skip_special_tokens=True)
+def rouge_l(run: OpenedRun, rows: metrics.Rows, *, batch_size: int | None = None) -> float:
+    """Mean ROUGE-L of what the model writes for the rows' sources, beside their targets."""
+    collate = PadCollator(run.tokenizer.pad_token_id)
+    size = batch_size or run.config.train.batch_size
+    written: list[str] = []
+    # rows of like length side by side: less padding, and the longest first shows at once what does not fit
+    order = np.argsort(-rows.tokens.lengths, kind="stable").tolist()
+    with run.computing():
+        for some in _some(order, size):
+            batch = {k: x.to(run.model.device) for k, x in collate(rows.tokens.__getitems__(some)).items()}
+            ids = run.model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=run.config.data.max_target_length,
+                do_sample=False,
+                **_one_plain_answer(run),
+            )
+            written += run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    numbers = rows.tokens.column("row")[order].tolist()
+    examples = [rows.examples[n] for n in numbers]
+    return metrics.rouge_l(written, [e.target for e in examples if isinstance(e, SourceTarget)])
 
 
 def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool = False) -> MergeProof:
@@ -367,15 +527,15 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
     """
     if not isinstance(run.model, PeftModel):
         raise ConfigError(f"{run.folder} was fully tuned: {run.folder / 'model'} is a plain model already.")
+    if run.precision.compute != "fp32":  # which would round the sum
+        run = open_run(run.folder, base=run.config.model, force=True, dtype=torch.float32, quantised=False)
     try:
-        _, tokens = _rows(run, data, limit=PROOF_SAMPLES, same=False)
+        tokens = _rows(run, data, limit=PROOF_SAMPLES, same=False).tokens
     except DataError as error:
         if data is not None:
             raise
         raise DataError(f"{error}\nThe proof needs some rows, whichever: give them with --data FILE.") from None
-    keep = run.config.task is TaskType.SEQ_2_SEQ_LM
-    batches = (batch for _, batch in _batches(run, tokens.select(range(min(PROOF_SAMPLES, len(tokens)))), 1))
-    samples = [b if keep else _inputs(b) for b in batches]
+    samples = list(_samples(run, tokens))
     new = claim(output)
     temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
     try:
@@ -398,16 +558,15 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
     return proof
 
 
-def _rows(
-    run: OpenedRun, data: str | None, limit: int | None = None, *, same: bool = True
-) -> tuple[ExampleSet, TokenSet]:
-    """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows; and tokens.
+def _rows(run: OpenedRun, data: str | None, limit: int | None = None, *, same: bool = True) -> metrics.Rows:
+    """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows.
 
     Args:
         same: They have to be those of the training.
 
     Raises:
-        DataError: The run's own data is not what it was.
+        DataError: There are none, all are longer than data.max_length where these are dropped, or the run's own data is
+            not what it was.
     """
     settings, task = run.config.data, run.config.task
     if data is None and same and run.trained is not None:
@@ -421,18 +580,18 @@ def _rows(
         rows = examples.eval if len(examples.eval) else examples.train
     rows = rows if limit is None else rows[:limit]
     rows, tokens = usable(rows, tokenise(rows, run.tokenizer, settings, task, labels=run.record.labels))
+    if not len(tokens) and tokens.dropped:
+        raise DataError(metrics.all_dropped(tokens.dropped, settings.max_length))
     if not len(tokens):
         raise DataError("not one row can be used." + (f" {bad_rows_message(tokens.skipped)}" if tokens.skipped else ""))
     _check_positions(run, tokens, "a row")
-    return rows, tokens
+    unanswered = run.record.unanswered or metrics.has_unanswered(rows)
+    return metrics.Rows(tokens, rows, run.labels, unanswered)
 
 
-def _batches(run: OpenedRun, tokens: TokenSet, size: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    collate = PadCollator(run.tokenizer.pad_token_id)
-    for start in range(0, len(tokens), size):
-        rows = tokens.__getitems__(list(range(start, min(start + size, len(tokens)))))
-        yield start, {name: t.to(run.model.device) for name, t in collate(rows).items()}
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in batch.items() if name not in LABELS}
+def _samples(run: OpenedRun, tokens: TokenSet) -> Iterator[dict[str, Tensor]]:
+    """What the model is called with, one entry at a time."""
+    collate, keep = PadCollator(run.tokenizer.pad_token_id), run.config.task is TaskType.SEQ_2_SEQ_LM
+    for i in range(min(PROOF_SAMPLES, len(tokens))):
+        inputs = collate([tokens[i]])
+        yield {k: x.to(run.model.device) for k, x in inputs.items() if keep or k not in LABELS}

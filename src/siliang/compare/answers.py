@@ -6,19 +6,19 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
 
 from siliang.compare.record import Answer, Answers
-from siliang.data.collate import PadCollator
-from siliang.data.encode import IGNORED
 from siliang.data.examples import Conversation, Example, Labelled, SourceTarget, Span, Tagged, Text
+from siliang.data.words import join_words
 from siliang.run_folder import OpenedRun
 from siliang.train import metrics
 from siliang.train.run import Run
 from siliang.types import TaskType
-from siliang.use import LABELS, evaluate, find_spans, generate, predict
+from siliang.use import engine_of, generate, predict, rouge_l, spans_of, sums_of
 
 ROWS = 500  # held-out rows whose answers are kept, where an answer takes one forward pass
 WRITTEN_ROWS = 4  # ... and where it is written word by word
@@ -32,19 +32,16 @@ def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = F
         prompts: Texts to classify, or instructions, as the user gave them.
         base: Ask the base model, without the adapter.
     """
-    device = run.model.device
-    opened = OpenedRun(run.folder, run.config, run.record, run.model.eval(), run.tokenizer)
-    with torch.no_grad(), torch.autocast(device.type, run.precision.dtype, enabled=run.precision.autocast):
-        match run.config.task:
-            case TaskType.SEQ_CLS:
-                found = _classes(run, opened, prompts)
-            case TaskType.TOKEN_CLS:
-                found = _tags(run)
-            case TaskType.QUESTION_ANS:
-                found = _spans(run, opened)
-            case _:
-                found = _texts(run, opened, prompts, max_new_tokens, base=base)
-    return found
+    opened = OpenedRun(run.folder, run.config, run.record, run.model.eval(), run.tokenizer, precision=run.precision)
+    match run.config.task:
+        case TaskType.SEQ_CLS:
+            return _classes(run, opened, prompts)
+        case TaskType.TOKEN_CLS:
+            return _tags(run, opened)
+        case TaskType.QUESTION_ANS:
+            return _spans(run, opened)
+        case _:
+            return _texts(run, opened, prompts, max_new_tokens, base=base)
 
 
 def sample(n: int, size: int) -> list[int]:
@@ -52,22 +49,33 @@ def sample(n: int, size: int) -> list[int]:
     return sorted(random.Random(0).sample(range(n), min(size, n)))
 
 
+def _sampled(run: Run, opened: OpenedRun) -> Iterator[tuple[str, Example, int, Any]]:
+    """(place, example, entry, what the model says) of some held-out rows."""
+    chosen, numbers = sample(len(run.eval_set), ROWS), run.eval_set.column("row")
+    with engine_of(opened) as engine:
+        reader = metrics.MEASURES[run.config.task].reader
+        found = sums_of(opened, engine, run.eval_set.select(chosen), reader).found
+    for entry, said in zip(chosen, found.values(), strict=True):
+        number = int(numbers[entry])
+        yield run.examples.eval.where(number), run.examples.eval[number], entry, said
+
+
 def _classes(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     labels = run.examples.labels or []
-    shares = Counter(run.eval_set.column("labels").tolist())
+    right = run.eval_set.column("labels").tolist()
+    shares = Counter(right)
     rows: list[Answer] = []
-    for place, example, logits, right in _forward(run):
-        p, number = logits.softmax(-1).max(-1)
+    for place, example, entry, (number, p) in _sampled(run, opened):
         assert isinstance(example, Labelled)
         asked = example.text if example.pair is None else f"{example.text}\n{example.pair}"
         rows.append(
             Answer(
                 where=place,
                 asked=asked,
-                right=labels[int(right)],
-                given=labels[int(number)],
-                correct=int(right) == int(number),
-                probability=round(float(p), 4),
+                right=labels[right[entry]],
+                given=labels[number],
+                correct=right[entry] == number,
+                probability=round(p, 4),
             )
         )
     said = [Answer(asked=p.text, given=p.label, probability=round(p.probability, 4)) for p in predict(opened, prompts)]
@@ -79,21 +87,21 @@ def _classes(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     )
 
 
-def _tags(run: Run) -> Answers:
+def _tags(run: Run, opened: OpenedRun) -> Answers:
     labels = run.examples.labels or []
     rows: list[Answer] = []
-    for place, example, logits, right in _forward(run):
-        kept = right != IGNORED
+    for place, example, entry, numbers in _sampled(run, opened):
         assert isinstance(example, Tagged)
-        space = " " if any(len(token) > 1 for token in example.tokens) else ""
+        read = run.eval_set.table[entry]["words"]  # without those that were cut off, or of which no token is left
+        words = [example.tokens[word] for word in read]
         given, gold = (
-            spans(example.tokens, [labels[n] for n in numbers[kept].tolist()], space)
-            for numbers in (logits.argmax(-1), right)
+            ", ".join(f"{span.text} {span.tag}" for span in spans_of(words, tags))
+            for tags in ([labels[n] for n in numbers], [example.tags[word] for word in read])
         )
         rows.append(
             Answer(
                 where=place,
-                asked=space.join(example.tokens),
+                asked=join_words(example.tokens),
                 right=gold,
                 given=given,
                 correct=given == gold,
@@ -108,18 +116,20 @@ def _spans(run: Run, opened: OpenedRun) -> Answers:
     asked = np.unique(numbers)
     chosen = asked[sample(len(asked), ROWS)]
     windows = run.eval_set.select(np.flatnonzero(np.isin(numbers, chosen)).tolist())
-    found, _ = find_spans(opened, windows, examples)
+    with engine_of(opened) as engine:
+        found = sums_of(opened, engine, windows, metrics.MEASURES[run.config.task].reader).found
+    answers = metrics.best_answers(found, replace(run.held_out, tokens=windows))
     rows: list[Answer] = []
     for number in chosen.tolist():
-        example = examples[number]
+        example, given = examples[number], answers[number].text
         assert isinstance(example, Span)
         rows.append(
             Answer(
                 where=examples.where(number),
                 asked=f"{example.question}\n{_surroundings(example)}",
                 right=" / ".join(dict.fromkeys(example.answers)),
-                given=found[number],
-                correct=metrics.squad([found[number]], [example.answers])["exact_match"] == 1,
+                given=given,
+                correct=metrics.squad([given], [example.answers])["exact_match"] == 1,
             )
         )
     return Answers(rows=rows)
@@ -131,29 +141,6 @@ def _surroundings(example: Span) -> str:
     start = max(0, at - BEGINNING)
     end = at + (len(example.answers[0]) if example.answers else 0) + BEGINNING
     return f"{'…' if start else ''}{example.context[start:end]}{'…' if end < len(example.context) else ''}"
-
-
-def spans(tokens: tuple[str, ...], tags: list[str], space: str) -> str:
-    """The tagged spans of a sentence in words: "高勇 NAME, 男 SEX"."""
-    from seqeval.metrics.sequence_labeling import get_entities
-
-    found = get_entities([metrics.as_iobes(tag) for tag in tags])
-    return ", ".join(f"{space.join(tokens[a : b + 1])} {kind}" for kind, a, b in found)
-
-
-def _forward(run: Run) -> Iterator[tuple[str, Example, torch.Tensor, torch.Tensor]]:
-    """(place, example, logits, label or labels) of the sampled held-out rows, on the CPU."""
-    chosen = sample(len(run.eval_set), ROWS)
-    collate, numbers = PadCollator(run.tokenizer.pad_token_id), run.eval_set.column("row")
-    size = run.config.train.batch_size
-    for start in range(0, len(chosen), size):
-        part = chosen[start : start + size]
-        batch = {k: t.to(run.model.device) for k, t in collate(run.eval_set.__getitems__(part)).items()}
-        logits = run.model(**{k: t for k, t in batch.items() if k not in LABELS}).logits.float().cpu()
-        right = batch["labels"].cpu()
-        for i, entry in enumerate(part):
-            number = int(numbers[entry])
-            yield run.examples.eval.where(number), run.examples.eval[number], logits[i], right[i]
 
 
 def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int, *, base: bool) -> Answers:
@@ -170,7 +157,7 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         found.rows.append(Answer(where=place, asked=f"{instruction}\n{input}".strip(), right=right, given=given))
     if run.config.task is TaskType.SEQ_2_SEQ_LM:
         with run.model.disable_adapter() if base else nullcontext():
-            found.figures["rouge_l"] = evaluate(opened)["rouge_l"]
+            found.figures["rouge_l"] = rouge_l(opened, run.held_out)
     return found
 
 

@@ -56,8 +56,10 @@ def tags(tokenizer: Any, data: DataConfig, labels: list[str], examples: Sequence
             front = data.max_length - tail  # the closing special tokens stay
             gone = slice(front, len(ids) - tail)
             lost_answer = sum(x != IGNORED for x in tagged[gone])
-            del ids[gone], tagged[gone]
-        rows.append([{"input_ids": ids, "labels": tagged, "lost": lost, "lost_answer": lost_answer}])
+            del ids[gone], tagged[gone], words[gone]
+        read = [word for word, tag in zip(words, tagged, strict=True) if tag != IGNORED]
+        row = {"input_ids": ids, "labels": tagged, "words": read, "lost": lost, "lost_answer": lost_answer}
+        rows.append([row])
     return rows
 
 

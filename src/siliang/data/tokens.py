@@ -43,7 +43,11 @@ INTS = List(Value("int32"))
 COLUMNS: dict[TaskType, dict[str, Any]] = {
     TaskType.CAUSAL_LM: {"input_ids": INTS, "labels": INTS},
     TaskType.SEQ_CLS: {"input_ids": INTS, "token_type_ids": INTS, "labels": Value("int32")},
-    TaskType.TOKEN_CLS: {"input_ids": INTS, "labels": INTS},
+    TaskType.TOKEN_CLS: {
+        "input_ids": INTS,
+        "labels": INTS,
+        "words": INTS,
+    },  # of each token with a tag, its word's number
     TaskType.SEQ_2_SEQ_LM: {"input_ids": INTS, "labels": INTS},
     TaskType.QUESTION_ANS: {
         "input_ids": INTS,
@@ -56,7 +60,7 @@ COLUMNS: dict[TaskType, dict[str, Any]] = {
 DROPPED = -1  # in place of the number of an example that is left out for its length
 BAD = "bad"  # the column for what is wrong with an example
 SETTINGS = ("train_on", "max_length", "max_target_length", "stride", "too_long", "long_text")  # that decide on tokens
-NOT_FOR_MODEL = ("row", "lost", "lost_answer", "offsets")
+NOT_FOR_MODEL = ("row", "lost", "lost_answer", "offsets", "words")
 
 
 class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):

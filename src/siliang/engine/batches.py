@@ -17,6 +17,7 @@ from torch import Tensor
 
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
+from siliang.data.tokens import TokenSet
 from siliang.types import TaskType
 
 PADDED_SPLIT_TOKENS = 512  # a batch that cannot be packed is not split below: overhead would eat the gain
@@ -124,6 +125,19 @@ class StepCollator:
         if any(ghosts):  # of a rank without a row: it has this one alone
             return {"batches": [batch.ghost() for batch in batches], "rows": []}
         return {"batches": batches, "rows": numbers}
+
+    def numbered(self, tokens: TokenSet, entries: Sequence[int]) -> list[Batch]:
+        """The batches of these entries of a token set; each batch knows the numbers of its rows.
+
+        Args:
+            entries: Their numbers; ~i in place of i for an entry that does not count.
+        """
+        rows = tokens.__getitems__([i if i >= 0 else ~i for i in entries])
+        for i, row in zip(entries, rows, strict=True):
+            row["entry"] = i
+            row.pop("row", None)
+        batches = [self._batch(part) for part in self.split(rows)] if rows else []
+        return [batch.ghost() if min(batch.entries) < 0 else batch for batch in batches]
 
     def narrow_to(self, batches: list[Batch]) -> None:
         """From now on no batch is larger than the largest of these."""

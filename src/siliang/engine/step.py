@@ -19,8 +19,8 @@ from siliang.engine.recompute import Recompute
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_model import PeftModel
-from siliang.virtual_tokens import is_encoder_decoder
 from siliang.types import TaskType
+from siliang.virtual_tokens import is_encoder_decoder
 
 LABELS = ("labels", "start_positions", "end_positions")
 WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
@@ -213,8 +213,14 @@ def summed_loss(output: Any, batch: Batch) -> Tensor:
             and last token, each (S, W).
     """
     if "start_positions" in batch.inputs:
+        # an answer is no padding: with it among the choices the loss would depend on the longest row of the batch
+        padding = torch.arange(batch.width)[None] >= torch.tensor(batch.lengths)[:, None]
+        padding = padding.to(output.start_logits.device)
         ends = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
-        losses = [F.cross_entropy(logits.float(), batch.inputs[name], reduction="sum") for logits, name in ends]
+        losses = [
+            F.cross_entropy(logits.float().masked_fill(padding, -torch.inf), batch.inputs[name], reduction="sum")
+            for logits, name in ends
+        ]
         loss = torch.stack(losses).mean()
     else:
         logits, labels = output.logits.float(), batch.inputs["labels"]

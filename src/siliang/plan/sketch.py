@@ -21,7 +21,8 @@ from siliang.plan.device import Device
 from siliang.plan.paper import draw_base, on_paper, to_paper
 from siliang.plan.rows import cut, made_up_row
 from siliang.plan.steps import Measured, Phase, measure, usual_step
-from siliang.train.run import attach, weight_dtype
+from siliang.run_folder import weight_dtype
+from siliang.train.run import attach
 from siliang.types import ConfigError
 
 

@@ -3,7 +3,7 @@ step's rows are which rank's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -90,7 +90,7 @@ class Share(Sampler[list[int]]):
     A rank for which a step has no row gets one that does not count: ~row in place of row.
     """
 
-    order: Sampler[int]
+    order: Iterable[int]
     lengths: Sequence[int]
     step: int
     rank: int

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from siliang.check import Subject, find, look_at, stop_on_errors
 from siliang.config import RunConfig, differences
 from siliang.data.collate import PadCollator
+from siliang.data.examples import bad_rows_message
 from siliang.data.hashes import joined, weights_sha256
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
@@ -31,7 +32,7 @@ from siliang.distributed.ranks import Ranks, find_ranks, telling_of_the_dead
 from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, send_what_is_trained, shard
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.batches import StepCollator, most_tokens
-from siliang.engine.step import Engine
+from siliang.engine.step import WRITERS, Engine
 from siliang.files import absolute, damage, pasted, replacing_folder, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.free import free_memory
@@ -48,11 +49,13 @@ from siliang.run_folder import (
     hashes,
     load_base,
     sources_of,
+    weight_dtype,
     write_config,
 )
 from siliang.start_adapter import find_start_adapter
 from siliang.train.endings import does_not_fit, interrupted, no_number
-from siliang.train.metrics import MEASURED, trainer_metrics
+from siliang.train.metrics import MEASURES, all_dropped, has_unanswered, nothing_to_measure, perplexity
+from siliang.train.metrics import Rows as Held
 from siliang.train.order import Order
 from siliang.train.resume import Begun, take_up
 from siliang.train.saving import (
@@ -66,6 +69,7 @@ from siliang.train.trainer import Handlers, SiliangTrainer
 from siliang.train.watcher import Limits, Progress, Watcher, stopping_on_signal
 from siliang.types import (
     ConfigError,
+    DataError,
     InterruptedRunError,
     ModelError,
     OutputError,
@@ -75,8 +79,6 @@ from siliang.types import (
 )
 
 SLOW_DISK_BYTES_PER_S = 50e6  # for a checkpoint before the first one was timed
-# where the labels are not in `labels`
-LABELS: dict[TaskType, list[str]] = {TaskType.QUESTION_ANS: ["start_positions", "end_positions"]}
 
 
 # Looks at a run's config and data before its model is loaded, and tells what it will take: the config, which may come
@@ -177,6 +179,13 @@ class Run:
     record: Record
     ranks: Ranks
 
+    @property
+    def held_out(self) -> Held:
+        """The rows of evaluations."""
+        examples = self.examples
+        unanswered = self.record.unanswered or has_unanswered(examples.eval)
+        return Held(self.eval_set, examples.eval, examples.labels or (), unanswered=unanswered)
+
     def write_record(self) -> None:
         """Once, however many processes train."""
         if self.ranks.first:
@@ -235,6 +244,7 @@ def prepare(
         listener.say(f"           {line}")
     for line in skipped:
         listener.say(f"           skipped {line}")
+    _check_held_out(config, examples, sets[1])
     _check_best(config, len(sets[1]))
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
@@ -283,6 +293,7 @@ def prepare(
         labels=examples.labels,
         layout=examples.layout,
         columns=examples.columns,
+        unanswered=has_unanswered(examples.train),
         parameters=Counts(trained=trained, total=total),
         rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=skipped, truncated=truncated),
         seconds=Seconds(load=round(time.perf_counter() - started, 3)),
@@ -345,8 +356,22 @@ def _plan(
         return ranks.first_does(lambda: planner(config, subject, listener.say, mesh))
 
 
+def _check_held_out(config: RunConfig, examples: Examples, tokens: TokenSet) -> None:
+    """Held-out rows of which none can be measured would give a figure of nothing, or no figure, at the run's end."""
+    where = "the held-out rows"
+    if config.data.eval_sources:
+        where = ", ".join(source.path for source in config.data.eval_sources)
+        if not len(examples.eval):
+            bad = [line for line in examples.skipped if any(s.path in line for s in config.data.eval_sources)]
+            raise DataError(f"{where}: not one row can be used. {bad_rows_message(bad) if bad else ''}".rstrip())
+    if len(examples.eval) and not len(tokens):
+        raise DataError(f"{where}: {all_dropped(len(examples.eval), config.data.max_length)}")
+    if len(tokens) and not tokens.learned.any():
+        raise DataError(f"{where}: {nothing_to_measure(len(tokens))}")
+
+
 def _check_best(config: RunConfig, held_out: int) -> None:
-    t, allowed = config.train, ("loss", *MEASURED.get(config.task, ()))
+    t, allowed = config.train, ("loss", *MEASURES[config.task].names)
     if t.best is None:
         return
     if t.best not in allowed:
@@ -357,12 +382,6 @@ def _check_best(config: RunConfig, held_out: int) -> None:
     if not held_out or not t.eval_every:
         missing = "held-out rows (data.eval, or data.test_size)" if not held_out else "train.eval_every"
         raise ConfigError(f"train.best = {t.best!r} needs {missing}: it chooses among evaluations.")
-
-
-def weight_dtype(method: Method, precision: Choice) -> torch.dtype:
-    """Of the base model: a frozen one may stand in half precision; weights that are trained themselves stay fp32 under
-    autocast."""
-    return precision.dtype if precision.pure or method.freezes_the_base else torch.float32
 
 
 def attach(
@@ -497,7 +516,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         engine=engine,
         order=Order.of(run.config, run.train_set.lengths.tolist()),
         ranks=run.ranks,
-        compute_metrics=trainer_metrics(run.config.task, run.examples.labels or [], run.eval_set, run.examples.eval),
+        held_out=run.held_out,
         callbacks=list(callbacks),
         handlers=Handlers(partial(no_number, run), partial(does_not_fit, run, engine), run.listener.say),
         skips=t.nan_skips,
@@ -540,8 +559,6 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
         save_strategy="steps" if t.save_every else "no",
         save_steps=t.save_every or 500,
         save_total_limit=t.keep,
-        prediction_loss_only=run.config.task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM),
-        label_names=LABELS.get(run.config.task, ["labels"]),
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
@@ -563,14 +580,10 @@ def _epochs(run: Run) -> float:
 
 
 def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float]:
-    """The Trainer's figures without its prefix and without its timings."""
-    skipped = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    """The last evaluation's figures, as the record names them."""
     named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    final = {"eval_loss": metrics["eval_loss"]}
-    final |= {k: v for k, v in named.items() if k not in ("loss", "epoch", *skipped) and "memory" not in k}
-    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
-        final["perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
-    return final
+    final = {"eval_loss": named.pop("loss")} | named
+    return final | ({"perplexity": perplexity(final["eval_loss"])} if task in WRITERS else {})
 
 
 def _save(run: Run, weights: dict[str, Any] | None) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -21,10 +21,12 @@ from siliang.distributed import zero
 from siliang.distributed.ranks import Ranks
 from siliang.distributed.sharding import average_gradients, dealt, gradients_stay, is_sharded, whole
 from siliang.engine.batches import Batch, StepCollator
+from siliang.engine.evaluate import Sums, evaluate, in_steps
 from siliang.engine.step import Engine
 from siliang.files import replacing_folder, telling
 from siliang.run_folder import PREFIX
 from siliang.train.guard import Guard, Trouble
+from siliang.train.metrics import MEASURES, Rows, figures_of
 from siliang.train.order import Counted, Order, Share
 from siliang.train.saving import (
     adapter_together,
@@ -39,7 +41,6 @@ from siliang.train.saving import (
     write_weights,
 )
 from siliang.train.watcher import Watcher
-from siliang.types import TaskType
 
 
 @dataclass
@@ -68,6 +69,7 @@ class SiliangTrainer(Trainer):
         ranks: The processes of this training.
         skips: Steps that may be left out because their loss or gradient is no number.
         fit: Split a step further where it does not fit the device.
+        held_out: The rows of evaluations.
 
     Attributes:
         tokens_trained: So far, padding left out.
@@ -82,11 +84,12 @@ class SiliangTrainer(Trainer):
         order: Order,
         ranks: Ranks,
         handlers: Handlers,
+        held_out: Rows,
         skips: int = 0,
         fit: bool = False,
         **kwargs: Any,
     ) -> None:
-        self._order, self.ranks = order, ranks
+        self._order, self.ranks, self._held_out = order, ranks, held_out
         super().__init__(*args, **kwargs)
         if not ranks.first:
             torch.manual_seed(
@@ -204,13 +207,10 @@ class SiliangTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's own; with several ranks, each has the share of a step that balances their tokens."""
-        return super().get_train_dataloader() if self.ranks.size == 1 else self._shared(self.train_dataset, self._order)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
-        return self._order
-
-    def _shared(self, rows: Any, order: Sampler[int]) -> DataLoader[Any]:
-        share = Share(order, rows.lengths.tolist(), self._order.step, self.ranks.rank, self.ranks.size)
+        if self.ranks.size == 1:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        share = Share(self._order, rows.lengths.tolist(), self._order.step, self.ranks.rank, self.ranks.size)
         loader: Any = DataLoaderShard(
             Counted(rows),
             batch_sampler=share,
@@ -219,19 +219,23 @@ class SiliangTrainer(Trainer):
         )
         return loader  # type: ignore[no-any-return]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self._order
+
     # ---- evaluation ----
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """For a model that writes, the mean loss of all labelled tokens, whatever batches they meet in, and without the
-        logits of whole batches; for other tasks the Trainer's own. Training does not notice it: the random numbers that
-        it draws are given back."""
+        """The figures of the held-out rows, whatever batches and ranks they meet in, and not the Trainer's, which are
+        means of its batches' means. Training does not notice it: the random numbers that it draws are given back."""
         before = random_state()
         try:
-            metrics = self._measure(eval_dataset, ignore_keys, metric_key_prefix)
+            figures = figures_of(self.engine.task, self._sums(), self._held_out)
         finally:
             set_random_state(before)
-        if eval_dataset is None:
-            self._measured = (self.state.global_step, metrics)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self._measured = (self.state.global_step, metrics)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def metrics_now(self) -> dict[str, float]:
@@ -239,42 +243,23 @@ class SiliangTrainer(Trainer):
         step, metrics = self._measured
         return metrics if step == self.state.global_step else self.evaluate()
 
-    def _measure(self, eval_dataset: Any, ignore_keys: Any, metric_key_prefix: str) -> Any:
-        if self.engine.task is not TaskType.CAUSAL_LM:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        total, weight = torch.zeros((), device=self.args.device), 0
-        self.model.eval()  # type: ignore[union-attr]
-        for inputs in self._eval_batches(eval_dataset):
-            for batch in self._as_many(inputs["batches"]):
-                batch = batch.to(self.args.device)
-                with torch.no_grad(), self.accelerator.autocast(), self.engine.loss(self.model, batch) as loss:  # type: ignore[arg-type]
-                    total += loss
-                weight += batch.weight
-        sums = self.ranks.all((float(total), weight))
-        metrics = {f"{metric_key_prefix}_loss": sum(t for t, _ in sums) / max(sum(w for _, w in sums), 1)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _eval_batches(self, eval_dataset: Any) -> DataLoader[Any]:
-        if self.ranks.size == 1:
-            return super().get_eval_dataloader(eval_dataset)
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._shared(rows, SequentialSampler(rows))  # type: ignore[arg-type]
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own, without padding inside of the model."""
-        with self.engine.unpadded(inputs):
-            return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Padded batches, as the Trainer's own evaluation takes them."""
-        collate: Any = self.data_collator
-        self.data_collator = collate.pad
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collate
+    def _sums(self) -> Sums:
+        """Over the held-out rows, of which each rank runs its share."""
+        tokens, ranks = self._held_out.tokens, self.ranks
+        collator: Any = self.data_collator
+        lengths = tokens.lengths.tolist()
+        steps = Share(range(len(tokens)), lengths, self._order.step, ranks.rank, ranks.size)
+        own = evaluate(
+            self.model,  # type: ignore[arg-type]
+            self.engine,
+            tokens,
+            collator,
+            steps=in_steps(len(tokens), collator) if ranks.size == 1 else steps,
+            reader=MEASURES[self.engine.task].reader,
+            autocast=lambda: self.accelerator.autocast(),
+            as_many=self._as_many,
+        )
+        return Sums.of(ranks.all(own))
 
     # ---- between the steps ----
 

@@ -184,7 +184,11 @@ class Watcher(TrainerCallback):
             epoch=round(state.epoch or 0.0, 4),
             loss=logs.get("loss"),
             eval_loss=logs.get("eval_loss"),
-            accuracy=logs.get("eval_accuracy"),
+            metrics={
+                name.removeprefix("eval_"): float(value)
+                for name, value in logs.items()
+                if name.startswith("eval_") and name != "eval_loss"
+            },
             learning_rate=logs.get("learning_rate"),
             grad_norm=float(logs["grad_norm"]) if "grad_norm" in logs else None,
         )

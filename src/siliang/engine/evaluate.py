@@ -1,0 +1,104 @@
+"""The one evaluation: in training, for `siliang eval`, for predictions and comparisons.
+
+Losses are summed, and divided once by what all rows count: no figure depends on the batches in which rows meet, or on
+the number of processes that share them. Rows go through the engine, so that nothing is padded or computed that need not
+be, and in the format that the caller's `autocast` gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from siliang.data.tokens import TokenSet
+from siliang.engine.batches import Batch, StepCollator
+from siliang.engine.step import Engine
+
+# What a model says of each row of a batch, from its output: small, and on the CPU.
+Reader = Callable[[Any, Batch, TokenSet], Sequence[Any]]
+
+
+@dataclass
+class Sums:
+    """What an evaluation adds up.
+
+    Attributes:
+        loss: Summed over what `weight` counts.
+        weight: Labelled tokens, or rows where each has one label.
+        found: What the model says of each entry of the token set, by the entry's number; empty where only the loss was
+            asked for.
+    """
+
+    loss: float = 0.0
+    weight: int = 0
+    found: dict[int, Any] = field(default_factory=dict[int, Any])
+
+    @property
+    def mean(self) -> float:
+        """The mean loss; nan where nothing has a label."""
+        return self.loss / self.weight if self.weight else math.nan
+
+    @classmethod
+    def of(cls, parts: Iterable[Sums]) -> Sums:
+        """Several ranks' in one, in the order of the entries."""
+        parts = list(parts)
+        found = {entry: said for part in parts for entry, said in part.found.items()}
+        return cls(
+            math.fsum(part.loss for part in parts),
+            sum(part.weight for part in parts),
+            dict(sorted(found.items())),
+        )
+
+
+def in_steps(n: int, collator: StepCollator) -> list[range]:
+    """The numbers of `n` entries as those that are collated together, which a batch is never larger than."""
+    size = collator.rows_at_once
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def evaluate(
+    model: nn.Module,
+    engine: Engine,
+    tokens: TokenSet,
+    collator: StepCollator,
+    *,
+    steps: Iterable[Sequence[int]] | None = None,
+    reader: Reader | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    as_many: Callable[[list[Batch]], list[Batch]] = list,
+) -> Sums:
+    """Runs the entries of a token set through a model, which is in eval mode afterwards.
+
+    Args:
+        model: As it is called: the engine's own, or what a strategy has wrapped around it.
+        collator: Makes the batches.
+        steps: The numbers of the entries that are collated together; None for all of `tokens`, in order. ~i in place of
+            i: an entry that does not count, where other ranks wait for this one.
+        reader: What is kept of the model's output, one item for each row of the batch; None for the loss alone.
+        autocast: Makes the context of the computation.
+        as_many: Adds dummy batches to those of a step, where every rank needs the same number.
+
+    Returns:
+        The sums of these entries alone: those of several ranks are added up by `Sums.of`.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    sums, losses = Sums(), list[torch.Tensor]()
+    with torch.no_grad():
+        for step in in_steps(len(tokens), collator) if steps is None else steps:
+            for batch in as_many(collator.numbered(tokens, step)):
+                batch = batch.to(device)
+                with autocast(), engine.measured(model, batch) as (loss, output):
+                    losses.append(loss)
+                    if reader is not None and batch.entries:
+                        sums.found.update(zip(batch.entries, reader(output, batch, tokens), strict=True))
+                sums.weight += batch.weight
+    sums.loss = math.fsum(torch.stack(losses).tolist()) if losses else 0.0
+    sums.found = dict(sorted(sums.found.items()))
+    return sums

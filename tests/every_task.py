@@ -1,0 +1,85 @@
+"""A tiny model and rows of unlike lengths for every task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import ENCODER, WORDS, llama, t5, without_dropout, word_tokenizer, write_jsonl
+from tokenizers import processors
+from transformers import BertConfig, BertForSequenceClassification
+
+from siliang.config import RunConfig
+
+TASKS = ("seq_cls", "token_cls", "question_ans", "causal_lm", "seq_2_seq_lm")
+PROMPTS = {"name": "prompt_tuning", "num_virtual_tokens": 3}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora", "r": 4},
+    "full": {"name": "full"},
+    "prompt_tuning": PROMPTS,
+    "p_tuning": PROMPTS | {"name": "p_tuning"},
+    "prefix_tuning": PROMPTS | {"name": "prefix_tuning"},
+}
+
+
+def make_models(folder: Path) -> dict[str, Path]:
+    """A base model's folder for each task, without dropout."""
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    torch.manual_seed(0)
+    encoder = BertForSequenceClassification(BertConfig(**ENCODER, initializer_range=0.3))
+    models = {"encoder": encoder, "causal_lm": llama(), "seq_2_seq_lm": t5()}
+    for name, model in models.items():
+        without_dropout(model)
+        config: Any = model.config
+        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate"):
+            if hasattr(config, key):
+                setattr(config, key, 0.0)
+        config.eos_token_id = 2
+        model.save_pretrained(folder / name)
+        (tokenizer if name == "encoder" else word_tokenizer()).save_pretrained(folder / name)
+    return {task: folder / (task if task in models else "encoder") for task in TASKS}
+
+
+def rows_of(task: str, n: int = 23) -> list[dict[str, Any]]:
+    """Rows of 3 to 14 words; of questions, some have no answer and some a context of several windows."""
+    rows: list[dict[str, Any]] = []
+    for i in range(n):
+        words = [WORDS[(7 * i + 3 * j) % 23] for j in range(3 + (5 * i) % 12)]
+        text = " ".join(words)
+        match task:
+            case "seq_cls":
+                rows.append({"text": text, "label": ("pos", "neg")[i % 3 == 0]})
+            case "token_cls":
+                tags = [("O", "B-X", "I-X", "O", "B-Y")[(i + j) % 5] for j in range(len(words))]
+                rows.append({"tokens": words, "tags": tags})
+            case "question_ans":
+                context = " ".join(words * (1 + i % 3))
+                word = words[i % len(words)]
+                found = {"text": [word], "answer_start": [context.index(word)]}
+                answers = {"text": [], "answer_start": []} if i % 4 == 0 else found
+                rows.append({"question": "say one", "context": context, "answers": answers})
+            case "causal_lm":
+                rows.append({"instruction": text, "output": " ".join(words[: 1 + i % 5])})
+            case _:
+                rows.append({"source": text, "target": " ".join(words[: 1 + i % 5])})
+    return rows
+
+
+def configured(task: str, models: dict[str, Path], folder: Path, method: str = "lora", **train: Any) -> RunConfig:
+    """A run of two steps on all of the task's rows, of which it measures a part."""
+    data = write_jsonl(folder / f"{task}.jsonl", rows_of(task))
+    settings = {"max_steps": 2, "batch_size": 4, "precision": "fp32", "learning_rate": 1e-3}
+    values = {
+        "model": str(models[task]),
+        "task": task,
+        "method": METHODS[method],
+        "data": {"train": str(data), "test_size": 0.5, "max_length": 24, "stride": 4, "max_target_length": 8},
+        "train": settings | train,
+        "accept": ["SL042"],
+        "output": str(folder / "run"),
+    }
+    return RunConfig.build(values)
