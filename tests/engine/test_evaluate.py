@@ -10,13 +10,10 @@ import torch
 from every_task import METHODS, TASKS, configured, make_models
 from torch import nn
 
-from siliang.config import RunConfig
-from siliang.engine.step import WRITERS
-from siliang.record import Record
 from siliang.run_folder import open_run
 from siliang.train.run import Listener, Run, make_trainer, prepare, train
 from siliang.types import TaskType
-from siliang.use import evaluate, rouge_l
+from siliang.use import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
