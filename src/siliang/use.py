@@ -255,7 +255,7 @@ def _predicted(
     run: OpenedRun, examples: Iterable[Example], batch_size: int | None
 ) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
     """(examples, their tokens, what the model says of each entry), some examples at a time."""
-    data = run.config.data.model_copy(update={"too_long": "cut"})
+    data = run.config.data.model_copy(update={"too_long": "cut", "skip_bad_rows": False})
     reader = metrics.MEASURES[run.config.task].reader
     with engine_of(run) as engine:
         for some in _some(examples, PREDICTED_AT_ONCE):
