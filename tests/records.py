@@ -31,7 +31,9 @@ def record(score: float, *, trained: int, memory: int, seed: int, method: str, s
         rows=Rows(train=80, eval=20),
         seconds=Seconds(train=seconds, eval=2.0),
         tokens_trained=6000,
-        memory=Memory(loaded_bytes=100 * MB, peak_bytes=memory * MB, predicted_bytes=(memory - 5) * MB),
+        memory=Memory(
+            loaded_bytes=100 * MB, steps_bytes=memory * MB, peak_bytes=memory * MB, predicted_bytes=(memory - 5) * MB
+        ),
         steps=[StepMetrics(step=s, epoch=s / 10, loss=1 / s) for s in (10, 20, 30)],
         final={"accuracy": score, "eval_loss": 1 - score, "f1": score},
     )

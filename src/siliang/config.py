@@ -312,7 +312,8 @@ class TrainConfig(Section):
     on_nan: Annotated[str, BeforeValidator(_on_nan)] = "stop"
     """At a step whose loss or gradient is nan or infinite: stop; or `skip 5`, to leave out up to so many such steps."""
     fit: bool = False
-    """Where the run would not fit, split its batches and recompute more, with the same result, instead of stopping."""
+    """Where the run would not fit, split its batches and recompute more, with the same result, instead of stopping.
+    With several devices only where the plan says so: a step that they have begun is not begun again."""
 
     @property
     def saves(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,24 @@ from siliang.types import ConfigError
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a plan said of a run.
+
+    Attributes:
+        parts: Of the steps' peak, as `Memory.predicted_parts`.
+        loading_bytes: The most while the model is loaded.
+    """
+
+    parts: dict[str, int] = field(default_factory=dict)
+    loading_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The larger of loading and the steps; None where there was no plan."""
+        return max(sum(self.parts.values()), self.loading_bytes) or None
 
 
 class Part(BaseModel):
@@ -107,19 +126,30 @@ class Seconds(Part):
 class Memory(Part):
     """Peak memory: of the device with CUDA, else resident memory of the process."""
 
+    loading_bytes: int = 0
+    """The most while the model was loaded and prepared."""
     loaded_bytes: int = 0
     """Before the first step."""
+    steps_bytes: int = 0
+    """The most during the steps and evaluations."""
     peak_bytes: int = 0
-    """The most during training."""
+    """The most from before the model was loaded to the last evaluation: the larger of both."""
     peak_bytes_by_rank: list[int] = Field(default_factory=list)
     """Of each process, where there were several; peak_bytes is the most."""
     predicted_bytes: int | None = None
-    """What the plan said; None where it was not asked."""
+    """What the plan said of the peak; None where it was not asked."""
+    predicted_loading_bytes: int | None = None
+    """And of loading alone."""
     recomputed_layers: int = 0
     """Layers that computed their activations twice, in the batch where it was most."""
     predicted_parts: dict[str, int] = Field(default_factory=dict)
-    """What that is made of: weights, trained, gradients, optimizer, activations, logits, workspace, and what lies
-    beside the tensors (overhead)."""
+    """What the steps' peak is made of: weights, trained, gradients, optimizer, activations, logits, workspace, and what
+    lies beside the tensors (overhead)."""
+
+    @property
+    def above_bytes(self) -> int:
+        """What the steps took above the loaded model."""
+        return (self.steps_bytes or self.peak_bytes) - self.loaded_bytes
 
 
 class StepMetrics(Part):

@@ -15,6 +15,7 @@ from ranked import ARGUMENTS, assert_same, changed, configured, killed, start, s
 
 from faults.runs import Place, make_place, run
 from siliang.distributed.sharding import paper_ranks
+from siliang.engine.step import Engine
 from siliang.plan import find_target, plan
 from siliang.plan.before import Planner
 from siliang.record import Record
@@ -99,7 +100,7 @@ def test_what_is_too_large_for_one_is_dealt_out(still_place: Place, tmp_path: Pa
     target = replace(find_target(config), beside_bytes=0, work_bytes=0)
     with paper_ranks(2) as mesh:
         whole, share = (
-            plan(config.with_strategy(strategy), target, mesh=mesh, timed=False).methods[0].peak_bytes
+            plan(config.with_strategy(strategy), target, mesh=mesh, timed=False).methods[0].needed_bytes
             for strategy in ("ddp", "fsdp")
         )
     assert share < whole
@@ -133,3 +134,26 @@ def test_only_what_is_trained_is_sent(still_place: Place, tmp_path: Path) -> Non
 
     endings = [child.end() for child in start(config, 2, before=counting)]
     assert [e.code for e in endings] == [0, 0], endings[0].said
+
+
+def out_of_memory_on_the_second() -> None:
+    """In its second step, the first time that it is tried."""
+    whole, calls = Engine.run, [0]
+
+    def short(self: Engine, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[0] += os.environ["RANK"] == "1"
+        if calls[0] == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return whole(self, *args, **kwargs)
+
+    Engine.run = short  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_memory_that_one_rank_lacks_ends_the_run_on_all(strategy: str, still_place: Place, tmp_path: Path) -> None:
+    """`train.fit` would begin the step again on that rank alone, while the other waits in the middle of it."""
+    config = changed(configured(still_place, tmp_path / "run", fit=True, max_steps=4), tmp_path / "run", strategy)
+    first, second = (child.end() for child in start(config, 2, before=out_of_memory_on_the_second))
+    assert second.code == 2 and "Step 2 does not fit the memory" in second.said
+    assert "train.batch_size=" in second.said and "train.fit" not in second.said
+    assert first.code == 2 and "has lost another rank" in first.said, first.said

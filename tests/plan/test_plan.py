@@ -16,13 +16,15 @@ from transformers import AutoConfig
 import siliang.plan
 from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
+from siliang.distributed.sharding import paper_ranks
 from siliang.engine.batches import StepCollator
 from siliang.hardware import Choice
+from siliang.models.weights import PIECE_BYTES
 from siliang.plan import Sketch, find_target, history, model_config, plan
-from siliang.plan.before import Planner, apply
+from siliang.plan.before import Planner, apply, settle
 from siliang.plan.device import Device
 from siliang.plan.fit import Room
-from siliang.plan.record import Change
+from siliang.plan.record import Change, MethodPlan
 from siliang.plan.rows import heaviest, made_up, order
 from siliang.plan.shapes import shape_name
 from siliang.train.run import Listener, make_trainer, prepare, train
@@ -272,3 +274,94 @@ def test_a_process_that_uses_cuda_is_not_forked(begun: bool, monkeypatch: pytest
 
 def where_it_runs(method: str) -> Any:
     return os.getpid()
+
+
+# ---- loading ----
+
+
+WORDS = 50257 * 768
+PARAMETERS = WORDS + 1024 * 768 + 12 * 768**2 + 13 * 768 + 2 * 768  # one layer, and the last norm
+
+
+def large_words(tmp_path: Path, **more: Any) -> RunConfig:
+    """A model that is mostly embeddings, on one short row: its steps take little beside its weights."""
+    if not (tmp_path / "config.json").exists():
+        AutoConfig.for_model("gpt2", n_layer=1).save_pretrained(tmp_path)
+    values: dict[str, Any] = {
+        "model": str(tmp_path),
+        "task": "causal_lm",
+        "data": {"train": "-", "max_length": 8},
+        "train": {"batch_size": 1, "gradient_checkpointing": True},
+        "output": "-",
+    }
+    return RunConfig.build(values | more)
+
+
+def test_loading_is_planned_beside_the_steps(tmp_path: Path) -> None:
+    config = large_words(tmp_path)
+    found = plan(config, target(None), with_data=False, timed=False).methods[0]
+    weights = PARAMETERS * 4
+    assert weights < found.loading_bytes <= weights + 4 * PIECE_BYTES + 2**20
+    assert found.needed_bytes == max(found.loading_bytes, found.peak_bytes) == found.loading_bytes > found.peak_bytes
+    little = (found.loading_bytes + found.peak_bytes) // 2  # enough for the steps alone
+    assert plan(config, target(little), with_data=False, timed=False).methods[0].fits is False
+    assert plan(config, target(found.loading_bytes), with_data=False, timed=False).methods[0].fits
+    several = plan(config, target(little), methods=["lora", "ia3"], with_data=False, timed=False).methods
+    assert [one.fits for one in several] == [False, False]
+
+
+def test_loading_in_few_bits_takes_more_than_the_weights_for_a_moment(tmp_path: Path) -> None:
+    config = large_words(tmp_path, quantization={"bits": 4})
+    AutoConfig.for_model("qwen2", num_hidden_layers=1).save_pretrained(tmp_path)
+    found = plan(config, target(None), with_data=False, timed=False).methods[0]
+    largest = 4096 * 22016
+    assert found.loading_bytes - found.parts["weights"] == pytest.approx(16 * largest, rel=0.1)
+
+
+def test_new_tokens_are_loaded_beside_the_old_ones(tmp_path: Path) -> None:
+    data = {"train": "-", "max_length": 8, "add_tokens": ["<a>", "<b>"]}
+    plain, grown = (
+        plan(large_words(tmp_path, **more), target(None), with_data=False, timed=False).methods[0].loading_bytes
+        for more in ({}, {"data": data})
+    )
+    assert grown - plain > WORDS * 4  # the new one, and a copy from which its rows' mean is taken
+
+
+def test_on_cuda_the_host_holds_what_is_loaded(tmp_path: Path) -> None:
+    config, device = large_words(tmp_path), find_target(large_words(tmp_path), "cuda", memory_bytes=10**10)
+    found = plan(config, device, with_data=False, timed=False).methods[0]
+    weights = PARAMETERS * 2
+    assert found.host_bytes > device.host_bytes + weights
+    assert found.loading_bytes == device.beside_bytes + found.loaded_bytes
+
+
+def test_every_rank_loads_the_model_whole(tmp_path: Path) -> None:
+    config = large_words(tmp_path).with_strategy("fsdp")
+    with paper_ranks(2) as mesh:
+        found = plan(config, target(None), with_data=False, timed=False, mesh=mesh).methods[0]
+    assert found.loaded_bytes < 0.6 * PARAMETERS * 4 and found.loading_bytes > PARAMETERS * 4
+
+
+def test_what_is_said_where_loading_takes_more() -> None:
+    config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
+    said: list[str] = []
+    found = MethodPlan(
+        method="lora", loading_bytes=8 * 10**9, peak_bytes=6 * 10**9, parts={"weights": 5 * 10**9}, fits=True
+    )
+    settle(config, found, target(9 * 10**9), said.append)
+    assert said == ["memory     about 8 GB of 9 GB as asked (loading 8 GB, the steps 6 GB: weights 5 GB)"]
+    with pytest.raises(PlanError, match=r"needs about 8 GB, and 7 GB as asked are there: loading 8 GB, the steps 6 GB"):
+        settle(config, found.model_copy(update={"fits": False}), target(7 * 10**9), said.append)
+
+
+def test_predicted_and_measured_peaks_are_of_loading_and_of_the_steps(reviews: RunConfig, tmp_path: Path) -> None:
+    planner = Planner()
+    memory = train(reviews.model_copy(update={"output": str(tmp_path / "run")}), planner=planner).memory
+    assert memory.peak_bytes == max(memory.loading_bytes, memory.steps_bytes)
+    assert (
+        0 < memory.loaded_bytes <= memory.steps_bytes and memory.above_bytes == memory.steps_bytes - memory.loaded_bytes
+    )
+    steps = sum(memory.predicted_parts.values())
+    assert memory.predicted_loading_bytes is not None
+    assert memory.predicted_bytes == max(memory.predicted_loading_bytes, steps)
+    assert planner.found is not None and planner.found.needed_bytes == memory.predicted_bytes

@@ -165,6 +165,7 @@ def show(record: PlanRecord) -> None:
         "trained",
         "share",
         "on disk",
+        "loading",
         "peak",
         *(("usual stack",) if any(m.usual_bytes for m in planned) else ()),
     ):
@@ -183,6 +184,7 @@ def show(record: PlanRecord) -> None:
             f"{m.trained:,}",
             f"{100 * m.trained / m.total:.3g}%",
             size(m.adapter_bytes),
+            size(m.loading_bytes),
             size(m.peak_bytes),
         ]
         if any(x.usual_bytes for x in planned):

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from siliang.config import RunConfig
+from siliang.hardware import find_device
 from siliang.memory.free import free_memory
+from siliang.memory.peak import PeakMemory
 from siliang.peft_model import PeftModel
 from siliang.run_folder import load_base
 from siliang.targets import invented_modules
@@ -26,10 +28,11 @@ class KeptBase:
 
     Attributes:
         loads: How often a model was read from its files.
+        loading_bytes: The most that the process held while the model at hand was read.
     """
 
     def __init__(self) -> None:
-        self.loads = 0
+        self.loads = self.loading_bytes = 0
         self._model: nn.Module | None = None
         self._key: tuple[Any, ...] = ()
         self._bits: dict[str, int] = {}
@@ -50,7 +53,9 @@ class KeptBase:
             return model
         del model
         free_memory()
-        fresh = load_base(config, labels, tokenizer, dtype=dtype, device=device)
+        with PeakMemory(device or find_device()) as memory:
+            fresh = load_base(config, labels, tokenizer, dtype=dtype, device=device)
+        self.loading_bytes = memory.peak_bytes
         self.loads += 1
         self._key, self._bits = key, bits(fresh)
         return fresh

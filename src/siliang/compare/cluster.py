@@ -294,7 +294,7 @@ class Cluster:
             if found is None or found.error:
                 self._planned[key] = 0
             else:
-                self._planned[key] = found.host_bytes or found.peak_bytes
+                self._planned[key] = found.host_bytes or found.needed_bytes
         return min(self._planned[key], most)
 
 

@@ -24,8 +24,8 @@ class PeakMemory:
         peak_bytes: The most since then. On the CPU it is sampled fifty times a second: shorter spikes are missed.
     """
 
-    def __init__(self, device: torch.device, planned: int | None = None) -> None:
-        """planned: Bytes above which a CPU's process gives back what it does not use, every now and then."""
+    def __init__(self, device: torch.device, planned: int = 0) -> None:
+        """planned: Bytes above which a CPU's process gives back what it does not use, now and then; 0 for never."""
         self._cuda = device if device.type == "cuda" else None
         self._process = psutil.Process()
         self._planned = planned

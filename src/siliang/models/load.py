@@ -34,6 +34,7 @@ from siliang.hub import hub_is_off, is_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
+from siliang.models.weights import piece_by_piece
 from siliang.targets import invented_modules, may_be_invented
 from siliang.types import ModelError, TaskType
 
@@ -169,7 +170,7 @@ def load_model(
         config.label2id = {label: i for i, label in enumerate(labels)}
     elif task is TaskType.QUESTION_ANS:
         config.num_labels = 2  # where an answer begins and where it ends
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):
         torch.manual_seed(seed)
         quantised = _quantised(quantization, task, device or torch.device("cpu"), to_be_dealt)
         model = _from_pretrained(name, task, config, dtype=dtype, revision=revision, **quantised)

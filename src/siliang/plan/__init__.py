@@ -78,7 +78,10 @@ def plan(
     configs = [config]
     if mesh is not None and config.distributed.strategy == "auto":  # dealing out costs time: for what does not fit else
         configs = [config.with_strategy("ddp"), config.with_strategy("fsdp")]
-    draw = partial(Sketch, base_config=base_config, device=device, new_tokens=len(config.data.add_tokens), mesh=mesh)
+    new_tokens = len(config.data.add_tokens)
+    if with_data and new_tokens:  # those that the tokenizer lacks, and for which the embeddings have no room
+        new_tokens = max(len(subject.tokenizer) - base_config.get_text_config().vocab_size, 0)
+    draw = partial(Sketch, base_config=base_config, device=device, new_tokens=new_tokens, mesh=mesh)
     # every method's batches are those of the first, which is packed if any is
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
     collator = StepCollator(PadCollator(0), config.task, config.train.batch_size, most)
@@ -180,7 +183,7 @@ def _plan_as(
         return MethodPlan(method=name, error=str(error))
     except Exception as error:  # whatever a model of any kind does when its tensors have no values
         return MethodPlan(method=name, error=f"not planned: {type(error).__name__}: {error}".partition("\n")[0])
-    beside, peak = device.overhead_bytes, measured.peaks["train"]
+    beside, peak, on_host = device.overhead_bytes, measured.peaks["train"], sketch.loads_on_host
     one = MethodPlan(
         method=name,
         strategy=config.distributed.strategy if dealt else None,  # type: ignore[arg-type]
@@ -189,7 +192,8 @@ def _plan_as(
         adapter_bytes=sketch.adapter_bytes,
         loaded_bytes=measured.peaks["loaded"].nbytes,
         overhead_bytes=beside,
-        host_bytes=device.host_bytes,
+        loading_bytes=device.beside_bytes + (measured.peaks["loaded"].nbytes if on_host else sketch.loading_bytes),
+        host_bytes=device.host_bytes + (sketch.loading_bytes if on_host else 0),
         layers=sketch.layers,
         recomputed_layers=always,
         batch_rows=len(batches[0].lengths),
@@ -202,7 +206,7 @@ def _plan_as(
     )
     if config.quantization is not None and bits is None:
         one.notes.append("on the whole base: weights in few bits cannot be trained")
-    room = None if device.memory_bytes is None else Room(device.memory_bytes - beside)
+    room = None if device.memory_bytes is None else Room(device.memory_bytes - beside, device.work_bytes)
     budget = config.train.memory_budget
     aim = Room(budget - device.budgeted_bytes) if isinstance(budget, int) else room if budget == "auto" else None
     if aim is not None and not always and sketch.layers and peak.nbytes > aim.limit_bytes:
@@ -213,7 +217,7 @@ def _plan_as(
             one.recomputed_layers, peak = fewest
             one.time_factor = sketch.time_factor(fewest[0])
     if room is not None:
-        one.fits = peak.nbytes <= room.limit_bytes
+        one.fits = peak.nbytes <= room.limit_bytes and room.loads(sketch)
         if not one.fits and thorough and proposing:
             can_quantise = config.quantization is None and found.freezes_the_base
             quantised = (lambda wanted: draw(method=method, quantization=wanted)) if can_quantise else None

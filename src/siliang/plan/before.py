@@ -16,6 +16,7 @@ from siliang.plan.history import remember
 from siliang.plan.record import Change, MethodPlan
 from siliang.record import Record
 from siliang.safe_yaml import parse_yaml
+from siliang.train.run import Predicted
 from siliang.types import PlanError
 
 SAME_RESULT = ("train.batch_size", "train.gradient_accumulation", "train.memory_budget")
@@ -37,7 +38,7 @@ class Planner:
 
     def __call__(
         self, config: RunConfig, subject: Subject, say: Callable[[str], None], mesh: DeviceMesh | None = None
-    ) -> tuple[RunConfig, dict[str, int]]:
+    ) -> tuple[RunConfig, Predicted]:
         """Tells what the run will take.
 
         Args:
@@ -46,8 +47,8 @@ class Planner:
 
         Returns:
             The config, changed where `train.fit` is on and it has to be, and with the strategy of several ranks; what
-            the predicted peak is made of, as the record will measure it. Nothing where no plan could be made, which is
-            said and stops nothing.
+            was predicted, as the record will measure it. Nothing where no plan could be made, which is said and stops
+            nothing.
 
         Raises:
             PlanError: The run will not fit.
@@ -63,23 +64,25 @@ class Planner:
             found = plan(config, device, subject=subject, timed=False, mesh=mesh).methods[0]
         if found.error:
             say(f"memory     {found.error}")  # what is the run's own fault stops it soon
-            return config, {}
+            return config, Predicted()
         found = self.found = self._known[key] = _on(found, device)
         if found.strategy:
             config = config.with_strategy(found.strategy)
         config = settle(config, found, device, say)
-        return config, {**found.parts, "overhead": found.overhead_bytes - uncounted}
+        parts = {**found.parts, "overhead": found.overhead_bytes - uncounted}
+        return config, Predicted(parts, found.loading_bytes - uncounted)
 
     def remember(self, record: Record) -> None:
         """Lets later plans know what this run really took."""
         if self.found is not None:
-            remember(record.device.name, record.memory.peak_bytes - self._before_bytes - self.found.tensor_bytes)
+            remember(record.device.name, record.memory.steps_bytes - self._before_bytes - self.found.tensor_bytes)
 
 
 def _on(found: MethodPlan, device: Device) -> MethodPlan:
     """A plan that was made before, on what the process holds by now."""
     more = device.overhead_bytes - found.overhead_bytes
     changed = {"overhead_bytes": device.overhead_bytes, "peak_bytes": found.peak_bytes + more}
+    changed["loading_bytes"] = found.loading_bytes + more
     return found.model_copy(update=changed)
 
 
@@ -93,8 +96,11 @@ def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[
     twice = f", {found.recomputed_layers} of {found.layers} layers computing twice" if found.recomputed_layers else ""
     each = " on each device" if found.strategy else ""
     dealt = f"{each}, weights dealt out (fsdp)" if found.strategy == "fsdp" else each
+    loading = f"loading {show_bytes(found.loading_bytes)}"
     if found.fits is not False:
-        say(f"memory     about {show_bytes(found.peak_bytes)} of {there}{dealt}{twice} ({_parts(found)})")
+        larger = f"{loading}, the steps {show_bytes(found.peak_bytes)}: "
+        larger = larger if found.loading_bytes > found.peak_bytes else ""
+        say(f"memory     about {show_bytes(found.needed_bytes)} of {there}{dealt}{twice} ({larger}{_parts(found)})")
         return config
     harmless = found.fit is not None and all(c.setting in SAME_RESULT for c in found.fit.changes)
     if config.train.fit and found.fit is not None and harmless:
@@ -106,9 +112,10 @@ def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[
         )
         found.peak_bytes, found.parts = found.fit.peak_bytes, found.fit.parts
         return changed
+    what = f"{loading}, the steps {show_bytes(found.peak_bytes)}" if found.loading_bytes > found.peak_bytes else ""
     raise PlanError(
-        f"This run needs about {show_bytes(found.peak_bytes)}{dealt}, and {there} are there: {_parts(found)}.\n"
-        + _advice(found, harmless=harmless)
+        f"This run needs about {show_bytes(found.needed_bytes)}{dealt}, and {there} are there: "
+        f"{what or _parts(found)}.\n" + _advice(found, harmless=harmless)
     )
 
 

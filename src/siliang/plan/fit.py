@@ -24,8 +24,14 @@ class Room:
         limit_bytes: For the tensors alone.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, work_bytes: int = 0) -> None:
+        """work_bytes: What steps take beside their tensors, and loading does not."""
         self.limit_bytes = limit_bytes
+        self._work_bytes = work_bytes
+
+    def loads(self, sketch: Sketch) -> bool:
+        """Whether the model can be loaded at all; where that is done in a host's memory, it is not asked."""
+        return sketch.loads_on_host or sketch.loading_bytes <= self.limit_bytes + self._work_bytes
 
     def fewest_recomputed(
         self, sketch: Sketch, batches: list[Batch], measured: Measured | None = None
@@ -96,7 +102,7 @@ def find_fit(
         sketch, more = in_4, [change]
     else:
         more = []
-    length = config.data.max_length // 2
+    length = config.data.max_length // 2 if room.loads(sketch) else 0
     while length >= SHORTEST:
         rows = [cut(row, length) for row in step.rows[:1]]
         if (fewest := room.fewest_recomputed(sketch, sketch.batches(rows, 1))) is not None:
@@ -120,6 +126,8 @@ def find_fit(
 
 def _smaller(room: Room, config: RunConfig, sketch: Sketch, step: StepRows) -> Fit | None:
     """Smaller batches and recomputed layers, which change no result."""
+    if not room.loads(sketch):
+        return None
     whole = config.train.batch_size
     best: Fit | None = None
     for size in (n for n in range(whole, 0, -1) if whole % n == 0):

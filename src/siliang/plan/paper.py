@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,6 +146,13 @@ def _quantised(
         new.support_avx512bf16_for_cpu = False
     new.weight = weight
     return new.requires_grad_(False)
+
+
+def quantised_sizes(model: nn.Module) -> list[int]:
+    """Numbers of each quantised weight."""
+    weights = [w for w in (getattr(module, "weight", None) for module in model.modules()) if isinstance(w, Tensor)]
+    in_4 = [math.prod(w.quant_state.shape) for w in weights if getattr(w, "quant_state", None) is not None]
+    return in_4 + [w.numel() for w in weights if w.dtype == torch.int8]
 
 
 def held_tensors(model: nn.Module) -> Iterator[Tensor]:

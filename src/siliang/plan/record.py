@@ -47,10 +47,12 @@ class MethodPlan(Part):
     """On disk, once it is saved."""
     loaded_bytes: int = 0
     """The device's tensors before the first step."""
+    loading_bytes: int = 0
+    """The most on the device while the model is loaded, everything included."""
     peak_bytes: int = 0
-    """On the device, everything included, with `recomputed_layers`."""
+    """The most on the device in a step, everything included, with `recomputed_layers`."""
     parts: dict[Category, int] = Field(default_factory=dict)
-    """What the peak is made of, beside the overhead."""
+    """What the step's peak is made of, beside the overhead."""
     activations_by_layer: list[int] = Field(default_factory=list)
     overhead_bytes: int = 0
     """The process (CPU) or the context and libraries (CUDA)."""
@@ -59,7 +61,7 @@ class MethodPlan(Part):
     merge_bytes: int = 0
     """Peaks of these, overhead included; 0 where there is no such thing."""
     host_bytes: int = 0
-    """The process's memory beside the device's."""
+    """The process's memory beside the device's, with the model in it where it is loaded there first."""
     usual_bytes: int = 0
     """The peak of the same step with PEFT and transformers.Trainer: padded, all logits; 0 where it was not asked."""
     layers: int = 0
@@ -80,8 +82,13 @@ class MethodPlan(Part):
     notes: list[str] = Field(default_factory=list)
 
     @property
+    def needed_bytes(self) -> int:
+        """The larger of loading and the steps."""
+        return max(self.loading_bytes, self.peak_bytes)
+
+    @property
     def tensor_bytes(self) -> int:
-        """The peak without the overhead."""
+        """The step's peak without the overhead."""
         return self.peak_bytes - self.overhead_bytes
 
 

@@ -15,10 +15,11 @@ from siliang.engine.batches import Batch, StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.methods import find_method
+from siliang.models.weights import passing_bytes
 from siliang.ops.place import planned_for
 from siliang.peft_model import PeftModel
 from siliang.plan.device import Device
-from siliang.plan.paper import draw_base, on_paper, to_paper
+from siliang.plan.paper import draw_base, held_tensors, on_paper, quantised_sizes, to_paper
 from siliang.plan.rows import cut, made_up_row
 from siliang.plan.steps import Measured, Phase, measure, usual_step
 from siliang.run_folder import weight_dtype
@@ -44,6 +45,9 @@ class Sketch:
         trained: Parameters that are.
         total: All of the model.
         adapter_bytes: Of the saved file.
+        loading_bytes: The most that the model's tensors take while it is loaded. With several ranks each loads it
+            whole, one after the other.
+        loads_on_host: It is loaded in the host's memory, whatever the device.
         layers: That can recompute.
         packed: Its batches have no padding.
         notes: What the engine says is off.
@@ -79,15 +83,17 @@ class Sketch:
         if quantization is not None and found.config is None:
             raise ConfigError("quantised weights cannot be trained themselves.")
         with on_paper() as self._mode:
+            dtype = weight_dtype(found, device.precision)
             base = draw_base(
                 base_config,
                 config.task,
-                dtype=weight_dtype(found, device.precision),
+                dtype=dtype,
                 quantization=quantization,
                 to_be_dealt=config.distributed.strategy == "fsdp",
                 compute_dtype=self._product_dtype(quantization),
                 attention=usual.attention if usual else None,
             )
+            self.loading_bytes = self._loading_bytes(base, dtype, new_tokens)
             if new_tokens:
                 size = base.config.get_text_config().vocab_size + new_tokens
                 base.resize_token_embeddings(size, mean_resizing=False)  # there are no values to take the mean of
@@ -103,6 +109,7 @@ class Sketch:
                 memory_budget=None,
                 comparing=False,
             )
+        self.loads_on_host = quantization is None and device.kind == "cuda"
         self.packed = self.engine.padding is not None
         self.layers = len(self.engine.recompute.layers)
         self.notes = self.engine.notes
@@ -174,6 +181,17 @@ class Sketch:
         if quantization is None or quantization.compute_dtype == "auto":
             return self._device.best.dtype
         return Choice(quantization.compute_dtype, "").dtype
+
+    def _loading_bytes(self, base: Any, dtype: torch.dtype, new_tokens: int) -> int:
+        bits = self._config.quantization.bits if self._config.quantization is not None else None
+        sizes = [p.numel() for p in base.parameters()] if bits is None else quantised_sizes(base)
+        cuda = self._device.kind == "cuda"
+        passing = passing_bytes(max(sizes, default=0), bits=bits, itemsize=dtype.itemsize, cuda=cuda)
+        if new_tokens:  # the larger ones beside the old ones, and what their mean is taken from, in fp32
+            ends = (base.get_input_embeddings(), base.get_output_embeddings())
+            rows = max((end.weight for end in ends if end is not None), key=lambda weight: weight.numel())
+            passing = max(passing, rows.nbytes + rows.numel() * (4 if rows.dtype == torch.float32 else 8))
+        return sum({x.untyped_storage()._cdata: x.nbytes for x in held_tensors(base)}.values()) + passing
 
     def _saved_bytes(self) -> int:
         return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)

@@ -182,7 +182,7 @@ def _line(group: Group, quality: Quality) -> Line:
         saved_bytes=first.parameters.adapter_bytes if first else 0,
         learning_rate=first.learning_rate if first else 0.0,
         peak=over(lambda r: r.memory.peak_bytes),
-        above=over(lambda r: r.memory.peak_bytes - r.memory.loaded_bytes),
+        above=over(lambda r: r.memory.above_bytes),
         train_speed=over(lambda r: r.tokens_trained / r.seconds.train if r.seconds.train else math.nan),
         eval_speed=over(lambda r: r.rows.eval / r.seconds.eval if r.seconds.eval else math.nan),
         minutes=over(lambda r: r.seconds.train / 60),

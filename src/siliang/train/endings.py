@@ -61,10 +61,15 @@ def does_not_fit(run: Run, engine: Engine, step: int, tokens: int, words: str) -
     trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
     each = sum(engine.recompute.bytes_per_token)
     batch = f", a batch of {tokens:,} tokens" + (f" about {each * tokens / 1e9:,.2f} GB" if each else "")
-    planned = run.record.memory.predicted_bytes
+    planned = sum(run.record.memory.predicted_parts.values())
     batch += f"; {planned / 1e9:,.2f} GB were planned in all" if planned else ""
-    ways = [] if t.fit else ["train.fit=true (smaller batches, the same result)"]
-    ways += [] if t.gradient_checkpointing or t.fit else ["train.gradient_checkpointing=true"]
+    alone = run.ranks.size == 1
+    ways = ["train.fit=true (smaller batches, the same result)"] if alone and not t.fit else []
+    if not alone and t.batch_size > 1:  # in the middle of a step ranks cannot split it
+        fewer = -(-t.batch_size // 2)
+        more = t.gradient_accumulation * -(-t.batch_size // fewer)
+        ways = [f"train.batch_size={fewer} with train.gradient_accumulation={more} (the same result)"]
+    ways += [] if t.gradient_checkpointing or (t.fit and alone) else ["train.gradient_checkpointing=true"]
     ways += [f"data.max_length={run.config.data.max_length // 2}"]
     ways += [] if run.config.quantization or not run.method.freezes_the_base else ["quantization.bits=4"]
     return DeviceMemoryError(

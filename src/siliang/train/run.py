@@ -39,7 +39,7 @@ from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
-from siliang.record import Counts, Record, Rows, Seconds
+from siliang.record import Counts, Memory, Predicted, Record, Rows, Seconds
 from siliang.run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -82,8 +82,8 @@ SLOW_DISK_BYTES_PER_S = 50e6  # for a checkpoint before the first one was timed
 
 
 # Looks at a run's config and data before its model is loaded, and tells what it will take: the config, which may come
-# back changed, and the predicted peak in bytes. It is `plan.before.Planner`; plan/ knows this room, not the other way.
-Planner = Callable[[RunConfig, Subject, Callable[[str], None], DeviceMesh | None], tuple[RunConfig, dict[str, int]]]
+# back changed, and what it predicts. It is `plan.before.Planner`; plan/ knows this room, not the other way.
+Planner = Callable[[RunConfig, Subject, Callable[[str], None], DeviceMesh | None], tuple[RunConfig, Predicted]]
 
 
 @dataclass
@@ -248,12 +248,13 @@ def prepare(
     _check_best(config, len(sets[1]))
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
-    predicted: dict[str, int] = {}
+    predicted = Predicted()
     if planner is not None:
         with torch.random.fork_rng(devices=[]):
             config, predicted = _plan(planner, config, subject, ranks, listener)
     mesh = all_ranks(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
-    with ranks.in_turn() if mesh is not None else nullcontext():  # the machine may not hold it whole more than once
+    # in turn: the machine may not hold it whole more than once
+    with ranks.in_turn() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         # what is saved names the base model by its whole path
         place = config.model_copy(update={"model": absolute(config.model)})
         model = base(place, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
@@ -298,7 +299,9 @@ def prepare(
         rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=skipped, truncated=truncated),
         seconds=Seconds(load=round(time.perf_counter() - started, 3)),
     )
-    record.memory.predicted_bytes, record.memory.predicted_parts = sum(predicted.values()) or None, predicted
+    memory = record.memory
+    memory.loading_bytes, memory.predicted_loading_bytes = loading.peak_bytes, predicted.loading_bytes or None
+    memory.predicted_bytes, memory.predicted_parts = predicted.peak_bytes, predicted.parts
     _check_space(folder, model, config)
     return Run(config, listener, folder, method, model, tokenizer, examples, sets[0], sets[1], precision, record, ranks)
 
@@ -347,11 +350,11 @@ def _as_launched(config: RunConfig, ranks: Ranks, listener: Listener) -> RunConf
 
 def _plan(
     planner: Planner, config: RunConfig, subject: Subject, ranks: Ranks, listener: Listener
-) -> tuple[RunConfig, dict[str, int]]:
+) -> tuple[RunConfig, Predicted]:
     """What the first rank's planner says."""
     if stage := _stage(config, ranks):
         listener.say(f"memory     what a rank takes under ZeRO-{stage} is not planned")
-        return config, {}
+        return config, Predicted()
     with paper_ranks(ranks.size) as mesh:
         return ranks.first_does(lambda: planner(config, subject, listener.say, mesh))
 
@@ -422,7 +425,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
         save_s=12 * record.parameters.trained / SLOW_DISK_BYTES_PER_S,
         best=t.best,
     )
-    with stopping_on_signal() as stop, PeakMemory(find_device(), record.memory.predicted_bytes) as memory:
+    with stopping_on_signal() as stop, PeakMemory(find_device(), sum(record.memory.predicted_parts.values())) as memory:
         watcher = Watcher(memory, run.listener.progress, stop, limits)
         trainer = make_trainer(run, watcher)
         watcher.watch(trainer)
@@ -432,7 +435,8 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
         record.seconds.train = round(watcher.train_s, 3)
         record.steps, record.tokens_trained = watcher.steps, trainer.tokens_trained
         record.passed_over = trainer.guard.passed_over
-        record.memory.loaded_bytes, record.memory.peak_bytes = memory.start_bytes, memory.update()
+        record.memory.loaded_bytes = memory.start_bytes
+        _measured(record.memory, memory)
         record.memory.recomputed_layers = trainer.engine.recompute.most
         if watcher.stopped and trainer.state.global_step < trainer.state.max_steps:
             interrupted(run, watcher.stopped, trainer.state.global_step, trainer.state.max_steps)
@@ -440,7 +444,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
         if len(run.eval_set):
             record.final = _final_metrics(_at_best(run, trainer, limits), config.task)
             record.seconds.eval = round(time.perf_counter() - start, 3)
-        record.memory.peak_bytes = memory.update()
+        _measured(record.memory, memory)
         if run.ranks.size > 1:
             record.memory.peak_bytes_by_rank = run.ranks.all(record.memory.peak_bytes)
             record.memory.peak_bytes = max(record.memory.peak_bytes_by_rank)
@@ -456,6 +460,11 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
     record.status = "completed"
     run.write_record()
     return record
+
+
+def _measured(found: Memory, memory: PeakMemory) -> None:
+    found.steps_bytes = memory.update()
+    found.peak_bytes = max(found.loading_bytes, found.steps_bytes)
 
 
 def _at_best(run: Run, trainer: SiliangTrainer, limits: Limits) -> dict[str, float]:

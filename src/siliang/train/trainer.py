@@ -179,6 +179,9 @@ class SiliangTrainer(Trainer):
     def _smaller(self, model: nn.Module, batches: list[Batch], words: str) -> list[Batch]:
         """A step's rows in smaller batches, or with every layer computed twice; the batches to come are so too.
 
+        With several ranks there is neither: the others are in the middle of this step, and one that began it again
+        would meet nobody.
+
         Raises:
             SiliangError: It is not wanted, or there is no smaller.
         """
@@ -188,7 +191,8 @@ class SiliangTrainer(Trainer):
         halves = [half for batch in batches for half in batch.halves()]
         tokens, step = max(batch.tokens for batch in batches), self.state.global_step + 1
         collator: Any = self.data_collator
-        if self._fit and self.args.world_size == 1 and len(halves) > len(batches):
+        fit = self._fit and self.ranks.size == 1
+        if fit and len(halves) > len(batches):
             assert isinstance(collator, StepCollator)
             collator.narrow_to(halves)
             self._handlers.say(
@@ -196,7 +200,7 @@ class SiliangTrainer(Trainer):
                 f"{collator.tokens_at_once:,}, with the same result"
             )
             return halves
-        if self._fit and self.engine.recompute.all():
+        if fit and self.engine.recompute.all():
             self._handlers.say(f"memory     step {step:,} did not fit by rows: from now on every layer recomputes")
             return batches
         raise self._handlers.on_memory(step, tokens, words)
