@@ -20,6 +20,7 @@ from transformers import TextStreamer
 from siliang.data.collate import PadCollator
 from siliang.data.examples import Example, Labelled, SourceTarget, Span, Tagged, bad_rows_message
 from siliang.data.formats import BadRow, as_text
+from siliang.data.jinja import with_chat_template
 from siliang.data.load import Layout, load_examples, load_rows
 from siliang.data.sources import Reading, open_source
 from siliang.data.text_files import find_text, kind_of
@@ -546,7 +547,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
                 "Nothing was written. Merge in a wider --dtype, or keep it all the same with --force."
             )
         merged.save_pretrained(temporary)  # type: ignore[operator]
-        run.tokenizer.save_pretrained(temporary)
+        served_tokenizer(run)[0].save_pretrained(temporary)
         output.rmdir()
         temporary.rename(output)
     except BaseException:
@@ -556,6 +557,13 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return proof
+
+
+def served_tokenizer(run: OpenedRun) -> tuple[Any, str]:
+    """The run's tokenizer with the chat template that it was trained with, and which that is, in words."""
+    if run.config.task is not TaskType.CAUSAL_LM:
+        return run.tokenizer, ""
+    return with_chat_template(run.tokenizer, run.config.data.template, run.record.layout)
 
 
 def _rows(run: OpenedRun, data: str | None, limit: int | None = None, *, same: bool = True) -> metrics.Rows:

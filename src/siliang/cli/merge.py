@@ -45,6 +45,7 @@ def merge(
     from siliang.models.load import AUTO_CLASSES
     from siliang.run_folder import check_empty, open_run
     from siliang.use import merge as merge_run
+    from siliang.use import served_tokenizer
 
     check_empty(output)
     # a base model in few bits would round the sum again: merging is done in the base model's own
@@ -52,5 +53,7 @@ def merge(
     proof = merge_run(opened, output, data=data, force=force)
     show_notes(opened.trained.notes if opened.trained else ())
     print(f"{'proved' if proof.holds else 'NOT PROVED, kept by --force'}: {proof}")
+    if template := served_tokenizer(opened)[1]:
+        print(f"chat template: {template}")
     kind = AUTO_CLASSES[opened.config.task].__name__
     print(f"saved   {output}\nopen it with transformers.{kind}.from_pretrained({str(output)!r})")

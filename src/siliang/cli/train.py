@@ -70,8 +70,10 @@ def train(
 
         raise typer.Exit(launch(devices, sys.argv[1:], config.output))
     quiet_loading()
+    from siliang.compare.learned import what_is_wrong
     from siliang.distributed.ranks import find_ranks
     from siliang.plan.before import Planner
+    from siliang.report.words import words
     from siliang.run_folder import CONFIG_NAME
     from siliang.train.run import Listener
     from siliang.train.run import train as run
@@ -83,11 +85,15 @@ def train(
     if not ranks.first:  # one speaks for all
         run(config, resume=resume, force=force, planner=planner)
         return
+    verdicts: list[str | None] = []
     with TrainingDisplay() as display:
-        record = run(config, Listener(display.say, display.progress), resume=resume, force=force, planner=planner)
+        listener = Listener(display.say, display.progress, lambda trained: verdicts.append(what_is_wrong(trained)))
+        record = run(config, listener, resume=resume, force=force, planner=planner)
     planner.remember(record)
     folder = Path(config.output)
     print(f"done       {figures(record.final)}")
+    for verdict in filter(None, verdicts):
+        print(f"warning    {words('en')[verdict]}, on rows that were held out")
     planned = f" ({size(record.memory.predicted_bytes)} planned)" if record.memory.predicted_bytes else ""
     peak = size(record.memory.peak_bytes) + planned
     print(f"           {duration(record.seconds.train)} of training, peak memory {peak}")
@@ -96,8 +102,8 @@ def train(
     from siliang.next_steps import next_steps
 
     steps = next_steps(folder, config.task, config.method.name)
-    for i, words in enumerate(words for what, words in steps.items() if what != "chat"):
-        print(f"{'' if i else 'next':<11}{command_line(*words)}")
+    for i, command in enumerate(command for what, command in steps.items() if what != "chat"):
+        print(f"{'' if i else 'next':<11}{command_line(*command)}")
 
 
 def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> Any:

@@ -10,7 +10,7 @@ from typing import Literal
 from siliang.compare.record import Answers
 from siliang.types import TaskType
 
-Verdict = Literal["one class", "majority", "not below the base", "no spans"]
+Verdict = Literal["one class", "majority", "not below the base", "no spans", "no number"]
 SLACK = 1e-9  # of figures that are equal but for rounding
 
 
@@ -58,7 +58,7 @@ def learned_nothing(
                 return "one class"
             if answers.majority is not None and final.get("accuracy", 1.0) <= answers.majority + SLACK:
                 return "majority"
-        case TaskType.TOKEN_CLS if final.get("f1") == 0:
+        case TaskType.TOKEN_CLS | TaskType.QUESTION_ANS if final.get("f1") == 0:
             return "no spans"
         case TaskType.CAUSAL_LM | TaskType.SEQ_2_SEQ_LM if "eval_loss" in base and "eval_loss" in final:
             if final["eval_loss"] >= base["eval_loss"] - SLACK:

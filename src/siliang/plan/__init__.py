@@ -86,6 +86,7 @@ def plan(
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
     collator = StepCollator(PadCollator(0), config.task, config.train.batch_size, most)
     step = heaviest(config, subject.train, collator, ranks) if with_data else made_up(config, ranks)
+    step.windows = with_data and subject.examples.layout == "text" and config.data.long_text == "window"
     work = partial(
         _plan_one, configs, device, draw, step, usual=usual, thorough=len(names) == 1, dealt=mesh is not None
     )
@@ -174,7 +175,7 @@ def _plan_as(
     bits = config.quantization if found.config is not None else None
     try:
         sketch = draw(method=method, quantization=bits)
-        step = replace(step, rows=sketch.shortened(step.rows))
+        step = replace(step, rows=sketch.shortened(step.rows, longest=step.longest))
         batches = sketch.batches(step.rows)
         always = sketch.layers if config.train.gradient_checkpointing else 0
         told = TOLD[:2] if dealt else TOLD  # generating and merging are one process's

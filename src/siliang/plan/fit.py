@@ -106,12 +106,12 @@ def find_fit(
     while length >= SHORTEST:
         rows = [cut(row, length) for row in step.rows[:1]]
         if (fewest := room.fewest_recomputed(sketch, sketch.batches(rows, 1))) is not None:
-            fewer = step.cut_by(length)
+            cut_rows = f"{step.cut_by(length):,} rows are cut" if step.lengths is not None else "longer rows are cut"
             shorter = Change(
                 setting="data.max_length",
                 before=str(config.data.max_length),
                 after=str(length),
-                price=f"{fewer:,} rows are cut" if step.lengths is not None else "longer rows are cut",
+                price="texts become more windows" if step.windows else cut_rows,
             )
             changes = [*more, *_split_change(config, 1), *_recompute_change(config, sketch, fewest[0]), shorter]
             return Fit(

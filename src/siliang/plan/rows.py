@@ -25,12 +25,19 @@ class StepRows:
     Attributes:
         rows: As the collator takes them.
         tokens_per_epoch: Of all rows; None where there is no data.
-        too_long: How many rows a shorter max_length would cut, by max_length.
+        lengths: Tokens of each row of the data.
+        windows: Rows are texts, which a shorter max_length makes more windows of.
     """
 
     rows: list[dict[str, Any]]
     tokens_per_epoch: int | None = None
     lengths: np.ndarray | None = None
+    windows: bool = False
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest row of the data; None where there is none."""
+        return None if self.lengths is None else int(self.lengths.max(initial=0))
 
     def cut_by(self, max_length: int) -> int:
         """How many rows that length would cut."""

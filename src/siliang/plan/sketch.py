@@ -15,6 +15,7 @@ from siliang.engine.batches import Batch, StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.methods import find_method
+from siliang.models.positions import Positions
 from siliang.models.weights import passing_bytes
 from siliang.ops.place import planned_for
 from siliang.peft_model import PeftModel
@@ -24,7 +25,7 @@ from siliang.plan.rows import cut, made_up_row
 from siliang.plan.steps import Measured, Phase, measure, usual_step
 from siliang.run_folder import weight_dtype
 from siliang.train.run import attach
-from siliang.types import ConfigError
+from siliang.types import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,26 @@ class Sketch:
             return collator([dict(row) for row in rows[:size]])["batches"]
         return self.collator(batch_size)([dict(row) for row in rows])["batches"][:2]
 
-    def shortened(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows that leave room for the prompt where the model has no more positions, and a note of it."""
-        config: Any = self.model.config
-        most = getattr(config, "max_position_embeddings", None)
-        virtual = self._config.method.arguments.get("num_virtual_tokens") or 0
-        longest = max(len(row["input_ids"]) for row in rows)
-        if not virtual or self.method == "prefix_tuning" or most is None or longest + virtual <= most:
+    def shortened(self, rows: list[dict[str, Any]], *, longest: int | None = None) -> list[dict[str, Any]]:
+        """Rows that leave room for the prompt where the model has no more positions, and a note of it.
+
+        Args:
+            longest: Tokens of the longest row of the data, where there is data: it would not be shortened.
+
+        Raises:
+            DataError: A row of the data is longer than the model can read.
+        """
+        arguments = self._config.method.arguments
+        virtual = int(arguments.get("num_virtual_tokens") or 0)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        positions = Positions.of(base, virtual=virtual, prefix=self.method == "prefix_tuning")
+        most = positions.reads
+        if most is None or max(len(row["input_ids"]) for row in rows) <= most:
             return rows
-        self.notes.append(f"rows of {most - virtual:,} tokens: the model has {most:,} positions, the prompt {virtual}")
-        return [cut(row, most - virtual) for row in rows]
+        if longest is not None:
+            raise DataError(f"a row has {longest:,} tokens, the model {positions.in_words(most)}")
+        self.notes.append(f"rows of {most:,} tokens: the model has {positions.in_words(most)}")
+        return [cut(row, most) for row in rows]
 
     def measure(
         self,

@@ -41,7 +41,10 @@ def no_number(run: Run, trouble: Trouble) -> TrainingError:
         cause = "fp16 ends at 65,504. Use train.precision=bf16 where the hardware has it, or fp32"
     else:
         cause = f"the steps are too large. Lower train.learning_rate = {rate:g}, or raise train.warmup_fraction"
-    since = f" in {PATIENCE} steps one after the other" if trouble.value == 0 else ""
+    since = ""
+    if trouble.value == 0:
+        over = run.record.steps and run.record.steps[-1].step < PATIENCE  # the run is over, and was nothing else
+        since = " in every step" if over else f" in {PATIENCE} steps one after the other"
     saved = list(checkpoints(run.folder / CHECKPOINTS).values())
     kept = (
         f"{saved[-1]} is kept"

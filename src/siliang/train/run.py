@@ -25,6 +25,7 @@ from siliang.config import RunConfig, differences
 from siliang.data.collate import PadCollator
 from siliang.data.examples import bad_rows_message
 from siliang.data.hashes import joined, weights_sha256
+from siliang.data.jinja import with_chat_template
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
 from siliang.data.vocabulary import embedding_modules
@@ -440,6 +441,8 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
         record.memory.recomputed_layers = trainer.engine.recompute.most
         if watcher.stopped and trainer.state.global_step < trainer.state.max_steps:
             interrupted(run, watcher.stopped, trainer.state.global_step, trainer.state.max_steps)
+        if (trouble := trainer.guard.never_more_than_zero()) is not None:
+            raise no_number(run, trouble)
         start = time.perf_counter()
         if len(run.eval_set):
             record.final = _final_metrics(_at_best(run, trainer, limits), config.task)
@@ -603,7 +606,10 @@ def _save(run: Run, weights: dict[str, Any] | None) -> int:
             run.model.save_pretrained(temporary)
         else:
             run.model.save_pretrained(temporary, state_dict=weights)
-            run.tokenizer.save_pretrained(temporary)
+            tokenizer, data = run.tokenizer, run.config.data
+            if run.config.task is TaskType.CAUSAL_LM:  # whoever serves it writes conversations as training did
+                tokenizer, _ = with_chat_template(tokenizer, data.template, run.examples.layout)
+            tokenizer.save_pretrained(temporary)
     return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")
 
 

@@ -1,0 +1,113 @@
+"""A named template served as Jinja writes what training wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import SHARED, word_tokenizer
+from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer
+
+from siliang.data.encode import Encoder
+from siliang.data.examples import Call, Conversation, Message
+from siliang.data.jinja import as_chat_template, with_chat_template
+from siliang.data.templates import TEMPLATES, find_template
+from siliang.data.tokens import prompt_tokens
+
+
+def tokenizer(name: str) -> Any:
+    folder = SHARED / "tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip("needs ../shared, which is not there")
+    if name == "bert-zh":
+        return BertTokenizer(vocab=str(folder / "vocab.txt"))
+    if name == "llama2":
+        return LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+TOOLS = [{"name": "weather", "parameters": {"城": "x"}}]
+TALKS = {
+    "one": [("user", "hello {content} 'it' \\n\n"), ("assistant", "yes\n")],
+    "system": [("system", 'be\n"brief"'), ("user", "hello"), ("assistant", "yes"), ("user", "a"), ("assistant", "b")],
+    "turns": [("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d"), ("user", "e"), ("assistant", "f")],
+}
+
+
+def written(template: str, talk: Conversation, encoder: Encoder, *, prompt: bool = False) -> str:
+    """The text of the pieces that training makes tokens of."""
+    tok = encoder.tokenizer
+    eos = tok.convert_ids_to_tokens(encoder.eos)
+    out = ""
+    found = find_template(template)
+    assert found is not None
+    for piece in found.pieces(talk, prompt=prompt):
+        text = piece.text
+        if piece.end:
+            text = text if encoder.marker(text) is not None else eos
+        elif not piece.data:
+            start = "".join(tok.convert_ids_to_tokens(encoder.start))
+            text = text.replace("{start}", start).replace("{bos}", tok.bos_token or "").replace("{eos}", eos)
+        out += text
+    return out
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize("talk", list(TALKS))
+def test_every_named_template(template: str, talk: str) -> None:
+    tok = word_tokenizer()
+    encoder = Encoder(tok)
+    tok.chat_template = as_chat_template(TEMPLATES[template], encoder)
+    messages = [{"role": role, "content": text} for role, text in TALKS[talk]]
+    conversation = Conversation(tuple(Message(role, text) for role, text in TALKS[talk]))  # type: ignore[arg-type]
+    assert tok.apply_chat_template(messages, tokenize=False) == written(template, conversation, encoder)
+    asked = Conversation(conversation.messages[:-1])
+    prompt = tok.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert prompt == written(template, asked, encoder, prompt=True)
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_tools_and_calls(template: str) -> None:
+    tok = word_tokenizer()
+    encoder = Encoder(tok)
+    tok.chat_template = as_chat_template(TEMPLATES[template], encoder)
+    call = {"name": "weather", "arguments": {"city": "北京", "n": 1}}
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "clear"},
+        {"role": "assistant", "content": "Clear."},
+    ]
+    talk = Conversation(
+        (
+            Message("user", "weather?"),
+            Message("assistant", "", calls=(Call("weather", json.dumps(call["arguments"], ensure_ascii=False)),)),
+            Message("tool", "clear"),
+            Message("assistant", "Clear."),
+        ),
+        json.dumps(TOOLS, ensure_ascii=False),
+    )
+    assert tok.apply_chat_template(messages, tools=TOOLS, tokenize=False) == written(template, talk, encoder)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["minimind", "bert-zh", "llama2"])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_the_prompts_tokens_are_those_of_training(name: str, template: str) -> None:
+    """Where the space in front of an answer is the answer's, the served prompt ends before it."""
+    served, said = with_chat_template(tokenizer(name), template, "alpaca")
+    asked = [{"role": "user", "content": "hello"}]
+    ids = served.apply_chat_template(asked, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert said.startswith(template)
+    if name != "llama2":  # a whole text has other tokens behind <s> there than one that begins anew
+        assert ids == prompt_tokens("hello", tokenizer(name), template=template)
+
+
+def test_what_was_not_written_in_a_template_gets_none(tmp_path: Path) -> None:
+    tok = word_tokenizer()
+    assert with_chat_template(tok, "alpaca", "text") == (tok, "")
+    assert with_chat_template(tok, "chat", "messages")[0] is tok
+    mine = tmp_path / "mine.yaml"
+    mine.write_text('user: "Q: {content}\\n"\nassistant: "A: "\n')
+    served, _ = with_chat_template(tok, str(mine), "messages")
+    assert served.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "Q: a\n"

@@ -1,0 +1,206 @@
+"""What cannot be learned, read or answered is said before anything is computed, or does not end as success."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import WORDS, make, word_tokenizer, write_jsonl
+from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
+
+from siliang.check import find, look_at
+from siliang.cli.main import main
+from siliang.config import RunConfig
+from siliang.data.examples import conversation
+from siliang.data.templates import TEMPLATES
+from siliang.engine.step import Engine
+from siliang.models.load import load_tokenizer
+from siliang.run_folder import open_run
+from siliang.train.guard import Guard
+from siliang.train.run import train
+from siliang.types import ConfigError, DataError, ModelError, TaskType
+from siliang.use import evaluate, generate, merge, predict
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+LONG = "one " * 70
+
+
+def settings(model: Path, rows: list[dict[str, Any]], output: Path, task: str = "causal_lm", **more: Any) -> RunConfig:
+    output.parent.mkdir(exist_ok=True)
+    data = {"train": str(write_jsonl(output.parent / "rows.jsonl", rows)), "max_length": 64} | more.pop("data", {})
+    training = {"max_steps": 2, "batch_size": 4} | more.pop("train", {})
+    return RunConfig.build(
+        {"model": str(model), "task": task, "data": data, "train": training, **more, "output": str(output)}
+    )
+
+
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["siliang", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    shown = capsys.readouterr()
+    return int(end.value.code or 0), shown.out + shown.err
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "roberta"])
+def test_a_model_without_a_tokenizer(name: str, tmp_path: Path) -> None:
+    model: Any = make(name)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"has no tokenizer: of tokenizer\.json, .* none is there that holds words"):
+        load_tokenizer(str(tmp_path))
+    word_tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == len(word_tokenizer())
+
+
+def test_a_training_that_was_nothing_all_along() -> None:
+    guard = Guard(scaled=False)
+    assert guard.never_more_than_zero() is None  # not one step
+    for step in (1, 2, 3):
+        guard.see_batch(torch.tensor(0.0), [step])
+        guard.see_step(step, 1.0)
+        assert guard.look() is None
+    trouble = guard.never_more_than_zero()
+    assert trouble is not None and (trouble.what, trouble.value, trouble.rows) == ("loss", 0.0, (3,))
+    again = Guard(scaled=False)
+    again.go_on(guard.state())  # as a resumed run does
+    again.see_batch(torch.tensor(0.0), [4])
+    again.see_step(4, 0.5)
+    assert again.never_more_than_zero() is not None
+    again.see_batch(torch.tensor(0.1), [5])
+    again.see_step(5, 0.5)
+    assert again.never_more_than_zero() is None
+
+
+def test_tokenizers_of_other_models(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"text": f"{a} {b}"} for a in WORDS[:8] for b in WORDS[8:12]]
+    folder = tmp_path / "model"
+    model: Any = make("llama")
+    model.resize_token_embeddings(10)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    config = settings(folder, [{"text": "the a the the a"}, {"text": "a the a the"}] * 6, tmp_path / "run")
+    found = next(f for f in find(look_at(config)) if f.code == "SL023")
+    assert found.severity == "error" and "another model's tokenizer" in found.message
+    tok = word_tokenizer()
+    tok.add_special_tokens({"pad_token": "<pad>"})
+    model.resize_token_embeddings(len(tok) - 1)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    found = next(f for f in find(look_at(settings(folder, rows, tmp_path / "run"))) if f.code == "SL023")
+    assert found.severity == "error" and "its pad token is" in found.message
+
+
+def test_questions_on_contexts_are_packed() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=2
+    )
+    engine = Engine(BertForQuestionAnswering(config), TaskType.QUESTION_ANS)
+    assert engine.padding is not None and engine.notes == []
+    engine.close()
+
+
+def test_why_packing_is_off_is_a_sentence() -> None:
+    (note,) = Engine(make("deberta"), TaskType.SEQ_CLS).notes
+    assert note.startswith("packing is off: this model cannot run packed rows (")
+
+
+# ---- learned positions: 64 of them ----
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    model: Any = make("gpt2")
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+ASKED = [{"instruction": f"say {a}", "output": f"{a} {b}"} for a in WORDS[28:34] for b in WORDS[28:32]]
+
+
+def test_rows_longer_than_the_positions(gpt2: Path, tmp_path: Path) -> None:
+    long = [*ASKED, {"instruction": LONG, "output": "one"}]
+    with pytest.raises(DataError, match=r"SL028 a row has \d+ tokens, the model 64 positions"):
+        train(settings(gpt2, long, tmp_path / "run", data={"max_length": 512, "test_size": 0.0}))
+    prompt = {"method": {"name": "prompt", "num_virtual_tokens": 60}}
+    with pytest.raises(DataError, match=r"the model 4 positions \(64, of which the method's virtual tokens take 60\)"):
+        train(settings(gpt2, ASKED, tmp_path / "run", **prompt))
+    held_out = str(write_jsonl(tmp_path / "e.jsonl", long))
+    with pytest.raises(DataError, match="SL028"):
+        train(settings(gpt2, ASKED, tmp_path / "run", data={"max_length": 512, "eval": held_out}))
+
+
+def test_a_run_in_use_stays_within_its_positions(gpt2: Path, tmp_path: Path) -> None:
+    train(settings(gpt2, ASKED, tmp_path / "run"))
+    run = open_run(tmp_path / "run")
+    assert isinstance(generate(run, "say one"), str)  # what is left of the positions
+    with pytest.raises(ConfigError, match=r"max_new_tokens = 100 behind a prompt of \d+ tokens .* at most \d+ can"):
+        generate(run, "say one", max_new_tokens=100)
+    with pytest.raises(ConfigError, match=r"the prompt has \d+ tokens, and the model has 64 positions: shorten it"):
+        generate(run, LONG)
+    run.config.data.max_length = 512
+    other = write_jsonl(tmp_path / "other.jsonl", [{"instruction": LONG, "output": "one"}])
+    with pytest.raises(DataError, match=r"a row has \d+ tokens, and the model has 64 positions"):
+        evaluate(run, str(other))
+
+
+def test_a_text_to_classify_stays_within_them(
+    model_folders: dict[str, Path], review_file: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in review_file.read_text().splitlines()]
+    method = {"name": "prompt", "num_virtual_tokens": 20}
+    data = {"max_length": 512}
+    train(settings(model_folders["bert"], rows, tmp_path / "run", "seq_cls", method=method, data=data))
+    run = open_run(tmp_path / "run")
+    assert len(list(predict(run, ["the film was good"]))) == 1
+    with pytest.raises(DataError, match=r"a text has 70 tokens, and the model has 44 positions \(64, of which"):
+        list(predict(run, [LONG]))
+
+
+# ---- what a run says of itself, and hands on ----
+
+
+def test_train_says_that_nothing_was_learned(
+    model_folders: dict[str, Path],
+    review_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for task, data, more, said in (
+        ("seq_cls", review_file, "bert", "learned nothing: "),
+        ("causal_lm", write_jsonl(tmp_path / "asked.jsonl", ASKED), "llama", "learned nothing: loss not below"),
+    ):
+        rate = "1e-12" if task == "seq_cls" else "30.0"
+        words = ["train", "--model", str(model_folders[more]), "--data", str(data), "--task", task]
+        words += ["--output", str(tmp_path / task), "--set", "train.max_steps=4", "--set", "data.max_length=64"]
+        code, shown = command(capsys, monkeypatch, *words, "--set", f"train.learning_rate={rate}")
+        assert code == 0 and said in shown
+
+
+def test_a_merged_model_writes_conversations_as_training_did(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    train(settings(model_folders["llama"], ASKED, tmp_path / "run", data={"template": "alpaca"}))
+    merge(open_run(tmp_path / "run"), tmp_path / "merged")
+    tok = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    pieces = TEMPLATES["alpaca"].pieces(conversation("say one", "one two"))
+    wanted = "".join("</s>" if p.end else p.text.replace("{start}", "") for p in pieces)
+    talk = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "one two"}]
+    assert tok.apply_chat_template(talk, tokenize=False) == wanted
+    train(settings(model_folders["llama"], ASKED, tmp_path / "full", method="full", data={"template": "alpaca"}))
+    assert AutoTokenizer.from_pretrained(tmp_path / "full" / "model").chat_template == tok.chat_template
+
+
+def test_long_texts_train_whole_and_are_counted(
+    model_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": " ".join(WORDS[(i + k) % 40] for k in range(100))} for i in range(10)]
+    config = settings(model_folders["llama"], rows, tmp_path / "run", data={"test_size": 0.2, "max_length": 16})
+    record = train(config)
+    assert record.rows.train == 8 * 7 and record.rows.truncated == 0  # 101 tokens: 16, and 15 new ones in each other
+    words = ["check", "--model", str(model_folders["llama"]), "--data", config.data.train, "--task", "causal_lm"]
+    code, shown = command(capsys, monkeypatch, *words, "--set", "data.max_length=16")  # type: ignore[arg-type]
+    assert code == 0 and "windows           all 63  of rows 9" in shown and "window 2 of 7" in shown
