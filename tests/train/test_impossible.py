@@ -171,15 +171,24 @@ def test_train_says_that_nothing_was_learned(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for task, data, more, said in (
-        ("seq_cls", review_file, "bert", "learned nothing: "),
-        ("causal_lm", write_jsonl(tmp_path / "asked.jsonl", ASKED), "llama", "learned nothing: loss not below"),
+    # what is held out has answers that training teaches not to give
+    others = write_jsonl(tmp_path / "others.jsonl", [r | {"output": "film story actor"} for r in ASKED])
+    for task, data, model, said, more in (
+        ("seq_cls", review_file, "bert", "learned nothing: ", ["train.learning_rate=1e-12"]),
+        (
+            "causal_lm",
+            write_jsonl(tmp_path / "asked.jsonl", ASKED),
+            "llama",
+            "learned nothing: loss not below the base's, on rows that were held out",
+            [f"data.eval={others}", "train.learning_rate=0.1"],
+        ),
     ):
-        rate = "1e-12" if task == "seq_cls" else "30.0"
-        words = ["train", "--model", str(model_folders[more]), "--data", str(data), "--task", task]
-        words += ["--output", str(tmp_path / task), "--set", "train.max_steps=4", "--set", "data.max_length=64"]
-        code, shown = command(capsys, monkeypatch, *words, "--set", f"train.learning_rate={rate}")
-        assert code == 0 and said in shown
+        words = ["train", "--model", str(model_folders[model]), "--data", str(data), "--task", task]
+        words += ["--output", str(tmp_path / task)]
+        for setting in ("train.max_steps=12", "data.max_length=64", *more):
+            words += ["--set", setting]
+        code, shown = command(capsys, monkeypatch, *words)
+        assert code == 0 and said in shown, shown[-900:]
 
 
 def test_a_merged_model_writes_conversations_as_training_did(model_folders: dict[str, Path], tmp_path: Path) -> None:
