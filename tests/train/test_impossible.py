@@ -171,19 +171,23 @@ def test_train_says_that_nothing_was_learned(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # what is held out has answers that training teaches not to give
-    others = write_jsonl(tmp_path / "others.jsonl", [r | {"output": "film story actor"} for r in ASKED])
+    # a base that has learned what is held out, and is then taught something else
+    held_out = [r | {"output": "film story actor"} for r in ASKED]
+    others = write_jsonl(tmp_path / "others.jsonl", held_out)
+    taught = {"max_steps": 20, "batch_size": 16, "learning_rate": 0.02}
+    train(settings(model_folders["llama"], held_out, tmp_path / "base", method="full", train=taught))
+    models = {"bert": model_folders["bert"], "taught": tmp_path / "base" / "model"}
     for task, data, model, said, more in (
         ("seq_cls", review_file, "bert", "learned nothing: ", ["train.learning_rate=1e-12"]),
         (
             "causal_lm",
             write_jsonl(tmp_path / "asked.jsonl", ASKED),
-            "llama",
+            "taught",
             "learned nothing: loss not below the base's, on rows that were held out",
             [f"data.eval={others}", "train.learning_rate=0.1"],
         ),
     ):
-        words = ["train", "--model", str(model_folders[model]), "--data", str(data), "--task", task]
+        words = ["train", "--model", str(models[model]), "--data", str(data), "--task", task]
         words += ["--output", str(tmp_path / task)]
         for setting in ("train.max_steps=12", "data.max_length=64", *more):
             words += ["--set", setting]
