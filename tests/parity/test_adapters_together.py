@@ -89,7 +89,7 @@ def test_a_bias_that_has_no_place_says_why_it_is_not_merged() -> None:
 def test_two_copies_of_a_norm_are_not_merged_over_each_other() -> None:
     model = siliang.get_peft_model(make("llama"), siliang.LNTuningConfig())
     model.add_adapter("b", siliang.LNTuningConfig())
-    with pytest.raises(ConfigError, match="Adapters 'default' and 'b' cannot be at work together"):
+    with pytest.raises(MergeError, match="Adapters 'default' and 'b' cannot be at work together"):
         model.merge_adapter(["default", "b"])
 
 

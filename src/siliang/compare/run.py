@@ -27,7 +27,7 @@ from siliang.compare.trials import (
     test_trials,
 )
 from siliang.compare.verdict import QUALITY, learned_nothing
-from siliang.config import RunConfig, differences
+from siliang.config import MethodConfig, RunConfig, differences
 from siliang.files import pasted, replacing
 from siliang.hardware import machine
 from siliang.record import RECORD_NAME, Record, plain
@@ -242,7 +242,7 @@ class _Comparing:
         self._save()
 
     def _measure_base(self) -> None:
-        values = self.config.run.model_copy(update={"output": str(self.folder / BASE)})
+        values = untuned(self.config.run, self.folder / BASE)
         for event in self._ask([self._request("base", values)]):
             if event.kind == "done":
                 self.record.base = event.message["found"]
@@ -371,3 +371,11 @@ def _stopping() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def untuned(run: RunConfig, output: Path) -> RunConfig:
+    """A run whose model answers as the base model: through LoRA, which starts as nothing, on layers that every model
+    has, whatever it is that the methods tune.
+    """
+    method = MethodConfig.model_validate({"name": "lora", "r": 1, "target_modules": "all-linear"})
+    return run.model_copy(update={"output": str(output), "method": method})

@@ -107,7 +107,7 @@ def _train(
 
 
 def _measure_base(config: RunConfig, request: dict[str, Any], kept: KeptBase) -> dict[str, Any]:
-    """The untuned model's loss on the held-out rows, and its answers: through LoRA, which starts as nothing."""
+    """The untuned model's loss on the held-out rows, and its answers; `config` is that of `untuned`."""
     run = prepare(config, Listener(), Path(config.output), base=kept)
     trainer = make_trainer(run)
     loss = float(trainer.evaluate()["eval_loss"])
