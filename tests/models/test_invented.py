@@ -19,8 +19,13 @@ import siliang
 from siliang.check import find, look_at
 from siliang.config import RunConfig
 from siliang.models.load import invented_weights, load_config, load_model
+from siliang.plan import plan
+from siliang.plan.device import find_target
+from siliang.run_folder import open_run
 from siliang.targets import invented_modules
+from siliang.train.run import Listener, train
 from siliang.types import ModelError, TaskType
+from siliang.use import evaluate
 
 LABELS = ["a", "b", "c"]
 IDS = {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])}
@@ -136,3 +141,26 @@ def test_check_says_what_is_new(folders: dict[str, Path], tmp_path: Path) -> Non
     make("bert").save_pretrained(whole)  # type: ignore[operator]
     word_tokenizer().save_pretrained(whole)
     assert "SL035" not in {f.code for f in find(look_at(RunConfig.build(values | {"model": str(whole)})))}
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "full"])
+def test_a_run_trains_saves_and_plans_what_is_new(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    word_tokenizer().save_pretrained(folders["bert"])
+    rows = [{"text": f"the film was {w}", "label": x} for w, x in (("good", "1"), ("bad", "0")) for _ in range(20)]
+    values = {
+        "model": str(folders["bert"]),
+        "task": "seq_cls",
+        "method": method,
+        "data": {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "test_size": 0.2},
+        "train": {"max_steps": 2, "precision": "fp32"},
+        "accept": ["SL002"],
+        "output": str(tmp_path / "run"),
+    }
+    config = RunConfig.build(values)
+    record = train(config, Listener())
+    planned = plan(config, find_target(config)).methods[0]
+    assert (planned.trained, planned.total) == (record.parameters.trained, record.parameters.total)
+    opened = open_run(tmp_path / "run")
+    # what was trained is what answers, though the pooler is drawn anew at each loading
+    figures = evaluate(opened)
+    assert figures["loss"] == pytest.approx(record.final["eval_loss"], rel=1e-5)

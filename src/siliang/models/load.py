@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as hf_logging
 
 from siliang.config import QuantizationConfig, near_names
 from siliang.environment import bound_kernel_caches
@@ -187,7 +188,15 @@ def invented_weights(name: str, task: TaskType, config: Any, *, revision: str | 
     Raises:
         ModelError: It cannot be loaded.
     """
-    model = _from_pretrained(name, task, config, dtype=torch.float32, revision=revision, device_map={"": "meta"})
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()  # its report of what is missing comes with the real loading
+    hf_logging.disable_progress_bar()
+    try:
+        model = _from_pretrained(name, task, config, dtype=torch.float32, revision=revision, device_map={"": "meta"})
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
     return invented_modules(model)
 
 

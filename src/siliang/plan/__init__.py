@@ -81,7 +81,14 @@ def plan(
     new_tokens = len(config.data.add_tokens)
     if with_data and new_tokens:  # those that the tokenizer lacks, and for which the embeddings have no room
         new_tokens = max(len(subject.tokenizer) - base_config.get_text_config().vocab_size, 0)
-    draw = partial(Sketch, base_config=base_config, device=device, new_tokens=new_tokens, mesh=mesh)
+    draw = partial(
+        Sketch,
+        base_config=base_config,
+        device=device,
+        new_tokens=new_tokens,
+        invented=subject.invented if with_data else [],
+        mesh=mesh,
+    )
     # every method's batches are those of the first, which is packed if any is
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
     collator = StepCollator(PadCollator(0), config.task, config.train.batch_size, most)

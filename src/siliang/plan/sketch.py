@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from siliang.plan.paper import draw_base, held_tensors, on_paper, quantised_size
 from siliang.plan.rows import cut, made_up_row
 from siliang.plan.steps import Measured, Phase, measure, usual_step
 from siliang.run_folder import weight_dtype
+from siliang.targets import mark_invented
 from siliang.train.run import attach
 from siliang.types import ConfigError, DataError
 
@@ -64,6 +66,7 @@ class Sketch:
         quantization: QuantizationConfig | None = None,
         usual: Usual | None = None,
         new_tokens: int = 0,
+        invented: Sequence[str] = (),
         mesh: DeviceMesh | None = None,
     ) -> None:
         """Draws it.
@@ -72,6 +75,7 @@ class Sketch:
             base_config: The base model's, which knows its classes.
             method: Instead of the config's own.
             new_tokens: By which the vocabulary grows.
+            invented: Modules that the model's files lack, and that are trained therefore.
             mesh: The ranks of which this is one, as `distributed.strategy` has them share the model.
 
         Raises:
@@ -95,6 +99,7 @@ class Sketch:
                 attention=usual.attention if usual else None,
             )
             self.loading_bytes = self._loading_bytes(base, dtype, new_tokens)
+            mark_invented(base, list(invented))
             if new_tokens:
                 size = base.config.get_text_config().vocab_size + new_tokens
                 base.resize_token_embeddings(size, mean_resizing=False)  # there are no values to take the mean of
