@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
@@ -52,6 +53,25 @@ def test_opens_alone_and_fits(browser: Browser, pages: dict[str, Path], language
         return [...s.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();
         return r.left < b.left - 1 || r.right > b.right + 1; }).map(t => t.textContent); })"""
     assert browser.ask(outside) == []
+
+
+LARGE = {
+    "full": ([0.9123, 0.9045, 0.91], 6_742_609_920, 24_500),
+    "prefix_tuning num_virtual_tokens=100": ([0.8, 0.81, 0.82], 104_857_600, 13_900),
+    "lora r=64 target_modules=all-linear": ([0.87, 0.88, 0.86], 335_544_320, 15_200),
+}
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("scores", [SCORES, LARGE], ids=["small", "large"])
+def test_the_whole_table_is_seen(browser: Browser, tmp_path: Path, language: str, scores: Any) -> None:
+    """At 1280 pixels its last column, too, and without scrolling."""
+    write_page(gather([comparison(tmp_path / "out", scores)]), tmp_path / "page.html", language=language)
+    browser.open(tmp_path / "page.html", width=1280)
+    last = "[...document.querySelectorAll('#methods tr')].map(r => r.cells[r.cells.length - 1].getBoundingClientRect().right)"
+    assert browser.ask(f"Math.max(...{last})") <= 1280 - 15  # a scroll bar's width
+    assert browser.ask("(s => s.scrollWidth <= s.clientWidth)(document.querySelector('.scroll'))")
+    assert browser.ask("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_foreign_text_stays_text(browser: Browser, pages: dict[str, Path]) -> None:

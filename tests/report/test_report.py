@@ -159,3 +159,12 @@ def test_commands_can_be_pasted_and_are_possible(tmp_path: Path) -> None:
         assert all(words[2] == str(folder) for words in found)
         if merges:
             assert found[-1][3:] == ["--output", f"{folder}-merged"]
+
+
+def test_the_table_is_narrow(tmp_path: Path) -> None:
+    """What keeps the last columns in sight, for where no browser is: spreads below their means, titles on several
+    lines, and a table wider than the text."""
+    page = render(gather([comparison(tmp_path, SCORES)]))
+    assert '0.9000<span class="spread">± 0.0100</span>' in page
+    assert ".spread { display: block;" in page and '<div class="scroll wide"' in page
+    assert "#methods th, #methods td { white-space: nowrap" not in page
