@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import refused, run
 from transformers import AutoConfig
 
 import siliang.plan
@@ -365,3 +366,28 @@ def test_predicted_and_measured_peaks_are_of_loading_and_of_the_steps(reviews: R
     assert memory.predicted_loading_bytes is not None
     assert memory.predicted_bytes == max(memory.predicted_loading_bytes, steps)
     assert planner.found is not None and planner.found.needed_bytes == memory.predicted_bytes
+
+
+def test_a_comparison(model_folders: dict[str, Path], review_file: Path, tmp_path: Path) -> None:
+    """Each of its methods, with its own settings, and what a search tries of them."""
+    settings = tmp_path / "compare.yaml"
+    settings.write_text(
+        f"model: {model_folders['bert']}\ntask: seq_cls\ndata: {{train: {review_file}}}\noutput: {tmp_path / 'out'}\n"
+        "methods: [full, bitfit, {name: lora, r: 4}, {name: lora, label: wide, r: 16}, "
+        "{name: ia3, learning_rate: 1e-2}]\n"
+        "seeds: 2\nsearch: {learning_rate: [1e-3, 1e-4]}\n"
+    )
+    ended = run("plan", settings, "--memory", "64GB", "--device", "cpu", "--json")
+    assert ended.code == 0, ended
+    methods = {m["method"]: m for m in json.loads(ended.out)["methods"]}
+    assert list(methods) == ["full", "bitfit", "ia3", "lora r=4", "wide"]
+    assert all(m["error"] is None and m["fits"] for m in methods.values())
+    assert methods["full"]["trained"] == methods["full"]["total"]
+    head = 32 * 2 + 2
+    assert methods["wide"]["trained"] - head == 4 * (methods["lora r=4"]["trained"] - head)
+    some = run(
+        "plan", settings, "--memory", "64GB", "--device", "cpu", "--method", "lora", "--set", "search={r: [2, 8]}"
+    )
+    assert some.code == 0 and "lora r=4, r=2" in some.out and "wide" in some.out and "bitfit" not in some.out, some
+    assert "this is a comparison" in refused("plan", settings, "--write", tmp_path / "fits.yaml")
+    assert "compares no such method" in refused("plan", settings, "--method", "prefix")

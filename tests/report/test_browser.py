@@ -68,7 +68,8 @@ def test_the_whole_table_is_seen(browser: Browser, tmp_path: Path, language: str
     """At 1280 pixels its last column, too, and without scrolling."""
     write_page(gather([comparison(tmp_path / "out", scores)]), tmp_path / "page.html", language=language)
     browser.open(tmp_path / "page.html", width=1280)
-    last = "[...document.querySelectorAll('#methods tr')].map(r => r.cells[r.cells.length - 1].getBoundingClientRect().right)"
+    last = """[...document.querySelectorAll('#methods tr')].map(
+        r => r.cells[r.cells.length - 1].getBoundingClientRect().right)"""
     assert browser.ask(f"Math.max(...{last})") <= 1280 - 15  # a scroll bar's width
     assert browser.ask("(s => s.scrollWidth <= s.clientWidth)(document.querySelector('.scroll'))")
     assert browser.ask("document.documentElement.scrollWidth <= window.innerWidth")

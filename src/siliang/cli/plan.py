@@ -29,7 +29,9 @@ BAR = 24
 
 
 def plan(
-    settings: Annotated[Path | None, typer.Argument(help="run.yaml, as for `siliang train`.")] = None,
+    settings: Annotated[
+        Path | None, typer.Argument(help="run.yaml, as for `siliang train`, or compare.yaml, for each of its methods.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A folder, a name on the hub, or a shape by name: `--model list` shows those.")
     ] = None,
@@ -76,6 +78,9 @@ def plan(
     values = gather(settings, {"model": model, "task": task}, data, set_ or [])
     if "model" not in values:
         raise ConfigError("say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).")
+    comparison = _comparison_in(values)
+    if comparison and write is not None:
+        raise ConfigError("--write writes a run of one method, and this is a comparison: leave it out.")
     chosen = values.get("method", "lora")
     own = whole_name(str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen))
     if method in (None, "all"):
@@ -114,17 +119,25 @@ def plan(
             "or leave the data away and say data.max_length."
         )
     target = find_target(config, device, memory_bytes=memory_bytes, flops=flops)
+    source = str(settings or "the flags")
+    runs = {"": (config, names)}
+    if comparison:
+        runs = _runs_of(values, comparison, names if method not in (None, "all") else None, source)
     with paper_ranks(devices) as mesh:
-        record = make(
-            config,
-            shared_by(target, devices),
-            methods=names,
-            with_data=with_data,
-            base_config=base_config,
-            usual=usual,
-            mesh=mesh,
-            say=_Say(not json),
-        )
+        plans = {
+            label: make(
+                run,
+                shared_by(target, devices),
+                methods=methods,
+                with_data=with_data,
+                base_config=base_config,
+                usual=usual,
+                mesh=mesh,
+                say=_Say(not json),
+            )
+            for label, (run, methods) in runs.items()
+        }
+    record = _together(plans)
     if json:
         print_json(record.model_dump(mode="json"), indent=1)
     else:
@@ -133,6 +146,56 @@ def plan(
         _write(config, record, write)
     if not any(m.fits is not False and not m.error for m in record.methods):
         raise typer.Exit(1)
+
+
+def _comparison_in(values: dict[str, Any]) -> dict[str, Any]:
+    """Takes what is a comparison's out of the settings, and returns it."""
+    from siliang.compare.config import CompareSettings
+
+    return {key: values.pop(key) for key in CompareSettings.model_fields if key in values}
+
+
+def _runs_of(
+    values: dict[str, Any], comparison: dict[str, Any], only: list[str] | None, source: str
+) -> dict[str, tuple[RunConfig, list[str]]]:
+    """The runs of a comparison whose memory may differ, by label: methods without settings of their own are planned in
+    one go, under "".
+
+    Args:
+        only: These methods; None for all.
+    """
+    from siliang.compare.config import CompareConfig
+    from siliang.config import RunConfig
+    from siliang.types import ConfigError
+
+    given = {key: value for key, value in values.items() if key != "method"}
+    settings = CompareConfig.build(given | comparison, source=source).settings
+    entries = [entry for entry in settings.methods if only is None or entry.name in only]
+    if not entries:
+        raise ConfigError(f"--method {','.join(only or [])}: {source} compares no such method.")
+    plain: list[str] = []
+    found: dict[str, tuple[RunConfig, list[str]]] = {}
+    for entry in entries:
+        for choice in settings.choices(entry) or [{}]:
+            tried = {key: value for key, value in choice.items() if key != "learning_rate"}  # which takes no memory
+            arguments = entry.arguments | tried
+            if not arguments and entry.label == entry.name:
+                plain += [entry.name] * (entry.name not in plain)
+                continue
+            label = ", ".join([entry.label, *(f"{key}={value}" for key, value in tried.items())])
+            config = RunConfig.build(given | {"method": {"name": entry.name, **arguments}}, source=source)
+            found[label] = (config, [entry.name])
+    return ({"": (RunConfig.build(given, source=source), plain)} if plain else {}) | found
+
+
+def _together(plans: dict[str, PlanRecord]) -> PlanRecord:
+    """The plans of a comparison in one, each method under its label."""
+    first = next(iter(plans.values()))
+    for label, plan in plans.items():
+        if label:
+            plan.methods[0].method = label
+    first.methods = [method for plan in plans.values() for method in plan.methods]
+    return first
 
 
 class _Say:
@@ -262,7 +325,10 @@ def _show_changes(console: Console, record: PlanRecord) -> None:
             console.print(f"  {change.setting}: {change.before} -> {change.after}   ({change.price})", markup=False)
 
     if len(record.methods) > 1 and (left := [m.method for m in record.methods if m.fits is False]):
-        console.print(f"\nwhat to change so that it fits: siliang plan ... --method {left[0]}", markup=False)
+        console.print(
+            f"\nwhat to change so that it fits: siliang plan ... --method {left[0].replace(',', ' ').split()[0]}",
+            markup=False,
+        )
 
 
 def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
