@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from faults.arguments import make_names, try_arguments
+from faults.commands import run
 from faults.damage import damage_adapters, damage_checkpoints
 from faults.disks import try_disks
 from faults.endurance import endure
@@ -70,6 +73,21 @@ def fuzzing(place: Place, folder: Path, size: float) -> Result:
     return c.passed, f"{text}{c.n_failures} failures, {len(c.outside)} files outside{_lines(failures)}"
 
 
+def arguments(place: Place, folder: Path, size: float) -> Result:
+    """Command lines of every kind"""
+    done = folder / "done"
+    flags = ("--model", place.model, "--data", place.data, "--task", place.task, "--output", done)
+    assert run("train", *flags, "--set", "train.max_steps=1", "--set", "data.max_length=32").code == 0
+    names = make_names(folder / "names", done, Path(place.model), Path(place.data))
+    c = try_arguments(names, folder / "work", cases=_n(4_000, size), seconds=3600 * size, seed=5)
+    codes = Counter[int]()
+    for (_, code), n in c.codes.items():
+        codes[code] += n
+    failures = [f"{what}: {words}" for what, words in c.failures.items()]
+    text = ", ".join(f"{n:,} ended with {code}" for code, n in sorted(codes.items()))
+    return not failures, f"{c.cases:,} cases: {text}, {len(failures)} failures{_lines(failures)}"
+
+
 def templates(place: Place, folder: Path, size: float) -> Result:
     """Chat templates made to do harm"""
     passed = hostile_templates(place)
@@ -85,7 +103,8 @@ def endurance(place: Place, folder: Path, size: float) -> Result:
 
 
 PARTS: dict[str, Part] = {
-    part.__name__: part for part in (kills, checkpoints, adapters, disks, numbers, fuzzing, templates, endurance)
+    part.__name__: part
+    for part in (kills, checkpoints, adapters, disks, numbers, fuzzing, arguments, templates, endurance)
 }
 
 

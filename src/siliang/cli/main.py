@@ -270,6 +270,8 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # that a kernel of the hub's is not installed, which 4-bit training would not use (models/few_bits.py)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # the traceback of a step that cannot be made on paper, of which the plan says what there is to say
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.showwarning = _show_warning
