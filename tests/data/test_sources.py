@@ -160,6 +160,20 @@ def test_a_name_on_the_hub(files_of_a_hub: Path, monkeypatch: pytest.MonkeyPatch
     assert asked == [("owner/name", "config"), ("owner/name", None)]
 
 
+def test_lines_under_the_other_name_on_the_hub(files_of_a_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can rename a file of somebody else's repository."""
+    (files_of_a_hub / "train.jsonl").rename(files_of_a_hub / "train.json")
+    (files_of_a_hub / "test.jsonl").unlink()
+    real = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: real(str(files_of_a_hub)))
+    assert [(row.values, row.where) for row in read_rows("owner/name")] == [
+        (ROWS[0], "owner/name/train.json:1"),
+        (ROWS[1], "owner/name/train.json:2"),
+    ]
+    with pytest.raises(DataError, match=r"name it .jsonl"):
+        read_rows(str(files_of_a_hub))
+
+
 def test_without_a_network_one_line_says_what_to_do(tmp_path: Path) -> None:
     command = ["check", "--model", tmp_path, "--task", "seq_cls", "--data", "nobody/no-such-data"]
     done = subprocess.run(

@@ -587,7 +587,7 @@ def _history(values: Values) -> list[tuple[str, str]]:
             raise BadRow(f"has a 'history' that is no list of [question, answer]: {_short(history)}") from None
     if not _given(history):
         return []
-    rounds = history if isinstance(history, list | tuple) else [history]
+    rounds: list[Any] = list(history) if isinstance(history, list | tuple) else [history]
     if not all(isinstance(h, list | tuple) and len(h) == 2 for h in rounds):
         raise BadRow(f"has a 'history' that is no list of [question, answer]: {_short(history)}")
     return [(as_text(h[0]), as_text(h[1])) for h in rounds]

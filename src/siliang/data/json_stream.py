@@ -81,6 +81,17 @@ def json_lines(file: TextFile, name: str | Path) -> Iterator[Item]:
             yield where, None, f"not valid JSON: {_reason(error)}"
 
 
+def is_lines(file: TextFile) -> bool:
+    """The file holds an object a line, whatever its name says."""
+    filled = (line.strip(BLANK) for _, line in file.lines() if line.strip(BLANK))
+    first, second = next(filled, ""), next(filled, "")
+    filled.close()
+    try:
+        return all(isinstance(DECODER.decode(line), dict) for line in (first, second))
+    except (ValueError, RecursionError):
+        return False
+
+
 def json_list(file: TextFile, name: str | Path) -> Iterator[Item]:
     """The items of a list, each with the line on which it begins, or, where that is not its own line, its number; also
     SQuAD's {"data": [...]}, whose questions have an id.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.hashes import joined, source_sha256
-from siliang.data.json_stream import json_lines, json_list
+from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import TextFile, find_text, kind_of
 from siliang.types import DataError, nearest
@@ -215,7 +215,9 @@ def _file(path: Path, name: str, reading: Reading) -> Iterator[Row]:
         elif kind == ".txt":
             yield from (Row({"text": line.rstrip("\r\n")}, f"{name}:{n}") for n, line in text.lines() if line.strip())
         else:
-            for where, value, problem in (json_list if kind == ".json" else json_lines)(text, name):
+            # a file of the hub cannot be renamed
+            lines = kind == ".jsonl" or (name != str(path) and is_lines(text))
+            for where, value, problem in (json_lines if lines else json_list)(text, name):
                 if problem is None and not isinstance(value, dict):
                     problem = f"must be an object with named fields, not {type(value).__name__}"
                 elif problem is None and not value:
