@@ -32,6 +32,7 @@ from transformers import AutoConfig
 
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.distributed.sharding import all_ranks, apart, average_gradients, is_sharded, paper_ranks, shard
+from siliang.engine.attach import attach
 from siliang.engine.step import Engine
 from siliang.hardware import Choice, find_device
 from siliang.methods import METHODS, find_method
@@ -43,7 +44,6 @@ from siliang.plan.device import Device
 from siliang.plan.rows import made_up_row
 from siliang.plan.sketch import collator_of
 from siliang.run_folder import weight_dtype
-from siliang.train.run import attach
 from siliang.types import SiliangError, TaskType
 
 MODELS: dict[str, tuple[TaskType, Callable[[], Any]]] = {

@@ -12,10 +12,10 @@ from tiny import make
 
 from siliang import get_peft_model
 from siliang.config import RunConfig
+from siliang.engine.attach import attach
 from siliang.hardware import choose_precision
 from siliang.methods import METHODS
 from siliang.start_adapter import find_start_adapter
-from siliang.train.run import attach
 from siliang.types import ConfigError
 
 SETTINGS: dict[str, dict[str, Any]] = {

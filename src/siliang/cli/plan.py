@@ -66,15 +66,19 @@ def plan(
     """
     from siliang.cli.show import quiet_loading
     from siliang.cli.train import gather
-    from siliang.config import RunConfig
+    from siliang.environment import importing
     from siliang.memory.size import parse_bytes
+
+    memory_bytes = parse_bytes(memory) if memory else None
+    with importing():
+        pass
+    from siliang.config import RunConfig
     from siliang.methods import METHODS, find_method, whole_name
     from siliang.types import ConfigError
 
     if model == "list":
         _list_shapes()
         return
-    memory_bytes = parse_bytes(memory) if memory else None
     values = gather(settings, {"model": model, "task": task}, data, set_ or [])
     if "model" not in values:
         raise ConfigError("say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).")

@@ -22,7 +22,7 @@ CUDA_CONTEXT_BYTES = 480_000_000  # context and loaded kernels: 0.4 to 0.6 GB by
 CUDA_WORK_BYTES = 40_000_000  # cuBLAS' workspace, which the allocator counts
 CUDA_HOST_BYTES = 2_000_000_000  # the process on the host, with CUDA's libraries
 
-MOST_CALIBRATION_S = 10.0
+MOST_CALIBRATION_S = 2.0
 ETA = 0.8  # the share of its bare products' speed that a step of ours reaches: docs/benchmarks has 0.87 for W1
 
 

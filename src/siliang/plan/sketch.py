@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import shard
+from siliang.engine.attach import attach
 from siliang.engine.batches import Batch, StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
@@ -26,7 +27,6 @@ from siliang.plan.rows import cut, made_up_row
 from siliang.plan.steps import Measured, Phase, measure, usual_step
 from siliang.run_folder import weight_dtype
 from siliang.targets import mark_invented
-from siliang.train.run import attach
 from siliang.types import ConfigError, DataError
 
 

@@ -28,10 +28,10 @@ from siliang.data.hashes import joined, weights_sha256
 from siliang.data.jinja import with_chat_template
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
-from siliang.data.vocabulary import embedding_modules
 from siliang.distributed.ranks import Ranks, find_ranks, telling_of_the_dead
 from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, send_what_is_trained, shard
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
+from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import WRITERS, Engine
 from siliang.files import absolute, damage, pasted, replacing_folder, telling
@@ -39,7 +39,7 @@ from siliang.hardware import Choice, choose_precision, describe_device, find_dev
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
-from siliang.peft_model import PeftModel, count_parameters, get_peft_model
+from siliang.peft_model import PeftModel
 from siliang.record import Counts, Memory, Predicted, Record, Rows, Seconds
 from siliang.run_folder import (
     ADAPTER,
@@ -386,32 +386,6 @@ def _check_best(config: RunConfig, held_out: int) -> None:
     if not held_out or not t.eval_every:
         missing = "held-out rows (data.eval, or data.test_size)" if not held_out else "train.eval_every"
         raise ConfigError(f"train.best = {t.best!r} needs {missing}: it chooses among evaluations.")
-
-
-def attach(
-    model: nn.Module, method: Method, config: RunConfig, precision: Choice, *, start: Path | None = None
-) -> tuple[nn.Module, int, int]:
-    """The model with the run's method on it; how many parameters it trains, and of how many.
-
-    Args:
-        start: The adapter folder whose weights are the start; None for new ones.
-    """
-    if start is not None:
-        model = PeftModel.from_pretrained(model, start, is_trainable=True)
-    elif method.config is None:
-        for p in model.parameters():
-            p.requires_grad_(True)
-    else:
-        # a copy: attaching completes the config, and the resolved run.yaml keeps what the user said
-        arguments = dict(config.method.arguments)
-        if config.data.add_tokens:  # new tokens are learned only where their embeddings are
-            named = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]
-            arguments["modules_to_save"] = list(dict.fromkeys(named))
-        model = get_peft_model(model, method.config(task_type=config.task, **arguments))
-    if precision.pure:
-        for p in model.parameters():
-            p.data = p.data.to(precision.dtype) if p.requires_grad else p.data
-    return model, *count_parameters(model)
 
 
 def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
