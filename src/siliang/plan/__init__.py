@@ -252,7 +252,7 @@ def _add_times(record: PlanRecord, device: Device, base_config: Any) -> None:
         text = base_config.get_text_config()
         width = text.hidden_size
         inner = getattr(text, "intermediate_size", None) or 4 * width
-        rows = min(max(record.batch_tokens, 16), 4096)
+        rows = min(max(record.batch_tokens, 16), 1024)
         flops, source = measure_flops(device.precision.dtype, rows, width, int(inner)), "measured here"
     else:
         return
