@@ -539,7 +539,6 @@ def _arguments(run: Run, checkpoints: Path) -> TrainingArguments:
         seed=t.seed,
         data_seed=t.seed,
         logging_steps=t.log_every,
-        logging_first_step=True,
         eval_strategy="steps" if t.eval_every and has_eval else "no",
         eval_steps=t.eval_every,
         save_strategy="steps" if t.save_every else "no",

@@ -142,7 +142,11 @@ class Watcher(TrainerCallback):
             control.should_evaluate = False
         if state.global_step == state.max_steps:  # however few steps there are, the last one's loss is seen
             control.should_log = True
-        self._tell(state)
+        first = state.global_step == 1 and self.trainer is not None and not control.should_log
+        if first:  # it is seen at once that the training is under way; the log has it among its first steps
+            assert self.trainer is not None
+            self._loss, self._rate = float(self.trainer._tr_loss), _rate(self.trainer)
+        self._tell(state, logged=first)
 
     def _reserve_s(self) -> float:
         """Seconds that one more step, which may evaluate, and the checkpoint after it may take."""
@@ -217,6 +221,12 @@ class Watcher(TrainerCallback):
                 measured=measured,
             )
         )
+
+
+def _rate(trainer: SiliangTrainer) -> float | None:
+    """The learning rate of the next step."""
+    scheduler: Any = trainer.lr_scheduler
+    return float(scheduler.get_last_lr()[0]) if scheduler is not None else None
 
 
 def _is_metric(name: str) -> bool:
