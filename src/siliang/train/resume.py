@@ -75,6 +75,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
         config = _as_adjusted(config, record)
         found = _differences(config, record)
         _refuse(found, folder)
+    checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(f"warning    {line}"))
     whole = next(
         (part for part in (ADAPTER, MODEL) if (folder / part).is_dir() and damage(folder / part) is None), None
     )
@@ -86,7 +87,6 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
                 f"Train it further as a run of its own: {_further(folder)}"
             )
         return Begun(config, record, None, [], finished=True)
-    checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(f"warning    {line}"))
     forced: list[str] = []
     if record is not None:
         forced = _check_files(config, record, folder, say, force=force)
@@ -101,7 +101,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
             f"Train it further as a run of its own: {_further(folder)}"
         )
     if checkpoint is None:
-        say("begins     no checkpoint was saved yet: the run begins again with its first step")
+        say("begins     there is no checkpoint to go on from: the run begins again with its first step")
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if (most := config.train.max_steps) is not None and most < step:
         raise ConfigError(f"train.max_steps = {most:,}, and {checkpoint} has made {step:,} steps already.")

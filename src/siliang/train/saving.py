@@ -48,7 +48,7 @@ def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
             path.rename(aside)
         warn(f"{path} is damaged ({problem}) and passed over for the one before; it is now {aside.name}")
     if found:
-        warn(f"no sound checkpoint is left in {folder}: the run begins again")
+        warn(f"no sound checkpoint is left in {folder}")
     return None
 
 
