@@ -94,7 +94,8 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
         found = [p for p in modules if any(_ends(p, name) for name in wanted)]
     chosen = _chosen_layers(config, list(modules), lenient=lenient)
     found = [p for p in found if not _excluded(p, config.exclude_modules)]
-    found = [p for p in found if chosen is None or _layer_index(p, config) in chosen]
+    if chosen is not None:
+        found = [p for p in found if _layer_index(p, config) in chosen]
     found = [p for p in found if not inside(p, outside)]
     if not found:
         raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
@@ -293,7 +294,7 @@ def _chosen_layers(config: LayerConfig, paths: list[str], *, lenient: bool) -> s
     return chosen
 
 
-def _layer_index(path: str, config: LoraConfig) -> int | None:
+def _layer_index(path: str, config: LayerConfig) -> int | None:
     """The number of the model's layer that `path` lies in: the first in it, for those further in count experts and the
     like; with layers_pattern the first after the pattern's name.
     """
@@ -306,8 +307,8 @@ def _index_in(path: str, pattern: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _layer_patterns(config: LoraConfig) -> list[str]:
-    patterns = config.layers_pattern or []
+def _layer_patterns(config: LayerConfig) -> list[str]:
+    patterns = getattr(config, "layers_pattern", None) or []
     return [patterns] if isinstance(patterns, str) else patterns
 
 

@@ -190,7 +190,7 @@ class PrefixRoute(Route):
                     self._before(module, self._shift)  # BART and RoFormer count by themselves
         for module in attentions:
             self._before(module, self._attend)
-        disentangled = [m for m in host.modules() if type(m).__name__ == "DisentangledSelfAttention"]
+        disentangled: list[Any] = [m for m in host.modules() if type(m).__name__ == "DisentangledSelfAttention"]
         for layer, module in enumerate(disentangled):
             self._before(module, partial(self._widen, layer=layer))
             self._after(module, lambda module, args, out: (out[0][:, self.V :], *out[1:]))

@@ -36,7 +36,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A BERT without pooler, and a DistilBERT, as masked language models are saved."""
     root = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
-    BertForMaskedLM(make("bert").config).save_pretrained(root / "bert")
+    bert: Any = make("bert")
+    BertForMaskedLM(bert.config).save_pretrained(root / "bert")
     config = DistilBertConfig(
         vocab_size=VOCABULARY, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=64
     )
@@ -80,7 +81,7 @@ def test_an_adapter_answers_alike_wherever_it_is_opened(
 
 
 def test_the_users_own_from_pretrained_is_known_too(folders: dict[str, Path]) -> None:
-    base = BertForSequenceClassification.from_pretrained(folders["bert"], num_labels=3)
+    base: Any = BertForSequenceClassification.from_pretrained(folders["bert"], num_labels=3)
     assert invented_modules(base) == ["bert.pooler", "classifier"]
     base.resize_token_embeddings(VOCABULARY + 5, mean_resizing=False)  # not made up: they are the user's
     assert invented_modules(base.to(torch.bfloat16)) == ["bert.pooler", "classifier"]

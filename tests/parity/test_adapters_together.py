@@ -45,7 +45,10 @@ def test_merged_is_unmerged_is_peft(
     unmerged = ours(**inputs).logits
     with ours.disable_adapter():
         effect = float((ours(**inputs).logits - unmerged).detach().abs().max())
-    near = {"rtol": 0.0, "atol": 1e-3 * effect}  # two DoRA that were merged otherwise were off by half of it
+    near: dict[str, Any] = {
+        "rtol": 0.0,
+        "atol": 1e-3 * effect,
+    }  # two DoRA that were merged otherwise were off by half of it
     torch.testing.assert_close(unmerged, theirs(**inputs).logits, **near)
     ours.merge_adapter()
     torch.testing.assert_close(ours(**inputs).logits, unmerged, **near)

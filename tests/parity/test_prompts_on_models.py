@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers as t
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 import siliang
 from siliang.types import ConfigError
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-FED = SMALL | {"intermediate_size": 64}
+FED: dict[str, Any] = SMALL | {"intermediate_size": 64}
 BART: dict[str, Any] = {
     "vocab_size": 64,
     "d_model": 32,
@@ -25,7 +26,7 @@ BART: dict[str, Any] = {
     "decoder_ffn_dim": 64,
     "max_position_embeddings": 64,
 }
-LATENT = FED | {
+LATENT: dict[str, Any] = FED | {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 16,
     "n_routed_experts": 4,
@@ -83,10 +84,10 @@ pytestmark = pytest.mark.filterwarnings(
 class Deaf(t.LlamaForCausalLM):
     """It computes its answer from the tokens' own numbers alone."""
 
-    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         size = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         ids = torch.zeros(size, dtype=torch.long)
-        return t.modeling_outputs.CausalLMOutput(logits=self.lm_head(self.model.embed_tokens(ids)))
+        return CausalLMOutput(logits=self.lm_head(self.model.embed_tokens(ids)))
 
 
 def base(name: str) -> Any:

@@ -70,8 +70,12 @@ def _as_field(kind: Any, value: Any) -> Any:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(kind, enum.EnumType) and isinstance(value, str):
-        return next((member for member in kind if member.value.lower() == value.lower()), value)
+        return next((member for member in _members(kind) if member.value.lower() == value.lower()), value)
     return value
+
+
+def _members(kind: Any) -> list[enum.Enum]:
+    return list(kind)
 
 
 def _in_words(kind: Any) -> str:
@@ -80,7 +84,7 @@ def _in_words(kind: Any) -> str:
     if kind in words:
         return words[kind]
     if isinstance(kind, enum.EnumType):
-        return f"one of {', '.join(str(member.value) for member in kind)}"
+        return f"one of {', '.join(str(member.value) for member in _members(kind))}"
     inner = get_args(kind)
     match get_origin(kind):
         case typing.Literal:
@@ -100,7 +104,7 @@ def _several(kind: Any) -> str:
 
 def _near(value: Any, kind: Any) -> str:
     """The near words of an enum or a literal."""
-    words = [str(m.value) for m in kind] if isinstance(kind, enum.EnumType) else get_args(kind)
+    words = [str(m.value) for m in _members(kind)] if isinstance(kind, enum.EnumType) else get_args(kind)
     return nearest(value, words) if isinstance(value, str) and all(isinstance(w, str) for w in words) else ""
 
 
