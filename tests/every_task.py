@@ -23,14 +23,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_models(folder: Path) -> dict[str, Path]:
-    """A base model's folder for each task, without dropout."""
+def make_models(folder: Path, spread: float = 0.3) -> dict[str, Path]:
+    """A base model's folder for each task, without dropout; `spread` is of the encoder's new weights."""
     tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     torch.manual_seed(0)
-    encoder = BertForSequenceClassification(BertConfig(**ENCODER, initializer_range=0.3))
+    encoder = BertForSequenceClassification(BertConfig(**ENCODER, initializer_range=spread))
     models = {"encoder": encoder, "causal_lm": llama(), "seq_2_seq_lm": t5()}
     for name, model in models.items():
         without_dropout(model)

@@ -39,14 +39,14 @@ from siliang.train import metrics
 from siliang.types import ConfigError, DataError, MergeError, ModelError, TaskType
 
 PROOF_SAMPLES = 32
-PAIR = ("text", "text_pair")
+# the parts of a row that a task predicts from
+ASKED: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("text", "text_pair"),
+    TaskType.TOKEN_CLS: ("tokens",),
+    TaskType.QUESTION_ANS: ("question", "context"),
+}
 NEW_TOKENS = 128  # of an answer, where nobody says how long it may be
 T = TypeVar("T")
-PREDICTS = {
-    TaskType.SEQ_CLS: "predict",
-    TaskType.TOKEN_CLS: "predict_tags",
-    TaskType.QUESTION_ANS: "predict_answers",
-}
 PREDICTED_AT_ONCE = 256  # texts that are tokenised together
 
 
@@ -94,18 +94,23 @@ def _asked(run: OpenedRun, text: str | tuple[str, str]) -> Labelled:
     return Labelled(parts[0], "", parts[1])
 
 
-def read_texts(run: OpenedRun, source: str) -> list[str | tuple[str, str]]:
-    """The texts of a file of data, from the columns that the run was trained on; "" where a row has none.
+Asked = str | tuple[str, str] | tuple[str, ...]  # a text, a pair of texts, or words
+
+
+def read_texts(run: OpenedRun, source: str) -> list[Asked]:
+    """The texts of a file of data, or the pairs or words, from the columns that the run was trained on; "" where a row
+    has none.
 
     Raises:
         DataError: It cannot be read, or lacks the columns.
     """
-    data = run.config.data
+    data, task = run.config.data, run.config.task
     reading = Reading(data.header, "auto", data.separator)
     if kind_of(Path(source)) == ".txt":
         return [line.rstrip("\r\n") for _, line in find_text(Path(source)).lines()]
-    names = [run.record.columns.get(part, part) for part in PAIR[: 1 + (run.record.layout == "sentence-pair")]]
-    texts: list[str | tuple[str, str]] = []
+    parts = [p for p in ASKED[task] if p != "text_pair" or run.record.layout == "sentence-pair"]
+    names = [run.record.columns.get(part, part) for part in parts]
+    texts: list[Asked] = []
     opened = open_source(source, reading)
     for row in opened.rows(next(iter(opened.parts)), reading):
         missing = [name for name in names if name not in row.values]
@@ -114,8 +119,12 @@ def read_texts(run: OpenedRun, source: str) -> list[str | tuple[str, str]]:
         if missing:
             there = ", ".join(map(repr, row.values))
             raise DataError(f"{row.where} has no column {missing[0]!r}, which the run was trained on; it has {there}.")
+        values = [row.values[name] for name in names]
+        if task is TaskType.TOKEN_CLS and isinstance(values[0], list):
+            texts.append(tuple(map(str, values[0])))
+            continue
         try:
-            cells = [as_text(row.values[name], name) for name in names]
+            cells = [as_text(value, name) for value, name in zip(values, names, strict=True)]
         except BadRow as problem:
             raise DataError(f"{row.where} {problem}.") from None
         texts.append((cells[0], cells[1]) if len(cells) > 1 and any(map(str.strip, cells)) else cells[0])
@@ -137,8 +146,9 @@ class TaggedSpan:
 
 @dataclass(frozen=True)
 class TaggedWords:
-    """Words, the tag of each, and the spans that these are."""
+    """A text's words, the tag of each, and the spans that these are."""
 
+    text: str
     words: tuple[str, ...]
     tags: tuple[str, ...]
     spans: tuple[TaggedSpan, ...]
@@ -161,8 +171,9 @@ def predict_tags(
     _check_task(run, TaskType.TOKEN_CLS)
     for some in _some(sentences, PREDICTED_AT_ONCE):
         words = [cut_into_words(s) if isinstance(s, str) else tuple(s) for s in some]
-        for sentence, tags in zip(words, _tags(run, words, batch_size), strict=True):
-            yield TaggedWords(sentence, tags, spans_of(sentence, tags))
+        for asked, sentence, tags in zip(some, words, _tags(run, words, batch_size), strict=True):
+            text = asked if isinstance(asked, str) else join_words(sentence)
+            yield TaggedWords(text, sentence, tags, spans_of(sentence, tags))
 
 
 def _tags(run: OpenedRun, sentences: list[tuple[str, ...]], batch_size: int | None) -> list[tuple[str, ...]]:
@@ -212,20 +223,21 @@ class Answer:
 
 
 def predict_answers(
-    run: OpenedRun, questions: Iterable[tuple[str, str]], *, batch_size: int | None = None
+    run: OpenedRun, questions: Iterable[str | tuple[str, str]], *, batch_size: int | None = None
 ) -> Iterator[Answer]:
     """The words of its context that answer each question, in order; or that there is no answer, where the run has
     learned from questions without one.
 
     Args:
-        questions: (question, context). Read while they are predicted.
+        questions: (question, context), or the two in one with a tab between them. Read while they are predicted.
         batch_size: Rows that go through the model at once; None for the run's own.
 
     Raises:
         ConfigError: The run answers no questions.
+        DataError: A question has no context, or is longer than the model can read.
     """
     _check_task(run, TaskType.QUESTION_ANS)
-    rows = (Span(question, context, (), ()) for question, context in questions)
+    rows = (_question(run, asked) for asked in questions)
     for examples, tokens, found in _predicted(run, rows, batch_size):
         asked = metrics.Rows(tokens, examples, unanswered=run.record.unanswered)
         for example, a in zip(examples, metrics.best_answers(found, asked), strict=True):
@@ -241,15 +253,49 @@ def spans_of(words: Sequence[str], tags: Sequence[str]) -> tuple[TaggedSpan, ...
     return tuple(TaggedSpan(join_words(words[a : b + 1]), tag, (a, b + 1)) for tag, a, b in found)
 
 
-def _check_task(run: OpenedRun, wanted: TaskType) -> None:
-    task = run.config.task
-    if task is wanted:
-        return
-    if task in WRITERS:
+def _question(run: OpenedRun, asked: str | tuple[str, str]) -> Span:
+    parts = asked.partition("\t")[::2] if isinstance(asked, str) else asked
+    if not all(part.strip() for part in parts):
+        raise DataError(
+            f"{run.folder} answers questions on a context, and {str(asked)[:60]!r} is not both.\nGive the question and "
+            "its context with a tab between them, or the context with --context, or a file with both columns."
+        )
+    return Span(parts[0], parts[1], (), ())
+
+
+def predict_any(run: OpenedRun, asked: Iterable[Any]) -> Iterator[Any]:
+    """What the run's task predicts: of texts their classes or their tags, of questions their answers.
+
+    Raises:
+        ConfigError: The run writes text.
+    """
+    check_predicts(run)
+    return PREDICTS[run.config.task](run, asked)
+
+
+def check_predicts(run: OpenedRun) -> None:
+    """
+    Raises:
+        ConfigError: The run writes text.
+    """
+    if run.config.task not in PREDICTS:
         raise ConfigError(f"{run.folder} was trained to write text: use `siliang generate`.")
-    raise ConfigError(
-        f"{run.folder} was trained for {task.lower()}, and this is for {wanted.lower()}: use {PREDICTS[task]}."
-    )
+
+
+def _check_task(run: OpenedRun, wanted: TaskType) -> None:
+    check_predicts(run)
+    if run.config.task is not wanted:
+        raise ConfigError(
+            f"{run.folder} was trained for {run.config.task.lower()}, and this is for {wanted.lower()}: use "
+            f"{PREDICTS[run.config.task].__name__}."
+        )
+
+
+PREDICTS: dict[TaskType, Callable[..., Iterator[Any]]] = {
+    TaskType.SEQ_CLS: predict,
+    TaskType.TOKEN_CLS: predict_tags,
+    TaskType.QUESTION_ANS: predict_answers,
+}
 
 
 def _predicted(

@@ -27,8 +27,11 @@ def evaluate(
 
     opened = open_run(run, base=base, force=force, device=find_device())
     metrics = measure(opened, data)
-    show_notes(opened.trained.notes if opened.trained else ())
+    notes = list(opened.trained.notes) if opened.trained else []
+    if data is None and not opened.record.rows.eval:
+        notes.append("the run has no held-out rows: these figures are of the rows that it was trained on")
+    show_notes(notes)
     if json:
         print_json(metrics)
     else:
-        print("  ".join(f"{k} {v:.0f}" if k == "rows" else f"{k} {v:.4f}" for k, v in metrics.items()))
+        print("  ".join(f"{k} {v:.0f}" if k in ("rows", "dropped") else f"{k} {v:.4f}" for k, v in metrics.items()))

@@ -1,0 +1,108 @@
+"""Predictions of every task: classes, tags and answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import refused, run
+from every_task import TASKS, configured, make_models
+from tiny import WORDS, write_jsonl
+
+from siliang.data.words import cut_into_words, join_words
+from siliang.run_folder import open_run
+from siliang.train.run import train
+from siliang.types import ConfigError, DataError
+from siliang.use import predict, predict_answers, predict_tags
+
+STEPS = {"max_steps": 80, "learning_rate": 1e-2, "batch_size": 8}
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Taught by hand what can be foretold: a word's tag, and an answer's first word."""
+    folder = tmp_path_factory.mktemp("runs")
+    models = make_models(folder, spread=0.02)
+    rows: dict[str, list[dict[str, Any]]] = {"token_cls": [], "question_ans": []}
+    for i in range(60):
+        words = [WORDS[(i + 3 * j) % 20] for j in range(3 + i % 6)]
+        tags = ["B-GOOD" if w in ("good", "bright") else "O" for w in words]
+        rows["token_cls"].append({"tokens": words, "tags": tags})
+        context, told = " ".join(words), [w for w in words if w in ("good", "bright", "film", "story")][:1]
+        answers = {"text": told, "answer_start": [context.index(w) for w in told]}
+        rows["question_ans"].append({"question": "say", "context": context, "answers": answers})
+    found = {}
+    for task in TASKS:
+        learned = task in rows
+        config = configured(task, models, folder, "full" if learned else "lora", **(STEPS if learned else {}))
+        if learned:
+            config.data.train = str(write_jsonl(folder / f"{task}-learned.jsonl", rows[task]))
+            config.data.test_size = 0.1
+        found[task] = folder / f"run-{task}"
+        train(config.model_copy(update={"output": str(found[task])}))
+    return found
+
+
+def said(*arguments: object) -> str:
+    ended = run(*arguments)
+    assert ended.code == 0, ended
+    return ended.out
+
+
+def test_tags(runs: dict[str, Path]) -> None:
+    out = said("predict", runs["token_cls"], "the film was good , we liked it", "the actor")
+    assert out.splitlines() == ["good GOOD\tthe film was good , we liked it", "\tthe actor"]
+    found = json.loads(said("predict", runs["token_cls"], "--json", "a bright story"))
+    assert found == {
+        "text": "a bright story",
+        "words": ["a", "bright", "story"],
+        "tags": ["O", "B-GOOD", "O"],
+        "spans": [{"text": "bright", "tag": "GOOD", "words": [1, 2]}],
+    }
+
+
+def test_a_long_sentence_has_a_tag_for_each_word(runs: dict[str, Path]) -> None:
+    """24 tokens are read at once."""
+    words = [WORDS[(5 * i) % 20] for i in range(100)]
+    (found,) = predict_tags(open_run(runs["token_cls"]), [words])
+    assert len(found.tags) == 100
+    right = ["B-GOOD" if w in ("good", "bright") else "O" for w in words]
+    assert sum(a == b for a, b in zip(found.tags, right, strict=True)) >= 97
+
+
+def test_answers(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = runs["question_ans"]
+    contexts = ["the film was slow", "I was very slow"]
+    lines = [line.split("\t") for line in said("predict", folder, *(f"say\t{c}" for c in contexts)).splitlines()]
+    for (given, probability, question), context in zip(lines, contexts, strict=True):
+        assert (given in context or given == "(no answer)") and 0.0 <= float(probability) <= 1.0 and question == "say"
+    found = json.loads(said("predict", folder, "--json", "say", "--context", "a story and it"))
+    begin, end = found["start"], found["end"]
+    assert found["answer"] == ("" if begin is None else "a story and it"[begin:end])
+    assert 0.0 < found["probability"] <= 1.0
+    file = write_jsonl(tmp_path / "asked.jsonl", [{"question": "say", "context": "not very bright"}])
+    assert said("predict", folder, file).endswith("\tsay\n")
+    assert "its context" in refused("predict", folder, "say")
+    figures = json.loads(said("eval", folder, "--json"))
+    assert {"has_answer_f1", "no_answer_f1", "exact_match", "f1"} <= figures.keys()
+
+
+def test_who_writes_is_sent_to_generate(runs: dict[str, Path]) -> None:
+    for task in ("causal_lm", "seq_2_seq_lm"):
+        assert "use `siliang generate`" in refused("predict", runs[task], "the film")
+    assert "--context is for a run" in refused("predict", runs["seq_cls"], "a", "--context", "b")
+    with pytest.raises(ConfigError, match="use predict_tags"):
+        next(predict(open_run(runs["token_cls"]), ["a film"]))
+    with pytest.raises(DataError, match="its context"):
+        next(predict_answers(open_run(runs["question_ans"]), ["a film"]))
+
+
+def test_words() -> None:
+    assert cut_into_words("高勇,男，born in Paris (U.S.)") == (
+        *("高", "勇", ",", "男", "，", "born", "in", "Paris", "(", "U.S", ".", ")"),
+    )
+    assert join_words(("北", "京", "is", "big")) == "北京 is big"
+    assert join_words(tuple("Paris")) == "Paris" and join_words(()) == ""
