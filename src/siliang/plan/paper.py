@@ -151,8 +151,8 @@ def _quantised(
 def quantised_sizes(model: nn.Module) -> list[int]:
     """Numbers of each quantised weight."""
     weights = [w for w in (getattr(module, "weight", None) for module in model.modules()) if isinstance(w, Tensor)]
-    in_4 = [math.prod(w.quant_state.shape) for w in weights if getattr(w, "quant_state", None) is not None]
-    return in_4 + [w.numel() for w in weights if w.dtype == torch.int8]
+    states = [state for state in (getattr(w, "quant_state", None) for w in weights) if state is not None]
+    return [math.prod(state.shape) for state in states] + [w.numel() for w in weights if w.dtype == torch.int8]
 
 
 def held_tensors(model: nn.Module) -> Iterator[Tensor]:
