@@ -121,6 +121,7 @@ def _name(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[list[str], BeforeValidator(as_list)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as numpy takes it
 
 
 def _on_nan(value: Any) -> Any:
@@ -198,7 +199,7 @@ class DataConfig(Section):
     validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of the training rows that is held out in place of the others, which are then not looked at: for choosing
     settings. None: train on all of them, and evaluate on what `eval` or test_size holds out."""
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Seed | None = None
     """Of the split: with test_size the same rows as Dataset.train_test_split(test_size, seed). None: train.seed."""
     stratify: bool = False
     """Hold out the same share of every class. Off, the split is that of Dataset.train_test_split."""
@@ -254,7 +255,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How long, how fast and how carefully to train."""
 
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     """Passes over the training rows."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimiser steps; when given, `epochs` is not looked at."""
@@ -291,7 +292,7 @@ class TrainConfig(Section):
     in the first epoch and kept, in up to a quarter of the free memory and then of the free disk."""
     gradient_checkpointing: bool = False
     """All layers compute their activations again, fit or not: least memory, about a third more time."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
     """Of everything random: data order, held-out rows, new weights, dropout."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between two lines of the log."""
@@ -367,6 +368,8 @@ class MethodConfig(BaseModel):
                 hint = name_here(key, value, section="method", fields=fields) or nearest(key, fields)
                 allowed = ", ".join(sorted(fields)) or "none"
                 raise ConfigError(f"method.{key} is not a setting of {self.name}.{hint} Allowed: {allowed}.")
+            if isinstance(value, int) and abs(value) >= 2**31:
+                raise ConfigError(f"method.{key} = {str(value)[:40]}: no such number is of use here.")
             if isinstance(value, str) and key in LISTS and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
                 assert self.model_extra is not None
                 names = as_list(value)

@@ -8,6 +8,7 @@ import typer
 
 from siliang.cli.console import print_json
 from siliang.cli.used_run import Base, Force, Run, show_notes
+from siliang.types import ConfigError
 
 
 def evaluate(
@@ -18,6 +19,8 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Measure a run: loss, and accuracy or perplexity, on its held-out rows or on --data."""
+    if data is not None and (not data.strip() or "\0" in data):
+        raise ConfigError(f"--data {data!r}: name a file, a folder, or a data set on the hub.")
     from siliang.cli.show import quiet_loading
 
     quiet_loading()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,6 +80,10 @@ def plan(
     if model == "list":
         _list_shapes()
         return
+    if memory_bytes == 0:
+        raise ConfigError(f"--memory {memory}: must be more than 0, such as 8GB.")
+    if flops is not None and not 0 < flops < math.inf:
+        raise ConfigError(f"--flops {flops}: must be a number above 0, such as 65e12.")
     values = gather(settings, {"model": model, "task": task}, data, set_ or [])
     if "model" not in values:
         raise ConfigError("say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from siliang import other_names
-from siliang.config import MethodConfig, RunConfig, Section, describe, name_here
+from siliang.config import MethodConfig, RunConfig, Section, Seed, describe, name_here
 from siliang.safe_yaml import dump_yaml
 from siliang.types import ConfigError, nearest
 
@@ -58,7 +58,7 @@ class CompareSettings(Section):
         default_factory=lambda: [MethodEntry(name=name) for name in SEVEN]
     )
     """The methods: names of `siliang methods`, or mappings such as {name: lora, r: 16, learning_rate: 1e-3}."""
-    seeds: Annotated[int, Field(ge=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = 3
+    seeds: Annotated[int, Field(ge=1)] | Annotated[list[Seed], Field(min_length=1)] = 3
     """How many seeds, from train.seed on; or the seeds themselves."""
     search: dict[str, list[Any]] = Field(default_factory=dict)
     """Settings to choose from, each a list: learning_rate, or fields of a method's config. Each method tries those it
