@@ -143,9 +143,10 @@ def evaluate(model: Any, rows: TokenSet, collate: PadCollator, run: RunConfig, l
             guesses += output.logits.argmax(-1).tolist()
             right += gold.tolist()
         elif run.task is TaskType.TOKEN_CLS:
-            found, names = metrics.tag_names(output.logits.argmax(-1).cpu().numpy(), gold.cpu().numpy(), labels)
-            guesses += found
-            right += names
+            for said, row in zip(output.logits.argmax(-1).tolist(), gold.tolist(), strict=True):
+                kept = [(labels[a], labels[b]) for a, b in zip(said, row, strict=True) if b != -100]
+                guesses.append([a for a, _ in kept])
+                right.append([b for _, b in kept])
     figures = {"eval_loss": total / max(weight, 1)}
     if run.task is TaskType.SEQ_CLS:
         figures |= metrics.classification(guesses, right)

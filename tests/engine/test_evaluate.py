@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from every_task import METHODS, TASKS, configured, make_models
+from tiny import WORDS, write_jsonl
 from torch import nn
 
 from siliang.run_folder import open_run
 from siliang.train.run import Listener, Run, make_trainer, prepare, train
-from siliang.types import TaskType
+from siliang.types import DataError, TaskType
 from siliang.use import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
@@ -85,3 +86,27 @@ def test_eval_gives_what_training_gave(task: str, method: str, models: dict[str,
         for name in record.final.keys() - {"eval_loss", "perplexity", "train_loss"}:
             assert found[name] == record.final[name] or not exact, name
         assert found["rows"] == record.rows.eval or task == "question_ans"
+
+
+def test_the_log_keeps_what_best_chose_by(models: dict[str, Path], tmp_path: Path) -> None:
+    record = train(configured("token_cls", models, tmp_path, eval_every=1, best="f1"))
+    measured = [line.metrics for line in record.steps if line.eval_loss is not None]
+    assert len(measured) == 2 and all({"f1", "precision", "recall", "accuracy"} == m.keys() for m in measured)
+    assert record.best_step is not None and measured[record.best_step - 1]["f1"] == record.final["f1"]
+
+
+def test_rows_of_which_none_can_be_measured(models: dict[str, Path], tmp_path: Path) -> None:
+    """They were passed over without a word, or came out as a loss of 0."""
+    config = configured("causal_lm", models, tmp_path)
+    long = [{"instruction": " ".join(WORDS[:30]), "output": "yes"}] * 3
+    config.data.eval = str(write_jsonl(tmp_path / "long.jsonl", long))
+    config.data.too_long = "drop"
+    with pytest.raises(DataError, match="SL008 not one of the 3 held-out rows"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    config = configured("causal_lm", models, tmp_path)
+    train(config)
+    run = open_run(tmp_path / "run")
+    run.config.data.too_long = "drop"
+    with pytest.raises(DataError, match="all 3 rows are longer"):
+        evaluate(run, str(tmp_path / "long.jsonl"))

@@ -23,7 +23,6 @@ from transformers.trainer_callback import PrinterCallback
 from siliang.check import Subject, find, look_at, stop_on_errors
 from siliang.config import RunConfig, differences
 from siliang.data.collate import PadCollator
-from siliang.data.examples import bad_rows_message
 from siliang.data.hashes import joined, weights_sha256
 from siliang.data.jinja import with_chat_template
 from siliang.data.load import Examples
@@ -55,7 +54,7 @@ from siliang.run_folder import (
 )
 from siliang.start_adapter import find_start_adapter
 from siliang.train.endings import does_not_fit, interrupted, no_number
-from siliang.train.metrics import MEASURES, all_dropped, has_unanswered, nothing_to_measure, perplexity
+from siliang.train.metrics import MEASURES, has_unanswered, perplexity
 from siliang.train.metrics import Rows as Held
 from siliang.train.order import Order
 from siliang.train.resume import Begun, take_up
@@ -70,7 +69,6 @@ from siliang.train.trainer import Handlers, SiliangTrainer
 from siliang.train.watcher import Limits, Progress, Watcher, stopping_on_signal
 from siliang.types import (
     ConfigError,
-    DataError,
     InterruptedRunError,
     ModelError,
     OutputError,
@@ -245,7 +243,6 @@ def prepare(
         listener.say(f"           {line}")
     for line in skipped:
         listener.say(f"           skipped {line}")
-    _check_held_out(config, examples, sets[1])
     _check_best(config, len(sets[1]))
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
@@ -358,20 +355,6 @@ def _plan(
         return config, Predicted()
     with paper_ranks(ranks.size) as mesh:
         return ranks.first_does(lambda: planner(config, subject, listener.say, mesh))
-
-
-def _check_held_out(config: RunConfig, examples: Examples, tokens: TokenSet) -> None:
-    """Held-out rows of which none can be measured would give a figure of nothing, or no figure, at the run's end."""
-    where = "the held-out rows"
-    if config.data.eval_sources:
-        where = ", ".join(source.path for source in config.data.eval_sources)
-        if not len(examples.eval):
-            bad = [line for line in examples.skipped if any(s.path in line for s in config.data.eval_sources)]
-            raise DataError(f"{where}: not one row can be used. {bad_rows_message(bad) if bad else ''}".rstrip())
-    if len(examples.eval) and not len(tokens):
-        raise DataError(f"{where}: {all_dropped(len(examples.eval), config.data.max_length)}")
-    if len(tokens) and not tokens.learned.any():
-        raise DataError(f"{where}: {nothing_to_measure(len(tokens))}")
 
 
 def _check_best(config: RunConfig, held_out: int) -> None:
