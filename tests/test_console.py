@@ -13,6 +13,7 @@ from rich.console import Console
 from tiny import write_jsonl
 
 from siliang.cli.console import HANDLER
+from siliang.memory.size import show_bytes
 from siliang.safe_yaml import dump_yaml, parse_yaml
 
 ENCODINGS = ["gbk", "ascii", "utf-8"]
@@ -182,3 +183,9 @@ def test_a_fault_of_our_own_is_two_lines_and_a_file(monkeypatch: pytest.MonkeyPa
     assert ended.code == 1 and "KeyError: 'what nobody expects'" in ended.err and ended.err.count("\n") == 2
     [kept] = tmp_path.glob("siliang-traceback-*.txt")
     assert str(kept) in ended.err and "Traceback" in kept.read_text()
+
+
+def test_sizes_for_people() -> None:
+    shown = {999.4: "999 B", 999_600: "1 MB", 999_999: "1 MB", 1e9: "1 GB", 1.3e12: "1,300 GB", 82.9e6: "82.9 MB"}
+    assert {n: show_bytes(n) for n in shown} == shown
+    assert not any("e+" in show_bytes(10.0**n * 0.9999) for n in range(18))

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -320,3 +322,21 @@ def test_shapes_of_secrets(text: str) -> None:
 def test_what_is_no_secret_stays() -> None:
     text = '{"model": "hf_tiny", "sha256": "9f86d081884c7d659a2feaa0c55ad015", "url": "https://huggingface.co/a/b"}'
     assert without_secrets(text) == text
+
+
+def test_no_alarm_is_left_where_the_memory_is_given_back_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer is off before anything else is put back: its alarm in between would leave it on for ever."""
+    give_back = resource.setrlimit
+
+    def slowly(*limits: Any) -> None:
+        until = time.monotonic() + 0.15
+        while time.monotonic() < until:
+            pass
+        give_back(*limits)
+
+    with limited(0.3):
+        monkeypatch.setattr(resource, "setrlimit", slowly)
+        until = time.monotonic() + 0.2
+        while time.monotonic() < until:
+            pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
