@@ -66,12 +66,12 @@ def test_pefts_own(tmp_path: Path) -> None:
         peft.IA3Config(
             task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
         ),
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
-        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+        peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=2),
+        peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=2, encoder_hidden_size=8),
     ):
         folder = tmp_path / type(theirs).__name__
         model = peft.get_peft_model(make("llama"), theirs)
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         config = RunConfig.build({"adapter": str(folder), "model": "m", "data": {"train": "d"}, "output": "o"})
         precision = choose_precision("fp32", torch.device("cpu"))
         ours, _, _ = attach(make("llama"), METHODS[config.method.name], config, precision, start=folder)
