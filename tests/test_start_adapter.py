@@ -16,7 +16,7 @@ from siliang.engine.attach import attach
 from siliang.hardware import choose_precision
 from siliang.methods import METHODS
 from siliang.start_adapter import find_start_adapter
-from siliang.types import ConfigError
+from siliang.types import ConfigError, TaskType
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "use_rslora": True, "rank_pattern": {"v_proj": 2}, "modules_to_save": ["lm_head"]},
@@ -40,7 +40,7 @@ def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_every_method(name: str, tmp_path: Path) -> None:
     base, method = BASES.get(name, "llama"), METHODS[name]
     assert method.config is not None
-    task = "SEQ_CLS" if base == "bert" else "CAUSAL_LM"
+    task = TaskType.SEQ_CLS if base == "bert" else TaskType.CAUSAL_LM
     first = get_peft_model(make(base), method.config(task_type=task, **SETTINGS.get(name, {})))
     torch.manual_seed(7)
     for p in trained(first).values():
@@ -66,8 +66,8 @@ def test_pefts_own(tmp_path: Path) -> None:
         peft.IA3Config(
             task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
         ),
-        peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=2),
-        peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=2, encoder_hidden_size=8),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
     ):
         folder = tmp_path / type(theirs).__name__
         model = peft.get_peft_model(make("llama"), theirs)

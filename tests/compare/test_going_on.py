@@ -80,11 +80,11 @@ def test_what_a_run_changed_to_fit_is_not_another_setting(
     comparison = CompareConfig.build(values)
     config = run_config(comparison, trials.test_trials(comparison, {})[0], tmp_path / "out", {})
 
-    def smaller(config: RunConfig, *rest: object) -> tuple[RunConfig, dict[str, int]]:
+    def smaller(config: RunConfig, *rest: Any) -> tuple[RunConfig, dict[str, int]]:
         half = {"batch_size": 4, "gradient_accumulation": 2}
         return config.model_copy(update={"train": config.train.model_copy(update=half)}), {}
 
-    def plain_plan(config: RunConfig, *rest: object) -> tuple[RunConfig, dict[str, int]]:
+    def plain_plan(config: RunConfig, *rest: Any) -> tuple[RunConfig, dict[str, int]]:
         return config, {}
 
     record = train(config, planner=smaller)
