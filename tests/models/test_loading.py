@@ -23,8 +23,13 @@ from siliang.models.weights import piece_by_piece
 from siliang.plan.paper import held_tensors
 from siliang.types import TaskType
 
-LLAMA = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2}
+EXPERTS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +66,8 @@ def assert_as_transformers(folder: Path, task: TaskType, monkeypatch: pytest.Mon
 def test_the_same_bits(
     tied: bool, kept_as: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA, num_attention_heads=4, tie_word_embeddings=tied)).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(LlamaConfig(**LLAMA, num_attention_heads=4, tie_word_embeddings=tied))
+    model = model.to(torch.bfloat16)
     if "bin" in kept_as:
         model.config.save_pretrained(tmp_path)
         state = model.state_dict()
@@ -92,7 +98,8 @@ def test_the_same_bits_of_every_kind_of_model(name: str, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_that_are_put_together(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    MixtralForCausalLM(MixtralConfig(**LLAMA, **EXPERTS)).to(torch.bfloat16).save_pretrained(tmp_path)
+    model: Any = MixtralForCausalLM(MixtralConfig(**LLAMA, **EXPERTS))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
     assert_as_transformers(tmp_path, TaskType.CAUSAL_LM, monkeypatch, dtype=dtype)
 
 
@@ -146,8 +153,8 @@ def test_loading_takes_what_the_weights_take(tmp_path: Path) -> None:
         tie_word_embeddings=True, dtype=torch.bfloat16,
     )  # fmt: skip
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.to_empty(device="cpu").tie_weights()  # type: ignore[union-attr]
+        model: Any = LlamaForCausalLM(config)
+    model.to_empty(device="cpu").tie_weights()
     for p in model.to(torch.bfloat16).parameters():
         p.data.normal_(0.0, 0.02)
     model.save_pretrained(tmp_path, max_shard_size="60MB")
