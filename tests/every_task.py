@@ -30,8 +30,9 @@ def make_models(folder: Path, spread: float = 0.3) -> dict[str, Path]:
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     torch.manual_seed(0)
-    encoder = BertForSequenceClassification(BertConfig(**ENCODER, initializer_range=spread))
-    models = {"encoder": encoder, "causal_lm": llama(), "seq_2_seq_lm": t5()}
+    sizes: dict[str, Any] = ENCODER
+    encoder = BertForSequenceClassification(BertConfig(**sizes, initializer_range=spread))
+    models: dict[str, Any] = {"encoder": encoder, "causal_lm": llama(), "seq_2_seq_lm": t5()}
     for name, model in models.items():
         without_dropout(model)
         config: Any = model.config
