@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from commands import refused, run
 
+from faults.arguments import make_names, try_arguments
+
 WHOLE = ("--model", "MODEL", "--data", "DATA", "--task", "seq_cls")
 TRAIN = ("train", *WHOLE, "--output", "o", "--set")
 PLAN = ("plan", "--model", "MODEL", "--task", "seq_cls", "--method", "lora")
@@ -19,6 +21,14 @@ def place(model_folders: dict[str, Path], review_file: Path, tmp_path_factory: p
     flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls", "--output", folder / "run")
     assert run("train", *flags, "--set", "train.max_steps=1", "--set", "data.max_length=16").code == 0
     return folder
+
+
+def test_command_lines_of_every_kind(place: Path, model_folders: dict[str, Path], review_file: Path) -> None:
+    """For so many seconds."""
+    names = make_names(place / "names", place / "run", model_folders["bert"], review_file)
+    tried = try_arguments(names, place / "work", cases=150, seconds=20)
+    assert not tried.failures, "\n".join(f"{what}\n   {words}" for what, words in tried.failures.items())
+    assert tried.cases > 5
 
 
 @pytest.mark.parametrize(
