@@ -76,7 +76,7 @@ def fuzzing(place: Place, folder: Path, size: float) -> Result:
 def arguments(place: Place, folder: Path, size: float) -> Result:
     """Command lines of every kind"""
     done = folder / "done"
-    flags = ("--model", place.model, "--data", place.data, "--task", place.task, "--output", done)
+    flags = ("--model", place.model, "--data", place.data, "--task", "causal_lm", "--output", done)
     assert run("train", *flags, "--set", "train.max_steps=1", "--set", "data.max_length=32").code == 0
     names = make_names(folder / "names", done, Path(place.model), Path(place.data))
     c = try_arguments(names, folder / "work", cases=_n(4_000, size), seconds=3600 * size, seed=5)

@@ -123,7 +123,7 @@ class Recompute:
             taken, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
             free /= find_ranks().local_size
         assert self._budget is not None
-        room = AUTO_SHARE * free if self._budget == "auto" else self._budget - taken
+        room = AUTO_SHARE * free if isinstance(self._budget, str) else self._budget - taken
         return room - to_come
 
     @contextmanager
