@@ -399,7 +399,8 @@ def test_the_base_comes_back_or_is_loaded_anew(model_folders: dict[str, Path], t
             "method": name,
             "data": {"train": str(data), "seed": 1},
             # in bf16 a frozen base would stand in half precision, and one that is trained would not
-            "train": {"max_steps": 2, "batch_size": 4, "seed": seed, "learning_rate": 1e-2, "precision": "fp32"},
+            "train": {"max_steps": 2, "batch_size": 4, "seed": seed, "learning_rate": 1e-2, "precision": "fp32"}
+            | {"gradient_checkpointing": True},
             "output": str(tmp_path / f"{name}-{seed}"),
         }
         config = RunConfig.build(values)
@@ -415,6 +416,7 @@ def test_the_base_comes_back_or_is_loaded_anew(model_folders: dict[str, Path], t
     tokenizer = load_tokenizer(config.model)
     lent = kept(config, ["0", "1"], tokenizer, dtype=torch.float32)
     assert kept.loads == 3
+    assert not any(getattr(m, "gradient_checkpointing", False) or m._forward_hooks for m in lent.modules())
     fresh = load_base(config, ["0", "1"], tokenizer, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, fresh[key]) for key, tensor in lent.state_dict().items())
     before = bits(lent)

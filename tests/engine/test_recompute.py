@@ -1,5 +1,7 @@
 """Layers recompute just so far as the budget asks, and nothing else changes."""
 
+from typing import Any
+
 import pytest
 import torch
 from closeness import assert_close
@@ -88,3 +90,37 @@ def test_a_budget_below_everything_recomputes_all() -> None:
     step(engine, model, batch(2, 8))  # measured
     step(engine, model, batch(2, 8))
     assert engine.recompute.recomputed == 2
+
+
+@pytest.mark.parametrize("how", [{"checkpointing": True}, {"memory_budget": 1}, {}])
+def test_the_next_engine_on_the_same_base_is_as_alone(how: dict[str, Any]) -> None:
+    base = make("llama")
+    before = checkpointing_of(base)
+    model = siliang.get_peft_model(base, siliang.LoraConfig())
+    engine = Engine(model, TaskType.CAUSAL_LM, **how)
+    if not how:
+        assert engine.recompute.all()  # as a step does that did not fit
+    step(engine, model, batch(2, 8))
+    assert checkpointing_of(base) != before
+    engine.close()
+    base = model.unload()
+    assert checkpointing_of(base) == before
+
+    calls = list[int]()
+    model = siliang.get_peft_model(base, siliang.LoraConfig()).train()
+    base.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    engine = Engine(model, TaskType.CAUSAL_LM)
+    calls.clear()
+    step(engine, model, batch(2, 8))
+    assert len(calls) == 1  # a layer that recomputes runs twice
+
+
+def checkpointing_of(model: torch.nn.Module) -> list[tuple[Any, ...]]:
+    return [
+        (
+            getattr(m, "gradient_checkpointing", None),
+            getattr(m, "_gradient_checkpointing_func", None),
+            len(m._forward_hooks),
+        )
+        for m in model.modules()
+    ]

@@ -7,8 +7,9 @@ so many layers as do not fit, from the lowest on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -23,6 +24,14 @@ from siliang.ops.masked_ce import CHUNK_BYTES
 from siliang.peft_model import enable_checkpointing
 
 AUTO_SHARE = 0.85  # of the free memory: the allocator's own losses and what others take need the rest
+
+# what transformers sets on modules when checkpointing is turned on
+SETTINGS = (
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+)
 
 
 class Recompute:
@@ -50,8 +59,9 @@ class Recompute:
         self._boundary = 0.0  # bytes of a layer's input, for each token
         self._room: float | None = None
         self._prepared = False
+        self._undo: list[Callable[[], object]] = []
         if always:
-            enable_checkpointing(model)
+            self._enable()
             self.recomputed = self.most = len(self.layers)
         elif budget is not None and self.layers:
             self._prepare()
@@ -97,8 +107,22 @@ class Recompute:
             kept += self._boundary * tokens - layer_bytes
         return len(each)
 
-    def _prepare(self) -> None:
+    def close(self) -> None:
+        """Restores what was there before: the model may go to another run."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def _enable(self) -> None:
+        """Turns checkpointing on; `close` can restore the modules' settings, and remove the hooks that came with it."""
+        modules = list(self._model.modules())
+        before = [({n: m.__dict__[n] for n in SETTINGS if n in m.__dict__}, set(m._forward_hooks)) for m in modules]
         enable_checkpointing(self._model)
+        for module, (settings, hooks) in zip(modules, before, strict=True):
+            self._undo.append(partial(_restore, module, settings, set(module._forward_hooks) - hooks))
+
+    def _prepare(self) -> None:
+        self._enable()
         for module in self._model.modules():  # what recomputes as a whole, beside its layers, does not
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
@@ -164,3 +188,11 @@ class Recompute:
             for handle in handles:
                 handle.remove()
         self.bytes_per_token = [b / tokens for b in found]
+
+
+def _restore(module: nn.Module, settings: dict[str, Any], added_hooks: set[int]) -> None:
+    for name in SETTINGS:
+        module.__dict__.pop(name, None)
+    module.__dict__.update(settings)
+    for hook in added_hooks:
+        module._forward_hooks.pop(hook, None)

@@ -187,6 +187,7 @@ class Engine:
         if self.padding is not None:
             self.padding.close()
             self.padding = None
+        self.recompute.close()
 
     def _rows(self, states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
         """Where, in the flattened states, packed or not, the one stands that says each target."""
