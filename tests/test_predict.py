@@ -15,7 +15,7 @@ from siliang.data.words import cut_into_words, join_words
 from siliang.run_folder import open_run
 from siliang.train.run import train
 from siliang.types import ConfigError, DataError
-from siliang.use import predict, predict_answers, predict_tags
+from siliang.use import predict, predict_answers, predict_tags, spans_of
 
 STEPS = {"max_steps": 80, "learning_rate": 1e-2, "batch_size": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
@@ -106,3 +106,35 @@ def test_words() -> None:
     )
     assert join_words(("北", "京", "is", "big")) == "北京 is big"
     assert join_words(tuple("Paris")) == "Paris" and join_words(()) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("हिंदी, भाषा।", ("हिंदी", ",", "भाषा", "।")),
+        ("বাংলা தமிழ் (తెలుగు)", ("বাংলা", "தமிழ்", "(", "తెలుగు", ")")),
+        ("«مُحَمَّدٌ»", ("«", "مُحَمَّدٌ", "»")),
+        ("می\u200cخواهم", ("می\u200cخواهم",)),
+        ("ที่นี่", ("ที่", "นี่")),
+        ("か\u3099き", ("か\u3099", "き")),
+        ("cafe\u0301!", ("cafe\u0301", "!")),
+        ("hi👩\u200d👧👍🏽❤\ufe0f🇩🇪🇫🇷", ("hi", "👩\u200d👧", "👍🏽", "❤\ufe0f", "🇩🇪", "🇫🇷")),
+        ("£5 5°", ("£", "5", "5", "°")),
+        ("... \u0301", (*"...", "\u0301")),
+    ],
+)
+def test_letters_keep_their_signs(text: str, words: tuple[str, ...]) -> None:
+    assert cut_into_words(text) == words
+    assert join_words(("ที่", "นี่")) == "ที่นี่" and join_words(("ที่", "นี่", "ok")) == "ที่นี่ ok"
+
+
+def test_spans_are_written_as_their_sentence() -> None:
+    words = ("Gate", "B", "6", "of", "北", "京")
+    tags = ("O", "B-G", "I-G", "O", "B-C", "I-C")
+    assert [s.text for s in spans_of(words, tags, words)] == ["B 6", "北京"]
+    text = "Gate B  6 of 北京"
+    assert [s.text for s in spans_of(cut_into_words(text), tags, text)] == ["B  6", "北京"]
+    characters = tuple("在B6门")
+    assert [s.text for s in spans_of(characters, ("O", "B-G", "I-G", "O"), characters)] == ["B6"]
+    text = "in (U.S.) now"
+    assert [s.text for s in spans_of(cut_into_words(text), ("O", "O", "B-C", "I-C", "O", "O"), text)] == ["U.S."]

@@ -173,7 +173,7 @@ def predict_tags(
         words = [cut_into_words(s) if isinstance(s, str) else tuple(s) for s in some]
         for asked, sentence, tags in zip(some, words, _tags(run, words, batch_size), strict=True):
             text = asked if isinstance(asked, str) else join_words(sentence)
-            yield TaggedWords(text, sentence, tags, spans_of(sentence, tags))
+            yield TaggedWords(text, sentence, tags, spans_of(sentence, tags, asked))
 
 
 def _tags(run: OpenedRun, sentences: list[tuple[str, ...]], batch_size: int | None) -> list[tuple[str, ...]]:
@@ -245,12 +245,34 @@ def predict_answers(
             yield Answer(example.question, example.context, a.text, a.begin, a.end, a.probability)
 
 
-def spans_of(words: Sequence[str], tags: Sequence[str]) -> tuple[TaggedSpan, ...]:
-    """The spans that the words' tags make, as seqeval reads them."""
+def spans_of(words: Sequence[str], tags: Sequence[str], sentence: str | Sequence[str]) -> tuple[TaggedSpan, ...]:
+    """The spans that the words' tags make, as seqeval reads them.
+
+    Args:
+        sentence: All its words; or the text that was cut into them, from which the spans are taken as they stand.
+    """
     from seqeval.metrics.sequence_labeling import get_entities
 
-    found = get_entities([metrics.as_iobes(tag) for tag in tags])
-    return tuple(TaggedSpan(join_words(words[a : b + 1]), tag, (a, b + 1)) for tag, a, b in found)
+    spans: list[TaggedSpan] = []
+    places = _places(words, sentence) if isinstance(sentence, str) else []
+    for tag, first, last in get_entities([metrics.as_iobes(tag) for tag in tags]):
+        if isinstance(sentence, str):
+            text = sentence[places[first][0] : places[last][1]]
+        else:
+            text = join_words(words[first : last + 1], sentence)
+        spans.append(TaggedSpan(text, tag, (first, last + 1)))
+    return tuple(spans)
+
+
+def _places(words: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """Where each word begins and ends in the text that was cut into them."""
+    found: list[tuple[int, int]] = []
+    end = 0
+    for word in words:
+        begin = text.index(word, end)
+        end = begin + len(word)
+        found.append((begin, end))
+    return found
 
 
 def _question(run: OpenedRun, asked: str | tuple[str, str]) -> Span:

@@ -231,6 +231,32 @@ def test_rouge_l_counts_chinese_characters() -> None:
     assert metrics.rouge_l(["the cat sat"], ["the dog sat"]) == pytest.approx(2 / 3)
 
 
+def test_words_keep_their_signs() -> None:
+    assert metrics.units("हिंदी, தமிழ்! مُحَمَّدٌ") == ["हिंदी", "தமிழ்", "مُحَمَّدٌ"]
+    assert metrics.units("ที่นี่") == ["ที่", "นี่"]
+    assert metrics.units("می\u200cخواهم \u200fسلام\u200f") == ["میخواهم", "سلام"]
+    assert metrics.units("cafe\u0301 İ") == ["caf\u00e9", "i\u0307"]
+    assert metrics.rouge_l(["हिंदी भाषा"], ["हिंदी लिपि"]) == 0.5  # before: of pieces of words
+    assert metrics.squad(["हिंदी भाषा"], [["हिंदी लिपि"]]) == {"exact_match": 0.0, "f1": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("guess", "right", "same"),
+    [
+        ("£5", "5", False),
+        ("5°", "5", False),
+        ("“so”", "so", False),
+        ("co-op", "coop", True),
+        ("$5, the", "5", True),
+        ("《北京》。", "北京", True),
+        ("5℃的水", "5的水", False),
+    ],
+)
+def test_what_squads_script_drops(guess: str, right: str, same: bool) -> None:
+    """ASCII punctuation and articles alone; of Chinese, as CMRC's script, all punctuation."""
+    assert metrics.squad([guess], [[right]])["exact_match"] == float(same)
+
+
 def windows_of(*spans: Span) -> TokenSet:
     data = DataConfig(train="x", max_length=10, stride=2)
     return tokenise(list(spans), word_tokenizer(), data, TaskType.QUESTION_ANS)

@@ -95,7 +95,7 @@ def _tags(run: Run, opened: OpenedRun) -> Answers:
         read = run.eval_set.table[entry]["words"]  # without those that were cut off, or of which no token is left
         words = [example.tokens[word] for word in read]
         given, gold = (
-            ", ".join(f"{span.text} {span.tag}" for span in spans_of(words, tags))
+            ", ".join(f"{span.text} {span.tag}" for span in spans_of(words, tags, example.tokens))
             for tags in ([labels[n] for n in numbers], [example.tags[word] for word in read])
         )
         rows.append(

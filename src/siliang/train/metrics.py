@@ -14,6 +14,7 @@ import collections
 import math
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Example, Span
 from siliang.data.tokens import TokenSet
-from siliang.data.words import stands_alone
+from siliang.data.words import stands_alone, whole_characters
 from siliang.engine.batches import Batch
 from siliang.engine.evaluate import Reader, Sums
 from siliang.types import DataError, TaskType
@@ -183,12 +184,16 @@ class _Units:
 
 def units(text: str) -> list[str]:
     """Words in lower case, and single characters of scripts without spaces; no punctuation."""
-    spaced = "".join(f" {c} " if _stands_alone(c) else c if c.isalnum() else " " for c in text.lower())
-    return spaced.split()
+    plain = unicodedata.normalize("NFC", text.lower())
+    return "".join(map(_unit, whole_characters(plain))).split()
 
 
-def _stands_alone(c: str) -> bool:
-    return c.isalpha() and stands_alone(c)
+def _unit(character: str) -> str:
+    """A letter or digit, apart where it is a word of its own; a blank for everything else."""
+    if not character[0].isalnum():
+        return " "
+    bare = "".join(c for c in character if unicodedata.category(c) != "Cf")  # joiners and marks of direction
+    return f" {bare} " if bare[0].isalpha() and stands_alone(bare[0]) else bare
 
 
 # ---- answers in a context ----
@@ -222,9 +227,15 @@ def _against(guess: str, gold: Sequence[str]) -> tuple[float, float]:
 
 
 def _normal(text: str) -> list[str]:
-    """As SQuAD's script: lower case, no punctuation, no articles."""
+    """As SQuAD's script: lower case, no ASCII punctuation, no articles, cut at blanks. A text of a script without
+    blanks is cut into its characters, and loses all its punctuation.
+    """
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
-    return units(re.sub(r"\b(a|an|the)\b", " ", bare))
+    words = re.sub(r"\b(a|an|the)\b", " ", bare)
+    if not any(map(stands_alone, words)):
+        return words.split()
+    kept = (c for c in whole_characters(words) if unicodedata.category(c[0])[0] != "P")
+    return "".join(f" {c} " if stands_alone(c[0]) else c for c in kept).split()
 
 
 def _overlap(guess: str, gold: str) -> float:
