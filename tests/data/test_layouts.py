@@ -152,6 +152,21 @@ def test_sources_of_two_layouts(tmp_path: Path) -> None:
         load(pair, train=[str(pair), str(one)])
 
 
+def test_pairs_among_single_texts(tmp_path: Path) -> None:
+    """Which layout it is, the first row says; a second text further down was left out without a word."""
+    for name in ("text_pair", "sentence2"):
+        rows = [{"text": "a", "label": "x"}, {"text": "b", name: "c", "label": "y"}, {"text": "d", "label": "y"}]
+        path = write_jsonl(tmp_path / "d.jsonl", rows)
+        with pytest.raises(DataError, match=rf"d.jsonl:2 has a second text in '{name}', and the first row has none"):
+            load(path)
+        assert len(load(path, skip_bad_rows=True).train) == 2
+        assert len(load(path, format="text-label").train) == 3
+        with pytest.raises(DataError, match=r"d.jsonl:2 has no field"):
+            load(write_jsonl(tmp_path / "d.jsonl", [rows[1], rows[0], rows[2]]))
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "text_pair": None, "label": "y"}]
+    assert len(load(write_jsonl(tmp_path / "d.jsonl", rows)).train) == 2
+
+
 def test_other_data_is_read_as_the_runs_own(tmp_path: Path) -> None:
     like = Layout("sentence-pair", {"text": "sentence1", "text_pair": "sentence2", "label": "label"})
     data = DataConfig(train="gone", labels=["x", "y"])

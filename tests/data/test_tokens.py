@@ -1,6 +1,7 @@
 """Tokens, labels and batches: what is cut, and what never is; the cache; the other tasks."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -208,6 +209,32 @@ def test_tokens_are_kept_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     n = calls
     tokenise(rows, other, config(), CAUSAL)
     assert calls > n
+
+
+def test_tokens_of_other_code_are_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = tmp_path / "data"
+    shutil.copytree(Path(tokens_module.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+    assert tokens_module.code_hash(code) == tokens_module.code_hash()
+    rows = ExampleSet.build([("1", conversation("say", "a"))])
+    arguments = (rows, TOKENIZER, config(), CAUSAL, None, True)
+    before = tokens_module._key(*arguments)
+    for name in ("encode", "chat", "templates", "labelled_tokens", "tokens", "words", "jinja", "examples"):
+        with (code / f"{name}.py").open("a") as file:
+            file.write("\n")
+        tokens_module.code_hash.cache_clear()
+        changed = tokens_module.code_hash(code)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens_module, "code_hash", lambda changed=changed: changed)
+            after = tokens_module._key(*arguments)
+        assert after != before, name
+        before = after
+
+
+def test_pairs_and_single_texts_are_never_tokenised_together() -> None:
+    with pytest.raises(AssertionError):
+        tokenise(
+            [Labelled("a", "x", "one"), Labelled("is", "y")], TOKENIZER, config(), TaskType.SEQ_CLS, labels=["x", "y"]
+        )
 
 
 def test_processes_give_the_same_tokens() -> None:

@@ -136,6 +136,12 @@ def _resolve(layout: Format, found: Collection[str], columns: Columns) -> Column
     return columns.model_copy(update=changes)
 
 
+def second_text(found: Collection[str], columns: Columns) -> str | None:
+    """The column of a second text that these columns have, where they can be read as pairs of texts."""
+    named = _resolve(FORMATS["sentence-pair"], found, columns)
+    return None if named is None else named.text_pair
+
+
 def _aliases(layout: Format, need: str) -> tuple[str, ...]:
     if layout.name == "sentence-pair":
         return {"text": FIRST_OF_PAIR, "text_pair": SECOND_OF_PAIR}.get(need, ())
@@ -216,7 +222,7 @@ REGRESSION = "a number to be estimated is a regression, and seq_cls learns class
 SEVERAL = "several labels for one text, and seq_cls learns one class for each"
 
 
-class BadRow(Exception):  # noqa: N818  # not an error of the program: it never leaves this file
+class BadRow(Exception):  # noqa: N818  # about a row: who reads it catches this, and says where it stands
     """A row that cannot be used; its text says what is wrong with it."""
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from siliang.config import DataConfig
 from siliang.data.encode import IGNORED
+from siliang.data.entries import Rows, dropped
 from siliang.data.examples import Labelled, SourceTarget, Span, Tagged
 from siliang.types import DataError
-
-Rows = list[dict[str, Any]]
 
 
 def classes(tokenizer: Any, data: DataConfig, labels: list[str], examples: Sequence[Labelled]) -> list[Rows]:
@@ -19,8 +18,7 @@ def classes(tokenizer: Any, data: DataConfig, labels: list[str], examples: Seque
     pairs = [e.pair for e in examples if e.pair is not None]
     arguments: list[Any] = [[e.text for e in examples]]
     if pairs:
-        if len(pairs) != len(examples):
-            raise DataError("has no second text, while other rows have one")
+        assert len(pairs) == len(examples), "pairs and single texts in one data set; reading refuses them"
         arguments.append(pairs)
     whole = tokenizer(*arguments, verbose=False)
     rows: list[Rows] = []
@@ -28,7 +26,7 @@ def classes(tokenizer: Any, data: DataConfig, labels: list[str], examples: Seque
         ids, types = whole["input_ids"][i], whole["token_type_ids"][i] if pairs and "token_type_ids" in whole else None
         lost = max(0, len(ids) - data.max_length)
         if lost and data.too_long == "drop":
-            rows.append([{"input_ids": [], "labels": 0, "row": -1}])
+            rows.append(dropped(labels=0))
             continue
         if lost:
             text = [example.text] if example.pair is None else [example.text, example.pair]
@@ -49,7 +47,7 @@ def tags(tokenizer: Any, data: DataConfig, labels: list[str], examples: Sequence
         lost = max(0, len(ids) - data.max_length)
         lost_answer = 0
         if lost and data.too_long == "drop":
-            rows.append([{"input_ids": [], "labels": [], "row": -1}])
+            rows.append(dropped(labels=[]))
             continue
         if lost:
             tail = sum(word is None for word in words[words.index(0) :]) if 0 in words else 0
@@ -91,7 +89,7 @@ def sources_and_targets(tokenizer: Any, data: DataConfig, examples: Sequence[Sou
         lost = max(0, len(source) - data.max_length)
         lost_answer = max(0, len(target) - data.max_target_length)
         if (lost or lost_answer) and data.too_long == "drop":
-            rows.append([{"input_ids": [], "labels": [], "row": -1}])
+            rows.append(dropped(labels=[]))
             continue
         source = source[: data.max_length - 1] + source[-1:] if lost else source
         target = target[: data.max_target_length - 1] + target[-1:] if lost_answer else target

@@ -10,10 +10,12 @@ from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
 from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged, bad_rows_message
-from siliang.data.formats import Format, as_source_target, find_format, misplaced, unused_fields
+from siliang.data.formats import Format, as_source_target, find_format, misplaced, second_text, unused_fields
 from siliang.data.labels import MOST_CLASSES, alike_key, is_whole, no_classes
 from siliang.data.sources import Opened, Reading, Row, open_source
 from siliang.types import DataError, TaskType
+
+SINGLE = "all rows need one, or data.format=text-label, which does not read it"
 
 
 @dataclass
@@ -270,8 +272,13 @@ class _Reader:
         elif layout is not self.layout and self.task is TaskType.SEQ_CLS:
             raise DataError(f"{source.path} is laid out as {layout.name}, the data before it as {self.layout.name}.")
         fixed = self._labels_are_numbers()
+        # chosen by the first row, which has no second text
+        single = layout.name == "text-label" and self.data.format == "auto" and self.like is None
 
         def make(row: Row) -> Example | str:
+            pair = second_text(row.values, self.data.columns) if single else None
+            if pair is not None and row.values[pair] not in (None, ""):
+                return f"has a second text in {pair!r}, and the first row has none: {SINGLE}"
             made = layout.example(row.values, columns)
             if self.task is TaskType.SEQ_2_SEQ_LM:
                 made = as_source_target(made)

@@ -8,7 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from siliang.config import DataConfig
 from siliang.data.cache import cache_folder, prune, used
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import IGNORED, Encoder
+from siliang.data.entries import BAD, Rows, bad_row, dropped, is_bad, number_of_bad
 from siliang.data.examples import (
     Conversation,
     Example,
@@ -34,7 +37,6 @@ from siliang.data.labelled_tokens import classes, sources_and_targets, spans, ta
 from siliang.data.templates import Piece, Template, find_template
 from siliang.types import DataError, TaskType
 
-CODE_VERSION = 3  # of what this file and those under it compute; raised when the same data gives other tokens
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
 PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
 BATCH = 500
@@ -57,8 +59,6 @@ COLUMNS: dict[TaskType, dict[str, Any]] = {
         "offsets": INTS,  # two a token: where it begins and ends in the context; -1 outside of it
     },
 }
-DROPPED = -1  # in place of the number of an example that is left out for its length
-BAD = "bad"  # the column for what is wrong with an example
 SETTINGS = ("train_on", "max_length", "max_target_length", "stride", "too_long", "long_text")  # that decide on tokens
 NOT_FOR_MODEL = ("row", "lost", "lost_answer", "offsets", "words")
 
@@ -194,17 +194,17 @@ def tokenise(
         _key(examples, tokenizer, data, task, labels, judged),
         data,
     )
-    found = table.select_columns(["row", BAD]).filter(lambda row: row < -1, input_columns="row")
-    bad = [f"{examples.where(-2 - row)} {why}" for row, why in zip(found["row"], found[BAD], strict=True)]
+    found = table.select_columns(["row", BAD]).filter(is_bad, input_columns="row")
+    bad = [f"{examples.where(number_of_bad(row))} {why}" for row, why in zip(found["row"], found[BAD], strict=True)]
     table = table.remove_columns(BAD)
     kept = table.filter(lambda row: row >= 0, input_columns="row") if bad or data.too_long == "drop" else table
-    dropped = len(table) - len(kept) - len(bad)
+    too_long = len(table) - len(kept) - len(bad)
     if data.skip_bad_rows:
         kept, more = _without_lessons(kept, examples)
         bad += more
     if bad and not (keep_going or (data.skip_bad_rows and len(kept))):
         raise DataError(bad_rows_message(bad))
-    return TokenSet(kept, dropped, skipped=bad)
+    return TokenSet(kept, too_long, skipped=bad)
 
 
 def _without_lessons(table: Dataset, examples: ExampleSet) -> tuple[Dataset, list[str]]:
@@ -227,7 +227,6 @@ def usable(examples: ExampleSet, tokens: TokenSet) -> tuple[ExampleSet, TokenSet
     return examples.select(kept.tolist()), TokenSet(table, tokens.dropped, skipped=tokens.skipped)
 
 
-Rows = list[dict[str, Any]]
 Worker = Callable[[Sequence[Any]], list[Rows]]  # for each example its entries
 
 
@@ -262,7 +261,7 @@ def _batch(
         for entry in entries:
             row = {"row": number, "lost": 0, "lost_answer": 0} | entry
             if BAD in entry:
-                row["row"] = -2 - number  # which one: tokens are kept by content, and its place may be another
+                row["row"] = bad_row(number)
             for name in names:
                 columns[name].append(row.get(name))
     return columns
@@ -375,7 +374,7 @@ def _key(
     """What the tokens depend on, as a hash: the examples, the tokenizer, the template, the limits, this code."""
     template = find_template(data.template)
     settings = [
-        CODE_VERSION,
+        code_hash(),
         task,
         labels,
         judged,
@@ -388,6 +387,17 @@ def _key(
         digest.update(line.encode("utf-8", "surrogatepass"))
         digest.update(b"\n")
     return digest.hexdigest()[:40]
+
+
+@cache
+def code_hash(folder: Path = Path(__file__).parent) -> str:
+    """Of the code that makes tokens: all of this folder, so that no file is forgotten, and the libraries under it."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    for library in ("transformers", "tokenizers", "jinja2"):
+        digest.update(f"{library} {version(library)}\0".encode())
+    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -457,7 +467,7 @@ def _conversations(
         if len(ids) <= data.max_length:
             rows.append([{"input_ids": ids, "labels": labels}])
         elif data.too_long == "drop":
-            rows.append([{"input_ids": [], "labels": [], "row": DROPPED}])
+            rows.append(dropped(labels=[]))
         elif whole and data.long_text == "window":
             rows.append(windows(ids, data.max_length))
         elif isinstance(example, Prepared):
