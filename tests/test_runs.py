@@ -12,14 +12,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, write_jsonl
 
+from siliang import run_folder
 from siliang.cli.main import main
+from siliang.data.hashes import base_files
 from siliang.record import Record
+from siliang.run_folder import changed_base, open_run
+from siliang.types import ConfigError
+from siliang.use import generate, merge
 
 Command = Callable[..., str]
 
@@ -144,6 +150,67 @@ def test_a_run_works_from_any_folder(
     assert "proved" in run("merge", "moved", "--output", "merged")
     assert "moved: " in run("chat", "moved", "--max-new-tokens", 2, stdin="say one\n")
     assert "finished   moved was finished before: 6 steps" in run("train", "--resume", "moved")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "pure-bf16"])
+def test_merging_in_fp32_keeps_the_pinned_revision(
+    precision: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in bf16 is loaded again to be merged: from the very revision that it was trained on."""
+    for name in ("run.yaml", "run.json"):
+        path = world.run / name
+        text = (
+            path.read_text().replace('"revision": null', '"revision": "abc"').replace("revision: null", "revision: abc")
+        )
+        path.write_text(text.replace('"precision": "fp32"', f'"precision": "{precision}"'))
+    opened = open_run(world.run)
+    assert opened.precision.compute == "bf16" and opened.config.revision == "abc"
+    asked: list[str | None] = []
+    load = run_folder.load_model
+
+    def load_model(*arguments: Any, **more: Any) -> Any:
+        asked.append(more["revision"])
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(run_folder, "load_model", load_model)
+    assert merge(opened, world.folder / "merged").holds
+    assert asked == ["abc"]
+
+
+def test_a_file_that_nothing_loads_makes_no_other_base_model(trained: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(trained / "base", tmp_path / "base")
+    (base / "notes.txt").write_text("mine")
+    was = base_files(str(base))
+    assert "notes.txt" not in was and changed_base(str(base), None, was) is None
+    for name in (
+        "readme.txt",
+        "config_of_mine.json",
+        "generation_config.json",
+        "pytorch_model.bin",
+        "vocab.txt",
+        "flax.bin",
+    ):
+        there = (base / name).exists()
+        if not there:
+            (base / name).write_text("{}")
+        assert changed_base(str(base), None, was) is None, name
+    (base / "notes.txt").unlink()
+    assert changed_base(str(base), None, was) is None
+    for name in ("chat_template.jinja", "added_tokens.json", "adapter_config.json"):
+        (base / name).write_text("{}")
+        assert changed_base(str(base), None, was) == f"{name} was not there"
+        (base / name).unlink()
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    assert changed_base(str(base), None, was) == "model.safetensors is missing"
+    was = base_files(str(base))
+    (base / "model.safetensors").write_text("")  # which transformers prefers
+    assert changed_base(str(base), None, was) == "model.safetensors was not there"
+
+
+@pytest.mark.parametrize("wanted", [0, -3])
+def test_no_fewer_than_one_new_token(wanted: int, trained: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"max_new_tokens = {wanted} must be 1 or more"):
+        generate(open_run(trained / "run"), "say one", max_new_tokens=wanted)
 
 
 USES = (("eval",), ("generate", "say one", "--max-new-tokens", 2), ("merge", "--output", "merged"), ("chat",))
@@ -434,6 +501,11 @@ def test_what_cannot_be_trained_further(world: World, run: Command, monkeypatch:
     ):
         assert words in run("train", *flags, *FURTHER, code=2)
         assert not Path("further").exists()
+    shutil.copytree("run", "stopped", ignore=shutil.ignore_patterns("adapter"))
+    error = run("train", "--adapter", "stopped", *FURTHER, code=2)
+    assert "stopped was not finished: name one of its checkpoints, such as stopped/checkpoints/checkpoint-6." in error
+    shutil.rmtree("stopped/checkpoints")
+    assert "was not finished, and has no checkpoint" in run("train", "--adapter", "stopped", *FURTHER, code=2)
     world.replace_weights()
     error = run("train", "--adapter", "run", *FURTHER, code=2)
     assert "is not the base model that run was trained on: model.safetensors is another file" in error

@@ -22,7 +22,7 @@ from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
 from siliang.methods.lora import LoraConfig
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.targets import find_targets, inside, layer_arguments
-from siliang.types import AdapterError, ConfigError, TargetError
+from siliang.types import AdapterError, ConfigError, TargetError, first_line
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
@@ -190,8 +190,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         if pickled.is_file():
             return torch.load(pickled, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise AdapterError(f"{folder}: the adapter's weights are damaged: {first_line}") from error
+        raise AdapterError(f"{folder}: the adapter's weights are damaged: {first_line(error)}") from error
     raise AdapterError(f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.")
 
 

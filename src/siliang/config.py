@@ -265,12 +265,14 @@ class TrainConfig(Section):
     """Batches that make one optimiser step, on all devices together: their number changes no result."""
     tokens_at_once: Annotated[int, Field(ge=8)] | None = None
     """Tokens that go through the model at once, beside batch_size: a step's rows are split to it, which changes its
-    memory and not its result. None: no limit but batch_size; on a CPU 4,096, and 2,048 in fp32."""
+    memory and not its result. None: no limit on a GPU; on a CPU
+    4,096 tokens in bf16 and 2,048 in fp32."""
     packing: bool = True
     """Run the model's layers without padding. The results are the same; off by itself where a model cannot do it."""
     group_by_length: bool | None = None
-    """A step's rows are of like length, steps in random order: less padding, or fewer sizes of attention. None: where
-    each row counts once (classes, answers); where each token does, those of short rows would weigh more."""
+    """A step's rows are of like length, steps in random order: less padding, or fewer sizes of attention. None: on
+    for seq_cls and question_ans. Off for tasks with one loss per token, where grouping would give tokens of short rows
+    more weight."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. None: the method's own default (`siliang methods`)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -683,13 +685,9 @@ def describe(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[tup
             default = "(required)"
         else:
             value = info.get_default(call_default_factory=True)  # type: ignore[call-arg]
-            default = value.name if isinstance(value, MethodConfig) else _show(value)
+            default = value.name if isinstance(value, MethodConfig) else other_names.written(value)
         rows.append((prefix + name, _type_name(kind), default, info.description or ""))
     return rows
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _type_name(kind: Any) -> str:

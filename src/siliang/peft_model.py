@@ -29,7 +29,7 @@ from siliang.inject import PROMPT_KEY, Injection
 from siliang.methods import config_class
 from siliang.methods.base import BASE, CONFIG_NAME, PeftConfig
 from siliang.models.few_bits import keep_as_stored
-from siliang.types import AdapterError, ConfigError, nearest
+from siliang.types import AdapterError, ConfigError, first_line, nearest
 
 
 def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
@@ -640,10 +640,4 @@ def adapter_folder(model_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model_id), allow_patterns=[CONFIG_NAME, "adapter_model.*"]))
     except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{model_id} is no folder here, and the hub did not give it: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+        raise AdapterError(f"{model_id} is no folder here, and the hub did not give it: {first_line(error)}") from error

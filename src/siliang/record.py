@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from siliang.files import replacing
 from siliang.secrets import redacted
-from siliang.types import ConfigError
+from siliang.types import ConfigError, first_line
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "run.json"
@@ -63,7 +63,7 @@ class Saved(Part):
         except FileNotFoundError:
             raise ConfigError(f"{path.parent} holds no {path.name}.") from None
         except (ValidationError, OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"{path} is damaged: {first_line(error)}") from None
 
 
 def plain(value: Any) -> Any:

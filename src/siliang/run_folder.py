@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from siliang.config import RunConfig, read_yaml
-from siliang.data.hashes import base_files, source_sha256
+from siliang.data.hashes import base_files, is_loaded_beside, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import absolute, damage, pasted, replacing
 from siliang.hardware import Choice
@@ -78,7 +78,8 @@ class TrainedRun:
                 f"{problem}\nPut that one back, name its place with --base FOLDER_OR_NAME, or go on all the same with "
                 "--force."
             )
-        self.notes.append(problem)
+        if problem not in self.notes:
+            self.notes.append(problem)
 
     def check_data(self) -> None:
         """The held-out rows are those of the training, which hang on all rows where they were split off from them.
@@ -279,16 +280,34 @@ def open_run(
     Args:
         base: Where its base model is now: a folder, or a name on the hub.
         force: Open it also where its base model has changed since it was trained.
-        dtype: Of all weights, as for merging. None: weights and computation are in the run's own precision, so that the
-            run measures and predicts what it did in training.
-        quantised: Its base model in few bits, if it was trained on that. False: in `dtype`, as for merging.
+        dtype: As for `open_trained`, and so `device` and `quantised`.
 
     Raises:
         ConfigError: The folder is no run, or the run was not finished.
         ModelError: Its base model is gone, or another by now.
         AdapterError: Its adapter is damaged.
     """
-    trained = find_run(folder, base=base, force=force)
+    return open_trained(find_run(folder, base=base, force=force), dtype=dtype, device=device, quantised=quantised)
+
+
+def open_trained(
+    trained: TrainedRun,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    quantised: bool = True,
+) -> OpenedRun:
+    """Loads a run that was found.
+
+    Args:
+        dtype: Of all weights, as for merging. None: weights and computation are in the run's own precision, so that the
+            run measures and predicts what it did in training.
+        quantised: Its base model in few bits, if it was trained on that. False: in `dtype`, as for merging.
+
+    Raises:
+        ModelError: Its base model is gone, or another by now.
+        AdapterError: Its adapter is damaged.
+    """
     tokenizer = load_run_tokenizer(trained)
     config, record = trained.config, trained.record
     precision = FP32 if dtype is not None else Choice(record.precision, "as in training")  # type: ignore[arg-type]
@@ -329,9 +348,8 @@ def changed_base(model: str, revision: str | None, was: dict[str, str]) -> str |
     if other := [name for name in sorted(was) if now[name] != was[name]]:
         more = f", and {len(other) - 1} more" if len(other) > 1 else ""
         return f"{other[0]} is another file{more}"
-    if added := sorted(now.keys() - was.keys()):
-        return f"{added[0]} was not there"
-    return None
+    added = sorted(name for name in now.keys() - was.keys() if is_loaded_beside(name, was.keys()))
+    return f"{added[0]} was not there" if added else None
 
 
 def changed_data(paths: list[str], was: list[File]) -> str | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from siliang.types import first_line
+
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 20
 MAX_VALUES = 10_000  # with every alias written out
@@ -71,7 +73,7 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        said = getattr(error, "problem", None) or str(error).strip().partition("\n")[0]
+        said = getattr(error, "problem", None) or first_line(error)
         if "unknown escape character" in said:
             said += " (in double quotes a backslash begins an escape: write a Windows path in single quotes)"
         elif "cannot start any token" in said and "\t" in said:
@@ -80,7 +82,7 @@ def parse_yaml(text: str) -> Any:
     except YamlError:
         raise
     except Exception as error:  # the loader raises whatever its conversions do: of `!!int x`, or of a 13th month
-        raise YamlError(f"a value cannot be read: {type(error).__name__}: {error}") from None
+        raise YamlError(f"a value cannot be read: {first_line(error, kind=True)}") from None
 
 
 def dump_yaml(values: Any) -> str:

@@ -3,19 +3,19 @@ is the method, and what its run knew of base model, task and text holds for the 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from siliang.config import read_yaml
 from siliang.data.hashes import file_sha256, joined
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.methods import method_of
 from siliang.methods.base import PeftConfig
-from siliang.safe_yaml import YamlError, parse_yaml
+from siliang.record import RECORD_NAME, Record
+from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints
 from siliang.types import AdapterError, ConfigError, TaskType
 
-RUN_CONFIG, RUN_RECORD, ADAPTER, MODEL = "run.yaml", "run.json", "adapter", "model"  # as in run_folder.py
 HUB_FIELDS = ("task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision")
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "siliang_training.safetensors")
 
@@ -28,13 +28,13 @@ class StartAdapter:
         folder: Of its files.
         config: Its config.
         run: The settings of the run that it is of; empty where it is of none.
-        record: That run's record, as it lies in run.json.
+        record: That run's record; None where it is of none.
     """
 
     folder: Path
     config: PeftConfig
     run: dict[str, Any] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record | None = None
 
     @property
     def method(self) -> dict[str, Any]:
@@ -76,9 +76,9 @@ class StartAdapter:
             if known.get(name) is not None and name not in values and not (with_model and name == "revision"):
                 values[name] = str(known[name]) if name == "task" else known[name]
         data = values.get("data")
-        if isinstance(data, dict) and self.run:
+        if isinstance(data, dict) and self.record is not None:
             text = {name: self.run["data"].get(name) for name in ("template", "add_tokens")}
-            text["labels"] = self.record.get("labels")
+            text["labels"] = self.record.labels
             values["data"] = {name: value for name, value in text.items() if value} | data
         return values
 
@@ -110,7 +110,9 @@ def find_start_adapter(name: str) -> StartAdapter:
         if not folder.is_dir() and (path / MODEL).is_dir():
             raise ConfigError(f"{path} was fully tuned and has no adapter: give its model, --model {path / MODEL}.")
         if not folder.is_dir():
-            raise ConfigError(f"{path} was not finished: name one of its checkpoints, {path}/checkpoints/checkpoint-N.")
+            saved = list(checkpoints(path / CHECKPOINTS).values())
+            instead = f": name one of its checkpoints, such as {saved[-1]}" if saved else ", and has no checkpoint"
+            raise ConfigError(f"{path} was not finished{instead}.")
     elif path.is_dir():
         folder = path
     else:
@@ -119,27 +121,16 @@ def find_start_adapter(name: str) -> StartAdapter:
         folder = adapter_folder(name)
     if run is not None and run != path and folder.name != ADAPTER and folder.absolute().parent.parent != run:
         run = None  # a folder of somebody's beside a run's files
-    values, record = ({}, {}) if run is None else (_read_yaml(run / RUN_CONFIG), _read_json(run / RUN_RECORD))
+    values, record = ({}, None) if run is None else (_read_settings(run), Record.read(run))
     return StartAdapter(folder, PeftConfig.from_pretrained(folder), values, record)
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / RUN_CONFIG).is_file() and (folder / RUN_RECORD).is_file()
+    return (folder / CONFIG_NAME).is_file() and (folder / RECORD_NAME).is_file()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (YamlError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
-        raise AdapterError(f"{path} holds no settings of a run.")
+def _read_settings(run: Path) -> dict[str, Any]:
+    values = read_yaml(run / CONFIG_NAME)
+    if not isinstance(values.get("data"), dict):
+        raise AdapterError(f"{run / CONFIG_NAME} holds no settings of a run.")
     return values
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from None
-    return values if isinstance(values, dict) else {}

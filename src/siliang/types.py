@@ -125,6 +125,18 @@ class ClusterError(SiliangError, RuntimeError):
     code = "SLE13"
 
 
+def first_line(error: object, *, kind: bool = False) -> str:
+    """What an error says, in a line; the name of its kind where it says nothing.
+
+    Args:
+        error: Or its text.
+        kind: With the name of its kind in front.
+    """
+    said = str(error).strip().partition("\n")[0].rstrip()
+    name = "" if isinstance(error, str) else type(error).__name__
+    return ": ".join(part for part in (name if kind or not said else "", said) if part)
+
+
 def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
     """Those of `words` that look like `word`, the likest first.
 

@@ -34,9 +34,9 @@ from siliang.merge import MergeProof, merge_with_proof
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.positions import Positions
 from siliang.peft_model import PeftModel
-from siliang.run_folder import OpenedRun, autocast, claim, open_run
+from siliang.run_folder import OpenedRun, autocast, claim, find_run, open_trained
 from siliang.train import metrics
-from siliang.types import ConfigError, DataError, MergeError, ModelError, TaskType
+from siliang.types import ConfigError, DataError, MergeError, ModelError, TaskType, first_line
 
 PROOF_SAMPLES = 32
 # the parts of a row that a task predicts from
@@ -431,7 +431,7 @@ def generate(
             written = run.model.generate(input_ids=input_ids, **settings)
     except (ValueError, NotImplementedError) as error:
         raise ModelError(
-            f"{run.config.model} cannot write: {str(error).strip().partition(chr(10))[0]}\n"
+            f"{run.config.model} cannot write: {first_line(error)}\n"
             "Look at its generation_config.json, which says how it writes."
         ) from error
     answer = written[0] if run.config.task is TaskType.SEQ_2_SEQ_LM else written[0, len(ids) :]
@@ -493,11 +493,13 @@ def _check_positions(run: OpenedRun, tokens: TokenSet, what: str) -> None:
 
 
 def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: bool) -> int:
-    """How many tokens are written behind a prompt of so many.
+    """Returns the number of new tokens that fit after the prompt.
 
     Raises:
-        ConfigError: The model has no positions for them.
+        ConfigError: The model has no positions for them, or fewer than one is wanted.
     """
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"max_new_tokens = {wanted:,} must be 1 or more.")
     positions = _positions(run, base=base)
     limit, room = positions.reads, None
     if limit is not None and tokens > limit - (run.config.task is TaskType.CAUSAL_LM):
@@ -513,7 +515,7 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
             f"max_new_tokens = {wanted:,} behind a prompt of {tokens:,} tokens is more than the model's "
             f"{positions.in_words(limit if limit is not None else room)}: at most {room:,} can be written."
         )
-    return wanted or (up_to if room is None else min(up_to, room))
+    return wanted if wanted is not None else (up_to if room is None else min(up_to, room))
 
 
 def _one_plain_answer(run: OpenedRun) -> dict[str, Any]:
@@ -597,7 +599,8 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
     if not isinstance(run.model, PeftModel):
         raise ConfigError(f"{run.folder} was fully tuned: {run.folder / 'model'} is a plain model already.")
     if run.precision.compute != "fp32":  # which would round the sum
-        run = open_run(run.folder, base=run.config.model, force=True, dtype=torch.float32, quantised=False)
+        trained = run.trained or find_run(run.folder, force=True)
+        run = open_trained(trained, dtype=torch.float32, quantised=False)
     try:
         tokens = _rows(run, data, limit=PROOF_SAMPLES, same=False).tokens
     except DataError as error:

@@ -31,7 +31,7 @@ from transformers import EncoderDecoderCache
 from siliang.methods.base import Prompt, PromptConfig, WrappedLayer, is_linear
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.ops.packed_attention import Layout
-from siliang.types import ConfigError, TaskType
+from siliang.types import ConfigError, TaskType, first_line
 
 
 class Route(ABC):
@@ -71,10 +71,8 @@ class Route(ABC):
             route.remove()
             if _is_unknown(model, config.task_type, error):
                 return
-            said = str(error).strip().partition("\n")[0][:120]
-            raise ConfigError(
-                f"{name} cannot take the virtual tokens of {config.peft_type} ({type(error).__name__}: {said}). {way}"
-            ) from None
+            said = first_line(error, kind=True)[:160]
+            raise ConfigError(f"{name} cannot take the virtual tokens of {config.peft_type} ({said}). {way}") from None
         finally:
             route.remove()
         if all(g is None for g in reached):

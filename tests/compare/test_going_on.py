@@ -18,7 +18,7 @@ from siliang.compare.cluster import _Going
 from siliang.compare.config import CompareConfig
 from siliang.compare.trials import goes_on, other_settings, run_config
 from siliang.config import RunConfig
-from siliang.record import Record
+from siliang.record import Predicted, Record
 from siliang.train.run import train
 
 
@@ -80,12 +80,12 @@ def test_what_a_run_changed_to_fit_is_not_another_setting(
     comparison = CompareConfig.build(values)
     config = run_config(comparison, trials.test_trials(comparison, {})[0], tmp_path / "out", {})
 
-    def smaller(config: RunConfig, *rest: Any) -> tuple[RunConfig, dict[str, int]]:
+    def smaller(config: RunConfig, *rest: Any) -> tuple[RunConfig, Predicted]:
         half = {"batch_size": 4, "gradient_accumulation": 2}
-        return config.model_copy(update={"train": config.train.model_copy(update=half)}), {}
+        return config.model_copy(update={"train": config.train.model_copy(update=half)}), Predicted()
 
-    def plain_plan(config: RunConfig, *rest: Any) -> tuple[RunConfig, dict[str, int]]:
-        return config, {}
+    def plain_plan(config: RunConfig, *rest: Any) -> tuple[RunConfig, Predicted]:
+        return config, Predicted()
 
     record = train(config, planner=smaller)
     folder = Path(config.output)

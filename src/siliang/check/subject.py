@@ -34,7 +34,7 @@ from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.load import AUTO_CLASSES, invented_weights, load_config, load_tokenizer, may_run_code
 from siliang.models.positions import Positions
 from siliang.targets import mark_invented
-from siliang.types import DataError, ModelError, TaskType
+from siliang.types import DataError, ModelError, TaskType, first_line
 
 
 class Subject:
@@ -146,8 +146,9 @@ class Subject:
             with torch.device("meta"):
                 model = AUTO_CLASSES[self.task].from_config(config, trust_remote_code=may_run_code(config))
         except ValueError as error:
-            first = str(error).strip().partition("\n")[0]
-            raise ModelError(f"{self.config.model} cannot be trained for {self.task.lower()}: {first}") from None
+            raise ModelError(
+                f"{self.config.model} cannot be trained for {self.task.lower()}: {first_line(error)}"
+            ) from None
         mark_invented(model, self.invented)
         return model
 

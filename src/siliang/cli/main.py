@@ -163,7 +163,7 @@ def _unexpected(error: Exception) -> int:
     where = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())[:300]
     return _say(
-        f"error: siliang has met what it does not expect: {type(error).__name__}: {text} "
+        f"error: internal error: {type(error).__name__}: {text} "
         f"({Path(where.filename).name}:{where.lineno}).\nThis is a fault of siliang; {kept}. Please report it.",
         1,
     )

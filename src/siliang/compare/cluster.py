@@ -31,7 +31,7 @@ from siliang.hardware import machine
 from siliang.memory.size import show_bytes
 from siliang.plan import plan
 from siliang.plan.device import find_target
-from siliang.types import ClusterError, SiliangError
+from siliang.types import ClusterError, SiliangError, first_line
 
 LOCAL = "local"  # in place of an address: a Ray of our own on this machine
 PROBE_S = 45.0  # for a cluster to answer
@@ -152,7 +152,7 @@ class Cluster:
             except TaskCancelledError:
                 message = {"kind": "failed", "error": "stopped"}
             except RayTaskError as error:
-                message = {"kind": "failed", "error": _first_line(error.cause or error)}
+                message = {"kind": "failed", "error": first_line(error.cause or error, kind=True)}
             except RayError as error:
                 message = {"kind": "lost", "error": _why_lost(error)}
             if message["kind"] in ("wants", "lost", "died", "done", "failed"):
@@ -380,7 +380,7 @@ def _begin(address: str, jobs: int, threads: int) -> None:
         ray.init(**settings)
     except Exception as error:  # Ray raises kinds of its own for each thing that it lacks
         where = "begun here" if address == LOCAL else f"used at {address}"
-        raise ClusterError(f"Ray cannot be {where}: {_first_line(error)}") from error
+        raise ClusterError(f"Ray cannot be {where}: {first_line(error, kind=True)}") from error
 
 
 def _probe(address: str) -> None:
@@ -397,7 +397,7 @@ def _probe(address: str) -> None:
     code = (
         "import logging, sys, ray\n"
         "try: ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.CRITICAL)\n"
-        "except Exception as error: print(str(error).strip().splitlines()[0]); sys.exit(1)"
+        "except Exception as error: print(*str(error).strip().splitlines()[:1]); sys.exit(1)"
     )
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     host, _, port = address.rpartition(":")
@@ -430,11 +430,6 @@ def _why_lost(error: BaseException) -> str:
     if isinstance(error, NodeDiedError):
         return "its machine left the cluster"
     return "its process was killed"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _threads_in_words(threads: int) -> str:

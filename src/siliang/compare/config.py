@@ -94,11 +94,6 @@ class CompareSettings(Section):
                 MethodConfig(name=entry.name, **(entry.arguments | _without_rate(settings)))
         return self
 
-    @property
-    def budget_steps(self) -> bool:
-        """Steps have to be measured first."""
-        return self.minutes is not None
-
     def choices(self, entry: MethodEntry) -> list[dict[str, Any]]:
         """The settings that the search tries for a method; empty where there is nothing to choose."""
         given = self.search if entry.search is None else entry.search

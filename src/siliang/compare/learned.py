@@ -20,8 +20,8 @@ ROWS = 32  # held-out rows on which a model that writes is measured beside its b
 
 
 def what_is_wrong(run: Run) -> Verdict | None:
-    """Why a run whose model is still there has learned nothing; None where it has, or where nobody can tell: without
-    held-out rows, on several devices, or after full fine-tuning of a model that writes, whose base is gone.
+    """Why a run whose model is still there has learned nothing; None where it has, or where it cannot be checked:
+    without held-out rows, on several devices, or after full fine-tuning of a model that writes, whose base is gone.
 
     A model that writes is measured on a few held-out rows, with and without its adapter.
     """
@@ -34,7 +34,7 @@ def what_is_wrong(run: Run) -> Verdict | None:
         case TaskType.SEQ_CLS:
             return learned_nothing(task, final, collect(run, [], 0), {})
         case TaskType.CAUSAL_LM | TaskType.SEQ_2_SEQ_LM if isinstance(run.model, PeftModel):
-            with suppress(RuntimeError, MemoryError):  # no room for a row's logits: nobody can tell
+            with suppress(RuntimeError, MemoryError):  # no room for a row's logits: it cannot be checked
                 tuned = _loss(run, nullcontext())
                 base = _loss(run, run.model.disable_adapter())
                 return learned_nothing(task, {"eval_loss": tuned}, None, {"eval_loss": base})

@@ -40,12 +40,12 @@ class Comparison(Saved):
     """UTC, ISO 8601."""
     config: dict[str, Any]
     """The resolved compare.yaml."""
+    given: dict[str, Any]
+    """The same without what is at its default."""
     model_files: dict[str, str] = Field(default_factory=dict)
     """The SHA-256 of each file of the base model."""
     data_files: list[File] = Field(default_factory=list)
     """The same for each source of the data."""
-    given: dict[str, Any]
-    """The same without what is at its default."""
     base: dict[str, float] = Field(default_factory=dict)
     """What the untuned base model reaches on the held-out rows; empty where it has no head for the task."""
     steps: dict[str, int] = Field(default_factory=dict)

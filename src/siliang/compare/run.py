@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from siliang.check import find, look_at, stop_on_errors
 from siliang.compare.config import CompareConfig
 from siliang.compare.pool import Event, Pool
-from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison, Trial
+from siliang.compare.record import COMPARISON_NAME, Comparison, Trial
 from siliang.compare.trials import (
     MOST_ATTEMPTS,
     PLACES,
@@ -26,7 +26,7 @@ from siliang.compare.trials import (
     search_trials,
     test_trials,
 )
-from siliang.compare.verdict import QUALITY, learned_nothing
+from siliang.compare.verdict import QUALITY
 from siliang.config import MethodConfig, RunConfig, differences
 from siliang.files import pasted, replacing
 from siliang.hardware import machine
@@ -347,13 +347,6 @@ class _Comparing:
     def _ask(self, requests: list[dict[str, Any]]) -> Iterator[Event]:
         assert self.pool is not None
         return self.pool.run(requests)
-
-
-def read_verdict(folder: Path, record: Record, base: dict[str, float]) -> str | None:
-    """Why a run has learned nothing, as its folder tells; None where it has."""
-    path = folder / ANSWERS_NAME
-    answers = Answers.open(path) if path.is_file() else None
-    return learned_nothing(TaskType(record.config["task"]), record.final, answers, base)
 
 
 @contextmanager

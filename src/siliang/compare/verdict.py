@@ -45,7 +45,7 @@ QUALITY = {
 def learned_nothing(
     task: TaskType, final: Mapping[str, float], answers: Answers | None, base: Mapping[str, float]
 ) -> Verdict | None:
-    """Why a finished run has learned nothing, or None where it has, or where nobody can tell.
+    """Why a finished run has learned nothing, or None where it has, or where that cannot be checked.
 
     Args:
         final: The run's metrics on the held-out rows.

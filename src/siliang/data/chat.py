@@ -19,7 +19,7 @@ from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
 from siliang.limits import limited
-from siliang.types import DataError
+from siliang.types import DataError, first_line
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters, around the number of the message whose words stand there
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
@@ -230,8 +230,7 @@ def _refusals() -> Iterator[None]:
         with limited():
             yield
     except Exception as error:  # whatever a template raises: jinja's errors, or its own raise_exception
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"is refused by the chat template: {text}") from None
+        raise DataError(f"is refused by the chat template: {first_line(error)}") from None
 
 
 THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)

@@ -3,6 +3,7 @@ hash is kept in the cache with the file's state, and counts only while that is t
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -15,7 +16,25 @@ from siliang.data.cache import cache_folder, prune
 from siliang.files import replacing
 
 WEIGHTS = (".safetensors", ".bin")
-BASE_FILES = (*WEIGHTS, ".json", ".model", ".txt", ".jinja")  # what makes a base model and its tokenizer
+# what makes a base model and its tokenizer
+BASE_FILES = (*(f"*{end}" for end in WEIGHTS), "*.json", "*.model", "*.jinja", "vocab*.txt", "merges*.txt", "dict*.txt")
+# transformers loads the first of these that a folder has ...
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# ... and all of these
+ALWAYS_LOADED = (
+    "adapter_config.json",  # with its adapter's weights, on top of the base model's
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+)
+WORDS = ("*.model", "vocab*", "merges*.txt", "dict*.txt")  # of a tokenizer, where it has no tokenizer.json
 KEPT_FROM_BYTES = 2**20  # smaller files are read as quickly as their entry would be
 SETTLED_S = 2.0  # a file written later than this before it was read may change again within its clock's grain
 
@@ -71,8 +90,20 @@ def base_files(name: str, revision: str | None = None) -> dict[str, str]:
         if not isinstance(found, str):
             return {}
         folder = Path(found).parent
-    files = sorted(p for p in folder.iterdir() if p.suffix in BASE_FILES and p.is_file())
+    files = sorted(p for p in folder.iterdir() if _is_one_of(p.name, BASE_FILES) and p.is_file())
     return {p.name: file_sha256(p) for p in files}
+
+
+def is_loaded_beside(name: str, others: Iterable[str]) -> bool:
+    """Whether transformers loads this file of a base model's folder where it has these others already."""
+    others = set(others)
+    if name in WEIGHT_FILES:
+        return not others & set(WEIGHT_FILES[: WEIGHT_FILES.index(name)])
+    return _is_one_of(name, ALWAYS_LOADED) or ("tokenizer.json" not in others and _is_one_of(name, WORDS))
+
+
+def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def weights_sha256(name: str, files: dict[str, str]) -> str:

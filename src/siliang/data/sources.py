@@ -18,7 +18,7 @@ from siliang.data.hashes import joined, source_sha256
 from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import TextFile, find_text, kind_of
-from siliang.types import DataError, nearest
+from siliang.types import DataError, first_line, nearest
 
 COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
 FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *COLUMN_FILES)
@@ -288,7 +288,7 @@ def _arrow(path: Path, name: str, kind: str) -> Iterator[Row]:
                 number += 1
                 yield Row(values, f"{name}, row {number}")
     except pa.ArrowException as error:
-        raise DataError(f"{name} is not a readable {kind[1:]} file: {_first_line(error)}") from None
+        raise DataError(f"{name} is not a readable {kind[1:]} file: {first_line(error)}") from None
 
 
 def _arrow_batches(path: Path) -> tuple[Any, Iterator[Any]]:
@@ -323,7 +323,7 @@ def _folder(path: Path, source: str, reading: Reading) -> Opened:
         raise
     except Exception as error:  # `datasets` raises kinds of its own
         raise DataError(
-            f"{path} holds no data: {_first_line(error)}\n"
+            f"{path} holds no data: {first_line(error)}\n"
             "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl and test.jsonl."
         ) from None
 
@@ -433,7 +433,7 @@ def _hub(source: str) -> Opened:
         return Opened(source, parts, named, builder.info.features)
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
         raise DataError(
-            f"{source} is no file or folder here, and the hub did not give it: {_first_line(error)}\n"
+            f"{source} is no file or folder here, and the hub did not give it: {first_line(error)}\n"
             "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."
         ) from None
 
@@ -467,7 +467,3 @@ def _saved(table: Any, source: str) -> Iterator[Row]:
         for values in rows_of(batch, change):
             number += 1
             yield Row(values, f"{source}, row {number}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

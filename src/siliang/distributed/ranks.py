@@ -19,7 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from siliang.distributed.launched import asked_of_accelerate
-from siliang.types import RankError, SiliangError
+from siliang.types import RankError, SiliangError, first_line
 
 T = TypeVar("T")
 GONE = re.compile(r"connection (closed|reset)|closed by peer|broken pipe|remote process|socket|timed? ?out", re.I)
@@ -198,5 +198,5 @@ def telling_of_the_dead(where: str) -> Iterator[None]:
 
 def _first_words(error: BaseException) -> str:
     """What happened, without where in torch's code and without its advice."""
-    first = str(error).strip().partition("\n")[0].partition(". This ")[0]
+    first = first_line(error).partition(". This ")[0]
     return re.sub(r"^\[\S+\] ", "", first)[-120:]

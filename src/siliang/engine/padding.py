@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from siliang.engine.frozen import FrozenBelow
 from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.types import first_line
 from siliang.virtual_tokens import backbone, by_name, is_encoder_decoder
 
 ATTENTION = "siliang_packed"
@@ -284,10 +285,10 @@ def in_a_sentence(error: Exception, what: str) -> str:
     """Why a trial failed, for someone who does not know the model's code: what, and behind it the error's own words."""
     if isinstance(error, NotPackableError):
         return str(error)
-    words = (str(error).strip().splitlines() or [""])[0]
+    words = first_line(error, kind=True)
     if len(words) > LONGEST_REASON:
         words = f"{words[:LONGEST_REASON]} ..."
-    return f"this model cannot run {what}" + (f" ({type(error).__name__}: {words})" if words else "")
+    return f"this model cannot run {what} ({words})"
 
 
 def _no_cache(model: nn.Module) -> dict[str, bool]:

@@ -37,7 +37,7 @@ from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
 from siliang.models.weights import piece_by_piece
 from siliang.targets import invented_modules, may_be_invented
-from siliang.types import ModelError, TaskType
+from siliang.types import ModelError, TaskType, first_line
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
@@ -353,9 +353,5 @@ def _why_not(name: str, error: Exception, what: str = "model", *, revision: str 
             f"Use a model that transformers knows; or, having read that code, {way}."
         )
     if not Path(name).is_dir():
-        return f"{name} is no folder here, and the hub did not give its {what}: {_first_line(text)}"
-    return f"{name}: its {what} cannot be loaded: {_first_line(text) or type(error).__name__}"
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
+        return f"{name} is no folder here, and the hub did not give its {what}: {first_line(error)}"
+    return f"{name}: its {what} cannot be loaded: {first_line(error)}"

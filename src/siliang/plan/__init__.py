@@ -28,7 +28,7 @@ from siliang.plan.rows import StepRows, heaviest, made_up
 from siliang.plan.shapes import SHAPES
 from siliang.plan.sketch import Sketch, Usual
 from siliang.plan.steps import Measured, Phase
-from siliang.types import ConfigError, SiliangError, TaskType
+from siliang.types import ConfigError, SiliangError, TaskType, first_line
 
 TOLD: tuple[Phase, ...] = ("train", "evaluate", "generate", "merge")
 
@@ -190,7 +190,7 @@ def _plan_as(
     except SiliangError as error:
         return MethodPlan(method=name, error=str(error))
     except Exception as error:  # whatever a model of any kind does when its tensors have no values
-        return MethodPlan(method=name, error=f"not planned: {type(error).__name__}: {error}".partition("\n")[0])
+        return MethodPlan(method=name, error=f"not planned: {first_line(error, kind=True)}")
     beside, peak, on_host = device.overhead_bytes, measured.peaks["train"], sketch.loads_on_host
     one = MethodPlan(
         method=name,

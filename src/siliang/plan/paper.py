@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from siliang.config import QuantizationConfig
 from siliang.engine.batches import Batch
 from siliang.models.load import AUTO_CLASSES, DEALT_AS, kept_whole, may_run_code
-from siliang.types import ModelError, TaskType
+from siliang.types import ModelError, TaskType, first_line
 
 NF4_BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share one, where they are quantised too
@@ -58,8 +58,8 @@ def draw_base(
     try:
         model = AUTO_CLASSES[task].from_config(config, dtype=dtype, trust_remote_code=may_run_code(config), **chosen)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
-        first = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ModelError(f"a {config.model_type} cannot be made for {task.lower()} from its config: {first}") from None
+        why = first_line(error, kind=True)
+        raise ModelError(f"a {config.model_type} cannot be made for {task.lower()} from its config: {why}") from None
     model.tie_weights()  # which transformers does with the initialising that is left out
     _keep_wide(model, dtype)
     if quantization is not None:

@@ -57,7 +57,7 @@ def no_number(run: Run, trouble: Trouble) -> TrainingError:
     )
 
 
-def does_not_fit(run: Run, engine: Engine, step: int, tokens: int, words: str) -> DeviceMemoryError:
+def does_not_fit(run: Run, engine: Engine, step: int, tokens: int) -> DeviceMemoryError:
     """What the step took, and what to change."""
     device, t = run.record.device, run.config.train
     held = sum(p.nbytes for p in run.model.parameters())

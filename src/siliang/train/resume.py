@@ -10,6 +10,7 @@ from typing import Any
 
 from siliang.config import RunConfig, differences
 from siliang.files import damage, pasted, sweep
+from siliang.other_names import written
 from siliang.record import RECORD_NAME, Record, plain
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, has_template_file, what_changed
 from siliang.start_adapter import find_start_adapter
@@ -117,7 +118,7 @@ def _read(folder: Path, say: Callable[[str], None]) -> Record | None:
         return Record.read(folder)
     except ConfigError:
         what = "damaged" if (folder / RECORD_NAME).exists() else "not there"
-        say(f"warning    {folder / RECORD_NAME} is {what}: nobody can tell whether settings or data have changed since")
+        say(f"warning    {folder / RECORD_NAME} is {what}: cannot check whether settings or data have changed")
         return None
 
 
@@ -152,15 +153,11 @@ def _refuse(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
 
 def _in_words(name: str, values: tuple[Any, Any]) -> str:
     was, now = values
-    return f"{name} = {_shown(now)} (it was {_shown(was)})"
+    return f"{name} = {written(now)} (it was {written(was)})"
 
 
 def _further(folder: Path) -> str:
     return f"siliang train ... {pasted('--adapter', folder)}"
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_files(

@@ -74,6 +74,7 @@ from siliang.types import (
     OutputError,
     SiliangError,
     TaskType,
+    first_line,
     nearest,
 )
 
@@ -154,7 +155,7 @@ def train(
     except BaseException as error:
         if not ranks.first:
             raise
-        run.record.status, run.record.error = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        run.record.status, run.record.error = "failed", first_line(error, kind=True)
         _try_to_write(run.record, folder)
         if new and not checkpoints(folder / CHECKPOINTS) and isinstance(error, OSError | SiliangError):
             shutil.rmtree(folder, ignore_errors=True)
@@ -315,8 +316,8 @@ def _start(config: RunConfig, begun: Begun | None, *, force: bool) -> Path | Non
     if begun is not None and begun.checkpoint is not None:
         return begun.checkpoint
     found = find_start_adapter(config.adapter)
-    was = found.record.get("model_files")
-    changed = changed_base(config.model, config.revision, was) if isinstance(was, dict) else None
+    was = found.record.model_files if found.record is not None else {}
+    changed = changed_base(config.model, config.revision, was)
     if changed is not None and not force:
         raise ModelError(
             f"{config.model} is not the base model that {config.adapter} was trained on: {changed}.\n"

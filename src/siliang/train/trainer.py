@@ -49,12 +49,12 @@ class Handlers:
 
     Attributes:
         on_trouble: Makes the error for a loss that is no number.
-        on_memory: Makes the error for a step that does not fit the device; its tokens and the device's own words.
+        on_memory: Makes the error for a step that does not fit the device; from its number and its tokens.
         say: One line about what happened.
     """
 
     on_trouble: Callable[[Trouble], BaseException]
-    on_memory: Callable[[int, int, str], BaseException]
+    on_memory: Callable[[int, int], BaseException]
     say: Callable[[str], None]
 
 
@@ -125,9 +125,8 @@ class SiliangTrainer(Trainer):
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                words = str(error)
             # outside of the handler: the error holds on to what it had computed
-            batches = self._smaller(model, batches, words)
+            batches = self._smaller(model, batches)
             assert before is not None
             set_random_state(before)
         self.tokens_trained += tokens
@@ -176,7 +175,7 @@ class SiliangTrainer(Trainer):
         # in front: the last batch is the one whose gradients are sent
         return [min(batches, key=lambda batch: batch.tokens).ghost()] * missing + batches
 
-    def _smaller(self, model: nn.Module, batches: list[Batch], words: str) -> list[Batch]:
+    def _smaller(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
         """A step's rows in smaller batches, or with every layer computed twice; the batches to come are so too.
 
         With several ranks there is neither: the others are in the middle of this step, and one that began it again
@@ -203,7 +202,7 @@ class SiliangTrainer(Trainer):
         if fit and self.engine.recompute.all():
             self._handlers.say(f"memory     step {step:,} did not fit by rows: from now on every layer recomputes")
             return batches
-        raise self._handlers.on_memory(step, tokens, words)
+        raise self._handlers.on_memory(step, tokens)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer's estimate is of padded batches."""
