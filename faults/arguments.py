@@ -5,6 +5,7 @@ Nothing is trained long: where a command would start processes or a training, on
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -155,11 +156,14 @@ def words(names: dict[str, list[str]]) -> st.SearchStrategy[list[str]]:
     return st.one_of(*(of(name) for name in commands), anything)
 
 
-def try_arguments(names: dict[str, list[str]], folder: Path, *, cases: int, seconds: float, seed: int = 0) -> Tried:
+def try_arguments(
+    names: dict[str, list[str]], folder: Path, *, cases: int, seconds: float = math.inf, seed: int = 0
+) -> Tried:
     """So many command lines, or as many as the time allows, in `folder`.
 
     Args:
         names: As `make_names` gives them.
+        seed: 0 for the same command lines each time.
     """
     tried, until, here = Tried(), time.monotonic() + seconds, Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from tiny import batch, make
 from torch import nn
 
 from siliang import BitFitConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from siliang.checkpoint import read_adapter, read_training
 from siliang.types import AdapterError
 
 
@@ -109,6 +110,16 @@ def test_damaged_weights(adapter: Path, damage: Callable[[bytes], bytes]) -> Non
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(AdapterError, match="damaged"):
         PeftModel.from_pretrained(make("llama"), adapter)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 40, b"PK\x03\x04" + b"\0" * 40], ids=["empty", "noise", "zip"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "siliang_training.safetensors"])
+def test_each_damaged_file_is_named_with_what_to_do(name: str, damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(AdapterError) as raised:
+        (read_training if "training" in name else read_adapter)(tmp_path)
+    first, second = str(raised.value).splitlines()
+    assert first.startswith(f"{tmp_path / name} is damaged: ") and second == "Download it, or train it, again."
 
 
 def test_pickled_weights_run_no_code(adapter: Path) -> None:

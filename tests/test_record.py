@@ -9,11 +9,10 @@ from records import SCORES, comparison, record
 
 from siliang.compare.record import Comparison
 from siliang.compare.verdict import QUALITY
-from siliang.record import Record, plain
+from siliang.record import Record, better, plain
 from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.secrets import redacted
-from siliang.train.watcher import Limits
 from siliang.types import ConfigError, TaskType
 
 
@@ -39,8 +38,10 @@ def test_a_metric_that_is_no_number_is_written_and_read(tmp_path: Path) -> None:
 def test_a_number_is_better_than_none() -> None:
     for task in (TaskType.SEQ_CLS, TaskType.CAUSAL_LM):
         assert QUALITY[task].better(0.5, math.nan) and not QUALITY[task].better(math.nan, 0.5)
-    assert Limits(best="loss").better(0.5, math.nan) and not Limits(best="loss").better(math.nan, 0.5)
-    assert not Limits(best="f1").better(math.nan, math.nan) and Limits(best="f1").better(math.nan, None)
+    assert better("loss", 0.5, math.nan) and not better("loss", math.nan, 0.5)
+    assert not better("f1", math.nan, math.nan) and better("f1", math.nan, None)
+    for name, higher in (("loss", False), ("eval_loss", False), ("perplexity", False), ("f1", True)):
+        assert better(name, 0.5, 0.4) is higher and better(name, 0.4, 0.5) is not higher
 
 
 def test_a_comparison_with_a_metric_that_is_no_number_is_shown(tmp_path: Path) -> None:

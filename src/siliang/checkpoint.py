@@ -184,13 +184,9 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         AdapterError: No weights are there, or they are damaged.
     """
     path, pickled = folder / WEIGHTS_NAME, folder / PICKLED_NAME
-    try:
-        if path.is_file():
-            return load_file(path)
-        if pickled.is_file():
-            return torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise AdapterError(f"{folder}: the adapter's weights are damaged: {first_line(error)}") from error
+    for file in (path, pickled):
+        if file.is_file():
+            return _read(file)
     raise AdapterError(f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.")
 
 
@@ -201,12 +197,23 @@ def read_training(folder: Path) -> dict[str, Tensor] | None:
         AdapterError: The file is damaged.
     """
     path = folder / TRAINING_NAME
-    if not path.is_file():
-        return None
+    return _read(path) if path.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        AdapterError: It is damaged.
+    """
     try:
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", weights_only=True)
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from error
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise AdapterError(
+            f"{path} is damaged: {first_line(error).rstrip('.')}.\nDownload it, or train it, again."
+        ) from error
 
 
 def check_sizes(config: PeftConfig, tensors: dict[str, Tensor], *, model: nn.Module, source: str) -> None:

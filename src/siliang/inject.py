@@ -3,8 +3,8 @@ modules. Where is targets.py's to say, what is methods/'s.
 
 Two rules keep several adapters apart. Whatever is asked of the base model (where a target is, what a copy starts from)
 is asked while everything is taken off it, so that no adapter sees another. And what is at work follows from the state
-alone (the active, merged and disabled adapters, the rows of a batch): a change checks, sets the state, and lets
-`_settle` do the rest.
+alone (the active, merged and disabled adapters, the rows of a batch). Each method validates, changes the state, then
+calls `_settle`.
 """
 
 from __future__ import annotations

@@ -174,6 +174,22 @@ class File(Part):
     sha256: str
 
 
+LOWER_IS_BETTER = ("loss", "eval_loss", "perplexity")  # of a run's figures; of every other, more is better
+
+
+def higher_is_better(figure: str) -> bool:
+    """The direction of a figure of a run's held-out rows."""
+    return figure not in LOWER_IS_BETTER
+
+
+def better(figure: str, new: float, old: float | None) -> bool:
+    """Whether a figure's new value is better than its old one, or than none at all (None); a number is better than
+    NaN."""
+    if old is None or math.isnan(old):
+        return old is None or not math.isnan(new)
+    return new > old if higher_is_better(figure) else new < old
+
+
 class Record(Saved):
     """run.json."""
 

@@ -94,6 +94,11 @@ def test_the_log_keeps_what_best_chose_by(models: dict[str, Path], tmp_path: Pat
     assert len(measured) == 2 and all({"f1", "precision", "recall", "accuracy"} == m.keys() for m in measured)
     assert record.best_step is not None and measured[record.best_step - 1]["f1"] == record.final["f1"]
 
+    (tmp_path / "text").mkdir()
+    record = train(configured("causal_lm", models, tmp_path / "text", eval_every=1, best="perplexity"))
+    losses = [line.eval_loss for line in record.steps if line.eval_loss is not None]
+    assert record.best_step is not None and losses[record.best_step - 1] == min(losses) == record.final["eval_loss"]
+
 
 def test_rows_of_which_none_can_be_measured(models: dict[str, Path], tmp_path: Path) -> None:
     """They were passed over without a word, or came out as a loss of 0."""

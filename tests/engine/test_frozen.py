@@ -1,5 +1,6 @@
 """What frozen layers say is computed once, exactly, or not kept at all."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,3 +148,18 @@ def test_where_the_cut_is() -> None:
     layers[0].requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
     assert find_cut(model, layers).why_not == "the embeddings are trained"
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_somebody_elses_forward_stays(name: str) -> None:
+    """accelerate and others set an instance's own forward."""
+    model, task = model_and_task(name)
+    without_dropout(model)
+    chosen = [find_layers(model.get_base_model())[0]]
+    chosen += [module for module in model.modules() if type(module).__name__ in ("BloomAttention", "LlamaRMSNorm")]
+    for module in chosen:
+        module.forward = partial(type(module).forward, module)  # type: ignore[method-assign]
+    own = [module.forward for module in chosen]
+    _, engine = epochs(model, task, keep=True)
+    assert engine.padding is not None and engine.padding.below is not None and engine.padding.below.hits
+    assert [module.__dict__.get("forward") for module in chosen] == own

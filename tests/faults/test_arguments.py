@@ -24,11 +24,11 @@ def place(model_folders: dict[str, Path], review_file: Path, tmp_path_factory: p
 
 
 def test_command_lines_of_every_kind(place: Path, model_folders: dict[str, Path], review_file: Path) -> None:
-    """For so many seconds."""
+    """The same few each time."""
     names = make_names(place / "names", place / "run", model_folders["bert"], review_file)
-    tried = try_arguments(names, place / "work", cases=150, seconds=20)
+    tried = try_arguments(names, place / "work", cases=15)
     assert not tried.failures, "\n".join(f"{what}\n   {words}" for what, words in tried.failures.items())
-    assert tried.cases > 5
+    assert tried.cases == 15
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from siliang.check import find, look_at
 from siliang.cli.main import main
+from siliang.compare.learned import losses
 from siliang.config import RunConfig
 from siliang.data.examples import conversation
 from siliang.data.templates import TEMPLATES
@@ -19,7 +20,7 @@ from siliang.engine.step import Engine
 from siliang.models.load import load_tokenizer
 from siliang.run_folder import open_run
 from siliang.train.guard import Guard
-from siliang.train.run import train
+from siliang.train.run import Listener, train
 from siliang.types import ConfigError, DataError, ModelError, TaskType
 from siliang.use import evaluate, generate, merge, predict
 
@@ -193,6 +194,20 @@ def test_train_says_that_nothing_was_learned(
             words += ["--set", setting]
         code, shown = command(capsys, monkeypatch, *words)
         assert code == 0 and said in shown, shown[-900:]
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+def test_what_is_held_against_the_base_is_the_one_evaluation(
+    method: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    found = list[tuple[float, float]]()
+    config = settings(model_folders["llama"], ASKED, tmp_path / "run", method=method, data={"test_size": 0.5})
+    record = train(config, Listener(trained=lambda run: found.append(losses(run))))
+    still = {"data": {"test_size": 0.5}, "train": {"learning_rate": 1e-30}}
+    record_of_base = train(settings(model_folders["llama"], ASKED, tmp_path / "base", method="lora", **still))
+    ((tuned, base),) = found
+    assert tuned == record.final["eval_loss"]
+    assert base == pytest.approx(record_of_base.final["eval_loss"], rel=1e-5) and base != tuned
 
 
 def test_a_merged_model_writes_conversations_as_training_did(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -67,10 +67,9 @@ class KeptBase:
             base = model.unload().eval()
             for p in base.parameters():
                 p.grad = None
-            drawn = config.task in WITHOUT_NEW_WEIGHTS and invented_modules(
-                base
-            )  # by the seed, which is not in the key
-            if bits(base) == self._bits and not drawn:
+            # weights initialised from the seed, which is not in the key
+            has_new_weights = config.task in WITHOUT_NEW_WEIGHTS and bool(invented_modules(base))
+            if bits(base) == self._bits and not has_new_weights:
                 self._model = base
 
     def drop(self) -> None:

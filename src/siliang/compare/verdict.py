@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from siliang.compare.record import Answers
+from siliang.record import better, higher_is_better
 from siliang.types import TaskType
 
 Verdict = Literal["one class", "majority", "not below the base", "no spans", "no number"]
@@ -20,25 +20,26 @@ class Quality:
 
     Attributes:
         name: Its key in the record's final metrics.
-        higher: More of it is better.
     """
 
     name: str
-    higher: bool
+
+    @property
+    def higher(self) -> bool:
+        """More of it is better."""
+        return higher_is_better(self.name)
 
     def better(self, a: float, b: float) -> bool:
         """Whether `a` is better than `b`; a number is better than none (NaN)."""
-        if math.isnan(b):
-            return not math.isnan(a)
-        return a > b if self.higher else a < b
+        return better(self.name, a, b)
 
 
 QUALITY = {
-    TaskType.SEQ_CLS: Quality("accuracy", True),
-    TaskType.TOKEN_CLS: Quality("f1", True),
-    TaskType.QUESTION_ANS: Quality("f1", True),
-    TaskType.CAUSAL_LM: Quality("eval_loss", False),
-    TaskType.SEQ_2_SEQ_LM: Quality("eval_loss", False),
+    TaskType.SEQ_CLS: Quality("accuracy"),
+    TaskType.TOKEN_CLS: Quality("f1"),
+    TaskType.QUESTION_ANS: Quality("f1"),
+    TaskType.CAUSAL_LM: Quality("eval_loss"),
+    TaskType.SEQ_2_SEQ_LM: Quality("eval_loss"),
 }
 
 

@@ -65,8 +65,7 @@ class Batch:
         return replace(self, inputs=inputs, targets=targets)
 
     def ghost(self) -> Batch:
-        """The same rows, of which none counts: a rank without work goes through the motions, as the others wait for
-        it."""
+        """The same rows with zero weight. A rank without rows runs this batch so that collectives match."""
         return replace(self, weight=0, targets=None if self.targets is None else self.targets[:, :0], entries=())
 
     def halves(self) -> list[Batch]:
@@ -130,7 +129,7 @@ class StepCollator:
         """The batches of these entries of a token set; each batch knows the numbers of its rows.
 
         Args:
-            entries: Their numbers; ~i in place of i for an entry that does not count.
+            entries: Their numbers; ~i marks a dummy entry; it adds nothing.
         """
         rows = tokens.__getitems__([i if i >= 0 else ~i for i in entries])
         for i, row in zip(entries, rows, strict=True):

@@ -78,8 +78,8 @@ def evaluate(
     Args:
         model: As it is called: the engine's own, or what a strategy has wrapped around it.
         collator: Makes the batches.
-        steps: The numbers of the entries that are collated together; None for all of `tokens`, in order. ~i in place of
-            i: an entry that does not count, where other ranks wait for this one.
+        steps: The numbers of the entries that are collated together; None for all of `tokens`, in order. ~i
+            marks a dummy entry; it adds nothing.
         reader: What is kept of the model's output, one item for each row of the batch; None for the loss alone.
         autocast: Makes the context of the computation.
         as_many: Adds dummy batches to those of a step, where every rank needs the same number.

@@ -1,5 +1,5 @@
-"""With only the top layers trained, what the layers below them say of a row is the same in every epoch: it is computed
-once and kept.
+"""With only the top layers trained, the hidden states below the first trained layer are the same in every epoch: they
+are computed once and kept.
 
     epoch 1:   row -> layers 0 .. c-1 -> kept -> layers c .. L
     after it:  kept -> layers c .. L
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.data.cache import cache_folder
+from siliang.engine.forwards import Undo, replace_forward
 from siliang.virtual_tokens import backbone
 
 MEMORY_SHARE = 0.25  # of the free memory that the cache takes before it goes on in a file
@@ -209,27 +210,28 @@ class FrozenBelow:
         self.hits = 0
         self._keys: tuple[bytes, ...] | None = None
         self._tuples: bool | None = None
+        self._passing = False  # the lower layers are not computed
 
     @contextmanager
     def of(self, keys: tuple[bytes, ...]) -> Iterator[None]:
         """Within the block, backward included, a batch of these rows goes through the model."""
-        self._keys = keys
+        self._keys, undo = keys, list[Undo]()
         if self._tuples is not None and all(key in self.store for key in keys):
             self.hits += 1
-            for layer in self.layers[: self.cut]:
-                layer.forward = self._pass  # type: ignore[method-assign]
+            undo = [replace_forward(layer, self._pass) for layer in self.layers[: self.cut]]
+            self._passing = True
         try:
             yield
         finally:
-            self._keys = None
-            for layer in self.layers[: self.cut]:
-                layer.__dict__.pop("forward", None)
+            self._keys, self._passing = None, False
+            for restore in undo:
+                restore()
 
     def enter(self, hidden_1TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """What layer `cut` is to read: the kept states, or those that came, which are kept then."""
         if self._keys is None:
             return hidden_1TD
-        if "forward" in self.layers[0].__dict__:
+        if self._passing:
             states = torch.cat([self.store.get(key) for key in self._keys])
             return states.to(hidden_1TD.device, non_blocking=True).unsqueeze(0)
         for key, states_nD in zip(self._keys, hidden_1TD[0].split(lengths), strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from siliang.engine.forwards import replace_forward
 from siliang.engine.frozen import FrozenBelow
 from siliang.ops.packed_attention import Layout, packed_attention
 from siliang.types import first_line
@@ -65,18 +66,18 @@ class PaddingFree:
         self._rows: tuple[tuple[int, ...], int] | None = None
         self._keep_packed = False
         self._packed: dict[int, tuple[Any, Any]] = {}
-        self._patched = [m for m in model.modules() if _is_bloom(m)]
         self._handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
         self._handles += [layer.register_forward_hook(self._leave) for layer in {self.layers[0], self.layers[-1]}]
-        for module in self._patched:
-            module.forward = partial(_bloom_attention, module, module.forward)  # type: ignore[method-assign]
+        self._undo = [
+            replace_forward(m, partial(_bloom_attention, m, m.forward)) for m in model.modules() if _is_bloom(m)
+        ]
 
     def close(self) -> None:
         """Takes everything off the model again."""
         for handle in self._handles:
             handle.remove()
-        for module in self._patched:
-            del module.forward  # the class's own is behind it
+        for restore in self._undo:
+            restore()
 
     @contextmanager
     def without(self, lengths: tuple[int, ...], width: int, *, keep_packed: bool = False) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from siliang.data.encode import IGNORED
 from siliang.engine.batches import Batch
+from siliang.engine.forwards import replace_forward
 from siliang.engine.frozen import EnoughError, FrozenBelow, Store, find_cut
 from siliang.engine.padding import NotPackableError, PaddingFree, in_a_sentence
 from siliang.engine.quicker import Quicker
@@ -257,15 +258,11 @@ class HeadLoss:
             seen.append(states)
             return states[..., :1].clone()  # FSDP2 wants no view of a sharded module's output
 
-        own = self._head.__dict__.get("forward")
-        self._head.forward = catch
+        restore = replace_forward(self._head, catch)
         try:
             yield seen
         finally:
-            if own is None:
-                del self._head.forward
-            else:
-                self._head.forward = own
+            restore()
 
     def loss(self, states: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         """Summed over the labelled rows.

@@ -74,7 +74,7 @@ def _materialize(
     if there == mapped.device and kind == mapped.dtype and not copied:
         return mapped  # stays in the file, whose pages the system may share and take back
     if not _is_file(mapped):
-        return mapped.to(device=device, dtype=dtype)
+        return mapped.to(device=device, dtype=dtype, copy=copied)
     if there.type != "cpu" or not mapped.is_contiguous():
         made = mapped.to(device=device, dtype=dtype, copy=True)
         _give_back(mapped)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from siliang.compare.verdict import QUALITY
 from siliang.memory.size import show_bytes
+from siliang.record import higher_is_better
 from siliang.report.gather import Material
 from siliang.report.summary import Answer, Line, Mean
 
@@ -48,7 +49,7 @@ def table(found: list[Line], material: Material, w: dict[str, str]) -> tuple[lis
     columns = [
         Column("method", w["method"], number=False),
         Column(quality.name, w[quality.name], higher=quality.higher),
-        *(Column(name, w[name], higher=name != "perplexity") for name in extra),
+        *(Column(name, w[name], higher=higher_is_better(name)) for name in extra),
         *([] if quality.name == "eval_loss" else [Column("loss", w["loss"], higher=False)]),
         Column("minutes", w["minutes"], higher=False),
         Column("peak", w["peak"], higher=False),

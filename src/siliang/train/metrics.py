@@ -354,6 +354,6 @@ MEASURES: dict[TaskType, Measure] = {
     TaskType.SEQ_CLS: Measure(("accuracy", "f1"), read_classes, _class_figures),
     TaskType.TOKEN_CLS: Measure(("f1", "precision", "recall", "accuracy"), read_tags, _tag_figures),
     TaskType.QUESTION_ANS: Measure(("exact_match", "f1"), read_spans, _answer_figures),
-    TaskType.CAUSAL_LM: Measure(),
-    TaskType.SEQ_2_SEQ_LM: Measure(),
+    TaskType.CAUSAL_LM: Measure(("perplexity",)),  # exp of the loss
+    TaskType.SEQ_2_SEQ_LM: Measure(("perplexity",)),
 }

@@ -110,7 +110,7 @@ class Share(Sampler[list[int]]):
 
 
 class Counted(Dataset[dict[str, Any]]):
-    """A data set whose rows may be asked for as ~row, which marks them as not counting ("ghost")."""
+    """A data set whose rows may be asked for as ~row, which marks a dummy row ("ghost"); it adds nothing."""
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows

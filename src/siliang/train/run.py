@@ -382,7 +382,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
         save_every_s=t.save_every_minutes * 60 if t.save_every_minutes else None,
         stop_at=started + t.max_seconds if t.max_seconds else None,
         save_s=12 * record.parameters.trained / SLOW_DISK_BYTES_PER_S,
-        best=t.best,
+        best="loss" if t.best == "perplexity" else t.best,  # the same step is the best
     )
     with stopping_on_signal() as stop, PeakMemory(find_device(), sum(record.memory.predicted_parts.values())) as memory:
         watcher = Watcher(memory, run.listener.progress, stop, limits)

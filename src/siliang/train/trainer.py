@@ -92,9 +92,7 @@ class SiliangTrainer(Trainer):
         self._order, self.ranks, self._held_out = order, ranks, held_out
         super().__init__(*args, **kwargs)
         if not ranks.first:
-            torch.manual_seed(
-                self.args.seed + ranks.rank
-            )  # what is dropped of its rows is not what is dropped of others'
+            torch.manual_seed(self.args.seed + ranks.rank)  # each rank draws its own dropout
         if is_sharded(self.model):  # type: ignore[arg-type]
             # it is what accelerate would make of it; on CPUs accelerate knows no FSDP, and would wrap it in DDP
             self.accelerator.prepare_model = lambda model, **kwargs: model  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -15,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from siliang.distributed.ranks import find_ranks
 from siliang.memory.peak import PeakMemory
-from siliang.record import StepMetrics
+from siliang.record import StepMetrics, better
 
 if TYPE_CHECKING:
     from siliang.train.trainer import SiliangTrainer
@@ -56,13 +55,6 @@ class Limits:
     stop_at: float | None = None
     save_s: float = 0.0
     best: str | None = None
-
-    def better(self, new: float, old: float | None) -> bool:
-        """By the metric's own direction; a number is better than none (NaN)."""
-        lower = self.best in ("loss", "perplexity")
-        if old is None or math.isnan(old):
-            return old is None or not math.isnan(new)
-        return new < old if lower else new > old
 
 
 class Watcher(TrainerCallback):
@@ -165,8 +157,9 @@ class Watcher(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Remembers the best step, whose checkpoint is made at once."""
-        found = (metrics or {}).get(f"eval_{self._limits.best}")
-        if found is not None and self._limits.better(float(found), state.best_metric):
+        best = self._limits.best
+        found = (metrics or {}).get(f"eval_{best}")
+        if best is not None and found is not None and better(best, float(found), state.best_metric):
             state.best_metric, state.best_global_step = float(found), state.global_step
             control.should_save = True
 
