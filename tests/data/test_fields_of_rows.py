@@ -195,3 +195,15 @@ def words() -> PreTrainedTokenizerFast:
     from tiny import word_tokenizer
 
     return word_tokenizer()
+
+
+HISTORY = [["hello", "yes"], ["one", "two"], ["three", "four"]]
+
+
+@pytest.mark.parametrize("system", [{}, {"system": "be kind"}])
+@pytest.mark.parametrize("history", [HISTORY, json.dumps(HISTORY)])
+def test_history_is_learned_oldest_first(history: Any, system: dict[str, str]) -> None:
+    talk = read({"instruction": "five", "output": "six", "history": history, **system})
+    said = [m.text for m in talk.messages]
+    assert said == [*system.values(), "hello", "yes", "one", "two", "three", "four", "five", "six"]
+    assert [m.role for m in talk.messages][-8:] == ["user", "assistant"] * 4

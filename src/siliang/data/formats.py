@@ -561,7 +561,7 @@ def _pair(instruction: str, output: str) -> Callable[[Values, Columns], Result]:
         messages = [Message("user", question, about), Message("assistant", answer)]
         if system := cell(values, c.system).strip():
             messages.insert(0, Message("system", system))
-        for before, after in reversed(_history(values)):
+        for before, after in _history(values):  # the oldest first
             messages[-2:-2] = [Message("user", before), Message("assistant", after)]
         return _conversation(messages)
 
