@@ -13,7 +13,7 @@ from siliang.record import Record, better, plain
 from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.secrets import redacted
-from siliang.types import ConfigError, TaskType
+from siliang.types import ConfigError, TaskType, first_line
 
 
 def test_a_metric_that_is_no_number_is_written_and_read(tmp_path: Path) -> None:
@@ -63,6 +63,14 @@ def test_secrets_are_hidden_in_texts_and_numbers_stay(tmp_path: Path, monkeypatc
     assert read.config["deep"] == [{"list": ["***"], "seed": 12345678}]
     assert redacted({"a": (1, "12345678", None, True, 0.5)}) == {"a": [1, "***", None, True, 0.5]}
     assert plain({"a": math.inf, "b": 1.5}) == {"a": "Infinity", "b": 1.5}
+
+
+def test_the_first_line_of_an_error_that_says_nothing() -> None:
+    for nothing in ("", "\n", " \n\t\n"):
+        assert first_line(ValueError(nothing)) == first_line(ValueError(nothing), kind=True) == "ValueError"
+        assert first_line(nothing) == ""
+    assert first_line(OSError("\n  one \ntwo")) == "one" and first_line("one\ntwo") == "one"
+    assert first_line(OSError("one\ntwo"), kind=True) == "OSError: one"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"started_at": 3}', "\x00"])

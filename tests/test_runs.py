@@ -184,7 +184,7 @@ def test_a_file_that_nothing_loads_makes_no_other_base_model(trained: Path, tmp_
     assert "notes.txt" not in was and changed_base(str(base), None, was) is None
     for name in (
         "readme.txt",
-        "config_of_mine.json",
+        "mine.json",
         "generation_config.json",
         "pytorch_model.bin",
         "vocab.txt",
@@ -229,7 +229,7 @@ def test_a_base_model_that_was_replaced_is_an_error(
         assert "warning: " in run(name, "run", *more, "--force", stdin="say one\n")
     error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
     assert "has changed since the run began: model.safetensors is another file" in error and "--force" in error
-    assert "it goes on, but not as it would have" in run(
+    assert "It goes on, but not as it would have" in run(
         "train", "--resume", "run", "--set", "train.max_steps=8", "--force"
     )
     assert "from step 7 on: the base model" in world.record().changed[-1]

@@ -86,7 +86,7 @@ def test_pefts_own(tmp_path: Path) -> None:
 def test_a_run_that_was_fully_tuned_or_not_finished(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: m\ndata: {train: d}\n")
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ConfigError, match="was not finished: name one of its checkpoints"):
+    with pytest.raises(ConfigError, match="was not finished, and has no checkpoint"):
         find_start_adapter(str(tmp_path))
     (tmp_path / "model").mkdir()
     with pytest.raises(ConfigError, match="was fully tuned and has no adapter: give its model, --model"):
