@@ -13,7 +13,8 @@ from commands import refused
 from siliang import other_names
 from siliang.compare.config import CompareConfig
 from siliang.config import RunConfig, assign, name_here
-from siliang.other_names import METHOD_VALUES, NAMES, TABLE, TASK_VALUES, Row
+from siliang.other_names import MEASURED, METHOD_VALUES, NAMES, TABLE, TASK_VALUES, Row
+from siliang.train.metrics import MEASURES
 from siliang.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,19 @@ def test_every_row_of_the_table_holds(tmp_path: Path) -> None:
             found = other_names.assignments(row, theirs)
             assert found is not None
             build(*found)
+
+
+def test_what_is_proposed_for_best_is_measured() -> None:
+    measured = {"loss", *(name for measure in MEASURES.values() for name in measure.names)}
+    assert set(MEASURED) == measured
+    proposed = [ours for row in TABLE if row.setting == "train.best" for ours in row.values.values() if ours]
+    assert {ours.removeprefix("train.best=") for ours in proposed} == measured
+
+
+def test_what_is_lacking_is_proposed_nowhere() -> None:
+    for row in TABLE:
+        assert not row.lacks.keys() & row.values.keys()
+        assert all(other_names.assignments(row, theirs) is None for theirs in row.lacks)
 
 
 def test_a_name_stands_in_one_row_and_is_none_of_ours() -> None:
@@ -77,7 +91,28 @@ def test_tasks_of_other_names(name: str, ours: str) -> None:
         ("cutoff_len=1024", "`data.max_length=1024`"),
         ("data.cutoff_len=1024", "`data.max_length=1024`"),
         ("bf16=true", "`train.precision=bf16`"),
-        ("bf16=false", "leave it out"),
+        ("bf16=false", "`train.precision=fp32`"),
+        ("fp16=false", "`train.precision=fp32`"),
+        ("fp32=false", "`train.precision=auto`"),
+        ("fsdp=false", "`distributed.strategy=ddp`"),
+        ("evals_per_epoch=4", "train.eval_every is a number of steps"),
+        ("per_device_eval_batch_size=64", "no figure depends on it; leave it out"),
+        ("eval_batch_size=64", "no figure depends on it; leave it out"),
+        ("metric_for_best_model=eval_loss", "`train.best=loss`"),
+        ("metric_for_best_model=eval_accuracy", "`train.best=accuracy`"),
+        ("metric_for_best_model=eval_bleu", "train.best, as in `train.best=loss`"),
+        ("logging_dir=logs", "`siliang report RUN`"),
+        ("lr_scheduler_type=warmup_stable_decay", "siliang does not have it: train.schedule is linear, cosine or"),
+        ("lr_scheduler_type=constant", "`train.schedule=constant` and `train.warmup_fraction=0`"),
+        ("lr_scheduler_type=constant_with_warmup", "`train.schedule=constant`."),
+        ("warmup_steps=1", "It is a share of all steps"),
+        ("warmup_steps=0", "`train.warmup_fraction=0`"),
+        ("truncation_strategy=left", "not its beginning"),
+        ("truncation_strategy=right", "`data.too_long=cut`"),
+        ("template=default", "data.template"),
+        ("stage=dpo", "siliang does not have it"),
+        ("quantization=true", "as in `quantization.bits=4`"),
+        ("data_seed=1", "train.seed sets the order"),
         ("packing=true", "`train.packing=true`"),
         ("quantization=4", "`quantization.bits=4`"),
         ("quantization=nf4", "`quantization.bits=4`"),
@@ -88,6 +123,7 @@ def test_tasks_of_other_names(name: str, ours: str) -> None:
         ("lora_target=all", "`method.target_modules=all-linear`"),
         ("finetuning_type=lora", "`method=lora`"),
         ("adapter=qlora", "`method=lora` and `quantization.bits=4`"),
+        ("adapter=lora", "`method=lora`"),
         ("load_in_4bit=true", "`quantization.bits=4`"),
         ("load_in_8bit=true", "`quantization.bits=8`"),
         ("per_device_train_batch_size=2", "`train.batch_size=2`"),
@@ -97,7 +133,7 @@ def test_tasks_of_other_names(name: str, ours: str) -> None:
         ("epochs=3", "`train.epochs=3`"),
         ("model.epochs=3", "model is a single value"),
         ("lr_scheduler_type=cosine", "`train.schedule=cosine`"),
-        ("lr_scheduler_type=polynomial", "`train.schedule=cosine`"),  # which is none of ours: as in ...
+        ("lr_scheduler_type=polynomial", "siliang does not have it"),
         ("lr=fast", "train.learning_rate, as in `train.learning_rate=5e-5`"),
         ("warmup_steps=100", "train.warmup_fraction, as in `train.warmup_fraction=0.1`. It is a share"),
         ("torch_dtype=bfloat16", "`train.precision=bf16`"),

@@ -588,6 +588,9 @@ def _with_adapter(values: dict[str, Any]) -> dict[str, Any]:
         return values
     from siliang.start_adapter import find_start_adapter  # torch: only where there is one
 
+    if not Path(name).exists() and other_names.plain(name) in {*other_names.METHOD_VALUES, "lora"}:
+        said = other_names.METHOD_VALUES.get(other_names.plain(name), f"method={other_names.plain(name)}")
+        raise ConfigError(f"adapter = {name!r} is no adapter: here that is {_quoted(said.split())}.")
     if (
         values.keys() >= {"model", "task", "method"}
         and not Path(name).expanduser().exists()
@@ -727,6 +730,8 @@ def name_here(name: str, value: Any = NOT_GIVEN, *, section: str = "", fields: I
     field = row.setting.removeprefix("method.")
     if row.setting == f"{section}.{name}" or (fields is not None and field != row.setting and field not in fields):
         return ""
+    if value is not NOT_GIVEN and (lacking := row.lacks.get(other_names.written(value).lower())) is not None:
+        return f" {other_names.written(value)}: {lacking}"
     found = None if value is NOT_GIVEN else other_names.assignments(row, value)
     if found == []:
         return f" Nothing has to be set for that here: leave it out.{note}"

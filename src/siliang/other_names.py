@@ -26,6 +26,7 @@ class Row:
             `any_value`.
         any_value: Values that are not in `values` are good as they stand.
         note: What else is to be known, a sentence.
+        lacks: Others' values that siliang has nothing for, and what is said of each.
     """
 
     setting: str
@@ -34,6 +35,7 @@ class Row:
     values: Mapping[str, str | None] = field(default_factory=dict)
     any_value: bool = True
     note: str = ""
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
 
 def _row(setting: str, names: str, example: str = "", **more: Any) -> Row:
@@ -54,6 +56,9 @@ def _dtypes(setting: str) -> dict[str, str | None]:
     return {theirs: f"{setting}={ours}" for theirs, ours in DTYPES.items()}
 
 
+OTHER_FORMAT = "Where another number format is set to true, leave a false one out."
+# What a run may be measured by (train/metrics.py), as train.best takes it.
+MEASURED = ("loss", "accuracy", "f1", "precision", "recall", "exact_match", "perplexity")
 QLORA = "method=lora quantization.bits=4"
 
 TABLE: tuple[Row, ...] = (
@@ -67,7 +72,7 @@ TABLE: tuple[Row, ...] = (
     _row("revision", "model_revision base_model_revision revision_of_model", "main"),
     _row(
         "output",
-        "output_dir save_dir save_path out_dir outdir output_path run_dir logging_dir",
+        "output_dir save_dir save_path out_dir outdir output_path run_dir",
         "runs/first",
     ),
     _row(
@@ -80,6 +85,9 @@ TABLE: tuple[Row, ...] = (
             "pretrain": "task=causal_lm",
             "seq2seq": "task=seq_2_seq_lm",
         },
+        lacks=dict.fromkeys(
+            ("rm", "ppo", "dpo", "kto", "orpo", "grpo", "rlhf"), "siliang does not have it: it learns from answers."
+        ),
     ),
     # the method
     _row(
@@ -92,7 +100,7 @@ TABLE: tuple[Row, ...] = (
     _row("method.use_dora", "dora use_dora peft_use_dora lora_use_dora do_dora", "true"),
     _row("method.use_rslora", "rslora use_rslora peft_use_rslora lora_use_rslora rank_stabilized", "true"),
     _row("method.r", "lora_rank lora_r rank lora_dim r lora_attention_dim", "16"),
-    _row("method.lora_alpha", "alpha lora_alpha lora_scale", "32"),
+    _row("method.lora_alpha", "alpha lora_alpha", "32"),
     _row("method.lora_dropout", "lora_dropout lora_dropout_p lora_dropout_rate dropout", "0.05"),
     _row(
         "method.target_modules",
@@ -136,9 +144,6 @@ TABLE: tuple[Row, ...] = (
             "8bit": "quantization.bits=8",
             "int4": "quantization.bits=4",
             "int8": "quantization.bits=8",
-            "true": "quantization.bits=4",
-            "bitsandbytes": "quantization.bits=4",
-            "bnb": "quantization.bits=4",
             "false": None,
             "none": None,
         },
@@ -169,7 +174,7 @@ TABLE: tuple[Row, ...] = (
     _row(
         "data.train",
         "dataset datasets train_file train_dataset data_path dataset_path train_data dataset_name data_files "
-        "training_data train_files dataset_dir",
+        "training_data train_files",
         "reviews.csv",
     ),
     _row(
@@ -185,23 +190,20 @@ TABLE: tuple[Row, ...] = (
         "0.1",
         note="It is a share of the rows, not their number.",
     ),
-    _row("data.seed", "data_seed split_seed", "42"),
+    _row("data.seed", "split_seed", "42"),
     _row(
         "data.max_length",
         "cutoff_len max_seq_length max_seq_len seq_len sequence_len seq_length max_len block_size model_max_length "
-        "max_sequence_length context_length max_source_length max_tokens max_input_length cutoff_length",
+        "max_sequence_length context_length max_source_length max_input_length cutoff_length",
         "512",
     ),
-    _row(
-        "data.max_target_length", "max_target_len max_output_length generation_max_length val_max_target_length", "64"
-    ),
+    _row("data.max_target_length", "max_target_len max_output_length", "64"),
     _row("data.stride", "doc_stride", "128"),
     _row(
         "data.template",
         "chat_template prompt_template conversation_template template_name prompt_style template_type",
         "chat",
         values={
-            "default": "data.template=chat",
             "tokenizer_default": "data.template=chat",
             "llama-2": "data.template=llama2",
         },
@@ -222,12 +224,17 @@ TABLE: tuple[Row, ...] = (
         values={
             "delete": "data.too_long=drop",
             "drop": "data.too_long=drop",
-            "left": "data.too_long=cut",
             "right": "data.too_long=cut",
             "truncate": "data.too_long=cut",
             "true": "data.too_long=cut",
         },
         any_value=False,
+        lacks={
+            "left": "siliang does not have it: data.too_long=cut takes the end of an answer off, not its beginning.",
+            "split": "siliang does not have it: a row is cut or dropped, by data.too_long.",
+            "raise": "siliang does not have it: `siliang check` tells of rows that are too long.",
+            "false": "siliang does not have it: a row that is too long is cut or dropped, by data.too_long.",
+        },
     ),
     _row("data.columns.text", "dataset_text_field text_column text_field text_column_name sentence_column", "review"),
     _row("data.columns.text_pair", "text_pair_column sentence2_column sentence2_key text_b", "second"),
@@ -241,7 +248,7 @@ TABLE: tuple[Row, ...] = (
         "preprocessing_num_workers dataset_num_proc num_proc dataset_processes dataset_map_num_proc",
         "2",
     ),
-    _row("data.add_tokens", "new_special_tokens additional_special_tokens add_special_tokens special_tokens", "[<a>]"),
+    _row("data.add_tokens", "new_special_tokens additional_special_tokens add_special_tokens", "[<a>]"),
     # the training
     _row("train.learning_rate", "lr learning_rate peak_lr base_lr max_lr initial_lr lr_rate learningrate", "5e-5"),
     _row("train.epochs", "num_train_epochs num_epochs epoch n_epochs max_epochs train_epochs total_epochs", "3"),
@@ -253,7 +260,7 @@ TABLE: tuple[Row, ...] = (
     _row(
         "train.batch_size",
         "per_device_train_batch_size per_gpu_train_batch_size micro_batch_size train_batch_size batchsize bsz bs "
-        "per_device_batch_size mini_batch_size per_device_eval_batch_size eval_batch_size",
+        "per_device_batch_size mini_batch_size",
         "8",
     ),
     _row(
@@ -261,6 +268,7 @@ TABLE: tuple[Row, ...] = (
         "gradient_accumulation_steps grad_accum accumulate_grad_batches grad_accumulation_steps "
         "grad_accum_steps accumulation_steps gradient_accumulation_step",
         "4",
+        note="It counts the batches of all devices together.",
     ),
     _row(
         "train.warmup_fraction",
@@ -271,6 +279,8 @@ TABLE: tuple[Row, ...] = (
         "train.warmup_fraction",
         ("warmup_steps", "num_warmup_steps", "lr_warmup_steps", "warmup"),
         "0.1",
+        values={"0": "train.warmup_fraction=0"},
+        any_value=False,
         note="It is a share of all steps: 100 of 1,000 are 0.1.",
     ),
     _row(
@@ -278,9 +288,16 @@ TABLE: tuple[Row, ...] = (
         "lr_scheduler_type lr_scheduler scheduler lr_schedule scheduler_type lr_decay_style",
         "cosine",
         values={
+            "constant": "train.schedule=constant train.warmup_fraction=0",
             "constant_with_warmup": "train.schedule=constant",
-            "warmup_stable_decay": None,
         },
+        lacks=dict.fromkeys(
+            (
+                *("polynomial", "cosine_with_restarts", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr"),
+                *("warmup_stable_decay", "wsd", "cosine_warmup_with_min_lr", "greedy", "one_cycle", "rex"),
+            ),
+            "siliang does not have it: train.schedule is linear, cosine or constant, each behind a warm-up.",
+        ),
     ),
     _row(
         "train.max_grad_norm", "gradient_clipping clip_grad_norm max_norm gradient_clip_val grad_clip clip_grad", "1.0"
@@ -293,24 +310,27 @@ TABLE: tuple[Row, ...] = (
         values={
             "true": "train.precision=bf16",
             "auto": "train.precision=auto",
-            "false": None,
+            "false": "train.precision=fp32",
             "full": "train.precision=pure-bf16",
         },
         any_value=False,
+        note=OTHER_FORMAT,
     ),
     _row(
         "train.precision",
         "fp16 use_fp16 half_precision float16",
         "fp16",
-        values={"true": "train.precision=fp16", "auto": "train.precision=auto", "false": None},
+        values={"true": "train.precision=fp16", "auto": "train.precision=auto", "false": "train.precision=fp32"},
         any_value=False,
+        note=OTHER_FORMAT,
     ),
     _row(
         "train.precision",
         "fp32 float32",
         "fp32",
-        values={"true": "train.precision=fp32", "false": None},
+        values={"true": "train.precision=fp32", "false": "train.precision=auto"},
         any_value=False,
+        note=OTHER_FORMAT,
     ),
     _row(
         "train.precision",
@@ -318,6 +338,7 @@ TABLE: tuple[Row, ...] = (
         "pure-bf16",
         values={"true": "train.precision=pure-bf16", "false": None},
         any_value=False,
+        note=OTHER_FORMAT,
     ),
     _row(
         "train.precision",
@@ -325,7 +346,12 @@ TABLE: tuple[Row, ...] = (
         "bf16",
         values=_dtypes("train.precision") | {"true": "train.precision=auto", "false": "train.precision=fp32"},
     ),
-    _row("train.packing", "sample_packing neat_packing use_packing padding_free batch_flattening packing", "true"),
+    _row(
+        "train.packing",
+        "sample_packing neat_packing use_packing padding_free batch_flattening packing",
+        "true",
+        note="It leaves out the padding, and a step's rows stay the same.",
+    ),
     _row(
         "train.group_by_length",
         "length_grouping group_by_len train_sampling_strategy sortish_sampler",
@@ -348,14 +374,20 @@ TABLE: tuple[Row, ...] = (
     _row("train.log_every", "logging_steps log_steps log_interval logging_interval print_every", "10"),
     _row(
         "train.eval_every",
-        "eval_steps evaluation_steps eval_interval eval_step validation_steps val_steps evals_per_epoch",
+        "eval_steps evaluation_steps eval_interval eval_step",
         "50",
         note="It is a number of steps.",
     ),
     _row("train.save_every", "save_steps saving_steps save_interval checkpoint_steps save_step", "100"),
     _row("train.keep", "save_total_limit save_limit max_checkpoints keep_last_n", "2"),
     _row("train.seed", "random_seed random_state rng_seed", "42"),
-    _row("train.best", "metric_for_best_model best_metric monitor", "loss"),
+    _row(
+        "train.best",
+        "metric_for_best_model best_metric monitor",
+        "loss",
+        values={before + name: f"train.best={name}" for name in MEASURED for before in ("", "eval_", "val_")},
+        any_value=False,
+    ),
     _row(
         "train.best",
         "load_best_model_at_end",
@@ -373,9 +405,16 @@ TABLE: tuple[Row, ...] = (
     ),
     _row(
         "distributed.strategy",
-        "fsdp use_fsdp parallel_mode ddp_backend distributed_type",
+        "fsdp use_fsdp parallel_mode distributed_type",
         "fsdp",
-        values={"true": "distributed.strategy=fsdp", "full_shard": "distributed.strategy=fsdp", "false": None},
+        values={
+            "true": "distributed.strategy=fsdp",
+            "full_shard": "distributed.strategy=fsdp",
+            "full_shard auto_wrap": "distributed.strategy=fsdp",
+            "multi_gpu": "distributed.strategy=ddp",
+            "false": "distributed.strategy=ddp",
+            "no": "distributed.strategy=ddp",
+        },
     ),
     _row("distributed.zero_stage", "zero_stage stage_of_zero", "2", note="It needs distributed.strategy=deepspeed."),
     # what is no setting here
@@ -395,7 +434,7 @@ TABLE: tuple[Row, ...] = (
         "siliang chooses its fast paths by itself, with the same result; leave it out.",
     ),
     _nothing(
-        "report_to wandb_project wandb_run_name run_name swanlab_project use_swanlab plot_loss tensorboard",
+        "report_to wandb_project wandb_run_name run_name swanlab_project use_swanlab plot_loss tensorboard logging_dir",
         "run.json in the run's folder holds every figure, and `siliang report RUN` shows them; leave it out.",
     ),
     _nothing(
@@ -411,7 +450,36 @@ TABLE: tuple[Row, ...] = (
         "the commands are `siliang train`, `siliang eval` and `siliang predict`; leave it out.",
     ),
     _nothing(
-        "eval_strategy evaluation_strategy",
+        "per_device_eval_batch_size eval_batch_size",
+        "evaluations take batches of train.batch_size, and no figure depends on it; leave it out.",
+    ),
+    _nothing(
+        "dataset_dir",
+        "data.train names files and folders themselves.",
+    ),
+    _nothing(
+        "special_tokens",
+        "siliang takes the special tokens of the model's tokenizer; leave it out.",
+    ),
+    _nothing(
+        "data_seed",
+        "train.seed sets the order of the rows, and data.seed which of them are held out.",
+    ),
+    _nothing(
+        "generation_max_length val_max_target_length max_new_tokens",
+        "it is no setting of a training: evaluations write up to data.max_target_length, `siliang generate` has "
+        "--max-new-tokens.",
+    ),
+    _nothing(
+        "validation_steps val_steps eval_max_steps",
+        "siliang measures on all held-out rows; train.eval_every is the number of steps between two evaluations.",
+    ),
+    _nothing(
+        "greater_is_better",
+        "siliang knows which way each metric is better; leave it out.",
+    ),
+    _nothing(
+        "eval_strategy evaluation_strategy evals_per_epoch",
         "train.eval_every is a number of steps; without it the run is measured at its end.",
     ),
     _nothing(
@@ -433,8 +501,8 @@ TABLE: tuple[Row, ...] = (
         "how).",
     ),
     _nothing(
-        "device_map device devices num_gpus n_gpu gpus no_cuda use_cpu ddp_timeout ddp_find_unused_parameters "
-        "local_rank nproc_per_node",
+        "device_map device devices num_gpus n_gpu gpus no_cuda use_cpu ddp_backend ddp_timeout "
+        "ddp_find_unused_parameters local_rank nproc_per_node",
         "siliang takes the device that is there; several with `siliang train --devices N`.",
     ),
     _nothing(
@@ -471,7 +539,6 @@ METHOD_VALUES: dict[str, str] = {
     "rslora": "method=lora method.use_rslora=true",
     "pissa": "method=lora method.init_lora_weights=pissa",
     "olora": "method=lora method.init_lora_weights=olora",
-    "sft": "method=full",
     "full_finetuning": "method=full",
     "finetune": "method=full",
     "full_parameter": "method=full",
@@ -513,6 +580,8 @@ def assignments(row: Row, value: Any) -> list[str] | None:
     """How the row's setting is written with `value`, as for --set; empty where nothing has to be set, None where the
     value has no counterpart."""
     text = written(value)
+    if text.lower() in row.lacks:
+        return None
     if text.lower() in row.values:
         found = row.values[text.lower()]
         return [] if found is None else re.split(r" (?=[a-z_.]+=)", found)
@@ -553,7 +622,8 @@ def as_markdown() -> str:
                 + (", ".join(f"`{a}`" for a in re.split(r" (?=[a-z_.]+=)", ours)) if ours else "leave it out")
                 for theirs, ours in row.values.items()
             )
-            said = ". ".join(part for part in (other, row.note.rstrip(".")) if part)
+            lacking = "; ".join(f"{theirs}: {said.rstrip('.')}" for theirs, said in row.lacks.items())
+            said = ". ".join(part for part in (other, lacking, row.note.rstrip(".")) if part)
             parts.append(f"| `{row.setting}` | {', '.join(row.names)} | {said} |")
     parts += ["", "These have no setting here:", "", "| elsewhere | here |", "| --- | --- |"]
     parts += [f"| {', '.join(row.names)} | {row.note} |" for row in TABLE if not row.setting]
