@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from reading import read_rows
 from tiny import make, word_tokenizer, write_jsonl
 from transformers import LlamaConfig
 
@@ -21,7 +22,6 @@ from siliang.config import RunConfig, read_yaml
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
-from siliang.data.sources import read_rows
 from siliang.limits import LimitError, limited
 from siliang.models.load import code_of, load_config, load_model
 from siliang.record import Record

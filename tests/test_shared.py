@@ -119,7 +119,7 @@ def test_tutorial_adapter_opens(shared: Path) -> None:
 
 
 def test_seeds_data_reads(shared: Path) -> None:
-    from siliang.data.sources import read_rows
+    from reading import read_rows
 
     assert len(read_rows(str(shared / "data" / "alpaca_zh_52k.json"))) == 52_002
     rows = read_rows(str(shared / "data" / "ChnSentiCorp_htl_all.csv"))

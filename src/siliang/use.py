@@ -23,7 +23,7 @@ from siliang.data.formats import BadRow, as_text
 from siliang.data.jinja import with_chat_template
 from siliang.data.load import Layout, load_examples, load_rows
 from siliang.data.sources import Reading, open_source
-from siliang.data.text_files import find_text, kind_of
+from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, prompt_tokens, special_prefix, stop_tokens, tokenise, usable
 from siliang.data.words import cut_into_words, join_words
 from siliang.engine.batches import StepCollator, most_tokens
@@ -105,11 +105,11 @@ def read_texts(run: OpenedRun, source: str) -> list[Asked]:
         DataError: It cannot be read, or lacks the columns.
     """
     data, task = run.config.data, run.config.task
-    reading = Reading(data.header, "auto", data.separator)
-    if kind_of(Path(source)) == ".txt":
-        return [line.rstrip("\r\n") for _, line in find_text(Path(source)).lines()]
+    reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
     parts = [p for p in ASKED[task] if p != "text_pair" or run.record.layout == "sentence-pair"]
     names = [run.record.columns.get(part, part) for part in parts]
+    if kind_of(Path(source)) == ".txt":
+        names = ["text"]
     texts: list[Asked] = []
     opened = open_source(source, reading)
     for row in opened.rows(next(iter(opened.parts)), reading):

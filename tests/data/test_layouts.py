@@ -14,8 +14,9 @@ from siliang.config import DataConfig
 from siliang.data import examples as examples_module
 from siliang.data.cache import prune, used
 from siliang.data.examples import ExampleSet, Labelled, Text
-from siliang.data.labels import alike, is_whole, joined, strange
+from siliang.data.labels import alike, joined, strange
 from siliang.data.load import Examples, Layout, load_examples, load_rows
+from siliang.data.numbers import as_number, is_whole
 from siliang.types import DataError, TaskType
 
 CLASSES = TaskType.SEQ_CLS
@@ -62,6 +63,15 @@ def test_names_that_are_several() -> None:
     for words in (["New York, NY", "Paris", "Rome"], ["very good", "good", "bad", "very bad"], ["a/b", "c", "a"]):
         assert joined(words) is None
     assert [is_whole(n) for n in ("0", "-12", "①", "²", "--5", "", "-", "1.0", "１")] == [True, True] + [False] * 7
+
+
+def test_what_is_a_number(tmp_path: Path) -> None:
+    assert [as_number(n) for n in ("1", "-1.5", ".5", "1e3")] == [1.0, -1.5, 0.5, 1000.0]
+    assert [as_number(n) for n in ("1_000", "nan", "inf", "1e999", " 1", "", "１")] == [None] * 7
+    # the only column beside the label is its text, unless it holds numbers
+    assert load(tmp_path / "d.csv", "words,label\n1_000,x\nnan,y\n").says_columns.startswith("text-label: text from")
+    with pytest.raises(DataError, match="no column 'text'"):
+        load(tmp_path / "d.csv", "words,label\n 1.5,x\n2,y\n")
 
 
 @pytest.mark.parametrize("labels", [None, ["neg", "pos"]])

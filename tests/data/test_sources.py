@@ -12,12 +12,13 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, List
+from reading import iter_rows, read_rows
 
 from siliang.config import Columns, DataConfig
 from siliang.data import json_stream
 from siliang.data.examples import Labelled, Tagged, Text, conversation
+from siliang.data.hashes import source_sha256
 from siliang.data.load import Examples, load_examples
-from siliang.data.sources import iter_rows, read_rows, sha256
 from siliang.types import DataError, TaskType
 
 
@@ -313,9 +314,9 @@ def test_numeric_labels_in_order(tmp_path: Path) -> None:
 def test_hash_follows_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_text("a")
-    first = sha256([str(path)])
+    first = source_sha256(str(path))
     path.write_text("b")
-    assert sha256([str(path)]) != first
+    assert source_sha256(str(path)) != first
 
 
 @pytest.mark.parametrize(("name", "around"), [("d.jsonl", "{}\n"), ("d.json", "[{}]"), ("e.json", '{{"data": [{}]}}')])

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer
 from siliang.config import DataConfig
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.examples import Call, Conversation, Message, conversation
-from siliang.data.templates import TEMPLATES, find_template, human_assistant
+from siliang.data.templates import TEMPLATES, find_template
 from siliang.data.tokens import prompt_tokens, stop_tokens, tokenise
 from siliang.models.chatglm3 import ChatGLMTokenizer
 from siliang.types import ConfigError, DataError, TaskType
@@ -181,10 +181,8 @@ def test_llama2_keeps_its_end_and_the_seeds_process_function_loses_it() -> None:
     assert ids[-1] == labels[-1] == tok.eos_token_id
     assert ids[0] == tok.bos_token_id
     # tokens of the whole text, so that neither words nor spaces are added at the border
-    assert (
-        ids[:-1] == tok(human_assistant("q") + answer)["input_ids"]
-        or tok.decode(ids[1:-1]) == human_assistant("q") + answer
-    )
+    text = "Human: q\n\nAssistant: " + answer
+    assert ids[:-1] == tok(text)["input_ids"] or tok.decode(ids[1:-1]) == text
 
 
 @pytest.mark.shared
@@ -289,11 +287,6 @@ def test_alpaca_has_a_place_for_the_input() -> None:
     text = "".join(p.text for p in pieces)
     assert "### Input:\n1 2\n\n### Response:\n3" in text and "further context" in text
     assert "### Input" not in "".join(p.text for p in TEMPLATES["alpaca"].pieces(conversation("add", "3")))
-
-
-def test_the_tutorials_template() -> None:
-    assert human_assistant("say", "one") == "Human: say\none\n\nAssistant: "
-    assert human_assistant("say") == "Human: say\n\nAssistant: "
 
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from reading import read_rows
 
 from siliang.config import DataConfig
 from siliang.data.examples import Conversation, Labelled
 from siliang.data.load import load_examples
-from siliang.data.sources import read_rows
 from siliang.types import DataError, TaskType
 
 Rows = list[dict[str, Any]]

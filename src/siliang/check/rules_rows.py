@@ -13,7 +13,8 @@ from siliang.check.finding import Found
 from siliang.check.subject import Subject
 from siliang.data.examples import Labelled, Span, Tagged
 from siliang.data.formats import misplaced
-from siliang.data.labels import alike, as_number, is_whole, joined, strange
+from siliang.data.labels import alike, joined, strange
+from siliang.data.numbers import as_number, is_whole
 from siliang.types import TaskType
 
 LARGEST_SHARE = 0.8  # of one class, above which a model that says nothing else looks good

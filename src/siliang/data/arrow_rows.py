@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from siliang.data.numbers import is_whole
 from siliang.types import DataError
 
 Change = Callable[[Any], Any]
@@ -52,12 +53,14 @@ def class_names(features: dict[str, Any] | None) -> dict[str, Change]:
     found = {}
     for name, feature in (features or {}).items():
         if names := getattr(feature, "names", None):
-            found[name] = lambda value, names=names: _name(int(value) if _is_number(value) else value, names)
+            found[name] = lambda value, names=names: _name(
+                int(value) if isinstance(value, str) and is_whole(value) else value, names
+            )
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, str) and value.removeprefix("-").isascii() and value.removeprefix("-").isdigit()
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and is_whole(value) else value
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

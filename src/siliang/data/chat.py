@@ -63,7 +63,7 @@ class ChatTemplate:
             filled = [_fill(piece, written.words) for piece in frame]
             if "".join(p.text for p in filled) == whole:
                 return filled
-        return self._without_frame(written, whole, tools, learned, prompt)
+        return self._without_frame(written, tools, learned, prompt)
 
     def _reasoning_field(self, talk: Conversation) -> str:
         """What the template calls the reasoning that stands beside an answer."""
@@ -178,9 +178,7 @@ class ChatTemplate:
 
     # ---- without ----
 
-    def _without_frame(
-        self, written: _Written, whole: str, tools: Any, learned: list[bool], prompt: bool
-    ) -> list[Piece]:
+    def _without_frame(self, written: _Written, tools: Any, learned: list[bool], prompt: bool) -> list[Piece]:
         """For templates that change the words, which cannot be kept apart: there must be no special tokens in them."""
         for text in written.words:
             if found := self._encoder.reserved_in(text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -29,8 +28,9 @@ from siliang.data.examples import (
     Text,
 )
 from siliang.data.json_stream import WrittenFloat
+from siliang.data.numbers import as_number
 from siliang.data.text_files import INVISIBLE
-from siliang.types import DataError, TaskType
+from siliang.types import DataError, TaskType, near
 
 Values = dict[str, Any]
 Result = Example | str  # an example, or what is wrong with the row
@@ -89,7 +89,6 @@ TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "docu
 # what a class may be called: proposed, not taken
 CLASSES_NAMED = ("labels", "class", "category", "cat", "sentiment", "target", "intent", "topic", "标签", "类别")
 NUMBERS_NAMED = ("score", "rating", "stars", "similarity", "similarity_score", "value")
-ALIKE = 0.7  # of two names, from where on one may be meant by the other
 
 
 def find_format(
@@ -157,14 +156,11 @@ def _text_beside(found: Collection[str], columns: Columns) -> str | None:
     if len(rest) != 1 or len(found) != 2:
         return None
     value = found[rest[0]] if isinstance(found, Mapping) else ""
-    return None if isinstance(value, int | float) or _as_number(value) is not None else rest[0]
+    return None if _is_number(value) else rest[0]
 
 
-def _as_number(value: Any) -> float | None:
-    try:
-        return float(value) if isinstance(value, str | int | float) else None
-    except ValueError:
-        return None
+def _is_number(value: Any) -> bool:
+    return as_number(value.strip()) is not None if isinstance(value, str) else isinstance(value, int | float)
 
 
 def _no_format(suited: list[Format], found: Collection[str], columns: Columns, source: str) -> str:
@@ -198,8 +194,7 @@ def _no_classes(free: list[str], found: Collection[str]) -> str:
         value = found[column] if isinstance(found, Mapping) else None
         if isinstance(value, list):
             return f" {column!r} holds lists: {SEVERAL}."
-        number = _as_number(value)
-        if column.lower() in NUMBERS_NAMED and number is not None:
+        if column.lower() in NUMBERS_NAMED and _is_number(value):
             return f" {column!r} holds numbers such as {value}: {REGRESSION}."
     return ""
 
@@ -208,13 +203,7 @@ def _meant(need: str, name: str, free: list[str]) -> str:
     """The column that may be meant by a name, or NAME."""
     usual = {"text": TEXTS, "label": CLASSES_NAMED}.get(need, ALIASES.get(need, ()))
     known = [c for c in free if c.strip().lower() in usual]
-    alike = sorted(free, key=lambda c: -_likeness(c, name))
-    near = [c for c in alike if _likeness(c, name) >= ALIKE]
-    return next(iter([*near, *known]), "NAME")
-
-
-def _likeness(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one.strip().lower(), other.lower()).ratio()
+    return next(iter([*near(name, free), *known]), "NAME")
 
 
 BLANKS = " \t\r\n\v\f\xa0\u3000" + INVISIBLE

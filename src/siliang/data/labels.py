@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import ast
-import re
 import unicodedata
 from collections.abc import Collection, Iterable
 
 from siliang.data.formats import REGRESSION, SEVERAL
+from siliang.data.numbers import as_number, is_whole
 from siliang.data.text_files import INVISIBLE
 
 MOST_CLASSES = 1000
 FEW_ROWS = 20  # below, a class for every other row says nothing
 MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined", "-nan"})
 QUOTES = "\"'`\u2018\u2019\u201c\u201d"
-
-
-def is_whole(name: str) -> bool:
-    """A whole number in plain digits: of "①", "²" and "--5" Python's isdigit and int say different things."""
-    return re.fullmatch(r"-?[0-9]{1,18}", name) is not None
-
-
-def as_number(name: str) -> float | None:
-    """The number that a name is, if it is a finite one."""
-    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", name):
-        return None
-    number = float(name)
-    return number if abs(number) != float("inf") else None
 
 
 def alike_key(name: str) -> str:
@@ -77,8 +64,10 @@ def no_classes(found: Collection[str], rows: int) -> str | None:
 
 
 def joined(found: Collection[str]) -> str | None:
-    """What separates several classes in one cell, where these names can only have been made so: "a,b" beside "a" and
-    "b"."""
+    """Returns the separator if the labels are several classes joined in one cell.
+
+    "a,b" is two classes where "a" and "b" are labels too, or where most labels hold the separator.
+    """
     for mark in (",", ";", "|", "/", " "):
         several = [name for name in found if mark in name.strip()]
         parts = {part.strip() for name in found for part in name.split(mark)}

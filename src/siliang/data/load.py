@@ -11,7 +11,8 @@ from itertools import chain
 from siliang.config import Columns, DataConfig, Source
 from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged, bad_rows_message
 from siliang.data.formats import Format, as_source_target, find_format, misplaced, second_text, unused_fields
-from siliang.data.labels import MOST_CLASSES, alike_key, is_whole, no_classes
+from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
+from siliang.data.numbers import is_whole
 from siliang.data.sources import Opened, Reading, Row, open_source
 from siliang.types import DataError, TaskType
 

@@ -8,17 +8,17 @@ import glob
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from siliang.data.hashes import joined, source_sha256
+from siliang.config import near_names
 from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import TextFile, find_text, kind_of
-from siliang.types import DataError, first_line, nearest
+from siliang.types import DataError, first_line
 
 COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
 FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *COLUMN_FILES)
@@ -49,6 +49,7 @@ class Reading:
         encoding: Of text files; `auto` finds it.
         separator: Of csv and tsv files; `auto` finds it.
         tagged: A .txt file holds a word and its tag a line.
+        keeps_empty: An empty line of a .txt file is a row without text.
         notes: What was guessed or left aside, a line each.
         doubts: What may have been read otherwise than it was meant, a line each.
     """
@@ -57,6 +58,7 @@ class Reading:
     encoding: str = "auto"
     separator: str = "auto"
     tagged: bool = False
+    keeps_empty: bool = False
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
@@ -142,52 +144,8 @@ def open_source(source: str, reading: Reading | None = None) -> Opened:
     if any(c in source for c in "*?[") and (found := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (absolute patterns)
         return Opened(source, {"": [Path(name) for name in found if Path(name).is_file()]})
     if kind_of(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.strip("/").count("/") != 1:
-        raise DataError(f"There is no data file or folder {source}.{_neighbours(path)}")
+        raise DataError(f"There is no data file or folder {source}.{near_names(path)}")
     return _hub(source)
-
-
-def iter_rows(
-    source: str,
-    *,
-    header: list[str] | None = None,
-    split: str = "train",
-    tagged: bool = False,
-    encoding: str = "auto",
-    separator: str = "auto",
-) -> Iterator[Row]:
-    """The rows of a part of `source`; see `open_source` and `Opened.rows`.
-
-    Args:
-        split: Which part of a folder or hub data set that has several.
-        header, tagged, encoding, separator: See `Reading`.
-
-    Raises:
-        DataError: There is no such source, it is of an unknown kind, or it is damaged as a whole.
-    """
-    reading = Reading(header, encoding, separator, tagged)
-    opened = open_source(source, reading)
-    yield from opened.rows(opened.part(split), reading)
-
-
-def read_rows(source: str, *, header: list[str] | None = None, split: str = "train") -> list[Row]:
-    """All rows of `source` at once; see `iter_rows`.
-
-    Raises:
-        DataError: As there, and where the source holds nothing.
-    """
-    rows = list(iter_rows(source, header=header, split=split))
-    if not rows:
-        raise DataError(f"{source} holds no rows.")
-    return rows
-
-
-def sha256(sources: Sequence[str]) -> str:
-    """A hash over the bytes of the data files; of a hub name, over the name."""
-    return joined(map(source_sha256, sources))
-
-
-def _neighbours(path: Path) -> str:
-    return nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 # ---- files ----
@@ -213,7 +171,9 @@ def _file(path: Path, name: str, reading: Reading) -> Iterator[Row]:
         elif kind in COLUMN_FILES or (kind == ".txt" and reading.tagged):
             yield from _tagged(text, name)
         elif kind == ".txt":
-            yield from (Row({"text": line.rstrip("\r\n")}, f"{name}:{n}") for n, line in text.lines() if line.strip())
+            for n, line in text.lines():
+                if reading.keeps_empty or line.strip():
+                    yield Row({"text": line.rstrip("\r\n")}, f"{name}:{n}")
         else:
             # a file of the hub cannot be renamed
             lines = kind == ".jsonl" or (name != str(path) and is_lines(text))

@@ -341,8 +341,3 @@ def _read_template(path: Path, stamp: int, read_yaml: Any) -> Template:
         if values.get(key) and f"{{{place}}}" not in values[key]:
             raise ConfigError(f"{path}: {key} = {values[key]!r} must say where the words go, with {{{place}}}.")
     return Template(name=path.stem, **values)
-
-
-def human_assistant(instruction: str, input: str = "") -> str:
-    """The template of bloom-1b4-zh's tutorials as one text: "Human: <instruction>\\n<input>\\n\\nAssistant: "."""
-    return f"Human: {Message('user', instruction, input).text}\n\nAssistant: "
