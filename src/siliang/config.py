@@ -514,7 +514,8 @@ class RunConfig(Section):
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     """Several devices."""
     accept: Names = Field(default_factory=list)
-    """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop."""
+    """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop.
+    But for errors of SL023 and SL028, in which the run itself would end."""
     output: Name
     """The run's folder: made by the run, and must not hold anything yet."""
 

@@ -271,13 +271,16 @@ def test_models_that_do_not_fit(case: Case, tmp_path: Path) -> None:
     assert codes(case(model=folder)) == {"SL023"} and case(model=folder)[0].severity == "warning"
     used = case([*CLEAN, {"instruction": "w99", "output": "w99"}], model=folder, data={"test_size": 0.01})
     assert [f.severity for f in used if f.code == "SL023"] == ["error"]
-    long = case(
-        [{"text": "film " * 80 + b, "label": "ab"[i % 2]} for i, b in enumerate(WORDS[:20])],
-        task="seq_cls",
-        model="bert",
-        data={"max_length": 100},
-    )
+    long_rows = [{"text": "film " * 80 + b, "label": "ab"[i % 2]} for i, b in enumerate(WORDS[:20])]
+    long = case(long_rows, task="seq_cls", model="bert", data={"max_length": 100})
     assert "a row has 81 tokens, the model 64 positions" in next(f.message for f in long if f.code == "SL028")
+    for accepted in (
+        case(long_rows, task="seq_cls", model="bert", data={"max_length": 100}, accept=["SL028"]),
+        case([*CLEAN, {"instruction": "w99", "output": "w99"}], model=folder, accept=["sl023"]),
+    ):  # the run would end in it
+        (found,) = (f for f in accepted if f.code in ("SL023", "SL028"))
+        assert (found.severity, found.accepted) == ("error", False) and "cannot be accepted" in found.fix
+    assert not [f for f in case(model=folder, accept=["SL023"]) if not f.accepted]  # a warning can
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text(

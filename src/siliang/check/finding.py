@@ -41,12 +41,14 @@ class Rule:
 
     Attributes:
         reads: What it looks at: "rows" needs no tokens, and runs first.
+        ends: An error of it ends the run in any case, and so cannot be accepted.
     """
 
     code: str
     severity: Severity
     function: Callable[[Subject], Iterable[Found]]
     reads: Literal["rows", "tokens", "model", "run"] = "tokens"
+    ends: bool = False
 
     @property
     def page(self) -> str:
@@ -80,13 +82,16 @@ class Finding:
     @classmethod
     def of(cls, rule: Rule, found: Found, accepted: bool) -> Finding:
         severity = found.severity or rule.severity
+        fix = found.fix or rule.part("Fix")
+        if accepted and rule.ends and severity == "error":
+            accepted, fix = False, f"{fix} It cannot be accepted: the run would end in it."
         return cls(
             rule.code,
             "warning" if accepted else severity,
             rule.title,
             found.message,
             rule.part("Cause"),
-            found.fix or rule.part("Fix"),
+            fix,
             list(found.rows[:SHOWN_ROWS]),
             found.count or len(found.rows),
             accepted,
