@@ -1,9 +1,10 @@
 """The tokenizer's own chat template (Jinja, in transformers' sandbox) as pieces, like a named template's.
 
-A chat template is a program that writes one text; which of it are words of the data is not said. So it is run on
-placeholders in the words' place, which shows where they go, and again on the words themselves, which proves it: only if
-both agree are the words kept apart from the template's own text. What the model learns are the template's
-{% generation %} spans where it has them; otherwise what it writes between the prompt of an answer and the answer's end.
+A chat template is a program that writes one text. It does not say which parts of that text come from the data. So it is
+run twice: on placeholders, which shows where each message's text stands, and on the messages themselves. If the first
+result with the placeholders filled in equals the second, the data's text is kept apart from the template's own. The
+model learns the template's {% generation %} spans if it has any; otherwise the text from the end of an answer's prompt
+to the end of the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from siliang.data.templates import Piece
 from siliang.limits import limited
 from siliang.types import DataError, first_line
 
-OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters, around the number of the message whose words stand there
+OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `_Written.words`
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
 
 
@@ -66,7 +67,7 @@ class ChatTemplate:
         return self._without_frame(written, tools, learned, prompt)
 
     def _reasoning_field(self, talk: Conversation) -> str:
-        """What the template calls the reasoning that stands beside an answer."""
+        """The name of the template's field for an answer's reasoning."""
         if not any(m.reasoning for m in talk.messages):
             return ""
         found = next((name for name in ("reasoning_content", "thinking", "reasoning") if name in self._template), None)
@@ -95,7 +96,7 @@ class ChatTemplate:
     def _pieces(
         self, messages: list[dict[str, Any]], written: _Written, tools: Any, learned: list[bool], prompt: bool
     ) -> list[Piece]:
-        """The template's text on these messages, cut where learning begins and ends and where a placeholder stands."""
+        """The template's text for these messages, cut at the borders of learned spans and at placeholders."""
         whole, spans = self._spans(messages, written, tools, prompt)
         if messages is written.holders and any(f"{OPEN}{n}{CLOSE}" not in whole for n in written.needed):
             raise DataError("is not written whole")
@@ -120,7 +121,7 @@ class ChatTemplate:
     def _spans(
         self, messages: list[dict[str, Any]], written: _Written, tools: Any, prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and where in it each answer begins and ends (its end marker inside or right behind)."""
+        """The whole text, and (begin, end) of each answer in it; the end marker is inside or directly behind."""
         if self._marked:
             whole, spans = self._render_marked(messages, tools, prompt)
             spans = [s for s in spans if s[0] is not None and s[1] > s[0]]
@@ -137,8 +138,9 @@ class ChatTemplate:
                 [whole.find(f"{OPEN}{n}{CLOSE}") for n in written.numbers[i]] if messages is written.holders else []
             )
             places = [place for place in places if place >= 0]
-            # a template that writes history otherwise than the last turn (reasoning models leave out what was thought):
-            # what it writes after its own prompt as far as that goes, and otherwise only the words themselves are sure
+            # Some templates write earlier turns otherwise than the last (reasoning models leave out old reasoning).
+            # The answer then begins where the whole text departs from the prompt, or, if even that is not reliable, at
+            # the first placeholder.
             first = min(places, default=len(whole))
             start = _shared_start(whole, before)
             if start < len(before) and (not places or start < self._header(whole, written, i) or start > first):
@@ -158,12 +160,12 @@ class ChatTemplate:
         return whole, spans
 
     def _header(self, whole: str, written: _Written, i: int) -> int:
-        """Where the words of the messages before the `i`-th end."""
+        """The end of the last placeholder of the messages before the `i`-th."""
         ends = [whole.find(f"{OPEN}{n}{CLOSE}") for numbers in written.numbers[:i] for n in numbers]
         return max((whole.index(CLOSE, at) + 1 for at in ends if at >= 0), default=0)
 
     def _end(self, whole: str, start: int, end: int) -> tuple[str, str, int]:
-        """(an answer's words, the marker that ends it, where the text goes on)."""
+        """(an answer's text, its end marker, the position behind both)."""
         answer = whole[start:end]
         inside = self._encoder.markers_in(answer)
         bare = answer.rstrip()
@@ -179,7 +181,10 @@ class ChatTemplate:
     # ---- without ----
 
     def _without_frame(self, written: _Written, tools: Any, learned: list[bool], prompt: bool) -> list[Piece]:
-        """For templates that change the words, which cannot be kept apart: there must be no special tokens in them."""
+        """The pieces for a template that changes the data's text.
+
+        The text cannot be kept apart from the template's own then, so it must hold no special tokens.
+        """
         for text in written.words:
             if found := self._encoder.reserved_in(text):
                 raise DataError(
@@ -223,11 +228,11 @@ class ChatTemplate:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """A template is a stranger's program: transformers runs it in Jinja's sandbox, this bounds its time and memory."""
+    """A template may come from anyone: transformers runs it in Jinja's sandbox, and this limits its time and memory."""
     try:
         with limited():
             yield
-    except Exception as error:  # whatever a template raises: jinja's errors, or its own raise_exception
+    except Exception as error:  # Jinja's errors, and the template's own raise_exception
         raise DataError(f"is refused by the chat template: {first_line(error)}") from None
 
 
@@ -236,17 +241,17 @@ THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 
 @dataclass
 class _Written:
-    """A conversation for transformers, once with its words and once with placeholders.
+    """A conversation for transformers, once with its texts and once with placeholders.
 
-    The white space around words stays beside the placeholder, and so do the tags of a thought that stands in an answer:
-    many templates cut at them.
+    White space around a text stays outside of its placeholder, and so do the tags of reasoning inside an answer: many
+    templates strip the former and split at the latter.
 
     Attributes:
         messages: transformers' messages.
         holders: The same, with a placeholder for each of `words`.
-        words: What the placeholders stand for.
-        numbers: Of the words of each message.
-        needed: The numbers of words that the template has to write. What was thought in earlier turns, many do not.
+        words: The text for each placeholder.
+        numbers: The numbers of each message's placeholders.
+        needed: The numbers of texts that the template must write. Many leave out the reasoning of earlier turns.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -293,7 +298,7 @@ class _Written:
         return made
 
     def _hold(self, text: str, *, needed: bool = True) -> str:
-        """The text with a placeholder in the place of its words."""
+        """The text with a placeholder in its place; white space around it stays."""
         core = text.strip()
         if not core:
             return text
@@ -307,13 +312,13 @@ class _Written:
 
 
 def _learned(talk: Conversation, train_on: str) -> list[bool]:
-    """Of each answer, whether it is learned."""
+    """Whether each answer is learned."""
     wanted = [m.trained for m in talk.messages if m.role == "assistant"]
     return wanted if train_on == "all" else [on and i == len(wanted) for i, on in enumerate(wanted, start=1)]
 
 
 def _shared_start(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The length of the longest common prefix of two texts."""
     if a.startswith(b):
         return len(b)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -340,7 +345,7 @@ def _tools(text: str) -> Any:
 
 
 def _places(piece: Piece) -> list[Piece]:
-    """A piece cut at its placeholders."""
+    """The piece cut at its placeholders."""
     parts = PLACE.split(piece.text)
     out: list[Piece] = []
     for i, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""The layouts of rows that people use, recognised by their columns: one table, one function each."""
+"""The layouts of rows, recognised by their columns: a table of layouts, and a function that reads each."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Format:
     """One layout.
 
     Attributes:
-        needs: The columns that it must have, by their names in `Columns`.
+        needs: The required columns, by their names in `Columns`.
         tasks: What can be trained on it.
         read: A row's values to an example, or to what is wrong with it.
-        fixed: Columns that it must have and that go by this one name only.
-        optional: Columns that it uses where they are there, by their names in `Columns`.
-        beside: The same of columns that go by one name only.
+        fixed: Required columns that the user cannot rename.
+        optional: Columns that are read if the row has them, by their names in `Columns`.
+        beside: Optional columns that the user cannot rename.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Format:
             return str(problem)
 
     def taken(self, columns: Columns) -> dict[str, str]:
-        """The column of each of its parts, where the rows have it."""
+        """The column's name for each part of the layout; the rows may lack the optional ones."""
         named = {need: getattr(columns, need) for need in (*self.needs, *self.optional)}
         return named | {name: name for name in (*self.fixed, *self.beside)}
 
 
-# Other names that data sets use for the same thing; looked at only where the usual name is not there.
+# Other names of a column in published data sets; used only if the usual name is missing.
 ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("conversation",),
     "prompt": ("question", "query"),
@@ -84,9 +84,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
 SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
-# of a text with a class: taken where one of them alone is there
+# other names of the text column of a classification: used if exactly one of them is there
 TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "document", "评论", "内容", "文本")
-# what a class may be called: proposed, not taken
+# other names of the label column: proposed in the error, not used
 CLASSES_NAMED = ("labels", "class", "category", "cat", "sentiment", "target", "intent", "topic", "标签", "类别")
 NUMBERS_NAMED = ("score", "rating", "stars", "similarity", "similarity_score", "value")
 
@@ -148,7 +148,7 @@ def _aliases(layout: Format, need: str) -> tuple[str, ...]:
 
 
 def _text_beside(found: Collection[str], columns: Columns) -> str | None:
-    """The text's column where it is certain: the one with a usual name, or the only one beside the label."""
+    """The text column, if it is certain: the one with a usual name, or the only one beside the label."""
     rest = [c for c in found if c != columns.label]
     usual = [c for c in rest if c.lower() in TEXTS]
     if len(usual) == 1:
@@ -166,7 +166,7 @@ def _is_number(value: Any) -> bool:
 def _no_format(suited: list[Format], found: Collection[str], columns: Columns, source: str) -> str:
     there = ", ".join(map(repr, found))
 
-    # the layout of which most is there, so that one is spoken of and not ten
+    # the error speaks of one layout only: the one most of whose columns are there
     def share(layout: Format) -> float:
         names = [getattr(columns, n) for n in layout.needs] + list(layout.fixed)
         return sum(n in found for n in names) / len(names)
@@ -189,7 +189,7 @@ def _no_format(suited: list[Format], found: Collection[str], columns: Columns, s
 
 
 def _no_classes(free: list[str], found: Collection[str]) -> str:
-    """What there is in the place of a class, if it shows."""
+    """Says which column looks like the label but holds lists or numbers; nothing if none does."""
     for column in free:
         value = found[column] if isinstance(found, Mapping) else None
         if isinstance(value, list):
@@ -200,7 +200,7 @@ def _no_classes(free: list[str], found: Collection[str]) -> str:
 
 
 def _meant(need: str, name: str, free: list[str]) -> str:
-    """The column that may be meant by a name, or NAME."""
+    """The column that the user may mean by `name`, or the word NAME."""
     usual = {"text": TEXTS, "label": CLASSES_NAMED}.get(need, ALIASES.get(need, ()))
     known = [c for c in free if c.strip().lower() in usual]
     return next(iter([*near(name, free), *known]), "NAME")
@@ -216,13 +216,13 @@ class BadRow(Exception):  # noqa: N818  # about a row: who reads it catches this
 
 
 def as_text(value: Any, name: str = "") -> str:
-    """A cell as text; None is empty.
+    """A cell as text; None becomes an empty text.
 
     Args:
         name: The column, for the error.
 
     Raises:
-        BadRow: It is a list, an object, bytes or no number.
+        BadRow: It is a list, an object, bytes, NaN or infinite.
     """
     if value is None:
         return ""
@@ -239,7 +239,7 @@ def as_text(value: Any, name: str = "") -> str:
 
 
 def cell(values: Values, column: str) -> str:
-    """A row's cell as text; nothing where it is not there."""
+    """A row's cell as text; an empty text if the row has no such column."""
     return as_text(values.get(column), column)
 
 
@@ -247,7 +247,7 @@ def as_json(value: Any) -> str:
     """A value of the data as JSON text, its numbers as they were written.
 
     Raises:
-        BadRow: It holds what JSON has no word for.
+        BadRow: It holds a value that JSON cannot express.
     """
     try:
         text = json.dumps(_with_marks(value), ensure_ascii=False, allow_nan=False)
@@ -260,7 +260,7 @@ MARKED = re.compile(r'"\\u0000([-+.0-9eE]+)\\u0000"')
 
 
 def _with_marks(value: Any) -> Any:
-    """With numbers that json would write in another way as marked texts, and dates and the like as texts."""
+    """The value with its numbers as marked texts, which json does not rewrite, and its dates as texts."""
     if isinstance(value, dict):
         return {name: _with_marks(held) for name, held in value.items()}
     if isinstance(value, list | tuple):
@@ -276,24 +276,23 @@ def _short(value: Any) -> str:
 
 
 def _given(value: Any) -> bool:
-    """There is something in the field; Arrow and Parquet fill fields that only other rows have with nulls."""
+    """Whether the field holds a value. Arrow and Parquet write null into fields that only other rows have."""
     return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
 
 
-# ---- what says that a row is not to be learned as it stands ----
+# ---- rows that must not be learned as they are ----
 
 PREFERENCES = ("rejected", "chosen", "rejected_response", "rejected_responses", "rejected_messages")
-WANTED = ("label", "kto_tag")  # false: this answer is one not to give (KTO)
+WANTED = ("label", "kto_tag")  # KTO: false marks a wrong answer
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 
 
 def _against_its_meaning(values: Values, c: Columns, columns: tuple[str, ...]) -> None:
-    """Refuses a row whose answer is not meant to be learned, or is about something that is no text.
+    """Refuses a row that holds preferences, an answer marked as wrong, or pictures, sound or video.
 
     Args:
-        columns: The columns that the layout reads. Where the user has named one of a pair's columns as the answer, that
-            is what is learned.
+        columns: The columns that the layout reads. A preference column among them was chosen by the user as the answer.
 
     Raises:
         BadRow: It is such a row.
@@ -308,7 +307,7 @@ def _against_its_meaning(values: Values, c: Columns, columns: tuple[str, ...]) -
     for name in WANTED:
         value = values.get(name)
         if name == "label" and c.label != "label":
-            continue  # the user says that this column is another thing
+            continue  # the user has named another column as the label
         if (isinstance(value, int | float) and value == 0) or as_word(value) in ("false", "0"):
             raise BadRow(
                 f"has {name!r}: {value!r}, which says that its answer is not to be given (KTO), and siliang learns "
@@ -320,12 +319,12 @@ def _against_its_meaning(values: Values, c: Columns, columns: tuple[str, ...]) -
 
 
 def as_word(value: Any) -> str:
-    """A text in lower case without blanks; nothing for any other value."""
+    """A text in lower case without blanks around it; an empty text for any other value."""
     return value.strip().lower() if isinstance(value, str) else ""
 
 
 def _media_in(text: str) -> str | None:
-    """The place of a picture, a film or a sound in a question; `<video>` and `<audio>` in prose are HTML."""
+    """The placeholder of a picture, a video or a sound in a question; `<video>` and `<audio>` within prose are HTML."""
     bare = text.strip()
     for mark in PLACEHOLDERS:
         if bare.startswith(mark) or bare.endswith(mark) or (mark == "<image>" and mark in text):
@@ -352,7 +351,7 @@ ROLES: dict[str, Role] = {
     "observation": "tool",
     "tool_response": "tool",
 }
-CALLING = ("function_call", "tool_call")  # roles whose words are a call
+CALLING = ("function_call", "tool_call")  # roles whose content is a tool call
 
 # Fields of a turn that say whether it is learned: OpenAI's weight, axolotl's train and training, ms-swift's loss
 MARKS = ("weight", "train", "training", "loss", "loss_mask")
@@ -361,11 +360,11 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 USED = frozenset(
     ("role", "from", "content", "value", "tool_calls", "function_call", *MARKS, *DETAILS, "mask", *REASONING, *MEDIA)
 )
-USED_OF = {"tool": ("name", "tool_call_id"), "system": ("tools",)}  # and what only turns of a role have
+USED_OF = {"tool": ("name", "tool_call_id"), "system": ("tools",)}  # fields that only turns of this role may have
 
 
 def unused_fields(values: Values, c: Columns) -> set[str]:
-    """The fields of a row's turns that siliang makes nothing of, as "messages[].name"."""
+    """The fields of a row's turns that siliang does not use, as "messages[].name"."""
     found: set[str] = set()
     for column in (c.messages, "conversations", c.prompt, c.completion):
         turns = values.get(column)
@@ -435,7 +434,7 @@ def _message(turn: Any) -> Message:
 
 
 def _content(content: Any, role: Role) -> tuple[str, str]:
-    """(a turn's words, what it thought in front of them)."""
+    """(the text of a turn, the reasoning in front of it)."""
     if isinstance(content, dict):
         if role == "tool":  # what a tool answers is data
             return as_json(content), ""
@@ -473,7 +472,7 @@ def _reasoning(turn: dict[str, Any], role: Role) -> str:
 
 
 def _trained(turn: dict[str, Any], role: Role) -> bool:
-    """Whether the data wants this turn learned."""
+    """Whether the data marks this turn as one to learn."""
     if _given(turn.get("mask")):
         raise BadRow(
             "has 'mask', which some programs mean as `learn this` and others as `leave this out`; say train: false"
@@ -592,7 +591,7 @@ def _history(values: Values) -> list[tuple[str, str]]:
 
 
 def _cell(values: Values, name: str) -> str:
-    """A cell that must hold text.
+    """A cell that must hold a text.
 
     Raises:
         BadRow: It is not there, holds something else, or is empty.
@@ -652,7 +651,7 @@ def _squad(values: Values, c: Columns) -> Result:
 
 
 def misplaced(example: Span) -> str | None:
-    """What is wrong with the place of an answer."""
+    """What is wrong with an answer's start; None if nothing is."""
     for text, start in zip(example.answers, example.starts, strict=True):
         if start < 0 or example.context[start : start + len(text)] != text:
             return f"has the answer {text[:40]!r}, which does not stand at its start ({start})"
@@ -686,7 +685,7 @@ def _prepared(values: Values, c: Columns) -> Result:
             return f"must hold a list of {len(ids)} zeros and ones in {name!r}"
         labels = [x if on else IGNORED for x, on in zip(labels or ids, learned, strict=True)]
     mask = values.get("attention_mask")
-    if isinstance(mask, list) and len(mask) == len(ids):  # padding that was put there is taken off again
+    if isinstance(mask, list) and len(mask) == len(ids):  # padding is removed
         kept = [i for i, on in enumerate(mask) if on]
         ids, labels = [ids[i] for i in kept], [labels[i] for i in kept] if labels else []
     return Prepared(tuple(ids), tuple(labels))
