@@ -225,7 +225,8 @@ class PrefixRoute(Route):
             return (real.cumsum(1) + self.V) * real + padding
         seen, N, mask = cached_tokens(named), given.shape[1], named.get("attention_mask")
         embed = getattr(module, "embed_positions", None)
-        if mask is not None and mask.dim() == 2 and "attention_mask" in _parameters(embed):
+        counts = "attention_mask" in _parameters(embed) and _name(module) != "BioGptModel"  # which numbers all tokens
+        if mask is not None and mask.dim() == 2 and counts:
             # OPT counts what is no padding
             return ((mask.long().cumsum(1) + self.V) * mask.long() - 1)[:, -N:]
         return (torch.arange(N, device=given.device) + seen + self.V).unsqueeze(0)
@@ -254,28 +255,46 @@ class PrefixRoute(Route):
         seen = inner.get_seq_length(layer_number(module)) if inner is not None else 0
         named[cache] = PrefixedCache(self._layer, self.V, inner)
         mask = "mask" if "mask" in inspect.signature(module.forward).parameters else "attention_mask"
-        named[mask] = self._mask(module, named.get(mask), named["hidden_states"], seen)
+        kept = inner.get_mask_sizes(1, layer_number(module))[0] - 1 if seen else 0  # a window's cache forgets
+        named[mask] = self._mask(module, named.get(mask), named["hidden_states"], seen, kept)
         if named.get("alibi") is not None:
             named["alibi"] = self._alibi(named["alibi"], module.num_heads)  # type: ignore[arg-type]
 
-    def _mask(self, module: nn.Module, mask: Any, hidden_BND: Tensor, seen: int) -> Tensor | Layout | None:
-        """The mask with the prefix's columns in front, open to all."""
+    def _mask(self, module: nn.Module, mask: Any, hidden_BND: Tensor, seen: int, kept: int) -> Tensor | Layout | None:
+        """The mask with the prefix's columns in front: open to all, or, in a sliding window, to those near enough."""
         V, N = self.V, hidden_BND.shape[1]
+        window = sliding_window(module)
+        if window is not None and V + seen + N <= window:
+            window = None
         if isinstance(mask, Tensor):
-            return F.pad(mask, (V, 0), value=1.0 if mask.dim() == 2 or mask.dtype == torch.bool else 0.0)
+            open_ = 1.0 if mask.dim() == 2 or mask.dtype == torch.bool else 0.0
+            mask = F.pad(mask, (V, 0), value=open_)
+            if window is not None and mask.dim() == 4:
+                closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+                mask[..., :V] = mask[..., :V].masked_fill(~self._seen_by(N, seen, window, mask.device), closed)
+            return mask
         if isinstance(mask, Layout):
             return mask  # the attention to packed rows sees by itself that there are more keys than queries
         if mask is not None:
             raise ConfigError(f"Prefix tuning cannot extend a {type(mask).__name__}: use attn_implementation='sdpa'.")
         implementation = str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
-        if N == 1 or not getattr(module, "is_causal", False) or "flash" in implementation:
+        if "flash" in implementation or not getattr(module, "is_causal", False) or (N == 1 and window is None):
             return None
         # no mask means "causal" to the attention, which would line it up with the prefix
-        open_NS = torch.ones(N, V + seen + N, dtype=torch.bool, device=hidden_BND.device).tril(V + seen)
+        open_NS = torch.ones(N, V + kept + N, dtype=torch.bool, device=hidden_BND.device).tril(V + kept)
+        if window is not None:
+            open_NS[:, :V] = self._seen_by(N, seen, window, open_NS.device)
         if implementation == "eager":
             lowest = torch.finfo(hidden_BND.dtype).min
             return torch.zeros_like(open_NS, dtype=hidden_BND.dtype).masked_fill(~open_NS, lowest)[None, None]
         return open_NS[None, None]
+
+    def _seen_by(self, N: int, seen: int, window: int, device: Any) -> Tensor:
+        """Which of N tokens after `seen` ones see which virtual token, (N, V): PEFT's prefix is a past that the window
+        leaves behind.
+        """
+        at_N1 = (torch.arange(N, device=device) + self.V + seen).unsqueeze(1)
+        return torch.arange(self.V, device=device) > at_N1 - window
 
     def _alibi(self, alibi: Tensor, heads: int) -> Tensor:
         """BLOOM's bias, (B * heads, 1, N), with positions -V ... -1 in front: only differences matter to a softmax."""
@@ -376,6 +395,26 @@ def is_cached_attention(module: nn.Module) -> bool:
 def layer_number(module: nn.Module) -> Any:
     """The number of the layer that an attention is of; None for other modules. GPT-Neo has a name of its own for it."""
     return getattr(module, "layer_idx", getattr(module, "layer_id", None))
+
+
+def sliding_window(module: Any) -> int | None:
+    """How many tokens an attention looks back at, its own among them; None for all. Each family says it elsewhere.
+
+    Raises:
+        ConfigError: It looks at chunks, whose borders a prefix would move.
+    """
+    config = getattr(module, "config", None)
+    number, kinds = layer_number(module), getattr(config, "layer_types", None)
+    if kinds and isinstance(number, int) and number < len(kinds):
+        if kinds[number] == "chunked_attention":
+            raise ConfigError(
+                f"Prefix tuning cannot go before the chunks that {_name(module)} looks at. "
+                "Use prompt_tuning, p_tuning or lora on this model."
+            )
+        return getattr(config, "sliding_window", None) if kinds[number] == "sliding_attention" else None
+    if not hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask"):
+        return None  # the config may say a window that the model does not have
+    return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
 
 
 def attention_host(model: Any) -> tuple[nn.Module, list[nn.Module]]:

@@ -207,3 +207,37 @@ def test_a_width_that_is_not_the_embeddings() -> None:
     config = siliang.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=7)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="token_dim = 7: the model's word embeddings have 32 columns"):
         siliang.get_peft_model(base("opt"), config)
+
+
+NEAR: dict[str, Any] = FED | {"num_key_value_heads": 2, "sliding_window": 4, "pad_token_id": 0}
+WINDOWED: dict[str, Callable[[], Any]] = {
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**NEAR)),
+    "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**NEAR, head_dim=8)),
+    "gemma3": lambda: t.Gemma3ForCausalLM(
+        t.Gemma3TextConfig(**NEAR, head_dim=8, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**NEAR, use_sliding_window=True, max_window_layers=1)),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**NEAR, bos_token_id=1, eos_token_id=2)),
+    "biogpt": lambda: t.BioGptForCausalLM(t.BioGptConfig(**FED, max_position_embeddings=64)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, "eager") for name in WINDOWED), *((name, "sdpa") for name in WINDOWED if name != "gemma2")],
+)
+def test_a_prefix_leaves_a_sliding_window_as_in_peft(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BioGPT has no window, but numbers its padding."""
+    monkeypatch.setitem(MODELS, name, WINDOWED[name])
+    ours, theirs = (prompted(library, name, "prefix") for library in (siliang, peft))
+    for model in (ours, theirs):
+        model.get_base_model().set_attn_implementation(how)
+    whole = batch(False)["input_ids"]
+    with torch.no_grad():
+        for inputs in (batch(False), batch(True), {"input_ids": whole}, {"input_ids": whole[:, :3]}):
+            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            found, wanted = (model(**inputs).logits[real] for model in (ours, theirs))
+            assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    more = {"attention_mask": torch.ones_like(whole), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    texts = [model.generate(input_ids=whole, **more) for model in (ours, theirs)]
+    assert torch.equal(*texts)

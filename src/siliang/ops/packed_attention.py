@@ -190,11 +190,11 @@ def packed_attention(
     """Attention of each sequence to itself.
 
     Args:
-        k_1GTK: May have P rows more in front than q: a prefix, which all sequences see. Likewise v.
+        k_1GTK: May have P rows more in front than q: a prefix, which stands before each sequence. Likewise v.
         causal: A token sees those before it in its sequence, and itself; otherwise all of its sequence.
         bias_HN: Added to the scores of a sequence's keys, by head and position, prefix first (BLOOM's alibi). At least
             as long as the longest sequence.
-        window: A token sees so many tokens before it, itself among them (Mistral's sliding window).
+        window: A token sees so many tokens before it, itself among them (Mistral's sliding window), a prefix's too.
         impl: reference is one attention over the whole row, with a mask; varlen is CUDA's; products writes the scores
             down, which on a CPU is quicker for short sequences; auto chooses.
 
@@ -202,7 +202,7 @@ def packed_attention(
         (1, T, H, K).
     """
     P = k_1GTK.shape[2] - q_1HTK.shape[2]
-    if window is not None and window >= max(layout.lengths):
+    if window is not None and window >= P + max(layout.lengths):
         window = None
     if impl == "reference":
         mask = _whole_mask(layout, P, q_1HTK, causal=causal, bias_HN=bias_HN, window=window)
@@ -268,7 +268,7 @@ def _mask(n: int, P: int, q: Tensor, *, causal: bool, window: int | None, bias_H
     i, j = torch.arange(n, device=q.device)[:, None], torch.arange(-P, n, device=q.device)[None, :]
     seen = (j <= i) | (not causal)
     if window is not None:
-        seen = seen & ((j > i - window) | (j < 0))
+        seen = seen & (j > i - window)
     if bias_HN is None:
         return seen
     return bias_HN[:, None, : P + n].to(q.dtype).masked_fill(~seen, float("-inf"))
