@@ -108,7 +108,8 @@ def test_the_next_engine_on_the_same_base_is_as_alone(how: dict[str, Any]) -> No
 
     calls = list[int]()
     model = siliang.get_peft_model(base, siliang.LoraConfig()).train()
-    base.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    layer: Any = base.get_submodule("model.layers.0.mlp")
+    layer.register_forward_hook(lambda *_: calls.append(1))
     engine = Engine(model, TaskType.CAUSAL_LM)
     calls.clear()
     step(engine, model, batch(2, 8))

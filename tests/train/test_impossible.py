@@ -95,9 +95,7 @@ def test_tokenizers_of_other_models(model_folders: dict[str, Path], tmp_path: Pa
 
 def test_questions_on_contexts_are_packed() -> None:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=2
-    )
+    config = BertConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     engine = Engine(BertForQuestionAnswering(config), TaskType.QUESTION_ANS)
     assert engine.padding is not None and engine.notes == []
     engine.close()
@@ -127,7 +125,7 @@ def test_rows_longer_than_the_positions(gpt2: Path, tmp_path: Path) -> None:
     long = [*ASKED, {"instruction": LONG, "output": "one"}]
     with pytest.raises(DataError, match=r"SL028 a row has \d+ tokens, the model 64 positions"):
         train(settings(gpt2, long, tmp_path / "run", data={"max_length": 512, "test_size": 0.0}))
-    prompt = {"method": {"name": "prompt", "num_virtual_tokens": 60}}
+    prompt: dict[str, Any] = {"method": {"name": "prompt", "num_virtual_tokens": 60}}
     with pytest.raises(DataError, match=r"the model 4 positions \(64, of which the method's virtual tokens take 60\)"):
         train(settings(gpt2, ASKED, tmp_path / "run", **prompt))
     held_out = str(write_jsonl(tmp_path / "e.jsonl", long))
@@ -203,7 +201,7 @@ def test_what_is_held_against_the_base_is_the_one_evaluation(
     found = list[tuple[float, float]]()
     config = settings(model_folders["llama"], ASKED, tmp_path / "run", method=method, data={"test_size": 0.5})
     record = train(config, Listener(trained=lambda run: found.append(losses(run))))
-    still = {"data": {"test_size": 0.5}, "train": {"learning_rate": 1e-30}}
+    still: dict[str, Any] = {"data": {"test_size": 0.5}, "train": {"learning_rate": 1e-30}}
     record_of_base = train(settings(model_folders["llama"], ASKED, tmp_path / "base", method="lora", **still))
     ((tuned, base),) = found
     assert tuned == record.final["eval_loss"]
