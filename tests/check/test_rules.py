@@ -73,6 +73,10 @@ def test_a_clean_run_is_silent(case: Case, task: str) -> None:
     assert case(task=task, model="llama" if task == "causal_lm" else "bert") == []
 
 
+def titled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"title": f"what number {i} says"} for i, row in enumerate(rows)]
+
+
 def quoted(folder: Path) -> str:
     """Titles in quotes, or the work of a program that quotes: nobody knows."""
     path = folder / "d.tsv"
@@ -172,6 +176,13 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
     "SL031": ("eps", lambda c: c(train={"precision": "pure-fp16"})),
     "SL033": ("fp32", lambda c: c(quantization={"compute_dtype": "fp32"}, machine=Machine("cuda", native_bf16=False))),
     "SL034": ("'one'", lambda c: c([{"text": "one " * n} for n in range(1, 40)])),
+    "SL036": ("the column 'title' holds running text", lambda c: c(titled(REVIEWS), task="seq_cls", model="bert")),
+    "SL037": (
+        "the column 'split' says 'test', 'train'",
+        lambda c: c(
+            [r | {"split": "train" if i % 3 else "test"} for i, r in enumerate(REVIEWS)], task="seq_cls", model="bert"
+        ),
+    ),
     "SL041": ("fewer than", lambda c: c(train={"max_steps": 3, "log_every": 10})),
     "SL042": ("3e-05", lambda c: c(method="full", train={"learning_rate": 3e-4})),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),
@@ -185,6 +196,22 @@ def test_the_trap_is_found(code: str, case: Case) -> None:
     assert len(found) == 1
     assert said in found[0].message
     assert found[0].cause and found[0].fix and found[0].severity == RULES[code].severity
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "fix"),
+    [
+        (titled(REVIEWS), "seq_cls", "data.columns.text_pair=title reads both"),
+        (titled(CLEAN), "causal_lm", "data.columns.input=title or data.columns.system=title puts"),
+    ],
+)
+def test_a_column_of_text_is_named_with_its_setting(rows: Any, task: str, fix: str, case: Case) -> None:
+    model = "bert" if task == "seq_cls" else "llama"
+    found = next(f for f in case(rows, task=task, model=model) if f.code == "SL036")
+    assert found.fix.startswith(fix) and found.severity == "warning"
+    part = fix.partition("=")[0].removeprefix("data.columns.")
+    said = case(rows, task=task, model=model, data={"columns": {part: "title"}})
+    assert "SL036" not in codes(said)
 
 
 def prepared(process: Callable[[Any, str, str], tuple[list[int], list[int]]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,94 @@ def test_columns_that_are_not_there(header: str, message: str, tmp_path: Path) -
     with pytest.raises(DataError, match=message) as raised:
         load(tmp_path / "d.csv", f"{header}\n{','.join('1234'[: header.count(',') + 1])}\n")
     assert "Did you mean" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("text1,text2,label", "data.columns.text=text1 data.columns.text_pair=text2;"),
+        ("text_1,text_2,label", "data.columns.text=text_1 data.columns.text_pair=text_2;"),
+        (
+            "question1,question2,is_duplicate",
+            "data.columns.text=question1 data.columns.text_pair=question2 data.columns.label=is_duplicate;",
+        ),
+        (
+            "id,qid1,qid2,question1,question2,is_duplicate",
+            "data.columns.text=question1 data.columns.text_pair=question2 data.columns.label=is_duplicate;",
+        ),
+        ("sentence1,sentence2,score", "data.columns.text=sentence1 data.columns.text_pair=sentence2"),
+    ],
+)
+def test_both_texts_of_a_pair_are_named(header: str, message: str, tmp_path: Path) -> None:
+    cells = ["1" if name.startswith(("id", "qid", "score")) else "one two" for name in header.split(",")]
+    with pytest.raises(DataError, match=re.escape(f"Say which is which with {message}")):
+        load(tmp_path / "d.csv", f"{header}\n{','.join(cells)}\n")
+
+
+@pytest.mark.parametrize(
+    ("header", "texts"),
+    [
+        ("index,question,sentence,label", ("question", "sentence")),
+        ("query,text,label", ("query", "text")),
+        ("question,text,label", ("question", "text")),
+        ("label,text,query", ("query", "text")),
+    ],
+)
+def test_a_question_and_a_text_are_a_pair(header: str, texts: tuple[str, str], tmp_path: Path) -> None:
+    names = header.split(",")
+    rows = [{name: f"{name} {i}" for name in names} | {"label": "xy"[i]} for i in (0, 1)]
+    found = load(write_jsonl(tmp_path / "d.jsonl", rows))
+    assert list(found.train) == [Labelled(f"{texts[0]} {i}", "xy"[i], f"{texts[1]} {i}") for i in (0, 1)]
+    alone = load(tmp_path / "d.jsonl", format="text-label")
+    assert [e.pair for e in alone.train] == [None, None]  # type: ignore[union-attr]
+
+
+def test_columns_beside_an_instruction_that_go_by_another_name(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"instruction": "who", "context": "a passage", "output": "me"},
+        {"question": "who", "context": "a passage", "answer": "me"},
+        {"id": "0", "system_prompt": "be nice", "prompt": "who", "completion": "me"},
+        {"system_prompt": "be nice", "messages": [{"role": r, "content": r} for r in ("user", "assistant")]},
+    ]
+    said = []
+    for row in rows:
+        found = load(write_jsonl(tmp_path / "d.jsonl", [row]), task=TaskType.CAUSAL_LM)
+        said.append([(m.role, m.text) for m in found.train[0].messages])  # type: ignore[union-attr]
+        assert not found.texts_aside
+    assert said == [
+        [("user", "who\na passage"), ("assistant", "me")],
+        [("user", "who\na passage"), ("assistant", "me")],
+        [("system", "be nice"), ("user", "who"), ("assistant", "me")],
+        [("system", "be nice"), ("user", "user"), ("assistant", "assistant")],
+    ]
+
+
+LONG = [f"the {w} story was good" for w in ("one", "two")]
+AB: dict[str, Any] = {"text": ["a", "b"], "label": ["x", "y"]}
+ASKED: dict[str, Any] = {"instruction": ["say a", "say b"], "output": ["a b", "c d"]}
+AGAIN = ["## say a : a b", "## say b : c d"]  # the row once more, written out
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "column"),
+    [
+        ("seq_cls", AB | {"title": LONG}, "title"),
+        ("seq_cls", AB | {"说明": ["一二三四五六七八九十甲乙", "甲乙" * 6]}, "说明"),
+        ("causal_lm", {"text": LONG, "prompt": ["a", "b"], "completion": ["c", "d"]}, "text"),
+        ("causal_lm", ASKED | {"input": ["", ""], "context": ["c", "d"]}, "context"),
+        ("causal_lm", {"input": ["a", "b"], "output": ["a", "b"], "context": ["c", "d"]}, "context"),
+        ("causal_lm", {"text": ["a", "b"], "summary": LONG}, "summary"),
+        ("seq_cls", AB | {"date": ["1 May 2024", "2 May 2024"], "id": ["p", "q"]}, None),
+        ("seq_cls", AB | {"licence": ["all rights reserved"] * 2}, None),
+        ("causal_lm", ASKED | {"text": AGAIN}, None),
+    ],
+)
+def test_running_text_that_is_not_used(
+    task: str, row: dict[str, list[str]], column: str | None, tmp_path: Path
+) -> None:
+    rows = [{name: cells[i] for name, cells in row.items()} for i in (0, 1)]
+    found = load(write_jsonl(tmp_path / "d.jsonl", rows), task=TaskType(task.upper()))
+    assert found.texts_aside == ([] if column is None else [column])
 
 
 def test_sources_of_two_layouts(tmp_path: Path) -> None:

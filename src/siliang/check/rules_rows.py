@@ -169,6 +169,63 @@ def quoted_cells(s: Subject) -> Iterator[Found]:
         yield Found(line)
 
 
+def texts_not_used(s: Subject) -> Iterator[Found]:
+    """A column of text that is not used.
+
+    Cause: The layout of the rows has no place for this column by its name, so the model never sees it: the other half
+    of a pair, the passage that a question is about, a system message.
+
+    Fix: Say what it is with data.columns, or accept this finding (accept: [SL036]) where it is not meant to be learned
+    from.
+    """
+    if s.examples.layout in ("prepared", "tokens-tags"):  # which have no place for any text
+        return
+    for column in s.examples.texts_aside:
+        yield Found(
+            f"the column {column!r} holds running text, and is not used", fix=_place_of(column, s.examples.columns, s)
+        )
+
+
+def parts_not_used(s: Subject) -> Iterator[Found]:
+    """A column that names parts of the data, and is not used.
+
+    Cause: The rows say themselves which of them are for training and which for evaluation; siliang takes parts from
+    files and folders, so all of these rows are trained on, or are held out by chance.
+
+    Fix: Write a file for each part, and name them with data.train and data.eval; or accept this finding (accept:
+    [SL037]).
+    """
+    for column, parts in s.examples.parts_aside.items():
+        yield Found(f"the column {column!r} says {', '.join(map(repr, parts))}, and is not used to split the rows")
+
+
+def _place_of(column: str, taken: dict[str, str], s: Subject) -> str:
+    """The settings that would use this column, for the layout of the rows."""
+
+    def said(part: str) -> str:
+        return f"data.columns.{part}={column}"
+
+    layout = s.examples.layout
+    if layout == "text-label":
+        how = f"{said('text_pair')} reads both as a pair of texts"
+    elif layout == "sentence-pair":
+        how = f"{said('text')} or {said('text_pair')} takes it in the place of another"
+    elif layout == "squad":
+        how = f"{said('context')} takes it in the place of {taken.get('context', 'context')!r}"
+    elif layout == "source-target":
+        how = f"{said('source')} takes it in the place of {taken.get('source', 'source')!r}"
+    elif layout == "text":
+        how = (
+            f"{said('text')} learns it instead; data.columns.prompt and data.columns.completion learn one after another"
+        )
+    else:
+        places = ["system"] if layout not in ("alpaca", "prompt-completion") else ["input", "system"]
+        if "system" in column.lower():
+            places = ["system"]
+        how = f"{' or '.join(map(said, places))} puts it into what is asked"
+    return f"{how}. Where it is not meant to be learned from, accept: [SL036]."
+
+
 def imbalance(s: Subject) -> Iterator[Found]:
     """One class outweighs the others.
 

@@ -49,6 +49,8 @@ RULES: dict[str, Rule] = {
         Rule("SL033", "warning", run.wide_quantised_compute, "run"),
         Rule("SL034", "error", tokens.nothing_varies),
         Rule("SL035", "warning", run.invented, "model"),
+        Rule("SL036", "warning", rows.texts_not_used, "rows"),
+        Rule("SL037", "warning", rows.parts_not_used, "rows"),
         Rule("SL041", "warning", run.steps, "run"),
         Rule("SL042", "warning", run.learning_rate, "run"),
         Rule("SL043", "error", run.disk, "run"),

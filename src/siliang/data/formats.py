@@ -82,8 +82,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "source": ("document", "article"),
     "target": ("summary", "title", "highlights"),
 }
+# of columns that a layout has a use for and does not need
+BESIDE: dict[str, tuple[str, ...]] = {"system": ("system_prompt",), "input": ("context",)}
 FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
 SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
+# whose names say that they are one: what is asked, and a text that answers it or not
+QUESTIONS, ANSWERED = ("question", "query"), ("sentence", "text")
 # other names of the text column of a classification: used if exactly one of them is there
 TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "document", "评论", "内容", "文本")
 # other names of the label column: proposed in the error, not used
@@ -121,7 +125,9 @@ def _resolve(layout: Format, found: Collection[str], columns: Columns) -> Column
     if any(name not in found for name in layout.fixed):
         return None
     changes: dict[str, str] = {}
-    for need in layout.needs:
+    if layout.name == "sentence-pair" and (pair := _question_and_text(found, columns)):
+        changes = dict(zip(("text", "text_pair"), pair, strict=True))
+    for need in (n for n in layout.needs if n not in changes):
         name = getattr(columns, need)
         if name in found:
             continue
@@ -132,13 +138,32 @@ def _resolve(layout: Format, found: Collection[str], columns: Columns) -> Column
         if other is None:
             return None
         changes[need] = other
+    for part in layout.optional:
+        name = getattr(columns, part)
+        if name not in found and name == Columns.model_fields[part].default:
+            other = next((a for a in BESIDE.get(part, ()) if a in found), None)
+            changes |= {part: other} if other else {}
     return columns.model_copy(update=changes)
 
 
 def second_text(found: Collection[str], columns: Columns) -> str | None:
     """The column of a second text that these columns have, where they can be read as pairs of texts."""
     named = _resolve(FORMATS["sentence-pair"], found, columns)
-    return None if named is None else named.text_pair
+    if named is None:
+        return None
+    return named.text if named.text_pair == columns.text else named.text_pair
+
+
+def _question_and_text(found: Collection[str], columns: Columns) -> tuple[str, str] | None:
+    """The two columns of a question and a text, where each is there once and nobody named others."""
+    usual = all(getattr(columns, n) == Columns.model_fields[n].default for n in ("text", "text_pair"))
+    if not usual or columns.text_pair in found or any(n in found for n in (*FIRST_OF_PAIR, *SECOND_OF_PAIR)):
+        return None
+    asked, texts = ([c for c in names if c in found and c != columns.label] for names in (QUESTIONS, ANSWERED))
+    if len(asked) != 1 or len(texts) != 1:
+        return None
+    value = found[asked[0]] if isinstance(found, Mapping) else ""
+    return (asked[0], texts[0]) if isinstance(value, str) and _as_number(value) is None else None
 
 
 def _aliases(layout: Format, need: str) -> tuple[str, ...]:
@@ -175,17 +200,41 @@ def _no_format(suited: list[Format], found: Collection[str], columns: Columns, s
     keys = {getattr(columns, n): n for n in best.needs} | dict.fromkeys(best.fixed, "")
     missing = [n for n in keys if n not in found]
     free = [c for c in found if c not in keys]
+    pair = _numbered_pair(free, found) if CLASSES in best.tasks else None
+    if pair is not None:
+        missing = [columns.text, columns.text_pair, *([columns.label] if columns.label in missing else [])]
+        best, keys = FORMATS["sentence-pair"], {getattr(columns, n): n for n in FORMATS["sentence-pair"].needs}
     other = _no_classes(free, found) if "label" in best.needs and columns.label in missing else ""
     said = f"{source} has no column {(columns.label if other else missing[0])!r}; it has {there}.{other}"
     if odd := next((c for c in found if any(mark in c for mark in ";|\t")), None):
         mark = next(m for m in ";|\t" if m in odd)
         return f"{said}\nWhere {mark!r} separates its columns, say so: data.separator={mark!r}."
-    named = " ".join(f"data.columns.{keys[name]}={_meant(keys[name], name, free)}" for name in missing if keys[name])
+    meant = {name: _meant(keys[name], name, free) for name in missing if keys[name]}
+    if pair is not None:
+        left = [c for c in free if c not in pair and not c.lower().endswith(("id", "id1", "id2", "index", "idx"))]
+        meant.update(zip(missing, pair, strict=False))
+        if meant.get(columns.label) == "NAME" and len(left) == 1:
+            meant[columns.label] = left[0]
+    named = " ".join(f"data.columns.{keys[name]}={column}" for name, column in meant.items())
     how = f"Say which is which with {named}" if named else f"{best.name} needs {', '.join(map(repr, missing))}"
     return (
         f"{said}\n{how}; or name the columns with data.header where the file has no header line. Layouts for this "
         f"task: {', '.join(f.name for f in suited)}."
     )
+
+
+def _numbered_pair(free: list[str], found: Collection[str]) -> tuple[str, str] | None:
+    """Two columns of texts whose names differ in what they end with alone: text1 and text2, question_a and question_b;
+    or that usual pairs have."""
+    for one in free:
+        value = found[one] if isinstance(found, Mapping) else ""
+        if not isinstance(value, str) or _as_number(value) is not None:
+            continue
+        others = [one[:-1] + {"1": "2", "a": "b", "A": "B"}.get(one[-1:], "")]
+        others += [two for first, two in zip(FIRST_OF_PAIR, SECOND_OF_PAIR, strict=True) if one == first]
+        if other := next((c for c in others if c in free and c != one), None):
+            return one, other
+    return None
 
 
 def _no_classes(free: list[str], found: Collection[str]) -> str:
@@ -538,10 +587,10 @@ def _pair(instruction: str, output: str) -> Callable[[Values, Columns], Result]:
         _against_its_meaning(values, c, (asked, answered))
         if any(isinstance(values.get(column), list | tuple) for column in (asked, answered)):
             return _prompt_and_completion(values, c, asked, answered)
+        about = "" if c.input == asked else cell(values, c.input)
         question, answer = cell(values, asked), cell(values, answered)
         if not answer.strip():
             return f"has an empty {answered!r}"
-        about = cell(values, c.input) if instruction == "instruction" else ""
         if not question.strip() and not about.strip():
             return f"has an empty {asked!r}"
         if mark := _media_in(f"{question}\n{about}"):
@@ -566,6 +615,8 @@ def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str
         after = [Message("assistant", cell(values, answered))]
     if system := cell(values, c.system).strip():
         before.insert(0, Message("system", system))
+    if c.input != asked and cell(values, c.input).strip():
+        raise BadRow(f"has turns, and a text in {c.input!r} beside them: write it into the turn that it belongs to")
     given = _first(values, c.tools)
     tools = given if isinstance(given, str) or not given else as_json(given)
     return _conversation([*(replace(m, trained=m.role != "assistant") for m in before), *after], tools)
@@ -709,7 +760,7 @@ def as_source_target(made: Result) -> Result:
 
 def _asked(instruction: str, output: str) -> Format:
     name = "alpaca" if instruction == "instruction" else f"{instruction}-{output}"
-    more = ("input", "system") if instruction == "instruction" else ("system",)
+    more = ("system",) if instruction == "input" else ("input", "system")
     read = _pair(instruction, output)
     return Format(name, (instruction, output), (CAUSAL, SEQ2SEQ), read, optional=more, beside=("history", "tools"))
 

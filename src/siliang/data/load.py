@@ -12,6 +12,7 @@ from siliang.config import Columns, DataConfig, Source
 from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged, bad_rows_message
 from siliang.data.formats import Format, as_source_target, find_format, misplaced, second_text, unused_fields
 from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
+from siliang.data.not_used import Aside
 from siliang.data.numbers import is_whole
 from siliang.data.sources import Opened, Reading, Row, open_source
 from siliang.types import DataError, TaskType
@@ -31,6 +32,8 @@ class Examples:
         unused: Columns that the layout has no use for, and fields of turns, as messages[].name.
         notes: How the data was read where that was not plain from the settings, a line each.
         doubts: What may have been read otherwise than it was meant, a line each.
+        texts_aside: Unused columns that hold running text.
+        parts_aside: Unused columns that say which part a row belongs to, with the parts that they name.
     """
 
     train: ExampleSet
@@ -42,6 +45,8 @@ class Examples:
     unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+    texts_aside: list[str] = field(default_factory=list)
+    parts_aside: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def says_columns(self) -> str:
@@ -162,6 +167,7 @@ class _Reader:
         self.columns = data.columns
         self._seen: dict[str, None] = {}  # the columns of all rows
         self._fields: set[str] = set()  # of turns, that nothing is made of
+        self._aside = Aside()
         self._opened: dict[str, Opened] = {}
         self._read: set[tuple[str, str]] = set()  # (source, part)
 
@@ -194,6 +200,7 @@ class _Reader:
             make = make or self._maker(row, source)
             self._seen.update(dict.fromkeys(row.values))
             self._fields |= unused_fields(row.values, self.columns) if self.task is TaskType.CAUSAL_LM else set()
+            self._aside.look(row.values, self._taken())
             made = make(row)
             if isinstance(made, str):
                 self.bad.append((row.where, made))
@@ -255,16 +262,30 @@ class _Reader:
 
     def examples(self, train: ExampleSet, held_out: ExampleSet) -> Examples:
         """The result."""
-        layout, taken = self.layout, {}
-        if layout is not None:
-            taken = {part: name for part, name in layout.taken(self.columns).items() if name in self._seen}
+        layout = self.layout
+        taken = {part: name for part, name in self._taken().items() if name in self._seen}
         unused = [*(name for name in self._seen if name not in taken.values()), *sorted(self._fields)]
         name = layout.name if layout else ""
         for path, opened in self._opened.items():
             if left := [part for part in opened.parts if (path, part) not in self._read]:
                 self.reading.note(f"{path}: not used: its part {', '.join(map(repr, left))}")
-        notes, doubts = self.reading.notes, self.reading.doubts
-        return Examples(train, held_out, self.labels, self.skipped, name, taken, unused, notes, doubts)
+        notes, doubts, aside = self.reading.notes, self.reading.doubts, self._aside
+        return Examples(
+            train,
+            held_out,
+            self.labels,
+            self.skipped,
+            name,
+            taken,
+            unused,
+            notes,
+            doubts,
+            [column for column in unused if aside.is_running_text(column)],
+            {column: sorted(aside.parts[column]) for column in unused if column in aside.parts},
+        )
+
+    def _taken(self) -> dict[str, str]:
+        return {} if self.layout is None else self.layout.taken(self.columns)
 
     def _maker(self, row: Row, source: Source) -> Callable[[Row], Example | str]:
         layout, columns = self._layout(row, source)
