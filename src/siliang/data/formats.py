@@ -163,7 +163,7 @@ def _question_and_text(found: Collection[str], columns: Columns) -> tuple[str, s
     if len(asked) != 1 or len(texts) != 1:
         return None
     value = found[asked[0]] if isinstance(found, Mapping) else ""
-    return (asked[0], texts[0]) if isinstance(value, str) and _as_number(value) is None else None
+    return (asked[0], texts[0]) if isinstance(value, str) and not _is_number(value) else None
 
 
 def _aliases(layout: Format, need: str) -> tuple[str, ...]:
@@ -228,7 +228,7 @@ def _numbered_pair(free: list[str], found: Collection[str]) -> tuple[str, str] |
     or that usual pairs have."""
     for one in free:
         value = found[one] if isinstance(found, Mapping) else ""
-        if not isinstance(value, str) or _as_number(value) is not None:
+        if not isinstance(value, str) or _is_number(value):
             continue
         others = [one[:-1] + {"1": "2", "a": "b", "A": "B"}.get(one[-1:], "")]
         others += [two for first, two in zip(FIRST_OF_PAIR, SECOND_OF_PAIR, strict=True) if one == first]
