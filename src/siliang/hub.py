@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import threading
+import time
+from pathlib import Path
 
 ANSWER_S = 4.0  # in which the hub says anything at all
 PATIENCE_S = 6.0  # with the search for its address, which no timeout of ours bounds
+KEPT_S = 60.0  # for which an answer holds: a network comes and goes, and a command asks many times
 
 
 def hub_is_off() -> str | None:
-    """Why the hub cannot be asked; None where it can.
-
-    Where it does not answer, the process is told to use what the hub's cache holds, at once and without asking again.
-    """
+    """Why the hub cannot be asked; None where it can."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "the hub is switched off by HF_HUB_OFFLINE" if not _found_silent else _silent(constants.ENDPOINT)
-    if _answers(constants.ENDPOINT):
-        return None
-    _found_silent.append(constants.ENDPOINT)
-    constants.HF_HUB_OFFLINE = True
-    return _silent(constants.ENDPOINT)
+        return "the hub is switched off by HF_HUB_OFFLINE"
+    return unreachable()
+
+
+def unreachable() -> str | None:
+    """Says that the hub does not answer; None where it does."""
+    from huggingface_hub import constants
+
+    return None if _answers(constants.ENDPOINT) else f"the hub cannot be reached ({constants.ENDPOINT})"
+
+
+def only_cached(name: str) -> bool:
+    """Whether a model has to come from the hub's cache: for the argument `local_files_only` of those that load it."""
+    return not Path(name).is_dir() and hub_is_off() is not None
 
 
 def is_cached(name: str, file: str, *, revision: str | None = None) -> bool:
@@ -35,15 +42,18 @@ def is_cached(name: str, file: str, *, revision: str | None = None) -> bool:
         return False
 
 
-_found_silent: list[str] = []
+_asked: dict[str, tuple[float, bool]] = {}  # by endpoint: when it was asked, and whether it answered
 
 
-def _silent(endpoint: str) -> str:
-    return f"the hub cannot be reached ({endpoint})"
-
-
-@functools.cache
 def _answers(endpoint: str) -> bool:
+    when, answered = _asked.get(endpoint, (0.0, False))
+    if when == 0.0 or time.monotonic() - when > KEPT_S:
+        answered = _ask(endpoint)
+        _asked[endpoint] = time.monotonic(), answered
+    return answered
+
+
+def _ask(endpoint: str) -> bool:
     """Whether anything answers there, through the proxy that the environment names."""
     from huggingface_hub.utils import get_session
 

@@ -25,6 +25,7 @@ from siliang.checkpoint import (
     with_embeddings,
 )
 from siliang.files import outside_links
+from siliang.hub import hub_is_off
 from siliang.inject import PROMPT_KEY, Injection
 from siliang.methods import config_class
 from siliang.methods.base import BASE, CONFIG_NAME, PeftConfig
@@ -637,7 +638,11 @@ def adapter_folder(model_id: str | Path) -> Path:
         raise AdapterError(f"There is no adapter folder {model_id}.")
     from huggingface_hub import snapshot_download
 
+    off = hub_is_off()
     try:
-        return Path(snapshot_download(str(model_id), allow_patterns=[CONFIG_NAME, "adapter_model.*"]))
+        wanted = [CONFIG_NAME, "adapter_model.*"]
+        return Path(snapshot_download(str(model_id), allow_patterns=wanted, local_files_only=off is not None))
     except (OSError, ValueError) as error:
+        if off is not None:
+            raise AdapterError(f"{model_id} is no folder here, and not in the hub's cache; {off}.") from None
         raise AdapterError(f"{model_id} is no folder here, and the hub did not give it: {first_line(error)}") from error

@@ -129,6 +129,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 def files_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a data set's repository on the hub is: one file a part."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no test asks the hub
     folder = tmp_path / "repository"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -18,6 +18,7 @@ from siliang.config import near_names
 from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import TextFile, find_text, kind_of
+from siliang.hub import unreachable
 from siliang.types import DataError, first_line
 
 COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
@@ -374,11 +375,18 @@ def _stay_inside(path: Path, names: list[str]) -> None:
 
 def _hub(source: str) -> Opened:
     from datasets import load_dataset_builder
+    from datasets.config import HF_HUB_OFFLINE
+    from datasets.packaged_modules.cache.cache import Cache
 
     name, _, config = source.partition(":")
+    off = None if HF_HUB_OFFLINE else unreachable()  # where it is told to, `datasets` itself asks nobody
     try:
         _quieten()
-        builder = load_dataset_builder(name, config or None)
+        if off is not None:
+            last = name.rpartition("/")[2]
+            builder: Any = Cache(None, last, config or None, repo_id=name, version="auto", hash="auto")
+        else:
+            builder = load_dataset_builder(name, config or None)
         if not builder.config.data_files:  # without a network, from what `datasets` made of it before
             builder.download_and_prepare()
             made: Any = builder.as_dataset()
@@ -392,6 +400,11 @@ def _hub(source: str) -> Opened:
             }
         return Opened(source, parts, named, builder.info.features)
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
+        if off is not None:
+            raise DataError(
+                f"{source} is no file or folder here, and not in the cache of `datasets`; {off}.\n"
+                "Save the data to a file (.jsonl, .parquet) and name that."
+            ) from None
         raise DataError(
             f"{source} is no file or folder here, and the hub did not give it: {first_line(error)}\n"
             "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from siliang.hub import only_cached
 from siliang.methods.base import Prompt, PromptConfig
 from siliang.types import ConfigError, PeftType
 
@@ -79,6 +80,7 @@ class PromptTuningConfig(PromptConfig):
 
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
         assert self.tokenizer_name_or_path is not None
+        settings |= {"local_files_only": only_cached(self.tokenizer_name_or_path)}
         tokenizer: Any = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, trust_remote_code=False, **settings)
         ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
         if not ids:

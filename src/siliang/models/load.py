@@ -31,7 +31,7 @@ from siliang.config import QuantizationConfig, near_names
 from siliang.environment import bound_kernel_caches
 from siliang.files import outside_links
 from siliang.hardware import choose_precision
-from siliang.hub import hub_is_off, is_cached
+from siliang.hub import hub_is_off, is_cached, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
@@ -72,7 +72,9 @@ def load_config(name: str, *, revision: str | None = None, remote_code: str | No
     _check_folder(name, revision)
     trusted = _allows(name, revision, remote_code)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trusted, local_files_only=only_cached(name)
+        )
     except Exception as error:  # a config's own checks raise kinds of their own
         raise ModelError(_why_not(name, error, revision=revision)) from error
     for part in _parts(config):
@@ -201,6 +203,8 @@ def invented_weights(name: str, task: TaskType, config: Any, *, revision: str | 
 
 
 def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | None, **settings: Any) -> Any:
+    # transformers looks for an adapter in the folder, too, with arguments of its own
+    cached = {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}} if only_cached(name) else {}
     try:
         model, info = AUTO_CLASSES[task].from_pretrained(
             name,
@@ -209,6 +213,7 @@ def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | 
             trust_remote_code=may_run_code(config),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **cached,
             **settings,
         )
     except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
@@ -264,7 +269,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, remote_code: str |
             # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
             tokenizer = LlamaTokenizer.from_pretrained(name, add_bos_token=True)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trusted, local_files_only=only_cached(name)
+            )
     except ModelError:
         raise
     except Exception as error:
