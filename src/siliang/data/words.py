@@ -31,6 +31,7 @@ def whole_characters(text: str) -> list[str]:
 
 
 def _belongs_to(before: str, c: str) -> bool:
+    """Whether `c` is a part of the character in front of it."""
     if before.isspace():
         return False
     if unicodedata.category(c)[0] == "M" or unicodedata.category(c) == "Cf" or SKINS[0] <= c <= SKINS[1]:
@@ -41,13 +42,14 @@ def _belongs_to(before: str, c: str) -> bool:
 
 
 def cut_into_words(text: str) -> tuple[str, ...]:
-    """What blanks separate, and of that each character of Chinese, Japanese and Thai, and punctuation at both ends."""
+    """What blanks separate, and of that each character of Chinese, Japanese and Thai, and at both ends punctuation, symbols
+    and marks of direction."""
     words: list[str] = []
     for chunk in text.split():
         spaced = "".join(f" {c} " if stands_alone(c[0]) else c for c in whole_characters(chunk))
         for part in spaced.split():
             characters = whole_characters(part)
-            inner = [i for i, c in enumerate(characters) if unicodedata.category(c[0])[0] not in "PS"]
+            inner = [i for i, c in enumerate(characters) if unicodedata.category(c[0])[0] not in "PSC"]
             begin, end = (inner[0], inner[-1] + 1) if inner else (len(characters), len(characters))
             words += [*characters[:begin], *(["".join(characters[begin:end])] if inner else []), *characters[end:]]
     return tuple(words)
