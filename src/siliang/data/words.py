@@ -42,8 +42,7 @@ def _belongs_to(before: str, c: str) -> bool:
 
 
 def cut_into_words(text: str) -> tuple[str, ...]:
-    """What blanks separate, and of that each character of Chinese, Japanese and Thai, and at both ends punctuation, symbols
-    and marks of direction."""
+    """What blanks separate, and of that each character of Chinese, Japanese and Thai, and punctuation at both ends."""
     words: list[str] = []
     for chunk in text.split():
         spaced = "".join(f" {c} " if stands_alone(c[0]) else c for c in whole_characters(chunk))
