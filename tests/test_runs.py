@@ -308,6 +308,36 @@ def test_data_that_has_changed(world: World, run: Command, monkeypatch: pytest.M
     assert "proved" in run("merge", "run", "--output", "again", "--data", "other.jsonl")
 
 
+def test_settings_that_are_changed_in_a_finished_run(
+    world: World, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """run.yaml was read again: some of what was changed in it took effect, and some did not, without a word."""
+    monkeypatch.chdir(world.folder)
+    settings, text = world.run / "run.yaml", (world.run / "run.yaml").read_text()
+    expected = run("eval", "run", "--json")
+    for old, new, name in (
+        ("max_length: 32", "max_length: 8", "data.max_length = 8 (it was 32)"),
+        ("name: lora", "name: lora\n  r: 16", "method.r = 16 (it was null)"),
+        ("seed: 3", "seed: 4", "train.seed = 4 (it was 3)"),
+        ("task: CAUSAL_LM", "task: SEQ_CLS", "task = SEQ_CLS (it was CAUSAL_LM)"),
+    ):
+        assert old in text
+        settings.write_text(text.replace(old, new))
+        error = run("eval", "run", code=2)
+        assert f"run was trained with another setting: {name}" in error and "Put it back in run/run.yaml" in error
+        assert error.count("\n") == 1
+    for command, *more in (("generate", "hi"), ("merge", "--output", "merged")):
+        assert "another setting: task" in run(command, "run", *more, code=2)
+    shutil.copy(world.data, "same.jsonl")
+    settings.write_text(text.replace("batch_size: 4", "batch_size: 2").replace("/data.jsonl", "/same.jsonl"))
+    assert run("eval", "run", "--json") == expected  # neither shapes what is measured
+    write_jsonl(world.folder / "same.jsonl", ROWS[:9])
+    assert "same.jsonl is other data" in run("eval", "run", code=2)
+    settings.write_text(text)
+    world.run.rename("moved")
+    assert run("eval", "moved", "--json") == expected
+
+
 def test_settings_that_are_changed_before_a_resume(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world.folder)
     settings = world.run / "run.yaml"

@@ -21,6 +21,7 @@ from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model, load_tokenizer
 from siliang.peft_model import PeftModel
 from siliang.record import RECORD_NAME, File, Record
+from siliang.run_settings import has_template_file, in_words, misplaced_settings
 from siliang.safe_yaml import dump_yaml
 from siliang.secrets import redacted
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, OutputError, TaskType
@@ -231,7 +232,7 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         force: Use it also where its base model or its data have changed since it was trained.
 
     Raises:
-        ConfigError: The folder is no run, or the run was not finished.
+        ConfigError: The folder is no run, the run was not finished, or run.yaml says what it was not trained with.
         ModelError: Its base model is gone, or another by now.
         AdapterError: Its adapter is damaged.
     """
@@ -253,6 +254,11 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     if (problem := damage(weights)) is not None:
         again = f"`{resume}` makes it again from the last sound checkpoint, where there is one."
         raise AdapterError(f"{weights} is damaged: {problem}.\n{again}")
+    if changed := misplaced_settings(config, record):
+        raise ConfigError(
+            f"{run} was trained with another setting: {in_words(*next(iter(changed.items())))}. Put it back in "
+            f"{run / CONFIG_NAME}: it has no effect on what was trained."
+        )
     if base is not None:
         config = config.model_copy(update={"model": base, "revision": None})
     found = TrainedRun(folder, run, weights, config, record, force)
@@ -356,8 +362,12 @@ def changed_data(paths: list[str], was: list[File]) -> str | None:
     """Which of these sources is not what it was; None where all are."""
     known = {f.path: f.sha256 for f in was}
     for path in paths:
-        if path in known and source_sha256(path) != known[path]:
+        if (now := source_sha256(path)) == known.get(path) or not known:
+            continue
+        if path in known:
             return f"{path} {'has changed' if _exists(path) else 'is gone'}"
+        if now not in known.values():
+            return f"{path} is other data"
     return None
 
 
@@ -370,11 +380,6 @@ def hashes(config: RunConfig) -> tuple[dict[str, str], list[File]]:
 def sources_of(config: RunConfig) -> list[str]:
     """The names of a run's data, those held out behind those trained on."""
     return [s.path for s in (*config.data.train_sources, *config.data.eval_sources)]
-
-
-def has_template_file(config: RunConfig) -> bool:
-    """Whether the template is a file, which is recorded with the data."""
-    return config.data.template.endswith((".yaml", ".yml"))
 
 
 def what_changed(

@@ -8,36 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siliang.config import RunConfig, differences
+from siliang.config import RunConfig
 from siliang.files import damage, pasted, sweep
-from siliang.other_names import written
-from siliang.record import RECORD_NAME, Record, plain
-from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, has_template_file, what_changed
+from siliang.record import RECORD_NAME, Record
+from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_changed
+from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settings, in_words
 from siliang.start_adapter import find_start_adapter
 from siliang.train.saving import last_good
 from siliang.types import AdapterError, ConfigError, ModelError
-
-LENGTH = ("train.epochs", "train.max_steps")
-# What may be another when a run goes on: how long, how often something is done, and how a step's memory is used.
-MAY_CHANGE = (
-    *LENGTH,
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.save_every_minutes",
-    "train.keep",
-    "train.max_time",
-    "train.on_nan",
-    "train.fit",
-    "train.memory_budget",
-    "train.gradient_checkpointing",
-    "train.tokens_at_once",
-    "train.packing",
-    "train.keep_frozen",
-    "data.workers",
-    "accept",
-)
-FILES = ("model", "revision", "data.train", "data.eval", "adapter", "output")  # compared by what is in them
 
 
 @dataclass(frozen=True)
@@ -73,8 +51,8 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
     record = _read(folder, say)
     found: dict[str, tuple[Any, Any]] = {}
     if record is not None:
-        config = _as_adjusted(config, record)
-        found = _differences(config, record)
+        config = as_adjusted(config, record)
+        found = changed_settings(config, record)
         _refuse(found, folder)
     checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(f"warning    {line}"))
     whole = next(
@@ -84,7 +62,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
     if finished and not any(name in found for name in LENGTH):
         if found:
             raise ConfigError(
-                f"{folder} is finished: {_in_words(*next(iter(found.items())))} has no effect any more.\n"
+                f"{folder} is finished: {in_words(*next(iter(found.items())))} has no effect any more.\n"
                 f"Train it further as a run of its own: {_further(folder)}"
             )
         return Begun(config, record, None, [], finished=True)
@@ -98,7 +76,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
     if checkpoint is None and finished:
         raise ConfigError(
             f"{folder} is finished, and none of its checkpoints is left to go on from: "
-            f"{_in_words(*next(iter(found.items())))} cannot take effect.\n"
+            f"{in_words(*next(iter(found.items())))} cannot take effect.\n"
             f"Train it further as a run of its own: {_further(folder)}"
         )
     if checkpoint is None:
@@ -107,8 +85,8 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
     if (most := config.train.max_steps) is not None and most < step:
         raise ConfigError(f"train.max_steps = {most:,}, and {checkpoint} has made {step:,} steps already.")
     for name, values in found.items():
-        say(f"changed    {_in_words(name, values)}, from step {step + 1:,} on")
-    words = [*(_in_words(name, values) for name, values in found.items()), *forced]
+        say(f"changed    {in_words(name, values)}, from step {step + 1:,} on")
+    words = [*(in_words(name, values) for name, values in found.items()), *forced]
     changed = [f"from step {step + 1:,} on: {what}" for what in words]
     return Begun(config, record, checkpoint, changed)
 
@@ -122,38 +100,13 @@ def _read(folder: Path, say: Callable[[str], None]) -> Record | None:
         return None
 
 
-def _as_adjusted(config: RunConfig, record: Record) -> RunConfig:
-    """With what the run changed itself, where the settings still ask for what they asked for then."""
-    values, was = config.model_dump(mode="json"), record.config
-    for name, asked in record.adjusted.items():
-        section, _, last = name.partition(".")
-        if section == "train" and plain(values[section][last]) == asked:
-            values[section][last] = was[section][last]
-    return RunConfig.build(values)
-
-
-def _differences(config: RunConfig, record: Record) -> dict[str, tuple[Any, Any]]:
-    """Settings whose value is another now, by dotted name: what it was and what it is. What files and folders are
-    called makes no difference, and neither does what the launcher says."""
-    found = differences(record.config, plain(config.resolved().model_dump(mode="json")))
-    found = {n: pair for n, pair in found.items() if n not in FILES and not n.startswith("distributed")}
-    if has_template_file(config) and str(record.config["data"]["template"]).endswith((".yaml", ".yml")):
-        found.pop("data.template", None)
-    return found
-
-
 def _refuse(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
     for name, values in found.items():
         if name not in MAY_CHANGE:
             raise ConfigError(
-                f"{folder} was begun with another setting: {_in_words(name, values)}. A run that goes on keeps it.\n"
+                f"{folder} was begun with another setting: {in_words(name, values)}. A run that goes on keeps it.\n"
                 f"Put it back, or train what is there further as a run of its own: {_further(folder)}"
             )
-
-
-def _in_words(name: str, values: tuple[Any, Any]) -> str:
-    was, now = values
-    return f"{name} = {written(now)} (it was {written(was)})"
 
 
 def _further(folder: Path) -> str:
