@@ -281,3 +281,140 @@ def test_every_model_type_has_default_targets_or_is_told_of_all_linear() -> None
     for model_type in set(CONFIG_MAPPING_NAMES) - set(LN_TARGETS):
         with pytest.raises(TargetError, match=r"name them in target_modules.*: norm\."):
             siliang.get_peft_model(Unknown(model_type), siliang.LNTuningConfig())
+
+
+# ---- what the file says is what was trained ----
+
+
+def filled(model: Any) -> Any:
+    """The model with an adapter in which nothing is zero."""
+    generator = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = 0.2 * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+
+
+def assert_same(model: Any, reference: torch.Tensor) -> None:
+    found = logits(model.eval())
+    assert (found - reference).abs().max() <= 1e-5 * reference.abs().max()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_pattern": {"q_proj": 11, "layers.0.self_attn.q_proj": 1}},
+        {"alpha_pattern": {"layers.0.self_attn.q_proj": 1, "q_proj": 11}},
+        {"alpha_pattern": {".*v_proj": 3, "layers.1.*": 5, ".*": 2.5}, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 3, "layers.0.self_attn.q_proj": 1}},
+        {"rank_pattern": {r".*\.[qv]_proj": 3, ".*": 5}, "alpha_pattern": {"v_proj": 3, "model.*": 1}},
+    ],
+)
+def test_patterns_that_overlap_are_the_same_in_any_order_of_the_file(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = {"target_modules": ["q_proj", "v_proj"], "r": 2, **settings}
+    model = filled(siliang.get_peft_model(make("llama"), siliang.LoraConfig(**config)))
+    wanted = logits(model)
+    assert_same(filled(peft.get_peft_model(make("llama"), peft.LoraConfig(**config))), wanted)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(make("llama"), str(tmp_path / "ours"))
+    assert_same(theirs, wanted)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = siliang.PeftModel.from_pretrained(make("llama"), tmp_path / "theirs")
+    assert_same(again, wanted)
+    model.peft_config["default"].save_pretrained(tmp_path / "config")  # type: ignore[operator]
+    made = siliang.get_peft_model(make("llama"), siliang.LoraConfig.from_pretrained(tmp_path / "config"))
+    assert_same(filled(made), wanted)
+
+
+def test_a_rank_that_was_changed_in_the_file_is_named(tmp_path: Path) -> None:
+    siliang.get_peft_model(make("llama"), siliang.LoraConfig(r=4)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"layers.1.self_attn.q_proj": 2}}))
+    with pytest.raises(AdapterError, match=r"rank is 4, and its adapter_config.json says 2 .*rank_pattern changed"):
+        siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 2, "(": 5}}, r"rank_pattern: '\(' is no regular .* at position 0\.$"),
+        ({"alpha_pattern": {"v[": 5}}, r"alpha_pattern: 'v\[' is no regular .* at position 1\.$"),
+        ({"exclude_modules": "a|("}, r"exclude_modules: 'a\|\(' is no regular .* at position 2\.$"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, r"layers_pattern: '\(' is no regular .* position 0\.$"),
+    ],
+)
+def test_what_is_no_regular_expression_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        siliang.get_peft_model(make("llama"), siliang.LoraConfig(target_modules=["q_proj"], **settings))
+
+
+class Nested(nn.Module):
+    """Layers whose names are numbers, and an `out` that is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]), nn.ModuleList([nn.Linear(4, 4)])])
+        self.out = nn.Linear(4, 4)
+        self.side = nn.ModuleDict({"out": nn.Dropout(0.0)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.side["out"](self.out(self.blocks[1][0](self.blocks[0][0](x))))  # type: ignore[index]
+
+
+def root() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("model", [Nested, root])
+def test_all_linear_is_stored_under_names_that_mean_just_these(model: Any, tmp_path: Path) -> None:
+    def seeded() -> nn.Module:
+        torch.manual_seed(0)
+        return model()
+
+    ours = filled(siliang.get_peft_model(seeded(), siliang.LoraConfig(target_modules="all-linear")))
+    x = torch.ones(2, 4)
+    ours.save_pretrained(tmp_path)
+    for library in (siliang, peft):
+        again = library.PeftModel.from_pretrained(seeded(), str(tmp_path)).eval()
+        assert torch.allclose(again(x), ours(x), rtol=1e-5, atol=0)
+        names = {n.partition(".lora_A")[0] for n in again.state_dict() if ".lora_A." in n}
+        assert len(names) == sum(type(m) is nn.Linear for m in model().modules())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_rank_above_a_layers_width_is_opened(start: str, tmp_path: Path) -> None:
+    config = {"r": 40, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": start}  # width 32, and 16
+    for library, name in ((siliang, "ours"), (peft, "theirs")):
+        model = library.get_peft_model(make("llama"), library.LoraConfig(**config)).eval()
+        for p in (p for n, p in model.named_parameters() if "lora_B" in n):
+            p.data += 0.1
+        model.save_pretrained(str(tmp_path / name))
+        for other in (siliang, peft):
+            assert_same(other.PeftModel.from_pretrained(make("llama"), str(tmp_path / name)), logits(model))
+    with pytest.raises(ConfigError, match="'pissa_niter_4': r = 40, and a layer has 32 rows or columns"):
+        siliang.get_peft_model(make("llama"), siliang.LoraConfig(**config | {"init_lora_weights": "pissa_niter_4"}))
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file contains a `runtime_config`")
+def test_what_is_empty_in_a_file_is_off_as_in_peft(tmp_path: Path) -> None:
+    model = filled(siliang.get_peft_model(make("llama"), siliang.LoraConfig(r=2)))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    nothing = dict.fromkeys(("init_lora_weights", "use_rslora", "use_dora", "inference_mode", "fan_in_fan_out"))
+    path.write_text(json.dumps(saved | nothing | {"lora_dropout": 1.0, "runtime_config": {}}))
+    for library in (siliang, peft):
+        assert_same(library.PeftModel.from_pretrained(make("llama"), str(tmp_path)), logits(model))
+    trained = siliang.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True).train()
+    reference = logits(make("llama"))
+    found = trained(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+    assert (found - reference).abs().max() <= 1e-5 * reference.abs().max()  # all of A's input is dropped
+    found.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in trained.parameters() if p.grad is not None)
+    with pytest.raises(ConfigError, match="less than 1, or nothing is trained"):
+        siliang.get_peft_model(make("llama"), siliang.LoraConfig(lora_dropout=1.0))

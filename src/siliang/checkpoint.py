@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from siliang.files import replacing
 from siliang.inject import PROMPT_KEY, Injection
-from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
+from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt, features, is_linear
 from siliang.methods.lora import LoraConfig
+from siliang.methods.lora_init import RESIDUAL_STARTS
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.targets import find_targets, inside, layer_arguments
 from siliang.types import AdapterError, ConfigError, TargetError, first_line
@@ -231,6 +232,9 @@ def check_sizes(config: PeftConfig, tensors: dict[str, Tensor], *, model: nn.Mod
         with suppress(TargetError):  # attaching will say so
             layers = find_targets(model, copy.deepcopy(config), outside=[], lenient=True)
             ranks = {path: values["r"] for path, values in layer_arguments(config, layers, lenient=True).items()}
+            if str(config.init_lora_weights).startswith(RESIDUAL_STARTS):  # a weight has no more directions
+                for path in (p for p in ranks if is_linear(model.get_submodule(p))):
+                    ranks[path] = min(ranks[path], *features(model.get_submodule(path)))
             wanted |= {f"{path}: r": rank for path, rank in ranks.items()}
     for name, value in wanted.items():
         if value is not None and value > largest:
@@ -277,7 +281,7 @@ def load_tensors(
         if shape != tensors[key].shape:
             raise AdapterError(
                 f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(shape)}. "
-                "Is it an adapter of another base model?"
+                f"{_other_rank(key, tensors[key].shape, shape) or 'Is it an adapter of another base model?'}"
             )
     for key, tensor in own.items():
         if key == PROMPT_KEY:
@@ -287,6 +291,18 @@ def load_tensors(
     for key, path in embeddings.items():
         if not torch.equal(sizes[path].cpu(), tensors[key].to(sizes[path].dtype).cpu()):
             injection.stand_in(path, name, tensors[key])
+
+
+def _other_rank(key: str, found: Sequence[int], needed: Sequence[int]) -> str:
+    """What to say of a matrix of LoRA that differs in its rank alone."""
+    for side, rank in (("A", 0), ("B", 1)):
+        of_lora = f".lora_{side}." in key or key.endswith(f".lora_embedding_{side}")
+        if of_lora and len(found) == len(needed) == 2 and found[1 - rank] == needed[1 - rank]:
+            return (
+                f"The file's rank is {found[rank]}, and its {CONFIG_NAME} says {needed[rank]} for this layer: "
+                "were r or rank_pattern changed there, or their order?"
+            )
+    return ""
 
 
 def _respelled(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,8 +13,8 @@ from siliang.limits import LimitError, limited
 from siliang.methods import method_of
 from siliang.methods.base import LayerConfig, is_linear
 from siliang.methods.bitfit import is_bias
-from siliang.methods.lora import LoraConfig, matches_layer
-from siliang.types import TargetError, nearest
+from siliang.methods.lora import LoraConfig, in_any_order, layer_regex, matches_layer
+from siliang.types import ConfigError, TargetError, nearest
 
 
 def find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], lenient: bool) -> list[str]:
@@ -28,25 +28,51 @@ def find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], l
 
 
 def layer_arguments(config: LayerConfig, layers: list[str], *, lenient: bool = False) -> dict[str, dict[str, Any]]:
-    """What the wrapped layer of each path needs.
+    """What the wrapped layer of each path needs; rewrites patterns whose order would matter in the config's file.
 
     Args:
         lenient: Patterns may match nothing, as in files that PEFT wrote.
 
     Raises:
         TargetError: A pattern matches nothing, is no regular expression, or takes too long to match.
+        ConfigError: With the settings nothing could be trained.
     """
     with _matching("rank_pattern or alpha_pattern"):
-        if isinstance(config, LoraConfig) and not lenient:
+        if isinstance(config, LoraConfig):
+            if config.lora_dropout == 1.0 and not lenient:
+                raise ConfigError("lora_dropout = 1.0: must be less than 1, or nothing is trained.")
             for name in ("rank_pattern", "alpha_pattern"):
                 for key in getattr(config, name):
-                    if not any(matches_layer(key, path) for path in layers):
+                    _check_regex(name, key, layer_regex(key))
+                    if not lenient and not any(matches_layer(key, path) for path in layers):
                         hint = nearest(key, {p.rpartition(".")[2] for p in layers}) or nearest(key, layers)
                         raise TargetError(
                             f"{name}: {key!r} matches none of the layers that are tuned.{hint} "
                             f"They are like {_samples(layers)}."
                         )
+                setattr(config, name, in_any_order(getattr(config, name), layers))
         return {path: config.layer_arguments(path) for path in layers}
+
+
+def _check_regex(field: str, given: str, compiled: str) -> None:
+    """Whether what a config gives can be matched at all.
+
+    Args:
+        compiled: What is matched, with the given pattern in it.
+
+    Raises:
+        TargetError: It is no regular expression; says where in the given one.
+    """
+    errors = []
+    for pattern in (compiled, given):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            errors.append(error)
+        else:
+            if pattern is compiled:
+                return
+    raise TargetError(f"{field}: {given!r} is no regular expression: {errors[-1]}.")
 
 
 @contextmanager
@@ -74,7 +100,7 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
         head = _output_embedding(model)
         found = [p for p in fitting if modules[p] is not head and is_linear(modules[p])]
         # PEFT saves the names themselves, so that the file means the same on a model with other linear layers
-        config.target_modules = sorted({p.rpartition(".")[2] for p in found})
+        config.target_modules = _names_of([p for p in found if not inside(p, outside)], modules, outside)
     elif isinstance(wanted, str):
         try:
             found = [p for p in modules if re.fullmatch(wanted, p)]
@@ -105,6 +131,20 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
     return found
 
 
+def _names_of(found: list[str], modules: Iterable[str], outside: list[str]) -> list[str] | str:
+    """Names that mean just the layers of `found`: their last part where it means no other, otherwise the whole."""
+    chosen = set(found)
+    others = [p for p in modules if p not in chosen and not inside(p, outside)]
+
+    def own(name: str) -> bool:
+        return not name.isdigit() and not any(_ends(p, name) for p in others)
+
+    names = sorted({last if own(last := path.rpartition(".")[2]) else path for path in found})
+    if any(_ends(other, name) for other in others for name in names):  # "0" at the root is in every list
+        return "|".join(re.escape(path) for path in found)
+    return names
+
+
 def default_targets(model: nn.Module, config: LayerConfig, fitting: list[str]) -> list[str]:
     """The usual targets for the model's type, and an error that lists what there is where the type is unknown."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -128,6 +168,8 @@ def _check_names(config: LayerConfig, paths: list[str]) -> None:
     for field in ("exclude_modules", "feedforward_modules"):
         named = getattr(config, field, None) or []
         for name in [named] if isinstance(named, str) else named:
+            if isinstance(named, str):
+                _check_regex(field, named, named)
             if not any(_excluded(p, name if isinstance(named, str) else [name]) for p in paths):
                 hint = nearest(name, {p.rpartition(".")[2] for p in paths})
                 raise TargetError(f"{field}: {name!r} matches no module of the model.{hint}")
@@ -278,6 +320,8 @@ def _chosen_layers(config: LayerConfig, paths: list[str], *, lenient: bool) -> s
     """
     if not isinstance(config, LoraConfig) or config.layers_to_transform in (None, []):
         return None
+    for pattern in _layer_patterns(config):
+        _check_regex("layers_pattern", pattern, _list_regex(pattern))
     wanted = config.layers_to_transform
     chosen = {wanted} if isinstance(wanted, int) else set(wanted or ())
     if lenient:
@@ -303,8 +347,12 @@ def _layer_index(path: str, config: LayerConfig) -> int | None:
 
 
 def _index_in(path: str, pattern: str) -> int | None:
-    found = re.match(rf".*?\.{pattern}\.(\d+)(\.|$)", "." + path)
+    found = re.match(_list_regex(pattern), "." + path)
     return int(found[1]) if found else None
+
+
+def _list_regex(pattern: str) -> str:
+    return rf".*?\.{pattern}\.(\d+)(\.|$)"
 
 
 def _layer_patterns(config: LayerConfig) -> list[str]:

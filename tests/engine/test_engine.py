@@ -157,6 +157,11 @@ def test_other_families(name: str) -> None:
     assert (on.padding is None) == (name == "gemma2") == bool(on.notes)
 
 
+def test_a_prefix_before_a_window() -> None:
+    on, _ = compare("mistral", "prefix_tuning")
+    assert on.padding is not None
+
+
 @pytest.mark.parametrize("name", ["deberta", "t5", "bart"])
 def test_what_cannot_be_packed_goes_padded_and_says_so(name: str) -> None:
     on, _ = compare(name, "lora")

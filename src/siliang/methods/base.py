@@ -96,8 +96,8 @@ class PeftConfig:
             elif key in ("peft_type", "peft_version"):
                 continue
             elif key in cls.UNSUPPORTED:
-                # PEFT writes an empty dict where an older release wrote null
-                if value != cls.UNSUPPORTED[key] and (value or cls.UNSUPPORTED[key]) and cls.has_effect(key, values):
+                # what is empty is off: an empty dict, or null, as older releases of PEFT wrote
+                if value and value != cls.UNSUPPORTED[key] and cls.has_effect(key, values):
                     raise AdapterError(
                         f"{source}: {key} = {value!r} changes what {cls.peft_type} computes, and siliang does not "
                         f"support it (only {cls.UNSUPPORTED[key]!r})."
@@ -106,6 +106,8 @@ class PeftConfig:
                 warnings.warn(f"{source}: unknown field {key} = {value!r} is ignored", stacklevel=3)
         empty = {f.name for f in dataclasses.fields(cls) if f.default_factory is dict}
         kept = {k: v for k, v in kept.items() if v is not None or k not in empty}  # older releases wrote null
+        switches = {f.name for f in dataclasses.fields(cls) if isinstance(f.default, bool)}
+        kept = {k: False if v is None and k in switches else v for k, v in kept.items()}  # as PEFT takes it
         try:
             return cls(**kept)
         except ConfigError as error:

@@ -66,7 +66,7 @@ class LoraConfig(LayerConfig):
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         layers_to_transform: Indices of the blocks to tune; None for all.
         layers_pattern: Name of the list that the indices count in ("layers", "h"); None for any.
-        rank_pattern: r for layers whose name ends in, or matches, the key.
+        rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
         alpha_pattern: lora_alpha likewise.
     """
 
@@ -112,7 +112,7 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.lora_dropout < 1.0:
+        if not 0.0 <= self.lora_dropout <= 1.0:
             raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must be at least 0 and less than 1.")
         if low := [key for key, r in self.rank_pattern.items() if r < 1]:
             raise ConfigError(f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be at least 1.")
@@ -165,6 +165,7 @@ class LoraConfig(LayerConfig):
             "megatron_core": values.get("megatron_config"),
             "qalora_group_size": values.get("use_qalora"),
             "eva_config": False,  # a start: the file holds what came of it
+            "runtime_config": False,  # PEFT ignores it in a file
             "corda_config": init == "corda",
             "lora_ga_config": init == "lora_ga",
         }
@@ -260,6 +261,14 @@ class LoraLinear(_LoraLayer):
         """Makes A and B for adapter `name`, beside the base weight: on its device, in fp32 where it is half."""
         weight = self.base_layer.weight
         in_features, out_features = features(self.base_layer)
+        if isinstance(init, str) and init.startswith(RESIDUAL_STARTS):
+            directions = min(in_features, out_features)
+            if init.startswith("pissa_niter") and r > directions:
+                raise ConfigError(
+                    f"init_lora_weights = {init!r}: r = {r}, and a layer has {directions} rows or columns. "
+                    "Use a smaller r, or 'pissa'."
+                )
+            r = min(r, directions)
         place = {"device": weight.device, "dtype": trained_dtype(weight)}
         A, B = _empty(in_features, r, **place), _empty(r, out_features, bias=lora_bias, **place)
         if init == "gaussian":
@@ -456,9 +465,25 @@ def _empty(in_features: int, out_features: int, *, bias: bool = False, device: A
 
 def matches_layer(pattern: str, path: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern means the layer at `path`: the whole or its ending, as in PEFT."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    return re.match(layer_regex(pattern), path) is not None
 
 
-def _for_path(patterns: Mapping[str, float], path: str, default: float) -> Any:
+def layer_regex(pattern: str) -> str:
+    """The regular expression of a key of rank_pattern or alpha_pattern."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def in_any_order(patterns: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """Patterns that say the same of `paths` whichever comes first in the file: its keys are sorted, by PEFT as well.
+
+    Where several match one layer and sorting changes which is the first, each layer has a key of its own.
+    """
+    wanted = {path: _for_path(patterns, path, None) for path in paths}
+    if all(_for_path(dict(sorted(patterns.items())), path, None) == value for path, value in wanted.items()):
+        return dict(patterns)
+    return {f"^{re.escape(path)}": value for path, value in wanted.items() if value is not None}
+
+
+def _for_path(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches `path`."""
     return next((value for pattern, value in patterns.items() if matches_layer(pattern, path)), default)

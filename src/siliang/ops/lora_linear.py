@@ -98,4 +98,6 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _masked(x_TI: Tensor, mask_TI: Tensor | None, dropout_p: float) -> Tensor:
-    return x_TI if mask_TI is None else x_TI * mask_TI / (1.0 - dropout_p)
+    if mask_TI is None:
+        return x_TI
+    return x_TI * mask_TI / (1.0 - dropout_p) if dropout_p < 1.0 else torch.zeros_like(x_TI)
