@@ -268,6 +268,13 @@ def load_tensors(
         tied = {path: first[id(p)] for path, p in base.named_parameters(remove_duplicate=False) if path != first[id(p)]}
         again = {injection.parameter_key(a, name): injection.parameter_key(b, name) for a, b in tied.items()}
         sizes = {path: base.get_parameter(path) for path in embeddings.values()}
+    if stray := next(
+        (k for k, first in again.items() if k in tensors and not {k, first} & own.keys() and first not in tensors), None
+    ):
+        raise AdapterError(
+            f"{source}: {stray} is tied to another weight of the base model, and nothing in {CONFIG_NAME} names it: "
+            "add it to modules_to_save there, or tell where the file is from."
+        )
     tensors = _respelled(tensors, own, embeddings, again)
     embeddings = {key: path for key, path in embeddings.items() if key in tensors and key not in own}
     if missing := sorted(own.keys() - tensors.keys()):

@@ -49,7 +49,9 @@ from siliang.targets import (
     invented_modules,
     layer_arguments,
     lora_biases,
+    names_of_saved,
     no_biases,
+    plain_modules,
 )
 from siliang.types import ConfigError, MergeError, SiliangError, TargetError, TaskType
 from siliang.virtual_tokens import Route, attention_heads, is_encoder_decoder, word_embeddings
@@ -238,6 +240,9 @@ class Injection(nn.Module):
                 raise TargetError(no_biases(self.model))
         elif isinstance(config, LayerConfig):
             layers = find_targets(self.model, config, outside=modules, lenient=lenient)
+            if config.modules_to_save:
+                paths = [path for path, _ in plain_modules(self.model)]
+                config.modules_to_save = names_of_saved(config, config.modules_to_save, modules, paths)
             biases = lora_biases(self.model, config, layers, modules)
             for path in layers:
                 if path in self._layers and not isinstance(self._layers[path], method_of(config).layers):
@@ -264,7 +269,8 @@ class Injection(nn.Module):
             heads = (*heads, *invented)
         if heads:
             config.modules_to_save = sorted({*wanted, *heads})
-        found = find_saved_modules(self.model, [*wanted, *heads], required=[] if lenient else wanted)
+        required = [] if lenient else wanted
+        found = find_saved_modules(self.model, [*wanted, *heads], required=required, nested=not lenient)
         if lenient and (lacking := [path for path in invented if not inside(path, found)]):
             warnings.warn(
                 f"The base model's files lack {', '.join(lacking)}, and the adapter's do not hold it either: it is new "
@@ -707,13 +713,24 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _untie(model: Any) -> None:
-    """Says in the config that input and output embeddings are tied no more, where merging into one of them parted them.
+    """Where merging parted weights that were tied, gives each place a weight of its own and says so in the config.
 
-    Otherwise saving would drop one of the two, and loading tie the other to it.
+    Otherwise saving would leave those out that still are one, and loading tie them to another, or draw them at random.
+    Some configs (T5's) read `tie_word_embeddings` as something else and always tie; loading leaves weights apart that
+    the files hold apart.
     """
-    config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    pairs = {a: b for a, b in tied.items() if a in parameters and b in parameters}
+    if all(parameters[a] is parameters[b] for a, b in pairs.items()):
         return
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    if None not in ends and ends[0].weight is not ends[1].weight:
-        config.tie_word_embeddings = False
+    seen: set[int] = set()
+    for path in dict.fromkeys((*pairs.values(), *pairs)):
+        p = parameters[path]
+        if id(p) in seen:
+            replace_parameter(model, path, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+        seen.add(id(p))
+    model.all_tied_weights_keys = {a: b for a, b in tied.items() if a not in pairs}
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        if not type(config).from_dict(config.to_dict() | {"tie_word_embeddings": False}).tie_word_embeddings:
+            config.tie_word_embeddings = False

@@ -148,8 +148,15 @@ class PeftModel(PreTrainedModel):
         nn.Module.__init__(self)  # PreTrainedModel's own would adjust the base model's config to this wrapper
         if isinstance(model, PeftModel):
             raise ConfigError("The model has adapters already: call its add_adapter, or unload() it first.")
+        if any(type(m).__module__.partition(".")[0] == "peft" for m in model.modules()):
+            raise ConfigError("The model has adapters of peft on it: take them off first, with its unload().")
         if not isinstance(peft_config, PeftConfig):
-            raise ConfigError(f"{type(peft_config).__name__} is not a method's config of siliang, such as LoraConfig.")
+            name, module = type(peft_config).__name__, type(peft_config).__module__.partition(".")[0]
+            if module == "peft":
+                raise ConfigError(
+                    f"This {name} is peft's class: import the one of siliang (from siliang import {name})."
+                )
+            raise ConfigError(f"{name} is not a method's config of siliang, such as LoraConfig.")
         self.peft_config: dict[str, PeftConfig] = {}  # type: ignore[assignment]
         keep_as_stored(model)
         injection = Injection(model, for_prompts=peft_config.is_prompt_learning)

@@ -99,13 +99,8 @@ class Route(ABC):
 
     def _before(self, module: nn.Module, change: Callable[[nn.Module, dict[str, Any]], None]) -> None:
         """Lets `change` rewrite the arguments of `module`'s forward, all by name."""
-
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
-            named = by_name(module, args, kwargs)
-            change(module, named)
-            return (), named
-
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        # nothing local: a model with its hooks must pickle
+        self._handles.append(module.register_forward_pre_hook(partial(_rewrite, change), with_kwargs=True))
 
     def _after(self, module: nn.Module, change: Callable[[nn.Module, Any, Any], Any]) -> None:
         self._handles.append(module.register_forward_hook(change))
@@ -191,7 +186,7 @@ class PrefixRoute(Route):
         disentangled: list[Any] = [m for m in host.modules() if type(m).__name__ == "DisentangledSelfAttention"]
         for layer, module in enumerate(disentangled):
             self._before(module, partial(self._widen, layer=layer))
-            self._after(module, lambda module, args, out: (out[0][:, self.V :], *out[1:]))
+            self._after(module, self._narrow)
             if hasattr(module, "in_proj"):
                 self._after(module.in_proj, partial(self._put_fused, layer=layer, attention=module))
             else:
@@ -330,6 +325,9 @@ class PrefixRoute(Route):
             }
             named["relative_pos"] = build(x, x, **{k: v for k, v in settings.items() if k in wanted}).to(x.device)
 
+    def _narrow(self, module: nn.Module, args: Any, out: Any) -> Any:
+        return (out[0][:, self.V :], *out[1:])
+
     def _put(self, module: nn.Module, args: Any, out_BND: Tensor, *, layer: int, which: int) -> Tensor:
         """The prefix in the place of the virtual rows of a key or value projection."""
         if out_BND.shape[:2] != self._widened:  # DeBERTa sends its table of relative positions through here as well
@@ -369,6 +367,14 @@ class PrefixedCache:
         """Tokens that came before, the virtual ones among them."""
         seen = self._inner.get_seq_length(layer_idx) if self._inner is not None else 0
         return self._length + seen
+
+
+def _rewrite(
+    change: Callable[[nn.Module, dict[str, Any]], None], module: nn.Module, args: Any, kwargs: Any
+) -> tuple[tuple[()], dict[str, Any]]:
+    named = by_name(module, args, kwargs)
+    change(module, named)
+    return (), named
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -559,9 +565,13 @@ def word_embeddings(model: nn.Module) -> nn.Module:
         ConfigError: It has none that it would name.
     """
     try:
-        return model.get_input_embeddings()  # type: ignore[operator]
+        found = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
+        found = None
+    weight = getattr(found, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:  # ViT's are patches
         raise ConfigError(
             f"Virtual tokens need a transformers model with word embeddings, and {type(model).__name__} is none: "
             "use a method that works on layers, such as lora."
-        ) from None
+        )
+    return found

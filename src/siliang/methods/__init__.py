@@ -168,8 +168,9 @@ def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
     try:
         return found[PeftType(str(peft_type))]
     except ValueError:
+        hint = f" Write {str(peft_type).upper()!r}." if str(peft_type).upper() in found else ""
         raise AdapterError(
-            f"{source}: peft_type {peft_type!r} is not a method of siliang ({', '.join(found)})."
+            f"{source}: peft_type {peft_type!r} is not a method of siliang ({', '.join(found)}).{hint}"
         ) from None
 
 
