@@ -1,6 +1,8 @@
 """Several adapters on one model: none sees another, and what computes follows from what was asked for last."""
 
 import copy
+import io
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ENCODER, VOCABULARY, Plain, batch, make
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import siliang
-from siliang.types import AdapterError, ConfigError, MergeError
+from siliang.types import AdapterError, ConfigError, MergeError, TargetError
 
 SIZES: Any = ENCODER | {"initializer_range": 0.2}  # so that attention tells tokens apart
 Lora, LN, IA3, BitFit = siliang.LoraConfig, siliang.LNTuningConfig, siliang.IA3Config, siliang.BitFitConfig
@@ -898,3 +907,78 @@ def test_rows_with_beams_of_an_encoder_decoder() -> None:
     assert together[2].tolist() == model.generate(ids[2:], **settings)[0].tolist()
     with model.disable_adapter():
         assert together[1].tolist() == model.generate(ids[1:2], **settings)[0].tolist()
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize("family", ["llama", "bert", "deberta"])
+def test_prompts_pickle(config: str, family: str) -> None:
+    task: Any = "CAUSAL_LM" if family == "llama" else "SEQ_CLS"
+    own = siliang.get_peft_model(make(family), getattr(siliang, config)(task_type=task, num_virtual_tokens=3)).eval()
+    expected = answer(own)
+    file = io.BytesIO()
+    torch.save(own, file)
+    file.seek(0)
+    for again in (pickle.loads(pickle.dumps(own)), torch.load(file, weights_only=False)):
+        assert near(answer(again), expected)
+        assert not near(answer(again.unload()), expected)
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_prompts_need_word_embeddings(config: str) -> None:
+    sizes: Any = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
+    with pytest.raises(ConfigError, match="need a transformers model with word embeddings"):
+        siliang.get_peft_model(model, getattr(siliang, config)(num_virtual_tokens=3, task_type="SEQ_CLS"))
+
+
+def test_the_base_model_itself_is_resized() -> None:
+    base = causal()
+    own = siliang.get_peft_model(base, Lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    shake(own)
+    expected = answer(own)
+    embeddings: Any = own.get_base_model().resize_token_embeddings(68)  # type: ignore[operator]
+    assert len(embeddings.weight) == 68
+    assert near(answer(own)[..., :64], expected)
+    assert "resize_token_embeddings" not in vars(own.unload())
+    tuned: Any = siliang.get_peft_model(causal(), Lora(target_modules=["embed_tokens"])).get_base_model()
+    with pytest.raises(ConfigError, match="resize the embeddings before attaching"):
+        tuned.resize_token_embeddings(68)
+
+
+def test_the_base_asks_for_gradients_as_before() -> None:
+    for end in ("unload", "merge_and_unload"):
+        base = causal()
+        base.model.norm.weight.requires_grad_(False)
+        before = {name: p.requires_grad for name, p in base.named_parameters()}
+        plain: Any = getattr(siliang.get_peft_model(base, Lora(target_modules=["q_proj", "lm_head"])), end)()
+        assert {name: p.requires_grad for name, p in plain.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.LoraConfig(), r"peft's class: import siliang's: from siliang import LoraConfig\."),
+        (peft.VeraConfig(), r"peft's class: siliang does not have that method\."),
+        (Lora(target_modules=[]), "target_modules is empty"),
+        (Lora(target_modules=""), "target_modules is empty"),
+        (
+            Lora(target_modules=["q_proj"], modules_to_save=["q_proj"]),
+            r"modules_to_save .* holds all that target_modules",
+        ),
+        (
+            Lora(target_modules=".*mlp.*"),
+            r"is a LlamaMLP, which LORA cannot wrap\. End the pattern with the layers' own",
+        ),
+        (Lora(target_modules=".*"), r"the whole model is a LlamaForCausalLM, which LORA cannot wrap\. End the pattern"),
+    ],
+)
+def test_what_is_said_of_a_config_that_cannot_work(config: Any, message: str) -> None:
+    with pytest.raises((ConfigError, TargetError), match=message):
+        siliang.get_peft_model(causal(), config)
+
+
+def test_peft_stands_on_the_model_already() -> None:
+    with pytest.raises(ConfigError, match=r"adapters of peft on it: take them off first, with its unload"):
+        siliang.get_peft_model(peft.get_peft_model(causal(), peft.LoraConfig(target_modules=["q_proj"])), Lora())
+    with pytest.raises(AdapterError, match=r"peft_type 'lora' is not a method of siliang .* Write 'LORA'\."):
+        siliang.get_peft_config({"peft_type": "lora"})

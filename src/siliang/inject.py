@@ -123,6 +123,9 @@ class Injection(nn.Module):
         # not a child: PeftModel shows it, under PEFT's name for it
         self.__dict__["prompts"] = nn.ModuleDict()
         _TAKEN.add(model)
+        # transformers' own would meet wrapped embeddings; __dict__, so that it is no child
+        if hasattr(model, "resize_token_embeddings"):
+            model.__dict__["resize_token_embeddings"] = self.resize_token_embeddings
         for p in model.parameters():
             p.requires_grad_(False)
 
@@ -618,14 +621,18 @@ class Injection(nn.Module):
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._was_trainable.get(name, True))
         _TAKEN.discard(self.model)
+        self.model.__dict__.pop("resize_token_embeddings", None)
         return self.model
 
     # ---- a larger vocabulary ----
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model's function of this name, and every adapter's copy of what it resizes.
 
-        The new rows of a copy are those that the base model got.
+        The new rows of a copy are those that the base model got. What is attached answers in the base model's place.
+
+        Returns:
+            The input embeddings.
 
         Raises:
             ConfigError: An adapter has parameters of the old size beside the embeddings or the head. Nothing has been
@@ -639,7 +646,7 @@ class Injection(nn.Module):
                     f"{path} carries an adapter of the present size: resize the embeddings before attaching."
                 )
             changing = [path for path in self._swaps if path.rpartition(".")[0] in paths]
-            base.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
+            type(base).resize_token_embeddings(base, *args, **kwargs)  # type: ignore[operator]
             sites = sites_of(base)
             for path in changing:
                 old = self._swaps.pop(path)
@@ -649,6 +656,7 @@ class Injection(nn.Module):
             for path, saved in self._saved.items():
                 for name, twin in saved.modules_to_save.items():
                     saved.modules_to_save[name] = _resized_module(twin, base.get_submodule(path))
+        return self.model.get_input_embeddings()  # type: ignore[operator]
 
 
 def _resized(old: nn.Parameter, original: Tensor) -> nn.Parameter:

@@ -27,7 +27,7 @@ from siliang.checkpoint import (
 from siliang.files import outside_links
 from siliang.hub import hub_is_off
 from siliang.inject import PROMPT_KEY, Injection
-from siliang.methods import config_class
+from siliang.methods import METHODS, config_class
 from siliang.methods.base import BASE, CONFIG_NAME, PeftConfig
 from siliang.models.few_bits import keep_as_stored
 from siliang.types import AdapterError, ConfigError, first_line, nearest
@@ -153,9 +153,11 @@ class PeftModel(PreTrainedModel):
         if not isinstance(peft_config, PeftConfig):
             name, module = type(peft_config).__name__, type(peft_config).__module__.partition(".")[0]
             if module == "peft":
-                raise ConfigError(
-                    f"This {name} is peft's class: import the one of siliang (from siliang import {name})."
+                known = any(m.config is not None and m.config.__name__ == name for m in METHODS.values())
+                way = (
+                    f"import siliang's: from siliang import {name}." if known else "siliang does not have that method."
                 )
+                raise ConfigError(f"This {name} is peft's class: {way}")
             raise ConfigError(f"{name} is not a method's config of siliang, such as LoraConfig.")
         self.peft_config: dict[str, PeftConfig] = {}  # type: ignore[assignment]
         keep_as_stored(model)
@@ -549,8 +551,7 @@ class PeftModel(PreTrainedModel):
             raise ConfigError(
                 f"{type(self.get_base_model()).__name__} has no embeddings that transformers could resize."
             )
-        self.injection.resize_token_embeddings(*args, **kwargs)
-        return self.get_input_embeddings()
+        return self.injection.resize_token_embeddings(*args, **kwargs)
 
     @property
     def accepts_loss_kwargs(self) -> bool:

@@ -96,6 +96,8 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
         _check_names(config, list(modules))
     config.use_defaults_of(getattr(getattr(model, "config", None), "model_type", None))
     wanted = config.target_modules
+    if not wanted:
+        raise TargetError("target_modules is empty: name layers, or leave it out for the usual ones of the model.")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         head = _output_embedding(model)
         found = [p for p in fitting if modules[p] is not head and is_linear(modules[p])]
@@ -122,12 +124,18 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
     found = [p for p in found if not _excluded(p, config.exclude_modules)]
     if chosen is not None:
         found = [p for p in found if _layer_index(p, config) in chosen]
+    if found and all(inside(p, outside) for p in found) or not found and outside and wanted == "all-linear":
+        raise TargetError(f"modules_to_save ({', '.join(outside[:3])}) holds all that target_modules matches.")
     found = [p for p in found if not inside(p, outside)]
     if not found:
         raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
     if strange := [p for p in found if p not in fitting]:
         kind = type(modules[strange[0]]).__name__
-        raise TargetError(f"target_modules: {strange[0]!r} is a {kind}, which {config.peft_type} cannot wrap.")
+        what = f"{strange[0]!r} is" if strange[0] else "the whole model is"
+        way = ""
+        if isinstance(wanted, str):
+            way = " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear."
+        raise TargetError(f"target_modules: {what} a {kind}, which {config.peft_type} cannot wrap.{way}")
     return found
 
 

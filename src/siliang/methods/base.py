@@ -35,8 +35,8 @@ class PeftConfig:
         revision: The base model's revision on the hub.
         inference_mode: The adapter is not to be trained. Always true in a saved file.
         auto_mapping: With task_type None, the base model's class and library; filled in when attaching.
-        modules_to_save: Endings of the names of modules trained and saved whole, beside the adapter (heads, embeddings).
-            As in PEFT any ending: `head` means lm_head too.
+        modules_to_save: Endings of the names of modules trained and saved whole, beside the adapter (heads,
+            embeddings). As in PEFT any ending: `head` means lm_head too.
     """
 
     task_type: TaskType | None = None
