@@ -124,9 +124,10 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
     found = [p for p in found if not _excluded(p, config.exclude_modules)]
     if chosen is not None:
         found = [p for p in found if _layer_index(p, config) in chosen]
-    if found and all(inside(p, outside) for p in found) or not found and outside and wanted == "all-linear":
-        raise TargetError(f"modules_to_save ({', '.join(outside[:3])}) holds all that target_modules matches.")
+    saved = found if found else outside if config.target_modules == [] else []  # all-linear looks outside of them alone
     found = [p for p in found if not inside(p, outside)]
+    if saved and not found:
+        raise TargetError(f"modules_to_save ({', '.join(outside[:3])}) holds all that target_modules matches.")
     if not found:
         raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
     if strange := [p for p in found if p not in fitting]:
