@@ -130,6 +130,24 @@ def test_a_method_that_does_not_apply_is_a_row_that_says_so() -> None:
     assert found.error is not None and "has none" in found.error
 
 
+@pytest.mark.parametrize(("virtual", "left"), [(20, 44), (40, 24), (64, 0), (70, 0)])
+def test_without_data_rows_are_as_long_as_the_positions_allow(reviews: RunConfig, virtual: int, left: int) -> None:
+    values = reviews.model_dump(mode="json")
+    values["method"] = {"name": "prompt_tuning", "num_virtual_tokens": virtual}
+    values["data"] |= {"max_length": 512}
+    values["train"] |= {"gradient_checkpointing": True}
+    config = RunConfig.build(values)
+    found = plan(config, target(None), with_data=False, timed=False).methods[0]
+    if not left:
+        assert found.error == f"method.num_virtual_tokens = {virtual} leaves no position for a row: lower it."
+        return
+    assert found.error is None and found.batch_tokens == found.batch_rows * left
+    assert any(note.startswith(f"rows of {left} tokens: the model has {left} positions") for note in found.notes)
+    # where it does not fit, what to change is looked for with rows that the model can read
+    found = plan(config, target(found.peak_bytes - 2**14), with_data=False, timed=False).methods[0]
+    assert found.error is None and found.fits is False and found.fit is not None and found.fit.time_factor >= 1
+
+
 # ---- a run's own data ----
 
 

@@ -103,6 +103,11 @@ class Sketch:
             if new_tokens:
                 size = base.config.get_text_config().vocab_size + new_tokens
                 base.resize_token_embeddings(size, mean_resizing=False)  # there are no values to take the mean of
+            positions = self._positions(base)
+            if any(limit is not None and limit < 1 for limit in (positions.reads, positions.writes)):
+                raise ConfigError(
+                    f"method.num_virtual_tokens = {positions.virtual:,} leaves no position for a row: lower it."
+                )
             self.model, self.trained, self.total = attach(base, found, self._config, device.precision)
             self.adapter_bytes = self._saved_bytes()
             dealt = config.distributed.strategy == "fsdp"
@@ -145,10 +150,8 @@ class Sketch:
         Raises:
             DataError: A row of the data is longer than the model can read.
         """
-        arguments = self._config.method.arguments
-        virtual = int(arguments.get("num_virtual_tokens") or 0)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        positions = Positions.of(base, virtual=virtual, prefix=self.method == "prefix_tuning")
+        positions = self._positions(base)
         most = positions.reads
         if most is None or max(len(row["input_ids"]) for row in rows) <= most:
             return rows
@@ -156,6 +159,11 @@ class Sketch:
             raise DataError(f"a row has {longest:,} tokens, the model {positions.in_words(most)}")
         self.notes.append(f"rows of {most:,} tokens: the model has {positions.in_words(most)}")
         return [cut(row, most) for row in rows]
+
+    def _positions(self, base: Any) -> Positions:
+        method = self._config.method
+        virtual = int(method.arguments.get("num_virtual_tokens") or 0)
+        return Positions.of(base, virtual=virtual, prefix=method.name == "prefix_tuning")
 
     def measure(
         self,
@@ -188,7 +196,11 @@ class Sketch:
         if not recomputed:
             return 1.0
         if self._layers_share is None:
-            found = self.measure(self.batches([made_up_row(self._config, 64)]))
+            rows = [made_up_row(self._config, 64)]
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            if (most := self._positions(base).reads) is not None:
+                rows = [cut(row, most) for row in rows]
+            found = self.measure(self.batches(rows))
             self._layers_share = found.layer_flops / found.flops
         return 1.0 + self._layers_share * recomputed / self.layers
 
