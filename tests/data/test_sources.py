@@ -19,6 +19,7 @@ from siliang.data import json_stream
 from siliang.data.examples import Labelled, Tagged, Text, conversation
 from siliang.data.hashes import source_sha256
 from siliang.data.load import Examples, load_examples
+from siliang.data.sources import Reading, Row, open_source
 from siliang.types import DataError, TaskType
 
 
@@ -327,3 +328,29 @@ def test_half_a_character(name: str, around: str, tmp_path: Path) -> None:
     assert read_rows(str(tmp_path / name))[0].values["text"] == "\U0001f600"
     (tmp_path / name).write_text(around.format('{"text": "a\\ud83d", "label": "a"}'))
     assert read_rows(str(tmp_path / name))[0].problem == "holds half of a character, \\ud83d"
+
+
+def tagged_rows(path: Path, content: str) -> tuple[list[Row], list[str]]:
+    path.write_text(content)
+    reading = Reading(tagged=True)
+    return list(open_source(str(path), reading).rows("", reading)), reading.notes
+
+
+def test_comments_and_numbers_of_words_are_no_words(tmp_path: Path) -> None:
+    head = "# newdoc id = a\n# sent_id = 3\n# text = EU rejects\n"
+    words = [{"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}, {"tokens": ["#", "#a"], "tags": ["O", "X"]}]
+    rows, notes = tagged_rows(tmp_path / "a.conll", f"{head}EU B-ORG\nrejects O\n\n# sent_id = 4\n# O\n#a X\n")
+    assert [r.values for r in rows] == words and not notes
+    numbered = f"{head}1\tEU\tB-ORG\n2\trejects\tO\n\n# sent_id = 4\n1-2\t##a\t_\n1\t#\tO\n2\t#a\tX\n"
+    rows, notes = tagged_rows(tmp_path / "a.conll", numbered)
+    assert [r.values for r in rows] == words and "its first column numbers the words" in notes[0]
+    # a sentence of numbers, beside others
+    rows, _ = tagged_rows(tmp_path / "a.conll", "1\tx\tO\n2\tx\tO\n\nEU\tx\tO\n")
+    assert [r.values["tokens"] for r in rows] == [["1", "2"], ["EU"]]
+    full = "1\tEU\teu\tPROPN\t_\t_\t2\tnsubj\t_\t_\n2\trejects\treject\tVERB\t_\t_\t0\troot\t_\t_\n"
+    with pytest.raises(
+        DataError, match=r"10 columns that begin with a word's number, .* \(of CoNLL-U 2 and 4"
+    ):
+        tagged_rows(tmp_path / "a.conll", head + full)
+    with pytest.raises(DataError, match=r"its first column numbers the words, and no other holds them"):
+        tagged_rows(tmp_path / "a.bio", "1\tO\n2\tB-X\n")
