@@ -428,3 +428,28 @@ def test_counts_of_an_encoder_decoder(tmp_path: Path) -> None:
     subject = look_at(RunConfig.build(values))
     assert find(subject) == []
     assert count(subject)["rows"] == {"train": 18, "held_out": 2, "bad": 0}
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (("0", "1", "-1"), "24 rows have the label '-1' beside numbers from 0"),
+        (("0", "1", "2", "-1"), "rows have the label '-1' beside numbers from 0"),
+        (("0", "1", "true", "false"), "'0' (18 rows) and 'false' (18 rows); '1' (18 rows) and 'true' (18 rows)"),
+        (("1", "0", "True"), "'1' (24 rows) and 'True' (24 rows)"),
+        ((" pos", " neg"), "hold what is not seen: ' neg' (36 rows), ' pos' (36 rows)"),
+        (("-1", "1"), None),
+        (("-1", "0", "1", "-2"), None),
+        (("1", "true", "maybe"), None),
+        (("0", "1"), None),
+    ],
+)
+def test_labels_that_are_none_or_one(labels: tuple[str, ...], said: str | None, case: Case) -> None:
+    rows = [{"text": f"{a} {b}", "label": labels[i % len(labels)]} for i, (a, b) in enumerate(PAIRS)]
+    found = [f for f in case(rows, task="seq_cls", model="bert") if f.code == "SL020" and f.severity == "error"]
+    assert [said in f.message for f in found] == ([] if said is None else [True]), found
+    named = case(rows, task="seq_cls", model="bert", data={"labels": list(labels)})
+    assert "SL020" not in codes(named)
+
+
+PAIRS = [(a, b) for a in WORDS[28:36] for b in WORDS[28:37]]

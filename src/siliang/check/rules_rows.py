@@ -13,7 +13,7 @@ from siliang.check.finding import Found
 from siliang.check.subject import Subject
 from siliang.data.examples import Labelled, Span, Tagged
 from siliang.data.formats import misplaced
-from siliang.data.labels import alike, joined, strange
+from siliang.data.labels import alike, joined, no_label, strange
 from siliang.data.numbers import as_number, is_whole
 from siliang.types import TaskType
 
@@ -124,7 +124,7 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
     """Labels that are not what they seem.
 
     Cause: Labels are compared to the letter: "a" and "a " with a blank, "1" and "1.0", "Positive" and "positive" are
-    two classes each, which no text tells apart. "nan" and "None" are how programs write that there is no label,
+    two classes each, which no text tells apart. "nan", "None", and -1 beside 0 and 1 say that there is none,
     numbers with a point are often measurements, and "a,b" beside "a" and "b" is several labels in one.
 
     Fix: Write each class in one way, and remove rows without one. Where the names are meant as they are, list them in
@@ -139,12 +139,20 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
         shown = [" and ".join(f"{name!r} ({counts[name]:,} rows)" for name in group) for group in groups[:5]]
         more = f"; and {len(groups) - 5} more" if len(groups) > 5 else ""
         yield Found(f"classes that look like one: {'; '.join(shown)}{more}")
+    if (none := no_label(names)) is not None:
+        yield Found(
+            f"{counts[none]:,} rows have the label {none!r} beside numbers from 0: so GLUE and others write that there "
+            "is no label",
+            fix="Remove these rows; where it is a class, list the classes in data.labels.",
+        )
     if s.task is TaskType.SEQ_CLS and (mark := joined(names)):
         shown = ", ".join(repr(name) for name in names if mark in name.strip())
         yield Found(f"several labels in one, separated by {mark!r}: {shown[:100]}; seq_cls learns one class for a text")
     together = {name for group in groups for name in group}
     if odd := [name for name in strange(names) if name not in together]:
-        severity = None if any(name.casefold().strip() in ("nan", "-nan", "<na>", "nat") for name in odd) else "warning"
+        missing = any(name.casefold().strip() in ("nan", "-nan", "<na>", "nat") for name in odd)
+        blanks = all(name != name.strip() for name in names if name != "O")  # a blank behind each comma
+        severity = None if missing or blanks else "warning"
         shown = ", ".join(f"{name!r} ({counts[name]:,} rows)" for name in odd[:5])
         yield Found(f"labels that may stand for none, or hold what is not seen: {shown}", severity=severity)
     numbers = [name for name in names if as_number(name) is not None]

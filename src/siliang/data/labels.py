@@ -13,6 +13,7 @@ from siliang.data.text_files import INVISIBLE
 MOST_CLASSES = 1000
 FEW_ROWS = 20  # below, a class for every other row says nothing
 MISSING = frozenset({"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined", "-nan"})
+TRUTHS = {"true": "1.0", "false": "0.0"}  # by their keys
 QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 
 
@@ -28,10 +29,12 @@ def alike_key(name: str) -> str:
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:
-    """The groups of names that look like one."""
+    """The groups of names that look like one; of two classes written in two ways, true is 1 and false is 0."""
+    keys = {name: alike_key(name) for name in names}
+    truths = dict(TRUTHS) if set(keys.values()) <= {*TRUTHS, *TRUTHS.values()} else {}
     groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(alike_key(name), []).append(name)
+    for name, key in keys.items():
+        groups.setdefault(truths.get(key, key), []).append(name)
     return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
@@ -43,6 +46,13 @@ def strange(names: Iterable[str]) -> list[str]:
         for name in names
         if name.casefold().strip() in MISSING or name != name.strip() or any(c in INVISIBLE for c in name)
     )
+
+
+def no_label(names: Collection[str]) -> str | None:
+    """The name that says that there is no label: -1 beside whole numbers from 0, as in GLUE's test parts."""
+    rest = {name for name in names if name != "-1"}
+    numbered = "0" in rest and all(is_whole(name) and not name.startswith("-") for name in rest)
+    return "-1" if numbered and len(rest) < len(names) else None
 
 
 def no_classes(found: Collection[str], rows: int) -> str | None:
