@@ -207,3 +207,16 @@ def test_history_is_learned_oldest_first(history: Any, system: dict[str, str]) -
     said = [m.text for m in talk.messages]
     assert said == [*system.values(), "hello", "yes", "one", "two", "three", "four", "five", "six"]
     assert [m.role for m in talk.messages][-8:] == ["user", "assistant"] * 4
+
+
+def test_turns_as_json_text() -> None:
+    talk = [*TALK[:3], TALK[3] | {"weight": 1, "odd": "x"}]
+    for column in ("messages", "conversations"):
+        assert read({column: json.dumps(talk)}) == read({column: talk})
+        assert unused_fields({column: json.dumps(talk)}, Columns()) == {f"{column}[].odd"}
+        assert "has no list of turns" in read({column: "[hello"})
+
+
+def test_several_answers_are_no_answer() -> None:
+    said = read({"instruction": "hello", "output": ["yes", "no"]})
+    assert said == "has a list of texts in 'output': one text belongs there, or a list of turns {role, content}"

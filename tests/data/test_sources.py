@@ -352,3 +352,37 @@ def test_comments_and_numbers_of_words_are_no_words(tmp_path: Path) -> None:
         tagged_rows(tmp_path / "a.conll", head + full)
     with pytest.raises(DataError, match=r"its first column numbers the words, and no other holds them"):
         tagged_rows(tmp_path / "a.bio", "1\tO\n2\tB-X\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "# export of 2024\ntext,label\na,x\n", "a.csv:1: '# export of 2024' is a comment and no header"),
+        ("a.csv", "# export, all of it\ntext,label\na,x\n", "a.csv:1: '# export' is a comment"),
+        ("a.csv", "sep=;\ntext;label\na;x\n", "a.csv:1: 'sep=' is a mark of Excel's and no header line: take"),
+        ("a.csv", "sep=,\ntext,label\na,x\n", "a.csv:1: 'sep=' is a mark of Excel's and no header line: take"),
+        ("a.csv", "text,label\na, b,x\nc,y\nd,x\n", "has 3 columns, not 2 .text, label.; a cell with a comma"),
+        ("a.json", '{"text": {"0": "a", "1": "b"}, "label": {"0": 1, "1": 0}}', 'to_json\\(path, orient="records"\\)'),
+    ],
+)  # fmt: skip
+def test_files_that_programs_write_otherwise(name: str, content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=said) as raised:
+        load_examples(DataConfig(train=str(path), test_size=0), TaskType.SEQ_CLS, seed=0)
+    assert str(raised.value).count("\n") < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "tokens,tags\na b,O O\n", r"must hold lists in 'tokens' and 'tags', and holds text: write .jsonl"),
+        ("a.jsonl", '{"text": "hello Bob", "label": [[6, 9, "PER"]]}', r"'label' holds spans of a text: .* so"),
+        ("a.jsonl", '{"text": "hello Bob", "entities": [{"start": 6}]}', r"'entities' holds spans of a text"),
+    ],
+)  # fmt: skip
+def test_tags_that_are_none(name: str, content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=said):
+        load_examples(DataConfig(train=str(path), test_size=0), TaskType.TOKEN_CLS, seed=0)

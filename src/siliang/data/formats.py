@@ -206,6 +206,12 @@ def _no_format(suited: list[Format], found: Collection[str], columns: Columns, s
         best, keys = FORMATS["sentence-pair"], {getattr(columns, n): n for n in FORMATS["sentence-pair"].needs}
     other = _no_classes(free, found) if "label" in best.needs and columns.label in missing else ""
     said = f"{source} has no column {(columns.label if other else missing[0])!r}; it has {there}.{other}"
+    spans = [c for c in free if isinstance(found, Mapping) and _are_spans(found[c])] if TAGS in best.tasks else []
+    if spans:
+        return (
+            f"{said} {spans[0]!r} holds spans of a text: token_cls learns a tag for each word, so write tokens and "
+            'tags, such as {"tokens": ["hello", "Bob"], "tags": ["O", "B-PER"]}.'
+        )
     if odd := next((c for c in found if any(mark in c for mark in ";|\t")), None):
         mark = next(m for m in ";|\t" if m in odd)
         return f"{said}\nWhere {mark!r} separates its columns, say so: data.separator={mark!r}."
@@ -235,6 +241,11 @@ def _numbered_pair(free: list[str], found: Collection[str]) -> tuple[str, str] |
         if other := next((c for c in others if c in free and c != one), None):
             return one, other
     return None
+
+
+def _are_spans(value: Any) -> bool:
+    """Places in a text with their kind, as annotation tools write them."""
+    return isinstance(value, list) and bool(value) and all(isinstance(held, list | tuple | dict) for held in value)
 
 
 def _no_classes(free: list[str], found: Collection[str]) -> str:
@@ -416,7 +427,7 @@ def unused_fields(values: Values, c: Columns) -> set[str]:
     """The fields of a row's turns that siliang does not use, as "messages[].name"."""
     found: set[str] = set()
     for column in (c.messages, "conversations", c.prompt, c.completion):
-        turns = values.get(column)
+        turns = _listed(values.get(column)) if column in (c.messages, "conversations") else values.get(column)
         for turn in turns if isinstance(turns, list | tuple) else ():
             if isinstance(turn, dict):
                 role = ROLES.get(str(_first(turn, "role", "from")).lower(), "user")
@@ -436,13 +447,26 @@ def _messages(values: Values, c: Columns, column: str) -> Result:
     if system := cell(values, c.system).strip():
         messages.append(Message("system", system))
     messages += _turns(values.get(column), column)
-    tools = _first(values, c.tools, "functions")
-    if not _given(tools) and isinstance(turns := values.get(column), list):  # ChatGLM3 keeps them in the system's turn
+    tools, turns = _first(values, c.tools, "functions"), _listed(values.get(column))
+    if not _given(tools) and isinstance(turns, list):  # ChatGLM3 keeps them in the system's turn
         tools = next((t["tools"] for t in turns if _given(t.get("tools"))), None)
     return _conversation(messages, tools if isinstance(tools, str) or not tools else as_json(tools))
 
 
+def _listed(turns: Any) -> Any:
+    """A list of turns that csv and some databases hold as JSON text; any other value as it is."""
+    if isinstance(turns, str) and turns.strip().startswith("["):
+        try:
+            return json.loads(turns)
+        except (ValueError, RecursionError):
+            return turns
+    return turns
+
+
 def _turns(turns: Any, column: str) -> list[Message]:
+    turns = _listed(turns)
+    if isinstance(turns, list | tuple) and turns and all(isinstance(turn, str) for turn in turns):
+        raise BadRow(f"has a list of texts in {column!r}: one text belongs there, or a list of turns {{role, content}}")
     if not isinstance(turns, list | tuple) or not turns:
         raise BadRow(f"has no list of turns in {column!r}")
     messages: list[Message] = []
@@ -676,7 +700,9 @@ def _sentence_pair(values: Values, c: Columns) -> Result:
 def _tagged(values: Values, c: Columns) -> Result:
     tokens, tags = values.get(c.tokens), values.get(c.tags)
     if not isinstance(tokens, list) or not isinstance(tags, list):
-        return f"must hold lists in {c.tokens!r} and {c.tags!r}"
+        written = any(isinstance(value, str) for value in (tokens, tags))
+        how = ", and holds text: write .jsonl, or a word and its tag a line (.conll)" if written else ""
+        return f"must hold lists in {c.tokens!r} and {c.tags!r}{how}"
     if not tokens:
         return f"has an empty {c.tokens!r}"
     if len(tokens) != len(tags):

@@ -153,6 +153,8 @@ def _whole(file: TextFile, name: str | Path) -> Iterator[Item]:
     if not isinstance(items, list):
         lists = [key for key, held in value.items() if isinstance(held, list)] if isinstance(value, dict) else []
         found = f" It holds one object, with a list under {', '.join(map(repr, lists))}." if lists else ""
+        if isinstance(value, dict) and value and all(isinstance(held, dict) for held in value.values()):
+            found = ' It holds columns, as pandas writes them: df.to_json(path, orient="records") writes rows.'
         raise DataError(f"{name} must hold a list of objects: [{{...}}, {{...}}].{found}")
     number = 0
     for item in items:

@@ -198,17 +198,31 @@ def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[R
         if problem is not None:
             yield Row({}, where, problem)
         elif names is None:
+            if said := _is_no_header(fields):
+                raise DataError(f"{where}: {said}")
             names = clean_header(fields, where)
         elif fields == names and names is reading.header and line == 1:
             raise DataError(f"{where}: is the header line that data.header says is missing: leave data.header out.")
         elif len(fields) != len(names):
             has = f"has {len(fields)} column{'s' if len(fields) != 1 else ''}, not {len(names)} ({', '.join(names)})"
+            if kind == ".csv" and len(fields) > len(names):
+                has += "; a cell with a comma, or whatever separates the columns, needs quotes"
             yield Row({}, where, has)
         else:
             quoted += kind == ".tsv" and any(map(whole_quoted, fields))
             yield Row(dict(zip(names, fields, strict=True)), where)
     if quoted:
         reading.doubts.append(f"{name}: {quoted:,} rows have a cell in double quotes, and the quotes are read as text")
+
+
+def _is_no_header(fields: list[str]) -> str | None:
+    """What the first line of a table is in place of a header, if it shows."""
+    first = fields[0].strip()
+    if re.match(r"sep=", first, re.IGNORECASE) and len(fields) < 3:
+        return "'sep=' is a mark of Excel's and no header line: take this line out; the separator is found without it."
+    if first.startswith("#") and (len(fields) == 1 or first.startswith("# ")):
+        return f"{first[:40]!r} is a comment and no header line: take it out."
+    return None
 
 
 COMMENT = re.compile(r"# *(\S+ *= |new(doc|par)\b)")  # CoNLL-U's
