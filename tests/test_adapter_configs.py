@@ -316,7 +316,7 @@ def assert_same(model: Any, reference: torch.Tensor) -> None:
     ],
 )
 def test_patterns_that_overlap_are_the_same_in_any_order_of_the_file(settings: dict[str, Any], tmp_path: Path) -> None:
-    config = {"target_modules": ["q_proj", "v_proj"], "r": 2, **settings}
+    config: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "r": 2, **settings}
     model = filled(siliang.get_peft_model(make("llama"), siliang.LoraConfig(**config)))
     wanted = logits(model)
     assert_same(filled(peft.get_peft_model(make("llama"), peft.LoraConfig(**config))), wanted)
@@ -388,7 +388,11 @@ def test_all_linear_is_stored_under_names_that_mean_just_these(model: Any, tmp_p
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_rank_above_a_layers_width_is_opened(start: str, tmp_path: Path) -> None:
-    config = {"r": 40, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": start}  # width 32, and 16
+    config: dict[str, Any] = {
+        "r": 40,
+        "target_modules": ["q_proj", "v_proj"],
+        "init_lora_weights": start,
+    }  # width 32, and 16
     for library, name in ((siliang, "ours"), (peft, "theirs")):
         model = library.get_peft_model(make("llama"), library.LoraConfig(**config)).eval()
         for p in (p for n, p in model.named_parameters() if "lora_B" in n):
@@ -418,3 +422,33 @@ def test_what_is_empty_in_a_file_is_off_as_in_peft(tmp_path: Path) -> None:
     assert all(bool(p.grad.isfinite().all()) for p in trained.parameters() if p.grad is not None)
     with pytest.raises(ConfigError, match="less than 1, or nothing is trained"):
         siliang.get_peft_model(make("llama"), siliang.LoraConfig(lora_dropout=1.0))
+
+
+SPARSE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def test_all_linear_says_which_experts_it_leaves_out() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    few: dict[str, Any] = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    for model, count in (
+        (MixtralForCausalLM(MixtralConfig(**SPARSE, num_local_experts=2)), 4),
+        (Qwen2MoeForCausalLM(Qwen2MoeConfig(**SPARSE, **few, num_experts_per_tok=1)), 8),
+    ):
+        message = r"leaves out experts\.down_proj, experts\.gate_up_proj, gate\.weight: these .* siliang does not\.$"
+        with pytest.warns(UserWarning, match=message) as caught:
+            names = tuned(model, siliang.LoraConfig(target_modules="all-linear"))
+        assert len(names) == count and len(caught) == 1
+    with pytest.raises(
+        TargetError, match=r"'model.layers.0.mlp.gate' is a MixtralTopKRouter and no linear layer, which"
+    ):
+        siliang.get_peft_model(
+            MixtralForCausalLM(MixtralConfig(**SPARSE)), siliang.LoraConfig(target_modules=["q_proj", "gate"])
+        )

@@ -329,6 +329,8 @@ class Injection(nn.Module):
             prompt = method_of(config).make_prompt(start, embeddings)
         if from_file:
             Route.of(self.model, config, prompt).remove()
+            if isinstance(config, PrefixTuningConfig):
+                config.check_heads(attention_heads(self.model), type(self.model).__name__)
         else:
             Route.tried(self.model, config, prompt)
         prompt.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -101,6 +102,12 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         head = _output_embedding(model)
         found = [p for p in fitting if modules[p] is not head and is_linear(modules[p])]
+        if experts := _experts(modules):
+            warnings.warn(
+                f"target_modules='all-linear' leaves out {', '.join(experts)}: these hold weights, and are no linear "
+                "layers. PEFT tunes them on some models (target_parameters), siliang does not.",
+                stacklevel=2,  # one place, and so once
+            )
         # PEFT saves the names themselves, so that the file means the same on a model with other linear layers
         config.target_modules = _names_of([p for p in found if not inside(p, outside)], modules, outside)
     elif isinstance(wanted, str):
@@ -131,13 +138,30 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
     if not found:
         raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
     if strange := [p for p in found if p not in fitting]:
-        kind = type(modules[strange[0]]).__name__
+        module = modules[strange[0]]
+        kind = type(module).__name__
+        if next(module.children(), None) is None and hasattr(module, "weight"):
+            kind += " and no linear layer"
         what = f"{strange[0]!r} is" if strange[0] else "the whole model is"
         way = ""
         if isinstance(wanted, str):
             way = " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear."
         raise TargetError(f"target_modules: {what} a {kind}, which {config.peft_type} cannot wrap.{way}")
     return found
+
+
+def _experts(modules: dict[str, nn.Module]) -> list[str]:
+    """The weights of experts that stand in one tensor, and of the routers to them, by the ends of their names."""
+    own = {p: m for p, m in modules.items() if not type(m).__module__.startswith("torch.")}
+    sizes = {
+        f"{path.rpartition('.')[2]}.{name}": (p.dim(), type(module).__name__)
+        for path, module in own.items()
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() in (2, 3) and p.shape[0] > 1  # a table of positions is (1, N, D)
+    }
+    if not any(dim == 3 for dim, _ in sizes.values()):
+        return []
+    return sorted(name for name, (dim, kind) in sizes.items() if dim == 3 or "Router" in kind)
 
 
 def _names_of(found: list[str], modules: Iterable[str], outside: list[str]) -> list[str] | str:

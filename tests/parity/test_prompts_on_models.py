@@ -241,3 +241,18 @@ def test_a_prefix_leaves_a_sliding_window_as_in_peft(name: str, how: str, monkey
     more = {"attention_mask": torch.ones_like(whole), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     texts = [model.generate(input_ids=whole, **more) for model in (ours, theirs)]
     assert torch.equal(*texts)
+
+
+def test_a_prefix_of_another_width_is_refused_when_it_is_opened(tmp_path: Any) -> None:
+    def wide() -> Any:
+        config = t.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
+        return t.T5ForConditionalGeneration(config)
+
+    settings: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3}
+    peft.get_peft_model(wide(), peft.PrefixTuningConfig(**settings)).save_pretrained(str(tmp_path / "peft"))
+    with pytest.raises(ConfigError, match=r"made for 4 key/value heads of 8, and T5For.* has 4 of 16.*token_dim=64"):
+        siliang.PeftModel.from_pretrained(wide(), tmp_path / "peft")
+    siliang.get_peft_model(wide(), siliang.PrefixTuningConfig(**settings)).save_pretrained(tmp_path / "ours")
+    ids = torch.tensor([[3, 4]])
+    for library in (siliang, peft):
+        library.PeftModel.from_pretrained(wide(), str(tmp_path / "ours"))(input_ids=ids, decoder_input_ids=ids)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from siliang.methods.base import Prompt, PromptConfig, said
-from siliang.types import PeftType
+from siliang.types import ConfigError, PeftType
 
 
 @dataclass(kw_only=True)
@@ -53,6 +53,25 @@ class PrefixTuningConfig(PromptConfig):
             number = said(model_config, ("num_key_value_heads",)) or self.num_attention_heads
             size = said(model_config, ("head_dim", "d_kv")) or self.token_dim // self.num_attention_heads
             self.num_attention_heads, self.token_dim = number, number * size
+
+    def check_heads(self, heads: tuple[int, int] | None, model: str) -> None:
+        """Whether a finished prefix fits the attention of a model.
+
+        Args:
+            heads: As for `complete`.
+            model: What to call it.
+
+        Raises:
+            ConfigError: Its heads are others.
+        """
+        assert self.token_dim is not None and self.num_attention_heads is not None
+        own = self.num_attention_heads, self.token_dim // self.num_attention_heads
+        if heads is not None and heads != own:
+            raise ConfigError(
+                f"The prefix is made for {own[0]} key/value heads of {own[1]}, and {model} has {heads[0]} of "
+                f"{heads[1]}: train it for this model. PEFT must be told token_dim={heads[0] * heads[1]} and "
+                f"num_attention_heads={heads[0]} there."
+            )
 
     def make_prompt(self, word_embeddings: nn.Module) -> Prefix:
         """A new prefix; the word embeddings play no part in it."""
