@@ -966,6 +966,10 @@ def test_the_base_asks_for_gradients_as_before() -> None:
             r"modules_to_save .* holds all that target_modules",
         ),
         (
+            Lora(target_modules="all-linear", modules_to_save=["model"]),
+            r"modules_to_save \(model\) holds all that target_modules",
+        ),
+        (
             Lora(target_modules=".*mlp.*"),
             r"is a LlamaMLP, which LORA cannot wrap\. End the pattern with the layers' own",
         ),
