@@ -30,7 +30,7 @@ def distilbert() -> Any:
 
 
 def masked() -> Any:
-    sizes = {key: value for key, value in ENCODER.items() if key != "num_labels"}
+    sizes: Any = {key: value for key, value in ENCODER.items() if key != "num_labels"}
     return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, initializer_range=0.2))
 
 
