@@ -569,7 +569,7 @@ def word_embeddings(model: nn.Module) -> nn.Module:
     except (AttributeError, NotImplementedError):
         found = None
     weight = getattr(found, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:  # ViT's are patches
+    if found is None or not isinstance(weight, Tensor) or weight.dim() != 2:  # ViT's are patches
         raise ConfigError(
             f"Virtual tokens need a transformers model with word embeddings, and {type(model).__name__} is none: "
             "use a method that works on layers, such as lora."

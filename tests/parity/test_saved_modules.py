@@ -24,8 +24,15 @@ def llama(*, tied: bool = True) -> Any:
 
 
 def distilbert() -> Any:
-    sizes: Any = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
-    config = DistilBertConfig(vocab_size=VOCABULARY, **sizes, num_labels=3, initializer_range=0.2)
+    sizes: Any = {
+        "dim": 32,
+        "hidden_dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+        "num_labels": 3,
+    }
+    config = DistilBertConfig(vocab_size=VOCABULARY, **sizes, initializer_range=0.2)
     return DistilBertForSequenceClassification(config)
 
 

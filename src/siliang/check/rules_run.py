@@ -116,8 +116,8 @@ def invented(s: Subject) -> Iterator[Found]:
 def tied_embedding(s: Subject) -> Iterator[Found]:
     """An adapter on a tied embedding.
 
-    Cause: The model's output head is its embedding. An adapter on one of them is merged into both, so the merged model
-    answers otherwise than the one that was trained.
+    Cause: The model's output head is its embedding. An adapter on one of them leaves the other as it was, and merging
+    parts the two: the merged model is larger by an embedding, and programs that tie them all the same answer otherwise.
 
     Fix: Leave the embedding and the head out of target_modules and modules_to_save, or do not merge.
     """
