@@ -79,7 +79,7 @@ def test_marks_reach_the_labels(words: PreTrainedTokenizerFast) -> None:
         ({"prompt": "hello", "completion": "yes", "label": False}, "has 'label': False, which says"),
         ({"prompt": "hello", "completion": "yes", "label": "false"}, "has 'label': 'false'"),
         ({"messages": TALK, "kto_tag": False}, "has 'kto_tag'"),
-        ({"instruction": "hello", "output": ["yes", "no"]}, "turn 1 of 'output' is no object"),
+        ({"instruction": "hello", "output": ["yes", "no"]}, "has a list of texts in 'output': one text belongs there"),
         ({"instruction": "hello", "output": {"a": "yes"}}, "has an object in 'output'"),
         ({"instruction": "<image>what", "output": "yes"}, "holds <image>"),
         ({"instruction": "hello", "output": "yes", "history": [["a"]]}, "has a 'history' that is no list"),

@@ -244,6 +244,11 @@ def test_running_text_that_is_not_used(
     assert found.texts_aside == ([] if column is None else [column])
 
 
+def test_an_answer_by_another_name_is_proposed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.columns.output=response;"):
+        load(tmp_path / "d.csv", "instruction,context,response\na,b,c\n", task=TaskType.CAUSAL_LM)
+
+
 def test_sources_of_two_layouts(tmp_path: Path) -> None:
     pair = write_jsonl(tmp_path / "p.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "x"}])
     one = write_jsonl(tmp_path / "o.jsonl", [{"text": "a", "label": "y"}])

@@ -219,7 +219,7 @@ def _no_format(suited: list[Format], found: Collection[str], columns: Columns, s
     if pair is not None:
         left = [c for c in free if c not in pair and not c.lower().endswith(("id", "id1", "id2", "index", "idx"))]
         meant.update(zip(missing, pair, strict=False))
-        if meant.get(columns.label) == "NAME" and len(left) == 1:
+        if meant.get(columns.label) == "NAME" and len(left) == 1 and not other:
             meant[columns.label] = left[0]
     named = " ".join(f"data.columns.{keys[name]}={column}" for name, column in meant.items())
     how = f"Say which is which with {named}" if named else f"{best.name} needs {', '.join(map(repr, missing))}"
@@ -261,7 +261,9 @@ def _no_classes(free: list[str], found: Collection[str]) -> str:
 
 def _meant(need: str, name: str, free: list[str]) -> str:
     """The column that the user may mean by `name`, or the word NAME."""
-    usual = {"text": TEXTS, "label": CLASSES_NAMED}.get(need, ALIASES.get(need, ()))
+    usual = {"text": TEXTS, "label": CLASSES_NAMED, "output": ("response", "answer", "completion")}.get(
+        need, ALIASES.get(need, ())
+    )
     known = [c for c in free if c.strip().lower() in usual]
     return next(iter([*near(name, free), *known]), "NAME")
 
