@@ -83,8 +83,8 @@ def overlap(s: Subject) -> Iterator[Found]:
 def damaged_text(s: Subject) -> Iterator[Found]:
     """Text that lost its encoding.
 
-    Cause: NUL characters, replacement characters (U+FFFD), byte order marks inside the text, or the marks of UTF-8 read as Latin-1
-    (Ã©, â€): the file was once opened in another encoding than its own, and what was there is lost.
+    Cause: NUL characters, replacement characters (U+FFFD), byte order marks inside the text, or the marks of UTF-8
+    read as Latin-1 (Ã©, â€): the file was once opened in another encoding than its own, and what was there is lost.
 
     Fix: Get the file again and save it as UTF-8; or remove these rows.
     """
