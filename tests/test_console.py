@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import refused, run
 from rich.console import Console
-from tiny import write_jsonl
+from tiny import WORDS, write_jsonl
 
 from siliang.cli.console import HANDLER
 from siliang.memory.size import show_bytes
@@ -22,7 +22,8 @@ TALK = "说🤗 ⁇ é ☃"
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [{"instruction": f"{TALK} the film {i}", "output": f"good {TALK} was"} for i in range(12)]
+    known = " ".join(WORDS[:20])  # a row of mostly unknown words is refused
+    rows = [{"instruction": f"{TALK} {known} {i}", "output": f"{known} {TALK}"} for i in range(12)]
     return write_jsonl(tmp_path_factory.mktemp("data") / "emoji.jsonl", rows)
 
 
@@ -89,7 +90,7 @@ def test_texts_come_in_and_out_whole(model_folders: dict[str, Path], review_file
         assert shown.code == 0 and len(shown.out.splitlines()) == 2
     # the other way round: what is piped in
     asked = run("predict", folder, "--json", stdin="电影\r\n\r\n好\n".encode("gbk"), encoding="gbk")
-    assert [json.loads(line)["text"] for line in asked.out.splitlines()] == ["电影", "好"]
+    assert [json.loads(line)["text"] for line in asked.out.splitlines()] == ["电影", "", "好"]
     wrong = run("predict", folder, stdin="电影\n".encode("gbk"), encoding="utf-8")
     assert wrong.code == 2 and "standard input is not utf-8 after line 0" in wrong.err
     surrogate = run("predict", folder, b"\xb5\xe7".decode("utf-8", "surrogateescape"))
