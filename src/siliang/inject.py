@@ -243,9 +243,6 @@ class Injection(nn.Module):
                 raise TargetError(no_biases(self.model))
         elif isinstance(config, LayerConfig):
             layers = find_targets(self.model, config, outside=modules, lenient=lenient)
-            if config.modules_to_save:
-                paths = [path for path, _ in plain_modules(self.model)]
-                config.modules_to_save = names_of_saved(config, config.modules_to_save, modules, paths)
             biases = lora_biases(self.model, config, layers, modules)
             for path in layers:
                 if path in self._layers and not isinstance(self._layers[path], method_of(config).layers):
@@ -253,6 +250,9 @@ class Injection(nn.Module):
                         f"{path} carries an adapter of another method already; adapters on one layer must be of one "
                         "method."
                     )
+        if config.modules_to_save:
+            paths = [path for path, _ in plain_modules(self.model)]
+            config.modules_to_save = names_of_saved(config, config.modules_to_save, modules, paths)
         for path in modules:
             if any(is_quantised(m) for m in self.model.get_submodule(path).modules()):
                 raise ConfigError(f"modules_to_save: {path} is quantised, and a copy of it cannot be trained.")

@@ -12,7 +12,7 @@ from torch import nn
 
 from siliang.limits import LimitError, limited
 from siliang.methods import method_of
-from siliang.methods.base import LayerConfig, is_linear
+from siliang.methods.base import LayerConfig, PeftConfig, is_linear
 from siliang.methods.bitfit import is_bias
 from siliang.methods.lora import LoraConfig, in_any_order, layer_regex, matches_layer
 from siliang.types import ConfigError, TargetError, nearest
@@ -239,7 +239,7 @@ def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str
     return found
 
 
-def names_of_saved(config: LayerConfig, names: Iterable[str], saved: list[str], paths: list[str]) -> list[str]:
+def names_of_saved(config: PeftConfig, names: Iterable[str], saved: list[str], paths: list[str]) -> list[str]:
     """The names of modules_to_save to write, so that PEFT finds the modules `saved` by them, and no target in these.
 
     PEFT puts one wrapper into another where names match within a match, and cannot read what comes of it: such names

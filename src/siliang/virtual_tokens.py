@@ -250,7 +250,9 @@ class PrefixRoute(Route):
         seen = inner.get_seq_length(layer_number(module)) if inner is not None else 0
         named[cache] = PrefixedCache(self._layer, self.V, inner)
         mask = "mask" if "mask" in inspect.signature(module.forward).parameters else "attention_mask"
-        kept = inner.get_mask_sizes(1, layer_number(module))[0] - 1 if seen else 0  # a window's cache forgets
+        kept = (
+            inner.get_mask_sizes(1, layer_number(module))[0] - 1 if inner is not None and seen else 0
+        )  # a window's cache forgets
         named[mask] = self._mask(module, named.get(mask), named["hidden_states"], seen, kept)
         if named.get("alibi") is not None:
             named["alibi"] = self._alibi(named["alibi"], module.num_heads)  # type: ignore[arg-type]

@@ -162,6 +162,17 @@ def test_copies_within_copies_of_peft_are_refused(tmp_path: Path) -> None:
         siliang.PeftModel.from_pretrained(made(masked), tmp_path)
 
 
+@pytest.mark.parametrize("config", [siliang.BitFitConfig, siliang.PromptTuningConfig])
+def test_nested_names_of_other_methods_open_again(config: Any, tmp_path: Path) -> None:
+    more = {"num_virtual_tokens": 2} if config is siliang.PromptTuningConfig else {}
+    own = siliang.get_peft_model(made(masked), config(modules_to_save=["predictions", "transform"], **more))
+    shake(own)
+    own.save_pretrained(tmp_path)
+    expected = answer(own)
+    found = answer(siliang.PeftModel.from_pretrained(made(masked), tmp_path))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_a_list_of_modules_is_not_saved() -> None:
     with pytest.raises(TargetError, match=r"modules_to_save: model\.layers is a list of modules"):
         trained(siliang, llama, target_modules=["q_proj"], modules_to_save=["layers"])
