@@ -32,7 +32,7 @@ def distilbert() -> Any:
         "max_position_embeddings": 64,
         "num_labels": 3,
     }
-    config = DistilBertConfig(vocab_size=VOCABULARY, **sizes, initializer_range=0.2)
+    config: Any = DistilBertConfig(vocab_size=VOCABULARY, **(sizes | {"initializer_range": 0.2}))
     return DistilBertForSequenceClassification(config)
 
 
@@ -164,7 +164,7 @@ def test_copies_within_copies_of_peft_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [siliang.BitFitConfig, siliang.PromptTuningConfig])
 def test_nested_names_of_other_methods_open_again(config: Any, tmp_path: Path) -> None:
-    more = {"num_virtual_tokens": 2} if config is siliang.PromptTuningConfig else {}
+    more: dict[str, Any] = {"num_virtual_tokens": 2} if config is siliang.PromptTuningConfig else {}
     own = siliang.get_peft_model(made(masked), config(modules_to_save=["predictions", "transform"], **more))
     shake(own)
     own.save_pretrained(tmp_path)
