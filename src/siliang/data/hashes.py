@@ -18,6 +18,7 @@ from siliang.files import replacing
 WEIGHTS = (".safetensors", ".bin")
 # what makes a base model and its tokenizer
 BASE_FILES = (*(f"*{end}" for end in WEIGHTS), "*.json", "*.model", "*.jinja", "vocab*.txt", "merges*.txt", "dict*.txt")
+OF_NO_MATTER = ("generation_config.json",)  # how answers are drawn is the user's to change at any time
 # transformers loads the first of these that a folder has ...
 WEIGHT_FILES = (
     "model.safetensors",
@@ -90,7 +91,8 @@ def base_files(name: str, revision: str | None = None) -> dict[str, str]:
         if not isinstance(found, str):
             return {}
         folder = Path(found).parent
-    files = sorted(p for p in folder.iterdir() if _is_one_of(p.name, BASE_FILES) and p.is_file())
+    files = sorted(p for p in folder.iterdir() if _is_one_of(p.name, BASE_FILES) and p.name not in OF_NO_MATTER)
+    files = [p for p in files if p.is_file()]
     return {p.name: file_sha256(p) for p in files}
 
 
