@@ -159,10 +159,15 @@ def test_merging_in_fp32_keeps_the_pinned_revision(
     """A run in bf16 is loaded again to be merged: from the very revision that it was trained on."""
     for name in ("run.yaml", "run.json"):
         path = world.run / name
-        text = (
-            path.read_text().replace('"revision": null', '"revision": "abc"').replace("revision: null", "revision: abc")
-        )
-        path.write_text(text.replace('"precision": "fp32"', f'"precision": "{precision}"'))
+        text = path.read_text()
+        for before, after in (
+            ('"revision": null', '"revision": "abc"'),
+            ("revision: null", "revision: abc"),
+            ('"precision": "fp32"', f'"precision": "{precision}"'),
+            ("precision: fp32", f"precision: {precision}"),
+        ):
+            text = text.replace(before, after)
+        path.write_text(text)
     opened = open_run(world.run)
     assert opened.precision.compute == "bf16" and opened.config.revision == "abc"
     asked: list[str | None] = []
