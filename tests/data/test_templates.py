@@ -430,4 +430,5 @@ def test_a_system_message_in_the_middle() -> None:
     tok = word_tokenizer()
     tok.chat_template = TRIMMING
     ids, _ = row(talk, tok, "chat")
-    assert tok.decode(ids).index("system") > tok.decode(ids).index("assistant")
+    words = tok.decode(ids).split()
+    assert words.index("two") < words.index("is") < words.index("no")
