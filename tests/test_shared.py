@@ -144,6 +144,8 @@ def test_empty_outputs_are_found(shared: Path, tmp_path: Path) -> None:
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 2
-    empty = sum(not row["output"].strip() for row in json.loads((shared / "data" / "alpaca_zh_52k.json").read_text()))
-    assert f"{empty} rows are bad" in done.stderr
+    rows = json.loads((shared / "data" / "alpaca_zh_52k.json").read_text())
+    empty = sum(not row["output"].strip() for row in rows)
+    images = sum("<image>" in row["instruction"] + row["input"] for row in rows)  # the text of what is not there
+    assert (empty, images) == (50, 5) and "55 rows are bad" in done.stderr
     assert not (tmp_path / "r").exists()
