@@ -247,7 +247,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     part = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
     return {
         "status": record.status,
-        "weights": {p.name: files._sha256(p) for p in sorted(part.glob("*.safetensors"))},
+        "weights": {p.name: files.sha256(p) for p in sorted(part.glob("*.safetensors"))},
         "log": [line.model_dump(exclude={"tokens_per_s"}) for line in record.steps],
         "final": record.final,
         "tokens": record.tokens_trained,

@@ -94,7 +94,7 @@ def seal(folder: Path) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _flush(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1), encoding="utf-8")
     _flush(folder)
@@ -112,7 +112,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != wanted["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes, not {wanted['bytes']:,}"
-            if _sha256(path) != wanted["sha256"]:
+            if sha256(path) != wanted["sha256"]:
                 return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -164,7 +164,8 @@ def outside_links(folder: Path) -> list[Path]:
     return [path for path in links if not any(path.resolve().is_relative_to(place) for place in allowed)]
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, read piece by piece."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

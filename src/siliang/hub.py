@@ -32,14 +32,15 @@ def only_cached(name: str) -> bool:
     return not Path(name).is_dir() and hub_is_off() is not None
 
 
-def is_cached(name: str, file: str, *, revision: str | None = None) -> bool:
-    """Whether the hub's cache holds a file of a model."""
+def cached_file(name: str, file: str, *, revision: str | None = None) -> Path | None:
+    """A file of a model in the hub's cache; None where it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+        found = try_to_load_from_cache(name, file, revision=revision)
     except ValueError:  # no name of the hub's
-        return False
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 _asked: dict[str, tuple[float, bool]] = {}  # by endpoint: when it was asked, and whether it answered

@@ -34,6 +34,9 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)  # the tasks whose models write text
+
+
 class SiliangError(Exception):
     """What every error for the user derives from: a line or two on what, where, what is allowed, what to do.
 

@@ -29,14 +29,14 @@ from siliang.data.words import cut_into_words, join_words
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.evaluate import Reader, Sums
 from siliang.engine.evaluate import evaluate as measure
-from siliang.engine.step import LABELS, WRITERS, Engine
+from siliang.engine.step import LABELS, Engine
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.positions import Positions
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, autocast, claim, find_run, open_trained
 from siliang.train import metrics
-from siliang.types import ConfigError, DataError, MergeError, ModelError, TaskType, first_line
+from siliang.types import WRITERS, ConfigError, DataError, MergeError, ModelError, TaskType, first_line
 
 PROOF_SAMPLES = 32
 # the parts of a row that a task predicts from

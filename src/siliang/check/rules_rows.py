@@ -15,7 +15,7 @@ from siliang.data.examples import Labelled, Span, Tagged
 from siliang.data.formats import misplaced
 from siliang.data.labels import alike, joined, no_label, strange
 from siliang.data.numbers import as_number, is_whole
-from siliang.types import TaskType
+from siliang.types import WRITERS, TaskType
 
 LARGEST_SHARE = 0.8  # of one class, above which a model that says nothing else looks good
 LARGEST_RATIO = 10.0
@@ -277,7 +277,7 @@ def placeholders(s: Subject) -> Iterator[Found]:
 
     Fix: Fill them in before training.
     """
-    if s.task not in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+    if s.task not in WRITERS:
         return
     names: Counter[str] = Counter()
     rows: list[int] = []

@@ -34,7 +34,7 @@ from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.load import AUTO_CLASSES, invented_weights, load_config, load_tokenizer, may_run_code
 from siliang.models.positions import Positions
 from siliang.targets import mark_invented
-from siliang.types import DataError, ModelError, TaskType, first_line
+from siliang.types import WRITERS, DataError, ModelError, TaskType, first_line
 
 
 class Subject:
@@ -231,4 +231,4 @@ def _prints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
 
 def is_text_task(task: TaskType) -> bool:
     """The model learns to write."""
-    return task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+    return task in WRITERS

@@ -32,14 +32,13 @@ from siliang.files import pasted, replacing
 from siliang.hardware import machine
 from siliang.record import RECORD_NAME, Record, plain
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes, what_changed
-from siliang.types import ConfigError, InterruptedRunError, OutputError, TaskType
+from siliang.types import WRITERS, ConfigError, InterruptedRunError, OutputError
 
 if TYPE_CHECKING:
     from siliang.compare.cluster import Cluster
 
 CONFIG_NAME = "compare.yaml"
 BASE = "base"  # folder of what the untuned model says
-WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 MAY_DIFFER = ("methods", "seeds", "search", "output")  # in a comparison that goes on
 RATE_RULE = "SL042"  # a learning rate far from the method's own
 METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings that are one method's, and no reason to stop the others

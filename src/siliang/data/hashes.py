@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from siliang.data.cache import cache_folder, prune
-from siliang.files import replacing
+from siliang.files import replacing, sha256
+from siliang.hub import cached_file
 
 WEIGHTS = (".safetensors", ".bin")
 # what makes a base model and its tokenizer
@@ -44,7 +45,7 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, from the cache where the file is in the very state in which it was read."""
     state = _state(path)
     if state[0] < KEPT_FROM_BYTES:
-        return _read(path)
+        return sha256(path)
     entry: Path | None = None
     with suppress(OSError, ValueError, KeyError, TypeError):
         folder = cache_folder() / "hashes"
@@ -55,7 +56,7 @@ def file_sha256(path: Path) -> str:
             if kept["state"] == state:
                 return str(kept["sha256"])
     started = time.time()
-    found = _read(path)
+    found = sha256(path)
     # the time of the change of the inode is among the state: nobody can set it, as the file's own time can be
     settled = started - max(state[1], state[2]) / 1e9 > SETTLED_S and _state(path) == state
     if entry is not None and settled:
@@ -81,16 +82,10 @@ def base_files(name: str, revision: str | None = None) -> dict[str, str]:
     cache; nothing where there is none."""
     folder = Path(name)
     if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            found = try_to_load_from_cache(name, "config.json", revision=revision)
-        except HFValidationError:
+        found = cached_file(name, "config.json", revision=revision)
+        if found is None:
             return {}
-        if not isinstance(found, str):
-            return {}
-        folder = Path(found).parent
+        folder = found.parent
     files = sorted(p for p in folder.iterdir() if _is_one_of(p.name, BASE_FILES) and p.name not in OF_NO_MATTER)
     files = [p for p in files if p.is_file()]
     return {p.name: file_sha256(p) for p in files}
@@ -125,8 +120,3 @@ def joined(hashes: Iterable[str]) -> str:
 def _state(path: Path) -> list[int]:
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def _read(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
 from siliang.data.tokens import TokenSet
-from siliang.types import TaskType
+from siliang.types import WRITERS, TaskType
 
 PADDED_SPLIT_TOKENS = 512  # a batch that cannot be packed is not split below: overhead would eat the gain
 PADDED_SPLIT_WASTE = 0.8  # and is split where the next row is shorter than this share of its longest
@@ -173,7 +173,7 @@ class StepCollator:
         inputs = self.pad(rows)
         lengths = tuple(len(row["input_ids"]) for row in rows)
         labels = inputs.get("labels")
-        if self.task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+        if self.task in WRITERS:
             assert labels is not None
             if self.task is TaskType.CAUSAL_LM:
                 labels = inputs.pop("labels")[:, 1:]  # the state of column j predicts token j + 1

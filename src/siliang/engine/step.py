@@ -20,11 +20,10 @@ from siliang.engine.recompute import Recompute
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_model import PeftModel
-from siliang.types import TaskType
+from siliang.types import WRITERS, TaskType
 from siliang.virtual_tokens import is_encoder_decoder
 
 LABELS = ("labels", "start_positions", "end_positions")
-WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 
 class Engine:

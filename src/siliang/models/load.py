@@ -31,7 +31,7 @@ from siliang.config import QuantizationConfig, near_names
 from siliang.environment import bound_kernel_caches
 from siliang.files import outside_links
 from siliang.hardware import choose_precision
-from siliang.hub import hub_is_off, is_cached, only_cached
+from siliang.hub import cached_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
@@ -321,7 +321,7 @@ def _check_folder(name: str, revision: str | None = None) -> None:
         raise ModelError(f"{name} is a file: give the folder of the model, which holds config.json and the weights.")
     elif _looks_like_a_path(name):
         raise ModelError(f"There is no model folder {name}.{near_names(path)}")
-    elif (why := hub_is_off()) is not None and not is_cached(name, "config.json", revision=revision):
+    elif (why := hub_is_off()) is not None and cached_file(name, "config.json", revision=revision) is None:
         raise ModelError(
             f"{name} is no folder here, and not in the hub's cache; {why}.{near_names(path)} Give the model's folder."
         )

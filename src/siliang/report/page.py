@@ -26,7 +26,7 @@ from siliang.report.plots import Axis, Curve, Point
 from siliang.report.summary import Line, Mean, answer, lines, pareto
 from siliang.report.table import notes, sentences, table
 from siliang.report.words import words
-from siliang.types import TaskType
+from siliang.types import WRITERS
 
 SHOWN_ROWS = 12  # on which methods disagree
 COLOURS = 10  # of the page
@@ -166,7 +166,7 @@ def prompts(material: Material) -> list[Asked]:
     """The questions that the base and every method answered."""
     said = [_answers(group).prompts for group in material.groups]
     base = material.base_answers.prompts if material.base_answers else []
-    if material.task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+    if material.task in WRITERS:
         said = [[*a, *_rows(g)] for a, g in zip(said, material.groups, strict=True)]
         base = [*base, *(material.base_answers.rows if material.base_answers else [])]
     found: list[Asked] = []

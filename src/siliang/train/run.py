@@ -32,7 +32,7 @@ from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, sen
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
-from siliang.engine.step import WRITERS, Engine
+from siliang.engine.step import Engine
 from siliang.files import absolute, damage, pasted, replacing_folder, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.free import free_memory
@@ -68,6 +68,7 @@ from siliang.train.saving import (
 from siliang.train.trainer import Handlers, SiliangTrainer
 from siliang.train.watcher import Limits, Progress, Watcher, stopping_on_signal
 from siliang.types import (
+    WRITERS,
     ConfigError,
     InterruptedRunError,
     ModelError,
