@@ -64,7 +64,7 @@ def test_links_out_of_a_model_folder(model_folders: dict[str, Path], tmp_path: P
     outside = tmp_path / "secret.json"
     (folder / "generation_config.json").rename(outside)
     (folder / "generation_config.json").symlink_to(outside)
-    with pytest.raises(ModelError, match="a link that leads out of the model's folder"):
+    with pytest.raises(ModelError, match="a link that leads out of"):
         load_config(str(folder))
 
 
@@ -99,7 +99,7 @@ def test_adapter_folders_and_names(tmp_path: Path) -> None:
             model.add_adapter(name, LoraConfig())
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "w.safetensors")
     (tmp_path / "adapter" / "adapter_model.safetensors").symlink_to(tmp_path / "w.safetensors")
-    with pytest.raises(AdapterError, match="leads out of the adapter's folder"):
+    with pytest.raises(AdapterError, match="a link that leads out of"):
         PeftModel.from_pretrained(make("llama"), tmp_path / "adapter")
 
 

@@ -153,17 +153,6 @@ def absolute(name: str) -> str:
     return str(path.absolute()) if here else name
 
 
-def outside_links(folder: Path) -> list[Path]:
-    """The links in `folder` that lead out of it; those of a hub's cache lead to the same repository's blobs."""
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith(("models--", "datasets--")):
-        allowed.append(root.parent.parent / "blobs")
-    paths = (Path(parent) / name for parent, folders, files in os.walk(root) for name in (*folders, *files))
-    links = [path for path in paths if path.is_symlink()]
-    return [path for path in links if not any(path.resolve().is_relative_to(place) for place in allowed)]
-
-
 def sha256(path: Path) -> str:
     """Of a file's bytes, read piece by piece."""
     with path.open("rb") as opened:

@@ -24,12 +24,12 @@ from siliang.checkpoint import (
     save_adapter,
     with_embeddings,
 )
-from siliang.files import outside_links
 from siliang.hub import hub_is_off
 from siliang.inject import PROMPT_KEY, Injection
 from siliang.methods import METHODS, config_class
 from siliang.methods.base import BASE, CONFIG_NAME, PeftConfig
 from siliang.models.few_bits import keep_as_stored
+from siliang.paths import check_links
 from siliang.types import AdapterError, ConfigError, first_line, nearest
 
 
@@ -639,8 +639,7 @@ def adapter_folder(model_id: str | Path) -> Path:
     """
     path = Path(model_id)
     if path.is_dir():
-        if links := outside_links(path):
-            raise AdapterError(f"{links[0]} is a link that leads out of the adapter's folder, to {links[0].resolve()}.")
+        check_links(path, AdapterError)
         return path
     if path.is_absolute() or str(model_id).startswith(".") or str(model_id).count("/") != 1:
         raise AdapterError(f"There is no adapter folder {model_id}.")

@@ -29,13 +29,13 @@ from transformers.utils import logging as hf_logging
 
 from siliang.config import QuantizationConfig, near_names
 from siliang.environment import bound_kernel_caches
-from siliang.files import outside_links
 from siliang.hardware import choose_precision
 from siliang.hub import cached_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
 from siliang.models.weights import piece_by_piece
+from siliang.paths import check_links
 from siliang.targets import invented_modules, may_be_invented
 from siliang.types import ModelError, TaskType, first_line
 
@@ -310,11 +310,7 @@ def _check_folder(name: str, revision: str | None = None) -> None:
             raise ModelError(f"{config} cannot be read: it is nested too deeply.") from None
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
-        if links := outside_links(path):
-            raise ModelError(
-                f"{links[0]} is a link that leads out of the model's folder, to {links[0].resolve()}.\n"
-                "Put the file itself there if you know it to be right."
-            )
+        check_links(path, ModelError)
         for index in path.glob("*.index.json"):
             _check_index(index)
     elif path.is_file():

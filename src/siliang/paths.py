@@ -1,0 +1,116 @@
+"""Where a path leads: what a stranger's folder names, or links to, has to lie inside it."""
+
+from __future__ import annotations
+
+import re
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from siliang.types import ConfigError, SiliangError
+
+DRIVE = re.compile(r"[A-Za-z]:")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def inside(folder: Path, name: str, *, kind: type[SiliangError] = ConfigError, source: str = "") -> Path:
+    """The path of a file that a file of `folder` names: it lies inside, wherever its links lead.
+
+    Refused on every system are absolute names, `..`, a drive's letter, a backslash, a home's `~`, control characters,
+    URLs, and links that lead out. The file need not be there. A hub cache's links to its own blobs lead inside.
+
+    Args:
+        folder: The folder that the name is seen from, and may not leave.
+        name: Parts with a slash between them.
+        kind: The class of the error.
+        source: What names it, for the error; the folder if empty.
+
+    Raises:
+        SiliangError: Of class `kind`: the name leads out of the folder.
+    """
+    where = source or str(folder)
+    if not isinstance(name, str) or not _is_plain(name):
+        raise kind(f"{where} names {name!r:.200}, which is not inside of it: only files in {folder} are read.")
+    path = Path(folder) / name
+    target = _resolved(path)
+    if target is None or not _is_within(target, folder.resolve()):
+        raise kind(f"{where} names {name!r:.200}, which a link leads out of {folder}: put the file itself there.")
+    return path
+
+
+def check_links(folder: Path, kind: type[SiliangError] = ConfigError) -> None:
+    """Nothing in a folder that is opened leads out of it, and nothing in it is other than a file or a folder.
+
+    Links inside of it are fine, and so are a hub cache's to its own blobs. A folder that is not there has none.
+
+    Raises:
+        SiliangError: Of class `kind`: a link leads out, there is a pipe or a device, or a folder cannot be listed.
+    """
+    for path, problem in _strange(Path(folder)):
+        raise kind(f"{path} {problem}")
+
+
+def is_link(path: Path) -> bool:
+    """Whether a path is itself a link, or a junction of Windows, wherever it leads."""
+    if sys.platform == "win32":
+        with suppress(FileNotFoundError):
+            return bool(path.lstat().st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT)
+    return path.is_symlink()
+
+
+def is_real_folder(path: Path) -> bool:
+    """Whether a path is a folder itself, and no link to one."""
+    return path.is_dir() and not is_link(path)
+
+
+def _is_plain(name: str) -> bool:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    strange = name.startswith(("/", "~")) or "\\" in name or "::" in name or "://" in name
+    return bool(parts) and not strange and ".." not in parts and not DRIVE.match(name) and not CONTROL.search(name)
+
+
+def _is_within(target: Path, root: Path) -> bool:
+    """Whether a resolved path lies in a resolved folder; that of a hub's cache has the same repository's blobs too."""
+    allowed = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith(("models--", "datasets--")):
+        allowed.append(root.parent.parent / "blobs")
+    return any(target.is_relative_to(place) for place in allowed)
+
+
+def _resolved(path: Path) -> Path | None:
+    """Where a path leads; None where that cannot be said: a ring of links, or a name that no file can have."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def _strange(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What is in a folder that should not be, and what is wrong with it."""
+    root = folder.resolve()
+    waiting = [root] if root.is_dir() else []
+    while waiting:
+        parent = waiting.pop()
+        shown = folder / parent.relative_to(root)
+        try:
+            found = sorted(parent.iterdir())
+        except FileNotFoundError:  # gone since it was seen
+            continue
+        except OSError as error:
+            yield shown, f"cannot be looked into: {error.strerror or error}."
+            continue
+        for path in found:
+            if is_link(path):
+                target = _resolved(path)
+                if target is None or not _is_within(target, root):
+                    where = f"out of {folder}, to {target}" if target else "nowhere"
+                    yield shown / path.name, f"is a link that leads {where}. Put the file itself there, or remove it."
+                continue
+            with suppress(FileNotFoundError):
+                mode = path.lstat().st_mode
+                if stat.S_ISDIR(mode):
+                    waiting.append(path)
+                elif not stat.S_ISREG(mode):
+                    yield shown / path.name, "is neither a file nor a folder. Remove it."
