@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt, features, is_l
 from siliang.methods.lora import LoraConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS
 from siliang.methods.prefix_tuning import PrefixTuningConfig
+from siliang.safe_json import read_json
 from siliang.targets import find_targets, inside, layer_arguments
 from siliang.types import AdapterError, ConfigError, TargetError, first_line
 
@@ -118,7 +118,7 @@ def _vocabulary_of(folder: str | None) -> int | None:
     if not folder or not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, foreign=True)
     except (OSError, ValueError):
         return None
     text = values.get("text_config") if isinstance(values, dict) else None

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from siliang.safe_json import read_json
 from siliang.types import OutputError
 
 MANIFEST = "manifest.json"
@@ -103,7 +104,7 @@ def seal(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder; None for nothing."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = read_json(folder / MANIFEST)["files"]
         for name, wanted in listed.items():
             path = folder / name
             if ".." in Path(name).parts or Path(name).is_absolute():
@@ -118,7 +119,7 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     return None
 

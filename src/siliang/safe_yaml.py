@@ -1,9 +1,16 @@
-"""Yaml that others may have written: plain values only, and limits on size, depth and what aliases unfold to."""
+"""Yaml that others may have written: texts, numbers, true, false, null, lists and mappings, and limits on size, depth,
+what aliases unfold to, and the digits of numbers.
+
+Plain values are read as YAML 1.2 reads them: 1e-3 is a number; 1:30:00, 2026-01-31 and 007 are texts. YAML 1.1 takes
+the first for text, and the others for a number in base 60, a date and an octal number.
+"""
 
 from __future__ import annotations
 
 import codecs
+import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +22,24 @@ MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 20
 MAX_VALUES = 10_000  # with every alias written out
 
-# yaml 1.1 takes 1e-3 for text; people, and yaml 1.2, for a number
-EXPONENT = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+\Z")
+MAX_VALUES_OF_OTHERS = 200_000  # of the description of a data set with hundreds of parts
+MAX_NUMBER = 2**64
+LONGEST_NUMBER = 100  # characters
+SHOWN = 40  # characters of a value in an error
+
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)\Z")
+DECIMAL = re.compile(
+    r"""[-+]?(?:
+        (?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?
+        |[0-9]+[eE][-+]?[0-9]+
+        |\.(?:inf|Inf|INF)
+    )\Z|\.(?:nan|NaN|NAN)\Z""",
+    re.VERBOSE,
+)
+DIGITS = re.compile(r"[-+0-9a-fA-FxX_.:]+\Z")  # all numbers of YAML 1.1, those in base 60 too
+# of what the safe loader makes; not dates, bytes and sets, which no setting is
+MADE = ("null", "bool", "str", "seq", "map")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -33,15 +56,63 @@ class YamlError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with 1e-3 for a number as in YAML 1.2: YAML 1.1 takes it for text."""
+    """The safe loader, with numbers as in YAML 1.2, bounded, and without dates, bytes and sets."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back: the text 12e45 in quotes."""
+    """Writes what `_Loader`, and any loader of YAML 1.1, reads back: the texts 12e45 and 1:30 in quotes."""
 
 
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    if WHOLE.match(text) is None:
+        raise _wrong(node, "is no whole number")
+    number = int(text.replace("_", ""), 0) if len(text) <= LONGEST_NUMBER else MAX_NUMBER
+    if abs(number) >= MAX_NUMBER:
+        raise _wrong(node, "is larger than any setting: at most 64 bits")
+    return number
+
+
+def _decimal_number(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node)
+    if DECIMAL.match(text) is None and WHOLE.match(text) is None:
+        raise _wrong(node, "is no number")
+    if len(text) > LONGEST_NUMBER:
+        raise _too_long(node.value, node.start_mark.line + 1)
+    plain = text.replace("_", "")
+    if plain.lstrip("+-")[:1] == "0" and plain.lstrip("+-")[1:2] in ("x", "o", "b"):
+        return float(int(plain, 0))
+    number = float(plain.lstrip(".") if plain.lower() == ".nan" else plain.replace(".i", "i").replace(".I", "I"))
+    if math.isinf(number) and "inf" not in plain.lower():
+        raise _wrong(node, "is beyond the range of numbers")
+    return number
+
+
+def _wrong(node: yaml.ScalarNode, why: str) -> YamlError:
+    return YamlError(f"{_shown(node.value)} {why}", node.start_mark.line + 1)
+
+
+def _too_long(value: str, line: int) -> YamlError:
+    return YamlError(f"{_shown(value)} has more than {LONGEST_NUMBER} characters, too many for a number", line)
+
+
+def _shown(value: str) -> str:
+    return value if len(value) <= SHOWN else f"{value[:SHOWN]}... ({len(value):,} characters)"
+
+
+_Loader.yaml_constructors = {
+    tag: made
+    for tag, made in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in MADE
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in (*MADE, "merge")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _make in ((INT, WHOLE, _whole_number), (FLOAT, DECIMAL, _decimal_number)):
+    _Loader.add_constructor(_tag, _make)
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 
 
 def read_text(path: Path) -> str:
@@ -64,7 +135,8 @@ def parse_yaml(text: str) -> Any:
     """The value of a yaml text, by yaml's safe loader.
 
     Raises:
-        YamlError: It is no yaml, too long, too deep, or unfolds to too much.
+        YamlError: It is no yaml, too long, too deep, or unfolds to too much; a number has too many digits, or a mapping
+            has a name twice.
     """
     if len(text) > MAX_CHARACTERS:
         raise YamlError(f"more than {MAX_CHARACTERS:,} characters are no settings")
@@ -82,7 +154,24 @@ def parse_yaml(text: str) -> Any:
     except YamlError:
         raise
     except Exception as error:  # the loader raises whatever its conversions do: of `!!int x`, or of a 13th month
-        raise YamlError(f"a value cannot be read: {first_line(error, kind=True)}") from None
+        raise YamlError(f"a value cannot be read: {first_line(error, kind=True)[:200]}") from None
+
+
+def check_yaml(text: str) -> None:
+    """Refuses what would take another program's loader, of YAML 1.1, much time or memory.
+
+    Raises:
+        YamlError: It is no yaml, too long, too deep, unfolds to too much, or holds a number of too many digits.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise YamlError(f"more than {MAX_CHARACTERS:,} characters are no settings")
+    try:
+        _measure(text, most_values=MAX_VALUES_OF_OTHERS)
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.ScalarToken) and len(token.value) > LONGEST_NUMBER and DIGITS.match(token.value):
+                raise _too_long(token.value, token.start_mark.line + 1)
+    except yaml.YAMLError as error:
+        raise YamlError(first_line(error)) from None
 
 
 def dump_yaml(values: Any) -> str:
@@ -90,19 +179,38 @@ def dump_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _measure(text: str) -> None:
-    """Refuses what the loader would choke on; looks at events, which are small whatever they unfold to."""
+@dataclass
+class _Open:
+    """A collection whose end is not seen yet.
+
+    Attributes:
+        size: Values so far, aliases written out.
+        names: Of a mapping, so far; None of a list.
+        named: A name was the last that was seen, so that its value comes next.
+    """
+
+    anchor: str | None
+    size: int = 1
+    names: set[str] | None = None
+    named: bool = field(default=False)
+
+
+def _measure(text: str, most_values: int = MAX_VALUES) -> None:
+    """Refuses what the loader would choke on, or lose; looks at events, which are small whatever they unfold to."""
     whole: dict[str, int] = {}  # values under an anchor, aliases unfolded
-    stack: list[tuple[str | None, int]] = []  # collections that are open: anchor, values so far
+    stack: list[_Open] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
+        if stack and isinstance(event, yaml.NodeEvent):
+            _see_name(stack[-1], event, line)
         if isinstance(event, yaml.CollectionStartEvent):
-            stack.append((event.anchor, 1))
+            stack.append(_Open(event.anchor, names=set() if isinstance(event, yaml.MappingStartEvent) else None))
             if len(stack) > MAX_DEPTH:
                 raise YamlError(f"nested more than {MAX_DEPTH} deep", line)
             continue
         if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = stack.pop()
+            closed = stack.pop()
+            anchor, size = closed.anchor, closed.size
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in whole:
                 raise YamlError(f"*{event.anchor} stands inside of what it names, or before it", line)
@@ -114,7 +222,21 @@ def _measure(text: str) -> None:
         if anchor is not None:
             whole[anchor] = size
         if stack:
-            stack[-1] = (stack[-1][0], stack[-1][1] + size)
-            size = stack[-1][1]
-        if size > MAX_VALUES:
-            raise YamlError(f"more than {MAX_VALUES:,} values, aliases written out", line)
+            stack[-1].size += size
+            size = stack[-1].size
+        if size > most_values:
+            raise YamlError(f"more than {most_values:,} values, aliases written out", line)
+
+
+def _see_name(inside: _Open, event: yaml.NodeEvent, line: int) -> None:
+    """In a mapping every second value is a name: a text that stands there once."""
+    if inside.names is None:
+        return
+    inside.named = not inside.named
+    if not inside.named:
+        return
+    if not isinstance(event, yaml.ScalarEvent):
+        raise YamlError("a name in front of a colon must be a text", line)
+    if event.value in inside.names:
+        raise YamlError(f"{event.value[:SHOWN]} stands twice in one mapping", line)
+    inside.names.add(event.value)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from siliang.safe_json import JsonError, read_json, where
 from siliang.types import ConfigError, nearest
 
 # Of DeepSpeed's configuration, what siliang can go along with ...
@@ -78,10 +78,8 @@ def zero_settings(value: Any) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
-        if path.stat().st_size > 2**20:
-            raise ConfigError(f"distributed.deepspeed = {path}: larger than any configuration.")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"distributed.deepspeed = {path}: not readable as JSON: {error}.") from None
+        return read_json(path, most_bytes=2**20)
+    except JsonError as error:
+        raise ConfigError(f"distributed.deepspeed = {where(path, error)}: not readable as JSON: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"distributed.deepspeed = {path}: cannot be read: {error.strerror or error}.") from None

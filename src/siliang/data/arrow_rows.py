@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from siliang.data.numbers import is_whole
+from siliang.safe_json import JsonError, parse_json
 from siliang.types import DataError
 
 Change = Callable[[Any], Any]
@@ -80,7 +80,7 @@ def _change(kind: Any, feature: Any) -> Change | None:
     if names := getattr(feature, "names", None):
         return lambda value: _name(value, names)
     if type(feature).__name__ == "Json" or type(kind).__name__ == "JsonType":
-        return lambda value: json.loads(value) if isinstance(value, str) else value
+        return _parsed
     if isinstance(kind, pa.BaseExtensionType):
         return _change(kind.storage_type, None)
     if pa.types.is_dictionary(kind):
@@ -132,6 +132,16 @@ def _shortest(value: float) -> float:
     import numpy as np
 
     return float(str(np.float32(value)))
+
+
+def _parsed(value: Any) -> Any:
+    """A cell of JSON; one that is none stays text, which the row's layout will refuse."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value, foreign=True)
+    except JsonError:
+        return value
 
 
 def _text(value: Any) -> Any:

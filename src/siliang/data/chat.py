@@ -20,6 +20,7 @@ from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
 from siliang.limits import limited
+from siliang.safe_json import JsonError, parse_json
 from siliang.types import DataError, first_line
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `_Written.words`
@@ -326,8 +327,8 @@ def _shared_start(a: str, b: str) -> int:
 
 def _arguments(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse_json(text, foreign=True)
+    except JsonError:
         return text
 
 
@@ -335,9 +336,9 @@ def _tools(text: str) -> Any:
     if not text:
         return None
     try:
-        tools = json.loads(text)
-    except ValueError:
-        raise DataError(f"has tools that are not JSON: {text[:60]!r}") from None
+        tools = parse_json(text, foreign=True)
+    except JsonError as error:
+        raise DataError(f"has tools that are not JSON: {text[:60]!r} ({error})") from None
     tools = tools if isinstance(tools, list) else [tools]
     return [
         t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t} for t in tools

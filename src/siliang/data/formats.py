@@ -30,6 +30,7 @@ from siliang.data.examples import (
 from siliang.data.json_stream import WrittenFloat
 from siliang.data.numbers import as_number
 from siliang.data.text_files import INVISIBLE
+from siliang.safe_json import JsonError, parse_json
 from siliang.types import DataError, TaskType, near
 
 Values = dict[str, Any]
@@ -459,8 +460,8 @@ def _listed(turns: Any) -> Any:
     """A list of turns that csv and some databases hold as JSON text; any other value as it is."""
     if isinstance(turns, str) and turns.strip().startswith("["):
         try:
-            return json.loads(turns)
-        except (ValueError, RecursionError):
+            return parse_json(turns, foreign=True)
+        except JsonError:
             return turns
     return turns
 
@@ -570,8 +571,8 @@ def _calls(value: Any) -> tuple[Call, ...] | None:
     """Calls of tools, one or a list of them, as objects or as JSON text; None where it is something else."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = parse_json(value, foreign=True)
+        except JsonError:
             return None
     calls = [_call(raw) for raw in (value if isinstance(value, list | tuple) else [value])]
     return None if None in calls else tuple(call for call in calls if call is not None)
@@ -653,8 +654,8 @@ def _history(values: Values) -> list[tuple[str, str]]:
     history = values.get("history")
     if isinstance(history, str) and history.strip():
         try:
-            history = json.loads(history)
-        except ValueError:
+            history = parse_json(history, foreign=True)
+        except JsonError:
             raise BadRow(f"has a 'history' that is no list of [question, answer]: {_short(history)}") from None
     if not _given(history):
         return []

@@ -7,6 +7,7 @@ import fnmatch
 import glob
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 from siliang.data.cache import cache_folder, prune
 from siliang.files import replacing, sha256
 from siliang.hub import cached_file
+from siliang.safe_json import read_json
 
 WEIGHTS = (".safetensors", ".bin")
 # what makes a base model and its tokenizer
@@ -52,8 +54,8 @@ def file_sha256(path: Path) -> str:
         folder.mkdir(exist_ok=True)
         entry = folder / f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]}.json"
         if entry.is_file():
-            kept = json.loads(entry.read_text(encoding="utf-8"))
-            if kept["state"] == state:
+            kept = read_json(entry)
+            if kept["state"] == state and re.fullmatch("[0-9a-f]{64}", kept["sha256"]):
                 return str(kept["sha256"])
     started = time.time()
     found = sha256(path)

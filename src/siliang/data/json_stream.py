@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +12,8 @@ from siliang.data.text_files import TextFile
 from siliang.types import DataError
 
 CHUNK_BYTES = 4 * 2**20
+MAX_DIGITS = 300  # of a whole number, which thus has a value as a float
+SHOWN = 40  # characters of a number in an error
 BLANK = " \t\r\n"
 
 Item = tuple[str, Any, str | None]  # place, value, problem
@@ -50,7 +53,24 @@ class TwiceError(ValueError):
         super().__init__(f"an object has the name {name!r} twice")
 
 
-DECODER = json.JSONDecoder(parse_float=WrittenFloat, object_pairs_hook=_object)
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise NumberError(f"a number has more than {MAX_DIGITS} digits")
+    return int(text)
+
+
+def _number(text: str) -> WrittenFloat:
+    number = WrittenFloat(text)
+    if math.isinf(number):
+        raise NumberError(f"{text[:SHOWN]} is beyond the range of numbers")
+    return number
+
+
+class NumberError(ValueError):
+    """A number with which nothing can be computed."""
+
+
+DECODER = json.JSONDecoder(parse_int=_whole_number, parse_float=_number, object_pairs_hook=_object)
 
 
 def json_lines(file: TextFile, name: str | Path) -> Iterator[Item]:
@@ -186,9 +206,7 @@ def _half_a_character(value: Any) -> str | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    if isinstance(error, TwiceError):
-        return str(error)
-    return getattr(error, "msg", "a number has too many digits")  # the only other thing that json refuses
+    return getattr(error, "msg", str(error))
 
 
 def _squad(article: dict[str, Any]) -> list[dict[str, Any]]:

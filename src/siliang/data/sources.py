@@ -5,7 +5,6 @@ named and a file larger than memory can be read. A kind of file has one reader, 
 from __future__ import annotations
 
 import glob
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import TextFile, find_text, kind_of
 from siliang.hub import unreachable
+from siliang.safe_json import read_json
+from siliang.safe_yaml import YamlError, check_yaml
 from siliang.types import DataError, first_line
 
 COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
@@ -368,6 +369,11 @@ def _described(path: Path) -> tuple[dict[str, Any], Any]:
     found = re.match(r"\ufeff?---\s*\n(.*?)\n---", said, re.DOTALL)
     if found is None or not re.search(r"^(configs|dataset_info):", found[1], re.MULTILINE):
         return {}, None
+    try:
+        check_yaml(found[1])  # before `datasets` reads it
+    except YamlError as error:
+        where = f"{readme}:{error.line + 1}" if error.line else str(readme)
+        raise DataError(f"{where}: its description cannot be read: {error}.") from None
     says_files = re.search(r"^configs:", found[1], re.MULTILINE) is not None
     _quieten()
     try:
@@ -429,7 +435,7 @@ def _named_in_saved(path: Path) -> list[str]:
     """The files that a saved data set says it consists of."""
     names = []
     for file in (*path.glob("dataset_dict.json"), *path.rglob("state.json")):
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file, foreign=True)
         listed = values.get("splits") or [entry["filename"] for entry in values.get("_data_files") or []]
         names += [str(file.parent / name) for name in listed]
     return names

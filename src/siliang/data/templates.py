@@ -8,7 +8,6 @@ The tokenizer's own chat template, which comes as Jinja, is in chat.py and write
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siliang.data.examples import Call, Conversation, Message
+from siliang.safe_json import JsonError, parse_json
 from siliang.types import ConfigError, DataError, nearest
 
 CHAT = "chat"
@@ -192,8 +192,8 @@ class Template:
 def _as_python(arguments: str) -> str:
     """{"a": 1} as a='...' for ChatGLM3, whose calls look like Python."""
     try:
-        values = json.loads(arguments)
-    except ValueError:
+        values = parse_json(arguments, foreign=True)
+    except JsonError:
         return arguments
     return ", ".join(f"{k}={v!r}" for k, v in values.items()) if isinstance(values, dict) else arguments
 

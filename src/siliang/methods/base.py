@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from siliang.files import replacing
 from siliang.methods.fields import check_fields
+from siliang.safe_json import JsonError, read_json, where
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
@@ -130,13 +131,13 @@ class PeftConfig:
 
         path = Path(folder) / CONFIG_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path, foreign=True)
         except FileNotFoundError:
             raise AdapterError(f"{folder} holds no adapter: {CONFIG_NAME} is missing there.") from None
-        except (ValueError, OSError) as error:
-            raise AdapterError(f"{path} cannot be read: {error}") from error
-        except RecursionError:
-            raise AdapterError(f"{path} cannot be read: it is nested too deeply.") from None
+        except JsonError as error:
+            raise AdapterError(f"{where(path, error)} cannot be read: {error}.") from None
+        except OSError as error:
+            raise AdapterError(f"{path} cannot be read: {error.strerror or error}.") from error
         if not isinstance(values, dict):
             raise AdapterError(f"{path} must hold a JSON object, not {type(values).__name__}.")
         found = config_class(values.get("peft_type"), source=str(path))

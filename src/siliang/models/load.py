@@ -4,7 +4,6 @@ do."""
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -36,6 +35,7 @@ from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links
+from siliang.safe_json import JsonError, read_json, where
 from siliang.targets import invented_modules, may_be_invented
 from siliang.types import ModelError, TaskType, first_line
 
@@ -51,6 +51,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer_config.json",
 )
+MOST_INDEX_BYTES = 128 * 2**20  # of the list of a model's weights, a line for each
 AUTO_CLASSES = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
@@ -93,8 +94,8 @@ def may_run_code(config: Any) -> bool:
 def wanted_code(name: str) -> str | None:
     """The file of code that a model's folder asks to run, where transformers does not know the model itself."""
     try:
-        values = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(Path(name) / "config.json", foreign=True)
+    except (OSError, JsonError):
         return None
     code = values.get("auto_map") if isinstance(values, dict) else None
     if not isinstance(code, dict) or values.get("model_type") in CONFIG_MAPPING:
@@ -303,11 +304,11 @@ def _check_folder(name: str, revision: str | None = None) -> None:
         if not config.is_file():
             raise ModelError(f"{name} is a folder, but no model: config.json is missing there.")
         try:
-            values = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{config} cannot be read: {error}") from None
-        except RecursionError:
-            raise ModelError(f"{config} cannot be read: it is nested too deeply.") from None
+            values = read_json(config, foreign=True)
+        except JsonError as error:
+            raise ModelError(f"{where(config, error)} cannot be read: {error}.") from None
+        except OSError as error:
+            raise ModelError(f"{config} cannot be read: {error.strerror or error}.") from None
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
         check_links(path, ModelError)
@@ -338,9 +339,9 @@ def _looks_like_a_path(name: str) -> bool:
 def _check_index(path: Path) -> None:
     """The parts of weights that come in several files are read wherever the index says."""
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(path, most_bytes=MOST_INDEX_BYTES, foreign=True)["weight_map"].values())
         strange = [n for n in names if Path(n).name != n]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{path} is damaged.") from None
     if strange:
         raise ModelError(f"{path} names {strange[0]!r}, which is not in the model's folder.")

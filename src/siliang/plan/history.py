@@ -9,9 +9,11 @@ from statistics import median
 
 from siliang.data.cache import cache_folder
 from siliang.hardware import versions
+from siliang.safe_json import JsonError, parse_json
 
 FILE = "memory.jsonl"
 LATEST = 20  # runs that count
+MOST_BYTES = 2**50
 
 
 def remember(device_name: str, work_bytes: int) -> None:
@@ -35,10 +37,10 @@ def known_work(device_name: str) -> int | None:
     except (OSError, UnicodeDecodeError):
         return None
     for line in lines:
-        with suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            work_bytes = int(row.pop("work_bytes"))
-            if row == key:
+        with suppress(JsonError):
+            row = parse_json(line)
+            work_bytes = row.pop("work_bytes", None) if isinstance(row, dict) else None
+            if row == key and type(work_bytes) is int and work_bytes < MOST_BYTES:
                 found.append(max(work_bytes, 0))
     return int(median(found[-LATEST:])) if found else None
 

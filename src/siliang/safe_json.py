@@ -1,0 +1,136 @@
+"""JSON that others may have written: limits on size, depth and digits, and nothing that is lost or cannot be printed.
+
+Rows of data have a reader of their own, data/json_stream.py, which does not hold a whole file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 16 * 2**20
+MAX_DEPTH = 50
+MAX_DIGITS = 40  # of a whole number: tokenizers write 10**30 for "no limit"
+SHOWN = 40  # characters of a value in an error
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class JsonError(ValueError):
+    """Not JSON, or more of it than such a file needs.
+
+    Attributes:
+        line: Where, from 1; None where that is not known.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False) -> Any:
+    """The value in a file.
+
+    Args:
+        most_bytes: A larger file is refused.
+        foreign: As for `parse_json`.
+
+    Raises:
+        JsonError: It is no JSON in UTF-8, or goes beyond the limits. Its text begins with the line, where that is
+            known.
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as opened:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise JsonError("it is no plain file")
+        content = opened.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise JsonError(f"it has more than {most_bytes:,} bytes")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise JsonError("it is not UTF-8", content.count(b"\n", 0, error.start) + 1) from None
+    return parse_json(text, foreign=foreign)
+
+
+def parse_json(text: str, *, foreign: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        foreign: Another program may have written it, whose readers take the last of two values of one name, and NaN and
+            Infinity for numbers. Otherwise both are errors.
+
+    Raises:
+        JsonError: It is no JSON, nested too deeply, has a number with too many digits or beyond the range of numbers,
+            or half of a character of UTF-16.
+    """
+    reader = _Reader(text)
+    decoder = json.JSONDecoder(
+        parse_int=reader.whole_number,
+        parse_float=reader.number,
+        parse_constant=None if foreign else reader.constant,
+        object_pairs_hook=None if foreign else reader.mapping,
+    )
+    try:
+        value = decoder.decode(text)
+    except json.JSONDecodeError as error:
+        raise JsonError(error.msg, error.lineno) from None
+    except RecursionError:
+        raise JsonError(f"nested more than {MAX_DEPTH} deep") from None
+    _check_depth(value)
+    if HALF.search(text) is not None:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise JsonError(f"it holds half of a character, \\u{ord(error.object[error.start]):04x}") from None
+    return value
+
+
+class _Reader:
+    """What a decoder asks for numbers and mappings."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def whole_number(self, text: str) -> int:
+        if len(text) > MAX_DIGITS:
+            raise self._wrong(text, f"a number has more than {MAX_DIGITS} digits")
+        return int(text)
+
+    def number(self, text: str) -> float:
+        number = float(text)
+        if number in (float("inf"), float("-inf")):
+            raise self._wrong(text, "beyond the range of numbers")
+        return number
+
+    def constant(self, text: str) -> Any:
+        raise self._wrong(text, "no number of JSON")
+
+    def mapping(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise JsonError(f"{twice[:SHOWN]!r} stands twice in one object")
+        return made
+
+    def _wrong(self, text: str, why: str) -> JsonError:
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+        return JsonError(f"{why}: {shown}", self._text.count("\n", 0, self._text.find(text)) + 1)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    depth = 0
+    while level:
+        if (depth := depth + 1) > MAX_DEPTH:
+            raise JsonError(f"nested more than {MAX_DEPTH} deep")
+        inner = (v for outer in level for v in (outer.values() if isinstance(outer, dict) else outer))
+        level = [v for v in inner if isinstance(v, dict | list)]
+
+
+def where(path: Path, error: JsonError) -> str:
+    """The file and, where it is known, the line of an error."""
+    return f"{path}:{error.line}" if error.line else str(path)

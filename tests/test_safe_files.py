@@ -1,0 +1,147 @@
+"""What yaml and JSON of strangers may hold: bounded values, and an error of one line beyond them."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from reading import iter_rows, read_rows
+from tiny import write_jsonl
+
+from siliang import LoraConfig
+from siliang.config import DataConfig, read_yaml
+from siliang.data.load import load_examples
+from siliang.files import damage
+from siliang.limits import limited
+from siliang.models.load import load_config
+from siliang.safe_json import JsonError, parse_json, read_json
+from siliang.safe_yaml import dump_yaml, parse_yaml
+from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType
+from siliang.zero_settings import zero_settings
+
+
+def test_yaml_in_base_60_is_text(tmp_path: Path) -> None:
+    """YAML 1.1 multiplies by 60 at every colon: 490,000 of them took it minutes, and then Python could not print it."""
+    (tmp_path / "run.yaml").write_text("a: 1" + ":1" * 490_000)
+    with limited(60):
+        assert read_yaml(tmp_path / "run.yaml")["a"] == "1" + ":1" * 490_000
+
+
+def test_plain_values_of_yaml_are_read_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
+    """And what is written is read back, also by a reader of YAML 1.1."""
+    text = "[1:30:00, 2026-01-31, 007, 0o17, 0x1f, -12, 1_000, 1e-3, 1.5, -.5, 1., .inf, 0b11, +3, '12', '=', 1.2.3]"
+    values = ["1:30:00", "2026-01-31", "007", 15, 31, -12, 1000, 1e-3, 1.5, -0.5, 1.0]
+    values += [float("inf"), 3, 3, "12", "=", "1.2.3"]
+    assert parse_yaml(text) == values
+    assert [type(v) for v in parse_yaml(text)] == [type(v) for v in values]
+    assert parse_yaml(dump_yaml(values)) == values
+    assert yaml.safe_load(dump_yaml(values)) == values
+
+
+def test_the_description_of_a_data_set_is_bounded(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    said = f"---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n  number: 1{':1' * 200_000}\n---\n"
+    (tmp_path / "README.md").write_text(said)
+    with limited(60), pytest.raises(DataError, match=r"README\.md:5: .*too many for a number"):
+        read_rows(str(tmp_path))
+
+
+# ---- JSON ----
+
+STRANGE_JSON = [
+    ('{"a": ' + "9" * 5000 + "}", "a number has more than 40 digits"),
+    ('{"a":\n 1e999}', "beyond the range of numbers: 1e999"),
+    ('{"a": -1e999}', "beyond the range of numbers: -1e999"),
+    ("[" * 100_000 + "]" * 100_000, "nested more than 50 deep"),
+    ("[" * 60 + "]" * 60, "nested more than 50 deep"),
+    ('{"a": "\\ud800"}', "half of a character"),
+    ('{"a": 1', "delimiter"),
+    ("", "Expecting value"),
+]
+STRANGE_AND_OURS = [
+    ('{"a": NaN}', "no number of JSON: NaN"),
+    ('{"a": -Infinity}', "no number of JSON: -Infinity"),
+    ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice in one object"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), [*STRANGE_JSON, *STRANGE_AND_OURS])
+def test_json_beyond_what_files_need(text: str, message: str) -> None:
+    with pytest.raises(JsonError, match=message):
+        parse_json(text)
+
+
+def test_json_of_other_programs_may_say_more() -> None:
+    """transformers writes Infinity, and takes the last of two values of one name; tokenizers write 1e30."""
+    for text, _ in STRANGE_AND_OURS:
+        assert isinstance(parse_json(text, foreign=True), dict)
+    assert parse_json('{"a": 1, "a": 1000000000000000019884624838656}', foreign=True) == {"a": int(1e30)}
+    for text, message in STRANGE_JSON:
+        with pytest.raises(JsonError, match=message):
+            parse_json(text, foreign=True)
+
+
+def test_json_is_read_from_plain_files_of_bounded_size(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'{"a":\n"\xff"}')
+    with pytest.raises(JsonError, match="not UTF-8") as caught:
+        read_json(tmp_path / "a.json")
+    assert caught.value.line == 2
+    (tmp_path / "a.json").write_text('"' + "a" * 100 + '"')
+    with pytest.raises(JsonError, match="more than 100 bytes"):
+        read_json(tmp_path / "a.json", most_bytes=100)
+    with pytest.raises(JsonError, match="no plain file"):
+        read_json(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(("text", "message"), STRANGE_JSON)
+def test_configs_of_strangers_end_in_one_line(
+    text: str, message: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders["bert"], folder)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=rf"config\.json(:\d+)? cannot be read: .*{message}") as refused:
+        load_config(str(folder))
+    assert len(str(refused.value).splitlines()) == 1
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json(:\d+)? cannot be read: .*{message}"):
+        LoraConfig.from_pretrained(folder)
+    (folder / "zero.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"zero\.json(:\d+)?: not readable as JSON: .*{message}"):
+        zero_settings(str(folder / "zero.json"))
+    (folder / "manifest.json").write_text(text)
+    assert damage(folder) == "manifest.json is damaged"
+
+
+def test_numbers_of_rows_that_nothing_can_be_computed_with(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "a", "label": 1}\n{"text": "a", "label": 1e999}\n{"text": "b", "label": %s}\n' % ("9" * 301)
+    )
+    problems = [row.problem for row in iter_rows(str(path))]
+    assert problems == [
+        None,
+        "not valid JSON: 1e999 is beyond the range of numbers",
+        "not valid JSON: a number has more than 300 digits",
+    ]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "[1e999]"])
+def test_json_within_a_row_is_bounded(text: str, tmp_path: Path) -> None:
+    """A column of a row may hold JSON as text: tools, turns, calls, arguments, earlier rounds."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+    rows = [
+        {"messages": turns, "tools": text},
+        {"messages": text},
+        {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": text}]},
+        {"messages": [turns[0], call, {"role": "tool", "content": "1"}, turns[1]]},
+        {"instruction": "a", "output": "b", "history": text},
+    ]
+    for row in rows:
+        path = write_jsonl(tmp_path / "a.jsonl", [row])
+        with suppress(DataError):
+            load_examples(DataConfig(train=str(path), test_size=0.0), TaskType.CAUSAL_LM, seed=0)
