@@ -1,70 +1,246 @@
-"""Bounds on time and memory for what strangers have written: chat templates, patterns of module names."""
+"""Bounds on time and memory for what strangers have written: chat templates, patterns of module names, tokenizers.
+
+They run in a process of their own (limited_process.py), on which the system sets the limits: an alarm in this process
+would not be heard within one long operation in C. The process is started when it is first needed and kept, so that a
+request costs one message there and one back. Every process that asks has one of its own; it ends with the one that
+asks.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import hashlib
+import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-try:
-    import resource
-except ImportError:  # Windows has neither limits nor alarms
-    resource = None
-
-SECONDS = 5.0
-EXTRA_BYTES = 2 * 2**30
+SECONDS = 4.0  # of computing for one request; twice that on the clock
+START_SECONDS = 60.0
+MOST_BYTES = 2**30  # of an answer
+KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")  # of this process's environment
 
 
-class LimitError(Exception):
-    """The block took longer than it may."""
+class RefusedError(Exception):
+    """What a stranger has written cannot be used: it raised an error, in the words of that."""
 
 
-@contextmanager
-def limited(seconds: float | None = None, extra_bytes: int | None = EXTRA_BYTES) -> Iterator[None]:
-    """Stops the block's Python after `seconds`, or SECONDS, and refuses it more than `extra_bytes` of new memory.
+class LimitError(RefusedError):
+    """It took more time or memory than it may."""
 
-    Time is bounded in the main thread alone, where Python hears of signals (processes that tokenise have one each).
-    Memory is bounded on Linux.
+
+class LimitedProcess:
+    """A process under limits that runs the functions of limited_process.py. Threads may share it: one at a time.
+
+    Args:
+        kind: What it imports: "text" for templates and patterns, "tokenizer".
+    """
+
+    def __init__(self, kind: str = "text") -> None:
+        self._kind = kind
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self.templates: set[str] = set()  # that the process knows
+
+    def call(self, name: str, *arguments: Any, seconds: float | None = None) -> Any:
+        """The function's result.
+
+        Args:
+            arguments: Plain data, as JSON has it.
+            seconds: Of computing; SECONDS where none are given.
+
+        Raises:
+            LimitError: It took more time or memory than it may.
+            RefusedError: It raised another error.
+        """
+        seconds = SECONDS if seconds is None else seconds
+        with self._lock:
+            try:
+                process = self._started()
+                _send(process, [name, seconds, arguments], time.monotonic() + 2 * seconds)
+                kind, value = _receive(process, time.monotonic() + 2 * seconds)
+            except TimeoutError:
+                self._end()
+                raise LimitError("it runs for too long") from None
+            except (OSError, EOFError, ValueError, RecursionError):
+                code = self._end()
+                late = code is not None and -code == getattr(signal, "SIGXCPU", None)
+                raise LimitError("it runs for too long" if late else "it wants too much memory") from None
+            except BaseException:  # Ctrl-C while an answer is on its way: the next would be taken for it
+                self._end()
+                raise
+            if kind == "limit":
+                self._end()
+        if kind == "limit":
+            raise LimitError(value)
+        if kind == "error":
+            raise RefusedError(value)
+        return value
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            program = Path(__file__).with_name("limited_process.py")
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(program), self._kind, *sys.path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                env={name: os.environ[name] for name in KEPT if name in os.environ}
+                | {"TOKENIZERS_PARALLELISM": "false"},
+                # of its own, so that Ctrl-C is this process's affair
+                process_group=None if sys.platform == "win32" else 0,
+            )
+            self._process = process
+            try:
+                _receive(process, time.monotonic() + START_SECONDS)
+            except (OSError, EOFError, ValueError) as error:
+                self._end()
+                raise RuntimeError(f"the process for templates and patterns does not start: {error!r}") from error
+            return process
+        return self._process
+
+    def _end(self) -> int | None:
+        """Ends the process, and returns its exit code where it had ended by itself."""
+        process, self._process = self._process, None
+        self.templates.clear()
+        if process is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2 if process.poll() is None and _hung_up(process) else 0)
+        code = process.poll()
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+        return code
+
+    def close(self) -> None:
+        """Ends the process; the next call starts another."""
+        with self._lock:
+            self._end()
+
+    def forget(self) -> None:
+        """After a fork: the process is the parent's."""
+        self._lock = threading.Lock()
+        process, self._process = self._process, None
+        self.templates = set()
+        if process is not None:
+            process.returncode = 0  # or it would be waited for, which is the parent's to do
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+
+def _hung_up(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the process has closed its output: it is ending, and its exit code is to come."""
+    if sys.platform == "win32" or process.stdout is None:
+        return False
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLHUP)
+    return bool(poll.poll(0))
+
+
+def _send(process: subprocess.Popen[bytes], message: Any, until: float) -> None:
+    assert process.stdin is not None
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    data = memoryview(len(data).to_bytes(4, "big") + data)
+    if sys.platform == "win32":
+        process.stdin.write(data)
+        return
+    pipe = process.stdin.fileno()
+    os.set_blocking(pipe, False)
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    while data:
+        try:
+            data = data[os.write(pipe, data) :]
+        except BlockingIOError:
+            if not poll.poll(1000 * max(0.0, until - time.monotonic())):
+                raise TimeoutError from None
+
+
+def _receive(process: subprocess.Popen[bytes], until: float) -> Any:
+    """An answer of the process, as (kind, value).
 
     Raises:
-        LimitError: It took too long.
-        MemoryError: It wanted too much.
+        TimeoutError: It is not there in time.
+        EOFError: The process has ended.
+        ValueError: It is no answer.
     """
-    if resource is None:
-        yield
-        return
-    timed = threading.current_thread() is threading.main_thread()
-    before: Any = None
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    length = int.from_bytes(_read(process, 4, until), "big")
+    if length > MOST_BYTES:
+        raise ValueError(f"an answer of {length:,} bytes")
+    kind, value = json.loads(_read(process, length, until).decode("utf-8", "surrogatepass"))
+    return kind, value
+
+
+def _read(process: subprocess.Popen[bytes], length: int, until: float) -> bytes:
+    assert process.stdout is not None
+    if sys.platform == "win32":  # pipes cannot be waited for there
+        timer = threading.Timer(max(0.0, until - time.monotonic()), process.kill)
+        timer.start()
+        try:
+            data = process.stdout.read(length) or b""
+        finally:
+            timer.cancel()
+        if len(data) < length:
+            raise TimeoutError if time.monotonic() >= until else EOFError
+        return data
+    pipe = process.stdout.fileno()
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    parts = bytearray()
+    while len(parts) < length:
+        if not poll.poll(1000 * max(0.0, until - time.monotonic())):
+            raise TimeoutError
+        part = os.read(pipe, length - len(parts))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)
+
+
+_PROCESS = LimitedProcess()
+atexit.register(_PROCESS.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_PROCESS.forget)
+
+
+def render(template: str, names: dict[str, Any], jobs: Sequence[tuple[Any, Any, bool, bool]]) -> list[Any]:
+    """Texts of a chat template; see limited_process.render.
+
+    Raises:
+        LimitError: It takes too much time or memory, or writes too much.
+        RefusedError: It is no template.
+    """
+    key = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
+    known = _PROCESS.templates
+    text = None if key in known else template
     try:
-        if timed:
-            before = signal.signal(signal.SIGALRM, _stop)
-            # again and again: the first may meet code that swallows every error
-            signal.setitimer(signal.ITIMER_REAL, seconds or SECONDS, 0.1)
-        if extra_bytes is not None and (used := _address_space()) is not None:
-            wanted = used + extra_bytes
-            resource.setrlimit(resource.RLIMIT_AS, (wanted if soft < 0 else min(soft, wanted), hard))
-        yield
-    finally:
-        # the timer first: its alarm between the other two would leave it on for ever
-        if timed:
-            with suppress(LimitError):  # an alarm that comes while it is switched off
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        found = _PROCESS.call("render", key, text, names, jobs)
+    except RefusedError as error:
+        if str(error) != repr(key):  # the process has forgotten it
+            raise
+        found = _PROCESS.call("render", key, template, names, jobs)
+    _PROCESS.templates.add(key)
+    return found
 
 
-def _stop(number: int, frame: Any) -> None:
-    raise LimitError("it runs for too long")
+def match(patterns: Iterable[str], texts: Sequence[str], *, whole: bool) -> list[Any]:
+    """Which texts patterns match; see limited_process.match.
 
-
-def _address_space() -> int | None:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
-    except (OSError, ValueError):
-        return None
+    Raises:
+        LimitError: It takes too much time or memory.
+    """
+    return _PROCESS.call("match", list(patterns), texts, whole)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
-from siliang.limits import LimitError, limited
 from siliang.methods import method_of
 from siliang.methods.base import LayerConfig, PeftConfig, is_linear
 from siliang.methods.bitfit import is_bias
-from siliang.methods.lora import LoraConfig, in_any_order, layer_regex, matches_layer
+from siliang.methods.lora import LoraConfig, Patterns
+from siliang.patterns import find
 from siliang.types import ConfigError, TargetError, nearest
 
 
@@ -24,70 +24,6 @@ def find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], l
     Raises:
         TargetError: A name or the regex matches nothing, or a match is no layer that the method can wrap.
     """
-    with _matching("target_modules, exclude_modules or layers_pattern"):
-        return _find_targets(model, config, outside=outside, lenient=lenient)
-
-
-def layer_arguments(config: LayerConfig, layers: list[str], *, lenient: bool = False) -> dict[str, dict[str, Any]]:
-    """What the wrapped layer of each path needs; rewrites patterns whose order would matter in the config's file.
-
-    Args:
-        lenient: Patterns may match nothing, as in files that PEFT wrote.
-
-    Raises:
-        TargetError: A pattern matches nothing, is no regular expression, or takes too long to match.
-        ConfigError: With the settings nothing could be trained.
-    """
-    with _matching("rank_pattern or alpha_pattern"):
-        if isinstance(config, LoraConfig):
-            if config.lora_dropout == 1.0 and not lenient:
-                raise ConfigError("lora_dropout = 1.0: must be less than 1, or nothing is trained.")
-            for name in ("rank_pattern", "alpha_pattern"):
-                for key in getattr(config, name):
-                    _check_regex(name, key, layer_regex(key))
-                    if not lenient and not any(matches_layer(key, path) for path in layers):
-                        hint = nearest(key, {p.rpartition(".")[2] for p in layers}) or nearest(key, layers)
-                        raise TargetError(
-                            f"{name}: {key!r} matches none of the layers that are tuned.{hint} "
-                            f"They are like {_samples(layers)}."
-                        )
-                setattr(config, name, in_any_order(getattr(config, name), layers))
-        return {path: config.layer_arguments(path) for path in layers}
-
-
-def _check_regex(field: str, given: str, compiled: str) -> None:
-    """Whether what a config gives can be matched at all.
-
-    Args:
-        compiled: What is matched, with the given pattern in it.
-
-    Raises:
-        TargetError: It is no regular expression; says where in the given one.
-    """
-    errors = []
-    for pattern in (compiled, given):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            errors.append(error)
-        else:
-            if pattern is compiled:
-                return
-    raise TargetError(f"{field}: {given!r} is no regular expression: {errors[-1]}.")
-
-
-@contextmanager
-def _matching(names: str) -> Iterator[None]:
-    try:
-        with limited(extra_bytes=None):
-            yield
-    except LimitError:
-        raise TargetError(f"a pattern of {names} takes too long to match: write it more simply.") from None
-    except (re.error, RecursionError, OverflowError) as error:
-        raise TargetError(f"a pattern of {names} is no regular expression: {error}.") from None
-
-
-def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], lenient: bool) -> list[str]:
     kinds = method_of(config).layers
     modules = dict(plain_modules(model))
     fitting = [p for p, m in modules.items() if any(k.supports(m) for k in kinds) and not inside(p, outside)]
@@ -111,10 +47,7 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
         # PEFT saves the names themselves, so that the file means the same on a model with other linear layers
         config.target_modules = _names_of([p for p in found if not inside(p, outside)], modules, outside)
     elif isinstance(wanted, str):
-        try:
-            found = [p for p in modules if re.fullmatch(wanted, p)]
-        except re.error as error:
-            raise TargetError(f"target_modules = {wanted!r} is no regular expression: {error}.") from error
+        found = _matched("target_modules", wanted, list(modules))
         if not found:
             raise TargetError(f"target_modules = {wanted!r} matches no module. The names are like {_samples(fitting)}.")
     else:
@@ -128,9 +61,10 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
             )
         found = [p for p in modules if any(_ends(p, name) for name in wanted)]
     chosen = _chosen_layers(config, list(modules), lenient=lenient)
-    found = [p for p in found if not _excluded(p, config.exclude_modules)]
+    excluded = set(_meant("exclude_modules", found, config.exclude_modules))
+    found = [p for p in found if p not in excluded]
     if chosen is not None:
-        found = [p for p in found if _layer_index(p, config) in chosen]
+        found = [p for p, index in zip(found, _layer_indices(found, config), strict=True) if index in chosen]
     saved = found if found else outside if config.target_modules == [] else []  # all-linear looks outside of them alone
     found = [p for p in found if not inside(p, outside)]
     if saved and not found:
@@ -148,6 +82,33 @@ def _find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], 
             way = " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear."
         raise TargetError(f"target_modules: {what} a {kind}, which {config.peft_type} cannot wrap.{way}")
     return found
+
+
+def layer_arguments(config: LayerConfig, layers: list[str], *, lenient: bool = False) -> dict[str, dict[str, Any]]:
+    """What the wrapped layer of each path needs; rewrites patterns whose order would matter in the config's file.
+
+    Args:
+        lenient: Patterns may match nothing, as in files that PEFT wrote.
+
+    Raises:
+        TargetError: A pattern matches nothing, is no regular expression, or takes too long to match.
+        ConfigError: With the settings nothing could be trained.
+    """
+    if not layers:
+        return {}
+    if isinstance(config, LoraConfig):
+        if config.lora_dropout == 1.0 and not lenient:
+            raise ConfigError("lora_dropout = 1.0: must be less than 1, or nothing is trained.")
+        for name, given in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+            patterns = Patterns(name, given, layers)
+            if not lenient and (idle := patterns.without_effect):
+                hint = nearest(idle[0], {p.rpartition(".")[2] for p in layers}) or nearest(idle[0], layers)
+                raise TargetError(
+                    f"{name}: {idle[0]!r} matches none of the layers that are tuned.{hint} "
+                    f"They are like {_samples(layers)}."
+                )
+            setattr(config, name, patterns.in_any_order())
+    return dict(zip(layers, config.layer_arguments(layers), strict=True))
 
 
 def _experts(modules: dict[str, nn.Module]) -> list[str]:
@@ -201,9 +162,7 @@ def _check_names(config: LayerConfig, paths: list[str]) -> None:
     for field in ("exclude_modules", "feedforward_modules"):
         named = getattr(config, field, None) or []
         for name in [named] if isinstance(named, str) else named:
-            if isinstance(named, str):
-                _check_regex(field, named, named)
-            if not any(_excluded(p, name if isinstance(named, str) else [name]) for p in paths):
+            if not _meant(field, paths, name if isinstance(named, str) else [name]):
                 hint = nearest(name, {p.rpartition(".")[2] for p in paths})
                 raise TargetError(f"{field}: {name!r} matches no module of the model.{hint}")
 
@@ -251,10 +210,7 @@ def names_of_saved(config: PeftConfig, names: Iterable[str], saved: list[str], p
     for path in saved:
         if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in found):
             continue
-        within = [p for p in paths if inside(p, [path])]
-        if any(
-            re.fullmatch(wanted, p) if isinstance(wanted, str) else any(_ends(p, w) for w in wanted) for p in within
-        ):
+        if _meant("target_modules", [p for p in paths if inside(p, [path])], wanted):
             found.append(path)
     return sorted(found)
 
@@ -384,12 +340,17 @@ def inside(path: str, roots: list[str]) -> bool:
     return any(path == root or path.startswith(root + ".") for root in roots)
 
 
-def _excluded(path: str, exclude: list[str] | str | None) -> bool:
-    if exclude is None:
-        return False
-    if isinstance(exclude, str):
-        return re.fullmatch(exclude, path) is not None
-    return any(_ends(path, name) for name in exclude)
+def _matched(field: str, pattern: str, paths: list[str]) -> list[str]:
+    """The paths that a regular expression matches whole."""
+    (found,) = find(field, [pattern], paths, whole=True)
+    return [path for path, groups in zip(paths, found, strict=True) if groups is not None]
+
+
+def _meant(field: str, paths: list[str], named: list[str] | str | None) -> list[str]:
+    """The paths that a list of endings, or a regular expression, means."""
+    if isinstance(named, str):
+        return _matched(field, named, paths)
+    return [path for path in paths if any(_ends(path, name) for name in named or ())]
 
 
 def _chosen_layers(config: LayerConfig, paths: list[str], *, lenient: bool) -> set[int] | None:
@@ -400,39 +361,35 @@ def _chosen_layers(config: LayerConfig, paths: list[str], *, lenient: bool) -> s
     """
     if not isinstance(config, LoraConfig) or config.layers_to_transform in (None, []):
         return None
-    for pattern in _layer_patterns(config):
-        _check_regex("layers_pattern", pattern, _list_regex(pattern))
+    by_pattern = _indices(_layer_patterns(config), paths)
     wanted = config.layers_to_transform
     chosen = {wanted} if isinstance(wanted, int) else set(wanted or ())
     if lenient:
         return chosen
-    for pattern in _layer_patterns(config):
-        if all(_index_in(path, pattern) is None for path in paths):
+    for pattern, found in zip(_layer_patterns(config), by_pattern, strict=True):
+        if all(index is None for index in found):
             lists = {path.split(".")[-2] for path in paths if path.rpartition(".")[2].isdigit() and "." in path}
             hint = nearest(pattern, lists) or f" There are {', '.join(sorted(lists)) or 'none'}."
             raise TargetError(f"layers_pattern: {pattern!r} is the name of no list of layers in this model.{hint}")
-    there = {index for path in paths if (index := _layer_index(path, config)) is not None}
+    there = {index for index in _layer_indices(paths, config) if index is not None}
     if strange := sorted(chosen - there):
         known = f"they go from {min(there)} to {max(there)}" if there else "its layers have no numbers"
         raise TargetError(f"layers_to_transform: the model has no layer {', '.join(map(str, strange))}: {known}.")
     return chosen
 
 
-def _layer_index(path: str, config: LayerConfig) -> int | None:
-    """The number of the model's layer that `path` lies in: the first in it, for those further in count experts and the
-    like; with layers_pattern the first after the pattern's name.
+def _layer_indices(paths: list[str], config: LayerConfig) -> list[int | None]:
+    """The number of the model's layer that each path lies in: the first in it, for those further in count experts and
+    the like; with layers_pattern the first after the pattern's name.
     """
-    patterns = _layer_patterns(config) or [r"[^.]*"]
-    return next((index for pattern in patterns if (index := _index_in(path, pattern)) is not None), None)
+    found = _indices(_layer_patterns(config) or [r"[^.]*"], paths)
+    return [next((index for index in of_path if index is not None), None) for of_path in zip(*found, strict=True)]
 
 
-def _index_in(path: str, pattern: str) -> int | None:
-    found = re.match(_list_regex(pattern), "." + path)
-    return int(found[1]) if found else None
-
-
-def _list_regex(pattern: str) -> str:
-    return rf".*?\.{pattern}\.(\d+)(\.|$)"
+def _indices(patterns: list[str], paths: list[str]) -> list[list[int | None]]:
+    """For each pattern the number that follows it in each path."""
+    found = find("layers_pattern", patterns, ["." + path for path in paths], around=(r".*?\.(?:", r")\.(\d+)(\.|$)"))
+    return [[None if groups is None else int(groups[-2] or 0) for groups in one] for one in found]
 
 
 def _layer_patterns(config: LayerConfig) -> list[str]:

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
-from siliang.limits import limited
+from siliang.limits import RefusedError, render
 from siliang.safe_json import JsonError, parse_json
 from siliang.types import DataError, first_line
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `_Written.words`
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
+AT_ONCE = 200_000  # characters of conversations that are written in one request
 
 
 class ChatTemplate:
@@ -56,16 +56,28 @@ class ChatTemplate:
             DataError: The template refuses the conversation or leaves out a turn of it, or its answers cannot be told
                 from the rest.
         """
-        written = _Written.of(talk, self._reasoning_field(talk))
-        learned = _learned(talk, train_on)
-        tools = _tools(talk.tools)
-        frame = self._frame(talk, written, tools, learned, prompt)
-        whole = self._render(written.messages, tools, prompt=prompt)
-        if frame is not None:
-            filled = [_fill(piece, written.words) for piece in frame]
-            if "".join(p.text for p in filled) == whole:
-                return filled
-        return self._without_frame(written, tools, learned, prompt)
+        return self.pieces_of_all([talk], train_on=train_on, prompt=prompt)[0]
+
+    def pieces_of_all(
+        self, talks: Sequence[Conversation], *, train_on: Literal["all", "last"] = "all", prompt: bool = False
+    ) -> list[list[Piece]]:
+        """The pieces of several conversations, which is quicker than one by one.
+
+        Raises:
+            DataError: As for `pieces`, of the first that cannot be used.
+        """
+        written = [_Written.of(talk, self._reasoning_field(talk)) for talk in talks]
+        tools = [_tools(talk.tools) for talk in talks]
+        wholes = self._texts([(w.messages, t, prompt) for w, t in zip(written, tools, strict=True)])
+        out: list[list[Piece]] = []
+        for talk, w, t, whole in zip(talks, written, tools, wholes, strict=True):
+            learned = _learned(talk, train_on)
+            frame = self._frame(talk, w, t, learned, prompt)
+            filled = [_fill(piece, w.words) for piece in frame or []]
+            if frame is None or "".join(p.text for p in filled) != whole:
+                filled = self._without_frame(w, t, learned, prompt)
+            out.append(filled)
+        return out
 
     def _reasoning_field(self, talk: Conversation) -> str:
         """The name of the template's field for an answer's reasoning."""
@@ -124,17 +136,16 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and (begin, end) of each answer in it; the end marker is inside or directly behind."""
         if self._marked:
-            whole, spans = self._render_marked(messages, tools, prompt)
-            spans = [s for s in spans if s[0] is not None and s[1] > s[0]]
+            ((whole, spans),) = self._rendered([(messages, tools, prompt)], marked=True)
+            spans = [(start, end) for start, end in spans if end > start]
             if spans:
                 return whole, spans
-        whole = self._render(messages, tools, prompt=prompt)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        parts = [part for i in answers for part in ((messages[:i], tools, True), (messages[: i + 1], tools, False))]
+        whole, *texts = self._texts([(messages, tools, prompt), *parts])
         spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], tools, prompt=True)
-            until = self._render(messages[: i + 1], tools)
+        for i, before, until in zip(answers, texts[::2], texts[1::2], strict=True):
+            message = messages[i]
             places = (
                 [whole.find(f"{OPEN}{n}{CLOSE}") for n in written.numbers[i]] if messages is written.holders else []
             )
@@ -192,7 +203,7 @@ class ChatTemplate:
                     f"holds the special token {found[0]!r} in its text, where this chat template cannot keep it from "
                     "acting as one"
                 )
-        held = self._render(written.holders, tools, prompt=prompt)
+        (held,) = self._texts([(written.holders, tools, prompt)])
         for turn, numbers in enumerate(written.numbers, start=1):
             if any(n in written.needed and f"{OPEN}{n}{CLOSE}" not in held for n in numbers):
                 raise DataError(
@@ -201,40 +212,58 @@ class ChatTemplate:
                 )
         return self._pieces(written.messages, written, tools, learned, prompt)
 
-    # ---- transformers ----
+    # ---- the template itself ----
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
-        with _refusals():
-            return self._encoder.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-            )
+    def _texts(self, jobs: list[_Job]) -> list[str]:
+        """What the template writes for (messages, tools, whether an answer follows)."""
+        return [text for text, _ in self._rendered(jobs, marked=False)]
 
-    def _render_marked(
-        self, messages: list[dict[str, Any]], tools: Any, prompt: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _rendered(self, jobs: list[_Job], *, marked: bool) -> list[tuple[str, list[tuple[int, int]]]]:
+        """The texts, and where answers stand in them.
 
+        A template may come from anyone: it runs in Jinja's sandbox, in a process with limits on time and memory.
+
+        Raises:
+            DataError: The template refuses one.
+        """
         names = self._encoder.tokenizer.special_tokens_map
-        with _refusals():
-            rendered, spans = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self._template,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=prompt,
-                **names,
-            )
-        return rendered[0], spans[0]  # type: ignore[index]
+        out: list[tuple[str, list[tuple[int, int]]]] = []
+        for part in _portions(jobs):
+            if any(not messages for messages, _, _ in part):
+                raise DataError("is refused by the chat template: it begins with an answer")
+            template = self._encoder.tokenizer.get_chat_template(tools=part[0][1])
+            try:
+                found = render(template, names, [(*job, marked) for job in part])
+            except RefusedError as error:
+                raise _refusal(str(error)) from None
+            for one in found:
+                if isinstance(one, str):
+                    raise _refusal(one)
+                text, spans = one
+                out.append((text, [(start, end) for start, end in spans]))
+        return out
 
 
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """A template may come from anyone: transformers runs it in Jinja's sandbox, and this limits its time and memory."""
-    try:
-        with limited():
-            yield
-    except Exception as error:  # Jinja's errors, and the template's own raise_exception
-        raise DataError(f"is refused by the chat template: {first_line(error)}") from None
+_Job = tuple[list[dict[str, Any]], Any, bool]
+
+
+def _portions(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    """The jobs, so many at a time that a request stays small; with and without tools a model may have two templates."""
+    part: list[_Job] = []
+    length = 0
+    for job in jobs:
+        size = sum(len(str(value)) for message in job[0] for value in message.values())
+        if part and (length + size > AT_ONCE or (job[1] is None) is not (part[0][1] is None)):
+            yield part
+            part, length = [], 0
+        part.append(job)
+        length += size
+    if part:
+        yield part
+
+
+def _refusal(why: str) -> DataError:
+    return DataError(f"is refused by the chat template: {first_line(why)}")
 
 
 THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)

@@ -456,7 +456,7 @@ def _conversations(
 ) -> list[Rows]:
     own_spacing = isinstance(write, ChatTemplate)
     written = [e for e in examples if not isinstance(e, Prepared)]
-    encoded = iter(encoder.rows([_write(e, write, data) for e in written], own_spacing=own_spacing))
+    encoded = iter(encoder.rows(_write(written, write, data), own_spacing=own_spacing))
     rows: list[Rows] = []
     for example in examples:
         if isinstance(example, Prepared):
@@ -492,14 +492,23 @@ def windows(ids: list[int], limit: int) -> Rows:
     return rows
 
 
-def _write(example: Example, write: Template | ChatTemplate, data: DataConfig) -> list[Piece]:
-    if isinstance(example, Text):
-        whole = {"trained": True}
-        return [Piece("{start}", **whole), Piece(example.text, data=True, **whole), Piece("{eos}", end=True, **whole)]
-    assert isinstance(example, Conversation)
-    if data.train_on == "last" and not next(m for m in reversed(example.messages) if m.role == "assistant").trained:
-        raise DataError("marks its last answer as one that is not learned, and data.train_on=last learns only that")
-    return write.pieces(example, train_on=data.train_on)
+def _write(examples: Sequence[Example], write: Template | ChatTemplate, data: DataConfig) -> list[list[Piece]]:
+    """The pieces of texts and conversations."""
+    talks = [e for e in examples if isinstance(e, Conversation)]
+    for talk in talks:
+        answers = (m for m in reversed(talk.messages) if m.role == "assistant")
+        if data.train_on == "last" and not next(answers).trained:
+            raise DataError("marks its last answer as one that is not learned, and data.train_on=last learns only that")
+    if isinstance(write, ChatTemplate):
+        written = iter(write.pieces_of_all(talks, train_on=data.train_on))
+    else:
+        written = (write.pieces(talk, train_on=data.train_on) for talk in talks)
+    return [_plain(e) if isinstance(e, Text) else next(written) for e in examples]
+
+
+def _plain(text: Text) -> list[Piece]:
+    whole = {"trained": True}
+    return [Piece("{start}", **whole), Piece(text.text, data=True, **whole), Piece("{eos}", end=True, **whole)]
 
 
 def _shorten(
@@ -517,8 +526,7 @@ def _shorten(
         if shorter is None:
             break
         example = shorter
-        pieces = _write(example, write, data)
-        (ids, labels), *_ = encoder.rows([pieces], own_spacing=isinstance(write, ChatTemplate))
+        (ids, labels), *_ = encoder.rows(_write([example], write, data), own_spacing=isinstance(write, ChatTemplate))
     ids, labels = cut_row(ids, labels, data.max_length, len(encoder.start))
     lost = learned - sum(x != IGNORED for x in labels)
     return {"input_ids": ids, "labels": labels, "lost": before - len(ids), "lost_answer": lost}

@@ -166,8 +166,12 @@ class LayerConfig(PeftConfig):
         """Fills in what else depends on the model's type."""
 
     @abstractmethod
-    def layer_arguments(self, path: str) -> dict[str, Any]:
-        """What the wrapped layer's `add_adapter` needs for the layer at `path`."""
+    def layer_arguments(self, paths: Sequence[str]) -> list[dict[str, Any]]:
+        """What the wrapped layer's `add_adapter` needs for the layer at each path.
+
+        Raises:
+            TargetError: A pattern of the config cannot be matched.
+        """
 
 
 # Under which names the models' configs say them, in the order in which PEFT looks.

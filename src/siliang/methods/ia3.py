@@ -9,7 +9,6 @@ l = 1 at the start, so y is the base layer's exactly. Shapes: l (O, 1), or (1, I
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,6 +26,7 @@ from siliang.methods.base import (
     trained_dtype,
 )
 from siliang.methods.targets import IA3_FEEDFORWARD, IA3_TARGETS
+from siliang.patterns import find
 from siliang.types import ConfigError, PeftType
 
 
@@ -60,14 +60,15 @@ class IA3Config(LayerConfig):
         if self.feedforward_modules is None:
             self.feedforward_modules = list(IA3_FEEDFORWARD.get(model_type or "", ()))
 
-    def layer_arguments(self, path: str) -> dict[str, Any]:
-        """Whether the layer at `path` is a feed-forward layer."""
+    def layer_arguments(self, paths: Sequence[str]) -> list[dict[str, Any]]:
+        """Whether the layer at each path is a feed-forward layer."""
         names = self.feedforward_modules or []
         if isinstance(names, str):
-            feedforward = re.fullmatch(names, path) is not None
+            (found,) = find("feedforward_modules", [names], paths, whole=True)
+            feedforward = [groups is not None for groups in found]
         else:
-            feedforward = any(path == name or path.endswith("." + name) for name in names)
-        return {"feedforward": feedforward, "init": self.init_ia3_weights}
+            feedforward = [any(path == name or path.endswith("." + name) for name in names) for path in paths]
+        return [{"feedforward": inside, "init": self.init_ia3_weights} for inside in feedforward]
 
 
 class IA3Linear(WrappedLayer):

@@ -27,9 +27,9 @@ class LNTuningConfig(LayerConfig):
     peft_type: ClassVar[PeftType] = PeftType.LN_TUNING
     DEFAULT_TARGETS: ClassVar[dict[str, tuple[str, ...]]] = LN_TARGETS
 
-    def layer_arguments(self, path: str) -> dict[str, Any]:
+    def layer_arguments(self, paths: Sequence[str]) -> list[dict[str, Any]]:
         """A norm needs nothing."""
-        return {}
+        return [{} for _ in paths]
 
 
 class TunedNorm(WrappedLayer):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -39,6 +39,7 @@ from siliang.methods.base import (
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
 from siliang.methods.targets import LORA_TARGETS
 from siliang.ops.lora_linear import lora_linear
+from siliang.patterns import find
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, nearest
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
@@ -171,20 +172,26 @@ class LoraConfig(LayerConfig):
         }
         return bool(switched_by.get(key, True))
 
-    def layer_arguments(self, path: str) -> dict[str, Any]:
-        """What `add_adapter` needs for the layer at `path`, the patterns resolved."""
-        r = _for_path(self.rank_pattern, path, self.r)
-        alpha = _for_path(self.alpha_pattern, path, self.lora_alpha)
-        return {
-            "r": r,
-            "scaling": alpha / math.sqrt(r) if self.use_rslora else alpha / r,
-            "dropout_p": self.lora_dropout,
-            "init": self.init_lora_weights,
-            "dora": self.use_dora,
-            "lora_bias": self.lora_bias,
-            "bits": self.loftq_config.get("loftq_bits", 4),
-            "iterations": self.loftq_config.get("loftq_iter", 1),
-        }
+    def layer_arguments(self, paths: Sequence[str]) -> list[dict[str, Any]]:
+        """What `add_adapter` needs for the layer at each path, the patterns resolved."""
+        ranks = Patterns("rank_pattern", self.rank_pattern, paths).values
+        alphas = Patterns("alpha_pattern", self.alpha_pattern, paths).values
+        found = []
+        for path in paths:
+            r, alpha = ranks.get(path, self.r), alphas.get(path, self.lora_alpha)
+            found.append(
+                {
+                    "r": r,
+                    "scaling": alpha / math.sqrt(r) if self.use_rslora else alpha / r,
+                    "dropout_p": self.lora_dropout,
+                    "init": self.init_lora_weights,
+                    "dora": self.use_dora,
+                    "lora_bias": self.lora_bias,
+                    "bits": self.loftq_config.get("loftq_bits", 4),
+                    "iterations": self.loftq_config.get("loftq_iter", 1),
+                }
+            )
+        return found
 
 
 class _LoraLayer(WrappedLayer):
@@ -463,27 +470,50 @@ def _empty(in_features: int, out_features: int, *, bias: bool = False, device: A
     return layer
 
 
-def matches_layer(pattern: str, path: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means the layer at `path`: the whole or its ending, as in PEFT."""
-    return re.match(layer_regex(pattern), path) is not None
+class Patterns:
+    """rank_pattern or alpha_pattern, matched against the layers' paths: each key means the whole or the ending, as in
+    PEFT, and the first that matches counts.
 
+    Args:
+        field: Its name.
+        patterns: Its keys and values.
+        paths: Of the layers.
 
-def layer_regex(pattern: str) -> str:
-    """The regular expression of a key of rank_pattern or alpha_pattern."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def in_any_order(patterns: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """Patterns that say the same of `paths` whichever comes first in the file: its keys are sorted, by PEFT as well.
-
-    Where several match one layer and sorting changes which is the first, each layer has a key of its own.
+    Raises:
+        TargetError: A key cannot be matched.
     """
-    wanted = {path: _for_path(patterns, path, None) for path in paths}
-    if all(_for_path(dict(sorted(patterns.items())), path, None) == value for path, value in wanted.items()):
-        return dict(patterns)
-    return {f"^{re.escape(path)}": value for path, value in wanted.items() if value is not None}
 
+    def __init__(self, field: str, patterns: Mapping[str, Any], paths: Sequence[str]) -> None:
+        self._patterns, self._paths = patterns, paths
+        found = find(field, list(patterns), paths, around=(r"(.*\.)?(", ")$"))
+        self._hits = {
+            key: {path for path, groups in zip(paths, one, strict=True) if groups is not None}
+            for key, one in zip(patterns, found, strict=True)
+        }
 
-def _for_path(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches `path`."""
-    return next((value for pattern, value in patterns.items() if matches_layer(pattern, path)), default)
+    @property
+    def without_effect(self) -> list[str]:
+        """The keys that match none of the layers."""
+        return [key for key, hits in self._hits.items() if not hits]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The value of each path that a key matches."""
+        return self._in_order(self._patterns)
+
+    def in_any_order(self) -> dict[str, Any]:
+        """Patterns that say the same whichever comes first in the file: its keys are sorted, by PEFT as well.
+
+        Where several match one layer and sorting changes which is the first, each layer has a key of its own.
+        """
+        wanted = self.values
+        if self._in_order(sorted(self._patterns)) == wanted:
+            return dict(self._patterns)
+        return {f"^{re.escape(path)}": wanted[path] for path in self._paths if path in wanted}
+
+    def _in_order(self, keys: Iterable[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key in keys:
+            for path in self._hits[key]:
+                found.setdefault(path, self._patterns[key])
+        return found

@@ -1,0 +1,63 @@
+"""Regular expressions in a config, matched against the names of modules. A config may be a stranger's, and a short
+expression can take for ever to match, or gigabytes to be compiled: those with anything but names in them are matched in
+the process under limits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from siliang.limits import LimitError, match
+from siliang.types import TargetError
+
+# names, with escaped signs: without groups and repetitions there is nothing to go back to
+PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])*\$?", re.ASCII)
+MOST_HERE = 1_000_000  # names times expressions that are matched in this process
+
+Groups = tuple[str | None, ...]
+
+
+def find(
+    field: str,
+    patterns: Sequence[str],
+    texts: Sequence[str],
+    *,
+    around: tuple[str, str] = ("", ""),
+    whole: bool = False,
+) -> list[list[Groups | None]]:
+    """For each pattern and each text the pattern's groups; None where it does not match.
+
+    Args:
+        field: Where the patterns stand, for errors.
+        around: What is matched before and behind each pattern.
+        whole: The pattern must match the whole text, not only its beginning.
+
+    Raises:
+        TargetError: One is no regular expression, or takes too long, or too much memory.
+    """
+    before, behind = around
+    full = [f"{before}{pattern}{behind}" for pattern in patterns]
+    if len(patterns) * len(texts) <= MOST_HERE and all(PLAIN.fullmatch(p) for p in patterns):
+        return [[_groups(re.compile(p), text, whole) for text in texts] for p in full]
+    try:
+        found = match(full, texts, whole=whole)
+        bad = next((i for i, one in enumerate(found) if isinstance(one, str)), None)
+        if bad is not None:
+            (alone,) = match([patterns[bad]], [], whole=whole)  # says where in the pattern itself
+            why = alone if isinstance(alone, str) else found[bad]
+            raise TargetError(f"{field}: {_short(patterns[bad])} is no regular expression: {why}.")
+    except LimitError as error:
+        which = _short(patterns[0]) if len(patterns) == 1 else "a pattern"
+        why = "takes too long to match" if "long" in str(error) else "takes too much memory"
+        raise TargetError(f"{field}: {which} {why}: write it more simply.") from None
+    return [[None if groups is None else tuple(groups) for groups in one] for one in found]
+
+
+def _groups(pattern: re.Pattern[str], text: str, whole: bool) -> Groups | None:
+    found = pattern.fullmatch(text) if whole else pattern.match(text)
+    return None if found is None else found.groups()
+
+
+def _short(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 100 else f"{pattern[:100]} ...")
