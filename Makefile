@@ -17,12 +17,12 @@ demo: .venv/demo  ## five methods compared on reviews that come with siliang: a 
 
 # a worker on each core: with more threads they would wait for each other
 test: .venv/dev  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # the numbers, as a smaller processor adds them up
 test-avx2: .venv/dev  ## the tests that compare numbers, with the instructions of a processor without AVX-512
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-		$(BIN)/python -m pytest -n auto $(NUMERIC)
+		$(BIN)/python -m pytest -n auto --dist worksteal $(NUMERIC)
 
 test-long: .venv/dev  ## and what takes many minutes: every method on real data
 	$(BIN)/python -m pytest -m long -n auto

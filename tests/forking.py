@@ -41,13 +41,15 @@ PRELOADED = (
     "siliang.train.run",
     "siliang.use",
 )
-# Read when a module is imported: with another value the real python is needed.
+# Read when a module is imported: with another value the real python is needed. Launchers set two that are not: torch's
+# elastic agent one for NCCL, which is not here; and OMP_NUM_THREADS, which the forked process applies itself.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "MKL_", "OMP_", "ONEDNN_", "ATEN_", "PYTHON", "TORCH_", "LRU_CACHE", "LD_")
+NOT_READ = ("OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 
 _CLIENT = """#!{python} -IS
 import json, os, select, signal, socket, sys
 arguments = [a for a in sys.argv[1:] if a != "-u"]
-own = {{k: v for k, v in os.environ.items() if k.startswith({read_at_import})}}
+own = {{k: v for k, v in os.environ.items() if k.startswith({read_at_import}) and k not in {not_read}}}
 if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in {modules} or own != {own}:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
@@ -79,9 +81,16 @@ def stand_in(folder: Path) -> str:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(address))
     listening.listen(64)
-    own = {name: value for name, value in os.environ.items() if name.startswith(READ_AT_IMPORT)}
+    own = {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT) and k not in NOT_READ}
     client.write_text(
-        _CLIENT.format(python=PYTHON, read_at_import=READ_AT_IMPORT, modules=MODULES, own=own, address=str(address))
+        _CLIENT.format(
+            python=PYTHON,
+            read_at_import=READ_AT_IMPORT,
+            not_read=NOT_READ,
+            modules=MODULES,
+            own=own,
+            address=str(address),
+        )
     )
     client.chmod(0o755)
     alive, ours = socket.socketpair()  # the server ends when ours is closed, however this process ends
@@ -147,6 +156,12 @@ def _become(streams: list[int], arguments: list[str], environment: dict[str, str
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    if environment.get("OMP_NUM_THREADS") != os.environ.get("OMP_NUM_THREADS"):
+        import psutil
+        import torch
+
+        threads = environment.get("OMP_NUM_THREADS") or psutil.cpu_count(logical=False) or 1
+        torch.set_num_threads(int(threads))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,13 +18,13 @@ from safetensors.torch import load_file
 from faults.runs import Place
 from siliang.record import Record
 
-pytestmark = pytest.mark.slow  # each process imports torch anew
+pytestmark = pytest.mark.slow
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # without cards it starts several processes for FSDP alone
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "2"]
 STARTS = {
-    "--devices": [sys.executable, "-m", "siliang"],
+    "--devices": ["-m", "siliang"],
     "torchrun": [*TORCHRUN, "-m", "siliang"],
     "accelerate": [*ACCELERATE, "-m", "siliang"],
 }
@@ -49,9 +50,9 @@ def test_the_same_from_every_launcher(start: str, still_place: Place, tmp_path: 
     dealt = start == "accelerate"
     method, weights = ("full", "model/model") if dealt else ("lora", "adapter/adapter_model")
     (tmp_path / "one").mkdir()
-    alone = [*STARTS["--devices"], *settings(still_place, tmp_path / "one", method)]
+    alone = [sys.executable, *STARTS["--devices"], *settings(still_place, tmp_path / "one", method)]
     assert subprocess.run(alone, env=ENV, capture_output=True).returncode == 0
-    command = [*STARTS[start], *settings(still_place, tmp_path, method)]
+    command = [sys.executable, *STARTS[start], *settings(still_place, tmp_path, method)]
     command += ["--devices", "2"] if start == "--devices" else []
     env = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}  # as users have it
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
@@ -66,11 +67,12 @@ def test_the_same_from_every_launcher(start: str, still_place: Place, tmp_path: 
     assert all((mine[name] - value).abs().max() < 1e-4 for name, value in its.items())
 
 
-def kill_rank(launcher: psutil.Process, rank: int) -> None:
-    """When the run has begun to save."""
-    for child in launcher.children(recursive=True):
-        if child.environ().get("RANK") == str(rank):
-            child.kill()
+def kill_rank(folder: Path, rank: int) -> None:
+    """Kills a process of the run whose settings are in `folder`."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(folder / "run.yaml") in process.cmdline() and process.environ().get("RANK") == str(rank):
+                process.kill()
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
@@ -81,15 +83,21 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_a_killed_rank_ends_the_run_with_a_word(still_place: Place, tmp_path: Path) -> None:
-    command = [*STARTS["--devices"], *settings(still_place, tmp_path, max_steps=600, save_every=20), "--devices", "2"]
+    command = [
+        sys.executable,
+        *STARTS["--devices"],
+        *settings(still_place, tmp_path, max_steps=600, save_every=20),
+        "--devices",
+        "2",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
         wait_for_checkpoint(tmp_path, process)
-        kill_rank(psutil.Process(process.pid), 1)
+        kill_rank(tmp_path, 1)
         _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "Rank 1 of 2 was killed by signal 9" in error and "Traceback" not in error
     assert f"siliang train --resume {tmp_path / 'run'}" in error
-    command = [*STARTS["--devices"], "train", str(tmp_path / "run"), "--resume", "--devices", "2"]
+    command = [sys.executable, *STARTS["--devices"], "train", str(tmp_path / "run"), "--resume", "--devices", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stdout + done.stderr
     assert Record.read(tmp_path / "run").status == "completed"
@@ -97,10 +105,10 @@ def test_a_killed_rank_ends_the_run_with_a_word(still_place: Place, tmp_path: Pa
 
 def test_torchrun_begins_again_by_itself(still_place: Place, tmp_path: Path) -> None:
     arguments = settings(still_place, tmp_path, max_steps=300, save_every=20)
-    command = [*TORCHRUN, "--max-restarts", "1", "-m", "siliang", *arguments]
+    command = [sys.executable, *TORCHRUN, "--max-restarts", "1", "-m", "siliang", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
         wait_for_checkpoint(tmp_path, process)
-        kill_rank(psutil.Process(process.pid), 1)
+        kill_rank(tmp_path, 1)
         said, error = process.communicate(timeout=300)
     assert process.returncode == 0, said + error
     record = Record.read(tmp_path / "run")
