@@ -118,7 +118,7 @@ def test_every_method_runs_beside_peft(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_differs_fails_the_gate(tmp_path: Path) -> None:
-    settings = ("--only", "W3", "--methods", "lora", "--set", "train.learning_rate=0.1")
+    settings = ("--only", "W3", "--methods", "lora", "--parts", "gate", "--set", "train.learning_rate=0.1")
     done = run("--smoke", "--peers", "peft", *settings, "--output", str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the losses differ by" in done.stdout

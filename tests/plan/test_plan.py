@@ -254,24 +254,34 @@ def test_a_shape_in_another_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert shape_name("GPT2") == "GPT2"  # a folder of that name is meant
 
 
-def planned_gpt2(budget: Any, memory_bytes: int | None) -> Any:
-    values = {"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"}
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the config of a small model whose steps take more than its weights."""
+    folder = tmp_path_factory.mktemp("shape") / "model"
+    AutoConfig.for_model("gpt2", n_layer=4, n_embd=256, n_head=4, vocab_size=2000).save_pretrained(folder)
+    return str(folder)
+
+
+def planned(model: str, budget: Any, memory_bytes: int | None) -> Any:
+    values = {"model": model, "task": "causal_lm", "data": {"train": "-"}, "output": "-"}
     config = RunConfig.build(values | {"train": {"memory_budget": budget}})
     return plan(config, target(memory_bytes), with_data=False, timed=False).methods[0]
 
 
-def test_a_budget_of_a_number_is_planned_as_that_much_memory_is() -> None:
+def test_a_budget_of_a_number_is_planned_as_that_much_memory_is(four_layers: str) -> None:
     """On a device with more, with less, and of unknown size."""
-    auto, none = planned_gpt2("auto", 10**9), planned_gpt2(None, 24 * 10**9)
-    assert 0 < auto.recomputed_layers < 12 and auto.peak_bytes <= 10**9
-    assert none.recomputed_layers == 0 and none.peak_bytes > 2 * 10**9
+    none = planned(four_layers, None, 24 * 10**9)
+    some = none.peak_bytes // 2
+    auto = planned(four_layers, "auto", some)
+    assert none.recomputed_layers == 0
+    assert 0 < auto.recomputed_layers < 4 and auto.peak_bytes <= some
     for there in (24 * 10**9, None):
-        found = planned_gpt2("1GB", there)
+        found = planned(four_layers, f"{some}B", there)
         assert (found.recomputed_layers, found.peak_bytes) == (auto.recomputed_layers, auto.peak_bytes)
         assert found.fits is (None if there is None else True)
-    found = planned_gpt2("1MB", 24 * 10**9)  # every layer recomputes, and the run goes on
-    assert found.recomputed_layers == 12 and found.fits and 10**6 < found.peak_bytes < auto.peak_bytes
-    found = planned_gpt2("24GB", 10**9)  # the budget asks for nothing, and the device is full
+    found = planned(four_layers, "1MB", 24 * 10**9)  # every layer recomputes, and the run goes on
+    assert found.recomputed_layers == 4 and found.fits and 10**6 < found.peak_bytes < auto.peak_bytes
+    found = planned(four_layers, "24GB", some)  # the budget asks for nothing, and the device is full
     assert found.recomputed_layers == 0 and not found.fits
     assert ("train.memory_budget", "auto") in {(c.setting, c.after) for c in found.fit.changes}
 
