@@ -12,11 +12,12 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
-
-from datasets import Dataset, concatenate_datasets
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from siliang.data.cache import cache_folder, prune
+
+if TYPE_CHECKING:  # half a second of importing that a plan without data does not need
+    from datasets import Dataset
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -189,6 +190,8 @@ class ExampleSet(Sequence[Example]):
     @classmethod
     def build(cls, items: Iterable[tuple[str, Example]]) -> ExampleSet:
         """From (place, example); what is more than memory should hold goes to files, which go away with the rows."""
+        from datasets import Dataset, concatenate_datasets
+
         parts: list[Dataset] = []
         spilled: list[_Spilled] = []
         lines: list[str] = []
@@ -243,7 +246,7 @@ class ExampleSet(Sequence[Example]):
 
 
 def _nothing() -> Dataset:
-    from datasets import Features, Value
+    from datasets import Dataset, Features, Value
 
     return Dataset.from_dict(
         {"example": [], "where": []}, features=Features({"example": Value("string"), "where": Value("string")})
@@ -260,6 +263,7 @@ class _Spilled:
 
     def write(self, lines: list[str], places: list[str]) -> Dataset:
         import pyarrow as pa
+        from datasets import Dataset
 
         path = self._folder / "rows.arrow"
         table = pa.table({"example": pa.array(lines, pa.string()), "where": pa.array(places, pa.string())})

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars
 
 from siliang.config import DataConfig
 from siliang.data.cache import cache_folder, prune, used
@@ -37,14 +36,17 @@ from siliang.data.labelled_tokens import classes, sources_and_targets, spans, ta
 from siliang.data.templates import Piece, Template, find_template
 from siliang.types import DataError, TaskType
 
+if TYPE_CHECKING:  # slow to import
+    from datasets import Dataset, Features
+
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
 PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
 BATCH = 500
 
-INTS = List(Value("int32"))
-COLUMNS: dict[TaskType, dict[str, Any]] = {
+INT, INTS = "a number", "a list of numbers"
+COLUMNS = {
     TaskType.CAUSAL_LM: {"input_ids": INTS, "labels": INTS},
-    TaskType.SEQ_CLS: {"input_ids": INTS, "token_type_ids": INTS, "labels": Value("int32")},
+    TaskType.SEQ_CLS: {"input_ids": INTS, "token_type_ids": INTS, "labels": INT},
     TaskType.TOKEN_CLS: {
         "input_ids": INTS,
         "labels": INTS,
@@ -54,8 +56,8 @@ COLUMNS: dict[TaskType, dict[str, Any]] = {
     TaskType.QUESTION_ANS: {
         "input_ids": INTS,
         "token_type_ids": INTS,
-        "start_positions": Value("int32"),
-        "end_positions": Value("int32"),
+        "start_positions": INT,
+        "end_positions": INT,
         "offsets": INTS,  # two a token: where it begins and ends in the context; -1 outside of it
     },
 }
@@ -113,6 +115,8 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
     @cached_property
     def learned(self) -> np.ndarray:
         """Tokens of each entry that carry a label; for classes and spans 1."""
+        from datasets import List
+
         if "labels" not in self.table.column_names or not isinstance(self.table.features["labels"], List):
             return np.ones(len(self), dtype=np.int64)
         parts = []
@@ -181,9 +185,10 @@ def tokenise(
     work = _worker(tokenizer, data, task, labels)
     if not isinstance(examples, ExampleSet):
         examples = ExampleSet.build((f"row {i}", e) for i, e in enumerate(examples, start=1))
-    numbers = {name: Value("int32") for name in ("row", "lost", "lost_answer")}
-    features = Features({**COLUMNS[task], **numbers, BAD: Value("string")})
+    features = _features(task)
     if not len(examples):
+        from datasets import Dataset
+
         made = Dataset.from_dict({name: [] for name in features}, features=features)
         return TokenSet(made.remove_columns(BAD))
     judge = _Judge.of(tokenizer, task) if judged else None
@@ -205,6 +210,15 @@ def tokenise(
     if bad and not (keep_going or (data.skip_bad_rows and len(kept))):
         raise DataError(bad_rows_message(bad))
     return TokenSet(kept, too_long, skipped=bad)
+
+
+def _features(task: TaskType) -> Features:
+    """The columns of the table of tokens."""
+    from datasets import Features, List, Value
+
+    int32 = Value("int32")
+    columns: dict[str, Any] = {name: List(int32) if kind == INTS else int32 for name, kind in COLUMNS[task].items()}
+    return Features({**columns, "row": int32, "lost": int32, "lost_answer": int32, BAD: Value("string")})
 
 
 def _without_lessons(table: Dataset, examples: ExampleSet) -> tuple[Dataset, list[str]]:
@@ -324,6 +338,8 @@ class _Judge:
 
 
 def _map(examples: ExampleSet, function: Any, features: Features, key: str, data: DataConfig) -> Dataset:
+    from datasets import disable_progress_bars, enable_progress_bars
+
     n = len(examples)
     settings: dict[str, Any] = {}
     if n >= CACHED_ROWS:
