@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 PYTHON = sys.executable
 MODULES = ("siliang", "siliang.compare.worker", "bench", "torch.distributed.run", "accelerate.commands.launch")
@@ -49,7 +50,7 @@ NOT_READ = ("OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 _CLIENT = """#!{python} -IS
 import json, os, select, signal, socket, sys
 arguments = [a for a in sys.argv[1:] if a != "-u"]
-own = {{k: v for k, v in os.environ.items() if k.startswith({read_at_import}) and k not in {not_read}}}
+own = {defaults} | {{k: v for k, v in os.environ.items() if k.startswith({read_at_import}) and k not in {not_read}}}
 if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in {modules} or own != {own}:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
@@ -81,12 +82,14 @@ def stand_in(folder: Path) -> str:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(address))
     listening.listen(64)
-    own = {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT) and k not in NOT_READ}
+    defaults = _defaults()  # that a command sets, and hands to its own processes
+    own = defaults | {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT) and k not in NOT_READ}
     client.write_text(
         _CLIENT.format(
             python=PYTHON,
             read_at_import=READ_AT_IMPORT,
             not_read=NOT_READ,
+            defaults=defaults,
             modules=MODULES,
             own=own,
             address=str(address),
@@ -105,6 +108,16 @@ def stand_in(folder: Path) -> str:
     alive.close()
     _KEPT.append(ours)
     return str(client)
+
+
+def _defaults() -> dict[str, str]:
+    """The variables that a command sets before its imports, where they are not set."""
+    from siliang.environment import bound_kernel_caches, quieten_libraries
+
+    with mock.patch.dict(os.environ, clear=True):
+        quieten_libraries()
+        bound_kernel_caches()
+        return {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT)}
 
 
 def _serve(listening: socket.socket, alive: socket.socket) -> None:

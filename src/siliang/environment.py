@@ -21,6 +21,14 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, str(KEPT_KERNELS))
 
 
+def quieten_libraries() -> None:
+    """Libraries' progress bars and notices off, unless the user turned them on. And no telemetry."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Around what a command imports. A million objects come to be, none of them garbage: to look for it among them, now

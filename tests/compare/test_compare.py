@@ -21,7 +21,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from forking import PYTHON
 from safetensors.torch import load_file
 from tiny import WORDS, write_jsonl
 
@@ -119,17 +118,24 @@ def settings(model_folders: dict[str, Path], review_file: Path, tmp_path_factory
     return path
 
 
+def its_worker(process: psutil.Process) -> bool:
+    """Whether a process is a worker of this test process's comparisons."""
+    try:
+        return {sys.executable, "siliang.compare.worker"} <= set(process.cmdline())
+    except psutil.Error:
+        return False
+
+
 @pytest.fixture(scope="module")
 def killed_then_finished(settings: Path) -> tuple[Path, dict[str, str], str]:
     """(the comparison's folder, when the runs before the kill were begun, what the second command printed)."""
     folder = settings.parent / "out"
-    real = [PYTHON, *command("compare", settings)[1:]]  # whose workers are its children
-    with subprocess.Popen(real, stdout=subprocess.PIPE, text=True, env=ENV) as process:
+    with subprocess.Popen(command("compare", settings), stdout=subprocess.PIPE, text=True, env=ENV) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if re.match(r" +4/12 ", line):
                 break
-        workers = psutil.Process(process.pid).children()
+        workers = [p for p in psutil.process_iter() if its_worker(p)]
         process.kill()
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert len(workers) == 1 and not alive  # nobody trains on into a folder that is somebody else's now

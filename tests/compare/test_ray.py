@@ -230,7 +230,7 @@ def test_stopped_far_away_it_goes_on_from_there(
     values = yaml.safe_load((folder / "alone" / "runs" / "lora" / "seed-42" / "run.yaml").read_text())
     values |= {"model": "./model", "output": str(tmp_path / "run")}
     values["data"]["train"] = "review*.jsonl"
-    values["train"] |= {"max_steps": 600, "log_every": 10, "save_every": 50}  # not over before it is stopped
+    values["train"] |= {"max_steps": 300, "log_every": 10, "save_every": 25}  # not over before it is stopped
     run = RunConfig.build(values)
     train(RunConfig.build(values | {"output": str(tmp_path / "whole")}))
     request = {"kind": "train", "config": run.model_dump(mode="json"), "prompts": [], "max_new_tokens": 4}

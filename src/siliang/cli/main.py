@@ -34,7 +34,7 @@ from siliang.cli import (
     used_run,
 )
 from siliang.cli.console import prepare_console
-from siliang.environment import bound_kernel_caches
+from siliang.environment import bound_kernel_caches, quieten_libraries
 from siliang.types import (
     ConfigError,
     DeviceMemoryError,
@@ -264,10 +264,7 @@ def _no_option(option: str, error: Any, words: list[str]) -> str:
 
 def _quieten_libraries() -> None:
     """Libraries' chatter off, unless the user turned it on: what matters we say ourselves. And no telemetry."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quieten_libraries()
     # that a kernel of the hub's is not installed, which 4-bit training would not use (models/few_bits.py)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # the traceback of a step that cannot be made on paper, of which the plan says what there is to say
