@@ -13,9 +13,11 @@ from tiny import SHARED, WORDS, make, word_tokenizer, write_jsonl
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tokens of tests are not kept in the user's cache."""
+    """Tokens of tests are not kept in the user's cache, and the user's permissions are not the tests'."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SILIANG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
+        patch.delenv("SILIANG_ALLOW_CODE", raising=False)
         yield
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         prepare_model_for_kbit_training,
         set_peft_model_state_dict,
     )
+    from siliang.permissions import allow_code
     from siliang.types import PeftType, SiliangError, TaskType
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ _HOME = {
     "PromptTuningInit": "siliang.methods.prompt_tuning",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
+    "allow_code": "siliang.permissions",
     "get_peft_config": "siliang.peft_model",
     "get_peft_model": "siliang.peft_model",
     "get_peft_model_state_dict": "siliang.peft_model",
@@ -88,6 +90,7 @@ __all__ = [
     "PromptTuningInit",
     "SiliangError",
     "TaskType",
+    "allow_code",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",

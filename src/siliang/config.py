@@ -484,9 +484,6 @@ class RunConfig(Section):
     """The base model: a folder, or a name on the hub."""
     revision: str | None = None
     """The base model's revision on the hub."""
-    remote_code: str | None = None
-    """The Python code of the base model's own that may run, by the name that the error gives it: a hash of the folder's
-    Python files, or the commit on the hub. Other code, or code that has changed, does not run."""
     task: Annotated[
         Literal[
             TaskType.CAUSAL_LM,

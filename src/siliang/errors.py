@@ -228,6 +228,24 @@ CATALOGUE: dict[str, Entry] = {
             "`--jobs N` 则使用本机的进程。",
         ),
     ),
+    "SLE14": Entry(
+        Page(
+            "a model wants to run code of its own",
+            "The model's folder names Python files that would run as part of this process. They may do whatever you "
+            "may do, and nothing in a folder can allow them: only you, on this machine, for that very code.",
+            "Use a model that transformers or siliang knows by itself; ChatGLM3's folders open without their code. Or "
+            "read the code, and add --allow-code with the hash that the message gives; in a terminal the command asks, "
+            "and keeps the answer. In Python: siliang.allow_code(hash). Another byte in the folder is another hash.",
+        ),
+        Page(
+            "模型要求运行自带的代码",
+            "模型文件夹指定了要在本进程中运行的 Python 文件。这些代码能做你能做的一切；任何文件都不能替你授权，"
+            "只有你本人能在这台机器上为这份代码授权。",
+            "请改用 transformers 或 siliang 本身支持的模型（ChatGLM3 的文件夹无需自带代码即可打开）；或阅读代码之后，"
+            "用 --allow-code 加上提示中的哈希授权。在终端中命令会询问一次并记住回答；"
+            "在 Python 中用 siliang.allow_code(hash)。文件夹中任何一个字节改变，哈希就不同。",
+        ),
+    ),
 }
 
 

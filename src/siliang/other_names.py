@@ -496,9 +496,9 @@ TABLE: tuple[Row, ...] = (
         "siliang finds the classes in the training rows; data.labels names them in an order of your own.",
     ),
     _nothing(
-        "trust_remote_code",
-        "siliang runs no code of a model unless remote_code names that very code (the error for such a model says "
-        "how).",
+        "trust_remote_code remote_code",
+        "no file can allow a model's own code: leave it out, read the code, and allow it yourself with --allow-code "
+        "and its SHA-256, which the error for such a model gives.",
     ),
     _nothing(
         "device_map device devices num_gpus n_gpu gpus no_cuda use_cpu ddp_backend ddp_timeout "

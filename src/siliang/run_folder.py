@@ -338,8 +338,8 @@ def load_run_tokenizer(trained: TrainedRun) -> Any:
     """The tokenizer of a run's base model; of a model that was tuned whole and saved with one, its own."""
     config = trained.config
     if not trained.has_adapter and (trained.weights / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(trained.weights), remote_code=None)
-    tokenizer = load_tokenizer(config.model, revision=config.revision, remote_code=config.remote_code)
+        return load_tokenizer(str(trained.weights))
+    tokenizer = load_tokenizer(config.model, revision=config.revision)
     grow_vocabulary(tokenizer, config.data.add_tokens)
     return tokenizer
 
@@ -417,7 +417,6 @@ def load_base(
         dtype=dtype,
         labels=labels,
         revision=config.revision,
-        remote_code=config.remote_code,
         seed=config.train.seed,
         quantization=config.quantization if quantised else None,
         to_be_dealt=config.distributed.strategy == "fsdp",

@@ -62,10 +62,7 @@ class StartAdapter:
         if isinstance(given, dict):
             self._check_method(given)
         values["method"] = self.method
-        if self.run:
-            own = ("model", "revision", "remote_code", "task", "quantization")
-        else:
-            own = ("model", "revision", "task")
+        own = ("model", "revision", "task", "quantization") if self.run else ("model", "revision", "task")
         known = self.run or {
             "model": self.config.base_model_name_or_path,
             "revision": self.config.revision,

@@ -128,6 +128,30 @@ class ClusterError(SiliangError, RuntimeError):
     code = "SLE13"
 
 
+class OwnCodeError(ModelError):
+    """A model brings Python code of its own, which this user has not allowed.
+
+    Attributes:
+        model: Its name, as it was given.
+        folder: Where the code lies.
+        files: The names of the files of code.
+        sha256: Of the folder, by which it can be allowed.
+    """
+
+    code = "SLE14"
+
+    def __init__(self, model: str, folder: str, files: list[str], sha256: str) -> None:
+        self.model, self.folder, self.files, self.sha256 = model, folder, files, sha256
+        named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        super().__init__(
+            f"{model} wants to run code of its own ({named}), which may do anything that you may do.\n"
+            f"Use a model that transformers knows; or, having read that code, add --allow-code {sha256}"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, list[str], str]]:
+        return type(self), (self.model, self.folder, self.files, self.sha256)
+
+
 def first_line(error: object, *, kind: bool = False) -> str:
     """What an error says, in a line; the name of its kind where it says nothing.
 

@@ -32,6 +32,7 @@ from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import LABELS, Engine
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.methods.prefix_tuning import PrefixTuningConfig
+from siliang.models.own_code import write_own_code
 from siliang.models.positions import Positions
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, autocast, claim, find_run, open_trained
@@ -618,6 +619,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
                 "Nothing was written. Merge in a wider --dtype, or keep it all the same with --force."
             )
         merged.save_pretrained(temporary)  # type: ignore[operator]
+        write_own_code(merged.config, temporary)
         served_tokenizer(run)[0].save_pretrained(temporary)
         output.rmdir()
         temporary.rename(output)

@@ -14,23 +14,8 @@ from siliang.check.subject import Subject
 from siliang.hardware import FP16_ADAM_EPS
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.methods import METHODS
-from siliang.models.load import code_of, wanted_code
 from siliang.peft_model import count_parameters, get_peft_model
 from siliang.types import ConfigError, ModelError, TargetError, TaskType
-
-
-def remote_code(s: Subject) -> Iterator[Found]:
-    """The model wants to run code of its own.
-
-    Cause: Its folder names Python files that transformers would run as part of this process (trust_remote_code). That
-    is any code that somebody uploaded, and it breaks with each new transformers.
-
-    Fix: Use a model that transformers or siliang knows by itself; ChatGLM3's folders open here without their code. Or
-    read the code, and allow it with remote_code: it holds for just that code.
-    """
-    if (code := wanted_code(s.config.model)) is not None and s.config.remote_code is None:
-        allow = f"; remote_code={code_of(s.config.model, None)} allows it"
-        yield Found(f"{s.config.model}: its config.json asks to run {code}{allow}")
 
 
 def no_pad_token(s: Subject) -> Iterator[Found]:

@@ -31,7 +31,7 @@ from siliang.data.vocabulary import grow_vocabulary
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
 from siliang.methods.prefix_tuning import PrefixTuningConfig
-from siliang.models.load import AUTO_CLASSES, invented_weights, load_config, load_tokenizer, may_run_code
+from siliang.models.load import invented_weights, load_config, load_tokenizer, model_from_config
 from siliang.models.positions import Positions
 from siliang.targets import mark_invented
 from siliang.types import WRITERS, DataError, ModelError, TaskType, first_line
@@ -46,9 +46,7 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(
-            self.config.model, revision=self.config.revision, remote_code=self.config.remote_code
-        )
+        tokenizer = load_tokenizer(self.config.model, revision=self.config.revision)
         grow_vocabulary(tokenizer, self.data.add_tokens)
         return tokenizer
 
@@ -110,7 +108,7 @@ class Subject:
 
     @cached_property
     def model_config(self) -> Any:
-        return load_config(self.config.model, revision=self.config.revision, remote_code=self.config.remote_code)
+        return load_config(self.config.model, revision=self.config.revision)
 
     @cached_property
     def text_config(self) -> Any:
@@ -144,7 +142,7 @@ class Subject:
         config = self._config_for_task()
         try:
             with torch.device("meta"):
-                model = AUTO_CLASSES[self.task].from_config(config, trust_remote_code=may_run_code(config))
+                model = model_from_config(config, self.task)
         except ValueError as error:
             raise ModelError(
                 f"{self.config.model} cannot be trained for {self.task.lower()}: {first_line(error)}"

@@ -40,7 +40,6 @@ RULES: dict[str, Rule] = {
         Rule("SL024", "error", run.targets, "model"),
         Rule("SL025", "error", run.no_biases, "model"),
         Rule("SL026", "warning", run.tied_embedding, "model"),
-        Rule("SL027", "error", run.remote_code, "model"),
         Rule("SL028", "error", run.too_many_positions, ends=True),
         Rule("SL029", "warning", rows.quoted_cells, "rows"),
         Rule("SL030", "error", tokens.rows_without_tokens),
@@ -70,13 +69,11 @@ def find(subject: Subject, *, stop_early: bool = False) -> list[Finding]:
     accepted = {code.upper() for code in subject.config.accept}
     for code in accepted:
         find_rule(code)
-    if found := list(_run(RULES["SL027"], subject, accepted)):
-        return found  # nothing else can be said of a model that does not open
     findings: list[Finding] = []
     order = ("rows", "model", "tokens", "run")
     for stage in order:
         for rule in RULES.values():
-            if rule.reads == stage and rule.code != "SL027":
+            if rule.reads == stage:
                 findings += _run(rule, subject, accepted)
         if stop_early and any(f.severity == "error" for f in findings):
             break

@@ -56,12 +56,11 @@ def check(
 
     subject = look_at(config, machine())
     findings = find(subject)
-    readable = not any(f.code == "SL027" for f in findings)
-    counts = count(subject) if readable else {}
+    counts = count(subject)
     if json:
         print_json({"findings": [f.as_dict() for f in findings], "counts": counts}, indent=1)
     else:
-        _show(subject if readable else None, findings, counts, examples)
+        _show(subject, findings, counts, examples)
     bad = [f for f in findings if f.severity == "error" or (strict and not f.accepted)]
     raise typer.Exit(1 if bad else 0)
 
@@ -73,22 +72,21 @@ def _page(code: str) -> str:
     return "\n\n".join(f"{rule.code} ({rule.severity}): {rule.page}" for rule in rules)
 
 
-def _show(subject: Subject | None, findings: list[Finding], counts: dict[str, Any], examples: int) -> None:
+def _show(subject: Subject, findings: list[Finding], counts: dict[str, Any], examples: int) -> None:
     from rich.console import Console
 
     from siliang.cli.show_examples import show_examples
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    if subject is not None:
-        show_examples(console, subject, examples)
-        console.print(f"{'columns':<18}{subject.examples.says_columns}", markup=False)
-        for line in subject.examples.notes:
-            console.print(f"{'note':<18}{line}", markup=False)
-        for name, value in counts.items():
-            if name in ("layout", "columns", "not_used", "notes"):
-                continue
-            console.print(f"{name.replace('_', ' '):<18}{_plain(value)}", markup=False)
-        console.print()
+    show_examples(console, subject, examples)
+    console.print(f"{'columns':<18}{subject.examples.says_columns}", markup=False)
+    for line in subject.examples.notes:
+        console.print(f"{'note':<18}{line}", markup=False)
+    for name, value in counts.items():
+        if name in ("layout", "columns", "not_used", "notes"):
+            continue
+        console.print(f"{name.replace('_', ' '):<18}{_plain(value)}", markup=False)
+    console.print()
     for f in findings:
         _show_finding(console, f)
     errors = sum(f.severity == "error" for f in findings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -34,12 +35,14 @@ from siliang.cli import (
     used_run,
 )
 from siliang.cli.console import prepare_console
+from siliang.cli.own_code import may_run
 from siliang.environment import bound_kernel_caches, quieten_libraries
 from siliang.types import (
     ConfigError,
     DeviceMemoryError,
     InterruptedRunError,
     OutputError,
+    OwnCodeError,
     RankError,
     SiliangError,
     nearest,
@@ -107,11 +110,24 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+    allow_code: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-code", metavar="SHA256", help="Let the model's own code of this hash run; the error gives it."
+        ),
+    ] = None,
     version: bool = typer.Option(
         False, "--version", help="Show the versions of siliang and what it stands on.", callback=_version, is_eager=True
     ),
 ) -> None:
-    """Parameter-efficient fine-tuning of transformers on the machine you have."""
+    """Parameter-efficient fine-tuning of transformers on the machine you have.
+
+    --allow-code and --debug may stand behind a command, too.
+    """
+    from siliang.permissions import allow_code as allow
+
+    for sha256 in allow_code or ():
+        allow(sha256)
 
 
 def main() -> None:
@@ -124,9 +140,29 @@ def main() -> None:
     if "--" in given:
         given, rest = given[: given.index("--")], given[given.index("--") :]
     debug = "--debug" in given
-    words = [word for word in given if word != "--debug"] + rest
+    words = _options_first([word for word in given if word != "--debug"]) + rest
+    sys.exit(_run(words, debug=debug))
+
+
+def _options_first(words: list[str]) -> list[str]:
+    """With each --allow-code in front, where it belongs to all commands."""
+    first: list[str] = []
+    others: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--allow-code":
+            first += [word, *itertools.islice(left, 1)]
+        else:
+            (first if word.startswith("--allow-code=") else others).append(word)
+    return first + others
+
+
+def _run(words: list[str], *, debug: bool) -> int:
+    """Runs a command and returns its exit code."""
     try:
         code = get_command(app).main(words, prog_name="siliang", standalone_mode=False)
+    except OwnCodeError as error:
+        return _run(words, debug=debug) if may_run(error) else _tell(error)
     except KeyboardInterrupt:
         code = _say("Stopped.", 130)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -144,7 +180,7 @@ def main() -> None:
             code = _tell(known)
         else:
             code = _unexpected(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _unexpected(error: Exception) -> int:

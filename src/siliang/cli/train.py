@@ -68,6 +68,7 @@ def train(
     if devices > 1 and "LOCAL_RANK" not in os.environ:
         from siliang.distributed.launch import launch
 
+        _check_code(config)
         raise typer.Exit(launch(devices, sys.argv[1:], config.output))
     quiet_loading()
     from siliang.compare.learned import what_is_wrong
@@ -104,6 +105,16 @@ def train(
     steps = next_steps(folder, config.task, config.method.name)
     for i, command in enumerate(command for what, command in steps.items() if what != "chat"):
         print(f"{'' if i else 'next':<11}{command_line(*command)}")
+
+
+def _check_code(config: Any) -> None:
+    """A model's own code is allowed before many processes begin, none of which may ask."""
+    path = Path(config.model) / "config.json"
+    if path.is_file() and b"auto_map" in path.read_bytes():
+        from siliang.models.own_code import find_own_code
+
+        if (code := find_own_code(config.model)) is not None:
+            code.check_allowed()
 
 
 def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> Any:

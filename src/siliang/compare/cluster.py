@@ -29,6 +29,7 @@ from siliang.config import RunConfig
 from siliang.files import remove_folder
 from siliang.hardware import machine
 from siliang.memory.size import show_bytes
+from siliang.permissions import VARIABLE as ALLOWED_CODE
 from siliang.plan import plan
 from siliang.plan.device import find_target
 from siliang.types import ClusterError, SiliangError, first_line
@@ -39,7 +40,12 @@ KNOCK_S = 5.0  # for its machine to
 LOOK_S = 0.2
 SAY_WAITING_S = 15.0
 STORE_BYTES = 2**27  # of a Ray of our own: little goes through its object store
-CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT")  # to the workers, where the user has set them
+CARRIED = (
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_ENDPOINT",
+    ALLOWED_CODE,
+)  # to the workers, where the user has set them
 
 
 class Cluster:

@@ -3,7 +3,6 @@ do."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -23,7 +22,6 @@ from transformers import (
     LlamaTokenizer,
     PreTrainedConfig,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from siliang.config import QuantizationConfig, near_names
@@ -33,6 +31,7 @@ from siliang.hub import cached_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
+from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokenizer_code
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links
 from siliang.safe_json import JsonError, read_json, where
@@ -61,74 +60,56 @@ AUTO_CLASSES = {
 }
 
 
-def load_config(name: str, *, revision: str | None = None, remote_code: str | None = None) -> Any:
+def load_config(name: str, *, revision: str | None = None) -> Any:
     """A base model's config.
 
-    Args:
-        remote_code: The code of the model's own that may run, as `code_of` names it.
-
     Raises:
-        ModelError: `name` is no model, here or on the hub, or it asks for code of its own that was not allowed.
+        ModelError: `name` is no model, here or on the hub.
+        OwnCodeError: It brings code of its own, which the user has not allowed.
     """
     _check_folder(name, revision)
-    trusted = _allows(name, revision, remote_code)
     try:
-        config = AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trusted, local_files_only=only_cached(name)
-        )
+        config, code = _read_config(name, revision)
+    except ModelError:
+        raise
     except Exception as error:  # a config's own checks raise kinds of their own
-        raise ModelError(_why_not(name, error, revision=revision)) from error
+        raise ModelError(_why_not(name, error)) from error
     for part in _parts(config):
         # what a downloaded file says of code to run, its own or a kernel from the hub, is not asked
-        if not trusted:
+        if code is None:
             part.__dict__.pop("auto_map", None)
         part._attn_implementation_internal = part._experts_implementation_internal = None
     return config
 
 
-def may_run_code(config: Any) -> bool:
-    """Whether a config of `load_config` is of a model whose own code was allowed."""
-    return "auto_map" in vars(config)
+def _read_config(name: str, revision: str | None) -> tuple[Any, OwnCode | None]:
+    """The config, and the model's own code that it is made with."""
+    code = find_own_code(name, revision)
+    if code is None:
+        try:
+            cached = only_cached(name)
+            return AutoConfig.from_pretrained(
+                name, revision=revision, trust_remote_code=False, local_files_only=cached
+            ), None
+        except ValueError:
+            code = find_own_code(name, revision)  # of the hub, whose config.json is here by now
+            if code is None:
+                raise
+    config = code.find_class("AutoConfig").from_pretrained(str(code.folder))
+    config.name_or_path = name
+    return config, code
 
 
-def wanted_code(name: str) -> str | None:
-    """The file of code that a model's folder asks to run, where transformers does not know the model itself."""
-    try:
-        values = read_json(Path(name) / "config.json", foreign=True)
-    except (OSError, JsonError):
-        return None
-    code = values.get("auto_map") if isinstance(values, dict) else None
-    if not isinstance(code, dict) or values.get("model_type") in CONFIG_MAPPING:
-        return None
-    return str(next(iter(code.values()), ""))
-
-
-def code_of(name: str, revision: str | None) -> str | None:
-    """What names a model's code, all of it: a hash of a folder's Python files, or the commit on the hub.
-
-    None where nothing names it: a hub model whose revision is a branch, which may be another tomorrow.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def _allows(name: str, revision: str | None, remote_code: str | None) -> bool:
-    """Whether the model's own code runs.
+def model_from_config(config: Any, task: TaskType, **settings: Any) -> Any:
+    """A model of a config of `load_config`, with weights at random.
 
     Raises:
-        ModelError: Other code was allowed.
+        ValueError: There is no model of this kind for the task.
     """
-    if remote_code is None or (Path(name).is_dir() and wanted_code(name) is None):
-        return False
-    if remote_code != (found := code_of(name, revision)):
-        here = f"its code is {found}" if found else "`revision` must be its commit, in full"
-        raise ModelError(f"{name}: remote_code = {remote_code} allows other code: {here}.")
-    return True
+    auto = AUTO_CLASSES[task]
+    if (code := code_of(config)) is not None:
+        return code.find_class(auto.__name__)._from_config(config, **settings)
+    return auto.from_config(config, trust_remote_code=False, **settings)
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -146,7 +127,6 @@ def load_model(
     dtype: torch.dtype,
     labels: list[str] | None = None,
     revision: str | None = None,
-    remote_code: str | None = None,
     seed: int = 0,
     quantization: QuantizationConfig | None = None,
     to_be_dealt: bool = False,
@@ -158,7 +138,6 @@ def load_model(
         dtype: Of the weights, or of those that are not quantised.
         quantization: The linear layers in few bits; the task's head and the output layer stay as they are.
         to_be_dealt: Bytes of 4 bits lie in tensors of `DEALT_AS`.
-        remote_code: As for `load_config`.
         labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
         seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
             without one. A method trains and saves them.
@@ -167,7 +146,7 @@ def load_model(
         ModelError: It cannot be loaded, or weights of its layers are missing.
     """
     bound_kernel_caches()
-    config = load_config(name, revision=revision, remote_code=remote_code)
+    config = load_config(name, revision=revision)
     if labels is not None:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
@@ -204,21 +183,28 @@ def invented_weights(name: str, task: TaskType, config: Any, *, revision: str | 
 
 
 def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | None, **settings: Any) -> Any:
+    auto: Any = AUTO_CLASSES[task]
     # transformers looks for an adapter in the folder, too, with arguments of its own
     cached = {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}} if only_cached(name) else {}
     try:
-        model, info = AUTO_CLASSES[task].from_pretrained(
+        if (code := code_of(config)) is not None:
+            auto = code.find_class(auto.__name__)
+            settings |= {"use_safetensors": True}
+            revision = revision if Path(name).is_dir() else code.folder.name
+        model, info = auto.from_pretrained(
             name,
             config=config,
             revision=revision,
-            trust_remote_code=may_run_code(config),
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **cached,
             **settings,
         )
+    except ModelError:
+        raise
     except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
-        raise ModelError(_why_not(name, error, revision=revision)) from error
+        raise ModelError(_why_not(name, error)) from error
     lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
     if lost := {key for key in lost if not may_be_invented(model, key)}:
         raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
@@ -252,33 +238,23 @@ def _quantised(
     return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, remote_code: str | None = None) -> Any:
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     """A base model's tokenizer, with a pad token.
 
     Raises:
         ModelError: It cannot be loaded.
+        OwnCodeError: It, or its model, brings code of its own, which the user has not allowed.
     """
     _check_folder(name, revision)
     folder = Path(name)
     try:
-        bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file()
-        trusted = _allows(name, revision, remote_code)
-        if (
-            bare
-            and load_config(name, revision=revision, remote_code=remote_code).model_type != ChatGLMConfig.model_type
-        ):
-            # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
-            tokenizer = LlamaTokenizer.from_pretrained(name, add_bos_token=True)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=revision, trust_remote_code=trusted, local_files_only=only_cached(name)
-            )
+        tokenizer = _tokenizer_from_pretrained(name, revision)
     except ModelError:
         raise
     except Exception as error:
         if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise ModelError(_no_tokenizer(name, TOKENIZER_FILES)) from None
-        raise ModelError(_why_not(name, error, what="tokenizer", revision=revision)) from error
+        raise ModelError(_why_not(name, error, what="tokenizer")) from error
     # transformers makes one that knows no word where the files of its words are missing
     files = tuple(dict.fromkeys(tokenizer.vocab_files_names.values()))
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
@@ -288,6 +264,24 @@ def load_tokenizer(name: str, *, revision: str | None = None, remote_code: str |
         # safe: batches mask padding by position, never by the token's number
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
+    bare = (Path(name) / "tokenizer.model").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
+    if bare and load_config(name, revision=revision).model_type != ChatGLMConfig.model_type:
+        # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
+        return LlamaTokenizer.from_pretrained(name, add_bos_token=True)
+    code = find_own_code(name, revision)
+    try:
+        if code is None or "AutoTokenizer" not in code.classes:
+            return AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=False, local_files_only=only_cached(name)
+            )
+    except ValueError as error:  # transformers does not know it
+        code = find_tokenizer_code(name, revision) if "trust_remote_code" in str(error) else None
+        if code is None or "AutoTokenizer" not in code.classes:
+            raise
+    return code.find_class("AutoTokenizer").from_pretrained(str(code.folder))
 
 
 def _no_tokenizer(name: str, files: tuple[str, ...]) -> str:
@@ -347,15 +341,7 @@ def _check_index(path: Path) -> None:
         raise ModelError(f"{path} names {strange[0]!r}, which is not in the model's folder.")
 
 
-def _why_not(name: str, error: Exception, what: str = "model", *, revision: str | None = None) -> str:
-    text = str(error).strip()
-    if "trust_remote_code" in text:
-        code = code_of(name, revision)
-        way = f"set remote_code={code}" if code else "set revision to its commit, in full, and remote_code to the same"
-        return (
-            f"{name} wants to run code of its own ({wanted_code(name) or 'from the hub'}), which may do anything.\n"
-            f"Use a model that transformers knows; or, having read that code, {way}."
-        )
+def _why_not(name: str, error: Exception, what: str = "model") -> str:
     if not Path(name).is_dir():
         return f"{name} is no folder here, and the hub did not give its {what}: {first_line(error)}"
     return f"{name}: its {what} cannot be loaded: {first_line(error)}"

@@ -128,9 +128,7 @@ def model_config(config: RunConfig) -> Any:
         ModelError: There is none.
     """
     shape = SHAPES.get(config.model)
-    return (
-        shape.config() if shape else load_config(config.model, revision=config.revision, remote_code=config.remote_code)
-    )
+    return shape.config() if shape else load_config(config.model, revision=config.revision)
 
 
 def _in_parallel(

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from siliang.config import QuantizationConfig
 from siliang.engine.batches import Batch
-from siliang.models.load import AUTO_CLASSES, DEALT_AS, kept_whole, may_run_code
+from siliang.models.load import DEALT_AS, kept_whole, model_from_config
 from siliang.types import ModelError, TaskType, first_line
 
 NF4_BLOCK = 64  # weights that share a scale
@@ -56,7 +56,7 @@ def draw_base(
     """
     chosen = {"attn_implementation": attention} if attention else {}
     try:
-        model = AUTO_CLASSES[task].from_config(config, dtype=dtype, trust_remote_code=may_run_code(config), **chosen)
+        model = model_from_config(config, task, dtype=dtype, **chosen)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         why = first_line(error, kind=True)
         raise ModelError(f"a {config.model_type} cannot be made for {task.lower()} from its config: {why}") from None

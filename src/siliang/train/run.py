@@ -38,6 +38,7 @@ from siliang.hardware import Choice, choose_precision, describe_device, find_dev
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
+from siliang.models.own_code import code_of, write_own_code
 from siliang.peft_model import PeftModel
 from siliang.record import Counts, Memory, Predicted, Record, Rows, Seconds
 from siliang.run_folder import (
@@ -288,6 +289,7 @@ def prepare(
         learning_rate=config.train.learning_rate or method.learning_rate,
         model_sha256=weights_sha256(config.model, files),
         model_files=files,
+        code_sha256=code.sha256 if (code := code_of(model.config)) else None,
         data_sha256=joined(f.sha256 for f in data_files[: len(sources_of(config))]),
         data_files=data_files,
         adapter_sha256=_adapter_sha256(config, before),
@@ -564,6 +566,7 @@ def _save(run: Run, weights: dict[str, Any] | None) -> int:
             run.model.save_pretrained(temporary)
         else:
             run.model.save_pretrained(temporary, state_dict=weights)
+            write_own_code(run.model.config, temporary)
             tokenizer, data = run.tokenizer, run.config.data
             if run.config.task is TaskType.CAUSAL_LM:  # whoever serves it writes conversations as training did
                 tokenizer, _ = with_chat_template(tokenizer, data.template, run.examples.layout)

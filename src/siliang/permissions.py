@@ -1,0 +1,132 @@
+"""Which models may run Python code of their own: a decision of this user on this machine, by the code's SHA-256.
+
+Nothing that lies in a model's, a run's or a comparison's folder can give it. It comes from the command line
+(--allow-code), from the environment (SILIANG_ALLOW_CODE, by which a command hands it to the processes that it starts),
+or from the user's own file, where an answer in a terminal is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import sys
+import tempfile
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from siliang.types import ConfigError
+
+VARIABLE = "SILIANG_ALLOW_CODE"  # hashes with commas between them
+FILE_NAME = "allowed_code.json"
+MOST_BYTES = 2**20  # of the file
+PLAIN_FILE = 0 if sys.platform == "win32" else os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no waiting for a pipe
+
+
+def allow_code(sha256: str) -> None:
+    """Allows a model's own code in this process and in those that it starts.
+
+    Args:
+        sha256: Of the model's folder, as the error for such a model gives it: 64 hexadecimal digits.
+
+    Raises:
+        ConfigError: It is no SHA-256.
+    """
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise ConfigError(
+            f"--allow-code {sha256[:80]!r} is no SHA-256 of a model's code: that has 64 hexadecimal digits, and the "
+            "error for such a model gives it."
+        )
+    given = os.environ.get(VARIABLE, "").split(",")
+    os.environ[VARIABLE] = ",".join(dict.fromkeys([*filter(None, given), sha256.lower()]))
+
+
+def is_allowed(sha256: str) -> bool:
+    """Whether the user has allowed this code.
+
+    Raises:
+        ConfigError: The user's file is damaged, or others may write to it.
+    """
+    if sha256 in os.environ.get(VARIABLE, "").split(","):
+        return True
+    if sha256 not in _kept():
+        return False
+    allow_code(sha256)  # for processes elsewhere, which have another file
+    return True
+
+
+def keep_allowed(sha256: str, folder: str) -> Path:
+    """Writes an answer of the user's into the user's file, and returns its path.
+
+    Args:
+        folder: Where the model lies, for whoever reads the file.
+
+    Raises:
+        ConfigError: The file is damaged, or others may write to it.
+        OSError: It cannot be written.
+    """
+    path = allowed_file()
+    known = _kept()
+    known[sha256] = {"folder": folder, "when": datetime.now(UTC).isoformat(timespec="seconds")}
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # a name that nobody can foresee, opened for this user alone
+    number, temporary = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=path.parent)
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            json.dump({"version": 1, "allowed": known}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            Path(temporary).unlink()
+    return path
+
+
+def allowed_file() -> Path:
+    """Where answers are kept: in $XDG_CONFIG_HOME, or ~/.config."""
+    named = os.environ.get("XDG_CONFIG_HOME", "")
+    home = Path(named) if Path(named).is_absolute() else Path.home() / ".config"
+    return home / "siliang" / FILE_NAME
+
+
+def _kept() -> dict[str, dict[str, str]]:
+    """What the user's file allows: nothing where there is none."""
+    path = allowed_file()
+    try:
+        folder = path.parent.stat()
+        number = os.open(path, os.O_RDONLY | PLAIN_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
+    with os.fdopen(number, "rb") as file:
+        _check_owner(path.parent, folder)
+        _check_owner(path, os.fstat(file.fileno()))
+        content = file.read(MOST_BYTES + 1)
+    try:
+        values = json.loads(content) if len(content) <= MOST_BYTES else None
+        known = values["allowed"] if isinstance(values, dict) else None
+    except (ValueError, KeyError, RecursionError):
+        known = None
+    if not isinstance(known, dict) or not all(isinstance(value, dict) for value in known.values()):
+        raise ConfigError(f"{path} is damaged: remove it, and allow the code again.")
+    return {str(name): {str(k): str(v) for k, v in value.items()} for name, value in known.items()}
+
+
+def _check_owner(path: Path, found: os.stat_result) -> None:
+    """Nobody else can have written there.
+
+    Raises:
+        ConfigError: Another user could have.
+    """
+    if sys.platform == "win32":  # a user's own folder is closed to others
+        return
+    if found.st_uid != os.geteuid():
+        raise ConfigError(f"{path} allows models' code, and it is not yours: it belongs to user {found.st_uid}.")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(f"{path} allows models' code, and others may write to it: chmod go-w it, and look into it.")
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise ConfigError(f"{path} is no plain file.")
