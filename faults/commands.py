@@ -35,14 +35,20 @@ class _Stream(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)  # type: ignore[attr-defined]
 
 
-def run(*arguments: object, encoding: str = "utf-8", terminal: bool = False, stdin: bytes = b"") -> Ended:
-    """Runs a command."""
-    out, err = (_Stream(encoding, terminal=terminal) for _ in range(2))
+def run(
+    *arguments: object, encoding: str = "utf-8", terminal: bool = False, stdin: bytes = b"", asked: bool = False
+) -> Ended:
+    """Runs a command.
+
+    Args:
+        asked: A person sits before it: standard input and error are a terminal.
+    """
+    out, err = (_Stream(encoding, terminal=terminal or by_error) for by_error in (False, asked))
     code: object = 0
     shown = warnings.showwarning
     with (
         mock.patch.object(sys, "argv", ["siliang", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", _Stream(encoding, terminal=False, content=stdin)),
+        mock.patch.object(sys, "stdin", _Stream(encoding, terminal=asked, content=stdin)),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),

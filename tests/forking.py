@@ -49,7 +49,7 @@ NOT_READ = ("OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 
 _CLIENT = """#!{python} -IS
 import json, os, select, signal, socket, sys
-arguments = [a for a in sys.argv[1:] if a != "-u"]
+arguments = [a for a in sys.argv[1:] if a not in ("-u", "-P")]
 own = {defaults} | {{k: v for k, v in os.environ.items() if k.startswith({read_at_import}) and k not in {not_read}}}
 if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in {modules} or own != {own}:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])

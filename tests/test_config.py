@@ -83,8 +83,8 @@ def test_missing_settings() -> None:
 @pytest.mark.parametrize(
     ("assignment", "value"),
     [
-        ('remote_code="12e45"', "12e45"),
-        ("remote_code=12e45", "12e45"),
+        ('revision="12e45"', "12e45"),
+        ("revision=12e45", "12e45"),
         ("output=nan", "nan"),
         ("output=123", "123"),
         ("output=2024-01-01", "2024-01-01"),

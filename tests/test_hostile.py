@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from transformers import LlamaConfig
 
 from siliang import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from siliang.config import RunConfig, read_yaml
-from siliang.models.load import code_of, load_config, load_model
+from siliang.models.load import load_config, load_model
 from siliang.record import Record
 from siliang.secrets import without_secrets
 from siliang.train.run import train
@@ -142,90 +140,9 @@ def test_what_a_config_says_of_code_is_not_asked(model_folders: dict[str, Path],
     assert not (tmp_path / "run").exists()
     values["model_type"] = "evil"
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="run code of its own"):
+    with pytest.raises(ModelError, match=r"its code evil\.py cannot be allowed"):
         load_config(str(folder))
     assert not (tmp_path / "run").exists()
-
-
-OWN_CODE = {
-    "configuration_own.py": """
-from transformers import LlamaConfig
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-""",
-    "modeling_own.py": """
-from pathlib import Path
-from transformers import LlamaForCausalLM
-from .configuration_own import OwnConfig
-Path(MARK).touch()
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-""",
-}
-
-
-def test_own_code_runs_only_as_it_was_allowed(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """In processes of their own: transformers imports such code for good."""
-    folder, mark = tmp_path / "own", tmp_path / "ran"
-    shutil.copytree(model_folders["llama"], folder)
-    for name, text in OWN_CODE.items():
-        (folder / name).write_text(text.replace("MARK", repr(str(mark))))
-    values = json.loads((folder / "config.json").read_text()) | {
-        "model_type": "own",
-        "auto_map": {
-            "AutoConfig": "configuration_own.OwnConfig",
-            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(values))
-    write_jsonl(tmp_path / "data.jsonl", [{"instruction": "a film", "output": "good"}] * 8)
-
-    def train(*more: str) -> str:
-        flags = [
-            "--model",
-            folder,
-            "--task",
-            "causal_lm",
-            "--data",
-            tmp_path / "data.jsonl",
-            "--output",
-            tmp_path / "o",
-        ]
-        sets = [
-            part
-            for s in (
-                "train.max_steps=2",
-                "accept=[SL002,SL003]",
-                "data.test_size=0.0",
-                "method.target_modules=[q_proj]",
-                *more,
-            )
-            for part in ("--set", s)
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", "siliang", "train", *map(str, flags), *sets],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        )
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.stdout + done.stderr
-
-    refused = train()
-    code = code_of(str(folder), None)
-    assert f"remote_code={code}" in refused and "SL027" in refused
-    assert "allows other code" in train("remote_code=0123456789abcdef")
-    assert not mark.exists() and not (tmp_path / "o").exists()
-    assert "done " in train(f"remote_code={code}") and mark.exists()
-    # the code changes, the permission does not follow
-    mark.unlink()
-    with (folder / "modeling_own.py").open("a") as file:
-        file.write("# one line more")
-    shutil.rmtree(tmp_path / "o")
-    assert f"its code is {code_of(str(folder), None)}" in train(f"remote_code={code}")
-    assert not mark.exists()
-    # what a folder asks to run is ignored where the model is known anyway
-    assert isinstance(load_config(str(model_folders["llama"]), remote_code="0123456789abcdef"), LlamaConfig)
 
 
 def test_no_tokenizer_is_fetched_for_a_prompt_that_a_file_holds(model_folders: dict[str, Path], tmp_path: Path) -> None:

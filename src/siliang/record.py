@@ -221,7 +221,7 @@ class Record(Saved):
     data_files: list[File] = Field(default_factory=list)
     """The same for each source, those held out behind those trained on; and for a template that is a file."""
     code_sha256: str | None = None
-    """Over the folder of a model whose own code ran (docs/models.md). It says what ran, and allows nothing."""
+    """Over the folder of a model whose own code ran (SECURITY.md). It says what ran, and allows nothing."""
     adapter_sha256: str | None = None
     """Over the adapter whose weights the training began with (`adapter` in the config)."""
     labels: list[str] | None = None

@@ -139,17 +139,10 @@ class OwnCodeError(ModelError):
     """
 
     code = "SLE14"
-
-    def __init__(self, model: str, folder: str, files: list[str], sha256: str) -> None:
-        self.model, self.folder, self.files, self.sha256 = model, folder, files, sha256
-        named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        super().__init__(
-            f"{model} wants to run code of its own ({named}), which may do anything that you may do.\n"
-            f"Use a model that transformers knows; or, having read that code, add --allow-code {sha256}"
-        )
-
-    def __reduce__(self) -> tuple[type, tuple[str, str, list[str], str]]:
-        return type(self), (self.model, self.folder, self.files, self.sha256)
+    model: str = ""
+    folder: str = ""
+    files: tuple[str, ...] = ()
+    sha256: str = ""
 
 
 def first_line(error: object, *, kind: bool = False) -> str:

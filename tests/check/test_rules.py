@@ -14,7 +14,7 @@ from siliang.check import RULES, Finding, find, look_at, stop_on_errors
 from siliang.check.counts import count
 from siliang.check.subject import Machine
 from siliang.config import RunConfig
-from siliang.types import ConfigError, DataError
+from siliang.types import ConfigError, DataError, ModelError
 
 CLEAN = [{"instruction": f"say {a} {b}", "output": f"{b} {a}"} for a in WORDS[28:38] for b in WORDS[28:38]]
 REVIEWS = [
@@ -313,8 +313,8 @@ def test_models_that_do_not_fit(case: Case, tmp_path: Path) -> None:
     (foreign / "config.json").write_text(
         json.dumps({"model_type": "mystery", "auto_map": {"AutoConfig": "code.Mystery"}})
     )
-    found = case(model=foreign)
-    assert codes(found) == {"SL027"} and "code.Mystery" in found[0].message
+    with pytest.raises(ModelError, match=r"its code needs code.py, which is not in its folder"):
+        case(model=foreign)
 
 
 def test_a_missing_pad_token_and_a_wrong_collator(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_pages() -> None:
 
 
 def test_every_rule_has_a_trap() -> None:
-    elsewhere = {"SL007", "SL008", "SL010", "SL011", "SL021", "SL022", "SL023", "SL027", "SL028", "SL035"}
+    elsewhere = {"SL007", "SL008", "SL010", "SL011", "SL021", "SL022", "SL023", "SL028", "SL035"}
     assert set(RULES) == set(TRAPS) | elsewhere
 
 

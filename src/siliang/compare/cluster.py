@@ -411,7 +411,11 @@ def _probe(address: str) -> None:
         if port.isdecimal():  # Ray itself would knock for a minute
             socket.create_connection((host, int(port)), KNOCK_S).close()
         done = subprocess.run(
-            [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=PROBE_S, env=environment
+            [sys.executable, "-P", "-c", code, address],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_S,
+            env=environment,
         )
         why = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"it ended with code {done.returncode}"
         if done.returncode == 0:

@@ -157,7 +157,7 @@ class Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "siliang.compare.worker"],
+                [sys.executable, "-P", "-m", "siliang.compare.worker"],  # no module comes from the folder at hand
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -45,7 +45,8 @@ def launch(devices: int, arguments: list[str], folder: str) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "siliang", *arguments)
+            # -P: no module comes from the folder at hand
+            elastic_launch(config, sys.executable)("-u", "-P", "-m", "siliang", *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode in SAID_ENOUGH:

@@ -274,8 +274,9 @@ def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
     code = find_own_code(name, revision)
     try:
         if code is None or "AutoTokenizer" not in code.classes:
+            config = load_config(name, revision=revision) if code is not None else None
             return AutoTokenizer.from_pretrained(
-                name, revision=revision, trust_remote_code=False, local_files_only=only_cached(name)
+                name, config=config, revision=revision, trust_remote_code=False, local_files_only=only_cached(name)
             )
     except ValueError as error:  # transformers does not know it
         code = find_tokenizer_code(name, revision) if "trust_remote_code" in str(error) else None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import json
 import linecache
 import re
 import sys
@@ -29,9 +28,10 @@ from typing import Any
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from siliang.files import outside_links
 from siliang.hub import cached_file, only_cached
+from siliang.paths import check_links
 from siliang.permissions import is_allowed
+from siliang.safe_json import JsonError, parse_json, read_json
 from siliang.types import ModelError, OwnCodeError, first_line
 
 CONFIGS = ("config.json", "tokenizer_config.json")  # that name classes of a model's own
@@ -138,8 +138,17 @@ class OwnCode:
         Raises:
             OwnCodeError: The user has not.
         """
-        if not is_allowed(self.sha256):
-            raise OwnCodeError(self.name, str(self.folder), self.files, self.sha256)
+        if is_allowed(self.sha256):
+            return
+        more = f" and {len(self.files) - 3} more" if len(self.files) > 3 else ""
+        error = OwnCodeError(
+            f"{self.name} wants to run code of its own ({', '.join(self.files[:3])}{more}), which may do anything that "
+            "you may do.\nUse a model that transformers knows; or, having read that code, add --allow-code "
+            f"{self.sha256}"
+        )
+        error.model, error.folder, error.sha256 = self.name, str(self.folder), self.sha256
+        error.files = tuple(self.files)
+        raise error
 
 
 def find_own_code(name: str, revision: str | None = None) -> OwnCode | None:
@@ -186,8 +195,7 @@ def read_own_code(name: str, folder: Path) -> OwnCode:
     Raises:
         ModelError: It cannot be read, or it is not all in the folder.
     """
-    if links := outside_links(folder):
-        raise ModelError(f"{name}: {links[0]} is a link that leads out of the model's folder.")
+    check_links(folder, ModelError)
     digest, code, configs = hashlib.sha256(), {}, {}
     paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     paths = {file: path for file, path in paths.items() if not set(LEFT_OUT) & set(file.split("/"))}
@@ -231,8 +239,8 @@ def _folder(name: str, revision: str | None) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path, foreign=True)
+    except (OSError, JsonError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -251,8 +259,8 @@ def _classes(name: str, configs: dict[str, bytes]) -> Iterator[tuple[str, str]]:
     """
     for file, content in configs.items():
         try:
-            said = json.loads(content)["auto_map"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            said = parse_json(content.decode("utf-8"), foreign=True)["auto_map"]
+        except (ValueError, KeyError, TypeError):
             continue
         if isinstance(said, list):  # of tokenizers of long ago
             said = {"AutoTokenizer": said}
@@ -328,7 +336,10 @@ def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
             needed |= _imported(node, module, modules)
     texts = {id(part.value) for part in nodes if isinstance(part, ast.Expr)}  # docstrings, which nothing uses
     for node in nodes:
-        if isinstance(node, ast.Name | ast.Attribute):
+        if isinstance(node, ast.Name) and node.id not in known:
+            if node.id in NAMES:
+                raise _RefusedError(f"line {node.lineno} says {node.id}")
+        elif isinstance(node, ast.Name | ast.Attribute):
             _check_name(node, _dotted(node, known))
         elif isinstance(node, ast.keyword) and node.arg in ARGUMENTS:
             raise _RefusedError(f"line {node.value.lineno} says {node.arg}")
@@ -355,7 +366,7 @@ def _check_name(node: ast.expr | ast.stmt, name: str) -> None:
     """A dotted name, or the last part of one, is none of those that load, fetch or start other code."""
     parts = name.split(".")
     refused = any(name == loader or name.startswith(f"{loader}.") for loader in LOADERS)
-    if refused or (len(parts) == 1 and name in NAMES) or not ATTRIBUTES.isdisjoint(parts) or parts[-1] == "*":
+    if refused or not ATTRIBUTES.isdisjoint(parts) or parts[-1] == "*":
         raise _RefusedError(f"line {node.lineno} says {name:.100}")
 
 
