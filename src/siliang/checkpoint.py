@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,22 +13,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from siliang.files import replacing
-from siliang.inject import PROMPT_KEY, Injection
-from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt, features, is_linear
+from siliang.inject import PROMPT_KEY, FileSizes, Injection
+from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
 from siliang.methods.lora import LoraConfig
-from siliang.methods.lora_init import RESIDUAL_STARTS
-from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.safe_json import read_json
-from siliang.targets import find_targets, inside, layer_arguments
-from siliang.types import AdapterError, ConfigError, TargetError, first_line
+from siliang.targets import inside
+from siliang.types import AdapterError, ConfigError, first_line
+from siliang.weight_files import check_tensors, check_weights
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 TRAINING_NAME = "siliang_training.safetensors"
-MOST_ENCODER_UNITS = 32_768  # of the small network of a P-tuning prompt, which a file need not hold
 
 
 def save_adapter(
@@ -208,40 +206,51 @@ def _read(path: Path) -> dict[str, Tensor]:
         AdapterError: It is damaged.
     """
     try:
+        check_weights(path)
         if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            check_tensors(tensors, path.stat().st_size)
+            return tensors
         return load_file(path)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (
+        SafetensorError,
+        UnpicklingError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        KeyError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         raise AdapterError(
             f"{path} is damaged: {first_line(error).rstrip('.')}.\nDownload it, or train it, again."
         ) from error
 
 
-def check_sizes(config: PeftConfig, tensors: dict[str, Tensor], *, model: nn.Module, source: str) -> None:
-    """Before anything is made by a config: what it asks for must be in the file, or a small file could fill the memory.
+def file_sizes(folder: Path, tensors: dict[str, Tensor], training: dict[str, Tensor] | None) -> FileSizes:
+    """How much the files of an adapter hold."""
+    return FileSizes(
+        str(folder),
+        numbers=sum(t.numel() for t in tensors.values()),
+        largest=max((n for t in tensors.values() if t.numel() for n in t.shape), default=0),
+        training=None if training is None else sum(t.numel() for t in training.values()),
+    )
+
+
+@contextmanager
+def at_most_what_is_there(folder: Path) -> Iterator[None]:
+    """Within the block, what Python says of numbers and memory is an error of the adapter.
 
     Raises:
-        AdapterError: It asks for more.
+        AdapterError: Numbers of it are too large.
     """
-    largest = max((n for t in tensors.values() for n in t.shape), default=0)
-    wanted = {n: getattr(config, n, None) for n in ("num_virtual_tokens", "token_dim", "num_layers")}
-    if isinstance(config, PrefixTuningConfig):
-        wanted["num_layers times token_dim"] = (config.num_layers or 0) * (config.token_dim or 0)
-    if isinstance(config, LoraConfig):
-        # of the layers alone: with rank_pattern, r may be that of none of them
-        with suppress(TargetError):  # attaching will say so
-            layers = find_targets(model, copy.deepcopy(config), outside=[], lenient=True)
-            ranks = {path: values["r"] for path, values in layer_arguments(config, layers, lenient=True).items()}
-            if str(config.init_lora_weights).startswith(RESIDUAL_STARTS):  # a weight has no more directions
-                for path in (p for p in ranks if is_linear(model.get_submodule(p))):
-                    ranks[path] = min(ranks[path], *features(model.get_submodule(path)))
-            wanted |= {f"{path}: r": rank for path, rank in ranks.items()}
-    for name, value in wanted.items():
-        if value is not None and value > largest:
-            raise AdapterError(f"{source}: {name} = {value:,}, and the largest tensor has {largest:,} rows or columns.")
-    for name in ("encoder_hidden_size", "encoder_num_layers"):
-        if (getattr(config, name, None) or 0) > MOST_ENCODER_UNITS:
-            raise AdapterError(f"{source}: {name} = {getattr(config, name):,} is more than {MOST_ENCODER_UNITS:,}.")
+    try:
+        yield
+    except (MemoryError, RecursionError, OverflowError) as error:
+        raise AdapterError(f"{folder} cannot be attached: {first_line(error, kind=True)}.") from error
 
 
 @torch.no_grad()

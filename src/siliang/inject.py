@@ -32,6 +32,7 @@ from siliang.methods import (
 )
 from siliang.methods.base import (
     BASE,
+    CONFIG_NAME,
     LayerConfig,
     PeftConfig,
     Prompt,
@@ -53,7 +54,7 @@ from siliang.targets import (
     no_biases,
     plain_modules,
 )
-from siliang.types import ConfigError, MergeError, SiliangError, TargetError, TaskType
+from siliang.types import AdapterError, ConfigError, MergeError, SiliangError, TargetError, TaskType
 from siliang.virtual_tokens import Route, attention_heads, is_encoder_decoder, word_embeddings
 
 # The heads that are new, and so trained and saved by themselves, for each task.
@@ -62,10 +63,28 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+SPARE_NUMBERS = 2**25  # that an adapter may lack in its file: what is missing by name is said of tensors, one by one
 OTHER_HEADS = ("classification_head",)  # BART's and T5's, which PEFT leaves untrained
 PROMPT_KEY = "prompt_embeddings"
 
 _TAKEN: WeakSet[nn.Module] = WeakSet()  # base models that have something attached
+
+
+@dataclass(frozen=True)
+class FileSizes:
+    """What the files of a saved adapter hold: its config may ask for no more, or a small file could fill the memory.
+
+    Attributes:
+        source: Their folder.
+        numbers: Of all tensors.
+        largest: The most rows or columns of a tensor.
+        training: The numbers of what made a prompt; None where nothing more than the prompt is there.
+    """
+
+    source: str
+    numbers: int
+    largest: int
+    training: int | None = None
 
 
 @dataclass(frozen=True)
@@ -208,22 +227,26 @@ class Injection(nn.Module):
 
     # ---- on ----
 
-    def add_adapter(self, name: str, config: PeftConfig, *, lenient: bool = False) -> None:
+    def add_adapter(self, name: str, config: PeftConfig, *, file: FileSizes | None = None) -> None:
         """Attaches a new, inactive adapter; what the config leaves open (targets, shapes, heads) is filled in there.
 
         Args:
-            lenient: Some of several names may match nothing, as in files that PEFT wrote.
+            file: It will be filled from these files. Some of several names may match nothing then, as in PEFT's.
 
         Raises:
             TargetError: The targets are not in the model. Nothing has been changed then.
             ConfigError: The method cannot work on this model. Nothing has been changed then.
+            AdapterError: The config asks for more than is in the files. Nothing has been made then.
         """
         if isinstance(config, PromptConfig) is not self.for_prompts:
             raise ConfigError("Adapters in layers and prompts cannot stand on one model: unload() it first.")
         with self.bare():
-            parts = self._find(config, lenient=lenient)
+            parts = self._find(config, lenient=file is not None)
+            arguments = layer_arguments(cast(LayerConfig, config), list(parts.layers), lenient=file is not None)
+            if file is not None:
+                self._check_sizes(config, parts, arguments, file)
             try:
-                self._make(name, config, parts, from_file=lenient)
+                self._make(name, config, parts, arguments, file)
             except BaseException:
                 self._forget(name)
                 raise
@@ -241,6 +264,8 @@ class Injection(nn.Module):
             biases = [b for b in bias_names(self.model) if not inside(b, modules)]
             if not biases:
                 raise TargetError(no_biases(self.model))
+        elif isinstance(config, PromptConfig):
+            self._complete(config, from_file=lenient)
         elif isinstance(config, LayerConfig):
             layers = find_targets(self.model, config, outside=modules, lenient=lenient)
             biases = lora_biases(self.model, config, layers, modules)
@@ -282,10 +307,52 @@ class Injection(nn.Module):
             )
         return found
 
-    def _make(self, name: str, config: PeftConfig, parts: Parts, *, from_file: bool) -> None:
+    def _check_sizes(
+        self, config: PeftConfig, parts: Parts, arguments: dict[str, dict[str, Any]], file: FileSizes
+    ) -> None:
+        """Whether all that the config asks for can be in the files. Asked before any of it is made.
+
+        Raises:
+            AdapterError: It asks for more.
+        """
+        wanted: dict[str, int | None] = {f"{path}: r": values.get("r") for path, values in arguments.items()}
+        total = 0
         if isinstance(config, PromptConfig):
-            self._make_prompt(name, config, from_file=from_file)
-        arguments = layer_arguments(cast(LayerConfig, config), list(parts.layers), lenient=from_file)
+            wanted = {name: getattr(config, name) for name in ("num_virtual_tokens", "token_dim")}
+            total = config.rows * (config.width or 0)
+            if file.training is not None and not config.inference_mode and config.encoder_numbers > file.training:
+                raise AdapterError(
+                    f"{file.source}: what made the prompt has {config.encoder_numbers:,} numbers by {CONFIG_NAME}, and "
+                    f"{file.training:,} in the file."
+                )
+        for path, values in arguments.items():
+            layer = self.model.get_submodule(path)
+            kind = next(kind for kind in method_of(config).layers if kind.supports(layer))
+            wanted[f"{path}: r"] = values.get("r") and kind.rank(layer, **values)
+            total += kind.numbers(layer, **values)
+        for name, value in wanted.items():
+            if value is not None and value > file.largest:
+                raise AdapterError(
+                    f"{file.source}: {name} = {value:,}, and the largest tensor has {file.largest:,} rows or columns."
+                )
+        total += sum(self.model.get_parameter(path).numel() for path in parts.parameters)
+        total += sum(t.numel() for path in parts.modules for t in self.model.get_submodule(path).state_dict().values())
+        if total > file.numbers + SPARE_NUMBERS:
+            raise AdapterError(
+                f"{file.source}: by {CONFIG_NAME} it has {total:,} numbers on this model, and in its file "
+                f"{file.numbers:,}: is it an adapter of another base model, or was {CONFIG_NAME} changed?"
+            )
+
+    def _make(
+        self,
+        name: str,
+        config: PeftConfig,
+        parts: Parts,
+        arguments: dict[str, dict[str, Any]],
+        file: FileSizes | None,
+    ) -> None:
+        if isinstance(config, PromptConfig):
+            self._make_prompt(name, config, file)
         for path in parts.layers:
             self._layer(path, config).add_adapter(name, **arguments[path])
         sites = sites_of(self.model)
@@ -314,23 +381,29 @@ class Injection(nn.Module):
             self._swaps[path] = Swap(original, sites(original))
         return self._swaps[path]
 
-    def _make_prompt(self, name: str, config: PromptConfig, *, from_file: bool) -> None:
-        embeddings: Any = word_embeddings(self.model)
+    def _complete(self, config: PromptConfig, *, from_file: bool) -> None:
         if isinstance(config, PrefixTuningConfig):
             config.complete(self.model.config, heads=None if from_file else attention_heads(self.model))
+            if from_file:
+                config.check_heads(attention_heads(self.model), type(self.model).__name__)
         else:
+            embeddings: Any = word_embeddings(self.model)
             config.complete(self.model.config, width=embeddings.weight.shape[1])
+
+    def _make_prompt(self, name: str, config: PromptConfig, file: FileSizes | None) -> None:
+        embeddings: Any = word_embeddings(self.model)
+        from_file = file is not None
         start = config
         if from_file and isinstance(config, PromptTuningConfig):  # the file holds the prompt: no tokenizer is fetched
             start = dataclasses.replace(config, prompt_tuning_init=PromptTuningInit.RANDOM, tokenizer_kwargs=None)
+        elif from_file and file.training is None:  # the prompt alone is there, not what made it
+            start = dataclasses.replace(config, inference_mode=True)
         # made where the model is: on the meta device the encoder of a large model costs nothing
         weight = next(self.model.parameters())
         with torch.device(weight.device):
             prompt = method_of(config).make_prompt(start, embeddings)
         if from_file:
             Route.of(self.model, config, prompt).remove()
-            if isinstance(config, PrefixTuningConfig):
-                config.check_heads(attention_heads(self.model), type(self.model).__name__)
         else:
             Route.tried(self.model, config, prompt)
         prompt.requires_grad_(False)

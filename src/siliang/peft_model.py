@@ -16,7 +16,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from siliang.checkpoint import (
-    check_sizes,
+    at_most_what_is_there,
+    file_sizes,
     load_tensors,
     on_the_plain_base,
     read_adapter,
@@ -25,7 +26,7 @@ from siliang.checkpoint import (
     with_embeddings,
 )
 from siliang.hub import hub_is_off
-from siliang.inject import PROMPT_KEY, Injection
+from siliang.inject import PROMPT_KEY, FileSizes, Injection
 from siliang.methods import METHODS, config_class
 from siliang.methods.base import BASE, CONFIG_NAME, PeftConfig
 from siliang.models.few_bits import keep_as_stored
@@ -143,7 +144,7 @@ class PeftModel(PreTrainedModel):
         peft_config: PeftConfig,
         adapter_name: str = "default",
         *,
-        lenient: bool = False,
+        file: FileSizes | None = None,
     ) -> None:
         nn.Module.__init__(self)  # PreTrainedModel's own would adjust the base model's config to this wrapper
         if isinstance(model, PeftModel):
@@ -168,7 +169,7 @@ class PeftModel(PreTrainedModel):
         else:
             self._modules["base_model"] = injection
         try:
-            self._add_adapter(adapter_name, peft_config, lenient=lenient)
+            self._add_adapter(adapter_name, peft_config, file=file)
             self.set_adapter(adapter_name)
         except BaseException:
             self.unload()
@@ -194,7 +195,12 @@ class PeftModel(PreTrainedModel):
         self._add_adapter(adapter_name, peft_config)
 
     def _add_adapter(
-        self, name: str, peft_config: PeftConfig, *, lenient: bool = False, fill: Callable[[], None] = lambda: None
+        self,
+        name: str,
+        peft_config: PeftConfig,
+        *,
+        file: FileSizes | None = None,
+        fill: Callable[[], None] = lambda: None,
     ) -> None:
         """Attaches an adapter and lets `fill` load it; where that fails the adapter is taken off again."""
         if not name or any(c in name for c in "./\\") or name == BASE:
@@ -211,7 +217,7 @@ class PeftModel(PreTrainedModel):
                 "base_model_class": type(base).__name__,
                 "parent_library": type(base).__module__,
             }
-        self.injection.add_adapter(name, config, lenient=lenient)
+        self.injection.add_adapter(name, config, file=file)
         try:
             fill()
             self.injection.leave_merged("An adapter is added to")
@@ -235,13 +241,12 @@ class PeftModel(PreTrainedModel):
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors, training = read_adapter(folder), read_training(folder)
-        with self.injection.bare() as base:
-            check_sizes(config, tensors, model=base, source=str(folder))
 
         def fill() -> None:
             load_tensors(self.injection, adapter_name, tensors, source=str(folder), training=training)
 
-        self._add_adapter(adapter_name, config, lenient=True, fill=fill)
+        with at_most_what_is_there(folder):
+            self._add_adapter(adapter_name, config, file=file_sizes(folder, tensors, training), fill=fill)
         self.injection.ask_for_gradients(adapter_name, is_trainable)
 
     def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
@@ -453,13 +458,13 @@ class PeftModel(PreTrainedModel):
         config = copy.deepcopy(config) or PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors, training = read_adapter(folder), read_training(folder) if is_trainable else None
-        check_sizes(config, tensors, model=model, source=str(folder))
-        peft_model = cls(model, config, adapter_name, lenient=True)
-        try:
-            load_tensors(peft_model.injection, adapter_name, tensors, source=str(folder), training=training)
-        except BaseException:
-            peft_model.unload()
-            raise
+        with at_most_what_is_there(folder):
+            peft_model = cls(model, config, adapter_name, file=file_sizes(folder, tensors, training))
+            try:
+                load_tensors(peft_model.injection, adapter_name, tensors, source=str(folder), training=training)
+            except BaseException:
+                peft_model.unload()
+                raise
         peft_model.set_adapter(adapter_name)
         if not is_trainable:
             peft_model.eval()

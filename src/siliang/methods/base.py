@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.files import replacing
-from siliang.methods.fields import check_fields
+from siliang.methods.fields import check_fields, shown
 from siliang.safe_json import JsonError, read_json, where
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType
 
@@ -52,6 +52,7 @@ class PeftConfig:
     # Fields of PEFT that siliang does not have, at PEFT's defaults: at any other value they would change the result.
     UNSUPPORTED: ClassVar[dict[str, Any]] = {}
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ()
+    MOST: ClassVar[int] = 2**31  # of those numbers: no model has more of anything
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -59,6 +60,8 @@ class PeftConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value!r}: must be at least 1.")
+            if value is not None and value > self.MOST:
+                raise ConfigError(f"{name} = {value!r}: must be at most {self.MOST:,}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it stands in adapter_config.json: sets become sorted lists, enums their values."""
@@ -101,11 +104,11 @@ class PeftConfig:
                 # what is empty is off: an empty dict, or null, as older releases of PEFT wrote
                 if value and value != cls.UNSUPPORTED[key] and cls.has_effect(key, values):
                     raise AdapterError(
-                        f"{source}: {key} = {value!r} changes what {cls.peft_type} computes, and siliang does not "
+                        f"{source}: {key} = {shown(value)} changes what {cls.peft_type} computes, and siliang does not "
                         f"support it (only {cls.UNSUPPORTED[key]!r})."
                     )
             elif value not in (None, False, "", [], {}):
-                warnings.warn(f"{source}: unknown field {key} = {value!r} is ignored", stacklevel=3)
+                warnings.warn(f"{source}: unknown field {key} = {shown(value)} is ignored", stacklevel=3)
         empty = {f.name for f in dataclasses.fields(cls) if f.default_factory is dict}
         kept = {k: v for k, v in kept.items() if v is not None or k not in empty}  # older releases wrote null
         switches = {f.name for f in dataclasses.fields(cls) if isinstance(f.default, bool)}
@@ -247,6 +250,17 @@ class PromptConfig(PeftConfig):
         assert self.num_virtual_tokens is not None
         return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
 
+    @property
+    def width(self) -> int:
+        """Columns of the saved table of virtual tokens, once the config is complete."""
+        assert self.token_dim is not None
+        return self.token_dim
+
+    @property
+    def encoder_numbers(self) -> int:
+        """Parameters of what makes the table while it is trained; of a table that is trained itself its own."""
+        return self.rows * self.width
+
 
 def said(model_config: Any, names: Sequence[str]) -> Any:
     """What a model's config says of its text model under the first of `names` that it has; None where it has none."""
@@ -373,6 +387,16 @@ class WrappedLayer(nn.Module, ABC):
     @abstractmethod
     def add_adapter(self, name: str, **arguments: Any) -> None:
         """Makes the parameters of adapter `name`, from the config's values resolved for this layer."""
+
+    @classmethod
+    @abstractmethod
+    def numbers(cls, layer: nn.Module, **arguments: Any) -> int:
+        """How many numbers `add_adapter` makes on a layer."""
+
+    @classmethod
+    def rank(cls, layer: nn.Module, *, r: int, **arguments: Any) -> int:
+        """The rank that `add_adapter` makes of a config's on a layer."""
+        return r
 
     @abstractmethod
     def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,6 +18,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from siliang.types import ConfigError, nearest
 
+MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many layers, experts counted
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it, not all of a long one."""
+    said = repr(value)
+    return said if len(said) <= 80 else f"{said[:80]} ..."
+
 
 def check_fields(config: Any) -> None:
     """Checks each field of a dataclass, strictly: "16" is no number, nor is true. Sets and tuples become lists, words
@@ -29,12 +37,13 @@ def check_fields(config: Any) -> None:
     for name, (kind, check) in _fields(type(config)).items():
         value = _as_field(kind, getattr(config, name))
         setattr(config, name, value)
+        if isinstance(value, list | dict) and len(value) > MOST_ENTRIES:
+            raise ConfigError(f"{name} has {len(value):,} entries: at most {MOST_ENTRIES:,} are read.")
         try:
             check.validate_python(value)
         except ValidationError:
-            shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]} ..."
             hint = _near(value, kind) or _quoted(value)
-            raise ConfigError(f"{name} = {shown}: must be {_in_words(kind)}.{hint}") from None
+            raise ConfigError(f"{name} = {shown(value)}: must be {_in_words(kind)}.{hint}") from None
 
 
 @functools.cache

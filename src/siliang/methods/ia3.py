@@ -91,6 +91,11 @@ class IA3Linear(WrappedLayer):
         make = torch.ones if init else torch.randn
         self.ia3_l[name] = nn.Parameter(make(shape, device=weight.device, dtype=trained_dtype(weight)))
 
+    @classmethod
+    def numbers(cls, layer: nn.Module, *, feedforward: bool, **arguments: Any) -> int:
+        in_features, out_features = features(layer)
+        return in_features if feedforward else out_features
+
     def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scales = [self.ia3_l[name] for name in names if name in self.ia3_l]
         for l_in in (scale for scale in scales if scale.shape[0] == 1):

@@ -52,6 +52,10 @@ class TunedNorm(WrappedLayer):
             p.data = p.data.to(trained_dtype(p))
         self.ln_tuning_layers[name] = twin
 
+    @classmethod
+    def numbers(cls, layer: nn.Module, **arguments: Any) -> int:
+        return sum(p.numel() for p in layer.parameters())
+
     def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         here = [name for name in names if name in self.ln_tuning_layers]
         if len(here) > 1:

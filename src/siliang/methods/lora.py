@@ -36,6 +36,7 @@ from siliang.methods.base import (
     out_by_in,
     trained_dtype,
 )
+from siliang.methods.fields import shown
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
 from siliang.methods.targets import LORA_TARGETS
 from siliang.ops.lora_linear import lora_linear
@@ -43,6 +44,7 @@ from siliang.patterns import find
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, nearest
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
+MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
 # Starts of PEFT that siliang does not have. The former set A and B alone, which are in the file.
 STARTS_IN_PLACE = ("eva", "orthogonal", "mica")
 STARTS_BY_DATA = ("corda", "lora_ga")
@@ -117,19 +119,28 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must be at least 0 and less than 1.")
         if low := [key for key, r in self.rank_pattern.items() if r < 1]:
             raise ConfigError(f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be at least 1.")
+        if high := [key for key, r in self.rank_pattern.items() if r > self.MOST]:
+            raise ConfigError(
+                f"rank_pattern: {high[0]!r} = {self.rank_pattern[high[0]]:,}: must be at most {self.MOST:,}."
+            )
         init = self.init_lora_weights
         if isinstance(init, str):
             init = self.init_lora_weights = init.lower()
-            if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", init):
+            named = re.fullmatch(r"pissa_niter_(\d{1,9})", init, re.ASCII)
+            if named is not None and int(named[1]) > MOST_ROUNDS:
+                raise ConfigError(f"init_lora_weights = {init!r}: must be at most {MOST_ROUNDS} iterations.")
+            if init not in INITS and named is None:
                 raise ConfigError(
-                    f"init_lora_weights = {init!r}: must be true, false, {', '.join(map(repr, INITS))} or "
+                    f"init_lora_weights = {shown(init)}: must be true, false, {', '.join(map(repr, INITS))} or "
                     f"'pissa_niter_4'.{nearest(init, INITS)}"
                 )
         if init == "loftq":
             self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
             bits, rounds = self.loftq_config["loftq_bits"], self.loftq_config["loftq_iter"]
-            if bits not in (4, 8) or type(rounds) is not int or rounds < 1:
-                raise ConfigError(f"loftq_config = {self.loftq_config}: loftq_bits is 4 or 8, loftq_iter at least 1.")
+            if bits not in (4, 8) or type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS:
+                raise ConfigError(
+                    f"loftq_config = {shown(self.loftq_config)}: loftq_bits is 4 or 8, loftq_iter 1 to {MOST_ROUNDS}."
+                )
         if self.use_dora and self.lora_bias:
             raise ConfigError("use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -301,6 +312,17 @@ class LoraLinear(_LoraLayer):
             holder.weight = nn.Parameter(self._norm(name).to(place["dtype"]))
             self.lora_magnitude_vector[name] = holder
 
+    @classmethod
+    def rank(cls, layer: nn.Module, *, r: int, init: bool | str = True, **arguments: Any) -> int:
+        """Where the start takes a weight's directions, no more than it has."""
+        return min(r, *features(layer)) if isinstance(init, str) and init.startswith(RESIDUAL_STARTS) else r
+
+    @classmethod
+    def numbers(cls, layer: nn.Module, **arguments: Any) -> int:
+        in_features, out_features = features(layer)
+        once = int(arguments["dora"]) + int(arguments["lora_bias"])
+        return cls.rank(layer, **arguments) * (in_features + out_features) + once * out_features
+
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
         self.dropout_p.pop(name, None)
@@ -443,6 +465,10 @@ class LoraEmbedding(_LoraLayer):
             self._leave(name, residual)
         self.lora_embedding_A[name], self.lora_embedding_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.scaling[name] = scaling
+
+    @classmethod
+    def numbers(cls, layer: nn.Module, *, r: int, **arguments: Any) -> int:
+        return r * sum(layer.weight.shape)  # type: ignore[union-attr]
 
     def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)

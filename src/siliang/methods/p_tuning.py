@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from siliang.methods.base import Prompt, PromptConfig
 from siliang.types import ConfigError, PeftType
 
+MOST_LAYERS = 64  # of the LSTM
+
 
 class PromptEncoderReparameterizationType(StrEnum):
     """What stands between E and P."""
@@ -49,8 +51,19 @@ class PromptEncoderConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.encoder_num_layers > MOST_LAYERS:
+            raise ConfigError(f"encoder_num_layers = {self.encoder_num_layers:,}: must be at most {MOST_LAYERS}.")
         if not 0.0 <= self.encoder_dropout < 1.0:
             raise ConfigError(f"encoder_dropout = {self.encoder_dropout!r}: must be at least 0 and less than 1.")
+
+    @property
+    def encoder_numbers(self) -> int:
+        D = self.width
+        H = self.encoder_hidden_size or D
+        if self.encoder_reparameterization_type is PromptEncoderReparameterizationType.MLP:
+            return self.rows * D + (D * H + H) + (H * H + H) + (H * D + D)
+        gates = sum(2 * 4 * H * ((D if i == 0 else 2 * H) + H + 2) for i in range(self.encoder_num_layers))
+        return self.rows * D + gates + (2 * H * 2 * H + 2 * H) + (2 * H * D + D)
 
     def make_prompt(self, word_embeddings: nn.Module) -> EncodedPrompt:
         """A new prompt; the word embeddings play no part in it."""

@@ -73,6 +73,25 @@ class PrefixTuningConfig(PromptConfig):
                 f"num_attention_heads={heads[0]} there."
             )
 
+    @property
+    def rows(self) -> int:
+        assert self.num_virtual_tokens is not None
+        return self.num_virtual_tokens
+
+    @property
+    def width(self) -> int:
+        assert self.token_dim is not None and self.num_layers is not None
+        return self.num_layers * 2 * self.token_dim
+
+    @property
+    def encoder_numbers(self) -> int:
+        if not self.prefix_projection:
+            return super().encoder_numbers
+        assert self.token_dim is not None
+        D = self.token_dim
+        H = self.encoder_hidden_size or D
+        return self.rows * D + (D * H + H) + (H * self.width + self.width)
+
     def make_prompt(self, word_embeddings: nn.Module) -> Prefix:
         """A new prefix; the word embeddings play no part in it."""
         assert self.token_dim is not None and self.num_layers is not None and self.num_virtual_tokens is not None

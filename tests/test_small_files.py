@@ -1,0 +1,277 @@
+"""Small files that ask for gigabytes: what a config says is bounded by what is in the files and on the model."""
+
+import json
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import make
+from torch import Tensor
+
+from siliang import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from siliang.checkpoint import read_adapter
+from siliang.inject import SPARE_NUMBERS
+from siliang.methods import method_of
+from siliang.methods.base import LayerConfig, PeftConfig, PromptConfig
+from siliang.types import AdapterError, SiliangError, TaskType
+
+CAUSAL: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
+LSTM: Any = "LSTM"
+CONFIGS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(**CAUSAL, r=4, target_modules=["q_proj", "embed_tokens"]),
+    "dora": LoraConfig(**CAUSAL, r=4, use_dora=True),
+    "ia3": IA3Config(**CAUSAL),
+    "ln": LNTuningConfig(**CAUSAL),
+    "prompt": PromptTuningConfig(**CAUSAL, num_virtual_tokens=3),
+    "mlp": PromptEncoderConfig(**CAUSAL, num_virtual_tokens=3, encoder_hidden_size=5),
+    "lstm": PromptEncoderConfig(
+        **CAUSAL,
+        num_virtual_tokens=3,
+        encoder_hidden_size=5,
+        encoder_num_layers=3,
+        encoder_reparameterization_type=LSTM,
+    ),
+    "prefix": PrefixTuningConfig(**CAUSAL, num_virtual_tokens=3),
+    "projected": PrefixTuningConfig(**CAUSAL, num_virtual_tokens=3, encoder_hidden_size=5, prefix_projection=True),
+}
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_what_is_made_is_counted_before(name: str) -> None:
+    model = get_peft_model(make("llama"), CONFIGS[name])
+    config = model.peft_config["default"]
+    if isinstance(config, PromptConfig):
+        made = sum(p.numel() for p in model.injection.prompts.parameters())
+        assert config.encoder_numbers == made
+        assert config.rows * config.width == model.injection.adapter_tensors("default")["prompt_embeddings"].numel()
+        return
+    assert isinstance(config, LayerConfig)
+    paths = list(model.injection.adapters["default"].layers)
+    base = make("llama")
+    counted = 0
+    for path, values in zip(paths, config.layer_arguments(paths), strict=True):
+        layer = base.get_submodule(path)
+        kind = next(kind for kind in method_of(config).layers if kind.supports(layer))
+        counted += kind.numbers(layer, **values)
+    assert counted == sum(p.numel() for p in model.injection.adapter_parameters("default"))
+
+
+HUGE = 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("lora", {"r": HUGE}),
+        ("lora", {"r": 10**39}),
+        ("lora", {"rank_pattern": {"q_proj": HUGE}}),
+        ("lora", {"rank_pattern": {".*": 10**39}}),
+        ("lora", {"r": HUGE, "init_lora_weights": "gaussian"}),
+        ("dora", {"lora_alpha": 10**39, "r": HUGE}),
+        ("lora", {"init_lora_weights": "pissa_niter_1000000000"}),
+        ("lora", {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 10**9}}),
+        ("lora", {"layers_to_transform": [0] * 100_000, "layers_pattern": "layers"}),
+        ("lora", {"target_modules": ["q_proj"] * 100_000}),
+        ("lora", {"trainable_token_indices": [10**9]}),
+        ("lora", {"layer_replication": [[0, 10**9]]}),
+        ("prompt", {"num_virtual_tokens": HUGE}),
+        ("prompt", {"num_transformer_submodules": 6_000_000}),
+        ("prompt", {"num_transformer_submodules": 10**39}),
+        ("prompt", {"token_dim": HUGE}),
+        ("mlp", {"num_transformer_submodules": 6_000_000}),
+        ("mlp", {"encoder_hidden_size": 10**9}),
+        ("lstm", {"encoder_num_layers": 32_000}),
+        ("lstm", {"encoder_hidden_size": 32_000}),
+        ("prefix", {"num_layers": HUGE}),
+        ("prefix", {"num_attention_heads": 10**9}),
+        ("prefix", {"num_virtual_tokens": HUGE}),
+        ("prefix", {"token_dim": HUGE}),
+        ("projected", {"encoder_hidden_size": 10**9}),
+        ("projected", {"num_layers": 10**9}),
+    ],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_configs_that_ask_for_more(name: str, values: dict[str, Any], empty: bool, tmp_path: Path) -> None:
+    get_peft_model(make("llama"), CONFIGS[name]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    if empty:  # a tensor with a huge side and no numbers
+        tensors = read_adapter(tmp_path)
+        save_file(tensors | {"more": torch.zeros(0, 10**9)}, tmp_path / "adapter_model.safetensors")
+    # what made a prompt is not read, and so not made, unless it is trained further
+    for trainable in (True,) if "encoder_hidden_size" in values else (False, True):
+        with pytest.raises(SiliangError) as caught:
+            PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=trainable)
+        assert len(str(caught.value)) < 1000
+
+
+def test_many_numbers_of_small_sides(tmp_path: Path) -> None:
+    """The rank is that of a tensor of the file, and there are many layers."""
+    model = make("llama")
+    layers = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
+    rank = SPARE_NUMBERS // 32
+    get_peft_model(make("llama"), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": rank}))
+    save_file({"x": torch.zeros(1, rank, dtype=torch.int8)}, tmp_path / "adapter_model.safetensors")
+    assert layers > 4
+    with pytest.raises(AdapterError, match="numbers on this model, and in its file"):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
+# ---- files ----
+
+
+def header_file(path: Path, header: dict[str, Any], data: bytes = b"") -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [0, 10**9], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [0, 10**30], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}},
+        {
+            "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        },
+        {"a": 5},
+        [],
+    ],
+)
+def test_headers_of_safetensors(header: Any, tmp_path: Path) -> None:
+    header_file(tmp_path / "adapter_model.safetensors", header, b"\0" * 4)
+    with pytest.raises(AdapterError, match="is damaged"):
+        read_adapter(tmp_path)
+
+
+def test_a_header_that_is_longer_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2**40) + b"{}")
+    with pytest.raises(AdapterError, match="header is longer"):
+        read_adapter(tmp_path)
+
+
+def pickled(folder: Path, value: Any) -> Path:
+    path = folder / "adapter_model.bin"
+    torch.save(value, path)
+    return path
+
+
+class Large:
+    """A bytearray of 8 GiB, in a few bytes; torch's safe reader makes it."""
+
+    def __reduce__(self) -> Any:
+        return bytearray, (2**33,)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({"a": torch.zeros(1).expand(10**9)}, "more numbers than the file"),
+        (
+            {f"a{i}": torch.zeros(4, 4).t() for i in range(3)} | {"b": torch.zeros(1, 1).expand(10**5, 10**5)},
+            "more numbers",
+        ),
+        (
+            {"a": torch.eye(2).to_sparse()},
+            "no tensor",
+        ),
+        ({"a": torch.empty(10**12, device="meta")}, "no tensor"),
+        ({"a": Large()}, "bytearray"),
+        ({"a": 5}, "no plain tensor"),
+        ([torch.zeros(2)], "no dictionary"),
+    ],
+)
+def test_pickled_tensors(value: Any, why: str, tmp_path: Path) -> None:
+    pickled(tmp_path, value)
+    with pytest.raises(AdapterError, match=f"is damaged: .*{why}"):
+        read_adapter(tmp_path)
+
+
+def test_plain_pickled_tensors_are_read(tmp_path: Path) -> None:
+    value: dict[str, Tensor] = {
+        "a": torch.arange(6.0).reshape(2, 3).t(),
+        "b": torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)),
+        "c": torch.ones((), dtype=torch.int64),
+    }
+    pickled(tmp_path, value)
+    found = read_adapter(tmp_path)
+    assert found.keys() == value.keys() and all(torch.equal(found[key], value[key]) for key in value)
+
+
+def test_a_packed_file(tmp_path: Path) -> None:
+    path = pickled(tmp_path, {"a": torch.zeros(10**6)})
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    assert path.stat().st_size < 10**5
+    with pytest.raises(AdapterError, match="compressed"):
+        read_adapter(tmp_path)
+
+
+PEAK = """
+import json, resource, sys
+from pathlib import Path
+from tiny import make
+from siliang import PeftModel
+from siliang.types import SiliangError
+model = make("llama")
+PeftModel.from_pretrained(model, sys.argv[1]).unload()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for folder in sorted(Path(sys.argv[1]).glob("*/")):
+    try:
+        PeftModel.from_pretrained(model, folder)
+    except SiliangError:
+        print(folder.name)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in KiB")
+def test_none_of_them_takes_memory(tmp_path: Path) -> None:
+    get_peft_model(make("llama"), LoraConfig()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = read_adapter(tmp_path)
+    folders = {name: tmp_path / name for name in ("empty", "packed", "pickle", "pattern")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folders["empty"] / "adapter_config.json").write_text(json.dumps(config | {"r": HUGE}))
+    save_file(tensors | {"more": torch.zeros(0, 10**9)}, folders["empty"] / "adapter_model.safetensors")
+    pickled(folders["pickle"], {"a": Large()})
+    pickled(folders["packed"], {"a": torch.zeros(1).expand(2**31)})
+    pattern = "(?:a|b)?" * 100_000
+    (folders["pattern"] / "adapter_config.json").write_text(json.dumps(config | {"target_modules": pattern}))
+    save_file(tensors, folders["pattern"] / "adapter_model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+    *refused, grown = done.stdout.split()
+    assert refused == sorted(folders) and int(grown) < 500
