@@ -9,7 +9,7 @@ import pytest
 
 import siliang.engine.padding
 import siliang.train.run  # noqa: F401 - whatever defines errors
-from siliang.errors import CATALOGUE, _classes, as_markdown, explain, language, shown
+from siliang.errors import CATALOGUE, _classes, as_markdown, as_shown, explain, language
 from siliang.types import ConfigError, InterruptedRunError, SiliangError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,8 +26,8 @@ def test_every_class_is_in_the_catalogue() -> None:
         for text in (entry.zh.title, entry.zh.cause, entry.zh.remedy):
             assert re.search("[一-鿿]", text), text
         message = kind("what happened")
-        assert shown(message, "en") == f"error[{kind.code}]: what happened"
-        assert shown(message, "zh").startswith(f"错误[{kind.code}] {entry.zh.title}：what happened\n办法：")
+        assert as_shown(message, "en") == f"error[{kind.code}]: what happened"
+        assert as_shown(message, "zh").startswith(f"错误[{kind.code}] {entry.zh.title}：what happened\n办法：")
         assert entry.en.remedy in explain(kind.code.lower(), "en")
     assert InterruptedRunError.exit_code == 130 and ConfigError.exit_code == 2
 
@@ -70,4 +70,4 @@ def test_the_command_in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_line_of_any_length_is_cut() -> None:
-    assert len(shown(ConfigError("x" * 10_000), "en")) < 1100
+    assert len(as_shown(ConfigError("x" * 10_000), "en")) < 1100

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, NewType
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from siliang import other_names
-from siliang.files import absolute
+from siliang.files import absolute, found_again, pasted
 from siliang.memory.size import parse_bytes, parse_duration
 from siliang.safe_yaml import YamlError, dump_yaml, parse_yaml, read_text
+from siliang.secrets import redacted, shortened
 from siliang.types import ConfigError, TaskType, near, nearest
 from siliang.zero_settings import zero_settings
 
@@ -51,6 +52,7 @@ def _template(value: Any) -> Any:
     from siliang.data.templates import find_template
 
     if isinstance(value, str):
+        value = found_again(value)
         find_template(value)
     return value
 
@@ -113,10 +115,11 @@ def _name(value: Any) -> Any:
     if any(ord(c) < 32 or c == "\x7f" for c in value):
         # as of "C:\\new", with a line's end for the \\n
         raise ConfigError(
-            f"{value[:200]!r} is a name with a control character in it. In yaml's double quotes a backslash begins an "
-            "escape: write a Windows path in single quotes, without quotes, or with forward slashes."
+            f"{shortened(value, 200)!r} is a name with a control character in it. In yaml's double quotes a backslash "
+            "begins an escape: write a Windows path in single quotes, without quotes, or with forward slashes."
         )
-    return os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111
+    name = os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111
+    return found_again(name)
 
 
 Name = Annotated[str, BeforeValidator(_name)]
@@ -371,7 +374,7 @@ class MethodConfig(BaseModel):
                 allowed = ", ".join(sorted(fields)) or "none"
                 raise ConfigError(f"method.{key} is not a setting of {self.name}.{hint} Allowed: {allowed}.")
             if isinstance(value, int) and abs(value) >= 2**31:
-                raise ConfigError(f"method.{key} = {str(value)[:40]}: no such number is of use here.")
+                raise ConfigError(f"method.{key} = {shortened(value, 40)}: no such number is of use here.")
             if isinstance(value, str) and key in LISTS and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
                 assert self.model_extra is not None
                 names = as_list(value)
@@ -707,6 +710,7 @@ def _type_name(kind: Any) -> str:
 
 
 NOT_GIVEN: Any = object()
+SHELL = re.compile(r"[$`\\;|&<>\x00-\x1f\x7f]")
 ALSO = 20  # more of the wrong names that one message mends
 
 
@@ -739,7 +743,8 @@ def name_here(name: str, value: Any = NOT_GIVEN, *, section: str = "", fields: I
 
 
 def _quoted(assignments: Iterable[str]) -> str:
-    return " and ".join(f"`{assignment}`" for assignment in assignments)
+    """Settings as they may be pasted: what a shell would run or expand is in quotes."""
+    return " and ".join(f"`{pasted(a) if SHELL.search(a) else a}`" for a in assignments)
 
 
 def _own(name: str) -> other_names.Row | None:
@@ -808,8 +813,7 @@ def _explain(error: ValidationError) -> str:
     if isinstance(inner, ConfigError):
         text = str(inner)
         return f"{text if path.split('.')[0] in text else f'{path}: {text}'}{more}"
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 200 else f"{shown[:200]} ..."
+    shown = shortened(repr(redacted(first["input"])), 200, " ...")
     hint = _section_for(path, first["input"]) if first["type"] in ("model_type", "dict_type") else ""
     if first["type"] == "list_type":
         hint = f" Write a list: {path}=[a, b]."

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from siliang.secrets import shortened
 from siliang.types import ConfigError, SiliangError, nearest
 
 Language = Literal["en", "zh"]
@@ -279,12 +280,10 @@ def explain(code: str, language: Language) -> str:
     return f"{code.upper()}: {page.title}\n\n{cause}{page.cause}\n\n{remedy}{page.remedy}"
 
 
-def shown(error: SiliangError, language: Language) -> str:
+def as_shown(error: SiliangError, language: Language) -> str:
     """An error as the command prints it: its own words, and to a reader of Chinese also what it is and what to do."""
     # a file may hold lines of any length
-    words = "\n".join(
-        line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..." for line in str(error).split("\n")
-    )
+    words = "\n".join(shortened(line, LONGEST_LINE, " ...") for line in str(error).split("\n"))
     if language == "en":
         return f"error[{error.code}]: {words}"
     page = CATALOGUE[error.code].zh

@@ -19,10 +19,17 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from siliang.safe_json import read_json
+from siliang.secrets import HIDDEN, redacted, without_secrets
+from siliang.terminal import without_controls
 from siliang.types import OutputError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+
+# What libraries write of settings into the folder of a model or a checkpoint.
+SETTINGS = ("config.json", "generation_config.json", "trainer_state.json")
+TOKENIZER = "tokenizer_config.json"
+NAMES = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 
 # What the user can do about an error of the disk, by its number.
 DISK_ERRORS = {
@@ -38,8 +45,24 @@ DISK_ERRORS = {
 
 
 def pasted(*words: object) -> str:
-    """A command line as a shell takes it: names with blanks or quotes in quotes."""
-    return shlex.join(str(word) for word in words)
+    """A command line as a shell takes it: names with blanks or quotes in quotes, control characters as escapes.
+
+    Args:
+        words: Those that are names of files are `Path`s: one that begins with a dash would be an option.
+    """
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: object) -> str:
+    text = f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+    text = without_secrets(text)
+    if without_controls(text) == text and "\n" not in text and "\t" not in text:
+        return shlex.quote(text)
+    # $'...' of bash and zsh, where \x1b and \n stand for themselves
+    escaped = (
+        text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    )
+    return f"$'{without_controls(escaped)}'"
 
 
 @contextmanager
@@ -152,6 +175,30 @@ def absolute(name: str) -> str:
     path = Path(name).expanduser()
     here = path.exists() or (any(c in name for c in "*?[") and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
     return str(path.absolute()) if here else name
+
+
+def hide_secrets(folder: Path) -> None:
+    """Takes the secrets out of the settings that a library has written into a folder. A tokenizer's words and templates
+    stay, which are what it was trained with."""
+    for path in [folder / name for name in (*SETTINGS, TOKENIZER) if (folder / name).is_file()]:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == TOKENIZER:
+            clean = values | {key: redacted(values[key]) for key in NAMES if key in values}
+        else:
+            clean = redacted(values)
+        if clean != values:
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
+
+
+def found_again(name: str) -> str:
+    """A name that was written with its secrets hidden, as run.yaml holds it, as it is on this disk; as it was written
+    where nothing here, or more than one thing, could be meant."""
+    if HIDDEN not in name:
+        return name
+    pattern = "*".join(map(glob.escape, name.split(HIDDEN)))
+    found = [path for path in glob.iglob(pattern) if without_secrets(path) == name]  # noqa: PTH207 (absolute patterns)
+    return found[0] if len(found) == 1 else name
 
 
 def sha256(path: Path) -> str:

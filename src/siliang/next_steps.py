@@ -15,16 +15,16 @@ ASKED: dict[TaskType, tuple[str, str]] = {
 }
 
 
-def next_steps(folder: Path, task: TaskType, method: str) -> dict[str, tuple[str, ...]]:
-    """The words behind `siliang`, by what they do: use, chat, measure, merge."""
-    run = f"./{folder}" if str(folder).startswith("-") else str(folder)  # which would be an option
-    steps: dict[str, tuple[str, ...]] = {}
+def next_steps(folder: Path, task: TaskType, method: str) -> dict[str, tuple[str | Path, ...]]:
+    """The words behind `siliang`, by what they do, names of files as paths: use, chat, measure, merge."""
+    run = Path(folder)
+    steps: dict[str, tuple[str | Path, ...]] = {}
     if task in ASKED:
         command, text = ASKED[task]
         steps["use"] = (command, run, text)
         steps["chat"] = ("chat", run)
     steps["measure"] = ("eval", run)
     if find_method(method).merges:
-        merged = f"{run}-merged" if folder.name else "merged"
+        merged = Path(f"{run}-merged" if run.name else "merged")
         steps["merge"] = ("merge", run, "--output", merged)
     return steps

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from siliang.files import replacing
+from siliang.safe_json import dump_json
 from siliang.secrets import redacted
 from siliang.types import ConfigError, first_line
 
@@ -47,7 +48,7 @@ class Saved(Part):
 
     def save(self, path: Path) -> None:
         """Writes the file, never half of it, with no secret in it."""
-        text = json.dumps(plain(self.model_dump(mode="json")), indent=1, ensure_ascii=False, allow_nan=False)
+        text = dump_json(_finite(self.model_dump(mode="json")), indent=1)
         with replacing(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -69,13 +70,17 @@ class Saved(Part):
 def plain(value: Any) -> Any:
     """Values as a record's file holds them: no secrets, and as text the numbers that JSON does not have, NaN and
     Infinity, which the record's fields read back as numbers."""
+    return redacted(_finite(value))
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
+        return [_finite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return redacted(value)
+    return value
 
 
 class Device(Part):

@@ -23,7 +23,6 @@ from siliang.peft_model import PeftModel
 from siliang.record import RECORD_NAME, File, Record
 from siliang.run_settings import has_template_file, in_words, misplaced_settings
 from siliang.safe_yaml import dump_yaml
-from siliang.secrets import redacted
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, OutputError, TaskType
 
 CONFIG_NAME = "run.yaml"
@@ -194,7 +193,7 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
 def write_config(folder: Path, config: RunConfig) -> None:
     """Writes run.yaml, never half of it."""
     with replacing(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(dump_yaml(redacted(config.model_dump(mode="json"))), encoding="utf-8")
+        temporary.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -11,6 +11,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from siliang.secrets import redacted
+from siliang.terminal import json_escaped
+
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 50
 MAX_DIGITS = 40  # of a whole number: tokenizers write 10**30 for "no limit"
@@ -134,3 +137,13 @@ def _check_depth(value: Any) -> None:
 def where(path: Path, error: JsonError) -> str:
     """The file and, where it is known, the line of an error."""
     return f"{path}:{error.line}" if error.line else str(path)
+
+
+def dump_json(values: Any, *, indent: int | None = None, sort_keys: bool = False, ascii_only: bool = False) -> str:
+    """A JSON text of values; readers get back the very texts, but for secrets.
+
+    Args:
+        ascii_only: Escape every other letter too.
+    """
+    text = json.dumps(redacted(values), indent=indent, sort_keys=sort_keys, ensure_ascii=ascii_only)
+    return json_escaped(text)

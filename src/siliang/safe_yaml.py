@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from siliang.secrets import redacted
 from siliang.types import first_line
 
 MAX_CHARACTERS = 1_000_000
@@ -175,8 +176,8 @@ def check_yaml(text: str) -> None:
 
 
 def dump_yaml(values: Any) -> str:
-    """A yaml text, in the values' own order, that `parse_yaml` reads as the same values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """A yaml text, in the values' own order, that `parse_yaml` reads as the same values, but for their secrets."""
+    return yaml.dump(redacted(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass

@@ -1,41 +1,225 @@
-"""Keeps passwords and access tokens out of what is written or printed."""
+"""Keeps passwords and access tokens out of what is written or printed.
+
+What is secret: texts of the shapes of today's tokens, and the values of environment variables with a telling name.
+Values are redacted, and not the texts made of them: `redacted` before a file is encoded, `without_secrets` before
+something is printed, `shortened` and `part` before something is cut.
+"""
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
+import shlex
+from functools import lru_cache
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
-_SHAPES = (
-    re.compile(r"\bhf_[A-Za-z0-9]{16,}"),  # Hugging Face
-    re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{20,}"),  # OpenAI and others
-    re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"),
-    re.compile(r"\bAKIA[A-Z0-9]{16}\b"),  # Amazon
-    re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}"),
-    re.compile(r"(?<=://)[^/\s:@\"']+:[^/\s@\"']+(?=@)"),  # https://user:password@host
+LONGEST = 4096  # characters of a secret that is looked for behind the end of a text that is cut
+LEAST = 8  # characters of an environment's secret: shorter ones would hide parts of ordinary words
+
+# Where a token may begin: behind no letter and no digit, but behind an escape, \n or \x1b or %20, which ends with one.
+_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[abfnrtv0])|(?<=\\x[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2}))"
+_SECRET_WORDS = (
+    r"(?:passw(?:or)?d|passphrase|pwd|secret|client[_-]?secret|api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key"
+    r"|account[_-]?key|shared[_-]?access[_-]?key|auth[_-]?key|signing[_-]?key|encryption[_-]?key"
+    r"|(?:access|auth|api|hub|hf|bearer|refresh|secret|session|user|private|deploy|id|bot|x[_-]?amz[_-]?security)"
+    r"[_-]?token)"
 )
-_NAMES = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+
+# What must be in a text, in lower case, for a shape to be looked for, and the shape. A group in it is the secret.
+_SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
+    (tuple(hints.split()), re.compile(_START + shape if anchored else shape))
+    for hints, anchored, shape in (
+        # ---- by the beginning ----
+        ("hf_ api_org_", True, r"(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9]{16,}"),  # Hugging Face
+        ("sk- pk- rk-", True, r"(?:sk|pk|rk)-[A-Za-z0-9_-]{20,}"),  # OpenAI, Anthropic, OpenRouter, DeepSeek
+        ("sk_ pk_ rk_", True, r"(?:sk|pk|rk)_(?:live|test|prod)_[A-Za-z0-9_]{8,}"),  # Stripe
+        ("whsec_", True, r"whsec_[A-Za-z0-9+/=]{16,}"),
+        ("gh", True, r"gh[pousr]_[A-Za-z0-9]{20,}"),  # GitHub
+        ("github_pat_", True, r"github_pat_\w{20,}"),
+        ("gl", True, r"gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|soat|ffct)-[A-Za-z0-9_.-]{16,}"),  # GitLab
+        ("aiza", True, r"AIza[A-Za-z0-9_-]{30,}"),  # Google
+        ("ya29.", True, r"ya29\.[A-Za-z0-9._-]{10,}"),
+        ("gocspx-", True, r"GOCSPX-[A-Za-z0-9_-]{16,}"),
+        ("1//0", True, r"1//0[A-Za-z0-9_-]{20,}"),
+        ("akia asia abia acca", True, r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])"),  # Amazon
+        ("xox xapp-", True, r"(?:xox[a-z](?:\.xox[a-z])?|xapp)-[A-Za-z0-9-]{10,}"),  # Slack
+        ("hooks.slack.com", False, r"hooks\.slack\.com/(?:services|workflows)/([A-Za-z0-9/_-]{12,})"),
+        ("/webhooks/", False, r"/api/webhooks/(\d{10,}/[A-Za-z0-9_-]{20,})"),  # Discord
+        (".", True, r"[MNO][A-Za-z0-9_-]{22,27}\.[A-Za-z0-9_-]{6,7}\.[A-Za-z0-9_-]{27,}"),
+        ("mfa.", True, r"mfa\.[A-Za-z0-9_-]{20,}"),
+        (": %3a", False, r"(?<!\d)\d{8,10}(?::|%3[Aa])[A-Za-z0-9_-]{34,36}(?![A-Za-z0-9_-])"),  # Telegram
+        ("sg.", True, r"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),  # SendGrid
+        ("npm_ gsk_ r8_ ntn_ figd_ sbp_ hvs. pplx- xai- nvapi- dapi dop_v1_ doo_v1_ pypi- wandb_v1_ pul- pmak-", True,
+         r"(?:npm_|gsk_|r8_|ntn_|figd_|sbp_|hvs\.|pplx-|xai-|nvapi-|dapi|do[opr]_v1_|pypi-|wandb_v1_|pul-|PMAK-)"
+         r"[A-Za-z0-9_-]{24,}"),
+        ("lin_api_ shpat_ shpss_ lsv2_ age-secret-key-", True,
+         r"(?:lin_api_|shp(?:at|ss|ca|pa)_|lsv2_(?:pt|sk)_|AGE-SECRET-KEY-)[A-Za-z0-9_]{16,}"),
+        ("eyj", True, r"eyJ[A-Za-z0-9_-]{8,}(?:(?:\.|%2[Ee])[A-Za-z0-9_-]*){1,4}"),  # JSON web tokens
+        # ---- by what stands around them ----
+        ("-----begin", False,
+         r"-----BEGIN(?:[A-Z0-9 +]|%20)*PRIVATE(?: |%20|\+)KEY-----(?:(?!-----)[\s\S]){0,20000}"
+         r"(?:-----END(?:[A-Z0-9 +]|%20)*PRIVATE(?: |%20|\+)KEY-----)?"),
+        ("://", False, r"://([^\s/:@\"'<>]*:[^\s/\"'<>]+)@"),  # https://user:password@host
+        ("://", False, r"://([^\s/:@\"'<>]{16,})@"),  # https://token@host
+        ("%3a", False, r"(?i)%3A(?://|%2F%2F)([^\s/\"'<>&]+)%40"),
+        ("= %3d", False,  # of a URL's query; behind &amp; in HTML
+         r"(?i)(?:[?&;#,]|%3F|%26)(?:[\w.-]*[_.-])?"
+         r"(?:token|secret|password|passwd|pwd|apikey|key|sig|signature|credential|auth|authorization"
+         r"|accesskeyid|accesstoken|authtoken)(?:=|%3D)((?:(?!%26)[^\s&#\"'<>;\\])+)"),
+        ("accountkey sharedaccess", False,  # Azure
+         r"(?i)(?:AccountKey|SharedAccessKey|SharedAccessSignature)\s*=\s*([^\s;\"'<>]{8,})"),
+        ("bearer", False, r"(?i)bearer(?:\s+|%20|\+)(?=\S*\d|\S{20})([A-Za-z0-9._~+/=%-]{8,})"),
+        ("basic", False, r"[Bb]asic(?:\s+|%20)(?=\S*[\d=]|[A-Za-z]*[a-z][A-Z])([A-Za-z0-9+/=%]{8,})"),
+        ("authorization", False, r"(?i)authorization[\"'\\]*\s*[:=]\s*[\"'\\]*(?:\w+\s+)?([^\s\"',\\]{6,})"),
+        # password = "..." and api_key: ..., as in a settings file, and with JSON's or a shell's quotes
+        ("pass pwd secret key token", False,
+         rf"(?i)(?<![A-Za-z0-9]){_SECRET_WORDS}(?:[\"'\\]|&quot;|&#3[49];)*\s*[:=]\s*(?:[\"'\\]|&quot;|&#3[49];)*"
+         r"(?![\"'{\[(])(?=[^\s\"']*[\d+/=])([^\s\"',;&\\<>)\]}]{8,})"),
+        ("aws_secret_access_key secretaccesskey", False,
+         r"(?i)(?:aws_secret_access_key|secretaccesskey)[\"'\\]*(?:\s|%20)*(?:[:=]|%3D|%3A)(?:\s|%20)*"
+         r"[\"'\\]*([A-Za-z0-9/+=%]{16,})"),
+    )
+)  # fmt: skip
+
+# The words of an environment variable's name that say that it holds a secret, unless its end says that it is none.
+_NAMES = re.compile(
+    r"(?:^|_)(?:\w*TOKEN|\w*SECRET|\w*PASSWORD|PASSWD|PASSPHRASE|PASS|\w*API_?KEY|\w*ACCESS_?KEY|KEY|APIKEY"
+    r"|CREDENTIALS?|AUTH|AUTHORIZATION|CONNECTION_STRING|COOKIE|DSN|PAT)(?:_|$)",
+    re.IGNORECASE,
+)
+_NO_SECRET = re.compile(r"_(?:PATH|FILE|DIR|HOME|SOCK|URL|HOST|PORT|USER|NAME|TYPE|TTL|TIMEOUT)$", re.IGNORECASE)
+_USERINFO = re.compile(r"://[^\s/:@]*:([^\s/]+)@")
+_SECRET_KEY = re.compile(rf"(?i)(?:^|[_.-]){_SECRET_WORDS}$")
 
 
 def redacted(value: Any) -> Any:
-    """A structure with each of its texts `without_secrets`. Numbers stay as they are: in a text made of the whole, a
-    password of digits would take digits out of a number."""
-    if isinstance(value, str):
-        return without_secrets(value)
-    if isinstance(value, dict):
-        return {key: redacted(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(inner) for inner in value]
-    return value
+    """A structure with each of its texts `without_secrets`, its keys too. Numbers stay as they are: in a text made of
+    the whole, a password of digits would take digits out of a number."""
+    return _redacted(value, environment_secrets())
 
 
 def without_secrets(text: str) -> str:
     """The text with tokens and passwords hidden: by their shape, and those of this process's environment."""
-    for shape in _SHAPES:
-        text = shape.sub(HIDDEN, text)
-    for name, value in os.environ.items():
-        # shorter ones would hide parts of ordinary words
-        if len(value) >= 8 and value in text and _NAMES.search(name):
-            text = text.replace(value, HIDDEN)
+    return _hidden(text, environment_secrets())
+
+
+def shortened(value: object, most: int, more: str = "") -> str:
+    """The first `most` characters of a text that is to be shown, and `more` where it has more. Its secrets are hidden
+    before it is cut, for the first half of a token looks like none."""
+    whole = value if isinstance(value, str) else str(value)
+    text = without_secrets(whole[: most + LONGEST])
+    return text if len(text) <= most else f"{text[:most]}{more}"
+
+
+def part(text: str, start: int, end: int | None = None) -> str:
+    """`text[start:end]` to be shown, with what it holds of the whole text's secrets hidden."""
+    end = len(text) if end is None else min(end, len(text))
+    pieces, at = [], start
+    for first, last in secret_places(text):
+        if last <= at or first >= end:
+            continue
+        pieces += [text[at : max(first, at)], HIDDEN]
+        at = last
+    return "".join([*pieces, text[at:end]])
+
+
+def secret_places(text: str) -> list[tuple[int, int]]:
+    """Where secrets stand in a text: (first character, the one behind the last), in order, none within another."""
+    return _places(text, environment_secrets())
+
+
+def environment_secrets() -> tuple[str, ...]:
+    """The secrets among this process's environment variables, in each way in which they may be written; the longest
+    first."""
+    return _secrets_among(tuple(os.environ.items()))
+
+
+@lru_cache(4)
+def _secrets_among(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    found: set[str] = set()
+    for name, value in variables:
+        if _NAMES.search(name) and not _NO_SECRET.search(name) and not _is_path(value):
+            found.add(value.strip())
+        found.update(m[1] for m in _USERINFO.finditer(value))
+    return tuple(sorted({form for secret in found if len(secret) >= LEAST for form in _forms(secret)}, key=_longest))
+
+
+def _redacted(value: Any, own: tuple[str, ...]) -> Any:
+    if isinstance(value, str):
+        return _hidden(value, own)
+    if isinstance(value, dict):
+        found: dict[Any, Any] = {}
+        for key, inner in value.items():
+            name = _hidden(key, own) if isinstance(key, str) else key
+            shown, n = name, 2
+            while shown in found:  # two keys that differ by their secrets alone
+                shown, n = f"{name} {n}", n + 1
+            secret = isinstance(key, str) and isinstance(inner, str) and inner and _SECRET_KEY.search(key)
+            found[shown] = HIDDEN if secret else _redacted(inner, own)
+        return found
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted(inner, own) for inner in value]
+    return value
+
+
+def _hidden(text: str, own: tuple[str, ...]) -> str:
+    for first, last in reversed(_places(text, own)):
+        text = text[:first] + HIDDEN + text[last:]
     return text
+
+
+def _places(text: str, own: tuple[str, ...]) -> list[tuple[int, int]]:
+    if len(text) < LEAST:
+        return []
+    found: list[tuple[int, int]] = []
+    for secret in own:
+        at = text.find(secret)
+        while at >= 0:
+            if not _within_a_number(text, at, secret):
+                found.append((at, at + len(secret)))
+            at = text.find(secret, at + len(secret))
+    low = text.lower()
+    for hints, shape in _SHAPES:
+        if any(hint in low for hint in hints):
+            found += [m.span(1 if m.re.groups else 0) for m in shape.finditer(text)]
+    return _joined(sorted(place for place in found if text[slice(*place)] not in ("", HIDDEN)))
+
+
+def _joined(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for first, last in places:
+        if joined and first < joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], last)
+        else:
+            joined.append((first, last))
+    return joined
+
+
+def _within_a_number(text: str, at: int, secret: str) -> bool:
+    """A password of digits that is some digits of a longer number is not the password."""
+    around = text[at - 1 : at] + text[at + len(secret) : at + len(secret) + 1]
+    return secret.isdecimal() and any(c.isdecimal() for c in around)
+
+
+def _is_path(value: str) -> bool:
+    return value.startswith(("/", "./", "~/")) and os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111
+
+
+def _longest(text: str) -> tuple[int, str]:
+    return -len(text), text
+
+
+def _forms(secret: str) -> set[str]:
+    """A secret as it is, and in the escapes of Python, JSON, HTML, URLs and shells."""
+    forms = {secret, *(line.strip() for line in secret.splitlines())}
+    escaped = repr(secret)[1:-1]
+    forms |= {escaped, repr(secret + "'")[1:-2], repr(secret + "\"'")[1:-4], ascii(secret)[1:-1]}
+    forms |= {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    forms |= {html.escape(secret), html.escape(secret).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")}
+    forms |= {quote(secret), quote(secret, safe=""), quote_plus(secret), quote(secret, safe="").lower()}
+    forms |= {shlex.quote(secret).strip("'")}
+    return {form for form in forms if len(form) >= LEAST}

@@ -30,12 +30,14 @@ from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.evaluate import Reader, Sums
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import LABELS, Engine
+from siliang.files import hide_secrets
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.own_code import write_own_code
 from siliang.models.positions import Positions
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, autocast, claim, find_run, open_trained
+from siliang.secrets import shortened
 from siliang.train import metrics
 from siliang.types import WRITERS, ConfigError, DataError, MergeError, ModelError, TaskType, first_line
 
@@ -88,8 +90,9 @@ def _asked(run: OpenedRun, text: str | tuple[str, str]) -> Labelled:
     parts = text.split("\t") if isinstance(text, str) else text
     if len(parts) != 2 or not all(part.strip() for part in parts):
         first, second = run.record.columns["text"], run.record.columns["text_pair"]
+        given = shortened(text, 60)
         raise DataError(
-            f"{run.folder} was trained on pairs of texts, {first!r} and {second!r}, and {str(text)[:60]!r} has no "
+            f"{run.folder} was trained on pairs of texts, {first!r} and {second!r}, and {given!r} has no "
             f"{second!r}.\nGive both with a tab between them, or a file with both columns: siliang predict RUN a.csv."
         )
     return Labelled(parts[0], "", parts[1])
@@ -280,8 +283,8 @@ def _question(run: OpenedRun, asked: str | tuple[str, str]) -> Span:
     parts = asked.partition("\t")[::2] if isinstance(asked, str) else asked
     if not all(part.strip() for part in parts):
         raise DataError(
-            f"{run.folder} answers questions on a context, and {str(asked)[:60]!r} is not both.\nGive the question and "
-            "its context with a tab between them, or the context with --context, or a file with both columns."
+            f"{run.folder} answers questions on a context, and {shortened(asked, 60)!r} is not both.\nGive the "
+            "question and its context with a tab between them, the context with --context, or a file with both columns."
         )
     return Span(parts[0], parts[1], (), ())
 
@@ -621,6 +624,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
         merged.save_pretrained(temporary)  # type: ignore[operator]
         write_own_code(merged.config, temporary)
         served_tokenizer(run)[0].save_pretrained(temporary)
+        hide_secrets(temporary)
         output.rmdir()
         temporary.rename(output)
     except BaseException:

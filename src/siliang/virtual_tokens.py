@@ -31,6 +31,7 @@ from transformers import EncoderDecoderCache
 from siliang.methods.base import Prompt, PromptConfig, WrappedLayer, is_linear
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.ops.packed_attention import Layout
+from siliang.secrets import shortened
 from siliang.types import ConfigError, TaskType, first_line
 
 
@@ -71,7 +72,7 @@ class Route(ABC):
             route.remove()
             if _is_unknown(model, config.task_type, error):
                 return
-            said = first_line(error, kind=True)[:160]
+            said = shortened(first_line(error, kind=True), 160)
             raise ConfigError(f"{name} cannot take the virtual tokens of {config.peft_type} ({said}). {way}") from None
         finally:
             route.remove()

@@ -15,6 +15,7 @@ from siliang.data.examples import Labelled, Span, Tagged
 from siliang.data.formats import misplaced
 from siliang.data.labels import alike, joined, no_label, strange
 from siliang.data.numbers import as_number, is_whole
+from siliang.secrets import shortened
 from siliang.types import WRITERS, TaskType
 
 LARGEST_SHARE = 0.8  # of one class, above which a model that says nothing else looks good
@@ -146,8 +147,8 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
             fix="Remove these rows; where it is a class, list the classes in data.labels.",
         )
     if s.task is TaskType.SEQ_CLS and (mark := joined(names)):
-        shown = ", ".join(repr(name) for name in names if mark in name.strip())
-        yield Found(f"several labels in one, separated by {mark!r}: {shown[:100]}; seq_cls learns one class for a text")
+        shown = shortened(", ".join(repr(name) for name in names if mark in name.strip()), 100)
+        yield Found(f"several labels in one, separated by {mark!r}: {shown}; seq_cls learns one class for a text")
     together = {name for group in groups for name in group}
     if odd := [name for name in strange(names) if name not in together]:
         missing = any(name.casefold().strip() in ("nan", "-nan", "<na>", "nat") for name in odd)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siliang.cli.console import as_text, input_lines
+from siliang.cli.console import as_text, input_lines, rich_console
 from siliang.cli.used_run import Base, Force, show_notes
+from siliang.terminal import Pieces, bare, cover, one_line
 
 if TYPE_CHECKING:
     from siliang.chat import Chat
@@ -66,26 +67,31 @@ def _prompts() -> Iterator[str]:
 def _one_by_one(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperature: float) -> None:
     """Plain lines, each answer behind its name, for whoever reads them from a pipe."""
     for name in opened.names:
-        sys.stdout.write(f"{name}: ")
-        opened.answer(name, prompt, _write, max_new_tokens=max_new_tokens, temperature=temperature)
-        _write("\n")
+        _write(f"{one_line(name)}: ")
+        pieces = Pieces()
+
+        def hear(text: str, pieces: Pieces = pieces) -> None:
+            _write(pieces.add(text))
+
+        opened.answer(name, prompt, hear, max_new_tokens=max_new_tokens, temperature=temperature)
+        _write(f"{pieces.end()}\n")
     _write("\n")
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """A clean text."""
+    print(text, end="", file=bare(sys.stdout), flush=True)
 
 
 def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperature: float) -> None:
     """A column each, filled as the words come."""
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
     from rich.segment import Segment, Segments
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = rich_console()
     at_once = max(1, min(WIDEST, console.width // NARROWEST, len(opened.names)))
     answers = {name: Text() for name in opened.names}
 
@@ -95,7 +101,7 @@ def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperatu
             names = opened.names[start : start + at_once]
             grid = Table(box=None, expand=True, padding=(0, 1), pad_edge=False, header_style="bold")
             for name in names:
-                grid.add_column(Text(name), ratio=1, overflow="fold")
+                grid.add_column(Text(one_line(name)), ratio=1, overflow="fold")
             grid.add_row(*(answers[name] for name in names))
             grids.append(grid)
         return Group(*grids)
@@ -106,12 +112,15 @@ def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperatu
         return Segments([segment for line in lines for segment in (*line, Segment.line())])
 
     with Live(end_of_it(), console=console, refresh_per_second=10) as live:
+        cover()
         for name in opened.names:
+            pieces = Pieces()
 
-            def hear(text: str, shown: Text = answers[name]) -> None:
-                shown.append(text)
+            def hear(text: str, shown: Text = answers[name], pieces: Pieces = pieces) -> None:
+                shown.append(pieces.add(text))
                 live.update(end_of_it())
 
             opened.answer(name, prompt, hear, max_new_tokens=max_new_tokens, temperature=temperature)
+            answers[name].append(pieces.end())
         live.update(drawn())
     print()

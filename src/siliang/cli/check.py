@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siliang.cli.console import print_json
+from siliang.cli.console import print_json, rich_console
+from siliang.terminal import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,11 +74,9 @@ def _page(code: str) -> str:
 
 
 def _show(subject: Subject, findings: list[Finding], counts: dict[str, Any], examples: int) -> None:
-    from rich.console import Console
-
     from siliang.cli.show_examples import show_examples
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = rich_console(soft_wrap=not sys.stdout.isatty())
     show_examples(console, subject, examples)
     console.print(f"{'columns':<18}{subject.examples.says_columns}", markup=False)
     for line in subject.examples.notes:
@@ -100,7 +99,7 @@ def _show_finding(console: Console, f: Finding) -> None:
 
     style = "bold red" if f.severity == "error" else "yellow"
     head = Text(f"{f.code} {'accepted' if f.accepted else f.severity}", style=style)
-    console.print(head + Text(f"  {f.title}: {f.message}", style=""))
+    console.print(head + Text(shown(f"  {f.title}: {f.message}"), style=""))
     lines = [("cause", f.cause), ("fix", f.fix)]
     if f.rows and f.code not in ("SL001", "SL030"):
         more = f" and {f.count - len(f.rows):,} more" if f.count > len(f.rows) else ""
@@ -110,7 +109,7 @@ def _show_finding(console: Console, f: Finding) -> None:
         grid.add_column(no_wrap=True)
         grid.add_column(overflow="fold")
         for name, text in lines:
-            grid.add_row(f"      {name}", Text(text))
+            grid.add_row(f"      {name}", Text(shown(text)))
         console.print(grid)
     else:  # a line each, for whoever searches in them
         for name, text in lines:

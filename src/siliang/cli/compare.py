@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from siliang.cli.console import rich_console
+from siliang.terminal import bare, one_line
+
 if TYPE_CHECKING:
     from siliang.compare.record import Trial
     from siliang.record import Record
@@ -108,7 +111,6 @@ def run(config: Any, *, jobs: int, language: str, ray: str | None = None, force:
 
 def show(material: Material, language: str) -> None:
     """Prints the table and the answer."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -120,19 +122,19 @@ def show(material: Material, language: str) -> None:
     found = lines(material)
     columns, rows = table(found, material, w)
     plain = not sys.stdout.isatty()
-    console = Console(highlight=False, width=10_000 if plain else None)
+    console = rich_console(width=10_000 if plain else None)
     for part in [columns] if plain else _fitting(columns, rows, console.width):
         grid = Table(box=None, padding=(0, 1), pad_edge=False, header_style="" if plain else "bold")
         for column in part:
-            grid.add_column(column.title, justify="right" if column.number else "left", no_wrap=True)
+            grid.add_column(Text(one_line(column.title)), justify="right" if column.number else "left", no_wrap=True)
         for cells in rows:
-            grid.add_row(*(Text(cells[columns.index(column)].text) for column in part))
+            grid.add_row(*(Text(one_line(cells[columns.index(column)].text)) for column in part))
         for line in _captured(console, grid):
-            print(line)
+            print(line, file=bare(sys.stdout))
         print()
     for line in found:
         for note in notes(line, w):
-            print(f"{line.label}: {note}")
+            print(f"{one_line(line.label)}: {one_line(note)}")
     if len(found) > 1:
         print(w["terminal_note"])
     for sentence in sentences(answer(found, material), material, w):
@@ -190,7 +192,7 @@ class Display:
         """A trial begins."""
         tried = ", ".join(f"{key} {value}" for key, value in trial.settings.items())
         what = f", {tried}" if tried else ""
-        name = f"{trial.method}{what}, seed {trial.seed}"
+        name = one_line(f"{trial.method}{what}, seed {trial.seed}")
         self._begun[trial.folder] = (time.perf_counter(), f"{number:>3}/{of}  {name}")
         self._rows[trial.folder] = (self._begun[trial.folder][1], "...")
         self._draw()
@@ -219,7 +221,7 @@ class Display:
         self._rows.pop(trial.folder, None)
         self._clear()
         if record is None:
-            print(f"{name}  failed: {trial.error}", flush=True)
+            print(f"{name}  failed: {one_line(trial.error or '')}", flush=True)
             return
         quality = QUALITY[TaskType(record.config["task"])].name
         took = duration(time.perf_counter() - started)
@@ -230,13 +232,16 @@ class Display:
             return
         from rich.live import Live
         from rich.table import Table
+        from rich.text import Text
 
         self._shown = time.perf_counter()
         grid = Table.grid(padding=(0, 2))
         for row in self._rows.values():
-            grid.add_row(*row)
+            grid.add_row(*map(Text, map(one_line, row)))
         if self._live is None:
-            self._live = Live(auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(
+                console=rich_console(), auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
             self._live.start()
         self._live.update(grid, refresh=True)
 

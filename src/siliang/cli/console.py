@@ -1,4 +1,5 @@
-"""The terminal: what its encoding cannot show is replaced, JSON stays JSON, and what comes in must be text."""
+"""The one door of all that is printed: secrets are hidden, control characters escaped, what the encoding cannot show is
+replaced; JSON stays JSON, and what comes in must be text."""
 
 from __future__ import annotations
 
@@ -8,11 +9,17 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from siliang.files import pasted
+from siliang.secrets import redacted, shortened
+from siliang.terminal import as_product, bare, cover, json_escaped, shown
 from siliang.types import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HANDLER = "siliang.replace"
 # For characters that siliang itself prints; each stands for one character, so that columns stay columns.
@@ -23,15 +30,30 @@ PLAIN = {
 }  # fmt: skip
 
 
-def prepare_console() -> None:
-    """Makes standard output and error show every text: a character that their encoding lacks becomes another one.
+@contextmanager
+def prepared_console() -> Iterator[None]:
+    """Within the block standard output and error are screens (terminal.py), and show every text: a character that their
+    encoding lacks becomes another one.
 
     Without it a run on a Windows console (GBK, cp1252), or behind a pipe with LC_ALL=C, ends at the first emoji of its
     data.
     """
-    for stream in (sys.stdout, sys.stderr):
+    before = sys.stdout, sys.stderr
+    for stream in before:
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors=HANDLER)
+    cover()
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def rich_console(**settings: Any) -> Console:
+    """A console of Rich's that writes its own escapes to standard output, and those of nobody else."""
+    from siliang.cli.shown_console import ShownConsole
+
+    return ShownConsole(file=bare(sys.stdout), highlight=False, **settings)
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
@@ -46,12 +68,18 @@ codecs.register_error(HANDLER, _replace)
 
 def print_json(value: Any, indent: int | None = None) -> None:
     """Prints a value as JSON that every reader takes: nan and infinity as null, and escapes where the encoding lacks a
-    character."""
+    character or a terminal would obey it. Its texts keep their content, but for secrets."""
     unicode = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "").startswith("utf")
-    text = json.dumps(_finite(value), ensure_ascii=False, indent=indent)
+    value = redacted(_finite(value))
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
     if not unicode or any("\ud800" <= c <= "\udfff" for c in text):
-        text = json.dumps(_finite(value), indent=indent)
-    print(text)
+        text = json.dumps(value, indent=indent)
+    print(json_escaped(text), file=bare(sys.stdout))
+
+
+def print_product(text: str) -> None:
+    """Prints a text that the command was run for: on a terminal as all others, into a file or a pipe `as_product`."""
+    print(shown(text) if sys.stdout.isatty() else as_product(text), file=bare(sys.stdout))
 
 
 def _finite(value: Any) -> Any:
@@ -88,7 +116,7 @@ def as_text(text: str, what: str) -> str:
     """
     if any("\ud800" <= c <= "\udfff" for c in text):
         encoding = sys.getfilesystemencoding()
-        raise ConfigError(f"{what} holds bytes that are not {encoding}: {text[:80]!r}. Convert it to UTF-8.")
+        raise ConfigError(f"{what} holds bytes that are not {encoding}: {shortened(text, 80)!r}. Convert it to UTF-8.")
     return text
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from siliang.cli.console import as_text
+from siliang.cli.console import as_text, print_product
 from siliang.cli.used_run import Force, Run, show_notes
 
 
@@ -45,7 +45,7 @@ def generate(
     for of_base in (True, False) if beside else (False,):
         if beside:
             print("base:" if of_base else "\ntuned:")
-        print(
+        print_product(
             write(
                 opened,
                 instruction,

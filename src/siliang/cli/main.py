@@ -34,9 +34,11 @@ from siliang.cli import (
     train,
     used_run,
 )
-from siliang.cli.console import prepare_console
+from siliang.cli.console import prepared_console
 from siliang.cli.own_code import may_run
 from siliang.environment import bound_kernel_caches, quieten_libraries
+from siliang.secrets import shortened
+from siliang.terminal import shown
 from siliang.types import (
     ConfigError,
     DeviceMemoryError,
@@ -133,7 +135,11 @@ def options(
 def main() -> None:
     """The entry point: runs a command; errors become one or two lines and an exit code: 2, 130 for Ctrl-C, 1 for an
     error of siliang's own, whose traceback is in a file, or shown with --debug."""
-    prepare_console()
+    with prepared_console():
+        _run()
+
+
+def _run() -> None:
     _quieten_libraries()
     bound_kernel_caches()
     given, rest = sys.argv[1:], []
@@ -185,19 +191,17 @@ def _run(words: list[str], *, debug: bool) -> int:
 
 def _unexpected(error: Exception) -> int:
     """A fault of siliang's own: one line, and the traceback where a report can take it from."""
-    from siliang.secrets import without_secrets
-
     kept = "siliang --debug shows the traceback"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="siliang-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
         ) as file:
-            file.write(without_secrets(traceback.format_exc()))
+            file.write(shown(traceback.format_exc()))
             kept = f"the traceback is in {file.name}"
     except OSError:
         pass
     where = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())[:300]
+    text = shortened(" ".join(str(error).split()), 300)
     return _say(
         f"error: internal error: {type(error).__name__}: {text} "
         f"({Path(where.filename).name}:{where.lineno}).\nThis is a fault of siliang; {kept}. Please report it.",
@@ -211,14 +215,13 @@ def _say(message: str, code: int) -> int:
 
 
 def _tell(error: SiliangError) -> int:
-    from siliang.errors import language, shown
-    from siliang.secrets import without_secrets
+    from siliang.errors import as_shown, language
 
     alone = isinstance(error, RankError | DeviceMemoryError)  # not every rank may have it
     if os.environ.get("RANK", "0") != "0" and not alone:
         return error.exit_code
     stopped = isinstance(error, InterruptedRunError) and language() == "en"  # what the user asked for is no error
-    return _say(without_secrets(str(error) if stopped else shown(error, language())), error.exit_code)
+    return _say(str(error) if stopped else as_shown(error, language()), error.exit_code)
 
 
 def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
@@ -250,7 +253,7 @@ def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
 
 def _short(name: Any) -> str:
     text = str(name if name is not None else "")
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"
+    return text if len(text) <= 120 else shortened(text, 100, f"... ({len(text):,} characters)")
 
 
 def _of_usage(error: Any, words: list[str]) -> ConfigError:
@@ -258,7 +261,7 @@ def _of_usage(error: Any, words: list[str]) -> ConfigError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "siliang"
     message = " ".join(str(error.format_message()).split())
-    message = message if len(message) <= 300 else f"{message[:300]} ..."
+    message = shortened(message, 300, " ...")
     if (option := getattr(error, "option_name", None)) and message.startswith("No such option"):
         return ConfigError(f"{path}: {_no_option(option, error, words)} `{path} --help` lists its options.")
     if message.startswith("No such command"):

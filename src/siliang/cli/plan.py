@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siliang.cli.console import command_line, print_json
+from siliang.cli.console import command_line, print_json, rich_console
+from siliang.files import pasted
+from siliang.terminal import bare, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -215,18 +217,19 @@ class _Say:
 
     def __call__(self, what: str) -> None:
         if self._on:
-            print(f"\r\033[Kplanning {what} ..." if what else "\r\033[K", end="", file=sys.stderr, flush=True)
+            said = f"planning {one_line(what)} ..." if what else ""
+            print(f"\r\033[K{said}", end="", file=bare(sys.stderr), flush=True)
 
 
 def show(record: PlanRecord) -> None:
     """The table, the bars, and what to change."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from siliang.cli.show import duration, size
 
     wide = {} if sys.stdout.isatty() else {"width": 120}
-    console = Console(highlight=False, **wide)  # type: ignore[arg-type]
+    console = rich_console(**wide)
     for line in headline(record):
         console.print(line, markup=False)
     planned = [m for m in record.methods if not m.error]
@@ -252,7 +255,7 @@ def show(record: PlanRecord) -> None:
     widest = max([m.peak_bytes for m in planned] + [1])
     for m in planned:
         cells: list[Any] = [
-            m.method,
+            Text(one_line(m.method)),
             f"{m.trained:,}",
             f"{100 * m.trained / m.total:.3g}%",
             size(m.adapter_bytes),
@@ -334,8 +337,9 @@ def _show_changes(console: Console, record: PlanRecord) -> None:
             console.print(f"  {change.setting}: {change.before} -> {change.after}   ({change.price})", markup=False)
 
     if len(record.methods) > 1 and (left := [m.method for m in record.methods if m.fits is False]):
+        method = left[0].replace(",", " ").split()[0]
         console.print(
-            f"\nwhat to change so that it fits: siliang plan ... --method {left[0].replace(',', ' ').split()[0]}",
+            f"\nwhat to change so that it fits: siliang plan ... {pasted('--method', method)}",
             markup=False,
         )
 

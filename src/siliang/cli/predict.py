@@ -10,6 +10,7 @@ import typer
 
 from siliang.cli.console import as_text, command_line, input_lines, print_json
 from siliang.cli.used_run import Base, Force, Run, show_notes
+from siliang.terminal import one_line
 
 if TYPE_CHECKING:
     from siliang.run_folder import OpenedRun
@@ -89,7 +90,7 @@ def _show(p: Prediction | TaggedWords | Answer | None, run: OpenedRun, *, as_jso
     if isinstance(p, Prediction):
         pair = {} if p.pair is None else {"pair": p.pair}
         values = {"text": p.text, **pair, "label": p.label, "probability": round(p.probability, 4)}
-        line = "\t".join([p.label, f"{p.probability:.2f}", p.text, *pair.values()])
+        cells = [p.label, f"{p.probability:.2f}", p.text, *pair.values()]
     elif isinstance(p, Answer):
         values = {
             "question": p.question,
@@ -99,19 +100,19 @@ def _show(p: Prediction | TaggedWords | Answer | None, run: OpenedRun, *, as_jso
             "end": p.end,
             "probability": round(p.probability, 4),
         }
-        line = f"{p.text if p.begin is not None else '(no answer)'}\t{p.probability:.2f}\t{p.question}"
+        cells = [p.text if p.begin is not None else "(no answer)", f"{p.probability:.2f}", p.question]
     elif p is not None:
         spans = [{"text": s.text, "tag": s.tag, "words": list(s.words)} for s in p.spans]
         values = {"text": p.text, "words": list(p.words), "tags": list(p.tags), "spans": spans}
-        line = f"{', '.join(f'{s.text} {s.tag}' for s in p.spans)}\t{p.text}"
+        cells = [", ".join(f"{s.text} {s.tag}" for s in p.spans), p.text]
     else:
         empty = (
             {"question": "", "answer": None}
             if run.config.task is TaskType.QUESTION_ANS
             else {"text": "", "label": None}
         )
-        values, line = empty | {"probability": None}, ""
+        values, cells = empty | {"probability": None}, [""]
     if as_json:
         print_json(values)
     else:
-        print(line)
+        print("\t".join(map(one_line, cells)))

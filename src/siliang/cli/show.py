@@ -6,8 +6,9 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from siliang.cli.console import rich_console
 from siliang.memory.size import show_bytes as size
-from siliang.secrets import without_secrets
+from siliang.terminal import cover
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -62,7 +63,7 @@ class TrainingDisplay:
 
     def say(self, line: str) -> None:
         """Prints one line."""
-        print(without_secrets(line), flush=True)
+        self._print(line)
 
     def progress(self, p: Progress) -> None:
         """Shows where the training is."""
@@ -81,7 +82,7 @@ class TrainingDisplay:
         from rich.progress import Progress as Bar
 
         if isinstance(self._bar, Bar):
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(line, markup=False)
         else:
             print(line, flush=True)
 
@@ -91,8 +92,9 @@ class TrainingDisplay:
 
         if not isinstance(self._bar, Bar):
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-            self._bar = Bar(*columns, transient=False)
+            self._bar = Bar(*columns, console=rich_console(), transient=False)
             self._task = self._bar.add_task("", total=p.steps, text="")
             self._bar.start()
+            cover()
         assert self._task is not None
         self._bar.update(self._task, completed=p.step, text=f"{text}  {duration(p.eta_s)} to go")

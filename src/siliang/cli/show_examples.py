@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from siliang.data.encode import IGNORED
+from siliang.secrets import secret_places
 from siliang.types import TaskType
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from siliang.check import Subject
 
+MARK = "learned"  # of stretches, until they get their marks
+AROUND = 100  # tokens of a secret that is looked for on both sides of a place
 HEAD, TAIL = 300, 100  # tokens shown of a long row: its end is where the end of sequence is learned or is not
 
 # (on a terminal, in plain lines)
@@ -75,6 +78,18 @@ def _line(pen: _Pen, subject: Subject, row: dict[str, Any]) -> Text:
             return pen.tokens(ids, {i for i, label in enumerate(row["labels"]) if label != IGNORED})
 
 
+def _marked(text: Text) -> Text:
+    """Plain text, with marks around what is learned."""
+    from rich.text import Text
+
+    inside = {i for span in text.spans if span.style == MARK for i in range(span.start, span.end)}
+    out = ""
+    for i, character in enumerate(text.plain):
+        out += ("[[" if i in inside and i - 1 not in inside else "") + character
+        out += "]]" if i in inside and i + 1 not in inside else ""
+    return Text(out)
+
+
 class _Pen:
     """Writes tokens in colours, or, where there are none, with marks."""
 
@@ -97,9 +112,11 @@ class _Pen:
         Args:
             learned: The positions to mark. None: all, without need of a mark where there are no colours.
         """
+        from siliang.cli.shown_console import shown_text
+
         mark = not self.colours and learned is not None
         learned = set(range(len(ids))) if learned is None else learned
-        hidden = range(HEAD, len(ids) - TAIL)
+        hidden = self.hidden(ids)
         out = self.plain("")
         at = 0
         while at < len(ids):
@@ -121,15 +138,28 @@ class _Pen:
             if self.colours:
                 out.append(text, ("green" if on else "bright_black") + (" reverse" if special else ""))
             else:
-                opens = mark and on and (at - 1 not in learned or at - 1 in hidden)
-                closes = mark and on and (end not in learned or end in hidden)
-                out.append(("[[" if opens else "") + text + ("]]" if closes else ""))
+                out.append(text, MARK if mark and on else "")
             at = end
-        return out
+        return _marked(shown_text(out)) if mark else out
+
+    def hidden(self, ids: list[int]) -> range:
+        """The positions in the middle of very many that are left out: no secret is cut in two, and half of it shown."""
+        start, stop = HEAD, max(HEAD, len(ids) - TAIL)
+        while start < stop and self.cuts_a_secret(ids, start):
+            start += 1
+        while start < stop and self.cuts_a_secret(ids, stop):
+            stop -= 1
+        return range(start, stop)
+
+    def cuts_a_secret(self, ids: list[int], at: int) -> bool:
+        first = max(0, at - AROUND)
+        begins = len(self.tokenizer.decode(ids[first:at], clean_up_tokenization_spaces=False))
+        whole = self.tokenizer.decode(ids[first : at + AROUND], clean_up_tokenization_spaces=False)
+        return any(start < begins < end for start, end in secret_places(whole))
 
     def tagged(self, ids: list[int], labels: list[int], names: list[str]) -> Text:
         """Each token, with its tag where it has one."""
-        hidden = range(HEAD, len(ids) - TAIL)
+        hidden = self.hidden(ids)
         parts: list[Text] = []
         for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if i in hidden:

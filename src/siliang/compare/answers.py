@@ -15,6 +15,7 @@ from siliang.compare.record import Answer, Answers
 from siliang.data.examples import Conversation, Example, Labelled, SourceTarget, Span, Tagged, Text
 from siliang.data.words import join_words
 from siliang.run_folder import OpenedRun
+from siliang.secrets import part
 from siliang.train import metrics
 from siliang.train.run import Run
 from siliang.types import TaskType
@@ -140,7 +141,8 @@ def _surroundings(example: Span) -> str:
     at = example.starts[0] if example.starts else 0
     start = max(0, at - BEGINNING)
     end = at + (len(example.answers[0]) if example.answers else 0) + BEGINNING
-    return f"{'…' if start else ''}{example.context[start:end]}{'…' if end < len(example.context) else ''}"
+    shown = part(example.context, start, end)
+    return f"{'…' if start else ''}{shown}{'…' if end < len(example.context) else ''}"
 
 
 def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int, *, base: bool) -> Answers:
@@ -153,8 +155,12 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
             continue
         instruction, input, right, plain = asked
         given = generate(opened, instruction, input, up_to=max_new_tokens, base=base, plain=plain)
-        place = run.examples.eval.where(number)
-        found.rows.append(Answer(where=place, asked=f"{instruction}\n{input}".strip(), right=right, given=given))
+        place, shown = run.examples.eval.where(number), f"{instruction}\n{input}".strip()
+        if plain:  # a text that was cut in two, perhaps within a secret
+            at = len(instruction)
+            shown = part(instruction + right, 0, at).strip()
+            given, right = part(instruction + given, at), part(instruction + right, at)
+        found.rows.append(Answer(where=place, asked=shown, right=right, given=given))
     if run.config.task is TaskType.SEQ_2_SEQ_LM:
         with run.model.disable_adapter() if base else nullcontext():
             found.figures["rouge_l"] = rouge_l(opened, run.held_out)

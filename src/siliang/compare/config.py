@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from siliang import other_names
 from siliang.config import MethodConfig, RunConfig, Section, Seed, describe, name_here
 from siliang.safe_yaml import dump_yaml
+from siliang.secrets import redacted
+from siliang.terminal import one_line
 from siliang.types import ConfigError, nearest
 
 SEVEN = ("full", "bitfit", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning")
@@ -40,8 +42,9 @@ class MethodEntry(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> MethodEntry:
         self.name = MethodConfig(name=self.name, **self.arguments).name
+        self.label = one_line(self.label)  # it names a folder, and lines of records and tables
         if not self.label:
-            self.label = " ".join([self.name, *(f"{k}={v}" for k, v in (self.model_extra or {}).items())])
+            self.label = " ".join([self.name, *(f"{k}={v}" for k, v in redacted(self.model_extra or {}).items())])
         return self
 
 

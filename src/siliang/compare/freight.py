@@ -19,6 +19,7 @@ from typing import Any
 
 from siliang.data.cache import KEEP_DAYS, cache_folder
 from siliang.files import MANIFEST, replacing, seal
+from siliang.safe_json import dump_json
 from siliang.safe_yaml import dump_yaml, parse_yaml
 
 FOLDER = "cluster"  # in the cache
@@ -203,7 +204,7 @@ class Names:
                 new = dump_yaml(self.back(parse_yaml(text)))
             else:
                 indent = len(text.partition("\n")[2]) - len(text.partition("\n")[2].lstrip(" "))
-                new = json.dumps(self.back(json.loads(text)), indent=indent or None, ensure_ascii=False)
+                new = dump_json(self.back(json.loads(text)), indent=indent or None)
                 new += "\n" * text.endswith("\n")
             with replacing(path) as temporary:
                 temporary.write_text(new, encoding="utf-8")

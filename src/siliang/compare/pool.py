@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from siliang.secrets import shortened
+
 STOP_S = 30.0  # for a run to end its step and save it, when the user stops a comparison
 
 
@@ -193,5 +195,5 @@ def _why_gone(code: int, log: Path) -> str:
     with suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if lines:
-            return f"the process ended with code {code}: {lines[-1][:200]} (see {log})"
+            return f"the process ended with code {code}: {shortened(lines[-1], 200)} (see {log})"
     return f"the process ended with code {code}"

@@ -30,6 +30,7 @@ from siliang.compare.record import ANSWERS_NAME
 from siliang.config import RunConfig
 from siliang.memory.free import free_memory
 from siliang.plan.before import Planner
+from siliang.terminal import cover
 from siliang.train.run import Listener, Run, make_trainer, prepare, train
 from siliang.train.watcher import Progress
 from siliang.types import SiliangError
@@ -43,6 +44,7 @@ def main() -> None:
     """Serves requests until there are no more; ends at once when the process that asks is gone."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    cover()  # the log
     disable_progress_bar()
     for name in LIBRARIES:
         importlib.import_module(name)

@@ -20,6 +20,7 @@ from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
 from siliang.limits import RefusedError, render
 from siliang.safe_json import JsonError, parse_json
+from siliang.secrets import shortened
 from siliang.types import DataError, first_line
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `_Written.words`
@@ -367,7 +368,7 @@ def _tools(text: str) -> Any:
     try:
         tools = parse_json(text, foreign=True)
     except JsonError as error:
-        raise DataError(f"has tools that are not JSON: {text[:60]!r} ({error})") from None
+        raise DataError(f"has tools that are not JSON: {shortened(text, 60)!r} ({error})") from None
     tools = tools if isinstance(tools, list) else [tools]
     return [
         t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t} for t in tools

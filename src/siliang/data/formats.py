@@ -31,6 +31,7 @@ from siliang.data.json_stream import WrittenFloat
 from siliang.data.numbers import as_number
 from siliang.data.text_files import INVISIBLE
 from siliang.safe_json import JsonError, parse_json
+from siliang.secrets import shortened
 from siliang.types import DataError, TaskType, near
 
 Values = dict[str, Any]
@@ -335,7 +336,7 @@ def _with_marks(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:60]} ..."
+    return shortened(text, 60, " ...")
 
 
 def _given(value: Any) -> bool:
@@ -498,7 +499,7 @@ def _message(turn: Any) -> Message:
     trained = _trained(turn, role)
     if named in CALLING:
         if not (calls := _calls(content)):
-            raise BadRow(f"is a {named} whose value is no {{name, arguments}}: {content[:60]!r}")
+            raise BadRow(f"is a {named} whose value is no {{name, arguments}}: {shortened(content, 60)!r}")
         return Message(role, "", calls=calls, reasoning=reasoning, trained=trained)
     calls = _calls(_first(turn, "tool_calls", "function_call") or [])
     if calls is None:
@@ -734,7 +735,7 @@ def misplaced(example: Span) -> str | None:
     """What is wrong with an answer's start; None if nothing is."""
     for text, start in zip(example.answers, example.starts, strict=True):
         if start < 0 or example.context[start : start + len(text)] != text:
-            return f"has the answer {text[:40]!r}, which does not stand at its start ({start})"
+            return f"has the answer {shortened(text, 40)!r}, which does not stand at its start ({start})"
     return None
 
 

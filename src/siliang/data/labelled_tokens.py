@@ -9,6 +9,7 @@ from siliang.config import DataConfig
 from siliang.data.encode import IGNORED
 from siliang.data.entries import Rows, dropped
 from siliang.data.examples import Labelled, SourceTarget, Span, Tagged
+from siliang.secrets import shortened
 from siliang.types import DataError
 
 
@@ -118,8 +119,9 @@ def spans(tokenizer: Any, data: DataConfig, examples: Sequence[Span]) -> list[Ro
         _windows(tokenizer, data.max_length, step, examples, numbers, rows)
     for example, windows in zip(examples, rows, strict=True):
         if example.answers and not any(row["end_positions"] for row in windows):
+            answer = shortened(example.answers[0], 40)
             raise DataError(
-                f"has an answer that no window of {data.max_length} tokens holds ({example.answers[0][:40]!r} at "
+                f"has an answer that no window of {data.max_length} tokens holds ({answer!r} at "
                 f"{example.starts[0]}): it would be learned as no answer; look at its start, or raise data.max_length "
                 "or data.stride"
             )

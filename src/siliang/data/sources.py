@@ -20,6 +20,7 @@ from siliang.data.text_files import TextFile, find_text, kind_of
 from siliang.hub import unreachable
 from siliang.safe_json import read_json
 from siliang.safe_yaml import YamlError, check_yaml
+from siliang.secrets import shortened
 from siliang.types import DataError, first_line
 
 COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
@@ -222,7 +223,7 @@ def _is_no_header(fields: list[str]) -> str | None:
     if re.match(r"sep=", first, re.IGNORECASE) and len(fields) < 3:
         return "'sep=' is a mark of Excel's and no header line: take this line out; the separator is found without it."
     if first.startswith("#") and (len(fields) == 1 or first.startswith("# ")):
-        return f"{first[:40]!r} is a comment and no header line: take it out."
+        return f"{shortened(first, 40)!r} is a comment and no header line: take it out."
     return None
 
 

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from siliang.engine.forwards import replace_forward
 from siliang.engine.frozen import FrozenBelow
 from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.secrets import shortened
 from siliang.types import first_line
 from siliang.virtual_tokens import backbone, by_name, is_encoder_decoder
 
@@ -286,9 +287,7 @@ def in_a_sentence(error: Exception, what: str) -> str:
     """Why a trial failed, for someone who does not know the model's code: what, and behind it the error's own words."""
     if isinstance(error, NotPackableError):
         return str(error)
-    words = first_line(error, kind=True)
-    if len(words) > LONGEST_REASON:
-        words = f"{words[:LONGEST_REASON]} ..."
+    words = shortened(first_line(error, kind=True), LONGEST_REASON, " ...")
     return f"this model cannot run {what} ({words})"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from siliang.files import replacing
 from siliang.methods.fields import check_fields, shown
-from siliang.safe_json import JsonError, read_json, where
+from siliang.safe_json import JsonError, dump_json, read_json, where
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
@@ -70,12 +69,12 @@ class PeftConfig:
         return {name: _plain(value) for name, value in sorted(values.items())}
 
     def to_json(self, **changed: Any) -> str:
-        """The text of adapter_config.json, its keys sorted.
+        """The text of adapter_config.json, its keys sorted, without secrets: a base model's name may hold one.
 
         Args:
             changed: Values other than the config's own.
         """
-        return json.dumps(self.to_dict() | changed, indent=2, sort_keys=True)
+        return dump_json(self.to_dict() | changed, indent=2, sort_keys=True, ascii_only=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes adapter_config.json into `folder`: the config as it is, to make new adapters from."""

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from siliang.secrets import redacted, shortened
 from siliang.types import ConfigError, nearest
 
 MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many layers, experts counted
@@ -23,8 +24,7 @@ MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many l
 
 def shown(value: Any) -> str:
     """A value as errors show it, not all of a long one."""
-    said = repr(value)
-    return said if len(said) <= 80 else f"{said[:80]} ..."
+    return shortened(repr(redacted(value)), 80, " ...")
 
 
 def check_fields(config: Any) -> None:

@@ -11,6 +11,7 @@ from siliang.compare.verdict import Verdict, learned_nothing
 from siliang.files import pasted
 from siliang.record import Record
 from siliang.safe_yaml import dump_yaml
+from siliang.terminal import one_line
 from siliang.types import ConfigError, TaskType
 
 
@@ -137,7 +138,7 @@ def _of_comparison(folder: Path) -> Material:
             error = trial.error or "not run yet"
             found.append((trial.method, RunFound(path, trial.seed, error=error)))
     base = folder / "base" / ANSWERS_NAME
-    order = [entry["label"] for entry in comparison.config["methods"]]
+    order = [one_line(str(entry["label"])) for entry in comparison.config["methods"]]
     return Material(
         TaskType(comparison.config["task"]),
         sorted(_grouped(found), key=lambda group: order.index(group.label) if group.label in order else len(order)),
@@ -164,7 +165,7 @@ def _run(folder: Path, seed: int, record: Record, base: dict[str, float]) -> Run
 def _grouped(found: list[tuple[str, RunFound]]) -> list[Group]:
     groups: dict[str, Group] = {}
     for label, run in found:
-        groups.setdefault(label, Group(label)).runs.append(run)
+        groups.setdefault(label, Group(one_line(label))).runs.append(run)
     return list(groups.values())
 
 

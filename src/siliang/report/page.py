@@ -26,6 +26,8 @@ from siliang.report.plots import Axis, Curve, Point
 from siliang.report.summary import Line, Mean, answer, lines, pareto
 from siliang.report.table import notes, sentences, table
 from siliang.report.words import words
+from siliang.secrets import shortened
+from siliang.terminal import shown
 from siliang.types import WRITERS
 
 SHOWN_ROWS = 12  # on which methods disagree
@@ -67,7 +69,11 @@ def render(material: Material, *, language: str = "en") -> str:
     found = lines(material)
     columns, cells = table(found, material, w)
     environment = Environment(
-        loader=PackageLoader("siliang.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("siliang.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_clean,
     )
     script = environment.get_template("page.js").render()
     disagreed, n_disagreed, counts = disagreements(material)
@@ -207,12 +213,12 @@ def commands(found: list[Line], material: Material, w: dict[str, str]) -> list[t
     steps = next_steps(run.folder, material.task, run.record.config["method"]["name"])
     steps["measure"] = (*steps["measure"], "--data", "other.csv")
     names = {"chat": "try", "use": "use", "measure": "measure", "merge": "merge"}
-    shown = [(w[name], pasted("siliang", *steps[what])) for what, name in names.items() if what in steps]
+    said = [(w[name], pasted("siliang", *steps[what])) for what, name in names.items() if what in steps]
     if material.is_comparison:
         n = len({r.seed for g in material.groups for r in g.runs})
         again = ("siliang", "compare", material.folder / "compare.yaml", "--seeds", max(5, n + 2))
-        shown.append((w["more_seeds"], pasted(*again)))
-    return shown
+        said.append((w["more_seeds"], pasted(*again)))
+    return said
 
 
 def _question(material: Material, w: dict[str, str]) -> str:
@@ -290,5 +296,10 @@ def _given(said: Said | None) -> str:
     return f"{said.given} ({said.probability:.2f})" if said.probability is not None else said.given
 
 
+def _clean(value: object) -> object:
+    """What the page says, as a terminal may have it too: whoever prints the file there sees no escapes, no secrets."""
+    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _shorten(text: str) -> str:
-    return text if len(text) <= LONG else f"{text[:LONG]} …"
+    return shortened(text, LONG, " …")

@@ -33,7 +33,7 @@ from siliang.distributed.zero import put_together_by_layer, require_deepspeed, t
 from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
-from siliang.files import absolute, damage, pasted, replacing_folder, telling
+from siliang.files import absolute, damage, hide_secrets, pasted, replacing_folder, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
@@ -571,6 +571,7 @@ def _save(run: Run, weights: dict[str, Any] | None) -> int:
             if run.config.task is TaskType.CAUSAL_LM:  # whoever serves it writes conversations as training did
                 tokenizer, _ = with_chat_template(tokenizer, data.template, run.examples.layout)
             tokenizer.save_pretrained(temporary)
+            hide_secrets(temporary)
     return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from siliang.checkpoint import load_tensors, read_adapter, read_training
 from siliang.distributed.sharding import apart, is_sharded, set_whole, whole
 from siliang.distributed.zero import is_dealt, together, unheard
-from siliang.files import damage, remove_folder, sweep
+from siliang.files import damage, hide_secrets, remove_folder, sweep
 from siliang.models.own_code import write_own_code
 from siliang.peft_model import PeftModel
 from siliang.run_folder import checkpoints
@@ -105,6 +105,7 @@ def write_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
         return
     model.config.save_pretrained(folder)
     write_own_code(model.config, folder)
+    hide_secrets(folder)
     save_file(weights, folder / MODEL_WEIGHTS, metadata={"format": "pt"})
 
 
