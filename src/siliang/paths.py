@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from siliang.secrets import shortened
 from siliang.types import ConfigError, SiliangError
 
 DRIVE = re.compile(r"[A-Za-z]:")
@@ -32,11 +33,15 @@ def inside(folder: Path, name: str, *, kind: type[SiliangError] = ConfigError, s
     """
     where = source or str(folder)
     if not isinstance(name, str) or not _is_plain(name):
-        raise kind(f"{where} names {name!r:.200}, which is not inside of it: only files in {folder} are read.")
+        raise kind(
+            f"{where} names {shortened(name, 200)!r}, which is not inside of it: only files in {folder} are read."
+        )
     path = Path(folder) / name
     target = _resolved(path)
     if target is None or not _is_within(target, folder.resolve()):
-        raise kind(f"{where} names {name!r:.200}, which a link leads out of {folder}: put the file itself there.")
+        raise kind(
+            f"{where} names {shortened(name, 200)!r}, which a link leads out of {folder}: put the file itself there."
+        )
     return path
 
 

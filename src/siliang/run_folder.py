@@ -14,7 +14,7 @@ import torch
 from siliang.config import RunConfig, read_yaml
 from siliang.data.hashes import base_files, is_loaded_beside, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
-from siliang.files import absolute, damage, pasted, replacing
+from siliang.files import absolute, damage, is_pattern, pasted, replacing
 from siliang.hardware import Choice
 from siliang.methods import Method, find_method
 from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
@@ -397,7 +397,7 @@ def what_changed(
 
 
 def _exists(path: str) -> bool:
-    return Path(path).exists() or any(c in path for c in "*?[")
+    return Path(path).exists() or is_pattern(path)
 
 
 def load_base(

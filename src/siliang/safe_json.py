@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from siliang.secrets import redacted
+from siliang.secrets import redacted, shortened
 from siliang.terminal import json_escaped
 
 MAX_BYTES = 16 * 2**20
@@ -116,11 +116,11 @@ class _Reader:
         if len(made) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise JsonError(f"{twice[:SHOWN]!r} stands twice in one object")
+            raise JsonError(f"{shortened(twice, SHOWN)!r} stands twice in one object")
         return made
 
     def _wrong(self, text: str, why: str) -> JsonError:
-        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+        shown = shortened(text, SHOWN, f"... ({len(text):,} characters)")
         return JsonError(f"{why}: {shown}", self._text.count("\n", 0, self._text.find(text)) + 1)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from siliang.secrets import redacted
+from siliang.secrets import redacted, shortened
 from siliang.types import first_line
 
 MAX_CHARACTERS = 1_000_000
@@ -98,7 +98,7 @@ def _too_long(value: str, line: int) -> YamlError:
 
 
 def _shown(value: str) -> str:
-    return value if len(value) <= SHOWN else f"{value[:SHOWN]}... ({len(value):,} characters)"
+    return shortened(value, SHOWN, f"... ({len(value):,} characters)")
 
 
 _Loader.yaml_constructors = {
@@ -239,5 +239,5 @@ def _see_name(inside: _Open, event: yaml.NodeEvent, line: int) -> None:
     if not isinstance(event, yaml.ScalarEvent):
         raise YamlError("a name in front of a colon must be a text", line)
     if event.value in inside.names:
-        raise YamlError(f"{event.value[:SHOWN]} stands twice in one mapping", line)
+        raise YamlError(f"{shortened(event.value, SHOWN)} stands twice in one mapping", line)
     inside.names.add(event.value)

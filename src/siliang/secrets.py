@@ -34,19 +34,20 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (tuple(hints.split()), re.compile(_START + shape if anchored else shape))
     for hints, anchored, shape in (
         # ---- by the beginning ----
-        ("hf_ api_org_", True, r"(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9]{16,}"),  # Hugging Face
+        ("hf_ api_org_", False, r"(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9]{16,}"),  # Hugging Face
+        ("sk-", False, r"sk-(?:ant|proj|or|svcacct|admin)-[A-Za-z0-9_-]{16,}"),
         ("sk- pk- rk-", True, r"(?:sk|pk|rk)-[A-Za-z0-9_-]{20,}"),  # OpenAI, Anthropic, OpenRouter, DeepSeek
         ("sk_ pk_ rk_", True, r"(?:sk|pk|rk)_(?:live|test|prod)_[A-Za-z0-9_]{8,}"),  # Stripe
-        ("whsec_", True, r"whsec_[A-Za-z0-9+/=]{16,}"),
-        ("gh", True, r"gh[pousr]_[A-Za-z0-9]{20,}"),  # GitHub
-        ("github_pat_", True, r"github_pat_\w{20,}"),
-        ("gl", True, r"gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|soat|ffct)-[A-Za-z0-9_.-]{16,}"),  # GitLab
-        ("aiza", True, r"AIza[A-Za-z0-9_-]{30,}"),  # Google
-        ("ya29.", True, r"ya29\.[A-Za-z0-9._-]{10,}"),
-        ("gocspx-", True, r"GOCSPX-[A-Za-z0-9_-]{16,}"),
+        ("whsec_", False, r"whsec_[A-Za-z0-9+/=]{16,}"),
+        ("gh", False, r"gh[pousr]_[A-Za-z0-9]{20,}"),  # GitHub
+        ("github_pat_", False, r"github_pat_\w{20,}"),
+        ("gl", False, r"gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|soat|ffct)-[A-Za-z0-9_.-]{16,}"),  # GitLab
+        ("aiza", False, r"AIza[A-Za-z0-9_-]{30,}"),  # Google
+        ("ya29.", False, r"ya29\.[A-Za-z0-9._-]{10,}"),
+        ("gocspx-", False, r"GOCSPX-[A-Za-z0-9_-]{16,}"),
         ("1//0", True, r"1//0[A-Za-z0-9_-]{20,}"),
-        ("akia asia abia acca", True, r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])"),  # Amazon
-        ("xox xapp-", True, r"(?:xox[a-z](?:\.xox[a-z])?|xapp)-[A-Za-z0-9-]{10,}"),  # Slack
+        ("akia asia abia acca", False, r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])"),  # Amazon
+        ("xox xapp-", False, r"(?:xox[a-z](?:\.xox[a-z])?|xapp)-[A-Za-z0-9-]{10,}"),  # Slack
         ("hooks.slack.com", False, r"hooks\.slack\.com/(?:services|workflows)/([A-Za-z0-9/_-]{12,})"),
         ("/webhooks/", False, r"/api/webhooks/(\d{10,}/[A-Za-z0-9_-]{20,})"),  # Discord
         (".", True, r"[MNO][A-Za-z0-9_-]{22,27}\.[A-Za-z0-9_-]{6,7}\.[A-Za-z0-9_-]{27,}"),
@@ -58,14 +59,15 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
          r"[A-Za-z0-9_-]{24,}"),
         ("lin_api_ shpat_ shpss_ lsv2_ age-secret-key-", True,
          r"(?:lin_api_|shp(?:at|ss|ca|pa)_|lsv2_(?:pt|sk)_|AGE-SECRET-KEY-)[A-Za-z0-9_]{16,}"),
-        ("eyj", True, r"eyJ[A-Za-z0-9_-]{8,}(?:(?:\.|%2[Ee])[A-Za-z0-9_-]*){1,4}"),  # JSON web tokens
+        ("eyj", False, r"eyJ[A-Za-z0-9_-]{8,}(?:(?:\.|%2[Ee])[A-Za-z0-9_-]*){1,4}"),  # JSON web tokens
         # ---- by what stands around them ----
         ("-----begin", False,
          r"-----BEGIN(?:[A-Z0-9 +]|%20)*PRIVATE(?: |%20|\+)KEY-----(?:(?!-----)[\s\S]){0,20000}"
          r"(?:-----END(?:[A-Z0-9 +]|%20)*PRIVATE(?: |%20|\+)KEY-----)?"),
-        ("://", False, r"://([^\s/:@\"'<>]*:[^\s/\"'<>]+)@"),  # https://user:password@host
-        ("://", False, r"://([^\s/:@\"'<>]{16,})@"),  # https://token@host
-        ("%3a", False, r"(?i)%3A(?://|%2F%2F)([^\s/\"'<>&]+)%40"),
+        # https://user:password@host and https://token@host, of which a path keeps one slash
+        (":/", False, r":/{1,3}([^\s/:@\"'<>]*:[^\s/\"'<>]+)@"),
+        (":/", False, r":/{1,3}([^\s/:@\"'<>]{16,})@"),
+        ("%3a", False, r"(?i)%3A(?:/{1,2}|%2F%2F|%2F)([^\s/\"'<>&]+)%40"),
         ("= %3d", False,  # of a URL's query; behind &amp; in HTML
          r"(?i)(?:[?&;#,]|%3F|%26)(?:[\w.-]*[_.-])?"
          r"(?:token|secret|password|passwd|pwd|apikey|key|sig|signature|credential|auth|authorization"
@@ -92,7 +94,7 @@ _NAMES = re.compile(
     re.IGNORECASE,
 )
 _NO_SECRET = re.compile(r"_(?:PATH|FILE|DIR|HOME|SOCK|URL|HOST|PORT|USER|NAME|TYPE|TTL|TIMEOUT)$", re.IGNORECASE)
-_USERINFO = re.compile(r"://[^\s/:@]*:([^\s/]+)@")
+_USERINFO = re.compile(r":/{1,3}[^\s/:@]*:([^\s/]+)@")
 _SECRET_KEY = re.compile(rf"(?i)(?:^|[_.-]){_SECRET_WORDS}$")
 
 

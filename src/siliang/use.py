@@ -37,7 +37,7 @@ from siliang.models.own_code import write_own_code
 from siliang.models.positions import Positions
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, autocast, claim, find_run, open_trained
-from siliang.secrets import shortened
+from siliang.secrets import HIDDEN, shortened
 from siliang.train import metrics
 from siliang.types import WRITERS, ConfigError, DataError, MergeError, ModelError, TaskType, first_line
 
@@ -661,6 +661,8 @@ def _rows(run: OpenedRun, data: str | None, limit: int | None = None, *, same: b
         layout = Layout(run.record.layout, run.record.columns) if run.record.layout else None
         rows = load_rows(settings, task, data, layout).eval
     else:
+        if any(HIDDEN in label for label in run.labels):  # classes that are secrets have no other names there
+            settings = settings.model_copy(update={"labels": run.record.labels})
         examples = load_examples(settings, task, seed=run.config.train.seed)
         rows = examples.eval if len(examples.eval) else examples.train
     rows = rows if limit is None else rows[:limit]

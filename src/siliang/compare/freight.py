@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.cache import KEEP_DAYS, cache_folder
-from siliang.files import MANIFEST, replacing, seal
+from siliang.files import MANIFEST, is_pattern, replacing, seal
 from siliang.safe_json import dump_json
 from siliang.safe_yaml import dump_yaml, parse_yaml
 
@@ -74,7 +74,7 @@ class Crate:
 def freight_of(given: str) -> Freight | None:
     """What is there under that name; None for what is not of this machine, such as a name on the hub."""
     path = Path(given).expanduser()
-    if not path.exists() and not any(c in given for c in "*?["):
+    if not path.exists() and not is_pattern(given):
         return None
     parts = path.parts
     magic = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from siliang.data.cache import cache_folder, prune
-from siliang.files import replacing, sha256
+from siliang.files import is_pattern, replacing, sha256
 from siliang.hub import cached_file
 from siliang.safe_json import read_json
 
@@ -74,7 +74,7 @@ def source_sha256(source: str) -> str:
     files = [path] if path.is_file() else []
     if path.is_dir():  # without what a library keeps beside the data
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "cache-")))
-    found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns)
+    found = sorted(glob.glob(str(path), recursive=True)) if is_pattern(source) else []  # noqa: PTH207 (absolute)
     files = files or [Path(name) for name in found if Path(name).is_file()]
     return joined(map(file_sha256, files)) if files else hashlib.sha256(source.encode()).hexdigest()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
@@ -15,6 +15,7 @@ from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
 from siliang.data.not_used import Aside
 from siliang.data.numbers import is_whole
 from siliang.data.sources import Opened, Reading, Row, open_source
+from siliang.secrets import without_secrets
 from siliang.types import DataError, TaskType
 
 SINGLE = "all rows need one, or data.format=text-label, which does not read it"
@@ -391,13 +392,20 @@ def _known(made: Example, labels: list[str], by_number: bool) -> Example | str:
         if isinstance(made, Labelled):
             return Labelled(made.text, names[0], made.pair)
         return Tagged(made.tokens, tuple(names))
+    names = [name if name in labels else _as_written(name, labels) for name in names]
     for name in names:
         if name not in labels:
             near = next((known for known in labels if alike_key(known) == alike_key(name)), None)
             hint = "" if near is None else f"; it looks like {near!r}"
             shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "")
             return f"has the {what} {name!r}, which is not one of {shown}{hint}"
-    return made
+    return replace(made, label=names[0]) if isinstance(made, Labelled) else replace(made, tags=tuple(names))
+
+
+def _as_written(name: str, labels: list[str]) -> str:
+    """A class that is a secret, as the labels of a run's record have it."""
+    hidden = without_secrets(name)
+    return hidden if labels.count(hidden) == 1 else name
 
 
 def _counted(sources: list[Source], reader: _Reader, sizes: list[int]) -> Iterator[tuple[str, Example]]:

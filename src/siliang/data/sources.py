@@ -17,6 +17,7 @@ from siliang.config import near_names
 from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import TextFile, find_text, kind_of
+from siliang.files import is_pattern
 from siliang.hub import unreachable
 from siliang.safe_json import read_json
 from siliang.safe_yaml import YamlError, check_yaml
@@ -144,7 +145,7 @@ def open_source(source: str, reading: Reading | None = None) -> Opened:
         return Opened(source, {"": [path]})
     if path.is_dir():
         return _folder(path, source, reading or Reading())
-    if any(c in source for c in "*?[") and (found := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (absolute patterns)
+    if is_pattern(source) and (found := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (absolute patterns)
         return Opened(source, {"": [Path(name) for name in found if Path(name).is_file()]})
     if kind_of(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.strip("/").count("/") != 1:
         raise DataError(f"There is no data file or folder {source}.{near_names(path)}")
