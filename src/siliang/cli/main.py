@@ -136,18 +136,13 @@ def main() -> None:
     """The entry point: runs a command; errors become one or two lines and an exit code: 2, 130 for Ctrl-C, 1 for an
     error of siliang's own, whose traceback is in a file, or shown with --debug."""
     with prepared_console():
-        _run()
-
-
-def _run() -> None:
-    _quieten_libraries()
-    bound_kernel_caches()
-    given, rest = sys.argv[1:], []
-    if "--" in given:
-        given, rest = given[: given.index("--")], given[given.index("--") :]
-    debug = "--debug" in given
-    words = _options_first([word for word in given if word != "--debug"]) + rest
-    sys.exit(_run(words, debug=debug))
+        _quieten_libraries()
+        bound_kernel_caches()
+        given, rest = sys.argv[1:], []
+        if "--" in given:
+            given, rest = given[: given.index("--")], given[given.index("--") :]
+        words = _options_first([word for word in given if word != "--debug"]) + rest
+        sys.exit(_run(words, debug="--debug" in given))
 
 
 def _options_first(words: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from siliang.terminal import one_line
 from siliang.types import ConfigError, OwnCodeError
 
 
@@ -20,7 +21,7 @@ def may_run(error: OwnCodeError) -> bool:
         *(f"  {error.folder}/{file}" for file in error.files),
         f"SHA-256 of the folder: {error.sha256}",
     ]
-    print("\n".join(_shown(line) for line in lines), file=sys.stderr)
+    print("\n".join(one_line(line) for line in lines), file=sys.stderr)
     print("Let this code run, now and later? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         return False
@@ -30,8 +31,3 @@ def may_run(error: OwnCodeError) -> bool:
         print(f"warning: not kept for later: {problem}", file=sys.stderr)
         allow_code(error.sha256)
     return True
-
-
-def _shown(text: str) -> str:
-    """Names of files without what would steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -32,6 +32,7 @@ from siliang.hub import cached_file, only_cached
 from siliang.paths import check_links
 from siliang.permissions import is_allowed
 from siliang.safe_json import JsonError, parse_json, read_json
+from siliang.secrets import shortened
 from siliang.types import ModelError, OwnCodeError, first_line
 
 CONFIGS = ("config.json", "tokenizer_config.json")  # that name classes of a model's own
@@ -348,7 +349,7 @@ def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
             if owner in ("os", "sys") or (len(node.args) > 1 and _says(node.args[1]) in NAMES | ATTRIBUTES):
                 raise _RefusedError(f"line {node.lineno} takes a name out of {owner or 'an object'} by its text")
         elif isinstance(node, ast.Constant) and id(node) not in texts and _leads_elsewhere(_says(node)):
-            raise _RefusedError(f"line {node.lineno} names {_says(node)[:100]!r}")
+            raise _RefusedError(f"line {node.lineno} names {shortened(_says(node), 100)!r}")
     return needed
 
 
