@@ -17,6 +17,7 @@ from siliang.secrets import redacted
 from siliang.terminal import one_line
 from siliang.types import ConfigError, nearest
 
+LONGEST_NAME = 60  # characters of a folder: file systems take 255 bytes
 SEVEN = ("full", "bitfit", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning")
 
 
@@ -160,7 +161,7 @@ class CompareConfig:
 
 def slug(label: str) -> str:
     """A label as the name of a folder."""
-    return re.sub(r"[^\w.=-]+", "-", label).strip("-.") or "method"
+    return re.sub(r"[^\w.=-]+", "-", label)[:LONGEST_NAME].strip("-.") or "method"
 
 
 def settings_of(entry: MethodEntry) -> set[str]:
