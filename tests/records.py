@@ -5,20 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from siliang.compare.record import Answer, Answers, Comparison, Trial
+from siliang.compare.config import CompareConfig
+from siliang.compare.record import Answer, Answers, Comparison, Trial, figures_of
+from siliang.config import RunConfig
+from siliang.methods import METHODS
 from siliang.record import Counts, Device, Memory, Record, Rows, Seconds, StepMetrics
 
 MB = 1_000_000
 EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
 
 
+def settings(method: str, seed: int) -> dict[str, Any]:
+    """What a run of `record` was made with."""
+    known = method if method in METHODS else "lora"
+    data = {"train": "reviews.csv", "test_size": 0.2, "seed": 1}
+    values = {"model": "base", "task": "seq_cls", "data": data, "output": "out"}
+    return RunConfig.build(values | {"method": known, "train": {"seed": seed}}).model_dump(mode="json")
+
+
 def record(score: float, *, trained: int, memory: int, seed: int, method: str, seconds: float = 60.0) -> Record:
     """A finished run of a classifier of a million parameters."""
-    data = {"train": "reviews.csv", "eval": None, "test_size": 0.2, "seed": 1}
     return Record(
         status="completed",
         started_at="2026-01-01T00:00:00+00:00",
-        config={"model": "base", "task": "SEQ_CLS", "method": {"name": method}, "data": data},
+        config=settings(method, seed),
         seed=seed,
         versions={"siliang": "0.1.0"},
         device=Device(kind="cpu", name="a CPU", threads=2, memory_bytes=2**33),
@@ -32,7 +42,7 @@ def record(score: float, *, trained: int, memory: int, seed: int, method: str, s
         seconds=Seconds(train=seconds, eval=2.0),
         tokens_trained=6000,
         memory=Memory(
-            loaded_bytes=100 * MB, steps_bytes=memory * MB, peak_bytes=memory * MB, predicted_bytes=(memory - 5) * MB
+            loaded_bytes=100 * MB, steps_bytes=memory * MB, peak_bytes=memory * MB, predicted_bytes=abs(memory - 5) * MB
         ),
         steps=[StepMetrics(step=s, epoch=s / 10, loss=1 / s) for s in (10, 20, 30)],
         final={"accuracy": score, "eval_loss": 1 - score, "f1": score},
@@ -46,7 +56,8 @@ def comparison(folder: Path, scores: dict[str, tuple[list[float], int, int]], **
         for seed, score in enumerate(found):
             run = folder / "runs" / method / f"seed-{seed}"
             run.mkdir(parents=True)
-            record(score, trained=trained, memory=memory, seed=seed, method=method).write(run)
+            written = record(score, trained=trained, memory=memory, seed=seed, method=method)
+            written.write(run)
             given = answers.get(method, ["bad", "good", "good"])
             rows = [
                 Answer(
@@ -62,14 +73,32 @@ def comparison(folder: Path, scores: dict[str, tuple[list[float], int, int]], **
             said = Answers(prompts=[Answer(asked="was it?", given=EVIL)], rows=rows, majority=0.6, classes=2)
             said.save(run / "answers.json")
             trials.append(
-                Trial(method=method, seed=seed, purpose="test", folder=str(run.relative_to(folder)), status="completed")
+                Trial(
+                    method=method,
+                    seed=seed,
+                    purpose="test",
+                    folder=str(run.relative_to(folder)),
+                    status="completed",
+                    figures=figures_of(written),
+                )
             )
     trials.append(
         Trial(method="gone", seed=0, purpose="test", folder="runs/gone", status="failed", error=f"no room {EVIL}")
     )
-    config: dict[str, Any] = {"task": "SEQ_CLS", "methods": [{"label": m} for m in [*scores, "gone"]]}
+    given = {
+        "model": "base",
+        "task": "seq_cls",
+        "data": {"train": "reviews.csv", "test_size": 0.2, "seed": 1},
+        "methods": [{"name": m if m in METHODS else "lora", "label": m} for m in [*scores, "gone"]],
+        "prompts": [EVIL],
+        "output": "out",
+    }
     Comparison(
-        status="completed", started_at="2026-01-01T00:00:00+00:00", config=config, given={"note": EVIL}, trials=trials
+        status="completed",
+        started_at="2026-01-01T00:00:00+00:00",
+        config=CompareConfig.build(given).as_dict(),
+        given=given,
+        trials=trials,
     ).save(folder / "comparison.json")
     return folder
 

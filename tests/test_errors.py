@@ -66,7 +66,7 @@ def test_the_command_in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stderr.startswith("错误[SLE03] 数据无法使用：There is no data file or folder x.\n办法：")
     assert siliang("explain", "SLE04").stdout.startswith("SLE04: 基座模型无法加载\n\n原因：")
     assert siliang("explain", "SL007").stdout.startswith("SL007 (error)")
-    assert "SLE01 to SLE14" in siliang("explain", "SLE99").stderr
+    assert "SLE01 to SLE15" in siliang("explain", "SLE99").stderr
 
 
 def test_a_line_of_any_length_is_cut() -> None:

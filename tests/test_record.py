@@ -30,9 +30,11 @@ def test_a_metric_that_is_no_number_is_written_and_read(tmp_path: Path) -> None:
         raise AssertionError(f"{name} is no JSON")
 
     json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
-    told = Comparison(started_at="now", config={}, given={}, base={"eval_loss": math.nan})
-    told.save(tmp_path / "comparison.json")
-    assert math.isnan(Comparison.open(tmp_path / "comparison.json").base["eval_loss"])
+    path = comparison(tmp_path / "c", SCORES) / "comparison.json"
+    told = Comparison.open(path)
+    told.base = {"eval_loss": math.nan, "perplexity": math.inf}
+    told.save(path)
+    assert math.isnan(Comparison.open(path).base["eval_loss"])
 
 
 def test_a_number_is_better_than_none() -> None:
@@ -53,14 +55,15 @@ def test_a_comparison_with_a_metric_that_is_no_number_is_shown(tmp_path: Path) -
 def test_secrets_are_hidden_in_texts_and_numbers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "12345678")
     written = record(0.5, trained=1234567890, memory=1, seed=12345678, method="lora")
-    written.config["note"] = "password 12345678"
-    written.config["deep"] = [{"list": ["12345678"], "seed": 12345678}]
+    written.parameters.total = 2 * 10**9
+    written.config["output"] = "password 12345678"
+    written.config["data"]["train"] = [{"path": "12345678", "weight": 12345678.0}]
     written.error = "12345678 was refused"
     written.write(tmp_path)
     read = Record.read(tmp_path)
     assert (read.parameters.trained, read.seed) == (1234567890, 12345678)
-    assert (read.config["note"], read.error) == ("password ***", "*** was refused")
-    assert read.config["deep"] == [{"list": ["***"], "seed": 12345678}]
+    assert (read.config["output"], read.error) == ("password ***", "*** was refused")
+    assert read.config["data"]["train"] == [{"path": "***", "weight": 12345678.0}]
     assert redacted({"a": (1, "12345678", None, True, 0.5)}) == {"a": [1, "***", None, True, 0.5]}
     assert plain({"a": math.inf, "b": 1.5}) == {"a": "Infinity", "b": 1.5}
 
@@ -76,7 +79,7 @@ def test_the_first_line_of_an_error_that_says_nothing() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"started_at": 3}', "\x00"])
 def test_a_damaged_record_is_said_to_be(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.json is damaged"):
+    with pytest.raises(ConfigError, match=r"run\.json(:1)? is damaged"):
         Record.read(tmp_path)
     with pytest.raises(ConfigError, match="is no run folder"):
         Record.read(tmp_path / "nowhere")

@@ -10,7 +10,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NewType
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from siliang import other_names
 from siliang.files import absolute, found_again, pasted
@@ -37,6 +46,7 @@ FORMATS = (
 )
 
 
+RECORDED = {"recorded": True}  # a validation's context
 Bytes = NewType("Bytes", int)  # written as 12GB in run.yaml; once it is parsed, a number
 
 
@@ -48,10 +58,15 @@ class Section(BaseModel):
     )
 
 
-def _template(value: Any) -> Any:
+def _is_recorded(info: ValidationInfo) -> bool:
+    """The settings stand in a record: what they name may lie elsewhere by now, or nowhere, and is not looked at."""
+    return info.context == RECORDED
+
+
+def _template(value: Any, info: ValidationInfo) -> Any:
     from siliang.data.templates import find_template
 
-    if isinstance(value, str):
+    if isinstance(value, str) and not (_is_recorded(info) and value.endswith((".yaml", ".yml"))):
         value = found_again(value)
         find_template(value)
     return value
@@ -438,6 +453,10 @@ class QuantizationConfig(Section):
     """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
 
 
+def _zero_settings(value: Any, info: ValidationInfo) -> Any:
+    return value if _is_recorded(info) and isinstance(value, str) else zero_settings(value)
+
+
 class DistributedConfig(Section):
     """How several devices share a training."""
 
@@ -447,7 +466,7 @@ class DistributedConfig(Section):
     zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
     """Of deepspeed. 1: the optimiser's state is dealt out. 2: gradients, too. 3: weights, too. None: what `deepspeed`
     says, otherwise 2."""
-    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(zero_settings)] = None
+    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_zero_settings)] = None
     """DeepSpeed's own configuration, a mapping or the name of a .json file, as TrainingArguments(deepspeed=...) takes
     it. What siliang's settings say (batches, clipping, precision, learning rate) is left out or "auto" there."""
 
@@ -551,6 +570,20 @@ class RunConfig(Section):
             raise ConfigError(f"{source}: {_explain(error)}") from None
         except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
             raise ConfigError(f"{source}: a value is of the wrong kind: {error}.") from None
+
+    @classmethod
+    def recorded(cls, values: dict[str, Any]) -> RunConfig:
+        """The settings of a record, checked as `build` does, without a look at any file that they name.
+
+        Raises:
+            ConfigError: A key is unknown or missing, or has a value that is not allowed.
+        """
+        try:
+            return cls.model_validate(values, context=RECORDED)
+        except ValidationError as error:
+            raise ConfigError(f"config: {_explain(error)}") from None
+        except (TypeError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"config: a value is of the wrong kind: {error}.") from None
 
     def with_strategy(self, strategy: str) -> RunConfig:
         """The same run, by several devices that share its model so."""

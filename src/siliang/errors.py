@@ -247,6 +247,21 @@ CATALOGUE: dict[str, Entry] = {
             "在 Python 中用 siliang.allow_code(hash)。文件夹中任何一个字节改变，哈希就不同。",
         ),
     ),
+    "SLE15": Entry(
+        Page(
+            "a record is damaged",
+            "A file that siliang writes itself (run.json, comparison.json, answers.json, the state of a checkpoint) is "
+            "damaged, was changed, or was written by a later version.",
+            "The message names the file, the field and what is allowed there. Take the file from a backup, or make the "
+            "run again; a file of a later version needs that version.",
+        ),
+        Page(
+            "记录已损坏",
+            "siliang 自己写的文件（run.json、comparison.json、answers.json、检查点的状态）已损坏、被改动，"
+            "或由更新的版本写成。",
+            "提示中有文件、字段和允许的取值。请从备份恢复该文件，或重新运行；更新版本写的文件需要用该版本打开。",
+        ),
+    ),
 }
 
 

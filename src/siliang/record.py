@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from siliang.config import FORMATS, RunConfig, Seed, differences
 from siliang.files import replacing
-from siliang.safe_json import dump_json
+from siliang.paths import inside
+from siliang.safe_json import JsonError, dump_json, read_json, where
 from siliang.secrets import redacted
-from siliang.types import ConfigError, first_line
+from siliang.types import ConfigError, RecordError, TaskType
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "run.json"
+MAX_BYTES = 128 * 2**20  # about a million lines of the log
+SHOWN = 80  # characters of a value in an error
+
+# What the texts of a file stand for: JSON has no such numbers.
+NO_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l")  # figures from 0 to 1
+LARGEST_LOSS = 1e30
+SLACK = 1e-6  # of rounding
+
+
+def _number(value: Any) -> Any:
+    return NO_NUMBERS.get(value, value) if isinstance(value, str) else value
+
+
+def _figures(found: dict[str, float]) -> dict[str, float]:
+    for name, value in found.items():
+        highest = 1.0 if name in SHARES else LARGEST_LOSS if "loss" in name else math.inf
+        if math.isfinite(highest) and math.isfinite(value) and not -SLACK <= value <= highest + SLACK:
+            raise ValueError(f"{name} must be from 0 to {highest:g}")
+    return found
+
+
+def _date(value: str) -> str:
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("must be a date and a time, as 2026-01-31T12:00:00+00:00") from None
+    return value
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # of anything, bytes too
+Number = Annotated[float, BeforeValidator(_number)]  # or NaN, or infinite
+Positive = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]  # seconds, rates, epochs
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(max_length=1000)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
+Figures = Annotated[dict[Name, Number], Field(max_length=100), AfterValidator(_figures)]
 
 
 @dataclass(frozen=True)
@@ -44,7 +86,13 @@ class Part(BaseModel):
 
 
 class Saved(Part):
-    """A part that is a file of its own."""
+    """A part that is a file of its own.
+
+    Attributes:
+        newest: The version of its schema that this siliang reads.
+    """
+
+    newest: ClassVar[int] = 1
 
     def save(self, path: Path) -> None:
         """Writes the file, never half of it, with no secret in it."""
@@ -54,17 +102,66 @@ class Saved(Part):
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Reads the file.
+        """Reads the file, strictly: it may be anybody's.
 
         Raises:
-            ConfigError: It is missing or damaged.
+            ConfigError: It is missing.
+            RecordError: It is damaged, is a link that leads out of its folder, or is not what siliang writes: which
+                field, its value, and what is allowed; or a later siliang has written it.
         """
+        inside(path.parent, path.name, kind=RecordError)
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            values = read_json(path, most_bytes=MAX_BYTES)
+            if isinstance(values, dict):
+                _check_version(values.get("schema_version"), cls.newest, path)
+            found = cls.model_validate(values, strict=True)
+            found.check()
         except FileNotFoundError:
             raise ConfigError(f"{path.parent} holds no {path.name}.") from None
-        except (ValidationError, OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged: {first_line(error)}") from None
+        except JsonError as error:
+            raise RecordError(f"{where(path, error)} is damaged: {error}.") from None
+        except OSError as error:
+            raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
+        except ValidationError as error:
+            raise RecordError(f"{path} is damaged: {explained(error)}.") from None
+        except RecordError:
+            raise
+        except ConfigError as error:
+            raise RecordError(f"{path} is damaged: {error}") from None
+        return found
+
+    def check(self) -> None:
+        """What no field alone can say.
+
+        Raises:
+            ConfigError: Two of them do not go together.
+        """
+
+
+def explained(error: ValidationError) -> str:
+    """The first finding in one line: the field, its value, and what is allowed."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))[:200] or "it"
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{field} is no field of such a record"
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{field} = {_shown(first['input'])}: {said[:1].lower()}{said[1:]}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+
+
+def _check_version(version: Any, newest: int, path: Path) -> None:
+    if type(version) is int and version > newest:
+        raise RecordError(
+            f"{path} was written by a later siliang: its schema_version is {_shown(version)}, and this one reads up to "
+            f"{newest}. Update siliang.",
+            later=True,
+        )
 
 
 def plain(value: Any) -> Any:
@@ -90,64 +187,64 @@ class Device(Part):
     """cpu, cuda or mps."""
     name: str
     """The processor's or card's name."""
-    threads: int
+    threads: Count
     """CPU threads that torch used."""
-    memory_bytes: int
+    memory_bytes: Count
     """The device's memory, all of it."""
 
 
 class Counts(Part):
     """Parameters."""
 
-    trained: int
-    total: int
+    trained: Count
+    total: Count
     """Of the model that was there, adapters and copied heads included."""
-    adapter_bytes: int = 0
+    adapter_bytes: Count = 0
     """Size of the saved adapter (or model, for full fine-tuning) on disk."""
 
 
 class Rows(Part):
     """The data as it was used."""
 
-    train: int
-    eval: int
+    train: Count
+    eval: Count
     skipped: list[str] = Field(default_factory=list)
     """Rows left out: file, line and reason."""
-    truncated: int = 0
+    truncated: Count = 0
     """Training rows that were cut to max_length."""
 
 
 class Seconds(Part):
     """Wall-clock time."""
 
-    load: float = 0.0
+    load: Positive = 0.0
     """Data and model, up to the first step."""
-    train: float = 0.0
+    train: Positive = 0.0
     """All steps, with the evaluations between them."""
-    eval: float = 0.0
+    eval: Positive = 0.0
     """The evaluation at the end."""
 
 
 class Memory(Part):
     """Peak memory: of the device with CUDA, else resident memory of the process."""
 
-    loading_bytes: int = 0
+    loading_bytes: Count = 0
     """The most while the model was loaded and prepared."""
-    loaded_bytes: int = 0
+    loaded_bytes: Count = 0
     """Before the first step."""
-    steps_bytes: int = 0
+    steps_bytes: Count = 0
     """The most during the steps and evaluations."""
-    peak_bytes: int = 0
+    peak_bytes: Count = 0
     """The most from before the model was loaded to the last evaluation: the larger of both."""
-    peak_bytes_by_rank: list[int] = Field(default_factory=list)
+    peak_bytes_by_rank: list[Count] = Field(default_factory=list)
     """Of each process, where there were several; peak_bytes is the most."""
-    predicted_bytes: int | None = None
+    predicted_bytes: Count | None = None
     """What the plan said of the peak; None where it was not asked."""
-    predicted_loading_bytes: int | None = None
+    predicted_loading_bytes: Count | None = None
     """And of loading alone."""
-    recomputed_layers: int = 0
+    recomputed_layers: Count = 0
     """Layers that computed their activations twice, in the batch where it was most."""
-    predicted_parts: dict[str, int] = Field(default_factory=dict)
+    predicted_parts: dict[Name, Count] = Field(default_factory=dict, max_length=100)
     """What the steps' peak is made of: weights, trained, gradients, optimizer, activations, logits, workspace, and what
     lies beside the tensors (overhead)."""
 
@@ -160,23 +257,23 @@ class Memory(Part):
 class StepMetrics(Part):
     """One line of the log."""
 
-    step: int
-    epoch: float
-    loss: float | None = None
+    step: Count
+    epoch: Positive
+    loss: Number | None = None
     """Mean training loss since the line before."""
-    eval_loss: float | None = None
-    metrics: dict[str, float] = Field(default_factory=dict)
+    eval_loss: Number | None = None
+    metrics: Figures = Field(default_factory=dict)
     """The other figures of an evaluation on the held-out rows, by which train.best may choose: accuracy, f1, ..."""
-    learning_rate: float | None = None
-    grad_norm: float | None = None
-    tokens_per_s: float | None = None
+    learning_rate: Positive | None = None
+    grad_norm: Number | None = None
+    tokens_per_s: Number | None = None
 
 
 class File(Part):
     """A file, or a folder of files, that a run read."""
 
     path: str
-    sha256: str
+    sha256: Sha256
 
 
 LOWER_IS_BETTER = ("loss", "eval_loss", "perplexity")  # of a run's figures; of every other, more is better
@@ -198,10 +295,12 @@ def better(figure: str, new: float, old: float | None) -> bool:
 class Record(Saved):
     """run.json."""
 
-    schema_version: int = SCHEMA_VERSION
+    newest: ClassVar[int] = SCHEMA_VERSION
+
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     status: Literal["running", "completed", "interrupted", "failed"] = "running"
     error: str | None = None
-    started_at: str
+    started_at: Date
     """UTC, ISO 8601."""
     config: dict[str, Any]
     """The resolved config: what was really used. Names of files and folders are absolute."""
@@ -210,55 +309,80 @@ class Record(Saved):
     were asked for."""
     changed: list[str] = Field(default_factory=list)
     """Settings that were changed between two parts of the run: from which step on, what, and what it was."""
-    seed: int
-    versions: dict[str, str]
+    seed: Seed
+    versions: dict[Name, Name]
     device: Device
-    precision: str
-    """fp32, bf16 or fp16: what was really used."""
-    learning_rate: float
+    precision: Literal["fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"]
     """What was really used."""
-    model_sha256: str
+    learning_rate: Positive
+    """What was really used."""
+    model_sha256: Sha256
     """Over the base model's weight files."""
-    model_files: dict[str, str] = Field(default_factory=dict)
+    model_files: dict[Name, Sha256] = Field(default_factory=dict)
     """The SHA-256 of each file of the base model: weights, configs, tokenizer. Empty where there are none here."""
-    data_sha256: str
+    data_sha256: Sha256
     """Over the data files."""
     data_files: list[File] = Field(default_factory=list)
     """The same for each source, those held out behind those trained on; and for a template that is a file."""
-    code_sha256: str | None = None
+    code_sha256: Sha256 | None = None
     """Over the folder of a model whose own code ran (SECURITY.md). It says what ran, and allows nothing."""
-    adapter_sha256: str | None = None
+    adapter_sha256: Sha256 | None = None
     """Over the adapter whose weights the training began with (`adapter` in the config)."""
     labels: list[str] | None = None
     layout: str = ""
     """How the rows were laid out: a name that data.format knows."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[Name, Name] = Field(default_factory=dict)
     """The data's column of each part of the layout: {text: review, label: label}."""
     unanswered: bool = False
     """Some training questions have no answer in their context: the run's answer may be that there is none."""
     parameters: Counts
     rows: Rows
     seconds: Seconds = Field(default_factory=Seconds)
-    tokens_trained: int = 0
+    tokens_trained: Count = 0
     """Tokens that went through the model in training, padding left out."""
     memory: Memory = Field(default_factory=Memory)
     steps: list[StepMetrics] = Field(default_factory=list)
-    passed_over: list[int] = Field(default_factory=list)
+    passed_over: list[Count] = Field(default_factory=list)
     """Steps that were not made because their loss or gradient was no number (train.on_nan)."""
-    best_step: int | None = None
+    best_step: Count | None = None
     """The step whose weights were saved, where train.best chose."""
-    final: dict[str, float] = Field(default_factory=dict)
+    final: Figures = Field(default_factory=dict)
     """Metrics at the end: eval_loss, accuracy or perplexity, base_eval_loss where measured."""
+
+    def check(self) -> None:
+        """The settings are those of a run, and the rest fits them.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        config = RunConfig.recorded(self.config)
+        for name, (was, whole) in differences(self.config, config.model_dump(mode="json")).items():
+            if "***" not in str(was):  # a secret, for which the name was looked up here
+                raise ConfigError(f"config.{name} = {_shown(was)}: a record has it as {_shown(whole)}.")
+        for name, asked in self.adjusted.items():
+            if "." not in name or name not in _names(self.config):
+                raise ConfigError(f"adjusted: {name[:SHOWN]!r} is no setting.")
+            RunConfig.recorded(_with(self.config, name, asked))
+        if config.task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) and not self.labels:
+            raise ConfigError(f"labels must be a list of names: its task is {config.task.lower()}.")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ConfigError("labels holds a name twice.")
+        if self.layout and self.layout not in FORMATS:
+            raise ConfigError(f"layout = {self.layout[:SHOWN]!r}: must be one of {', '.join(FORMATS)}.")
+        if self.parameters.trained > self.parameters.total:
+            raise ConfigError(
+                f"parameters.trained = {self.parameters.trained:,}: must be at most the total, "
+                f"{self.parameters.total:,}."
+            )
+        for name, found in (("steps", [line.step for line in self.steps]), ("passed_over", self.passed_over)):
+            if found != sorted(found):
+                raise ConfigError(f"{name} must be in order, the first step first.")
 
     def asked(self) -> dict[str, Any]:
         """The config as it was asked for, before the run changed anything itself."""
-        values: dict[str, Any] = json.loads(json.dumps(self.config))
+        values = self.config
         for name, asked in self.adjusted.items():
-            *sections, last = name.split(".")
-            inner = values
-            for section in sections:
-                inner = inner[section]
-            inner[last] = asked
+            values = _with(values, name, asked)
         return values
 
     def write(self, folder: Path) -> None:
@@ -270,9 +394,29 @@ class Record(Saved):
         """Reads run.json.
 
         Raises:
-            ConfigError: It is missing or damaged.
+            ConfigError: It is missing.
+            RecordError: It is damaged.
         """
         path = folder / RECORD_NAME
         if not path.exists():
             raise ConfigError(f"{folder} is no run folder: {RECORD_NAME} is missing there.")
         return cls.open(path)
+
+
+def _names(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """The dotted names of all settings."""
+    for key, value in values.items():
+        yield f"{before}{key}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{before}{key}.")
+
+
+def _with(values: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """The settings with another value of one, by its dotted name."""
+    changed = copy.deepcopy(values)
+    *sections, last = name.split(".")
+    inner = changed
+    for section in sections:
+        inner = inner[section]
+    inner[last] = value
+    return changed

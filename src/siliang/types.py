@@ -145,6 +145,21 @@ class OwnCodeError(ModelError):
     sha256: str = ""
 
 
+class RecordError(ConfigError):
+    """A record (run.json, comparison.json, answers.json, the state of a checkpoint) is damaged, or not what siliang
+    writes.
+
+    Attributes:
+        later: It is sound, and was written by a later siliang.
+    """
+
+    code = "SLE15"
+
+    def __init__(self, message: str, *, later: bool = False) -> None:
+        super().__init__(message)
+        self.later = later
+
+
 def first_line(error: object, *, kind: bool = False) -> str:
     """What an error says, in a line; the name of its kind where it says nothing.
 

@@ -115,7 +115,7 @@ def show(material: Material, language: str) -> None:
     from rich.text import Text
 
     from siliang.report.summary import answer, lines
-    from siliang.report.table import notes, sentences, table
+    from siliang.report.table import disagreements, notes, sentences, table
     from siliang.report.words import words
 
     w = words(language)
@@ -135,6 +135,10 @@ def show(material: Material, language: str) -> None:
     for line in found:
         for note in notes(line, w):
             print(f"{one_line(line.label)}: {one_line(note)}")
+    if differing := disagreements(material, w):
+        print(w["disagree"])
+        for line in differing:
+            print(f"  {one_line(line)}")
     if len(found) > 1:
         print(w["terminal_note"])
     for sentence in sentences(answer(found, material), material, w):

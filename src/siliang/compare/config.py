@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ class MethodEntry(BaseModel):
     """One of `siliang methods`; prompt, p-tuning and prefix are understood too."""
     label: str = ""
     """What it is called in the table. Made from the name and what is set beside it, where it is not given."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Peak learning rate. None: train.learning_rate, or the method's own default."""
     search: dict[str, list[Any]] | None = None
     """What is tried for this method, in place of the comparison's `search`."""
@@ -122,6 +122,19 @@ class CompareConfig:
         Raises:
             ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
         """
+        return cls._built(values, source, RunConfig.build)
+
+    @classmethod
+    def recorded(cls, values: dict[str, Any]) -> CompareConfig:
+        """The settings of a record, checked as `build` does, without a look at any file that they name.
+
+        Raises:
+            ConfigError: A key is unknown or missing, or has a value that is not allowed.
+        """
+        return cls._built(values, "config", lambda values, source: RunConfig.recorded(values))
+
+    @classmethod
+    def _built(cls, values: dict[str, Any], source: str, build: Callable[..., RunConfig]) -> CompareConfig:
         own = set(CompareSettings.model_fields)
         of_a_run = set(RunConfig.model_fields) - {"method", "adapter"}
         if "method" in values:
@@ -130,7 +143,7 @@ class CompareConfig:
             if key not in own | of_a_run:
                 hint = name_here(key, values[key]) or nearest(key, own | of_a_run)
                 raise ConfigError(f"{source}: {key} is not a setting.{hint} `siliang config` lists them all.")
-        run = RunConfig.build({k: v for k, v in values.items() if k in of_a_run}, source=source)
+        run = build({k: v for k, v in values.items() if k in of_a_run}, source=source)
         if run.data.validation_size is not None:
             raise ConfigError(f"{source}: data.validation_size is the search's own: use validation_size.")
         try:

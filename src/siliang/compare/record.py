@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from siliang.record import File, Part, Saved
+from siliang.compare.config import CompareConfig
+from siliang.config import Seed
+from siliang.paths import inside
+from siliang.record import Count, Date, Figures, File, Name, Part, Record, Saved, Sha256, Share
+from siliang.types import ConfigError, RecordError
 
 COMPARISON_NAME = "comparison.json"
 ANSWERS_NAME = "answers.json"
@@ -16,43 +21,90 @@ SCHEMA_VERSION = 1
 class Trial(Part):
     """One run of the comparison: a method, its settings, a seed."""
 
-    method: str
+    method: Name
     """The method's label."""
-    seed: int
+    seed: Seed
     purpose: Literal["search", "test"]
     """search: to choose settings, on the validation rows. test: for the table, on the held-out rows."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """What the search gives or gave: learning_rate, or fields of the method's config."""
-    folder: str
+    folder: Name
     """The run's folder, seen from the comparison's."""
     status: Literal["waiting", "running", "completed", "failed"] = "waiting"
     error: str | None = None
-    attempts: int = 0
+    attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """How often it was begun: more than once where the comparison was interrupted."""
+    figures: Figures = Field(default_factory=dict)
+    """Of its record when it was completed, by `figures_of`: whether they still agree can be seen."""
+
+
+def figures_of(record: Record) -> dict[str, float]:
+    """What a comparison keeps of a run's record: its final metrics, parameters, memory and seconds."""
+    return {
+        **record.final,
+        "trained": record.parameters.trained,
+        "total": record.parameters.total,
+        "adapter_bytes": record.parameters.adapter_bytes,
+        "peak_bytes": record.memory.peak_bytes,
+        "train_s": record.seconds.train,
+        "eval_s": record.seconds.eval,
+        "tokens_trained": record.tokens_trained,
+    }
 
 
 class Comparison(Saved):
     """comparison.json."""
 
-    schema_version: int = SCHEMA_VERSION
+    newest: ClassVar[int] = SCHEMA_VERSION
+
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     status: Literal["running", "completed"] = "running"
-    started_at: str
+    started_at: Date
     """UTC, ISO 8601."""
     config: dict[str, Any]
     """The resolved compare.yaml."""
     given: dict[str, Any]
     """The same without what is at its default."""
-    model_files: dict[str, str] = Field(default_factory=dict)
+    model_files: dict[Name, Sha256] = Field(default_factory=dict)
     """The SHA-256 of each file of the base model."""
     data_files: list[File] = Field(default_factory=list)
     """The same for each source of the data."""
-    base: dict[str, float] = Field(default_factory=dict)
+    base: Figures = Field(default_factory=dict)
     """What the untuned base model reaches on the held-out rows; empty where it has no head for the task."""
-    steps: dict[str, int] = Field(default_factory=dict)
+    steps: dict[Name, Annotated[int, Field(ge=1, lt=2**31)]] = Field(default_factory=dict)
     """With a budget in minutes: the steps of each method that fit into it."""
-    chosen: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    chosen: dict[Name, dict[str, Any]] = Field(default_factory=dict)
     """The settings that the search found best for each method."""
     trials: list[Trial] = Field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Reads the file; the folders of its runs lie inside of the comparison's.
+
+        Raises:
+            ConfigError, RecordError: As of every record.
+        """
+        found = super().open(path)
+        for trial in found.trials:
+            inside(path.parent, trial.folder, kind=RecordError, source=str(path))
+        return found
+
+    def check(self) -> None:
+        """The settings are those of a comparison, and its runs have a folder each.
+
+        Raises:
+            ConfigError: They are not.
+        """
+        config = CompareConfig.recorded(self.config)
+        labels = {entry.label for entry in config.settings.methods}
+        folders = [trial.folder for trial in self.trials]
+        if twice := next((name for name in folders if folders.count(name) > 1), None):
+            raise ConfigError(f"trials: the folder {twice[:80]!r} stands twice.")
+        tested = [trial.method for trial in self.trials if trial.purpose == "test"]
+        if (strange := next((label for label in tested if label not in labels), None)) is not None:
+            raise ConfigError(f"trials: {strange[:80]!r} is none of the methods: {', '.join(sorted(labels))}.")
+        if "eval_loss" in self.base and "perplexity" not in self.base:
+            raise ConfigError("base.perplexity is missing.")
 
 
 class Answer(Part):
@@ -66,7 +118,7 @@ class Answer(Part):
     given: str
     correct: bool | None = None
     """Whether `given` counts as `right`; None where nothing judges it: a written text, a prompt of the settings."""
-    probability: float | None = None
+    probability: Share | None = None
     """Of the class; None for text and tags."""
 
 
@@ -77,9 +129,9 @@ class Answers(Saved):
     """The same questions for every run of a comparison."""
     rows: list[Answer] = Field(default_factory=list)
     """Some of the held-out rows, the same for every run."""
-    majority: float | None = None
+    majority: Share | None = None
     """Share of the most frequent class among all held-out rows."""
-    classes: int | None = None
+    classes: Count | None = None
     """How many classes the data has."""
-    figures: dict[str, float] = Field(default_factory=dict)
+    figures: Figures = Field(default_factory=dict)
     """Metrics on the held-out rows that take writing: rouge_l."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from siliang.check import find, look_at, stop_on_errors
 from siliang.compare.config import CompareConfig
 from siliang.compare.pool import Event, Pool
-from siliang.compare.record import COMPARISON_NAME, Comparison, Trial
+from siliang.compare.record import COMPARISON_NAME, Comparison, Trial, figures_of
 from siliang.compare.trials import (
     MOST_ATTEMPTS,
     PLACES,
@@ -304,8 +304,10 @@ class _Comparing:
         folder = self.folder / trial.folder
         for name in (CHECKPOINTS, *((ADAPTER, MODEL) if trial.purpose == "search" else ())):
             shutil.rmtree(folder / name, ignore_errors=True)
+        record = Record.read(folder)
+        trial.figures = figures_of(record)
         self._save()
-        self.listener.ended(trial, Record.read(folder))
+        self.listener.ended(trial, record)
 
     def _known(self, trial: Trial) -> Trial:
         """The trial as it stands in the record; complete only if its run is there, with these settings.
@@ -327,7 +329,8 @@ class _Comparing:
                 "Remove that folder, choose another with --output, or give the method a label of its own."
             )
         # a run that was complete when the comparison was killed
-        return before.model_copy(update={"status": "completed", "settings": trial.settings})
+        figures = before.figures or figures_of(record)
+        return before.model_copy(update={"status": "completed", "settings": trial.settings, "figures": figures})
 
     def _request(self, kind: str, config: RunConfig) -> dict[str, Any]:
         settings = self.config.settings

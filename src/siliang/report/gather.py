@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from siliang.compare.config import CompareConfig
 from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison
 from siliang.compare.verdict import Verdict, learned_nothing
 from siliang.files import pasted
 from siliang.record import Record
+from siliang.report.agree import Differs, base_differences, differences_of
 from siliang.safe_yaml import dump_yaml
 from siliang.terminal import one_line
 from siliang.types import ConfigError, TaskType
@@ -59,6 +61,7 @@ class Material:
         folder: Where the runs are.
         complete: Nothing is left to be run.
         is_comparison: The runs were made by `siliang compare`.
+        differing: Where the comparison's own file and its runs' records do not say the same.
     """
 
     task: TaskType
@@ -71,6 +74,7 @@ class Material:
     complete: bool = True
     is_comparison: bool = False
     all_settings: str = ""
+    differing: list[Differs] = field(default_factory=list)
 
     @property
     def records(self) -> list[Record]:
@@ -128,17 +132,24 @@ def gather(folders: list[Path]) -> Material:
 def _of_comparison(folder: Path) -> Material:
     comparison = Comparison.open(folder / COMPARISON_NAME)
     found: list[tuple[str, RunFound]] = []
+    differing: list[Differs] = []
     for trial in comparison.trials:
         if trial.purpose != "test":
             continue
         path = folder / trial.folder
-        if trial.status == "completed":
-            found.append((trial.method, _run(path, trial.seed, Record.read(path), comparison.base)))
+        if trial.status == "completed" and not path.is_dir():
+            found.append((trial.method, RunFound(path, trial.seed)))
+            differing.append(Differs(trial.method, trial.seed, "folder", there=trial.folder))
+        elif trial.status == "completed":
+            record = Record.read(path)
+            found.append((trial.method, _run(path, trial.seed, record, comparison.base)))
+            differing += differences_of(comparison, trial, record)
         else:
             error = trial.error or "not run yet"
             found.append((trial.method, RunFound(path, trial.seed, error=error)))
     base = folder / "base" / ANSWERS_NAME
-    order = [one_line(str(entry["label"])) for entry in comparison.config["methods"]]
+    answers = Answers.open(base) if base.is_file() else None
+    order = [one_line(entry.label) for entry in CompareConfig.recorded(comparison.config).settings.methods]
     return Material(
         TaskType(comparison.config["task"]),
         sorted(_grouped(found), key=lambda group: order.index(group.label) if group.label in order else len(order)),
@@ -146,10 +157,11 @@ def _of_comparison(folder: Path) -> Material:
         dump_yaml(comparison.given),
         "siliang compare compare.yaml",
         comparison.base,
-        Answers.open(base) if base.is_file() else None,
+        answers,
         comparison.status == "completed",
         is_comparison=True,
         all_settings=dump_yaml(comparison.config),
+        differing=[*base_differences(comparison, answers), *differing],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from siliang.compare.verdict import QUALITY
 from siliang.memory.size import show_bytes
@@ -112,6 +113,28 @@ def notes(line: Line, w: dict[str, str]) -> list[str]:
         errors.setdefault(error, []).append(seed)
     found += [w["failed"].format(seed=", ".join(map(str, seeds)), error=error) for error, seeds in errors.items()]
     return found
+
+
+def disagreements(material: Material, w: dict[str, str]) -> list[str]:
+    """Where a comparison's own file and its runs' records do not say the same, a line each."""
+    found = []
+    for one in material.differing:
+        label = w["base"] if one.label is None else w["run"].format(label=one.label, seed=one.seed)
+        what = w.get(f"figure_{one.what}") or w.get(one.what) or one.what
+        if one.what == "folder":
+            found.append(w["folder_missing"].format(run=label, folder=one.there))
+        elif one.here is None and one.there is None:
+            found.append(w["differs_at_all"].format(run=label, what=what))
+        else:
+            here, there = (_written(value) for value in (one.here, one.there))
+            found.append(w["differs"].format(run=label, what=what, here=here, there=there))
+    return found
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def show_mean(found: Mean | None, digits: int) -> str:

@@ -15,7 +15,8 @@ from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_ch
 from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settings, in_words
 from siliang.start_adapter import find_start_adapter
 from siliang.train.saving import last_good
-from siliang.types import AdapterError, ConfigError, ModelError
+from siliang.train.state import check_trainer_state
+from siliang.types import AdapterError, ConfigError, ModelError, RecordError
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
     if checkpoint is None:
         say("begins     there is no checkpoint to go on from: the run begins again with its first step")
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    if checkpoint is not None:
+        check_trainer_state(checkpoint, step)
     if (most := config.train.max_steps) is not None and most < step:
         raise ConfigError(f"train.max_steps = {most:,}, and {checkpoint} has made {step:,} steps already.")
     for name, values in found.items():
@@ -94,7 +97,9 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
 def _read(folder: Path, say: Callable[[str], None]) -> Record | None:
     try:
         return Record.read(folder)
-    except ConfigError:
+    except ConfigError as error:
+        if isinstance(error, RecordError) and error.later:
+            raise
         what = "damaged" if (folder / RECORD_NAME).exists() else "not there"
         say(f"warning    {folder / RECORD_NAME} is {what}: cannot check whether settings or data have changed")
         return None

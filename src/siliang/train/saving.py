@@ -13,6 +13,7 @@ The folder has its name only when all of it is on the disk.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,9 +32,14 @@ from siliang.distributed.zero import is_dealt, together, unheard
 from siliang.files import damage, hide_secrets, remove_folder, sweep
 from siliang.models.own_code import write_own_code
 from siliang.peft_model import PeftModel
+from siliang.record import MAX_BYTES
 from siliang.run_folder import checkpoints
+from siliang.safe_json import JsonError, read_json, where
+from siliang.train.state import check_state
+from siliang.types import RecordError, first_line
 
 STATE_NAME = "state"
+STATE_FILE = f"{STATE_NAME}.json"
 MODEL_WEIGHTS = "model.safetensors"
 
 
@@ -135,14 +142,28 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Any tree of dicts, lists, tuples, numbers, texts and tensors."""
     tensors: dict[str, Tensor] = {}
     tree = _split(state, tensors, "")
-    (folder / f"{STATE_NAME}.json").write_text(json.dumps(tree), encoding="utf-8")
+    (folder / STATE_FILE).write_text(json.dumps(tree), encoding="utf-8")
     save_file(tensors, folder / f"{STATE_NAME}.safetensors")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` wrote."""
-    tree = json.loads((folder / f"{STATE_NAME}.json").read_text(encoding="utf-8"))
-    return _join(tree, load_file(folder / f"{STATE_NAME}.safetensors"))
+    """What `write_state` wrote of a trainer.
+
+    Raises:
+        RecordError: It is damaged.
+    """
+    path = folder / STATE_FILE
+    try:
+        tree = read_json(path, most_bytes=MAX_BYTES)
+        state = _join(tree, load_file(path.with_suffix(".safetensors")))
+    except JsonError as error:
+        raise RecordError(f"{where(path, error)} is damaged: {error}.") from None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise RecordError(f"{path} is damaged: {first_line(error, kind=True)[:200]}.") from None
+    check_state(state, path)
+    return state
 
 
 def _split(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -157,7 +178,9 @@ def _split(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         case list():
             return [_split(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
         case np.generic():
-            return value.item()
+            return _split(value.item(), tensors, path)
+        case float() if not math.isfinite(value):  # which JSON does not have
+            return {"float": str(value)}
         case _:
             return value
 
@@ -166,6 +189,8 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
     match tree:
         case {"tensor": path}:
             return tensors[path]
+        case {"float": "nan" | "inf" | "-inf" as text}:
+            return float(text)
         case {"dict": pairs}:
             return {key: _join(v, tensors) for key, v in pairs}
         case {"tuple": values}:

@@ -29,6 +29,7 @@ from siliang.train.guard import Guard, Trouble
 from siliang.train.metrics import MEASURES, Rows, figures_of
 from siliang.train.order import Counted, Order, Share
 from siliang.train.saving import (
+    STATE_FILE,
     adapter_together,
     is_dealt_out,
     prune,
@@ -40,6 +41,7 @@ from siliang.train.saving import (
     write_state,
     write_weights,
 )
+from siliang.train.state import check_like, check_optimizer
 from siliang.train.watcher import Watcher
 
 
@@ -364,13 +366,15 @@ class SiliangTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._resumed is None:
             return
-        state = self._resumed.pop("optimizer")
+        state, path = self._resumed.pop("optimizer"), Path(checkpoint or "") / STATE_FILE
         if self.is_deepspeed_enabled:
             zero.load_optimizer_state(self.optimizer.optimizer, self._trained, state)  # type: ignore[union-attr]
         else:
             groups = self.optimizer.param_groups  # type: ignore[union-attr]
-            state = dealt(zero.without_weights(state), [p for group in groups for p in group["params"]])
-            self.optimizer.load_state_dict(state)  # type: ignore[union-attr]
+            parameters = [p for group in groups for p in group["params"]]
+            check_optimizer(state, self.optimizer.state_dict(), parameters, path)  # type: ignore[union-attr]
+            self.optimizer.load_state_dict(dealt(zero.without_weights(state), parameters))  # type: ignore[union-attr]
+        check_like(self._resumed["scheduler"], self.lr_scheduler.state_dict(), "scheduler", path)  # type: ignore[union-attr]
         self.lr_scheduler.load_state_dict(self._resumed["scheduler"])  # type: ignore[union-attr]
 
     def _load_scaler(self, checkpoint: str | None) -> None:

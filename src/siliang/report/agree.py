@@ -1,0 +1,87 @@
+"""Whether a comparison's own file and the records of its runs say the same: either may have been changed since."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from siliang.compare.config import CompareConfig
+from siliang.compare.record import Answers, Comparison, Trial, figures_of
+from siliang.config import METHOD_FOLDERS, MethodConfig
+from siliang.record import Record
+
+
+@dataclass(frozen=True)
+class Differs:
+    """What a comparison and one of its runs say otherwise.
+
+    Attributes:
+        label: The method's; None for the base.
+        what: The figure, a word of report/words.py behind `figure_`; "folder" for a run that is not there.
+        here: What comparison.json says; None for nothing.
+        there: What the run's record says.
+    """
+
+    label: str | None
+    seed: int | None
+    what: str
+    here: Any = None
+    there: Any = None
+
+
+def differences_of(comparison: Comparison, trial: Trial, record: Record) -> list[Differs]:
+    """In what a finished trial and the record in its folder differ; figures are compared as they are written."""
+    return [Differs(trial.method, trial.seed, *found) for found in _found(comparison, trial, record)]
+
+
+def base_differences(comparison: Comparison, answers: Answers | None) -> list[Differs]:
+    """In what the base model's figures and its answers' file differ."""
+    if answers is None:
+        return []
+    pairs = ((name, comparison.base.get(name), figure) for name, figure in answers.figures.items())
+    return [Differs(None, None, name, here, there) for name, here, there in pairs if not _same(here, there)]
+
+
+def _found(comparison: Comparison, trial: Trial, record: Record) -> Iterator[tuple[str, Any, Any]]:
+    config = CompareConfig.recorded(comparison.config)
+    entry = next(entry for entry in config.settings.methods if entry.label == trial.method)
+    settings = dict(trial.settings)
+    rate = settings.pop("learning_rate", None) or entry.learning_rate or config.run.train.learning_rate
+    method = MethodConfig(name=entry.name, **(entry.arguments | settings))
+    there = MethodConfig.model_validate(record.config["method"])
+    yield from _unequal("task", str(config.run.task), str(record.config["task"]))
+    yield from _unequal("method", _in_words(method), _in_words(there))
+    yield from _unequal("seed", trial.seed, record.seed)
+    yield from _unequal("seed", trial.seed, record.config["train"]["seed"])
+    if rate is not None:
+        yield from _unequal("learning_rate", rate, record.learning_rate)
+    if comparison.data_files:
+        yield from _unequal("data", _hashes(comparison), _hashes(record))
+    if comparison.model_files:
+        yield from _unequal("model", sorted(comparison.model_files.items()), sorted(record.model_files.items()))
+    now = figures_of(record)
+    for name in dict.fromkeys((*now, *trial.figures)):
+        yield from _unequal(name, trial.figures.get(name), now.get(name))
+
+
+def _unequal(what: str, here: Any, there: Any) -> Iterator[tuple[str, Any, Any]]:
+    if not _same(here, there):
+        # of many hashes, that they differ is all there is to say
+        yield (what, None, None) if isinstance(here, list) else (what, here, there)
+
+
+def _same(a: Any, b: Any) -> bool:
+    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    return both_nan or a == b
+
+
+def _in_words(method: MethodConfig) -> str:
+    """A method and its settings. Where its files lie makes no difference."""
+    given = {key: value for key, value in sorted(method.arguments.items()) if key not in METHOD_FOLDERS}
+    return " ".join([method.name, *(f"{key}={value}" for key, value in given.items() if value is not None)])
+
+
+def _hashes(found: Comparison | Record) -> list[str]:
+    return [file.sha256 for file in found.data_files]

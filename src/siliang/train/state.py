@@ -1,0 +1,181 @@
+"""What a checkpoint's state may hold: it goes into the trainer only where it is what a trainer has written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field, ValidationError
+from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from siliang.record import Count, Number, Part, Positive, StepMetrics, explained
+from siliang.safe_json import JsonError, read_json, where
+from siliang.types import RecordError
+
+
+class _Random(Part):
+    python: Any
+    numpy: Any
+    torch: Any
+    cuda: list[Any]
+
+
+class _SinceLog(Part):
+    loss: Number
+    step: Count
+
+
+class _Guard(Part):
+    runs: dict[Literal["zero loss", "zero gradient", "lost gradient"], Count]
+    passed_over: list[Count]
+    steps: Count
+
+
+class _Watcher(Part):
+    steps: list[StepMetrics]
+    train_s: Positive
+    loss: Number | None
+    rate: Positive | None
+
+
+class _State(Part):
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Positive] | None
+    random: Annotated[list[_Random], Field(min_length=1)]
+    since_log: _SinceLog
+    tokens_trained: Count
+    guard: _Guard
+    evaluation_due: bool
+    watcher: _Watcher | None
+
+
+class _Trainer(Part):
+    """What of trainer_state.json plays a part."""
+
+    model_config = ConfigDict(extra="allow")
+
+    global_step: Count
+    max_steps: Annotated[int, Field(ge=-1, lt=2**63)]
+    epoch: Positive | None
+    num_train_epochs: Positive
+    train_batch_size: Count | None
+    best_metric: Number | None
+    best_global_step: Count | None
+    log_history: list[dict[str, Any]]
+    stateful_callbacks: dict[str, Any]
+
+
+def check_state(state: Any, path: Path) -> None:
+    """A checkpoint's state has the parts that a trainer writes.
+
+    Args:
+        path: Its file, for the error.
+
+    Raises:
+        RecordError: It has not: which part, and what is allowed.
+    """
+    try:
+        _State.model_validate(state, strict=True)
+    except ValidationError as error:
+        raise RecordError(f"{path} is damaged: {explained(error)}.") from None
+    for i, one in enumerate(state["random"]):
+        try:
+            random.Random().setstate(one["python"])
+            np.random.RandomState().set_state(one["numpy"])
+            torch.Generator().set_state(one["torch"])
+        except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError):
+            raise RecordError(f"{path} is damaged: random.{i} is no state of random numbers.") from None
+        if not all(isinstance(device, Tensor) for device in one["cuda"]):
+            raise RecordError(f"{path} is damaged: random.{i}.cuda is no state of random numbers.")
+
+
+def check_trainer_state(folder: Path, step: int) -> None:
+    """trainer_state.json of a checkpoint is what transformers writes at this step.
+
+    Raises:
+        RecordError: It is not.
+    """
+    path = folder / TRAINER_STATE_NAME
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    try:
+        values = read_json(path, foreign=True)
+        if isinstance(values, dict) and (strange := sorted(values.keys() - known)):
+            raise RecordError(f"{path} is damaged: {strange[0][:80]!r} is no field of it.")
+        found = _Trainer.model_validate(values, strict=True)
+    except JsonError as error:
+        raise RecordError(f"{where(path, error)} is damaged: {error}.") from None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValidationError as error:
+        raise RecordError(f"{path} is damaged: {explained(error)}.") from None
+    if found.global_step != step:
+        raise RecordError(f"{path} is damaged: global_step = {found.global_step:,}: its folder says {step:,}.")
+
+
+def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tensor], path: Path) -> None:
+    """An optimizer's state fits one that has made no step yet.
+
+    Args:
+        fresh: Its `state_dict`.
+        parameters: What it trains, in the order of its groups.
+
+    Raises:
+        RecordError: It does not.
+    """
+    check_like({"groups": given.get("param_groups")}, {"groups": fresh["param_groups"]}, "optimizer", path)
+    shapes, state = [tuple(p.shape) for p in parameters], given.get("state")
+    if not isinstance(state, dict) or set(given) != {"state", "param_groups"}:
+        raise RecordError(f"{path} is damaged: optimizer.state is missing.")
+    for number, moments in state.items():
+        if type(number) is not int or not 0 <= number < len(shapes) or not isinstance(moments, dict):
+            raise RecordError(
+                f"{path} is damaged: optimizer.state has {number!r:.40}, which is none of the parameters."
+            )
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor):
+                fits = tuple(moment.shape) in (shapes[number], ()) and moment.is_floating_point()
+            else:
+                fits = name == "step" and type(moment) in (int, float) and math.isfinite(moment)
+            if not fits:
+                raise RecordError(
+                    f"{path} is damaged: optimizer.state.{number}.{name!s:.40} must have the parameter's shape, "
+                    f"{shapes[number]}."
+                )
+
+
+def check_like(given: Any, fresh: Any, name: str, path: Path) -> None:
+    """A tree of values has the keys, lengths and kinds of another, and its numbers are finite.
+
+    Args:
+        name: Of the tree, for the error.
+
+    Raises:
+        RecordError: It has others.
+    """
+    if isinstance(fresh, dict):
+        fits = isinstance(given, dict) and given.keys() == fresh.keys()
+        inner = [(given[key], value, f"{name}.{key}") for key, value in fresh.items()] if fits else []
+    elif isinstance(fresh, list | tuple):
+        fits = isinstance(given, list | tuple) and len(given) == len(fresh)
+        inner = [(a, b, f"{name}.{i}") for i, (a, b) in enumerate(zip(given, fresh, strict=True))] if fits else []
+    elif isinstance(fresh, bool):
+        fits, inner = isinstance(given, bool), []
+    elif isinstance(fresh, int | float):
+        fits, inner = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given), []
+    elif isinstance(fresh, Tensor):
+        fits, inner = isinstance(given, Tensor) and given.shape == fresh.shape, []
+    else:
+        fits, inner = type(given) is type(fresh) and (fresh is None or given == fresh), []
+    if not fits:
+        raise RecordError(f"{path} is damaged: {name} = {given!r:.80}: must be as this run has it, {fresh!r:.80}.")
+    for a, b, inner_name in inner:
+        check_like(a, b, inner_name, path)
