@@ -9,6 +9,7 @@ It reads requests from its standard input and writes an answer to each: the leng
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import math
@@ -207,6 +208,115 @@ def _match(pattern: str, texts: list[str], whole: bool) -> Any:
     return [None if (found := at(text)) is None else found.groups() for text in texts]
 
 
+# ---- tokenizers ----
+
+
+def look_at_tokenizer(text: str) -> str | None:
+    """Why a tokenizer.json cannot be used; None where nothing is wrong with it.
+
+    Its rules for text are counted, and tried on some text with a vocabulary of one word: what they do to a text, and
+    their regular expressions, is all that a small file can do harm with.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        return "it is no tokenizer"
+    rules = [values.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]
+    growth = 1.0
+    for rule in _rules(rules):
+        growth *= _growth(rule)
+        if why := _too_much(rule):
+            return why
+    if growth > MOST_GROWTH:
+        return f"its rules make {growth:,.0f} characters of one"
+    padding = values.get("padding")
+    if isinstance(padding, dict) and any(n > MOST_PADDING for n in _numbers([padding])):
+        return f"it fills up texts to more than {MOST_PADDING:,} tokens"
+    if len(values.get("added_tokens") or ()) > MOST_ADDED:
+        return f"it adds more than {MOST_ADDED:,} tokens"
+    return _tried(values)
+
+
+def _tried(values: dict[str, Any]) -> str | None:
+    from tokenizers import Tokenizer
+
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    kept = {name: values.get(name) for name in ("version", "normalizer", "pre_tokenizer", "decoder")}
+    bare = Tokenizer.from_str(json.dumps(kept | {"model": model, "added_tokens": [], "post_processor": None}))
+    every = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x10000)]))
+    for probe in (*PROBES, every):
+        if bare.normalizer is not None and len(bare.normalizer.normalize_str(probe)) > MOST_GROWTH * len(probe) + 100:
+            return f"its normalizer makes more than {MOST_GROWTH} characters of one"
+        found = bare.encode(probe)
+        if len(found.ids) > MOST_GROWTH * len(probe) + 100:
+            return f"it makes more than {MOST_GROWTH} pieces of a character"
+        bare.decode(found.ids)
+    return None
+
+
+MOST_GROWTH = 32  # characters that are made of one: Unicode's own forms make 18
+MOST_PADDING = 2**20
+MOST_ADDED = 100_000
+MOST_RULES = 1_000
+MOST_PATTERN = 20_000  # characters
+PROBES = tuple(
+    [
+        unit * (2000 // len(unit))
+        for unit in ("a", "A", " ", "\n", "1", ".", "中", "é", "ab ", "a1", "'s", "\r\n", "\u200d😀")
+    ]
+    + ["The film, which isn't 2 hours long, was GOOD!\n\n  她说：“很好看。” don't_stop <|x|> e=mc²\t" * 20]
+)
+
+
+def _rules(value: Any) -> Any:
+    """Every rule in a tokenizer's parts, one in a sequence of others too."""
+    stack, seen = [value], 0
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            seen += 1
+            if seen > MOST_RULES:
+                raise _LimitError(f"it has more than {MOST_RULES:,} rules")
+            yield value
+            stack += [v for v in value.values() if isinstance(v, dict | list)]
+        elif isinstance(value, list):
+            stack += [v for v in value if isinstance(v, dict | list)]
+
+
+def _growth(rule: dict[str, Any]) -> float:
+    """How many characters a rule can make of one."""
+    if rule.get("type") != "Replace":
+        return 1.0
+    content, pattern = str(rule.get("content")), rule.get("pattern")
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(literal, str) and literal:
+        return max(1.0, len(content) / len(literal))
+    return 1.0 + len(content)  # an expression may match between any two characters
+
+
+def _too_much(rule: dict[str, Any]) -> str | None:
+    if any(isinstance(v, str) and len(v) > MOST_PATTERN for k, v in rule.items() if k != "precompiled_charsmap"):
+        return f"a rule has more than {MOST_PATTERN:,} characters"
+    if isinstance(rule.get("ids"), list) and len(rule["ids"]) > 100:
+        return "it puts more than 100 tokens at a place"
+    if isinstance(rule.get("single"), list) and max(len(rule["single"]), len(rule.get("pair") or ())) > 100:
+        return "it puts more than 100 tokens around a text"
+    charsmap = rule.get("precompiled_charsmap")
+    if isinstance(charsmap, str):
+        data = base64.b64decode(charsmap)
+        forms = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
+        if max(map(len, forms), default=0) > 100:
+            return "its table of characters holds more than 100 bytes for one"
+    return None
+
+
+def _numbers(values: list[Any]) -> Any:
+    for value in values:
+        if isinstance(value, dict):
+            yield from _numbers(list(value.values()))
+        elif type(value) in (int, float):
+            yield value
+
+
 # ---- the process ----
 
 
@@ -238,18 +348,15 @@ def _limit_the_time(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), hard))
 
 
-def _preload(kind: str) -> None:
+def _preload() -> None:
     """What is imported before no file can be opened any more, also what Jinja would import when it is needed."""
     time.localtime()
-    if kind == "tokenizer":
-        import tokenizers  # noqa: F401
-
-        return
     import pprint  # noqa: F401
     import textwrap  # noqa: F401
 
     import jinja2.constants
     import jinja2.debug  # noqa: F401
+    import tokenizers  # noqa: F401
 
     _compiled("{% generation %}{{ 1 | tojson }}{% endgeneration %}").render()
     _compiled("{{ strftime_now('%Y') }}").render()
@@ -273,10 +380,10 @@ def _write(answer: Any) -> None:
 
 
 def main() -> None:
-    sys.path[:] = [path for path in sys.argv[2:] if Path(path).is_absolute()]
-    _preload(sys.argv[1])
+    sys.path[:] = [path for path in sys.argv[1:] if Path(path).is_absolute()]
+    _preload()
     _limit_the_process()
-    functions = {"render": partial(render, kept={}), "match": match}
+    functions = {"render": partial(render, kept={}), "match": match, "look_at_tokenizer": look_at_tokenizer}
     _write(["result", None])
     while True:
         name, seconds, arguments = json.loads(_read(int.from_bytes(_read(4), "big")).decode("utf-8", "surrogatepass"))
@@ -287,7 +394,7 @@ def main() -> None:
             answer = ["limit", str(error)]
         except MemoryError:
             answer = ["limit", f"it wants more than {EXTRA_BYTES // 2**30} GiB of memory"]
-        except Exception as error:
+        except BaseException as error:  # tokenizers has one that is no Exception
             answer = ["error", _in_a_line(error)]
         _write(answer)
         if answer[0] == "limit":

@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import contextvars
 import hashlib
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-SECONDS = 4.0  # of computing for one request; twice that on the clock
+T = TypeVar("T")
+
+SECONDS = 4.0  # of computing for one request
+WAIT = 2 if sys.platform == "win32" else 10  # times as long on the clock: the machine may be busy with other things
 START_SECONDS = 60.0
 MOST_BYTES = 2**30  # of an answer
+LARGE = 2**20  # characters of a tokenizer, from which on the process is not kept
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")  # of this process's environment
 
 
@@ -40,15 +46,16 @@ class LimitError(RefusedError):
 class LimitedProcess:
     """A process under limits that runs the functions of limited_process.py. Threads may share it: one at a time.
 
-    Args:
-        kind: What it imports: "text" for templates and patterns, "tokenizer".
+    Attributes:
+        templates: The chat templates that the process knows.
+        tokenizers: The tokenizers that have been looked at, and are in order.
     """
 
-    def __init__(self, kind: str = "text") -> None:
-        self._kind = kind
+    def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self.templates: set[str] = set()  # that the process knows
+        self.templates: set[str] = set()
+        self.tokenizers: set[str] = set()
 
     def call(self, name: str, *arguments: Any, seconds: float | None = None) -> Any:
         """The function's result.
@@ -65,8 +72,9 @@ class LimitedProcess:
         with self._lock:
             try:
                 process = self._started()
-                _send(process, [name, seconds, arguments], time.monotonic() + 2 * seconds)
-                kind, value = _receive(process, time.monotonic() + 2 * seconds)
+                until = time.monotonic() + WAIT * seconds
+                _send(process, [name, seconds, arguments], until)
+                kind, value = _receive(process, until)
             except TimeoutError:
                 self._end()
                 raise LimitError("it runs for too long") from None
@@ -90,7 +98,7 @@ class LimitedProcess:
             self._end()
             program = Path(__file__).with_name("limited_process.py")
             process = subprocess.Popen(
-                [sys.executable, "-I", str(program), self._kind, *sys.path],
+                [sys.executable, "-I", str(program), *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -235,6 +243,53 @@ def render(template: str, names: dict[str, Any], jobs: Sequence[tuple[Any, Any, 
         found = _PROCESS.call("render", key, template, names, jobs)
     _PROCESS.templates.add(key)
     return found
+
+
+def look_at_tokenizer(text: str) -> None:
+    """Looks at a tokenizer.json and tries its rules; once for each text.
+
+    Raises:
+        LimitError: It takes too much time or memory.
+        RefusedError: It cannot be used; says why.
+    """
+    key = hashlib.sha256(text.encode()).hexdigest()
+    if key in _PROCESS.tokenizers:
+        return
+    why = _PROCESS.call("look_at_tokenizer", text, seconds=SECONDS + len(text) / 2**20)
+    if len(text) > LARGE:
+        _PROCESS.close()  # and gives its memory back
+    if why is not None:
+        raise RefusedError(why)
+    _PROCESS.tokenizers.add(key)
+
+
+def in_time(function: Callable[[], T], seconds: float) -> T:
+    """The function's result, which may be a long time coming where it is a stranger's: a tokenizer's patterns.
+
+    It runs in a thread that is left alone where it takes too long, and goes with this process.
+
+    Raises:
+        LimitError: It takes longer than `seconds` on the clock.
+        RefusedError: It ended in an error of the tokenizers library, whose kind is no Exception.
+    """
+    results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((function(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise LimitError("it takes too long") from None
+    if error is not None and type(error).__name__ == "PanicException":
+        raise RefusedError(str(error))
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 def match(patterns: Iterable[str], texts: Sequence[str], *, whole: bool) -> list[Any]:

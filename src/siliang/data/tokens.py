@@ -34,7 +34,8 @@ from siliang.data.examples import (
 )
 from siliang.data.labelled_tokens import classes, sources_and_targets, spans, tags
 from siliang.data.templates import Piece, Template, find_template
-from siliang.types import DataError, TaskType
+from siliang.limits import RefusedError, in_time
+from siliang.types import DataError, ModelError, TaskType, first_line
 
 if TYPE_CHECKING:  # slow to import
     from datasets import Dataset, Features
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # slow to import
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
 PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
 BATCH = 500
+SECONDS, CHARACTERS_A_SECOND = 20.0, 5_000  # for tokens, at the least: any tokenizer makes a hundred times as many
 
 INT, INTS = "a number", "a list of numbers"
 COLUMNS = {
@@ -266,7 +268,7 @@ def _batch(
     columns: dict[str, list[Any]] = {name: [] for name in names}
     examples = [from_json(line) for line in batch["example"]]
     try:
-        made = work(examples)
+        made = _in_time(work, examples)
     except DataError:  # of one of them: each by itself
         made = [_alone(work, example) for example in examples]
     for number, example, entries in zip(numbers, examples, made, strict=True):
@@ -281,9 +283,25 @@ def _batch(
     return columns
 
 
+def _in_time(work: Worker, examples: Sequence[Any]) -> list[Rows]:
+    """The entries of each example; a tokenizer's patterns may be a stranger's, and some take for ever on some texts.
+
+    Raises:
+        ModelError: The tokenizer takes too long for them, or gives up.
+    """
+    characters = sum(len(part) for example in examples for part in texts(example))
+    try:
+        return in_time(partial(work, examples), SECONDS + characters / CHARACTERS_A_SECOND)
+    except RefusedError as error:
+        where = (
+            f"{len(examples)} texts of {characters:,} characters" if len(examples) > 1 else f"{characters:,} characters"
+        )
+        raise ModelError(f"the model's tokenizer cannot read {where}: {first_line(str(error))}.") from None
+
+
 def _alone(work: Worker, example: Any) -> list[dict[str, Any]]:
     try:
-        return work([example])[0]
+        return _in_time(work, [example])[0]
     except DataError as error:
         return [{"input_ids": [], BAD: str(error)}]
 

@@ -32,6 +32,7 @@ from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
 from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokenizer_code
+from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links
 from siliang.safe_json import JsonError, read_json, where
@@ -248,6 +249,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     _check_folder(name, revision)
     folder = Path(name)
     try:
+        check_tokenizer(name, revision)
         tokenizer = _tokenizer_from_pretrained(name, revision)
     except ModelError:
         raise

@@ -1,0 +1,117 @@
+"""Tokenizers that strangers have written: what their rules make of a text is counted and tried before they are read."""
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import word_tokenizer
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+from siliang.config import DataConfig
+from siliang.data import tokens
+from siliang.data.examples import Text
+from siliang.data.tokens import tokenise
+from siliang.limits import RefusedError, in_time, look_at_tokenizer
+from siliang.models.load import load_tokenizer
+from siliang.types import ModelError, TaskType
+
+WORDS = json.loads(word_tokenizer().backend_tokenizer.to_str())
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+CHARSMAP = base64.b64encode((4).to_bytes(4, "little") + b"\0\0\0\0" + b"x" * 1000 + b"\0").decode()
+
+
+def sequence(*rules: Any, of: str = "normalizers") -> dict[str, Any]:
+    return {"type": "Sequence", of: list(rules)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"normalizer": sequence(*[REPLACE] * 26)}, "67,108,864 characters of one"),
+        ({"normalizer": sequence(*[sequence(*[REPLACE] * 3)] * 3)}, "512 characters of one"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "y" * 100}},
+            "101 characters of one",
+        ),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "y" * 100}}, "101 characters of one"),
+        ({"decoder": sequence(*[REPLACE] * 26, of="decoders")}, "67,108,864 characters of one"),
+        ({"normalizer": sequence(*[{"type": "NFD"}] * 2000)}, "more than 1,000 rules"),
+        ({"normalizer": sequence({"type": "Prepend", "prepend": "y" * 10**5})}, "more than 20,000 characters"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "more than 100 bytes for one"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"Regex": "(a+)+b"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            },
+            "retry",
+        ),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}, ""),
+        ({"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0}}, "fills up texts"),
+        ({"added_tokens": [{"id": i} for i in range(100_001)]}, "adds more than 100,000 tokens"),
+        (
+            {"post_processor": {"type": "TemplateProcessing", "special_tokens": {"a": {"ids": [0] * 10**6}}}},
+            "more than 100",
+        ),
+        ({"normalizer": 5}, ""),
+    ],
+)
+def test_rules_that_make_much_of_little(
+    changed: dict[str, Any], why: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders["llama"], folder)
+    (folder / "tokenizer.json").write_text(json.dumps(WORDS | changed))
+    with pytest.raises(ModelError, match=rf"tokenizer.json cannot be used: .*{why}"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "1" * 100_000])
+def test_what_is_no_tokenizer(text: str) -> None:
+    with pytest.raises(RefusedError):
+        look_at_tokenizer(text)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("normalizer", ["NFKC", "NFKD", "BertNormalizer"])
+def test_usual_tokenizers_pass(normalizer: str, shared: Path) -> None:
+    text = (shared / "tokenizers" / "minimind" / "tokenizer.json").read_text()
+    look_at_tokenizer(text)
+    look_at_tokenizer(
+        json.dumps(json.loads(text) | {"normalizer": json.loads(getattr(normalizers, normalizer)().__getstate__())})
+    )
+
+
+def test_a_pattern_that_gives_up_on_some_text() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(q+)+z"), "isolated")
+    data = DataConfig(train="x", template="plain")
+    with pytest.raises(ModelError, match=r"tokenizer cannot read .*retry-limit"):
+        tokenise([Text("q" * 1000)], tokenizer, data, TaskType.CAUSAL_LM)
+
+
+def test_a_pattern_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "SECONDS", 0.3)
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("q*q*(?!.)"), "isolated")
+    data = DataConfig(train="x", template="plain")
+    with pytest.raises(ModelError, match="tokenizer cannot read 1,501 characters: it takes too long"):
+        tokenise([Text("q" * 1500 + "y")], tokenizer, data, TaskType.CAUSAL_LM)
+
+
+def test_in_time() -> None:
+    assert in_time(lambda: 5, 60) == 5
+    with pytest.raises(ZeroDivisionError):
+        in_time(lambda: 1 // 0, 60)
+    code = "import time\nfrom siliang.limits import LimitError, in_time\n"
+    code += "try:\n    in_time(lambda: time.sleep(600), 0.1)\nexcept LimitError as error:\n    print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "it takes too long\n", "")
