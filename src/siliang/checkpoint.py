@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from siliang.files import replacing
+from siliang.files import replacing, write_text
 from siliang.inject import PROMPT_KEY, FileSizes, Injection
 from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
 from siliang.methods.lora import LoraConfig
@@ -61,8 +61,7 @@ def save_adapter(
                 save_file(_apart(parts), temporary, metadata={"format": "pt"})
         else:
             (folder / file).unlink(missing_ok=True)
-    with replacing(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(config.to_json(inference_mode=True), encoding="utf-8")  # as PEFT does
+    write_text(folder / CONFIG_NAME, config.to_json(inference_mode=True))  # as PEFT does
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

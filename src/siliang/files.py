@@ -1,5 +1,8 @@
 """Files and folders that are whole or not there: written under another name, flushed to the disk, and named last.
 
+The other name is random and new, and no link is followed: a stranger's folder cannot have it lead elsewhere. What
+stands under the last name is replaced.
+
 A folder is sealed by a manifest with the size and the hash of each of its files, so that damage is found before it is
 used.
 """
@@ -12,19 +15,35 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
+import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from siliang.paths import inside, is_link, is_real_folder
 from siliang.safe_json import read_json
 from siliang.secrets import HIDDEN, redacted, without_secrets
 from siliang.terminal import without_controls
-from siliang.types import OutputError
+from siliang.types import ConfigError, OutputError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-[0-9a-f]{16}", re.DOTALL)
+LONGEST_KEPT_BYTES = 200  # of a file's name: most file systems take 255
+
+# A link is not followed, and the descriptor goes to no other program. Windows has neither, and keeps line ends else.
+if sys.platform == "win32":
+    FLAGS = os.O_BINARY | os.O_NOINHERIT
+    FOLDER_FLAGS = os.O_RDONLY
+else:
+    FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
+    FOLDER_FLAGS = os.O_DIRECTORY | os.O_CLOEXEC | (os.O_PATH if sys.platform == "linux" else os.O_RDONLY)
 
 # What libraries write of settings into the folder of a model or a checkpoint.
 SETTINGS = ("config.json", "generation_config.json", "trainer_state.json")
@@ -65,16 +84,27 @@ def _quoted(word: object) -> str:
     return f"$'{without_controls(escaped)}'"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of UTF-8, never half of it. A link at `path` is replaced, and what it leads to stays as it is."""
+    content = text.encode("utf-8")
+    with _new_beside(path) as new:
+        with os.fdopen(new.opened, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path` to write to; it becomes `path` only if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Gives a temporary name beside `path`, for libraries that write to a name; it becomes `path` only if the block
+    succeeds. A link at `path` is replaced.
+    """
+    with _new_beside(path) as new:
+        os.close(new.opened)
+        yield new.temporary
+        _flush(new.temporary)
+        new.rename()
 
 
 @contextmanager
@@ -82,35 +112,80 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `folder` to write into; it is sealed and becomes `folder` only if the block
     succeeds.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    with _folder_beside(folder) as temporary:
         yield temporary
         seal(temporary)
-        remove_folder(folder)
+        remove(folder)
         temporary.rename(folder)
         _flush(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_folder(folder: Path) -> None:
-    """Removes a folder; who is killed meanwhile leaves no half of it under its name."""
-    if folder.exists():
-        aside = folder.with_name(f".{folder.name}.tmp-old")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `folder`, which is empty or not there; it becomes `folder` only if the block
+    succeeds and nobody has put anything there meanwhile.
+    """
+    with _folder_beside(folder) as temporary:
+        yield temporary
+        if is_link(folder):
+            folder.unlink()
+        elif folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
 
 
-def sweep(parent: Path) -> None:
-    """Removes what `replacing` and `replacing_folder` left in `parent` when their process was killed."""
-    for path in parent.glob(".*.tmp*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+def append(path: Path) -> BinaryIO:
+    """Opens a file to write behind what is in it. What is no plain file of one name alone, such as a link, is replaced
+    by a new one.
+    """
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) and (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1):
+            path.unlink()
+    opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | FLAGS, 0o666)
+    return os.fdopen(opened, "ab")
+
+
+def remove(path: Path) -> None:
+    """Removes a folder, a file, or a link and nothing that it leads to. Of a folder, whoever is killed meanwhile leaves
+    no half of it under its name.
+    """
+    if is_real_folder(path):
+        aside = path.with_name(temporary_name(path.name))
+        path.rename(aside)
+        remove_tree(aside)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes what can be removed of a folder, without an error; of a link to one, the link."""
+    with suppress(OSError):
+        if is_link(folder):
+            folder.unlink()
         else:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(parent: Path, names: str) -> None:
+    """Removes what this module left in `parent` when its process was killed.
+
+    Args:
+        names: A pattern of the names that are written there; all else stays.
+    """
+    for path in parent.iterdir():
+        found = TEMPORARY.fullmatch(path.name)
+        if found and re.fullmatch(names, found["name"]):
+            if is_real_folder(path):
+                remove_tree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """A name beside `name` that nobody can foresee."""
+    kept = name if len(os.fsencode(name)) <= LONGEST_KEPT_BYTES else "file"
+    return f".{kept}.tmp-{secrets.token_hex(8)}"
 
 
 def seal(folder: Path) -> None:
@@ -119,8 +194,7 @@ def seal(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    with replacing(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1), encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1))
     _flush(folder)
 
 
@@ -129,15 +203,15 @@ def damage(folder: Path) -> str | None:
     try:
         listed = read_json(folder / MANIFEST)["files"]
         for name, wanted in listed.items():
-            path = folder / name
-            if ".." in Path(name).parts or Path(name).is_absolute():
-                return f"{MANIFEST} names {name!r}, which is not in the folder"
+            path = inside(folder, name, source=MANIFEST)
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != wanted["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes, not {wanted['bytes']:,}"
             if sha256(path) != wanted["sha256"]:
                 return f"{name} has changed since it was written"
+    except ConfigError as error:
+        return str(error).rstrip(".")
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
@@ -210,6 +284,69 @@ def sha256(path: Path) -> str:
     """Of a file's bytes, read piece by piece."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class _New:
+    """A new file, under a temporary name in the folder of `path`.
+
+    Attributes:
+        folder: The folder's descriptor, which stays the same folder whatever its name becomes; None on systems that do
+            not open folders.
+        opened: Its own descriptor, which whoever asked for it closes.
+    """
+
+    path: Path
+    temporary: Path
+    folder: int | None
+    opened: int
+
+    def rename(self) -> None:
+        """Gives it the name of `path`."""
+        old, new = (p if self.folder is None else p.name for p in (self.temporary, self.path))
+        os.replace(old, new, src_dir_fd=self.folder, dst_dir_fd=self.folder)
+
+
+@contextmanager
+def _new_beside(path: Path) -> Iterator[_New]:
+    """Makes a file that was not there; what is left under its temporary name is removed behind the block."""
+    temporary = path.with_name(temporary_name(path.name))
+    with _descriptor(path.parent) as folder:
+        name = temporary if folder is None else temporary.name
+        try:
+            opened = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FLAGS, 0o666, dir_fd=folder)
+        except OSError as error:
+            error.filename = str(path)  # the name that the user knows
+            raise
+        try:
+            yield _New(path, temporary, folder, opened)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+
+
+@contextmanager
+def _descriptor(folder: Path) -> Iterator[int | None]:
+    """Opens a folder; None on systems that cannot."""
+    if not {os.open, os.unlink, os.rename} <= os.supports_dir_fd:
+        yield None
+        return
+    opened = os.open(folder, FOLDER_FLAGS)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def _folder_beside(folder: Path) -> Iterator[Path]:
+    """Makes a folder that was not there; what is left under its temporary name is removed behind the block."""
+    temporary = folder.with_name(temporary_name(folder.name))
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        remove_tree(temporary)
 
 
 def _flush(path: Path) -> None:

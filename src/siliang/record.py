@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from siliang.config import FORMATS, RunConfig, Seed, differences
-from siliang.files import replacing
+from siliang.files import write_text
 from siliang.paths import inside
 from siliang.safe_json import JsonError, dump_json, read_json, where
 from siliang.secrets import redacted
@@ -96,9 +96,7 @@ class Saved(Part):
 
     def save(self, path: Path) -> None:
         """Writes the file, never half of it, with no secret in it."""
-        text = dump_json(_finite(self.model_dump(mode="json")), indent=1)
-        with replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(path, dump_json(_finite(self.model_dump(mode="json")), indent=1) + "\n")
 
     @classmethod
     def open(cls, path: Path) -> Self:

@@ -14,11 +14,12 @@ import torch
 from siliang.config import RunConfig, read_yaml
 from siliang.data.hashes import base_files, is_loaded_beside, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
-from siliang.files import absolute, damage, is_pattern, pasted, replacing
+from siliang.files import absolute, damage, is_pattern, pasted, write_text
 from siliang.hardware import Choice
 from siliang.methods import Method, find_method
 from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model, load_tokenizer
+from siliang.paths import check_links, is_real_folder
 from siliang.peft_model import PeftModel
 from siliang.record import RECORD_NAME, File, Record
 from siliang.run_settings import has_template_file, in_words, misplaced_settings
@@ -140,7 +141,8 @@ def weight_dtype(method: Method, precision: Choice) -> torch.dtype:
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints in `folder` by their step, the oldest first."""
-    named = {p: re.fullmatch(rf"{PREFIX}(\d+)", p.name) for p in folder.glob(f"{PREFIX}*")}
+    found = (p for p in folder.glob(f"{PREFIX}*") if is_real_folder(p))
+    named = {p: re.fullmatch(rf"{PREFIX}([0-9]{{1,15}})", p.name) for p in found}
     return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
 
 
@@ -155,13 +157,14 @@ def claim(folder: Path, *, for_run: bool = False) -> bool:
     """
     try:
         check_empty(folder, for_run=for_run)
-        new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir():
+            return False
+        folder.mkdir(parents=True)  # another process may be quicker: then this fails
     except OutputError:
         raise
     except OSError as error:
         raise OutputError(f"output folder {folder} cannot be made: {error.strerror or error}.") from None
-    return new
+    return True
 
 
 def check_empty(folder: Path, *, for_run: bool = False) -> None:
@@ -192,8 +195,7 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Writes run.yaml, never half of it."""
-    with replacing(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
+    write_text(folder / CONFIG_NAME, dump_yaml(config.model_dump(mode="json")))
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -231,7 +233,8 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         force: Use it also where its base model or its data have changed since it was trained.
 
     Raises:
-        ConfigError: The folder is no run, the run was not finished, or run.yaml says what it was not trained with.
+        ConfigError: The folder is no run, a link in it leads out, the run was not finished, or run.yaml says what it
+            was not trained with.
         ModelError: Its base model is gone, or another by now.
         AdapterError: Its adapter is damaged.
     """
@@ -243,6 +246,8 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
             run, weights = place.parent.parent, folder
         elif place.name in (ADAPTER, MODEL) and (place.parent / CONFIG_NAME).is_file() and place.is_dir():
             run, weights = place.parent, folder
+    if (run / CONFIG_NAME).is_file():
+        check_links(run)
     config, record = read_config(run), Record.read(run)
     resume = pasted("siliang", "train", "--resume", run)
     weights = weights or next((run / part for part in (ADAPTER, MODEL) if (run / part).is_dir()), None)

@@ -12,6 +12,7 @@ from siliang.data.hashes import file_sha256, joined
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.methods import method_of
 from siliang.methods.base import PeftConfig
+from siliang.paths import check_links
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints
 from siliang.types import AdapterError, ConfigError, TaskType
@@ -97,11 +98,13 @@ def find_start_adapter(name: str) -> StartAdapter:
     """The adapter of that name: a run's folder, a checkpoint's, an adapter's, or a name on the hub.
 
     Raises:
-        AdapterError: There is none, or it is damaged.
-        ConfigError: It is a run without an adapter.
+        AdapterError: There is none, it is damaged, or a link in it leads out.
+        ConfigError: It is a run without an adapter, or a link in that leads out.
     """
     path = Path(name).expanduser()
     run = next((p for p in (path, path.absolute().parent, path.absolute().parent.parent) if _is_run(p)), None)
+    if run is not None:
+        check_links(run)
     if run is not None and run == path:
         folder = path / ADAPTER
         if not folder.is_dir() and (path / MODEL).is_dir():
@@ -111,6 +114,7 @@ def find_start_adapter(name: str) -> StartAdapter:
             instead = f": name one of its checkpoints, such as {saved[-1]}" if saved else ", and has no checkpoint"
             raise ConfigError(f"{path} was not finished{instead}.")
     elif path.is_dir():
+        check_links(path, AdapterError)
         folder = path
     else:
         from siliang.peft_model import adapter_folder

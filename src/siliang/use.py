@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,7 +28,7 @@ from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.evaluate import Reader, Sums
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import LABELS, Engine
-from siliang.files import hide_secrets
+from siliang.files import filling, hide_secrets
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.own_code import write_own_code
@@ -613,7 +611,6 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
         raise DataError(f"{error}\nThe proof needs some rows, whichever: give them with --data FILE.") from None
     samples = list(_samples(run, tokens))
     new = claim(output)
-    temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
     try:
         merged, proof = merge_with_proof(run.model, samples)
         if not proof.holds and not force:
@@ -621,18 +618,16 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
                 f"The merged model does not answer as the adapter does: {proof}.\n"
                 "Nothing was written. Merge in a wider --dtype, or keep it all the same with --force."
             )
-        merged.save_pretrained(temporary)  # type: ignore[operator]
-        write_own_code(merged.config, temporary)
-        served_tokenizer(run)[0].save_pretrained(temporary)
-        hide_secrets(temporary)
-        output.rmdir()
-        temporary.rename(output)
+        with filling(output) as temporary:
+            merged.save_pretrained(temporary)  # type: ignore[operator]
+            write_own_code(merged.config, temporary)
+            served_tokenizer(run)[0].save_pretrained(temporary)
+            hide_secrets(temporary)
     except BaseException:
-        if new and output.is_dir():
-            shutil.rmtree(output, ignore_errors=True)
+        if new:
+            with suppress(OSError):
+                output.rmdir()
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return proof
 
 

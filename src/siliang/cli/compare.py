@@ -72,9 +72,11 @@ def compare(
     from siliang.cli.show import quiet_loading
     from siliang.cli.train import gather
     from siliang.compare.record import COMPARISON_NAME
+    from siliang.paths import check_links
     from siliang.report.words import words
 
     if output is None and settings is not None and (settings.parent / COMPARISON_NAME).is_file():
+        check_links(settings.parent)
         output = str(settings.parent)  # a comparison's own settings: it goes on where it lies, moved or not
     flags = {"model": model, "task": task, "output": output}
     values = gather(settings, flags, data, set_ or [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -346,13 +347,14 @@ def _show_changes(console: Console, record: PlanRecord) -> None:
 
 def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
     """The run of the first method that fits, changed where it needs to be."""
+    from siliang.files import write_text
     from siliang.safe_yaml import dump_yaml, parse_yaml
     from siliang.types import ConfigError
 
     able = [m for m in record.methods if not m.error and (m.fits is not False or m.fit is not None)]
     if not able:
         raise ConfigError(f"nothing fits, so {path} is not written.")
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere too
         raise ConfigError(f"{path} is there already: choose another name for --write.")
     best = next((m for m in able if m.method == config.method.name), able[0])
     values = config.model_dump(mode="json", exclude_defaults=True)
@@ -367,7 +369,7 @@ def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
         for section in sections:
             inner = inner.setdefault(section, {})
         inner[last] = parse_yaml(change.after)
-    path.write_text(dump_yaml(values), encoding="utf-8")
+    write_text(path, dump_yaml(values))
     print(f"written    {path} ({best.method}); start it with: {command_line('train', path)}")
 
 

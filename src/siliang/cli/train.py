@@ -121,6 +121,7 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
     """The settings of a run that goes on, named by its folder, by its settings file, or by the flags that it was begun
     with: its own, with what is given beside them over them."""
     from siliang.config import RunConfig
+    from siliang.paths import check_links
     from siliang.record import RECORD_NAME
     from siliang.run_folder import CONFIG_NAME
     from siliang.types import ConfigError
@@ -135,6 +136,7 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
     own = folder / CONFIG_NAME
     if not own.is_file():
         raise ConfigError(f"{folder} is no run folder ({CONFIG_NAME} is missing there): nothing to --resume.")
+    check_links(folder)
     if flags["output"] is not None and Path(flags["output"]).absolute() != folder.absolute():
         raise ConfigError(f"--resume goes on in {folder} itself: leave out --output {flags['output']}.")
     values = gather(own, flags | {"output": str(folder)}, data, sets)

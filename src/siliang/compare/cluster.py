@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+import re
 import socket
 import subprocess
 import sys
@@ -24,11 +24,13 @@ from siliang.check import look_at
 from siliang.compare.freight import Crate, Freight, freight_of, named_files, pack, pack_folder
 from siliang.compare.node import Bell, Job, own_versions, serve
 from siliang.compare.pool import STOP_S, Event, threads_each
+from siliang.compare.received import Incoming, checked
 from siliang.compare.trials import MOST_ATTEMPTS, goes_on
 from siliang.config import RunConfig
-from siliang.files import remove_folder
+from siliang.files import sweep
 from siliang.hardware import machine
 from siliang.memory.size import show_bytes
+from siliang.paths import check_links
 from siliang.permissions import VARIABLE as ALLOWED_CODE
 from siliang.plan import plan
 from siliang.plan.device import find_target
@@ -39,6 +41,8 @@ PROBE_S = 45.0  # for a cluster to answer
 KNOCK_S = 5.0  # for its machine to
 LOOK_S = 0.2
 SAY_WAITING_S = 15.0
+EXTRA_BYTES = 2**30  # for what in a run's folder is no weight
+UNKNOWN_BYTES = 2**40  # that a run's folder may have where the base model's size is not known here
 STORE_BYTES = 2**27  # of a Ray of our own: little goes through its object store
 CARRIED = (
     "HF_HUB_OFFLINE",
@@ -152,7 +156,7 @@ class Cluster:
         for stream in ready:
             going = self._going[stream]
             try:
-                message = dict(ray.get(next(stream)))
+                message = checked(ray.get(next(stream)))
             except StopIteration:
                 message = {"kind": "lost", "error": "it ended without a word"}
             except TaskCancelledError:
@@ -195,8 +199,8 @@ class Cluster:
 
     def _compare_versions(self, node: str, there: dict[str, str]) -> None:
         for name, here in own_versions().items():
-            if name != "siliang" and there[name] != here:
-                self._say(f"warning    {node} has {name} {there[name]}, this machine {here}: figures may differ")
+            if name != "siliang" and (other := there.get(name, "none")) != here:
+                self._say(f"warning    {node} has {name} {other}, this machine {here}: figures may differ")
 
     def _stop(self) -> None:
         """Has what is under way save itself and come back."""
@@ -212,7 +216,8 @@ class Cluster:
         until = time.monotonic() + STOP_S
         while self._going and time.monotonic() < until:
             for going, message in self._hear(LOOK_S):
-                going.receive(message)
+                with suppress(ClusterError):  # one is enough to end with
+                    going.receive(message)
         for stream in self._going:
             ray.cancel(stream, force=True)
 
@@ -220,11 +225,12 @@ class Cluster:
 
     def _begin(self, going: _Going) -> None:
         config = going.request["config"]
-        for path in going.folder.parent.glob(f".{going.folder.name}.tmp*"):  # of a comparison that was killed
-            shutil.rmtree(path, ignore_errors=True)
         for name in named_files(config):
             if name not in self._freights:
                 self._freights[name] = freight_of(name)
+        if going.folder.parent.is_dir():
+            sweep(going.folder.parent, re.escape(going.folder.name))  # of a comparison that was killed
+        going.most_bytes = self._most_bytes(config)
         freights = [f for name in named_files(config) if (f := self._freights[name]) is not None]
         job = Job(
             request=going.request,
@@ -254,14 +260,24 @@ class Cluster:
         """Puts files into the object store, once, for a machine that does not have them."""
         import ray
 
-        for name in message["files"]:
+        for name in (n for n in named_files(going.request["config"]) if n in message["files"]):
             freight = self._freights[name]
             if freight is not None and name not in self._crates:
+                check_links(Path(freight.root) / freight.name, ClusterError)  # what is the user's own stays here
                 nbytes = sum(nbytes for _, nbytes, _ in freight.files)
                 self._say(f"files      {name} goes to the machines that do not have it ({show_bytes(nbytes)})")
                 self._crates[name] = pack(Path(freight.root), [n for n, *_ in freight.files], ray.put)
         if message["run"]:
             going.begun = pack_folder(going.folder, ray.put)
+
+    def _most_bytes(self, config: dict[str, Any]) -> int:
+        """More than a run's folder can have: its weights in fp32, at its end and in each checkpoint, there with two
+        moments of Adam's."""
+        freight = self._freights[config["model"]]
+        if freight is None:
+            return UNKNOWN_BYTES
+        weights = 4 * sum(nbytes for _, nbytes, _ in freight.files)  # of 8 bits
+        return EXTRA_BYTES + weights * (1 + 3 * (config["train"]["keep"] + 2))
 
     def _environment(self) -> dict[str, str]:
         carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
@@ -313,6 +329,7 @@ class _Going:
         avoid: Machines that lost it.
         begun: Its folder, where it goes on on a machine without ours.
         incomplete: Of its folder, not all bytes came back.
+        most_bytes: More than its folder may have.
     """
 
     number: int
@@ -322,39 +339,34 @@ class _Going:
     avoid: tuple[str, ...] = ()
     begun: Crate | None = None
     incomplete: bool = False
-    _received: int = field(default=0, repr=False)
+    most_bytes: int = 0
+    _incoming: Incoming | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> Path:
         return Path(self.request["config"]["output"])
 
-    @property
-    def _temporary(self) -> Path:
-        return self.folder.with_name(f".{self.folder.name}.tmp{os.getpid()}")
-
     def again(self) -> _Going:
         """The same for another machine: from the last checkpoint, if it has come here, or from the start."""
+        if self._incoming is not None:
+            self._incoming.discard()
         request = dict(self.request)
         if "resume" in request:
             request["resume"] = goes_on(RunConfig.model_validate(request["config"]))
         return _Going(self.number, request, avoid=(*self.avoid, self.node_id) if self.node_id else self.avoid)
 
     def receive(self, message: dict[str, Any]) -> None:
-        """A piece of the run's folder; it stands under its name when it is whole."""
+        """A piece of the run's folder; it stands under its name when it is whole.
+
+        Raises:
+            ClusterError: It is no piece of a run's folder.
+        """
+        if self._incoming is None:
+            self._incoming = Incoming(self.folder, self.most_bytes, self.node or "a machine")
         if message["kind"] == "file":
-            path = self._temporary / message["name"]
-            if not path.resolve().is_relative_to(self._temporary.resolve()):
-                raise ClusterError(f"{self.node} sent a file {message['name']!r}, which is not in the run's folder.")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as opened:
-                opened.write(message["bytes"])
-            self._received += len(message["bytes"])
-        elif message["kind"] == "folder" and self._received != message["nbytes"]:
-            self.incomplete = True
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._incoming.write(message["name"], message["bytes"])
         elif message["kind"] == "folder":
-            remove_folder(self.folder)
-            self._temporary.rename(self.folder)
+            self.incomplete = not self._incoming.finish(message["nbytes"])
 
 
 def _take_token() -> None:

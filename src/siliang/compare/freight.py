@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.cache import KEEP_DAYS, cache_folder
-from siliang.files import MANIFEST, is_pattern, replacing, seal
+from siliang.files import MANIFEST, append, filling, is_pattern, remove_tree, seal, write_text
+from siliang.paths import inside
 from siliang.safe_json import dump_json
 from siliang.safe_yaml import dump_yaml, parse_yaml
+from siliang.types import ClusterError
 
 FOLDER = "cluster"  # in the cache
 CHUNK_BYTES = 2**25
@@ -115,11 +116,15 @@ def pack_folder(folder: Path, put: Callable[[bytes], Any]) -> Crate:
 
 
 def unpack(crate: Crate, folder: Path, get: Callable[[Any], bytes]) -> None:
-    """Writes the files into a folder."""
+    """Writes the files into a folder that holds nothing yet.
+
+    Raises:
+        ClusterError: A name leads out of it.
+    """
     for name, _, pieces in crate.files:
-        path = folder / name
+        path = inside(folder, name, kind=ClusterError)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as opened:
+        with append(path) as opened:
             for piece in pieces:
                 opened.write(get(piece))
 
@@ -134,13 +139,8 @@ def keep(crate: Crate, get: Callable[[Any], bytes]) -> Path:
     with FileLock(parent / f"{folder.name}.lock"):
         if not folder.is_dir():
             forget_old(parent)
-            temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
+            with filling(folder) as temporary:
                 unpack(crate, temporary, get)
-                temporary.rename(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
         os.utime(folder)
     return folder
 
@@ -149,7 +149,7 @@ def forget_old(parent: Path) -> None:
     """Removes what nobody has used for a month."""
     for path in parent.iterdir():
         if path.is_dir() and path.stat().st_mtime < time.time() - KEEP_DAYS * 86400:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
 
 class Names:
@@ -206,8 +206,7 @@ class Names:
                 indent = len(text.partition("\n")[2]) - len(text.partition("\n")[2].lstrip(" "))
                 new = dump_json(self.back(json.loads(text)), indent=indent or None)
                 new += "\n" * text.endswith("\n")
-            with replacing(path) as temporary:
-                temporary.write_text(new, encoding="utf-8")
+            write_text(path, new)
             changed.add(path.parent)
         for parent in changed:
             if (parent / MANIFEST).is_file():
@@ -247,7 +246,7 @@ def _strings(sources: Any) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in LEFT_OUT)
         yield from (Path(parent) / name for name in sorted(names))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-import shutil
 import socket
 import time
 import uuid
@@ -25,7 +24,9 @@ from typing import Any
 
 from siliang.compare.freight import CHUNK_BYTES, FOLDER, Crate, Freight, Names, keep, unpack
 from siliang.compare.pool import STOP_S, Worker
+from siliang.compare.received import RUN_FILE
 from siliang.data.cache import cache_folder
+from siliang.files import remove_tree
 
 TELL_S = 0.2  # between two words on how far it is: steps may be quicker than the network
 LOOK_S = 0.2  # between two looks at whether the user has stopped the comparison
@@ -131,7 +132,7 @@ def serve(job: Job) -> Iterator[dict[str, Any]]:
             yield from _sent(folder)
     finally:
         if not shared:
-            shutil.rmtree(folder.parent, ignore_errors=True)
+            remove_tree(folder.parent)
     yield last  # after which this process may be ended at any time
 
 
@@ -234,8 +235,11 @@ def _aside(work: Callable[[], Any]) -> Any:
 def _sent(folder: Path) -> Iterator[dict[str, Any]]:
     """A folder, in pieces."""
     total = 0
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name, first = path.relative_to(folder).as_posix(), True
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    for name, path in sorted(files.items()):
+        if not RUN_FILE.fullmatch(name):  # what a library left there
+            continue
+        first = True
         with path.open("rb") as opened:
             while (piece := opened.read(CHUNK_BYTES)) or first:
                 yield {"kind": "file", "name": name, "bytes": piece}

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from siliang.files import append
 from siliang.secrets import shortened
 
 STOP_S = 30.0  # for a run to end its step and save it, when the user stops a comparison
@@ -157,7 +158,7 @@ class Worker:
     def _start(self) -> None:
         self._close_pipes()
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        with append(self._log) as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "siliang.compare.worker"],  # no module comes from the folder at hand
                 stdin=subprocess.PIPE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,8 +27,9 @@ from siliang.compare.trials import (
 )
 from siliang.compare.verdict import QUALITY
 from siliang.config import MethodConfig, RunConfig, differences
-from siliang.files import pasted, replacing
+from siliang.files import pasted, remove_tree, sweep, write_text
 from siliang.hardware import machine
+from siliang.paths import check_links
 from siliang.record import RECORD_NAME, Record, plain
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes, what_changed
 from siliang.types import WRITERS, ConfigError, InterruptedRunError, OutputError
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from siliang.compare.cluster import Cluster
 
 CONFIG_NAME = "compare.yaml"
+OWN_FILES = r"compare\.yaml|comparison\.json|report\.html"  # that are written beside the runs
 BASE = "base"  # folder of what the untuned model says
 MAY_DIFFER = ("methods", "seeds", "search", "output")  # in a comparison that goes on
 RATE_RULE = "SL042"  # a learning rate far from the method's own
@@ -106,8 +107,7 @@ class _Comparing:
         self._check()
         self._check_files()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / CONFIG_NAME) as temporary:
-            temporary.write_text(self.config.to_yaml(), encoding="utf-8")
+        write_text(self.folder / CONFIG_NAME, self.config.to_yaml())
         self._save()
         try:
             with _stopping(), pool as self.pool:
@@ -147,6 +147,8 @@ class _Comparing:
                 raise OutputError(f"output folder {self.folder} is not empty. Choose another with --output.")
             started = datetime.now(UTC).isoformat(timespec="seconds")
             return Comparison(started_at=started, config=now, given=self.config.as_dict(defaults=False))
+        check_links(self.folder)
+        sweep(self.folder, OWN_FILES)
         record = Comparison.open(path)
         for name, (was, wanted) in differences(record.config, now).items():
             if name not in PLACES and name.partition(".")[0] not in MAY_DIFFER:
@@ -218,7 +220,7 @@ class _Comparing:
                 self.listener.say(
                     f"budget     {labels[event.number]}: {self.record.steps[labels[event.number]]:,} steps"
                 )
-        shutil.rmtree(self.folder / "timing", ignore_errors=True)
+        remove_tree(self.folder / "timing")
         self._save()
 
     def _search(self) -> None:
@@ -248,7 +250,7 @@ class _Comparing:
                 self.listener.say(f"base       held-out loss {self.record.base['eval_loss']:.4f} before any training")
             elif event.kind in ("failed", "died"):
                 self.listener.say(f"warning    the base model was not measured: {event.message['error']}")
-        shutil.rmtree(self.folder / BASE / CHECKPOINTS, ignore_errors=True)
+        remove_tree(self.folder / BASE / CHECKPOINTS)
         self._save()
 
     def _do(self, trials: list[Trial]) -> None:
@@ -303,7 +305,7 @@ class _Comparing:
     def _finished(self, trial: Trial) -> None:
         folder = self.folder / trial.folder
         for name in (CHECKPOINTS, *((ADAPTER, MODEL) if trial.purpose == "search" else ())):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            remove_tree(folder / name)
         record = Record.read(folder)
         trial.figures = figures_of(record)
         self._save()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from siliang.compare.config import CompareConfig, MethodEntry, slug
 from siliang.compare.record import Trial
 from siliang.config import RunConfig, differences
+from siliang.files import remove_tree
 from siliang.record import Record, plain
 from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.types import ConfigError
@@ -88,7 +88,7 @@ def goes_on(config: RunConfig) -> bool:
         same = False
     if same and checkpoints(folder / CHECKPOINTS):
         return True
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
     return False
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from siliang.data.cache import cache_folder, prune
-from siliang.files import is_pattern, replacing, sha256
+from siliang.files import is_pattern, sha256, write_text
 from siliang.hub import cached_file
 from siliang.safe_json import read_json
 
@@ -62,9 +62,9 @@ def file_sha256(path: Path) -> str:
     # the time of the change of the inode is among the state: nobody can set it, as the file's own time can be
     settled = started - max(state[1], state[2]) / 1e9 > SETTLED_S and _state(path) == state
     if entry is not None and settled:
-        with suppress(OSError), replacing(entry) as temporary:
+        with suppress(OSError):
             prune(entry.parent)
-            temporary.write_text(json.dumps({"state": state, "sha256": found}), encoding="utf-8")
+            write_text(entry, json.dumps({"state": state, "sha256": found}))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from siliang.files import replacing
+from siliang.files import write_text
 from siliang.methods.fields import check_fields, shown
 from siliang.safe_json import JsonError, dump_json, read_json, where
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType
@@ -80,8 +80,7 @@ class PeftConfig:
         """Writes adapter_config.json into `folder`: the config as it is, to make new adapters from."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        with replacing(path / CONFIG_NAME) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+        write_text(path / CONFIG_NAME, self.to_json())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str = CONFIG_NAME) -> Self:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from siliang.data.cache import cache_folder
+from siliang.files import append
 from siliang.hardware import versions
 from siliang.safe_json import JsonError, parse_json
 
@@ -25,8 +26,8 @@ def remember(device_name: str, work_bytes: int) -> None:
     with suppress(OSError):
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with append(path) as file:
+            file.write(f"{json.dumps(line)}\n".encode())
 
 
 def known_work(device_name: str) -> int | None:

@@ -10,7 +10,8 @@ from siliang.compare.config import CompareConfig
 from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison
 from siliang.compare.verdict import Verdict, learned_nothing
 from siliang.files import pasted
-from siliang.record import Record
+from siliang.paths import check_links, inside
+from siliang.record import RECORD_NAME, Record
 from siliang.report.agree import Differs, base_differences, differences_of
 from siliang.safe_yaml import dump_yaml
 from siliang.terminal import one_line
@@ -92,7 +93,8 @@ def gather(folders: list[Path]) -> Material:
     """What the folders hold: one comparison, or any number of runs on the same task and data.
 
     Raises:
-        ConfigError: A folder holds neither, its records are damaged, or they do not belong together.
+        ConfigError: A folder holds neither, a path in it leads out, its records are damaged, or they do not belong
+            together.
     """
     if len(folders) == 1 and (folders[0] / COMPARISON_NAME).is_file():
         return _of_comparison(folders[0])
@@ -104,6 +106,8 @@ def gather(folders: list[Path]) -> Material:
             inner = _of_comparison(folder)
             found += [(group.label, run) for group in inner.groups for run in group.runs]
         else:
+            if (folder / RECORD_NAME).is_file():
+                check_links(folder)
             record = Record.read(folder)
             found.append((_label(record), _run(folder, record.seed, record, {})))
     records = [run.record for _, run in found if run.record is not None]
@@ -130,13 +134,14 @@ def gather(folders: list[Path]) -> Material:
 
 
 def _of_comparison(folder: Path) -> Material:
+    check_links(folder)
     comparison = Comparison.open(folder / COMPARISON_NAME)
     found: list[tuple[str, RunFound]] = []
     differing: list[Differs] = []
     for trial in comparison.trials:
         if trial.purpose != "test":
             continue
-        path = folder / trial.folder
+        path = inside(folder, trial.folder, source=str(folder / COMPARISON_NAME))
         if trial.status == "completed" and not path.is_dir():
             found.append((trial.method, RunFound(path, trial.seed)))
             differing.append(Differs(trial.method, trial.seed, "folder", there=trial.folder))

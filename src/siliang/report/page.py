@@ -18,7 +18,7 @@ from markupsafe import Markup
 from siliang.compare.record import Answer as Said
 from siliang.compare.record import Answers
 from siliang.compare.verdict import QUALITY
-from siliang.files import pasted
+from siliang.files import pasted, write_text
 from siliang.next_steps import next_steps
 from siliang.report import plots
 from siliang.report.gather import Group, Material
@@ -116,12 +116,7 @@ def render(material: Material, *, language: str = "en") -> str:
 def write_page(material: Material, path: Path, *, language: str = "en") -> None:
     """Writes the page, never half of it."""
     text = render(material, language=language)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def figures(found: list[Line], material: Material, w: dict[str, str]) -> list[Figure]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from siliang.config import RunConfig
 from siliang.files import damage, pasted, sweep
+from siliang.paths import check_links
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_changed
 from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settings, in_words
@@ -17,6 +18,8 @@ from siliang.start_adapter import find_start_adapter
 from siliang.train.saving import last_good
 from siliang.train.state import check_trainer_state
 from siliang.types import AdapterError, ConfigError, ModelError, RecordError
+
+OWN_NAMES = r"run\.yaml|run\.json|answers\.json|adapter|model"  # that a run writes
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,15 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
     """Looks at the run in `folder`, which is to go on with the settings of `config`.
 
     Raises:
-        ConfigError: `folder` is no run, or a setting is another by now that has shaped the run already.
+        ConfigError: `folder` is no run, a link in it leads out, or a setting is another by now that has shaped the run
+            already.
         ModelError: The base model is gone, or another by now, and `force` is off.
         DataError: The data has changed, and `force` is off.
     """
     if not (folder / CONFIG_NAME).is_file():
         raise ConfigError(f"{folder} is no run folder, so there is nothing to resume: leave out --resume to begin.")
-    sweep(folder)
+    check_links(folder)
+    sweep(folder, OWN_NAMES)
     record = _read(folder, say)
     found: dict[str, tuple[Any, Any]] = {}
     if record is not None:

@@ -33,7 +33,7 @@ from siliang.distributed.zero import put_together_by_layer, require_deepspeed, t
 from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
-from siliang.files import absolute, damage, hide_secrets, pasted, replacing_folder, telling
+from siliang.files import absolute, damage, hide_secrets, pasted, remove_tree, replacing_folder, telling
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
@@ -144,7 +144,7 @@ def train(
         run.record.changed += begun.changed if begun else []
     except BaseException:
         if new and ranks.first:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
         raise
     try:
         with (
@@ -160,7 +160,7 @@ def train(
         run.record.status, run.record.error = "failed", first_line(error, kind=True)
         _try_to_write(run.record, folder)
         if new and not checkpoints(folder / CHECKPOINTS) and isinstance(error, OSError | SiliangError):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
         raise
 
 

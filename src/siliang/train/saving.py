@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from siliang.checkpoint import load_tensors, read_adapter, read_training
 from siliang.distributed.sharding import apart, is_sharded, set_whole, whole
 from siliang.distributed.zero import is_dealt, together, unheard
-from siliang.files import damage, hide_secrets, remove_folder, sweep
+from siliang.files import damage, hide_secrets, remove, sweep
 from siliang.models.own_code import write_own_code
+from siliang.paths import is_link
 from siliang.peft_model import PeftModel
 from siliang.record import MAX_BYTES
-from siliang.run_folder import checkpoints
+from siliang.run_folder import PREFIX, checkpoints
 from siliang.safe_json import JsonError, read_json, where
 from siliang.train.state import check_state
-from siliang.types import RecordError, first_line
+from siliang.types import ConfigError, RecordError, first_line
 
 STATE_NAME = "state"
 STATE_FILE = f"{STATE_NAME}.json"
@@ -44,15 +45,24 @@ MODEL_WEIGHTS = "model.safetensors"
 
 
 def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is as it was written; damaged ones are set aside, each with a warning."""
-    sweep(folder)
+    """The newest checkpoint that is as it was written; damaged ones are set aside, each with a warning.
+
+    Raises:
+        ConfigError: The folder is a link.
+    """
+    if is_link(folder):
+        raise ConfigError(
+            f"{folder} is a link: put the folder itself there, in which checkpoints are made and removed."
+        )
+    if folder.is_dir():
+        sweep(folder, rf"(damaged-)?{PREFIX}[0-9]+")
     found = checkpoints(folder)
     for path in reversed(found.values()):
         if (problem := damage(path)) is None:
             return path
         aside = path.with_name(f"damaged-{path.name}")
         with suppress(OSError):
-            remove_folder(aside)
+            remove(aside)
             path.rename(aside)
         warn(f"{path} is damaged ({problem}) and passed over for the one before; it is now {aside.name}")
     if found:
@@ -65,7 +75,7 @@ def prune(folder: Path, keep: int, *, spare: int | None = None) -> None:
     found = checkpoints(folder)
     for step in list(found)[:-keep]:
         if step != spare:
-            remove_folder(found[step])
+            remove(found[step])
 
 
 # ---- weights ----

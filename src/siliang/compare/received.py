@@ -1,0 +1,110 @@
+"""What a machine of a cluster sends back, checked before it is used: the machine may have been taken over by others.
+
+No torch here: whoever only carries files need not load it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from siliang.files import append, remove, remove_tree, temporary_name
+from siliang.paths import inside
+from siliang.types import ClusterError
+
+# the files of a run's folder, of its adapter or model, and of its checkpoints
+ENDINGS = "json|jsonl|safetensors|bin|model|txt|jinja|py|md|spm|vocab|tiktoken|bpe|codes"
+FILE = rf"(?:additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.+-]{{0,120}}\.(?:{ENDINGS})"
+FOLDERS = "adapter|model|checkpoints/(?:damaged-)?checkpoint-[0-9]{1,15}"
+RUN_FILE = re.compile(rf"run\.yaml|run\.json|answers\.json|(?:{FOLDERS})/{FILE}")
+MOST_FILES = 10_000
+MOST_TEXT_BYTES = 2**28  # of a file that holds no weights
+WEIGHTS = (".safetensors", ".bin")
+# what each kind of message holds beside its kind
+MESSAGES: dict[str, dict[str, type]] = {
+    "wants": {"files": list, "run": bool},
+    "began": {"node": str, "node_id": str, "versions": dict},
+    "say": {"line": str},
+    "progress": {"progress": dict},
+    "file": {"name": str, "bytes": bytes},
+    "folder": {"nbytes": int},
+    "done": {"found": dict},
+    "failed": {"error": str},
+    "died": {"error": str},
+}
+
+
+def checked(message: object) -> dict[str, Any]:
+    """A message of the kinds that there are, with what each holds; of any other, that it failed."""
+    wrong = {"kind": "failed", "error": "its machine sent what no run says: is its siliang the same as here?"}
+    if not isinstance(message, dict) or not isinstance(kind := message.get("kind"), str) or kind not in MESSAGES:
+        return wrong
+    if not all(isinstance(message.get(name), wanted) for name, wanted in MESSAGES[kind].items()):
+        return wrong
+    found = message["found"].items() if kind == "done" else ()
+    if not all(isinstance(name, str) and isinstance(value, int | float) for name, value in found):
+        return wrong
+    return {"kind": kind} | {name: message[name] for name in MESSAGES[kind]}
+
+
+class Incoming:
+    """A run's folder that comes in pieces; it stands under its name when it is whole.
+
+    Args:
+        folder: Where it is to stand.
+        most_bytes: More than the run may have.
+        node: The machine, for errors.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int, node: str = "a machine") -> None:
+        self._folder, self._most_bytes, self._node = folder, most_bytes, node
+        self._temporary: Path | None = None
+        self._bytes: dict[str, int] = {}
+
+    def write(self, name: str, piece: bytes) -> None:
+        """Adds to a file.
+
+        Raises:
+            ClusterError: No run has a file of that name, or it is larger than a run's can be.
+        """
+        if not RUN_FILE.fullmatch(name):
+            raise self._wrong(f"a file {name!r:.200}, which no run has")
+        self._bytes[name] = self._bytes.get(name, 0) + len(piece)
+        if len(self._bytes) > MOST_FILES:
+            raise self._wrong(f"more than {MOST_FILES:,} files")
+        if not name.endswith(WEIGHTS) and self._bytes[name] > MOST_TEXT_BYTES:
+            raise self._wrong(f"{name} with more than {MOST_TEXT_BYTES:,} bytes")
+        if sum(self._bytes.values()) > self._most_bytes:
+            raise self._wrong(f"more than {self._most_bytes:,} bytes, which is more than this run can have")
+        path = inside(self._begun(), name, kind=ClusterError)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with append(path) as opened:
+            opened.write(piece)
+
+    def finish(self, nbytes: int) -> bool:
+        """Gives the folder its name; returns whether all of it came, of so many bytes."""
+        if sum(self._bytes.values()) != nbytes:
+            self.discard()
+            return False
+        temporary = self._begun()
+        remove(self._folder)
+        temporary.rename(self._folder)
+        self._temporary, self._bytes = None, {}
+        return True
+
+    def discard(self) -> None:
+        """Removes what came."""
+        if self._temporary is not None:
+            remove_tree(self._temporary)
+        self._temporary, self._bytes = None, {}
+
+    def _begun(self) -> Path:
+        if self._temporary is None:
+            self._temporary = self._folder.with_name(temporary_name(self._folder.name))
+            self._temporary.mkdir(parents=True)
+        return self._temporary
+
+    def _wrong(self, what: str) -> ClusterError:
+        self.discard()
+        return ClusterError(f"{self._node} sent {what}. Nothing of it was kept: look at what runs on that machine.")
