@@ -84,10 +84,14 @@ def _quoted(word: object) -> str:
     return f"$'{without_controls(escaped)}'"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file of UTF-8, never half of it. A link at `path` is replaced, and what it leads to stays as it is."""
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Writes a file of UTF-8, never half of it. A link at `path` is replaced, and what it leads to stays as it is.
+
+    Args:
+        mode: Who may read and write it, of which the user's umask takes away.
+    """
     content = text.encode("utf-8")
-    with _new_beside(path) as new:
+    with _new_beside(path, mode) as new:
         with os.fdopen(new.opened, "wb") as file:
             file.write(content)
             file.flush()
@@ -308,13 +312,13 @@ class _New:
 
 
 @contextmanager
-def _new_beside(path: Path) -> Iterator[_New]:
+def _new_beside(path: Path, mode: int = 0o666) -> Iterator[_New]:
     """Makes a file that was not there; what is left under its temporary name is removed behind the block."""
     temporary = path.with_name(temporary_name(path.name))
     with _descriptor(path.parent) as folder:
         name = temporary if folder is None else temporary.name
         try:
-            opened = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FLAGS, 0o666, dir_fd=folder)
+            opened = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | FLAGS, mode, dir_fd=folder)
         except OSError as error:
             error.filename = str(path)  # the name that the user knows
             raise

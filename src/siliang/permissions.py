@@ -12,11 +12,10 @@ import os
 import re
 import stat
 import sys
-import tempfile
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from siliang.files import write_text
 from siliang.types import ConfigError
 
 VARIABLE = "SILIANG_ALLOW_CODE"  # hashes with commas between them
@@ -71,17 +70,7 @@ def keep_allowed(sha256: str, folder: str) -> Path:
     known = _kept()
     known[sha256] = {"folder": folder, "when": datetime.now(UTC).isoformat(timespec="seconds")}
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # a name that nobody can foresee, opened for this user alone
-    number, temporary = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=path.parent)
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            json.dump({"version": 1, "allowed": known}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            Path(temporary).unlink()
+    write_text(path, json.dumps({"version": 1, "allowed": known}, indent=1), mode=0o600)  # for this user alone
     return path
 
 

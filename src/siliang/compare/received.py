@@ -14,10 +14,11 @@ from siliang.paths import inside
 from siliang.types import ClusterError
 
 # the files of a run's folder, of its adapter or model, and of its checkpoints
-ENDINGS = "json|jsonl|safetensors|bin|model|txt|jinja|py|md|spm|vocab|tiktoken|bpe|codes"
+ENDINGS = "json|jsonl|safetensors|bin|model|txt|jinja|md|spm|vocab|tiktoken|bpe|codes"
 FILE = rf"(?:additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.+-]{{0,120}}\.(?:{ENDINGS})"
+CODE = r"(?:[A-Za-z0-9_]{1,100}/){0,8}[A-Za-z0-9_]{1,100}\.py"  # of a model that has its own
 FOLDERS = "adapter|model|checkpoints/(?:damaged-)?checkpoint-[0-9]{1,15}"
-RUN_FILE = re.compile(rf"run\.yaml|run\.json|answers\.json|(?:{FOLDERS})/{FILE}")
+RUN_FILE = re.compile(rf"run\.yaml|run\.json|answers\.json|(?:{FOLDERS})/(?:{FILE}|{CODE})", re.ASCII)
 MOST_FILES = 10_000
 MOST_TEXT_BYTES = 2**28  # of a file that holds no weights
 WEIGHTS = (".safetensors", ".bin")
