@@ -22,6 +22,7 @@ from faults.commands import run
 from faults.damage import damage_adapters, damage_checkpoints
 from faults.disks import try_disks
 from faults.endurance import endure
+from faults.folders.trial import BY_HAND, Tried, try_by_hand, try_made
 from faults.fuzz import HOSTILE, fuzz, hostile_templates
 from faults.kills import kill_at_random
 from faults.numbers import try_numbers
@@ -94,6 +95,30 @@ def templates(place: Place, folder: Path, size: float) -> Result:
     return not passed, f"{len(HOSTILE) - len(passed)} of {len(HOSTILE)} refused{_lines(passed)}"
 
 
+def folders(place: Place, folder: Path, size: float) -> Result:
+    """Folders made to do harm"""
+    bases = folder / "bases"
+    parts = [("by hand", _hand(bases, folder / "hand", size))]
+    if n := round(20_000 * size):
+        (folder / "made").mkdir()
+        parts.append(("of a grammar", try_made(bases, folder / "made", n, seed=6)))
+    texts = []
+    for name, c in parts:
+        kinds = ", ".join(f"{kind} {n:,}" for kind, (n, _) in c.by_kind().items())
+        most = f"at most {c.slowest[0]:.1f} s of the processor and {c.largest[0] / 1e6:,.0f} MB more memory"
+        ended = f"{c.worked.total():,} worked, {c.refused.total():,} refused, {len(c.failures)} failures, {most}"
+        lines = _lines([f"{case}: {faults[0][:200]}" for case, faults in list(c.failures.items())[:50]])
+        texts.append(f"{c.cases:,} cases {name} ({kinds}): {ended}{lines}")
+    return all(c.passed for _, c in parts), "<br>".join(texts)
+
+
+def _hand(bases: Path, folder: Path, size: float) -> Tried:
+    """Those by hand: all of them, or with a smaller size every so manieth."""
+    folder.mkdir()
+    every = max(1, round(1 / size)) if size < 1 else 1
+    return try_by_hand(bases, folder, [case for part in BY_HAND.values() for case in part][::every])
+
+
 def endurance(place: Place, folder: Path, size: float) -> Result:
     """Many steps"""
     c = endure(place, folder, steps=_n(20_000, size))
@@ -104,7 +129,7 @@ def endurance(place: Place, folder: Path, size: float) -> Result:
 
 PARTS: dict[str, Part] = {
     part.__name__: part
-    for part in (kills, checkpoints, adapters, disks, numbers, fuzzing, arguments, templates, endurance)
+    for part in (kills, checkpoints, adapters, disks, numbers, fuzzing, folders, arguments, templates, endurance)
 }
 
 

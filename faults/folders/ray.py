@@ -1,0 +1,258 @@
+"""Kind 9: what a cluster's worker sends back, and settings of clusters and launchers in a stranger's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from faults.folders.making import USES, change_json, change_settings, change_yaml, copy, link, victim, victims, write
+from faults.folders.sandbox import Case, Site, Step
+from siliang.compare.cluster import _Going
+from siliang.compare.freight import Crate, Freight, Names, freight_of, unpack
+
+KIND = "ray"
+
+NAMES = {
+    "that leads up": "../../outside/evil.txt",
+    "that leads up by dots inside": "a/../../../outside/evil.txt",
+    "of an absolute path": "OUT/evil.txt",
+    "that is empty": "",
+    "of a dot": ".",
+    "of two dots": "..",
+    "with NUL": "a\0b",
+    "of a backslash": "..\\..\\outside\\evil.txt",
+    "of the home": "~/evil.txt",
+    "that is a number": 5,
+    "that is nothing": None,
+    "in bytes": b"../../outside/evil.txt",
+    "of a folder and a file": "run.json/x",
+    "of 5,000 letters": "x" * 5000,
+    "of a thousand folders": "/".join(["a"] * 1000),
+    "of a stream": "run.json:evil",
+    "of a device": "/dev/null",
+    "of another run's folder": "../lora-2/run.json",
+}
+
+
+def _request(site: Site) -> dict[str, Any]:
+    (site.work / "runs").mkdir(exist_ok=True)
+    return {"kind": "run", "config": {"output": str(site.work / "runs" / "lora")}}
+
+
+def _sent(*messages: dict[str, Any]) -> Callable[[Site], Sequence[Step]]:
+    """What a worker sends of the run's folder."""
+
+    def build(site: Site) -> Sequence[Step]:
+        going = _Going(0, _request(site))
+        going.node = "evil"
+
+        def named(value: Any) -> Any:
+            return value.replace("OUT", str(site.outside)) if isinstance(value, str) else value
+
+        def receive() -> None:
+            for message in messages:
+                going.receive({key: named(value) for key, value in message.items()})
+
+        return [receive]
+
+    return build
+
+
+def _file(name: Any, content: Any = b"evil") -> dict[str, Any]:
+    return {"kind": "file", "name": name, "bytes": content}
+
+
+def _unpacked(name: Any) -> Callable[[Site], Sequence[Step]]:
+    """Files for a worker, under names that whoever asks has given."""
+
+    def build(site: Site) -> Sequence[Step]:
+        path = name.replace("OUT", str(site.outside)) if isinstance(name, str) else name
+        crate = Crate("0" * 64, ((path, 4, (b"evil",)),))
+        return [lambda: unpack(crate, site.work / "unpacked", lambda piece: piece)]
+
+    return build
+
+
+def _through_link(site: Site) -> Sequence[Step]:
+    """The first file cannot be a link, but a folder that is there already may be one."""
+    going = _Going(0, _request(site))
+    going.node = "evil"
+    link(site.work / "runs" / f".lora.tmp{os.getpid()}", victims(site))
+    return [lambda: going.receive(_file("keep.txt"))]
+
+
+def _over_link(site: Site) -> Sequence[Step]:
+    going = _Going(0, _request(site))
+    going.node = "evil"
+    link(site.work / "runs" / "lora", victims(site))
+    return [lambda: (going.receive(_file("run.json")), going.receive({"kind": "folder", "nbytes": 4}))]
+
+
+def _old_link(site: Site) -> Sequence[Step]:
+    going = _Going(0, _request(site))
+    going.node = "evil"
+    (site.work / "runs" / "lora").mkdir()
+    link(site.work / "runs" / ".lora.tmp-old", victims(site))
+    return [lambda: (going.receive(_file("run.json")), going.receive({"kind": "folder", "nbytes": 4}))]
+
+
+def _restored(name: str, text: str) -> Callable[[Site], Sequence[Step]]:
+    """A run's files that came back speak of the worker's names."""
+
+    def build(site: Site) -> Sequence[Step]:
+        copy(site, "lora")
+        names = Names()
+        names.add(Freight("rows.jsonl", str(site.work), "rows.jsonl", ()), Path("/there"))
+        write(site.evil / name, text)
+        return [lambda: names.restore(site.evil)]
+
+    return build
+
+
+def _restored_link(site: Site) -> Sequence[Step]:
+    copy(site, "lora")
+    names = Names()
+    names.add(Freight("rows.jsonl", str(site.work), "rows.jsonl", ()), Path("/there"))
+    link(site.evil / "adapter" / "x.json", victim(site, "x.json", '{"a": "/there/rows.jsonl"}'))
+    return [lambda: names.restore(site.evil)]
+
+
+def _carried(site: Site) -> Sequence[Step]:
+    """What the user's machine sends to a worker: a data set's folder with a link out of it."""
+    copy(site, "plain_set")
+    link(site.evil / "data" / "more", victims(site))
+    link(site.evil / "data" / "x.jsonl", victim(site, "secret.jsonl"))
+    freight = freight_of("evil")
+
+    def names() -> str:
+        return "\n".join(name for name, *_ in freight.files) if freight else ""
+
+    return [names]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "a launcher": {"launcher": "evil"},
+    "ray": {"ray": "evil:6379"},
+    "Ray's environment": {"runtime_env": {"working_dir": "/etc", "pip": ["evil"]}},
+    "a strategy that is none": {"distributed": {"strategy": "evil"}},
+    "DeepSpeed's file": {"distributed": {"strategy": "deepspeed", "config": "/etc/passwd"}},
+    "DeepSpeed with a file": {"distributed": {"strategy": "zero3", "deepspeed": "../../outside/ds.json"}},
+    "DeepSpeed": {"distributed": {"strategy": "zero3"}},
+    "FSDP": {"distributed": {"strategy": "fsdp"}},
+    "a command of the trainer": {"train/report_to": "wandb"},
+    "a trainer's argument": {"train/push_to_hub": True},
+    "a trainer's log folder": {"train/logging_dir": "../outside"},
+    "torch's compiler": {"train/torch_compile": True},
+    "an optimiser of the hub": {"train/optim_target_modules": "evil"},
+    "quantization of another kind": {"quantization": {"bits": 4, "quant_type": "evil"}},
+    "a start of a training": {"train/resume_from_checkpoint": "../outside"},
+}
+
+
+def _set(change: dict[str, Any], step: str) -> Callable[[Site], Sequence[Step]]:
+    def build(site: Site) -> Sequence[Step]:
+        copy(site, "lora")
+        write(site.outside / "ds.json", json.dumps({"zero_optimization": {"stage": 3}}))
+        change_settings(site, change)
+        return [USES[step]]
+
+    return build
+
+
+def _launched(name: str, content: str) -> Callable[[Site], Sequence[Step]]:
+    """A launcher's own configuration in the folder."""
+
+    def build(site: Site) -> Sequence[Step]:
+        copy(site, "lora")
+        for folder in (site.work, site.evil):
+            write(folder / name, content.replace("MARK", str(site.mark)))
+        return [("train", "evil/run.yaml", "--output", "new", "--set", "accept=[SL002,SL003,SL006,SL010,SL012]")]
+
+    return build
+
+
+def _compare(change: dict[str, Any]) -> Callable[[Site], Sequence[Step]]:
+    def build(site: Site) -> Sequence[Step]:
+        copy(site, "comparison")
+        change_yaml(site.evil / "compare.yaml", change)
+        change_json(site.evil / "comparison.json", {"status": "running"})
+        return [("compare", "evil/compare.yaml")]
+
+    return build
+
+
+CASES = [
+    *(Case(KIND, f"a file's name {what}", _sent(_file(name)), "either") for what, name in NAMES.items()),
+    *(Case(KIND, f"unpacked: a name {what}", _unpacked(name), "either") for what, name in NAMES.items()),
+    *(
+        Case(KIND, f"a message {what}", _sent(*messages), "either")
+        for what, messages in {
+            "of bytes that are text": [_file("run.json", "evil")],
+            "of bytes that are a number": [_file("run.json", 10**12)],
+            "without a name": [{"kind": "file", "bytes": b"x"}],
+            "without bytes": [{"kind": "file", "name": "run.json"}],
+            "of a count beyond numbers": [_file("run.json"), {"kind": "folder", "nbytes": 10**400}],
+            "of a count that is a text": [_file("run.json"), {"kind": "folder", "nbytes": "4"}],
+            "of a folder before its files": [{"kind": "folder", "nbytes": 0}],
+            "of a file in a file": [_file("run.json"), _file("run.json/x")],
+            "of a file named as a folder": [_file("a/b"), _file("a")],
+        }.items()
+    ),
+    Case(KIND, "a temporary folder that is a link", _through_link, "either"),
+    Case(KIND, "a run's folder that is a link", _over_link, "either"),
+    Case(KIND, "an old folder that is a link", _old_link, "either"),
+    Case(
+        KIND,
+        "what comes back: a list's bomb",
+        _restored("run.yaml", "/there\n" + "a: " + "[" * 30 + "]" * 30),
+        "either",
+    ),
+    Case(
+        KIND,
+        "what comes back: yaml that calls",
+        _restored("run.yaml", "a: /there/x\nb: !!python/object/apply:os.system ['true']\n"),
+        "either",
+    ),
+    Case(KIND, "what comes back: JSON that is none", _restored("run.json", "/there/ {"), "either"),
+    Case(KIND, "what comes back: deep JSON", _restored("run.json", '"/there/"' + "[" * 100_000), "either"),
+    Case(KIND, "what comes back: no text", _restored("run.json", "/there/ \udcff"), "either"),
+    Case(KIND, "what comes back: a link", _restored_link, "either"),
+    Case(KIND, "a data set that is sent has links", _carried, "either", hides=("keep.txt", "x.jsonl")),
+    *(Case(KIND, f"run.yaml: {name}", _set(change, "train"), "either") for name, change in SETTINGS.items()),
+    *(
+        Case(KIND, f"run.yaml of a run that goes on: {name}", _set(change, "resume"), "either")
+        for name, change in list(SETTINGS.items())[3:8]
+    ),
+    *(
+        Case(KIND, f"a launcher's file: {name}", _launched(name, content), "either")
+        for name, content in {
+            "default_config.yaml": "deepspeed_config: {deepspeed_config_file: /etc/passwd}\nmain_process_ip: x\n",
+            "accelerate.yaml": "compute_environment: LOCAL_MACHINE\nmain_process_ip: localhost\n",
+            "ds_config.json": '{"zero_optimization": {"stage": 3}}',
+            ".deepspeed_env": "PYTHONSTARTUP=MARK\n",
+            "hostfile": "localhost slots=2\n",
+            ".env": "HF_ENDPOINT=http://localhost:9\nHF_TOKEN=x\n",
+            "pyproject.toml": "[tool.siliang]\nremote_code = 'x'\n",
+            "sitecustomize.py": "open('MARK', 'w')\n",
+            ".netrc": "machine localhost login a password b\n",
+        }.items()
+    ),
+    *(
+        Case(KIND, f"compare.yaml: {name}", _compare(change), "either")
+        for name, change in {
+            "Ray's address": {"ray": "localhost:6379"},
+            "jobs": {"jobs": 10**6},
+            "an output outside": {"output": "../outside/new"},
+            "an absolute output": {"output": "/etc/new"},
+            "a seed for each grain of sand": {"seeds": 10**9},
+            "a search of many": {"search": {"learning_rate": [0.1] * 5000, "r": [4] * 5000}},
+            "a label that leads out": {"methods": [{"name": "lora", "label": "../../../outside/x"}]},
+            "labels that are one": {
+                "methods": [{"name": "lora", "label": "a/b"}, {"name": "lora", "r": 2, "label": "a b"}]
+            },
+        }.items()
+    ),
+]
