@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from faults.folders.making import (
 )
 from faults.folders.sandbox import Case, Site, Step
 from siliang import PeftModel
-from siliang.models.load import code_of
+from siliang.models.own_code import find_own_code
+from siliang.types import SiliangError
 
 KIND = "code"
 
@@ -57,14 +59,35 @@ def evil_code(site: Site) -> str:
 AUTO_MAP = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
 
 
-def _coded(site: Site, auto_map: dict[str, Any] | None = None, **config: Any) -> None:
-    """The base model in the folder asks for code in the same folder, and run.yaml allows it."""
+def _hash(base: Path) -> str:
+    """What a user would allow to let this code run."""
+    try:
+        code = find_own_code(str(base))
+    except SiliangError:  # it could never be allowed
+        return "0" * 64
+    return code.sha256 if code else "0" * 64
+
+
+def _coded(site: Site, auto_map: dict[str, Any] | None = None, allowed: str = "") -> None:
+    """The base model in the folder asks for code in the same folder; the folder allows it in so many ways."""
     base = with_base(site)
     write(base / "evil.py", evil_code(site))
     write(base / "inner" / "evil.py", evil_code(site))
-    change_json(base / "config.json", {"model_type": "evil", "auto_map": auto_map or AUTO_MAP, **config})
-    allowed = {"remote_code": code_of(str(base), None)}
-    change_settings(site, allowed)
+    change_json(base / "config.json", {"model_type": "evil", "auto_map": auto_map or AUTO_MAP})
+    sha256 = _hash(base)
+    kept = json.dumps({"version": 1, "allowed": {sha256: {"folder": "evil/base", "when": "2026-01-01T00:00:00+00:00"}}})
+    match allowed:
+        case "a setting" | "another setting" | "transformers' setting":
+            name = {"a setting": "remote_code", "another setting": "allow_code"}.get(allowed, "trust_remote_code")
+            change_settings(site, {name: sha256})
+        case "its record":
+            change_json(site.evil / "run.json", {"own_code": sha256, "remote_code": sha256})
+        case "its record's own field":
+            change_json(site.evil / "run.json", {"own_code": sha256})
+        case "files":
+            for folder in (site.evil, base, site.work, site.work / "siliang", site.work / ".config" / "siliang"):
+                write(folder / "allowed_code.json", kept)
+            write(site.work / ".env", f"SILIANG_ALLOW_CODE={sha256}\n")
 
 
 def _pickled(site: Site) -> bytes:
@@ -112,12 +135,13 @@ def _nothing(site: Site) -> None:
     pass
 
 
-def _of_use(use: str) -> Case:
+def _of_use(use: str, allowed: str = "") -> Case:
     def build(site: Site) -> Sequence[Step]:
-        _coded(site)
+        _coded(site, None, allowed)
         return [USES[use]]
 
-    return Case(KIND, f"run.yaml allows the code of its own folder: {use}", build)
+    name = f"allowed by {allowed}: {use}" if allowed else f"code of its own folder: {use}"
+    return Case(KIND, name, build)
 
 
 def _auto_map(name: str, auto_map: dict[str, Any]) -> Case:
@@ -140,6 +164,14 @@ AUTO_MAPS: dict[str, dict[str, Any]] = {
     "for a tokenizer too": {**AUTO_MAP, "AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
 }
 
+ALLOWED = (
+    "a setting",
+    "another setting",
+    "transformers' setting",
+    "its record",
+    "its record's own field",
+    "files",
+)
 # Of a model that is known otherwise: what is asked is not done, and the run works.
 IGNORED = {
     "auto_map of a known model": _config(auto_map=AUTO_MAP),
@@ -313,7 +345,7 @@ def _coded_comparison(site: Site) -> None:
     base = copy(site, "bert", site.evil / "base")
     write(base / "evil.py", evil_code(site))
     change_json(base / "config.json", {"model_type": "evil", "auto_map": AUTO_MAP})
-    code = code_of(str(base), None)
+    code = _hash(base)
     change_yaml(site.evil / "compare.yaml", {"model": "evil/base", "remote_code": code})
     change_json(
         site.evil / "comparison.json", {"config/model": "evil/base", "config/remote_code": code, "model_files": {}}
@@ -420,6 +452,7 @@ def _templated(name: str, text: str) -> Case:
 
 CASES = [
     *map(_of_use, (*FURTHER, *SETTINGS)),
+    *(_of_use(use, allowed) for allowed in ALLOWED for use in ("generate", "eval", "resume", "train", "check")),
     *(_auto_map(name, found) for name, found in AUTO_MAPS.items()),
     *table(KIND, IGNORED, base=_nothing, expected="either"),
     *table(KIND, REFUSED, base=_nothing),

@@ -542,7 +542,7 @@ def _base(chance: Chance, site: Site) -> Sequence[Step]:
         load_model("evil", TaskType.CAUSAL_LM, dtype=torch.float32)
 
     def words() -> None:
-        tokenizer = load_tokenizer("evil", remote_code=None)
+        tokenizer = load_tokenizer("evil")
         encoder = Encoder(tokenizer)
         tokenizer.decode(tokenizer("w1 w2 11")["input_ids"])
         assert encoder is not None
@@ -660,7 +660,7 @@ def jinja(chance: Chance, depth: int = 3) -> str:
 
 
 def _template(chance: Chance, site: Site) -> Sequence[Step]:
-    tokenizer = load_tokenizer(str(site.shared / "llama"), remote_code=None)
+    tokenizer = load_tokenizer(str(site.shared / "llama"))
     tokenizer.chat_template = jinja(chance)
     talk = Conversation((Message("user", "w1"), Message("assistant", "w2"), Message("user", "w3")))
     if chance.random() < 0.2:

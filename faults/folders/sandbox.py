@@ -398,7 +398,7 @@ def try_case(case: Case, site: Site, audit: Audit, report: int, most: Most = MOS
         folder.mkdir(parents=True)
     os.chdir(site.work)
     tempfile.tempdir = str(site.temporary)
-    os.environ["SILIANG_CACHE"] = str(site.root / "cache")
+    os.environ["SILIANG_CACHE"] = os.environ["XDG_CONFIG_HOME"] = str(site.root / "cache")
     steps = case.build(site)
     started = os.fstat(report).st_size
     before, inputs = contents(site.outside), contents(site.work) if case.hides else {}
@@ -609,13 +609,15 @@ def _begin(cases: list[tuple[int, Case]], folder: Path, shared: Path, most: Most
         for number, case in cases:
             site = Site(folder / f"case-{number}", shared)
             _tell(write, {"begin": number, "base": resident_bytes()})
-            outcome = try_case(case, site, audit, heard, most)
+            try:
+                outcome = try_case(case, site, audit, heard, most)
+            except Exception:
+                outcome = Outcome("broken", [f"the case itself: {traceback.format_exc()[-3000:]}"])
+                audit.end()
             _tell(write, {"end": number, **vars(outcome)})
             os.chdir(folder)
             _remove(folder, [number])
         code = 0
-    except BaseException:
-        _tell(write, {"broken": traceback.format_exc()[-3000:]})
     finally:
         os._exit(code)
 
@@ -664,17 +666,12 @@ def _hear(lane: _Lane, found: Found) -> bool:
             lane.at, lane.since, lane.spent = places[message["begin"]], time.monotonic(), _tree_s(lane.pid)
             lane.base_bytes = message["base"]
             lane.last = (lane.since, lane.spent)
-        elif "end" in message:
+        else:
             number = message.pop("end")
             case = lane.cases[places[number]][1]
             found(number, case, Outcome(**message))
             del lane.cases[: places[number] + 1]
             places = {n: i for i, (n, _) in enumerate(lane.cases)}
-            lane.at = -1
-        else:
-            number, case = lane.cases[max(lane.at, 0)]
-            found(number, case, Outcome("broken", [f"the case itself: {message['broken']}"]))
-            del lane.cases[: max(lane.at, 0) + 1]
             lane.at = -1
     return over
 

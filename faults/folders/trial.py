@@ -16,7 +16,7 @@ from faults.folders.sandbox import Case, Outcome, try_cases
 BY_HAND: dict[str, list[Case]] = {
     part.KIND: part.CASES for part in (code, links, limits, sizes, paths, secrets, terminals, numbers, ray, pages)
 }
-BATCH = 20  # cases of the grammar that one process goes through
+BATCH = 50  # cases of the grammar that one process goes through
 
 
 @dataclass
