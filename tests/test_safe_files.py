@@ -12,10 +12,13 @@ from reading import iter_rows, read_rows
 from tiny import write_jsonl
 
 from siliang import LoraConfig
+from siliang.compare.pool import as_message
 from siliang.config import DataConfig, read_yaml
 from siliang.data.load import load_examples
+from siliang.distributed.launched import asked_of_accelerate
 from siliang.files import damage
 from siliang.models.load import load_config
+from siliang.plan.history import known_work, remember
 from siliang.safe_json import JsonError, parse_json, read_json
 from siliang.safe_yaml import dump_yaml, parse_yaml
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType
@@ -37,6 +40,41 @@ def test_plain_values_of_yaml_are_read_as_yaml_1_2_reads_them(tmp_path: Path) ->
     assert [type(v) for v in parse_yaml(text)] == [type(v) for v in values]
     assert parse_yaml(dump_yaml(values)) == values
     assert yaml.safe_load(dump_yaml(values)) == values
+
+
+def test_settings_of_any_size_are_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    with path.open("wb") as opened:
+        opened.truncate(2**40)  # of zeros, which take no room
+    with pytest.raises(ConfigError, match="more than 1,000,000 characters"):
+        read_yaml(path)
+
+
+def test_what_a_worker_says_is_a_message_or_nothing() -> None:
+    strange = ['{"kind": "done"}', '{"kind": "say", "line": 3}', '{"kind": "rm", "found": {}}', "[" * 10**5]
+    for line in ("", "x", "[]", *strange):
+        assert as_message(line) is None
+    assert as_message('{"kind": "progress", "progress": {"loss": NaN}}') is not None
+    assert as_message('{"kind": "failed", "error": "full"}') == {"kind": "failed", "error": "full"}
+
+
+def test_a_stage_of_accelerate_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "9" * 5000)
+    with pytest.raises(ConfigError, match="must be 1, 2 or 3") as refused:
+        asked_of_accelerate()
+    assert len(str(refused.value)) < 200
+
+
+def test_what_this_machine_remembers_may_be_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The history of the plan: a line that is not its own is passed over."""
+    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
+    remember("a card", 1000)
+    (file,) = tmp_path.rglob("memory.jsonl")
+    own = file.read_text()
+    for value in ("1e999", "NaN", "9" * 5000, '"1000"', "-1", "null", "true", "[1]"):
+        file.write_text(own + own.replace("1000", value) + "[" * 10**5 + "\n3\n")
+        assert known_work("a card") in (1000, 500)  # the second, where -1 counts as 0
 
 
 def test_the_description_of_a_data_set_is_bounded(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from siliang.secrets import redacted, shortened
 from siliang.types import first_line
 
 MAX_CHARACTERS = 1_000_000
+MOST_BYTES = 4 * MAX_CHARACTERS  # of UTF-8
 MAX_DEPTH = 20
 MAX_VALUES = 10_000  # with every alias written out
 
@@ -123,7 +124,10 @@ def read_text(path: Path) -> str:
         YamlError: It is in another encoding.
         OSError: It cannot be read.
     """
-    content = path.read_bytes()
+    with path.open("rb") as opened:
+        content = opened.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise YamlError(f"more than {MAX_CHARACTERS:,} characters are no settings")
     try:
         text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
     except UnicodeDecodeError as error:

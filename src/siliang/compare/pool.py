@@ -19,8 +19,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from siliang.files import append
+from siliang.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
 
+# What a worker says, and the field that goes with it.
+SAYS: dict[str, tuple[str, type[Any]]] = {
+    "say": ("line", str),
+    "progress": ("progress", dict),
+    "done": ("found", dict),
+    "failed": ("error", str),
+}
 STOP_S = 30.0  # for a run to end its step and save it, when the user stops a comparison
 
 
@@ -124,7 +132,10 @@ class Worker:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
-            message = json.loads(line)
+            if (message := as_message(line)) is None:
+                self._process.kill()
+                said = f"it was sent {line.strip()[:80]!r}, which is no message of a worker"
+                return {"kind": "died", "error": f"{said} (see {self._log})"}
             if message["kind"] in ("done", "failed"):
                 return dict(message)
             hear(message)
@@ -170,6 +181,16 @@ class Worker:
                 cwd=self._folder,
                 start_new_session=True,  # Ctrl-C is for the process that asks
             )
+
+
+def as_message(line: str) -> dict[str, Any] | None:
+    """What a worker said in a line; None where it is no message of one."""
+    try:
+        message = parse_json(line, foreign=True)  # a loss may be NaN
+    except JsonError:
+        return None
+    field, kind = SAYS.get(str(message.get("kind")), ("", object)) if isinstance(message, dict) else ("", object)
+    return message if field and isinstance(message.get(field), kind) else None
 
 
 def _share(number: int, of: int) -> dict[str, str]:

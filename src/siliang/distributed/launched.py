@@ -36,7 +36,10 @@ def asked_of_accelerate() -> dict[str, Any]:
         return {}
     if file := zero.get("CONFIG_FILE"):
         return {"strategy": "deepspeed", "deepspeed": file}
-    settings: dict[str, Any] = {"stage": int(zero.get("ZERO_STAGE", "2"))}
+    stage = zero.get("ZERO_STAGE", "2")
+    if stage not in ("0", "1", "2", "3"):
+        raise ConfigError(f"accelerate's configuration has zero_stage = {stage[:40]!r}: must be 1, 2 or 3.")
+    settings: dict[str, Any] = {"stage": int(stage)}
     for name, key in (("OFFLOAD_OPTIMIZER_DEVICE", "offload_optimizer"), ("OFFLOAD_PARAM_DEVICE", "offload_param")):
         if (device := zero.get(name, "none")) != "none":
             settings[key] = {"device": device}
