@@ -353,13 +353,14 @@ def changed_base(model: str, revision: str | None, was: dict[str, str]) -> str |
     files to look at."""
     if not was or not (now := base_files(model, revision)):
         return None
+    if added := sorted(name for name in now.keys() - was.keys() if is_loaded_beside(name, was.keys())):
+        return f"{added[0]} was not there"
     if missing := sorted(was.keys() - now.keys()):
         return f"{missing[0]} is missing"
     if other := [name for name in sorted(was) if now[name] != was[name]]:
         more = f", and {len(other) - 1} more" if len(other) > 1 else ""
         return f"{other[0]} is another file{more}"
-    added = sorted(name for name in now.keys() - was.keys() if is_loaded_beside(name, was.keys()))
-    return f"{added[0]} was not there" if added else None
+    return None
 
 
 def changed_data(paths: list[str], was: list[File]) -> str | None:

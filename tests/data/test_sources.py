@@ -158,6 +158,7 @@ def test_a_name_on_the_hub(files_of_a_hub: Path, monkeypatch: pytest.MonkeyPatch
         return real(str(files_of_a_hub))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", here)
+    monkeypatch.setattr("siliang.data.sources._fetch", lambda file, _: Path(file))  # of the hub's cache
     assert [row.values for row in read_rows("owner/name:config")] == ROWS
     assert read_rows("owner/name", split="test")[0].where == "owner/name/test.jsonl:1"
     assert asked == [("owner/name", "config"), ("owner/name", None)]
@@ -169,6 +170,7 @@ def test_lines_under_the_other_name_on_the_hub(files_of_a_hub: Path, monkeypatch
     (files_of_a_hub / "test.jsonl").unlink()
     real = datasets.load_dataset_builder
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: real(str(files_of_a_hub)))
+    monkeypatch.setattr("siliang.data.sources._fetch", lambda file, _: Path(file))
     assert [(row.values, row.where) for row in read_rows("owner/name")] == [
         (ROWS[0], "owner/name/train.json:1"),
         (ROWS[1], "owner/name/train.json:2"),

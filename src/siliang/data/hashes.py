@@ -16,29 +16,26 @@ from pathlib import Path
 from siliang.data.cache import cache_folder, prune
 from siliang.files import is_pattern, sha256, write_text
 from siliang.hub import cached_file
+from siliang.models.folder import WEIGHT_FILES, weight_files
 from siliang.safe_json import read_json
 
 WEIGHTS = (".safetensors", ".bin")
-# what makes a base model and its tokenizer
-BASE_FILES = (*(f"*{end}" for end in WEIGHTS), "*.json", "*.model", "*.jinja", "vocab*.txt", "merges*.txt", "dict*.txt")
-OF_NO_MATTER = ("generation_config.json",)  # how answers are drawn is the user's to change at any time
-# transformers loads the first of these that a folder has ...
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-# ... and all of these
+# All of these are read, where a base model's folder has them ...
 ALWAYS_LOADED = (
-    "adapter_config.json",  # with its adapter's weights, on top of the base model's
+    "config.json",
     "tokenizer.json",
+    "tokenizer.*.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
 )
-WORDS = ("*.model", "vocab*", "merges*.txt", "dict*.txt")  # of a tokenizer, where it has no tokenizer.json
+# ... and these, of a tokenizer that has no tokenizer.json; some tokenizers read them beside it, too
+WORDS = (
+    *("*.model", "*vocab*.json", "*vocab*.txt", "merges*.txt", "dict*.txt", "bpe.codes", "*.spm", "*.tiktoken"),
+    *("tekken.json", "emoji.json", "normalizer.json", "byte_maps.json", "word_*.json", "prophetnet.tokenizer"),
+)
 KEPT_FROM_BYTES = 2**20  # smaller files are read as quickly as their entry would be
 SETTLED_S = 2.0  # a file written later than this before it was read may change again within its clock's grain
 
@@ -80,17 +77,21 @@ def source_sha256(source: str) -> str:
 
 
 def base_files(name: str, revision: str | None = None) -> dict[str, str]:
-    """The SHA-256 of each file of a base model: weights, configs, tokenizer. Of a hub name, of the copy in the hub's
-    cache; nothing where there is none."""
+    """The SHA-256 of each file of a base model that is read: weights, configs, tokenizer; but for
+    generation_config.json, as how answers are drawn is the user's to change at any time. Of a hub name, of the copy in
+    the hub's cache; nothing where there is none."""
     folder = Path(name)
     if not folder.is_dir():
         found = cached_file(name, "config.json", revision=revision)
         if found is None:
             return {}
         folder = found.parent
-    files = sorted(p for p in folder.iterdir() if _is_one_of(p.name, BASE_FILES) and p.name not in OF_NO_MATTER)
-    files = [p for p in files if p.is_file()]
-    return {p.name: file_sha256(p) for p in files}
+    names = [*weight_files(folder)]
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        name = path.relative_to(folder).as_posix()
+        if _is_one_of(name, (*ALWAYS_LOADED, *WORDS)):
+            names.append(name)
+    return {name: file_sha256(folder / name) for name in sorted(names) if (folder / name).is_file()}
 
 
 def is_loaded_beside(name: str, others: Iterable[str]) -> bool:

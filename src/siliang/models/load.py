@@ -4,6 +4,7 @@ do."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,14 @@ from siliang.hub import cached_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
+from siliang.models.folder import (
+    ADAPTER,
+    NO_ADAPTER,
+    check_hub_names,
+    check_names,
+    check_tokenizer_names,
+    clean_quantization,
+)
 from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokenizer_code
 from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
@@ -51,7 +60,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer_config.json",
 )
-MOST_INDEX_BYTES = 128 * 2**20  # of the list of a model's weights, a line for each
 AUTO_CLASSES = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
@@ -79,7 +87,10 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
         # what a downloaded file says of code to run, its own or a kernel from the hub, is not asked
         if code is None:
             part.__dict__.pop("auto_map", None)
+        part.__dict__.pop("fusion_config", None)
         part._attn_implementation_internal = part._experts_implementation_internal = None
+        if (bits := part.__dict__.get("quantization_config")) is not None:
+            part.quantization_config = clean_quantization(name, bits)
     return config
 
 
@@ -148,6 +159,12 @@ def load_model(
     """
     bound_kernel_caches()
     config = load_config(name, revision=revision)
+    if (Path(name) / ADAPTER).is_file():
+        warnings.warn(
+            f"{name} holds an adapter beside the model ({ADAPTER}), which is left aside: to train it further, move it "
+            "into a folder of its own and name that as `adapter`.",
+            stacklevel=2,
+        )
     if labels is not None:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
@@ -185,8 +202,9 @@ def invented_weights(name: str, task: TaskType, config: Any, *, revision: str | 
 
 def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | None, **settings: Any) -> Any:
     auto: Any = AUTO_CLASSES[task]
-    # transformers looks for an adapter in the folder, too, with arguments of its own
-    cached = {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}} if only_cached(name) else {}
+    # transformers would put an adapter that lies beside the weights on the model: it looks where there is none
+    cached = only_cached(name)
+    elsewhere = {"subfolder": NO_ADAPTER, "local_files_only": cached}
     try:
         if (code := code_of(config)) is not None:
             auto = code.find_class(auto.__name__)
@@ -199,13 +217,16 @@ def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | 
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **cached,
+            local_files_only=cached,
+            adapter_kwargs=elsewhere,
             **settings,
         )
     except ModelError:
         raise
     except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
         raise ModelError(_why_not(name, error)) from error
+    if model._hf_peft_config_loaded:
+        raise ModelError(f"{name} holds an adapter in {NO_ADAPTER}, which is left aside everywhere: remove it.")
     lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
     if lost := {key for key in lost if not may_be_invented(model, key)}:
         raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
@@ -269,6 +290,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 
 
 def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
+    given = check_tokenizer_names(name, revision, only_cached=only_cached(name))
     bare = (Path(name) / "tokenizer.model").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
     if bare and load_config(name, revision=revision).model_type != ChatGLMConfig.model_type:
         # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
@@ -276,15 +298,20 @@ def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
     code = find_own_code(name, revision)
     try:
         if code is None or "AutoTokenizer" not in code.classes:
-            config = load_config(name, revision=revision) if code is not None else None
+            config = load_config(name, revision=revision) if code is not None or given else None
             return AutoTokenizer.from_pretrained(
-                name, config=config, revision=revision, trust_remote_code=False, local_files_only=only_cached(name)
+                name,
+                config=config,
+                revision=revision,
+                trust_remote_code=False,
+                local_files_only=only_cached(name),
+                **given,
             )
     except ValueError as error:  # transformers does not know it
         code = find_tokenizer_code(name, revision) if "trust_remote_code" in str(error) else None
         if code is None or "AutoTokenizer" not in code.classes:
             raise
-    return code.find_class("AutoTokenizer").from_pretrained(str(code.folder))
+    return code.find_class("AutoTokenizer").from_pretrained(str(code.folder), **given)
 
 
 def _no_tokenizer(name: str, files: tuple[str, ...]) -> str:
@@ -309,8 +336,7 @@ def _check_folder(name: str, revision: str | None = None) -> None:
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
         check_links(path, ModelError)
-        for index in path.glob("*.index.json"):
-            _check_index(index)
+        check_names(path)
     elif path.is_file():
         raise ModelError(f"{name} is a file: give the folder of the model, which holds config.json and the weights.")
     elif _looks_like_a_path(name):
@@ -319,6 +345,8 @@ def _check_folder(name: str, revision: str | None = None) -> None:
         raise ModelError(
             f"{name} is no folder here, and not in the hub's cache; {why}.{near_names(path)} Give the model's folder."
         )
+    else:
+        check_hub_names(name, revision, only_cached=why is not None)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -331,17 +359,6 @@ def _looks_like_a_path(name: str) -> bool:
         or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
         or ("/" in name and Path(name).parent.is_dir())
     )
-
-
-def _check_index(path: Path) -> None:
-    """The parts of weights that come in several files are read wherever the index says."""
-    try:
-        names = set(read_json(path, most_bytes=MOST_INDEX_BYTES, foreign=True)["weight_map"].values())
-        strange = [n for n in names if Path(n).name != n]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{path} is damaged.") from None
-    if strange:
-        raise ModelError(f"{path} names {strange[0]!r}, which is not in the model's folder.")
 
 
 def _why_not(name: str, error: Exception, what: str = "model") -> str:

@@ -1,0 +1,231 @@
+"""What the files of a base model may name: files of its own folder, and formats that siliang loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from siliang.hub import cached_file
+from siliang.paths import inside
+from siliang.safe_json import JsonError, read_json, where
+from siliang.types import ModelError
+
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
+NO_ADAPTER = "no-adapter-is-looked-for"  # in place of the folder where transformers looks for an adapter
+# transformers loads the first of these that a folder has
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+INDEX = ".index.json"
+MOST_INDEX_BYTES = 128 * 2**20  # of the list of a model's weights, a line for each
+SHARDED = re.compile(r"shard-\d{5}-model-.*\.safetensors")  # of torch's distributed checkpoints
+VERSIONED = re.compile(r"tokenizer\.[\w.+-]+\.json", re.ASCII)
+TEXTS = ("chat_template", "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens")
+ELSEWHERE = re.compile(r"[/~\\].*|[A-Za-z]:[/\\].*|(.*[/\\])?\.\.([/\\].*)?|\w+:(//|:).*", re.DOTALL)
+DTYPES = ("float32", "float16", "bfloat16")
+MODULE = re.compile(r"[\w.-]{1,200}", re.ASCII)
+MOST_MODULES = 10_000
+# The fields of bitsandbytes' config, each with the values that it may have.
+BITS_AND_BYTES: dict[str, Any] = {
+    "load_in_4bit": (True, False),
+    "load_in_8bit": (True, False),
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
+    "bnb_4bit_compute_dtype": DTYPES,
+    "bnb_4bit_quant_storage": (*DTYPES, "uint8", "int8"),
+    "llm_int8_threshold": float,
+    "llm_int8_has_fp16_weight": (False,),
+    "llm_int8_enable_fp32_cpu_offload": (False,),
+}
+
+
+def check_names(folder: Path) -> None:
+    """What a base model's files say of its weights and configs lies in its folder.
+
+    Raises:
+        ModelError: A name leads out, or names what siliang does not read.
+    """
+    _check_config(folder / CONFIG)
+    if (sharded := next((p.name for p in folder.iterdir() if SHARDED.fullmatch(p.name)), None)) is not None:
+        raise ModelError(f"{folder} holds a distributed checkpoint ({sharded}): save the model by save_pretrained.")
+    if (folder / NO_ADAPTER).exists():
+        raise ModelError(f"{folder / NO_ADAPTER} may not be there: remove it.")
+    for index in folder.glob(f"*{INDEX}"):
+        check_index(index)
+
+
+def check_hub_names(name: str, revision: str | None, *, only_cached: bool) -> None:
+    """The same for a model of the hub, whose configs and list of weights are fetched for it.
+
+    Raises:
+        ModelError: As for `check_names`.
+    """
+    if (config := _fetched(name, CONFIG, revision, only_cached)) is not None:
+        _check_config(config)
+    if cached_file(name, WEIGHT_FILES[0], revision=revision) is not None:
+        return
+    for file in WEIGHT_FILES:
+        if file.endswith(INDEX) and (index := _fetched(name, file, revision, only_cached)) is not None:
+            check_index(index)
+
+
+def check_tokenizer_names(name: str, revision: str | None, *, only_cached: bool) -> dict[str, None]:
+    """What a tokenizer's config says of files lies in its folder. Returns the settings that are not taken from it:
+    names of files that transformers would look up elsewhere, and finds by itself.
+
+    Raises:
+        ModelError: A name leads out, where it cannot be left aside.
+    """
+    folder = Path(name)
+    path = folder / TOKENIZER_CONFIG
+    if not folder.is_dir():
+        path = _fetched(name, TOKENIZER_CONFIG, revision, only_cached)
+    if path is None or not path.is_file():
+        return {}
+    values = _read(path)
+    if values.get("init_inputs"):
+        raise ModelError(f"{path} gives its tokenizer init_inputs, which siliang does not pass on: take them out.")
+    for file in _listed(values.get("fast_tokenizer_files")):
+        if not isinstance(file, str) or not VERSIONED.fullmatch(file):
+            raise ModelError(f"{path} names {file!r:.200} among fast_tokenizer_files, which is no file of its folder.")
+    aside: dict[str, None] = {}
+    for key, value in values.items():
+        if key in TEXTS or key.endswith(("_token", "_tokens")):
+            continue
+        if isinstance(value, str) and (ELSEWHERE.fullmatch(value) or key.endswith("_file")):
+            aside[key] = None
+        elif (text := next((t for t in _texts(value) if ELSEWHERE.fullmatch(t)), None)) is not None:
+            raise ModelError(f"{path} names {text!r:.200} in {key}, which is not in the model's folder.")
+    return aside
+
+
+def check_index(path: Path) -> None:
+    """The parts of weights that come in several files are read wherever the index says.
+
+    Raises:
+        ModelError: The index is damaged, or names a file elsewhere.
+    """
+    for name in parts_of(path):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{path} names {name!r:.200}, which is not in the model's folder.")
+        inside(path.parent, name, kind=ModelError, source=str(path))
+
+
+def parts_of(index: Path) -> list[Any]:
+    """The files that a list of weights names.
+
+    Raises:
+        ModelError: It is damaged.
+    """
+    try:
+        values = read_json(index, most_bytes=MOST_INDEX_BYTES, foreign=True)
+        return sorted(set(values["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index} is damaged.") from None
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files of weights that transformers loads from a folder, with the list of them, if there is one."""
+    first = next((file for file in WEIGHT_FILES if (folder / file).is_file()), None)
+    if first is None or not first.endswith(INDEX):
+        return [first] if first else []
+    with suppress(ModelError):
+        return [first, *(str(name) for name in parts_of(folder / first))]
+    return [first]
+
+
+def clean_quantization(source: str, values: Any) -> dict[str, Any]:
+    """What a model's config says of its weights' few bits, with the fields that siliang knows.
+
+    Raises:
+        ModelError: They are of a kind that siliang does not load, or a field has a value that is not allowed.
+    """
+    if not isinstance(values, dict):
+        raise ModelError(f"{source}: quantization_config in its config.json is no mapping.")
+    values = {key.removeprefix("_"): value for key, value in values.items() if isinstance(key, str)}
+    kind = values.get("quant_method", "bitsandbytes")
+    four, eight = (values.get(f"load_in_{bits}bit") is True for bits in (4, 8))
+    if kind != "bitsandbytes" or four == eight:
+        kind = kind if kind != "bitsandbytes" else "bitsandbytes without load_in_4bit or load_in_8bit"
+        raise ModelError(
+            f"{source}: its weights are quantized by {kind!r:.100}, which siliang does not load. Allowed: bitsandbytes "
+            "(nf4 or fp4 in 4 bits, or 8 bits). Take the model's plain weights, and set quantization."
+        )
+    clean: dict[str, Any] = {"quant_method": kind}
+    for key, allowed in BITS_AND_BYTES.items():
+        if (value := values.get(key)) is None:
+            continue
+        known = type(value) in (int, float) and 0 <= value <= 1000 if allowed is float else value in allowed
+        if not known or (isinstance(value, int) and not isinstance(value, bool) and allowed is not float):
+            raise ModelError(f"{source}: {key} = {value!r:.100} in its quantization_config. Allowed: {allowed}.")
+        clean[key] = value
+    skipped = _listed(values.get("llm_int8_skip_modules"))
+    if len(skipped) > MOST_MODULES or not all(isinstance(s, str) and MODULE.fullmatch(s) for s in skipped):
+        raise ModelError(f"{source}: llm_int8_skip_modules in its quantization_config are no names of modules.")
+    return clean | ({"llm_int8_skip_modules": skipped} if skipped else {})
+
+
+def _check_config(path: Path) -> None:
+    values = _read(path)
+    if values.get("configuration_files"):
+        raise ModelError(f"{path} names other configs (configuration_files), which siliang does not read: take it out.")
+    weights = values.get("transformers_weights")
+    if weights is not None and weights not in WEIGHT_FILES:
+        raise ModelError(
+            f"{path} says that the weights are in {weights!r:.200} (transformers_weights). siliang reads "
+            f"{', '.join(WEIGHT_FILES)} of the model's folder."
+        )
+
+
+def _fetched(name: str, file: str, revision: str | None, only_cached: bool) -> Path | None:
+    """A file of a model of the hub; None where it has none, or the hub does not give it."""
+    from transformers.utils.hub import cached_file as fetch
+
+    try:
+        found = fetch(
+            name,
+            file,
+            revision=revision,
+            local_files_only=only_cached,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # which loading will say
+        return None
+    return Path(found) if found else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = read_json(path, foreign=True)
+    except JsonError as error:
+        raise ModelError(f"{where(path, error)} cannot be read: {error}.") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds no mapping.")
+    return values
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a structure."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
