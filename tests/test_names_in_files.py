@@ -244,7 +244,7 @@ def test_other_descriptions_of_a_data_set(tmp_path: Path) -> None:
     (folder / ".huggingface.yaml").unlink()
     bomb = "\n".join(["a0: &a0 x", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))])
     (folder / "README.md").write_text(f"---\nconfigs: []\n{bomb}\n---\n")
-    with pytest.raises(DataError, match="not readable as yaml"):
+    with pytest.raises(DataError, match="its description cannot be read"):
         read_rows(str(folder))
 
 

@@ -416,7 +416,9 @@ def _header(readme: Path) -> dict[str, Any]:
         check_yaml(found[2])
         values = yaml.safe_load(found[2])
     except (YamlError, yaml.YAMLError, ValueError) as error:
-        raise DataError(f"{readme}: its header is not readable as yaml: {first_line(error)}.") from None
+        line = error.line if isinstance(error, YamlError) else None
+        where = f"{readme}:{line + 1}" if line else str(readme)
+        raise DataError(f"{where}: its description cannot be read: {first_line(error)}.") from None
     return values if isinstance(values, dict) else {}
 
 
