@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 from commands import Ended, run
 from tiny import WORDS, write_jsonl
 
+import siliang
 from siliang.config import describe
 from siliang.record import Record
 from siliang.run_folder import read_config
@@ -159,6 +162,21 @@ def test_nothing_is_cut_before_it_is_hidden(kind: str) -> None:
         assert token[:6] not in shortened(text, most)
         assert token[:6] not in part(text, 0, most) and token[-6:] not in part(text, most)
     assert part(text, 0) == f"the token is {HIDDEN}, and so on" and part(text, len(text) - 2) == "on"
+
+
+def test_messages_are_cut_by_one_function() -> None:
+    """`{text[:80]}` would leave the first part of a token: `shortened` hides it first."""
+    source = Path(siliang.__file__).parent
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Subscript):
+                cut, of = node.value.slice, ast.unparse(node.value.value)
+                most = cut.upper if isinstance(cut, ast.Slice) else None
+                fixed = isinstance(most, ast.Constant) or (isinstance(most, ast.Name) and most.id.isupper())
+                if fixed and not re.search("sha256|digest", of):
+                    found.append(f"{path.relative_to(source)}:{node.lineno}: {ast.unparse(node.value)}")
+    assert not found  # a digest's first digits may be shown
 
 
 @pytest.mark.parametrize("kind", TOKENS)

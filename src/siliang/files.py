@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from siliang.paths import inside, is_link, is_real_folder
-from siliang.safe_json import read_json
+from siliang.safe_json import dump_json, read_json
 from siliang.secrets import HIDDEN, redacted, without_secrets
 from siliang.terminal import without_controls
 from siliang.types import ConfigError, OutputError
@@ -265,8 +265,7 @@ def hide_secrets(folder: Path) -> None:
         else:
             clean = redacted(values)
         if clean != values:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
+            write_text(path, dump_json(clean, indent=2) + "\n")
 
 
 def is_pattern(name: str) -> bool:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from siliang.limits import LimitError, match
+from siliang.secrets import shortened
 from siliang.types import TargetError
 
 # names, with escaped signs: without groups and repetitions there is nothing to go back to
@@ -60,4 +61,4 @@ def _groups(pattern: re.Pattern[str], text: str, whole: bool) -> Groups | None:
 
 
 def _short(pattern: str) -> str:
-    return repr(pattern if len(pattern) <= 100 else f"{pattern[:100]} ...")
+    return repr(shortened(pattern, 100, " ..."))

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from siliang.files import write_text
+from siliang.secrets import shortened
 from siliang.types import ConfigError
 
 VARIABLE = "SILIANG_ALLOW_CODE"  # hashes with commas between them
@@ -35,8 +36,8 @@ def allow_code(sha256: str) -> None:
     """
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ConfigError(
-            f"--allow-code {sha256[:80]!r} is no SHA-256 of a model's code: that has 64 hexadecimal digits, and the "
-            "error for such a model gives it."
+            f"--allow-code {shortened(sha256, 80)!r} is no SHA-256 of a model's code: that has 64 hexadecimal digits, "
+            "and the error for such a model gives it."
         )
     given = os.environ.get(VARIABLE, "").split(",")
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*filter(None, given), sha256.lower()]))

@@ -16,7 +16,7 @@ from siliang.config import FORMATS, RunConfig, Seed, differences
 from siliang.files import write_text
 from siliang.paths import inside
 from siliang.safe_json import JsonError, dump_json, read_json, where
-from siliang.secrets import redacted
+from siliang.secrets import redacted, shortened
 from siliang.types import ConfigError, RecordError, TaskType
 
 SCHEMA_VERSION = 1
@@ -139,7 +139,7 @@ class Saved(Part):
 def explained(error: ValidationError) -> str:
     """The first finding in one line: the field, its value, and what is allowed."""
     first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))[:200] or "it"
+    field = shortened(".".join(map(str, first["loc"])), 200) or "it"
     if first["type"] == "missing":
         return f"{field} is missing"
     if first["type"] == "extra_forbidden":
@@ -150,7 +150,7 @@ def explained(error: ValidationError) -> str:
 
 def _shown(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+    return shortened(text, SHOWN, " ...")
 
 
 def _check_version(version: Any, newest: int, path: Path) -> None:
@@ -359,14 +359,14 @@ class Record(Saved):
                 raise ConfigError(f"config.{name} = {_shown(was)}: a record has it as {_shown(whole)}.")
         for name, asked in self.adjusted.items():
             if "." not in name or name not in _names(self.config):
-                raise ConfigError(f"adjusted: {name[:SHOWN]!r} is no setting.")
+                raise ConfigError(f"adjusted: {shortened(name, SHOWN)!r} is no setting.")
             RunConfig.recorded(_with(self.config, name, asked))
         if config.task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) and not self.labels:
             raise ConfigError(f"labels must be a list of names: its task is {config.task.lower()}.")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ConfigError("labels holds a name twice.")
         if self.layout and self.layout not in FORMATS:
-            raise ConfigError(f"layout = {self.layout[:SHOWN]!r}: must be one of {', '.join(FORMATS)}.")
+            raise ConfigError(f"layout = {shortened(self.layout, SHOWN)!r}: must be one of {', '.join(FORMATS)}.")
         if self.parameters.trained > self.parameters.total:
             raise ConfigError(
                 f"parameters.trained = {self.parameters.trained:,}: must be at most the total, "

@@ -159,7 +159,7 @@ def parse_yaml(text: str) -> Any:
     except YamlError:
         raise
     except Exception as error:  # the loader raises whatever its conversions do: of `!!int x`, or of a 13th month
-        raise YamlError(f"a value cannot be read: {first_line(error, kind=True)[:200]}") from None
+        raise YamlError(f"a value cannot be read: {shortened(first_line(error, kind=True), 200)}") from None
 
 
 def check_yaml(text: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siliang.secrets import shortened
+
 MOST_TENSORS = 1_000_000
 MOST_HEADER_BYTES = 64 * 2**20
 # what a pickle of plain tensors names; torch's own reader allows more, such as a bytearray of any size
@@ -48,10 +50,10 @@ def check_tensors(tensors: Any, file_bytes: int) -> None:
     total = 0
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            raise ValueError(f"{str(name)[:80]!r} is no plain tensor")
+            raise ValueError(f"{shortened(name, 80)!r} is no plain tensor")
         total += tensor.nbytes
         if tensor.device.type != "cpu" or tensor.is_quantized or total > file_bytes:
-            raise ValueError(f"{name[:80]!r} has more numbers than the file")
+            raise ValueError(f"{shortened(name, 80)!r} has more numbers than the file")
 
 
 def _check_safetensors(path: Path) -> None:
@@ -67,7 +69,7 @@ def _check_safetensors(path: Path) -> None:
     for name, entry in header.items():
         shape = entry.get("shape", []) if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= size for n in shape):
-            raise ValueError(f"{name[:80]!r} is larger than the file")
+            raise ValueError(f"{shortened(name, 80)!r} is larger than the file")
 
 
 def _check_zip(path: Path) -> None:
@@ -99,4 +101,4 @@ def _check_pickle(data: bytes) -> None:
             if home not in STORAGES or not (
                 name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
             ):
-                raise ValueError(f"it names {str(argument)[:80]}, which is no tensor")
+                raise ValueError(f"it names {shortened(argument, 80)}, which is no tensor")

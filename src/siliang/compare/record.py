@@ -11,6 +11,7 @@ from siliang.compare.config import CompareConfig
 from siliang.config import Seed
 from siliang.paths import inside
 from siliang.record import Count, Date, Figures, File, Name, Part, Record, Saved, Sha256, Share
+from siliang.secrets import shortened
 from siliang.types import ConfigError, RecordError
 
 COMPARISON_NAME = "comparison.json"
@@ -99,10 +100,12 @@ class Comparison(Saved):
         labels = {entry.label for entry in config.settings.methods}
         folders = [trial.folder for trial in self.trials]
         if twice := next((name for name in folders if folders.count(name) > 1), None):
-            raise ConfigError(f"trials: the folder {twice[:80]!r} stands twice.")
+            raise ConfigError(f"trials: the folder {shortened(twice, 80)!r} stands twice.")
         tested = [trial.method for trial in self.trials if trial.purpose == "test"]
         if (strange := next((label for label in tested if label not in labels), None)) is not None:
-            raise ConfigError(f"trials: {strange[:80]!r} is none of the methods: {', '.join(sorted(labels))}.")
+            raise ConfigError(
+                f"trials: {shortened(strange, 80)!r} is none of the methods: {', '.join(sorted(labels))}."
+            )
         if "eval_loss" in self.base and "perplexity" not in self.base:
             raise ConfigError("base.perplexity is missing.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from siliang.data.text_files import TextFile
+from siliang.secrets import shortened
 from siliang.types import DataError
 
 CHUNK_BYTES = 4 * 2**20
@@ -62,7 +63,7 @@ def _whole_number(text: str) -> int:
 def _number(text: str) -> WrittenFloat:
     number = WrittenFloat(text)
     if math.isinf(number):
-        raise NumberError(f"{text[:SHOWN]} is beyond the range of numbers")
+        raise NumberError(f"{shortened(text, SHOWN)} is beyond the range of numbers")
     return number
 
 

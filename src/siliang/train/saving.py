@@ -36,6 +36,7 @@ from siliang.peft_model import PeftModel
 from siliang.record import MAX_BYTES
 from siliang.run_folder import PREFIX, checkpoints
 from siliang.safe_json import JsonError, read_json, where
+from siliang.secrets import shortened
 from siliang.train.state import check_state
 from siliang.types import ConfigError, RecordError, first_line
 
@@ -171,7 +172,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise RecordError(f"{path} is damaged: {first_line(error, kind=True)[:200]}.") from None
+        raise RecordError(f"{path} is damaged: {shortened(first_line(error, kind=True), 200)}.") from None
     check_state(state, path)
     return state
 

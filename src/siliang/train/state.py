@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from siliang.record import Count, Number, Part, Positive, StepMetrics, explained
 from siliang.safe_json import JsonError, read_json, where
+from siliang.secrets import shortened
 from siliang.types import RecordError
 
 
@@ -109,7 +110,7 @@ def check_trainer_state(folder: Path, step: int) -> None:
     try:
         values = read_json(path, foreign=True)
         if isinstance(values, dict) and (strange := sorted(values.keys() - known)):
-            raise RecordError(f"{path} is damaged: {strange[0][:80]!r} is no field of it.")
+            raise RecordError(f"{path} is damaged: {shortened(strange[0], 80)!r} is no field of it.")
         found = _Trainer.model_validate(values, strict=True)
     except JsonError as error:
         raise RecordError(f"{where(path, error)} is damaged: {error}.") from None
