@@ -9,7 +9,6 @@ used.
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import json
@@ -27,10 +26,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from siliang.paths import inside, is_link, is_real_folder
-from siliang.safe_json import dump_json, read_json
-from siliang.secrets import HIDDEN, redacted, without_secrets
+from siliang.safe_json import read_json
+from siliang.secrets import HIDDEN, without_secrets
 from siliang.terminal import without_controls
-from siliang.types import ConfigError, OutputError
+from siliang.types import ConfigError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -44,23 +43,6 @@ if sys.platform == "win32":
 else:
     FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
     FOLDER_FLAGS = os.O_DIRECTORY | os.O_CLOEXEC | (os.O_PATH if sys.platform == "linux" else os.O_RDONLY)
-
-# What libraries write of settings into the folder of a model or a checkpoint.
-SETTINGS = ("config.json", "generation_config.json", "trainer_state.json")
-TOKENIZER = "tokenizer_config.json"
-NAMES = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merges_file")
-
-# What the user can do about an error of the disk, by its number.
-DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full. Make room, or choose another disk with --output",
-    errno.EDQUOT: "your quota on that disk is used up. Make room, or choose another disk with --output",
-    errno.EROFS: "the disk is read-only. Choose another with --output",
-    errno.EACCES: "permission denied. Choose a folder of your own with --output",
-    errno.EPERM: "permission denied. Choose a folder of your own with --output",
-    errno.ENOENT: "the folder is gone: somebody removed or renamed it. Begin again with another --output",
-    errno.EIO: "the disk does not answer rightly. Look at its health, and choose another with --output",
-    errno.EFBIG: "a file would be larger than that disk's file system allows. Choose another disk with --output",
-}
 
 
 def pasted(*words: object) -> str:
@@ -105,8 +87,10 @@ def replacing(path: Path) -> Iterator[Path]:
     succeeds. A link at `path` is replaced.
     """
     with _new_beside(path) as new:
+        mode = stat.S_IMODE(os.fstat(new.opened).st_mode)
         os.close(new.opened)
         yield new.temporary
+        new.temporary.chmod(mode)  # safetensors puts a file of its own there, for this user alone
         _flush(new.temporary)
         new.rename()
 
@@ -118,6 +102,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     with _folder_beside(folder) as temporary:
         yield temporary
+        _open_up(temporary)
         seal(temporary)
         remove(folder)
         temporary.rename(folder)
@@ -131,6 +116,7 @@ def filling(folder: Path) -> Iterator[Path]:
     """
     with _folder_beside(folder) as temporary:
         yield temporary
+        _open_up(temporary)
         if is_link(folder):
             folder.unlink()
         elif folder.exists():
@@ -225,47 +211,11 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-@contextmanager
-def telling(folder: Path) -> Iterator[None]:
-    """Within the block an error of the disk becomes an OutputError that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        message = disk_error(error)
-        elsewhere = isinstance(error, FileNotFoundError) and folder.is_dir()
-        if isinstance(error, OutputError) or message is None or elsewhere:
-            raise
-        raise OutputError(f"{folder}: {message}. What was saved before is whole.") from error
-
-
-def disk_error(error: BaseException) -> str | None:
-    """What happened on the disk and what to do; None where it was something else."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors' own class
-        number = int(found[1])
-    if number is None and "No space left" in str(error):
-        number = errno.ENOSPC
-    return DISK_ERRORS.get(number) if number is not None else None
-
-
 def absolute(name: str) -> str:
     """A file, a folder or a pattern of files that is here, by its absolute name; any other name as it is."""
     path = Path(name).expanduser()
     here = path.exists() or (is_pattern(name) and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
     return str(path.absolute()) if here else name
-
-
-def hide_secrets(folder: Path) -> None:
-    """Takes the secrets out of the settings that a library has written into a folder. A tokenizer's words and templates
-    stay, which are what it was trained with."""
-    for path in [folder / name for name in (*SETTINGS, TOKENIZER) if (folder / name).is_file()]:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if path.name == TOKENIZER:
-            clean = values | {key: redacted(values[key]) for key in NAMES if key in values}
-        else:
-            clean = redacted(values)
-        if clean != values:
-            write_text(path, dump_json(clean, indent=2) + "\n")
 
 
 def is_pattern(name: str) -> bool:
@@ -350,6 +300,14 @@ def _folder_beside(folder: Path) -> Iterator[Path]:
         yield temporary
     finally:
         remove_tree(temporary)
+
+
+def _open_up(folder: Path) -> None:
+    """Gives its files the rights that the user's umask leaves: safetensors makes them for this user alone."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not is_link(path):
+            path.chmod(mode)
 
 
 def _flush(path: Path) -> None:

@@ -28,7 +28,8 @@ from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.evaluate import Reader, Sums
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import LABELS, Engine
-from siliang.files import filling, hide_secrets
+from siliang.files import filling
+from siliang.hidden_settings import hide_secrets
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.own_code import write_own_code

@@ -221,7 +221,7 @@ def _tell(error: SiliangError) -> int:
 
 def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
     """An error that is the machine's or the command line's and not the program's, in our words."""
-    from siliang.files import disk_error
+    from siliang.disk_errors import disk_error
 
     if hasattr(error, "format_message"):  # of typer's parser
         return _of_usage(error, words)

@@ -27,14 +27,16 @@ from siliang.data.hashes import joined, weights_sha256
 from siliang.data.jinja import with_chat_template
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
+from siliang.disk_errors import telling
 from siliang.distributed.ranks import Ranks, find_ranks, telling_of_the_dead
 from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, send_what_is_trained, shard
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
-from siliang.files import absolute, damage, hide_secrets, pasted, remove_tree, replacing_folder, telling
+from siliang.files import absolute, damage, pasted, remove_tree, replacing_folder
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
+from siliang.hidden_settings import hide_secrets
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from siliang.checkpoint import load_tensors, read_adapter, read_training
 from siliang.distributed.sharding import apart, is_sharded, set_whole, whole
 from siliang.distributed.zero import is_dealt, together, unheard
-from siliang.files import damage, hide_secrets, remove, sweep
+from siliang.files import damage, remove, sweep
+from siliang.hidden_settings import hide_secrets
 from siliang.models.own_code import write_own_code
 from siliang.paths import is_link
 from siliang.peft_model import PeftModel

@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from siliang.disk_errors import telling
 from siliang.distributed import zero
 from siliang.distributed.ranks import Ranks
 from siliang.distributed.sharding import average_gradients, dealt, gradients_stay, is_sharded, whole
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.evaluate import Sums, evaluate, in_steps
 from siliang.engine.step import Engine
-from siliang.files import replacing_folder, telling
+from siliang.files import replacing_folder
 from siliang.run_folder import PREFIX
 from siliang.train.guard import Guard, Trouble
 from siliang.train.metrics import MEASURES, Rows, figures_of
