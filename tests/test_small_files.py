@@ -1,6 +1,7 @@
 """Small files that ask for gigabytes: what a config says is bounded by what is in the files and on the model."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from siliang.checkpoint import read_adapter
 from siliang.inject import SPARE_NUMBERS
 from siliang.methods import method_of
 from siliang.methods.base import LayerConfig, PeftConfig, PromptConfig
-from siliang.types import AdapterError, SiliangError, TaskType
+from siliang.models.load import load_config
+from siliang.types import AdapterError, ModelError, SiliangError, TaskType
 
 CAUSAL: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
 LSTM: Any = "LSTM"
@@ -275,3 +277,78 @@ def test_none_of_them_takes_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     *refused, grown = done.stdout.split()
     assert refused == sorted(folders) and int(grown) < 500
+
+
+# ---- base models ----
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": 10**9},
+        {"num_hidden_layers": 10**7},
+        {"vocab_size": 10**10},
+        {"num_labels": 10**9},
+        {"intermediate_size": 10**30},
+        {"num_attention_heads": 10**8},
+        {"head_dim": 10**9},
+        {"max_position_embeddings": 10**12},
+        {"text_config": {"num_hidden_layers": 10**7}},
+        {"hidden_sizes": [1, 10**9]},
+        {"num_hidden_layers": 900, "num_local_experts": 4000},
+    ],
+)
+def test_configs_of_base_models(values: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed_model(model_folders["llama"], tmp_path / "model", values)
+    with pytest.raises(ModelError, match=r"config.json: .*(at most|layers of)"):
+        load_config(str(folder))
+
+
+def changed_model(source: Path, folder: Path, values: dict[str, Any]) -> Path:
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+def test_a_base_model_that_is_packed(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed_model(model_folders["llama"], tmp_path / "model", {})
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Large()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is damaged: .*bytearray"):
+        load_config(str(folder))
+
+
+SHAPES = """
+import resource, sys
+from pathlib import Path
+import torch
+from siliang.models.load import load_model
+from siliang.types import ModelError, TaskType
+load_model(sys.argv[1], TaskType.CAUSAL_LM, dtype=torch.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for folder in sys.argv[2:]:
+    try:
+        load_model(folder, TaskType.CAUSAL_LM, dtype=torch.float32)
+    except ModelError as error:
+        print("of another shape" in str(error))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in KiB")
+def test_shapes_are_compared_before_memory_is_taken(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    source = model_folders["llama"]
+    changes: list[dict[str, Any]] = [
+        {"vocab_size": 2**24},
+        {"hidden_size": 2**15},
+        {"intermediate_size": 2**24},
+        {"num_hidden_layers": 100, "intermediate_size": 2**16},
+    ]
+    folders = [changed_model(source, tmp_path / str(i), values) for i, values in enumerate(changes)]
+    done = subprocess.run(
+        [sys.executable, "-c", SHAPES, str(source), *map(str, folders)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    *refused, grown = done.stdout.split()
+    assert refused == ["True"] * len(changes) and int(grown) < 500

@@ -236,8 +236,8 @@ def invented_modules(model: nn.Module) -> list[str]:
     missing = {name for name, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)}
     if len(missing) == len(parameters):
         return []
-    missing -= _embedding_weights(model)  # which may have been resized
-    if not all(may_be_invented(model, name) for name in missing):
+    missing -= (ends := embedding_weights(model))  # which may have been resized
+    if not all(may_be_invented(model, name, ends) for name in missing):
         return []
     return _owners(list(parameters), missing)
 
@@ -249,12 +249,15 @@ def mark_invented(model: nn.Module, modules: list[str]) -> None:
             p._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def may_be_invented(model: nn.Module, name: str) -> bool:
+def may_be_invented(model: nn.Module, name: str, ends: set[str]) -> bool:
     """Whether the parameter is a part of a head or a pooler, which files may lack; without any other the model is
     damaged.
+
+    Args:
+        ends: The model's `embedding_weights`.
     """
     *modules, _ = name.split(".")
-    if not modules or name in _embedding_weights(model):
+    if not modules or name in ends:
         return False
     if any("pooler" in part for part in modules):
         return True
@@ -264,7 +267,7 @@ def may_be_invented(model: nn.Module, name: str) -> bool:
     return not any(part.isdigit() for part in modules) and modules[0] not in ("encoder", "decoder", "shared")
 
 
-def _embedding_weights(model: Any) -> set[str]:
+def embedding_weights(model: Any) -> set[str]:
     """The names of the weights of the input and output embeddings."""
     found = set()
     for end in ("input", "output"):

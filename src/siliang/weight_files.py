@@ -26,15 +26,19 @@ NAMES = {
 STORAGES = ("torch", "torch.storage")
 
 
-def check_weights(path: Path) -> None:
+def check_weights(path: Path, *, older: bool = False) -> None:
     """Whether a safetensors file, or torch's zip, is one of plain tensors that lie within it.
+
+    Args:
+        older: A `.bin` from before torch 1.6 passes as well: it is no zip, and what is in it is read in turn.
 
     Raises:
         ValueError: It is not; says why.
         OSError: It cannot be read.
     """
     if path.suffix == ".bin":
-        _check_zip(path)
+        if not older or zipfile.is_zipfile(path):
+            _check_zip(path)
     else:
         _check_safetensors(path)
 

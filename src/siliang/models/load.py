@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ from siliang.models.folder import (
     clean_quantization,
 )
 from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokenizer_code
-from siliang.models.tokenizer_file import check_tokenizer
+from siliang.models.sizes import check_counts, check_files, may_be_too_large
+from siliang.models.tokenizer_file import check_tokenizer, find_file
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links
 from siliang.safe_json import JsonError, read_json, where
-from siliang.targets import invented_modules, may_be_invented
+from siliang.targets import embedding_weights, invented_modules, may_be_invented
 from siliang.types import ModelError, TaskType, first_line
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
@@ -77,6 +79,10 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
         OwnCodeError: It brings code of its own, which the user has not allowed.
     """
     _check_folder(name, revision)
+    if not Path(name).is_dir() and (path := find_file(name, "config.json", revision)) is not None:
+        with suppress(JsonError, OSError):  # reading the config says it
+            if isinstance(values := read_json(path, foreign=True), dict):
+                check_counts(values, path)
     try:
         config, code = _read_config(name, revision)
     except ModelError:
@@ -171,6 +177,8 @@ def load_model(
         config.label2id = {label: i for i, label in enumerate(labels)}
     elif task is TaskType.QUESTION_ANS:
         config.num_labels = 2  # where an answer begins and where it ends
+    if (folder := Path(name)).is_dir() and may_be_too_large(config, folder):
+        invented_weights(name, task, config, revision=revision)  # an error where a shape differs, and no memory
     with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):
         torch.manual_seed(seed)
         quantised = _quantised(quantization, task, device or torch.device("cpu"), to_be_dealt)
@@ -228,7 +236,8 @@ def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | 
     if model._hf_peft_config_loaded:
         raise ModelError(f"{name} holds an adapter in {NO_ADAPTER}, which is left aside everywhere: remove it.")
     lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
-    if lost := {key for key in lost if not may_be_invented(model, key)}:
+    ends = embedding_weights(model) if lost else set()
+    if lost := {key for key in lost if not may_be_invented(model, key, ends)}:
         raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
     return model
 
@@ -335,8 +344,10 @@ def _check_folder(name: str, revision: str | None = None) -> None:
             raise ModelError(f"{config} cannot be read: {error.strerror or error}.") from None
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
+        check_counts(values, config)
         check_links(path, ModelError)
         check_names(path)
+        check_files(path)
     elif path.is_file():
         raise ModelError(f"{name} is a file: give the folder of the model, which holds config.json and the weights.")
     elif _looks_like_a_path(name):

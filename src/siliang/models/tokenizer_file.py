@@ -25,7 +25,7 @@ def check_tokenizer(name: str, revision: str | None = None) -> None:
         ModelError: It asks for too much.
     """
     for file in NAMES:
-        path = _find(name, file, revision)
+        path = find_file(name, file, revision)
         if path is None:
             continue
         most = MOST_BYTES.get(file, OTHERS)
@@ -44,7 +44,8 @@ def _try(path: Path) -> None:
         raise ModelError(f"{path} cannot be used: it is not UTF-8.") from None
 
 
-def _find(name: str, file: str, revision: str | None) -> Path | None:
+def find_file(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a model, of the hub's where it is no folder here; None where it has none or it cannot be had."""
     folder = Path(name)
     if folder.is_dir():
         return path if (path := folder / file).is_file() else None

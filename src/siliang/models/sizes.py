@@ -1,0 +1,87 @@
+"""How large a base model may be by its config.json, asked before any of it is made: a small file can say anything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from siliang.types import ModelError
+from siliang.weight_files import check_weights
+
+# what a name counts or measures, and the most of it that a model has; the largest known have 126 layers, 2,048 experts
+# in a layer, 65,536 columns and a million words
+LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
+    (re.compile(r"(^|_)num_labels$"), 50_000),
+    (re.compile(r"(^|_)(num|n)_\w*heads?$"), 2**16),
+    (re.compile(r"(^|_)(num|n)_\w*experts?$"), 4096),
+    (re.compile(r"(^|_)n(um)?_\w*(layers?|blocks?|stages?)$|_layers$|^depths?$"), 1000),
+    (re.compile(r"(size|dim|embd|inner|d_model|d_ff|d_kv|rank|width|channels)s?$"), 2**24),
+    (re.compile(r"(positions?|position_embeddings|n_ctx|seq_length)$"), 2**28),
+)
+MOST_BLOCKS = 200_000  # layers times experts
+DEPTH = "layers?$"
+WIDE = "(hidden_size|n_embd|d_model)$"
+TALL = "(vocab_size|intermediate_size|ffn_dim|d_ff|n_inner)$"
+
+
+def check_counts(values: dict[str, Any], path: Path) -> None:
+    """Whether a config.json asks for no more layers, columns or labels than any model has.
+
+    Raises:
+        ModelError: It asks for more.
+    """
+    for part in _parts(values):
+        for name, value in part.items():
+            most = next((most for pattern, most in LIMITS if pattern.search(name)), None)
+            for number in value if isinstance(value, list) else [value]:
+                if most is not None and isinstance(number, int | float) and number > most:
+                    raise ModelError(f"{path}: {name} = {number:,}: at most {most:,} are allowed.")
+        layers, experts = (_largest(part, end) for end in (DEPTH, "experts$"))
+        if layers * experts > MOST_BLOCKS:
+            raise ModelError(f"{path}: {layers:,} layers of {experts:,} experts: at most {MOST_BLOCKS:,} are allowed.")
+
+
+def check_files(folder: Path) -> None:
+    """Whether the files of weights in a model's folder are of plain tensors that lie within them.
+
+    Raises:
+        ModelError: One is not.
+    """
+    for path in _files(folder):
+        try:
+            check_weights(path, older=True)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} is damaged: {error}.") from None
+
+
+def may_be_too_large(config: Any, folder: Path) -> bool:
+    """Whether a config's matrices could have more numbers than are in the folder's files, by their bytes.
+
+    A rough question: where it is so, the shapes are compared one by one.
+    """
+    most = sum(path.stat().st_size for path in _files(folder)) // 2
+    for part in _parts(config.to_dict()):
+        wide = _largest(part, WIDE)
+        tall = max(wide, _largest(part, TALL))
+        if wide * tall * max(1, _largest(part, DEPTH)) > most or wide * _largest(part, "positions?|embeddings$") > most:
+            return True
+    return False
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for end in ("safetensors", "bin") for path in folder.glob(f"*model*.{end}") if path.is_file())
+
+
+def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config and those inside of it."""
+    yield values
+    for value in values.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
+
+
+def _largest(values: dict[str, Any], end: str) -> int:
+    found = (v for name, v in values.items() if type(v) is int and re.search(end, name))
+    return max(found, default=0)
