@@ -15,10 +15,10 @@ from commands import refused, run
 from reading import read_rows
 from tiny import make, write_jsonl
 
-from siliang import LoraConfig, get_peft_model
+from siliang import LoraConfig, PromptTuningConfig, get_peft_model
 from siliang.data.sources import _fetch
 from siliang.models.load import load_config, load_model, load_tokenizer
-from siliang.types import DataError, ModelError, TaskType
+from siliang.types import ConfigError, DataError, ModelError, TaskType
 
 OPENED: list[str] | None = None
 
@@ -295,3 +295,17 @@ def test_what_is_read_is_what_is_hashed(model: Path, tmp_path: Path) -> None:
 def test_files_that_a_data_set_of_the_hub_names(file: str) -> None:
     with pytest.raises(DataError, match="which is not in its repository"):
         _fetch(file, "a/b")
+
+
+@pytest.mark.parametrize("key", ["vocab_file", "tokenizer_file", "gguf_file", "cache_dir", "config", "subfolder"])
+def test_files_that_an_adapters_tokenizer_names(key: str, model: Path) -> None:
+    text: dict[str, Any] = {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "the film",
+        "num_virtual_tokens": 2,
+    }
+    config = PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM, tokenizer_name_or_path=str(model), tokenizer_kwargs={key: "/etc/passwd"}, **text
+    )
+    with pytest.raises(ConfigError, match=key):
+        get_peft_model(make("llama"), config)

@@ -387,7 +387,7 @@ def test_nothing_is_imported_from_the_folder_at_hand(
     ours.mkdir(parents=True)
     for package in (ours, ours.parent):
         (package / "__init__.py").touch()
-    (ours / "worker.py").write_text("import json\nprint(json.dumps({'kind': 'done', 'found': 'ours'}))\n")
+    (ours / "worker.py").write_text("import json\nprint(json.dumps({'kind': 'done', 'found': {'loads': 7}}))\n")
     for name in ("json/__init__.py", "siliang/__init__.py", "sitecustomize.py"):
         (theirs / name).parent.mkdir(parents=True, exist_ok=True)
         (theirs / name).write_text("import os\nopen(os.environ['MARK'], 'a').close()\n")
@@ -396,5 +396,5 @@ def test_nothing_is_imported_from_the_folder_at_hand(
     heard: list[dict[str, object]] = []
     worker.ask({}, heard.append)
     worker.close()
-    assert heard == [{"kind": "done", "found": "ours"}]
+    assert heard == [{"kind": "done", "found": {"loads": 7}}]
     assert not mark.exists()

@@ -28,6 +28,13 @@ class PromptTuningInit(StrEnum):
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
 
 
+# Of tokenizer_kwargs: an adapter's file may not name other files.
+TOKENIZER_SETTINGS = (
+    *("use_fast", "revision", "add_prefix_space", "add_bos_token", "add_eos_token", "legacy"),
+    *("padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces", "do_lower_case"),
+)
+
+
 @dataclass(kw_only=True)
 class PromptTuningConfig(PromptConfig):
     """Prompt tuning's settings, with PEFT's names and defaults.
@@ -37,7 +44,8 @@ class PromptTuningConfig(PromptConfig):
             random tokens.
         prompt_tuning_init_text: The text.
         tokenizer_name_or_path: What reads the text.
-        tokenizer_kwargs: Passed to AutoTokenizer.from_pretrained; `trust_remote_code` is left out.
+        tokenizer_kwargs: Passed to AutoTokenizer.from_pretrained, those of `TOKENIZER_SETTINGS`; `trust_remote_code` is left
+            out.
     """
 
     prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
@@ -79,6 +87,11 @@ class PromptTuningConfig(PromptConfig):
         from transformers import AutoTokenizer
 
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+        if (strange := next((key for key in settings if key not in TOKENIZER_SETTINGS), None)) is not None:
+            raise ConfigError(
+                f"tokenizer_kwargs has {strange!r:.100}, which may name files elsewhere. Allowed: "
+                f"{', '.join(TOKENIZER_SETTINGS)}."
+            )
         assert self.tokenizer_name_or_path is not None
         settings |= {"local_files_only": only_cached(self.tokenizer_name_or_path)}
         tokenizer: Any = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, trust_remote_code=False, **settings)
