@@ -44,8 +44,7 @@ class PromptTuningConfig(PromptConfig):
             random tokens.
         prompt_tuning_init_text: The text.
         tokenizer_name_or_path: What reads the text.
-        tokenizer_kwargs: Passed to AutoTokenizer.from_pretrained, those of `TOKENIZER_SETTINGS`; `trust_remote_code` is left
-            out.
+        tokenizer_kwargs: Passed to AutoTokenizer.from_pretrained, as far as `TOKENIZER_SETTINGS` has them.
     """
 
     prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
