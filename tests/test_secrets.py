@@ -165,7 +165,7 @@ def test_nothing_is_cut_before_it_is_hidden(kind: str) -> None:
 
 
 def test_messages_are_cut_by_one_function() -> None:
-    """`{text[:80]}` would leave the first part of a token: `shortened` hides it first."""
+    """`{text[:80]}` and `{text!r:.80}` would leave the first part of a token: `shortened` hides it first."""
     source = Path(siliang.__file__).parent
     found = []
     for path in sorted(source.rglob("*.py")):
@@ -176,6 +176,9 @@ def test_messages_are_cut_by_one_function() -> None:
                 fixed = isinstance(most, ast.Constant) or (isinstance(most, ast.Name) and most.id.isupper())
                 if fixed and not re.search("sha256|digest", of):
                     found.append(f"{path.relative_to(source)}:{node.lineno}: {ast.unparse(node.value)}")
+            if isinstance(node, ast.FormattedValue) and node.format_spec is not None:
+                by_format = re.fullmatch(r"f'\.\d+'", ast.unparse(node.format_spec))
+                found += [f"{path.relative_to(source)}:{node.lineno}: {ast.unparse(node)}"] if by_format else []
     assert not found  # a digest's first digits may be shown
 
 

@@ -25,7 +25,7 @@ from siliang import other_names
 from siliang.files import absolute, found_again, pasted
 from siliang.memory.size import parse_bytes, parse_duration
 from siliang.safe_yaml import YamlError, dump_yaml, parse_yaml, read_text
-from siliang.secrets import redacted, shortened
+from siliang.secrets import short_repr, shortened
 from siliang.types import ConfigError, TaskType, near, nearest
 from siliang.zero_settings import zero_settings
 
@@ -846,7 +846,7 @@ def _explain(error: ValidationError) -> str:
     if isinstance(inner, ConfigError):
         text = str(inner)
         return f"{text if path.split('.')[0] in text else f'{path}: {text}'}{more}"
-    shown = shortened(repr(redacted(first["input"])), 200, " ...")
+    shown = short_repr(first["input"], 200)
     hint = _section_for(path, first["input"]) if first["type"] in ("model_type", "dict_type") else ""
     if first["type"] == "list_type":
         hint = f" Write a list: {path}=[a, b]."

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from siliang.limits import LimitError, match
-from siliang.secrets import shortened
+from siliang.secrets import short_repr
 from siliang.types import TargetError
 
 # names, with escaped signs: without groups and repetitions there is nothing to go back to
@@ -47,9 +47,9 @@ def find(
         if bad is not None:
             (alone,) = match([patterns[bad]], [], whole=whole)  # says where in the pattern itself
             why = alone if isinstance(alone, str) else found[bad]
-            raise TargetError(f"{field}: {_short(patterns[bad])} is no regular expression: {why}.")
+            raise TargetError(f"{field}: {short_repr(patterns[bad])} is no regular expression: {why}.")
     except LimitError as error:
-        which = _short(patterns[0]) if len(patterns) == 1 else "a pattern"
+        which = short_repr(patterns[0]) if len(patterns) == 1 else "a pattern"
         why = "takes too long to match" if "long" in str(error) else "takes too much memory"
         raise TargetError(f"{field}: {which} {why}: write it more simply.") from None
     return [[None if groups is None else tuple(groups) for groups in one] for one in found]
@@ -58,7 +58,3 @@ def find(
 def _groups(pattern: re.Pattern[str], text: str, whole: bool) -> Groups | None:
     found = pattern.fullmatch(text) if whole else pattern.match(text)
     return None if found is None else found.groups()
-
-
-def _short(pattern: str) -> str:
-    return repr(shortened(pattern, 100, " ..."))

@@ -16,7 +16,7 @@ from siliang.config import FORMATS, RunConfig, Seed, differences
 from siliang.files import write_text
 from siliang.paths import inside
 from siliang.safe_json import JsonError, dump_json, read_json, where
-from siliang.secrets import redacted, shortened
+from siliang.secrets import HIDDEN, redacted, short_repr, shortened
 from siliang.types import ConfigError, RecordError, TaskType
 
 SCHEMA_VERSION = 1
@@ -145,19 +145,14 @@ def explained(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{field} is no field of such a record"
     said = first["msg"].removeprefix("Value error, ")
-    return f"{field} = {_shown(first['input'])}: {said[:1].lower()}{said[1:]}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return shortened(text, SHOWN, " ...")
+    return f"{field} = {short_repr(first['input'])}: {said[:1].lower()}{said[1:]}"
 
 
 def _check_version(version: Any, newest: int, path: Path) -> None:
     if type(version) is int and version > newest:
         raise RecordError(
-            f"{path} was written by a later siliang: its schema_version is {_shown(version)}, and this one reads up to "
-            f"{newest}. Update siliang.",
+            f"{path} was written by a later siliang: its schema_version is {short_repr(version)}, and this one reads "
+            f"up to {newest}. Update siliang.",
             later=True,
         )
 
@@ -355,8 +350,8 @@ class Record(Saved):
         """
         config = RunConfig.recorded(self.config)
         for name, (was, whole) in differences(self.config, config.model_dump(mode="json")).items():
-            if "***" not in str(was):  # a secret, for which the name was looked up here
-                raise ConfigError(f"config.{name} = {_shown(was)}: a record has it as {_shown(whole)}.")
+            if HIDDEN not in str(was):  # a secret, for which the name was looked up here
+                raise ConfigError(f"config.{name} = {short_repr(was)}: a record has it as {short_repr(whole)}.")
         for name, asked in self.adjusted.items():
             if "." not in name or name not in _names(self.config):
                 raise ConfigError(f"adjusted: {shortened(name, SHOWN)!r} is no setting.")

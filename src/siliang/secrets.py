@@ -2,7 +2,7 @@
 
 What is secret: texts of the shapes of today's tokens, and the values of environment variables with a telling name.
 Values are redacted, and not the texts made of them: `redacted` before a file is encoded, `without_secrets` before
-something is printed, `shortened` and `part` before something is cut.
+something is printed, `shortened`, `short_repr` and `part` where something is cut.
 """
 
 from __future__ import annotations
@@ -115,6 +115,11 @@ def shortened(value: object, most: int, more: str = "") -> str:
     whole = value if isinstance(value, str) else str(value)
     text = without_secrets(whole[: most + LONGEST])
     return text if len(text) <= most else f"{text[:most]}{more}"
+
+
+def short_repr(value: object, most: int = 80) -> str:
+    """A value as errors show it: its repr without secrets, not all of a long one."""
+    return shortened(repr(redacted(value)), most, " ...")
 
 
 def part(text: str, start: int, end: int | None = None) -> str:

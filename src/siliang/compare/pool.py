@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from siliang.files import append
 from siliang.safe_json import JsonError, parse_json
-from siliang.secrets import shortened
+from siliang.secrets import short_repr, shortened
 
 # What a worker says, and the field that goes with it.
 SAYS: dict[str, tuple[str, type[Any]]] = {
@@ -134,7 +134,7 @@ class Worker:
         for line in self._process.stdout:
             if (message := as_message(line)) is None:
                 self._process.kill()
-                said = f"it was sent {line.strip()[:80]!r}, which is no message of a worker"
+                said = f"it was sent {short_repr(line.strip())}, which is no message of a worker"
                 return {"kind": "died", "error": f"{said} (see {self._log})"}
             if message["kind"] in ("done", "failed"):
                 return dict(message)

@@ -11,6 +11,7 @@ from typing import Any
 
 from siliang.files import append, remove, remove_tree, temporary_name
 from siliang.paths import inside
+from siliang.secrets import short_repr
 from siliang.types import ClusterError
 
 # the files of a run's folder, of its adapter or model, and of its checkpoints
@@ -70,7 +71,7 @@ class Incoming:
             ClusterError: No run has a file of that name, or it is larger than a run's can be.
         """
         if not RUN_FILE.fullmatch(name):
-            raise self._wrong(f"a file {name!r:.200}, which no run has")
+            raise self._wrong(f"a file {short_repr(name)}, which no run has")
         self._bytes[name] = self._bytes.get(name, 0) + len(piece)
         if len(self._bytes) > MOST_FILES:
             raise self._wrong(f"more than {MOST_FILES:,} files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from siliang.secrets import short_repr
 from siliang.types import ConfigError
 
 SWITCH = "ACCELERATE_USE_"
@@ -38,7 +39,7 @@ def asked_of_accelerate() -> dict[str, Any]:
         return {"strategy": "deepspeed", "deepspeed": file}
     stage = zero.get("ZERO_STAGE", "2")
     if stage not in ("0", "1", "2", "3"):
-        raise ConfigError(f"accelerate's configuration has zero_stage = {stage[:40]!r}: must be 1, 2 or 3.")
+        raise ConfigError(f"accelerate's configuration has zero_stage = {short_repr(stage)}: must be 1, 2 or 3.")
     settings: dict[str, Any] = {"stage": int(stage)}
     for name, key in (("OFFLOAD_OPTIMIZER_DEVICE", "offload_optimizer"), ("OFFLOAD_PARAM_DEVICE", "offload_param")):
         if (device := zero.get(name, "none")) != "none":

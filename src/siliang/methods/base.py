@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from siliang.files import write_text
-from siliang.methods.fields import check_fields, shown
+from siliang.methods.fields import check_fields
 from siliang.safe_json import JsonError, dump_json, read_json, where
+from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
@@ -102,11 +103,11 @@ class PeftConfig:
                 # what is empty is off: an empty dict, or null, as older releases of PEFT wrote
                 if value and value != cls.UNSUPPORTED[key] and cls.has_effect(key, values):
                     raise AdapterError(
-                        f"{source}: {key} = {shown(value)} changes what {cls.peft_type} computes, and siliang does not "
-                        f"support it (only {cls.UNSUPPORTED[key]!r})."
+                        f"{source}: {key} = {short_repr(value)} changes what {cls.peft_type} computes, and siliang "
+                        f"does not support it (only {cls.UNSUPPORTED[key]!r})."
                     )
             elif value not in (None, False, "", [], {}):
-                warnings.warn(f"{source}: unknown field {key} = {shown(value)} is ignored", stacklevel=3)
+                warnings.warn(f"{source}: unknown field {key} = {short_repr(value)} is ignored", stacklevel=3)
         empty = {f.name for f in dataclasses.fields(cls) if f.default_factory is dict}
         kept = {k: v for k, v in kept.items() if v is not None or k not in empty}  # older releases wrote null
         switches = {f.name for f in dataclasses.fields(cls) if isinstance(f.default, bool)}

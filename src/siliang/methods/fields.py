@@ -16,15 +16,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from siliang.secrets import redacted, shortened
+from siliang.secrets import short_repr
 from siliang.types import ConfigError, nearest
 
 MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many layers, experts counted
-
-
-def shown(value: Any) -> str:
-    """A value as errors show it, not all of a long one."""
-    return shortened(repr(redacted(value)), 80, " ...")
 
 
 def check_fields(config: Any) -> None:
@@ -43,7 +38,7 @@ def check_fields(config: Any) -> None:
             check.validate_python(value)
         except ValidationError:
             hint = _near(value, kind) or _quoted(value)
-            raise ConfigError(f"{name} = {shown(value)}: must be {_in_words(kind)}.{hint}") from None
+            raise ConfigError(f"{name} = {short_repr(value)}: must be {_in_words(kind)}.{hint}") from None
 
 
 @functools.cache

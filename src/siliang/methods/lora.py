@@ -36,11 +36,11 @@ from siliang.methods.base import (
     out_by_in,
     trained_dtype,
 )
-from siliang.methods.fields import shown
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
 from siliang.methods.targets import LORA_TARGETS
 from siliang.ops.lora_linear import lora_linear
 from siliang.patterns import find
+from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, nearest
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
@@ -131,7 +131,7 @@ class LoraConfig(LayerConfig):
                 raise ConfigError(f"init_lora_weights = {init!r}: must be at most {MOST_ROUNDS} iterations.")
             if init not in INITS and named is None:
                 raise ConfigError(
-                    f"init_lora_weights = {shown(init)}: must be true, false, {', '.join(map(repr, INITS))} or "
+                    f"init_lora_weights = {short_repr(init)}: must be true, false, {', '.join(map(repr, INITS))} or "
                     f"'pissa_niter_4'.{nearest(init, INITS)}"
                 )
         if init == "loftq":
@@ -139,7 +139,8 @@ class LoraConfig(LayerConfig):
             bits, rounds = self.loftq_config["loftq_bits"], self.loftq_config["loftq_iter"]
             if bits not in (4, 8) or type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS:
                 raise ConfigError(
-                    f"loftq_config = {shown(self.loftq_config)}: loftq_bits is 4 or 8, loftq_iter 1 to {MOST_ROUNDS}."
+                    f"loftq_config = {short_repr(self.loftq_config)}: loftq_bits is 4 or 8, loftq_iter 1 to "
+                    f"{MOST_ROUNDS}."
                 )
         if self.use_dora and self.lora_bias:
             raise ConfigError("use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.")

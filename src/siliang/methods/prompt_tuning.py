@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from siliang.hub import only_cached
 from siliang.methods.base import Prompt, PromptConfig
+from siliang.secrets import short_repr
 from siliang.types import ConfigError, PeftType
 
 
@@ -88,7 +89,7 @@ class PromptTuningConfig(PromptConfig):
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
         if (strange := next((key for key in settings if key not in TOKENIZER_SETTINGS), None)) is not None:
             raise ConfigError(
-                f"tokenizer_kwargs has {strange!r:.100}, which may name files elsewhere. Allowed: "
+                f"tokenizer_kwargs has {short_repr(strange)}, which may name files elsewhere. Allowed: "
                 f"{', '.join(TOKENIZER_SETTINGS)}."
             )
         assert self.tokenizer_name_or_path is not None

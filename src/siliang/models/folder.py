@@ -11,6 +11,7 @@ from typing import Any
 from siliang.hub import cached_file
 from siliang.paths import inside
 from siliang.safe_json import JsonError, read_json, where
+from siliang.secrets import short_repr
 from siliang.types import ModelError
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -94,7 +95,9 @@ def check_tokenizer_names(name: str, revision: str | None, *, only_cached: bool)
         raise ModelError(f"{path} gives its tokenizer init_inputs, which siliang does not pass on: take them out.")
     for file in _listed(values.get("fast_tokenizer_files")):
         if not isinstance(file, str) or not VERSIONED.fullmatch(file):
-            raise ModelError(f"{path} names {file!r:.200} among fast_tokenizer_files, which is no file of its folder.")
+            raise ModelError(
+                f"{path} names {short_repr(file)} among fast_tokenizer_files, which is no file of its folder."
+            )
     aside: dict[str, None] = {}
     for key, value in values.items():
         if key in TEXTS or key.endswith(("_token", "_tokens")):
@@ -102,7 +105,7 @@ def check_tokenizer_names(name: str, revision: str | None, *, only_cached: bool)
         if isinstance(value, str) and (ELSEWHERE.fullmatch(value) or key.endswith("_file")):
             aside[key] = None
         elif (text := next((t for t in _texts(value) if ELSEWHERE.fullmatch(t)), None)) is not None:
-            raise ModelError(f"{path} names {text!r:.200} in {key}, which is not in the model's folder.")
+            raise ModelError(f"{path} names {short_repr(text)} in {key}, which is not in the model's folder.")
     return aside
 
 
@@ -114,7 +117,7 @@ def check_index(path: Path) -> None:
     """
     for name in parts_of(path):
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{path} names {name!r:.200}, which is not in the model's folder.")
+            raise ModelError(f"{path} names {short_repr(name)}, which is not in the model's folder.")
         inside(path.parent, name, kind=ModelError, source=str(path))
 
 
@@ -155,8 +158,8 @@ def clean_quantization(source: str, values: Any) -> dict[str, Any]:
     if kind != "bitsandbytes" or four == eight:
         kind = kind if kind != "bitsandbytes" else "bitsandbytes without load_in_4bit or load_in_8bit"
         raise ModelError(
-            f"{source}: its weights are quantized by {kind!r:.100}, which siliang does not load. Allowed: bitsandbytes "
-            "(nf4 or fp4 in 4 bits, or 8 bits). Take the model's plain weights, and set quantization."
+            f"{source}: its weights are quantized by {short_repr(kind)}, which siliang does not load. Allowed: "
+            "bitsandbytes (nf4 or fp4 in 4 bits, or 8 bits). Take the model's plain weights, and set quantization."
         )
     clean: dict[str, Any] = {"quant_method": kind}
     for key, allowed in BITS_AND_BYTES.items():
@@ -164,7 +167,7 @@ def clean_quantization(source: str, values: Any) -> dict[str, Any]:
             continue
         known = type(value) in (int, float) and 0 <= value <= 1000 if allowed is float else value in allowed
         if not known or (isinstance(value, int) and not isinstance(value, bool) and allowed is not float):
-            raise ModelError(f"{source}: {key} = {value!r:.100} in its quantization_config. Allowed: {allowed}.")
+            raise ModelError(f"{source}: {key} = {short_repr(value)} in its quantization_config. Allowed: {allowed}.")
         clean[key] = value
     skipped = _listed(values.get("llm_int8_skip_modules"))
     if len(skipped) > MOST_MODULES or not all(isinstance(s, str) and MODULE.fullmatch(s) for s in skipped):
@@ -179,7 +182,7 @@ def _check_config(path: Path) -> None:
     weights = values.get("transformers_weights")
     if weights is not None and weights not in WEIGHT_FILES:
         raise ModelError(
-            f"{path} says that the weights are in {weights!r:.200} (transformers_weights). siliang reads "
+            f"{path} says that the weights are in {short_repr(weights)} (transformers_weights). siliang reads "
             f"{', '.join(WEIGHT_FILES)} of the model's folder."
         )
 

@@ -32,7 +32,7 @@ from siliang.hub import cached_file, only_cached
 from siliang.paths import check_links
 from siliang.permissions import is_allowed
 from siliang.safe_json import JsonError, parse_json, read_json
-from siliang.secrets import shortened
+from siliang.secrets import short_repr, shortened
 from siliang.types import ModelError, OwnCodeError, first_line
 
 CONFIGS = ("config.json", "tokenizer_config.json")  # that name classes of a model's own
@@ -273,8 +273,8 @@ def _classes(name: str, configs: dict[str, bytes]) -> Iterator[tuple[str, str]]:
                     continue
                 if not isinstance(value, str) or not re.fullmatch(r"[^\W\d]\w*\.[^\W\d]\w*", value):
                     raise ModelError(
-                        f"{name}: auto_map in its {file} names {value!r:.100}, which is no class of a file in its own "
-                        "folder; code from elsewhere is never run."
+                        f"{name}: auto_map in its {file} names {short_repr(value)}, which is no class of a file in its "
+                        "own folder; code from elsewhere is never run."
                     )
                 yield str(auto), value  # of a tokenizer's two, the fast one, which is the second
 
@@ -368,7 +368,7 @@ def _check_name(node: ast.expr | ast.stmt, name: str) -> None:
     parts = name.split(".")
     refused = any(name == loader or name.startswith(f"{loader}.") for loader in LOADERS)
     if refused or not ATTRIBUTES.isdisjoint(parts) or parts[-1] == "*":
-        raise _RefusedError(f"line {node.lineno} says {name:.100}")
+        raise _RefusedError(f"line {node.lineno} says {shortened(name, 100)}")
 
 
 def _dotted(node: ast.expr, known: dict[str, str]) -> str:

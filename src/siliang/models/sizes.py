@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from siliang.models.folder import INDEX, weight_files
 from siliang.types import ModelError
 from siliang.weight_files import check_weights
 
@@ -71,7 +72,8 @@ def may_be_too_large(config: Any, folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for end in ("safetensors", "bin") for path in folder.glob(f"*model*.{end}") if path.is_file())
+    """The files of weights that are loaded."""
+    return [path for name in weight_files(folder) if not name.endswith(INDEX) and (path := folder / name).is_file()]
 
 
 def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from siliang.record import Count, Number, Part, Positive, StepMetrics, explained
 from siliang.safe_json import JsonError, read_json, where
-from siliang.secrets import shortened
+from siliang.secrets import short_repr, shortened
 from siliang.types import RecordError
 
 
@@ -139,7 +139,7 @@ def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tens
     for number, moments in state.items():
         if type(number) is not int or not 0 <= number < len(shapes) or not isinstance(moments, dict):
             raise RecordError(
-                f"{path} is damaged: optimizer.state has {number!r:.40}, which is none of the parameters."
+                f"{path} is damaged: optimizer.state has {short_repr(number)}, which is none of the parameters."
             )
         for name, moment in moments.items():
             if isinstance(moment, Tensor):
@@ -148,8 +148,8 @@ def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tens
                 fits = name == "step" and type(moment) in (int, float) and math.isfinite(moment)
             if not fits:
                 raise RecordError(
-                    f"{path} is damaged: optimizer.state.{number}.{name!s:.40} must have the parameter's shape, "
-                    f"{shapes[number]}."
+                    f"{path} is damaged: optimizer.state.{number}.{shortened(name, 40)} must have the parameter's "
+                    f"shape, {shapes[number]}."
                 )
 
 
@@ -177,6 +177,8 @@ def check_like(given: Any, fresh: Any, name: str, path: Path) -> None:
     else:
         fits, inner = type(given) is type(fresh) and (fresh is None or given == fresh), []
     if not fits:
-        raise RecordError(f"{path} is damaged: {name} = {given!r:.80}: must be as this run has it, {fresh!r:.80}.")
+        raise RecordError(
+            f"{path} is damaged: {name} = {short_repr(given)}: must be as this run has it, {short_repr(fresh)}."
+        )
     for a, b, inner_name in inner:
         check_like(a, b, inner_name, path)
