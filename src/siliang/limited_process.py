@@ -4,7 +4,7 @@ It stands alone: the standard library and Jinja, and for a tokenizer's file `tok
 second and holds nothing of the process that asks: no model, no data, no tokens in its environment.
 
 It reads requests from its standard input and writes an answer to each: the length in 4 bytes, then JSON. An answer is
-["result", value] or ["error" or "limit", kind, message].
+["result", value], ["error", message] or ["limit", message].
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ EXTRA_BYTES = 2 * 2**30  # of address space, beyond what the process has when it
 KEPT_TEMPLATES = 16
 MOST_CHARACTERS = 2**20  # that a template writes beyond GROWTH times what it reads
 GROWTH = 16
+# of a tokenizer
+MOST_GROWTH = 32  # characters that are made of one: Unicode's own forms make 18
+MOST_PADDING = 2**20
+MOST_ADDED = 100_000
+MOST_RULES = 1_000
+MOST_PATTERN = 20_000  # characters
+PROBES = tuple(
+    [
+        unit * (2000 // len(unit))
+        for unit in ("a", "A", " ", "\n", "1", ".", "中", "é", "ab ", "a1", "'s", "\r\n", "\u200d😀")
+    ]
+    + ["The film, which isn't 2 hours long, was GOOD!\n\n  她说：“很好看。” don't_stop <|x|> e=mc²\t" * 20]
+)
 
 
 class _LimitError(Exception):
@@ -42,23 +55,26 @@ def render(
     jobs: list[tuple[Any, Any, bool, bool]],
     *,
     kept: dict[str, Any],
-) -> list[Any]:
+) -> list[Any] | None:
     """Texts of a chat template, as `transformers.utils.chat_template_utils.render_jinja_template` writes them.
 
     Args:
         key: Names the template in later requests.
-        template: Its text; None where it was given before.
+        template: Its text; None where it may be kept from a request before.
         names: What it knows beside the messages: special tokens.
         jobs: (messages, tools, whether to end with a generation prompt, whether to mark answers) of each text.
         kept: The compiled templates.
 
     Returns:
-        For each job [text, spans], or a text: why the template refuses it.
+        For each job [text, spans], or a text: why the template refuses it. None where the template is not given, and
+        is none of those that are kept.
     """
     if template is not None:
         while len(kept) >= KEPT_TEMPLATES:
             kept.pop(next(iter(kept)))
         kept[key] = (_compiled(template), len(template))
+    elif key not in kept:
+        return None
     compiled, length = kept[key]
     out: list[Any] = []
     for messages, tools, prompt, marked in jobs:
@@ -204,8 +220,8 @@ def _match(pattern: str, texts: list[str], whole: bool) -> Any:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         return _in_a_line(error)
-    at = compiled.fullmatch if whole else compiled.match
-    return [None if (found := at(text)) is None else found.groups() for text in texts]
+    match_text = compiled.fullmatch if whole else compiled.match
+    return [None if (found := match_text(text)) is None else found.groups() for text in texts]
 
 
 # ---- tokenizers ----
@@ -251,20 +267,6 @@ def _tried(values: dict[str, Any]) -> str | None:
             return f"it makes more than {MOST_GROWTH} pieces of a character"
         bare.decode(found.ids)
     return None
-
-
-MOST_GROWTH = 32  # characters that are made of one: Unicode's own forms make 18
-MOST_PADDING = 2**20
-MOST_ADDED = 100_000
-MOST_RULES = 1_000
-MOST_PATTERN = 20_000  # characters
-PROBES = tuple(
-    [
-        unit * (2000 // len(unit))
-        for unit in ("a", "A", " ", "\n", "1", ".", "中", "é", "ab ", "a1", "'s", "\r\n", "\u200d😀")
-    ]
-    + ["The film, which isn't 2 hours long, was GOOD!\n\n  她说：“很好看。” don't_stop <|x|> e=mc²\t" * 20]
-)
 
 
 def _rules(value: Any) -> Any:

@@ -43,6 +43,10 @@ class LimitError(RefusedError):
     """It took more time or memory than it may."""
 
 
+class TimeLimitError(LimitError):
+    """It took more time than it may."""
+
+
 class LimitedProcess:
     """A process under limits that runs the functions of limited_process.py. Threads may share it: one at a time.
 
@@ -77,11 +81,13 @@ class LimitedProcess:
                 kind, value = _receive(process, until)
             except TimeoutError:
                 self._end()
-                raise LimitError("it runs for too long") from None
+                raise TimeLimitError("it runs for too long") from None
             except (OSError, EOFError, ValueError, RecursionError):
                 code = self._end()
                 late = code is not None and -code == getattr(signal, "SIGXCPU", None)
-                raise LimitError("it runs for too long" if late else "it wants too much memory") from None
+                if late:
+                    raise TimeLimitError("it runs for too long") from None
+                raise LimitError("it wants too much memory") from None
             except BaseException:  # Ctrl-C while an answer is on its way: the next would be taken for it
                 self._end()
                 raise
@@ -233,15 +239,10 @@ def render(template: str, names: dict[str, Any], jobs: Sequence[tuple[Any, Any, 
         RefusedError: It is no template.
     """
     key = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
-    known = _PROCESS.templates
-    text = None if key in known else template
-    try:
-        found = _PROCESS.call("render", key, text, names, jobs)
-    except RefusedError as error:
-        if str(error) != repr(key):  # the process has forgotten it
-            raise
+    found = _PROCESS.call("render", key, None, names, jobs) if key in _PROCESS.templates else None
+    if found is None:  # the process has not had it yet, or keeps it no more
         found = _PROCESS.call("render", key, template, names, jobs)
-    _PROCESS.templates.add(key)
+        _PROCESS.templates.add(key)
     return found
 
 
@@ -284,7 +285,7 @@ def in_time(function: Callable[[], T], seconds: float) -> T:
     try:
         result, error = results.get(timeout=seconds)
     except queue.Empty:
-        raise LimitError("it takes too long") from None
+        raise TimeLimitError("it takes too long") from None
     if error is not None and type(error).__name__ == "PanicException":
         raise RefusedError(str(error))
     if error is not None:

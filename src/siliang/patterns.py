@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from siliang.limits import LimitError, match
+from siliang.limits import LimitError, TimeLimitError, match
 from siliang.secrets import short_repr
 from siliang.types import TargetError
 
@@ -50,7 +50,7 @@ def find(
             raise TargetError(f"{field}: {short_repr(patterns[bad])} is no regular expression: {why}.")
     except LimitError as error:
         which = short_repr(patterns[0]) if len(patterns) == 1 else "a pattern"
-        why = "takes too long to match" if "long" in str(error) else "takes too much memory"
+        why = "takes too long to match" if isinstance(error, TimeLimitError) else "takes too much memory"
         raise TargetError(f"{field}: {which} {why}: write it more simply.") from None
     return [[None if groups is None else tuple(groups) for groups in one] for one in found]
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from siliang.files import write_text
+from siliang.safe_json import parse_json
 from siliang.secrets import shortened
 from siliang.types import ConfigError
 
@@ -97,9 +98,9 @@ def _kept() -> dict[str, dict[str, str]]:
         _check_owner(path, os.fstat(file.fileno()))
         content = file.read(MOST_BYTES + 1)
     try:
-        values = json.loads(content) if len(content) <= MOST_BYTES else None
+        values = parse_json(content.decode("utf-8")) if len(content) <= MOST_BYTES else None
         known = values["allowed"] if isinstance(values, dict) else None
-    except (ValueError, KeyError, RecursionError):
+    except (ValueError, KeyError):
         known = None
     if not isinstance(known, dict) or not all(isinstance(value, dict) for value in known.values()):
         raise ConfigError(f"{path} is damaged: remove it, and allow the code again.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickletools
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siliang.safe_json import parse_json
 from siliang.secrets import shortened
 
 MOST_TENSORS = 1_000_000
@@ -66,7 +66,7 @@ def _check_safetensors(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, MOST_HEADER_BYTES):
             raise ValueError("its header is longer than the file, or than any model's")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length).decode("utf-8"), foreign=True)
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
         raise ValueError("its header is no table of tensors")
     # that shapes, types and places agree, and nothing overlaps, safetensors itself sees to
