@@ -20,6 +20,7 @@ from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
 from siliang.data.jinja import as_chat_template
 from siliang.data.templates import TEMPLATES
+from siliang.limited_process import KEPT_TEMPLATES
 from siliang.limits import LimitedProcess, LimitError, RefusedError
 from siliang.types import DataError, TargetError
 
@@ -215,6 +216,13 @@ def test_time_is_bounded_in_a_thread_as_well(process: LimitedProcess) -> None:
     thread.start()
     thread.join(60)
     assert str(found[0]) == "it runs for too long"
+
+
+def test_more_templates_than_the_process_keeps() -> None:
+    job = ([{"role": "user", "content": "a"}], None, False, False)
+    for _ in range(2):
+        for i in range(KEPT_TEMPLATES + 2):
+            assert limits.render(f"text {i}", {}, [job]) == [[f"text {i}", []]]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -43,6 +43,29 @@ def cached_file(name: str, file: str, *, revision: str | None = None) -> Path | 
     return Path(found) if isinstance(found, str) else None
 
 
+def find_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a model: of its folder, or of the hub, which is asked for it; None where there is none, or the hub does
+    not give it, which loading the model says better."""
+    from transformers.utils.hub import cached_file as fetched_file
+
+    folder = Path(name)
+    if folder.is_dir():
+        return path if (path := folder / file).is_file() else None
+    try:
+        found = fetched_file(
+            name,
+            file,
+            revision=revision,
+            local_files_only=only_cached(name),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
 _asked: dict[str, tuple[float, bool]] = {}  # by endpoint: when it was asked, and whether it answered
 
 

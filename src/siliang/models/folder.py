@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from siliang.hub import cached_file
+from siliang.hub import cached_file, find_file
 from siliang.paths import inside
 from siliang.safe_json import JsonError, read_json, where
 from siliang.secrets import short_repr
@@ -62,35 +62,31 @@ def check_names(folder: Path) -> None:
         check_index(index)
 
 
-def check_hub_names(name: str, revision: str | None, *, only_cached: bool) -> None:
+def check_hub_names(name: str, revision: str | None) -> None:
     """The same for a model of the hub, whose configs and list of weights are fetched for it.
 
     Raises:
         ModelError: As for `check_names`.
     """
-    if (config := _fetched(name, CONFIG, revision, only_cached)) is not None:
+    if (config := find_file(name, CONFIG, revision)) is not None:
         _check_config(config)
     if cached_file(name, WEIGHT_FILES[0], revision=revision) is not None:
         return
     for file in WEIGHT_FILES:
-        if file.endswith(INDEX) and (index := _fetched(name, file, revision, only_cached)) is not None:
+        if file.endswith(INDEX) and (index := find_file(name, file, revision)) is not None:
             check_index(index)
 
 
-def check_tokenizer_names(name: str, revision: str | None, *, only_cached: bool) -> dict[str, None]:
+def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
     """What a tokenizer's config says of files lies in its folder. Returns the settings that are not taken from it:
     names of files that transformers would look up elsewhere, and finds by itself.
 
     Raises:
         ModelError: A name leads out, where it cannot be left aside.
     """
-    folder = Path(name)
-    path = folder / TOKENIZER_CONFIG
-    if not folder.is_dir():
-        path = _fetched(name, TOKENIZER_CONFIG, revision, only_cached)
-    if path is None or not path.is_file():
+    if (path := find_file(name, TOKENIZER_CONFIG, revision)) is None:
         return {}
-    values = _read(path)
+    values = read_config(path)
     if values.get("init_inputs"):
         raise ModelError(f"{path} gives its tokenizer init_inputs, which siliang does not pass on: take them out.")
     for file in _listed(values.get("fast_tokenizer_files")):
@@ -107,6 +103,23 @@ def check_tokenizer_names(name: str, revision: str | None, *, only_cached: bool)
         elif (text := next((t for t in _texts(value) if ELSEWHERE.fullmatch(t)), None)) is not None:
             raise ModelError(f"{path} names {short_repr(text)} in {key}, which is not in the model's folder.")
     return aside
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a config of a model's or a tokenizer's.
+
+    Raises:
+        ModelError: It cannot be read, or is no mapping.
+    """
+    try:
+        values = read_json(path, foreign=True)
+    except JsonError as error:
+        raise ModelError(f"{where(path, error)} cannot be read: {error}.") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds no mapping.")
+    return values
 
 
 def check_index(path: Path) -> None:
@@ -176,7 +189,7 @@ def clean_quantization(source: str, values: Any) -> dict[str, Any]:
 
 
 def _check_config(path: Path) -> None:
-    values = _read(path)
+    values = read_config(path)
     if values.get("configuration_files"):
         raise ModelError(f"{path} names other configs (configuration_files), which siliang does not read: take it out.")
     weights = values.get("transformers_weights")
@@ -185,37 +198,6 @@ def _check_config(path: Path) -> None:
             f"{path} says that the weights are in {short_repr(weights)} (transformers_weights). siliang reads "
             f"{', '.join(WEIGHT_FILES)} of the model's folder."
         )
-
-
-def _fetched(name: str, file: str, revision: str | None, only_cached: bool) -> Path | None:
-    """A file of a model of the hub; None where it has none, or the hub does not give it."""
-    from transformers.utils.hub import cached_file as fetch
-
-    try:
-        found = fetch(
-            name,
-            file,
-            revision=revision,
-            local_files_only=only_cached,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError):  # which loading will say
-        return None
-    return Path(found) if found else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = read_json(path, foreign=True)
-    except JsonError as error:
-        raise ModelError(f"{where(path, error)} cannot be read: {error}.") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} holds no mapping.")
-    return values
 
 
 def _listed(value: Any) -> list[Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from transformers.utils import logging as hf_logging
 from siliang.config import QuantizationConfig, near_names
 from siliang.environment import bound_kernel_caches
 from siliang.hardware import choose_precision
-from siliang.hub import cached_file, hub_is_off, only_cached
+from siliang.hub import cached_file, find_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
@@ -40,13 +39,13 @@ from siliang.models.folder import (
     check_names,
     check_tokenizer_names,
     clean_quantization,
+    read_config,
 )
 from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokenizer_code
 from siliang.models.sizes import check_counts, check_files, may_be_too_large
-from siliang.models.tokenizer_file import check_tokenizer, find_file
+from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links
-from siliang.safe_json import JsonError, read_json, where
 from siliang.targets import embedding_weights, invented_modules, may_be_invented
 from siliang.types import ModelError, TaskType, first_line
 
@@ -79,10 +78,6 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
         OwnCodeError: It brings code of its own, which the user has not allowed.
     """
     _check_folder(name, revision)
-    if not Path(name).is_dir() and (path := find_file(name, "config.json", revision)) is not None:
-        with suppress(JsonError, OSError):  # reading the config says it
-            if isinstance(values := read_json(path, foreign=True), dict):
-                check_counts(values, path)
     try:
         config, code = _read_config(name, revision)
     except ModelError:
@@ -178,7 +173,7 @@ def load_model(
     elif task is TaskType.QUESTION_ANS:
         config.num_labels = 2  # where an answer begins and where it ends
     if (folder := Path(name)).is_dir() and may_be_too_large(config, folder):
-        invented_weights(name, task, config, revision=revision)  # an error where a shape differs, and no memory
+        invented_weights(name, task, config, revision=revision)  # raises where a shape differs, before memory is taken
     with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):
         torch.manual_seed(seed)
         quantised = _quantised(quantization, task, device or torch.device("cpu"), to_be_dealt)
@@ -299,7 +294,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 
 
 def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
-    given = check_tokenizer_names(name, revision, only_cached=only_cached(name))
+    given = check_tokenizer_names(name, revision)
     bare = (Path(name) / "tokenizer.model").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
     if bare and load_config(name, revision=revision).model_type != ChatGLMConfig.model_type:
         # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
@@ -336,13 +331,8 @@ def _check_folder(name: str, revision: str | None = None) -> None:
         config = path / "config.json"
         if not config.is_file():
             raise ModelError(f"{name} is a folder, but no model: config.json is missing there.")
-        try:
-            values = read_json(config, foreign=True)
-        except JsonError as error:
-            raise ModelError(f"{where(config, error)} cannot be read: {error}.") from None
-        except OSError as error:
-            raise ModelError(f"{config} cannot be read: {error.strerror or error}.") from None
-        if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        values = read_config(config)
+        if not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
         check_counts(values, config)
         check_links(path, ModelError)
@@ -357,7 +347,9 @@ def _check_folder(name: str, revision: str | None = None) -> None:
             f"{name} is no folder here, and not in the hub's cache; {why}.{near_names(path)} Give the model's folder."
         )
     else:
-        check_hub_names(name, revision, only_cached=why is not None)
+        check_hub_names(name, revision)
+        if (found := find_file(name, "config.json", revision)) is not None:
+            check_counts(read_config(found), found)
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers.utils.hub import cached_file
-
-from siliang.hub import only_cached
+from siliang.hub import find_file
 from siliang.limits import RefusedError, look_at_tokenizer
 from siliang.types import ModelError, first_line
 
@@ -42,23 +40,3 @@ def _try(path: Path) -> None:
         raise ModelError(f"{path} cannot be used: {first_line(str(error))}.") from None
     except UnicodeDecodeError:
         raise ModelError(f"{path} cannot be used: it is not UTF-8.") from None
-
-
-def find_file(name: str, file: str, revision: str | None) -> Path | None:
-    """A file of a model, of the hub's where it is no folder here; None where it has none or it cannot be had."""
-    folder = Path(name)
-    if folder.is_dir():
-        return path if (path := folder / file).is_file() else None
-    try:
-        found = cached_file(
-            name,
-            file,
-            revision=revision,
-            local_files_only=only_cached(name),
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError):  # loading says it better
-        return None
-    return Path(found) if found else None
