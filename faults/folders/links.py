@@ -198,9 +198,6 @@ MERGED = {
         site.work / f".merged.tmp{PID()}", victims(site)
     ),
     "the old merged folder leads out": lambda site: link(site.work / ".merged.tmp-old", victims(site)),
-    "the merged folder is a link out": lambda site: (
-        (site.outside / "empty").mkdir() or link(site.work / "merged", site.outside / "empty")
-    ),
     "a temporary name in the current folder": lambda site: [
         link(site.work / f".merged{n}", victims(site)) for n in (".tmp", "-tmp", ".partial")
     ],

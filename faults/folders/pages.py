@@ -145,7 +145,7 @@ class _Page(HTMLParser):
 
 
 def _shows(site: Site, text: str) -> str | None:
-    for path in site.work.glob("**/report.html"):
+    for path in (p for p in site.work.glob("**/report.html") if p.is_file()):
         page = _Page.of(path)
         if page.bad or page.scripts > 1 or "1337" in page.text:
             return f"the page does more than show: {page.bad[:3]}, {page.scripts} scripts"

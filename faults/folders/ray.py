@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from faults.folders.making import USES, change_json, change_settings, change_yaml, copy, link, victim, victims, write
 from faults.folders.sandbox import Case, Site, Step
 from siliang.compare.cluster import _Going
-from siliang.compare.freight import Crate, Freight, Names, freight_of, unpack
+from siliang.compare.freight import Crate, freight_of, unpack
+from siliang.compare.received import checked
 
 KIND = "ray"
 
@@ -42,7 +42,7 @@ def _request(site: Site) -> dict[str, Any]:
     return {"kind": "run", "config": {"output": str(site.work / "runs" / "lora")}}
 
 
-def _sent(*messages: dict[str, Any]) -> Callable[[Site], Sequence[Step]]:
+def _sent(*messages: Any) -> Callable[[Site], Sequence[Step]]:
     """What a worker sends of the run's folder."""
 
     def build(site: Site) -> Sequence[Step]:
@@ -54,7 +54,9 @@ def _sent(*messages: dict[str, Any]) -> Callable[[Site], Sequence[Step]]:
 
         def receive() -> None:
             for message in messages:
-                going.receive({key: named(value) for key, value in message.items()})
+                known = {key: named(value) for key, value in message.items()} if isinstance(message, dict) else message
+                if (heard := checked(known))["kind"] in ("file", "folder"):
+                    going.receive(heard)
 
         return [receive]
 
@@ -99,27 +101,6 @@ def _old_link(site: Site) -> Sequence[Step]:
     return [lambda: (going.receive(_file("run.json")), going.receive({"kind": "folder", "nbytes": 4}))]
 
 
-def _restored(name: str, text: str) -> Callable[[Site], Sequence[Step]]:
-    """A run's files that came back speak of the worker's names."""
-
-    def build(site: Site) -> Sequence[Step]:
-        copy(site, "lora")
-        names = Names()
-        names.add(Freight("rows.jsonl", str(site.work), "rows.jsonl", ()), Path("/there"))
-        write(site.evil / name, text)
-        return [lambda: names.restore(site.evil)]
-
-    return build
-
-
-def _restored_link(site: Site) -> Sequence[Step]:
-    copy(site, "lora")
-    names = Names()
-    names.add(Freight("rows.jsonl", str(site.work), "rows.jsonl", ()), Path("/there"))
-    link(site.evil / "adapter" / "x.json", victim(site, "x.json", '{"a": "/there/rows.jsonl"}'))
-    return [lambda: names.restore(site.evil)]
-
-
 def _carried(site: Site) -> Sequence[Step]:
     """What the user's machine sends to a worker: a data set's folder with a link out of it."""
     copy(site, "plain_set")
@@ -139,7 +120,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Ray's environment": {"runtime_env": {"working_dir": "/etc", "pip": ["evil"]}},
     "a strategy that is none": {"distributed": {"strategy": "evil"}},
     "DeepSpeed's file": {"distributed": {"strategy": "deepspeed", "config": "/etc/passwd"}},
-    "DeepSpeed with a file": {"distributed": {"strategy": "zero3", "deepspeed": "../../outside/ds.json"}},
+    "DeepSpeed with a file": {"distributed": {"strategy": "zero3", "deepspeed": "../given/ds.json"}},
     "DeepSpeed": {"distributed": {"strategy": "zero3"}},
     "FSDP": {"distributed": {"strategy": "fsdp"}},
     "a command of the trainer": {"train/report_to": "wandb"},
@@ -155,7 +136,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def _set(change: dict[str, Any], step: str) -> Callable[[Site], Sequence[Step]]:
     def build(site: Site) -> Sequence[Step]:
         copy(site, "lora")
-        write(site.outside / "ds.json", json.dumps({"zero_optimization": {"stage": 3}}))
+        write(site.root / "given" / "ds.json", json.dumps({"zero_optimization": {"stage": 3}}))
+        site.mine.append(site.root / "given")  # settings say where to read
         change_settings(site, change)
         return [USES[step]]
 
@@ -186,7 +168,11 @@ def _compare(change: dict[str, Any]) -> Callable[[Site], Sequence[Step]]:
 
 CASES = [
     *(Case(KIND, f"a file's name {what}", _sent(_file(name)), "either") for what, name in NAMES.items()),
-    *(Case(KIND, f"unpacked: a name {what}", _unpacked(name), "either") for what, name in NAMES.items()),
+    *(
+        Case(KIND, f"unpacked: a name {what}", _unpacked(name), "either")
+        for what, name in NAMES.items()
+        if what not in ("of 5,000 letters", "of a thousand folders")  # which no file that was packed can have
+    ),
     *(
         Case(KIND, f"a message {what}", _sent(*messages), "either")
         for what, messages in {
@@ -199,27 +185,24 @@ CASES = [
             "of a folder before its files": [{"kind": "folder", "nbytes": 0}],
             "of a file in a file": [_file("run.json"), _file("run.json/x")],
             "of a file named as a folder": [_file("a/b"), _file("a")],
+            "that is a text": ["evil"],
+            "that is nothing": [None],
+            "that is a list": [[1]],
+            "of a kind that is none": [{"kind": "evil"}],
+            "of a kind that is a list": [{"kind": ["file"]}],
+            "of progress that is a text": [{"kind": "progress", "progress": "x"}],
+            "of figures that are texts": [{"kind": "done", "found": {"accuracy": "1.0"}}],
+            "of figures by number": [{"kind": "done", "found": {1: 1.0}}],
+            "of a version that is a text": [{"kind": "began", "node": "x", "node_id": "y", "versions": "z"}],
+            "of code": [_file("adapter/evil.py")],
+            "of a pickle": [_file("adapter/evil.pkl")],
+            "of a page": [_file("report.html")],
+            "of a hidden file": [_file("adapter/.bashrc.json")],
         }.items()
     ),
     Case(KIND, "a temporary folder that is a link", _through_link, "either"),
     Case(KIND, "a run's folder that is a link", _over_link, "either"),
     Case(KIND, "an old folder that is a link", _old_link, "either"),
-    Case(
-        KIND,
-        "what comes back: a list's bomb",
-        _restored("run.yaml", "/there\n" + "a: " + "[" * 30 + "]" * 30),
-        "either",
-    ),
-    Case(
-        KIND,
-        "what comes back: yaml that calls",
-        _restored("run.yaml", "a: /there/x\nb: !!python/object/apply:os.system ['true']\n"),
-        "either",
-    ),
-    Case(KIND, "what comes back: JSON that is none", _restored("run.json", "/there/ {"), "either"),
-    Case(KIND, "what comes back: deep JSON", _restored("run.json", '"/there/"' + "[" * 100_000), "either"),
-    Case(KIND, "what comes back: no text", _restored("run.json", "/there/ \udcff"), "either"),
-    Case(KIND, "what comes back: a link", _restored_link, "either"),
     Case(KIND, "a data set that is sent has links", _carried, "either", hides=("keep.txt", "x.jsonl")),
     *(Case(KIND, f"run.yaml: {name}", _set(change, "train"), "either") for name, change in SETTINGS.items()),
     *(

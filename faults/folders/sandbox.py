@@ -399,6 +399,8 @@ def try_case(case: Case, site: Site, audit: Audit, report: int, most: Most = MOS
     os.chdir(site.work)
     tempfile.tempdir = str(site.temporary)
     os.environ["SILIANG_CACHE"] = os.environ["XDG_CONFIG_HOME"] = str(site.root / "cache")
+    if "datasets.config" in sys.modules:  # read from the environment when it was imported
+        sys.modules["datasets.config"].HF_DATASETS_CACHE = site.root / "cache" / "datasets"  # type: ignore[attr-defined]
     steps = case.build(site)
     started = os.fstat(report).st_size
     before, inputs = contents(site.outside), contents(site.work) if case.hides else {}

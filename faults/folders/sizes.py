@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from faults.folders.limits import beside, opened
 from faults.folders.making import HELLO, change_json, change_settings, copy, sealed, table, with_base, write
-from faults.folders.sandbox import Case, Site, Step
+from faults.folders.sandbox import Case, Expected, Site, Step
 from siliang import PeftModel
 
 KIND = "sizes"
@@ -28,7 +28,7 @@ def _header(tensors: dict[str, tuple[str, list[int], int, int]], content: bytes 
     return len(text).to_bytes(8, "little") + text + content
 
 
-def _opening(name: str, change: Callable[[Site], object], run: str = "adapter") -> Case:
+def _opening(name: str, change: Callable[[Site], object], run: str = "adapter", expected: Expected = "refused") -> Case:
     def build(site: Site) -> Sequence[Step]:
         from faults.folders.bases import tiny_llama
 
@@ -38,7 +38,7 @@ def _opening(name: str, change: Callable[[Site], object], run: str = "adapter") 
         model = tiny_llama()
         return [lambda: PeftModel.from_pretrained(model, site.evil)]
 
-    return Case(KIND, name, build)
+    return Case(KIND, name, build, expected)
 
 
 def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Site], object]:
@@ -196,6 +196,8 @@ PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# what is only used to begin a training, and not looked at when an adapter is opened
+UNUSED = ("6x10^6 submodules", "a wide encoder", "a wide encoder of a prompt", "a prompt of an initial text")
 MODELS: dict[str, dict[str, Any]] = {
     "10^7 layers": {"num_hidden_layers": 10**7},
     "a vocabulary of 10^10": {"vocab_size": 10**10},
@@ -277,7 +279,10 @@ ASKED: dict[str, dict[str, Any]] = {
 
 CASES = [
     *(_opening(name, change) for name, change in OPENED.items()),
-    *(_opening(name, _config(**values), run) for name, (run, values) in PROMPTS.items()),
+    *(
+        _opening(name, _config(**values), run, "either" if name in UNUSED else "refused")
+        for name, (run, values) in PROMPTS.items()
+    ),
     *table(
         KIND,
         {n: c for name, values in MODELS.items() for n, c in _model(name, values).items()},

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults.folders import code, limits, links, numbers, pages, paths, ray, secrets, sizes, terminals
+from faults.folders import code, good, limits, links, numbers, pages, paths, ray, secrets, sizes, terminals
 from faults.folders.bases import make_bases
 from faults.folders.grammar import make_cases
 from faults.folders.sandbox import Case, Outcome, try_cases
 
 BY_HAND: dict[str, list[Case]] = {
-    part.KIND: part.CASES for part in (code, links, limits, sizes, paths, secrets, terminals, numbers, ray, pages)
+    part.KIND: part.CASES for part in (good, code, links, limits, sizes, paths, secrets, terminals, numbers, ray, pages)
 }
 BATCH = 50  # cases of the grammar that one process goes through
 

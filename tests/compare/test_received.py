@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from siliang.compare.freight import Crate, keep, unpack
+from siliang.compare.freight import Crate, freight_of, keep, unpack
 from siliang.compare.received import Incoming, checked
-from siliang.types import ClusterError
+from siliang.types import ClusterError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -124,3 +124,14 @@ def test_names_of_temporaries_differ(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 2  # noqa: PTH208
     assert one.finish(3) and (tmp_path / "run" / "run.json").read_bytes() == b"one"
     assert other.finish(5) and (tmp_path / "run" / "run.json").read_bytes() == b"other"
+
+
+def test_what_is_sent_lies_in_the_folder_that_was_named(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("{}\n")
+    (tmp_path / "secret.jsonl").write_text("{}\n")
+    found = freight_of(str(tmp_path / "set"))
+    assert found is not None and [name for name, *_ in found.files] == ["set/train.jsonl"]
+    (tmp_path / "set" / "more.jsonl").symlink_to("../secret.jsonl")
+    with pytest.raises(ConfigError, match=r"more.jsonl is a link that leads out"):
+        freight_of(str(tmp_path / "set"))

@@ -18,7 +18,7 @@ from typing import Any
 
 from siliang.data.cache import KEEP_DAYS, cache_folder
 from siliang.files import MANIFEST, append, filling, is_pattern, remove_tree, seal, write_text
-from siliang.paths import inside
+from siliang.paths import check_links, inside
 from siliang.safe_json import dump_json
 from siliang.safe_yaml import dump_yaml, parse_yaml
 from siliang.types import ClusterError
@@ -73,10 +73,16 @@ class Crate:
 
 
 def freight_of(given: str) -> Freight | None:
-    """What is there under that name; None for what is not of this machine, such as a name on the hub."""
+    """What is there under that name; None for what is not of this machine, such as a name on the hub.
+
+    Raises:
+        ConfigError: It is a folder, and a link in it leads out of it: what is sent is what the user has named.
+    """
     path = Path(given).expanduser()
     if not path.exists() and not is_pattern(given):
         return None
+    if path.is_dir():
+        check_links(path)
     parts = path.parts
     magic = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
     pattern = not path.exists() and magic < len(parts)
