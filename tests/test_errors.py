@@ -10,9 +10,20 @@ import pytest
 import siliang.engine.padding
 import siliang.train.run  # noqa: F401 - whatever defines errors
 from siliang.errors import CATALOGUE, _classes, as_markdown, as_shown, explain, language
-from siliang.types import ConfigError, InterruptedRunError, SiliangError
+from siliang.types import ConfigError, InterruptedRunError, OutputError, SiliangError, TrainingError
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_an_error_is_no_book(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's value may be a million characters; secrets are hidden before anything is cut."""
+    monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+    text = f"it is {'x' * 3590}correct-horse-battery{'y' * 5000}correct-horse-battery{'z' * 290}: say less."
+    for kind in (ConfigError, OutputError, TrainingError):
+        said = str(kind(text))
+        assert said.startswith("it is x") and said.endswith("z: say less.") and f"({len(text):,} characters)" in said
+        assert len(said) < 4100 and "corr" not in said and "battery" not in said
+    assert str(ConfigError("short")) == "short"
 
 
 def test_every_class_is_in_the_catalogue() -> None:

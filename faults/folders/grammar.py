@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -360,7 +361,7 @@ def _some(chance: Chance, names: Sequence[str], folder: Path, site: Site, *, sea
             change_tensors(chance, path) if path.suffix == ".safetensors" else change_file(
                 chance, path, site, _times(chance)
             )
-        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError, yaml.YAMLError, RecursionError):
+        except Exception:
             write(path, json.dumps(value(chance)))  # what was made does not fit into such a file
     if chance.random() < 0.3:
         change_place(chance, folder, site)
@@ -370,11 +371,11 @@ def _some(chance: Chance, names: Sequence[str], folder: Path, site: Site, *, sea
 
 
 def _sealed(folder: Path) -> None:
-    special = any(
-        not (p.is_file() or p.is_dir()) or p.is_symlink() or p.stat().st_size > 10**8 for p in folder.rglob("*")
-    )
-    if folder.is_dir() and not folder.is_symlink() and not special:
-        sealed(folder)
+    with suppress(OSError):
+        paths = [folder, *folder.rglob("*")]
+        plain = all(not p.is_symlink() and (p.is_dir() or p.is_file()) and p.stat().st_size < 10**8 for p in paths)
+        if plain and folder.is_dir() and (folder / "manifest.json").is_file():
+            sealed(folder)
 
 
 # ---- kinds of folders ----

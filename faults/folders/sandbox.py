@@ -454,7 +454,9 @@ def _step(step: Step) -> tuple[str, str, list[str]]:
         return "works", f"{said}\n" if isinstance(said, str) else "", []
     ended = run(*step, stdin=b"w1\n")
     text = ended.out + ended.err
-    if ended.code == 2 or (ended.code == 1 and step[0] in ("check", "compare") and "internal error" not in ended.err):
+    if ended.code == 2 or (
+        ended.code == 1 and step[0] in ("check", "plan", "compare") and "internal error" not in ended.err
+    ):
         return "refused", text, _of_error(ended.err[max(0, ended.err.find("error[")) :])
     if ended.code == 0:
         return "works", text, ["a traceback is printed"] if "Traceback (most recent" in text else []
@@ -467,7 +469,7 @@ def _of_error(text: str) -> list[str]:
         return ["a traceback is printed"]
     if len(lines) > 4:
         return [f"an error of {len(lines)} lines: {' '.join(text.split())[:200]}"]
-    return [f"an error of {len(text):,} characters"] if len(text) > 2000 else []
+    return [f"an error of {len(text):,} characters: {text[:200]}"] if len(text) > 4500 else []
 
 
 MARKS = {"\n", "\t"}

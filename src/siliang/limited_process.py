@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-EXTRA_BYTES = 2 * 2**30  # of address space, beyond what the process has when it begins
+EXTRA_BYTES = 900 * 2**20  # of address space, beyond what the process has when it begins
 KEPT_TEMPLATES = 16
 MOST_CHARACTERS = 2**20  # that a template writes beyond GROWTH times what it reads
 GROWTH = 16
@@ -285,7 +285,11 @@ def _rules(value: Any) -> Any:
 
 
 def _growth(rule: dict[str, Any]) -> float:
-    """How many characters a rule can make of one."""
+    """How many characters, or tokens, a rule can make of one."""
+    if rule.get("type") == "TemplateProcessing":  # it may write a text more than once
+        parts = [part for name in ("single", "pair") if isinstance(part := rule.get(name), list)]
+        texts = [[json.dumps(piece.get("Sequence")) for piece in part if isinstance(piece, dict)] for part in parts]
+        return float(max((part.count(text) for part in texts for text in part if text != "null"), default=1))
     if rule.get("type") != "Replace":
         return 1.0
     content, pattern = str(rule.get("content")), rule.get("pattern")
@@ -395,7 +399,7 @@ def main() -> None:
         except _LimitError as error:
             answer = ["limit", str(error)]
         except MemoryError:
-            answer = ["limit", f"it wants more than {EXTRA_BYTES // 2**30} GiB of memory"]
+            answer = ["limit", f"it wants more than {EXTRA_BYTES // 2**20} MiB of memory"]
         except BaseException as error:  # tokenizers has one that is no Exception
             answer = ["error", _in_a_line(error)]
         _write(answer)

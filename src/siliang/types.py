@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import ClassVar
 
+from siliang.secrets import LONGEST, shortened, without_secrets
+
+MOST_CHARACTERS = 4000  # of an error
 ALIKE = 0.7  # share of two words' letters that agree
 
 
@@ -47,6 +50,14 @@ class SiliangError(Exception):
 
     code: ClassVar[str] = "SLE00"
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: object = "") -> None:
+        """What it says; of more than MOST_CHARACTERS, such as of a value of a stranger's, the beginning and the end."""
+        text = str(message)
+        if len(text) > MOST_CHARACTERS:
+            end = without_secrets(text[-(LONGEST + 300) :])[-300:]
+            text = f"{shortened(text, MOST_CHARACTERS - 400)} ... ({len(text):,} characters) ... {end}"
+        super().__init__(text)
 
 
 class ConfigError(SiliangError, ValueError):

@@ -423,6 +423,10 @@ def generate(
     if temperature > 0:
         settings["temperature"] = temperature
     wanted = run.model.generation_config
+    if not isinstance(wanted.num_beams or 1, int) or (wanted.num_beams or 1) > MOST_BEAMS:
+        raise ModelError(f"{run.config.model} asks for num_beams = {wanted.num_beams!r:.50}: at most {MOST_BEAMS}.")
+    if (most := int(run.model.get_input_embeddings().weight.shape[0])) <= max(ids):
+        raise ModelError(f"{run.config.model}: its tokenizer has a token {max(ids):,}, and its model {most:,} tokens.")
     streams = (wanted.num_beams or 1) == 1  # beams are not known before the end
     if on_text is not None and streams:
         settings["streamer"] = _Pieces(tokenizer, on_text)
@@ -432,7 +436,7 @@ def generate(
     try:
         with run.computing(), run.model.disable_adapter() if base else nullcontext():
             written = run.model.generate(input_ids=input_ids, **settings)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # of a stranger's values
         raise ModelError(
             f"{run.config.model} cannot write: {first_line(error)}\n"
             "Look at its generation_config.json, which says how it writes."
@@ -461,7 +465,14 @@ ONE_PLAIN_ANSWER: dict[str, Any] = {
     "force_words_ids": None,
     "prompt_lookup_num_tokens": None,
     "assistant_early_exit": None,
+    # a cache of another kind, which may be of any size, compiled, or need a card
+    "cache_implementation": None,
+    "cache_config": None,
+    "compile_config": None,
+    "disable_compile": True,
+    "prefill_chunk_size": None,
 }
+MOST_BEAMS = 64
 
 
 def _positions(run: OpenedRun, *, base: bool = False) -> Positions:

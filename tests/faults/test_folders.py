@@ -133,6 +133,13 @@ HAND = {
     "links": ("run.yaml is a pipe", "run.json is a socket", "the base model is //server/share"),
     "sizes": ("a tensor of no rows and 10^9 columns", "a header of 2^62 numbers"),
     "paths": ("weights: an index that leads up", "weights: transformers_weights that lead up"),
+    "limits": (
+        "generation: a static cache of a billion",
+        "generation: a million beams",
+        "generation: text for numbers",
+        "tokenizer: a word's number beyond the table",
+        "tokenizer: post-processors in a chain",
+    ),
     "numbers": ("run.yaml: a bomb", "run.json: a config that is a list"),
 }
 

@@ -101,6 +101,8 @@ class Opened:
             return split if split in self.parts else ""
         names = {"train": TRAINED, "test": HELD_OUT}.get(split, ())
         found = [name for name in names if name in self.parts]
+        if not found and not self.parts:
+            raise DataError(f"{self.source} holds no data: what it saved has no part.")
         if not found:
             apart = f" To read one of them, name its folder, such as {self.source}/{next(iter(self.parts))}."
             saved = not any(isinstance(files, list) for files in self.parts.values())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from siliang.environment import bound_kernel_caches
 from siliang.hardware import choose_precision
 from siliang.hub import cached_file, find_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
+from siliang.limits import SECONDS, in_time
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.few_bits import keep_as_stored
 from siliang.models.folder import (
@@ -290,6 +292,10 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         # safe: batches mask padding by position, never by the token's number
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    try:
+        in_time(partial(tokenizer, "a 1 \uff01", verbose=False), SECONDS)
+    except Exception as error:  # the tokenizers library raises Exception itself, as where its unknown word is no word
+        raise ModelError(f"{name}: its tokenizer makes no tokens of a text: {first_line(error)}") from None
     return tokenizer
 
 

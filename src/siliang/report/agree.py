@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from siliang.compare.config import CompareConfig
 from siliang.compare.record import Answers, Comparison, Trial, figures_of
 from siliang.config import METHOD_FOLDERS, MethodConfig
 from siliang.record import Record
+from siliang.secrets import shortened
+from siliang.types import ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,11 @@ class Differs:
 
 
 def differences_of(comparison: Comparison, trial: Trial, record: Record) -> list[Differs]:
-    """In what a finished trial and the record in its folder differ; figures are compared as they are written."""
+    """In what a finished trial and the record in its folder differ; figures are compared as they are written.
+
+    Raises:
+        ConfigError: The settings of one are those of no method.
+    """
     return [Differs(trial.method, trial.seed, *found) for found in _found(comparison, trial, record)]
 
 
@@ -49,8 +57,8 @@ def _found(comparison: Comparison, trial: Trial, record: Record) -> Iterator[tup
     entry = next(entry for entry in config.settings.methods if entry.label == trial.method)
     settings = dict(trial.settings)
     rate = settings.pop("learning_rate", None) or entry.learning_rate or config.run.train.learning_rate
-    method = MethodConfig(name=entry.name, **(entry.arguments | settings))
-    there = MethodConfig.model_validate(record.config["method"])
+    method = _method({**entry.arguments, **settings, "name": entry.name}, f"comparison.json: {trial.method}")
+    there = _method(record.config["method"], f"{trial.folder}: run.json")
     yield from _unequal("task", str(config.run.task), str(record.config["task"]))
     yield from _unequal("method", _in_words(method), _in_words(there))
     yield from _unequal("seed", trial.seed, record.seed)
@@ -64,6 +72,19 @@ def _found(comparison: Comparison, trial: Trial, record: Record) -> Iterator[tup
     now = figures_of(record)
     for name in dict.fromkeys((*now, *trial.figures)):
         yield from _unequal(name, trial.figures.get(name), now.get(name))
+
+
+def _method(values: dict[str, Any], source: str) -> MethodConfig:
+    """
+    Raises:
+        ConfigError: They are no method's settings.
+    """
+    try:
+        return MethodConfig.model_validate(values)
+    except ValidationError as error:
+        inner = error.errors()[0].get("ctx", {}).get("error")
+        said = inner if isinstance(inner, ConfigError) else error.errors()[0]["msg"]
+        raise ConfigError(f"{source}: {shortened(first_line(str(said)), 300)}") from None
 
 
 def _unequal(what: str, here: Any, there: Any) -> Iterator[tuple[str, Any, Any]]:
