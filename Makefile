@@ -7,7 +7,7 @@ NUMERIC := tests/ops tests/engine tests/parity tests/golden tests/models tests/t
 	tests/distributed/test_ranks.py $(addprefix tests/test_,$(addsuffix .py,adapter_life checkpoint inject quantised shared stock_trainer))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 test-long cluster-test check audit docs faults fmt bench bench-smoke bench-gpu clean
+.PHONY: help demo test test-avx2 test-long cluster-test check audit docs faults fmt bench bench-smoke same bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 19
@@ -64,6 +64,9 @@ bench: .venv/bench  ## siliang beside PEFT and TRL on the same steps, in turn, h
 
 bench-smoke: .venv/bench  ## whether the bench runs and its losses agree, at tiny sizes
 	$(BIN)/python -m bench --smoke
+
+same: .venv/dev  ## whether this tree trains the same bits as a commit, minutes of it; COMMIT=main, ONLY="lora resumed" for some
+	PYTHONPATH=.:tests $(BIN)/python -m bench.same $(or $(COMMIT),main) $(if $(ONLY),--only $(ONLY))
 
 bench-gpu: .venv/bench  ## the same on the CUDA device that is there
 	$(BIN)/python -m bench --gpu $(if $(ONLY),--only $(ONLY))
