@@ -382,12 +382,12 @@ class Injection(nn.Module):
         return self._swaps[path]
 
     def _complete(self, config: PromptConfig, *, from_file: bool) -> None:
+        embeddings: Any = word_embeddings(self.model)  # prompts of every kind need them
         if isinstance(config, PrefixTuningConfig):
             config.complete(self.model.config, heads=None if from_file else attention_heads(self.model))
             if from_file:
                 config.check_heads(attention_heads(self.model), type(self.model).__name__)
         else:
-            embeddings: Any = word_embeddings(self.model)
             config.complete(self.model.config, width=embeddings.weight.shape[1])
 
     def _make_prompt(self, name: str, config: PromptConfig, file: FileSizes | None) -> None:
