@@ -37,7 +37,7 @@ def record(score: float, *, trained: int, memory: int, seed: int, method: str, s
         model_sha256="0" * 64,
         data_sha256="1" * 64,
         labels=["bad", "good"],
-        parameters=Counts(trained=trained, total=1_000_000, adapter_bytes=4 * trained),
+        parameters=Counts(trained=trained, total=max(1_000_000, trained), adapter_bytes=4 * trained),
         rows=Rows(train=80, eval=20),
         seconds=Seconds(train=seconds, eval=2.0),
         tokens_trained=6000,

@@ -107,11 +107,11 @@ def test_what_a_run_changed_to_fit_is_not_another_setting(
 
 def test_a_folder_that_came_back_in_part_is_asked_for_again(tmp_path: Path) -> None:
     config = {"output": str(tmp_path / "run")}
-    going = _Going(0, {"kind": "train", "config": config}, node="other")
+    going = _Going(0, {"kind": "train", "config": config}, node="other", most_bytes=100)
     going.receive({"kind": "file", "name": "run.json", "bytes": b"half"})
     going.receive({"kind": "folder", "nbytes": 9})
     assert going.incomplete and list(tmp_path.iterdir()) == []
-    going = _Going(0, {"kind": "train", "config": config}, node="other")
+    going = _Going(0, {"kind": "train", "config": config}, node="other", most_bytes=100)
     going.receive({"kind": "file", "name": "run.json", "bytes": b"half and half"})
     going.receive({"kind": "folder", "nbytes": 13})
     assert not going.incomplete and (tmp_path / "run" / "run.json").read_bytes() == b"half and half"
