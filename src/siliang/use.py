@@ -29,11 +29,10 @@ from siliang.engine.evaluate import Reader, Sums
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import LABELS, Engine
 from siliang.files import filling
-from siliang.hidden_settings import hide_secrets
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.methods.prefix_tuning import PrefixTuningConfig
-from siliang.models.own_code import write_own_code
 from siliang.models.positions import Positions
+from siliang.models.save import save_model
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, autocast, claim, find_run, open_trained
 from siliang.secrets import HIDDEN, shortened
@@ -631,10 +630,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
                 "Nothing was written. Merge in a wider --dtype, or keep it all the same with --force."
             )
         with filling(output) as temporary:
-            merged.save_pretrained(temporary)  # type: ignore[operator]
-            write_own_code(merged.config, temporary)
-            served_tokenizer(run)[0].save_pretrained(temporary)
-            hide_secrets(temporary)
+            save_model(temporary, merged, served_tokenizer(run)[0])
     except BaseException:
         if new:
             with suppress(OSError):

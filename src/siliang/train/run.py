@@ -36,11 +36,11 @@ from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.files import absolute, damage, pasted, remove_tree, replacing_folder
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
-from siliang.hidden_settings import hide_secrets
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
-from siliang.models.own_code import code_of, write_own_code
+from siliang.models.own_code import code_of
+from siliang.models.save import save_model
 from siliang.peft_model import PeftModel
 from siliang.record import Counts, Memory, Predicted, Record, Rows, Seconds
 from siliang.run_folder import (
@@ -567,13 +567,10 @@ def _save(run: Run, weights: dict[str, Any] | None) -> int:
         if final.name == ADAPTER:
             run.model.save_pretrained(temporary)
         else:
-            run.model.save_pretrained(temporary, state_dict=weights)
-            write_own_code(run.model.config, temporary)
             tokenizer, data = run.tokenizer, run.config.data
             if run.config.task is TaskType.CAUSAL_LM:  # whoever serves it writes conversations as training did
                 tokenizer, _ = with_chat_template(tokenizer, data.template, run.examples.layout)
-            tokenizer.save_pretrained(temporary)
-            hide_secrets(temporary)
+            save_model(temporary, run.model, tokenizer, state_dict=weights)
     return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")
 
 

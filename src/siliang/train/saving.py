@@ -30,8 +30,7 @@ from siliang.checkpoint import load_tensors, read_adapter, read_training
 from siliang.distributed.sharding import apart, is_sharded, set_whole, whole
 from siliang.distributed.zero import is_dealt, together, unheard
 from siliang.files import damage, remove, sweep
-from siliang.hidden_settings import hide_secrets
-from siliang.models.own_code import write_own_code
+from siliang.models.save import save_config
 from siliang.paths import is_link
 from siliang.peft_model import PeftModel
 from siliang.record import MAX_BYTES
@@ -122,9 +121,7 @@ def write_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
-    model.config.save_pretrained(folder)
-    write_own_code(model.config, folder)
-    hide_secrets(folder)
+    save_config(folder, model.config)
     save_file(weights, folder / MODEL_WEIGHTS, metadata={"format": "pt"})
 
 

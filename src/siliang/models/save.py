@@ -1,21 +1,42 @@
-"""The settings that libraries write beside weights, without the user's secrets."""
+"""Writes a base model as transformers does, with the code that it was made with, and without the user's secrets."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from siliang.files import write_text
+from siliang.models.own_code import write_own_code
 from siliang.safe_json import dump_json
 from siliang.secrets import redacted
 
-# What libraries write of settings into the folder of a model or a checkpoint.
-SETTINGS = ("config.json", "generation_config.json", "trainer_state.json")
+# What libraries write of settings into the folder of a model.
+SETTINGS = ("config.json", "generation_config.json")
 TOKENIZER = "tokenizer_config.json"
 NAMES = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 
 
-def hide_secrets(folder: Path) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any, **settings: Any) -> None:
+    """Writes a model and its tokenizer.
+
+    Args:
+        settings: Of `save_pretrained`.
+    """
+    model.save_pretrained(folder, **settings)
+    write_own_code(model.config, folder)
+    tokenizer.save_pretrained(folder)
+    _hide_secrets(folder)
+
+
+def save_config(folder: Path, config: Any) -> None:
+    """Writes a model's config alone."""
+    config.save_pretrained(folder)
+    write_own_code(config, folder)
+    _hide_secrets(folder)
+
+
+def _hide_secrets(folder: Path) -> None:
     """Takes the secrets out of the settings that a library has written into a folder. A tokenizer's words and templates
     stay, which are what it was trained with."""
     for path in [folder / name for name in (*SETTINGS, TOKENIZER) if (folder / name).is_file()]:
