@@ -12,7 +12,7 @@ from reading import iter_rows, read_rows
 from tiny import write_jsonl
 
 from siliang import LoraConfig
-from siliang.compare.pool import as_message
+from siliang.compare.pool import read_message
 from siliang.config import DataConfig, read_yaml
 from siliang.data.load import load_examples
 from siliang.distributed.launched import asked_of_accelerate
@@ -53,9 +53,9 @@ def test_settings_of_any_size_are_not_read_whole(tmp_path: Path) -> None:
 def test_what_a_worker_says_is_a_message_or_nothing() -> None:
     strange = ['{"kind": "done"}', '{"kind": "say", "line": 3}', '{"kind": "rm", "found": {}}', "[" * 10**5]
     for line in ("", "x", "[]", *strange):
-        assert as_message(line) is None
-    assert as_message('{"kind": "progress", "progress": {"loss": NaN}}') is not None
-    assert as_message('{"kind": "failed", "error": "full"}') == {"kind": "failed", "error": "full"}
+        assert read_message(line) is None
+    assert read_message('{"kind": "progress", "progress": {"loss": NaN}}') is not None
+    assert read_message('{"kind": "failed", "error": "full"}') == {"kind": "failed", "error": "full"}
 
 
 def test_a_stage_of_accelerate_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from siliang.compare.record import Comparison
 from siliang.record import Record
 from siliang.report.gather import gather
 from siliang.report.page import render
-from siliang.report.table import disagreements
+from siliang.report.table import differences
 from siliang.report.words import EN, ZH
 
 
 def lines(folder: Path) -> list[str]:
-    return disagreements(gather([folder]), EN)
+    return differences(gather([folder]), EN)
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def show(material: Material, language: str) -> None:
     from rich.text import Text
 
     from siliang.report.summary import answer, lines
-    from siliang.report.table import disagreements, notes, sentences, table
+    from siliang.report.table import differences, notes, sentences, table
     from siliang.report.words import words
 
     w = words(language)
@@ -137,7 +137,7 @@ def show(material: Material, language: str) -> None:
     for line in found:
         for note in notes(line, w):
             print(f"{one_line(line.label)}: {one_line(note)}")
-    if differing := disagreements(material, w):
+    if differing := differences(material, w):
         print(w["disagree"])
         for line in differing:
             print(f"  {one_line(line)}")

@@ -18,17 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from siliang.compare.received import as_message
 from siliang.files import append
 from siliang.safe_json import JsonError, parse_json
 from siliang.secrets import short_repr, shortened
 
-# What a worker says, and the field that goes with it.
-SAYS: dict[str, tuple[str, type[Any]]] = {
-    "say": ("line", str),
-    "progress": ("progress", dict),
-    "done": ("found", dict),
-    "failed": ("error", str),
-}
+SAYS = ("say", "progress", "done", "failed")  # of the kinds of messages, those of a worker
 STOP_S = 30.0  # for a run to end its step and save it, when the user stops a comparison
 
 
@@ -132,7 +127,7 @@ class Worker:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
-            if (message := as_message(line)) is None:
+            if (message := read_message(line)) is None:
                 self._process.kill()
                 said = f"it was sent {short_repr(line.strip())}, which is no message of a worker"
                 return {"kind": "died", "error": f"{said} (see {self._log})"}
@@ -183,14 +178,13 @@ class Worker:
             )
 
 
-def as_message(line: str) -> dict[str, Any] | None:
+def read_message(line: str) -> dict[str, Any] | None:
     """What a worker said in a line; None where it is no message of one."""
     try:
-        message = parse_json(line, foreign=True)  # a loss may be NaN
+        message = as_message(parse_json(line, foreign=True))  # a loss may be NaN
     except JsonError:
         return None
-    field, kind = SAYS.get(str(message.get("kind")), ("", object)) if isinstance(message, dict) else ("", object)
-    return message if field and isinstance(message.get(field), kind) else None
+    return message if message is not None and message["kind"] in SAYS else None
 
 
 def _share(number: int, of: int) -> dict[str, str]:

@@ -40,13 +40,19 @@ MESSAGES: dict[str, dict[str, type]] = {
 def checked(message: object) -> dict[str, Any]:
     """A message of the kinds that there are, with what each holds; of any other, that it failed."""
     wrong = {"kind": "failed", "error": "its machine sent what no run says: is its siliang the same as here?"}
+    found = as_message(message)
+    if found is None:
+        return wrong
+    figures = found["found"].items() if found["kind"] == "done" else ()
+    return found if all(isinstance(name, str) and isinstance(value, int | float) for name, value in figures) else wrong
+
+
+def as_message(message: object) -> dict[str, Any] | None:
+    """A message with what its kind holds and nothing else; None where it is none of `MESSAGES`."""
     if not isinstance(message, dict) or not isinstance(kind := message.get("kind"), str) or kind not in MESSAGES:
-        return wrong
+        return None
     if not all(isinstance(message.get(name), wanted) for name, wanted in MESSAGES[kind].items()):
-        return wrong
-    found = message["found"].items() if kind == "done" else ()
-    if not all(isinstance(name, str) and isinstance(value, int | float) for name, value in found):
-        return wrong
+        return None
     return {"kind": kind} | {name: message[name] for name in MESSAGES[kind]}
 
 

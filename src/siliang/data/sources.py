@@ -439,9 +439,7 @@ def _check_header(folder: Path, header: dict[str, Any], source: str, *, own: str
         if not isinstance(config, dict):
             raise DataError(f"{source}: `configs` is no list of mappings.")
         for name in (*_named_files(config.get("data_files")), *_named_files(config.get("data_dir"))):
-            plain = name.removeprefix(own) if own else name
-            inside(folder, plain, kind=DataError, source=source)
-            _refuse_hidden(plain, source)
+            _check_file(folder, name.removeprefix(own) if own and isinstance(name, str) else name, source)
 
 
 def _named_files(said: Any) -> Iterator[Any]:
@@ -456,8 +454,14 @@ def _named_files(said: Any) -> Iterator[Any]:
         yield said
 
 
-def _refuse_hidden(name: str, source: str) -> None:
-    """Files of other programs, which the hash of a folder of data leaves out."""
+def _check_file(folder: Path, name: str, source: str) -> None:
+    """A file that a data set's description names lies in its folder, and is not hidden: hidden files are of other
+    programs, and the hash of a folder of data leaves them out.
+
+    Raises:
+        DataError: It does not, or it is.
+    """
+    inside(folder, name, kind=DataError, source=source)
     if any(part.startswith((".", "cache-")) and part != "." for part in name.split("/")):
         raise DataError(f"{source} names {name}, which is hidden: such files are not read. Rename it.")
 
@@ -518,8 +522,7 @@ def _check_saved(path: Path) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{file} is damaged.") from None
         for name in names:
-            inside(file.parent, name, kind=DataError, source=str(file))
-            _refuse_hidden(name, str(file))
+            _check_file(file.parent, name, str(file))
 
 
 def _stay_inside(folder: Path, files: list[Path], source: str) -> None:
@@ -528,9 +531,7 @@ def _stay_inside(folder: Path, files: list[Path], source: str) -> None:
     for file in files:
         if not file.is_relative_to(root):
             raise DataError(f"{source} names {file}, which is not inside of it: only files in {folder} are read.")
-        name = file.relative_to(root).as_posix()
-        inside(folder, name, kind=DataError, source=source)
-        _refuse_hidden(name, source)
+        _check_file(folder, file.relative_to(root).as_posix(), source)
 
 
 def _hub(source: str) -> Opened:

@@ -35,13 +35,16 @@ class Differs:
     there: Any = None
 
 
-def differences_of(comparison: Comparison, trial: Trial, record: Record) -> list[Differs]:
+def differences_of(comparison: Comparison, config: CompareConfig, trial: Trial, record: Record) -> list[Differs]:
     """In what a finished trial and the record in its folder differ; figures are compared as they are written.
+
+    Args:
+        config: The comparison's settings, read once for all of its trials.
 
     Raises:
         ConfigError: The settings of one are those of no method.
     """
-    return [Differs(trial.method, trial.seed, *found) for found in _found(comparison, trial, record)]
+    return [Differs(trial.method, trial.seed, *found) for found in _found(comparison, config, trial, record)]
 
 
 def base_differences(comparison: Comparison, answers: Answers | None) -> list[Differs]:
@@ -52,8 +55,9 @@ def base_differences(comparison: Comparison, answers: Answers | None) -> list[Di
     return [Differs(None, None, name, here, there) for name, here, there in pairs if not _same(here, there)]
 
 
-def _found(comparison: Comparison, trial: Trial, record: Record) -> Iterator[tuple[str, Any, Any]]:
-    config = CompareConfig.recorded(comparison.config)
+def _found(
+    comparison: Comparison, config: CompareConfig, trial: Trial, record: Record
+) -> Iterator[tuple[str, Any, Any]]:
     entry = next(entry for entry in config.settings.methods if entry.label == trial.method)
     settings = dict(trial.settings)
     rate = settings.pop("learning_rate", None) or entry.learning_rate or config.run.train.learning_rate

@@ -136,6 +136,7 @@ def gather(folders: list[Path]) -> Material:
 def _of_comparison(folder: Path) -> Material:
     check_links(folder)
     comparison = Comparison.open(folder / COMPARISON_NAME)
+    config = CompareConfig.recorded(comparison.config)
     found: list[tuple[str, RunFound]] = []
     differing: list[Differs] = []
     for trial in comparison.trials:
@@ -148,13 +149,13 @@ def _of_comparison(folder: Path) -> Material:
         elif trial.status == "completed":
             record = Record.read(path)
             found.append((trial.method, _run(path, trial.seed, record, comparison.base)))
-            differing += differences_of(comparison, trial, record)
+            differing += differences_of(comparison, config, trial, record)
         else:
             error = trial.error or "not run yet"
             found.append((trial.method, RunFound(path, trial.seed, error=error)))
     base = folder / "base" / ANSWERS_NAME
     answers = Answers.open(base) if base.is_file() else None
-    order = [one_line(entry.label) for entry in CompareConfig.recorded(comparison.config).settings.methods]
+    order = [one_line(entry.label) for entry in config.settings.methods]
     return Material(
         TaskType(comparison.config["task"]),
         sorted(_grouped(found), key=lambda group: order.index(group.label) if group.label in order else len(order)),

@@ -24,8 +24,7 @@ from siliang.report import plots
 from siliang.report.gather import Group, Material
 from siliang.report.plots import Axis, Curve, Point
 from siliang.report.summary import Line, Mean, answer, lines, pareto
-from siliang.report.table import disagreements as differing
-from siliang.report.table import notes, sentences, table
+from siliang.report.table import differences, notes, sentences, table
 from siliang.report.words import words
 from siliang.secrets import shortened
 from siliang.terminal import shown
@@ -88,7 +87,7 @@ def render(material: Material, *, language: str = "en") -> str:
         complete=material.complete,
         columns=columns,
         rows=cells,
-        differing=differing(material, w),
+        differing=differences(material, w),
         notes=[(i % COLOURS, line.label, text) for i, line in enumerate(found) for text in notes(line, w)],
         cpu=first is None or first.device.kind == "cpu",
         figures=figures(found, material, w),

@@ -115,7 +115,7 @@ def notes(line: Line, w: dict[str, str]) -> list[str]:
     return found
 
 
-def disagreements(material: Material, w: dict[str, str]) -> list[str]:
+def differences(material: Material, w: dict[str, str]) -> list[str]:
     """Where a comparison's own file and its runs' records do not say the same, a line each."""
     found = []
     for one in material.differing:
