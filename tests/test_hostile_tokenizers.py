@@ -61,6 +61,8 @@ def sequence(*rules: Any, of: str = "normalizers") -> dict[str, Any]:
             {"post_processor": {"type": "TemplateProcessing", "special_tokens": {"a": {"ids": [0] * 10**6}}}},
             "more than 100",
         ),
+        ({"model": {**WORDS["model"], "vocab": {"[UNK]": 0, "a": 2**24 + 1}}}, "the number 16,777,217"),
+        ({"added_tokens": [{"id": 4 * 10**9, "content": "a"}]}, "the number 4,000,000,000"),
         ({"normalizer": 5}, ""),
     ],
 )
@@ -71,6 +73,34 @@ def test_rules_that_make_much_of_little(
     shutil.copytree(model_folders["llama"], folder)
     (folder / "tokenizer.json").write_text(json.dumps(WORDS | changed))
     with pytest.raises(ModelError, match=rf"tokenizer.json cannot be used: .*{why}"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "added_tokens.json"])
+def test_numbers_of_tokens_have_a_limit(file: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders["llama"], folder)
+    (folder / file).write_text('{"a": 4000000000}')
+    with pytest.raises(ModelError, match=rf"{file} gives a token the number 4,000,000,000: at most 16,777,216"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"model_max_length": "long"}, "model_max_length = 'long' in its tokenizer_config.json is no number"),
+        ({"extra_special_tokens": [f"t{i}" for i in range(10_001)]}, "10,001 extra_special_tokens: at most 10,000"),
+        ({"additional_special_tokens": ["t"] * 10_001}, "10,001 additional_special_tokens: at most 10,000"),
+    ],
+)
+def test_settings_of_a_tokenizer(
+    changed: dict[str, Any], why: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders["llama"], folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ModelError, match=why):
         load_tokenizer(str(folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -86,6 +87,20 @@ def test_weights_that_an_index_names(named: object, index: str, model: Path, out
     (model / "link").symlink_to(outside / "model.safetensors")
     with pytest.raises(ModelError, match=r"not in the model's folder|leads out of|is damaged"):
         opened(model)
+
+
+def test_weights_that_are_none(model: Path) -> None:
+    change(model / "model.safetensors.index.json", metadata={}, weight_map={"a": "config.json"})
+    with pytest.raises(ModelError, match=r"'config.json', which is no file of weights"):
+        opened(model)
+
+
+def test_a_bin_of_something_else_is_not_advised_to_be_run(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+    with pytest.raises(ModelError, match="something else than tensors, or is damaged") as said:
+        load_model(str(model), TaskType.CAUSAL_LM, dtype=torch.float32)
+    assert "weights_only" not in str(said.value)
 
 
 def test_other_ways_to_name_weights_and_configs(model: Path, outside: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import refused
 from safetensors.torch import save_file
-from tiny import make
+from tiny import make, write_jsonl
 from torch import Tensor
 
 from siliang import (
@@ -29,7 +30,7 @@ from siliang.checkpoint import read_adapter
 from siliang.inject import SPARE_NUMBERS
 from siliang.methods import method_of
 from siliang.methods.base import LayerConfig, PeftConfig, PromptConfig
-from siliang.models.load import load_config
+from siliang.models.load import load_config, load_model
 from siliang.types import AdapterError, ModelError, SiliangError, TaskType
 
 CAUSAL: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
@@ -236,7 +237,7 @@ def test_a_packed_file(tmp_path: Path) -> None:
 PEAK = """
 import json, resource, sys
 from pathlib import Path
-from tiny import make
+from tiny import make, write_jsonl
 from siliang import PeftModel
 from siliang.types import SiliangError
 model = make("llama")
@@ -352,3 +353,36 @@ def test_shapes_are_compared_before_memory_is_taken(model_folders: dict[str, Pat
     assert done.returncode == 0, done.stderr
     *refused, grown = done.stdout.split()
     assert refused == ["True"] * len(changes) and int(grown) < 500
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"hidden_act": "../act"}, "KeyError: '../act'"),
+        ({"pad_token_id": 10**12}, "Padding_idx must be within num_embeddings"),
+        ({"text_config": {"model_type": "other"}}, "'dict' object has no attribute 'to_dict'"),
+        ({"hidden_act": ["gelu"]}, "its model cannot be loaded: Validation error for field 'hidden_act': TypeError"),
+        ({"num_attention_heads": 0}, "its model cannot be loaded: ZeroDivisionError"),
+    ],
+)
+def test_configs_that_do_not_go_together(
+    values: dict[str, Any], why: str, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = changed_model(model_folders["llama"], tmp_path / "model", values)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "say", "output": "one"}] * 8)
+    assert why in refused("check", "--model", folder, "--data", data, "--task", "causal_lm")
+
+
+def test_other_ways_to_the_same_numbers_are_left_aside(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    values = {"return_dict": False, "chunk_size_feed_forward": 7}
+    folder = changed_model(model_folders["bert"], tmp_path / "model", values)
+    model = load_model(str(folder), TaskType.SEQ_CLS, dtype=torch.float32, labels=["a", "b"])
+    assert model(torch.ones(1, 5, dtype=torch.long)).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_adapters_of_complex_numbers(file: str, tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2, dtype=torch.complex64)}
+    torch.save(tensors, tmp_path / file) if file.endswith("bin") else save_file(tensors, tmp_path / file)
+    with pytest.raises(AdapterError, match=f"{file}: a holds complex numbers"):
+        read_adapter(tmp_path)

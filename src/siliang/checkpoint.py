@@ -20,6 +20,7 @@ from siliang.inject import PROMPT_KEY, FileSizes, Injection
 from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
 from siliang.methods.lora import LoraConfig
 from siliang.safe_json import read_json
+from siliang.secrets import shortened
 from siliang.targets import inside
 from siliang.types import AdapterError, ConfigError, first_line
 from siliang.weight_files import check_tensors, check_weights
@@ -209,8 +210,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".bin":
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             check_tensors(tensors, path.stat().st_size)
-            return tensors
-        return load_file(path)
+        else:
+            tensors = load_file(path)
     except (
         SafetensorError,
         UnpicklingError,
@@ -227,6 +228,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise AdapterError(
             f"{path} is damaged: {first_line(error).rstrip('.')}.\nDownload it, or train it, again."
         ) from error
+    if (name := next((n for n, t in tensors.items() if t.is_complex()), None)) is not None:
+        raise AdapterError(f"{path}: {shortened(name, 80)} holds complex numbers, which no method has.")
+    return tensors
 
 
 def file_sizes(folder: Path, tensors: dict[str, Tensor], training: dict[str, Tensor] | None) -> FileSizes:

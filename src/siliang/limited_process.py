@@ -30,6 +30,7 @@ GROWTH = 16
 MOST_GROWTH = 32  # characters that are made of one: Unicode's own forms make 18
 MOST_PADDING = 2**20
 MOST_ADDED = 100_000
+MOST_NUMBER = 2**24  # of a token: the library makes a list of all numbers up to the largest
 MOST_RULES = 1_000
 MOST_PATTERN = 20_000  # characters
 PROBES = tuple(
@@ -249,6 +250,8 @@ def look_at_tokenizer(text: str) -> str | None:
         return f"it fills up texts to more than {MOST_PADDING:,} tokens"
     if len(values.get("added_tokens") or ()) > MOST_ADDED:
         return f"it adds more than {MOST_ADDED:,} tokens"
+    if (largest := _largest_number(values)) > MOST_NUMBER:
+        return f"it gives a token the number {largest:,}: at most {MOST_NUMBER:,} are allowed"
     return _tried(values)
 
 
@@ -313,6 +316,15 @@ def _too_much(rule: dict[str, Any]) -> str | None:
         if max(map(len, forms), default=0) > 100:
             return "its table of characters holds more than 100 bytes for one"
     return None
+
+
+def _largest_number(values: dict[str, Any]) -> int:
+    """The largest number that a tokenizer gives to a token."""
+    model, added = values.get("model"), values.get("added_tokens")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    numbers = [*words.values()] if isinstance(words, dict) else []  # of a list the places are the numbers
+    numbers += [token.get("id") for token in added or () if isinstance(token, dict)]
+    return max((n for n in numbers if type(n) is int), default=0)
 
 
 def _numbers(values: list[Any]) -> Any:

@@ -178,7 +178,10 @@ def first_line(error: object, *, kind: bool = False) -> str:
         error: Or its text.
         kind: With the name of its kind in front.
     """
-    said = str(error).strip().partition("\n")[0].rstrip()
+    said, _, more = str(error).strip().partition("\n")
+    if said.rstrip().endswith(":") and more:  # what is wrong stands in the next line
+        said += f" {more.strip().splitlines()[0]}"
+    said = said.rstrip()
     name = "" if isinstance(error, str) else type(error).__name__
     return ": ".join(part for part in (name if kind or not said else "", said) if part)
 

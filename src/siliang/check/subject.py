@@ -31,7 +31,7 @@ from siliang.data.vocabulary import grow_vocabulary
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
 from siliang.methods.prefix_tuning import PrefixTuningConfig
-from siliang.models.load import invented_weights, load_config, load_tokenizer, model_from_config
+from siliang.models.load import MISFITS, invented_weights, load_config, load_tokenizer, model_from_config
 from siliang.models.positions import Positions
 from siliang.targets import mark_invented
 from siliang.types import WRITERS, DataError, ModelError, TaskType, first_line
@@ -143,10 +143,9 @@ class Subject:
         try:
             with torch.device("meta"):
                 model = model_from_config(config, self.task)
-        except ValueError as error:
-            raise ModelError(
-                f"{self.config.model} cannot be trained for {self.task.lower()}: {first_line(error)}"
-            ) from None
+        except MISFITS as error:
+            why = first_line(error, kind=not isinstance(error, ValueError))
+            raise ModelError(f"{self.config.model} cannot be trained for {self.task.lower()}: {why}") from None
         mark_invented(model, self.invented)
         return model
 

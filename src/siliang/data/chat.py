@@ -18,10 +18,10 @@ from typing import Any, Literal
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
-from siliang.limits import RefusedError, render
+from siliang.limits import LimitError, RefusedError, render
 from siliang.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
-from siliang.types import DataError, first_line
+from siliang.types import DataError, ModelError, first_line
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `_Written.words`
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
@@ -43,7 +43,7 @@ class ChatTemplate:
                 "The tokenizer has no chat template: use a named one, such as data.template=human-assistant."
             )
         self._encoder = encoder
-        template = encoder.tokenizer.get_chat_template()
+        template = _template(encoder)
         self._marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
         self._template = template
         self._frames: dict[str, list[Piece] | None] = {}
@@ -226,15 +226,18 @@ class ChatTemplate:
 
         Raises:
             DataError: The template refuses one.
+            ModelError: The template takes more time or memory than it may, or there is none that fits.
         """
         names = self._encoder.tokenizer.special_tokens_map
         out: list[tuple[str, list[tuple[int, int]]]] = []
         for part in _portions(jobs):
             if any(not messages for messages, _, _ in part):
                 raise DataError("is refused by the chat template: it begins with an answer")
-            template = self._encoder.tokenizer.get_chat_template(tools=part[0][1])
+            template = _template(self._encoder, part[0][1])
             try:
                 found = render(template, names, [(*job, marked) for job in part])
+            except LimitError as error:  # as it would for each of the other rows, one after the other
+                raise _unusable(str(error)) from None
             except RefusedError as error:
                 raise _refusal(str(error)) from None
             for one in found:
@@ -261,6 +264,19 @@ def _portions(jobs: list[_Job]) -> Iterator[list[_Job]]:
         length += size
     if part:
         yield part
+
+
+def _template(encoder: Encoder, tools: Any = None) -> str:
+    try:
+        return encoder.tokenizer.get_chat_template(tools=tools)
+    except ValueError as error:  # there are several, and none is for this
+        raise _unusable(str(error)) from None
+
+
+def _unusable(why: str) -> ModelError:
+    return ModelError(
+        f"the model's chat template cannot be used: {first_line(why).rstrip('.')}. Take a named one with data.template."
+    )
 
 
 def _refusal(why: str) -> DataError:

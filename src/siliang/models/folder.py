@@ -28,11 +28,13 @@ INDEX = ".index.json"
 MOST_INDEX_BYTES = 128 * 2**20  # of the list of a model's weights, a line for each
 SHARDED = re.compile(r"shard-\d{5}-model-.*\.safetensors")  # of torch's distributed checkpoints
 VERSIONED = re.compile(r"tokenizer\.[\w.+-]+\.json", re.ASCII)
-TEXTS = ("chat_template", "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens")
+SPECIAL = ("extra_special_tokens", "additional_special_tokens")
+TEXTS = ("chat_template", "added_tokens_decoder", *SPECIAL)
 ELSEWHERE = re.compile(r"[/~\\].*|[A-Za-z]:[/\\].*|(.*[/\\])?\.\.([/\\].*)?|\w+:(//|:).*", re.DOTALL)
 DTYPES = ("float32", "float16", "bfloat16")
 MODULE = re.compile(r"[\w.-]{1,200}", re.ASCII)
 MOST_MODULES = 10_000
+MOST_SPECIAL = 10_000  # special tokens of a tokenizer's settings, which transformers adds one by one
 # The fields of bitsandbytes' config, each with the values that it may have.
 BITS_AND_BYTES: dict[str, Any] = {
     "load_in_4bit": (True, False),
@@ -94,6 +96,9 @@ def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
             raise ModelError(
                 f"{path} names {short_repr(file)} among fast_tokenizer_files, which is no file of its folder."
             )
+    for key in SPECIAL:
+        if isinstance(tokens := values.get(key), dict | list) and len(tokens) > MOST_SPECIAL:
+            raise ModelError(f"{path} has {len(tokens):,} {key}: at most {MOST_SPECIAL:,} are allowed.")
     aside: dict[str, None] = {}
     for key, value in values.items():
         if key in TEXTS or key.endswith(("_token", "_tokens")):
@@ -132,6 +137,8 @@ def check_index(path: Path) -> None:
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelError(f"{path} names {short_repr(name)}, which is not in the model's folder.")
         inside(path.parent, name, kind=ModelError, source=str(path))
+        if path.name in WEIGHT_FILES and not name.endswith((".safetensors", ".bin")):
+            raise ModelError(f"{path} names {short_repr(name)}, which is no file of weights (.safetensors or .bin).")
 
 
 def parts_of(index: Path) -> list[Any]:

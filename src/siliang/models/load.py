@@ -48,6 +48,7 @@ from siliang.models.sizes import check_counts, check_files, may_be_too_large
 from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links
+from siliang.secrets import short_repr
 from siliang.targets import embedding_weights, invented_modules, may_be_invented
 from siliang.types import ModelError, TaskType, first_line
 
@@ -63,6 +64,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer_config.json",
 )
+# what transformers raises where a config does not go together
+MISFITS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 AUTO_CLASSES = {
     TaskType.CAUSAL_LM: AutoModelForCausalLM,
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
@@ -91,6 +94,10 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
         if code is None:
             part.__dict__.pop("auto_map", None)
         part.__dict__.pop("fusion_config", None)
+        # nor are other ways to give the same numbers, which the training step does not know
+        part.return_dict = True
+        if "chunk_size_feed_forward" in part.__dict__:
+            part.chunk_size_feed_forward = 0
         part._attn_implementation_internal = part._experts_implementation_internal = None
         if (bits := part.__dict__.get("quantization_config")) is not None:
             part.quantization_config = clean_quantization(name, bits)
@@ -283,12 +290,15 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     except Exception as error:
         if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise ModelError(_no_tokenizer(name, TOKENIZER_FILES)) from None
+        load_config(name, revision=revision)  # which transformers reads as well, says what is wrong with itself
         raise ModelError(_why_not(name, error, what="tokenizer")) from error
     # transformers makes one that knows no word where the files of its words are missing
     files = tuple(dict.fromkeys(tokenizer.vocab_files_names.values()))
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     if files and len(set(tokenizer.get_vocab()) - special) < 2:
         raise ModelError(_no_tokenizer(name, files))
+    if type(longest := tokenizer.model_max_length) not in (int, float):
+        raise ModelError(f"{name}: model_max_length = {short_repr(longest)} in its tokenizer_config.json is no number.")
     if tokenizer.pad_token_id is None:
         # safe: batches mask padding by position, never by the token's number
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -371,6 +381,9 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _why_not(name: str, error: Exception, what: str = "model") -> str:
+    why = first_line(error, kind=isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError))
+    if "weights_only" in why:  # torch would advise to run what is in the file
+        why = "a .bin file of its weights holds something else than tensors, or is damaged."
     if not Path(name).is_dir():
-        return f"{name} is no folder here, and the hub did not give its {what}: {first_line(error)}"
-    return f"{name}: its {what} cannot be loaded: {first_line(error)}"
+        return f"{name} is no folder here, and the hub did not give its {what}: {why}"
+    return f"{name}: its {what} cannot be loaded: {why}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from siliang.hub import find_file
+from siliang.limited_process import MOST_NUMBER
 from siliang.limits import RefusedError, look_at_tokenizer
+from siliang.safe_json import JsonError, read_json
 from siliang.types import ModelError, first_line
 
-NAMES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+NUMBERED = ("vocab.json", "added_tokens.json")  # tokens and their numbers
+NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *NUMBERED)
 MOST_BYTES = {"tokenizer.json": 200 * 2**20}
 OTHERS = 20 * 2**20
 
@@ -31,6 +34,18 @@ def check_tokenizer(name: str, revision: str | None = None) -> None:
             raise ModelError(f"{path} has {size:,} bytes: at most {most:,} are read.")
         if file == "tokenizer.json":
             _try(path)
+        elif file in NUMBERED:
+            _check_numbers(path, most)
+
+
+def _check_numbers(path: Path, most_bytes: int) -> None:
+    try:
+        values = read_json(path, most_bytes=most_bytes, foreign=True)
+    except (JsonError, OSError):  # loading says it, where the file is read at all
+        return
+    numbers = (n for n in values.values() if type(n) is int) if isinstance(values, dict) else ()
+    if (largest := max(numbers, default=0)) > MOST_NUMBER:
+        raise ModelError(f"{path} gives a token the number {largest:,}: at most {MOST_NUMBER:,} are allowed.")
 
 
 def _try(path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from siliang.config import QuantizationConfig
 from siliang.engine.batches import Batch
-from siliang.models.load import DEALT_AS, kept_whole, model_from_config
+from siliang.models.load import DEALT_AS, MISFITS, kept_whole, model_from_config
 from siliang.types import ModelError, TaskType, first_line
 
 NF4_BLOCK = 64  # weights that share a scale
@@ -57,7 +57,7 @@ def draw_base(
     chosen = {"attn_implementation": attention} if attention else {}
     try:
         model = model_from_config(config, task, dtype=dtype, **chosen)
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+    except MISFITS as error:
         why = first_line(error, kind=True)
         raise ModelError(f"a {config.model_type} cannot be made for {task.lower()} from its config: {why}") from None
     model.tie_weights()  # which transformers does with the initialising that is left out
