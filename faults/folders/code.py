@@ -200,6 +200,7 @@ IGNORED = {
     "an image processor": _file("image_processor_config.json", {"auto_map": {"AutoImageProcessor": "evil.P"}}),
     "a tokenizer's auto_map": _file("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}),
     "peft's config beside the model": _file("adapter_config.json", {"auto_mapping": {"parent_library": "evil"}}),
+    "a tokenizer class of its own alone": _file("tokenizer_config.json", {"tokenizer_class": "evil.Tokenizer"}),
     "an adapter's auto_mapping": lambda site: (
         copy(site, "lora"),
         _adapter_config({"auto_mapping": {"base_model_class": "Model", "parent_library": "evil"}})(site),
@@ -226,7 +227,6 @@ REFUSED: dict[str, Callable[[Site], object]] = {
     ),
     "model_type of a path": _config(model_type="../evil"),
     "model_type of a module": _config(model_type="os"),
-    "a tokenizer class of its own alone": _file("tokenizer_config.json", {"tokenizer_class": "evil.Tokenizer"}),
     "an adapter's pickle": lambda site: (
         copy(site, "lora"),
         (site.evil / "adapter" / "adapter_model.safetensors").unlink(),

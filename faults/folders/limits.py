@@ -394,11 +394,14 @@ CASES = [
     _own_template("numbers", {"user": 10**30, "assistant": [1], "end": None}),
     *(opened(f"pattern: {name}", {"target_modules": p}) for name, p in PATTERNS.items()),
     *(
-        opened(f"pattern: nested repeats in {field}", make(PATTERNS["nested repeats"]))
+        opened(f"pattern: nested repeats in {field}", make(PATTERNS["nested repeats"]), "either")
         for field, make in FIELDS.items()
         if field != "target_modules"
     ),
-    *(opened(f"pattern: large counts in {field}", make(PATTERNS["counted repeats"])) for field, make in FIELDS.items()),
+    *(
+        opened(f"pattern: large counts in {field}", make(PATTERNS["counted repeats"]), "either")
+        for field, make in FIELDS.items()
+    ),
     *table(
         KIND,
         {f"tokenizer: {name}": change for name, change in TOKENIZERS.items()},

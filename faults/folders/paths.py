@@ -318,7 +318,10 @@ SETS = [
 
 
 def _settings(**values: Any) -> Callable[[Site], object]:
+    """Settings say where to read, and where else than in the user's own folders? What they lead to is only read."""
+
     def change(site: Site) -> None:
+        site.mine.append(site.outside)
         for name in ("secret.jsonl", "template.yaml"):
             write(
                 site.outside / name,
@@ -369,6 +372,7 @@ def _opened(name: str, values: dict[str, Any]) -> Case:
 
         copy(site, "adapter")
         shutil.copytree(site.shared / "llama", site.outside / "model")
+        site.mine.append(site.outside)  # the size of its vocabulary is looked at
         change_json(
             site.evil / "adapter_config.json",
             {k: v.replace("OUT", str(site.outside)) if isinstance(v, str) else v for k, v in values.items()},

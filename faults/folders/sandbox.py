@@ -260,7 +260,8 @@ class Audit:
             return self._of_change(event, given, FOLLOWING_EVENTS[event], follow=True)
         if event in READ_EVENTS:
             where = self._place(given[0] if given else ".", None, follow=True)
-            return f"lists {where}" if where is not None and _within(where, [self._outside]) else None
+            hidden = self._outside not in self._readable
+            return f"lists {where}" if where is not None and hidden and _within(where, [self._outside]) else None
         if event == "exec":
             name = str(given[0].co_filename)
             return f"runs code of {self._shown(name)}" if _within(name, self._code) else None
@@ -290,7 +291,7 @@ class Audit:
         writes = bool(flags & WRITING) or (mode is not None and any(c in mode for c in "wax+"))
         if writes:
             return None if _within(where, self._writable) else f"opens for writing: {self._shown(where)}"
-        if _within(where, [self._outside]):
+        if _within(where, [self._outside]) and self._outside not in self._readable:
             return f"reads {self._shown(where)}"
         if _within(where, self._readable) or PROCESS.match(where) or re.fullmatch(r"/proc/\w+(/\w+)?", where):
             return None
@@ -420,7 +421,8 @@ def try_case(case: Case, site: Site, audit: Audit, report: int, most: Most = MOS
     above, seconds = max(0, peak_bytes() - base), _spent_s() - spent
     heard = os.pread(report, 10**6, started).decode(errors="replace")
     faults += [line for line in dict.fromkeys(heard.split("\0")) if line]
-    faults += [f"outside: {line}" for line in watch.seen()]
+    seen = [line for line in watch.seen() if site.outside not in site.mine or not line.startswith("opened")]
+    faults += [f"outside: {line}" for line in seen]
     if (after := contents(site.outside)) != before:
         names = sorted({*before, *after} - {n for n in before if before[n] == after.get(n)})
         faults.append(f"outside: what is there has changed: {', '.join(names[:5])}")

@@ -297,6 +297,8 @@ def load_tensors(
         )
     needed = {k: t.shape for k, t in own.items()} | {k: sizes[path].shape for k, path in embeddings.items()}
     for key, shape in needed.items():
+        if tensors[key].is_complex():
+            raise AdapterError(f"{source}: {key} holds complex numbers, of which no weight is made.")
         if shape != tensors[key].shape:
             raise AdapterError(
                 f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(shape)}. "

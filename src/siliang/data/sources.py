@@ -21,7 +21,7 @@ from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import TextFile, find_text, kind_of
 from siliang.files import is_pattern
 from siliang.hub import unreachable
-from siliang.paths import inside
+from siliang.paths import check_links, inside
 from siliang.safe_json import read_json
 from siliang.safe_yaml import YamlError, check_yaml
 from siliang.secrets import shortened
@@ -352,6 +352,7 @@ def _folder(path: Path, source: str, reading: Reading) -> Opened:
     """What Dataset.save_to_disk wrote, or files of data whose names, or whose README, say their part."""
     from datasets import load_from_disk
 
+    check_links(path, DataError)
     saved = ("dataset_info.json", "dataset_dict.json")
     try:
         if any((path / name).is_file() for name in saved):

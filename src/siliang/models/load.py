@@ -33,7 +33,7 @@ from siliang.hub import cached_file, find_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.limits import SECONDS, in_time
 from siliang.models.chatglm3 import ChatGLMConfig
-from siliang.models.few_bits import keep_as_stored
+from siliang.models.few_bits import check_few_bits, keep_as_stored
 from siliang.models.folder import (
     ADAPTER,
     NO_ADAPTER,
@@ -165,7 +165,8 @@ def load_model(
             without one. A method trains and saves them.
 
     Raises:
-        ModelError: It cannot be loaded, or weights of its layers are missing.
+        ModelError: It cannot be loaded, weights of its layers are missing, or they are not in the few bits that its
+            config says.
     """
     bound_kernel_caches()
     config = load_config(name, revision=revision)
@@ -187,6 +188,7 @@ def load_model(
         torch.manual_seed(seed)
         quantised = _quantised(quantization, task, device or torch.device("cpu"), to_be_dealt)
         model = _from_pretrained(name, task, config, dtype=dtype, revision=revision, **quantised)
+    check_few_bits(model, name)
     keep_as_stored(model)
     return model.eval()
 
