@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from siliang.distributed.launched import asked_of_accelerate
 from siliang.files import damage
 from siliang.models.load import load_config
 from siliang.plan.history import known_work, remember
+from siliang.report.gather import gather
 from siliang.safe_json import JsonError, parse_json, read_json
 from siliang.safe_yaml import dump_yaml, parse_yaml
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType
@@ -181,3 +183,12 @@ def test_json_within_a_row_is_bounded(text: str, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", [row])
         with suppress(DataError):
             load_examples(DataConfig(train=str(path), test_size=0.0), TaskType.CAUSAL_LM, seed=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(JsonError, match="no plain file"):
+        read_json(tmp_path / "run.json")
+    with pytest.raises(ConfigError, match=r"run.json is neither a file nor a folder"):
+        gather([tmp_path])

@@ -6,8 +6,10 @@ Rows of data have a reader of their own, data/json_stream.py, which does not hol
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,10 @@ def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False)
             known.
         OSError: The file cannot be read.
     """
-    with path.open("rb") as opened:
-        if not stat.S_ISREG(path.stat().st_mode):
+    # a pipe in the file's place would be waited for
+    number = os.open(path, os.O_RDONLY | (0 if sys.platform == "win32" else os.O_NONBLOCK))
+    with os.fdopen(number, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
             raise JsonError("it is no plain file")
         content = opened.read(most_bytes + 1)
     if len(content) > most_bytes:

@@ -349,11 +349,11 @@ def _check_folder(name: str, revision: str | None = None) -> None:
         config = path / "config.json"
         if not config.is_file():
             raise ModelError(f"{name} is a folder, but no model: config.json is missing there.")
+        check_links(path, ModelError)
         values = read_config(config)
         if not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
         check_counts(values, config)
-        check_links(path, ModelError)
         check_names(path)
         check_files(path)
     elif path.is_file():

@@ -106,7 +106,7 @@ def gather(folders: list[Path]) -> Material:
             inner = _of_comparison(folder)
             found += [(group.label, run) for group in inner.groups for run in group.runs]
         else:
-            if (folder / RECORD_NAME).is_file():
+            if (folder / RECORD_NAME).exists():
                 check_links(folder)
             record = Record.read(folder)
             found.append((_label(record), _run(folder, record.seed, record, {})))
