@@ -30,7 +30,7 @@ test-long: .venv/dev  ## and what takes many minutes: every method on real data
 cluster-test: .venv/dev  ## two nodes on this machine, torchrun over a cable: killed, begun again, some minutes; ONLY=killed for some
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m faults.two_nodes $(if $(ONLY),--only "$(ONLY)")
 
-faults: .venv/dev  ## kills, full disks, damaged and hostile files, by the thousand, half an hour of it; ONLY="kills disks" for some
+faults: .venv/dev  ## kills, full disks, damaged and hostile files and folders, by the thousand, an hour of it; ONLY="kills disks" for some
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m faults $(if $(ONLY),--only $(ONLY))
 
 check: .venv/dev  ## style, types, and known holes in the dependencies
