@@ -110,6 +110,9 @@ def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
     return aside
 
 
+MOST_CONFIG_BYTES = 2**22  # it is read several times; those of known models have a tenth of it
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The values of a config of a model's or a tokenizer's.
 
@@ -117,7 +120,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ModelError: It cannot be read, or is no mapping.
     """
     try:
-        values = read_json(path, foreign=True)
+        values = read_json(path, most_bytes=MOST_CONFIG_BYTES, foreign=True)
     except JsonError as error:
         raise ModelError(f"{where(path, error)} cannot be read: {error}.") from None
     except OSError as error:

@@ -21,6 +21,7 @@ LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"(size|dim|embd|inner|d_model|d_ff|d_kv|rank|width|channels)s?$"), 2**24),
     (re.compile(r"(positions?|position_embeddings|n_ctx|seq_length)$"), 2**28),
 )
+MOST_ENTRIES = 50_000  # of a list or a mapping, such as labels
 MOST_BLOCKS = 200_000  # layers times experts
 DEPTH = "layers?$"
 WIDE = "(hidden_size|n_embd|d_model)$"
@@ -35,6 +36,8 @@ def check_counts(values: dict[str, Any], path: Path) -> None:
     """
     for part in _parts(values):
         for name, value in part.items():
+            if isinstance(value, list | dict) and len(value) > MOST_ENTRIES:
+                raise ModelError(f"{path}: {name} has {len(value):,} entries: at most {MOST_ENTRIES:,} are allowed.")
             most = next((most for pattern, most in LIMITS if pattern.search(name)), None)
             for number in value if isinstance(value, list) else [value]:
                 if most is not None and isinstance(number, int | float) and number > most:
