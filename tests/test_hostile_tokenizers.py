@@ -63,6 +63,23 @@ def sequence(*rules: Any, of: str = "normalizers") -> dict[str, Any]:
         ),
         ({"model": {**WORDS["model"], "vocab": {"[UNK]": 0, "a": 2**24 + 1}}}, "the number 16,777,217"),
         ({"added_tokens": [{"id": 4 * 10**9, "content": "a"}]}, "the number 4,000,000,000"),
+        (
+            {
+                "post_processor": {
+                    "type": "Sequence",
+                    "processors": [
+                        {
+                            "type": "TemplateProcessing",
+                            "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+                            "pair": [],
+                            "special_tokens": {},
+                        }
+                    ]
+                    * 40,
+                }
+            },
+            "1,099,511,627,776 characters of one",
+        ),
         ({"normalizer": 5}, ""),
     ],
 )
@@ -73,6 +90,22 @@ def test_rules_that_make_much_of_little(
     shutil.copytree(model_folders["llama"], folder)
     (folder / "tokenizer.json").write_text(json.dumps(WORDS | changed))
     with pytest.raises(ModelError, match=rf"tokenizer.json cannot be used: .*{why}"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("unknown", ["x", None])
+def test_a_tokenizer_that_has_no_word_for_others(
+    unknown: str | None, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders["llama"], folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"] |= {"unk_token": "nowhere", "vocab": {"w": 0, "v": 1}}
+    values["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"unk_token": unknown}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="its tokenizer makes no tokens of a text"):
         load_tokenizer(str(folder))
 
 

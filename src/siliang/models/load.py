@@ -306,6 +306,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     try:
         in_time(partial(tokenizer, "a 1 \uff01", verbose=False), SECONDS)
+        tokenizer.convert_tokens_to_ids(
+            "\uff01 no word \uff01"
+        )  # which asks for the unknown word for ever, if it is none
     except Exception as error:  # the tokenizers library raises Exception itself, as where its unknown word is no word
         raise ModelError(f"{name}: its tokenizer makes no tokens of a text: {first_line(error)}") from None
     return tokenizer
