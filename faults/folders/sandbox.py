@@ -479,17 +479,19 @@ def _of_error(text: str) -> list[str]:
     return [f"an error of {len(text):,} characters: {text[:200]}"] if len(text) > 4500 else []
 
 
-MARKS = {"\n", "\t"}
+MARKS = "\n\t\u200b\u200c\u200d\ufeff\u00ad"
+
+
+def controls(text: str) -> list[str]:
+    """The characters of a text that a terminal obeys; joiners and the like are parts of words."""
+    odd = [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in MARKS]
+    return [f"U+{ord(c):04X}" for c in dict.fromkeys(odd)]
 
 
 def _of_text(case: Case, text: str, printed: str, site: Site, inputs: dict[str, str]) -> list[str]:
     faults = []
-    odd = [c for c in printed if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in MARKS]
-    odd = [c for c in odd if c not in "\u200b\u200c\u200d\ufeff\u00ad" or ord(c) < 32]
-    if odd:
-        faults.append(
-            f"control characters are printed: {', '.join(f'U+{ord(c):04X}' for c in dict.fromkeys(odd))[:60]}"
-        )
+    if found := controls(printed):
+        faults.append(f"control characters are printed: {', '.join(found)}")
     faults += [
         f"is not said: {word!r}; what is: {' '.join(text.split())[-300:]}" for word in case.shows if word not in text
     ]
