@@ -35,7 +35,7 @@ from siliang.models.positions import Positions
 from siliang.models.save import save_model
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, autocast, claim, find_run, open_trained
-from siliang.secrets import HIDDEN, shortened
+from siliang.secrets import HIDDEN, short_repr, shortened
 from siliang.train import metrics
 from siliang.types import WRITERS, ConfigError, DataError, MergeError, ModelError, TaskType, first_line
 
@@ -423,7 +423,8 @@ def generate(
         settings["temperature"] = temperature
     wanted = run.model.generation_config
     if not isinstance(wanted.num_beams or 1, int) or (wanted.num_beams or 1) > MOST_BEAMS:
-        raise ModelError(f"{run.config.model} asks for num_beams = {wanted.num_beams!r:.50}: at most {MOST_BEAMS}.")
+        asked = short_repr(wanted.num_beams)
+        raise ModelError(f"{run.config.model} asks for num_beams = {asked}: at most {MOST_BEAMS}.")
     if (most := int(run.model.get_input_embeddings().weight.shape[0])) <= max(ids):
         raise ModelError(f"{run.config.model}: its tokenizer has a token {max(ids):,}, and its model {most:,} tokens.")
     streams = (wanted.num_beams or 1) == 1  # beams are not known before the end
