@@ -53,7 +53,8 @@ def _date(value: str) -> str:
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # of anything, bytes too
 Number = Annotated[float, BeforeValidator(_number)]  # or NaN, or infinite
-Positive = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]  # seconds, rates, epochs
+Positive = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]  # seconds, epochs
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of learning, as large as settings may have it
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(max_length=1000)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -257,7 +258,7 @@ class StepMetrics(Part):
     eval_loss: Number | None = None
     metrics: Figures = Field(default_factory=dict)
     """The other figures of an evaluation on the held-out rows, by which train.best may choose: accuracy, f1, ..."""
-    learning_rate: Positive | None = None
+    learning_rate: Rate | None = None
     grad_norm: Number | None = None
     tokens_per_s: Number | None = None
 
@@ -307,7 +308,7 @@ class Record(Saved):
     device: Device
     precision: Literal["fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"]
     """What was really used."""
-    learning_rate: Positive
+    learning_rate: Rate
     """What was really used."""
     model_sha256: Sha256
     """Over the base model's weight files."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from siliang.record import Count, Number, Part, Positive, StepMetrics, explained
+from siliang.record import Count, Number, Part, Positive, Rate, StepMetrics, explained
 from siliang.safe_json import JsonError, read_json, where
 from siliang.secrets import short_repr, shortened
 from siliang.types import RecordError
@@ -44,7 +44,7 @@ class _Watcher(Part):
     steps: list[StepMetrics]
     train_s: Positive
     loss: Number | None
-    rate: Positive | None
+    rate: Rate | None
 
 
 class _State(Part):
