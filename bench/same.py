@@ -57,7 +57,7 @@ KILLED = "resumed"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.same", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.same", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("commit", help="to compare with")
     parser.add_argument("--only", nargs="*", help="names of runs")
     arguments = parser.parse_args()

@@ -425,7 +425,8 @@ def generate(
     if not isinstance(wanted.num_beams or 1, int) or (wanted.num_beams or 1) > MOST_BEAMS:
         asked = short_repr(wanted.num_beams)
         raise ModelError(f"{run.config.model} asks for num_beams = {asked}: at most {MOST_BEAMS}.")
-    if (most := int(run.model.get_input_embeddings().weight.shape[0])) <= max(ids):
+    embeddings: Any = run.model.get_input_embeddings()
+    if (most := int(embeddings.weight.shape[0])) <= max(ids):
         raise ModelError(f"{run.config.model}: its tokenizer has a token {max(ids):,}, and its model {most:,} tokens.")
     streams = (wanted.num_beams or 1) == 1  # beams are not known before the end
     if on_text is not None and streams:
