@@ -141,7 +141,7 @@ def test_a_file_as_it_stands_in_the_tutorials(tmp_path: Path, still_place: Place
             "zero_stage has no effect with distributed.strategy = ddp",
         ),
         ("distributed", {"deepspeed": {"zero_optimization": {"stage": 2}}, "zero_stage": 3}, "says stage 2"),
-        ("distributed", {"deepspeed": "not-there.json"}, "not readable as JSON"),
+        ("distributed", {"deepspeed": "not-there.json"}, "cannot be read: No such file"),
         ("distributed", {"zero_stage": 4}, "zero_stage"),
     ],
 )
