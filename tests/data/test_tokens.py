@@ -265,17 +265,21 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
     assert isinstance(made.table, Dataset)
 
 
-def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """As the system's own out-of-memory killer ends it."""
 
     def die(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    # a handler as training has: it only takes note
+    before = signal.signal(signal.SIGTERM, note := lambda number, frame: None)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
     monkeypatch.setattr("siliang.data.tokens._batch", die)
     rows = [Labelled(f"the film was {w}", "a") for w in WORDS] * 30
     data = DataConfig(train="d.csv", workers=2)
     with pytest.raises(DataError, match="one of 2 processes that tokenise was killed"):
         tokenise(rows, word_tokenizer(), data, TaskType.SEQ_CLS, labels=["a"])
+    assert signal.getsignal(signal.SIGTERM) is note
 
 
 @given(n=st.integers(1, 300), limit=st.integers(8, 40))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import version
@@ -375,7 +378,8 @@ def _map(examples: ExampleSet, function: Any, features: Features, key: str, data
     else:
         disable_progress_bars()
     try:
-        return _mapped(examples, function, features, key, workers, settings)
+        with _terminable() if workers > 1 else nullcontext():
+            return _mapped(examples, function, features, key, workers, settings)
     except RuntimeError as error:
         if "abruptly died" not in str(error):
             raise
@@ -383,6 +387,21 @@ def _map(examples: ExampleSet, function: Any, features: Features, key: str, data
             f"one of {workers} processes that tokenise was killed, perhaps because memory was full.\n"
             "Set data.workers=1, or a smaller number than that."
         ) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block a process that is forked ends at SIGTERM, by which the pool ends its processes. With this
+    process's own handler, which may only take note, one that waits for a lock of a killed one would wait for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: it was set by other than Python's code
+            signal.signal(signal.SIGTERM, before)
 
 
 def _mapped(
