@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from every_task import make_models, rows_of
-from tiny import write_jsonl
+from every_task import make_models, rows_of  # pyright: ignore[reportMissingImports]  # of tests/
+from tiny import write_jsonl  # pyright: ignore[reportMissingImports]
 
 from faults.runs import make_place
 
