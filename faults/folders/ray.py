@@ -106,9 +106,9 @@ def _carried(site: Site) -> Sequence[Step]:
     copy(site, "plain_set")
     link(site.evil / "data" / "more", victims(site))
     link(site.evil / "data" / "x.jsonl", victim(site, "secret.jsonl"))
-    freight = freight_of("evil")
 
     def names() -> str:
+        freight = freight_of("evil")
         return "\n".join(name for name, *_ in freight.files) if freight else ""
 
     return [names]

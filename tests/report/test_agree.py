@@ -44,6 +44,9 @@ CHANGES: list[tuple[Callable[[Record], None], str]] = [
     (lambda r: setattr(r.seconds, "train", 1.25), "seconds of training is 60 in comparison.json and 1.25"),
     (lambda r: setattr(r, "seed", 8), "the seed is 0 in comparison.json and 8"),
     (lambda r: r.config["train"].update(seed=8), "the seed is 0 in comparison.json and 8"),
+    (lambda r: r.config["train"].update(max_steps=8), "train.max_steps is – in comparison.json and 8"),
+    (lambda r: r.config["data"].update(max_length=8), "data.max_length is 512 in comparison.json and 8"),
+    (lambda r: r.config["data"].update(seed=8), "data.seed is 1 in comparison.json and 8"),
     (
         lambda r: r.config.update(method={"name": "lora", "r": 64}),
         "the method is lora in comparison.json and lora r=64",

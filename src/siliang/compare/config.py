@@ -62,7 +62,7 @@ class CompareSettings(Section):
         default_factory=lambda: [MethodEntry(name=name) for name in SEVEN]
     )
     """The methods: names of `siliang methods`, or mappings such as {name: lora, r: 16, learning_rate: 1e-3}."""
-    seeds: Annotated[int, Field(ge=1)] | Annotated[list[Seed], Field(min_length=1)] = 3
+    seeds: Annotated[int, Field(ge=1, le=1000)] | Annotated[list[Seed], Field(min_length=1, max_length=1000)] = 3
     """How many seeds, from train.seed on; or the seeds themselves."""
     search: dict[str, list[Any]] = Field(default_factory=dict)
     """Settings to choose from, each a list: learning_rate, or fields of a method's config. Each method tries those it

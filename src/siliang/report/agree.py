@@ -16,6 +16,12 @@ from siliang.record import Record
 from siliang.secrets import shortened
 from siliang.types import ConfigError, first_line
 
+# Settings that all runs of a comparison have as it has them, and that figures hang on.
+SETTINGS = {
+    "data": ("test_size", "validation_size", "seed", "stratify", "max_length", "max_target_length"),
+    "train": ("epochs", "max_steps", "batch_size", "gradient_accumulation", "schedule", "weight_decay"),
+}
+
 
 @dataclass(frozen=True)
 class Differs:
@@ -67,6 +73,14 @@ def _found(
     yield from _unequal("method", _in_words(method), _in_words(there))
     yield from _unequal("seed", trial.seed, record.seed)
     yield from _unequal("seed", trial.seed, record.config["train"]["seed"])
+    here, asked = config.run.model_dump(mode="json"), record.asked()
+    if here["data"]["seed"] is None:
+        here["data"]["seed"] = here["train"]["seed"]  # the split is the same for all seeds
+    if trial.method in comparison.steps:
+        here["train"]["max_steps"] = comparison.steps[trial.method]
+    for section, names in SETTINGS.items():
+        for name in names:
+            yield from _unequal(f"{section}.{name}", here[section][name], asked[section][name])
     if rate is not None:
         yield from _unequal("learning_rate", rate, record.learning_rate)
     if comparison.data_files:
