@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from siliang.config import FORMATS, RunConfig, Seed, differences
 from siliang.files import write_text
 from siliang.paths import inside
-from siliang.safe_json import JsonError, dump_json, read_json, where
+from siliang.safe_json import dump_json, read_values
 from siliang.secrets import HIDDEN, redacted, short_repr, shortened
 from siliang.types import ConfigError, RecordError, TaskType
 
@@ -109,18 +109,13 @@ class Saved(Part):
                 field, its value, and what is allowed; or a later siliang has written it.
         """
         inside(path.parent, path.name, kind=RecordError)
+        missing = ConfigError(f"{path.parent} holds no {path.name}.")
+        values = read_values(path, RecordError, missing=missing, most_bytes=MAX_BYTES)
         try:
-            values = read_json(path, most_bytes=MAX_BYTES)
             if isinstance(values, dict):
                 _check_version(values.get("schema_version"), cls.newest, path)
             found = cls.model_validate(values, strict=True)
             found.check()
-        except FileNotFoundError:
-            raise ConfigError(f"{path.parent} holds no {path.name}.") from None
-        except JsonError as error:
-            raise RecordError(f"{where(path, error)} is damaged: {error}.") from None
-        except OSError as error:
-            raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
         except ValidationError as error:
             raise RecordError(f"{path} is damaged: {explained(error)}.") from None
         except RecordError:

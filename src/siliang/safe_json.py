@@ -15,6 +15,7 @@ from typing import Any
 
 from siliang.secrets import redacted, shortened
 from siliang.terminal import json_escaped
+from siliang.types import SiliangError
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 50
@@ -60,6 +61,37 @@ def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False)
     except UnicodeDecodeError as error:
         raise JsonError("it is not UTF-8", content.count(b"\n", 0, error.start) + 1) from None
     return parse_json(text, foreign=foreign)
+
+
+def read_values(
+    path: Path,
+    kind: type[SiliangError],
+    said: str = "is damaged",
+    *,
+    missing: SiliangError | None = None,
+    most_bytes: int = MAX_BYTES,
+    foreign: bool = False,
+) -> Any:
+    """The value in a file, for whoever would have the user told what is wrong with it.
+
+    Args:
+        kind: The class of the error.
+        said: What the error says of a file that is no JSON, behind its name.
+        missing: The error for a file that is not there, where that has one of its own.
+        most_bytes: As for `read_json`.
+        foreign: As for `parse_json`.
+
+    Raises:
+        SiliangError: Of class `kind`, or `missing`: which file, which line of it, and why.
+    """
+    try:
+        return read_json(path, most_bytes=most_bytes, foreign=foreign)
+    except JsonError as error:
+        raise kind(f"{where(path, error)} {said}: {error}.") from None
+    except OSError as error:
+        if missing is not None and isinstance(error, FileNotFoundError):
+            raise missing from None
+        raise kind(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def parse_json(text: str, *, foreign: bool = False) -> Any:

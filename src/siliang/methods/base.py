@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from siliang.files import write_text
 from siliang.methods.fields import check_fields
-from siliang.safe_json import JsonError, dump_json, read_json, where
+from siliang.safe_json import dump_json, read_values
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType
 
@@ -132,14 +132,8 @@ class PeftConfig:
         from siliang.methods import config_class  # the table of methods stands on this file
 
         path = Path(folder) / CONFIG_NAME
-        try:
-            values = read_json(path, foreign=True)
-        except FileNotFoundError:
-            raise AdapterError(f"{folder} holds no adapter: {CONFIG_NAME} is missing there.") from None
-        except JsonError as error:
-            raise AdapterError(f"{where(path, error)} cannot be read: {error}.") from None
-        except OSError as error:
-            raise AdapterError(f"{path} cannot be read: {error.strerror or error}.") from error
+        missing = AdapterError(f"{folder} holds no adapter: {CONFIG_NAME} is missing there.")
+        values = read_values(path, AdapterError, "cannot be read", missing=missing, foreign=True)
         if not isinstance(values, dict):
             raise AdapterError(f"{path} must hold a JSON object, not {type(values).__name__}.")
         found = config_class(values.get("peft_type"), source=str(path))

@@ -10,7 +10,7 @@ from typing import Any
 
 from siliang.hub import cached_file, find_file
 from siliang.paths import inside
-from siliang.safe_json import JsonError, read_json, where
+from siliang.safe_json import read_json, read_values
 from siliang.secrets import short_repr
 from siliang.types import ModelError
 
@@ -119,12 +119,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: It cannot be read, or is no mapping.
     """
-    try:
-        values = read_json(path, most_bytes=MOST_CONFIG_BYTES, foreign=True)
-    except JsonError as error:
-        raise ModelError(f"{where(path, error)} cannot be read: {error}.") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from None
+    values = read_values(path, ModelError, "cannot be read", most_bytes=MOST_CONFIG_BYTES, foreign=True)
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no mapping.")
     return values

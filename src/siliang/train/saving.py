@@ -35,7 +35,7 @@ from siliang.paths import is_link
 from siliang.peft_model import PeftModel
 from siliang.record import MAX_BYTES
 from siliang.run_folder import PREFIX, checkpoints
-from siliang.safe_json import JsonError, read_json, where
+from siliang.safe_json import read_values
 from siliang.secrets import shortened
 from siliang.train.state import check_state
 from siliang.types import ConfigError, RecordError, first_line
@@ -162,11 +162,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         RecordError: It is damaged.
     """
     path = folder / STATE_FILE
+    tree = read_values(path, RecordError, most_bytes=MAX_BYTES)
     try:
-        tree = read_json(path, most_bytes=MAX_BYTES)
         state = _join(tree, load_file(path.with_suffix(".safetensors")))
-    except JsonError as error:
-        raise RecordError(f"{where(path, error)} is damaged: {error}.") from None
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
     except (KeyError, TypeError, ValueError, SafetensorError) as error:

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from siliang.record import Count, Number, Part, Positive, Rate, StepMetrics, explained
-from siliang.safe_json import JsonError, read_json, where
+from siliang.safe_json import read_values
 from siliang.secrets import short_repr, shortened
 from siliang.types import RecordError
 
@@ -107,15 +107,11 @@ def check_trainer_state(folder: Path, step: int) -> None:
     """
     path = folder / TRAINER_STATE_NAME
     known = {field.name for field in dataclasses.fields(TrainerState)}
+    values = read_values(path, RecordError, foreign=True)
     try:
-        values = read_json(path, foreign=True)
         if isinstance(values, dict) and (strange := sorted(values.keys() - known)):
             raise RecordError(f"{path} is damaged: {shortened(strange[0], 80)!r} is no field of it.")
         found = _Trainer.model_validate(values, strict=True)
-    except JsonError as error:
-        raise RecordError(f"{where(path, error)} is damaged: {error}.") from None
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
     except ValidationError as error:
         raise RecordError(f"{path} is damaged: {explained(error)}.") from None
     if found.global_step != step:
