@@ -647,8 +647,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder: give a settings file.") from None
     except YamlError as error:
-        where = f"{path}:{error.line}" if error.line else str(path)
-        raise ConfigError(f"{where}: not readable as yaml: {error}.") from None
+        raise ConfigError(f"{error.place(path)}: not readable as yaml: {error}.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -15,7 +15,7 @@ from typing import Any
 
 from siliang.secrets import redacted, shortened
 from siliang.terminal import json_escaped
-from siliang.types import SiliangError
+from siliang.types import SiliangError, TextError
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 50
@@ -24,16 +24,8 @@ SHOWN = 40  # characters of a value in an error
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-class JsonError(ValueError):
-    """Not JSON, or more of it than such a file needs.
-
-    Attributes:
-        line: Where, from 1; None where that is not known.
-    """
-
-    def __init__(self, message: str, line: int | None = None) -> None:
-        super().__init__(message)
-        self.line = line
+class JsonError(TextError):
+    """Not JSON, or more of it than such a file needs."""
 
 
 def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False) -> Any:
@@ -87,7 +79,7 @@ def read_values(
     try:
         return read_json(path, most_bytes=most_bytes, foreign=foreign)
     except JsonError as error:
-        raise kind(f"{where(path, error)} {said}: {error}.") from None
+        raise kind(f"{error.place(path)} {said}: {error}.") from None
     except OSError as error:
         if missing is not None and isinstance(error, FileNotFoundError):
             raise missing from None
@@ -168,11 +160,6 @@ def _check_depth(value: Any) -> None:
             raise JsonError(f"nested more than {MAX_DEPTH} deep")
         inner = (v for outer in level for v in (outer.values() if isinstance(outer, dict) else outer))
         level = [v for v in inner if isinstance(v, dict | list)]
-
-
-def where(path: Path, error: JsonError) -> str:
-    """The file and, where it is known, the line of an error."""
-    return f"{path}:{error.line}" if error.line else str(path)
 
 
 def dump_json(values: Any, *, indent: int | None = None, sort_keys: bool = False, ascii_only: bool = False) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from siliang.secrets import redacted, shortened
-from siliang.types import first_line
+from siliang.types import TextError, first_line
 
 MAX_CHARACTERS = 1_000_000
 MOST_BYTES = 4 * MAX_CHARACTERS  # of UTF-8
@@ -45,16 +45,8 @@ MADE = ("null", "bool", "str", "seq", "map")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-class YamlError(ValueError):
-    """Not yaml, or more of it than settings need.
-
-    Attributes:
-        line: Where, from 1; None where that means nothing.
-    """
-
-    def __init__(self, message: str, line: int | None = None) -> None:
-        super().__init__(message)
-        self.line = line
+class YamlError(TextError):
+    """Not yaml, or more of it than settings need."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import StrEnum
+from pathlib import Path
 from typing import ClassVar
 
 from siliang.secrets import LONGEST, shortened, without_secrets
@@ -38,6 +39,22 @@ class TaskType(StrEnum):
 
 
 WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)  # the tasks whose models write text
+
+
+class TextError(ValueError):
+    """A text, such as that of a file, that cannot be read, or not by the limits of its kind.
+
+    Attributes:
+        line: Where, from 1; None where that is not known.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+    def place(self, path: Path) -> str:
+        """The file and, where it is known, the line."""
+        return f"{path}:{self.line}" if self.line else str(path)
 
 
 class SiliangError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from siliang.safe_json import JsonError, read_json, where
+from siliang.safe_json import JsonError, read_json
 from siliang.types import ConfigError, nearest
 
 # Of DeepSpeed's configuration, what siliang can go along with ...
@@ -80,6 +80,6 @@ def _read_json(path: Path) -> Any:
     try:
         return read_json(path, most_bytes=2**20)
     except JsonError as error:
-        raise ConfigError(f"distributed.deepspeed = {where(path, error)}: not readable as JSON: {error}.") from None
+        raise ConfigError(f"distributed.deepspeed = {error.place(path)}: not readable as JSON: {error}.") from None
     except OSError as error:
         raise ConfigError(f"distributed.deepspeed = {path}: cannot be read: {error.strerror or error}.") from None
