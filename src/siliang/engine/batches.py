@@ -25,6 +25,11 @@ PADDED_SPLIT_WASTE = 0.8  # and is split where the next row is shorter than this
 CPU_TOKEN_BYTES = 8192  # most tokens of a batch on a CPU, times the bytes of a number
 
 
+def in_steps(rows: Sequence[int], step: int) -> list[Sequence[int]]:
+    """An epoch's rows as those of each step; the last may have fewer."""
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
 @dataclass
 class Batch:
     """Rows that go through the model at once.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import Batch, StepCollator
+from siliang.engine.batches import Batch, StepCollator, in_steps
 from siliang.engine.step import Engine
 
 # What a model says of each row of a batch, from its output: small, and on the CPU.
@@ -56,12 +56,6 @@ class Sums:
         )
 
 
-def in_steps(n: int, collator: StepCollator) -> list[range]:
-    """The numbers of `n` entries as those that are collated together, which a batch is never larger than."""
-    size = collator.rows_at_once
-    return [range(start, min(start + size, n)) for start in range(0, n, size)]
-
-
 def evaluate(
     model: nn.Module,
     engine: Engine,
@@ -91,7 +85,7 @@ def evaluate(
     model.eval()
     sums, losses = Sums(), list[torch.Tensor]()
     with torch.no_grad():
-        for step in in_steps(len(tokens), collator) if steps is None else steps:
+        for step in in_steps(range(len(tokens)), collator.rows_at_once) if steps is None else steps:
             for batch in as_many(collator.numbered(tokens, step)):
                 batch = batch.to(device)
                 with autocast(), engine.measured(model, batch) as (loss, output):

@@ -11,8 +11,8 @@ import numpy as np
 
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import StepCollator
-from siliang.train.order import Order, in_steps, shares
+from siliang.engine.batches import StepCollator, in_steps
+from siliang.train.order import Order, shares
 from siliang.types import TaskType
 
 MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind them is of the same rows

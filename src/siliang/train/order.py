@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from siliang.config import RunConfig
+from siliang.engine.batches import in_steps
 from siliang.types import TaskType
 
 # their loss is a mean over rows; where it is one over tokens, those in a step of short rows would weigh more
@@ -64,11 +65,6 @@ class Order(Sampler[int]):
         last = steps.pop() if steps and len(steps[-1]) < self.step else []  # a short step is an epoch's last
         shuffled = (steps[i] for i in torch.randperm(len(steps), generator=generator).tolist())
         yield from chain(first, *shuffled, last)
-
-
-def in_steps(rows: Sequence[int], step: int) -> list[Sequence[int]]:
-    """An epoch's rows as those of each optimiser step; the last may have fewer."""
-    return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list[int]]:

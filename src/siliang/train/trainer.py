@@ -22,7 +22,7 @@ from siliang.distributed import zero
 from siliang.distributed.ranks import Ranks
 from siliang.distributed.sharding import average_gradients, dealt, gradients_stay, is_sharded, whole
 from siliang.engine.batches import Batch, StepCollator
-from siliang.engine.evaluate import Sums, evaluate, in_steps
+from siliang.engine.evaluate import Sums, evaluate
 from siliang.engine.step import Engine
 from siliang.files import replacing_folder
 from siliang.run_folder import PREFIX
@@ -258,7 +258,7 @@ class SiliangTrainer(Trainer):
             self.engine,
             tokens,
             collator,
-            steps=in_steps(len(tokens), collator) if ranks.size == 1 else steps,
+            steps=None if ranks.size == 1 else steps,
             reader=MEASURES[self.engine.task].reader,
             autocast=lambda: self.accelerator.autocast(),
             as_many=self._as_many,
