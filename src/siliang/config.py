@@ -22,10 +22,11 @@ from pydantic import (
 )
 
 from siliang import other_names
-from siliang.files import absolute, found_again, pasted
+from siliang.files import absolute, found_again
 from siliang.memory.size import parse_bytes, parse_duration
 from siliang.safe_yaml import YamlError, dump_yaml, parse_yaml, read_text
 from siliang.secrets import short_repr, shortened
+from siliang.terminal import pasted
 from siliang.types import ConfigError, TaskType, near, nearest
 from siliang.zero_settings import zero_settings
 

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import shutil
 import stat
 import sys
@@ -28,7 +27,6 @@ from typing import BinaryIO
 from siliang.paths import inside, is_link, is_real_folder
 from siliang.safe_json import read_json
 from siliang.secrets import HIDDEN, without_secrets
-from siliang.terminal import without_controls
 from siliang.types import ConfigError
 
 MANIFEST = "manifest.json"
@@ -43,27 +41,6 @@ if sys.platform == "win32":
 else:
     FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
     FOLDER_FLAGS = os.O_DIRECTORY | os.O_CLOEXEC | (os.O_PATH if sys.platform == "linux" else os.O_RDONLY)
-
-
-def pasted(*words: object) -> str:
-    """A command line as a shell takes it: names with blanks or quotes in quotes, control characters as escapes.
-
-    Args:
-        words: Those that are names of files are `Path`s: one that begins with a dash would be an option.
-    """
-    return " ".join(map(_quoted, words))
-
-
-def _quoted(word: object) -> str:
-    text = f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
-    text = without_secrets(text)
-    if without_controls(text) == text and "\n" not in text and "\t" not in text:
-        return shlex.quote(text)
-    # $'...' of bash and zsh, where \x1b and \n stand for themselves
-    escaped = (
-        text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    )
-    return f"$'{without_controls(escaped)}'"
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:

@@ -14,7 +14,7 @@ import torch
 from siliang.config import RunConfig, read_yaml
 from siliang.data.hashes import base_files, is_loaded_beside, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
-from siliang.files import absolute, damage, is_pattern, pasted, write_text
+from siliang.files import absolute, damage, is_pattern, write_text
 from siliang.hardware import Choice
 from siliang.methods import Method, find_method
 from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
@@ -24,6 +24,7 @@ from siliang.peft_model import PeftModel
 from siliang.record import RECORD_NAME, File, Record
 from siliang.run_settings import has_template_file, in_words, misplaced_settings
 from siliang.safe_yaml import dump_yaml
+from siliang.terminal import pasted
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, OutputError, TaskType
 
 CONFIG_NAME = "run.yaml"

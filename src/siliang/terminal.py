@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import sys
+from pathlib import Path
 from typing import TextIO
 
 from siliang.secrets import HIDDEN, environment_secrets, secret_places, without_secrets
@@ -67,6 +69,27 @@ def as_product(text: str) -> str:
     """A text that is what a command was run for, on its way to a file or another program: without secrets, and without
     what a terminal obeys, for many of these programs show it on one. Marks of direction and joiners are part of it."""
     return _ONLY_OBEYED.sub(_escaped, without_secrets(text).replace("\r\n", "\n"))
+
+
+def pasted(*words: object) -> str:
+    """A command line as a shell takes it: names with blanks or quotes in quotes, control characters as escapes.
+
+    Args:
+        words: Those that are names of files are `Path`s: one that begins with a dash would be an option.
+    """
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: object) -> str:
+    text = f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+    text = without_secrets(text)
+    if without_controls(text) == text and "\n" not in text and "\t" not in text:
+        return shlex.quote(text)
+    # $'...' of bash and zsh, where \x1b and \n stand for themselves
+    escaped = (
+        text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    )
+    return f"$'{without_controls(escaped)}'"
 
 
 def json_escaped(text: str) -> str:

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siliang.files import pasted
 from siliang.secrets import redacted, shortened
-from siliang.terminal import as_product, bare, cover, json_escaped, shown
+from siliang.terminal import as_product, bare, cover, json_escaped, pasted, shown
 from siliang.types import ConfigError
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siliang.cli.console import command_line, print_json, rich_console
-from siliang.files import pasted
-from siliang.terminal import bare, one_line
+from siliang.terminal import bare, one_line, pasted
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -27,11 +27,12 @@ from siliang.compare.trials import (
 )
 from siliang.compare.verdict import QUALITY
 from siliang.config import MethodConfig, RunConfig, differences
-from siliang.files import pasted, remove_tree, sweep, write_text
+from siliang.files import remove_tree, sweep, write_text
 from siliang.hardware import machine
 from siliang.paths import check_links
 from siliang.record import RECORD_NAME, Record, plain
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes, what_changed
+from siliang.terminal import pasted
 from siliang.types import WRITERS, ConfigError, InterruptedRunError, OutputError
 
 if TYPE_CHECKING:

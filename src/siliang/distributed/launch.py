@@ -8,7 +8,7 @@ import sys
 import tempfile
 import uuid
 
-from siliang.files import pasted
+from siliang.terminal import pasted
 from siliang.types import RankError
 
 SAID_ENOUGH = (2, 130)  # exit codes of processes that have told their error themselves

@@ -9,12 +9,11 @@ from typing import Any
 from siliang.compare.config import CompareConfig
 from siliang.compare.record import ANSWERS_NAME, COMPARISON_NAME, Answers, Comparison
 from siliang.compare.verdict import Verdict, learned_nothing
-from siliang.files import pasted
 from siliang.paths import check_links, inside
 from siliang.record import RECORD_NAME, Record
 from siliang.report.agree import Differs, base_differences, differences_of
 from siliang.safe_yaml import dump_yaml
-from siliang.terminal import one_line
+from siliang.terminal import one_line, pasted
 from siliang.types import ConfigError, TaskType
 
 

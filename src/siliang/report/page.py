@@ -18,7 +18,7 @@ from markupsafe import Markup
 from siliang.compare.record import Answer as Said
 from siliang.compare.record import Answers
 from siliang.compare.verdict import QUALITY
-from siliang.files import pasted, write_text
+from siliang.files import write_text
 from siliang.next_steps import next_steps
 from siliang.report import plots
 from siliang.report.gather import Group, Material
@@ -27,7 +27,7 @@ from siliang.report.summary import Line, Mean, answer, lines, pareto
 from siliang.report.table import differences, notes, sentences, table
 from siliang.report.words import words
 from siliang.secrets import shortened
-from siliang.terminal import shown
+from siliang.terminal import pasted, shown
 from siliang.types import WRITERS
 
 SHOWN_ROWS = 12  # on which methods disagree

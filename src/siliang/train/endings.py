@@ -8,8 +8,8 @@ import torch
 
 from siliang.check import RATE_FACTOR
 from siliang.engine.step import Engine
-from siliang.files import pasted
 from siliang.run_folder import CHECKPOINTS, checkpoints
+from siliang.terminal import pasted
 from siliang.train.guard import PATIENCE, Trouble
 from siliang.types import DeviceMemoryError, InterruptedRunError, TrainingError
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from siliang.config import RunConfig
-from siliang.files import damage, pasted, sweep
+from siliang.files import damage, sweep
 from siliang.paths import check_links
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_changed
 from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settings, in_words
 from siliang.start_adapter import find_start_adapter
+from siliang.terminal import pasted
 from siliang.train.saving import last_good
 from siliang.train.state import check_trainer_state
 from siliang.types import AdapterError, ConfigError, ModelError, RecordError

@@ -34,7 +34,7 @@ from siliang.distributed.zero import put_together_by_layer, require_deepspeed, t
 from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
-from siliang.files import absolute, damage, pasted, remove_tree, replacing_folder
+from siliang.files import absolute, damage, remove_tree, replacing_folder
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
@@ -56,6 +56,7 @@ from siliang.run_folder import (
     write_config,
 )
 from siliang.start_adapter import find_start_adapter
+from siliang.terminal import pasted
 from siliang.train.endings import does_not_fit, interrupted, no_number
 from siliang.train.metrics import MEASURES, has_unanswered, perplexity
 from siliang.train.metrics import Rows as Held
