@@ -1,16 +1,12 @@
 """Python code that a model brings along: found, hashed, looked through, and run only where the user has allowed it.
 
-The code is read once. What is hashed, what is looked through and what is run are the same bytes in memory: nothing is
-imported from the model's folder, from transformers' own cache of such modules, or from any other file, so a change
-after the check does not matter. transformers itself is never told to trust code.
-
-The look through the code keeps the hash honest; it is no sandbox. Code that loads, fetches or starts other code would
-not be what the user has allowed, so it is refused. Code that is allowed may do whatever this process may do.
+The code is read once. What is hashed, what is looked through (code_check.py) and what is run are the same bytes in
+memory: nothing is imported from the model's folder, from transformers' own cache of such modules, or from any other
+file, so a change after the check does not matter. transformers itself is never told to trust code.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib
 import linecache
@@ -29,10 +25,11 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from siliang.hub import cached_file, only_cached
+from siliang.models.code_check import reachable
 from siliang.paths import check_links
 from siliang.permissions import is_allowed
 from siliang.safe_json import JsonError, parse_json, read_json
-from siliang.secrets import short_repr, shortened
+from siliang.secrets import short_repr
 from siliang.types import ModelError, OwnCodeError, first_line
 
 CONFIGS = ("config.json", "tokenizer_config.json")  # that name classes of a model's own
@@ -42,45 +39,6 @@ LEFT_OUT = (".git", ".cache")  # folders of other programs, which no code may na
 # of the hub, beside the weights in safetensors: weights that are not loaded for a model with code of its own
 NOT_FETCHED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt")
 MOST_BYTES = 2**24  # of a file of code, or a config
-
-# Modules that load, fetch or start other code.
-LOADERS = (
-    *("importlib", "imp", "runpy", "pkgutil", "zipimport", "site", "builtins", "code", "codeop", "ensurepip", "pip"),
-    *("ctypes", "cffi", "_ctypes", "subprocess", "multiprocessing", "pty", "concurrent.futures.process"),
-    *("marshal", "pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"),
-    *("socket", "ssl", "urllib", "urllib3", "http", "ftplib", "smtplib", "xmlrpc", "requests", "httpx", "aiohttp"),
-    *("websockets", "paramiko", "fsspec", "huggingface_hub", "modelscope", "kernels", "datasets"),
-    *("transformers.dynamic_module_utils", "transformers.utils.hub", "transformers.integrations.hub_kernels"),
-    *(
-        "torch.hub",
-        "torch.package",
-        "torch.load",
-        "torch.jit.load",
-        "torch.utils.cpp_extension",
-        "torch.utils.model_zoo",
-    ),
-    *("torch.ops.load_library", "torch.classes.load_library", "torch.serialization", "numpy.ctypeslib", "numpy.load"),
-    *("transformers.utils.cached_file", "transformers.utils.cached_files", "transformers.pipeline"),
-    *("os.system", "os.popen", "os.fork", "os.forkpty", "os.startfile", "os.posix_spawn", "os.posix_spawnp"),
-    *(f"os.{way}{end}" for way in ("exec", "spawn") for end in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
-    *("sys.path", "sys.modules", "sys.meta_path", "sys.path_hooks", "sys.path_importer_cache", "sys.addaudithook"),
-)
-NAMES = {
-    *("eval", "exec", "compile", "__import__", "globals", "breakpoint"),
-    *("__file__", "__path__", "__loader__", "__spec__", "__builtins__"),
-}
-ATTRIBUTES = {
-    *("__globals__", "__code__", "__subclasses__", "__builtins__", "__loader__", "__spec__", "__getattribute__"),
-    *("load_library", "load_module", "exec_module", "import_module", "load_inline", "get_class_from_dynamic_module"),
-    *("load_custom_generate", "load_url", "load_state_dict_from_url", "__import__", "__file__"),
-}
-ARGUMENTS = {"trust_remote_code", "allow_pickle", "custom_generate"}
-# A text that is a path leading out of the folder, or the name of a file of code.
-ELSEWHERE = re.compile(
-    r"/[\w.-]+(/[\w. -]*)*|~[\w.-]*/.*|\\\\.*|[a-z]:[/\\].*|([\w./\\ -]*[/\\])?\.\.([/\\].*)?|file:.*"
-    r"|(.*[/\\])?\.(git|cache)([/\\].*)?|\S*\.(py[cdoiwx]?|so|dll|dylib|pkl|pickle|pth|zip|egg|whl)",
-    re.ASCII | re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -215,7 +173,7 @@ def read_own_code(name: str, folder: Path) -> OwnCode:
         digest.update(f"{file}\0".encode(errors="surrogateescape") + found.digest())
     classes = dict(_classes(name, configs))
     modules = {f[:-3].replace("/", "."): content for f, content in code.items() if re.fullmatch(r"(\w+/)*\w+\.py", f)}
-    sources = _reachable(name, {c.rpartition(".")[0] for c in classes.values()}, modules)
+    sources = reachable(name, {c.rpartition(".")[0] for c in classes.values()}, modules)
     return OwnCode(name, folder, digest.hexdigest(), sources, classes)
 
 
@@ -277,119 +235,6 @@ def _classes(name: str, configs: dict[str, bytes]) -> Iterator[tuple[str, str]]:
                         "own folder; code from elsewhere is never run."
                     )
                 yield str(auto), value  # of a tokenizer's two, the fast one, which is the second
-
-
-def _reachable(name: str, roots: set[str], modules: dict[str, bytes]) -> dict[str, bytes]:
-    """The modules that `roots` import, directly or not, each looked through.
-
-    Raises:
-        ModelError: One is missing, or is code that does more than define a model.
-    """
-    found: dict[str, bytes] = {}
-    waiting = sorted(roots)
-    while waiting:
-        module = waiting.pop()
-        if module in found:
-            continue
-        file = f"{module.replace('.', '/')}.py"
-        if module not in modules:
-            raise ModelError(f"{name}: its code needs {file}, which is not in its folder.")
-        found[module] = modules[module]
-        try:
-            waiting += sorted(_look_through(module, modules))
-        except _RefusedError as error:
-            raise ModelError(
-                f"{name}: its code {file} cannot be allowed: {error}. A hash stands for code that is all in the "
-                "model's folder.\nUse a model that transformers knows, or take that part out of the code."
-            ) from None
-    return found
-
-
-class _RefusedError(Exception):
-    """Code that loads, fetches or starts other code."""
-
-
-def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
-    """The modules of the folder that a module imports.
-
-    Raises:
-        _RefusedError: It does more than define a model.
-    """
-    try:
-        tree = ast.parse(modules[module])
-        nodes = list(ast.walk(tree))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _RefusedError(f"it is not readable as Python ({first_line(error)})") from None
-    needed: set[str] = set()
-    known: dict[str, str] = {}  # what names of this file stand for
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                _check_name(node, alias.name)
-                known[alias.asname or alias.name.partition(".")[0]] = (
-                    alias.name if alias.asname else alias.name.partition(".")[0]
-                )
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            for alias in node.names:
-                _check_name(node, f"{node.module}.{alias.name}")
-                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-        elif isinstance(node, ast.ImportFrom):
-            needed |= _imported(node, module, modules)
-    texts = {id(part.value) for part in nodes if isinstance(part, ast.Expr)}  # docstrings, which nothing uses
-    for node in nodes:
-        if isinstance(node, ast.Name) and node.id not in known:
-            if node.id in NAMES:
-                raise _RefusedError(f"line {node.lineno} says {node.id}")
-        elif isinstance(node, ast.Name | ast.Attribute):
-            _check_name(node, _dotted(node, known))
-        elif isinstance(node, ast.keyword) and node.arg in ARGUMENTS:
-            raise _RefusedError(f"line {node.value.lineno} says {node.arg}")
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-            owner = _dotted(node.args[0], known).partition(".")[0] if node.args else ""
-            if owner in ("os", "sys") or (len(node.args) > 1 and _says(node.args[1]) in NAMES | ATTRIBUTES):
-                raise _RefusedError(f"line {node.lineno} takes a name out of {owner or 'an object'} by its text")
-        elif isinstance(node, ast.Constant) and id(node) not in texts and _leads_elsewhere(_says(node)):
-            raise _RefusedError(f"line {node.lineno} names {shortened(_says(node), 100)!r}")
-    return needed
-
-
-def _imported(node: ast.ImportFrom, module: str, modules: dict[str, bytes]) -> set[str]:
-    """The modules of the folder that `from .x import y` means in `module`."""
-    above = module.split(".")[: -node.level]
-    if node.level > len(module.split(".")):
-        raise _RefusedError(f"line {node.lineno} imports from outside of the folder")
-    if node.module:
-        return {".".join([*above, node.module])}
-    return {".".join([*above, alias.name]) for alias in node.names}
-
-
-def _check_name(node: ast.expr | ast.stmt, name: str) -> None:
-    """A dotted name, or the last part of one, is none of those that load, fetch or start other code."""
-    parts = name.split(".")
-    refused = any(name == loader or name.startswith(f"{loader}.") for loader in LOADERS)
-    if refused or not ATTRIBUTES.isdisjoint(parts) or parts[-1] == "*":
-        raise _RefusedError(f"line {node.lineno} says {shortened(name, 100)}")
-
-
-def _dotted(node: ast.expr, known: dict[str, str]) -> str:
-    """The dotted name that an expression is, as far as it is one; ".x" for what is taken out of something else."""
-    if isinstance(node, ast.Name):
-        return known.get(node.id, node.id)
-    if not isinstance(node, ast.Attribute):
-        return ""
-    if isinstance(node.value, ast.Name) and node.value.id not in known:
-        return f".{node.attr}"  # a variable's, which may be called as a module is
-    return f"{_dotted(node.value, known)}.{node.attr}"
-
-
-def _leads_elsewhere(text: str) -> bool:
-    return bool(ELSEWHERE.fullmatch(text)) or text in ARGUMENTS or (text[:2] == "__" and text in NAMES | ATTRIBUTES)
-
-
-def _says(node: ast.expr) -> str:
-    if not isinstance(node, ast.Constant) or not isinstance(node.value, str | bytes):
-        return ""
-    return node.value if isinstance(node.value, str) else node.value.decode("latin-1")
 
 
 class _Finder(MetaPathFinder, InspectLoader):
