@@ -209,28 +209,16 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
     "a device": _zero,
     "a loop": lambda p: p.symlink_to(p.name),
 }
+FILES = (
+    "run.yaml",
+    "run.json",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/manifest.json",
+)
 SPECIALS = (
-    {
-        f"{name} is {what}": _odd(name, make)
-        for name in (
-            "run.yaml",
-            "run.json",
-            "adapter/adapter_config.json",
-            "adapter/adapter_model.safetensors",
-            "adapter/manifest.json",
-        )
-        for what, make in SPECIAL.items()
-    }
-    | {
-        f"{name} is a terabyte": _odd(name, sparse)
-        for name in (
-            "run.yaml",
-            "run.json",
-            "adapter/adapter_config.json",
-            "adapter/adapter_model.safetensors",
-            "adapter/manifest.json",
-        )
-    }
+    {f"{name} is {what}": _odd(name, make) for name in FILES for what, make in SPECIAL.items()}
+    | {f"{name} is a terabyte": _odd(name, sparse) for name in FILES}
     | {
         "run.yaml is a folder": _odd("run.yaml", lambda p: p.mkdir()),
         "run.json is a folder": _odd("run.json", lambda p: p.mkdir()),

@@ -66,8 +66,7 @@ def predict(
 
 def _given(run: OpenedRun, arguments: list[str]) -> list[Asked]:
     """The texts, and those in files of data among them: what is named as such a file must be there."""
-    from siliang.data.sources import FILE_KINDS
-    from siliang.data.text_files import kind_of
+    from siliang.data.text_files import FILE_KINDS, kind_of
     from siliang.types import DataError
     from siliang.use import read_texts
 

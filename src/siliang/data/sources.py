@@ -13,24 +13,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from siliang.config import near_names
+from siliang.data.description import by_name, check_hub, check_saved, described
 from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
-from siliang.data.text_files import TextFile, find_text, kind_of
+from siliang.data.text_files import COLUMN_FILES, FILE_KINDS, TextFile, find_text, kind_of
 from siliang.files import is_pattern
 from siliang.hub import unreachable
-from siliang.paths import check_links, inside
-from siliang.safe_json import read_json
-from siliang.safe_yaml import YamlError, check_yaml
+from siliang.paths import check_links
 from siliang.secrets import shortened
 from siliang.types import DataError, first_line
 
-STANDALONE = ".huggingface.yaml"  # which `datasets` reads in place of a README's header
-MOST_STATE_BYTES = 64 * 2**20  # of the list of a saved data set's files
-COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
-FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *COLUMN_FILES)
 TRAINED = ("train", "training")
 HELD_OUT = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")  # in the order of preference
 
@@ -356,11 +349,11 @@ def _folder(path: Path, source: str, reading: Reading) -> Opened:
     saved = ("dataset_info.json", "dataset_dict.json")
     try:
         if any((path / name).is_file() for name in saved):
-            _check_saved(path)
+            check_saved(path)
             loaded: Any = load_from_disk(str(path))
             return Opened(source, dict(loaded) if isinstance(loaded, dict) else {"": loaded})
-        parts, features = _described(path)
-        return _only_ours(Opened(source, parts or _by_name(path), features=features), path, reading)
+        parts, features = described(path)
+        return _only_ours(Opened(source, parts or by_name(path), features=features), path, reading)
     except DataError:
         raise
     except Exception as error:  # `datasets` raises kinds of its own
@@ -368,119 +361,6 @@ def _folder(path: Path, source: str, reading: Reading) -> Opened:
             f"{path} holds no data: {first_line(error)}\n"
             "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl and test.jsonl."
         ) from None
-
-
-def _described(path: Path) -> tuple[dict[str, Any], Any]:
-    """The parts and the columns' classes, as the README of a data set's repository says them, if it does."""
-    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
-    from datasets.info import DatasetInfosDict
-    from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCardData
-
-    if (path / STANDALONE).exists():
-        raise DataError(f"{path / STANDALONE} is not read: write into README.md what it says.")
-    readme = path / "README.md"
-    said = _header(readme)
-    _check_header(path, said, str(readme))
-    card = DatasetCardData(**{key: said[key] for key in ("configs", "dataset_info") if key in said})
-    if not card.to_dict():
-        return {}, None
-    infos: dict[str, Any] = DatasetInfosDict.from_dataset_card_data(card)
-    configs = MetadataConfigs.from_dataset_card_data(card)
-    name = configs.get_default_config_name() or next(iter(configs if configs else infos), "default")
-    if len(configs) > 1 and not configs.get_default_config_name():
-        raise DataError(
-            f"{readme} describes several data sets, and says of none that it is the default: {', '.join(configs)}."
-        )
-    features = infos[name].features if name in infos else None
-    config = configs.get(name, {})
-    features = config.get("features") or features
-    if not config:
-        return {}, features
-    root = path.resolve() / (config.get("data_dir") or "")
-    patterns = sanitize_patterns(config["data_files"]) if config.get("data_files") else get_data_patterns(str(root))
-    found = DataFilesDict.from_patterns(patterns, base_path=str(root), allowed_extensions=[*FILE_KINDS])
-    parts = {str(part): [Path(str(file)) for file in files] for part, files in found.items()}
-    _stay_inside(path, [file for files in parts.values() for file in files], str(readme))
-    if config.get("data_files") and not any(parts.values()):
-        raise DataError(f"{readme}: of the files that it names none is there that can be read.")
-    return parts, features
-
-
-def _header(readme: Path) -> dict[str, Any]:
-    """What stands between the two lines `---` at the beginning of a README."""
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    found = REGEX_YAML_BLOCK.search(text.removeprefix("\ufeff"))
-    if found is None or not re.search(r"^(configs|dataset_info):", found[2], re.MULTILINE):
-        return {}
-    try:
-        check_yaml(found[2])
-        values = yaml.safe_load(found[2])
-    except (YamlError, yaml.YAMLError, ValueError) as error:
-        line = error.line if isinstance(error, YamlError) else None
-        where = f"{readme}:{line + 1}" if line else str(readme)
-        raise DataError(f"{where}: its description cannot be read: {first_line(error)}.") from None
-    return values if isinstance(values, dict) else {}
-
-
-def _check_header(folder: Path, header: dict[str, Any], source: str, *, own: str = "") -> None:
-    """What a data set's description names as its files are plain names of files in its folder, before anybody looks
-    for them.
-
-    Args:
-        own: How names in the same repository of the hub begin, where they are written out.
-
-    Raises:
-        DataError: A name leads out, or names another way of reading.
-    """
-    configs = header.get("configs") or []
-    for config in configs if isinstance(configs, list) else [configs]:
-        if not isinstance(config, dict):
-            raise DataError(f"{source}: `configs` is no list of mappings.")
-        for name in (*_named_files(config.get("data_files")), *_named_files(config.get("data_dir"))):
-            _check_file(folder, name.removeprefix(own) if own and isinstance(name, str) else name, source)
-
-
-def _named_files(said: Any) -> Iterator[Any]:
-    """The names in `data_files`: one, several, or those of each split."""
-    if isinstance(said, list):
-        for entry in said:
-            yield from _named_files(entry)
-    elif isinstance(said, dict):
-        for value in [said["path"]] if "split" in said and "path" in said else said.values():
-            yield from _named_files(value)
-    elif said is not None:
-        yield said
-
-
-def _check_file(folder: Path, name: str, source: str) -> None:
-    """A file that a data set's description names lies in its folder, and is not hidden: hidden files are of other
-    programs, and the hash of a folder of data leaves them out.
-
-    Raises:
-        DataError: It does not, or it is.
-    """
-    inside(folder, name, kind=DataError, source=source)
-    if any(part.startswith((".", "cache-")) and part != "." for part in name.split("/")):
-        raise DataError(f"{source} names {name}, which is hidden: such files are not read. Rename it.")
-
-
-def _by_name(path: Path) -> dict[str, Any]:
-    """The parts by the names of files and folders, as `datasets` knows them: data/train-00000-of-00002.parquet,
-    train.jsonl, test/a.csv; files whose names say no part are for training."""
-    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
-
-    root = path.resolve()
-    try:
-        patterns = get_data_patterns(str(root))
-        found = DataFilesDict.from_patterns(patterns, base_path=str(root), allowed_extensions=[*FILE_KINDS])
-    except (EmptyDatasetError, FileNotFoundError):
-        found = {}
-    parts = {str(part): [Path(str(file)) for file in files] for part, files in found.items()}
-    _stay_inside(path, [file for files in parts.values() for file in files], str(path))
-    return parts
 
 
 def _only_ours(opened: Opened, path: Path, reading: Reading) -> Opened:
@@ -509,32 +389,6 @@ def _only_ours(opened: Opened, path: Path, reading: Reading) -> Opened:
     return opened
 
 
-def _check_saved(path: Path) -> None:
-    """A saved data set's own description must not lead to other files of this machine.
-
-    Raises:
-        DataError: It does, or it is damaged.
-    """
-    for file in (*path.glob("dataset_dict.json"), *path.rglob("state.json")):
-        try:
-            values = read_json(file, most_bytes=MOST_STATE_BYTES, foreign=True)
-            listed = values.get("splits") or [entry["filename"] for entry in values.get("_data_files") or []]
-            names = list(listed)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{file} is damaged.") from None
-        for name in names:
-            _check_file(file.parent, name, str(file))
-
-
-def _stay_inside(folder: Path, files: list[Path], source: str) -> None:
-    """Files that were found by a description's patterns lie in the folder, wherever links lead."""
-    root = folder.resolve()
-    for file in files:
-        if not file.is_relative_to(root):
-            raise DataError(f"{source} names {file}, which is not inside of it: only files in {folder} are read.")
-        _check_file(folder, file.relative_to(root).as_posix(), source)
-
-
 def _hub(source: str) -> Opened:
     from datasets import load_dataset_builder
     from datasets.config import HF_HUB_OFFLINE
@@ -544,7 +398,7 @@ def _hub(source: str) -> Opened:
     off = None if HF_HUB_OFFLINE else unreachable()  # where it is told to, `datasets` itself asks nobody
     try:
         _quieten()
-        _check_hub_header(name)
+        check_hub(name)
         if off is not None:
             last = name.rpartition("/")[2]
             builder: Any = Cache(None, last, config or None, repo_id=name, version="auto", hash="auto")
@@ -574,21 +428,6 @@ def _hub(source: str) -> Opened:
             f"{source} is no file or folder here, and the hub did not give it: {first_line(error)}\n"
             "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."
         ) from None
-
-
-def _check_hub_header(name: str) -> None:
-    """The description of a data set of the hub, before `datasets` looks for the files that it names."""
-    from huggingface_hub import hf_hub_download
-
-    own = f"hf://datasets/{name}/"
-    for file in ("README.md", STANDALONE):
-        try:
-            path = Path(hf_hub_download(name, file, repo_type="dataset"))
-        except Exception:  # there is none, or the hub does not give it
-            continue
-        if file == STANDALONE:
-            raise DataError(f"{name} has a {STANDALONE}, which is not read.")
-        _check_header(path.parent, _header(path), f"{name}/{file}", own=own)
 
 
 def _fetch(file: str, name: str) -> Path:

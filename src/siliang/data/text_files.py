@@ -13,6 +13,9 @@ from typing import BinaryIO, TextIO, cast
 
 from siliang.types import DataError
 
+# kinds of files of data, as `kind_of` says them
+COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
+FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *COLUMN_FILES)
 CHUNK_BYTES = 2**17
 MARKS = (  # longest first: the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
