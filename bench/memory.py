@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 from siliang.config import QuantizationConfig, RunConfig
-from siliang.distributed.sharding import all_ranks, apart, average_gradients, is_sharded, paper_ranks, shard
+from siliang.distributed.sharding import average_gradients, fake_mesh, is_sharded, rank_mesh, reshard, shard
 from siliang.engine.attach import attach
 from siliang.engine.step import Engine
 from siliang.hardware import Choice, find_device
@@ -161,7 +161,7 @@ def predict(case: Case) -> int:
     device = Device("cpu", None, "unknown", case.precision, 0, 0, here=True)
     config = MODELS[case.model][1]()
     config.num_labels = 2
-    with paper_ranks(case.ranks) as mesh:
+    with fake_mesh(case.ranks) as mesh:
         sketch = Sketch(case.config(), config, device, quantization=case.quantization, mesh=mesh)
         batches = sketch.batches(case.rows())
         return sketch.measure(batches, recomputed=sketch.layers if case.checkpointing else 0).peaks["train"].nbytes
@@ -190,7 +190,7 @@ def measure(case: Case, folder: Path) -> int:
 def _measure_rank(case: Case, saved: Path, meeting: Path, rank: int) -> int:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=case.ranks)
     try:
-        return _measure(case, saved, all_ranks(find_device()))
+        return _measure(case, saved, rank_mesh(find_device()))
     finally:
         dist.destroy_process_group()
 
@@ -212,7 +212,7 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
     if mesh is not None:
         shard(model, mesh, find_device(), trained_too=not isinstance(model, PeftModel))
     engine = Engine(model, task, packing=case.packing, checkpointing=case.checkpointing)
-    apart(model)
+    reshard(model)
     gc.collect()
     standing = sum(_bytes(t) for t in _held(model))
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from bench.command import train
 from siliang import LoraConfig, get_peft_model
 from siliang.data.collate import PadCollator
-from siliang.distributed.sharding import all_ranks, average_gradients, shard
+from siliang.distributed.sharding import average_gradients, rank_mesh, shard
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
 from siliang.types import TaskType
@@ -118,7 +118,7 @@ def _time_rank(meeting: Path, ranks: int, rank: int) -> dict[str, list[float]]:
         torch.manual_seed(0)
         config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
         model: Any = get_peft_model(AutoModelForCausalLM.from_config(llama(512, 8)), config)
-        shard(model, all_ranks(device), device, trained_too=too)
+        shard(model, rank_mesh(device), device, trained_too=too)
         engine = Engine(model, TaskType.CAUSAL_LM)
         model.train()
 

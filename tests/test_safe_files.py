@@ -16,7 +16,7 @@ from siliang import LoraConfig
 from siliang.compare.pool import read_message
 from siliang.config import DataConfig, read_yaml
 from siliang.data.load import load_examples
-from siliang.distributed.launched import asked_of_accelerate
+from siliang.distributed.launched import accelerate_strategy
 from siliang.files import damage
 from siliang.models.load import load_config
 from siliang.plan.history import known_work, remember
@@ -64,7 +64,7 @@ def test_a_stage_of_accelerate_that_is_none(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "9" * 5000)
     with pytest.raises(ConfigError, match="must be 1, 2 or 3") as refused:
-        asked_of_accelerate()
+        accelerate_strategy()
     assert len(str(refused.value)) < 200
 
 

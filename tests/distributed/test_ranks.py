@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ranked import ARGUMENTS, assert_same, changed, configured, killed, start, stopped, train_on
 
 from faults.runs import Place, make_place, run
-from siliang.distributed.sharding import paper_ranks
+from siliang.distributed.sharding import fake_mesh
 from siliang.engine.step import Engine
 from siliang.plan import find_target, plan
 from siliang.plan.before import Planner
@@ -98,7 +98,7 @@ def test_what_is_too_large_for_one_is_dealt_out(still_place: Place, tmp_path: Pa
     """Between what a whole model takes and what a share does: one device is too small, on two auto takes FSDP."""
     config = configured(still_place, tmp_path / "run", "full", max_steps=2)
     target = replace(find_target(config), beside_bytes=0, work_bytes=0)
-    with paper_ranks(2) as mesh:
+    with fake_mesh(2) as mesh:
         whole, share = (
             plan(config.with_strategy(strategy), target, mesh=mesh, timed=False).methods[0].needed_bytes
             for strategy in ("ddp", "fsdp")

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 import siliang.plan
 from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
-from siliang.distributed.sharding import paper_ranks
+from siliang.distributed.sharding import fake_mesh
 from siliang.engine.batches import StepCollator
 from siliang.hardware import Choice
 from siliang.models.weights import PIECE_BYTES
@@ -366,7 +366,7 @@ def test_on_cuda_the_host_holds_what_is_loaded(tmp_path: Path) -> None:
 
 def test_every_rank_loads_the_model_whole(tmp_path: Path) -> None:
     config = large_words(tmp_path).with_strategy("fsdp")
-    with paper_ranks(2) as mesh:
+    with fake_mesh(2) as mesh:
         found = plan(config, target(None), with_data=False, timed=False, mesh=mesh).methods[0]
     assert found.loaded_bytes < 0.6 * PARAMETERS * 4 and found.loading_bytes > PARAMETERS * 4
 

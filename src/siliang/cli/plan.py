@@ -111,7 +111,7 @@ def plan(
     if strategy is not None:
         values["distributed"] = {"strategy": strategy}
     quiet_loading()
-    from siliang.distributed.sharding import paper_ranks
+    from siliang.distributed.sharding import fake_mesh
     from siliang.plan import find_target, model_config
     from siliang.plan import plan as make
     from siliang.plan.device import shared_by
@@ -134,7 +134,7 @@ def plan(
     runs = {"": (config, names)}
     if comparison:
         runs = _runs_of(values, comparison, names if method not in (None, "all") else None, source)
-    with paper_ranks(devices) as mesh:
+    with fake_mesh(devices) as mesh:
         plans = {
             label: make(
                 run,

@@ -81,9 +81,9 @@ def train(
 
     planner, ranks = Planner(), find_ranks()
     # torchrun began all processes anew after one was lost, of which it does not tell a node whose own lived
-    if any(ranks.all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)):
-        resume = ranks.first_does(lambda: resume or (Path(config.output) / CONFIG_NAME).is_file())
-    if not ranks.first:  # one speaks for all
+    if any(ranks.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)):
+        resume = ranks.from_main(lambda: resume or (Path(config.output) / CONFIG_NAME).is_file())
+    if not ranks.is_main:  # one speaks for all
         run(config, resume=resume, force=force, planner=planner)
         return
     verdicts: list[str | None] = []

@@ -11,7 +11,7 @@ import uuid
 from siliang.terminal import pasted
 from siliang.types import RankError
 
-SAID_ENOUGH = (2, 130)  # exit codes of processes that have told their error themselves
+REPORTED = (2, 130)  # exit codes of processes that have printed their error themselves
 
 
 def launch(devices: int, arguments: list[str], folder: str) -> int:
@@ -49,7 +49,7 @@ def launch(devices: int, arguments: list[str], folder: str) -> int:
             elastic_launch(config, sys.executable)("-u", "-P", "-m", "siliang", *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if failure.exitcode in SAID_ENOUGH:
+            if failure.exitcode in REPORTED:
                 return failure.exitcode
             how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "fell over"
             raise RankError(

@@ -13,7 +13,7 @@ SWITCHES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 ZERO = "ACCELERATE_DEEPSPEED_"
 
 
-def asked_of_accelerate() -> dict[str, Any]:
+def accelerate_strategy() -> dict[str, Any]:
     """What an accelerate config asks for, as `distributed` has it; {} where it leaves that open.
 
     It is taken out of the environment: siliang shares the model out itself, and accelerate would do so once more.

@@ -1,5 +1,4 @@
-"""The processes of one training, as torchrun or accelerate started them, and the few words they exchange beside
-gradients."""
+"""The processes of one training, as torchrun or accelerate started them, and what they exchange beside gradients."""
 
 from __future__ import annotations
 
@@ -18,16 +17,21 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from siliang.distributed.launched import asked_of_accelerate
+from siliang.distributed.launched import accelerate_strategy
 from siliang.types import RankError, SiliangError, first_line
 
 T = TypeVar("T")
-GONE = re.compile(r"connection (closed|reset)|closed by peer|broken pipe|remote process|socket|timed? ?out", re.I)
+CONNECTION_LOST = re.compile(
+    r"connection (closed|reset)|closed by peer|broken pipe|remote process|socket|timed? ?out", re.I
+)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among those of its training.
+    """The place of this process among those of its training.
+
+    The collective calls below run on the CPU (gloo), so that no device waits for them. Every rank must make each of
+    them, in the same order.
 
     Attributes:
         rank: Of `size`, over all machines.
@@ -42,57 +46,57 @@ class Ranks:
     asked: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
-    def first(self) -> bool:
-        """Whether this one speaks and writes for all."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes files and prints."""
         return self.rank == 0
 
-    def all(self, value: T) -> list[T]:
-        """What each rank says, in order."""
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, in order."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=_words())
+        dist.all_gather_object(found, value, group=_cpu_group())
         return found
 
-    def numbers(self, *values: int) -> list[list[int]]:
-        """The same for a few whole numbers, which is quicker: one list a rank. No device waits for it."""
+    def gather_ints(self, *values: int) -> list[list[int]]:
+        """The integers of each rank, in order; faster than `gather`."""
         if self.size == 1:
             return [list(values)]
         found = [torch.empty(len(values), dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(found, torch.tensor(values, dtype=torch.int64), group=_words())
+        dist.all_gather(found, torch.tensor(values, dtype=torch.int64), group=_cpu_group())
         return [each.tolist() for each in found]
 
-    def first_does(self, work: Callable[[], T]) -> T:
-        """What the first rank's `work` returns, on every rank; its error, too."""
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Runs `work` on rank 0 alone, and returns its result, or raises its SiliangError, on every rank."""
         if self.size == 1:
             return work()
         box: list[Any] = [None, None]
-        if self.first:
+        if self.is_main:
             try:
                 box[0] = work()
             except SiliangError as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, group=_words())
+        dist.broadcast_object_list(box, src=0, group=_cpu_group())
         if box[1] is not None:
             raise box[1]
         return box[0]  # type: ignore[no-any-return]
 
     @contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """The first rank goes through the block before the others do: what it leaves in a cache is there for them. They
-        come to its errors by themselves."""
-        if not self.first:
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others do, which then find what it left in a cache. An error of the block is
+        raised by each rank for itself."""
+        if not self.is_main:
             self.wait()
         try:
             yield
         finally:
-            if self.first:
+            if self.is_main:
                 self.wait()
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """The ranks of a machine go through the block one after the other, whatever becomes of it."""
-        turns = max(self.all(self.local_size))
+    def one_by_one(self) -> Iterator[None]:
+        """The ranks of a machine run the block one after another, also where it raises in one of them."""
+        turns = max(self.gather(self.local_size))
         for _ in range(self.local_rank):
             self.wait()
         try:
@@ -102,22 +106,23 @@ class Ranks:
                 self.wait()
 
     def wait(self) -> None:
-        """Until all are here."""
+        """A barrier: returns when every rank has called it."""
         if self.size > 1:
-            dist.barrier(group=_words())
+            dist.barrier(group=_cpu_group())
 
 
 def find_ranks() -> Ranks:
     """Joins the other processes of this training, if there are any.
 
-    The environment of torchrun and of `accelerate launch` tells; each process then has its device, and a group.
+    torchrun and `accelerate launch` describe them in the environment. Each process then has its device and the default
+    process group.
     """
     return _alone() if int(os.environ.get("WORLD_SIZE", "1")) == 1 else _join()
 
 
 @cache
 def _alone() -> Ranks:
-    asked_of_accelerate()  # one process shares nothing
+    accelerate_strategy()  # taken out of the environment: one process shards nothing
     return Ranks()
 
 
@@ -125,7 +130,7 @@ def _alone() -> Ranks:
 def _join() -> Ranks:
     from accelerate import PartialState
 
-    asked = asked_of_accelerate()
+    asked = accelerate_strategy()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, torch.get_num_threads() // local_size)
@@ -137,17 +142,18 @@ def _join() -> Ranks:
         try:
             dist.init_process_group(backend, store=_own_store(rank, size), rank=rank, world_size=size)
         except RuntimeError as error:
-            raise RankError(f"Rank {rank} of {size} has not met the others ({_first_words(error)}).") from error
+            raise RankError(f"Rank {rank} of {size} has not met the others ({_reason(error)}).") from error
     state = PartialState(cpu=not torch.cuda.is_available())
     return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size, asked)
 
 
 def _own_store(rank: int, size: int) -> Store:
-    """A part of torchrun's store that the processes of this start have to themselves.
+    """A part of torchrun's store that belongs to this start alone.
 
-    The store outlives a restart with the addresses of dead processes in it, and the counts of restarts differ between
-    nodes (pytorch issue 135712): so every process has a name of its own, the first one's is the prefix, and who is not
-    among those that the first has met read the name of an earlier start.
+    The store survives a restart, and then holds the addresses of dead processes; the count of restarts differs between
+    nodes (pytorch issue 135712). So every process draws a name of its own, and rank 0's name is the prefix of this
+    start. Rank 0 lists the names that it has met: a process that is not among them has read the prefix of an earlier
+    start, and reads again.
     """
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     own = uuid.uuid4().hex
@@ -156,12 +162,12 @@ def _own_store(rank: int, size: int) -> Store:
         met = [store.get(f"siliang/{own}/{other}").decode() for other in range(1, size)]
         store.set(f"siliang/{own}/met", " ".join(met))
         return PrefixStore(f"siliang/{own}", store)
-    said = ""
+    announced = ""
     while True:
         first = store.get("siliang/first").decode()
-        if first != said:
+        if first != announced:
             store.set(f"siliang/{first}/{rank}", own)
-            said = first
+            announced = first
         met_key = f"siliang/{first}/met"
         if store.check([met_key]) and own in store.get(met_key).decode():
             return PrefixStore(f"siliang/{first}", store)
@@ -169,17 +175,17 @@ def _own_store(rank: int, size: int) -> Store:
 
 
 @cache
-def _words() -> Any:
-    """A group on the CPU, made by all ranks at their first word: NCCL's would make the devices wait."""
+def _cpu_group() -> Any:
+    """The group of all ranks on the CPU, made at the first collective call. NCCL's would make the devices wait."""
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 @contextmanager
-def telling_of_the_dead(where: str) -> Iterator[None]:
-    """Within the block the network's errors become one that says what happened.
+def translate_rank_errors(advice: str) -> Iterator[None]:
+    """Within the block an error of the network becomes a RankError.
 
     Args:
-        where: What was saved, and how to go on.
+        advice: What was saved, and how to resume.
 
     Raises:
         RankError: Another process of this training is gone.
@@ -188,15 +194,16 @@ def telling_of_the_dead(where: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         known = isinstance(error, SiliangError)
-        if known or not dist.is_initialized() or not (isinstance(error, dist.DistError) or GONE.search(str(error))):
+        lost = isinstance(error, dist.DistError) or CONNECTION_LOST.search(str(error))
+        if known or not dist.is_initialized() or not lost:
             raise
         raise RankError(
             f"Rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank, which was killed or cannot be "
-            f"reached ({_first_words(error)}).\n{where}"
+            f"reached ({_reason(error)}).\n{advice}"
         ) from error
 
 
-def _first_words(error: BaseException) -> str:
-    """What happened, without where in torch's code and without its advice."""
+def _reason(error: BaseException) -> str:
+    """What happened, without torch's source location and advice."""
     first = first_line(error).partition(". This ")[0]
     return re.sub(r"^\[\S+\] ", "", first)[-120:]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from siliang.distributed.sharding import apart
+from siliang.distributed.sharding import reshard
 from siliang.engine.batches import Batch
 from siliang.engine.padding import NotPackableError, find_layers
 from siliang.engine.step import Engine
@@ -73,7 +73,7 @@ def measure(
     if step is None:
         weight = float(max(sum(batch.weight for batch in batches), 1))
         step = partial(_own_step, engine, weight, autocast)
-    apart(model)
+    reshard(model)
     layers = _layers(engine, model)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr,operator]
     tracker = Tracker(block_bytes, vocabulary if engine.task is not TaskType.TOKEN_CLS else None)

@@ -28,8 +28,8 @@ from siliang.data.jinja import with_chat_template
 from siliang.data.load import Examples
 from siliang.data.tokens import TokenSet
 from siliang.disk_errors import telling
-from siliang.distributed.ranks import Ranks, find_ranks, telling_of_the_dead
-from siliang.distributed.sharding import all_ranks, is_sharded, paper_ranks, send_what_is_trained, shard
+from siliang.distributed.ranks import Ranks, find_ranks, translate_rank_errors
+from siliang.distributed.sharding import fake_mesh, ignore_frozen_in_ddp, is_sharded, rank_mesh, shard
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
@@ -130,35 +130,35 @@ def train(
     started = time.monotonic()
     ranks = find_ranks()
     listener = listener or Listener()
-    if not ranks.first:
+    if not ranks.is_main:
         listener = Listener()
     folder = Path(config.output)
     begun: Begun | None = None
     if resume:
-        begun = ranks.first_does(lambda: take_up(config, folder, listener.say, force=force))
+        begun = ranks.from_main(lambda: take_up(config, folder, listener.say, force=force))
         if begun.finished:
             assert begun.record is not None
             listener.say(f"finished   {folder} was finished before: {_steps_made(begun.record)}, nothing is left to do")
             return begun.record
         config = begun.config
-    new = not resume and ranks.first_does(lambda: claim(folder, for_run=True))
+    new = not resume and ranks.from_main(lambda: claim(folder, for_run=True))
     try:
         run = prepare(config, listener, folder, base=base, planner=planner, begun=begun, force=force)
         run.record.changed += begun.changed if begun else []
     except BaseException:
-        if new and ranks.first:
+        if new and ranks.is_main:
             remove_tree(folder)
         raise
     try:
         with (
             telling(folder),
-            telling_of_the_dead(f"What was saved is whole: {pasted('siliang', 'train', '--resume', folder)}"),
+            translate_rank_errors(f"What was saved is whole: {pasted('siliang', 'train', '--resume', folder)}"),
         ):
             return _train(run, started, checkpoint=begun.checkpoint if begun else None)
     except InterruptedRunError:
         raise
     except BaseException as error:
-        if not ranks.first:
+        if not ranks.is_main:
             raise
         run.record.status, run.record.error = "failed", first_line(error, kind=True)
         _try_to_write(run.record, folder)
@@ -193,7 +193,7 @@ class Run:
 
     def write_record(self) -> None:
         """Once, however many processes train."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             self.record.write(self.folder)
 
 
@@ -228,7 +228,7 @@ def prepare(
     precision = choose_precision(config.train.precision, device)
     if _stage(config, ranks):
         require_deepspeed(device, half=precision.autocast)
-    with ranks.first_before_others():
+    with ranks.main_first():
         subject = look_at(config, machine())
         findings = find(subject, stop_early=True)
         stop_on_errors(findings)
@@ -256,9 +256,9 @@ def prepare(
     if planner is not None:
         with torch.random.fork_rng(devices=[]):
             config, predicted = _plan(planner, config, subject, ranks, listener)
-    mesh = all_ranks(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
+    mesh = rank_mesh(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
     # in turn: the machine may not hold it whole more than once
-    with ranks.in_turn() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
+    with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         # what is saved names the base model by its whole path
         place = config.model_copy(update={"model": absolute(config.model)})
         model = base(place, examples.labels, tokenizer, dtype=weight_dtype(method, precision), device=device)
@@ -278,7 +278,7 @@ def prepare(
             f"           Adam's eps is {precision.adam_eps:g}, at some cost of stability: "
             f"the usual {TrainingArguments.adam_epsilon:g} is 0 in fp16, and would divide by zero"
         )
-    files, data_files = ranks.first_does(lambda: hashes(config))
+    files, data_files = ranks.from_main(lambda: hashes(config))
     adjusted = differences(asked.model_dump(mode="json"), config.model_dump(mode="json"))
     record = Record(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -360,8 +360,8 @@ def _plan(
     if stage := _stage(config, ranks):
         listener.say(f"memory     what a rank takes under ZeRO-{stage} is not planned")
         return config, Predicted()
-    with paper_ranks(ranks.size) as mesh:
-        return ranks.first_does(lambda: planner(config, subject, listener.say, mesh))
+    with fake_mesh(ranks.size) as mesh:
+        return ranks.from_main(lambda: planner(config, subject, listener.say, mesh))
 
 
 def _check_best(config: RunConfig, held_out: int) -> None:
@@ -381,7 +381,7 @@ def _check_best(config: RunConfig, held_out: int) -> None:
 def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
     config, record, folder = run.config, run.record, run.folder
     t = config.train
-    if run.ranks.first:
+    if run.ranks.is_main:
         write_config(folder, config.resolved())
     run.write_record()
     limits = Limits(
@@ -413,7 +413,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
             record.seconds.eval = round(time.perf_counter() - start, 3)
         _measured(record.memory, memory)
         if run.ranks.size > 1:
-            record.memory.peak_bytes_by_rank = run.ranks.all(record.memory.peak_bytes)
+            record.memory.peak_bytes_by_rank = run.ranks.gather(record.memory.peak_bytes)
             record.memory.peak_bytes = max(record.memory.peak_bytes_by_rank)
     trainer.engine.close()
     if record.steps and record.steps[-1].loss is not None:
@@ -422,7 +422,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
         record.final["train_loss"] = losses[-1]
     weights = whole_weights(run.model) if is_dealt_out(run.model) else None
     with adapter_together(run.model):
-        record.parameters.adapter_bytes = run.ranks.first_does(lambda: _save(run, weights))
+        record.parameters.adapter_bytes = run.ranks.from_main(lambda: _save(run, weights))
     run.listener.trained(run)
     record.status = "completed"
     run.write_record()
@@ -464,7 +464,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     if stage == 3:
         put_together_by_layer(run.model)
     elif run.ranks.size > 1 and not stage and not is_sharded(run.model):
-        send_what_is_trained(run.model)
+        ignore_frozen_in_ddp(run.model)
     run.model.to(find_device())
     engine = Engine(
         run.model,

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training
-from siliang.distributed.sharding import apart, is_sharded, set_whole, whole
+from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard
 from siliang.distributed.zero import is_dealt, together, unheard
 from siliang.files import damage, remove, sweep
 from siliang.models.save import save_config
@@ -105,13 +105,13 @@ def adapter_together(model: Any, *, changing: bool = False) -> Iterator[None]:
 
 def _whole(tensor: Tensor) -> Tensor:
     with together([tensor]):  # which are dealt out again behind the block
-        found = whole(tensor.detach()).cpu().contiguous()
+        found = full_tensors(tensor.detach()).cpu().contiguous()
         return found.clone() if is_dealt(tensor) else found
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and lasting buffers by name, a tied weight once; dealt out, if they are."""
-    apart(model)
+    reshard(model)
     named, saved = {**dict(model.named_parameters()), **dict(model.named_buffers())}, set(model.state_dict())
     return {name: t for name, t in named.items() if name in saved}
 
@@ -141,7 +141,7 @@ def read_weights(folder: Path, model: nn.Module) -> None:
     assert weights.keys() == tensors.keys(), weights.keys() ^ tensors.keys()
     for name, tensor in tensors.items():
         with together([tensor], changing=True):
-            set_whole(tensor, weights[name])
+            copy_full(tensor, weights[name])
 
 
 # ---- state ----

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from siliang.disk_errors import telling
 from siliang.distributed import zero
 from siliang.distributed.ranks import Ranks
-from siliang.distributed.sharding import average_gradients, dealt, gradients_stay, is_sharded, whole
+from siliang.distributed.sharding import average_gradients, full_tensors, is_sharded, no_sync, shard_optimizer_state
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.evaluate import Sums, evaluate
 from siliang.engine.step import Engine
@@ -94,7 +94,7 @@ class SiliangTrainer(Trainer):
     ) -> None:
         self._order, self.ranks, self._held_out = order, ranks, held_out
         super().__init__(*args, **kwargs)
-        if not ranks.first:
+        if not ranks.is_main:
             torch.manual_seed(self.args.seed + ranks.rank)  # each rank draws its own dropout
         if is_sharded(self.model):  # type: ignore[arg-type]
             # it is what accelerate would make of it; on CPUs accelerate knows no FSDP, and would wrap it in DDP
@@ -145,7 +145,7 @@ class SiliangTrainer(Trainer):
         def unsynced() -> Any:
             if self.is_deepspeed_enabled:
                 return zero.batches_to_come(self.accelerator)
-            return gradients_stay(model) if sharded else self.accelerator.no_sync(model)
+            return no_sync(model) if sharded else self.accelerator.no_sync(model)
 
         loss = self.engine.run(
             model,
@@ -164,7 +164,7 @@ class SiliangTrainer(Trainer):
         tokens; the step's tokens)."""
         counted = [batch for batch in batches if batch.weight]
         own = sum(b.weight for b in counted), sum(b.tokens for b in counted)
-        weights, tokens = zip(*self.ranks.numbers(*own), strict=True)
+        weights, tokens = zip(*self.ranks.gather_ints(*own), strict=True)
         return max(sum(weights), 1) / self.ranks.size, sum(tokens)
 
     def _as_many(self, batches: list[Batch]) -> list[Batch]:
@@ -172,7 +172,7 @@ class SiliangTrainer(Trainer):
         one with the most."""
         if not is_sharded(self.model) and not self.is_deepspeed_enabled:  # type: ignore[arg-type]
             return batches
-        missing = max(n for (n,) in self.ranks.numbers(len(batches))) - len(batches)
+        missing = max(n for (n,) in self.ranks.gather_ints(len(batches))) - len(batches)
         # in front: the last batch is the one whose gradients are sent
         return [min(batches, key=lambda batch: batch.tokens).ghost()] * missing + batches
 
@@ -263,13 +263,13 @@ class SiliangTrainer(Trainer):
             autocast=lambda: self.accelerator.autocast(),
             as_many=self._as_many,
         )
-        return Sums.of(ranks.all(own))
+        return Sums.of(ranks.gather(own))
 
     # ---- between the steps ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The Trainer asks for it right before the optimiser's step, which a bad gradient must not reach."""
-        norm: Any = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        norm: Any = full_tensors(super()._get_grad_norm(model, grad_norm=grad_norm))
         step = self.state.global_step + 1
         if self._skips and (trouble := self.guard.passes_over(step, norm)):
             for p in model.parameters():
@@ -287,7 +287,7 @@ class SiliangTrainer(Trainer):
             self.guard.see_step(self._guarded, grad_norm)
         waits = self.control.should_log or self.control.should_save or self.control.should_evaluate
         if (waits or self.args.device.type == "cpu") and (trouble := self.guard.look()):
-            trouble = replace(trouble, rows=tuple(row for rows in self.ranks.all(trouble.rows) for row in rows))
+            trouble = replace(trouble, rows=tuple(row for rows in self.ranks.gather(trouble.rows) for row in rows))
             raise self._handlers.on_trouble(trouble)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
@@ -302,7 +302,7 @@ class SiliangTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Ours, in the place of the Trainer's, which pickles and has no manifest."""
-        state = whole(self._whole_state())
+        state = full_tensors(self._whole_state())
         asked = self.args.should_save or is_dealt_out(self.model)  # type: ignore[arg-type]
         weights = whole_weights(self.model) if asked else {}
         started = time.perf_counter()
@@ -326,7 +326,7 @@ class SiliangTrainer(Trainer):
             "optimizer": self._optimizer_state(),
             "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "random": self.ranks.all(random_state()),
+            "random": self.ranks.gather(random_state()),
             "since_log": {"loss": float(self._tr_loss), "step": self._globalstep_last_logged},
             "tokens_trained": self.tokens_trained,
             "guard": self.guard.state(),
@@ -374,7 +374,7 @@ class SiliangTrainer(Trainer):
             groups = self.optimizer.param_groups  # type: ignore[union-attr]
             parameters = [p for group in groups for p in group["params"]]
             check_optimizer(state, self.optimizer.state_dict(), parameters, path)  # type: ignore[union-attr]
-            self.optimizer.load_state_dict(dealt(zero.without_weights(state), parameters))  # type: ignore[union-attr]
+            self.optimizer.load_state_dict(shard_optimizer_state(zero.without_weights(state), parameters))  # type: ignore[union-attr]
         check_like(self._resumed["scheduler"], self.lr_scheduler.state_dict(), "scheduler", path)  # type: ignore[union-attr]
         self.lr_scheduler.load_state_dict(self._resumed["scheduler"])  # type: ignore[union-attr]
 

@@ -121,7 +121,7 @@ class Watcher(TrainerCallback):
         late = limits.stop_at is not None and time.monotonic() + self._reserve_s() >= limits.stop_at
         votes = saves, self._stop.is_set(), late
         if self.trainer is not None:  # what one rank wants, all do, in the same step
-            votes = tuple(map(any, zip(*self.trainer.ranks.numbers(*votes), strict=True)))
+            votes = tuple(map(any, zip(*self.trainer.ranks.gather_ints(*votes), strict=True)))
         saves, told, late = votes
         if saves:
             control.should_save = True
