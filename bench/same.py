@@ -2,7 +2,8 @@
 
 `make same COMMIT=main` trains each run with the working tree and with the commit, on the same files and compares hashes
 of what was saved, the losses of each step and the figures at the end. A change that should not alter results passes
-before it is committed. The runs are started by the command alone, whose settings both states know.
+before it is committed. The runs are started by the command alone, whose settings both states know. What a commit gave
+is kept in .venv/same, so that each of its runs is trained once.
 
     python -m bench.same COMMIT                       all runs; exit code 1 where one differs
     python -m bench.same COMMIT --only lora resumed   some of them
@@ -14,15 +15,19 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 import yaml
 from every_task import make_models, rows_of  # pyright: ignore[reportMissingImports]  # of tests/
 from tiny import write_jsonl  # pyright: ignore[reportMissingImports]
@@ -66,15 +71,15 @@ def main() -> int:
         runs = {k: v for k, v in make_runs(folder).items() if not arguments.only or k in arguments.only}
         if not runs:
             parser.error(f"there are the runs {', '.join(make_runs(folder))}")
-        found = {}
-        for side, tree in (("there", other), ("here", ROOT)):
-            started = time.perf_counter()
-            found[side] = train_all(runs, tree, folder / side)
-            print(f"{side:6} {len(runs)} runs in {time.perf_counter() - started:.0f} s", flush=True)
-    differing = [name for name in runs if found["here"][name] != found["there"][name]]
+        kept = Kept.of(folder, other)
+        missing = {name: values for name, values in runs.items() if kept.find(name, values) is None}
+        kept.add(missing, _timed("there", missing, other, folder))
+        here = _timed("here", runs, ROOT, folder)
+        there = {name: kept.find(name, values) or {} for name, values in runs.items()}
+    differing = [name for name in runs if here[name] != there[name]]
     for name in differing:
-        here, there = found["here"][name], found["there"][name]
-        parts = sorted(part for part in here.keys() | there.keys() if here.get(part) != there.get(part))
+        names = here[name].keys() | there[name].keys()
+        parts = sorted(part for part in names if here[name].get(part) != there[name].get(part))
         print(f"{name}: other {', '.join(parts)}")
     print(f"same   {len(runs) - len(differing)} of {len(runs)} runs are the same bits as at {arguments.commit}")
     return 1 if differing else 0
@@ -115,14 +120,62 @@ def make_runs(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: values | {"accept": ["SL002", "SL003", "SL041", "SL042"]} for name, values in runs.items()}
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The hashes of a commit's runs, in a file for each run.
+
+    Attributes:
+        inputs: Hash of what the runs read, of the commit, the versions and the processor.
+        place: The temporary folder of the runs, whose name is no part of their settings.
+    """
+
+    inputs: str
+    place: str
+    folder: Path = ROOT / ".venv/same"
+
+    @classmethod
+    def of(cls, place: Path, tree: Path) -> Kept:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, check=True, capture_output=True, text=True)
+        capability = torch.backends.cpu.get_cpu_capability()
+        parts = [commit.stdout, torch.__version__, transformers.__version__, capability, platform.processor()]
+        parts += [_hash(path.read_bytes()) for path in sorted(place.rglob("*")) if path.is_file()]
+        return cls(_hash("\n".join(parts)), str(place))
+
+    def find(self, name: str, values: dict[str, Any]) -> dict[str, str] | None:
+        file = self._file(name, values)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def add(self, runs: dict[str, dict[str, Any]], found: dict[str, dict[str, str]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, values in runs.items():
+            file = self._file(name, values)
+            temporary = file.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(found[name]), encoding="utf-8")
+            temporary.replace(file)
+
+    def _file(self, name: str, values: dict[str, Any]) -> Path:
+        settings = json.dumps(values, sort_keys=True).replace(self.place, "")
+        return self.folder / f"{name}-{_hash(self.inputs + settings)[:16]}.json"
+
+
+def _timed(side: str, runs: dict[str, dict[str, Any]], tree: Path, folder: Path) -> dict[str, dict[str, str]]:
+    started = time.perf_counter()
+    found = train_all(runs, tree, folder / side)
+    print(f"{side:6} {len(runs)} runs in {time.perf_counter() - started:.0f} s", flush=True)
+    return found
+
+
 def train_all(runs: dict[str, dict[str, Any]], tree: Path, folder: Path) -> dict[str, dict[str, str]]:
     """Trains with the siliang of that tree; returns the hashes of each run."""
     folder.mkdir()
+    if not runs:
+        return {}
     alone = [name for name in runs if name not in (*RANKS, KILLED)]
     for name, values in runs.items():
         text = yaml.safe_dump(values | {"output": str(folder / name)})
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-    _run(tree, folder, "-c", _ALL, *(str(folder / f"{name}.yaml") for name in alone))
+    if alone:
+        _run(tree, folder, "-c", _ALL, *(str(folder / f"{name}.yaml") for name in alone))
     for name in [name for name in RANKS if name in runs]:
         _run(tree, folder, "-m", "siliang", "train", str(folder / f"{name}.yaml"), "--devices", "2")
     if KILLED in runs:
