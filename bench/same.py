@@ -55,10 +55,11 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "qlora": {"quantization": {"bits": 4, "type": "nf4", "double": True}},
     "dora": {"method": {"name": "lora", "r": 4, "use_dora": True}},
     "rslora-pissa": {"method": {"name": "lora", "r": 4, "use_rslora": True, "init_lora_weights": "pissa"}},
-    "best": {"train": {"best": "eval_loss", "save_every": 4}},
+    "best": {"train": {"best": "loss", "save_every": 7}},
 }
 RANKS = {"ddp": {"name": "lora", "r": 4}, "fsdp": {"name": "full"}}  # on two processes
 KILLED = "resumed"
+FAILED = {"": "it failed"}
 
 
 def main() -> int:
@@ -76,11 +77,11 @@ def main() -> int:
         kept.add(missing, _timed("there", missing, other, folder))
         here = _timed("here", runs, ROOT, folder)
         there = {name: kept.find(name, values) or {} for name, values in runs.items()}
-    differing = [name for name in runs if here[name] != there[name]]
+    differing = [name for name in runs if here[name] != there[name] or here[name] == FAILED]
     for name in differing:
         names = here[name].keys() | there[name].keys()
         parts = sorted(part for part in names if here[name].get(part) != there[name].get(part))
-        print(f"{name}: other {', '.join(parts)}")
+        print(f"{name}: " + (f"other {', '.join(parts)}" if parts else "failed on both sides"))
     print(f"same   {len(runs) - len(differing)} of {len(runs)} runs are the same bits as at {arguments.commit}")
     return 1 if differing else 0
 
@@ -162,6 +163,8 @@ def _timed(side: str, runs: dict[str, dict[str, Any]], tree: Path, folder: Path)
     started = time.perf_counter()
     found = train_all(runs, tree, folder / side)
     print(f"{side:6} {len(runs)} runs in {time.perf_counter() - started:.0f} s", flush=True)
+    if FAILED in found.values():
+        print("\n".join((folder / side / "log").read_text(encoding="utf-8").splitlines()[-20:]), file=sys.stderr)
     return found
 
 
@@ -187,7 +190,7 @@ def train_all(runs: dict[str, dict[str, Any]], tree: Path, folder: Path) -> dict
 def hashes(run: Path) -> dict[str, str]:
     """Of what a run saved and measured, but for times, memory and names of folders."""
     if not (run / "run.json").exists():
-        return {"": "it failed"}
+        return FAILED
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     kept = ("step", "loss", "eval_loss", "metrics", "grad_norm", "learning_rate")
     steps = [{name: step[name] for name in kept} for step in record["steps"]]
