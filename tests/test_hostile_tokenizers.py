@@ -5,13 +5,15 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import word_tokenizer
+from tiny import make, word_tokenizer
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from siliang import PromptTuningConfig, get_peft_model
 from siliang.config import DataConfig
 from siliang.data import tokens
 from siliang.data.examples import Text
@@ -40,7 +42,7 @@ def sequence(*rules: Any, of: str = "normalizers") -> dict[str, Any]:
         ),
         ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "y" * 100}}, "101 characters of one"),
         ({"decoder": sequence(*[REPLACE] * 26, of="decoders")}, "67,108,864 characters of one"),
-        ({"normalizer": sequence(*[{"type": "NFD"}] * 2000)}, "more than 1,000 rules"),
+        ({"normalizer": sequence(*[{"type": "NFD"}] * 2000)}, "more than 100 rules"),
         ({"normalizer": sequence({"type": "Prepend", "prepend": "y" * 10**5})}, "more than 20,000 characters"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "more than 100 bytes for one"),
         (
@@ -91,6 +93,21 @@ def test_rules_that_make_much_of_little(
     (folder / "tokenizer.json").write_text(json.dumps(WORDS | changed))
     with pytest.raises(ModelError, match=rf"tokenizer.json cannot be used: .*{why}"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_the_tokenizer_that_an_adapters_prompt_names(
+    with_model: bool, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders["llama"], folder)
+    (folder / "tokenizer.json").write_text(json.dumps(WORDS | {"normalizer": sequence(*[REPLACE] * 26)}))
+    if not with_model:
+        (folder / "config.json").unlink()
+    text: dict[str, Any] = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "aaa", "num_virtual_tokens": 2}
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, tokenizer_name_or_path=str(folder), **text)
+    with pytest.raises(ModelError, match=r"tokenizer.json cannot be used: .*67,108,864 characters of one"):
+        get_peft_model(make("llama"), config)
 
 
 @pytest.mark.parametrize("unknown", ["x", None])
@@ -174,7 +191,12 @@ def test_in_time() -> None:
     assert in_time(lambda: 5, 60) == 5
     with pytest.raises(ZeroDivisionError):
         in_time(lambda: 1 // 0, 60)
+    assert in_time(lambda: time.sleep(0.5), 0.1) is None  # a busy machine is no reason: it has computed nothing
+
+
+@pytest.mark.parametrize("endless", ["time.sleep(600)", "[0 for _ in iter(int, 1)]"])
+def test_what_takes_too_long(endless: str) -> None:
     code = "import time\nfrom siliang.limits import LimitError, in_time\n"
-    code += "try:\n    in_time(lambda: time.sleep(600), 0.1)\nexcept LimitError as error:\n    print(error)"
+    code += f"try:\n    in_time(lambda: {endless}, 0.1)\nexcept LimitError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "it takes too long\n", "")

@@ -22,6 +22,7 @@ from tiny import WORDS, write_jsonl
 from siliang import run_folder
 from siliang.cli.main import main
 from siliang.data.hashes import base_files
+from siliang.files import seal
 from siliang.record import Record
 from siliang.run_folder import changed_base, open_run
 from siliang.types import ConfigError
@@ -425,6 +426,21 @@ def test_a_checkpoint_is_used_as_a_run(world: World, run: Command, monkeypatch: 
     assert "It holds an adapter alone" in run("eval", "alone", code=2)
     shutil.rmtree(world.run / "adapter")
     assert "use what was saved last: run/checkpoints/checkpoint-6" in run("eval", "run", code=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_run_that_learned_no_number(
+    value: float, world: World, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.folder)
+    file = world.run / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "lora_B" in name)
+    weights[name].view(-1)[0] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    seal(world.run / "adapter")
+    for command in (("generate", "run", "say film"), ("eval", "run"), ("merge", "run", "merged")):
+        assert "is not finite" in run(*command, code=2)
 
 
 def test_a_fully_tuned_run_needs_no_base(world: World, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:

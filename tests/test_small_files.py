@@ -296,6 +296,7 @@ def test_none_of_them_takes_memory(tmp_path: Path) -> None:
         {"intermediate_size": 10**30},
         {"num_attention_heads": 10**8},
         {"head_dim": 10**9},
+        {"head_dim": 10**6},
         {"max_position_embeddings": 10**12},
         {"text_config": {"num_hidden_layers": 10**7}},
         {"hidden_sizes": [1, 10**9]},
@@ -305,6 +306,13 @@ def test_none_of_them_takes_memory(tmp_path: Path) -> None:
 def test_configs_of_base_models(values: dict[str, Any], model_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = changed_model(model_folders["llama"], tmp_path / "model", values)
     with pytest.raises(ModelError, match=r"config.json: .*(at most|layers of)"):
+        load_config(str(folder))
+
+
+def test_a_list_of_ends_without_end(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed_model(model_folders["llama"], tmp_path / "model", {})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(100_000))}))
+    with pytest.raises(ModelError, match=r"generation_config.json: eos_token_id has 100,000 entries: at most 50,000"):
         load_config(str(folder))
 
 

@@ -31,7 +31,7 @@ MOST_GROWTH = 32  # characters that are made of one: Unicode's own forms make 18
 MOST_PADDING = 2**20
 MOST_ADDED = 100_000
 MOST_NUMBER = 2**24  # of a token: the library makes a list of all numbers up to the largest
-MOST_RULES = 1_000
+MOST_RULES = 100  # known tokenizers have a dozen
 MOST_PATTERN = 20_000  # characters
 PROBES = tuple(
     [

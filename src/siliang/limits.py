@@ -28,6 +28,7 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 SECONDS = 4.0  # of computing for one request
+PATTERN_SECONDS = 1.5  # for patterns of module names, which take milliseconds, and come in several requests
 WAIT = 2 if sys.platform == "win32" else 10  # times as long on the clock: the machine may be busy with other things
 START_SECONDS = 60.0
 MOST_BYTES = 2**30  # of an answer
@@ -269,8 +270,12 @@ def in_time(function: Callable[[], T], seconds: float) -> T:
 
     It runs in a thread that is left alone where it takes too long, and goes with this process.
 
+    Args:
+        function: What is waited for. This process computes little else meanwhile.
+        seconds: Of computing, by all threads of this process; WAIT times as many on the clock.
+
     Raises:
-        LimitError: It takes longer than `seconds` on the clock.
+        LimitError: It takes longer.
         RefusedError: It ended in an error of the tokenizers library, whose kind is no Exception.
     """
     results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
@@ -282,10 +287,14 @@ def in_time(function: Callable[[], T], seconds: float) -> T:
             results.put((None, error))
 
     threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
-    try:
-        result, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeLimitError("it takes too long") from None
+    computed, until = time.process_time() + seconds, time.monotonic() + WAIT * seconds
+    while True:
+        try:
+            result, error = results.get(timeout=min(0.5, seconds))
+            break
+        except queue.Empty:
+            if time.process_time() > computed or time.monotonic() > until:
+                raise TimeLimitError("it takes too long") from None
     if error is not None and type(error).__name__ == "PanicException":
         raise RefusedError(str(error))
     if error is not None:
@@ -299,4 +308,4 @@ def match(patterns: Iterable[str], texts: Sequence[str], *, whole: bool) -> list
     Raises:
         LimitError: It takes too much time or memory.
     """
-    return _PROCESS.call("match", list(patterns), texts, whole)
+    return _PROCESS.call("match", list(patterns), texts, whole, seconds=PATTERN_SECONDS)

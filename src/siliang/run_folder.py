@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from siliang.checkpoint import read_adapter
 from siliang.config import RunConfig, read_yaml
 from siliang.data.hashes import base_files, is_loaded_beside, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
@@ -24,6 +26,7 @@ from siliang.peft_model import PeftModel
 from siliang.record import RECORD_NAME, File, Record
 from siliang.run_settings import has_template_file, in_words, misplaced_settings
 from siliang.safe_yaml import dump_yaml
+from siliang.secrets import shortened
 from siliang.terminal import pasted
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, OutputError, TaskType
 
@@ -334,9 +337,25 @@ def open_trained(
                 p.requires_grad_(False)
     else:
         model = load_model(str(trained.weights), config.task, dtype=dtype, labels=record.labels)
+    _check_finite(trained, model)
     if not (quantised and config.quantization):
         model.to(device or torch.device("cpu"))
     return OpenedRun(trained.folder, config, record, model.eval(), tokenizer, trained, precision)
+
+
+def _check_finite(trained: TrainedRun, model: nn.Module) -> None:
+    """What was trained holds numbers: with a NaN in it, a model answers with an empty text, and measures nothing.
+
+    Raises:
+        AdapterError: It does not.
+    """
+    found = read_adapter(trained.weights).items() if trained.has_adapter else model.named_parameters()
+    for name, tensor in found:
+        if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
+            raise AdapterError(
+                f"{trained.weights}: {shortened(name, 80)} is not finite (NaN or infinite): this model cannot answer."
+                "\nUse an earlier checkpoint of the run, or train again with a lower learning rate."
+            )
 
 
 def load_run_tokenizer(trained: TrainedRun) -> Any:

@@ -109,11 +109,13 @@ def train(
 
 def _check_code(config: Any) -> None:
     """A model's own code is allowed before many processes begin, none of which may ask."""
-    path = Path(config.model) / "config.json"
-    if path.is_file() and b"auto_map" in path.read_bytes():
+    from siliang.hub import find_file
+
+    path = find_file(config.model, "config.json", config.revision)
+    if path is not None and b"auto_map" in path.read_bytes():
         from siliang.models.own_code import find_own_code
 
-        if (code := find_own_code(config.model)) is not None:
+        if (code := find_own_code(config.model, config.revision)) is not None:
             code.check_allowed()
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # slow to import
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
 PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
 BATCH = 500
-SECONDS, CHARACTERS_A_SECOND = 20.0, 5_000  # for tokens, at the least: any tokenizer makes a hundred times as many
+SECONDS, CHARACTERS_A_SECOND = 6.0, 5_000  # for tokens, at the least: any tokenizer makes a hundred times as many
 
 INT, INTS = "a number", "a list of numbers"
 COLUMNS = {

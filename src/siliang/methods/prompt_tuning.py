@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from siliang.hub import only_cached
+from siliang.limits import SECONDS, RefusedError, in_time
 from siliang.methods.base import Prompt, PromptConfig
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, PeftType
@@ -84,7 +85,7 @@ class PromptTuningConfig(PromptConfig):
         return prompt
 
     def _text_ids(self) -> list[int]:
-        from transformers import AutoTokenizer
+        from siliang.models.load import load_tokenizer_alone  # only this start reads a file of a model
 
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
         if (strange := next((key for key in settings if key not in TOKENIZER_SETTINGS), None)) is not None:
@@ -93,9 +94,13 @@ class PromptTuningConfig(PromptConfig):
                 f"{', '.join(TOKENIZER_SETTINGS)}."
             )
         assert self.tokenizer_name_or_path is not None
-        settings |= {"local_files_only": only_cached(self.tokenizer_name_or_path)}
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, trust_remote_code=False, **settings)
-        ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
+        tokenizer = load_tokenizer_alone(self.tokenizer_name_or_path, settings)
+        try:
+            ids = in_time(partial(tokenizer, self.prompt_tuning_init_text), SECONDS)["input_ids"]
+        except RefusedError as error:
+            raise ConfigError(
+                f"{self.tokenizer_name_or_path}: its tokenizer makes no tokens of prompt_tuning_init_text: {error}."
+            ) from None
         if not ids:
             raise ConfigError(f"prompt_tuning_init_text = {self.prompt_tuning_init_text!r} has no tokens.")
         return (ids * (self.rows // len(ids) + 1))[: self.rows]

@@ -346,6 +346,33 @@ def _no_tokenizer(name: str, files: tuple[str, ...]) -> str:
     )
 
 
+def load_tokenizer_alone(name: str, settings: dict[str, Any]) -> Any:
+    """The tokenizer that an adapter's config names, whose folder need hold no model. It runs no code of its own.
+
+    Args:
+        name: A folder, or a name on the hub.
+        settings: For AutoTokenizer.from_pretrained.
+
+    Raises:
+        ModelError: It cannot be loaded, or asks for too much.
+    """
+    folder, revision = Path(name), settings.get("revision")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        check_links(folder, ModelError)
+    else:
+        _check_folder(name, revision)
+    try:
+        check_tokenizer(name, revision)
+        aside = check_tokenizer_names(name, revision)
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=only_cached(name), **settings, **aside
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(_why_not(name, error, what="tokenizer")) from error
+
+
 def _check_folder(name: str, revision: str | None = None) -> None:
     path = Path(name)
     if path.is_dir():
@@ -357,6 +384,8 @@ def _check_folder(name: str, revision: str | None = None) -> None:
         if not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
         check_counts(values, config)
+        if (generation := path / "generation_config.json").is_file():
+            check_counts(read_config(generation), generation)
         check_names(path)
         check_files(path)
     elif path.is_file():

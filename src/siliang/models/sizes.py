@@ -18,7 +18,8 @@ LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"(^|_)(num|n)_\w*heads?$"), 2**16),
     (re.compile(r"(^|_)(num|n)_\w*experts?$"), 4096),
     (re.compile(r"(^|_)n(um)?_\w*(layers?|blocks?|stages?)$|_layers$|^depths?$"), 1000),
-    (re.compile(r"(size|dim|embd|inner|d_model|d_ff|d_kv|rank|width|channels)s?$"), 2**24),
+    (re.compile(r"(head_dim|head_size|d_kv)$"), 2**14),
+    (re.compile(r"(size|dim|embd|inner|d_model|d_ff|rank|width|channels)s?$"), 2**24),
     (re.compile(r"(positions?|position_embeddings|n_ctx|seq_length)$"), 2**28),
 )
 MOST_ENTRIES = 50_000  # of a list or a mapping, such as labels
