@@ -439,7 +439,7 @@ def test_a_run_that_learned_no_number(
     weights[name].view(-1)[0] = value
     save_file(weights, file, metadata={"format": "pt"})
     seal(world.run / "adapter")
-    for command in (("generate", "run", "say film"), ("eval", "run"), ("merge", "run", "merged")):
+    for command in (("generate", "run", "say film"), ("eval", "run"), ("merge", "run", "--output", "merged")):
         assert "is not finite" in run(*command, code=2)
 
 
