@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.workloads import ON_CPU, ON_CUDA, WORKLOADS
-from siliang.config import assign
+from siliang.config import RunConfig, assign
 
 
 def main() -> int:
@@ -45,7 +45,7 @@ def main() -> int:
             print(f"bench: {peer} is not installed, and is left out: pip install 'siliang[bench]'")
     extra: dict[str, Any] = {}
     for assignment in options.set:
-        assign(extra, assignment)
+        assign(extra, assignment, RunConfig)
     plan = Plan(
         rounds=options.rounds,
         steps=options.steps,

@@ -31,13 +31,14 @@ from siliang.compare.config import CompareConfig
 from siliang.compare.record import COMPARISON_NAME, Comparison, Trial
 from siliang.compare.trials import find_entry, run_config, test_trials
 from siliang.compare.verdict import QUALITY
-from siliang.config import RunConfig, assign, read_yaml
+from siliang.config import RunConfig, assign
 from siliang.data.collate import PadCollator
 from siliang.data.tokens import TokenSet
 from siliang.hardware import find_device
 from siliang.methods import find_method
 from siliang.record import Record
 from siliang.run_folder import load_base
+from siliang.safe_yaml import read_yaml
 from siliang.train import metrics
 from siliang.types import TaskType
 
@@ -62,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     values = read_yaml(options.settings)
     for assignment in options.set:
-        assign(values, assignment)
+        assign(values, assignment, RunConfig)
     config = CompareConfig.build(values, source=str(options.settings))
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "results.jsonl"

@@ -28,13 +28,14 @@ from safetensors.torch import save
 
 from faults.runs import Place
 from siliang import LoraConfig, PeftModel, get_peft_model
-from siliang.config import RunConfig, read_yaml
+from siliang.config import RunConfig
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
 from siliang.data.load import load_examples
 from siliang.models.load import load_tokenizer
 from siliang.record import Record
+from siliang.safe_yaml import read_yaml
 from siliang.types import SiliangError, TaskType
 
 HANG_S = 20

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from siliang.config import RunConfig, assign, describe, read_yaml
-from siliang.safe_yaml import parse_yaml
+from siliang.config import LAYOUTS, RunConfig, assign, describe
+from siliang.data.formats import FORMATS
+from siliang.safe_yaml import parse_yaml, read_yaml
 from siliang.types import ConfigError
 
 LEAST = {"model": "m", "task": "seq_cls", "data": {"train": "d.csv"}, "output": "o"}
@@ -14,7 +15,7 @@ LEAST = {"model": "m", "task": "seq_cls", "data": {"train": "d.csv"}, "output": 
 def changed(*assignments: str) -> dict[str, object]:
     values = {k: dict(v) if isinstance(v, dict) else v for k, v in LEAST.items()}
     for assignment in assignments:
-        assign(values, assignment)
+        assign(values, assignment, RunConfig)
     return values
 
 
@@ -88,6 +89,8 @@ def test_missing_settings() -> None:
         ("output=nan", "nan"),
         ("output=123", "123"),
         ("output=2024-01-01", "2024-01-01"),
+        ("data.train=2024", "2024"),
+        ("data.template=chat", "chat"),
         ("revision=null", None),
         ("train.learning_rate=1e-3", 1e-3),
         ("train.learning_rate=5E-4", 5e-4),
@@ -170,11 +173,11 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["train.epochs", "=1", "model.name=1"])
 def test_no_assignment(text: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
-        assign({"model": "m"}, text)
+        assign({"model": "m"}, text, RunConfig)
 
 
 def test_every_setting_is_explained() -> None:
-    for name, kind, _, meaning in describe():
+    for name, kind, _, meaning in describe(RunConfig):
         assert meaning, name
         assert kind, name
 
@@ -194,3 +197,31 @@ def test_what_is_no_memory_budget(value: object) -> None:
     with pytest.raises(ConfigError, match=r"train\.memory_budget.* 12GB") as caught:
         RunConfig.build({**LEAST, "train": {"memory_budget": value}})
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("8h", 28800.0), ("1h30m", 5400.0), ("1:30:00", 5400.0), (90, 90.0), (0.5, 0.5), (None, None)],
+)
+def test_a_time_is_a_number_once_it_is_parsed(value: object, seconds: object) -> None:
+    config = RunConfig.build({**LEAST, "train": {"max_time": value}})
+    assert config.train.max_time == seconds and type(config.train.max_time) is type(seconds)
+    assert RunConfig.build(read_yaml_text(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("value", ["soon", "0h", 0, -1, True, [1], float("inf"), float("nan")])
+def test_what_is_no_time(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_time.* 8h") as caught:
+        RunConfig.build({**LEAST, "train": {"max_time": value}})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_layout_is_read_and_there_is_one_list_of_them() -> None:
+    assert set(FORMATS) == set(LAYOUTS)
+    for layout in ("auto", *LAYOUTS):
+        RunConfig.build(changed(f"data.format={layout}"))
+
+
+def test_what_is_no_number_of_layers() -> None:
+    with pytest.raises(ConfigError, match=r"method\.layers_to_transform = \['a', 'b'\]"):
+        RunConfig.build(changed("method.layers_to_transform=a,b"))

@@ -13,9 +13,10 @@ from tiny import make, write_jsonl
 from transformers import LlamaConfig
 
 from siliang import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from siliang.config import RunConfig, read_yaml
+from siliang.config import RunConfig
 from siliang.models.load import load_config, load_model
 from siliang.record import Record
+from siliang.safe_yaml import read_yaml
 from siliang.secrets import without_secrets
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType

@@ -27,7 +27,7 @@ def build(*assignments: str, method: str = "lora", folder: Path | None = None) -
         (folder / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
         values["distributed"] = {"strategy": "deepspeed"}
     for assignment in assignments:
-        assign(values, assignment.replace("zero2.json", str((folder or Path()) / "zero2.json")))
+        assign(values, assignment.replace("zero2.json", str((folder or Path()) / "zero2.json")), RunConfig)
     return RunConfig.build(values)
 
 
@@ -160,7 +160,7 @@ def test_no_nonsense() -> None:
     with pytest.raises(ConfigError) as caught:
         build("method={name: ia3, lora_rank: 4}")
     assert "method.r" not in str(caught.value)
-    assert name_here("learning_rate", 1, section="train") == ""
+    assert name_here("learning_rate", RunConfig, 1, section="train") == ""
 
 
 def test_a_whole_file_of_another_tool() -> None:

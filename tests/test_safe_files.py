@@ -14,7 +14,7 @@ from tiny import write_jsonl
 
 from siliang import LoraConfig
 from siliang.compare.pool import read_message
-from siliang.config import DataConfig, read_yaml
+from siliang.config import DataConfig
 from siliang.data.load import load_examples
 from siliang.distributed.launched import accelerate_strategy
 from siliang.files import damage
@@ -22,7 +22,7 @@ from siliang.models.load import load_config
 from siliang.plan.history import known_work, remember
 from siliang.report.gather import gather
 from siliang.safe_json import JsonError, parse_json, read_json
-from siliang.safe_yaml import dump_yaml, parse_yaml
+from siliang.safe_yaml import dump_yaml, parse_yaml, read_yaml
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType
 from siliang.zero_settings import zero_settings
 

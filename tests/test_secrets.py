@@ -17,7 +17,7 @@ from commands import Ended, run
 from tiny import WORDS, write_jsonl
 
 import siliang
-from siliang.config import describe
+from siliang.config import RunConfig, describe
 from siliang.record import Record
 from siliang.run_folder import read_config
 from siliang.safe_json import dump_json
@@ -321,7 +321,7 @@ def test_every_setting_and_flag(
     """What is wrong with a setting says what it is: with any secret in any of them."""
     watched = Watched(tmp_path, secrets)
     kinds, places_of_settings = planted(secrets), tmp_path_factory.mktemp("settings")
-    names = [name for name, *_ in describe()] + [
+    names = [name for name, *_ in describe(RunConfig)] + [
         "method.target_modules",
         "method.r",
         "method.x",

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from siliang.secrets import shortened
-from siliang.types import ConfigError, SiliangError
+from siliang.types import ConfigError, SiliangError, nearest
 
 DRIVE = re.compile(r"[A-Za-z]:")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -119,3 +119,11 @@ def _strange(folder: Path) -> Iterator[tuple[Path, str]]:
                     waiting.append(path)
                 elif not stat.S_ISREG(mode):
                     yield shown / path.name, "is neither a file nor a folder. Remove it."
+
+
+def near_names(path: Path) -> str:
+    """Says which names in its folder look like that of a file or folder which is not there."""
+    try:
+        return nearest(path.name, [p.name for p in path.parent.iterdir()])
+    except OSError:
+        return ""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from siliang.config import FORMATS, RunConfig, Seed, differences
+from siliang.config import LAYOUTS, RunConfig, Seed, differences
 from siliang.files import write_text
 from siliang.paths import inside
 from siliang.safe_json import dump_json, read_values
@@ -356,8 +356,8 @@ class Record(Saved):
             raise ConfigError(f"labels must be a list of names: its task is {config.task.lower()}.")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ConfigError("labels holds a name twice.")
-        if self.layout and self.layout not in FORMATS:
-            raise ConfigError(f"layout = {shortened(self.layout, SHOWN)!r}: must be one of {', '.join(FORMATS)}.")
+        if self.layout and self.layout not in LAYOUTS:
+            raise ConfigError(f"layout = {shortened(self.layout, SHOWN)!r}: must be one of {', '.join(LAYOUTS)}.")
         if self.parameters.trained > self.parameters.total:
             raise ConfigError(
                 f"parameters.trained = {self.parameters.trained:,}: must be at most the total, "

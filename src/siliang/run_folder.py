@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from siliang.checkpoint import read_adapter
-from siliang.config import RunConfig, read_yaml
+from siliang.config import RunConfig
 from siliang.data.hashes import base_files, is_loaded_beside, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import absolute, damage, is_pattern, write_text
@@ -25,7 +25,7 @@ from siliang.paths import check_links, is_real_folder
 from siliang.peft_model import PeftModel
 from siliang.record import RECORD_NAME, File, Record
 from siliang.run_settings import has_template_file, in_words, misplaced_settings
-from siliang.safe_yaml import dump_yaml
+from siliang.safe_yaml import dump_yaml, read_yaml
 from siliang.secrets import shortened
 from siliang.terminal import pasted
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, OutputError, TaskType

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
+from siliang.paths import near_names
 from siliang.secrets import redacted, shortened
-from siliang.types import TextError, first_line
+from siliang.types import ConfigError, TextError, first_line
 
 MAX_CHARACTERS = 1_000_000
 MOST_BYTES = 4 * MAX_CHARACTERS  # of UTF-8
@@ -126,6 +127,27 @@ def read_text(path: Path) -> str:
         line = content[: error.start].count(b"\n") + 1
         raise YamlError("it is not UTF-8, in which settings are written: save it as UTF-8", line) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a yaml file.
+
+    Raises:
+        ConfigError: The file is missing, is no yaml, goes beyond what settings need, or is no mapping.
+    """
+    try:
+        values = parse_yaml(read_text(path))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no settings file {path}.{near_names(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: give a settings file.") from None
+    except YamlError as error:
+        raise ConfigError(f"{error.place(path)}: not readable as yaml: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} must hold settings such as `model: ...`, one a line; `siliang config` lists them.")
+    return values
 
 
 def parse_yaml(text: str) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from siliang.config import read_yaml
 from siliang.data.hashes import file_sha256, joined
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.methods import method_of
@@ -15,6 +14,7 @@ from siliang.methods.base import PeftConfig
 from siliang.paths import check_links
 from siliang.record import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints
+from siliang.safe_yaml import read_yaml
 from siliang.types import AdapterError, ConfigError, TaskType
 
 HUB_FIELDS = ("task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision")

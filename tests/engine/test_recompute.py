@@ -12,7 +12,7 @@ from siliang.data.collate import PadCollator
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.recompute import Recompute
 from siliang.engine.step import Engine
-from siliang.memory.size import parse_bytes
+from siliang.units import parse_bytes
 from siliang.types import ConfigError, TaskType
 
 

@@ -10,10 +10,10 @@ def config() -> None:
     import dataclasses
 
     from siliang.compare.config import describe_settings
-    from siliang.config import OWN_FIELDS, describe
+    from siliang.config import OWN_FIELDS, RunConfig, describe
     from siliang.methods import METHODS
 
-    for name, kind, default, meaning in describe():
+    for name, kind, default, meaning in describe(RunConfig):
         print(f"{name}: {default}    # {kind}")
         print(textwrap.fill(" ".join(meaning.split()), 100, initial_indent="    ", subsequent_indent="    "))
     print("\ncompare.yaml has, in place of `method`:")

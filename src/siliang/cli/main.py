@@ -280,7 +280,7 @@ def _given(options: Sequence[str], words: list[str]) -> str | None:
 
 def _no_option(option: str, error: Any, words: list[str]) -> str:
     """An option that is not there: its name here, where it is another tool's or a setting's, or near names."""
-    from siliang.config import name_here
+    from siliang.config import RunConfig, name_here
     from siliang.safe_yaml import YamlError, parse_yaml
 
     said = f"No such option: {_short(option)}."
@@ -290,7 +290,7 @@ def _no_option(option: str, error: Any, words: list[str]) -> str:
     with suppress(YamlError):
         value = parse_yaml(value)
     takes_settings = any("--set" in getattr(p, "opts", ()) for p in error.ctx.command.params)
-    if takes_settings and (found := name_here(option.lstrip("-"), value)):
+    if takes_settings and (found := name_here(option.lstrip("-"), RunConfig, value)):
         return said + found.replace("`", "`--set ", 1).replace(" and `", " and `--set ")
     options = [name for p in error.ctx.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]
     return said + nearest(option, options)

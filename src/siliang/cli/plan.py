@@ -70,7 +70,7 @@ def plan(
     from siliang.cli.show import quiet_loading
     from siliang.cli.train import gather
     from siliang.environment import importing
-    from siliang.memory.size import parse_bytes
+    from siliang.units import parse_bytes
 
     memory_bytes = parse_bytes(memory) if memory else None
     with importing():

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from siliang.cli.console import rich_console
-from siliang.memory.size import show_bytes as size
+from siliang.units import show_bytes as size
 from siliang.terminal import cover
 
 if TYPE_CHECKING:

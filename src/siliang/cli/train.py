@@ -147,7 +147,8 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
 
 def gather(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> dict[str, Any]:
     """The settings file, then the flags over it, then each --set."""
-    from siliang.config import assign, read_yaml
+    from siliang.config import RunConfig, assign
+    from siliang.safe_yaml import read_yaml
 
     values = read_yaml(settings) if settings else {}
     values |= {name: value for name, value in flags.items() if value is not None}
@@ -156,5 +157,5 @@ def gather(settings: Path | None, flags: dict[str, str | None], data: str | None
         if isinstance(section, dict):  # otherwise the schema says what is wrong with it
             section["train"] = data
     for assignment in sets:
-        assign(values, assignment)
+        assign(values, assignment, RunConfig)
     return values

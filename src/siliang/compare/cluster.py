@@ -29,7 +29,7 @@ from siliang.compare.trials import MOST_ATTEMPTS, goes_on
 from siliang.config import RunConfig
 from siliang.files import sweep
 from siliang.hardware import machine
-from siliang.memory.size import show_bytes
+from siliang.units import show_bytes
 from siliang.paths import check_links
 from siliang.permissions import VARIABLE as ALLOWED_CODE
 from siliang.plan import plan

@@ -141,7 +141,7 @@ class CompareConfig:
             raise ConfigError(f"{source}: a comparison has `methods`, a list, and no `method`.")
         for key in values:
             if key not in own | of_a_run:
-                hint = name_here(key, values[key]) or nearest(key, own | of_a_run)
+                hint = name_here(key, RunConfig, values[key]) or nearest(key, own | of_a_run)
                 raise ConfigError(f"{source}: {key} is not a setting.{hint} `siliang config` lists them all.")
         run = build({k: v for k, v in values.items() if k in of_a_run}, source=source)
         if run.data.validation_size is not None:

@@ -13,14 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from siliang.config import near_names
 from siliang.data.description import by_name, check_hub, check_saved, described
 from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.text_files import COLUMN_FILES, FILE_KINDS, TextFile, find_text, kind_of
 from siliang.files import is_pattern
 from siliang.hub import unreachable
-from siliang.paths import check_links
+from siliang.paths import check_links, near_names
 from siliang.secrets import shortened
 from siliang.types import DataError, first_line
 

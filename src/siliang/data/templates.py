@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from siliang.data.examples import Call, Conversation, Message
 from siliang.safe_json import JsonError, parse_json
+from siliang.safe_yaml import read_yaml
 from siliang.types import ConfigError, DataError, nearest
 
 CHAT = "chat"
@@ -313,15 +314,13 @@ def read_template(path: Path) -> Template:
     Raises:
         ConfigError: The file is not there, or does not hold a template.
     """
-    from siliang.config import read_yaml
-
     stamp = path.stat().st_mtime_ns if path.is_file() else 0
-    return _read_template(path, stamp, read_yaml)
+    return _read_template(path, stamp)
 
 
 @lru_cache(maxsize=8)
-def _read_template(path: Path, stamp: int, read_yaml: Any) -> Template:
-    values: dict[str, Any] = read_yaml(path)
+def _read_template(path: Path, stamp: int) -> Template:
+    values = read_yaml(path)
     fields = {f.name: f for f in dataclasses.fields(Template) if f.name != "name"}
     for key, value in values.items():
         if key not in fields:

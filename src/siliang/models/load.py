@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from siliang.config import QuantizationConfig, near_names
+from siliang.config import QuantizationConfig
 from siliang.environment import bound_kernel_caches
 from siliang.hardware import choose_precision
 from siliang.hub import cached_file, find_file, hub_is_off, only_cached
@@ -47,7 +47,7 @@ from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokeni
 from siliang.models.sizes import check_counts, check_files, may_be_too_large
 from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
-from siliang.paths import check_links
+from siliang.paths import check_links, near_names
 from siliang.secrets import short_repr
 from siliang.targets import embedding_weights, invented_modules, may_be_invented
 from siliang.types import ModelError, TaskType, first_line

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from siliang.check import Subject
 from siliang.config import RunConfig
-from siliang.memory.size import show_bytes
+from siliang.units import show_bytes
 from siliang.plan import plan
 from siliang.plan.device import Device, find_target, in_this_process, shared_by
 from siliang.plan.history import remember

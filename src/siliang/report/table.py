@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from siliang.compare.verdict import QUALITY
-from siliang.memory.size import show_bytes
+from siliang.units import show_bytes
 from siliang.record import higher_is_better
 from siliang.report.gather import Material
 from siliang.report.summary import Answer, Line, Mean

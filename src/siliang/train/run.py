@@ -386,7 +386,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
     run.write_record()
     limits = Limits(
         save_every_s=t.save_every_minutes * 60 if t.save_every_minutes else None,
-        stop_at=started + t.max_seconds if t.max_seconds else None,
+        stop_at=started + t.max_time if t.max_time else None,
         save_s=12 * record.parameters.trained / SLOW_DISK_BYTES_PER_S,
         best="loss" if t.best == "perplexity" else t.best,  # the same step is the best
     )

@@ -1,0 +1,55 @@
+"""What settings there are: the dotted name, type, default and meaning of each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple, NewType, get_args, get_origin
+
+from pydantic import BaseModel
+
+from siliang import other_names
+from siliang.config.section import Section
+
+
+class Setting(NamedTuple):
+    """One setting, as `siliang config` lists it."""
+
+    name: str
+    """Dotted: train.learning_rate."""
+    kind: str
+    default: str
+    meaning: str
+
+
+def describe(section: type[BaseModel], prefix: str = "") -> list[Setting]:
+    """Every setting of a section and of the sections in it, in order."""
+    found: list[Setting] = []
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found += describe(kind, f"{prefix}{name}.")
+            continue
+        inner = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, Section)), None)
+        if inner is not None:
+            found.append(Setting(prefix + name, "mapping | null", "null", info.description or ""))
+            found += describe(inner, f"{prefix}{name}.")
+            continue
+        default = "(required)"
+        if not info.is_required():
+            default = other_names.written(info.get_default(call_default_factory=True, validated_data={}))
+        found.append(Setting(prefix + name, _kind_name(kind), default, info.description or ""))
+    return found
+
+
+def _kind_name(kind: Any) -> str:
+    if isinstance(kind, type):
+        return {"MethodConfig": "name or mapping"}.get(kind.__name__, kind.__name__)
+    if isinstance(kind, NewType):
+        return kind.__name__.lower()
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " | ".join(str(getattr(a, "value", a)).lower() for a in arguments)
+    if get_origin(kind) is Annotated:
+        return _kind_name(arguments[0])
+    if get_origin(kind) is list:
+        return f"list of {_kind_name(arguments[0])}"
+    return " | ".join("null" if a is type(None) else _kind_name(a) for a in arguments)

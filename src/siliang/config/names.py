@@ -1,0 +1,151 @@
+"""Settings by their dotted names: setting one, as --set does, and what a name that is none is here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from siliang import other_names
+from siliang.config.describing import describe
+from siliang.config.section import Settings
+from siliang.safe_yaml import YamlError, parse_yaml
+from siliang.terminal import pasted
+from siliang.types import ConfigError
+
+# Fields of a PEFT config that the run itself sets.
+OWN_FIELDS = {"task_type", "base_model_name_or_path", "inference_mode", "auto_mapping"}
+
+NOT_GIVEN: Any = object()
+SHELL = re.compile(r"[$`\\;|&<>\x00-\x1f\x7f]")
+
+
+def assign(values: dict[str, Any], assignment: str, schema: type[Settings]) -> None:
+    """Sets one field by its dotted name: `train.learning_rate=1e-3`; the value is read as yaml.
+
+    Args:
+        values: The settings so far; changed in place.
+        schema: What they become: where it has a text, the value is not taken for a number.
+
+    Raises:
+        ConfigError: It is no assignment.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        hint = name_here(key, schema) if key.strip() else ""
+        raise ConfigError(
+            f"--set {assignment!r}: write it as section.field=value, such as train.learning_rate=1e-3.{hint}"
+        )
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if isinstance(inner, str) and section == "method":
+            inner = values["method"] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {assignment!r}: {section} is a single value, not a section.")
+        values = inner
+    try:
+        value = parse_yaml(text)
+    except YamlError:
+        value = text
+    # a commit such as 12e45 and a folder called 2024 are texts
+    values[last] = text.strip() if isinstance(value, int | float) and _is_text(key.strip(), schema) else value
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two dumped configs differ, by their dotted names: (what it was, what it is now)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in (*now, *(k for k in was if k not in now)):
+        a, b = was.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= {f"{key}.{name}": pair for name, pair in differences(a, b).items()}
+        elif a != b:
+            found[key] = (a, b)
+    return found
+
+
+def name_here(
+    name: str,
+    schema: type[Settings],
+    value: Any = NOT_GIVEN,
+    *,
+    section: str = "",
+    fields: Iterable[str] | None = None,
+) -> str:
+    """What a name that is no setting is here, as a sentence; empty where it is neither one of ours in another section
+    nor another tool's.
+
+    Args:
+        schema: The settings there are.
+        value: What was to be set.
+        section: Where it stood; "" for the top.
+        fields: The settings of the method at hand, for a name under `method`.
+    """
+    row = other_names.find(name) or _own(name, schema)
+    if row is None:
+        return ""
+    note = f" {row.note}" if row.note else ""
+    if not row.setting:
+        return f" {row.note}"
+    field = row.setting.removeprefix("method.")
+    if row.setting == f"{section}.{name}" or (fields is not None and field != row.setting and field not in fields):
+        return ""
+    if value is not NOT_GIVEN and (lacking := row.lacks.get(other_names.written(value).lower())) is not None:
+        return f" {other_names.written(value)}: {lacking}"
+    found = None if value is NOT_GIVEN else other_names.assignments(row, value)
+    if found == []:
+        return f" Nothing has to be set for that here: leave it out.{note}"
+    if found is not None and _is_valid(found, schema):
+        return f" Here that is {quoted(found)}.{note}"
+    return f" Here that is {row.setting}, as in `{row.setting}={row.example}`.{note}"
+
+
+def quoted(assignments: Iterable[str]) -> str:
+    """Settings as they may be pasted: what a shell would run or expand is in quotes."""
+    return " and ".join(f"`{pasted(a) if SHELL.search(a) else a}`" for a in assignments)
+
+
+def _is_text(name: str, schema: type[BaseModel]) -> bool:
+    """Whether the setting of this dotted name may be a text, and not a number."""
+    kind: Any = schema
+    for part in name.split("."):
+        fields = getattr(kind, "model_fields", {})
+        kind = fields[part].annotation if part in fields else None
+    kinds = {_bare(k) for k in get_args(kind)} or {kind}
+    return str in kinds and kinds <= {str, list, NoneType}
+
+
+def _bare(kind: Any) -> Any:
+    """`str` of Annotated[str, ...], `list` of list[str]."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else get_origin(kind) or kind
+
+
+def _own(name: str, schema: type[Settings]) -> other_names.Row | None:
+    """A setting of ours that stands in another section, or is a field of a method's config."""
+    from siliang.methods import METHODS
+
+    name = other_names.plain(name)
+    found = [setting.name for setting in describe(schema) if setting.name.rpartition(".")[2] == name]
+    configs = [m.config for m in METHODS.values() if m.config is not None]
+    if not found and any(f.name == name for c in configs for f in dataclasses.fields(c) if f.name not in OWN_FIELDS):
+        found = [f"method.{name}"]
+    return other_names.Row(found[0], (name,), "...") if len(found) == 1 else None
+
+
+def _is_valid(assignments: Iterable[str], schema: type[Settings]) -> bool:
+    """Whether a run may be set so."""
+    for method in ("lora", "prompt_tuning"):
+        values: dict[str, Any] = {"model": "m", "task": "causal_lm", "data": {"train": "d"}, "output": "o"}
+        values["method"] = {"name": method}
+        try:
+            for assignment in assignments:
+                assign(values, assignment, schema)
+            schema.build(values)
+            return True
+        except ConfigError:
+            continue
+    return False

@@ -1,0 +1,262 @@
+"""A run's settings: the one strict schema behind run.yaml, the flags of `siliang train`, and `siliang config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from siliang import other_names
+from siliang.config.data import DataConfig
+from siliang.config.distributed import DistributedConfig
+from siliang.config.explaining import explain, undecodable
+from siliang.config.names import OWN_FIELDS, name_here, quoted
+from siliang.config.section import RECORDED, Name, Names, Section, Settings, as_list
+from siliang.config.train import TrainConfig
+from siliang.files import absolute
+from siliang.safe_yaml import dump_yaml
+from siliang.secrets import shortened
+from siliang.types import ConfigError, TaskType, nearest
+
+VIRTUAL_TOKENS = 20  # of a prompt whose length is not said, as PEFT's examples and the tutorials have it
+
+
+class MethodConfig(BaseModel):
+    """The method's name, and any field of its PEFT config beside it: {name: lora, r: 16}."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "lora"
+    """One of `siliang methods`; prompt, p-tuning and prefix are understood too."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+    @field_validator("name")
+    @classmethod
+    def _whole_name(cls, name: str) -> str:
+        from siliang.methods import whole_name
+
+        return whole_name(name)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields of the method's config that were given, and the prompt's length where none was."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        from siliang.methods import find_method  # torch: only when a config is really checked
+
+        config = find_method(self.name).config
+        if config is not None and config.is_prompt_learning and self.model_extra is not None:
+            self.model_extra.setdefault("num_virtual_tokens", VIRTUAL_TOKENS)
+        fields = {f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set()
+        for key, value in self.arguments.items():
+            if key not in fields:
+                hint = name_here(key, RunConfig, value, section="method", fields=fields) or nearest(key, fields)
+                allowed = ", ".join(sorted(fields)) or "none"
+                raise ConfigError(f"method.{key} is not a setting of {self.name}.{hint} Allowed: {allowed}.")
+            if isinstance(value, int) and abs(value) >= 2**31:
+                raise ConfigError(f"method.{key} = {shortened(value, 40)}: no such number is of use here.")
+            if isinstance(value, str) and key in LISTS and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
+                assert self.model_extra is not None
+                names = as_list(value)
+                numbers = key == "layers_to_transform" and all(name.isascii() and name.isdigit() for name in names)
+                self.model_extra[key] = [int(name) for name in names] if numbers else names
+        if config:
+            try:
+                config(**self.arguments)
+            except ConfigError as error:
+                raise ConfigError(f"method.{error}") from None
+        return self
+
+
+# Fields of a method's config that may name a folder here.
+METHOD_FOLDERS = {"tokenizer_name_or_path"}
+# Fields of a PEFT config that are lists of names, which the command line's user writes with commas.
+LISTS = {
+    "target_modules",
+    "exclude_modules",
+    "feedforward_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+}
+
+
+
+def _method(value: Any) -> Any:
+    name = value.get("name") if isinstance(value, dict) else value
+    if isinstance(name, str) and (said := other_names.METHOD_VALUES.get(other_names.plain(name))):
+        raise ConfigError(f"method = {name!r}: here that is {quoted(said.split())}.")
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _task(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if (said := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
+        raise ConfigError(f"task = {value!r}: here that is `task={said}`.")
+    name = value.upper().replace("-", "_")
+    return TaskType(name) if name in TaskType.__members__ else name
+
+
+def _quantization(value: Any) -> Any:
+    if value is None or isinstance(value, dict | QuantizationConfig):
+        return value
+    raise ConfigError(f"quantization = {value!r} is no section.{name_here('quantization', RunConfig, value)}")
+
+
+class QuantizationConfig(Section):
+    """The base model's linear layers in few bits: QLoRA and its kin. Needs bitsandbytes."""
+
+    bits: Literal[4, 8] = 4
+    """4 or 8."""
+    type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of 4 bits: nf4 suits weights, which are nearly normal."""
+    double: bool = True
+    """Quantise the scales as well: 0.4 bits less a parameter."""
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
+
+
+class RunConfig(Settings):
+    """One run."""
+
+    model: Name
+    """The base model: a folder, or a name on the hub."""
+    revision: str | None = None
+    """The base model's revision on the hub."""
+    task: Annotated[
+        Literal[
+            TaskType.CAUSAL_LM,
+            TaskType.SEQ_CLS,
+            TaskType.TOKEN_CLS,
+            TaskType.SEQ_2_SEQ_LM,
+            TaskType.QUESTION_ANS,
+        ],
+        BeforeValidator(_task),
+    ]
+    """What is learned: causal_lm (text from text), seq_cls (a class for a text), token_cls (a tag for each word),
+    seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
+    method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
+    """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}."""
+    adapter: Name | None = None
+    """An adapter that is trained further: a run's folder, a checkpoint in it, an adapter folder of siliang's or of
+    PEFT's, or a name on the hub. Its weights are the start and its config is the method; of a run, model, task,
+    template and labels are taken over where nothing else is said. It is not changed itself."""
+    quantization: Annotated[QuantizationConfig | None, BeforeValidator(_quantization)] = None
+    """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is."""
+    data: DataConfig
+    """The data."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """The training."""
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    """Several devices."""
+    accept: Names = Field(default_factory=list)
+    """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop.
+    But for errors of SL023 and SL028, in which the run itself would end."""
+    output: Name
+    """The run's folder: made by the run, and must not hold anything yet."""
+
+    @model_validator(mode="after")
+    def _with_deepspeed(self) -> RunConfig:
+        if self.distributed.strategy != "deepspeed":
+            return self
+        pure = self.train.precision.startswith("pure-")
+        reasons = {
+            "quantization": self.quantization and "DeepSpeed cannot deal out weights of few bits: use strategy ddp",
+            "train.on_nan": self.train.nan_skips
+            and "DeepSpeed makes its step before the gradient can be seen: use stop",
+            "train.fit": self.train.fit and "a step that DeepSpeed has begun cannot be begun again: leave it off",
+            "train.precision": pure and "DeepSpeed keeps its weights in half precision as it is: use bf16 or fp16",
+        }
+        for name, reason in reasons.items():
+            if reason:
+                raise ConfigError(f"{name} and distributed.strategy = deepspeed: {reason}.")
+        return self
+
+    @classmethod
+    def build(cls, values: dict[str, Any], *, source: str = "the settings") -> RunConfig:
+        """Checks `values` and fills in the defaults.
+
+        Raises:
+            ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
+        """
+        if (strange := undecodable(values)) is not None:
+            raise ConfigError(f"{source}: {strange} holds bytes that are not UTF-8: rename it.")
+        try:
+            return cls.model_validate(_with_adapter(values))
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {explain(error, cls)}") from None
+        except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
+            raise ConfigError(f"{source}: a value is of the wrong kind: {error}.") from None
+
+    @classmethod
+    def recorded(cls, values: dict[str, Any]) -> RunConfig:
+        """The settings of a record, checked as `build` does, without a look at any file that they name.
+
+        Raises:
+            ConfigError: A key is unknown or missing, or has a value that is not allowed.
+        """
+        try:
+            return cls.model_validate(values, context=RECORDED)
+        except ValidationError as error:
+            raise ConfigError(f"config: {explain(error, cls)}") from None
+        except (TypeError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"config: a value is of the wrong kind: {error}.") from None
+
+    def with_strategy(self, strategy: str) -> RunConfig:
+        """The same run, by several devices that share its model so."""
+        return self.model_copy(update={"distributed": self.distributed.model_copy(update={"strategy": strategy})})
+
+    def resolved(self) -> RunConfig:
+        """The same run from any working directory: the names of files and folders that are here are absolute. Names on
+        the hub stay names."""
+        values = self.model_dump(mode="json")
+        data, method = values["data"], values["method"]
+        for part in ("train", "eval"):
+            if isinstance(data[part], list):
+                data[part] = [
+                    s | {"path": absolute(s["path"])} if isinstance(s, dict) else absolute(s) for s in data[part]
+                ]
+            elif data[part] is not None:
+                data[part] = absolute(data[part])
+        if data["template"].endswith((".yaml", ".yml")):
+            data["template"] = absolute(data["template"])
+        for name in METHOD_FOLDERS & method.keys():
+            method[name] = method[name] and absolute(str(method[name]))
+        values["model"] = absolute(self.model)
+        values["adapter"] = self.adapter and absolute(self.adapter)
+        values["output"] = str(Path(self.output).absolute())
+        return RunConfig.build(values)
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults included, as run.yaml holds it."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def _with_adapter(values: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter that the run starts from says of method, base model and text."""
+    name = values.get("adapter")
+    if not isinstance(name, str):
+        return values
+    from siliang.start_adapter import find_start_adapter  # torch: only where there is one
+
+    if not Path(name).exists() and other_names.plain(name) in {*other_names.METHOD_VALUES, "lora"}:
+        said = other_names.METHOD_VALUES.get(other_names.plain(name), f"method={other_names.plain(name)}")
+        raise ConfigError(f"adapter = {name!r} is no adapter: here that is {quoted(said.split())}.")
+    if (
+        values.keys() >= {"model", "task", "method"}
+        and not Path(name).expanduser().exists()
+        and Path(name).is_absolute()
+    ):
+        return values  # of a run that began with it and has its own weights by now
+    return find_start_adapter(name).filled_in(values)
+
+

@@ -1,0 +1,129 @@
+"""How long, how fast and how carefully to train."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, NewType
+
+from pydantic import BeforeValidator, Field
+
+from siliang.config.section import Section, Seed
+from siliang.types import ConfigError
+from siliang.units import parse_bytes, parse_duration
+
+Bytes = NewType("Bytes", int)  # written as 12GB
+Seconds = NewType("Seconds", float)  # written as 8h
+
+
+def _budget(value: Any) -> Any:
+    """Parsed once: what comes after the config sees bytes."""
+    if value is None or value == "auto":
+        return value
+    try:
+        found = parse_bytes(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ConfigError(f"train.memory_budget: {error}") from None
+    if isinstance(found, float) and found.is_integer():  # 4e9
+        found = int(found)
+    if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
+        raise ConfigError(
+            f"train.memory_budget = {value!r}: write it as 12GB or 800MB (a bare number is bytes), auto, or null."
+        )
+    return found
+
+
+def _seconds(value: Any) -> Any:
+    """Parsed once, as `_budget`."""
+    if value is None:
+        return value
+    try:
+        found = parse_duration(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ConfigError(f"train.max_time: {error}") from None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+        raise ConfigError(f"train.max_time = {value!r}: write it as 8h, 90m or 1:30:00 (a bare number is seconds).")
+    return float(found)
+
+
+def _on_nan(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"stop|skip [1-9]\d{0,8}", value):
+        raise ConfigError(f"train.on_nan = {value!r}: must be `stop`, or `skip` and a number of steps, as in `skip 5`.")
+    return value
+
+
+class TrainConfig(Section):
+    """How long, how fast and how carefully to train."""
+
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
+    """Passes over the training rows."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps; when given, `epochs` is not looked at."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows that go through the model at once."""
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    """Batches that make one optimiser step, on all devices together: their number changes no result."""
+    tokens_at_once: Annotated[int, Field(ge=8)] | None = None
+    """Tokens that go through the model at once, beside batch_size: a step's rows are split to it, which changes its
+    memory and not its result. None: no limit on a GPU; on a CPU
+    4,096 tokens in bf16 and 2,048 in fp32."""
+    packing: bool = True
+    """Run the model's layers without padding. The results are the same; off by itself where a model cannot do it."""
+    group_by_length: bool | None = None
+    """A step's rows are of like length, steps in random order: less padding, or fewer sizes of attention. None: on
+    for seq_cls and question_ans. Off for tasks with one loss per token, where grouping would give tokens of short rows
+    more weight."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. None: the method's own default (`siliang methods`)."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.06
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"] = "auto"
+    """Number format of the computation. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
+    What is trained stays fp32, but with pure-: docs/precision.md has the bytes of each."""
+    memory_budget: Annotated[Bytes | Literal["auto"] | None, BeforeValidator(_budget)] = "auto"
+    """Memory that training may take, such as 12GB: as many layers as need to compute their activations again in the
+    backward pass instead of keeping them. auto: most of what is free. null: no limit."""
+    keep_frozen: bool = True
+    """Where the lower layers are frozen (layers_to_transform) and have no dropout, what they say of a row is computed
+    in the first epoch and kept, in up to a quarter of the free memory and then of the free disk."""
+    gradient_checkpointing: bool = False
+    """All layers compute their activations again, fit or not: least memory, about a third more time."""
+    seed: Seed = 42
+    """Of everything random: data order, held-out rows, new weights, dropout."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between two lines of the log."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two evaluations on the held-out rows. None: only at the end."""
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two checkpoints. None: only when interrupted."""
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes between two checkpoints, beside save_every."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept; older ones are deleted, but never the best one where `best` is set."""
+    max_time: Annotated[Seconds | None, BeforeValidator(_seconds)] = None
+    """Wall-clock time that the run may take, such as 8h, 90m or 1:30:00: before it is over the run saves and stops, to
+    go on with --resume. Loading counts."""
+    best: str | None = None
+    """A metric of the held-out rows (loss, accuracy, f1, ...): what is kept at the end are the weights of the step
+    where it was best, among the evaluations of eval_every and the last step."""
+    on_nan: Annotated[str, BeforeValidator(_on_nan)] = "stop"
+    """At a step whose loss or gradient is nan or infinite: stop; or `skip 5`, to leave out up to so many such steps."""
+    fit: bool = False
+    """Where the run would not fit, split its batches and recompute more, with the same result, instead of stopping.
+    With several devices only where the plan says so: a step that they have begun is not begun again."""
+
+    @property
+    def saves(self) -> bool:
+        """Checkpoints are made while the run goes on."""
+        return bool(self.save_every or self.save_every_minutes or self.best)
+
+    @property
+    def nan_skips(self) -> int:
+        """Steps that may be left out because their loss or gradient is no number."""
+        return int(self.on_nan.removeprefix("skip")) if self.on_nan != "stop" else 0
