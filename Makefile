@@ -51,9 +51,10 @@ audit: .venv/dev
 		echo "audit      skipped: the advisory database cannot be reached"; \
 	fi
 
-docs: .venv/base  ## docs/errors.md from the catalogue of errors, docs/names.md from the table of names
+docs: .venv/base  ## docs/errors.md, docs/names.md and what `siliang config` and `methods` print, from the code
 	$(BIN)/python -m siliang.errors > docs/errors.md
 	$(BIN)/python -m siliang.other_names > docs/names.md
+	$(BIN)/python -m siliang.cli.listings
 
 fmt: .venv/dev  ## put the code into shape
 	$(BIN)/ruff format .

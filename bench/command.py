@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from siliang.record import Record
+from siliang.records import Record
 
 
 def train(

@@ -1,7 +1,12 @@
-"""What bench.scaling says on paper, beside a few processes of this machine: bytes sent, seconds of a step."""
+"""What bench.scaling computes, beside a few processes of this machine: bytes sent, seconds of a step.
+
+python -m bench.local_ranks count           bytes that 2 and 4 local processes send, beside the formulae
+python -m bench.local_ranks time            seconds of a step on 1, 2 and 4 local processes, beside the model
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,7 +23,7 @@ from typing import Any
 
 from bench.command import train
 from bench.scaling import DATA, STRATEGIES, TOKENIZER, Shape, Strategy, imbalance, row_lengths, size, table
-from siliang.record import Record
+from siliang.records import Record
 
 LOCAL = Shape("local", 6, 512, 1408, 8, 8, 6400)
 SIZES = (2, 4)
@@ -193,5 +198,19 @@ def _reduce() -> None:
     dist.destroy_process_group()
 
 
+def main() -> None:
+    """Prints what was asked for; one of torchrun's processes makes the reductions that `loopback_speed` times."""
+    if "RANK" in os.environ:
+        _reduce()
+        return
+    parser = argparse.ArgumentParser(
+        "python -m bench.local_ranks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("count", "time"))
+    parser.add_argument("--rounds", type=int, default=3, help="of time, in turn")
+    options = parser.parse_args()
+    print(count() if options.what == "count" else measure(options.rounds))
+
+
 if __name__ == "__main__":
-    _reduce()
+    main()

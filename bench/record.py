@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from bench.workloads import Layout, Library
-from siliang.record import Device, Part
+from siliang.records import Device, Part
 
 NAMES: dict[Library, str] = {"siliang": "siliang", "peft": "PEFT + Trainer", "trl": "TRL SFTTrainer"}
 

@@ -2,16 +2,13 @@
 
     step time = compute + exposed communication + imbalance
 
-python -m bench.scaling                     the tables of docs/scaling.md
-python -m bench.scaling --count             bytes that 2 and 4 local processes send, beside the formulae
-python -m bench.scaling --time              seconds of a step on 1, 2 and 4 local processes, beside the model
+`python -m bench.scaling` prints the tables of docs/scaling.md; `bench/local_ranks.py` holds them to real processes.
 
 Letters: N ranks (one a card), k batches of a step on each rank, M weights of the model, P weights of the adapter.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -391,21 +388,5 @@ def paper(lengths: Sequence[int]) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m bench.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", action="store_true", help="bytes of 2 and 4 local processes")
-    parser.add_argument("--time", action="store_true", help="seconds of 1, 2 and 4 local processes")
-    parser.add_argument("--rounds", type=int, default=3, help="of --time, in turn")
-    options = parser.parse_args()
-    if options.count or options.time:
-        from bench.local_ranks import count, measure
-
-        print(count() if options.count else measure(options.rounds))
-        return
-    print(paper(row_lengths()))
-
-
 if __name__ == "__main__":
-    main()
+    print(paper(row_lengths()))

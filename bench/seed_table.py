@@ -27,16 +27,15 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
 from siliang.check import look_at
-from siliang.compare.config import CompareConfig
-from siliang.compare.record import COMPARISON_NAME, Comparison, Trial
 from siliang.compare.trials import find_entry, run_config, test_trials
 from siliang.compare.verdict import QUALITY
 from siliang.config import RunConfig, assign
+from siliang.config.comparison import CompareConfig
 from siliang.data.collate import PadCollator
 from siliang.data.tokens import TokenSet
 from siliang.hardware import find_device
 from siliang.methods import find_method
-from siliang.record import Record
+from siliang.records import COMPARISON_NAME, Comparison, Record, Trial
 from siliang.run_folder import load_base
 from siliang.safe_yaml import read_yaml
 from siliang.train import metrics

@@ -34,7 +34,7 @@ from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
 from siliang.data.load import load_examples
 from siliang.models.load import load_tokenizer
-from siliang.record import Record
+from siliang.records import Record
 from siliang.safe_yaml import read_yaml
 from siliang.types import SiliangError, TaskType
 

@@ -15,7 +15,7 @@ from faults.runs import Place, Seen, damaged_parts, outcome, run
 from siliang.config import RunConfig
 from siliang.engine.batches import Batch
 from siliang.engine.step import Engine
-from siliang.record import Record
+from siliang.records import Record
 
 
 def _config(place: Place, output: Path, method: str = "lora", **train_settings: Any) -> RunConfig:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from siliang import files
 from siliang.config import RunConfig
-from siliang.record import Record
+from siliang.records import Record
 from siliang.train.run import Listener, Planner, train
 from siliang.train.watcher import Progress
 from siliang.types import SiliangError

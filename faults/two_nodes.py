@@ -28,7 +28,7 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from faults.runs import Place, Seen, damaged_parts, make_place
-from siliang.record import Record
+from siliang.records import Record
 
 APART = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 CABLE = ("ip", "link", "add", "siliang0", "type", "veth", "peer", "name", "siliang1")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from faults.runs import Child, Ending, Place
 from siliang.config import QuantizationConfig, RunConfig
-from siliang.record import Record
+from siliang.records import Record
 from siliang.run_folder import CHECKPOINTS
 from siliang.train.run import Planner
 from siliang.train.saving import checkpoints

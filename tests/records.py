@@ -5,11 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from siliang.compare.config import CompareConfig
-from siliang.compare.record import Answer, Answers, Comparison, Trial, figures_of
 from siliang.config import RunConfig
+from siliang.config.comparison import CompareConfig
 from siliang.methods import METHODS
-from siliang.record import Counts, Device, Memory, Record, Rows, Seconds, StepMetrics
+from siliang.records import (
+    Answer,
+    Answers,
+    Comparison,
+    Counts,
+    Device,
+    Memory,
+    Record,
+    Rows,
+    Seconds,
+    StepMetrics,
+    Trial,
+    figures_of,
+)
 
 MB = 1_000_000
 EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"

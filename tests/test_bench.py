@@ -15,7 +15,7 @@ from bench.record import Job, Measurement, Setting, read_records
 from bench.steps import set_start, start_sha256
 from bench.table import render
 from bench.workloads import WORKLOADS
-from siliang.record import Device
+from siliang.records import Device
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from tiny import WORDS, write_jsonl
 
 from siliang.cli.console import HANDLER
-from siliang.units import show_bytes
 from siliang.safe_yaml import dump_yaml, parse_yaml
+from siliang.units import show_bytes
 
 ENCODINGS = ["gbk", "ascii", "utf-8"]
 TALK = "说🤗 ⁇ é ☃"

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from siliang import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from siliang.config import RunConfig
 from siliang.models.load import load_config, load_model
-from siliang.record import Record
+from siliang.records import Record
 from siliang.safe_yaml import read_yaml
 from siliang.secrets import without_secrets
 from siliang.train.run import train

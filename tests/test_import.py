@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from siliang.cli import listings
+
 HEAVY = ("torch", "transformers", "datasets", "numpy", "pandas")
 
 
@@ -17,6 +19,20 @@ def test_imports_nothing_heavy(code: str) -> None:
         check=True,
     )
     assert found.stdout.split() == []
+
+
+@pytest.mark.parametrize("listing", ["settings", "methods"])
+def test_what_is_listed_is_what_there_is(listing: str) -> None:
+    file = {"settings": listings.SETTINGS, "methods": listings.METHODS}[listing]
+    assert file.read_text(encoding="utf-8") == getattr(listings, listing)(), "make docs"
+
+
+@pytest.mark.parametrize("command", ["config", "methods", "--help"])
+def test_a_listing_imports_nothing_heavy(command: str) -> None:
+    code = f"import sys; sys.argv[1:] = [{command!r}]\nfrom siliang.cli.main import main\ntry:\n    main()\nfinally:\n"
+    code += f"    print('heavy:', *[m for m in {HEAVY} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "heavy:" and len(found.stdout.splitlines()) > 10
 
 
 def test_public_names() -> None:

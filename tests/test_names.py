@@ -11,8 +11,8 @@ import pytest
 from commands import refused
 
 from siliang import other_names
-from siliang.compare.config import CompareConfig
 from siliang.config import RunConfig, assign, name_here
+from siliang.config.comparison import CompareConfig
 from siliang.other_names import MEASURED, METHOD_VALUES, NAMES, TABLE, TASK_VALUES, Row
 from siliang.train.metrics import MEASURES
 from siliang.types import ConfigError

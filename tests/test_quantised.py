@@ -140,7 +140,7 @@ def test_preparing_copies_nothing_to_fp32(folders: dict[str, Path]) -> None:
 
 def test_a_run_in_four_bits_merges_into_its_base(folders: dict[str, Path], tmp_path: Path) -> None:
     """siliang train on 4 bits, predict on them, merge into the whole base model."""
-    from siliang.record import Record
+    from siliang.records import Record
     from siliang.run_folder import open_run
     from siliang.train.run import train
     from siliang.use import merge

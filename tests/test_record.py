@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from records import SCORES, comparison, record
 
-from siliang.compare.record import Comparison
 from siliang.compare.verdict import QUALITY
-from siliang.record import Record, better, plain
+from siliang.records import Comparison, Record, better, plain
 from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.secrets import redacted

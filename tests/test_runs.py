@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, write_jsonl
 
-from siliang import run_folder
 from siliang.cli.main import main
 from siliang.data.hashes import base_files
 from siliang.files import seal
-from siliang.record import Record
+from siliang.records import Record
 from siliang.run_folder import changed_base, open_run
+from siliang.run_folder import opened as opening
 from siliang.types import ConfigError
 from siliang.use import generate, merge
 
@@ -172,13 +172,13 @@ def test_merging_in_fp32_keeps_the_pinned_revision(
     opened = open_run(world.run)
     assert opened.precision.compute == "bf16" and opened.config.revision == "abc"
     asked: list[str | None] = []
-    load = run_folder.load_model
+    load = opening.load_model
 
     def load_model(*arguments: Any, **more: Any) -> Any:
         asked.append(more["revision"])
         return load(*arguments, **more)
 
-    monkeypatch.setattr(run_folder, "load_model", load_model)
+    monkeypatch.setattr(opening, "load_model", load_model)
     assert merge(opened, world.folder / "merged").holds
     assert asked == ["abc"]
 

@@ -18,7 +18,7 @@ from tiny import WORDS, write_jsonl
 
 import siliang
 from siliang.config import RunConfig, describe
-from siliang.record import Record
+from siliang.records import Record
 from siliang.run_folder import read_config
 from siliang.safe_json import dump_json
 from siliang.safe_yaml import dump_yaml, parse_yaml

@@ -19,7 +19,7 @@ from siliang import PeftConfig, PeftModel
 from siliang.config import RunConfig
 from siliang.data.tokens import prompt_tokens
 from siliang.models.load import load_model, load_tokenizer
-from siliang.record import Record
+from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.train.run import train
 from siliang.types import TaskType

@@ -15,7 +15,7 @@ from siliang.config import RunConfig
 from siliang.engine.attach import attach
 from siliang.hardware import choose_precision
 from siliang.methods import METHODS
-from siliang.start_adapter import find_start_adapter
+from siliang.start_adapter import filled_in, find_start_adapter
 from siliang.types import ConfigError, TaskType
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def test_every_method(name: str, tmp_path: Path) -> None:
         torch.nn.init.normal_(p, std=0.1)
     first.save_pretrained(tmp_path / "adapter")
     values = {"adapter": str(tmp_path / "adapter"), "model": "m", "data": {"train": "d"}, "output": "o"}
-    config = RunConfig.build(values)
+    config = RunConfig.build(filled_in(values))
     assert (config.method.name, config.task) == (name, task)
     assert RunConfig.build(config.model_dump(mode="json")) == config  # as it is read again from run.yaml
     precision = choose_precision("fp32", torch.device("cpu"))
@@ -72,7 +72,8 @@ def test_pefts_own(tmp_path: Path) -> None:
         folder = tmp_path / type(theirs).__name__
         model = peft.get_peft_model(make("llama"), theirs)
         model.save_pretrained(str(folder))
-        config = RunConfig.build({"adapter": str(folder), "model": "m", "data": {"train": "d"}, "output": "o"})
+        values = {"adapter": str(folder), "model": "m", "data": {"train": "d"}, "output": "o"}
+        config = RunConfig.build(filled_in(values))
         precision = choose_precision("fp32", torch.device("cpu"))
         ours, _, _ = attach(make("llama"), METHODS[config.method.name], config, precision, start=folder)
         ids = torch.arange(3, 20)[None]

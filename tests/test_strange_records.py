@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from records import SCORES, comparison, record
 from tiny import make, word_tokenizer, write_jsonl
 
-from siliang.compare.record import Answers, Comparison
 from siliang.config import RunConfig
 from siliang.files import seal
-from siliang.record import Record
+from siliang.records import Answers, Comparison, Record
 from siliang.report.gather import gather
 from siliang.report.page import render
 from siliang.train.run import train

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-import siliang.models  # noqa: F401, the ChatGLM3 that needs no remote code
+import siliang.models.chatglm3  # noqa: F401, which needs no remote code
 from siliang import LoraConfig, TaskType, get_peft_model
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import siliang.models  # noqa: F401, the ChatGLM3 that needs no remote code
+import siliang.models.chatglm3  # noqa: F401, which needs no remote code
 from siliang import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -11,7 +11,7 @@ from typing import Literal
 import psutil
 import torch
 
-from siliang.record import Device
+from siliang.records import Device
 
 Precision = Literal["fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"]
 

@@ -576,6 +576,11 @@ def find(name: str) -> Row | None:
     return NAMES.get(plain(name))
 
 
+def is_method(name: str) -> bool:
+    """Whether a name is a method's, of ours or another tool's, as others write it after `adapter`."""
+    return plain(name) in METHOD_VALUES or plain(name) == "lora"
+
+
 def assignments(row: Row, value: Any) -> list[str] | None:
     """How the row's setting is written with `value`, as for --set; empty where nothing has to be set, None where the
     value has no counterpart."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from siliang.config import RunConfig, differences
 from siliang.other_names import written
-from siliang.record import Record, plain
+from siliang.records import Record, plain
 
 LENGTH = ("train.epochs", "train.max_steps")
 # What may be another when a run goes on: how long, how often something is done, and how a step's memory is used.

@@ -11,8 +11,9 @@ from siliang.data.hashes import file_sha256, joined
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.methods import method_of
 from siliang.methods.base import PeftConfig
+from siliang.other_names import is_method
 from siliang.paths import check_links
-from siliang.record import RECORD_NAME, Record
+from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints
 from siliang.safe_yaml import read_yaml
 from siliang.types import AdapterError, ConfigError, TaskType
@@ -92,6 +93,24 @@ class StartAdapter:
                     f"method.{key} = {value!r}, and the adapter in {self.folder} has {wanted!r}: it is trained further "
                     "as it is. Leave `method` out."
                 )
+
+
+def filled_in(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with what the adapter that it starts from says of method, base model and text; as they
+    are where it starts from none, or is one that began with an adapter that is gone by now.
+
+    Raises:
+        AdapterError, ConfigError: As of `find_start_adapter`; or the settings want another method.
+    """
+    name = values.get("adapter")
+    if not isinstance(name, str):
+        return values
+    path = Path(name).expanduser()
+    if is_method(name) and not path.exists():
+        return values  # which the config refuses, and says what it is here
+    if values.keys() >= {"model", "task", "method"} and path.is_absolute() and not path.exists():
+        return values
+    return find_start_adapter(name).filled_in(values)
 
 
 def find_start_adapter(name: str) -> StartAdapter:

@@ -26,13 +26,12 @@ from tiny import WORDS, write_jsonl
 
 from siliang.cli.main import main
 from siliang.compare.base import KeptBase, bits
-from siliang.compare.config import CompareConfig
 from siliang.compare.pool import Pool
-from siliang.compare.record import Answers, Comparison, Trial
 from siliang.compare.run import Listener, compare
 from siliang.config import RunConfig
+from siliang.config.comparison import CompareConfig
 from siliang.models.load import load_tokenizer
-from siliang.record import Record
+from siliang.records import Answers, Comparison, Record, Trial
 from siliang.run_folder import load_base
 from siliang.train.run import Listener as RunListener
 from siliang.train.run import train

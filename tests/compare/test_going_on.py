@@ -15,10 +15,10 @@ from tiny import write_jsonl
 from siliang.cli.main import main
 from siliang.compare import trials
 from siliang.compare.cluster import _Going
-from siliang.compare.config import CompareConfig
 from siliang.compare.trials import goes_on, other_settings, run_config
 from siliang.config import RunConfig
-from siliang.record import Predicted, Record
+from siliang.config.comparison import CompareConfig
+from siliang.records import Predicted, Record
 from siliang.train.run import train
 
 

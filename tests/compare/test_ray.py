@@ -26,13 +26,12 @@ pytest.importorskip("ray", reason="needs the extra `cluster`")
 from siliang.cli.compare import RayOption
 from siliang.cli.main import app, main
 from siliang.compare.cluster import Cluster
-from siliang.compare.config import CompareConfig
 from siliang.compare.freight import Names, freight_of, keep, named_files, pack
-from siliang.compare.record import Answers, Comparison, Trial
 from siliang.compare.run import Listener, compare
 from siliang.compare.trials import goes_on
 from siliang.config import RunConfig
-from siliang.record import Record
+from siliang.config.comparison import CompareConfig
+from siliang.records import Answers, Comparison, Record, Trial
 from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.report.table import table

@@ -28,7 +28,7 @@ from siliang.data.examples import Span
 from siliang.data.tokens import TokenSet, tokenise
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.engine.batches import Batch
-from siliang.record import Record
+from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.train import metrics
 from siliang.train.run import train

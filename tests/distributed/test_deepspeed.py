@@ -15,7 +15,7 @@ from ranked import assert_same, changed, configured, killed, stopped, train_on
 from faults.runs import Place, run
 from siliang.config import DistributedConfig, RunConfig
 from siliang.distributed.zero import require_deepspeed
-from siliang.record import Record
+from siliang.records import Record
 from siliang.types import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # DeepSpeed's own are many

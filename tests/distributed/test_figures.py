@@ -10,7 +10,7 @@ from every_task import TASKS, configured, make_models
 from ranked import changed, train_on
 
 from faults.runs import run
-from siliang.record import Record
+from siliang.records import Record
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
 

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from faults.runs import Place
-from siliang.record import Record
+from siliang.records import Record
 
 pytestmark = pytest.mark.slow
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

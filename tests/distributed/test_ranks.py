@@ -18,7 +18,7 @@ from siliang.distributed.sharding import fake_mesh
 from siliang.engine.step import Engine
 from siliang.plan import find_target, plan
 from siliang.plan.before import Planner
-from siliang.record import Record
+from siliang.records import Record
 from siliang.train.order import Order, Share, shares
 from siliang.train.saving import checkpoints, read_state
 from siliang.train.trainer import SiliangTrainer

@@ -12,8 +12,8 @@ from siliang.data.collate import PadCollator
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.recompute import Recompute
 from siliang.engine.step import Engine
-from siliang.units import parse_bytes
 from siliang.types import ConfigError, TaskType
+from siliang.units import parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from faults.kills import kill_at_random
 from faults.runs import METHODS, Child, Place, damaged_parts, make_place, outcome, run
 from siliang.config import RunConfig
 from siliang.files import replacing_folder
-from siliang.record import Record
+from siliang.records import Record
 from siliang.train.saving import checkpoints, read_state
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked, which this system cannot")

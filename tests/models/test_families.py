@@ -25,7 +25,7 @@ from transformers import (
 
 from siliang.config import RunConfig
 from siliang.methods import METHODS
-from siliang.record import Record
+from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.train.run import train
 from siliang.use import evaluate

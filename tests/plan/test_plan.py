@@ -25,9 +25,9 @@ from siliang.plan import Sketch, find_target, history, model_config, plan
 from siliang.plan.before import Planner, apply, settle
 from siliang.plan.device import Device
 from siliang.plan.fit import Room
-from siliang.plan.record import Change, MethodPlan
 from siliang.plan.rows import heaviest, made_up, order
 from siliang.plan.shapes import shape_name
+from siliang.records import Change, MethodPlan
 from siliang.train.run import Listener, make_trainer, prepare, train
 from siliang.types import ConfigError, ModelError, PlanError, TaskType
 

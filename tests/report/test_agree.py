@@ -12,8 +12,7 @@ import pytest
 from commands import run
 from records import SCORES, comparison
 
-from siliang.compare.record import Comparison
-from siliang.record import Record
+from siliang.records import Comparison, Record
 from siliang.report.gather import gather
 from siliang.report.page import render
 from siliang.report.table import differences

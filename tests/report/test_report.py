@@ -10,7 +10,7 @@ import pytest
 from records import SCORES, comparison, record
 
 from siliang.cli.main import main
-from siliang.compare.record import Answer, Answers
+from siliang.records import Answer, Answers
 from siliang.report.gather import gather
 from siliang.report.page import commands, disagreements, prompts, render
 from siliang.report.plots import Axis, Point, scatter

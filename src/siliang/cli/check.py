@@ -41,11 +41,11 @@ def check(
         print(_page(explain))
         return
     from siliang.cli.show import quiet_loading
-    from siliang.cli.train import gather
+    from siliang.cli.train import gather, with_adapter
     from siliang.config import RunConfig
     from siliang.types import ConfigError
 
-    values = gather(settings, {"model": model, "task": task, "method": method}, data, set_ or [])
+    values = with_adapter(gather(settings, {"model": model, "task": task, "method": method}, data, set_ or []))
     if not values:
         raise ConfigError("say what to look at: siliang check run.yaml, or --model, --data and --task.")
     values.setdefault("output", "siliang-run")

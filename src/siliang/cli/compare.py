@@ -14,8 +14,7 @@ from siliang.cli.console import rich_console
 from siliang.terminal import bare, one_line
 
 if TYPE_CHECKING:
-    from siliang.compare.record import Trial
-    from siliang.record import Record
+    from siliang.records import Record, Trial
     from siliang.report.gather import Material
 
 
@@ -71,8 +70,8 @@ def compare(
     """
     from siliang.cli.show import quiet_loading
     from siliang.cli.train import gather
-    from siliang.compare.record import COMPARISON_NAME
     from siliang.paths import check_links
+    from siliang.records import COMPARISON_NAME
     from siliang.report.words import words
 
     if output is None and settings is not None and (settings.parent / COMPARISON_NAME).is_file():
@@ -83,7 +82,7 @@ def compare(
     values |= {k: v for k, v in {"methods": methods, "seeds": seeds}.items() if v is not None}
     words(lang)
     quiet_loading()
-    from siliang.compare.config import CompareConfig
+    from siliang.config.comparison import CompareConfig
 
     config = CompareConfig.build(values, source=str(settings or "the flags"))
     material = run(config, jobs=jobs, ray=ray, language=lang, force=force)

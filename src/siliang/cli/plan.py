@@ -68,7 +68,7 @@ def plan(
     Nothing is loaded: the run's own step is made on paper. Exit code 1 where nothing of what was asked fits.
     """
     from siliang.cli.show import quiet_loading
-    from siliang.cli.train import gather
+    from siliang.cli.train import gather, with_adapter
     from siliang.environment import importing
     from siliang.units import parse_bytes
 
@@ -86,7 +86,7 @@ def plan(
         raise ConfigError(f"--memory {memory}: must be more than 0, such as 8GB.")
     if flops is not None and not 0 < flops < math.inf:
         raise ConfigError(f"--flops {flops}: must be a number above 0, such as 65e12.")
-    values = gather(settings, {"model": model, "task": task}, data, set_ or [])
+    values = with_adapter(gather(settings, {"model": model, "task": task}, data, set_ or []))
     if "model" not in values:
         raise ConfigError("say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).")
     comparison = _comparison_in(values)
@@ -161,7 +161,7 @@ def plan(
 
 def _comparison_in(values: dict[str, Any]) -> dict[str, Any]:
     """Takes what is a comparison's out of the settings, and returns it."""
-    from siliang.compare.config import CompareSettings
+    from siliang.config.comparison import CompareSettings
 
     return {key: values.pop(key) for key in CompareSettings.model_fields if key in values}
 
@@ -175,8 +175,8 @@ def _runs_of(
     Args:
         only: These methods; None for all.
     """
-    from siliang.compare.config import CompareConfig
     from siliang.config import RunConfig
+    from siliang.config.comparison import CompareConfig
     from siliang.types import ConfigError
 
     given = {key: value for key, value in values.items() if key != "method"}

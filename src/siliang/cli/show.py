@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from siliang.cli.console import rich_console
-from siliang.units import show_bytes as size
 from siliang.terminal import cover
+from siliang.units import show_bytes as size
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from siliang.cli.console import command_line
+
+if TYPE_CHECKING:
+    from siliang.config import RunConfig
 
 
 def train(
@@ -55,7 +58,6 @@ def train(
     if "LOCAL_RANK" not in os.environ:  # the libraries take seconds, in which a terminal would stay empty
         print("starting   loading torch and transformers ...", flush=True)
     from siliang.cli.show import TrainingDisplay, duration, figures, quiet_loading, size
-    from siliang.config import RunConfig
     from siliang.types import ConfigError
 
     flags = {"model": model, "task": task, "method": method, "adapter": adapter, "output": output}
@@ -64,7 +66,7 @@ def train(
     elif settings is not None and settings.is_dir():
         raise ConfigError(f"{settings} is a folder: give a settings file, or --resume to go on with the run in it.")
     else:
-        config = RunConfig.build(gather(settings, flags, data, set_ or []), source=str(settings or "the flags"))
+        config = read_settings(settings, flags, data, set_ or [])
     if devices > 1 and "LOCAL_RANK" not in os.environ:
         from siliang.distributed.launch import launch
 
@@ -119,12 +121,11 @@ def _check_code(config: Any) -> None:
             code.check_allowed()
 
 
-def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> Any:
+def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> RunConfig:
     """The settings of a run that goes on, named by its folder, by its settings file, or by the flags that it was begun
     with: its own, with what is given beside them over them."""
-    from siliang.config import RunConfig
     from siliang.paths import check_links
-    from siliang.record import RECORD_NAME
+    from siliang.records import RECORD_NAME
     from siliang.run_folder import CONFIG_NAME
     from siliang.types import ConfigError
 
@@ -134,15 +135,14 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
     if settings is not None and settings.name == CONFIG_NAME and (settings.parent / RECORD_NAME).is_file():
         folder = settings.parent
     if folder is None:
-        return RunConfig.build(gather(settings, flags, data, sets), source=str(settings or "the flags"))
+        return read_settings(settings, flags, data, sets)
     own = folder / CONFIG_NAME
     if not own.is_file():
         raise ConfigError(f"{folder} is no run folder ({CONFIG_NAME} is missing there): nothing to --resume.")
     check_links(folder)
     if flags["output"] is not None and Path(flags["output"]).absolute() != folder.absolute():
         raise ConfigError(f"--resume goes on in {folder} itself: leave out --output {flags['output']}.")
-    values = gather(own, flags | {"output": str(folder)}, data, sets)
-    return RunConfig.build(values, source=str(own))
+    return read_settings(own, flags | {"output": str(folder)}, data, sets)
 
 
 def gather(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> dict[str, Any]:
@@ -159,3 +159,20 @@ def gather(settings: Path | None, flags: dict[str, str | None], data: str | None
     for assignment in sets:
         assign(values, assignment, RunConfig)
     return values
+
+
+def read_settings(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> RunConfig:
+    """The settings of a run, gathered and checked."""
+    from siliang.config import RunConfig
+
+    values = with_adapter(gather(settings, flags, data, sets))
+    return RunConfig.build(values, source=str(settings or "the flags"))
+
+
+def with_adapter(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with what the adapter that the run starts from says; as they are where it starts from none."""
+    if values.get("adapter") is None:
+        return values
+    from siliang.start_adapter import filled_in  # torch: only where there is an adapter
+
+    return filled_in(values)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from siliang.compare.record import Answer, Answers
 from siliang.data.examples import Conversation, Example, Labelled, SourceTarget, Span, Tagged, Text
 from siliang.data.words import join_words
+from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
 from siliang.secrets import part
 from siliang.train import metrics

@@ -29,12 +29,12 @@ from siliang.compare.trials import MOST_ATTEMPTS, goes_on
 from siliang.config import RunConfig
 from siliang.files import sweep
 from siliang.hardware import machine
-from siliang.units import show_bytes
 from siliang.paths import check_links
 from siliang.permissions import VARIABLE as ALLOWED_CODE
 from siliang.plan import plan
 from siliang.plan.device import find_target
 from siliang.types import ClusterError, SiliangError, first_line
+from siliang.units import show_bytes
 
 LOCAL = "local"  # in place of an address: a Ray of our own on this machine
 PROBE_S = 45.0  # for a cluster to answer

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from siliang.compare.answers import collect, sample
-from siliang.compare.verdict import Verdict, learned_nothing
+from siliang.compare.verdict import learned_nothing
 from siliang.peft_model import PeftModel
+from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
 from siliang.train.run import Run
 from siliang.types import TaskType

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from siliang.check import find, look_at, stop_on_errors
-from siliang.compare.config import CompareConfig
 from siliang.compare.pool import Event, Pool
-from siliang.compare.record import COMPARISON_NAME, Comparison, Trial, figures_of
 from siliang.compare.trials import (
     MOST_ATTEMPTS,
     PLACES,
@@ -27,10 +25,11 @@ from siliang.compare.trials import (
 )
 from siliang.compare.verdict import QUALITY
 from siliang.config import MethodConfig, RunConfig, differences
+from siliang.config.comparison import CompareConfig
 from siliang.files import remove_tree, sweep, write_text
 from siliang.hardware import machine
 from siliang.paths import check_links
-from siliang.record import RECORD_NAME, Record, plain
+from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, figures_of, plain
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes, what_changed
 from siliang.terminal import pasted
 from siliang.types import WRITERS, ConfigError, InterruptedRunError, OutputError

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from siliang.compare.config import CompareConfig, MethodEntry, slug
-from siliang.compare.record import Trial
 from siliang.config import RunConfig, differences
+from siliang.config.comparison import CompareConfig, MethodEntry, slug
 from siliang.files import remove_tree
-from siliang.record import Record, plain
+from siliang.records import Record, Trial, plain
 from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.types import ConfigError
 

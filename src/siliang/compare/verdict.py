@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from siliang.compare.record import Answers
-from siliang.record import better, higher_is_better
+from siliang.records import Answers, Verdict, better, higher_is_better
 from siliang.types import TaskType
 
-Verdict = Literal["one class", "majority", "not below the base", "no spans", "no number"]
 SLACK = 1e-9  # of figures that are equal but for rounding
 
 

@@ -26,10 +26,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from siliang.compare.answers import collect
 from siliang.compare.base import KeptBase
-from siliang.compare.record import ANSWERS_NAME
 from siliang.config import RunConfig
 from siliang.memory.free import free_memory
 from siliang.plan.before import Planner
+from siliang.records import ANSWERS_NAME
 from siliang.terminal import cover
 from siliang.train.run import Listener, Run, make_trainer, prepare, train
 from siliang.train.watcher import Progress
@@ -41,7 +41,7 @@ Reply = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
-    """Serves requests until there are no more; ends at once when the process that asks is gone."""
+    """Serves requests; ends at once when the process that asks is gone."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     cover()  # the log
@@ -57,8 +57,8 @@ def main() -> None:
         replies.flush()
 
     kept, planner = KeptBase(), Planner()
-    while (request := requests.get()) != {"kind": "end"}:
-        answer(request, kept, planner, reply)
+    while True:
+        answer(requests.get(), kept, planner, reply)
 
 
 def answer(request: dict[str, Any], kept: KeptBase, planner: Planner, reply: Reply) -> None:

@@ -3,7 +3,7 @@
 Each is parsed once, strictly: a number is a number behind it, a size is in bytes, a time in seconds.
 """
 
-from siliang.config.data import LAYOUTS, Columns, DataConfig, Layout, Source
+from siliang.config.data import LAYOUTS, Columns, DataConfig, LayoutName, Source
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
 from siliang.config.names import OWN_FIELDS, assign, differences, name_here
@@ -19,7 +19,7 @@ __all__ = [
     "Columns",
     "DataConfig",
     "DistributedConfig",
-    "Layout",
+    "LayoutName",
     "MethodConfig",
     "QuantizationConfig",
     "RunConfig",

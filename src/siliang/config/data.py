@@ -11,7 +11,7 @@ from siliang.config.section import Name, Names, Section, Seed, as_name, is_recor
 from siliang.files import found_again
 from siliang.types import ConfigError
 
-Layout = Literal[
+LayoutName = Literal[
     "messages",
     "sharegpt",
     "alpaca",
@@ -25,7 +25,7 @@ Layout = Literal[
     "source-target",
     "prepared",
 ]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)  # how rows may be laid out; data/formats.py reads each
+LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)  # how rows may be laid out; data/formats.py reads each
 
 
 def _template(value: Any, info: ValidationInfo) -> Any:
@@ -131,7 +131,7 @@ class DataConfig(Section):
     """Of the split: with test_size the same rows as Dataset.train_test_split(test_size, seed). None: train.seed."""
     stratify: bool = False
     """Hold out the same share of every class. Off, the split is that of Dataset.train_test_split."""
-    format: Literal["auto"] | Layout = "auto"
+    format: Literal["auto"] | LayoutName = "auto"
     """How the rows are laid out. auto: by their columns."""
     columns: Columns = Field(default_factory=Columns)
     """The names of the columns."""
@@ -178,5 +178,3 @@ class DataConfig(Section):
     def eval_sources(self) -> list[Source]:
         """The held-out data; empty where a share of the training rows is held out instead."""
         return _as_sources(self.eval or [])
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from siliang.config.describing import describe
 from siliang.config.names import name_here, quoted
@@ -25,10 +24,11 @@ def explain(error: ValidationError, schema: type[Settings]) -> str:
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         others = [e for e in found[1:] if e["type"] == "extra_forbidden"]
-        hints = [(".".join(map(str, e["loc"])), _unknown(e, schema, guess=False)) for e in others]
+        hints = [(".".join(map(str, e["loc"])), _unknown(e["loc"], e["input"], schema, guess=False)) for e in others]
         also = " ".join(f"{name}:{hint}" for name, hint in [h for h in hints if h[1]][:MOST_MENDED])
         also = f"\nAlso {also}".replace(": Here that is", ":") if also else ""
-        return f"{path} is not a setting.{_unknown(first, schema)} `siliang config` lists them all.{more}{also}"
+        hint = _unknown(first["loc"], first["input"], schema)
+        return f"{path} is not a setting.{hint} `siliang config` lists them all.{more}{also}"
     if first["type"] == "missing":
         meaning = next((" ".join(s.meaning.split()) for s in describe(schema) if s.name == path), "")
         return f"{path} is missing.{more} {meaning}".rstrip()
@@ -62,10 +62,10 @@ def _section_for(path: str, value: Any) -> str:
     return f" {path} is a section: set its fields, as in {path}.field=value."
 
 
-def _unknown(error: ErrorDetails, schema: type[Settings], *, guess: bool = True) -> str:
+def _unknown(place: tuple[int | str, ...], value: Any, schema: type[Settings], *, guess: bool = True) -> str:
     """What an unknown key is here, or the names near it."""
-    *sections, own = (str(part) for part in error["loc"])
-    if hint := name_here(own, schema, error["input"], section=".".join(sections)):
+    *sections, own = map(str, place)
+    if hint := name_here(own, schema, value, section=".".join(sections)):
         return hint
     if not guess:
         return ""

@@ -35,7 +35,6 @@ class MethodConfig(BaseModel):
     def __str__(self) -> str:
         return self.name
 
-
     @field_validator("name")
     @classmethod
     def _whole_name(cls, name: str) -> str:
@@ -89,12 +88,18 @@ LISTS = {
 }
 
 
-
 def _method(value: Any) -> Any:
     name = value.get("name") if isinstance(value, dict) else value
     if isinstance(name, str) and (said := other_names.METHOD_VALUES.get(other_names.plain(name))):
         raise ConfigError(f"method = {name!r}: here that is {quoted(said.split())}.")
     return {"name": value} if isinstance(value, str) else value
+
+
+def _adapter(value: Any) -> Any:
+    if isinstance(value, str) and other_names.is_method(value) and not Path(value).exists():
+        here = other_names.METHOD_VALUES.get(other_names.plain(value), f"method={other_names.plain(value)}")
+        raise ConfigError(f"adapter = {value!r} is no adapter: here that is {quoted(here.split())}.")
+    return value
 
 
 def _task(value: Any) -> Any:
@@ -146,7 +151,7 @@ class RunConfig(Settings):
     seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
     """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}."""
-    adapter: Name | None = None
+    adapter: Annotated[Name | None, BeforeValidator(_adapter)] = None
     """An adapter that is trained further: a run's folder, a checkpoint in it, an adapter folder of siliang's or of
     PEFT's, or a name on the hub. Its weights are the start and its config is the method; of a run, model, task,
     template and labels are taken over where nothing else is said. It is not changed itself."""
@@ -163,6 +168,14 @@ class RunConfig(Settings):
     But for errors of SL023 and SL028, in which the run itself would end."""
     output: Name
     """The run's folder: made by the run, and must not hold anything yet."""
+
+    @model_validator(mode="after")
+    def _of_the_adapter(self) -> RunConfig:
+        if self.adapter is not None and "method" not in self.model_fields_set:
+            raise ConfigError(
+                f"adapter = {self.adapter!r}: `method` has to be the adapter's: start_adapter.filled_in sets it."
+            )
+        return self
 
     @model_validator(mode="after")
     def _with_deepspeed(self) -> RunConfig:
@@ -191,7 +204,7 @@ class RunConfig(Settings):
         if (strange := undecodable(values)) is not None:
             raise ConfigError(f"{source}: {strange} holds bytes that are not UTF-8: rename it.")
         try:
-            return cls.model_validate(_with_adapter(values))
+            return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"{source}: {explain(error, cls)}") from None
         except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
@@ -239,24 +252,3 @@ class RunConfig(Settings):
     def to_yaml(self) -> str:
         """The whole config, defaults included, as run.yaml holds it."""
         return dump_yaml(self.model_dump(mode="json"))
-
-
-def _with_adapter(values: dict[str, Any]) -> dict[str, Any]:
-    """What the adapter that the run starts from says of method, base model and text."""
-    name = values.get("adapter")
-    if not isinstance(name, str):
-        return values
-    from siliang.start_adapter import find_start_adapter  # torch: only where there is one
-
-    if not Path(name).exists() and other_names.plain(name) in {*other_names.METHOD_VALUES, "lora"}:
-        said = other_names.METHOD_VALUES.get(other_names.plain(name), f"method={other_names.plain(name)}")
-        raise ConfigError(f"adapter = {name!r} is no adapter: here that is {quoted(said.split())}.")
-    if (
-        values.keys() >= {"model", "task", "method"}
-        and not Path(name).expanduser().exists()
-        and Path(name).is_absolute()
-    ):
-        return values  # of a run that began with it and has its own weights by now
-    return find_start_adapter(name).filled_in(values)
-
-

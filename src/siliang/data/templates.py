@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from siliang.data.examples import Call, Conversation, Message
 from siliang.safe_json import JsonError, parse_json

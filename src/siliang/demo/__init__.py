@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from siliang.compare.config import CompareConfig
+from siliang.config.comparison import CompareConfig
 from siliang.types import ModelError
 
 TRAIN = Path(__file__).with_name("train.jsonl")

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from siliang.ops.place import kind_of
+from siliang.records import CATEGORIES, Category
 
-Category = Literal["weights", "trained", "gradients", "optimizer", "activations", "logits", "workspace"]
-CATEGORIES: tuple[Category, ...] = (
-    "weights",  # of the base model, frozen or not
-    "trained",  # what the method has added: adapters, prompts, heads that are saved with them
-    "gradients",
-    "optimizer",
-    "activations",  # kept for the backward pass
-    "logits",  # whatever has a column for each token of the vocabulary, and its gradient
-    "workspace",  # everything that lives for a moment
-)
 DEVICE = torch.ops.prim.device.default
 SAFE_SOFTMAX = torch.ops.aten._safe_softmax
 ARITHMETIC = {getattr(torch.ops.aten, name + end) for name in ("add", "sub", "mul", "div") for end in ("", "_")}

@@ -1,5 +1,1 @@
-"""Base models and their tokenizers. Importing this makes transformers' Auto classes know ChatGLM3."""
-
-from siliang.models.chatglm3 import register
-
-register()
+"""Base models and their tokenizers."""

@@ -32,7 +32,7 @@ from siliang.hardware import choose_precision
 from siliang.hub import cached_file, find_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.limits import SECONDS, in_time
-from siliang.models.chatglm3 import ChatGLMConfig
+from siliang.models.extra import CHATGLM, make_known
 from siliang.models.few_bits import check_few_bits, keep_as_stored
 from siliang.models.folder import (
     ADAPTER,
@@ -317,7 +317,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
     given = check_tokenizer_names(name, revision)
     bare = (Path(name) / "tokenizer.model").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
-    if bare and load_config(name, revision=revision).model_type != ChatGLMConfig.model_type:
+    if bare and load_config(name, revision=revision).model_type != CHATGLM:
         # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
         return LlamaTokenizer.from_pretrained(name, add_bos_token=True)
     code = find_own_code(name, revision)
@@ -383,6 +383,7 @@ def _check_folder(name: str, revision: str | None = None) -> None:
         values = read_config(config)
         if not isinstance(values.get("model_type"), str):
             raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
+        make_known(values.get("model_type"))
         check_counts(values, config)
         if (generation := path / "generation_config.json").is_file():
             check_counts(read_config(generation), generation)
@@ -399,7 +400,9 @@ def _check_folder(name: str, revision: str | None = None) -> None:
     else:
         check_hub_names(name, revision)
         if (found := find_file(name, "config.json", revision)) is not None:
-            check_counts(read_config(found), found)
+            values = read_config(found)
+            make_known(values.get("model_type"))
+            check_counts(values, found)
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from siliang.hub import cached_file, only_cached
 from siliang.models.code_check import reachable
+from siliang.models.extra import EXTRA
 from siliang.paths import check_links
 from siliang.permissions import is_allowed
 from siliang.safe_json import JsonError, parse_json, read_json
@@ -207,7 +208,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _is_unknown(config: dict[str, Any]) -> bool:
     code = config.get("auto_map")
     kind = config.get("model_type")
-    return isinstance(code, dict) and bool(code) and not (isinstance(kind, str) and kind in CONFIG_MAPPING)
+    return (
+        isinstance(code, dict)
+        and bool(code)
+        and not (isinstance(kind, str) and (kind in CONFIG_MAPPING or kind in EXTRA))
+    )
 
 
 def _classes(name: str, configs: dict[str, bytes]) -> Iterator[tuple[str, str]]:

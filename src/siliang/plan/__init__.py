@@ -23,11 +23,11 @@ from siliang.methods import find_method
 from siliang.models.load import load_config
 from siliang.plan.device import ETA, Device, find_target, measure_flops
 from siliang.plan.fit import Room, find_fit
-from siliang.plan.record import Change, Fit, MethodPlan, PlanRecord
 from siliang.plan.rows import StepRows, heaviest, made_up
 from siliang.plan.shapes import SHAPES
 from siliang.plan.sketch import Sketch, Usual
 from siliang.plan.steps import Measured, Phase
+from siliang.records import Change, Fit, MethodPlan, PlanRecord
 from siliang.types import ConfigError, SiliangError, TaskType, first_line
 
 TOLD: tuple[Phase, ...] = ("train", "evaluate", "generate", "merge")

@@ -9,15 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from siliang.check import Subject
 from siliang.config import RunConfig
-from siliang.units import show_bytes
 from siliang.plan import plan
 from siliang.plan.device import Device, find_target, in_this_process, shared_by
 from siliang.plan.history import remember
-from siliang.plan.record import Change, MethodPlan
-from siliang.record import Record
+from siliang.records import Change, MethodPlan, Record
 from siliang.safe_yaml import parse_yaml
 from siliang.train.run import Predicted
 from siliang.types import PlanError
+from siliang.units import show_bytes
 
 SAME_RESULT = ("train.batch_size", "train.gradient_accumulation", "train.memory_budget")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.engine.batches import Batch
 from siliang.memory.track import Peak
-from siliang.plan.record import Change, Fit
 from siliang.plan.rows import StepRows, cut
 from siliang.plan.sketch import Sketch
 from siliang.plan.steps import Measured
+from siliang.records import Change, Fit
 
 FULL_CALLS = 1024  # tokens: batches that are smaller than it do not fill the processor, so splitting stops to be free
 SHORTEST = 64  # tokens, below which nothing is proposed

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from siliang.models.chatglm3 import ChatGLMConfig
+from siliang.models.extra import CHATGLM
 from siliang.types import TaskType
 
 
@@ -32,7 +32,9 @@ class Shape:
 
     def config(self) -> Any:
         """A new config of this shape."""
-        if self.kind == ChatGLMConfig.model_type:
+        if self.kind == CHATGLM:
+            from siliang.models.chatglm3 import ChatGLMConfig
+
             return ChatGLMConfig(**self.settings)
         return AutoConfig.for_model(self.kind, **self.settings)
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from siliang.compare.config import CompareConfig
-from siliang.compare.record import Answers, Comparison, Trial, figures_of
 from siliang.config import METHOD_FOLDERS, MethodConfig
-from siliang.record import Record
+from siliang.config.comparison import CompareConfig
+from siliang.records import Answers, Comparison, Record, Trial, figures_of
 from siliang.secrets import shortened
 from siliang.types import ConfigError, first_line
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from siliang.compare.record import Answer as Said
-from siliang.compare.record import Answers
 from siliang.compare.verdict import QUALITY
 from siliang.files import write_text
 from siliang.next_steps import next_steps
+from siliang.records import Answer as Said
+from siliang.records import Answers
 from siliang.report import plots
 from siliang.report.gather import Group, Material
 from siliang.report.plots import Axis, Curve, Point

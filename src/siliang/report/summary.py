@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from siliang.compare.verdict import QUALITY, Quality, Verdict
-from siliang.record import Record
+from siliang.compare.verdict import QUALITY, Quality
+from siliang.records import Record, Verdict
 from siliang.report.gather import Group, Material
 
 SAME_COST = 1.02  # costs that differ by less are the same: so much two runs of one method differ by

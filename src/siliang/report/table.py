@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from siliang.compare.verdict import QUALITY
-from siliang.units import show_bytes
-from siliang.record import higher_is_better
+from siliang.records import higher_is_better
 from siliang.report.gather import Material
 from siliang.report.summary import Answer, Line, Mean
+from siliang.units import show_bytes
 
 STAR, MARK = "★", "⚠"
 ORDER = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l", "perplexity")

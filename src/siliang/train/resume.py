@@ -11,7 +11,7 @@ from typing import Any
 from siliang.config import RunConfig
 from siliang.files import damage, sweep
 from siliang.paths import check_links
-from siliang.record import RECORD_NAME, Record
+from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_changed
 from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settings, in_words
 from siliang.start_adapter import find_start_adapter

@@ -42,7 +42,7 @@ from siliang.methods import Method, find_method
 from siliang.models.own_code import code_of
 from siliang.models.save import save_model
 from siliang.peft_model import PeftModel
-from siliang.record import Counts, Memory, Predicted, Record, Rows, Seconds
+from siliang.records import Counts, Memory, Predicted, Record, Rows, Seconds
 from siliang.run_folder import (
     ADAPTER,
     CHECKPOINTS,

@@ -33,7 +33,7 @@ from siliang.files import damage, remove, sweep
 from siliang.models.save import save_config
 from siliang.paths import is_link
 from siliang.peft_model import PeftModel
-from siliang.record import MAX_BYTES
+from siliang.records import MAX_BYTES
 from siliang.run_folder import PREFIX, checkpoints
 from siliang.safe_json import read_values
 from siliang.secrets import shortened

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from siliang.record import Count, Number, Part, Positive, Rate, StepMetrics, explained
+from siliang.records import Part, StepMetrics, explained
+from siliang.records.saved import Count, Number, Positive, Rate
 from siliang.safe_json import read_values
 from siliang.secrets import short_repr, shortened
 from siliang.types import RecordError

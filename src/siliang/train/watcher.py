@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from siliang.distributed.ranks import find_ranks
 from siliang.memory.peak import PeakMemory
-from siliang.record import StepMetrics, better
+from siliang.records import StepMetrics, better
 
 if TYPE_CHECKING:
     from siliang.train.trainer import SiliangTrainer

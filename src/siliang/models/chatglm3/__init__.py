@@ -1,4 +1,5 @@
-"""ChatGLM3 (6B, base, 32k), which transformers lacks: the architecture, its tokenizer, and their registration."""
+"""ChatGLM3 (6B, base, 32k), which transformers lacks: the architecture, and its tokenizer. Importing this makes
+transformers' Auto classes know it; `load.py` does so where it meets one."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -33,3 +34,6 @@ def register() -> None:
     AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
     AutoModelForSequenceClassification.register(ChatGLMConfig, ChatGLMForSequenceClassification, exist_ok=True)
     AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
+
+
+register()

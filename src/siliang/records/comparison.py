@@ -1,4 +1,4 @@
-"""The schema of comparison.json, and of answers.json, which each of its runs keeps beside run.json."""
+"""The schema of comparison.json."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from siliang.compare.config import CompareConfig
 from siliang.config import Seed
+from siliang.config.comparison import CompareConfig
 from siliang.paths import inside
-from siliang.record import Count, Date, Figures, File, Name, Part, Record, Saved, Sha256, Share
+from siliang.records.figures import Figures
+from siliang.records.run import File, Record
+from siliang.records.saved import Date, Name, Part, Saved, Sha256
 from siliang.secrets import shortened
 from siliang.types import ConfigError, RecordError
 
 COMPARISON_NAME = "comparison.json"
-ANSWERS_NAME = "answers.json"
 SCHEMA_VERSION = 1
 
 
@@ -108,33 +109,3 @@ class Comparison(Saved):
             )
         if "eval_loss" in self.base and "perplexity" not in self.base:
             raise ConfigError("base.perplexity is missing.")
-
-
-class Answer(Part):
-    """What a model says to one text."""
-
-    where: str = ""
-    """The held-out row, as file and line; empty for a prompt of the settings."""
-    asked: str
-    right: str | None = None
-    """What the data says; None for a prompt of the settings."""
-    given: str
-    correct: bool | None = None
-    """Whether `given` counts as `right`; None where nothing judges it: a written text, a prompt of the settings."""
-    probability: Share | None = None
-    """Of the class; None for text and tags."""
-
-
-class Answers(Saved):
-    """answers.json: what a run's model says, for whoever wants to see more than figures."""
-
-    prompts: list[Answer] = Field(default_factory=list)
-    """The same questions for every run of a comparison."""
-    rows: list[Answer] = Field(default_factory=list)
-    """Some of the held-out rows, the same for every run."""
-    majority: Share | None = None
-    """Share of the most frequent class among all held-out rows."""
-    classes: Count | None = None
-    """How many classes the data has."""
-    figures: Figures = Field(default_factory=dict)
-    """Metrics on the held-out rows that take writing: rouge_l."""

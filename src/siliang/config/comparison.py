@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -11,7 +12,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from siliang import other_names
-from siliang.config import MethodConfig, RunConfig, Section, Seed, describe, name_here
+from siliang.config.describing import Setting, describe
+from siliang.config.names import OWN_FIELDS, name_here
+from siliang.config.run import MethodConfig, RunConfig
+from siliang.config.section import Section, Seed
 from siliang.safe_yaml import dump_yaml
 from siliang.secrets import redacted
 from siliang.terminal import one_line
@@ -179,9 +183,6 @@ def slug(label: str) -> str:
 
 def settings_of(entry: MethodEntry) -> set[str]:
     """What can be searched for a method."""
-    import dataclasses
-
-    from siliang.config import OWN_FIELDS
     from siliang.methods import find_method
 
     config = find_method(entry.name).config
@@ -195,8 +196,8 @@ def _in_a_search(key: str, known: Iterable[str]) -> str:
     return f" Here that is `search.{name}`." if name in known else ""
 
 
-def describe_settings() -> list[tuple[str, str, str, str]]:
-    """(name, type, default, meaning) of what compare.yaml may hold beside the settings of a run."""
+def describe_settings() -> list[Setting]:
+    """What compare.yaml may hold beside the settings of a run."""
     shown = {"methods": ("names or mappings", ", ".join(SEVEN)), "search": ("mapping of lists", "{}")}
     return [
         (name, *shown.get(name, (kind, default)), meaning) for name, kind, default, meaning in describe(CompareSettings)

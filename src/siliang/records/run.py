@@ -3,63 +3,22 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from siliang.config import LAYOUTS, RunConfig, Seed, differences
-from siliang.files import write_text
-from siliang.paths import inside
-from siliang.safe_json import dump_json, read_values
-from siliang.secrets import HIDDEN, redacted, short_repr, shortened
-from siliang.types import ConfigError, RecordError, TaskType
+from siliang.records.figures import Figures
+from siliang.records.saved import Count, Date, Name, Number, Part, Positive, Rate, Saved, Sha256
+from siliang.secrets import HIDDEN, short_repr, shortened
+from siliang.types import ConfigError, TaskType
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "run.json"
-MAX_BYTES = 128 * 2**20  # about a million lines of the log
 SHOWN = 80  # characters of a value in an error
-
-# What the texts of a file stand for: JSON has no such numbers.
-NO_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l")  # figures from 0 to 1
-LARGEST_LOSS = 1e30
-SLACK = 1e-6  # of rounding
-
-
-def _number(value: Any) -> Any:
-    return NO_NUMBERS.get(value, value) if isinstance(value, str) else value
-
-
-def _figures(found: dict[str, float]) -> dict[str, float]:
-    for name, value in found.items():
-        highest = 1.0 if name in SHARES else LARGEST_LOSS if "loss" in name else math.inf
-        if math.isfinite(highest) and math.isfinite(value) and not -SLACK <= value <= highest + SLACK:
-            raise ValueError(f"{name} must be from 0 to {highest:g}")
-    return found
-
-
-def _date(value: str) -> str:
-    try:
-        datetime.fromisoformat(value)
-    except ValueError:
-        raise ValueError("must be a date and a time, as 2026-01-31T12:00:00+00:00") from None
-    return value
-
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]  # of anything, bytes too
-Number = Annotated[float, BeforeValidator(_number)]  # or NaN, or infinite
-Positive = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]  # seconds, epochs
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of learning, as large as settings may have it
-Share = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(max_length=1000)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
-Figures = Annotated[dict[Name, Number], Field(max_length=100), AfterValidator(_figures)]
 
 
 @dataclass(frozen=True)
@@ -78,95 +37,6 @@ class Predicted:
     def peak_bytes(self) -> int | None:
         """The larger of loading and the steps; None where there was no plan."""
         return max(sum(self.parts.values()), self.loading_bytes) or None
-
-
-class Part(BaseModel):
-    """A part of the record."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class Saved(Part):
-    """A part that is a file of its own.
-
-    Attributes:
-        newest: The version of its schema that this siliang reads.
-    """
-
-    newest: ClassVar[int] = 1
-
-    def save(self, path: Path) -> None:
-        """Writes the file, never half of it, with no secret in it."""
-        write_text(path, dump_json(_finite(self.model_dump(mode="json")), indent=1) + "\n")
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Reads the file, strictly: it may be anybody's.
-
-        Raises:
-            ConfigError: It is missing.
-            RecordError: It is damaged, is a link that leads out of its folder, or is not what siliang writes: which
-                field, its value, and what is allowed; or a later siliang has written it.
-        """
-        inside(path.parent, path.name, kind=RecordError)
-        missing = ConfigError(f"{path.parent} holds no {path.name}.")
-        values = read_values(path, RecordError, missing=missing, most_bytes=MAX_BYTES)
-        try:
-            if isinstance(values, dict):
-                _check_version(values.get("schema_version"), cls.newest, path)
-            found = cls.model_validate(values, strict=True)
-            found.check()
-        except ValidationError as error:
-            raise RecordError(f"{path} is damaged: {explained(error)}.") from None
-        except RecordError:
-            raise
-        except ConfigError as error:
-            raise RecordError(f"{path} is damaged: {error}") from None
-        return found
-
-    def check(self) -> None:
-        """What no field alone can say.
-
-        Raises:
-            ConfigError: Two of them do not go together.
-        """
-
-
-def explained(error: ValidationError) -> str:
-    """The first finding in one line: the field, its value, and what is allowed."""
-    first = error.errors()[0]
-    field = shortened(".".join(map(str, first["loc"])), 200) or "it"
-    if first["type"] == "missing":
-        return f"{field} is missing"
-    if first["type"] == "extra_forbidden":
-        return f"{field} is no field of such a record"
-    said = first["msg"].removeprefix("Value error, ")
-    return f"{field} = {short_repr(first['input'])}: {said[:1].lower()}{said[1:]}"
-
-
-def _check_version(version: Any, newest: int, path: Path) -> None:
-    if type(version) is int and version > newest:
-        raise RecordError(
-            f"{path} was written by a later siliang: its schema_version is {short_repr(version)}, and this one reads "
-            f"up to {newest}. Update siliang.",
-            later=True,
-        )
-
-
-def plain(value: Any) -> Any:
-    """Values as a record's file holds them: no secrets, and as text the numbers that JSON does not have, NaN and
-    Infinity, which the record's fields read back as numbers."""
-    return redacted(_finite(value))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 class Device(Part):
@@ -263,22 +133,6 @@ class File(Part):
 
     path: str
     sha256: Sha256
-
-
-LOWER_IS_BETTER = ("loss", "eval_loss", "perplexity")  # of a run's figures; of every other, more is better
-
-
-def higher_is_better(figure: str) -> bool:
-    """The direction of a figure of a run's held-out rows."""
-    return figure not in LOWER_IS_BETTER
-
-
-def better(figure: str, new: float, old: float | None) -> bool:
-    """Whether a figure's new value is better than its old one, or than none at all (None); a number is better than
-    NaN."""
-    if old is None or math.isnan(old):
-        return old is None or not math.isnan(new)
-    return new > old if higher_is_better(figure) else new < old
 
 
 class Record(Saved):

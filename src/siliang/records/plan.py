@@ -6,10 +6,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from siliang.memory.track import Category
-from siliang.record import Part
+from siliang.records.saved import Part
 
 SCHEMA_VERSION = 1
+
+Category = Literal["weights", "trained", "gradients", "optimizer", "activations", "logits", "workspace"]
+CATEGORIES: tuple[Category, ...] = (
+    "weights",  # of the base model, frozen or not
+    "trained",  # what the method has added: adapters, prompts, heads that are saved with them
+    "gradients",
+    "optimizer",
+    "activations",  # kept for the backward pass
+    "logits",  # whatever has a column for each token of the vocabulary, and its gradient
+    "workspace",  # everything that lives for a moment
+)
 
 
 class Change(Part):

@@ -1,8 +1,7 @@
-"""A run's folder: what is where in it, and how to open it again. Later commands need only the folder."""
+"""A trained run at work: found by its folder, checked against its record, and loaded."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,28 +13,22 @@ from torch import nn
 
 from siliang.checkpoint import read_adapter
 from siliang.config import RunConfig
-from siliang.data.hashes import base_files, is_loaded_beside, source_sha256
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
-from siliang.files import absolute, damage, is_pattern, write_text
+from siliang.files import damage
 from siliang.hardware import Choice
 from siliang.methods import Method, find_method
 from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model, load_tokenizer
-from siliang.paths import check_links, is_real_folder
+from siliang.paths import check_links
 from siliang.peft_model import PeftModel
-from siliang.record import RECORD_NAME, File, Record
-from siliang.run_settings import has_template_file, in_words, misplaced_settings
-from siliang.safe_yaml import dump_yaml, read_yaml
+from siliang.records import Record
+from siliang.run_folder.changes import changed_base, changed_data
+from siliang.run_folder.layout import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints, read_config
+from siliang.run_settings import in_words, misplaced_settings
 from siliang.secrets import shortened
 from siliang.terminal import pasted
-from siliang.types import AdapterError, ConfigError, DataError, ModelError, OutputError, TaskType
+from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType
 
-CONFIG_NAME = "run.yaml"
-ADAPTER = "adapter"  # the trained adapter
-MODEL = "model"  # the trained model, for full fine-tuning
-CHECKPOINTS = "checkpoints"
-PREFIX = "checkpoint-"  # and the step
-COMPARISON = "comparison.json"
 FP32 = Choice("fp32", "as asked")
 
 
@@ -141,92 +134,6 @@ def weight_dtype(method: Method, precision: Choice) -> torch.dtype:
     """Of the base model: a frozen one may stand in half precision; weights that are trained themselves stay fp32 under
     autocast."""
     return precision.dtype if precision.pure or method.freezes_the_base else torch.float32
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints in `folder` by their step, the oldest first."""
-    found = (p for p in folder.glob(f"{PREFIX}*") if is_real_folder(p))
-    named = {p: re.fullmatch(rf"{PREFIX}([0-9]{{1,15}})", p.name) for p in found}
-    return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
-
-
-def claim(folder: Path, *, for_run: bool = False) -> bool:
-    """Makes the output folder; returns whether it was new.
-
-    Args:
-        for_run: A run is to be trained into it, which may be there already.
-
-    Raises:
-        OutputError: Something is there already, or the folder cannot be made.
-    """
-    try:
-        check_empty(folder, for_run=for_run)
-        if folder.is_dir():
-            return False
-        folder.mkdir(parents=True)  # another process may be quicker: then this fails
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"output folder {folder} cannot be made: {error.strerror or error}.") from None
-    return True
-
-
-def check_empty(folder: Path, *, for_run: bool = False) -> None:
-    """Nothing is in the output folder.
-
-    Raises:
-        OutputError: Something is: what it is, and what can be done.
-    """
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    status = None
-    if (folder / RECORD_NAME).is_file():
-        try:
-            status = Record.read(folder).status
-        except ConfigError:
-            status = "damaged"
-    if status == "completed":
-        raise OutputError(
-            f"output folder {folder} is not empty: it holds a finished run. Choose another with --output."
-        )
-    if status and for_run:
-        raise OutputError(
-            f"output folder {folder} is not empty: it holds a run that is not finished. Go on with it by "
-            f"{pasted('siliang', 'train', '--resume', folder)}, or choose another with --output."
-        )
-    raise OutputError(f"output folder {folder} is not empty. Choose another with --output.")
-
-
-def write_config(folder: Path, config: RunConfig) -> None:
-    """Writes run.yaml, never half of it."""
-    write_text(folder / CONFIG_NAME, dump_yaml(config.model_dump(mode="json")))
-
-
-def read_config(folder: Path) -> RunConfig:
-    """The resolved config of a run.
-
-    Raises:
-        ConfigError: The folder is no run.
-    """
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder: {CONFIG_NAME} is missing there.{_what_else(folder)}")
-    return RunConfig.build(read_yaml(path), source=str(path))
-
-
-def _what_else(folder: Path) -> str:
-    """What a folder is that is no run's."""
-    if not folder.exists():
-        others = [p.name for p in checkpoints(folder.parent).values()] if folder.parent.name == CHECKPOINTS else []
-        return f" There is {', '.join(others)}." if others else " There is no such folder."
-    if (folder / COMPARISON).is_file():
-        run = next((p.parent for p in sorted(folder.glob(f"runs/*/*/{CONFIG_NAME}"))), folder / "runs" / "...")
-        return f" It holds a comparison: name one of its runs, such as {run}."
-    if (folder / ADAPTER_CONFIG).is_file():
-        return " It holds an adapter alone: train it further with siliang train --adapter, and use that run."
-    if folder.name == CHECKPOINTS and (found := checkpoints(folder)):
-        return f" Name one of its checkpoints, such as {list(found.values())[-1]}."
-    return ""
 
 
 def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> TrainedRun:
@@ -366,64 +273,6 @@ def load_run_tokenizer(trained: TrainedRun) -> Any:
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     grow_vocabulary(tokenizer, config.data.add_tokens)
     return tokenizer
-
-
-def changed_base(model: str, revision: str | None, was: dict[str, str]) -> str | None:
-    """In what a base model differs from the one whose files' hashes these were; None for nothing, or where there are no
-    files to look at."""
-    if not was or not (now := base_files(model, revision)):
-        return None
-    if added := sorted(name for name in now.keys() - was.keys() if is_loaded_beside(name, was.keys())):
-        return f"{added[0]} was not there"
-    if missing := sorted(was.keys() - now.keys()):
-        return f"{missing[0]} is missing"
-    if other := [name for name in sorted(was) if now[name] != was[name]]:
-        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
-        return f"{other[0]} is another file{more}"
-    return None
-
-
-def changed_data(paths: list[str], was: list[File]) -> str | None:
-    """Which of these sources is not what it was; None where all are."""
-    known = {f.path: f.sha256 for f in was}
-    for path in paths:
-        if (now := source_sha256(path)) == known.get(path) or not known:
-            continue
-        if path in known:
-            return f"{path} {'has changed' if _exists(path) else 'is gone'}"
-        if now not in known.values():
-            return f"{path} is other data"
-    return None
-
-
-def hashes(config: RunConfig) -> tuple[dict[str, str], list[File]]:
-    """Of the base model's files, and of the data's, with a template that is a file."""
-    read = [*sources_of(config), *([config.data.template] if has_template_file(config) else [])]
-    return base_files(config.model, config.revision), [File(path=absolute(p), sha256=source_sha256(p)) for p in read]
-
-
-def sources_of(config: RunConfig) -> list[str]:
-    """The names of a run's data, those held out behind those trained on."""
-    return [s.path for s in (*config.data.train_sources, *config.data.eval_sources)]
-
-
-def what_changed(
-    config: RunConfig, model_files: dict[str, str], data_files: list[File]
-) -> list[tuple[type[ModelError | DataError], str, str]]:
-    """What of the base model and the data of `config` is not as when these hashes were made, wherever it lies: the kind
-    of error, what has changed, and which part of it."""
-    found: list[tuple[type[ModelError | DataError], str, str]] = []
-    if (changed := changed_base(config.model, config.revision, model_files)) is not None:
-        found.append((ModelError, f"the base model {config.model}", changed))
-    now = hashes(config)[1]
-    if len(now) != len(data_files):
-        return [*found, (DataError, "the data", "there are other sources")]
-    other = next((new.path for new, was in zip(now, data_files, strict=True) if new.sha256 != was.sha256), None)
-    return [*found, (DataError, "the data", f"{other} is not what it was")] if other else found
-
-
-def _exists(path: str) -> bool:
-    return Path(path).exists() or is_pattern(path)
 
 
 def load_base(

@@ -1,0 +1,58 @@
+"""The schema of everything that siliang writes down: runs, comparisons, answers, plans and verdicts.
+
+Reports are made of these alone.
+"""
+
+from siliang.records.answers import ANSWERS_NAME, Answer, Answers
+from siliang.records.comparison import COMPARISON_NAME, Comparison, Trial, figures_of
+from siliang.records.figures import Figures, better, higher_is_better
+from siliang.records.plan import CATEGORIES, Category, Change, Fit, MethodPlan, PlanRecord
+from siliang.records.run import (
+    RECORD_NAME,
+    Counts,
+    Device,
+    File,
+    Memory,
+    Predicted,
+    Record,
+    Rows,
+    Seconds,
+    StepMetrics,
+)
+from siliang.records.saved import MAX_BYTES, Part, Saved, explained, plain
+from siliang.records.verdict import Verdict
+
+__all__ = [
+    "ANSWERS_NAME",
+    "CATEGORIES",
+    "COMPARISON_NAME",
+    "MAX_BYTES",
+    "RECORD_NAME",
+    "Answer",
+    "Answers",
+    "Category",
+    "Change",
+    "Comparison",
+    "Counts",
+    "Device",
+    "Figures",
+    "File",
+    "Fit",
+    "Memory",
+    "MethodPlan",
+    "Part",
+    "PlanRecord",
+    "Predicted",
+    "Record",
+    "Rows",
+    "Saved",
+    "Seconds",
+    "StepMetrics",
+    "Trial",
+    "Verdict",
+    "better",
+    "explained",
+    "figures_of",
+    "higher_is_better",
+    "plain",
+]

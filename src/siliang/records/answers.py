@@ -1,0 +1,40 @@
+"""The schema of answers.json, which a run of a comparison keeps beside run.json."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from siliang.records.figures import Figures
+from siliang.records.saved import Count, Part, Saved, Share
+
+ANSWERS_NAME = "answers.json"
+
+
+class Answer(Part):
+    """What a model says to one text."""
+
+    where: str = ""
+    """The held-out row, as file and line; empty for a prompt of the settings."""
+    asked: str
+    right: str | None = None
+    """What the data says; None for a prompt of the settings."""
+    given: str
+    correct: bool | None = None
+    """Whether `given` counts as `right`; None where nothing judges it: a written text, a prompt of the settings."""
+    probability: Share | None = None
+    """Of the class; None for text and tags."""
+
+
+class Answers(Saved):
+    """answers.json: what a run's model says, for whoever wants to see more than figures."""
+
+    prompts: list[Answer] = Field(default_factory=list)
+    """The same questions for every run of a comparison."""
+    rows: list[Answer] = Field(default_factory=list)
+    """Some of the held-out rows, the same for every run."""
+    majority: Share | None = None
+    """Share of the most frequent class among all held-out rows."""
+    classes: Count | None = None
+    """How many classes the data has."""
+    figures: Figures = Field(default_factory=dict)
+    """Metrics on the held-out rows that take writing: rouge_l."""

@@ -1,0 +1,132 @@
+"""What all records have in common: strict fields, and a file that is whole or not there and holds no secret."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from siliang.files import write_text
+from siliang.paths import inside
+from siliang.safe_json import dump_json, read_values
+from siliang.secrets import redacted, short_repr, shortened
+from siliang.types import ConfigError, RecordError
+
+MAX_BYTES = 128 * 2**20  # about a million lines of the log
+
+# What the texts of a file stand for: JSON has no such numbers.
+NO_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _number(value: Any) -> Any:
+    return NO_NUMBERS.get(value, value) if isinstance(value, str) else value
+
+
+def _date(value: str) -> str:
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("must be a date and a time, as 2026-01-31T12:00:00+00:00") from None
+    return value
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # of anything, bytes too
+Number = Annotated[float, BeforeValidator(_number)]  # or NaN, or infinite
+Positive = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]  # seconds, epochs
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of learning, as large as settings may have it
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(max_length=1000)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
+
+
+class Part(BaseModel):
+    """A part of the record."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Saved(Part):
+    """A part that is a file of its own.
+
+    Attributes:
+        newest: The version of its schema that this siliang reads.
+    """
+
+    newest: ClassVar[int] = 1
+
+    def save(self, path: Path) -> None:
+        """Writes the file, never half of it, with no secret in it."""
+        write_text(path, dump_json(_finite(self.model_dump(mode="json")), indent=1) + "\n")
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Reads the file, strictly: it may be anybody's.
+
+        Raises:
+            ConfigError: It is missing.
+            RecordError: It is damaged, is a link that leads out of its folder, or is not what siliang writes: which
+                field, its value, and what is allowed; or a later siliang has written it.
+        """
+        inside(path.parent, path.name, kind=RecordError)
+        missing = ConfigError(f"{path.parent} holds no {path.name}.")
+        values = read_values(path, RecordError, missing=missing, most_bytes=MAX_BYTES)
+        try:
+            if isinstance(values, dict):
+                _check_version(values.get("schema_version"), cls.newest, path)
+            found = cls.model_validate(values, strict=True)
+            found.check()
+        except ValidationError as error:
+            raise RecordError(f"{path} is damaged: {explained(error)}.") from None
+        except RecordError:
+            raise
+        except ConfigError as error:
+            raise RecordError(f"{path} is damaged: {error}") from None
+        return found
+
+    def check(self) -> None:
+        """What no field alone can say.
+
+        Raises:
+            ConfigError: Two of them do not go together.
+        """
+
+
+def explained(error: ValidationError) -> str:
+    """The first finding in one line: the field, its value, and what is allowed."""
+    first = error.errors()[0]
+    field = shortened(".".join(map(str, first["loc"])), 200) or "it"
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{field} is no field of such a record"
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{field} = {short_repr(first['input'])}: {said[:1].lower()}{said[1:]}"
+
+
+def _check_version(version: Any, newest: int, path: Path) -> None:
+    if type(version) is int and version > newest:
+        raise RecordError(
+            f"{path} was written by a later siliang: its schema_version is {short_repr(version)}, and this one reads "
+            f"up to {newest}. Update siliang.",
+            later=True,
+        )
+
+
+def plain(value: Any) -> Any:
+    """Values as a record's file holds them: no secrets, and as text the numbers that JSON does not have, NaN and
+    Infinity, which the record's fields read back as numbers."""
+    return redacted(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

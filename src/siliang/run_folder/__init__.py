@@ -1,0 +1,54 @@
+"""A run's folder: what is where in it, what has changed since, and how to open it again. Later commands need only the
+folder."""
+
+from siliang.run_folder.changes import changed_base, changed_data, hashes, sources_of, what_changed
+from siliang.run_folder.layout import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG_NAME,
+    MODEL,
+    PREFIX,
+    check_empty,
+    checkpoints,
+    claim,
+    read_config,
+    write_config,
+)
+from siliang.run_folder.opened import (
+    OpenedRun,
+    TrainedRun,
+    autocast,
+    find_run,
+    load_base,
+    load_run_tokenizer,
+    open_run,
+    open_trained,
+    weight_dtype,
+)
+
+__all__ = [
+    "ADAPTER",
+    "CHECKPOINTS",
+    "CONFIG_NAME",
+    "MODEL",
+    "PREFIX",
+    "OpenedRun",
+    "TrainedRun",
+    "autocast",
+    "changed_base",
+    "changed_data",
+    "check_empty",
+    "checkpoints",
+    "claim",
+    "find_run",
+    "hashes",
+    "load_base",
+    "load_run_tokenizer",
+    "open_run",
+    "open_trained",
+    "read_config",
+    "sources_of",
+    "weight_dtype",
+    "what_changed",
+    "write_config",
+]
