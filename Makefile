@@ -7,7 +7,7 @@ NUMERIC := tests/ops tests/engine tests/parity tests/golden tests/models tests/t
 	tests/distributed/test_ranks.py $(addprefix tests/test_,$(addsuffix .py,adapter_life checkpoint inject quantised shared stock_trainer))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 test-long cluster-test check audit docs faults fmt bench bench-smoke same bench-gpu clean
+.PHONY: help demo test test-avx2 test-long cluster-test check audit docs compat faults fmt bench bench-smoke same bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 19
@@ -51,6 +51,10 @@ audit: .venv/dev
 		echo "audit      skipped: the advisory database cannot be reached"; \
 	fi
 
+# environments of their own, in .venv-compat
+compat:  ## the contract tests with the oldest and the newest libraries that are allowed, minutes of it; ONLY=oldest for one
+	$(PYTHON) tests/compat.py $(ONLY)
+
 docs: .venv/base  ## docs/errors.md, docs/names.md and what `siliang config` and `methods` print, from the code
 	$(BIN)/python -m siliang.errors > docs/errors.md
 	$(BIN)/python -m siliang.other_names > docs/names.md
@@ -73,7 +77,7 @@ bench-gpu: .venv/bench  ## the same on the CUDA device that is there
 	$(BIN)/python -m bench --gpu $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-compat .pytest_cache .ruff_cache .hypothesis
 
 .venv/base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "siliang needs Python 3.11 or later; say which with: make PYTHON=python3.12 ..."; exit 1; }

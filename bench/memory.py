@@ -39,10 +39,10 @@ from siliang.methods import METHODS, find_method
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.load import AUTO_CLASSES, load_model
 from siliang.peft_model import PeftModel
-from siliang.plan import Sketch
+from siliang.plan import FakeRun
 from siliang.plan.device import Device
-from siliang.plan.rows import made_up_row
-from siliang.plan.sketch import collator_of
+from siliang.plan.fake_run import collator_of
+from siliang.plan.rows import synthetic_row
 from siliang.run_folder import weight_dtype
 from siliang.types import SiliangError, TaskType
 
@@ -145,7 +145,7 @@ class Case:
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of several lengths."""
-        return [made_up_row(self.config(), n) for n in LENGTHS]
+        return [synthetic_row(self.config(), n) for n in LENGTHS]
 
 
 def cases(ranks: int = 1) -> Iterator[Case]:
@@ -162,9 +162,9 @@ def predict(case: Case) -> int:
     config = MODELS[case.model][1]()
     config.num_labels = 2
     with fake_mesh(case.ranks) as mesh:
-        sketch = Sketch(case.config(), config, device, quantization=case.quantization, mesh=mesh)
-        batches = sketch.batches(case.rows())
-        return sketch.measure(batches, recomputed=sketch.layers if case.checkpointing else 0).peaks["train"].nbytes
+        fake_run = FakeRun(case.config(), config, device, quantization=case.quantization, mesh=mesh)
+        batches = fake_run.batches(case.rows())
+        return fake_run.measure(batches, recomputed=fake_run.layers if case.checkpointing else 0).peaks["train"].nbytes
 
 
 def save_model(name: str, folder: Path) -> Path:
@@ -205,7 +205,7 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
         dtype=weight_dtype(method, case.precision),
         labels=labels,
         quantization=case.quantization,
-        to_be_dealt=True,
+        shardable=True,
         device=find_device(),
     )
     model, _, _ = attach(model, method, config, case.precision)
@@ -275,7 +275,7 @@ def _some(x: torch.Tensor | None) -> list[torch.Tensor]:
 
 
 def _held(model: torch.nn.Module) -> list[torch.Tensor]:
-    from siliang.plan.paper import held_tensors
+    from siliang.plan.fake import held_tensors
 
     unique = {(t.to_local() if isinstance(t, DTensor) else t).data_ptr(): t for t in held_tensors(model)}
     return list(unique.values())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import log2
 
 from bench.folders import SHARED
-from siliang.train.order import shares
+from siliang.engine.order import shares
 
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
 TOKENS_A_CARD = 8192

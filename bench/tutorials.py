@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from siliang.config import RunConfig
 from siliang.hardware import Choice
-from siliang.plan import SHAPES, Device, Sketch, Usual
+from siliang.plan import SHAPES, Baseline, Device, FakeRun
 from siliang.plan.device import CUDA_CONTEXT_BYTES, CUDA_WORK_BYTES
-from siliang.plan.rows import made_up_row
+from siliang.plan.rows import synthetic_row
 
 GIB = 2**30  # what both Windows' task manager and nvidia-smi call a GB
 
@@ -101,12 +101,12 @@ def predict(seen: Seen, *, usual: bool) -> float:
     device = Device("cuda", None, "unknown", precision, CUDA_CONTEXT_BYTES, CUDA_WORK_BYTES, here=False)
     base_config = shape.config()
     base_config.num_labels = 2
-    sketch = Sketch(config, base_config, device, usual=Usual("eager") if usual else None)
+    fake_run = FakeRun(config, base_config, device, baseline=Baseline("eager") if usual else None)
     if seen.rows == 0:
-        loaded = sketch.measure(sketch.batches([made_up_row(config, 8)]), phases=("loaded",))
+        loaded = fake_run.measure(fake_run.batches([synthetic_row(config, 8)]), phases=("loaded",))
         return (loaded.peaks["loaded"].nbytes + device.overhead_bytes) / GIB
-    batches = sketch.batches([made_up_row(config, seen.tokens) for _ in range(seen.rows)])
-    found = sketch.measure(batches, recomputed=sketch.layers if seen.checkpointing else 0)
+    batches = fake_run.batches([synthetic_row(config, seen.tokens) for _ in range(seen.rows)])
+    found = fake_run.measure(batches, recomputed=fake_run.layers if seen.checkpointing else 0)
     return (found.peaks["train"].nbytes + device.overhead_bytes) / GIB
 
 

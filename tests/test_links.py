@@ -245,11 +245,11 @@ def test_settings_are_not_written_through_a_link(
 
 @pytest.mark.parametrize("name", ["memory.jsonl", "hashes", "tokens"])
 def test_the_cache(name: str, outside: Outside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from siliang.plan.history import remember
+    from siliang.plan.history import record_work
 
     monkeypatch.setenv("SILIANG_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / name).symlink_to(outside.folder / ("key" if "." in name else "deep"))
-    remember("a card", 5)
-    remember("a card", 7)
+    record_work("a card", 5)
+    record_work("a card", 7)
     assert outside.now() == outside.was

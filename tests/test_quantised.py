@@ -11,8 +11,8 @@ from tiny import batch, make, word_tokenizer, write_jsonl
 
 import siliang
 from siliang.config import QuantizationConfig, RunConfig
-from siliang.methods.base import float_weight
 from siliang.models.load import load_model
+from siliang.models.quantized import float_weight
 from siliang.types import ConfigError, MergeError, TaskType
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -176,5 +176,5 @@ def test_compute_dtype_is_not_fp32_where_16_bits_are_native(monkeypatch: pytest.
     cpu = torch.device("cpu")
     for native, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(hardware, "has_bf16", lambda device, native=native: native)
-        made = _quantised(QuantizationConfig(), TaskType.CAUSAL_LM, cpu, to_be_dealt=False)["quantization_config"]
+        made = _quantised(QuantizationConfig(), TaskType.CAUSAL_LM, cpu, shardable=False)["quantization_config"]
         assert made.bnb_4bit_compute_dtype is wanted

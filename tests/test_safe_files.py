@@ -19,7 +19,7 @@ from siliang.data.load import load_examples
 from siliang.distributed.launched import accelerate_strategy
 from siliang.files import damage
 from siliang.models.load import load_config
-from siliang.plan.history import known_work, remember
+from siliang.plan.history import known_work, record_work
 from siliang.report.gather import gather
 from siliang.safe_json import JsonError, parse_json, read_json
 from siliang.safe_yaml import dump_yaml, parse_yaml, read_yaml
@@ -71,7 +71,7 @@ def test_a_stage_of_accelerate_that_is_none(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_this_machine_remembers_may_be_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The history of the plan: a line that is not its own is passed over."""
     monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
-    remember("a card", 1000)
+    record_work("a card", 1000)
     (file,) = tmp_path.rglob("memory.jsonl")
     own = file.read_text()
     for value in ("1e999", "NaN", "9" * 5000, '"1000"', "-1", "null", "true", "[1]"):

@@ -39,9 +39,10 @@ from siliang.methods.base import (
     PromptConfig,
     Rows,
     WrappedLayer,
-    is_quantised,
 )
 from siliang.methods.bitfit import bias_names
+from siliang.models.introspect import is_encoder_decoder
+from siliang.models.quantized import is_quantized
 from siliang.saved_module import SavedModule, Swap, sites_of
 from siliang.targets import (
     find_saved_modules,
@@ -55,7 +56,7 @@ from siliang.targets import (
     plain_modules,
 )
 from siliang.types import AdapterError, ConfigError, MergeError, SiliangError, TargetError, TaskType
-from siliang.virtual_tokens import Route, attention_heads, is_encoder_decoder, word_embeddings
+from siliang.virtual_tokens import Route, attention_heads, prompted_embeddings
 
 # The heads that are new, and so trained and saved by themselves, for each task.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
@@ -279,7 +280,7 @@ class Injection(nn.Module):
             paths = [path for path, _ in plain_modules(self.model)]
             config.modules_to_save = names_of_saved(config, config.modules_to_save, modules, paths)
         for path in modules:
-            if any(is_quantised(m) for m in self.model.get_submodule(path).modules()):
+            if any(is_quantized(m) for m in self.model.get_submodule(path).modules()):
                 raise ConfigError(f"modules_to_save: {path} is quantised, and a copy of it cannot be trained.")
         # a bias that several layers share is one parameter
         once = set({id(self.model.get_parameter(path)): path for path in reversed(biases)}.values())
@@ -382,7 +383,7 @@ class Injection(nn.Module):
         return self._swaps[path]
 
     def _complete(self, config: PromptConfig, *, from_file: bool) -> None:
-        embeddings: Any = word_embeddings(self.model)  # prompts of every kind need them
+        embeddings: Any = prompted_embeddings(self.model)  # prompts of every kind need them
         if isinstance(config, PrefixTuningConfig):
             config.complete(self.model.config, heads=None if from_file else attention_heads(self.model))
             if from_file:
@@ -391,7 +392,7 @@ class Injection(nn.Module):
             config.complete(self.model.config, width=embeddings.weight.shape[1])
 
     def _make_prompt(self, name: str, config: PromptConfig, file: FileSizes | None) -> None:
-        embeddings: Any = word_embeddings(self.model)
+        embeddings: Any = prompted_embeddings(self.model)
         from_file = file is not None
         start = config
         if from_file and isinstance(config, PromptTuningConfig):  # the file holds the prompt: no tokenizer is fetched

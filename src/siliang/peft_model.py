@@ -29,7 +29,7 @@ from siliang.hub import hub_is_off
 from siliang.inject import PROMPT_KEY, FileSizes, Injection
 from siliang.methods import METHODS, config_class
 from siliang.methods.base import BASE, CONFIG_NAME, PeftConfig
-from siliang.models.few_bits import keep_as_stored
+from siliang.models.quantized import count_numbers, keep_as_stored
 from siliang.paths import check_links
 from siliang.types import AdapterError, ConfigError, first_line, nearest
 
@@ -626,14 +626,8 @@ PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFe
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters of any model, shared ones once, 4-bit ones as many as they stand for."""
-    sizes = [(_numbers(p), p.requires_grad) for p in model.parameters()]
+    sizes = [(count_numbers(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def _numbers(p: Tensor) -> int:
-    """How many numbers a parameter holds; a 4-bit one is stored two to a byte."""
-    state = getattr(p, "quant_state", None)
-    return p.numel() if state is None else state.shape.numel()
 
 
 def adapter_folder(model_id: str | Path) -> Path:

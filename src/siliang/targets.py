@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from siliang.methods import method_of
-from siliang.methods.base import LayerConfig, PeftConfig, is_linear
+from siliang.methods.base import LayerConfig, PeftConfig
 from siliang.methods.bitfit import is_bias
 from siliang.methods.lora import LoraConfig, Patterns
+from siliang.models.introspect import is_linear, output_layer
 from siliang.patterns import find
 from siliang.types import ConfigError, TargetError, nearest
 
@@ -36,7 +37,7 @@ def find_targets(model: nn.Module, config: LayerConfig, *, outside: list[str], l
     if not wanted:
         raise TargetError("target_modules is empty: name layers, or leave it out for the usual ones of the model.")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        head = _output_embedding(model)
+        head = output_layer(model)
         found = [p for p in fitting if modules[p] is not head and is_linear(modules[p])]
         if experts := _experts(modules):
             warnings.warn(
@@ -398,11 +399,6 @@ def _indices(patterns: list[str], paths: list[str]) -> list[list[int | None]]:
 def _layer_patterns(config: LayerConfig) -> list[str]:
     patterns = getattr(config, "layers_pattern", None) or []
     return [patterns] if isinstance(patterns, str) else patterns
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
 
 
 def _samples(paths: list[str]) -> str:

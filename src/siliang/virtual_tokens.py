@@ -16,8 +16,6 @@ Shapes: B batch, N tokens, V virtual tokens, D hidden size, H key/value heads, K
 
 from __future__ import annotations
 
-import inspect
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -28,8 +26,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
-from siliang.methods.base import Prompt, PromptConfig, WrappedLayer, is_linear
+from siliang.methods.base import Prompt, PromptConfig
 from siliang.methods.prefix_tuning import PrefixTuningConfig
+from siliang.models.introspect import (
+    attention_host,
+    attention_kind,
+    backbone,
+    cache_argument,
+    cached_tokens,
+    is_cross_attention,
+    is_disentangled_attention,
+    is_encoder_decoder,
+    layer_number,
+    mask_argument,
+    named_arguments,
+    parameters_of,
+    relative_positions,
+    sliding_window,
+    word_embeddings,
+)
 from siliang.ops.packed_attention import Layout
 from siliang.secrets import shortened
 from siliang.types import ConfigError, TaskType, first_line
@@ -112,7 +127,7 @@ class EmbeddingRoute(Route):
 
     def _install(self) -> None:
         model, task = self.model, self.config.task_type
-        self._embeddings: Any = word_embeddings(model)
+        self._embeddings: Any = prompted_embeddings(model)
         self._cut = False
         if is_encoder_decoder(model):
             # generate() runs the encoder by itself, so the prompt joins there; the cross-attention's mask grows too
@@ -176,15 +191,13 @@ class PrefixRoute(Route):
         self._table: Tensor | None = None
         host, attentions = attention_host(self.model)
         self._before(host, self._begin)
-        if "position_ids" not in inspect.signature(host.forward).parameters:
+        if "position_ids" not in parameters_of(host):
             for module in host.modules():
-                if "past_key_values_length" in inspect.signature(module.forward).parameters and "Embedding" in _name(
-                    module
-                ):
+                if "past_key_values_length" in parameters_of(module) and "Embedding" in type(module).__name__:
                     self._before(module, self._shift)  # BART and RoFormer count by themselves
         for module in attentions:
             self._before(module, self._attend)
-        disentangled: list[Any] = [m for m in host.modules() if type(m).__name__ == "DisentangledSelfAttention"]
+        disentangled: list[Any] = [m for m in host.modules() if is_disentangled_attention(m)]
         for layer, module in enumerate(disentangled):
             self._before(module, partial(self._widen, layer=layer))
             self._after(module, self._narrow)
@@ -201,7 +214,7 @@ class PrefixRoute(Route):
         assert c.num_layers is not None and c.num_attention_heads is not None
         # rows (V, layers, key and value, H, K) -> (layers, 2, H, V, K)
         self._table = self.prompt().view(self.V, c.num_layers, 2, c.num_attention_heads, -1).permute(1, 2, 3, 0, 4)
-        if "position_ids" in inspect.signature(module.forward).parameters:
+        if "position_ids" in parameters_of(module):
             named["position_ids"] = self._positions(module, named)
 
     def _positions(self, module: nn.Module, named: dict[str, Any]) -> Tensor | None:
@@ -221,7 +234,7 @@ class PrefixRoute(Route):
             return (real.cumsum(1) + self.V) * real + padding
         seen, N, mask = cached_tokens(named), given.shape[1], named.get("attention_mask")
         embed = getattr(module, "embed_positions", None)
-        counts = "attention_mask" in _parameters(embed) and _name(module) != "BioGptModel"  # which numbers all tokens
+        counts = "attention_mask" in parameters_of(embed) and type(module).__name__ != "BioGptModel"  # it numbers all
         if mask is not None and mask.dim() == 2 and counts:
             # OPT counts what is no padding
             return ((mask.long().cumsum(1) + self.V) * mask.long() - 1)[:, -N:]
@@ -242,15 +255,14 @@ class PrefixRoute(Route):
         return self._table[layer]
 
     def _attend(self, module: nn.Module, named: dict[str, Any]) -> None:
-        if any(named.get(key) is not None for key in ("key_value_states", "encoder_hidden_states")):
-            return  # cross-attention
-        cache = "layer_past" if "layer_past" in inspect.signature(module.forward).parameters else "past_key_values"
+        if is_cross_attention(named):
+            return
+        cache, mask = cache_argument(module), mask_argument(module)
         inner = named.get(cache)
         if isinstance(inner, EncoderDecoderCache):
             inner = inner.self_attention_cache
         seen = inner.get_seq_length(layer_number(module)) if inner is not None else 0
         named[cache] = PrefixedCache(self._layer, self.V, inner)
-        mask = "mask" if "mask" in inspect.signature(module.forward).parameters else "attention_mask"
         kept = (
             inner.get_mask_sizes(1, layer_number(module))[0] - 1 if inner is not None and seen else 0
         )  # a window's cache forgets
@@ -261,7 +273,7 @@ class PrefixRoute(Route):
     def _mask(self, module: nn.Module, mask: Any, hidden_BND: Tensor, seen: int, kept: int) -> Tensor | Layout | None:
         """The mask with the prefix's columns in front: open to all, or, in a sliding window, to those near enough."""
         V, N = self.V, hidden_BND.shape[1]
-        window = sliding_window(module)
+        window = _window(module)
         if window is not None and V + seen + N <= window:
             window = None
         if isinstance(mask, Tensor):
@@ -318,15 +330,7 @@ class PrefixRoute(Route):
         # (B, 1, N, N): the virtual rows may look at anything, for their output is cut off
         named["attention_mask"] = F.pad(named["attention_mask"], (V, 0, V, 0), value=1)
         if named.get("relative_pos") is not None:
-            build: Any = sys.modules[type(module).__module__].build_relative_position  # type: ignore[attr-defined]
-            x = named["hidden_states"]
-            wanted = inspect.signature(build).parameters
-            settings = {
-                "bucket_size": getattr(module, "position_buckets", -1),
-                "max_position": module.max_relative_positions,
-                "device": x.device,
-            }
-            named["relative_pos"] = build(x, x, **{k: v for k, v in settings.items() if k in wanted}).to(x.device)
+            named["relative_pos"] = relative_positions(module, named["hidden_states"])
 
     def _narrow(self, module: nn.Module, args: Any, out: Any) -> Any:
         return (out[0][:, self.V :], *out[1:])
@@ -375,75 +379,23 @@ class PrefixedCache:
 def _rewrite(
     change: Callable[[nn.Module, dict[str, Any]], None], module: nn.Module, args: Any, kwargs: Any
 ) -> tuple[tuple[()], dict[str, Any]]:
-    named = by_name(module, args, kwargs)
+    named = named_arguments(module, args, kwargs)
     change(module, named)
     return (), named
 
 
-def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `module`'s forward, all by name."""
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    return {k: v for k, v in bound.items() if k not in ("args", "kwargs")} | bound.get("kwargs", {})
-
-
-def cached_tokens(named: dict[str, Any]) -> int:
-    """How many tokens the cache among the arguments holds."""
-    cache = named.get("past_key_values")
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def is_cached_attention(module: nn.Module) -> bool:
-    """Whether `module` is an attention itself, not something around one, and asks a cache for its keys and values."""
-    if layer_number(module) is None:
-        return False
-    parameters = inspect.signature(module.forward).parameters
-    own = any(is_linear(child) or isinstance(child, WrappedLayer) for child in module.children())
-    return own and not {"past_key_values", "layer_past"}.isdisjoint(parameters) and "hidden_states" in parameters
-
-
-def layer_number(module: nn.Module) -> Any:
-    """The number of the layer that an attention is of; None for other modules. GPT-Neo has a name of its own for it."""
-    return getattr(module, "layer_idx", getattr(module, "layer_id", None))
-
-
-def sliding_window(module: Any) -> int | None:
-    """How many tokens an attention looks back at, its own among them; None for all. Each family says it elsewhere.
+def _window(attention: nn.Module) -> int | None:
+    """How many tokens an attention looks back at; None for all.
 
     Raises:
         ConfigError: It looks at chunks, whose borders a prefix would move.
     """
-    config = getattr(module, "config", None)
-    number, kinds = layer_number(module), getattr(config, "layer_types", None)
-    if kinds and isinstance(number, int) and number < len(kinds):
-        if kinds[number] == "chunked_attention":
-            raise ConfigError(
-                f"Prefix tuning cannot go before the chunks that {_name(module)} looks at. "
-                "Use prompt_tuning, p_tuning or lora on this model."
-            )
-        return getattr(config, "sliding_window", None) if kinds[number] == "sliding_attention" else None
-    if not hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask"):
-        return None  # the config may say a window that the model does not have
-    return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-
-
-def attention_host(model: Any) -> tuple[nn.Module, list[nn.Module]]:
-    """The module that takes the tokens of a whole text and holds every attention, and those that a prefix can reach.
-
-    It is the innermost such: BartForCausalLM and OPT's classes call it past the modules around it.
-    """
-    host = model.get_decoder() if is_encoder_decoder(model) else backbone(model)
-    attentions = [m for m in host.modules() if is_cached_attention(m)]
-    inside, found = True, host
-    while attentions and inside:
-        inside = False
-        for child in found.children():
-            held = set(child.modules())
-            if all(m in held for m in attentions):
-                found, inside = child, True
-                if not {"input_ids", "inputs_embeds"}.isdisjoint(_parameters(child)):
-                    host = child
-                break
-    return host, attentions
+    if attention_kind(attention) == "chunked_attention":
+        raise ConfigError(
+            f"Prefix tuning cannot go before the chunks that {type(attention).__name__} looks at. "
+            "Use prompt_tuning, p_tuning or lora on this model."
+        )
+    return sliding_window(attention)
 
 
 def attention_heads(model: nn.Module) -> tuple[int, int] | None:
@@ -455,15 +407,15 @@ def attention_heads(model: nn.Module) -> tuple[int, int] | None:
     """
     host, attentions = attention_host(model)
     if not attentions:
-        if any(_name(m) == "DisentangledSelfAttention" for m in host.modules()):
+        if any(is_disentangled_attention(m) for m in host.modules()):
             return None
         raise no_attention(model)
     recorder = _Recorder()
 
     def record(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
-        named = by_name(module, args, kwargs)
-        if all(named.get(key) is None for key in ("key_value_states", "encoder_hidden_states")):
-            named["layer_past" if "layer_past" in _parameters(module) else "past_key_values"] = recorder
+        named = named_arguments(module, args, kwargs)
+        if not is_cross_attention(named):
+            named[cache_argument(module)] = recorder
         return (), named
 
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in attentions]
@@ -517,7 +469,7 @@ def _answer(model: Any, task: TaskType | None) -> Tensor:
     if isinstance(end, int):
         ids[0, -1] = end  # BART's classifier reads its answer there
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if is_encoder_decoder(model) and task is not TaskType.SEQ_CLS and "decoder_input_ids" in _parameters(model):
+    if is_encoder_decoder(model) and task is not TaskType.SEQ_CLS and "decoder_input_ids" in parameters_of(model):
         inputs["decoder_input_ids"] = ids[:, :2]
     try:
         model.eval()
@@ -542,37 +494,14 @@ def _is_unknown(model: nn.Module, task: TaskType | None, error: Exception) -> bo
     return False
 
 
-def _parameters(module: Any) -> Any:
-    """The names of the arguments of a module's forward."""
-    return inspect.signature(module.forward).parameters if isinstance(module, nn.Module) else {}
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def backbone(model: nn.Module) -> nn.Module:
-    """The model without its head."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return getattr(model, prefix, model) if prefix else model
-
-
-def word_embeddings(model: nn.Module) -> nn.Module:
-    """The model's input embeddings.
+def prompted_embeddings(model: nn.Module) -> nn.Module:
+    """The word embeddings that virtual tokens stand beside.
 
     Raises:
-        ConfigError: It has none that it would name.
+        ConfigError: The model has none.
     """
-    try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        found = None
-    weight = getattr(found, "weight", None)
-    if found is None or not isinstance(weight, Tensor) or weight.dim() != 2:  # ViT's are patches
+    found = word_embeddings(model)
+    if found is None:
         raise ConfigError(
             f"Virtual tokens need a transformers model with word embeddings, and {type(model).__name__} is none: "
             "use a method that works on layers, such as lora."

@@ -15,11 +15,11 @@ from ranked import ARGUMENTS, assert_same, changed, configured, killed, start, s
 
 from faults.runs import Place, make_place, run
 from siliang.distributed.sharding import fake_mesh
+from siliang.engine.order import Order, Share, shares
 from siliang.engine.step import Engine
 from siliang.plan import find_target, plan
-from siliang.plan.before import Planner
+from siliang.plan.preflight import Planner
 from siliang.records import Record
-from siliang.train.order import Order, Share, shares
 from siliang.train.saving import checkpoints, read_state
 from siliang.train.trainer import SiliangTrainer
 

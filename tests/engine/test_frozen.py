@@ -13,9 +13,9 @@ from transformers import OPTConfig, OPTForCausalLM
 import siliang
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
-from siliang.engine.frozen import Store, disk_folder, find_cut
-from siliang.engine.padding import find_layers
+from siliang.engine.frozen import StateStore, disk_folder, find_frozen_layers
 from siliang.engine.step import Engine
+from siliang.models.introspect import layer_stack
 from siliang.types import TaskType
 
 
@@ -25,7 +25,7 @@ def model_and_task(name: str) -> tuple[Any, TaskType]:
     return siliang.get_peft_model(make(name), config).train(), task
 
 
-def epochs(model: Any, task: TaskType, *, keep: bool, store: Store | None = None) -> tuple[list[float], Engine]:
+def epochs(model: Any, task: TaskType, *, keep: bool, store: StateStore | None = None) -> tuple[list[float], Engine]:
     """The losses of three epochs of two batches whose rows meet in another order each time."""
     rows = []
     for i in range(6):
@@ -33,8 +33,8 @@ def epochs(model: Any, task: TaskType, *, keep: bool, store: Store | None = None
         rows.append({"input_ids": ids, "labels": i % 2 if task is TaskType.SEQ_CLS else list(ids)})
     engine = Engine(model, task, keep_frozen=keep)
     assert engine.padding is not None
-    if store is not None and engine.padding.below is not None:
-        engine.padding.below.store = store
+    if store is not None and engine.padding.frozen is not None:
+        engine.padding.frozen.store = store
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     losses = []
     for epoch in range(3):
@@ -56,29 +56,29 @@ def test_the_same_losses(name: str, room: tuple[int, int]) -> None:
     for keep in (False, True):
         model, task = model_and_task(name)
         without_dropout(model)
-        found, engine = epochs(model, task, keep=keep, store=Store(*room))
+        found, engine = epochs(model, task, keep=keep, store=StateStore(*room))
         losses.append(found)
     # not to the last bit: the rows meet in other batches, and so in products of another shape
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert engine.padding is not None and engine.padding.below is not None
-    assert engine.padding.below.hits == 4 and len(engine.padding.below.store) == 6
+    assert engine.padding is not None and engine.padding.frozen is not None
+    assert engine.padding.frozen.hits == 4 and len(engine.padding.frozen.store) == 6
 
 
 def test_no_room_no_harm() -> None:
     losses = []
     for keep in (False, True):
         model, task = model_and_task("llama")
-        found, engine = epochs(model, task, keep=keep, store=Store(500, 500))
+        found, engine = epochs(model, task, keep=keep, store=StateStore(500, 500))
         losses.append(found)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert engine.padding is not None and engine.padding.below is not None
-    assert engine.padding.below.hits == 0 and engine.padding.below.store.refused > 0
+    assert engine.padding is not None and engine.padding.frozen is not None
+    assert engine.padding.frozen.hits == 0 and engine.padding.frozen.store.refused > 0
 
 
 def test_dropout_below_turns_it_off_and_says_so() -> None:
     model, task = model_and_task("bert")
     _, engine = epochs(model, task, keep=True)
-    assert engine.padding is not None and engine.padding.below is None
+    assert engine.padding is not None and engine.padding.frozen is None
     assert "dropout of 0.1 below layer 1" in engine.notes[0]
 
 
@@ -91,17 +91,17 @@ def noisy(layer: torch.nn.Module, args: Any) -> Any:
 def test_jitter_under_whatever_name_turns_it_off() -> None:
     """As in the routers of mixtures of experts: no dropout is there, and no number tells of it."""
     model, task = model_and_task("llama")
-    find_layers(model.get_base_model())[0].register_forward_pre_hook(noisy)
+    layer_stack(model.get_base_model())[0].register_forward_pre_hook(noisy)
     before = torch.get_rng_state()
     _, engine = epochs(model, task, keep=True)
-    assert engine.padding is not None and engine.padding.below is None
+    assert engine.padding is not None and engine.padding.frozen is None
     assert "something random below layer 1 (LlamaModel)" in engine.notes[0]
     assert model.training
     model, task = model_and_task("llama")  # above the cut it does no harm
-    find_layers(model.get_base_model())[1].register_forward_pre_hook(noisy)
+    layer_stack(model.get_base_model())[1].register_forward_pre_hook(noisy)
     torch.set_rng_state(before)
-    found = find_cut(model.get_base_model(), find_layers(model.get_base_model()))
-    assert found.layer == 1 and torch.equal(torch.get_rng_state(), before)
+    found = find_frozen_layers(model.get_base_model(), layer_stack(model.get_base_model()))
+    assert found.count == 1 and torch.equal(torch.get_rng_state(), before)
 
 
 def test_layers_that_are_skipped_at_random_turn_it_off() -> None:
@@ -117,8 +117,8 @@ def test_layers_that_are_skipped_at_random_turn_it_off() -> None:
         max_position_embeddings=64,
     )
     model = OPTForCausalLM(config).requires_grad_(False)
-    found = find_cut(model, find_layers(model))
-    assert found.layer == 0 and "something random" in (found.why_not or "")
+    found = find_frozen_layers(model, layer_stack(model))
+    assert found.count == 0 and "something random" in (found.why_not or "")
 
 
 def test_the_rows_go_to_a_disk_and_not_to_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -134,20 +134,20 @@ def test_the_rows_go_to_a_disk_and_not_to_memory(monkeypatch: pytest.MonkeyPatch
     assert disk_folder() == tmp_path / "cache"
     of[str(tmp_path)] = "tmpfs"
     assert disk_folder() is None
-    assert Store.of_free().disk_bytes == 0
+    assert StateStore.of_free().disk_bytes == 0
     del of[str(tmp_path)], of[str(tmp_path / "temporary")]
     assert disk_folder() == tmp_path / "temporary"
 
 
 def test_where_the_cut_is() -> None:
     model: Any = make("llama").requires_grad_(False)
-    layers = find_layers(model)
-    assert find_cut(model, layers).layer == 1  # the last layer is always computed
+    layers = layer_stack(model)
+    assert find_frozen_layers(model, layers).count == 1  # the last layer is always computed
     layers[0].mlp.up_proj.requires_grad_(True)  # type: ignore[union-attr]
-    assert find_cut(model, layers).layer == 0
+    assert find_frozen_layers(model, layers).count == 0
     layers[0].requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
-    assert find_cut(model, layers).why_not == "the embeddings are trained"
+    assert find_frozen_layers(model, layers).why_not == "the embeddings are trained"
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
@@ -155,11 +155,11 @@ def test_somebody_elses_forward_stays(name: str) -> None:
     """accelerate and others set an instance's own forward."""
     model, task = model_and_task(name)
     without_dropout(model)
-    chosen = [find_layers(model.get_base_model())[0]]
+    chosen = [layer_stack(model.get_base_model())[0]]
     chosen += [module for module in model.modules() if type(module).__name__ in ("BloomAttention", "LlamaRMSNorm")]
     for module in chosen:
         module.forward = partial(type(module).forward, module)  # type: ignore[method-assign]
     own = [module.forward for module in chosen]
     _, engine = epochs(model, task, keep=True)
-    assert engine.padding is not None and engine.padding.below is not None and engine.padding.below.hits
+    assert engine.padding is not None and engine.padding.frozen is not None and engine.padding.frozen.hits
     assert [module.__dict__.get("forward") for module in chosen] == own

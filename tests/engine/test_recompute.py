@@ -99,7 +99,7 @@ def test_the_next_engine_on_the_same_base_is_as_alone(how: dict[str, Any]) -> No
     model = siliang.get_peft_model(base, siliang.LoraConfig())
     engine = Engine(model, TaskType.CAUSAL_LM, **how)
     if not how:
-        assert engine.recompute.all()  # as a step does that did not fit
+        assert engine.recompute.recompute_all()  # as a step does that did not fit
     step(engine, model, batch(2, 8))
     assert checkpointing_of(base) != before
     engine.close()

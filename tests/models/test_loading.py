@@ -20,7 +20,7 @@ from siliang.config import QuantizationConfig
 from siliang.models import load, weights
 from siliang.models.load import load_model
 from siliang.models.weights import piece_by_piece
-from siliang.plan.paper import held_tensors
+from siliang.plan.fake import held_tensors
 from siliang.types import TaskType
 
 LLAMA: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2}

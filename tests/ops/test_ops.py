@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
-from siliang.ops.packed_attention import Layout, packed_attention, takes_windows_and_groups
+from siliang.ops.packed_attention import Layout, packed_attention
 from siliang.ops.place import planned_for
 from siliang.ops.rms_norm import rms_norm
 
@@ -102,7 +102,7 @@ def test_masked_cross_entropy(rows: int, options: dict[str, float], kind: str, m
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 50)  # so that 130 rows take three chunks
     monkeypatch.setattr(module, "ROWS", 50)
     monkeypatch.setattr(module, "LEAST_TILE", 16)
-    monkeypatch.setattr(module, "TILE_BYTES", 4 * 16)  # and 41 words three tiles, the last of them narrower
+    monkeypatch.setattr(module, "TILE_BYTES", 4 * 16)  # and 41 columns three tiles, the last of them narrower
     labels = torch.randint(V, (rows,))
     weight, offset = torch.randn(V, D), torch.randn(V)
 
@@ -266,7 +266,6 @@ def test_a_plan_for_cuda_does_not_keep_what_only_a_cpu_would() -> None:
 
 def test_flash_attention_of_cuda_takes_grouped_heads_as_they_are() -> None:
     """Its shapes, without a card: k and v are not repeated for each head, and so are not kept that large."""
-    assert takes_windows_and_groups()
     q, k, v = (torch.randn(1, H, 8, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for H in (8, 2, 2))
     layout = Layout.of((3, 5), 5, torch.device("meta"))
     kept: list[tuple[int, ...]] = []

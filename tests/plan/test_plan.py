@@ -21,11 +21,11 @@ from siliang.distributed.sharding import fake_mesh
 from siliang.engine.batches import StepCollator
 from siliang.hardware import Choice
 from siliang.models.weights import PIECE_BYTES
-from siliang.plan import Sketch, find_target, history, model_config, plan
-from siliang.plan.before import Planner, apply, settle
+from siliang.plan import FakeRun, find_target, history, model_config, plan
 from siliang.plan.device import Device
-from siliang.plan.fit import Room
-from siliang.plan.rows import heaviest, made_up, order
+from siliang.plan.fit import MemoryLimit
+from siliang.plan.preflight import Planner, apply_plan, with_changes
+from siliang.plan.rows import heaviest, order, synthetic_rows
 from siliang.plan.shapes import shape_name
 from siliang.records import Change, MethodPlan
 from siliang.train.run import Listener, make_trainer, prepare, train
@@ -206,8 +206,8 @@ def test_the_past_corrects_the_constant(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
     assert history.known_work("a card") is None
     for nbytes in (10, 30, 20):
-        history.remember("a card", nbytes)
-    history.remember("another", 99)
+        history.record_work("a card", nbytes)
+    history.record_work("another", 99)
     file = tmp_path / history.FILE
     file.write_text(file.read_text() + "not json\n")
     assert history.known_work("a card") == 20
@@ -215,19 +215,19 @@ def test_the_past_corrects_the_constant(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_changes_are_made() -> None:
     config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
-    changed = apply(config, [Change(setting="quantization", before="null", after="{bits: 4}", price="")])
+    changed = with_changes(config, [Change(setting="quantization", before="null", after="{bits: 4}", price="")])
     assert changed.quantization is not None and changed.quantization.bits == 4
     with pytest.raises(ConfigError):
-        apply(config, [Change(setting="train.batch_size", before="16", after="0", price="")])
+        with_changes(config, [Change(setting="train.batch_size", before="16", after="0", price="")])
 
 
 def test_t5_and_tied_shapes_are_drawn_tied() -> None:
-    from siliang.plan.paper import draw_base, on_paper
+    from siliang.plan.fake import fake_mode, make_fake_base
 
-    with on_paper():
+    with fake_mode():
         import torch
 
-        model = draw_base(
+        model = make_fake_base(
             AutoConfig.for_model("t5", d_model=64, num_layers=1), TaskType.SEQ_2_SEQ_LM, dtype=torch.float32
         )
         assert model.lm_head.weight is model.shared.weight
@@ -235,12 +235,15 @@ def test_t5_and_tied_shapes_are_drawn_tied() -> None:
 
 def test_the_estimate_names_the_layers_that_a_search_finds() -> None:
     config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
-    sketch = Sketch(config, model_config(config), target(None))
-    rows = made_up(config).rows
-    measured = sketch.measure(sketch.batches(rows))
-    least = sketch.measure(sketch.batches(rows), recomputed=sketch.layers).peaks["train"].nbytes
-    room = Room((measured.peaks["train"].nbytes + least) // 2)
-    found, said = room.fewest_recomputed(sketch, sketch.batches(rows, config.train.batch_size)), room.estimate(measured)
+    fake_run = FakeRun(config, model_config(config), target(None))
+    rows = synthetic_rows(config).rows
+    measured = fake_run.measure(fake_run.batches(rows))
+    least = fake_run.measure(fake_run.batches(rows), recomputed=fake_run.layers).peaks["train"].nbytes
+    limit = MemoryLimit((measured.peaks["train"].nbytes + least) // 2)
+    found, said = (
+        limit.fewest_recomputed(fake_run, fake_run.batches(rows, config.train.batch_size)),
+        limit.estimate(measured),
+    )
     assert found is not None and said is not None
     assert 0 <= found[0] - said[0] <= 1
     assert said[1].nbytes == pytest.approx(found[1].nbytes, rel=0.1)
@@ -377,10 +380,10 @@ def test_what_is_said_where_loading_takes_more() -> None:
     found = MethodPlan(
         method="lora", loading_bytes=8 * 10**9, peak_bytes=6 * 10**9, parts={"weights": 5 * 10**9}, fits=True
     )
-    settle(config, found, target(9 * 10**9), said.append)
+    apply_plan(config, found, target(9 * 10**9), said.append)
     assert said == ["memory     about 8 GB of 9 GB as asked (loading 8 GB, the steps 6 GB: weights 5 GB)"]
     with pytest.raises(PlanError, match=r"needs about 8 GB, and 7 GB as asked are there: loading 8 GB, the steps 6 GB"):
-        settle(config, found.model_copy(update={"fits": False}), target(7 * 10**9), said.append)
+        apply_plan(config, found.model_copy(update={"fits": False}), target(7 * 10**9), said.append)
 
 
 def test_predicted_and_measured_peaks_are_of_loading_and_of_the_steps(reviews: RunConfig, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bench.memory import Case, measure, predict
 from siliang.memory.track import Tracker
-from siliang.plan.paper import draw_base, on_paper
+from siliang.plan.fake import fake_mode, make_fake_base
 from siliang.plan.shapes import SHAPES
 from siliang.types import TaskType
 
@@ -47,11 +47,11 @@ def test_shapes_have_the_published_parameters(name: str) -> None:
     from transformers import AutoModel
 
     shape = SHAPES[name]
-    with on_paper():
+    with fake_mode():
         if shape.task is TaskType.SEQ_CLS:
             model = AutoModel.from_config(shape.config())  # an encoder's are counted with its pooler, without a head
         else:
-            model = draw_base(shape.config(), shape.task, dtype=torch.bfloat16)
+            model = make_fake_base(shape.config(), shape.task, dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == shape.parameters
 
 

@@ -299,7 +299,7 @@ def _no_option(option: str, error: Any, words: list[str]) -> str:
 def _quieten_libraries() -> None:
     """Libraries' chatter off, unless the user turned it on: what matters we say ourselves. And no telemetry."""
     quieten_libraries()
-    # that a kernel of the hub's is not installed, which 4-bit training would not use (models/few_bits.py)
+    # that a kernel of the hub's is not installed, which 4-bit training would not use (models/quantized.py)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # the traceback of a step that cannot be made on paper, of which the plan says what there is to say
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True

@@ -142,7 +142,7 @@ def plan(
                 methods=methods,
                 with_data=with_data,
                 base_config=base_config,
-                usual=usual,
+                baseline=usual,
                 mesh=mesh,
                 say=_Say(not json),
             )

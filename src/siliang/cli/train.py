@@ -75,7 +75,7 @@ def train(
     quiet_loading()
     from siliang.compare.learned import what_is_wrong
     from siliang.distributed.ranks import find_ranks
-    from siliang.plan.before import Planner
+    from siliang.plan.preflight import Planner
     from siliang.report.words import words
     from siliang.run_folder import CONFIG_NAME
     from siliang.train.run import Listener
@@ -92,7 +92,7 @@ def train(
     with TrainingDisplay() as display:
         listener = Listener(display.say, display.progress, lambda trained: verdicts.append(what_is_wrong(trained)))
         record = run(config, listener, resume=resume, force=force, planner=planner)
-    planner.remember(record)
+    planner.calibrate(record)
     folder = Path(config.output)
     print(f"done       {figures(record.final)}")
     for verdict in filter(None, verdicts):

@@ -28,7 +28,7 @@ from siliang.compare.answers import collect
 from siliang.compare.base import KeptBase
 from siliang.config import RunConfig
 from siliang.memory.free import free_memory
-from siliang.plan.before import Planner
+from siliang.plan.preflight import Planner
 from siliang.records import ANSWERS_NAME
 from siliang.terminal import cover
 from siliang.train.run import Listener, Run, make_trainer, prepare, train

@@ -19,7 +19,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from siliang.capabilities import why_missing
+from siliang.models.introspect import checkpointed_layers
+from siliang.models.quantized import keep_states
+from siliang.types import ConfigError
 
 
 def rank_mesh(device: torch.device) -> DeviceMesh:
@@ -35,10 +39,16 @@ FAKE = ("fake",)
 @contextmanager
 def fake_mesh(ranks: int) -> Iterator[DeviceMesh | None]:
     """A mesh of so many ranks of which only this one exists: collectives return at once, with nothing from the others.
-    None for a single rank. Where real ranks exist, all of them must call this."""
+    None for a single rank. Where real ranks exist, all of them must call this.
+
+    Raises:
+        ConfigError: The installed torch has no fake ranks.
+    """
     if ranks == 1:
         yield None
         return
+    if (missing := why_missing("ranks that do not exist")) is not None:
+        raise ConfigError(f"A run on several devices cannot be planned: {missing}.")
     from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend known
 
     if dist.is_initialized():
@@ -58,13 +68,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, *, trained_t
     Args:
         trained_too: Shard what is trained as well.
     """
-    for m in model.modules():  # bitsandbytes' layers ask for it where their weight has lost it
-        if (state := getattr(getattr(m, "weight", None), "quant_state", None)) is not None:
-            m.quant_state, m.quant_storage = state, m.weight.dtype  # type: ignore[assignment,union-attr]
+    keep_states(model)
     whole = {p for p in model.parameters() if (p.requires_grad and not trained_too) or not _can_be_sharded(p)}
     for p in whole:
         p.data = p.data.to(device)
-    for layer in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
+    for layer in checkpointed_layers(model):
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     # embeddings, the last norm and the output layer are gathered once a step: the loss reads the output layer after
     # the model's forward
@@ -74,6 +82,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, *, trained_t
 def ignore_frozen_in_ddp(model: nn.Module) -> None:
     """DDP sends neither frozen parameters nor buffers, which are the same on every rank: it would broadcast all of them
     at the start, and buffers in every step."""
+    if why_missing("DDP of what is trained alone") is not None:
+        return  # the result is the same, and takes longer
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad] + [n for n, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 

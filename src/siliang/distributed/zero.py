@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from siliang.config import RunConfig
+from siliang.models.introspect import checkpointed_layers
 from siliang.types import ConfigError
 from siliang.zero_settings import SAID_BY
 
@@ -63,7 +63,7 @@ def trainer_arguments(config: RunConfig) -> dict[str, Any]:
 
 def put_together_by_layer(model: nn.Module) -> None:
     """ZeRO-3 puts weights together where a module's forward begins; ours reads those of the modules within it, too."""
-    for layer in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
+    for layer in checkpointed_layers(model):
         _deepspeed().utils.set_z3_leaf_module(layer, True)
 
 

@@ -69,7 +69,7 @@ class Batch:
         targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
         return replace(self, inputs=inputs, targets=targets)
 
-    def ghost(self) -> Batch:
+    def dummy(self) -> Batch:
         """The same rows with zero weight. A rank without rows runs this batch so that collectives match."""
         return replace(self, weight=0, targets=None if self.targets is None else self.targets[:, :0], entries=())
 
@@ -124,10 +124,10 @@ class StepCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         numbers = [row.pop("row", -1) for row in rows]
-        ghosts = [row.pop("ghost", False) for row in rows]
+        dummies = [row.pop("dummy", False) for row in rows]
         batches = [self._batch(part) for part in self.split(rows)]
-        if any(ghosts):  # of a rank without a row: it has this one alone
-            return {"batches": [batch.ghost() for batch in batches], "rows": []}
+        if any(dummies):  # of a rank without a row: it has this one alone
+            return {"batches": [batch.dummy() for batch in batches], "rows": []}
         return {"batches": batches, "rows": numbers}
 
     def numbered(self, tokens: TokenSet, entries: Sequence[int]) -> list[Batch]:
@@ -141,7 +141,7 @@ class StepCollator:
             row["entry"] = i
             row.pop("row", None)
         batches = [self._batch(part) for part in self.split(rows)] if rows else []
-        return [batch.ghost() if min(batch.entries) < 0 else batch for batch in batches]
+        return [batch.dummy() if min(batch.entries) < 0 else batch for batch in batches]
 
     def narrow_to(self, batches: list[Batch]) -> None:
         """From now on no batch is larger than the largest of these."""

@@ -88,7 +88,7 @@ def evaluate(
         for step in in_steps(range(len(tokens)), collator.rows_at_once) if steps is None else steps:
             for batch in as_many(collator.numbered(tokens, step)):
                 batch = batch.to(device)
-                with autocast(), engine.measured(model, batch) as (loss, output):
+                with autocast(), engine.loss_and_output(model, batch) as (loss, output):
                     losses.append(loss)
                     if reader is not None and batch.entries:
                         sums.found.update(zip(batch.entries, reader(output, batch, tokens), strict=True))

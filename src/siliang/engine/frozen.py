@@ -1,8 +1,8 @@
-"""With only the top layers trained, the hidden states below the first trained layer are the same in every epoch: they
-are computed once and kept.
+"""The cache of what frozen layers compute. With only the top layers trained, the hidden states below the first trained
+layer are the same in every epoch: they are computed once and kept.
 
-    epoch 1:   row -> layers 0 .. c-1 -> kept -> layers c .. L
-    after it:  kept -> layers c .. L
+    epoch 1:      row -> layers 0 .. c-1 -> cache -> layers c .. L
+    epoch 2 ...:                            cache -> layers c .. L
 
 Exact, or off: nothing below layer c may be trained or random (dropout), and the rows must come without padding.
 
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from siliang.data.cache import cache_folder
-from siliang.engine.forwards import Undo, replace_forward
-from siliang.virtual_tokens import backbone
+from siliang.engine.patches import Undo, replace_forward
+from siliang.models.introspect import backbone
 
 MEMORY_SHARE = 0.25  # of the free memory that the cache takes before it goes on in a file
 DISK_SHARE = 0.25  # of the free disk
@@ -35,37 +35,37 @@ IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where the part that is the same in each epoch ends.
+class FrozenLayers:
+    """The layers whose output is the same in each epoch.
 
     Attributes:
-        layer: The first layer that is computed each time; 0 for none below it.
-        why_not: What makes the part below it different each time; None for nothing.
+        count: How many of the lowest layers these are.
+        why_not: Why there are none although layers are frozen; None otherwise.
     """
 
-    layer: int
+    count: int
     why_not: str | None = None
 
 
-def find_cut(model: nn.Module, layers: list[nn.Module]) -> Cut:
-    """The lowest layer with something to train, and whether those below it give the same each time."""
+def find_frozen_layers(model: nn.Module, layers: list[nn.Module]) -> FrozenLayers:
+    """The layers below the lowest one with something to train, if they give the same output each time."""
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
-    cut = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
+    first = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if cut == 0:
-        return Cut(0)
+    if first == 0:
+        return FrozenLayers(0)
     if any(p.requires_grad for p in embeddings.parameters()):
-        return Cut(0, "the embeddings are trained")
-    if (drawing := _drawing(model, layers[cut])) is not None:
-        return Cut(0, f"there is {drawing[0]} below layer {cut} ({drawing[1]})")
-    return Cut(cut)
+        return FrozenLayers(0, "the embeddings are trained")
+    if (random_part := _find_randomness(model, layers[first])) is not None:
+        return FrozenLayers(0, f"there is {random_part[0]} below layer {first} ({random_part[1]})")
+    return FrozenLayers(first)
 
 
 @torch.no_grad()
-def _drawing(model: nn.Module, end: nn.Module) -> tuple[str, str] | None:
+def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None:
     """What draws random numbers in training before the layer `end`, and where; None for nothing.
 
-    It is tried, not read off settings: dropout, skipped layers and jitter have a name of their own in each model.
+    It is tried, not read off settings: dropout, skipped layers and jitter have their own names in each model.
     """
     device = next(model.parameters()).device
     ids = torch.ones(1, 4, dtype=torch.long, device=device)
@@ -82,7 +82,7 @@ def _drawing(model: nn.Module, end: nn.Module) -> tuple[str, str] | None:
             found.append((what, path or type(module).__name__))
 
     def stop(module: nn.Module, args: Any) -> None:
-        raise EnoughError
+        raise StopForwardError
 
     handles = [end.register_forward_pre_hook(stop, prepend=True)]
     for path, module in backbone(model).named_modules():
@@ -94,7 +94,7 @@ def _drawing(model: nn.Module, end: nn.Module) -> tuple[str, str] | None:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             first = _random_state(device)
             model.train()
-            with suppress(EnoughError):
+            with suppress(StopForwardError):
                 backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
             if not found and first != _random_state(device):  # between its layers, as where some are skipped
                 found.append(("something random", type(backbone(model)).__name__))
@@ -118,8 +118,8 @@ def _random_state(device: torch.device) -> tuple[Any, ...]:
 
 
 @dataclass
-class Store:
-    """Hidden states by row: in memory up to a limit, then in a file that goes with the process.
+class StateStore:
+    """Hidden states by row: in memory up to a limit, then in a file that is removed with the process.
 
     Attributes:
         refused: Rows that found no room.
@@ -137,8 +137,8 @@ class Store:
     _file: Any = None
 
     @classmethod
-    def of_free(cls) -> Store:
-        """With shares of what is free now."""
+    def of_free(cls) -> StateStore:
+        """With shares of the memory and the disk that are free now."""
         memory, folder = int(MEMORY_SHARE * psutil.virtual_memory().available), disk_folder()
         return cls(memory, int(DISK_SHARE * psutil.disk_usage(str(folder)).free) if folder else 0, folder=folder)
 
@@ -182,8 +182,7 @@ class Store:
 
 
 def disk_folder() -> Path | None:
-    """A folder for temporary files that is on a disk: the usual one is often a piece of the memory. None: there is
-    none."""
+    """A folder for temporary files that is on a disk; None where there is none. The usual one is often in memory."""
     for folder in (Path(tempfile.gettempdir()), cache_folder()):
         parts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
         kind = max(parts, key=lambda part: len(part.mountpoint)).fstype if parts else ""
@@ -192,57 +191,58 @@ def disk_folder() -> Path | None:
     return None
 
 
-class EnoughError(Exception):
-    """The rows are kept, and nothing above them is wanted."""
+class StopForwardError(Exception):
+    """The rows are in the cache, and the rest of the forward pass is not needed."""
 
 
-class FrozenBelow:
-    """Keeps and gives back what enters layer `cut`.
+class FrozenCache:
+    """Keeps the output of the lowest layers, and gives it back.
 
     Attributes:
-        filling: Only to keep rows: behind layer `cut` the model is left by an EnoughError.
-        hits: Batches whose lower layers were not computed.
+        count: How many layers these are; layer `count` reads from the cache.
+        only_fill: Only keep rows: the forward pass ends with a StopForwardError once they are kept.
+        hits: Batches whose lowest layers were not computed.
     """
 
-    def __init__(self, layers: list[nn.Module], cut: int, store: Store) -> None:
-        self.layers, self.cut, self.store = layers, cut, store
-        self.filling = False
+    def __init__(self, layers: list[nn.Module], count: int, store: StateStore) -> None:
+        self.layers, self.count, self.store = layers, count, store
+        self.only_fill = False
         self.hits = 0
         self._keys: tuple[bytes, ...] | None = None
         self._tuples: bool | None = None
-        self._passing = False  # the lower layers are not computed
+        self._skipping = False  # the lowest layers are not computed
 
     @contextmanager
-    def of(self, keys: tuple[bytes, ...]) -> Iterator[None]:
+    def batch(self, keys: tuple[bytes, ...]) -> Iterator[None]:
         """Within the block, backward included, a batch of these rows goes through the model."""
         self._keys, undo = keys, list[Undo]()
         if self._tuples is not None and all(key in self.store for key in keys):
             self.hits += 1
-            undo = [replace_forward(layer, self._pass) for layer in self.layers[: self.cut]]
-            self._passing = True
+            undo = [replace_forward(layer, self._skip) for layer in self.layers[: self.count]]
+            self._skipping = True
         try:
             yield
         finally:
-            self._keys, self._passing = None, False
+            self._keys, self._skipping = None, False
             for restore in undo:
                 restore()
 
-    def enter(self, hidden_1TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """What layer `cut` is to read: the kept states, or those that came, which are kept then."""
+    def exchange(self, hidden_1TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """What layer `count` reads: the kept states, or those that were computed, which are kept now."""
         if self._keys is None:
             return hidden_1TD
-        if self._passing:
+        if self._skipping:
             states = torch.cat([self.store.get(key) for key in self._keys])
             return states.to(hidden_1TD.device, non_blocking=True).unsqueeze(0)
         for key, states_nD in zip(self._keys, hidden_1TD[0].split(lengths), strict=True):
             self.store.put(key, states_nD)
-        if self.filling:
-            raise EnoughError
+        if self.only_fill:
+            raise StopForwardError
         return hidden_1TD
 
-    def left(self, output: Any) -> None:
-        """The output of a lower layer, which says what kind of output a skipped one has to have."""
+    def note_output(self, output: Any) -> None:
+        """Takes the output of a computed layer: a skipped one has to have an output of the same kind."""
         self._tuples = isinstance(output, tuple)
 
-    def _pass(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _skip(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden, None) if self._tuples else hidden

@@ -1,15 +1,15 @@
-"""Which layers keep what their backward pass needs, and which compute it again: as many keep it as memory allows.
+"""Which layers keep the activations that their backward pass needs, and which recompute them. As many keep them as
+memory allows.
 
-Recomputing a layer costs its forward pass once more, a third of a step if all do it; keeping costs memory in proportion
-to the batch's tokens. What one token costs is measured on the first batch, so that each batch after it recomputes just
-so many layers as do not fit, from the lowest on.
+Recomputing a layer costs its forward pass once more, a third of a step if all layers do it. Keeping costs memory in
+proportion to the batch's tokens. What one token costs is measured on the first batch; each later batch recomputes the
+layers that do not fit, from the lowest on, and no others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -17,21 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from siliang.distributed.ranks import find_ranks
+from siliang.engine.patches import checkpoint_layers
+from siliang.models.introspect import checkpointed_layers
 from siliang.ops.masked_ce import CHUNK_BYTES
-from siliang.peft_model import enable_checkpointing
 
 AUTO_SHARE = 0.85  # of the free memory: the allocator's own losses and what others take need the rest
-
-# what transformers sets on modules when checkpointing is turned on
-SETTINGS = (
-    "gradient_checkpointing",
-    "_gradient_checkpointing_func",
-    "_require_grads_hook",
-    "_require_grads_hooks",
-)
 
 
 class Recompute:
@@ -44,18 +35,21 @@ class Recompute:
         bytes_per_token: What keeping costs, of each layer; empty until it is measured.
     """
 
-    def __init__(self, model: Any, budget: int | Literal["auto"] | None, *, always: bool = False) -> None:
+    def __init__(
+        self, model: Any, budget: int | Literal["auto"] | None, *, always: bool = False, memory_share: float = 1.0
+    ) -> None:
         """Prepares `model`.
 
         Args:
             budget: Bytes that the process (on CUDA: the allocator) may take; "auto" for most of what is free; None for
                 no limit.
             always: Recompute every layer.
+            memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
         """
-        self.layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.layers = checkpointed_layers(model)
         self.recomputed = self.most = 0
         self.bytes_per_token: list[float] = []
-        self._model, self._budget, self._always = model, budget, always
+        self._model, self._budget, self._always, self._share = model, budget, always, memory_share
         self._boundary = 0.0  # bytes of a layer's input, for each token
         self._room: float | None = None
         self._prepared = False
@@ -88,7 +82,7 @@ class Recompute:
         self._set(self.needed(tokens))
         yield
 
-    def all(self) -> bool:
+    def recompute_all(self) -> bool:
         """From now on every layer recomputes; False where that changes nothing."""
         if self._always or not self.layers:
             return False
@@ -101,7 +95,7 @@ class Recompute:
         each = [b * tokens for b in self.bytes_per_token]
         kept, room = sum(each), self._room
         for count, layer_bytes in enumerate(each):
-            # one layer at a time is whole again while it recomputes
+            # one layer at a time holds all its activations while it recomputes
             if kept + (max(each[:count]) if count else 0.0) <= room:
                 return count
             kept += self._boundary * tokens - layer_bytes
@@ -114,12 +108,7 @@ class Recompute:
         self._undo.clear()
 
     def _enable(self) -> None:
-        """Turns checkpointing on; `close` can restore the modules' settings, and remove the hooks that came with it."""
-        modules = list(self._model.modules())
-        before = [({n: m.__dict__[n] for n in SETTINGS if n in m.__dict__}, set(m._forward_hooks)) for m in modules]
-        enable_checkpointing(self._model)
-        for module, (settings, hooks) in zip(modules, before, strict=True):
-            self._undo.append(partial(_restore, module, settings, set(module._forward_hooks) - hooks))
+        self._undo.append(checkpoint_layers(self._model))
 
     def _prepare(self) -> None:
         self._enable()
@@ -145,7 +134,7 @@ class Recompute:
             free: float = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
         else:
             taken, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
-            free /= find_ranks().local_size
+            free *= self._share
         assert self._budget is not None
         room = AUTO_SHARE * free if isinstance(self._budget, str) else self._budget - taken
         return room - to_come
@@ -171,7 +160,7 @@ class Recompute:
             now = -1
 
         def pack(x: Tensor) -> Tensor:
-            if any(isinstance(w, nn.Parameter) for w in (x, x._base)):  # one that was dealt out is elsewhere each time
+            if any(isinstance(w, nn.Parameter) for w in (x, x._base)):  # a sharded one moves at each gathering
                 return x
             where = x.untyped_storage().data_ptr()
             if now >= 0 and where not in seen:
@@ -188,11 +177,3 @@ class Recompute:
             for handle in handles:
                 handle.remove()
         self.bytes_per_token = [b / tokens for b in found]
-
-
-def _restore(module: nn.Module, settings: dict[str, Any], added_hooks: set[int]) -> None:
-    for name in SETTINGS:
-        module.__dict__.pop(name, None)
-    module.__dict__.update(settings)
-    for hook in added_hooks:
-        module._forward_hooks.pop(hook, None)

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from siliang.data.encode import IGNORED
 from siliang.engine.batches import Batch
-from siliang.engine.forwards import replace_forward
-from siliang.engine.frozen import EnoughError, FrozenBelow, Store, find_cut
-from siliang.engine.padding import NotPackableError, PaddingFree, in_a_sentence
-from siliang.engine.quicker import Quicker
+from siliang.engine.frozen import FrozenCache, StateStore, StopForwardError, find_frozen_layers
+from siliang.engine.fused import FusedModules
+from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
+from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
+from siliang.models.introspect import is_encoder_decoder
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_model import PeftModel
 from siliang.types import WRITERS, TaskType
-from siliang.virtual_tokens import is_encoder_decoder
 
 LABELS = ("labels", "start_positions", "end_positions")
 
@@ -46,6 +46,7 @@ class Engine:
         keep_frozen: bool = False,
         comparing: bool = True,
         all_logits: str | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         """Tries on `model` what it allows; the model is unchanged outside of `loss`.
 
@@ -53,6 +54,7 @@ class Engine:
             comparing: Compare the results of what is tried; off on fake tensors, which have none: there it only has to
                 run.
             all_logits: Why the output layer has to be run as it is, if it has to.
+            memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
         """
         self.task = task
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -62,7 +64,7 @@ class Engine:
         if packing:
             try:
                 self.padding = PaddingFree(self._base)
-                reason = self.padding.fits(model, vocabulary, comparing=comparing)
+                reason = self.padding.why_not(model, vocabulary, comparing=comparing)
             except NotPackableError as error:
                 reason = str(error)
             if reason is not None:
@@ -71,13 +73,13 @@ class Engine:
                     self.padding.close()
                     self.padding = None
         if keep_frozen and self.padding is not None and not _has_prompts(model):
-            cut = find_cut(self._base, self.padding.layers)
-            if cut.layer:
-                self.padding.below = FrozenBelow(self.padding.layers, cut.layer, Store.of_free())
-            elif cut.why_not:
-                self.notes.append(f"the frozen layers are computed in every epoch: {cut.why_not}")
-        self._quicker = Quicker(self._base)
-        self.recompute = Recompute(model, memory_budget, always=checkpointing)
+            frozen = find_frozen_layers(self._base, self.padding.layers)
+            if frozen.count:
+                self.padding.frozen = FrozenCache(self.padding.layers, frozen.count, StateStore.of_free())
+            elif frozen.why_not:
+                self.notes.append(f"the frozen layers are computed in every epoch: {frozen.why_not}")
+        self._fused = FusedModules(self._base)
+        self.recompute = Recompute(model, memory_budget, always=checkpointing, memory_share=memory_share)
         has_head = task in WRITERS and self._base.get_output_embeddings() is not None
         if task is TaskType.SEQ_2_SEQ_LM:  # else its forward needs the labels, and so all logits
             has_head = has_head and hasattr(self._base, "prepare_decoder_input_ids_from_labels")
@@ -93,7 +95,7 @@ class Engine:
         weight: float,
         *,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        unsynced: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
         backward: Callable[[Tensor], Any] = Tensor.backward,
     ) -> Tensor:
         """Forward and backward of one optimiser step.
@@ -101,35 +103,35 @@ class Engine:
         Args:
             weight: What the summed loss is divided by: labelled tokens, or rows, of the whole step.
             autocast: Makes the context of the computation.
-            unsynced: Makes the one in which ranks need not hear of each other's gradients: all batches but the last.
+            no_sync: Makes the one in which ranks need not exchange gradients: of all batches but the last.
 
         Returns:
             The mean loss, a scalar.
         """
         device = next(model.parameters()).device
-        whole = torch.zeros((), device=device)
+        mean = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            with nullcontext() if last else unsynced(), autocast(), self.loss(model, batch.to(device)) as loss:
+            with nullcontext() if last else no_sync(), autocast(), self.loss(model, batch.to(device)) as loss:
                 loss = loss / weight
                 backward(loss)
-            whole += loss.detach()
-        return whole
+            mean += loss.detach()
+        return mean
 
-    def keep_frozen(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        """Computes again what the frozen layers say of these batches, as the run did before it was stopped."""
-        below = self.padding.below if self.padding else None
-        if below is None:
+    def fill_frozen_cache(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Computes the frozen layers' output of these batches again, which the run had in its cache when it stopped."""
+        cache = self.padding.frozen if self.padding else None
+        if cache is None:
             return
-        below.filling = True
+        cache.only_fill = True
         model.train()
         try:
             for batch in batches:
-                if not all(key in below.store for key in batch.keys):
-                    with torch.no_grad(), suppress(EnoughError), self.loss(model, batch):
+                if not all(key in cache.store for key in batch.keys):
+                    with torch.no_grad(), suppress(StopForwardError), self.loss(model, batch):
                         pass
         finally:
-            below.filling = False
+            cache.only_fill = False
 
     @contextmanager
     def loss(self, model: nn.Module, batch: Batch) -> Iterator[Tensor]:
@@ -138,26 +140,25 @@ class Engine:
         Args:
             model: As it is called: the engine's own, or what a strategy has wrapped around it.
         """
-        with self.measured(model, batch) as (loss, _):
+        with self.loss_and_output(model, batch) as (loss, _):
             yield loss
 
     @contextmanager
-    def measured(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Any]]:
+    def loss_and_output(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Any]]:
         """The summed loss of `batch`, in fp32, and the model's output, whose logits are those of the padded batch.
 
-        A model that writes gives no output: its logits, which would be one for each token of the vocabulary, are not
-        formed.
+        A model that writes gives no output: its logits, one for each token of the vocabulary, are not formed.
         """
         head, padding = self._head, self.padding
-        keep = padding is not None and padding.keeps and head is not None
-        below = padding.below if padding and model.training else None
+        keep = padding is not None and padding.head_takes_packed and head is not None
+        frozen = padding.frozen if padding and model.training else None
         tokens = batch.tokens if padding else batch.width * len(batch.lengths)
         inputs = self._inputs(batch)
         with (
-            self._quicker.on(),
-            padding.without(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext(),
+            self._fused.on(),
+            padding.packed(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext(),
             self.recompute.chosen(tokens) if torch.is_grad_enabled() else nullcontext(),
-            below.of(batch.keys) if below else nullcontext(),
+            frozen.batch(batch.keys) if frozen else nullcontext(),
         ):
             if batch.targets is None:
                 output = model(**inputs)
@@ -167,7 +168,7 @@ class Engine:
                 rows = logits.flatten(0, 1).index_select(0, self._rows(logits, batch, None))
                 yield F.cross_entropy(rows.float(), batch.targets[0], reduction="sum"), None
             else:
-                with head.caught() as seen:
+                with head.skipped() as seen:
                     model(**inputs, use_cache=False)
                 rows = self._rows(seen[0], batch, padding.layout if padding and keep else None)
                 yield head.loss(seen[0], rows, batch.targets[0]), None
@@ -190,7 +191,7 @@ class Engine:
         self.recompute.close()
 
     def _rows(self, states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
-        """Where, in the flattened states, packed or not, the one stands that says each target."""
+        """Where the state that predicts each target stands in the flattened states, packed or not."""
         assert batch.targets is not None
         if self.task is TaskType.SEQ_2_SEQ_LM:  # the decoder's states, in front of which no virtual tokens stand
             return batch.targets[1] * states.shape[1] + batch.targets[2]
@@ -236,32 +237,29 @@ def _has_prompts(model: nn.Module) -> bool:
 class HeadLoss:
     """The loss of a language model's output layer, formed without all its logits.
 
-    The output layer is left out of the model's forward: it hands on a column in place of its logits, and what it would
-    have read is kept for `loss`.
+    The model's forward skips the output layer: it gives one column in place of its logits, and `loss` takes what it
+    would have read.
     """
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
         self._head: Any = model.get_output_embeddings()
-        self._decodes = is_encoder_decoder(model)
+        self._is_encoder_decoder = is_encoder_decoder(model)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
         self._scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
 
     @contextmanager
-    def caught(self) -> Iterator[list[Tensor]]:
-        """Within the block the output layer keeps what it reads in the list, and computes nothing."""
+    def skipped(self) -> Iterator[list[Tensor]]:
+        """Within the block the output layer puts what it reads into the list, and computes nothing."""
         seen: list[Tensor] = []
 
-        def catch(states: Tensor) -> Tensor:
+        def skip(states: Tensor) -> Tensor:
             seen.append(states)
             return states[..., :1].clone()  # FSDP2 wants no view of a sharded module's output
 
-        restore = replace_forward(self._head, catch)
-        try:
+        with patched([(self._head, skip)]):
             yield seen
-        finally:
-            restore()
 
     def loss(self, states: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         """Summed over the labelled rows.
@@ -276,25 +274,27 @@ class HeadLoss:
 
     @torch.no_grad()
     def differs(self, model: nn.Module, vocabulary: int) -> str | None:
-        """Tries a few tokens both ways; why the two are not the same, or None."""
+        """Tries a few tokens with and without all logits; why the losses are not the same, or None."""
         device = next(model.parameters()).device
         ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
-        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self._decodes else {})
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self._is_encoder_decoder else {})
         training = model.training
         model.eval()
         try:
             logits = model(**inputs, use_cache=False).logits[0, -6:-1].float()
             expected = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-            with self.caught() as seen:
+            with self.skipped() as seen:
                 model(**inputs, use_cache=False)
             states = seen[0]
             rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
             found = self.loss(states, rows, ids[0, 1:])
         except Exception as error:  # whatever a model of any kind raises when its logits are gone
-            return in_a_sentence(error, "without all its logits")
+            return trial_error(error, "without all its logits")
         finally:
             model.train(training)
         off = float((found - expected).abs() / expected.abs().clamp(min=1e-6))
         return (
-            None if off < (1e-4 if states.dtype == torch.float32 else 2e-2) else "its logits are worked on afterwards"
+            None
+            if off < (1e-4 if states.dtype == torch.float32 else 2e-2)
+            else "its logits are changed after the output layer"
         )

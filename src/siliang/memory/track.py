@@ -1,19 +1,21 @@
 """Counts the bytes of live tensors while something runs, on real tensors or on fake ones: how many at the peak, and
 what they were.
 
-Every operator's result passes by here, and with it the storage that it lives in; a storage is alive until its last
-tensor is gone. So the count is of what a program holds on to, at each moment. What a kernel takes for itself and gives
-back before it returns is not seen; what matters of that, on CPUs, is added (`_taken_by_kernel`). What a storage *is*
-may come out late (a result turns out to be saved for the backward pass, or to be a gradient): the peak is put into
-categories once it is over.
+The tracker sees every operator's result, and with it the storage of the result; a storage is alive until its last
+tensor is gone. So it counts what a program holds at each moment. What a kernel allocates and frees before it returns is
+not seen; what matters of that, on CPUs, is added (`_kernel_workspace`). What a storage is may become known late (a
+result turns out to be saved for the backward pass, or to be a gradient), so the peak is divided into categories when it
+is over.
+
+torch has a tracker of the same design, torch.distributed._tools.mem_tracker; docs/log.md says why it is not used.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -120,7 +123,7 @@ class Tracker(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self._see(x, func)
         if func.overloadpacket in KERNELS and kind_of(out) == "cpu":
-            self._pass_by(_taken_by_kernel(func.overloadpacket, args, out), func)
+            self._pass(_kernel_workspace(func.overloadpacket, args, out), func)
         return out
 
     def hold(self, tensors: Iterable[Tensor], category: Category) -> None:
@@ -131,7 +134,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def watching(self, model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
-        """Within the block, what `model` is made of and what its training steps leave behind is told apart.
+        """Within the block, the model's tensors and those of its training steps are told apart.
 
         Args:
             layers: Those of its stack, to which activations are counted.
@@ -147,19 +150,12 @@ class Tracker(TorchDispatchMode):
             handles.append(layer.register_forward_pre_hook(partial(self._enter, i)))
             handles.append(layer.register_forward_hook(self._leave))
         handles.append(model.register_forward_pre_hook(self._gathered))
-        resize: Any = torch.UntypedStorage.resize_
-
-        def resized(storage: Any, size: int) -> None:
-            resize(storage, size)
-            self._resized(storage)
-
-        # no operator, but how FSDP gives a layer's weights back, and takes them again
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        sharded = isinstance(model, FSDPModule)
         try:
-            with saved_tensors_hooks(self._saved, lambda x: x), self:
+            resizes = resizes_seen(self._resized) if sharded else nullcontext()
+            with saved_tensors_hooks(self._saved, lambda x: x), self, resizes:
                 yield
         finally:
-            torch.UntypedStorage.resize_ = resize
             for handle in handles:
                 handle.remove()
 
@@ -212,8 +208,8 @@ class Tracker(TorchDispatchMode):
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self._peak_moment = self.live_bytes, self._moment
 
-    def _pass_by(self, nbytes: int, func: Any) -> None:
-        """Counts what is there and gone within one operator."""
+    def _pass(self, nbytes: int, func: Any) -> None:
+        """Counts what one operator allocates and frees."""
         if self.live_bytes + nbytes > self.peak_bytes:
             self._moment += 1
             held = Held(nbytes, "workspace", self._layer, self._moment, (str(func), ()), self._moment + 1)
@@ -254,7 +250,7 @@ class Tracker(TorchDispatchMode):
                 held.category, self.boundary_bytes = "activations", held.nbytes
 
     def _gathered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A layer whose weights are dealt out has just put them together."""
+        """A layer whose weights are sharded has just gathered them."""
         for p in module.parameters():
             if (held := self._see(p, None)).category == "workspace":
                 held.category = "weights"
@@ -263,7 +259,26 @@ class Tracker(TorchDispatchMode):
         self._layer = None
 
 
-def _taken_by_kernel(packet: Any, args: tuple[Any, ...], out: Tensor) -> int:
+@contextmanager
+def resizes_seen(then: Callable[[Any], None]) -> Iterator[None]:
+    """Within the block `then` is called with each storage that is resized, in the whole process.
+
+    Resizing is no operator, and FSDP frees and allocates a layer's weights with it: there is no other place to see it.
+    """
+    resize: Any = torch.UntypedStorage.resize_
+
+    def resized(storage: Any, size: int) -> None:
+        resize(storage, size)
+        then(storage)
+
+    torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize
+
+
+def _kernel_workspace(packet: Any, args: tuple[Any, ...], out: Tensor) -> int:
     """Bytes of what an operator holds besides its arguments and its result, on a CPU."""
     if isinstance(out, DTensor):  # not this process's share
         return 0

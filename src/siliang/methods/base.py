@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from siliang.files import write_text
 from siliang.methods.fields import check_fields
+from siliang.models.quantized import is_quantized
 from siliang.safe_json import dump_json, read_values
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, TaskType
@@ -467,7 +468,7 @@ class WrappedLayer(nn.Module, ABC):
         Raises:
             MergeError: The base layer is quantised.
         """
-        if is_quantised(self.base_layer) and any(self.has(name) for name in names):
+        if is_quantized(self.base_layer) and any(self.has(name) for name in names):
             raise MergeError(
                 "The base model is quantised, and rounding the merged weights to it again would change the answers: "
                 "load the base model in 16 bits, attach the adapter, and merge there (`siliang merge` does)."
@@ -549,54 +550,6 @@ def by_row(names: Sequence[str], x: Tensor, run: Callable[[str, Tensor], Tensor]
         out = out.index_copy(0, index, part)
     assert out is not None
     return out
-
-
-def is_quantised(layer: nn.Module) -> bool:
-    """Whether the layer's weight is stored in 4 or 8 bits."""
-    weight = getattr(layer, "weight", None)
-    return hasattr(weight, "quant_state") or hasattr(weight, "SCB")
-
-
-def float_weight(layer: Any) -> Tensor:
-    """The layer's weight in floating point, whatever it is stored in, as (out, in); Conv1D is turned round."""
-    weight: Any = layer.weight
-    if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    if hasattr(weight, "SCB"):
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        scale = layer.state.SCB if weight.SCB is None else weight.SCB
-        return int8_vectorwise_dequant(weight.data, scale)
-    return out_by_in(layer, weight)
-
-
-def out_by_in(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A weight as `layer` stores it, turned to (out, in)."""
-    return weight.T if is_transposed(layer) else weight
-
-
-def as_stored(layer: nn.Module, weight_OI: Tensor) -> Tensor:
-    """The way back: (out, in) as `layer` stores it."""
-    return weight_OI.T.contiguous() if is_transposed(layer) else weight_OI
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer keeps its weight as (in, out), as GPT-2's Conv1D does."""
-    return type(layer).__name__ == "Conv1D"
-
-
-def features(layer: Any) -> tuple[int, int]:
-    """(in, out) features of a linear layer; a quantised weight's own shape would be that of its storage."""
-    if is_transposed(layer):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    return layer.in_features, layer.out_features
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """nn.Linear, its quantised kin, or GPT-2's Conv1D."""
-    return isinstance(layer, nn.Linear) or is_transposed(layer)
 
 
 def trained_dtype(reference: Tensor) -> torch.dtype:

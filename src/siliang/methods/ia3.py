@@ -16,16 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from siliang.methods.base import (
-    LayerConfig,
-    WrappedLayer,
-    as_stored,
-    features,
-    float_weight,
-    is_linear,
-    trained_dtype,
-)
+from siliang.methods.base import LayerConfig, WrappedLayer, trained_dtype
 from siliang.methods.targets import IA3_FEEDFORWARD, IA3_TARGETS
+from siliang.models.introspect import as_stored, features, is_linear
+from siliang.models.quantized import float_weight
 from siliang.patterns import find
 from siliang.types import ConfigError, PeftType
 

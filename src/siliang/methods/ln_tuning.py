@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from siliang.methods.base import LayerConfig, WrappedLayer, trained_dtype
 from siliang.methods.targets import LN_TARGETS
+from siliang.models.introspect import is_norm
 from siliang.types import ConfigError, PeftType
 
 
@@ -44,7 +45,7 @@ class TunedNorm(WrappedLayer):
 
     @classmethod
     def supports(cls, layer: nn.Module) -> bool:
-        return "Norm" in type(layer).__name__ and next(layer.parameters(recurse=False), None) is not None
+        return is_norm(layer)
 
     def add_adapter(self, name: str) -> None:  # type: ignore[override]
         twin = copy.deepcopy(self.base_layer)

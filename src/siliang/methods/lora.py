@@ -25,20 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siliang.methods.base import (
-    CONFIG_NAME,
-    LayerConfig,
-    WrappedLayer,
-    as_stored,
-    features,
-    float_weight,
-    is_linear,
-    out_by_in,
-    trained_dtype,
-)
+from siliang.methods.base import CONFIG_NAME, LayerConfig, WrappedLayer, trained_dtype
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
 from siliang.methods.targets import LORA_TARGETS
-from siliang.ops.lora_linear import lora_linear
+from siliang.models.introspect import as_stored, features, is_linear, out_by_in
+from siliang.models.quantized import float_weight
+from siliang.ops.lora_linear import Impl, lora_linear
 from siliang.patterns import find
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, nearest
@@ -252,6 +244,7 @@ class LoraLinear(_LoraLayer):
     """
 
     ADAPTER_ATTRIBUTES = ("lora_A", "lora_B", "lora_magnitude_vector")
+    impl: Impl = "fused"
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -345,6 +338,7 @@ class LoraLinear(_LoraLayer):
                     bias_O=self.lora_B[name].bias,  # type: ignore[arg-type]
                     dropout_p=self.dropout_p[name],
                     training=self.training,
+                    impl=self.impl,
                 )
             alone = False
         return y
@@ -395,7 +389,9 @@ class LoraLinear(_LoraLayer):
         else:
             base_BO = y_BO if bias_O is None else y_BO - bias_O.to(y_BO.dtype)  # a trained bias is wider
         scale_O = self._magnitude(name) / self._norm(name)
-        update_BO = lora_linear(torch.zeros_like(base_BO), x_BI, *self._factors(name), self.scaling[name])
+        update_BO = lora_linear(
+            torch.zeros_like(base_BO), x_BI, *self._factors(name), self.scaling[name], impl=self.impl
+        )
         # near 1 the difference is small, and is rounded as such in half precision
         return (scale_O - 1).to(base_BO.dtype) * base_BO + scale_O.to(base_BO.dtype) * update_BO
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from siliang.capabilities import why_missing
 from siliang.config import QuantizationConfig
 from siliang.environment import bound_kernel_caches
 from siliang.hardware import choose_precision
@@ -33,7 +34,6 @@ from siliang.hub import cached_file, find_file, hub_is_off, only_cached
 from siliang.inject import OTHER_HEADS, TASK_HEADS
 from siliang.limits import SECONDS, in_time
 from siliang.models.extra import CHATGLM, make_known
-from siliang.models.few_bits import check_few_bits, keep_as_stored
 from siliang.models.folder import (
     ADAPTER,
     NO_ADAPTER,
@@ -44,6 +44,7 @@ from siliang.models.folder import (
     read_config,
 )
 from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokenizer_code
+from siliang.models.quantized import check_quantized, keep_as_stored
 from siliang.models.sizes import check_counts, check_files, may_be_too_large
 from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
@@ -54,7 +55,7 @@ from siliang.types import ModelError, TaskType, first_line
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
-DEALT_AS = torch.bfloat16  # FSDP deals out what could have gradients: whole bytes pass as it, bit for bit
+SHARDABLE_STORAGE = torch.bfloat16  # FSDP deals out what could have gradients: whole bytes pass as it, bit for bit
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -64,6 +65,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer_config.json",
 )
+NEEDED = ("attention and kernels chosen by siliang alone", "adapters beside a model left aside")  # capabilities
 # what transformers raises where a config does not go together
 MISFITS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 AUTO_CLASSES = {
@@ -83,6 +85,9 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
         OwnCodeError: It brings code of its own, which the user has not allowed.
     """
     _check_folder(name, revision)
+    for needed in NEEDED:
+        if (missing := why_missing(needed)) is not None:
+            raise ModelError(f"{name} is not loaded: {missing}, and siliang needs it to keep code out of models.")
     try:
         config, code = _read_config(name, revision)
     except ModelError:
@@ -98,7 +103,7 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
         part.return_dict = True
         if "chunk_size_feed_forward" in part.__dict__:
             part.chunk_size_feed_forward = 0
-        part._attn_implementation_internal = part._experts_implementation_internal = None
+        part._attn_implementation = part._experts_implementation = None
         if (bits := part.__dict__.get("quantization_config")) is not None:
             part.quantization_config = clean_quantization(name, bits)
     return config
@@ -151,7 +156,7 @@ def load_model(
     revision: str | None = None,
     seed: int = 0,
     quantization: QuantizationConfig | None = None,
-    to_be_dealt: bool = False,
+    shardable: bool = False,
     device: torch.device | None = None,
 ) -> Any:
     """A base model in eval mode, with its weights on the CPU, or, quantised, on `device`.
@@ -159,7 +164,7 @@ def load_model(
     Args:
         dtype: Of the weights, or of those that are not quantised.
         quantization: The linear layers in few bits; the task's head and the output layer stay as they are.
-        to_be_dealt: Bytes of 4 bits lie in tensors of `DEALT_AS`.
+        shardable: Bytes of 4 bits lie in tensors of `SHARDABLE_STORAGE`.
         labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
         seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
             without one. A method trains and saves them.
@@ -186,9 +191,9 @@ def load_model(
         invented_weights(name, task, config, revision=revision)  # raises where a shape differs, before memory is taken
     with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):
         torch.manual_seed(seed)
-        quantised = _quantised(quantization, task, device or torch.device("cpu"), to_be_dealt)
+        quantised = _quantised(quantization, task, device or torch.device("cpu"), shardable)
         model = _from_pretrained(name, task, config, dtype=dtype, revision=revision, **quantised)
-    check_few_bits(model, name)
+    check_quantized(model, name)
     keep_as_stored(model)
     return model.eval()
 
@@ -254,7 +259,7 @@ def kept_whole(task: TaskType) -> list[str]:
 
 
 def _quantised(
-    wanted: QuantizationConfig | None, task: TaskType, device: torch.device, to_be_dealt: bool
+    wanted: QuantizationConfig | None, task: TaskType, device: torch.device, shardable: bool
 ) -> dict[str, Any]:
     """What from_pretrained needs to load in few bits."""
     if wanted is None:
@@ -269,7 +274,7 @@ def _quantised(
             "bnb_4bit_quant_type": wanted.type,
             "bnb_4bit_use_double_quant": wanted.double,
             "bnb_4bit_compute_dtype": choose_precision(wanted.compute_dtype, device).dtype,
-            "bnb_4bit_quant_storage": DEALT_AS if to_be_dealt else torch.uint8,
+            "bnb_4bit_quant_storage": SHARDABLE_STORAGE if shardable else torch.uint8,
             "llm_int8_skip_modules": kept,
         }
     return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}

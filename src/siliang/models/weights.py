@@ -4,6 +4,8 @@ transformers maps a model's files into memory and makes its weights from them on
 with the process until the last weight is made. Weights that are converted to another format then stand beside the whole
 file, and one weight that is not converted keeps all of its file. Here the pages of what has been converted are given
 back at once: loading takes what the converted weights take, and a piece for each of transformers' threads.
+
+For this the function with which transformers reads one weight is replaced while a model is loaded, in this file alone.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import core_model_loading
 
+from siliang.capabilities import why_missing
 from siliang.memory.free import trim_heap
 
 PIECE_BYTES = 16 * 2**20  # of the file, that are there beside what becomes of them, in each of transformers' threads
@@ -38,7 +42,8 @@ def passing_bytes(largest: int, *, bits: int | None, itemsize: int, cuda: bool =
         cuda: It is quantized on a card, whose kernels take nothing for themselves.
     """
     if bits is None:
-        return min(core_model_loading.GLOBAL_WORKERS * PIECE_BYTES, largest * itemsize)
+        workers: int = getattr(core_model_loading, "GLOBAL_WORKERS", 4)
+        return min(workers * PIECE_BYTES, largest * itemsize)
     return largest * (itemsize + (0 if cuda else QUANTIZING[bits]))
 
 
@@ -47,8 +52,12 @@ def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
     """Within the block transformers' `from_pretrained` makes weights so. They are the same, bit for bit.
 
     Args:
-        quantizing: Weights are quantized once they are read: what was read is a copy then, and goes with it.
+        quantizing: Weights are quantized once they are read: what was read is a copy then, and is freed with it.
     """
+    if (missing := why_missing("weights loaded piece by piece")) is not None:
+        warnings.warn(f"Loading takes more memory than it needs: {missing}.", stacklevel=3)
+        yield
+        return
     usual = core_model_loading._materialize_copy
     core_model_loading._materialize_copy = partial(_materialize, quantizing)
     try:

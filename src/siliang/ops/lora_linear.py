@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Impl = Literal["fused", "reference", "peft"]
+
 
 def lora_linear(
     y_TO: Tensor,
@@ -27,7 +29,7 @@ def lora_linear(
     bias_O: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
-    impl: Literal["fused", "reference"] = "fused",
+    impl: Impl = "fused",
 ) -> Tensor:
     """Adds the low-rank update of `x_TI` to the base layer's output `y_TO`.
 
@@ -35,12 +37,16 @@ def lora_linear(
     than x up, which would copy every activation (PEFT issue 2421).
 
     Args:
-        impl: reference is the plain expression, which autograd differentiates. fused cannot be differentiated twice.
+        impl: reference is the plain expression, which autograd differentiates; fused cannot be differentiated twice;
+            peft is PEFT's expression, which copies x to the adapter's format, for the plan's baseline.
 
     Returns:
         (..., O), in the dtype of `y_TO`.
     """
     dropout_p = dropout_p if training else 0.0
+    if impl == "peft":
+        x_TI = F.dropout(x_TI.to(A_RI.dtype), dropout_p) if dropout_p else x_TI.to(A_RI.dtype)
+        return (y_TO + F.linear(F.linear(x_TI, A_RI), B_OR, bias_O) * scaling).to(y_TO.dtype)
     if impl == "reference" or y_TO.device.type == "meta":
         x_TI = F.dropout(x_TI, dropout_p)
         bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)

@@ -26,8 +26,8 @@ from siliang.ops.place import kind_of
 
 CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once
 TILE_BYTES = 8 * 2**20  # likewise on a CPU, where a tile should stay in the cache
-LEAST_TILE, ROWS = 512, 2048  # words of a tile; rows at once
-# elements: products that write to or read from rows of a crooked length are up to a third slower (docs/log.md)
+LEAST_TILE, ROWS = 512, 2048  # vocabulary columns of a tile; rows at once
+# elements: products that write to or read from rows of an unaligned length are up to a third slower (docs/log.md)
 ALIGNED = 16
 
 
@@ -53,12 +53,13 @@ def masked_cross_entropy(
         impl: reference is the plain expression.
 
     Returns:
-        A scalar in fp32. Its gradient reaches the hidden rows and whatever of the head is trained. It cannot be
-        differentiated twice.
+        A scalar in fp32; from the reference on fp64 rows, in fp64. Its gradient reaches the hidden rows and whatever of
+        the head is trained. It cannot be differentiated twice.
     """
 
     def finish(logits: Tensor) -> Tensor:
-        logits = logits.float() * scale if scale != 1.0 else logits.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp64 stays: the tests' truth
+        logits = logits * scale if scale != 1.0 else logits
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     if impl == "reference":
@@ -123,7 +124,7 @@ def _loss_by_tiles(
     (N, D), V = h_ND.shape, len(W_VD)
     tile = min(V, max(LEAST_TILE, _tile_bytes(h_ND) // (4 * N)) // ALIGNED * ALIGNED)
     in_fp32 = h_ND.dtype == torch.float32
-    # a column more than there are words, for the labels of other tiles; rows begin at multiples of ALIGNED
+    # one more column than a tile has, for the labels of other tiles; rows begin at multiples of ALIGNED
     z_whole = h_ND.new_empty(N, -(-(tile + 1) // ALIGNED) * ALIGNED, dtype=torch.float32)
     low_NV = z_whole if in_fp32 else h_ND.new_empty(N, -(-tile // ALIGNED) * ALIGNED)
     gW_ND = None if in_fp32 or dh_ND is None else torch.empty_like(h_ND)
@@ -144,12 +145,12 @@ def _loss_by_tiles(
         here = y_N1 - start
         z_whole.scatter_(1, torch.where((here >= 0) & (here < len(W)), here, len(W)), float("-inf"))
         m_before, m_N1 = m_N1, torch.maximum(m_N1, z.amax(-1, keepdim=True))
-        fade_N1 = (m_before - m_N1).exp_()
+        rescale_N1 = (m_before - m_N1).exp_()
         e = z.sub_(m_N1).exp_()
-        o_N1 = o_N1 * fade_N1 + e.sum(-1, keepdim=True)
+        o_N1 = o_N1 * rescale_N1 + e.sum(-1, keepdim=True)
         if g_ND is None:
             continue
-        g_ND.mul_(fade_N1)
+        g_ND.mul_(rescale_N1)
         if in_fp32:
             g_ND.addmm_(e, W)
         else:

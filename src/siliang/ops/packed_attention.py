@@ -1,4 +1,4 @@
-"""Attention over several sequences that stand one behind the other in one row, without padding between them.
+"""Attention over several sequences that follow one another in one row, without padding between them.
 
     out_i = softmax(scaling * q_i K_s^T + bias) V_s      for each token i, over its own sequence s alone
 
@@ -7,21 +7,20 @@ Shapes: T tokens of all sequences, S sequences, H query heads, G key and value h
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib.util import find_spec
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siliang.capabilities import why_missing
 from siliang.ops.place import kind_of
 
-ALIKE = 0.8  # sequences are padded to one another where the shortest is at least this share of the longest,
-_SHORT = {torch.bfloat16: 512, torch.float32: 48}  # tokens of a sequence, up to which _products is the quicker one
-SPARE = 3000  # and shorter ones too, while their padded scores are no more: a call of its own costs about as many
+BUCKET_RATIO = 0.8  # sequences share a bucket where the shortest is at least this share of the longest,
+BUCKET_WASTE = 3000  # and shorter ones too while their padded scores are no more: another call costs about as much
+PRODUCTS_MAX_LEN = {torch.bfloat16: 512, torch.float32: 48}  # tokens of a sequence up to which _products is faster
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,8 @@ class Layout:
         for n in self.lengths:
             more = abs(longest**2 - n**2)
             if found and (
-                min(found[-1][-1], n) >= ALIKE * max(longest, n) or (wasted + more <= SPARE and n <= longest)
+                min(found[-1][-1], n) >= BUCKET_RATIO * max(longest, n)
+                or (wasted + more <= BUCKET_WASTE and n <= longest)
             ):
                 found[-1].append(n)
                 wasted += more
@@ -196,7 +196,7 @@ def packed_attention(
             as long as the longest sequence.
         window: A token sees so many tokens before it, itself among them (Mistral's sliding window), a prefix's too.
         impl: reference is one attention over the whole row, with a mask; varlen is CUDA's; products writes the scores
-            down, which on a CPU is quicker for short sequences; auto chooses.
+            down, which on a CPU is faster for short sequences; auto chooses.
 
     Returns:
         (1, T, H, K).
@@ -230,7 +230,9 @@ def packed_attention(
         if real is not None:
             real = F.pad(real, (P, 0), value=True)
             mask = real if mask is None else mask.masked_fill(~real, float("-inf"))
-        attention = _products if by_products and (impl == "products" or n <= _SHORT.get(q.dtype, 0)) else _sdpa
+        attention = (
+            _products if by_products and (impl == "products" or n <= PRODUCTS_MAX_LEN.get(q.dtype, 0)) else _sdpa
+        )
         parts.append(bucket.unpad(attention(q, k, v, mask, scaling, dropout_p, causal=causal and mask is None)))
     return torch.cat(parts).unsqueeze(0)
 
@@ -294,17 +296,8 @@ def _has_varlen(q: Tensor) -> bool:
         q.device.type == "cuda"
         and q.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and find_spec("torch.nn.attention.varlen") is not None  # no attribute before it is imported
-        and takes_windows_and_groups()
+        and why_missing("flash attention of packed rows on CUDA") is None
     )
-
-
-@cache
-def takes_windows_and_groups() -> bool:
-    """Whether torch's varlen_attn has what `_varlen` asks of it: torch 2.10 knows no windows, 2.11 no grouped heads."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, window: tuple[int, int]) -> Tensor:

@@ -1,5 +1,5 @@
-"""Which kind of device an operator works on, where the ways to compute differ: the tensors' own or, on paper, the one
-that is planned for, while the tensors themselves are fake and say "cpu"."""
+"""The kind of device that an operator works for, where the ways to compute differ: its tensors' own or, while a run is
+planned on fake tensors (which say "cpu"), the plan's."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ CUDA_WORK_BYTES = 40_000_000  # cuBLAS' workspace, which the allocator counts
 CUDA_HOST_BYTES = 2_000_000_000  # the process on the host, with CUDA's libraries
 
 MOST_CALIBRATION_S = 2.0
-ETA = 0.8  # the share of its bare products' speed that a step of ours reaches: docs/benchmarks has 0.87 for W1
+EFFICIENCY = 0.8  # a step's speed as a share of bare matrix products': docs/benchmarks has 0.87 for W1
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Device:
     @property
     def best(self) -> Choice:
         """The format that suits it."""
-        return choose_precision("auto", torch.device(self.kind)) if self.here else Choice("bf16", "taken for granted")
+        return choose_precision("auto", torch.device(self.kind)) if self.here else Choice("bf16", "assumed")
 
     @property
     def block_bytes(self) -> int:
@@ -77,7 +77,7 @@ class Device:
 def find_target(
     config: RunConfig, kind: str | None = None, *, memory_bytes: int | None = None, flops: float | None = None
 ) -> Device:
-    """The device to plan for: the one that is here, or one that is only spoken of.
+    """The device to plan for: the one that is here, or one that is not.
 
     Args:
         kind: cpu or cuda; None for what is here.
@@ -101,9 +101,7 @@ def find_target(
         free = None
         wanted = config.train.precision
         precision = (
-            Choice("bf16", "taken for granted of a card that is not here")
-            if wanted == "auto"
-            else Choice(wanted, "as asked")
+            Choice("bf16", "assumed of a card that is not here") if wanted == "auto" else Choice(wanted, "as asked")
         )
     return Device(
         kind=kind,  # type: ignore[arg-type]
@@ -125,7 +123,7 @@ def shared_by(device: Device, processes: int) -> Device:
 
 
 def in_this_process(device: Device) -> Device:
-    """The same, for a run that goes on in this very process, which holds what it holds already."""
+    """The same for a run in this very process, whose memory counts as part of the plan."""
     if device.kind != "cpu":
         return device
     taken = psutil.Process().memory_info().rss

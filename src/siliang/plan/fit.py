@@ -7,18 +7,18 @@ from collections.abc import Callable
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.engine.batches import Batch
 from siliang.memory.track import Peak
+from siliang.plan.fake_run import FakeRun
 from siliang.plan.rows import StepRows, cut
-from siliang.plan.sketch import Sketch
 from siliang.plan.steps import Measured
 from siliang.records import Change, Fit
 
 FULL_CALLS = 1024  # tokens: batches that are smaller than it do not fill the processor, so splitting stops to be free
 SHORTEST = 64  # tokens, below which nothing is proposed
-DEQUANTISE = 1.1  # time of a step on a base in 4 bits, of one on the whole base: measured on the CPU
+DEQUANTISE = 1.1  # time of a step on a 4-bit base, compared to one on the whole base: measured on the CPU
 
 
-class Room:
-    """Knows what fits.
+class MemoryLimit:
+    """The memory that a run may take, and what fits into it.
 
     Attributes:
         limit_bytes: For the tensors alone.
@@ -29,25 +29,25 @@ class Room:
         self.limit_bytes = limit_bytes
         self._work_bytes = work_bytes
 
-    def loads(self, sketch: Sketch) -> bool:
-        """Whether the model can be loaded at all; where that is done in a host's memory, it is not asked."""
-        return sketch.loads_on_host or sketch.loading_bytes <= self.limit_bytes + self._work_bytes
+    def loads(self, fake_run: FakeRun) -> bool:
+        """Whether the model can be loaded at all. A model that is loaded in the host's memory always can."""
+        return fake_run.loads_on_host or fake_run.loading_bytes <= self.limit_bytes + self._work_bytes
 
     def fewest_recomputed(
-        self, sketch: Sketch, batches: list[Batch], measured: Measured | None = None
+        self, fake_run: FakeRun, batches: list[Batch], measured: Measured | None = None
     ) -> tuple[int, Peak] | None:
         """(layers, peak): the fewest layers that have to recompute; None where all of them are too few.
 
         Args:
             measured: With none that does, where that is known.
         """
-        measured = measured or sketch.measure(batches)
+        measured = measured or fake_run.measure(batches)
         first = measured.peaks["train"]
         if first.nbytes <= self.limit_bytes:
             return 0, first
         guess = self.estimate(measured)
-        for count in range(guess[0] if guess else sketch.layers, sketch.layers + 1):
-            found = sketch.measure(batches, recomputed=count).peaks["train"]
+        for count in range(guess[0] if guess else fake_run.layers, fake_run.layers + 1):
+            found = fake_run.measure(batches, recomputed=count).peaks["train"]
             if count and found.nbytes <= self.limit_bytes:
                 return count, found
         return None
@@ -58,7 +58,7 @@ class Room:
         beside = peak.nbytes - sum(peak.layers)
         for count in range(1, len(peak.layers) + 1):
             inputs = count * measured.boundary_bytes
-            # the layers that keep theirs are done, and their memory is free, when one below is whole again
+            # the layers that keep theirs are done, and their memory is free, when a lower one recomputes
             left = beside + inputs + max(sum(peak.layers[count:]), max(peak.layers[:count]))
             if left <= self.limit_bytes:
                 parts = dict(peak.parts)
@@ -68,44 +68,44 @@ class Room:
 
 
 def find_fit(
-    room: Room,
+    limit: MemoryLimit,
     config: RunConfig,
-    sketch: Sketch,
+    fake_run: FakeRun,
     step: StepRows,
-    quantised: Callable[[QuantizationConfig], Sketch] | None,
+    quantized: Callable[[QuantizationConfig], FakeRun] | None,
 ) -> Fit | None:
-    """What to change, in the order of its price; None where nothing helps.
+    """What to change, the cheapest change first; None where nothing helps.
 
     Args:
-        sketch: The run as it is configured.
+        fake_run: The run as it is configured.
         step: Its heaviest step.
-        quantised: Draws the run on a base in few bits; None where its method trains the base itself, or it is so now.
+        quantized: Makes the run on a quantized base; None where the method trains the base, or it is quantized now.
     """
-    found = _smaller(room, config, sketch, step)
+    found = _smaller(limit, config, fake_run, step)
     if found is not None:
         return found
-    if quantised is not None:
-        in_4 = quantised(QuantizationConfig())
+    if quantized is not None:
+        in_4 = quantized(QuantizationConfig())
         change = Change(
             setting="quantization",
             before="null",
             after="{bits: 4}",
             price=f"results differ a little; about {DEQUANTISE:.1f} times the time",
         )
-        if (fit := _smaller(room, config, in_4, step)) is not None:
+        if (fit := _smaller(limit, config, in_4, step)) is not None:
             return Fit(
                 changes=[change, *fit.changes],
                 peak_bytes=fit.peak_bytes,
                 parts=fit.parts,
                 time_factor=fit.time_factor * DEQUANTISE,
             )
-        sketch, more = in_4, [change]
+        fake_run, more = in_4, [change]
     else:
         more = []
-    length = config.data.max_length // 2 if room.loads(sketch) else 0
+    length = config.data.max_length // 2 if limit.loads(fake_run) else 0
     while length >= SHORTEST:
         rows = [cut(row, length) for row in step.rows[:1]]
-        if (fewest := room.fewest_recomputed(sketch, sketch.batches(rows, 1))) is not None:
+        if (fewest := limit.fewest_recomputed(fake_run, fake_run.batches(rows, 1))) is not None:
             cut_rows = f"{step.cut_by(length):,} rows are cut" if step.lengths is not None else "longer rows are cut"
             shorter = Change(
                 setting="data.max_length",
@@ -113,29 +113,31 @@ def find_fit(
                 after=str(length),
                 price="texts become more windows" if step.windows else cut_rows,
             )
-            changes = [*more, *_split_change(config, 1), *_recompute_change(config, sketch, fewest[0]), shorter]
+            changes = [*more, *_split_change(config, 1), *_recompute_change(config, fake_run, fewest[0]), shorter]
             return Fit(
                 changes=changes,
                 peak_bytes=fewest[1].nbytes,
                 parts=fewest[1].parts,
-                time_factor=sketch.time_factor(fewest[0]),
+                time_factor=fake_run.time_factor(fewest[0]),
             )
         length //= 2
     return None
 
 
-def _smaller(room: Room, config: RunConfig, sketch: Sketch, step: StepRows) -> Fit | None:
+def _smaller(limit: MemoryLimit, config: RunConfig, fake_run: FakeRun, step: StepRows) -> Fit | None:
     """Smaller batches and recomputed layers, which change no result."""
-    if not room.loads(sketch):
+    if not limit.loads(fake_run):
         return None
     whole = config.train.batch_size
     best: Fit | None = None
     for size in (n for n in range(whole, 0, -1) if whole % n == 0):
         rows = step.rows if size == whole else step.rows[: 2 * size]
-        if (fewest := room.fewest_recomputed(sketch, sketch.batches(rows, size))) is not None:
+        if (fewest := limit.fewest_recomputed(fake_run, fake_run.batches(rows, size))) is not None:
             count, peak = fewest
-            changes = [*_split_change(config, size), *_recompute_change(config, sketch, count)]
-            fit = Fit(changes=changes, peak_bytes=peak.nbytes, parts=peak.parts, time_factor=sketch.time_factor(count))
+            changes = [*_split_change(config, size), *_recompute_change(config, fake_run, count)]
+            fit = Fit(
+                changes=changes, peak_bytes=peak.nbytes, parts=peak.parts, time_factor=fake_run.time_factor(count)
+            )
             if best is None or fit.time_factor < best.time_factor:
                 best = fit
             if count == 0 or sum(len(row["input_ids"]) for row in rows[:size]) < 2 * FULL_CALLS:
@@ -164,7 +166,7 @@ def _split_change(config: RunConfig, size: int) -> list[Change]:
     ]
 
 
-def _recompute_change(config: RunConfig, sketch: Sketch, count: int) -> list[Change]:
+def _recompute_change(config: RunConfig, fake_run: FakeRun, count: int) -> list[Change]:
     before = config.train.memory_budget
     if not count or config.train.gradient_checkpointing or before == "auto":
         return []  # it chooses the layers by itself
@@ -173,7 +175,7 @@ def _recompute_change(config: RunConfig, sketch: Sketch, count: int) -> list[Cha
             setting="train.memory_budget",
             before="null" if before is None else str(before),
             after="auto",
-            price=f"{count} of {sketch.layers} layers compute twice: "
-            f"{100 * (sketch.time_factor(count) - 1):.0f}% more time",
+            price=f"{count} of {fake_run.layers} layers compute twice: "
+            f"{100 * (fake_run.time_factor(count) - 1):.0f}% more time",
         )
     ]

@@ -1,4 +1,4 @@
-"""What runs on this machine took beside their tensors: better known, after a few, than any constant."""
+"""What runs on this machine took beside their tensors: after a few runs, a better value than any constant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LATEST = 20  # runs that count
 MOST_BYTES = 2**50
 
 
-def remember(device_name: str, work_bytes: int) -> None:
+def record_work(device_name: str, work_bytes: int) -> None:
     """Keeps what a finished run took beside what was there before and its planned tensors.
 
     A disk that is full or read-only is no reason to fail.

@@ -1,4 +1,4 @@
-"""Which rows the heaviest step of a run will hold."""
+"""The rows of a run's heaviest step, from its data or synthetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator, in_steps
-from siliang.train.order import Order, shares
+from siliang.engine.order import Order, shares
 from siliang.types import TaskType
 
 MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind them is of the same rows
@@ -77,16 +77,16 @@ def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:
         epoch += 1
 
 
-def made_up(config: RunConfig, ranks: int = 1) -> StepRows:
+def synthetic_rows(config: RunConfig, ranks: int = 1) -> StepRows:
     """As many rows of max_length as a rank has in a step, every token learned; two batches show what a step of more
     takes."""
     t = config.train
-    row = made_up_row(config, config.data.max_length)
+    row = synthetic_row(config, config.data.max_length)
     share = -(-t.batch_size * t.gradient_accumulation // ranks)
     return StepRows([dict(row) for _ in range(min(share, 2 * t.batch_size))])
 
 
-def made_up_row(config: RunConfig, length: int) -> dict[str, Any]:
+def synthetic_row(config: RunConfig, length: int) -> dict[str, Any]:
     """A row of so many tokens, every one of them learned."""
     row: dict[str, Any] = {"input_ids": [1] * length}
     match config.task:

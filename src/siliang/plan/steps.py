@@ -1,4 +1,4 @@
-"""Runs what a run will do, on paper, and counts: an optimiser step, an evaluation, a generation, a merge."""
+"""Runs the phases of a run on fake tensors and counts memory: a training step, an evaluation, a generation, a merge."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import DynamicCache
 
 from siliang.distributed.sharding import reshard
 from siliang.engine.batches import Batch
-from siliang.engine.padding import NotPackableError, find_layers
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.memory.track import Peak, Tracker
-from siliang.methods import lora
-from siliang.ops.lora_linear import lora_linear
+from siliang.methods.lora import LoraLinear
+from siliang.models.introspect import NoLayerStackError, layer_stack
+from siliang.models.quantized import held_tensors
 from siliang.peft_model import PeftModel
-from siliang.plan.paper import held_tensors
 from siliang.types import TaskType
 
 Phase = Literal["loaded", "train", "evaluate", "generate", "merge"]
@@ -116,33 +114,16 @@ def measure(
     return Measured(peaks, tracker.flops, tracker.layer_flops, tokens, tracker.boundary_bytes)
 
 
-def usual_step(model: nn.Module, batches: list[Batch]) -> None:
+def baseline_step(model: nn.Module, batches: list[Batch]) -> None:
     """The step of transformers.Trainer on these rows: padded, all logits, LoRA by PEFT's expression."""
-    lora.lora_linear = _peft_lora  # type: ignore[assignment]
-    try:
-        for batch in batches:
-            inputs = dict(batch.inputs)
-            if batch.targets is not None:
-                inputs |= {"labels": inputs["input_ids"], "use_cache": False}  # type: ignore[dict-item]
-            model(**inputs).loss.backward()
-    finally:
-        lora.lora_linear = lora_linear
-
-
-def _peft_lora(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    *,
-    bias_O: Tensor | None = None,
-    dropout_p: float = 0.0,
-    training: bool = False,
-) -> Tensor:
-    """PEFT's Linear.forward: x is copied to the adapter's format, and autograd keeps what it likes."""
-    x = F.dropout(x.to(A.dtype), dropout_p, training) if dropout_p else x.to(A.dtype)
-    return (y + F.linear(F.linear(x, A), B, bias_O) * scaling).to(y.dtype)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.impl = "peft"
+    for batch in batches:
+        inputs = dict(batch.inputs)
+        if batch.targets is not None:
+            inputs |= {"labels": inputs["input_ids"], "use_cache": False}  # type: ignore[dict-item]
+        model(**inputs).loss.backward()
 
 
 def _own_step(
@@ -177,7 +158,7 @@ def _merge(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> b
         return False
     try:
         model.merge_adapter()
-    except Exception:  # prompts, and quantised bases, cannot be merged in place
+    except Exception:  # prompts and quantized bases cannot be merged in place
         return False
     model.unmerge_adapter()
     return True
@@ -187,8 +168,8 @@ def _layers(engine: Engine, model: Any) -> list[nn.Module]:
     if engine.padding is not None:
         return engine.padding.layers
     try:
-        return find_layers(model.get_base_model() if isinstance(model, PeftModel) else model)
-    except NotPackableError:
+        return layer_stack(model.get_base_model() if isinstance(model, PeftModel) else model)
+    except NoLayerStackError:
         return []
 
 

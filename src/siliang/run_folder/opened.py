@@ -293,7 +293,7 @@ def load_base(
         revision=config.revision,
         seed=config.train.seed,
         quantization=config.quantization if quantised else None,
-        to_be_dealt=config.distributed.strategy == "fsdp",
+        shardable=config.distributed.strategy == "fsdp",
         device=device,
     )
     if config.data.add_tokens:

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from siliang.capabilities import why_missing
 from siliang.check import Subject, find, look_at, stop_on_errors
 from siliang.config import RunConfig, differences
 from siliang.data.collate import PadCollator
@@ -33,6 +34,7 @@ from siliang.distributed.sharding import fake_mesh, ignore_frozen_in_ddp, is_sha
 from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
+from siliang.engine.order import Order
 from siliang.engine.step import Engine
 from siliang.files import absolute, damage, remove_tree, replacing_folder
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
@@ -60,7 +62,6 @@ from siliang.terminal import pasted
 from siliang.train.endings import does_not_fit, interrupted, no_number
 from siliang.train.metrics import MEASURES, has_unanswered, perplexity
 from siliang.train.metrics import Rows as Held
-from siliang.train.order import Order
 from siliang.train.resume import Begun, take_up
 from siliang.train.saving import (
     adapter_together,
@@ -87,7 +88,7 @@ SLOW_DISK_BYTES_PER_S = 50e6  # for a checkpoint before the first one was timed
 
 
 # Looks at a run's config and data before its model is loaded, and tells what it will take: the config, which may come
-# back changed, and what it predicts. It is `plan.before.Planner`; plan/ knows this room, not the other way.
+# back changed, and what it predicts. It is `plan.preflight.Planner`; plan/ knows this room, not the other way.
 Planner = Callable[[RunConfig, Subject, Callable[[str], None], DeviceMesh | None], tuple[RunConfig, Predicted]]
 
 
@@ -360,6 +361,9 @@ def _plan(
     if stage := _stage(config, ranks):
         listener.say(f"memory     what a rank takes under ZeRO-{stage} is not planned")
         return config, Predicted()
+    if ranks.size > 1 and (missing := why_missing("ranks that do not exist")) is not None:
+        listener.say(f"memory     not planned: {missing}")
+        return config, Predicted()
     with fake_mesh(ranks.size) as mesh:
         return ranks.from_main(lambda: planner(config, subject, listener.say, mesh))
 
@@ -473,6 +477,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
         keep_frozen=t.keep_frozen and _epochs(run) > 1 and run.ranks.size == 1,  # a rank's rows change
+        memory_share=1 / run.ranks.local_size,
         all_logits="ZeRO-3 puts its weights together in its own forward alone" if stage == 3 else None,
     )
     for note in engine.notes:

@@ -20,15 +20,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from siliang.disk_errors import telling
 from siliang.distributed import zero
 from siliang.distributed.ranks import Ranks
-from siliang.distributed.sharding import average_gradients, full_tensors, is_sharded, no_sync, shard_optimizer_state
+from siliang.distributed.sharding import average_gradients, full_tensors, is_sharded, shard_optimizer_state
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.evaluate import Sums, evaluate
+from siliang.engine.order import Order, Share, WithDummies
 from siliang.engine.step import Engine
 from siliang.files import replacing_folder
 from siliang.run_folder import PREFIX
 from siliang.train.guard import Guard, Trouble
 from siliang.train.metrics import MEASURES, Rows, figures_of
-from siliang.train.order import Counted, Order, Share
 from siliang.train.saving import (
     STATE_FILE,
     adapter_together,
@@ -142,7 +142,7 @@ class SiliangTrainer(Trainer):
     def _forward_backward(self, model: nn.Module, batches: list[Batch], weight: float) -> torch.Tensor:
         sharded = is_sharded(model)
 
-        def unsynced() -> Any:
+        def no_sync() -> Any:
             if self.is_deepspeed_enabled:
                 return zero.batches_to_come(self.accelerator)
             return no_sync(model) if sharded else self.accelerator.no_sync(model)
@@ -152,7 +152,7 @@ class SiliangTrainer(Trainer):
             batches,
             weight,
             autocast=lambda: self.accelerator.autocast(),
-            unsynced=unsynced,
+            no_sync=no_sync,
             backward=self.accelerator.backward,
         )
         if sharded:
@@ -174,7 +174,7 @@ class SiliangTrainer(Trainer):
             return batches
         missing = max(n for (n,) in self.ranks.gather_ints(len(batches))) - len(batches)
         # in front: the last batch is the one whose gradients are sent
-        return [min(batches, key=lambda batch: batch.tokens).ghost()] * missing + batches
+        return [min(batches, key=lambda batch: batch.tokens).dummy()] * missing + batches
 
     def _smaller(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
         """A step's rows in smaller batches, or with every layer computed twice; the batches to come are so too.
@@ -200,7 +200,7 @@ class SiliangTrainer(Trainer):
                 f"{collator.tokens_at_once:,}, with the same result"
             )
             return halves
-        if fit and self.engine.recompute.all():
+        if fit and self.engine.recompute.recompute_all():
             self._handlers.say(f"memory     step {step:,} did not fit by rows: from now on every layer recomputes")
             return batches
         raise self._handlers.on_memory(step, tokens)
@@ -216,7 +216,7 @@ class SiliangTrainer(Trainer):
         rows: Any = self.train_dataset
         share = Share(self._order, rows.lengths.tolist(), self._order.step, self.ranks.rank, self.ranks.size)
         loader: Any = DataLoaderShard(
-            Counted(rows),
+            WithDummies(rows),
             batch_sampler=share,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
@@ -398,14 +398,14 @@ class SiliangTrainer(Trainer):
         self.guard.go_on(state["guard"])
         if self.watcher is not None and state["watcher"] is not None:
             self.watcher.go_on(state["watcher"])
-        self._keep_frozen()
+        self._fill_frozen_cache()
         if state["evaluation_due"] and self.eval_dataset is not None:
             self.evaluate()
             self.control.should_save = False  # the checkpoint of this step is there
 
-    def _keep_frozen(self) -> None:
-        """The frozen layers' last bits hang on the batch in which they saw a row first: the steps so far, once more."""
-        if self.engine.padding is None or self.engine.padding.below is None:
+    def _fill_frozen_cache(self) -> None:
+        """Replays the steps so far: a row's last bits depend on the batch in which a frozen layer first saw it."""
+        if self.engine.padding is None or self.engine.padding.frozen is None:
             return
         before = random_state()
         loader: Any = self.get_train_dataloader()
@@ -413,7 +413,7 @@ class SiliangTrainer(Trainer):
         steps = zip(range(self.state.global_step), loader.base_dataloader, strict=False)
         batches = (batch.to(self.args.device) for _, inputs in steps for batch in inputs["batches"])
         with self.accelerator.autocast():
-            self.engine.keep_frozen(self.model, batches)  # type: ignore[arg-type]
+            self.engine.fill_frozen_cache(self.model, batches)  # type: ignore[arg-type]
         set_random_state(before)
 
 

@@ -1,4 +1,4 @@
-"""Which of transformers' modules take a quicker form: those that compute the same, and no others."""
+"""Which of transformers' modules have a fused form: those that compute the same, and no others."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from siliang.engine.quicker import Quicker, quicker_form
+from siliang.engine.fused import FusedModules, fused_form
 from siliang.models.chatglm3.model import RMSNorm as ChatGLMRMSNorm
 
 
@@ -23,12 +23,12 @@ def test_the_same_results_and_gradients(kind: Any) -> None:
     module = kind(24) if kind.__name__.endswith("Norm") else kind()
     for p in module.parameters():
         nn.init.uniform_(p, 0.5, 1.5)
-    quicker, found = Quicker(module), []
-    for way in (quicker.on, torch.enable_grad):
+    fused, found = FusedModules(module), []
+    for way in (fused.on, torch.enable_grad):
         x = 3 * torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
         x.requires_grad_()
         with way():
-            assert ("forward" in module.__dict__) == (way == quicker.on)
+            assert ("forward" in module.__dict__) == (way == fused.on)
             y = module(x)
             y.square().sum().backward()
         found.append([y.detach(), x.grad, *(p.grad.clone() for p in module.parameters())])
@@ -40,10 +40,10 @@ def test_the_same_results_and_gradients(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [GELUActivation, GemmaRMSNorm, nn.LayerNorm, nn.Linear])
 def test_what_computes_something_else_stays(kind: Any) -> None:
     """GELU by the error function; a norm that scales by 1 + w; what has another name."""
-    assert quicker_form(kind) is None
+    assert fused_form(kind) is None
 
 
 def test_a_plan_on_fake_tensors_finds_what_a_run_finds() -> None:
-    quicker_form.cache_clear()
+    fused_form.cache_clear()
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
-        assert quicker_form(LlamaRMSNorm) is not None
+        assert fused_form(LlamaRMSNorm) is not None

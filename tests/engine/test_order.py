@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from siliang.train.order import Order
+from siliang.engine.order import Order
 
 
 class Numbers(Dataset[dict[str, torch.Tensor]]):

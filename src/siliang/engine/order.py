@@ -1,5 +1,4 @@
-"""The order in which the rows of an epoch are trained on, random or rows of like length side by side; and which of a
-step's rows are which rank's."""
+"""The order in which the rows of an epoch are trained, random or grouped by length; and each rank's share of a step."""
 
 from __future__ import annotations
 
@@ -68,8 +67,8 @@ class Order(Sampler[int]):
 
 
 def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list[int]]:
-    """A step's rows, so dealt to the ranks that each has about as many tokens: the longest first, each to whoever has
-    the least so far."""
+    """A step's rows, divided so that all ranks have about as many tokens: the longest row first, each row to the rank
+    with the fewest tokens so far."""
     found: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for row in sorted(rows, key=lambda i: (-lengths[i], i)):
@@ -83,7 +82,7 @@ def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list
 class Share(Sampler[list[int]]):
     """One rank's rows of each step; as a data loader's `batch_sampler`.
 
-    A rank for which a step has no row gets one that does not count: ~row in place of row.
+    A rank for which a step has no row gets a dummy row: ~row in place of row.
     """
 
     order: Iterable[int]
@@ -105,8 +104,8 @@ class Share(Sampler[list[int]]):
             yield shares(self.lengths, whole, self.ranks)[self.rank] or [~whole[0]]
 
 
-class Counted(Dataset[dict[str, Any]]):
-    """A data set whose rows may be asked for as ~row, which marks a dummy row ("ghost"); it adds nothing."""
+class WithDummies(Dataset[dict[str, Any]]):
+    """A data set whose rows may be asked for as ~row, which marks a dummy row: it adds nothing to the loss."""
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows
@@ -119,4 +118,4 @@ class Counted(Dataset[dict[str, Any]]):
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._rows.__getitems__([i if i >= 0 else ~i for i in numbers])
-        return [row | {"ghost": True} if i < 0 else row for i, row in zip(numbers, found, strict=True)]
+        return [row | {"dummy": True} if i < 0 else row for i, row in zip(numbers, found, strict=True)]

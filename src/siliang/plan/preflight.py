@@ -1,4 +1,4 @@
-"""The plan in front of a run: told, and a run that would not fit refused or, where the user wants it, adapted."""
+"""The plan before a run starts. It is shown, and a run that does not fit is refused or, if allowed, changed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from siliang.check import Subject
 from siliang.config import RunConfig
 from siliang.plan import plan
 from siliang.plan.device import Device, find_target, in_this_process, shared_by
-from siliang.plan.history import remember
-from siliang.records import Change, MethodPlan, Record
+from siliang.plan.history import record_work
+from siliang.records import Change, MethodPlan, Predicted, Record
 from siliang.safe_yaml import parse_yaml
-from siliang.train.run import Predicted
 from siliang.types import PlanError
 from siliang.units import show_bytes
 
@@ -25,7 +24,7 @@ class Planner:
     """Plans runs that are about to start in this process; for one that differs by its seed alone, once.
 
     Attributes:
-        device: For which; None for the one that is here.
+        device: The device to plan for; None for the one that is here.
         found: The last plan.
     """
 
@@ -38,16 +37,16 @@ class Planner:
     def __call__(
         self, config: RunConfig, subject: Subject, say: Callable[[str], None], mesh: DeviceMesh | None = None
     ) -> tuple[RunConfig, Predicted]:
-        """Tells what the run will take.
+        """Says what the run will take.
 
         Args:
             subject: The run's data, which has been read already.
             mesh: The ranks of the run, where it has several.
 
         Returns:
-            The config, changed where `train.fit` is on and it has to be, and with the strategy of several ranks; what
-            was predicted, as the record will measure it. Nothing where no plan could be made, which is said and stops
-            nothing.
+            The config, changed where it has to be and `train.fit` allows it, and with the strategy of several ranks;
+            the prediction, as the record will measure it. Where no plan can be made, that is said, the run continues,
+            and the prediction is empty.
 
         Raises:
             PlanError: The run will not fit.
@@ -64,46 +63,46 @@ class Planner:
         if found.error:
             say(f"memory     {found.error}")  # what is the run's own fault stops it soon
             return config, Predicted()
-        found = self.found = self._known[key] = _on(found, device)
+        found = self.found = self._known[key] = _rebased(found, device)
         if found.strategy:
             config = config.with_strategy(found.strategy)
-        config = settle(config, found, device, say)
+        config = apply_plan(config, found, device, say)
         parts = {**found.parts, "overhead": found.overhead_bytes - uncounted}
         return config, Predicted(parts, found.loading_bytes - uncounted)
 
-    def remember(self, record: Record) -> None:
-        """Lets later plans know what this run really took."""
+    def calibrate(self, record: Record) -> None:
+        """Keeps what this run really took, for later plans."""
         if self.found is not None:
-            remember(record.device.name, record.memory.steps_bytes - self._before_bytes - self.found.tensor_bytes)
+            record_work(record.device.name, record.memory.steps_bytes - self._before_bytes - self.found.tensor_bytes)
 
 
-def _on(found: MethodPlan, device: Device) -> MethodPlan:
-    """A plan that was made before, on what the process holds by now."""
+def _rebased(found: MethodPlan, device: Device) -> MethodPlan:
+    """A plan that was made before, with what the process holds by now."""
     more = device.overhead_bytes - found.overhead_bytes
     changed = {"overhead_bytes": device.overhead_bytes, "peak_bytes": found.peak_bytes + more}
     changed["loading_bytes"] = found.loading_bytes + more
     return found.model_copy(update=changed)
 
 
-def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[str], None]) -> RunConfig:
+def apply_plan(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[str], None]) -> RunConfig:
     """Says that a run fits, or makes it fit.
 
     Raises:
         PlanError: It does not, and may not be changed.
     """
     there = f"{show_bytes(device.memory_bytes)} {device.memory_source}" if device.memory_bytes else "of unknown size"
-    twice = f", {found.recomputed_layers} of {found.layers} layers computing twice" if found.recomputed_layers else ""
+    twice = f", {found.recomputed_layers} of {found.layers} layers recomputing" if found.recomputed_layers else ""
     each = " on each device" if found.strategy else ""
-    dealt = f"{each}, weights dealt out (fsdp)" if found.strategy == "fsdp" else each
+    where = f"{each}, weights sharded (fsdp)" if found.strategy == "fsdp" else each
     loading = f"loading {show_bytes(found.loading_bytes)}"
     if found.fits is not False:
         larger = f"{loading}, the steps {show_bytes(found.peak_bytes)}: "
         larger = larger if found.loading_bytes > found.peak_bytes else ""
-        say(f"memory     about {show_bytes(found.needed_bytes)} of {there}{dealt}{twice} ({larger}{_parts(found)})")
+        say(f"memory     about {show_bytes(found.needed_bytes)} of {there}{where}{twice} ({larger}{_parts(found)})")
         return config
     harmless = found.fit is not None and all(c.setting in SAME_RESULT for c in found.fit.changes)
     if config.train.fit and found.fit is not None and harmless:
-        changed = apply(config, found.fit.changes)
+        changed = with_changes(config, found.fit.changes)
         slower = f", {100 * (found.fit.time_factor - 1):.0f}% more time" if found.fit.time_factor > 1.005 else ""
         say(
             f"memory     about {show_bytes(found.peak_bytes)} of {there} do not fit; "
@@ -113,12 +112,12 @@ def settle(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[
         return changed
     what = f"{loading}, the steps {show_bytes(found.peak_bytes)}" if found.loading_bytes > found.peak_bytes else ""
     raise PlanError(
-        f"This run needs about {show_bytes(found.needed_bytes)}{dealt}, and {there} are there: "
+        f"This run needs about {show_bytes(found.needed_bytes)}{where}, and {there} are there: "
         f"{what or _parts(found)}.\n" + _advice(found, harmless=harmless)
     )
 
 
-def apply(config: RunConfig, changes: list[Change]) -> RunConfig:
+def with_changes(config: RunConfig, changes: list[Change]) -> RunConfig:
     """The config with these changes made."""
     values = config.model_dump(mode="json")
     for change in changes:

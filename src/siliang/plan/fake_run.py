@@ -1,4 +1,4 @@
-"""One run on paper: its model, its method, its engine; asked again and again for its peak under other settings."""
+"""One run on fake tensors: its model, its method, its engine. Its peak is measured under different settings."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.methods import find_method
 from siliang.models.positions import Positions
+from siliang.models.quantized import held_tensors, quantized_sizes
 from siliang.models.weights import passing_bytes
 from siliang.ops.place import planned_for
 from siliang.peft_model import PeftModel
 from siliang.plan.device import Device
-from siliang.plan.paper import draw_base, held_tensors, on_paper, quantised_sizes, to_paper
-from siliang.plan.rows import cut, made_up_row
-from siliang.plan.steps import Measured, Phase, measure, usual_step
+from siliang.plan.fake import fake_mode, make_fake_base, to_fake
+from siliang.plan.rows import cut, synthetic_row
+from siliang.plan.steps import Measured, Phase, baseline_step, measure
 from siliang.run_folder import weight_dtype
 from siliang.targets import mark_invented
 from siliang.types import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Usual:
-    """A step as PEFT and transformers.Trainer make it, to compare with: padded, all logits, whole checkpoints.
+class Baseline:
+    """The step of PEFT and transformers.Trainer, to compare with: padded, all logits, whole checkpoints.
 
     Attributes:
         attention: transformers' attn_implementation.
@@ -41,8 +42,8 @@ class Usual:
     attention: Literal["eager", "sdpa"] = "sdpa"
 
 
-class Sketch:
-    """A run's model on paper.
+class FakeRun:
+    """A run's model on fake tensors.
 
     Attributes:
         trained: Parameters that are.
@@ -53,7 +54,7 @@ class Sketch:
         loads_on_host: It is loaded in the host's memory, whatever the device.
         layers: That can recompute.
         packed: Its batches have no padding.
-        notes: What the engine says is off.
+        notes: What the engine has switched off.
     """
 
     def __init__(
@@ -64,12 +65,12 @@ class Sketch:
         *,
         method: MethodConfig | None = None,
         quantization: QuantizationConfig | None = None,
-        usual: Usual | None = None,
+        baseline: Baseline | None = None,
         new_tokens: int = 0,
         invented: Sequence[str] = (),
         mesh: DeviceMesh | None = None,
     ) -> None:
-        """Draws it.
+        """Makes it.
 
         Args:
             base_config: The base model's, which knows its classes.
@@ -83,20 +84,20 @@ class Sketch:
         """
         self._layers_share: float | None = None
         self._config = config.model_copy(update={"method": method or config.method, "quantization": quantization})
-        self._device, self._usual, self.precision = device, usual, device.precision
+        self._device, self._baseline, self.precision = device, baseline, device.precision
         found = find_method(self._config.method.name)
         if quantization is not None and found.config is None:
             raise ConfigError("quantised weights cannot be trained themselves.")
-        with on_paper() as self._mode:
+        with fake_mode() as self._mode:
             dtype = weight_dtype(found, device.precision)
-            base = draw_base(
+            base = make_fake_base(
                 base_config,
                 config.task,
                 dtype=dtype,
                 quantization=quantization,
-                to_be_dealt=config.distributed.strategy == "fsdp",
+                shardable=config.distributed.strategy == "fsdp",
                 compute_dtype=self._product_dtype(quantization),
-                attention=usual.attention if usual else None,
+                attention=baseline.attention if baseline else None,
             )
             self.loading_bytes = self._loading_bytes(base, dtype, new_tokens)
             mark_invented(base, list(invented))
@@ -110,13 +111,13 @@ class Sketch:
                 )
             self.model, self.trained, self.total = attach(base, found, self._config, device.precision)
             self.adapter_bytes = self._saved_bytes()
-            dealt = config.distributed.strategy == "fsdp"
-            if mesh is not None and dealt:
+            sharded = config.distributed.strategy == "fsdp"
+            if mesh is not None and sharded:
                 shard(self.model, mesh, torch.device("cpu"), trained_too=not isinstance(self.model, PeftModel))
             self.engine = Engine(
                 self.model,
                 config.task,
-                packing=config.train.packing and usual is None,
+                packing=config.train.packing and baseline is None,
                 memory_budget=None,
                 comparing=False,
             )
@@ -125,17 +126,17 @@ class Sketch:
         self.layers = len(self.engine.recompute.layers)
         self.notes = self.engine.notes
         self.method = self._config.method.name
-        self._in_buckets = mesh is not None and not dealt
+        self._in_buckets = mesh is not None and not sharded
 
     def collator(self, batch_size: int | None = None) -> StepCollator:
         """Splits rows as the run will."""
         asked, device = self._config.train.tokens_at_once, self._device
-        most = None if self._usual else most_tokens(asked, device.kind, device.precision.dtype)
+        most = None if self._baseline else most_tokens(asked, device.kind, device.precision.dtype)
         return collator_of(self._config, self.model, batch_size, tokens_at_once=most, packed=self.packed)
 
     def batches(self, rows: list[dict[str, Any]], batch_size: int | None = None) -> list[Batch]:
         """The first two batches of a step, the longest: a third one finds what the second one found."""
-        if self._usual is not None:
+        if self._baseline is not None:
             collator = self.collator(batch_size)
             size = collator.rows_at_once
             return collator([dict(row) for row in rows[:size]])["batches"]
@@ -174,17 +175,17 @@ class Sketch:
     ) -> Measured:
         """Counts the phases on these batches with so many layers recomputing."""
         with self._mode, planned_for(self._device.kind):
-            drawn = [to_paper(self._mode, batch) for batch in batches]
+            fake_batches = [to_fake(self._mode, batch) for batch in batches]
             if recomputed or self.engine.recompute.recomputed:
                 self.engine.recompute.fix(recomputed)
             found = measure(
                 self.model,
                 self.engine,
-                drawn,
+                fake_batches,
                 self._device.precision,
                 block_bytes=self._device.block_bytes,
                 phases=phases,
-                step=usual_step if self._usual else None,
+                step=baseline_step if self._baseline else None,
                 in_buckets=self._in_buckets,
             )
         if not recomputed and found.flops:
@@ -196,7 +197,7 @@ class Sketch:
         if not recomputed:
             return 1.0
         if self._layers_share is None:
-            rows = [made_up_row(self._config, 64)]
+            rows = [synthetic_row(self._config, 64)]
             base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             if (most := self._positions(base).reads) is not None:
                 rows = [cut(row, most) for row in rows]
@@ -205,14 +206,14 @@ class Sketch:
         return 1.0 + self._layers_share * recomputed / self.layers
 
     def _product_dtype(self, quantization: QuantizationConfig | None) -> torch.dtype:
-        """What weights in few bits become to be multiplied."""
+        """What quantized weights become to be multiplied."""
         if quantization is None or quantization.compute_dtype == "auto":
             return self._device.best.dtype
         return Choice(quantization.compute_dtype, "").dtype
 
     def _loading_bytes(self, base: Any, dtype: torch.dtype, new_tokens: int) -> int:
         bits = self._config.quantization.bits if self._config.quantization is not None else None
-        sizes = [p.numel() for p in base.parameters()] if bits is None else quantised_sizes(base)
+        sizes = [p.numel() for p in base.parameters()] if bits is None else quantized_sizes(base)
         cuda = self._device.kind == "cuda"
         passing = passing_bytes(max(sizes, default=0), bits=bits, itemsize=dtype.itemsize, cuda=cuda)
         if new_tokens:  # the larger ones beside the old ones, and what their mean is taken from, in fp32

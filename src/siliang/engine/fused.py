@@ -1,0 +1,69 @@
+"""Norms and activations that transformers writes out step by step, as fused modules: they pass over memory less often.
+
+These are RMS norms of Llama's kind, and the GELU by tanh, which BLOOM and GPT-2 spell out. A class of modules is tried
+beside the fused form once, on small random numbers, before its modules take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siliang.engine.patches import has_own_forward, patched
+from siliang.models.introspect import is_gelu, is_rms_norm, rms_eps
+from siliang.ops.rms_norm import rms_norm
+
+TRIAL_WIDTH = 8
+Form = Callable[[nn.Module, Tensor], Tensor]
+
+
+class FusedModules:
+    """The modules of a model that have a fused form."""
+
+    def __init__(self, model: nn.Module) -> None:
+        forms = ((m, fused_form(type(m))) for m in model.modules())
+        self._modules = [(m, partial(form, m)) for m, form in forms if form is not None]
+
+    def on(self) -> AbstractContextManager[None]:
+        """Within the block, which must hold the backward pass as well, they compute so."""
+        return patched((m, form) for m, form in self._modules if not has_own_forward(m))
+
+
+@cache
+def fused_form(kind: type[nn.Module]) -> Form | None:
+    """What modules of this class may compute instead, with the same results; None where nothing is known."""
+    form = _rms_norm if is_rms_norm(kind) else _gelu if is_gelu(kind) else None
+    if form is None:
+        return None
+    # another thread has no autocast and no fake tensors, whatever this one is doing
+    with ThreadPoolExecutor(1) as alone:
+        return form if alone.submit(_agrees, kind, form).result() else None
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, rms_eps(module))
+
+
+def _gelu(module: Any, x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+@torch.no_grad()
+def _agrees(kind: Any, form: Form) -> bool:
+    """Tries a small module of the class, of which nothing is known but its name."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        module = kind(TRIAL_WIDTH) if form is _rms_norm else kind()
+        for p in module.parameters():
+            p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
+        x = 3 * torch.randn(5, TRIAL_WIDTH, generator=generator)
+        return torch.allclose(module(x), form(module, x), rtol=1e-5, atol=1e-6)
+    except Exception:  # a class of any kind may raise anything when it is made or called otherwise
+        return False

@@ -1,0 +1,261 @@
+"""What a base model is made of: its backbone, embeddings, layers, attentions, norms and linear layers.
+
+transformers gives a method for few of these questions. The rest is recognised by the name of a class, an attribute or
+an argument of a forward, and those names stand in this file alone: where a release renames one, this is the file to
+change (tests/contracts tells which name). Quantized weights are in quantized.py.
+
+Nothing here changes a model or runs it. Importing this file imports torch, and of transformers nothing until it is
+asked.
+
+Shapes: O features out, I features in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states")  # arguments that hold another text's states
+CACHES = ("layer_past", "past_key_values")  # what a forward calls its cache: BLOOM and Falcon, all others
+RMS_EPS = ("variance_epsilon", "eps", "epsilon")
+
+
+class NoLayerStackError(Exception):
+    """A model has no stack of layers, or more than one."""
+
+
+# ---- the model as a whole ----
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads a source with an encoder and writes with a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model without its head; the model itself where it has none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return getattr(model, prefix, model) if prefix else model
+
+
+def layer_stack(model: nn.Module) -> list[nn.Module]:
+    """The model's transformer layers, the lowest first.
+
+    Raises:
+        NoLayerStackError: There is no stack of layers, or more than one.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    stacks = [
+        m
+        for m in backbone(model).modules()
+        if isinstance(m, nn.ModuleList) and len(m) and all(isinstance(c, GradientCheckpointingLayer) for c in m)
+    ]
+    if len(stacks) != 1:
+        raise NoLayerStackError(f"{type(model).__name__} has {len(stacks)} stacks of layers, and one is wanted")
+    return list(stacks[0])
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """Every layer that can recompute its activations, of all stacks."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def word_embeddings(model: nn.Module) -> nn.Embedding | None:
+    """The embeddings of the input tokens; None where the model reads something else, as a vision model does."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    weight = getattr(found, "weight", None)
+    return found if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits of a language model; None where the model has none."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+# ---- the arguments of a forward ----
+
+
+def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a module's forward by name; none of what is no module."""
+    return inspect.signature(module.forward).parameters if isinstance(module, nn.Module) else {}
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module`'s forward, all by name."""
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {k: v for k, v in bound.items() if k not in ("args", "kwargs")} | bound.get("kwargs", {})
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether the module's forward takes the tokens of a text, or their embeddings."""
+    return not {"input_ids", "inputs_embeds"}.isdisjoint(parameters_of(module))
+
+
+def cached_tokens(named: dict[str, Any]) -> int:
+    """How many tokens the cache among a model's arguments holds."""
+    cache = named.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+# ---- attention ----
+
+
+def is_cached_attention(module: nn.Module) -> bool:
+    """Whether `module` is an attention itself, not something around one, and asks a cache for its keys and values."""
+    if layer_number(module) is None:
+        return False
+    parameters = parameters_of(module)
+    has_projections = any(is_linear(_unwrapped(child)) for child in module.children())
+    return has_projections and not set(CACHES).isdisjoint(parameters) and "hidden_states" in parameters
+
+
+def cache_argument(attention: nn.Module) -> str:
+    """What the forward of an attention calls its cache."""
+    parameters = parameters_of(attention)
+    return next((name for name in CACHES if name in parameters), CACHES[-1])
+
+
+def mask_argument(attention: nn.Module) -> str:
+    """What the forward of an attention calls its mask."""
+    return "mask" if "mask" in parameters_of(attention) else "attention_mask"
+
+
+def is_cross_attention(named: dict[str, Any]) -> bool:
+    """Whether a call of an attention, its arguments by name, looks at another text."""
+    return any(named.get(name) is not None for name in CROSS_ATTENTION)
+
+
+def layer_number(attention: nn.Module) -> Any:
+    """The number of the layer that an attention belongs to; None for other modules. GPT-Neo has its own name for it."""
+    return getattr(attention, "layer_idx", getattr(attention, "layer_id", None))
+
+
+def attention_kind(attention: Any) -> str | None:
+    """What a config says of the layer's attention: sliding_attention, chunked_attention, ...; None where it says
+    nothing."""
+    number, kinds = layer_number(attention), getattr(getattr(attention, "config", None), "layer_types", None)
+    return kinds[number] if kinds and isinstance(number, int) and number < len(kinds) else None
+
+
+def sliding_window(attention: Any) -> int | None:
+    """How many tokens an attention looks back at, its own among them; None for all. Each family says it elsewhere."""
+    config = getattr(attention, "config", None)
+    if (kind := attention_kind(attention)) is not None:
+        return getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
+    if not hasattr(sys.modules[type(attention).__module__], "create_sliding_window_causal_mask"):
+        return None  # the config may name a window that the model does not have
+    return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+
+
+def attention_host(model: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """The module that takes the tokens of a whole text and holds every cached attention, and those attentions.
+
+    It is the innermost such module: BartForCausalLM and OPT's classes call it past the modules around it.
+    """
+    host = model.get_decoder() if is_encoder_decoder(model) else backbone(model)
+    attentions = [m for m in host.modules() if is_cached_attention(m)]
+    inside, found = True, host
+    while attentions and inside:
+        inside = False
+        for child in found.children():
+            held = set(child.modules())
+            if all(m in held for m in attentions):
+                found, inside = child, True
+                if takes_tokens(child):
+                    host = child
+                break
+    return host, attentions
+
+
+def is_disentangled_attention(module: nn.Module) -> bool:
+    """DeBERTa's attention, which has no cache, and a table of relative positions beside its keys."""
+    return type(module).__name__ == "DisentangledSelfAttention"
+
+
+def relative_positions(attention: Any, hidden_BND: Tensor) -> Tensor:
+    """DeBERTa's relative positions of N tokens to one another, as the attention's own module builds them."""
+    build: Any = sys.modules[type(attention).__module__].build_relative_position  # type: ignore[attr-defined]
+    wanted = inspect.signature(build).parameters
+    settings = {
+        "bucket_size": getattr(attention, "position_buckets", -1),
+        "max_position": attention.max_relative_positions,
+        "device": hidden_BND.device,
+    }
+    found = build(hidden_BND, hidden_BND, **{k: v for k, v in settings.items() if k in wanted})
+    return found.to(hidden_BND.device)  # type: ignore[no-any-return]
+
+
+def is_bloom_attention(module: nn.Module) -> bool:
+    """BLOOM's attention, the only common one that does not go through transformers' attention interface."""
+    return type(module).__name__ == "BloomAttention"
+
+
+# ---- norms and activations ----
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm with parameters of its own."""
+    return "Norm" in type(module).__name__ and next(module.parameters(recurse=False), None) is not None
+
+
+def is_rms_norm(kind: type[nn.Module]) -> bool:
+    """Whether the name of a class is that of a root-mean-square norm."""
+    return kind.__name__.endswith("RMSNorm")
+
+
+def is_gelu(kind: type[nn.Module]) -> bool:
+    """Whether the name of a class is that of a GELU, of any kind."""
+    return "gelu" in kind.__name__.lower()
+
+
+def rms_eps(module: nn.Module) -> float:
+    """The epsilon of a root-mean-square norm."""
+    return next(getattr(module, name) for name in RMS_EPS if hasattr(module, name))
+
+
+# ---- linear layers ----
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """nn.Linear, its quantized kin, or GPT-2's Conv1D."""
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer keeps its weight as (I, O), as GPT-2's Conv1D does."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def features(layer: Any) -> tuple[int, int]:
+    """(I, O) of a linear layer. A quantized weight's own shape would be that of its storage."""
+    if is_transposed(layer):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
+
+
+def out_by_in(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight as `layer` stores it, turned to (O, I)."""
+    return weight.T if is_transposed(layer) else weight
+
+
+def as_stored(layer: nn.Module, weight_OI: Tensor) -> Tensor:
+    """The way back: (O, I) as `layer` stores it."""
+    return weight_OI.T.contiguous() if is_transposed(layer) else weight_OI
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The base model's own layer below the methods that wrap it."""
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base
+    return module

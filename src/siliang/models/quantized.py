@@ -1,0 +1,169 @@
+"""Weights in 4 and 8 bits, as bitsandbytes (0.50) holds them: the only file that knows its layers and their fields.
+
+A 4-bit weight carries a `quant_state` (scales, shape, format), an 8-bit one its scales as `SCB`.
+
+Shapes: O features out, I features in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siliang.models.introspect import out_by_in
+from siliang.types import ModelError
+
+LAYERS = ("Linear8bitLt", "Linear4bit")
+MAY_PACK = "support_avx512bf16_for_cpu"
+NF4_BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share one, where they are quantized too
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the layer's weight is stored in 4 or 8 bits."""
+    weight = getattr(layer, "weight", None)
+    return hasattr(weight, "quant_state") or hasattr(weight, "SCB")
+
+
+def float_weight(layer: Any) -> Tensor:
+    """The layer's weight in floating point, whatever it is stored in, as (O, I)."""
+    weight: Any = layer.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if hasattr(weight, "SCB"):
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scale = layer.state.SCB if weight.SCB is None else weight.SCB
+        return int8_vectorwise_dequant(weight.data, scale)
+    return out_by_in(layer, weight)
+
+
+def count_numbers(p: Tensor) -> int:
+    """How many numbers a parameter stands for: a 4-bit one holds two in a byte."""
+    state = getattr(p, "quant_state", None)
+    return p.numel() if state is None else state.shape.numel()
+
+
+def check_quantized(model: nn.Module, source: str) -> None:
+    """The layers that a model's config says to be quantized are.
+
+    Args:
+        source: What the model is called, for the error.
+
+    Raises:
+        ModelError: One holds a plain weight.
+    """
+    for path, module in model.named_modules():
+        if type(module).__name__ in LAYERS and type(module.weight) is nn.Parameter:
+            raise ModelError(
+                f"{source}: its config.json says that its weights are quantized, and {path} is not. Take "
+                "quantization_config out of it, or take the files that belong to it."
+            )
+
+
+def keep_as_stored(model: nn.Module) -> None:
+    """Forbids bitsandbytes to pack 4-bit weights anew on CPUs with AVX512-BF16.
+
+    It would do so in the first forward pass in eval mode: scales become bf16, so that the base is another one than
+    before, and training that continues after an evaluation has no gradient for what lies below a packed layer.
+    """
+    for module in model.modules():
+        if hasattr(module, MAY_PACK):
+            setattr(module, MAY_PACK, False)
+
+
+def keep_states(model: nn.Module) -> None:
+    """Gives each 4-bit layer its weight's state, for a weight that is gathered from shards comes back without it."""
+    for module in model.modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            module.quant_state, module.quant_storage = state, module.weight.dtype  # type: ignore[assignment,union-attr]
+
+
+def quantized_sizes(model: nn.Module) -> list[int]:
+    """Numbers of each quantized weight."""
+    weights = [w for w in (getattr(module, "weight", None) for module in model.modules()) if isinstance(w, Tensor)]
+    states = [state for state in (getattr(w, "quant_state", None) for w in weights) if state is not None]
+    return [math.prod(state.shape) for state in states] + [w.numel() for w in weights if w.dtype == torch.int8]
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and the scales of quantized weights, which are neither."""
+    for p in model.parameters():
+        yield p
+        for name in ("CB", "SCB"):
+            if isinstance(getattr(p, name, None), Tensor):
+                yield getattr(p, name)
+    for module in model.modules():  # which have the state too: a sharded weight has lost it
+        state = getattr(getattr(module, "weight", None), "quant_state", None) or getattr(module, "quant_state", None)
+        for one in (state, getattr(state, "state2", None)):
+            if one is not None:
+                yield from (x for x in (one.absmax, one.code, one.offset) if isinstance(x, Tensor))
+    yield from model.buffers()
+
+
+def empty_quantized(
+    layer: nn.Linear,
+    *,
+    bits: int,
+    kind: str,
+    double: bool,
+    compute_dtype: torch.dtype,
+    storage: torch.dtype,
+) -> nn.Module:
+    """bitsandbytes' layer of this size around plain, uninitialised parameters, which may be fake tensors: its own
+    kinds of parameter cannot be.
+
+    Args:
+        kind: Of 4 bits: nf4 or fp4.
+        double: The scales of 4-bit weights are quantized too.
+        compute_dtype: What a 4-bit weight becomes to be multiplied.
+        storage: Of the tensors that hold the bytes of 4-bit weights.
+    """
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState
+
+    library: Any = bnb
+    new_class = library.nn.Linear4bit if bits == 4 else library.nn.Linear8bitLt
+    new: Any = new_class.__new__(new_class)
+    nn.Module.__init__(new)
+    new.in_features, new.out_features = layer.in_features, layer.out_features
+    new.bias = None if layer.bias is None else nn.Parameter(torch.empty_like(layer.bias), requires_grad=False)
+    if bits == 8:
+        weight: Any = nn.Parameter(torch.empty(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+        weight.CB, weight.SCB = weight.data, torch.empty(layer.out_features)
+        new.state, new.index = library.MatmulLtState(), None
+        new.state.threshold, new.state.has_fp16_weights = 6.0, False
+    else:
+        n = layer.weight.numel()
+        blocks = -(-n // NF4_BLOCK)
+        weight = nn.Parameter(torch.empty(-(-n // 2) // storage.itemsize, 1, dtype=storage), requires_grad=False)
+        weight.quant_state = QuantState(
+            absmax=torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
+            shape=layer.weight.shape,
+            dtype=layer.weight.dtype,
+            blocksize=NF4_BLOCK,
+            code=torch.empty(16),
+            quant_type=kind,
+            offset=torch.empty(()) if double else None,
+            state2=QuantState(
+                absmax=torch.empty(-(-blocks // SCALE_BLOCK)),
+                code=torch.empty(256),
+                blocksize=SCALE_BLOCK,
+                dtype=torch.float32,
+            )
+            if double
+            else None,
+        )
+        new.quant_state, new.quant_storage = weight.quant_state, storage
+        # a weight that is gathered from shards has lost its state, and bitsandbytes would make its own kind again
+        new.register_forward_pre_hook(lambda layer, args: setattr(layer.weight, "quant_state", layer.quant_state))
+        new.compute_dtype, new.compute_type_is_set = compute_dtype, True
+        setattr(new, MAY_PACK, False)
+    new.weight = weight
+    return new.requires_grad_(False)

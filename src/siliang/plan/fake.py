@@ -1,0 +1,112 @@
+"""Base models of fake tensors: the right shapes and formats, and no memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from siliang.capabilities import why_missing
+from siliang.config import QuantizationConfig
+from siliang.engine.batches import Batch
+from siliang.models.load import MISFITS, SHARDABLE_STORAGE, kept_whole, model_from_config
+from siliang.models.quantized import empty_quantized
+from siliang.types import ConfigError, ModelError, TaskType, first_line
+
+
+@contextmanager
+def fake_mode() -> Iterator[FakeTensorMode]:
+    """Within the block every new tensor is fake, and no initialiser runs.
+
+    Raises:
+        ConfigError: The installed libraries lack what it takes.
+    """
+    for needed in ("models without memory", "counting of live tensors"):
+        if (missing := why_missing(needed)) is not None:
+            raise ConfigError(f"not planned: {missing}")
+    with warnings.catch_warnings():
+        # torch's own deepcopy of a tensor asks for its address
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, no_init_weights():
+            yield mode
+
+
+def make_fake_base(
+    config: Any,
+    task: TaskType,
+    *,
+    dtype: torch.dtype,
+    quantization: QuantizationConfig | None = None,
+    shardable: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+) -> Any:
+    """A base model of this config, in eval mode; called within `fake_mode`.
+
+    Args:
+        dtype: Of the weights, or of those that are not quantized.
+        shardable: As for `load_model`.
+        compute_dtype: What a quantized weight becomes to be multiplied.
+        attention: transformers' attn_implementation; None for its own choice.
+
+    Raises:
+        ModelError: transformers has no model of this kind for the task, or the config is not whole.
+    """
+    chosen = {"attn_implementation": attention} if attention else {}
+    try:
+        model = model_from_config(config, task, dtype=dtype, **chosen)
+    except MISFITS as error:
+        why = first_line(error, kind=True)
+        raise ModelError(f"a {config.model_type} cannot be made for {task.lower()} from its config: {why}") from None
+    model.tie_weights()  # which transformers does with the initialising that is left out
+    _keep_wide(model, dtype)
+    if quantization is not None:
+        kept = [*kept_whole(task), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
+        _quantize(model, quantization, kept, compute_dtype, SHARDABLE_STORAGE if shardable else torch.uint8)
+    return model.eval()
+
+
+def to_fake(mode: FakeTensorMode, batch: Batch) -> Batch:
+    """The same batch of fake tensors."""
+    inputs: dict[str, Tensor] = {name: mode.from_tensor(x) for name, x in batch.inputs.items()}
+    targets = None if batch.targets is None else mode.from_tensor(batch.targets)
+    return Batch(inputs, batch.lengths, batch.weight, batch.keys, targets)
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """As from_pretrained does: some models name parts that stay fp32 in half precision."""
+    names = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+    if dtype is torch.float16:
+        names += getattr(model, "_keep_in_fp32_modules", None) or []
+    if dtype is torch.float32 or not names:
+        return
+    for path, module in model.named_modules():
+        if set(path.split(".")) & set(names):
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=torch.float32)))
+
+
+def _quantize(
+    model: nn.Module, wanted: QuantizationConfig, kept: list[str], compute_dtype: torch.dtype, storage: torch.dtype
+) -> None:
+    """Puts bitsandbytes' layers in place of the linear ones, as they are once the weights are loaded."""
+    for path, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or not should_convert_module(path, kept):
+            continue
+        parent = model.get_submodule(path.rpartition(".")[0])
+        new = empty_quantized(
+            module,
+            bits=wanted.bits,
+            kind=wanted.type,
+            double=wanted.double,
+            compute_dtype=compute_dtype,
+            storage=storage,
+        )
+        setattr(parent, path.rpartition(".")[2], new)
