@@ -89,6 +89,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bf16 is computed in hardware: Ampere and later cards, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # also where ATEN_CPU_CAPABILITY asks for that
+        return False
     return any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
