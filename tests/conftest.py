@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.spawn
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_processes(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`[sys.executable, "-m", "siliang", ...]` begins where the slow imports are done (forking.py)."""
+    """`[sys.executable, "-m", "siliang", ...]` begins where the slow imports are done (forking.py), and so do the
+    processes that multiprocessing spawns."""
+    real = multiprocessing.spawn.get_executable()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "executable", stand_in(tmp_path_factory.mktemp("python")))
+        multiprocessing.set_executable(sys.executable)
         yield
+        multiprocessing.set_executable(real)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,18 @@
-"""A stand-in for the python program: `python -m siliang ...` begins where the slow imports are done already.
+"""A stand-in for the python program: `python -m siliang ...` and `python -c ...` begin where the slow imports are done.
 
 A process that imports torch, transformers and datasets needs 5 to 10 s for that alone. Here one server imports them
 once. The stand-in, a small program that tests run in python's place, hands the server its arguments, environment,
-folder and streams, and the server forks. The forked process is the command in every other respect: its own memory,
-signals and exit code. Commands that the server cannot serve faithfully (other modules, other settings that are read at
-import) are run by the real python.
+folder, streams and open files, and the server forks. The forked process is the command in every other respect: its own
+memory, signals and exit code. Commands that the server cannot serve faithfully (other modules, other settings that are
+read at import) are run by the real python.
 
-    PYTHON                 the real one, for tests of importing itself
+    PYTHON                 the real one, for tests of importing itself and of the memory of a process
     stand_in(folder)       starts a server, and returns the path of its stand-in
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -42,26 +43,36 @@ PRELOADED = (
     "siliang.train.run",
     "siliang.use",
 )
-# Read when a module is imported: with another value the real python is needed. Launchers set two that are not: torch's
-# elastic agent one for NCCL, which is not here; and OMP_NUM_THREADS, which the forked process applies itself.
+# Read when a module is imported: with another value the real python is needed. Three are not: one for NCCL, which
+# torch's elastic agent sets and which is not here; and two that the forked process applies itself.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "MKL_", "OMP_", "ONEDNN_", "ATEN_", "PYTHON", "TORCH_", "LRU_CACHE", "LD_")
-NOT_READ = ("OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+NOT_READ = ("OMP_NUM_THREADS", "PYTHONIOENCODING", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+MOST_FILES = 250  # that a message of a socket carries: 253
 
 _CLIENT = """#!{python} -IS
 import json, os, select, signal, socket, sys
 arguments = [a for a in sys.argv[1:] if a not in ("-u", "-P")]
 own = {defaults} | {{k: v for k, v in os.environ.items() if k.startswith({read_at_import}) and k not in {not_read}}}
-if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in {modules} or own != {own}:
+match arguments:
+    case ["-m", module, *_]:
+        served = module in {modules}
+    case ["-c", code, *_]:
+        served = "multiprocessing.resource_tracker" not in code  # which imports nothing that is slow
+    case _:
+        served = False
+files = [int(name) for name in os.listdir("/proc/self/fd")]
+files = sorted(number for number in files if os.path.exists(f"/proc/self/fd/{{number}}"))  # not that of the list itself
+if not served or len(files) > {most_files} or own != {own}:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-request = json.dumps([arguments[1:], dict(os.environ), os.getcwd()]).encode()
-socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+request = json.dumps([files, arguments, dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(server, [len(request).to_bytes(8, "big")], files)
 server.sendall(request)
 pid = int.from_bytes(server.recv(8), "big")
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda n, _: os.kill(pid, n))
-for number in (0, 1, 2):
+for number in files:
     os.close(number)
 status = int.from_bytes(server.recv(8), "big")
 if os.WIFSIGNALED(status):
@@ -91,6 +102,7 @@ def stand_in(folder: Path) -> str:
             not_read=NOT_READ,
             defaults=defaults,
             modules=MODULES,
+            most_files=MOST_FILES,
             own=own,
             address=str(address),
         )
@@ -120,8 +132,9 @@ def _defaults() -> dict[str, str]:
         return {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT)}
 
 
-def _serve(listening: socket.socket, alive: socket.socket) -> None:
-    """Forks for each request. Returns, in the forked process, when it has become what was asked for."""
+def _serve(listening: socket.socket, alive: socket.socket) -> list[str]:
+    """Forks for each request. Returns in the forked process, which has become what was asked for but for its module:
+    the arguments."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
     while True:
         ready, _, _ = select.select([listening, alive], [], [])
@@ -133,24 +146,22 @@ def _serve(listening: socket.socket, alive: socket.socket) -> None:
             continue
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         listening.close()
-        if _fork_and_wait(asking):
-            alive.close()
-            return
+        alive.close()
+        return _fork_and_wait(asking)
 
 
-def _fork_and_wait(asking: socket.socket) -> bool:
-    """In the process that becomes the command: True. The other one waits for it, and says how it ended."""
-    head, streams, _, _ = socket.recv_fds(asking, 8, 3)
+def _fork_and_wait(asking: socket.socket) -> list[str]:
+    """Returns in the process that becomes the command. The other one waits for it, and says how it ended."""
+    head, received, _, _ = socket.recv_fds(asking, 8, MOST_FILES)
     size, request = int.from_bytes(head, "big"), b""
     while len(request) < size and (part := asking.recv(size - len(request))):
         request += part
     pid = os.fork()
     if not pid:
         asking.close()
-        _become(streams, *json.loads(request))
-        return True
-    for stream in streams:
-        os.close(stream)
+        return _become(received, *json.loads(request))
+    for number in received:
+        os.close(number)
     ended = os.pidfd_open(pid)
     try:
         asking.sendall(pid.to_bytes(8, "big"))
@@ -165,10 +176,16 @@ def _fork_and_wait(asking: socket.socket) -> bool:
         os._exit(0)
 
 
-def _become(streams: list[int], arguments: list[str], environment: dict[str, str], folder: str) -> None:
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+def _become(
+    received: list[int], files: list[int], arguments: list[str], environment: dict[str, str], folder: str
+) -> list[str]:
+    # above all numbers that are wanted, so that none is taken by another on its way
+    moved = [fcntl.fcntl(number, fcntl.F_DUPFD, max(files) + 1) for number in received]
+    for number in received:
+        os.close(number)
+    for number, wanted in zip(moved, files, strict=True):
+        os.dup2(number, wanted)
+        os.close(number)
     if environment.get("OMP_NUM_THREADS") != os.environ.get("OMP_NUM_THREADS"):
         import psutil
         import torch
@@ -178,8 +195,8 @@ def _become(streams: list[int], arguments: list[str], environment: dict[str, str
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = arguments
-    sys.path[0] = folder
+    sys.path[0] = folder if arguments[0] == "-m" else ""
+    return arguments
 
 
 def main() -> None:
@@ -187,6 +204,7 @@ def main() -> None:
     import gc
     import importlib
     import runpy
+    import types
     import warnings
 
     from siliang.cli.main import _quieten_libraries
@@ -203,7 +221,7 @@ def main() -> None:
         for name in PRELOADED:
             importlib.import_module(name)
     gc.freeze()
-    _serve(listening, alive)
+    kind, what, *rest = _serve(listening, alive)
     # a new process has these streams with the encoding of its own environment
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         number = getattr(sys, name).fileno()
@@ -211,7 +229,13 @@ def main() -> None:
         stream = open(number, mode, encoding=encoding, errors=errors or None, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    if kind == "-m":
+        sys.argv = [what, *rest]
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = ["-c", *rest]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(what, "<string>", "exec"), vars(sys.modules["__main__"]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Quick to import: nothing heavy until it is used."""
 
 import subprocess
-import sys
 
 import pytest
+from forking import PYTHON
 
 from siliang.cli import listings
 
@@ -13,7 +13,7 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "pandas")
 @pytest.mark.parametrize("code", ["import siliang", "import siliang.cli.main"])
 def test_imports_nothing_heavy(code: str) -> None:
     found = subprocess.run(
-        [sys.executable, "-c", f"{code}; import sys; print(*[m for m in {HEAVY} if m in sys.modules])"],
+        [PYTHON, "-c", f"{code}; import sys; print(*[m for m in {HEAVY} if m in sys.modules])"],
         capture_output=True,
         text=True,
         check=True,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forking import PYTHON
 from tiny import TASK, make
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, core_model_loading
@@ -168,7 +169,7 @@ def test_loading_takes_what_the_weights_take(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="60MB")
     file = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert 90e6 < file < 110e6
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([PYTHON, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True)
     if "clear_refs" in done.stderr:
         pytest.skip("this system does not let a process forget its peak")
     assert done.returncode == 0, done.stderr
