@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -166,6 +167,7 @@ class Child:
         out = os.fdopen(write, "w", buffering=1)
         try:
             os.close(self._read)
+            gc.freeze()  # to look through what the parent holds takes longer than a step, and copies its pages
 
             def step(progress: Progress) -> None:
                 print(f"step {progress.step}", file=out)

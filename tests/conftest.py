@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing.spawn
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,13 @@ def quick_processes(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -
         multiprocessing.set_executable(sys.executable)
         yield
         multiprocessing.set_executable(real)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections() -> None:
+    """What was imported stays: a training, which collects garbage several times, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
