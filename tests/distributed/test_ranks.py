@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from ranked import ARGUMENTS, assert_same, changed, configured, killed, start, stopped, train_on
 
 from faults.runs import Place, make_place, run
+from siliang.config import RunConfig
 from siliang.distributed.sharding import fake_mesh
 from siliang.engine.order import Order, Share, shares
 from siliang.engine.step import Engine
@@ -26,15 +30,27 @@ from siliang.train.trainer import SiliangTrainer
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
 
 
-@pytest.mark.parametrize("method", ARGUMENTS)
+@pytest.fixture(scope="module")
+def alone(still_place: Place, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    """Trains on one rank, what was asked for before not again."""
+
+    @cache
+    def train_alone(method: str = "lora", **train: int) -> RunConfig:
+        config = configured(still_place, tmp_path_factory.mktemp("one") / "run", method, **train)
+        assert run(config).code == 0
+        return config
+
+    return train_alone
+
+
 @pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
-def test_as_one(method: str, strategy: str, size: int, still_place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ARGUMENTS)
+def test_as_one(method: str, strategy: str, size: int, alone: Callable[..., RunConfig], tmp_path: Path) -> None:
     """A step has 4 rows of unlike length, the last of an epoch fewer than there are ranks."""
-    config = configured(still_place, tmp_path / "one", method, tokens_at_once=16)
-    assert run(config).code == 0
-    endings = train_on(changed(config, tmp_path / "several", strategy), size)
+    one = alone(method, tokens_at_once=16)
+    endings = train_on(changed(one, tmp_path / "several", strategy), size)
     assert [e.code for e in endings] == [0] * size, endings[0].said + endings[-1].said
-    assert_same(tmp_path / "one", tmp_path / "several")
+    assert_same(Path(one.output), tmp_path / "several")
     assert len(Record.read(tmp_path / "several").memory.peak_bytes_by_rank) == size
     assert endings[0].said.count("data  ") == 1 and all("data  " not in e.said for e in endings[1:])
 
@@ -42,17 +58,18 @@ def test_as_one(method: str, strategy: str, size: int, still_place: Place, tmp_p
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_saved_on_two_goes_on_with_one_and_with_four(
-    method: str, strategy: str, still_place: Place, tmp_path: Path
+    method: str, strategy: str, alone: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     """Stopped by a signal to one rank alone, which stops all in the same step."""
-    config = configured(still_place, tmp_path / "one", method)
-    assert run(config).code == 0
+    one = alone(method)
+    stopped(changed(one, tmp_path / "then-1", strategy))
+    shutil.copytree(tmp_path / "then-1", tmp_path / "then-4")
     for size in (1, 4):
         folder = tmp_path / f"then-{size}"
-        two = stopped(changed(config, folder, strategy))
+        two = changed(one, folder, strategy)
         endings = [run(two, resume=True)] if size == 1 else train_on(two, size, resume=True)
         assert [e.code for e in endings] == [0] * size, endings[0].said
-        assert_same(tmp_path / "one", folder)
+        assert_same(Path(one.output), folder)
 
 
 def test_ranks_drop_out_on_their_own(tmp_path: Path) -> None:
