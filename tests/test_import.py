@@ -31,7 +31,7 @@ def test_what_is_listed_is_what_there_is(listing: str) -> None:
 def test_a_listing_imports_nothing_heavy(command: str) -> None:
     code = f"import sys; sys.argv[1:] = [{command!r}]\nfrom siliang.cli.main import main\ntry:\n    main()\nfinally:\n"
     code += f"    print('heavy:', *[m for m in {HEAVY} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "heavy:" and len(found.stdout.splitlines()) > 10
 
 
