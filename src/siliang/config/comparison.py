@@ -200,7 +200,10 @@ def describe_settings() -> list[Setting]:
     """What compare.yaml may hold beside the settings of a run."""
     shown = {"methods": ("names or mappings", ", ".join(SEVEN)), "search": ("mapping of lists", "{}")}
     return [
-        (name, *shown.get(name, (kind, default)), meaning) for name, kind, default, meaning in describe(CompareSettings)
+        setting._replace(kind=shown[setting.name][0], default=shown[setting.name][1])
+        if setting.name in shown
+        else setting
+        for setting in describe(CompareSettings)
     ]
 
 
