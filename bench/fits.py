@@ -26,6 +26,7 @@ from siliang import LoraConfig, get_peft_model
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
+from siliang.tasks import CAUSAL_LM
 from siliang.types import TaskType
 
 WIDTH = 512
@@ -38,11 +39,11 @@ def make_step(rows: int, layers: int) -> Callable[[], None]:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(llama(WIDTH, layers))
     model = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, target_modules=["q_proj", "v_proj"]))
-    engine = Engine(model, TaskType.CAUSAL_LM)
+    engine = Engine(model, CAUSAL_LM)
     optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
     ids = torch.randint(4, VOCABULARY, (rows, LENGTH)).tolist()
     most = most_tokens(None, "cpu", torch.float32)
-    collate = StepCollator(PadCollator(0), TaskType.CAUSAL_LM, rows, most, packed=True)
+    collate = StepCollator(PadCollator(0), CAUSAL_LM, rows, most, packed=True)
     batches = collate([{"input_ids": row, "labels": row} for row in ids])["batches"]
     model.train()
 

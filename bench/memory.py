@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
@@ -37,18 +38,19 @@ from siliang.engine.step import Engine
 from siliang.hardware import Choice, find_device
 from siliang.methods import METHODS, find_method
 from siliang.models.chatglm3 import ChatGLMConfig
-from siliang.models.load import AUTO_CLASSES, load_model
+from siliang.models.load import load_model
 from siliang.peft_model import PeftModel
 from siliang.plan import FakeRun
 from siliang.plan.device import Device
 from siliang.plan.fake_run import collator_of
 from siliang.plan.rows import synthetic_row
 from siliang.run_folder import weight_dtype
-from siliang.types import SiliangError, TaskType
+from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
+from siliang.types import SiliangError
 
-MODELS: dict[str, tuple[TaskType, Callable[[], Any]]] = {
+MODELS: dict[str, tuple[Task, Callable[[], Any]]] = {
     "llama": (
-        TaskType.CAUSAL_LM,
+        CAUSAL_LM,
         lambda: AutoConfig.for_model(
             "llama",
             hidden_size=256,
@@ -60,11 +62,11 @@ MODELS: dict[str, tuple[TaskType, Callable[[], Any]]] = {
         ),
     ),
     "bloom": (
-        TaskType.CAUSAL_LM,
+        CAUSAL_LM,
         lambda: AutoConfig.for_model("bloom", hidden_size=256, n_layer=4, n_head=8, vocab_size=2048),
     ),
     "bert": (
-        TaskType.SEQ_CLS,
+        SEQ_CLS,
         lambda: AutoConfig.for_model(
             "bert",
             hidden_size=256,
@@ -75,13 +77,13 @@ MODELS: dict[str, tuple[TaskType, Callable[[], Any]]] = {
         ),
     ),
     "t5": (
-        TaskType.SEQ_2_SEQ_LM,
+        SEQ_2_SEQ_LM,
         lambda: AutoConfig.for_model(
             "t5", d_model=256, d_ff=1024, d_kv=32, num_layers=3, num_heads=8, vocab_size=2048, decoder_start_token_id=0
         ),
     ),
     "chatglm": (
-        TaskType.CAUSAL_LM,
+        CAUSAL_LM,
         lambda: ChatGLMConfig(
             hidden_size=256,
             ffn_hidden_size=704,
@@ -134,7 +136,7 @@ class Case:
         return RunConfig.build(
             {
                 "model": self.model,
-                "task": MODELS[self.model][0].value,
+                "task": MODELS[self.model][0].title,
                 "method": {"name": self.method} | ({"num_virtual_tokens": 20} if self.method in PROMPTS else {}),
                 "data": {"train": "-"},
                 "train": {"packing": self.packing, "batch_size": len(LENGTHS), "memory_budget": None},
@@ -172,7 +174,7 @@ def save_model(name: str, folder: Path) -> Path:
     task, make = MODELS[name]
     saved = folder / name
     if not saved.is_dir():
-        AUTO_CLASSES[task].from_config(make()).save_pretrained(saved)
+        getattr(transformers, task.model.auto_class).from_config(make()).save_pretrained(saved)
     return saved
 
 
@@ -198,10 +200,10 @@ def _measure_rank(case: Case, saved: Path, meeting: Path, rank: int) -> int:
 def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
     task = MODELS[case.model][0]
     config, method = case.config(), find_method(case.method)
-    labels = ["a", "b"] if task is TaskType.SEQ_CLS else None
+    labels = ["a", "b"] if task is SEQ_CLS else None
     model = load_model(
         str(saved),
-        task,
+        task.model,
         dtype=weight_dtype(method, case.precision),
         labels=labels,
         quantization=case.quantization,

@@ -28,6 +28,7 @@ from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import average_gradients, rank_mesh, shard
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
+from siliang.tasks import CAUSAL_LM
 from siliang.types import TaskType
 
 ROWS, LENGTH, VOCABULARY = 8, 64, 4096
@@ -112,14 +113,14 @@ def _time_rank(meeting: Path, ranks: int, rank: int) -> dict[str, list[float]]:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     device = torch.device("cpu")
     row = {"input_ids": list(range(4, 4 + LENGTH)), "labels": list(range(4, 4 + LENGTH))}
-    batches = StepCollator(PadCollator(0), TaskType.CAUSAL_LM, ROWS, packed=True)([dict(row) for _ in range(ROWS)])
+    batches = StepCollator(PadCollator(0), CAUSAL_LM, ROWS, packed=True)([dict(row) for _ in range(ROWS)])
     steps = {}
     for name, too in (("whole", False), ("dealt out", True)):
         torch.manual_seed(0)
         config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
         model: Any = get_peft_model(AutoModelForCausalLM.from_config(llama(512, 8)), config)
         shard(model, rank_mesh(device), device, trained_too=too)
-        engine = Engine(model, TaskType.CAUSAL_LM)
+        engine = Engine(model, CAUSAL_LM)
         model.train()
 
         def step(model: Any = model, engine: Engine = engine) -> None:

@@ -28,7 +28,6 @@ from transformers.utils import logging
 
 from siliang.check import look_at
 from siliang.compare.trials import find_entry, run_config, test_trials
-from siliang.compare.verdict import QUALITY
 from siliang.config import RunConfig, assign
 from siliang.config.comparison import CompareConfig
 from siliang.data.collate import PadCollator
@@ -38,7 +37,7 @@ from siliang.methods import find_method
 from siliang.records import COMPARISON_NAME, Comparison, Record, Trial
 from siliang.run_folder import load_base
 from siliang.safe_yaml import read_yaml
-from siliang.train import metrics
+from siliang.tasks import TASKS, metrics
 from siliang.types import TaskType
 
 CONFIGS = {
@@ -157,7 +156,7 @@ def evaluate(model: Any, rows: TokenSet, collate: PadCollator, run: RunConfig, l
 
 def render(config: CompareConfig, done: list[dict[str, Any]]) -> str:
     """Both libraries' figures, mean and spread over seeds, in Markdown; speed is `python -m bench`'s to measure."""
-    quality = QUALITY[config.run.task]
+    quality = TASKS[config.run.task].quality
     folder = Path(config.run.output)
     path = folder / COMPARISON_NAME
     trials = [t for t in Comparison.open(path).trials if t.purpose == "test"] if path.is_file() else []

@@ -91,7 +91,7 @@ def predict(seen: Seen, *, usual: bool) -> float:
     config = RunConfig.build(
         {
             "model": seen.model,
-            "task": shape.task.value,
+            "task": shape.task.title,
             "method": {"name": seen.method, **seen.arguments},
             "data": {"train": "-", "max_length": max(seen.tokens, 8)},
             "train": {"batch_size": max(seen.rows, 1)},

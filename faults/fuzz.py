@@ -36,6 +36,7 @@ from siliang.data.load import load_examples
 from siliang.models.load import load_tokenizer
 from siliang.records import Record
 from siliang.safe_yaml import read_yaml
+from siliang.tasks import TASKS
 from siliang.types import SiliangError, TaskType
 
 HANG_S = 20
@@ -389,7 +390,7 @@ def _rows(folder: Path) -> list[Target]:
             task = chance.choice((TaskType.SEQ_CLS, TaskType.CAUSAL_LM, TaskType.TOKEN_CLS, TaskType.SEQ_2_SEQ_LM))
             values = {"train": str(path), "skip_bad_rows": chance.random() < 0.5, "test_size": 0.0}
             config = {"model": "m", "task": task, "data": values, "output": "o"}
-            load_examples(RunConfig.build(config).data, task, seed=0)
+            load_examples(RunConfig.build(config).data, TASKS[task].data, seed=0)
 
         return read
 

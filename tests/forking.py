@@ -41,7 +41,9 @@ PRELOADED = (
     "transformers.trainer",
     "siliang.compare.worker",
     "siliang.train.run",
-    "siliang.use",
+    "siliang.use.evaluate",
+    "siliang.use.merge",
+    "siliang.use.predict",
 )
 # Read when a module is imported: with another value the real python is needed. Three are not: one for NCCL, which
 # torch's elastic agent sets and which is not here; and two that the forked process applies itself.

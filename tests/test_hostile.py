@@ -18,6 +18,7 @@ from siliang.models.load import load_config, load_model
 from siliang.records import Record
 from siliang.safe_yaml import read_yaml
 from siliang.secrets import without_secrets
+from siliang.tasks import CAUSAL_LM
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType
 
@@ -79,7 +80,7 @@ def test_the_hubs_own_links(model_folders: dict[str, Path], tmp_path: Path) -> N
     snapshot.mkdir(parents=True)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
-    assert load_model(str(snapshot), TaskType.CAUSAL_LM, dtype=torch.float32) is not None
+    assert load_model(str(snapshot), CAUSAL_LM.model, dtype=torch.float32) is not None
     (snapshot / "more.json").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match="leads out"):
         load_config(str(snapshot))
@@ -136,7 +137,7 @@ def test_what_a_config_says_of_code_is_not_asked(model_folders: dict[str, Path],
     (folder / "config.json").write_text(json.dumps(values))
     config = load_config(str(folder))
     assert isinstance(config, LlamaConfig) and not hasattr(config, "auto_map")
-    model = load_model(str(folder), TaskType.CAUSAL_LM, dtype=torch.float32)
+    model = load_model(str(folder), CAUSAL_LM.model, dtype=torch.float32)
     assert model.config._attn_implementation in ("sdpa", "eager")
     assert not (tmp_path / "run").exists()
     values["model_type"] = "evil"

@@ -19,6 +19,7 @@ from siliang.data.examples import Text
 from siliang.data.tokens import tokenise
 from siliang.limits import RefusedError, in_time, look_at_tokenizer
 from siliang.models.load import load_tokenizer
+from siliang.tasks import CAUSAL_LM
 from siliang.types import ModelError, TaskType
 
 WORDS = json.loads(word_tokenizer().backend_tokenizer.to_str())
@@ -174,7 +175,7 @@ def test_a_pattern_that_gives_up_on_some_text() -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(q+)+z"), "isolated")
     data = DataConfig(train="x", template="plain")
     with pytest.raises(ModelError, match=r"tokenizer cannot read .*retry-limit"):
-        tokenise([Text("q" * 1000)], tokenizer, data, TaskType.CAUSAL_LM)
+        tokenise([Text("q" * 1000)], tokenizer, data, CAUSAL_LM.data)
 
 
 def test_a_pattern_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +184,7 @@ def test_a_pattern_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("q*q*(?!.)"), "isolated")
     data = DataConfig(train="x", template="plain")
     with pytest.raises(ModelError, match="tokenizer cannot read 1,501 characters: it takes too long"):
-        tokenise([Text("q" * 1500 + "y")], tokenizer, data, TaskType.CAUSAL_LM)
+        tokenise([Text("q" * 1500 + "y")], tokenizer, data, CAUSAL_LM.data)
 
 
 def test_in_time() -> None:

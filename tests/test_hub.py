@@ -18,7 +18,8 @@ from siliang import hub
 from siliang.data.sources import Reading, open_source
 from siliang.models.load import load_config, load_model, load_tokenizer
 from siliang.peft_model import adapter_folder
-from siliang.types import AdapterError, DataError, ModelError, TaskType
+from siliang.tasks import SEQ_CLS
+from siliang.types import AdapterError, DataError, ModelError
 
 
 class Hub:
@@ -110,6 +111,6 @@ def test_a_cached_model_is_loaded_without_the_hub(
     shutil.copytree(model_folders["bert"], folder / "snapshots" / commit)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
-    model = load_model("someone/bert", TaskType.SEQ_CLS, dtype=torch.float32, labels=["a", "b"])
+    model = load_model("someone/bert", SEQ_CLS.model, dtype=torch.float32, labels=["a", "b"])
     assert model.config.num_labels == 2 and len(load_tokenizer("someone/bert")) > 9
     assert silent.asked == 1 and not [line for line in silent.asked_for if "someone" in line]

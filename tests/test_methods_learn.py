@@ -9,7 +9,7 @@ from siliang.config import RunConfig
 from siliang.methods import METHODS
 from siliang.run_folder import open_run
 from siliang.train.run import train
-from siliang.use import evaluate
+from siliang.use.evaluate import evaluate
 
 pytestmark = [pytest.mark.long, pytest.mark.shared, pytest.mark.filterwarnings("ignore:.*pin_memory.*")]
 PROMPTS: dict[str, dict[str, Any]] = {

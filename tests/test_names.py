@@ -14,7 +14,7 @@ from siliang import other_names
 from siliang.config import RunConfig, assign, name_here
 from siliang.config.comparison import CompareConfig
 from siliang.other_names import MEASURED, METHOD_VALUES, NAMES, TABLE, TASK_VALUES, Row
-from siliang.train.metrics import MEASURES
+from siliang.tasks import TASKS
 from siliang.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def test_every_row_of_the_table_holds(tmp_path: Path) -> None:
 
 
 def test_what_is_proposed_for_best_is_measured() -> None:
-    measured = {"loss", *(name for measure in MEASURES.values() for name in measure.names)}
+    measured = {"loss", *(figure.name for task in TASKS.values() for figure in task.figures)}
     assert set(MEASURED) == measured
     proposed = [ours for row in TABLE if row.setting == "train.best" for ours in row.values.values() if ours]
     assert {ours.removeprefix("train.best=") for ours in proposed} == measured

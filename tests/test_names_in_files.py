@@ -19,6 +19,7 @@ from tiny import make, write_jsonl
 from siliang import LoraConfig, PromptTuningConfig, get_peft_model
 from siliang.data.sources import _fetch
 from siliang.models.load import load_config, load_model, load_tokenizer
+from siliang.tasks import CAUSAL_LM
 from siliang.types import ConfigError, DataError, ModelError, TaskType
 
 OPENED: list[str] | None = None
@@ -52,7 +53,7 @@ def change(path: Path, **values: object) -> None:
 
 def opened(model: Path) -> None:
     load_tokenizer(str(model))
-    load_model(str(model), TaskType.CAUSAL_LM, dtype=torch.float32)
+    load_model(str(model), CAUSAL_LM.model, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_a_bin_of_something_else_is_not_advised_to_be_run(model: Path) -> None:
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(print))
     with pytest.raises(ModelError, match="something else than tensors, or is damaged") as said:
-        load_model(str(model), TaskType.CAUSAL_LM, dtype=torch.float32)
+        load_model(str(model), CAUSAL_LM.model, dtype=torch.float32)
     assert "weights_only" not in str(said.value)
 
 
@@ -149,11 +150,11 @@ def test_names_that_old_tokenizers_keep_are_left_aside(model: Path, outside: Pat
 
 
 def test_an_adapter_beside_a_base_model_is_left_aside(model: Path, outside: Path) -> None:
-    before = load_model(str(model), TaskType.CAUSAL_LM, dtype=torch.float32)
+    before = load_model(str(model), CAUSAL_LM.model, dtype=torch.float32)
     tuned = get_peft_model(make("llama"), LoraConfig(init_lora_weights=False))
     tuned.save_pretrained(model)
     with pytest.warns(UserWarning, match="holds an adapter beside the model"):
-        after = load_model(str(model), TaskType.CAUSAL_LM, dtype=torch.float32)
+        after = load_model(str(model), CAUSAL_LM.model, dtype=torch.float32)
     assert {n: p.sum().item() for n, p in before.named_parameters()} == {
         n: p.sum().item() for n, p in after.named_parameters()
     }

@@ -21,7 +21,8 @@ from siliang.compare.pool import Worker
 from siliang.models.load import load_config, load_model, load_tokenizer
 from siliang.models.own_code import read_own_code
 from siliang.permissions import allowed_file
-from siliang.types import ModelError, OwnCodeError, TaskType
+from siliang.tasks import CAUSAL_LM
+from siliang.types import ModelError, OwnCodeError
 
 CODE = {
     "configuration_own.py": """
@@ -207,7 +208,7 @@ def test_what_is_changed_after_the_check_does_not_run(own: Path, mark: Path) -> 
 def test_no_module_of_transformers_cache_is_run(own: Path) -> None:
     siliang.allow_code(hash_of(own))
     before = [name for name in sys.modules if name.startswith("transformers_modules")]
-    model = load_model(str(own), TaskType.CAUSAL_LM, dtype=torch.float32)
+    model = load_model(str(own), CAUSAL_LM.model, dtype=torch.float32)
     assert type(model).__module__ == f"siliang_own_code_{hash_of(own)}.modeling_own"
     assert [name for name in sys.modules if name.startswith("transformers_modules")] == before
     assert torch.equal(model(torch.tensor([[3, 4]])).logits, model(torch.tensor([[3, 4]])).logits)
@@ -225,7 +226,7 @@ def test_what_is_merged_brings_the_code_along(trained: Path, own: Path, tmp_path
     assert run("merge", trained, "--output", merged, "--allow-code", hash_of(own)).code == 0
     assert {p.name for p in merged.glob("*.py")} == set(CODE)
     siliang.allow_code(hash_of(merged))
-    assert load_model(str(merged), TaskType.CAUSAL_LM, dtype=torch.float32).config.model_type == "own"
+    assert load_model(str(merged), CAUSAL_LM.model, dtype=torch.float32).config.model_type == "own"
 
 
 def test_a_tokenizer_with_code(model_folders: dict[str, Path], own: Path, mark: Path) -> None:
@@ -264,8 +265,8 @@ def test_a_model_of_the_hub(own: Path, tmp_path: Path, mark: Path, monkeypatch: 
     assert not mark.exists()
     siliang.allow_code(hash_of(own))
     assert load_config("somebody/own").name_or_path == "somebody/own"
-    model = load_model("somebody/own", TaskType.CAUSAL_LM, dtype=torch.float32)
-    here = load_model(str(own), TaskType.CAUSAL_LM, dtype=torch.float32)
+    model = load_model("somebody/own", CAUSAL_LM.model, dtype=torch.float32)
+    here = load_model(str(own), CAUSAL_LM.model, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), here.parameters(), strict=True))
 
 
@@ -354,7 +355,7 @@ def test_code_that_loads_other_code_cannot_be_allowed(line: str, own: Path, mark
 def test_usual_code_can_be_allowed(line: str, own: Path) -> None:
     (own / "modeling_own.py").write_text(f"{line}\n{(own / 'modeling_own.py').read_text()}")
     siliang.allow_code(hash_of(own))
-    assert load_model(str(own), TaskType.CAUSAL_LM, dtype=torch.float32) is not None
+    assert load_model(str(own), CAUSAL_LM.model, dtype=torch.float32) is not None
 
 
 def test_what_is_allowed_is_handed_to_other_processes(own: Path, tmp_path: Path, mark: Path) -> None:
@@ -372,7 +373,7 @@ def test_what_is_no_hash() -> None:
 def test_the_code_is_what_transformers_would_run(own: Path) -> None:
     """The same model by transformers' own way, in a cache of its own."""
     siliang.allow_code(hash_of(own))
-    ours = load_model(str(own), TaskType.CAUSAL_LM, dtype=torch.float32)
+    ours = load_model(str(own), CAUSAL_LM.model, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True).eval()
     tokens = torch.tensor([[3, 4, 5]])
     assert torch.equal(ours(tokens).logits, theirs(tokens).logits)

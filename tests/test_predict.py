@@ -13,9 +13,10 @@ from tiny import WORDS, write_jsonl
 
 from siliang.data.words import cut_into_words, join_words
 from siliang.run_folder import open_run
+from siliang.tasks.token_cls import TaggedWords, spans_of
 from siliang.train.run import train
 from siliang.types import ConfigError, DataError
-from siliang.use import predict, predict_answers, predict_tags, read_texts, spans_of
+from siliang.use.predict import predict, read_texts
 
 ANSWERS = ("good", "bright", "film", "story")
 STEPS = {"max_steps": 80, "learning_rate": 1e-2, "batch_size": 8}
@@ -68,7 +69,7 @@ def test_tags(runs: dict[str, Path]) -> None:
 def test_a_long_sentence_has_a_tag_for_each_word(runs: dict[str, Path]) -> None:
     """24 tokens are read at once."""
     words = [WORDS[(5 * i) % 20] for i in range(100)]
-    (found,) = predict_tags(open_run(runs["token_cls"]), [words])
+    (found,) = predict(open_run(runs["token_cls"]), [words])
     assert len(found.tags) == 100
     right = ["B-GOOD" if w in ("good", "bright") else "O" for w in words]
     assert sum(a == b for a, b in zip(found.tags, right, strict=True)) >= 97
@@ -83,7 +84,7 @@ def test_answers(runs: dict[str, Path], tmp_path: Path) -> None:
     assert sum(given == right for (given, _, _), right in zip(lines, taught, strict=True)) >= 17
     assert {given for given, _, _ in lines} >= {"film", "(no answer)"}
     assert all(0.0 <= float(probability) <= 1.0 and question == "say" for _, probability, question in lines)
-    for a in predict_answers(open_run(folder), [("say", c) for c in contexts]):
+    for a in predict(open_run(folder), [("say", c) for c in contexts]):
         assert a.text == ("" if a.begin is None else a.context[a.begin : a.end])
     found = json.loads(said("predict", folder, "--json", "say", "--context", "a story we a is"))
     begin, end = found["start"], found["end"]
@@ -111,10 +112,11 @@ def test_who_writes_is_sent_to_generate(runs: dict[str, Path]) -> None:
     for task in ("causal_lm", "seq_2_seq_lm"):
         assert "use `siliang generate`" in refused("predict", runs[task], "the film")
     assert "--context is for a run" in refused("predict", runs["seq_cls"], "a", "--context", "b")
-    with pytest.raises(ConfigError, match="use predict_tags"):
-        next(predict(open_run(runs["token_cls"]), ["a film"]))
+    with pytest.raises(ConfigError, match="use `siliang generate`"):
+        predict(open_run(runs["causal_lm"]), ["a film"])
+    assert isinstance(next(predict(open_run(runs["token_cls"]), ["a film"])), TaggedWords)
     with pytest.raises(DataError, match="its context"):
-        next(predict_answers(open_run(runs["question_ans"]), ["a film"]))
+        next(predict(open_run(runs["question_ans"]), ["a film"]))
 
 
 def test_words() -> None:

@@ -13,6 +13,7 @@ import siliang
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.models.load import load_model
 from siliang.models.quantized import float_weight
+from siliang.tasks import CAUSAL_LM, TASKS
 from siliang.types import ConfigError, MergeError, TaskType
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -41,7 +42,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folder: Path, task: str = "CAUSAL_LM", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    return load_model(str(folder), TaskType(task), dtype=dtype, quantization=QuantizationConfig(**settings))
+    return load_model(
+        str(folder), TASKS[TaskType(task)].model, dtype=dtype, quantization=QuantizationConfig(**settings)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -143,7 +146,7 @@ def test_a_run_in_four_bits_merges_into_its_base(folders: dict[str, Path], tmp_p
     from siliang.records import Record
     from siliang.run_folder import open_run
     from siliang.train.run import train
-    from siliang.use import merge
+    from siliang.use.merge import merge
 
     rows = [{"instruction": f"say {w}", "output": w} for w in ("one", "two", "three", "four", "five", "six")]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
@@ -176,5 +179,5 @@ def test_compute_dtype_is_not_fp32_where_16_bits_are_native(monkeypatch: pytest.
     cpu = torch.device("cpu")
     for native, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(hardware, "has_bf16", lambda device, native=native: native)
-        made = _quantised(QuantizationConfig(), TaskType.CAUSAL_LM, cpu, shardable=False)["quantization_config"]
+        made = _quantised(QuantizationConfig(), CAUSAL_LM.model, cpu, shardable=False)["quantization_config"]
         assert made.bnb_4bit_compute_dtype is wanted

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from records import SCORES, comparison, record
 
-from siliang.compare.verdict import QUALITY
-from siliang.records import Comparison, Record, better, plain
+from siliang.records import Comparison, Record, plain
 from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.secrets import redacted
+from siliang.tasks import TASKS, find_figure
+from siliang.tasks.task import LOSS
 from siliang.types import ConfigError, TaskType, first_line
 
 
@@ -38,11 +39,13 @@ def test_a_metric_that_is_no_number_is_written_and_read(tmp_path: Path) -> None:
 
 def test_a_number_is_better_than_none() -> None:
     for task in (TaskType.SEQ_CLS, TaskType.CAUSAL_LM):
-        assert QUALITY[task].better(0.5, math.nan) and not QUALITY[task].better(math.nan, 0.5)
-    assert better("loss", 0.5, math.nan) and not better("loss", math.nan, 0.5)
-    assert not better("f1", math.nan, math.nan) and better("f1", math.nan, None)
+        assert TASKS[task].quality.better(0.5, math.nan) and not TASKS[task].quality.better(math.nan, 0.5)
+    assert LOSS.better(0.5, math.nan) and not LOSS.better(math.nan, 0.5)
+    f1 = find_figure("f1")
+    assert not f1.better(math.nan, math.nan) and f1.better(math.nan, None)
     for name, higher in (("loss", False), ("eval_loss", False), ("perplexity", False), ("f1", True)):
-        assert better(name, 0.5, 0.4) is higher and better(name, 0.4, 0.5) is not higher
+        figure = find_figure(name)
+        assert figure.better(0.5, 0.4) is higher and figure.better(0.4, 0.5) is not higher
 
 
 def test_a_comparison_with_a_metric_that_is_no_number_is_shown(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from siliang.records import Record
 from siliang.run_folder import changed_base, open_run
 from siliang.run_folder import opened as opening
 from siliang.types import ConfigError
-from siliang.use import generate, merge
+from siliang.use.generate import generate
+from siliang.use.merge import merge
 
 Command = Callable[..., str]
 

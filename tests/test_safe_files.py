@@ -23,7 +23,8 @@ from siliang.plan.history import known_work, record_work
 from siliang.report.gather import gather
 from siliang.safe_json import JsonError, parse_json, read_json
 from siliang.safe_yaml import dump_yaml, parse_yaml, read_yaml
-from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType
+from siliang.tasks import CAUSAL_LM
+from siliang.types import AdapterError, ConfigError, DataError, ModelError
 from siliang.zero_settings import zero_settings
 
 
@@ -182,7 +183,7 @@ def test_json_within_a_row_is_bounded(text: str, tmp_path: Path) -> None:
     for row in rows:
         path = write_jsonl(tmp_path / "a.jsonl", [row])
         with suppress(DataError):
-            load_examples(DataConfig(train=str(path), test_size=0.0), TaskType.CAUSAL_LM, seed=0)
+            load_examples(DataConfig(train=str(path), test_size=0.0), CAUSAL_LM.data, seed=0)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")

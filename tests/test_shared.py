@@ -17,13 +17,15 @@ from torch import nn
 
 from siliang import PeftConfig, PeftModel
 from siliang.config import RunConfig
-from siliang.data.tokens import prompt_tokens
+from siliang.data.conversations import prompt_tokens
 from siliang.models.load import load_model, load_tokenizer
 from siliang.records import Record
 from siliang.run_folder import open_run
+from siliang.tasks import CAUSAL_LM
 from siliang.train.run import train
-from siliang.types import TaskType
-from siliang.use import evaluate, generate, merge
+from siliang.use.evaluate import evaluate
+from siliang.use.generate import generate
+from siliang.use.merge import merge
 
 pytestmark = [pytest.mark.shared, pytest.mark.filterwarnings("ignore:.*pin_memory.*")]
 
@@ -46,7 +48,7 @@ def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_base_model_tells_its_story(shared: Path) -> None:
     folder = shared / "weights" / "stories260K"
     tokenizer = load_tokenizer(str(folder))
-    model: Any = load_model(str(folder), TaskType.CAUSAL_LM, dtype=torch.float32)
+    model: Any = load_model(str(folder), CAUSAL_LM.model, dtype=torch.float32)
     start = torch.tensor([[tokenizer.bos_token_id]])
     ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=200, do_sample=False)[0]
     told = " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
@@ -69,12 +71,12 @@ def test_reloaded_merged_and_peft_answer_alike(stories: Path, tmp_path: Path) ->
     ids = torch.tensor([prompt_tokens("Name a colour.", run.tokenizer, template="human-assistant")])
     with torch.no_grad():
         logits = run.model(input_ids=ids).logits
-        base: nn.Module = load_model(run.config.model, TaskType.CAUSAL_LM, dtype=torch.float32)
+        base: nn.Module = load_model(run.config.model, CAUSAL_LM.model, dtype=torch.float32)
         there = peft.PeftModel.from_pretrained(base, stories / "adapter").eval()  # type: ignore[arg-type]
         assert_close(there(input_ids=ids).logits, logits)
         answer = generate(run, "Name a colour.", max_new_tokens=20)
         proof = merge(run, tmp_path / "merged")
-        merged: Any = load_model(str(tmp_path / "merged"), TaskType.CAUSAL_LM, dtype=torch.float32)
+        merged: Any = load_model(str(tmp_path / "merged"), CAUSAL_LM.model, dtype=torch.float32)
         assert_close(merged(input_ids=ids).logits, logits)
     assert proof.holds and proof.positions >= 300
     written = merged.generate(

@@ -31,6 +31,7 @@ from siliang.inject import SPARE_NUMBERS
 from siliang.methods import method_of
 from siliang.methods.base import LayerConfig, PeftConfig, PromptConfig
 from siliang.models.load import load_config, load_model
+from siliang.tasks import SEQ_CLS
 from siliang.types import AdapterError, ModelError, SiliangError, TaskType
 
 CAUSAL: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
@@ -337,11 +338,11 @@ from pathlib import Path
 import torch
 from siliang.models.load import load_model
 from siliang.types import ModelError, TaskType
-load_model(sys.argv[1], TaskType.CAUSAL_LM, dtype=torch.float32)
+load_model(sys.argv[1], CAUSAL_LM.model, dtype=torch.float32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for folder in sys.argv[2:]:
     try:
-        load_model(folder, TaskType.CAUSAL_LM, dtype=torch.float32)
+        load_model(folder, CAUSAL_LM.model, dtype=torch.float32)
     except ModelError as error:
         print("of another shape" in str(error))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -387,7 +388,7 @@ def test_configs_that_do_not_go_together(
 def test_other_ways_to_the_same_numbers_are_left_aside(model_folders: dict[str, Path], tmp_path: Path) -> None:
     values = {"return_dict": False, "chunk_size_feed_forward": 7}
     folder = changed_model(model_folders["bert"], tmp_path / "model", values)
-    model = load_model(str(folder), TaskType.SEQ_CLS, dtype=torch.float32, labels=["a", "b"])
+    model = load_model(str(folder), SEQ_CLS.model, dtype=torch.float32, labels=["a", "b"])
     assert model(torch.ones(1, 5, dtype=torch.long)).logits.shape == (1, 2)
 
 

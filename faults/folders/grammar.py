@@ -33,9 +33,10 @@ from siliang.models.load import load_model, load_tokenizer
 from siliang.report.gather import gather
 from siliang.report.page import write_page
 from siliang.run_folder import find_run, open_trained
+from siliang.tasks import CAUSAL_LM, SEQ_CLS
 from siliang.train.resume import take_up
 from siliang.types import TaskType
-from siliang.use import generate
+from siliang.use.generate import generate
 
 Chance = random.Random
 Maker = Callable[[Chance, Site], Sequence[Step]]
@@ -540,7 +541,7 @@ def _base(chance: Chance, site: Site) -> Sequence[Step]:
         _some(chance, names, base, site)
 
     def weights() -> None:
-        load_model("evil", TaskType.CAUSAL_LM, dtype=torch.float32)
+        load_model("evil", CAUSAL_LM.model, dtype=torch.float32)
 
     def words() -> None:
         tokenizer = load_tokenizer("evil")
@@ -766,7 +767,7 @@ def _readme(chance: Chance, site: Site) -> Sequence[Step]:
         if chance.random() < 0.3:
             change_place(chance, site.evil, site)
     values = {"model": "m", "task": "seq_cls", "data": {"train": "evil"}, "output": "o"}
-    return [lambda: load_examples(RunConfig.build(values).data, TaskType.SEQ_CLS, seed=0) and None]
+    return [lambda: load_examples(RunConfig.build(values).data, SEQ_CLS.data, seed=0) and None]
 
 
 def _comparison(chance: Chance, site: Site) -> Sequence[Step]:

@@ -55,15 +55,17 @@ from siliang.targets import (
     no_biases,
     plain_modules,
 )
-from siliang.types import AdapterError, ConfigError, MergeError, SiliangError, TargetError, TaskType
+from siliang.types import (
+    TASK_HEADS,
+    AdapterError,
+    ConfigError,
+    MergeError,
+    SiliangError,
+    TargetError,
+    TaskType,
+)
 from siliang.virtual_tokens import Route, attention_heads, prompted_embeddings
 
-# The heads that are new, and so trained and saved by themselves, for each task.
-TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
 SPARE_NUMBERS = 2**25  # that an adapter may lack in its file: what is missing by name is said of tensors, one by one
 OTHER_HEADS = ("classification_head",)  # BART's and T5's, which PEFT leaves untrained
 PROMPT_KEY = "prompt_embeddings"

@@ -57,7 +57,7 @@ def _dtypes(setting: str) -> dict[str, str | None]:
 
 
 OTHER_FORMAT = "Where another number format is set to true, leave a false one out."
-# What a run may be measured by (train/metrics.py), as train.best takes it.
+# What a run may be measured by (the figures of tasks/), as train.best takes it.
 MEASURED = ("loss", "accuracy", "f1", "precision", "recall", "exact_match", "perplexity")
 QLORA = "method=lora quantization.bits=4"
 

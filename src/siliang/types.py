@@ -38,7 +38,12 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-WRITERS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)  # the tasks whose models write text
+# The heads that PEFT trains and saves with an adapter of a task type: new ones, whatever the base model's files hold.
+TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 class TextError(ValueError):

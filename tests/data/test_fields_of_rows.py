@@ -13,10 +13,12 @@ from siliang.data.encode import IGNORED
 from siliang.data.examples import Call, Conversation, Message, Prepared
 from siliang.data.formats import find_format, unused_fields
 from siliang.data.load import load_examples
+from siliang.data.spec import DataSpec
 from siliang.data.tokens import tokenise
-from siliang.types import DataError, TaskType
+from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM
+from siliang.types import DataError
 
-CAUSAL = TaskType.CAUSAL_LM
+CAUSAL = CAUSAL_LM.data
 TALK = [
     {"role": "user", "content": "hello"},
     {"role": "assistant", "content": "yes"},
@@ -25,7 +27,7 @@ TALK = [
 ]
 
 
-def read(values: dict[str, Any], task: TaskType = CAUSAL) -> Any:
+def read(values: dict[str, Any], task: DataSpec = CAUSAL) -> Any:
     layout, columns = find_format("auto", values, task, Columns(), "rows")
     return layout.example(values, columns)
 
@@ -154,7 +156,7 @@ def test_masks_of_prepared_rows_say_what_is_learned() -> None:
 
 
 def test_an_encoder_decoder_has_no_place_for_a_system_message() -> None:
-    found = read({"instruction": "hello", "output": "yes", "system": "I"}, TaskType.SEQ_2_SEQ_LM)
+    found = read({"instruction": "hello", "output": "yes", "system": "I"}, SEQ_2_SEQ_LM.data)
     from siliang.data.formats import as_source_target
 
     assert "has a system message" in str(as_source_target(found))

@@ -8,11 +8,11 @@ import pytest
 from tiny import SHARED, word_tokenizer
 from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer
 
+from siliang.data.conversations import prompt_tokens
 from siliang.data.encode import Encoder
 from siliang.data.examples import Call, Conversation, Message
 from siliang.data.jinja import as_chat_template, with_chat_template
 from siliang.data.templates import TEMPLATES, find_template
-from siliang.data.tokens import prompt_tokens
 
 
 def tokenizer(name: str) -> Any:

@@ -18,12 +18,14 @@ from siliang.data.examples import ExampleSet, Labelled, Text
 from siliang.data.labels import alike, joined, strange
 from siliang.data.load import Examples, Layout, load_examples, load_rows
 from siliang.data.numbers import as_number, is_whole
+from siliang.data.spec import DataSpec
+from siliang.tasks import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TASKS
 from siliang.types import DataError, TaskType
 
-CLASSES = TaskType.SEQ_CLS
+CLASSES = SEQ_CLS.data
 
 
-def load(path: Path, content: str | None = None, task: TaskType = CLASSES, **settings: Any) -> Examples:
+def load(path: Path, content: str | None = None, task: DataSpec = CLASSES, **settings: Any) -> Examples:
     if content is not None:
         path.write_text(content)
     keep_going = settings.pop("keep_going", False)
@@ -205,7 +207,7 @@ def test_columns_beside_an_instruction_that_go_by_another_name(tmp_path: Path) -
     ]
     said = []
     for row in rows:
-        found = load(write_jsonl(tmp_path / "d.jsonl", [row]), task=TaskType.CAUSAL_LM)
+        found = load(write_jsonl(tmp_path / "d.jsonl", [row]), task=CAUSAL_LM.data)
         said.append([(m.role, m.text) for m in found.train[0].messages])  # type: ignore[union-attr]
         assert not found.texts_aside
     assert said == [
@@ -240,13 +242,13 @@ def test_running_text_that_is_not_used(
     task: str, row: dict[str, list[str]], column: str | None, tmp_path: Path
 ) -> None:
     rows = [{name: cells[i] for name, cells in row.items()} for i in (0, 1)]
-    found = load(write_jsonl(tmp_path / "d.jsonl", rows), task=TaskType(task.upper()))
+    found = load(write_jsonl(tmp_path / "d.jsonl", rows), task=TASKS[TaskType(task.upper())].data)
     assert found.texts_aside == ([] if column is None else [column])
 
 
 def test_an_answer_by_another_name_is_proposed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.columns.output=response;"):
-        load(tmp_path / "d.csv", "instruction,context,response\na,b,c\n", task=TaskType.CAUSAL_LM)
+        load(tmp_path / "d.csv", "instruction,context,response\na,b,c\n", task=CAUSAL_LM.data)
 
 
 def test_sources_of_two_layouts(tmp_path: Path) -> None:
@@ -345,7 +347,7 @@ def test_nested_questions_are_named_by_id(tmp_path: Path) -> None:
         {"id": "q-3", "question": "what", "answers": [{"text": "film", "answer_start": 3}]},
     ]
     content = json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "the film", "qas": questions}]}]})
-    path, task = tmp_path / "d.json", TaskType.QUESTION_ANS
+    path, task = tmp_path / "d.json", QUESTION_ANS.data
     with pytest.raises(DataError, match=r"1 row is bad: .*d.json, id q-2 has an empty 'question'"):
         load(path, content, task)
     found = load(path, content, task, skip_bad_rows=True)

@@ -20,10 +20,12 @@ from siliang.data.examples import Labelled, Tagged, Text, conversation
 from siliang.data.hashes import source_sha256
 from siliang.data.load import Examples, load_examples
 from siliang.data.sources import Reading, Row, open_source
-from siliang.types import DataError, TaskType
+from siliang.data.spec import DataSpec
+from siliang.tasks import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
+from siliang.types import DataError
 
 
-def load(path: Path, task: TaskType = TaskType.SEQ_CLS, **settings: object) -> Examples:
+def load(path: Path, task: DataSpec = SEQ_CLS.data, **settings: object) -> Examples:
     return load_examples(DataConfig.model_validate({"train": str(path), "test_size": 0.0} | settings), task, seed=0)
 
 
@@ -91,7 +93,7 @@ def test_tags_by_number_come_by_name(tmp_path: Path) -> None:
     tags = List(ClassLabel(names=["O", "B-X"]))
     data = Dataset.from_dict({"tokens": [["a", "b"]] * 2, "ner_tags": [[0, 1], [1, 0]]}).cast_column("ner_tags", tags)
     data.save_to_disk(tmp_path / "d")
-    examples = load(tmp_path / "d", TaskType.TOKEN_CLS)
+    examples = load(tmp_path / "d", TOKEN_CLS.data)
     assert examples.labels == ["O", "B-X"]
     assert examples.train[0] == Tagged(("a", "b"), ("O", "B-X"))
 
@@ -296,10 +298,10 @@ def test_instructions_texts_and_other_columns(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     path.write_text(json.dumps([{"q": "add", "input": "1 2", "a": "3"}, {"q": "b", "input": None, "a": "c"}]))
     columns = Columns(instruction="q", output="a").model_dump()
-    examples = load(path, TaskType.CAUSAL_LM, columns=columns)
+    examples = load(path, CAUSAL_LM.data, columns=columns)
     assert examples.train == [conversation("add", "3", "1 2"), conversation("b", "c")]
     path.write_text(json.dumps([{"text": "once"}]))
-    assert load(path, TaskType.CAUSAL_LM).train == [Text("once")]
+    assert load(path, CAUSAL_LM.data).train == [Text("once")]
 
 
 def test_held_out_rows_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
@@ -371,7 +373,7 @@ def test_files_that_programs_write_otherwise(name: str, content: str, said: str,
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DataError, match=said) as raised:
-        load_examples(DataConfig(train=str(path), test_size=0), TaskType.SEQ_CLS, seed=0)
+        load_examples(DataConfig(train=str(path), test_size=0), SEQ_CLS.data, seed=0)
     assert str(raised.value).count("\n") < 2
 
 
@@ -387,4 +389,4 @@ def test_tags_that_are_none(name: str, content: str, said: str, tmp_path: Path) 
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DataError, match=said):
-        load_examples(DataConfig(train=str(path), test_size=0), TaskType.TOKEN_CLS, seed=0)
+        load_examples(DataConfig(train=str(path), test_size=0), TOKEN_CLS.data, seed=0)

@@ -25,15 +25,19 @@ from transformers import (
 
 from siliang.config import DataConfig, RunConfig
 from siliang.data.examples import Span
+from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet, tokenise
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.engine.batches import Batch
 from siliang.records import Record
 from siliang.run_folder import open_run
-from siliang.train import metrics
+from siliang.tasks import QUESTION_ANS, metrics
+from siliang.tasks.question_ans import best_answers, read
 from siliang.train.run import train
-from siliang.types import ConfigError, TaskType
-from siliang.use import evaluate, generate, merge
+from siliang.types import ConfigError
+from siliang.use.evaluate import evaluate
+from siliang.use.generate import generate
+from siliang.use.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -259,7 +263,7 @@ def test_what_squads_script_drops(guess: str, right: str, same: bool) -> None:
 
 def windows_of(*spans: Span) -> TokenSet:
     data = DataConfig(train="x", max_length=10, stride=2)
-    return tokenise(list(spans), word_tokenizer(), data, TaskType.QUESTION_ANS)
+    return tokenise(list(spans), word_tokenizer(), data, QUESTION_ANS.data)
 
 
 def answered(windows: TokenSet, spans: list[Span], outside: float, *, unanswered: bool) -> list[str]:
@@ -274,9 +278,9 @@ def answered(windows: TokenSet, spans: list[Span], outside: float, *, unanswered
             starts[i, 0] = ends[i, 0] = outside
     lengths = tuple(windows.lengths.tolist())
     batch = Batch({}, lengths, len(lengths), (), entries=tuple(range(len(lengths))))
-    found = metrics.read_spans(SimpleNamespace(start_logits=starts, end_logits=ends), batch, windows)
-    rows = metrics.Rows(windows, spans, unanswered=unanswered)
-    return [a.text for a in metrics.best_answers(dict(enumerate(found)), rows)]
+    found = read(SimpleNamespace(start_logits=starts, end_logits=ends), batch, windows)
+    rows = EvalRows(windows, spans, unanswered=unanswered)
+    return [a.text for a in best_answers(dict(enumerate(found)), rows)]
 
 
 def test_the_best_span_is_found_over_windows() -> None:

@@ -13,14 +13,16 @@ from tiny import SHARED, word_tokenizer
 from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer
 
 from siliang.config import DataConfig
+from siliang.data.conversations import prompt_tokens, stop_tokens
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.examples import Call, Conversation, Message, conversation
 from siliang.data.templates import TEMPLATES, find_template
-from siliang.data.tokens import prompt_tokens, stop_tokens, tokenise
+from siliang.data.tokens import tokenise
 from siliang.models.chatglm3 import ChatGLMTokenizer
-from siliang.types import ConfigError, DataError, TaskType
+from siliang.tasks import CAUSAL_LM
+from siliang.types import ConfigError, DataError
 
-CAUSAL = TaskType.CAUSAL_LM
+CAUSAL = CAUSAL_LM.data
 NAMES = ("bert-zh", "llama2", "minimind", "chatglm3")
 
 

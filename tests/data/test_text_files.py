@@ -8,7 +8,8 @@ import pytest
 from siliang.config import DataConfig
 from siliang.data.examples import Labelled
 from siliang.data.load import Examples, load_examples
-from siliang.types import DataError, TaskType
+from siliang.tasks import SEQ_CLS
+from siliang.types import DataError
 
 TABLE = "text,label\n你好，世界,好\n再见,坏\n"
 READ = [Labelled("你好，世界", "好"), Labelled("再见", "坏")]
@@ -18,7 +19,7 @@ SIMPLE = [Labelled("a", "x"), Labelled("b", "y")]
 def load(path: Path, content: str | bytes, **settings: object) -> Examples:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     values = {"train": str(path), "test_size": 0.0} | settings
-    return load_examples(DataConfig.model_validate(values), TaskType.SEQ_CLS, seed=0)
+    return load_examples(DataConfig.model_validate(values), SEQ_CLS.data, seed=0)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

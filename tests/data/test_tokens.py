@@ -17,8 +17,10 @@ from tiny import WORDS, word_tokenizer
 from tokenizers import normalizers
 
 from siliang.config import DataConfig
+from siliang.data import token_key
 from siliang.data import tokens as tokens_module
 from siliang.data.collate import PadCollator
+from siliang.data.conversations import prompt_tokens, windows
 from siliang.data.encode import IGNORED
 from siliang.data.examples import (
     Conversation,
@@ -34,12 +36,13 @@ from siliang.data.examples import (
     from_json,
     to_json,
 )
-from siliang.data.tokens import prompt_tokens, tokenise, usable, windows
-from siliang.types import DataError, TaskType
+from siliang.data.tokens import tokenise, usable
+from siliang.tasks import CAUSAL_LM, QUESTION_ANS, SEQ_2_SEQ_LM, SEQ_CLS, TASKS, TOKEN_CLS
+from siliang.types import DataError
 
 TOKENIZER = word_tokenizer()
 texts = st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join)
-CAUSAL = TaskType.CAUSAL_LM
+CAUSAL = CAUSAL_LM.data
 
 
 def config(**values: object) -> DataConfig:
@@ -101,7 +104,7 @@ def test_padding_carries_no_label_and_no_attention(lengths: list[int]) -> None:
 
 
 def test_a_text_to_classify_is_cut_by_the_tokenizer() -> None:
-    made = tokenise([Labelled("one " * 50, "b")], TOKENIZER, config(max_length=10), TaskType.SEQ_CLS, labels=["a", "b"])
+    made = tokenise([Labelled("one " * 50, "b")], TOKENIZER, config(max_length=10), SEQ_CLS.data, labels=["a", "b"])
     assert (len(made[0]["input_ids"]), made[0]["labels"], made.column("lost").tolist()) == (10, 1, [40])
     assert "token_type_ids" not in made[0]
 
@@ -119,17 +122,15 @@ def test_tags_stand_on_the_first_piece_of_a_word() -> None:
         tokenizer_object=core, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[UNK]"
     )
     sentence = Tagged(("Wanglin", "lives", "Wang"), ("S-NAME", "O", "S-NAME"))
-    made = tokenise([sentence], tok, config(), TaskType.TOKEN_CLS, labels=["O", "S-NAME"])[0]
+    made = tokenise([sentence], tok, config(), TOKEN_CLS.data, labels=["O", "S-NAME"])[0]
     assert made == {"input_ids": [1, 3, 4, 5, 3, 2], "labels": [IGNORED, 1, IGNORED, 0, 1, IGNORED]}
-    cut = tokenise([Tagged(("lives",) * 20, ("O",) * 20)], tok, config(max_length=8), TaskType.TOKEN_CLS, labels=["O"])
+    cut = tokenise([Tagged(("lives",) * 20, ("O",) * 20)], tok, config(max_length=8), TOKEN_CLS.data, labels=["O"])
     assert cut[0]["input_ids"] == [1, *[5] * 6, 2]
     assert (cut.column("lost").tolist(), cut.column("lost_answer").tolist()) == ([14], [14])
 
 
 def test_sources_and_targets_end_with_the_end() -> None:
-    made = tokenise(
-        [SourceTarget("one two", "two " * 9)], TOKENIZER, config(max_target_length=4), TaskType.SEQ_2_SEQ_LM
-    )
+    made = tokenise([SourceTarget("one two", "two " * 9)], TOKENIZER, config(max_target_length=4), SEQ_2_SEQ_LM.data)
     assert TOKENIZER.decode(made[0]["labels"]) == "two two two </s>"
     assert made.column("lost_answer").tolist() == [6]
     batch = PadCollator(0)([made[0], {"input_ids": [1], "labels": [2]}])
@@ -140,7 +141,7 @@ def test_windows_of_a_long_context() -> None:
     context = " ".join(WORDS[:24])
     answer = " ".join(WORDS[10:12])
     span = Span("say it", context, (answer,), (context.index(answer),))
-    made = tokenise([span], TOKENIZER, config(max_length=12, stride=4), TaskType.QUESTION_ANS)
+    made = tokenise([span], TOKENIZER, config(max_length=12, stride=4), QUESTION_ANS.data)
     assert len(made) > 2 and set(made.column("row").tolist()) == {0}
     found = 0
     for i in range(len(made)):
@@ -212,29 +213,30 @@ def test_tokens_are_kept_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_tokens_of_other_code_are_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    code = tmp_path / "data"
-    shutil.copytree(Path(tokens_module.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-    assert tokens_module.code_hash(code) == tokens_module.code_hash()
+    folders = token_key.code_folders(CAUSAL)
+    assert [folder.name for folder in folders] == ["data", "tasks"]
+    copies = [tmp_path / folder.name for folder in folders]
+    for folder, copy in zip(folders, copies, strict=True):
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        assert token_key.code_hash(copy) == token_key.code_hash(folder)
+    monkeypatch.setattr(token_key, "code_folders", lambda spec: copies)
     rows = ExampleSet.build([("1", conversation("say", "a"))])
     arguments = (rows, TOKENIZER, config(), CAUSAL, None, True)
-    before = tokens_module._key(*arguments)
-    for name in ("encode", "chat", "templates", "labelled_tokens", "tokens", "words", "jinja", "examples"):
-        with (code / f"{name}.py").open("a") as file:
+    before = token_key.key_of(*arguments)
+    data = ("encode", "chat", "templates", "conversations", "pairs", "tokens", "words", "jinja", "examples", "judge")
+    names = [f"data/{name}" for name in data]
+    for name in (*names, *(f"tasks/{task.data.name}" for task in TASKS.values()), "tasks/context_windows"):
+        with (tmp_path / f"{name}.py").open("a") as file:
             file.write("\n")
-        tokens_module.code_hash.cache_clear()
-        changed = tokens_module.code_hash(code)
-        with monkeypatch.context() as patch:
-            patch.setattr(tokens_module, "code_hash", lambda changed=changed: changed)
-            after = tokens_module._key(*arguments)
+        token_key.code_hash.cache_clear()
+        after = token_key.key_of(*arguments)
         assert after != before, name
         before = after
 
 
 def test_pairs_and_single_texts_are_never_tokenised_together() -> None:
     with pytest.raises(AssertionError):
-        tokenise(
-            [Labelled("a", "x", "one"), Labelled("is", "y")], TOKENIZER, config(), TaskType.SEQ_CLS, labels=["x", "y"]
-        )
+        tokenise([Labelled("a", "x", "one"), Labelled("is", "y")], TOKENIZER, config(), SEQ_CLS.data, labels=["x", "y"])
 
 
 def test_processes_give_the_same_tokens() -> None:
@@ -278,7 +280,7 @@ def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
     rows = [Labelled(f"the film was {w}", "a") for w in WORDS] * 30
     data = DataConfig(train="d.csv", workers=2)
     with pytest.raises(DataError, match="one of 2 processes that tokenise was killed"):
-        tokenise(rows, word_tokenizer(), data, TaskType.SEQ_CLS, labels=["a"])
+        tokenise(rows, word_tokenizer(), data, SEQ_CLS.data, labels=["a"])
     assert signal.getsignal(signal.SIGTERM) is note
 
 
@@ -301,7 +303,7 @@ def test_long_texts_are_learned_whole_and_apart(lengths: list[int], limit: int) 
     tok = word_tokenizer()
     texts = [" ".join(WORDS[(i + k) % len(WORDS)] for k in range(n)) for i, n in enumerate(lengths)]
     data = DataConfig(train="x", max_length=limit)
-    made = tokenise([Text(text) for text in texts], tok, data, TaskType.CAUSAL_LM)
+    made = tokenise([Text(text) for text in texts], tok, data, CAUSAL_LM.data)
     rows, labels = made.column("row").tolist(), [x.tolist() for x in made.lists("labels")]
     for number, text in enumerate(texts):
         learned = [x for row, row_labels in zip(rows, labels, strict=True) if row == number for x in row_labels]
@@ -313,28 +315,28 @@ def test_long_texts_are_learned_whole_and_apart(lengths: list[int], limit: int) 
 
 def test_long_texts_may_be_cut_or_dropped() -> None:
     tok, text = word_tokenizer(), Text("one " * 100)
-    cut = tokenise([text], tok, DataConfig(train="x", max_length=16, long_text="cut"), TaskType.CAUSAL_LM)
+    cut = tokenise([text], tok, DataConfig(train="x", max_length=16, long_text="cut"), CAUSAL_LM.data)
     assert len(cut) == 1 and cut.column("lost").tolist() == [85]
-    dropped = tokenise([text], tok, DataConfig(train="x", max_length=16, too_long="drop"), TaskType.CAUSAL_LM)
+    dropped = tokenise([text], tok, DataConfig(train="x", max_length=16, too_long="drop"), CAUSAL_LM.data)
     assert len(dropped) == 0 and dropped.dropped == 1
 
 
 def test_tokens_that_are_a_text_become_windows_too() -> None:
     ids = tuple(range(4, 44))
     data = DataConfig(train="x", max_length=16)
-    made = tokenise([Prepared(ids, ()), Prepared(ids, (-100, *ids[1:]))], word_tokenizer(), data, TaskType.CAUSAL_LM)
+    made = tokenise([Prepared(ids, ()), Prepared(ids, (-100, *ids[1:]))], word_tokenizer(), data, CAUSAL_LM.data)
     assert made.column("row").tolist() == [0, 0, 0, 1] and made.column("lost").tolist() == [0, 0, 0, 24]
     drop = DataConfig(train="x", max_length=16, too_long="drop")
-    assert tokenise([Prepared(ids, ())], word_tokenizer(), drop, TaskType.CAUSAL_LM).dropped == 1
+    assert tokenise([Prepared(ids, ())], word_tokenizer(), drop, CAUSAL_LM.data).dropped == 1
 
 
 def test_rows_of_one_token_teach_nothing() -> None:
-    made = tokenise([Prepared((5,), ())], word_tokenizer(), DataConfig(train="x"), TaskType.CAUSAL_LM, keep_going=True)
+    made = tokenise([Prepared((5,), ())], word_tokenizer(), DataConfig(train="x"), CAUSAL_LM.data, keep_going=True)
     assert made.skipped == ["row 1 becomes 1 token, and a token is learned from those before it"]
     labelled = [Labelled("\u200b", "a"), Labelled("good", "b")]
     tok = word_tokenizer()
     tok.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")  # type: ignore[attr-defined]
-    made = tokenise(labelled, tok, DataConfig(train="x"), TaskType.SEQ_CLS, labels=["a", "b"], keep_going=True)
+    made = tokenise(labelled, tok, DataConfig(train="x"), SEQ_CLS.data, labels=["a", "b"], keep_going=True)
     assert len(made) == 1 and "becomes no token but special ones" in made.skipped[0]
     examples, kept = usable(ExampleSet.build((f"row {i}", e) for i, e in enumerate(labelled, start=1)), made)
     assert [e.text for e in examples] == ["good"] and kept.column("row").tolist() == [0]  # type: ignore[union-attr]
@@ -355,7 +357,7 @@ def test_a_question_as_long_as_the_window(question: str, stride: int, refused: s
     at = context.index("funny")
     span = Span(question, context, ("funny",), (at,))
     data = DataConfig(train="x", max_length=16, stride=stride)
-    made = tokenise([span, span], word_tokenizer(), data, TaskType.QUESTION_ANS, keep_going=True)
+    made = tokenise([span, span], word_tokenizer(), data, QUESTION_ANS.data, keep_going=True)
     if refused is not None:
         assert len(made.skipped) == 2 and refused in made.skipped[0]
         return
@@ -366,7 +368,5 @@ def test_a_question_as_long_as_the_window(question: str, stride: int, refused: s
 def test_an_answer_in_no_window_is_not_learned_as_none() -> None:
     context = " ".join(WORDS[:30])
     span = Span("is it", context, (context[:60],), (0,))
-    made = tokenise(
-        [span], word_tokenizer(), DataConfig(train="x", max_length=12), TaskType.QUESTION_ANS, keep_going=True
-    )
+    made = tokenise([span], word_tokenizer(), DataConfig(train="x", max_length=12), QUESTION_ANS.data, keep_going=True)
     assert "has an answer that no window of 12 tokens holds" in made.skipped[0]

@@ -23,7 +23,9 @@ from reading import read_rows
 from siliang.config import DataConfig
 from siliang.data.examples import Conversation, Labelled
 from siliang.data.load import load_examples
-from siliang.types import DataError, TaskType
+from siliang.data.spec import DataSpec
+from siliang.tasks import CAUSAL_LM, SEQ_CLS
+from siliang.types import DataError
 
 Rows = list[dict[str, Any]]
 
@@ -158,9 +160,9 @@ def test_texts(source: str, pairs: list[tuple[str, str]]) -> None:
     rows = [{"instruction": a, "output": b} for a, b in pairs]
     with tempfile.TemporaryDirectory() as folder:
         path = SOURCES[source](Path(folder), rows)
-        read = load_examples(DataConfig(train=str(path), test_size=0.0), TaskType.CAUSAL_LM, seed=0).train
+        read = load_examples(DataConfig(train=str(path), test_size=0.0), CAUSAL_LM.data, seed=0).train
         assert [(e.messages[0].content, e.messages[1].content) for e in read if isinstance(e, Conversation)] == pairs
-        many = load_examples(DataConfig(train=[*[str(path)] * 2], test_size=0.0), TaskType.CAUSAL_LM, seed=0).train
+        many = load_examples(DataConfig(train=[*[str(path)] * 2], test_size=0.0), CAUSAL_LM.data, seed=0).train
         assert list(many) == [*read, *read]
 
 
@@ -180,7 +182,7 @@ def test_calls_and_tools(source: str, calls: list[dict[str, Any]], kinds: st.Dat
     rows = [call_row(n, arguments) for n, arguments in enumerate(calls)]
     with tempfile.TemporaryDirectory() as folder:
         path = SOURCES[source](Path(folder), rows)
-        read = load_examples(DataConfig(train=str(path), test_size=0.0), TaskType.CAUSAL_LM, seed=0).train
+        read = load_examples(DataConfig(train=str(path), test_size=0.0), CAUSAL_LM.data, seed=0).train
     for row, made, arguments in zip(rows, read, calls, strict=True):
         assert isinstance(made, Conversation)
         assert json.loads(made.messages[1].calls[0].arguments) == arguments
@@ -213,9 +215,7 @@ def call_row(n: int, arguments: dict[str, Any]) -> dict[str, Any]:
 def test_numbers_are_learned_as_they_are_written(written: str, learned: str, tmp_path: Path) -> None:
     row = f'{{"instruction": "n", "output": {written}}}'
     for name, text in (("d.jsonl", row), ("d.json", f"[{row}]")):
-        read = load_examples(
-            DataConfig(train=str(write(tmp_path / name, text)), test_size=0.0), TaskType.CAUSAL_LM, seed=0
-        )
+        read = load_examples(DataConfig(train=str(write(tmp_path / name, text)), test_size=0.0), CAUSAL_LM.data, seed=0)
         made = read.train[0]
         assert isinstance(made, Conversation) and made.messages[1].content == learned
 
@@ -225,12 +225,12 @@ def test_numbers_in_calls(tmp_path: Path) -> None:
     text = json.dumps(call_row(0, {"a": 1})).replace('{"a": 1}', '{"a": 0.10, "b": [1e5, -0.0, 12, "1\u00e9"]}')
     bad = text.replace("0.10", "NaN")
     config = DataConfig(train=str(write(tmp_path / "d.jsonl", f"{text}\n{bad}")), test_size=0.0, skip_bad_rows=True)
-    found = load_examples(config, TaskType.CAUSAL_LM, seed=0)
+    found = load_examples(config, CAUSAL_LM.data, seed=0)
     made = found.train[0]
     assert isinstance(made, Conversation) and len(found.train) == 1 and "NaN" in found.skipped[0]
     assert made.messages[1].calls[0].arguments == '{"a": 0.10, "b": [1e5, -0.0, 12, "1\u00e9"]}'
     days = [call_row(0, {"a": datetime.date(2024, 5, d), "b": decimal.Decimal(f"1.{d}0")}) for d in (1, 2)]
-    made = load_examples(DataConfig(train=str(in_parquet(tmp_path, days)), test_size=0.0), TaskType.CAUSAL_LM, seed=0)
+    made = load_examples(DataConfig(train=str(in_parquet(tmp_path, days)), test_size=0.0), CAUSAL_LM.data, seed=0)
     first = made.train[0]
     assert isinstance(first, Conversation) and first.messages[1].calls[0].arguments == '{"a": "2024-05-01", "b": 1.10}'
 
@@ -259,7 +259,7 @@ def test_a_folder_names_what_it_does_not_read(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     in_csv(tmp_path, rows).rename(tmp_path / "train.csv")
     in_jsonl(tmp_path, rows).rename(tmp_path / "more.jsonl")
-    found = load_examples(DataConfig(train=str(tmp_path), test_size=0.0), TaskType.SEQ_CLS, seed=0)
+    found = load_examples(DataConfig(train=str(tmp_path), test_size=0.0), SEQ_CLS.data, seed=0)
     assert list(found.train) == [Labelled("a", "x"), Labelled("b", "y")]
     assert found.notes == [f"{tmp_path}: not read, as their names say no part: more.jsonl"]
 
@@ -276,7 +276,7 @@ def test_a_readme_says_the_parts_and_the_classes(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     write(tmp_path / "first" / "a.csv", "text,label\n007,1\nNA,0\n")
     write(tmp_path / "second.csv", "text,label\nlast,1\n")
-    found = load_examples(DataConfig(train=str(tmp_path)), TaskType.SEQ_CLS, seed=0)
+    found = load_examples(DataConfig(train=str(tmp_path)), SEQ_CLS.data, seed=0)
     assert list(found.train) == [Labelled("007", "pos"), Labelled("NA", "neg")]
     assert list(found.eval) == [Labelled("last", "pos")]
 
@@ -284,7 +284,7 @@ def test_a_readme_says_the_parts_and_the_classes(tmp_path: Path) -> None:
 # ---- real data in every kind of file ----
 
 
-def digest(path: Path, task: TaskType) -> tuple[list[str], int]:
+def digest(path: Path, task: DataSpec) -> tuple[list[str], int]:
     config = DataConfig(train=str(path), test_size=0.0)
     found = load_examples(config, task, seed=0, keep_going=True)
     return list(found.train.lines()), len(found.skipped)
@@ -296,8 +296,8 @@ def test_reviews_in_chinese(source: str, shared: Path, tmp_path: Path) -> None:
     original = shared / "data" / "ChnSentiCorp_htl_all.csv"
     rows = [row.values for row in read_rows(str(original))][:1500]
     made = SOURCES[source](tmp_path, rows)
-    lines, bad = digest(made, TaskType.SEQ_CLS)
-    assert lines == digest(original, TaskType.SEQ_CLS)[0][: len(lines)]
+    lines, bad = digest(made, SEQ_CLS.data)
+    assert lines == digest(original, SEQ_CLS.data)[0][: len(lines)]
     assert len(lines) + bad == 1500
 
 
@@ -307,7 +307,7 @@ def test_reviews_in_chinese(source: str, shared: Path, tmp_path: Path) -> None:
 def test_instructions_and_tool_calls(name: str, source: str, shared: Path, tmp_path: Path) -> None:
     original = shared / "data" / "instruct" / name
     rows: list[dict[str, Any]] = json.loads(original.read_text(encoding="utf-8"))
-    assert digest(SOURCES[source](tmp_path, rows), TaskType.CAUSAL_LM) == digest(original, TaskType.CAUSAL_LM)
+    assert digest(SOURCES[source](tmp_path, rows), CAUSAL_LM.data) == digest(original, CAUSAL_LM.data)
 
 
 @pytest.mark.shared
@@ -317,7 +317,7 @@ def test_encodings_of_real_text(encoding: str, shared: Path, tmp_path: Path) -> 
     rows = [row.values for row in read_rows(str(original))]
     path = in_utf16(tmp_path, rows)
     path.write_bytes(separated(rows).encode(encoding))
-    assert digest(path, TaskType.SEQ_CLS) == digest(original, TaskType.SEQ_CLS)
+    assert digest(path, SEQ_CLS.data) == digest(original, SEQ_CLS.data)
 
 
 @pytest.mark.shared

@@ -24,6 +24,7 @@ from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from siliang.ops.packed_attention import Layout
 from siliang.peft_model import enable_checkpointing
+from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TASKS, Task
 from siliang.types import TaskType
 
 SHAPE: dict[str, Any] = {
@@ -70,31 +71,31 @@ def model_of(name: str) -> Any:
     return make(name)
 
 
-def task_of(name: str) -> TaskType:
-    return TaskType(TASK.get(name, "CAUSAL_LM"))
+def task_of(name: str) -> Task:
+    return TASKS[TaskType(TASK.get(name, "CAUSAL_LM"))]
 
 
-def rows_for(task: TaskType, lengths: tuple[int, ...] = (9, 4, 6, 6, 2)) -> list[dict[str, Any]]:
+def rows_for(task: Task, lengths: tuple[int, ...] = (9, 4, 6, 6, 2)) -> list[dict[str, Any]]:
     g = torch.Generator().manual_seed(1)
     rows: list[dict[str, Any]] = []
     for i, n in enumerate(lengths):
         ids = torch.randint(5, VOCABULARY, (n,), generator=g).tolist()
         labels: Any = [-100] * (n // 2) + ids[n // 2 :]
-        if task is TaskType.SEQ_CLS:
+        if task is SEQ_CLS:
             labels = i % 3
-        elif task is TaskType.SEQ_2_SEQ_LM:
+        elif task is SEQ_2_SEQ_LM:
             labels = ids[: 2 + n // 3]
         rows.append({"input_ids": ids, "labels": labels, "row": i})
     return rows
 
 
-def plain(model: nn.Module, task: TaskType) -> Tensor:
+def plain(model: nn.Module, task: Task) -> Tensor:
     """The mean loss as transformers computes it, of one padded batch."""
     batch = PadCollator(0)([{k: v for k, v in row.items() if k != "row"} for row in rows_for(task)])
     return model(**batch).loss
 
 
-def engine_step(model: nn.Module, task: TaskType, *, packing: bool, rows_at_once: int) -> tuple[Tensor, Engine]:
+def engine_step(model: nn.Module, task: Task, *, packing: bool, rows_at_once: int) -> tuple[Tensor, Engine]:
     """The same of our step, backward included."""
     engine = Engine(model, task, packing=packing)
     collate = StepCollator(PadCollator(0), task, rows_at_once, packed=engine.padding is not None)
@@ -176,7 +177,7 @@ def test_with_gradient_checkpointing(name: str, method: str) -> None:
 
 
 def test_tokens_at_once_and_rows_at_once() -> None:
-    task = TaskType.CAUSAL_LM
+    task = CAUSAL_LM
     rows = rows_for(task, (30, 20, 10, 10, 5, 3))
     batches = StepCollator(PadCollator(0), task, 3, tokens_at_once=30)(rows)["batches"]
     assert [b.lengths for b in batches] == [(30,), (20, 10), (10, 5, 3)]
@@ -189,9 +190,9 @@ def test_tokens_at_once_and_rows_at_once() -> None:
 
 def test_the_model_is_itself_again_afterwards() -> None:
     model = model_of("bloom")
-    before = plain(model.eval(), TaskType.CAUSAL_LM)
-    engine = Engine(model, TaskType.CAUSAL_LM)
-    assert_close(plain(model, TaskType.CAUSAL_LM), before)
+    before = plain(model.eval(), CAUSAL_LM)
+    engine = Engine(model, CAUSAL_LM)
+    assert_close(plain(model, CAUSAL_LM), before)
     assert engine.padding is not None
     engine.padding.close()
     assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules())

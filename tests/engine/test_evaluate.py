@@ -14,7 +14,7 @@ from torch import nn
 from siliang.run_folder import open_run
 from siliang.train.run import Listener, Run, make_trainer, prepare, train
 from siliang.types import DataError, TaskType
-from siliang.use import evaluate
+from siliang.use.evaluate import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 

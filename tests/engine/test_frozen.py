@@ -16,21 +16,22 @@ from siliang.engine.batches import StepCollator
 from siliang.engine.frozen import StateStore, disk_folder, find_frozen_layers
 from siliang.engine.step import Engine
 from siliang.models.introspect import layer_stack
+from siliang.tasks import SEQ_CLS, TASKS, Task
 from siliang.types import TaskType
 
 
-def model_and_task(name: str) -> tuple[Any, TaskType]:
-    task = TaskType(TASK[name])
+def model_and_task(name: str) -> tuple[Any, Task]:
+    task = TASKS[TaskType(TASK[name])]
     config = siliang.LoraConfig(task_type=task, layers_to_transform=[1], init_lora_weights=False)
     return siliang.get_peft_model(make(name), config).train(), task
 
 
-def epochs(model: Any, task: TaskType, *, keep: bool, store: StateStore | None = None) -> tuple[list[float], Engine]:
+def epochs(model: Any, task: Task, *, keep: bool, store: StateStore | None = None) -> tuple[list[float], Engine]:
     """The losses of three epochs of two batches whose rows meet in another order each time."""
     rows = []
     for i in range(6):
         ids = [5 + (7 * i + 3 * j) % 90 for j in range(4 + 2 * i)]
-        rows.append({"input_ids": ids, "labels": i % 2 if task is TaskType.SEQ_CLS else list(ids)})
+        rows.append({"input_ids": ids, "labels": i % 2 if task is SEQ_CLS else list(ids)})
     engine = Engine(model, task, keep_frozen=keep)
     assert engine.padding is not None
     if store is not None and engine.padding.frozen is not None:

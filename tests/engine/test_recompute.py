@@ -12,7 +12,8 @@ from siliang.data.collate import PadCollator
 from siliang.engine.batches import Batch, StepCollator
 from siliang.engine.recompute import Recompute
 from siliang.engine.step import Engine
-from siliang.types import ConfigError, TaskType
+from siliang.tasks import CAUSAL_LM
+from siliang.types import ConfigError
 from siliang.units import parse_bytes
 
 
@@ -31,7 +32,7 @@ def test_no_sizes(text: str) -> None:
 
 def batch(rows: int, length: int) -> Batch:
     made = [{"input_ids": [5 + (i + j) % 90 for j in range(length)], "labels": [7] * length} for i in range(rows)]
-    return StepCollator(PadCollator(0), TaskType.CAUSAL_LM, rows)(made)["batches"][0]
+    return StepCollator(PadCollator(0), CAUSAL_LM, rows)(made)["batches"][0]
 
 
 def step(engine: Engine, model: torch.nn.Module, what: Batch) -> dict[str, torch.Tensor]:
@@ -48,7 +49,7 @@ def test_as_many_as_need(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    engine = Engine(model, TaskType.CAUSAL_LM, memory_budget="auto")
+    engine = Engine(model, CAUSAL_LM, memory_budget="auto")
     recompute, small, large = engine.recompute, batch(2, 8), batch(8, 32)
     expected = step(engine, model, large)
     assert recompute.most == 0 and len(recompute.bytes_per_token) == 2 and min(recompute.bytes_per_token) > 0
@@ -86,7 +87,7 @@ def test_what_is_measured_is_what_autograd_keeps() -> None:
 
 def test_a_budget_below_everything_recomputes_all() -> None:
     model = siliang.get_peft_model(make("llama"), siliang.LoraConfig()).train()
-    engine = Engine(model, TaskType.CAUSAL_LM, memory_budget=10**6)
+    engine = Engine(model, CAUSAL_LM, memory_budget=10**6)
     step(engine, model, batch(2, 8))  # measured
     step(engine, model, batch(2, 8))
     assert engine.recompute.recomputed == 2
@@ -97,7 +98,7 @@ def test_the_next_engine_on_the_same_base_is_as_alone(how: dict[str, Any]) -> No
     base = make("llama")
     before = checkpointing_of(base)
     model = siliang.get_peft_model(base, siliang.LoraConfig())
-    engine = Engine(model, TaskType.CAUSAL_LM, **how)
+    engine = Engine(model, CAUSAL_LM, **how)
     if not how:
         assert engine.recompute.recompute_all()  # as a step does that did not fit
     step(engine, model, batch(2, 8))
@@ -110,7 +111,7 @@ def test_the_next_engine_on_the_same_base_is_as_alone(how: dict[str, Any]) -> No
     model = siliang.get_peft_model(base, siliang.LoraConfig()).train()
     layer: Any = base.get_submodule("model.layers.0.mlp")
     layer.register_forward_hook(lambda *_: calls.append(1))
-    engine = Engine(model, TaskType.CAUSAL_LM)
+    engine = Engine(model, CAUSAL_LM)
     calls.clear()
     step(engine, model, batch(2, 8))
     assert len(calls) == 1  # a layer that recomputes runs twice

@@ -27,6 +27,7 @@ from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGenerati
 from siliang.models.chatglm3.model import RotaryEmbedding
 from siliang.models.load import load_config, load_model
 from siliang.peft_model import enable_checkpointing
+from siliang.tasks import CAUSAL_LM, SEQ_CLS
 from siliang.types import ModelError
 
 # what the published config.json says beside the shape
@@ -308,7 +309,7 @@ def test_resizing_the_embedding(model: ChatGLMForConditionalGeneration) -> None:
 def test_the_published_folder_opens_without_its_code(
     published: Path, model: ChatGLMForConditionalGeneration, ids: Tensor
 ) -> None:
-    opened = load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32)
+    opened = load_model(str(published), CAUSAL_LM.model, dtype=torch.float32)
     assert type(opened) is ChatGLMForConditionalGeneration
     assert_close(opened(ids).logits, model.half().float()(ids).logits)
 
@@ -337,7 +338,7 @@ def test_the_auto_classes_never_ask_for_remote_code(published: Path, trust: bool
 
 
 def test_what_is_saved_has_the_published_layout(published: Path, ids: Tensor, tmp_path: Path) -> None:
-    opened = load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32)
+    opened = load_model(str(published), CAUSAL_LM.model, dtype=torch.float32)
     opened.save_pretrained(tmp_path / "again")
     block = "transformer.encoder.layers.{}."
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == {
@@ -361,12 +362,12 @@ def test_what_is_saved_has_the_published_layout(published: Path, ids: Tensor, tm
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     kept = (PUBLISHED | SHAPE).keys() - {"_name_or_path", "architectures", "torch_dtype", "vocab_size", "auto_map"}
     assert {key: written[key] for key in kept} == {key: (PUBLISHED | SHAPE)[key] for key in kept}
-    again = load_model(str(tmp_path / "again"), TaskType.CAUSAL_LM, dtype=torch.float32)
+    again = load_model(str(tmp_path / "again"), CAUSAL_LM.model, dtype=torch.float32)
     torch.testing.assert_close(again(ids).logits, opened(ids).logits, atol=0, rtol=0)
 
 
 def test_blocks_are_spread_whole_over_devices(published: Path, ids: Tensor, tmp_path: Path) -> None:
-    whole = load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32)
+    whole = load_model(str(published), CAUSAL_LM.model, dtype=torch.float32)
     spread: Any = AutoModelForCausalLM.from_pretrained(
         published,
         dtype=torch.float32,
@@ -421,7 +422,7 @@ peft_still_says = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`
 @peft_still_says
 def test_an_adapter_of_siliang_gives_the_same_logits_in_peft(published: Path, ids: Tensor, tmp_path: Path) -> None:
     ours = get_peft_model(
-        load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32), LoraConfig(task_type=TaskType.CAUSAL_LM)
+        load_model(str(published), CAUSAL_LM.model, dtype=torch.float32), LoraConfig(task_type=TaskType.CAUSAL_LM)
     )
     torch.manual_seed(2)
     for name, p in ours.named_parameters():
@@ -430,7 +431,7 @@ def test_an_adapter_of_siliang_gives_the_same_logits_in_peft(published: Path, id
     ours.eval().save_pretrained(tmp_path / "adapter")
     keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     assert "base_model.model.transformer.encoder.layers.0.self_attention.query_key_value.lora_A.weight" in keys
-    base = load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32)
+    base = load_model(str(published), CAUSAL_LM.model, dtype=torch.float32)
     before = base(ids).logits
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     wanted = ours(ids).logits
@@ -440,11 +441,11 @@ def test_an_adapter_of_siliang_gives_the_same_logits_in_peft(published: Path, id
 
 @peft_still_says
 def test_an_adapter_of_peft_gives_the_same_logits_in_siliang(published: Path, ids: Tensor, tmp_path: Path) -> None:
-    base = load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32)
+    base = load_model(str(published), CAUSAL_LM.model, dtype=torch.float32)
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
     assert theirs.get_nb_trainable_parameters()[0] == 2 * 8 * (32 + 64)
     theirs.save_pretrained(tmp_path / "adapter")
-    again = load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32)
+    again = load_model(str(published), CAUSAL_LM.model, dtype=torch.float32)
     ours = siliang.PeftModel.from_pretrained(again, tmp_path / "adapter")
     assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
@@ -462,7 +463,7 @@ def test_peft_sizes_a_prefix_by_the_heads_of_keys_and_values(
 
 def test_lora_lowers_the_loss_under_gradient_checkpointing(published: Path, ids: Tensor) -> None:
     model = get_peft_model(
-        load_model(str(published), TaskType.CAUSAL_LM, dtype=torch.float32), LoraConfig(task_type=TaskType.CAUSAL_LM)
+        load_model(str(published), CAUSAL_LM.model, dtype=torch.float32), LoraConfig(task_type=TaskType.CAUSAL_LM)
     )
     model.train()
     enable_checkpointing(model, use_reentrant=False)
@@ -478,7 +479,7 @@ def test_lora_lowers_the_loss_under_gradient_checkpointing(published: Path, ids:
 
 
 def test_classes_are_read_off_the_last_token(published: Path, ids: Tensor) -> None:
-    model = load_model(str(published), TaskType.SEQ_CLS, dtype=torch.float32, labels=["bad", "good", "dull"])
+    model = load_model(str(published), SEQ_CLS.model, dtype=torch.float32, labels=["bad", "good", "dull"])
     padded = torch.cat([torch.zeros(2, 2, dtype=torch.long), ids], dim=1)
     found = model(padded, attention_mask=(padded != 0).long()).logits
     assert_close(found, model(ids).logits)

@@ -28,7 +28,7 @@ from siliang.methods import METHODS
 from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.train.run import train
-from siliang.use import evaluate
+from siliang.use.evaluate import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 

@@ -23,9 +23,10 @@ from siliang.plan import plan
 from siliang.plan.device import find_target
 from siliang.run_folder import open_run
 from siliang.targets import invented_modules
+from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
 from siliang.train.run import Listener, train
 from siliang.types import ModelError, TaskType
-from siliang.use import evaluate
+from siliang.use.evaluate import evaluate
 
 LABELS = ["a", "b", "c"]
 IDS = {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])}
@@ -45,8 +46,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("bert", "distilbert")}
 
 
-def load(folder: Path, seed: int, task: TaskType = TaskType.SEQ_CLS) -> Any:
-    return load_model(str(folder), task, dtype=torch.float32, labels=LABELS, seed=seed)
+def load(folder: Path, seed: int, task: Task = SEQ_CLS) -> Any:
+    return load_model(str(folder), task.model, dtype=torch.float32, labels=LABELS, seed=seed)
 
 
 CONFIGS = {
@@ -95,12 +96,12 @@ def test_the_users_own_from_pretrained_is_known_too(folders: dict[str, Path]) ->
 
 def test_a_head_of_another_size_is_new_and_tied_weights_are_not(folders: dict[str, Path], tmp_path: Path) -> None:
     make("bert").save_pretrained(tmp_path / "three")  # type: ignore[operator]
-    two = load_model(str(tmp_path / "three"), TaskType.SEQ_CLS, dtype=torch.float32, labels=["a", "b"])
+    two = load_model(str(tmp_path / "three"), SEQ_CLS.model, dtype=torch.float32, labels=["a", "b"])
     assert invented_modules(two) == ["classifier"]
     for name in ("bloom", "t5"):
         make(name).save_pretrained(tmp_path / name)  # type: ignore[operator]
-        task = TaskType.CAUSAL_LM if name == "bloom" else TaskType.SEQ_2_SEQ_LM
-        assert invented_modules(load_model(str(tmp_path / name), task, dtype=torch.float32)) == []
+        task = CAUSAL_LM if name == "bloom" else SEQ_2_SEQ_LM
+        assert invented_modules(load_model(str(tmp_path / name), task.model, dtype=torch.float32)) == []
 
 
 @pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
@@ -109,13 +110,13 @@ def test_a_model_that_is_damaged_is_not_mended(lost: str, tmp_path: Path) -> Non
     state = {k: v for k, v in model.state_dict().items() if k != lost}
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match="1 weights are missing or of another shape, the first is " + lost):
-        load_model(str(tmp_path), TaskType.CAUSAL_LM, dtype=torch.float32)
+        load_model(str(tmp_path), CAUSAL_LM.model, dtype=torch.float32)
 
 
 def test_what_is_new_is_found_without_reading_weights(folders: dict[str, Path]) -> None:
     for name, new in (("bert", "bert.pooler"), ("distilbert", "pre_classifier")):
         config = load_config(str(folders[name]))
-        assert sorted(invented_weights(str(folders[name]), TaskType.SEQ_CLS, config)) == sorted([new, "classifier"])
+        assert sorted(invented_weights(str(folders[name]), SEQ_CLS.model, config)) == sorted([new, "classifier"])
 
 
 def test_a_file_without_what_the_base_lacks_is_told_of(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from siliang.config import QuantizationConfig
 from siliang.models import load, weights
 from siliang.models.load import load_model
+from siliang.models.spec import ModelSpec
 from siliang.models.weights import piece_by_piece
 from siliang.plan.fake import held_tensors
+from siliang.tasks import CAUSAL_LM, TASKS
 from siliang.types import TaskType
 
 LLAMA: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2}
@@ -44,7 +46,7 @@ def tensors(model: Any) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
-def assert_as_transformers(folder: Path, task: TaskType, monkeypatch: pytest.MonkeyPatch, **how: Any) -> Any:
+def assert_as_transformers(folder: Path, task: ModelSpec, monkeypatch: pytest.MonkeyPatch, **how: Any) -> Any:
     """Loads both ways, and gives what was loaded piece by piece."""
     found = load_model(str(folder), task, **how)
     with monkeypatch.context() as usual:
@@ -78,7 +80,7 @@ def test_the_same_bits(
         torch.save(state, tmp_path / "pytorch_model.bin", **old)
     else:
         model.save_pretrained(tmp_path, max_shard_size="200KB" if kept_as == "shards" else "5GB")
-    found = assert_as_transformers(tmp_path, TaskType.CAUSAL_LM, monkeypatch, dtype=dtype)
+    found = assert_as_transformers(tmp_path, CAUSAL_LM.model, monkeypatch, dtype=dtype)
     assert (found.lm_head.weight is found.model.embed_tokens.weight) is tied
 
 
@@ -87,21 +89,21 @@ def test_the_same_bits(
 def test_the_same_bits_in_few_bits(name: str, bits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(name).to(torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[operator]
     wanted = QuantizationConfig(bits=bits)
-    assert_as_transformers(tmp_path, TaskType.CAUSAL_LM, monkeypatch, dtype=torch.bfloat16, quantization=wanted)
+    assert_as_transformers(tmp_path, CAUSAL_LM.model, monkeypatch, dtype=torch.bfloat16, quantization=wanted)
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "bloom"])
 def test_the_same_bits_of_every_kind_of_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(name).save_pretrained(tmp_path)  # type: ignore[operator]
     how: dict[str, Any] = {"labels": ["a", "b"]} if name == "bert" else {}
-    assert_as_transformers(tmp_path, TaskType(TASK[name]), monkeypatch, dtype=torch.bfloat16, **how)
+    assert_as_transformers(tmp_path, TASKS[TaskType(TASK[name])].model, monkeypatch, dtype=torch.bfloat16, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_that_are_put_together(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = MixtralForCausalLM(MixtralConfig(**LLAMA, **EXPERTS))
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    assert_as_transformers(tmp_path, TaskType.CAUSAL_LM, monkeypatch, dtype=dtype)
+    assert_as_transformers(tmp_path, CAUSAL_LM.model, monkeypatch, dtype=dtype)
 
 
 def test_only_pages_of_a_file_are_given_back(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ found = {}
 for name, dtype, bits in (("nf4", torch.bfloat16, QuantizationConfig()), ("fp32", torch.float32, None)):
     open("/proc/self/clear_refs", "w").write("5")
     before = resident("VmRSS")
-    model = load_model(sys.argv[1], TaskType.CAUSAL_LM, dtype=dtype, quantization=bits)
+    model = load_model(sys.argv[1], CAUSAL_LM.model, dtype=dtype, quantization=bits)
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     found[name] = (sum(held.values()), resident("VmHWM") - before, resident("VmRSS") - before)
     del model

@@ -28,8 +28,9 @@ from siliang.plan.preflight import Planner, apply_plan, with_changes
 from siliang.plan.rows import heaviest, order, synthetic_rows
 from siliang.plan.shapes import shape_name
 from siliang.records import Change, MethodPlan
+from siliang.tasks import SEQ_2_SEQ_LM, SEQ_CLS
 from siliang.train.run import Listener, make_trainer, prepare, train
-from siliang.types import ConfigError, ModelError, PlanError, TaskType
+from siliang.types import ConfigError, ModelError, PlanError
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
@@ -167,7 +168,7 @@ def test_the_order_is_the_trainers(reviews: RunConfig, tmp_path: Path) -> None:
 def test_the_heaviest_step(reviews: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     run = prepare(reviews, Listener(), tmp_path / "run")
-    collator = StepCollator(PadCollator(0), TaskType.SEQ_CLS, reviews.train.batch_size)
+    collator = StepCollator(PadCollator(0), SEQ_CLS, reviews.train.batch_size)
     found = heaviest(reviews, run.train_set, collator)
     lengths = run.train_set.lengths
     brute = max(sum(lengths[i] for i in step) for step in order(reviews, lengths))
@@ -228,7 +229,7 @@ def test_t5_and_tied_shapes_are_drawn_tied() -> None:
         import torch
 
         model = make_fake_base(
-            AutoConfig.for_model("t5", d_model=64, num_layers=1), TaskType.SEQ_2_SEQ_LM, dtype=torch.float32
+            AutoConfig.for_model("t5", d_model=64, num_layers=1), SEQ_2_SEQ_LM.model, dtype=torch.float32
         )
         assert model.lm_head.weight is model.shared.weight
 

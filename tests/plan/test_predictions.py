@@ -10,7 +10,7 @@ from bench.memory import Case, measure, predict
 from siliang.memory.track import Tracker
 from siliang.plan.fake import fake_mode, make_fake_base
 from siliang.plan.shapes import SHAPES
-from siliang.types import TaskType
+from siliang.tasks import SEQ_CLS
 
 # of the table of docs/memory.md, each model, method, layout and format at least once
 SAMPLE = [
@@ -48,10 +48,10 @@ def test_shapes_have_the_published_parameters(name: str) -> None:
 
     shape = SHAPES[name]
     with fake_mode():
-        if shape.task is TaskType.SEQ_CLS:
+        if shape.task is SEQ_CLS:
             model = AutoModel.from_config(shape.config())  # an encoder's are counted with its pooler, without a head
         else:
-            model = make_fake_base(shape.config(), shape.task, dtype=torch.bfloat16)
+            model = make_fake_base(shape.config(), shape.task.model, dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == shape.parameters
 
 

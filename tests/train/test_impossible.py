@@ -19,10 +19,14 @@ from siliang.data.templates import TEMPLATES
 from siliang.engine.step import Engine
 from siliang.models.load import load_tokenizer
 from siliang.run_folder import open_run
+from siliang.tasks import QUESTION_ANS, SEQ_CLS
 from siliang.train.guard import Guard
 from siliang.train.run import Listener, train
-from siliang.types import ConfigError, DataError, ModelError, TaskType
-from siliang.use import evaluate, generate, merge, predict
+from siliang.types import ConfigError, DataError, ModelError
+from siliang.use.evaluate import evaluate
+from siliang.use.generate import generate
+from siliang.use.merge import merge
+from siliang.use.predict import predict
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 LONG = "one " * 70
@@ -96,13 +100,13 @@ def test_tokenizers_of_other_models(model_folders: dict[str, Path], tmp_path: Pa
 def test_questions_on_contexts_are_packed() -> None:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    engine = Engine(BertForQuestionAnswering(config), TaskType.QUESTION_ANS)
+    engine = Engine(BertForQuestionAnswering(config), QUESTION_ANS)
     assert engine.padding is not None and engine.notes == []
     engine.close()
 
 
 def test_why_packing_is_off_is_a_sentence() -> None:
-    (note,) = Engine(make("deberta"), TaskType.SEQ_CLS).notes
+    (note,) = Engine(make("deberta"), SEQ_CLS).notes
     assert note.startswith("packing is off: this model cannot run packed rows (")
 
 

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.hardware import choose_precision
 from siliang.models.load import load_model
+from siliang.tasks import CAUSAL_LM
 from siliang.train.run import Listener, make_trainer, prepare, train
-from siliang.types import TaskType
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 PAGE = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ def test_bytes_in_few_bits(bits: int, double: bool, said: str, tmp_path: Path) -
     model.save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
     wanted = QuantizationConfig(bits=bits, double=double)  # type: ignore[arg-type]
-    loaded = load_model(str(tmp_path), TaskType.CAUSAL_LM, dtype=torch.float32, quantization=wanted)
+    loaded = load_model(str(tmp_path), CAUSAL_LM.model, dtype=torch.float32, quantization=wanted)
     layer, shape = loaded.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.gate_proj.weight.shape
     assert said in PAGE
     if bits == 8:
@@ -116,5 +116,5 @@ def test_kernel_caches_are_bounded_but_not_the_users(tmp_path: Path, monkeypatch
     make("llama").save_pretrained(tmp_path)  # type: ignore[operator]
     monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
-    load_model(str(tmp_path), TaskType.CAUSAL_LM, dtype=torch.float32)
+    load_model(str(tmp_path), CAUSAL_LM.model, dtype=torch.float32)
     assert os.environ["LRU_CACHE_CAPACITY"] == "32" and os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"

@@ -9,7 +9,6 @@ import numpy as np
 
 from siliang.check.subject import Subject
 from siliang.data.examples import Labelled
-from siliang.types import TaskType
 
 
 def count(s: Subject) -> dict[str, Any]:
@@ -24,15 +23,15 @@ def count(s: Subject) -> dict[str, Any]:
         "tokens": tokens,
     }
     counts |= {"length": _spread(lengths)} if len(lengths) else {}
-    if s.task is TaskType.SEQ_2_SEQ_LM and len(lengths):
+    if s.task.has_encoder and len(lengths):
         counts["target_length"] = _spread(s.train.learned)
-    if s.task is TaskType.CAUSAL_LM and len(lengths) > len(s.examples.train) - s.train.dropped:
+    if not s.task.data.windows and len(lengths) > len(s.examples.train) - s.train.dropped:
         counts["windows"] = {"all": len(lengths), "of_rows": len(np.unique(s.train.column("row")))}
-    if s.task is TaskType.QUESTION_ANS:
+    if s.finds_spans:
         counts["windows"] = {"all": len(lengths), "with_answer": int((s.train.column("end_positions") > 0).sum())}
-    if s.task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) and tokens:
+    if s.task.data.label_per_token and not s.task.has_encoder and tokens:
         counts["learned"] = float(s.train.learned.sum() / tokens)
-    if s.task is not TaskType.QUESTION_ANS:
+    if not s.task.data.windows:
         lost = s.train.column("lost")
         counts["truncated"] = {
             "rows": int((lost > 0).sum()),
@@ -43,7 +42,7 @@ def count(s: Subject) -> dict[str, Any]:
     unknown = s.tokenizer.unk_token_id
     if unknown is not None and unknown not in (s.encoder.eos, s.tokenizer.bos_token_id) and tokens:
         counts["unknown"] = float(sum(int((ids == unknown).sum()) for ids in s.train.lists("input_ids")) / tokens)
-    if s.task is TaskType.SEQ_CLS:
+    if s.task.data.named == "label":
         classes = Counter(e.label for e in s.examples.train if isinstance(e, Labelled))
         counts["classes"] = dict(sorted(classes.items(), key=lambda item: -item[1])[:20])
     elif s.examples.labels is not None:

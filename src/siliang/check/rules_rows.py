@@ -16,7 +16,6 @@ from siliang.data.formats import misplaced
 from siliang.data.labels import alike, joined, no_label, strange
 from siliang.data.numbers import as_number, is_whole
 from siliang.secrets import shortened
-from siliang.types import WRITERS, TaskType
 
 LARGEST_SHARE = 0.8  # of one class, above which a model that says nothing else looks good
 LARGEST_RATIO = 10.0
@@ -114,7 +113,7 @@ def missing_classes(s: Subject) -> Iterator[Found]:
     elif missing:
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         # a rare tag that a random split took away is a pity; a rare class is an error
-        severity = "warning" if s.task is TaskType.TOKEN_CLS else None
+        severity = "warning" if s.task.data.named == "tags" else None
         yield Found(
             f"{len(missing)} of {len(names)} classes have no training row: {', '.join(missing[:10])}{more}",
             severity=severity,
@@ -146,7 +145,7 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
             "is no label",
             fix="Remove these rows; where it is a class, list the classes in data.labels.",
         )
-    if s.task is TaskType.SEQ_CLS and (mark := joined(names)):
+    if s.task.data.named == "label" and (mark := joined(names)):
         shown = shortened(", ".join(repr(name) for name in names if mark in name.strip()), 100)
         yield Found(f"several labels in one, separated by {mark!r}: {shown}; seq_cls learns one class for a text")
     together = {name for group in groups for name in group}
@@ -158,7 +157,8 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
         yield Found(f"labels that may stand for none, or hold what is not seen: {shown}", severity=severity)
     numbers = [name for name in names if as_number(name) is not None]
     pointed = [name for name in numbers if not is_whole(name)]
-    if s.task is TaskType.SEQ_CLS and len(numbers) == len(names) and (pointed or len(names) > MANY_NUMBERS):
+    measured = len(numbers) == len(names) and (pointed or len(names) > MANY_NUMBERS)
+    if s.task.data.named == "label" and measured:
         what = f"numbers with a point ({', '.join(pointed[:3])})" if pointed else f"{len(names)} different numbers"
         yield Found(
             f"the labels are {what}: each is a class of its own; a regression is not learned", severity="warning"
@@ -243,7 +243,7 @@ def imbalance(s: Subject) -> Iterator[Found]:
 
     Fix: Look at f1 and not at accuracy, use data.stratify=true, or weigh the sources (data.train: [{path, weight}]).
     """
-    if s.task is not TaskType.SEQ_CLS or s.examples.labels is None:
+    if s.task.data.named != "label" or s.examples.labels is None:
         return
     counts = _class_counts(s)
     n = sum(counts.values())
@@ -259,7 +259,7 @@ def contradictions(s: Subject) -> Iterator[Found]:
 
     Fix: Decide for one label.
     """
-    if s.task is not TaskType.SEQ_CLS:
+    if s.task.data.named != "label":
         return
     asked, whole = s.prints["train"]
     pairs = {int(a): int(w) for a, w in zip(asked[::-1], whole[::-1], strict=True)}  # the first of each
@@ -278,7 +278,7 @@ def placeholders(s: Subject) -> Iterator[Found]:
 
     Fix: Fill them in before training.
     """
-    if s.task not in WRITERS:
+    if not s.task.writes:
         return
     names: Counter[str] = Counter()
     rows: list[int] = []
@@ -300,7 +300,7 @@ def broken_tags(s: Subject) -> Iterator[Found]:
 
     Fix: Mend the tags, or look whether sentences were cut in the middle of a span.
     """
-    if s.task is not TaskType.TOKEN_CLS:
+    if s.task.data.named != "tags":
         return
     rows, what = [], ""
     for i, example in enumerate(s.examples.train):
@@ -320,7 +320,7 @@ def misplaced_answers(s: Subject) -> Iterator[Found]:
 
     Fix: Count again: context[answer_start:].startswith(text) must hold.
     """
-    if s.task is not TaskType.QUESTION_ANS:
+    if not s.finds_spans:
         return
     rows = [i for i, e in enumerate(s.examples.train) if isinstance(e, Span) and misplaced(e)]
     if rows:

@@ -12,10 +12,10 @@ import torch
 from siliang.check.finding import RATE_FACTOR, Found
 from siliang.check.subject import Subject
 from siliang.hardware import FP16_ADAM_EPS
-from siliang.inject import OTHER_HEADS, TASK_HEADS
+from siliang.inject import OTHER_HEADS
 from siliang.methods import METHODS
 from siliang.peft_model import count_parameters, get_peft_model
-from siliang.types import ConfigError, ModelError, TargetError, TaskType
+from siliang.types import ConfigError, ModelError, TargetError
 
 
 def no_pad_token(s: Subject) -> Iterator[Found]:
@@ -92,7 +92,7 @@ def invented(s: Subject) -> Iterator[Found]:
 
     Fix: Nothing is wrong where the model is known to come without them. Otherwise take a checkpoint that holds them.
     """
-    heads = (*TASK_HEADS.get(s.task, ()), *OTHER_HEADS)
+    heads = (*s.task.model.heads, *OTHER_HEADS)
     if new := [path for path in s.invented if not any(head in path.split(".") for head in heads)]:
         it = "it is" if len(new) == 1 else "they are"
         yield Found(f"{s.config.model} does not hold {', '.join(new)}: {it} new, and trained and saved along")
@@ -131,7 +131,7 @@ def too_many_positions(s: Subject) -> Iterator[Found]:
     longest = max(int(part.lengths.max(initial=0)) for part in (s.train, s.eval))
     if positions.reads is not None and longest > positions.reads:
         yield Found(f"a row has {longest:,} tokens, the model {positions.in_words(positions.reads)}")
-    if s.task is TaskType.SEQ_2_SEQ_LM:
+    if s.task.has_encoder:
         longest = max(int(part.learned.max(initial=0)) for part in (s.train, s.eval))
         if positions.writes is not None and longest > positions.writes:
             lower = "Lower data.max_target_length to that"
@@ -272,7 +272,7 @@ def _attach(s: Subject) -> str | None:
 def _attached(s: Subject) -> Any:
     assert s.method.config is not None
     with torch.device("meta"):
-        return get_peft_model(s.skeleton(), s.method.config(task_type=s.task, **s.config.method.arguments))
+        return get_peft_model(s.skeleton(), s.method.config(task_type=s.task.adapter_type, **s.config.method.arguments))
 
 
 def _trained_parameters(s: Subject) -> int | None:

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from siliang.check.finding import Found
-from siliang.check.subject import Subject, is_text_task
+from siliang.check.subject import Subject
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
 from siliang.data.examples import texts
 from siliang.data.templates import CHAT, find_template
-from siliang.types import TaskType
 
 UNKNOWN_SHARE = 0.001
 ROLE_WORD = re.compile(r"<\|?[\w ]+\|?>|\[g?MASK\]|\[(?:CLS|SEP)\]")
@@ -49,7 +48,7 @@ def end_not_learned(s: Subject) -> Iterator[Found]:
     Fix: Give siliang the text and not tokens: it appends the end by its number and never cuts it. In a preparation of
     your own append tokenizer.eos_token_id to input_ids and labels, cut in front of it, and mask padding by position.
     """
-    if s.task is not TaskType.CAUSAL_LM:
+    if not s.task.data.next_token:
         return
     last = s.last_labels
     rows = np.flatnonzero((last != IGNORED) & ~np.isin(last, s.stops))
@@ -77,7 +76,7 @@ def all_masked(s: Subject) -> Iterator[Found]:
     Fix: Look where the labels went: an answer cut off whole, a template that finds no answer, a mask by the wrong
     token, answers that are all empty.
     """
-    if s.task is TaskType.QUESTION_ANS:
+    if s.finds_spans:
         if len(s.train) and not (s.train.column("end_positions") > 0).any():
             yield Found(f"not one of {len(s.train):,} windows holds an answer: there is nothing to find")
         return
@@ -105,21 +104,20 @@ def nothing_varies(s: Subject) -> Iterator[Found]:
     if n and len(words) < 2:
         one = repr(s.tokenizer.convert_ids_to_tokens(words.pop())) if words else "none but special ones"
         yield Found(f"the {int(s.train.lengths.sum()):,} tokens of all rows are one and the same, {one}")
-    match s.task:
-        case TaskType.QUESTION_ANS:
-            if n and not (s.train.column("end_positions") > 0).any():
-                yield Found(f"not one of {n:,} windows holds an answer")
-        case TaskType.TOKEN_CLS:
-            tags = {int(x) for labels in s.train.lists("labels") for x in np.unique(labels)} - {IGNORED}
-            if n and len(tags) == 1:
-                yield Found(f"all tags are {(s.examples.labels or [])[tags.pop()]!r}")
-        case TaskType.CAUSAL_LM | TaskType.SEQ_2_SEQ_LM:
-            answers = {labels[labels != IGNORED].tobytes() for labels in s.train.lists("labels")}
-            written = {int(x) for labels in s.train.lists("labels") for x in np.unique(labels)} - {IGNORED}
-            if written and s.task is TaskType.CAUSAL_LM and written <= set(s.stops):
-                yield Found(f"nothing is learned of {n:,} rows but how they end")
-            elif len(answers) == 1 and len({ids.tobytes() for ids in s.train.lists("input_ids")}) > 1:
-                yield Found(f"all {n:,} rows have the same answer", severity="warning")
+    if s.finds_spans and n and not (s.train.column("end_positions") > 0).any():
+        yield Found(f"not one of {n:,} windows holds an answer")
+    if not s.task.data.label_per_token:
+        return
+    learned = {int(x) for labels in s.train.lists("labels") for x in np.unique(labels)} - {IGNORED}
+    if s.task.data.named == "tags" and n and len(learned) == 1:
+        yield Found(f"all tags are {(s.examples.labels or [])[learned.pop()]!r}")
+    if not s.task.writes:
+        return
+    answers = {labels[labels != IGNORED].tobytes() for labels in s.train.lists("labels")}
+    if learned and s.task.data.next_token and learned <= set(s.stops):
+        yield Found(f"nothing is learned of {n:,} rows but how they end")
+    elif len(answers) == 1 and len({ids.tobytes() for ids in s.train.lists("input_ids")}) > 1:
+        yield Found(f"all {n:,} rows have the same answer", severity="warning")
 
 
 def truncated(s: Subject) -> Iterator[Found]:
@@ -131,7 +129,7 @@ def truncated(s: Subject) -> Iterator[Found]:
 
     Fix: Raise that length (memory grows with it), or leave such rows out with data.too_long=drop.
     """
-    if s.task is TaskType.QUESTION_ANS:  # windows instead
+    if s.task.data.windows:
         return
     lost, answers = s.train.column("lost"), s.train.column("lost_answer")
     rows = np.flatnonzero(lost > 0)
@@ -154,7 +152,7 @@ def prompt_learned(s: Subject) -> Iterator[Found]:
 
     Fix: Mask the question with -100. Where the rows are plain text and no questions, leave the labels column out.
     """
-    if s.task is not TaskType.CAUSAL_LM or s.examples.layout == "text":
+    if not s.task.data.next_token or s.examples.layout == "text":
         return
     named = np.array([len(e.labels) > 0 for e in s.examples.train]) if s.prepared else None  # type: ignore[union-attr]
     whole = s.train.learned == s.train.lengths
@@ -173,7 +171,7 @@ def shifted_labels(s: Subject) -> Iterator[Found]:
 
     Fix: Give labels that are the tokens themselves, or -100.
     """
-    if s.task is not TaskType.CAUSAL_LM:
+    if not s.task.data.next_token:
         return
     rows = []
     for i, (ids, labels) in enumerate(zip(s.train.lists("input_ids"), s.train.lists("labels"), strict=True)):
@@ -199,7 +197,7 @@ def template_misfit(s: Subject) -> Iterator[Found]:
     Fix: Use data.template=chat where the tokenizer has a chat template; otherwise one whose role words are single
     tokens, or are plain words (human-assistant, alpaca, vicuna).
     """
-    if s.task is not TaskType.CAUSAL_LM or s.prepared or s.examples.layout == "text":
+    if not s.task.data.next_token or s.prepared or s.examples.layout == "text":
         return
     template = find_template(s.data.template)
     own = getattr(s.tokenizer, "chat_template", None)
@@ -249,7 +247,7 @@ def special_words(s: Subject) -> Iterator[Found]:
 
     Fix: Nothing, where they are meant as text. Where they are left over from another preparation, remove them.
     """
-    if not is_text_task(s.task) or s.prepared:
+    if not s.task.writes or s.prepared:
         return
     named = [m for m in s.encoder.reserved() if not m.isalnum()]  # a word such as ChatGLM3's `sop` is only a word
     if not named:
@@ -274,7 +272,7 @@ def padding_learned(s: Subject) -> Iterator[Found]:
 
     Fix: Report it: this must not happen.
     """
-    if not is_text_task(s.task) or len(s.train) < 2:
+    if not s.task.writes or len(s.train) < 2:
         return
     order = np.argsort(s.train.lengths)
     short, long = s.train[int(order[0])], s.train[int(order[-1])]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from siliang.config import RunConfig
+from siliang.data.conversations import stop_tokens
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.examples import (
     Conversation,
@@ -26,7 +27,7 @@ from siliang.data.examples import (
     bad_rows_message,
 )
 from siliang.data.load import Examples, load_examples
-from siliang.data.tokens import TokenSet, stop_tokens, tokenise, usable
+from siliang.data.tokens import TokenSet, tokenise, usable
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
@@ -34,7 +35,8 @@ from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.load import MISFITS, invented_weights, load_config, load_tokenizer, model_from_config
 from siliang.models.positions import Positions
 from siliang.targets import mark_invented
-from siliang.types import WRITERS, DataError, ModelError, TaskType, first_line
+from siliang.tasks import TASKS
+from siliang.types import DataError, ModelError, first_line
 
 
 class Subject:
@@ -42,7 +44,7 @@ class Subject:
 
     def __init__(self, config: RunConfig, machine: Machine) -> None:
         self.config, self.machine = config, machine
-        self.data, self.task = config.data, config.task
+        self.data, self.task = config.data, TASKS[config.task]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -57,7 +59,7 @@ class Subject:
     @cached_property
     def examples(self) -> Examples:
         """Read with bad rows left aside, so that they can all be told of."""
-        return load_examples(self.data, self.task, seed=self.config.train.seed, keep_going=True)
+        return load_examples(self.data, self.task.data, seed=self.config.train.seed, keep_going=True)
 
     @cached_property
     def train(self) -> TokenSet:
@@ -76,7 +78,7 @@ class Subject:
     def _tokens(self, examples: ExampleSet) -> tuple[ExampleSet, TokenSet]:
         """The examples whose tokens can be used, and these; the others are left aside, too."""
         labels = self.examples.labels
-        tokens = tokenise(examples, self.tokenizer, self.data, self.task, labels=labels, keep_going=True)
+        tokens = tokenise(examples, self.tokenizer, self.data, self.task.data, labels=labels, keep_going=True)
         return usable(examples, tokens)
 
     @property
@@ -117,10 +119,8 @@ class Subject:
 
     def _config_for_task(self) -> Any:
         config = self.model_config
-        if self.examples.labels is not None:
-            config.num_labels = len(self.examples.labels)
-        elif self.task is TaskType.QUESTION_ANS:
-            config.num_labels = 2
+        if (outputs := self.task.model.columns(self.examples.labels)) is not None:
+            config.num_labels = outputs
         return config
 
     @cached_property
@@ -128,7 +128,7 @@ class Subject:
         """The modules whose weights the model's files do not hold; none where there are no files to look into."""
         try:
             return invented_weights(
-                self.config.model, self.task, self._config_for_task(), revision=self.config.revision
+                self.config.model, self.task.model, self._config_for_task(), revision=self.config.revision
             )
         except ModelError:  # loading will say so
             return []
@@ -142,10 +142,10 @@ class Subject:
         config = self._config_for_task()
         try:
             with torch.device("meta"):
-                model = model_from_config(config, self.task)
+                model = model_from_config(config, self.task.model)
         except MISFITS as error:
             why = first_line(error, kind=not isinstance(error, ValueError))
-            raise ModelError(f"{self.config.model} cannot be trained for {self.task.lower()}: {why}") from None
+            raise ModelError(f"{self.config.model} cannot be trained for {self.task.title}: {why}") from None
         mark_invented(model, self.invented)
         return model
 
@@ -177,6 +177,11 @@ class Subject:
                 last[i] = learned[-1]
         last[~self.train.last_windows] = IGNORED
         return last
+
+    @property
+    def finds_spans(self) -> bool:
+        """What is learned is the place of an answer in a context."""
+        return "end_positions" in self.task.data.columns
 
     @property
     def prepared(self) -> bool:
@@ -224,8 +229,3 @@ def _prints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
     asked = np.fromiter((hash(question_of(e)) for e in examples), dtype=np.int64, count=len(examples))
     whole = np.fromiter((hash(line) for line in examples.lines()), dtype=np.int64, count=len(examples))
     return asked, whole
-
-
-def is_text_task(task: TaskType) -> bool:
-    """The model learns to write."""
-    return task in WRITERS

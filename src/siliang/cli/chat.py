@@ -14,7 +14,7 @@ from siliang.cli.used_run import Base, Force, show_notes
 from siliang.terminal import Pieces, bare, cover, one_line
 
 if TYPE_CHECKING:
-    from siliang.chat import Chat
+    from siliang.use.chat import Chat
 
 WIDEST = 4  # columns side by side; more stand below one another
 NARROWEST = 28  # characters of a column
@@ -36,8 +36,8 @@ def chat(
     from siliang.cli.show import quiet_loading
 
     quiet_loading()
-    from siliang.chat import Chat
     from siliang.hardware import find_device
+    from siliang.use.chat import Chat
 
     opened = Chat(list(dict.fromkeys(runs)), find_device(), base=base, force=force)
     show_notes(opened.notes)

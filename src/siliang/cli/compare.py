@@ -219,7 +219,7 @@ class Display:
     def ended(self, trial: Trial, record: Record | None) -> None:
         """A trial is done, or will not be."""
         from siliang.cli.show import duration
-        from siliang.compare.verdict import QUALITY
+        from siliang.tasks import TASKS
         from siliang.types import TaskType
 
         started, name = self._begun.get(trial.folder, (time.perf_counter(), f"{trial.method}, seed {trial.seed}"))
@@ -228,7 +228,7 @@ class Display:
         if record is None:
             print(f"{name}  failed: {one_line(trial.error or '')}", flush=True)
             return
-        quality = QUALITY[TaskType(record.config["task"])].name
+        quality = TASKS[TaskType(record.config["task"])].quality.name
         took = duration(time.perf_counter() - started)
         print(f"{name}  {quality} {record.final[quality]:.4f}  {took}", flush=True)
 

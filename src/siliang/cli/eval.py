@@ -26,7 +26,7 @@ def evaluate(
     quiet_loading()
     from siliang.hardware import find_device
     from siliang.run_folder import open_run
-    from siliang.use import evaluate as measure
+    from siliang.use.evaluate import evaluate as measure
 
     opened = open_run(run, base=base, force=force, device=find_device())
     metrics = measure(opened, data)

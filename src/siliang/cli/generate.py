@@ -36,7 +36,7 @@ def generate(
     quiet_loading()
     from siliang.hardware import find_device
     from siliang.run_folder import open_run
-    from siliang.use import generate as write
+    from siliang.use.generate import generate as write
 
     place = next((name for name in reversed(base or []) if name), None)
     beside = "" in (base or [])

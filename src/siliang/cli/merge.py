@@ -42,10 +42,10 @@ def merge(
     quiet_loading()
     import torch
 
-    from siliang.models.load import AUTO_CLASSES
     from siliang.run_folder import check_empty, open_run
-    from siliang.use import merge as merge_run
-    from siliang.use import served_tokenizer
+    from siliang.tasks import TASKS
+    from siliang.use.merge import merge as merge_run
+    from siliang.use.merge import served_tokenizer
 
     check_empty(output)
     # a base model in few bits would round the sum again: merging is done in the base model's own
@@ -55,5 +55,5 @@ def merge(
     print(f"{'proved' if proof.holds else 'NOT PROVED, kept by --force'}: {proof}")
     if template := served_tokenizer(opened)[1]:
         print(f"chat template: {template}")
-    kind = AUTO_CLASSES[opened.config.task].__name__
+    kind = TASKS[opened.config.task].model.auto_class
     print(f"saved   {output}\nopen it with transformers.{kind}.from_pretrained({str(output)!r})")

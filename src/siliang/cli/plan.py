@@ -122,7 +122,7 @@ def plan(
     if "task" not in values:
         probe = RunConfig.build(values | {"task": "causal_lm"}, source=str(settings or "the flags"))
         base_config = model_config(probe)
-        values["task"] = task_of(values["model"], base_config).lower()
+        values["task"] = task_of(values["model"], base_config).title
     config = RunConfig.build(values, source=str(settings or "the flags"))
     if with_data and config.model in SHAPES and not Path(config.model).is_dir():
         raise ConfigError(
@@ -376,4 +376,4 @@ def _list_shapes() -> None:
     from siliang.plan.shapes import SHAPES
 
     for name, shape in SHAPES.items():
-        print(f"{name:<26}{shape.parameters:>16,}  {shape.task.lower()}")
+        print(f"{name:<26}{shape.parameters:>16,}  {shape.task.title}")

@@ -14,7 +14,8 @@ from siliang.terminal import one_line
 
 if TYPE_CHECKING:
     from siliang.run_folder import OpenedRun
-    from siliang.use import Answer, Asked, Prediction, TaggedWords
+    from siliang.tasks import Predicted, Task
+    from siliang.use.predict import Asked
 
 
 def predict(
@@ -42,15 +43,18 @@ def predict(
     quiet_loading()
     from siliang.hardware import find_device
     from siliang.run_folder import open_run
-    from siliang.types import ConfigError, DataError, TaskType
-    from siliang.use import check_predicts, predict_any
+    from siliang.tasks import TASKS
+    from siliang.types import ConfigError, DataError
+    from siliang.use.predict import check_predicts
+    from siliang.use.predict import predict as make
 
     opened = open_run(run, base=base, force=force, device=find_device())
     show_notes(opened.trained.notes if opened.trained else ())
     check_predicts(opened)
+    task = TASKS[opened.config.task]
     given = _given(opened, [as_text(text, "a text") for text in texts]) if texts else list(input_lines())
     if context is not None:
-        if opened.config.task is not TaskType.QUESTION_ANS:
+        if "context" not in task.asks:
             raise ConfigError("--context is for a run that answers questions, and this one does not.")
         given = [(text, context) if isinstance(text, str) and text.strip() else text for text in given]
     asked = [text for text in given if not isinstance(text, str) or text.strip()]
@@ -58,17 +62,17 @@ def predict(
         raise DataError(
             f"no text given: {command_line('predict', run, 'a text')}, or one text a line on standard input."
         )
-    found = predict_any(opened, asked)
+    found = make(opened, asked)
     for text in given:
         blank = isinstance(text, str) and not text.strip()
-        _show(None if blank else next(found), opened, as_json=json)
+        _show(None if blank else next(found), task, as_json=json)
 
 
 def _given(run: OpenedRun, arguments: list[str]) -> list[Asked]:
     """The texts, and those in files of data among them: what is named as such a file must be there."""
     from siliang.data.text_files import FILE_KINDS, kind_of
     from siliang.types import DataError
-    from siliang.use import read_texts
+    from siliang.use.predict import read_texts
 
     found: list[Asked] = []
     for argument in arguments:
@@ -82,36 +86,14 @@ def _given(run: OpenedRun, arguments: list[str]) -> list[Asked]:
     return found
 
 
-def _show(p: Prediction | TaggedWords | Answer | None, run: OpenedRun, *, as_json: bool) -> None:
-    from siliang.types import TaskType
-    from siliang.use import Answer, Prediction
-
-    if isinstance(p, Prediction):
-        pair = {} if p.pair is None else {"pair": p.pair}
-        values = {"text": p.text, **pair, "label": p.label, "probability": round(p.probability, 4)}
-        cells = [p.label, f"{p.probability:.2f}", p.text, *pair.values()]
-    elif isinstance(p, Answer):
-        values = {
-            "question": p.question,
-            "context": p.context,
-            "answer": p.text,
-            "start": p.begin,
-            "end": p.end,
-            "probability": round(p.probability, 4),
-        }
-        cells = [p.text if p.begin is not None else "(no answer)", f"{p.probability:.2f}", p.question]
-    elif p is not None:
-        spans = [{"text": s.text, "tag": s.tag, "words": list(s.words)} for s in p.spans]
-        values = {"text": p.text, "words": list(p.words), "tags": list(p.tags), "spans": spans}
-        cells = [", ".join(f"{s.text} {s.tag}" for s in p.spans), p.text]
-    else:
-        empty = (
-            {"question": "", "answer": None}
-            if run.config.task is TaskType.QUESTION_ANS
-            else {"text": "", "label": None}
-        )
-        values, cells = empty | {"probability": None}, [""]
+def _show(p: Predicted | None, task: Task, *, as_json: bool) -> None:
+    """One line; of an empty text an empty one."""
     if as_json:
-        print_json(values)
-    else:
-        print("\t".join(map(one_line, cells)))
+        print_json(dict(task.blank) if p is None else p.values())
+        return
+    cells = [""]
+    if p is not None:
+        sure = [] if p.probability is None else [f"{p.probability:.2f}"]
+        text, *more = p.asked
+        cells = [p.given, *sure, text, *more]
+    print("\t".join(map(one_line, cells)))

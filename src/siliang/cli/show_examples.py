@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from siliang.data.encode import IGNORED
 from siliang.secrets import secret_places
-from siliang.types import TaskType
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
     from siliang.check import Subject
+    from siliang.tasks import Shown
 
 MARK = "learned"  # of stretches, until they get their marks
 AROUND = 100  # tokens of a secret that is looked for on both sides of a place
 HEAD, TAIL = 300, 100  # tokens shown of a long row: its end is where the end of sequence is learned or is not
-
-# (on a terminal, in plain lines)
-LEGENDS: dict[TaskType, tuple[str, str]] = {
-    TaskType.CAUSAL_LM: ("green: learned, grey: not", "[[...]]: learned"),
-    TaskType.SEQ_2_SEQ_LM: ("grey: read, green: learned", "->: what is learned"),
-    TaskType.SEQ_CLS: ("grey: read, green: the class, which is learned", "->: the class, which is learned"),
-    TaskType.TOKEN_CLS: (
-        "green: token/tag, bold where the tag is not O; grey: not learned",
-        "token/tag; one without a tag is not learned",
-    ),
-    TaskType.QUESTION_ANS: (
-        "grey: read, green: the answer, whose place is learned",
-        "[[...]]: the answer, whose place is learned",
-    ),
-}
 
 
 def show_examples(console: Console, subject: Subject, n: int) -> None:
@@ -42,7 +27,7 @@ def show_examples(console: Console, subject: Subject, n: int) -> None:
     if not n:
         return
     colours = console.is_terminal
-    legend = LEGENDS[subject.task][0 if colours else 1]
+    legend = subject.task.legend[0 if colours else 1]
     console.print(f"Examples ({legend}{', reverse: special tokens' if colours else ''})", markup=False)
     pen = _Pen(subject.tokenizer, colours)
     windows = Counter(tokens.column("row").tolist())
@@ -52,30 +37,10 @@ def show_examples(console: Console, subject: Subject, n: int) -> None:
         seen[number] += 1
         more = f", window {seen[number]} of {windows[number]}" if windows[number] > 1 else ""
         console.print(f"{place}{more}:", markup=False)
-        line = _line(pen, subject, tokens[i])
+        line = pen.entry(subject.task.show(tokens[i], subject.examples.labels or []))
         line.rstrip()
         console.print(line)
         console.print()
-
-
-def _line(pen: _Pen, subject: Subject, row: dict[str, Any]) -> Text:
-    """One entry."""
-    ids = row["input_ids"]
-    match subject.task:
-        case TaskType.SEQ_CLS:
-            names = subject.examples.labels or []
-            return pen.tokens(ids, set()) + pen.target(names[row["labels"]])
-        case TaskType.TOKEN_CLS:
-            return pen.tagged(ids, row["labels"], subject.examples.labels or [])
-        case TaskType.QUESTION_ANS:
-            first, last = row["start_positions"], row["end_positions"]
-            if not last:  # both stand on the first token, as for SQuAD 2
-                return pen.tokens(ids, set()) + pen.target("no answer in here")
-            return pen.tokens(ids, set(range(first, last + 1)))
-        case TaskType.SEQ_2_SEQ_LM:
-            return pen.tokens(ids, set()) + pen.target() + pen.tokens(row["labels"], None)
-        case _:
-            return pen.tokens(ids, {i for i, label in enumerate(row["labels"]) if label != IGNORED})
 
 
 def _marked(text: Text) -> Text:
@@ -96,6 +61,14 @@ class _Pen:
     def __init__(self, tokenizer: Any, colours: bool) -> None:
         self.tokenizer, self.colours = tokenizer, colours
         self.special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+
+    def entry(self, shown: Shown) -> Text:
+        """One entry, and beneath it what is learned from all of it."""
+        ids = list(shown.ids)
+        text = self.tokens(ids, set(shown.learned)) if shown.tags is None else self.tagged(ids, shown.tags)
+        if isinstance(shown.target, str):
+            return text + self.target(shown.target)
+        return text if shown.target is None else text + self.target() + self.tokens(list(shown.target), None)
 
     def plain(self, text: str) -> Text:
         from rich.text import Text
@@ -157,11 +130,11 @@ class _Pen:
         whole = self.tokenizer.decode(ids[first : at + AROUND], clean_up_tokenization_spaces=False)
         return any(start < begins < end for start, end in secret_places(whole))
 
-    def tagged(self, ids: list[int], labels: list[int], names: list[str]) -> Text:
+    def tagged(self, ids: list[int], tags: Sequence[str | None]) -> Text:
         """Each token, with its tag where it has one."""
         hidden = self.hidden(ids)
         parts: list[Text] = []
-        for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        for i, (token, tag) in enumerate(zip(ids, tags, strict=True)):
             if i in hidden:
                 if i == hidden.start:
                     parts.append(self.plain(f"... {len(hidden):,} more tokens ..."))
@@ -169,9 +142,9 @@ class _Pen:
             text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
             if not text or "\ufffd" in text:  # a piece of a character
                 text = self.tokenizer.convert_ids_to_tokens(token)
-            if label == IGNORED:
+            if tag is None:
                 style = "bright_black" + (" reverse" if token in self.special else "")
             else:
-                text, style = f"{text}/{names[label]}", "bold green" if names[label] != "O" else "green"
+                text, style = f"{text}/{tag}", "bold green" if tag != "O" else "green"
             parts.append(self.plain("").append(text, style if self.colours else ""))
         return self.plain(" ").join(parts)

@@ -14,7 +14,7 @@ from siliang.memory.peak import PeakMemory
 from siliang.peft_model import PeftModel
 from siliang.run_folder import load_base
 from siliang.targets import invented_modules
-from siliang.types import WRITERS
+from siliang.tasks import TASKS
 
 
 class KeptBase:
@@ -65,7 +65,7 @@ class KeptBase:
             for p in base.parameters():
                 p.grad = None
             # weights initialised from the seed, which is not in the key
-            has_new_weights = config.task in WRITERS and bool(invented_modules(base))
+            has_new_weights = not TASKS[config.task].model.heads and bool(invented_modules(base))
             if bits(base) == self._bits and not has_new_weights:
                 self._model = base
 
@@ -87,7 +87,7 @@ def _sum(tensor: torch.Tensor) -> int:
 
 def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[Any, ...]:
     quantised = config.quantization.model_dump_json() if config.quantization else None
-    # their heads come with the weights; those of the other tasks are drawn by the seed of the run
-    seed = None if config.task in WRITERS else config.train.seed
+    # a new head is drawn by the seed of the run
+    seed = config.train.seed if TASKS[config.task].model.heads else None
     named = tuple(labels) if labels is not None else None
     return (config.model, config.revision, config.task, named, quantised, tuple(config.data.add_tokens), dtype, seed)

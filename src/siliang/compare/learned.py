@@ -9,9 +9,9 @@ from siliang.compare.verdict import learned_nothing
 from siliang.peft_model import PeftModel
 from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
+from siliang.tasks import TASKS
 from siliang.train.run import Run
-from siliang.types import TaskType
-from siliang.use import engine_of, sums_of
+from siliang.use.evaluate import engine_of, sums_of
 
 ROWS = 32  # held-out rows on which a model that writes is measured beside its base
 
@@ -27,15 +27,15 @@ def what_is_wrong(run: Run) -> Verdict | None:
         return None
     if not math.isfinite(final.get("eval_loss", 0.0)):
         return "no number"
-    match task:
-        case TaskType.SEQ_CLS:
+    match TASKS[task].judged_by:
+        case "answers":
             return learned_nothing(task, final, collect(run, [], 0), {})
-        case TaskType.CAUSAL_LM | TaskType.SEQ_2_SEQ_LM if isinstance(run.model, PeftModel):
+        case "base":
+            if not isinstance(run.model, PeftModel):
+                return None
             tuned, base = losses(run)
             return learned_nothing(task, {"eval_loss": tuned}, None, {"eval_loss": base})
-        case TaskType.CAUSAL_LM | TaskType.SEQ_2_SEQ_LM:
-            return None
-        case _:
+        case "figures":
             return learned_nothing(task, final, None, {})
 
 

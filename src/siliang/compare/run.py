@@ -23,7 +23,6 @@ from siliang.compare.trials import (
     search_trials,
     test_trials,
 )
-from siliang.compare.verdict import QUALITY
 from siliang.config import MethodConfig, RunConfig, differences
 from siliang.config.comparison import CompareConfig
 from siliang.files import remove_tree, sweep, write_text
@@ -31,8 +30,9 @@ from siliang.hardware import machine
 from siliang.paths import check_links
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, figures_of, plain
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes, what_changed
+from siliang.tasks import TASKS
 from siliang.terminal import pasted
-from siliang.types import WRITERS, ConfigError, InterruptedRunError, OutputError
+from siliang.types import ConfigError, InterruptedRunError, OutputError
 
 if TYPE_CHECKING:
     from siliang.compare.cluster import Cluster
@@ -113,7 +113,7 @@ class _Comparing:
             with _stopping(), pool as self.pool:
                 self._measure_steps()
                 self._search()
-                if self.task in WRITERS and not self.record.base:
+                if TASKS[self.task].writes and not self.record.base:
                     self._measure_base()
                 self._do(test_trials(self.config, self.record.chosen))
         except KeyboardInterrupt:
@@ -230,7 +230,7 @@ class _Comparing:
             self.record.chosen = {}
             return
         self._do(trials)
-        quality = QUALITY[self.task]
+        quality = TASKS[self.task].quality
         self.record.chosen = {}
         best: dict[str, float] = {}
         for trial in (t for t in self.record.trials if t.purpose == "search" and t.status == "completed"):

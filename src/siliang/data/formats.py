@@ -29,16 +29,14 @@ from siliang.data.examples import (
 )
 from siliang.data.json_stream import WrittenFloat
 from siliang.data.numbers import as_number
+from siliang.data.spec import DataSpec
 from siliang.data.text_files import INVISIBLE
 from siliang.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
-from siliang.types import DataError, TaskType, near
+from siliang.types import DataError, near
 
 Values = dict[str, Any]
 Result = Example | str  # an example, or what is wrong with the row
-
-CAUSAL, CLASSES, TAGS = TaskType.CAUSAL_LM, TaskType.SEQ_CLS, TaskType.TOKEN_CLS
-SEQ2SEQ, SPANS = TaskType.SEQ_2_SEQ_LM, TaskType.QUESTION_ANS
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Format:
 
     Attributes:
         needs: The required columns, by their names in `Columns`.
-        tasks: What can be trained on it.
         read: A row's values to an example, or to what is wrong with it.
         fixed: Required columns that the user cannot rename.
         optional: Columns that are read if the row has them, by their names in `Columns`.
@@ -56,7 +53,6 @@ class Format:
 
     name: str
     needs: tuple[str, ...]
-    tasks: tuple[TaskType, ...]
     read: Callable[[Values, Columns], Result]
     fixed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -98,22 +94,23 @@ NUMBERS_NAMED = ("score", "rating", "stars", "similarity", "similarity_score", "
 
 
 def find_format(
-    name: str, found: Collection[str], task: TaskType, columns: Columns, source: str
+    name: str, found: Collection[str], spec: DataSpec, columns: Columns, source: str
 ) -> tuple[Format, Columns]:
     """The layout of rows that have the columns `found`, and the columns' names with aliases put in.
 
     Args:
         found: The columns' names; as a mapping, with the cells of the first row.
+        spec: Of the task, which says what layouts it reads.
 
     Raises:
         DataError: None fits, or the one that was named does not.
     """
-    suited = [f for f in FORMATS.values() if task in f.tasks]
+    suited = [FORMATS[layout] for layout in spec.layouts]
     if name != "auto":
         wanted = FORMATS[name]
-        if task not in wanted.tasks:
+        if wanted not in suited:
             raise DataError(
-                f"data.format = {name!r} is not for {task.lower()}; allowed: {', '.join(f.name for f in suited)}."
+                f"data.format = {name!r} is not for {spec.name}; allowed: {', '.join(f.name for f in suited)}."
             )
         suited = [wanted]
     for layout in suited:
@@ -202,14 +199,14 @@ def _no_format(suited: list[Format], found: Collection[str], columns: Columns, s
     keys = {getattr(columns, n): n for n in best.needs} | dict.fromkeys(best.fixed, "")
     missing = [n for n in keys if n not in found]
     free = [c for c in found if c not in keys]
-    pair = _numbered_pair(free, found) if CLASSES in best.tasks else None
+    pair = _numbered_pair(free, found) if "label" in best.needs else None
     if pair is not None:
         missing = [columns.text, columns.text_pair, *([columns.label] if columns.label in missing else [])]
         best, keys = FORMATS["sentence-pair"], {getattr(columns, n): n for n in FORMATS["sentence-pair"].needs}
     other = _no_classes(free, found) if "label" in best.needs and columns.label in missing else ""
     said = f"{source} has no column {(columns.label if other else missing[0])!r}; it has {there}.{other}"
-    spans = [c for c in free if isinstance(found, Mapping) and _are_spans(found[c])] if TAGS in best.tasks else []
-    if spans:
+    spans = [c for c in free if isinstance(found, Mapping) and _are_spans(found[c])]
+    if spans and best.name == "tokens-tags":
         return (
             f"{said} {spans[0]!r} holds spans of a text: token_cls learns a tag for each word, so write tokens and "
             'tags, such as {"tokens": ["hello", "Bob"], "tags": ["O", "B-PER"]}.'
@@ -772,27 +769,11 @@ def _prepared(values: Values, c: Columns) -> Result:
     return Prepared(tuple(ids), tuple(labels))
 
 
-def as_source_target(made: Result) -> Result:
-    """A conversation of one round as a source and its target, for encoder-decoder models."""
-    if not isinstance(made, Conversation):
-        return made
-    talk = [m for m in made.messages if m.role != "system"]
-    if len(talk) != 2:
-        return f"has {len(talk)} turns; {TaskType.SEQ_2_SEQ_LM.lower()} learns from one question and its answer"
-    if len(talk) != len(made.messages):
-        return (
-            f"has a system message, for which {TaskType.SEQ_2_SEQ_LM.lower()} has no place: write it into the question"
-        )
-    if talk[1].calls or talk[1].reasoning:
-        return f"has a tool call or reasoning, for which {TaskType.SEQ_2_SEQ_LM.lower()} has no place"
-    return SourceTarget(talk[0].text, talk[1].content)
-
-
 def _asked(instruction: str, output: str) -> Format:
     name = "alpaca" if instruction == "instruction" else f"{instruction}-{output}"
     more = ("system",) if instruction == "input" else ("input", "system")
     read = _pair(instruction, output)
-    return Format(name, (instruction, output), (CAUSAL, SEQ2SEQ), read, optional=more, beside=("history", "tools"))
+    return Format(name, (instruction, output), read, optional=more, beside=("history", "tools"))
 
 
 BESIDE_TURNS = ("system", "tools")
@@ -800,12 +781,11 @@ PREPARED_TOO = ("labels", "attention_mask", "position_ids", *LEARNED_MASKS)
 FORMATS: dict[str, Format] = {
     layout.name: layout
     for layout in (
-        Format("prepared", (), (CAUSAL,), _prepared, fixed=("input_ids",), beside=PREPARED_TOO),
-        Format("messages", ("messages",), (CAUSAL,), lambda v, c: _messages(v, c, c.messages), optional=BESIDE_TURNS),
+        Format("prepared", (), _prepared, fixed=("input_ids",), beside=PREPARED_TOO),
+        Format("messages", ("messages",), lambda v, c: _messages(v, c, c.messages), optional=BESIDE_TURNS),
         Format(
             "sharegpt",
             (),
-            (CAUSAL,),
             lambda v, c: _messages(v, c, "conversations"),
             fixed=("conversations",),
             optional=BESIDE_TURNS,
@@ -813,11 +793,11 @@ FORMATS: dict[str, Format] = {
         _asked("instruction", "output"),
         _asked("prompt", "completion"),
         _asked("input", "output"),
-        Format("source-target", ("source", "target"), (SEQ2SEQ,), _source_target),
-        Format("sentence-pair", ("text", "text_pair", "label"), (CLASSES,), _sentence_pair),
-        Format("text-label", ("text", "label"), (CLASSES,), _labelled),
-        Format("tokens-tags", ("tokens", "tags"), (TAGS,), _tagged),
-        Format("squad", ("context", "question", "answers"), (SPANS,), _squad),
-        Format("text", ("text",), (CAUSAL,), _text),
+        Format("source-target", ("source", "target"), _source_target),
+        Format("sentence-pair", ("text", "text_pair", "label"), _sentence_pair),
+        Format("text-label", ("text", "label"), _labelled),
+        Format("tokens-tags", ("tokens", "tags"), _tagged),
+        Format("squad", ("context", "question", "answers"), _squad),
+        Format("text", ("text",), _text),
     )
 }

@@ -10,13 +10,14 @@ from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
 from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged, bad_rows_message
-from siliang.data.formats import Format, as_source_target, find_format, misplaced, second_text, unused_fields
+from siliang.data.formats import Format, find_format, misplaced, second_text, unused_fields
 from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
 from siliang.data.not_used import Aside
 from siliang.data.numbers import is_whole
 from siliang.data.sources import Opened, Reading, Row, open_source
+from siliang.data.spec import DataSpec
 from siliang.secrets import without_secrets
-from siliang.types import DataError, TaskType
+from siliang.types import DataError
 
 SINGLE = "all rows need one, or data.format=text-label, which does not read it"
 
@@ -57,7 +58,7 @@ class Examples:
         return f"{taken}; not used: {', '.join(map(repr, self.unused))}" if self.unused else taken
 
 
-def load_examples(data: DataConfig, task: TaskType, *, seed: int, keep_going: bool = False) -> Examples:
+def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bool = False) -> Examples:
     """Reads the data, and holds out the evaluation rows: those of `data.eval`, or the held-out part that a folder of
     several parts has itself, or a share of the training rows.
 
@@ -70,7 +71,7 @@ def load_examples(data: DataConfig, task: TaskType, *, seed: int, keep_going: bo
             bad and `skip_bad_rows` is off.
     """
     seed = seed if data.seed is None else data.seed
-    reader = _Reader(data, task)
+    reader = _Reader(data, spec)
     sizes: list[int] = []
     train = ExampleSet.build(_counted(data.train_sources, reader, sizes))
     stops = not data.skip_bad_rows and not keep_going
@@ -115,7 +116,7 @@ class Layout:
     columns: dict[str, str]
 
 
-def load_rows(data: DataConfig, task: TaskType, source: str, like: Layout | None = None) -> Examples:
+def load_rows(data: DataConfig, spec: DataSpec, source: str, like: Layout | None = None) -> Examples:
     """Rows to be evaluated on, as `eval` of the result: what a folder of several parts holds out, or all of them.
 
     Args:
@@ -125,7 +126,7 @@ def load_rows(data: DataConfig, task: TaskType, source: str, like: Layout | None
     Raises:
         DataError: As `load_examples` does.
     """
-    reader = _Reader(data, task, like)
+    reader = _Reader(data, spec, like)
     rows = reader.evaluated([Source(path=source)])
     if reader.bad and not data.skip_bad_rows:
         raise DataError(bad_rows_message(reader.skipped))
@@ -159,9 +160,9 @@ def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) 
 class _Reader:
     """Rows to examples, for one run: the layout is found on the first good row, the labels after the training rows."""
 
-    def __init__(self, data: DataConfig, task: TaskType, like: Layout | None = None) -> None:
-        self.data, self.task, self.like = data, task, like
-        self.reading = Reading(data.header, data.encoding, data.separator, task is TaskType.TOKEN_CLS)
+    def __init__(self, data: DataConfig, spec: DataSpec, like: Layout | None = None) -> None:
+        self.data, self.spec, self.like = data, spec, like
+        self.reading = Reading(data.header, data.encoding, data.separator, tagged="tokens-tags" in spec.layouts)
         self.bad: list[tuple[str, str]] = []  # place, reason
         self.labels: list[str] | None = data.labels
         self.layout: Format | None = None
@@ -200,7 +201,7 @@ class _Reader:
                 continue
             make = make or self._maker(row, source)
             self._seen.update(dict.fromkeys(row.values))
-            self._fields |= unused_fields(row.values, self.columns) if self.task is TaskType.CAUSAL_LM else set()
+            self._fields |= unused_fields(row.values, self.columns) if "messages" in self.spec.layouts else set()
             self._aside.look(row.values, self._taken())
             made = make(row)
             if isinstance(made, str):
@@ -292,7 +293,7 @@ class _Reader:
         layout, columns = self._layout(row, source)
         if self.layout is None:
             self.layout, self.columns = layout, columns
-        elif layout is not self.layout and self.task is TaskType.SEQ_CLS:
+        elif layout is not self.layout and self.spec.one_layout:
             raise DataError(f"{source.path} is laid out as {layout.name}, the data before it as {self.layout.name}.")
         fixed = self._labels_are_numbers()
         # chosen by the first row, which has no second text
@@ -303,8 +304,8 @@ class _Reader:
             if pair is not None and row.values[pair] not in (None, ""):
                 return f"has a second text in {pair!r}, and the first row has none: {SINGLE}"
             made = layout.example(row.values, columns)
-            if self.task is TaskType.SEQ_2_SEQ_LM:
-                made = as_source_target(made)
+            if self.spec.adapt is not None and not isinstance(made, str):
+                made = self.spec.adapt(made)
             if self.data.skip_bad_rows and isinstance(made, Span):  # otherwise SL018 names them all
                 made = misplaced(made) or made
             return made if isinstance(made, str) or self.labels is None else _known(made, self.labels, fixed)
@@ -315,14 +316,14 @@ class _Reader:
         """The layout of a source's rows, and its columns: those of the run that is evaluated, where they are there."""
         columns, like = self.data.columns, self.like
         if like is None:
-            return find_format(self.data.format, row.values, self.task, columns, source.path)
+            return find_format(self.data.format, row.values, self.spec, columns, source.path)
         own = columns.model_copy(update={k: v for k, v in like.columns.items() if k in Columns.model_fields})
         try:
-            return find_format(like.layout, row.values, self.task, own, source.path)
+            return find_format(like.layout, row.values, self.spec, own, source.path)
         except DataError:
             pass
         try:
-            return find_format(like.layout, row.values, self.task, columns, source.path)
+            return find_format(like.layout, row.values, self.spec, columns, source.path)
         except DataError:
             missing = next((name for name in like.columns.values() if name not in row.values), "")
             there = ", ".join(map(repr, row.values))
@@ -336,7 +337,8 @@ class _Reader:
 
     def fix_labels(self, train: ExampleSet, least: int = 2) -> None:
         """The classes that the training rows have, where nobody said them."""
-        if self.task not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        part = self.spec.named
+        if part is None:
             self.labels = None
             return
         if self.labels is not None or not len(train):
@@ -344,7 +346,6 @@ class _Reader:
         found: set[str] = set()
         for example in train:
             found.update(example.tags if isinstance(example, Tagged) else [example.label])  # type: ignore[union-attr]
-        part = "tags" if self.task is TaskType.TOKEN_CLS else "label"
         column = f"{self.data.train_sources[0].path}: column {getattr(self.columns, part)!r}"
         if problem := no_classes(found, len(train)) if part == "label" else None:
             raise DataError(f"{column} {problem}")
@@ -356,7 +357,7 @@ class _Reader:
 
     def classes(self, train: ExampleSet) -> list[int] | None:
         """The class of each row, for a stratified split."""
-        if self.task is not TaskType.SEQ_CLS or self.labels is None:
+        if self.spec.named != "label" or self.labels is None:
             return None
         numbers = {name: i for i, name in enumerate(self.labels)}
         return [numbers[e.label] for e in train if isinstance(e, Labelled)]

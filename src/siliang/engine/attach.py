@@ -11,6 +11,7 @@ from siliang.data.vocabulary import embedding_modules
 from siliang.hardware import Choice
 from siliang.methods import Method
 from siliang.peft_model import PeftModel, count_parameters, get_peft_model
+from siliang.tasks import TASKS
 
 
 def attach(
@@ -32,7 +33,7 @@ def attach(
         if config.data.add_tokens:  # new tokens are learned only where their embeddings are
             named = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]
             arguments["modules_to_save"] = list(dict.fromkeys(named))
-        model = get_peft_model(model, method.config(task_type=config.task, **arguments))
+        model = get_peft_model(model, method.config(task_type=TASKS[config.task].adapter_type, **arguments))
     if precision.pure:
         for p in model.parameters():
             p.data = p.data.to(precision.dtype) if p.requires_grad else p.data

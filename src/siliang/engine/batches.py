@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
 from siliang.data.tokens import TokenSet
-from siliang.types import WRITERS, TaskType
+from siliang.tasks import Task
 
 PADDED_SPLIT_TOKENS = 512  # a batch that cannot be packed is not split below: overhead would eat the gain
 PADDED_SPLIT_WASTE = 0.8  # and is split where the next row is shorter than this share of its longest
@@ -28,68 +28,6 @@ CPU_TOKEN_BYTES = 8192  # most tokens of a batch on a CPU, times the bytes of a 
 def in_steps(rows: Sequence[int], step: int) -> list[Sequence[int]]:
     """An epoch's rows as those of each step; the last may have fewer."""
     return [rows[start : start + step] for start in range(0, len(rows), step)]
-
-
-@dataclass
-class Batch:
-    """Rows that go through the model at once.
-
-    Attributes:
-        inputs: What the model takes, padded on the right.
-        lengths: Tokens of each row.
-        weight: What the loss is divided by: labelled tokens, or rows.
-        keys: What tells each row from others, by its content.
-        targets: For a model that writes, each labelled token's number, and the row and column of the state that
-            predicts it, (3, N).
-        entries: The rows' numbers in their data set, where these were given; empty for a dummy batch.
-    """
-
-    inputs: dict[str, Tensor]
-    lengths: tuple[int, ...]
-    weight: int
-    keys: tuple[bytes, ...]
-    targets: Tensor | None = None
-    entries: tuple[int, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are not padding."""
-        return sum(self.lengths)
-
-    @property
-    def width(self) -> int:
-        """Columns of the padded batch."""
-        return self.inputs["input_ids"].shape[1]
-
-    def to(self, device: torch.device) -> Batch:
-        """The same, there."""
-        if device.type == "cpu":
-            return self
-        inputs = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
-        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
-        return replace(self, inputs=inputs, targets=targets)
-
-    def dummy(self) -> Batch:
-        """The same rows with zero weight. A rank without rows runs this batch so that collectives match."""
-        return replace(self, weight=0, targets=None if self.targets is None else self.targets[:, :0], entries=())
-
-    def halves(self) -> list[Batch]:
-        """The same rows in two batches; of a single row, the batch itself."""
-        n = len(self.lengths)
-        return [self._part(0, n // 2), self._part(n // 2, n)] if n > 1 else [self]
-
-    def _part(self, start: int, stop: int) -> Batch:
-        inputs = {name: t[start:stop] for name, t in self.inputs.items()}
-        lengths, keys, targets = self.lengths[start:stop], self.keys[start:stop], self.targets
-        entries = self.entries[start:stop]
-        if targets is not None:
-            targets = targets[:, (targets[1] >= start) & (targets[1] < stop)].clone()
-            targets[1] -= start
-            return Batch(inputs, lengths, targets.shape[1], keys, targets, entries)
-        labels = inputs.get("labels")
-        by_token = labels is not None and labels.dim() > 1
-        weight = int((labels != IGNORED).sum()) if by_token else stop - start
-        return Batch(inputs, lengths, weight, keys, entries=entries)
 
 
 def most_tokens(asked: int | None, device_type: str, dtype: torch.dtype) -> int | None:
@@ -117,7 +55,7 @@ class StepCollator:
     """
 
     pad: PadCollator
-    task: TaskType
+    task: Task
     rows_at_once: int
     tokens_at_once: int | None = None
     packed: bool = True
@@ -177,16 +115,15 @@ class StepCollator:
         keys = tuple(_key(row) for row in rows)
         inputs = self.pad(rows)
         lengths = tuple(len(row["input_ids"]) for row in rows)
-        labels = inputs.get("labels")
-        if self.task in WRITERS:
-            assert labels is not None
-            if self.task is TaskType.CAUSAL_LM:
-                labels = inputs.pop("labels")[:, 1:]  # the state of column j predicts token j + 1
+        if self.task.writes:
+            # the state of column j predicts token j + 1 where the labels are the row's own tokens
+            labels = inputs.pop("labels")[:, 1:] if self.task.data.next_token else inputs["labels"]
             where = (labels != IGNORED).nonzero().T
             targets = torch.stack((labels[tuple(where)], *where))
             return Batch(inputs, lengths, targets.shape[1], keys, targets, entries)
-        by_token = labels is not None and labels.dim() > 1
-        return Batch(inputs, lengths, int((labels != IGNORED).sum()) if by_token else len(rows), keys, entries=entries)
+        by_token = self.task.data.label_per_token
+        weight = int((inputs["labels"] != IGNORED).sum()) if by_token else len(rows)
+        return Batch(inputs, lengths, weight, keys, entries=entries, by_token=by_token)
 
 
 def _key(row: dict[str, Any]) -> bytes:

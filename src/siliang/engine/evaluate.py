@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from siliang.data.batch import Batch
+from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import Batch, StepCollator, in_steps
+from siliang.engine.batches import StepCollator, in_steps
 from siliang.engine.step import Engine
-
-# What a model says of each row of a batch, from its output: small, and on the CPU.
-Reader = Callable[[Any, Batch, TokenSet], Sequence[Any]]
+from siliang.tasks import Reader, Task
+from siliang.types import DataError
 
 
 @dataclass
@@ -96,3 +97,19 @@ def evaluate(
     sums.loss = math.fsum(torch.stack(losses).tolist()) if losses else 0.0
     sums.found = dict(sorted(sums.found.items()))
     return sums
+
+
+def figures_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
+    """The mean loss, and the task's own figures.
+
+    Raises:
+        DataError: Nothing in the rows has a label.
+    """
+    if not sums.weight:
+        raise DataError(
+            f"nothing can be measured: of {len(rows.tokens):,} rows not one token has a label.\n"
+            "The rows need an answer, a target or tags within data.max_length tokens; `siliang check` shows their "
+            "labels."
+        )
+    found = {"loss": sums.mean}
+    return found | task.measure(sums.found, rows) if task.measure else found

@@ -14,10 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from siliang.config import RunConfig
 from siliang.engine.batches import in_steps
-from siliang.types import TaskType
-
-# their loss is a mean over rows; where it is one over tokens, those in a step of short rows would weigh more
-EACH_ROW_COUNTS_ONCE = (TaskType.SEQ_CLS, TaskType.QUESTION_ANS)
+from siliang.tasks import TASKS
 
 
 class Order(Sampler[int]):
@@ -43,7 +40,8 @@ class Order(Sampler[int]):
     def of(cls, config: RunConfig, lengths: Sequence[int]) -> Order:
         """As the config asks for it."""
         t = config.train
-        by_length = config.task in EACH_ROW_COUNTS_ONCE if t.group_by_length is None else t.group_by_length
+        # where the loss is a mean over tokens, those in a step of short rows would weigh more
+        by_length = TASKS[config.task].counts_rows if t.group_by_length is None else t.group_by_length
         return cls(lengths, step=t.batch_size * t.gradient_accumulation, seed=t.seed, by_length=by_length)
 
     def set_epoch(self, epoch: int) -> None:

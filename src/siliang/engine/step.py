@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siliang.data.encode import IGNORED
-from siliang.engine.batches import Batch
+from siliang.data.batch import Batch
 from siliang.engine.frozen import FrozenCache, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
 from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
@@ -21,9 +20,7 @@ from siliang.models.introspect import is_encoder_decoder
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_model import PeftModel
-from siliang.types import WRITERS, TaskType
-
-LABELS = ("labels", "start_positions", "end_positions")
+from siliang.tasks import Task
 
 
 class Engine:
@@ -38,7 +35,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        task: TaskType,
+        task: Task,
         *,
         packing: bool = True,
         memory_budget: int | Literal["auto"] | None = None,
@@ -80,8 +77,8 @@ class Engine:
                 self.notes.append(f"the frozen layers are computed in every epoch: {frozen.why_not}")
         self._fused = FusedModules(self._base)
         self.recompute = Recompute(model, memory_budget, always=checkpointing, memory_share=memory_share)
-        has_head = task in WRITERS and self._base.get_output_embeddings() is not None
-        if task is TaskType.SEQ_2_SEQ_LM:  # else its forward needs the labels, and so all logits
+        has_head = task.writes and self._base.get_output_embeddings() is not None
+        if task.has_encoder:  # else its forward needs the labels, and so all logits
             has_head = has_head and hasattr(self._base, "prepare_decoder_input_ids_from_labels")
         self._head = HeadLoss(self._base) if has_head else None
         if self._head and (reason := all_logits or (self._head.differs(model, vocabulary) if comparing else None)):
@@ -162,7 +159,7 @@ class Engine:
         ):
             if batch.targets is None:
                 output = model(**inputs)
-                yield summed_loss(output, batch), output
+                yield self._loss_of(output, batch), output
             elif head is None:
                 logits = model(**inputs, use_cache=False).logits
                 rows = logits.flatten(0, 1).index_select(0, self._rows(logits, batch, None))
@@ -175,8 +172,8 @@ class Engine:
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the model is called with: no labels, so that it forms no loss of its own."""
-        inputs = {name: x for name, x in batch.inputs.items() if name not in LABELS}
-        if self.task is TaskType.SEQ_2_SEQ_LM:
+        inputs = {name: x for name, x in batch.inputs.items() if name not in self.task.data.targets}
+        if self.task.has_encoder:
             labels = batch.inputs["labels"]
             # a model without this method (M2M100) shifts the labels in its own forward alone
             shift = getattr(self._base, "prepare_decoder_input_ids_from_labels", None)
@@ -190,10 +187,16 @@ class Engine:
             self.padding = None
         self.recompute.close()
 
+    def _loss_of(self, output: Any, batch: Batch) -> Tensor:
+        """The task's own loss, in fp32 and summed over what `batch.weight` counts."""
+        assert self.task.loss is not None
+        loss = self.task.loss(output, batch)
+        return loss if batch.weight else loss * 0.0  # a dummy batch counts nothing
+
     def _rows(self, states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
         """Where the state that predicts each target stands in the flattened states, packed or not."""
         assert batch.targets is not None
-        if self.task is TaskType.SEQ_2_SEQ_LM:  # the decoder's states, in front of which no virtual tokens stand
+        if self.task.has_encoder:  # the decoder's states, in front of which no virtual tokens stand
             return batch.targets[1] * states.shape[1] + batch.targets[2]
         if layout is not None:
             virtual, starts = layout.width - batch.width, layout.starts
@@ -202,32 +205,6 @@ class Engine:
             starts = tuple(range(0, len(batch.lengths) * states.shape[1], states.shape[1]))
         first = torch.tensor(starts).to(states.device, non_blocking=True)
         return first[batch.targets[1]] + virtual + batch.targets[2]
-
-
-def summed_loss(output: Any, batch: Batch) -> Tensor:
-    """Cross-entropy, in fp32 and summed over what `batch.weight` counts.
-
-    A model's own loss is a mean in the format of its logits: rounded in bf16, and not a number where nothing in the
-    batch has a label.
-
-    Args:
-        output: With the logits of classes (S, C) or of each token's tags (S, W, C), or with those of an answer's first
-            and last token, each (S, W).
-    """
-    if "start_positions" in batch.inputs:
-        # an answer is no padding: with it among the choices the loss would depend on the longest row of the batch
-        padding = torch.arange(batch.width)[None] >= torch.tensor(batch.lengths)[:, None]
-        padding = padding.to(output.start_logits.device)
-        ends = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
-        losses = [
-            F.cross_entropy(logits.float().masked_fill(padding, -torch.inf), batch.inputs[name], reduction="sum")
-            for logits, name in ends
-        ]
-        loss = torch.stack(losses).mean()
-    else:
-        logits, labels = output.logits.float(), batch.inputs["labels"]
-        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return loss if batch.weight else loss * 0.0  # a dummy batch counts nothing
 
 
 def _has_prompts(model: nn.Module) -> bool:

@@ -12,13 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaTokenizer,
@@ -31,7 +27,7 @@ from siliang.config import QuantizationConfig
 from siliang.environment import bound_kernel_caches
 from siliang.hardware import choose_precision
 from siliang.hub import cached_file, find_file, hub_is_off, only_cached
-from siliang.inject import OTHER_HEADS, TASK_HEADS
+from siliang.inject import OTHER_HEADS
 from siliang.limits import SECONDS, in_time
 from siliang.models.extra import CHATGLM, make_known
 from siliang.models.folder import (
@@ -46,12 +42,13 @@ from siliang.models.folder import (
 from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokenizer_code
 from siliang.models.quantized import check_quantized, keep_as_stored
 from siliang.models.sizes import check_counts, check_files, may_be_too_large
+from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links, near_names
 from siliang.secrets import short_repr
 from siliang.targets import embedding_weights, invented_modules, may_be_invented
-from siliang.types import ModelError, TaskType, first_line
+from siliang.types import ModelError, first_line
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
@@ -68,13 +65,6 @@ TOKENIZER_FILES = (
 NEEDED = ("attention and kernels chosen by siliang alone", "adapters beside a model left aside")  # capabilities
 # what transformers raises where a config does not go together
 MISFITS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
-AUTO_CLASSES = {
-    TaskType.CAUSAL_LM: AutoModelForCausalLM,
-    TaskType.SEQ_CLS: AutoModelForSequenceClassification,
-    TaskType.TOKEN_CLS: AutoModelForTokenClassification,
-    TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
-    TaskType.QUESTION_ANS: AutoModelForQuestionAnswering,
-}
 
 
 def load_config(name: str, *, revision: str | None = None) -> Any:
@@ -127,16 +117,21 @@ def _read_config(name: str, revision: str | None) -> tuple[Any, OwnCode | None]:
     return config, code
 
 
-def model_from_config(config: Any, task: TaskType, **settings: Any) -> Any:
+def model_from_config(config: Any, spec: ModelSpec, **settings: Any) -> Any:
     """A model of a config of `load_config`, with weights at random.
 
     Raises:
         ValueError: There is no model of this kind for the task.
     """
-    auto = AUTO_CLASSES[task]
+    auto = _auto_class(spec)
     if (code := code_of(config)) is not None:
         return code.find_class(auto.__name__)._from_config(config, **settings)
     return auto.from_config(config, trust_remote_code=False, **settings)
+
+
+def _auto_class(spec: ModelSpec) -> Any:
+    """The class of transformers that loads a model for the task."""
+    return getattr(transformers, spec.auto_class)
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -149,7 +144,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 def load_model(
     name: str,
-    task: TaskType,
+    spec: ModelSpec,
     *,
     dtype: torch.dtype,
     labels: list[str] | None = None,
@@ -162,10 +157,11 @@ def load_model(
     """A base model in eval mode, with its weights on the CPU, or, quantised, on `device`.
 
     Args:
+        spec: What the task asks of it.
         dtype: Of the weights, or of those that are not quantised.
         quantization: The linear layers in few bits; the task's head and the output layer stay as they are.
         shardable: Bytes of 4 bits lie in tensors of `SHARDABLE_STORAGE`.
-        labels: The classes of a SEQ_CLS or TOKEN_CLS model, whose head is new unless the weights bring one so large.
+        labels: The classes or tags of the model, whose head is new unless the weights bring one so large.
         seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
             without one. A method trains and saves them.
 
@@ -185,20 +181,20 @@ def load_model(
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
-    elif task is TaskType.QUESTION_ANS:
-        config.num_labels = 2  # where an answer begins and where it ends
+    elif spec.outputs is not None:
+        config.num_labels = spec.outputs
     if (folder := Path(name)).is_dir() and may_be_too_large(config, folder):
-        invented_weights(name, task, config, revision=revision)  # raises where a shape differs, before memory is taken
+        invented_weights(name, spec, config, revision=revision)  # raises where a shape differs, before memory is taken
     with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):
         torch.manual_seed(seed)
-        quantised = _quantised(quantization, task, device or torch.device("cpu"), shardable)
-        model = _from_pretrained(name, task, config, dtype=dtype, revision=revision, **quantised)
+        quantised = _quantised(quantization, spec, device or torch.device("cpu"), shardable)
+        model = _from_pretrained(name, spec, config, dtype=dtype, revision=revision, **quantised)
     check_quantized(model, name)
     keep_as_stored(model)
     return model.eval()
 
 
-def invented_weights(name: str, task: TaskType, config: Any, *, revision: str | None = None) -> list[str]:
+def invented_weights(name: str, spec: ModelSpec, config: Any, *, revision: str | None = None) -> list[str]:
     """The modules that `load_model` will have to make up, found without reading a weight.
 
     Args:
@@ -211,7 +207,7 @@ def invented_weights(name: str, task: TaskType, config: Any, *, revision: str | 
     hf_logging.set_verbosity_error()  # its report of what is missing comes with the real loading
     hf_logging.disable_progress_bar()
     try:
-        model = _from_pretrained(name, task, config, dtype=torch.float32, revision=revision, device_map={"": "meta"})
+        model = _from_pretrained(name, spec, config, dtype=torch.float32, revision=revision, device_map={"": "meta"})
     finally:
         hf_logging.set_verbosity(verbosity)
         if bar:
@@ -219,8 +215,8 @@ def invented_weights(name: str, task: TaskType, config: Any, *, revision: str | 
     return invented_modules(model)
 
 
-def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | None, **settings: Any) -> Any:
-    auto: Any = AUTO_CLASSES[task]
+def _from_pretrained(name: str, spec: ModelSpec, config: Any, *, revision: str | None, **settings: Any) -> Any:
+    auto: Any = _auto_class(spec)
     # transformers would put an adapter that lies beside the weights on the model: it looks where there is none
     cached = only_cached(name)
     elsewhere = {"subfolder": NO_ADAPTER, "local_files_only": cached}
@@ -253,20 +249,20 @@ def _from_pretrained(name: str, task: TaskType, config: Any, *, revision: str | 
     return model
 
 
-def kept_whole(task: TaskType) -> list[str]:
+def kept_whole(spec: ModelSpec) -> list[str]:
     """The modules that are never quantised, as bitsandbytes takes them."""
-    return [*TASK_HEADS.get(task, ()), *OTHER_HEADS, *BEFORE_HEADS, *OUTPUT_LAYERS]
+    return [*spec.heads, *OTHER_HEADS, *BEFORE_HEADS, *OUTPUT_LAYERS]
 
 
 def _quantised(
-    wanted: QuantizationConfig | None, task: TaskType, device: torch.device, shardable: bool
+    wanted: QuantizationConfig | None, spec: ModelSpec, device: torch.device, shardable: bool
 ) -> dict[str, Any]:
     """What from_pretrained needs to load in few bits."""
     if wanted is None:
         return {}
     if find_spec("bitsandbytes") is None:
         raise ModelError("quantization needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'.")
-    kept = kept_whole(task)
+    kept = kept_whole(spec)
     settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_skip_modules": kept}
     if wanted.bits == 4:
         settings = {

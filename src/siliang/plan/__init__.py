@@ -28,7 +28,8 @@ from siliang.plan.rows import StepRows, heaviest, synthetic_rows
 from siliang.plan.shapes import SHAPES
 from siliang.plan.steps import Measured, Phase
 from siliang.records import Change, Fit, MethodPlan, PlanRecord
-from siliang.types import ConfigError, SiliangError, TaskType, first_line
+from siliang.tasks import TASKS
+from siliang.types import ConfigError, SiliangError, first_line
 
 PHASES: tuple[Phase, ...] = ("train", "evaluate", "generate", "merge")
 
@@ -70,9 +71,10 @@ def plan(
         )
     subject = subject or look_at(config, machine())
     base_config = base_config or model_config(config)
+    task = TASKS[config.task]
     labels = subject.examples.labels if with_data else None
-    if config.task is TaskType.QUESTION_ANS or labels is not None:
-        base_config.num_labels = len(labels) if labels is not None else 2
+    if (outputs := task.model.columns(labels)) is not None:
+        base_config.num_labels = outputs
     names = list(methods) or [config.method.name]
     ranks = mesh.size() if mesh is not None else 1
     configs = [config]
@@ -91,7 +93,7 @@ def plan(
     )
     # every method's batches are those of the first, which is packed if any is
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
-    collator = StepCollator(PadCollator(0), config.task, config.train.batch_size, most)
+    collator = StepCollator(PadCollator(0), task, config.train.batch_size, most)
     step = heaviest(config, subject.train, collator, ranks) if with_data else synthetic_rows(config, ranks)
     step.windows = with_data and subject.examples.layout == "text" and config.data.long_text == "window"
     work = partial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from siliang.capabilities import why_missing
 from siliang.config import QuantizationConfig
-from siliang.engine.batches import Batch
+from siliang.data.batch import Batch
 from siliang.models.load import MISFITS, SHARDABLE_STORAGE, kept_whole, model_from_config
 from siliang.models.quantized import empty_quantized
-from siliang.types import ConfigError, ModelError, TaskType, first_line
+from siliang.models.spec import ModelSpec
+from siliang.types import ConfigError, ModelError, first_line
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def fake_mode() -> Iterator[FakeTensorMode]:
 
 def make_fake_base(
     config: Any,
-    task: TaskType,
+    spec: ModelSpec,
     *,
     dtype: torch.dtype,
     quantization: QuantizationConfig | None = None,
@@ -51,6 +53,7 @@ def make_fake_base(
     """A base model of this config, in eval mode; called within `fake_mode`.
 
     Args:
+        spec: What the task asks of it.
         dtype: Of the weights, or of those that are not quantized.
         shardable: As for `load_model`.
         compute_dtype: What a quantized weight becomes to be multiplied.
@@ -61,14 +64,14 @@ def make_fake_base(
     """
     chosen = {"attn_implementation": attention} if attention else {}
     try:
-        model = model_from_config(config, task, dtype=dtype, **chosen)
+        model = model_from_config(config, spec, dtype=dtype, **chosen)
     except MISFITS as error:
         why = first_line(error, kind=True)
-        raise ModelError(f"a {config.model_type} cannot be made for {task.lower()} from its config: {why}") from None
+        raise ModelError(f"a {config.model_type} cannot be made for {spec.task} from its config: {why}") from None
     model.tie_weights()  # which transformers does with the initialising that is left out
     _keep_wide(model, dtype)
     if quantization is not None:
-        kept = [*kept_whole(task), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
+        kept = [*kept_whole(spec), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
         _quantize(model, quantization, kept, compute_dtype, SHARDABLE_STORAGE if shardable else torch.uint8)
     return model.eval()
 
@@ -77,7 +80,7 @@ def to_fake(mode: FakeTensorMode, batch: Batch) -> Batch:
     """The same batch of fake tensors."""
     inputs: dict[str, Tensor] = {name: mode.from_tensor(x) for name, x in batch.inputs.items()}
     targets = None if batch.targets is None else mode.from_tensor(batch.targets)
-    return Batch(inputs, batch.lengths, batch.weight, batch.keys, targets)
+    return replace(batch, inputs=inputs, targets=targets)
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
+from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import shard
 from siliang.engine.attach import attach
-from siliang.engine.batches import Batch, StepCollator, most_tokens
+from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.methods import find_method
@@ -28,6 +29,7 @@ from siliang.plan.rows import cut, synthetic_row
 from siliang.plan.steps import Measured, Phase, baseline_step, measure
 from siliang.run_folder import weight_dtype
 from siliang.targets import mark_invented
+from siliang.tasks import TASKS
 from siliang.types import ConfigError, DataError
 
 
@@ -92,7 +94,7 @@ class FakeRun:
             dtype = weight_dtype(found, device.precision)
             base = make_fake_base(
                 base_config,
-                config.task,
+                TASKS[config.task].model,
                 dtype=dtype,
                 quantization=quantization,
                 shardable=config.distributed.strategy == "fsdp",
@@ -116,7 +118,7 @@ class FakeRun:
                 shard(self.model, mesh, torch.device("cpu"), trained_too=not isinstance(self.model, PeftModel))
             self.engine = Engine(
                 self.model,
-                config.task,
+                TASKS[config.task],
                 packing=config.train.packing and baseline is None,
                 memory_budget=None,
                 comparing=False,
@@ -233,7 +235,7 @@ def collator_of(
     t, pad = config.train, getattr(model.config, "pad_token_id", None)
     return StepCollator(
         PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0),
-        config.task,
+        TASKS[config.task],
         batch_size or t.batch_size,
         tokens_at_once,
         packed=packed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from siliang.config import QuantizationConfig, RunConfig
-from siliang.engine.batches import Batch
+from siliang.data.batch import Batch
 from siliang.memory.track import Peak
 from siliang.plan.fake_run import FakeRun
 from siliang.plan.rows import StepRows, cut

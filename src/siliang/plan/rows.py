@@ -13,7 +13,7 @@ from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator, in_steps
 from siliang.engine.order import Order, shares
-from siliang.types import TaskType
+from siliang.tasks import TASKS
 
 MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind them is of the same rows
 
@@ -88,18 +88,7 @@ def synthetic_rows(config: RunConfig, ranks: int = 1) -> StepRows:
 
 def synthetic_row(config: RunConfig, length: int) -> dict[str, Any]:
     """A row of so many tokens, every one of them learned."""
-    row: dict[str, Any] = {"input_ids": [1] * length}
-    match config.task:
-        case TaskType.SEQ_CLS:
-            return row | {"labels": 0}
-        case TaskType.QUESTION_ANS:
-            return row | {"start_positions": 1, "end_positions": 2}
-        case TaskType.TOKEN_CLS:
-            return row | {"labels": [0] * length}
-        case TaskType.SEQ_2_SEQ_LM:
-            return row | {"labels": [1] * min(config.data.max_target_length, length)}
-        case _:
-            return row | {"labels": [1] * length}
+    return TASKS[config.task].synthetic_row(length, config.data.max_target_length)
 
 
 def cut(row: dict[str, Any], length: int) -> dict[str, Any]:

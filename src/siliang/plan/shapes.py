@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from siliang.models.extra import CHATGLM
-from siliang.types import TaskType
+from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class Shape:
     Attributes:
         kind: transformers' model_type.
         parameters: Of the model as its authors released it.
+        task: What it is mostly trained for.
     """
 
     kind: str
     parameters: int
     settings: dict[str, Any]
-    task: TaskType = TaskType.CAUSAL_LM
+    task: Task = CAUSAL_LM
 
     def config(self) -> Any:
         """A new config of this shape."""
@@ -61,7 +62,7 @@ def _bloom(hidden: int, layers: int, heads: int, vocabulary: int = 250880) -> di
 
 _LLAMA3: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 _TIED: dict[str, Any] = {"tie_word_embeddings": True}
-_ENCODER = TaskType.SEQ_CLS
+_ENCODER = SEQ_CLS
 
 SHAPES: dict[str, Shape] = {
     # the tutorials' own
@@ -100,12 +101,12 @@ SHAPES: dict[str, Shape] = {
         {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
         _ENCODER,
     ),
-    "t5-small": Shape("t5", 60_506_624, {"decoder_start_token_id": 0}, TaskType.SEQ_2_SEQ_LM),
+    "t5-small": Shape("t5", 60_506_624, {"decoder_start_token_id": 0}, SEQ_2_SEQ_LM),
     "t5-base": Shape(
         "t5",
         222_903_552,
         {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "decoder_start_token_id": 0},
-        TaskType.SEQ_2_SEQ_LM,
+        SEQ_2_SEQ_LM,
     ),
 }
 
@@ -115,12 +116,12 @@ def shape_name(name: str) -> str:
     return next((known for known in SHAPES if known.lower() == name.lower() and not Path(name).is_dir()), name)
 
 
-def task_of(name: str, config: Any) -> TaskType:
+def task_of(name: str, config: Any) -> Task:
     """What a model of this name or config is mostly trained for."""
     if name in SHAPES:
         return SHAPES[name].task
     if getattr(config, "is_encoder_decoder", False):
-        return TaskType.SEQ_2_SEQ_LM
+        return SEQ_2_SEQ_LM
     made_for = (getattr(config, "architectures", None) or [""])[0]
     writes = made_for.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    return TaskType.CAUSAL_LM if writes else TaskType.SEQ_CLS
+    return CAUSAL_LM if writes else SEQ_CLS

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from siliang.data.batch import Batch
 from siliang.distributed.sharding import reshard
-from siliang.engine.batches import Batch
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.memory.track import Peak, Tracker
@@ -21,7 +21,6 @@ from siliang.methods.lora import LoraLinear
 from siliang.models.introspect import NoLayerStackError, layer_stack
 from siliang.models.quantized import held_tensors
 from siliang.peft_model import PeftModel
-from siliang.types import TaskType
 
 Phase = Literal["loaded", "train", "evaluate", "generate", "merge"]
 
@@ -74,7 +73,7 @@ def measure(
     reshard(model)
     layers = _layers(engine, model)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr,operator]
-    tracker = Tracker(block_bytes, vocabulary if engine.task is not TaskType.TOKEN_CLS else None)
+    tracker = Tracker(block_bytes, vocabulary if engine.task.writes else None)
     trained = [p for p in model.parameters() if p.requires_grad]
     peaks: dict[Phase, Peak] = {}
     with tracker.watching(model, layers):
@@ -144,7 +143,7 @@ def _evaluate(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -
 
 def _generate(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> bool:
     """One more token for each of the batch's rows, behind all of it; a run of `generate` needs no more than that."""
-    if engine.task is not TaskType.CAUSAL_LM:
+    if not engine.task.writes or engine.task.has_encoder:
         return False
     rows = {name: x for name, x in batches[0].inputs.items() if name in ("input_ids", "attention_mask")}
     with autocast():

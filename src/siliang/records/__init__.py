@@ -5,7 +5,7 @@ Reports are made of these alone.
 
 from siliang.records.answers import ANSWERS_NAME, Answer, Answers
 from siliang.records.comparison import COMPARISON_NAME, Comparison, Trial, figures_of
-from siliang.records.figures import Figures, better, higher_is_better
+from siliang.records.figures import Figures
 from siliang.records.plan import CATEGORIES, Category, Change, Fit, MethodPlan, PlanRecord
 from siliang.records.run import (
     RECORD_NAME,
@@ -50,9 +50,7 @@ __all__ = [
     "StepMetrics",
     "Trial",
     "Verdict",
-    "better",
     "explained",
     "figures_of",
-    "higher_is_better",
     "plain",
 ]

@@ -15,7 +15,6 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from siliang.compare.verdict import QUALITY
 from siliang.files import write_text
 from siliang.next_steps import next_steps
 from siliang.records import Answer as Said
@@ -27,8 +26,8 @@ from siliang.report.summary import Line, Mean, answer, lines, pareto
 from siliang.report.table import differences, notes, sentences, table
 from siliang.report.words import words
 from siliang.secrets import shortened
+from siliang.tasks import TASKS
 from siliang.terminal import pasted, shown
-from siliang.types import WRITERS
 
 SHOWN_ROWS = 12  # on which methods disagree
 COLOURS = 10  # of the page
@@ -120,7 +119,7 @@ def write_page(material: Material, path: Path, *, language: str = "en") -> None:
 
 def figures(found: list[Line], material: Material, w: dict[str, str]) -> list[Figure]:
     """The plots for which there are figures."""
-    quality = QUALITY[material.task]
+    quality = TASKS[material.task].quality
     metric, way = w[quality.name], w["up" if quality.higher else "down"]
     costs: list[tuple[str, str, Callable[[Line], Mean | None], bool]] = []
     peaks = [line.peak.value for line in found if line.peak]
@@ -168,7 +167,7 @@ def prompts(material: Material) -> list[Asked]:
     """The questions that the base and every method answered."""
     said = [_answers(group).prompts for group in material.groups]
     base = material.base_answers.prompts if material.base_answers else []
-    if material.task in WRITERS:
+    if TASKS[material.task].writes:
         said = [[*a, *_rows(g)] for a, g in zip(said, material.groups, strict=True)]
         base = [*base, *(material.base_answers.rows if material.base_answers else [])]
     found: list[Asked] = []

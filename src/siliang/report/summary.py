@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from siliang.compare.verdict import QUALITY, Quality
 from siliang.records import Record, Verdict
 from siliang.report.gather import Group, Material
+from siliang.tasks import TASKS, Figure
 
 SAME_COST = 1.02  # costs that differ by less are the same: so much two runs of one method differ by
 GOOD_ENOUGH = 0.95  # of the best quality, for a method that is recommended because it is small
@@ -99,13 +99,13 @@ class Answer:
 
 def lines(material: Material) -> list[Line]:
     """The table, a line a method, in the order of the comparison."""
-    quality = QUALITY[material.task]
+    quality = TASKS[material.task].quality
     found = [_line(group, quality) for group in material.groups]
     front = {line.label for line in pareto(found, quality, lambda line: line.peak)} if len(found) > 1 else set()
     return [Line(**{**vars(line), "on_front": line.label in front}) for line in found]
 
 
-def pareto(found: list[Line], quality: Quality, cost: Callable[[Line], Mean | None]) -> list[Line]:
+def pareto(found: list[Line], quality: Figure, cost: Callable[[Line], Mean | None]) -> list[Line]:
     """The methods that learned something, and that no other beats in quality at the same cost or less."""
     usable = [(line, line.score.value, c.value) for line in found if line.learned and line.score and (c := cost(line))]
     return [
@@ -120,7 +120,7 @@ def pareto(found: list[Line], quality: Quality, cost: Callable[[Line], Mean | No
 
 def answer(found: list[Line], material: Material) -> Answer:
     """The best method, those as good, and the smallest that is nearly as good."""
-    quality = QUALITY[material.task]
+    quality = TASKS[material.task].quality
     usable = [line for line in found if line.learned]
     if not usable:
         return Answer(None, [])
@@ -139,7 +139,7 @@ def answer(found: list[Line], material: Material) -> Answer:
     return Answer(best, tied, small, share, best.trained / max(small.trained, 1))
 
 
-def _share(line: Line, best: Line, material: Material, quality: Quality) -> float:
+def _share(line: Line, best: Line, material: Material, quality: Figure) -> float:
     """Of the best's quality; of a loss, of what the best took off the base's."""
     if quality.higher:
         return _value(line) / _value(best) if _value(best) else 0.0
@@ -162,7 +162,7 @@ def _cannot_tell(a: Line, b: Line) -> bool:
     return abs(a.score.value - b.score.value) <= math.hypot(a.score.spread, b.score.spread)
 
 
-def _line(group: Group, quality: Quality) -> Line:
+def _line(group: Group, quality: Figure) -> Line:
     records = [run.record for run in group.finished if run.record is not None]
     first = records[0] if records else None
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from siliang.compare.verdict import QUALITY
-from siliang.records import higher_is_better
 from siliang.report.gather import Material
 from siliang.report.summary import Answer, Line, Mean
+from siliang.tasks import TASKS, find_figure
 from siliang.units import show_bytes
 
 STAR, MARK = "★", "⚠"
@@ -44,13 +43,13 @@ class Column:
 
 def table(found: list[Line], material: Material, w: dict[str, str]) -> tuple[list[Column], list[list[Cell]]]:
     """The columns, and a row of cells for each method."""
-    quality = QUALITY[material.task]
+    quality = TASKS[material.task].quality
     names = {name for line in found for name in line.others}
     extra = [name for name in ORDER if name in names and name != quality.name]
     columns = [
         Column("method", w["method"], number=False),
         Column(quality.name, w[quality.name], higher=quality.higher),
-        *(Column(name, w[name], higher=higher_is_better(name)) for name in extra),
+        *(Column(name, w[name], higher=find_figure(name).higher) for name in extra),
         *([] if quality.name == "eval_loss" else [Column("loss", w["loss"], higher=False)]),
         Column("minutes", w["minutes"], higher=False),
         Column("peak", w["peak"], higher=False),
@@ -151,7 +150,7 @@ def _mean(found: Mean | None, digits: int) -> Cell:
 
 def sentences(answer: Answer, material: Material, w: dict[str, str]) -> list[str]:
     """The answer in two sentences, and what it has to be held against."""
-    quality = QUALITY[material.task]
+    quality = TASKS[material.task].quality
     best, said = answer.best, []
     alone = len(material.groups) == 1
     if best is None or best.score is None or best.minutes is None or best.peak is None:

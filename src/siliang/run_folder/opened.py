@@ -26,8 +26,9 @@ from siliang.run_folder.changes import changed_base, changed_data
 from siliang.run_folder.layout import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints, read_config
 from siliang.run_settings import in_words, misplaced_settings
 from siliang.secrets import shortened
+from siliang.tasks import TASKS
 from siliang.terminal import pasted
-from siliang.types import AdapterError, ConfigError, DataError, ModelError, TaskType
+from siliang.types import AdapterError, ConfigError, DataError, ModelError
 
 FP32 = Choice("fp32", "as asked")
 
@@ -243,7 +244,7 @@ def open_trained(
                 p.data = p.data.to(precision.dtype)
                 p.requires_grad_(False)
     else:
-        model = load_model(str(trained.weights), config.task, dtype=dtype, labels=record.labels)
+        model = load_model(str(trained.weights), TASKS[config.task].model, dtype=dtype, labels=record.labels)
     _check_finite(trained, model)
     if not (quantised and config.quantization):
         model.to(device or torch.device("cpu"))
@@ -287,7 +288,7 @@ def load_base(
     """The run's base model, told which token is padding, its embeddings grown by the run's new tokens."""
     model = load_model(
         config.model,
-        config.task,
+        TASKS[config.task].model,
         dtype=dtype,
         labels=labels,
         revision=config.revision,
@@ -298,6 +299,6 @@ def load_base(
     )
     if config.data.add_tokens:
         fit_embeddings(model, tokenizer)
-    if config.task is TaskType.SEQ_CLS:
+    if TASKS[config.task].model.needs_padding_token:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -27,6 +27,7 @@ from siliang.data.collate import PadCollator
 from siliang.data.hashes import joined, weights_sha256
 from siliang.data.jinja import with_chat_template
 from siliang.data.load import Examples
+from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet
 from siliang.disk_errors import telling
 from siliang.distributed.ranks import Ranks, find_ranks, translate_rank_errors
@@ -58,10 +59,9 @@ from siliang.run_folder import (
     write_config,
 )
 from siliang.start_adapter import find_start_adapter
+from siliang.tasks import TASKS, Task
 from siliang.terminal import pasted
 from siliang.train.endings import does_not_fit, interrupted, no_number
-from siliang.train.metrics import MEASURES, has_unanswered, perplexity
-from siliang.train.metrics import Rows as Held
 from siliang.train.resume import Begun, take_up
 from siliang.train.saving import (
     adapter_together,
@@ -73,13 +73,11 @@ from siliang.train.saving import (
 from siliang.train.trainer import Handlers, SiliangTrainer
 from siliang.train.watcher import Limits, Progress, Watcher, stopping_on_signal
 from siliang.types import (
-    WRITERS,
     ConfigError,
     InterruptedRunError,
     ModelError,
     OutputError,
     SiliangError,
-    TaskType,
     first_line,
     nearest,
 )
@@ -186,11 +184,11 @@ class Run:
     ranks: Ranks
 
     @property
-    def held_out(self) -> Held:
+    def held_out(self) -> EvalRows:
         """The rows of evaluations."""
         examples = self.examples
         unanswered = self.record.unanswered or has_unanswered(examples.eval)
-        return Held(self.eval_set, examples.eval, examples.labels or (), unanswered=unanswered)
+        return EvalRows(self.eval_set, examples.eval, examples.labels or (), unanswered=unanswered)
 
     def write_record(self) -> None:
         """Once, however many processes train."""
@@ -369,12 +367,13 @@ def _plan(
 
 
 def _check_best(config: RunConfig, held_out: int) -> None:
-    t, allowed = config.train, ("loss", *MEASURES[config.task].names)
+    t, task = config.train, TASKS[config.task]
+    allowed = ("loss", *(figure.name for figure in task.figures))
     if t.best is None:
         return
     if t.best not in allowed:
         raise ConfigError(
-            f"train.best = {t.best!r} is not measured for {config.task.lower()}.{nearest(t.best, allowed)} "
+            f"train.best = {t.best!r} is not measured for {task.title}.{nearest(t.best, allowed)} "
             f"Allowed: {', '.join(allowed)}."
         )
     if not held_out or not t.eval_every:
@@ -413,7 +412,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
             raise no_number(run, trouble)
         start = time.perf_counter()
         if len(run.eval_set):
-            record.final = _final_metrics(_at_best(run, trainer, limits), config.task)
+            record.final = _final_metrics(_at_best(run, trainer, limits), TASKS[config.task])
             record.seconds.eval = round(time.perf_counter() - start, 3)
         _measured(record.memory, memory)
         if run.ranks.size > 1:
@@ -472,7 +471,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     run.model.to(find_device())
     engine = Engine(
         run.model,
-        run.config.task,
+        TASKS[run.config.task],
         packing=t.packing,
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
@@ -489,7 +488,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
         eval_dataset=run.eval_set if len(run.eval_set) else None,
         data_collator=StepCollator(
             PadCollator(run.tokenizer.pad_token_id),
-            run.config.task,
+            TASKS[run.config.task],
             t.batch_size,
             most_tokens(t.tokens_at_once, find_device().type, run.precision.dtype),
             packed=engine.padding is not None,
@@ -559,11 +558,11 @@ def _epochs(run: Run) -> float:
     return t.max_steps / _steps_per_epoch(run) if t.max_steps else t.epochs
 
 
-def _final_metrics(metrics: dict[str, float], task: TaskType) -> dict[str, float]:
+def _final_metrics(metrics: dict[str, float], task: Task) -> dict[str, float]:
     """The last evaluation's figures, as the record names them."""
     named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     final = {"eval_loss": named.pop("loss")} | named
-    return final | ({"perplexity": perplexity(final["eval_loss"])} if task in WRITERS else {})
+    return final | task.of_loss(final["eval_loss"])
 
 
 def _save(run: Run, weights: dict[str, Any] | None) -> int:
@@ -574,7 +573,7 @@ def _save(run: Run, weights: dict[str, Any] | None) -> int:
             run.model.save_pretrained(temporary)
         else:
             tokenizer, data = run.tokenizer, run.config.data
-            if run.config.task is TaskType.CAUSAL_LM:  # whoever serves it writes conversations as training did
+            if TASKS[run.config.task].decoder_only:  # what serves it writes conversations as training did
                 tokenizer, _ = with_chat_template(tokenizer, data.template, run.examples.layout)
             save_model(temporary, run.model, tokenizer, state_dict=weights)
     return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")

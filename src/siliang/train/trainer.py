@@ -17,18 +17,19 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from siliang.data.batch import Batch
+from siliang.data.prepared import EvalRows
 from siliang.disk_errors import telling
 from siliang.distributed import zero
 from siliang.distributed.ranks import Ranks
 from siliang.distributed.sharding import average_gradients, full_tensors, is_sharded, shard_optimizer_state
-from siliang.engine.batches import Batch, StepCollator
-from siliang.engine.evaluate import Sums, evaluate
+from siliang.engine.batches import StepCollator
+from siliang.engine.evaluate import Sums, evaluate, figures_of
 from siliang.engine.order import Order, Share, WithDummies
 from siliang.engine.step import Engine
 from siliang.files import replacing_folder
 from siliang.run_folder import PREFIX
 from siliang.train.guard import Guard, Trouble
-from siliang.train.metrics import MEASURES, Rows, figures_of
 from siliang.train.saving import (
     STATE_FILE,
     adapter_together,
@@ -87,7 +88,7 @@ class SiliangTrainer(Trainer):
         order: Order,
         ranks: Ranks,
         handlers: Handlers,
-        held_out: Rows,
+        held_out: EvalRows,
         skips: int = 0,
         fit: bool = False,
         **kwargs: Any,
@@ -259,7 +260,7 @@ class SiliangTrainer(Trainer):
             tokens,
             collator,
             steps=None if ranks.size == 1 else steps,
-            reader=MEASURES[self.engine.task].reader,
+            reader=self.engine.task.read,
             autocast=lambda: self.accelerator.autocast(),
             as_many=self._as_many,
         )

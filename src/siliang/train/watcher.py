@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from siliang.distributed.ranks import find_ranks
 from siliang.memory.peak import PeakMemory
-from siliang.records import StepMetrics, better
+from siliang.records import StepMetrics
+from siliang.tasks import find_figure
 
 if TYPE_CHECKING:
     from siliang.train.trainer import SiliangTrainer
@@ -159,7 +160,7 @@ class Watcher(TrainerCallback):
         """Remembers the best step, whose checkpoint is made at once."""
         best = self._limits.best
         found = (metrics or {}).get(f"eval_{best}")
-        if best is not None and found is not None and better(best, float(found), state.best_metric):
+        if best is not None and found is not None and find_figure(best).better(float(found), state.best_metric):
             state.best_metric, state.best_global_step = float(found), state.global_step
             control.should_save = True
 

@@ -12,11 +12,12 @@ import torch
 from siliang.models.load import load_model
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun, find_run, load_base, load_run_tokenizer
-from siliang.types import ConfigError, TaskType
-from siliang.use import generate, predict
+from siliang.tasks import TASKS
+from siliang.types import ConfigError
+from siliang.use.generate import generate
+from siliang.use.predict import predict
 
 BASE = "base"
-ANSWERING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.SEQ_CLS)
 
 
 class Chat:
@@ -44,16 +45,18 @@ class Chat:
         self._device = device
         self._runs = [_Closed(folder, base, force) for folder in folders]
         for folder, run in zip(folders, self._runs, strict=True):
-            if (task := run.config.task) not in ANSWERING:
-                raise ConfigError(f"{folder} was trained for {task.lower()}, which is no chat: use `siliang eval`.")
+            task = TASKS[run.config.task]
+            if task.example_prompt is None:
+                raise ConfigError(f"{folder} was trained for {task.title}, which is no chat: use `siliang eval`.")
         self.notes = [note for run in self._runs for note in run.trained.notes]
         tasks = {run.config.task for run in self._runs}
-        if TaskType.SEQ_CLS in tasks and len(tasks) > 1:
+        writing = {TASKS[task].writes for task in tasks}
+        if len(writing) > 1 or (False in writing and len(tasks) > 1):
             raise ConfigError(
                 f"the runs do different things: {', '.join(sorted(task.lower() for task in tasks))}. "
                 "Ask those that classify and those that write one after the other."
             )
-        self.writes = TaskType.SEQ_CLS not in tasks
+        self.writes = writing == {True}
         self._bases: dict[str, Any] = {}
         labels = [str(folder) for folder in folders]
         self._by_name = dict(zip(labels, self._runs, strict=True))
@@ -94,7 +97,7 @@ class Chat:
                     on_text=on_text,
                 )
             said = next(predict(run, [prompt]))
-        text = f"{said.label} ({said.probability:.2f})"
+        text = said.given if said.probability is None else f"{said.given} ({said.probability:.2f})"
         on_text(text)
         return text
 
@@ -117,7 +120,7 @@ class Chat:
                 base = load_base(run.config, run.record.labels, run.tokenizer, dtype=torch.float32, device=self._device)
             else:
                 folder = str(run.trained.weights)
-                base = load_model(folder, run.config.task, dtype=torch.float32, labels=run.record.labels)
+                base = load_model(folder, TASKS[run.config.task].model, dtype=torch.float32, labels=run.record.labels)
             self._bases[run.key] = base
         return self._bases[run.key]
 
@@ -136,6 +139,6 @@ class _Closed:
         if not self.has_adapter:
             return str(self.trained.weights)
         c = self.config
-        seed = c.train.seed if c.task is TaskType.SEQ_CLS else None  # draws what the weights do not hold
+        seed = c.train.seed if TASKS[c.task].model.heads else None  # draws what the weights do not hold
         quantised = c.quantization.model_dump_json() if c.quantization else ""
         return repr((c.model, c.revision, quantised, c.data.add_tokens, self.record.labels, seed))

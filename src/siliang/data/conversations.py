@@ -1,0 +1,163 @@
+"""Conversations and texts to tokens and labels: what is learned of them, and how they are cut to length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from siliang.config import DataConfig
+from siliang.data.chat import ChatTemplate
+from siliang.data.encode import IGNORED, Encoder
+from siliang.data.entries import Rows, dropped
+from siliang.data.examples import Conversation, Example, Message, Prepared, Text
+from siliang.data.templates import Piece, Template, find_template
+from siliang.types import DataError
+
+
+def writer(name: str, encoder: Encoder) -> Template | ChatTemplate:
+    """The template of that name, ready to write pieces.
+
+    Raises:
+        ConfigError: There is no such template.
+        DataError: It is `chat`, and the tokenizer has none.
+    """
+    return find_template(name) or ChatTemplate(encoder)
+
+
+def prompt_tokens(question: str | Conversation, tokenizer: Any, *, template: str, input: str = "") -> list[int]:
+    """The tokens in front of the assistant's next answer: in training without label, in generation the input."""
+    talk = Conversation((Message("user", question, input),)) if isinstance(question, str) else question
+    encoder = Encoder(tokenizer)
+    write = writer(template, encoder)
+    return encoder.prompt(write.pieces(talk, prompt=True), own_spacing=isinstance(write, ChatTemplate))
+
+
+def stop_tokens(tokenizer: Any, *, template: str) -> list[int]:
+    """The tokens that end an answer in this template, and the tokenizer's own end of sequence."""
+    encoder = Encoder(tokenizer)
+    write = writer(template, encoder)
+    # ChatGLM3's answers end with the token of whoever speaks next, and only the last with </s>
+    talk = Conversation(
+        (Message("user", "a"), Message("assistant", "a"), Message("user", "a"), Message("assistant", "a"))
+    )
+    (_, labels), *_ = encoder.rows([write.pieces(talk)], own_spacing=isinstance(write, ChatTemplate))
+    ends = [a for a, b in zip(labels, [*labels[1:], IGNORED], strict=True) if a != IGNORED and b == IGNORED]
+    return list(dict.fromkeys([ends[-1], *ends, encoder.need_eos()]))
+
+
+def special_prefix(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts in front of every text: Llama's <s>, for BLOOM none."""
+    return Encoder(tokenizer).start
+
+
+def encode(encoder: Encoder, write: Template | ChatTemplate, data: DataConfig, examples: Sequence[Any]) -> list[Rows]:
+    """Texts, conversations and prepared rows, each as one entry, or a long text as several; see `tokens.tokenise`."""
+    own_spacing = isinstance(write, ChatTemplate)
+    written = [e for e in examples if not isinstance(e, Prepared)]
+    encoded = iter(encoder.rows(_write(written, write, data), own_spacing=own_spacing))
+    rows: list[Rows] = []
+    for example in examples:
+        if isinstance(example, Prepared):
+            ids, labels = list(example.input_ids), list(example.labels or example.input_ids)
+        else:
+            ids, labels = next(encoded)
+        whole = isinstance(example, Text) or (isinstance(example, Prepared) and labels == ids)
+        if len(ids) <= data.max_length:
+            rows.append([{"input_ids": ids, "labels": labels}])
+        elif data.too_long == "drop":
+            rows.append(dropped(labels=[]))
+        elif whole and data.long_text == "window":
+            rows.append(windows(ids, data.max_length))
+        elif isinstance(example, Prepared):
+            over, lost = len(ids) - data.max_length, sum(x != IGNORED for x in labels[data.max_length :])
+            row = {"input_ids": ids[: data.max_length], "labels": labels[: data.max_length]}
+            rows.append([{**row, "lost": over, "lost_answer": lost}])
+        else:
+            rows.append([_shorten(example, ids, labels, encoder, write, data)])
+    return rows
+
+
+def windows(ids: list[int], limit: int) -> Rows:
+    """A text in windows of at most `limit` tokens, which follow on from each other.
+
+    Each but the first begins with the last token of the one before, without a label there, so that every token is
+    learned once, the first of a window from the one in front of it.
+    """
+    rows: Rows = [{"input_ids": ids[:limit], "labels": ids[:limit]}]
+    for start in range(limit, len(ids), limit - 1):
+        part = ids[start - 1 : start + limit - 1]
+        rows.append({"input_ids": part, "labels": [IGNORED, *part[1:]]})
+    return rows
+
+
+def _write(examples: Sequence[Example], write: Template | ChatTemplate, data: DataConfig) -> list[list[Piece]]:
+    """The pieces of texts and conversations."""
+    talks = [e for e in examples if isinstance(e, Conversation)]
+    for talk in talks:
+        answers = (m for m in reversed(talk.messages) if m.role == "assistant")
+        if data.train_on == "last" and not next(answers).trained:
+            raise DataError("marks its last answer as one that is not learned, and data.train_on=last learns only that")
+    if isinstance(write, ChatTemplate):
+        written = iter(write.pieces_of_all(talks, train_on=data.train_on))
+    else:
+        written = (write.pieces(talk, train_on=data.train_on) for talk in talks)
+    return [_plain(e) if isinstance(e, Text) else next(written) for e in examples]
+
+
+def _plain(text: Text) -> list[Piece]:
+    whole = {"trained": True}
+    return [Piece("{start}", **whole), Piece(text.text, data=True, **whole), Piece("{eos}", end=True, **whole)]
+
+
+def _shorten(
+    example: Example,
+    ids: list[int],
+    labels: list[int],
+    encoder: Encoder,
+    write: Template | ChatTemplate,
+    data: DataConfig,
+) -> dict[str, Any]:
+    """A row of at most max_length tokens; see `tokenise` for what goes first."""
+    before, learned = len(ids), sum(x != IGNORED for x in labels)
+    while len(ids) > data.max_length and isinstance(example, Conversation):
+        shorter = _without_oldest_round(example)
+        if shorter is None:
+            break
+        example = shorter
+        (ids, labels), *_ = encoder.rows(_write([example], write, data), own_spacing=isinstance(write, ChatTemplate))
+    ids, labels = cut_row(ids, labels, data.max_length, len(encoder.start))
+    lost = learned - sum(x != IGNORED for x in labels)
+    return {"input_ids": ids, "labels": labels, "lost": before - len(ids), "lost_answer": lost}
+
+
+def _without_oldest_round(talk: Conversation) -> Conversation | None:
+    users = [i for i, m in enumerate(talk.messages) if m.role == "user"]
+    if len(users) < 2:
+        return None
+    system = tuple(m for m in talk.messages[: users[0]] if m.role == "system")
+    return Conversation((*system, *talk.messages[users[1] :]), talk.tools)
+
+
+def cut_row(ids: list[int], labels: list[int], limit: int, keep: int = 0) -> tuple[list[int], list[int]]:
+    """One question and its answer in at most `limit` tokens.
+
+    The last learned token (the end of sequence) stays; the answer gets at least half of the room, the question loses
+    its beginning behind the first `keep` tokens, and what follows the last answer goes.
+
+    Returns:
+        (input_ids, labels)
+    """
+    if len(ids) <= limit:
+        return ids, labels
+    learned = [i for i, x in enumerate(labels) if x != IGNORED]
+    if not learned:
+        return ids[:limit], labels[:limit]
+    first, last = learned[0], learned[-1] + 1
+    prompt, answer, answer_labels = first, ids[first:last], labels[first:last]
+    room = max(limit - prompt, min(len(answer), limit // 2))
+    if len(answer) > room:
+        answer, answer_labels = answer[: room - 1] + answer[-1:], answer_labels[: room - 1] + answer_labels[-1:]
+    front = limit - len(answer)
+    head = min(keep, prompt, front)
+    kept = ids[:head] + ids[prompt - (front - head) : prompt] if front < prompt else ids[:prompt]
+    return kept + answer, [IGNORED] * len(kept) + answer_labels

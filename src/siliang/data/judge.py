@@ -1,0 +1,59 @@
+"""Whether the tokens of an example are any use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from siliang.data.entries import BAD
+from siliang.data.examples import Example, texts
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Whether the tokens of an example are any use.
+
+    Attributes:
+        unknown: The token of everything that the tokenizer does not know; None where it knows all.
+        special: Tokens that say nothing of the text.
+        predicts: The model learns each token from those before it.
+    """
+
+    tokenizer: Any
+    unknown: int | None
+    special: frozenset[int]
+    predicts: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any, predicts: bool) -> Judge:
+        """For the tokens of this tokenizer."""
+        unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
+        if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id):
+            unknown = None  # GPT-2 calls its end of sequence so, and has no unknown token
+        special.discard(unknown)
+        return cls(tokenizer, unknown, frozenset(special), predicts)
+
+    def problem(self, example: Example, entries: list[dict[str, Any]]) -> str | None:
+        """What is wrong with an example; None where nothing is."""
+        if entries and (entries[0].get("row", 0) < 0 or BAD in entries[0]):
+            return None
+        ids = [token for entry in entries for token in entry["input_ids"]]
+        if self.predicts and len(ids) < 2:
+            return (
+                f"becomes {len(ids)} token{'' if len(ids) == 1 else 's'}, and a token is learned from those before it"
+            )
+        if not self.predicts and self.special.issuperset(ids):
+            return "becomes no token but special ones: the tokenizer makes nothing of its text"
+        if self.unknown is None or self.unknown not in ids:
+            return None
+        words = ids
+        if parts := texts(example):  # what the template adds is not the row's
+            coded = self.tokenizer(parts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            words = [token for part in coded["input_ids"] for token in part]
+        n = words.count(self.unknown)
+        if n == len(words) or (self._mostly_unknown(ids) and self._mostly_unknown(words)):
+            return f"is not in the tokenizer's vocabulary: {n:,} of its {len(words):,} tokens are unknown"
+        return None
+
+    def _mostly_unknown(self, ids: list[int]) -> bool:
+        return 2 * ids.count(self.unknown) > sum(token not in self.special for token in ids)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""What a task asks of the data, as data/ takes it: a value of plain fields and functions.
+
+The rows of the table in `tasks/__init__.py` hold one each. `data/` knows no task by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from siliang.config import DataConfig
+from siliang.data.entries import Rows
+from siliang.data.examples import Example
+
+Encode = Callable[[Sequence[Any]], list[Rows]]  # for each example its entries
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of tokens.
+
+    Attributes:
+        many: An entry has a list of numbers there; otherwise one number.
+        kind: What a number is.
+        hidden: The batch does not hold it: it is for the function that reads the model's output.
+        target: What is learned: the model is called without it, so that it forms no loss of its own.
+    """
+
+    many: bool = True
+    kind: Literal["int32", "float32"] = "int32"
+    hidden: bool = False
+    target: bool = False
+
+
+NUMBERS = Column()
+LABEL, LABELS = Column(many=False, target=True), Column(target=True)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a task makes of rows.
+
+    Attributes:
+        name: The task's, as users write it.
+        layouts: Names of `formats.FORMATS` that the task can be trained on; the first that fits is taken.
+        columns: Of the table of tokens, `input_ids` among them. `row`, `lost` and `lost_answer` come by themselves.
+        encoder: Makes, from (tokenizer, settings, names of the labels), the function that turns examples into entries.
+            It is a function of a module, by whose file tokens that were kept are known to be of this code.
+        named: The part of a row that holds the names of classes: one `label`, or `tags`. None: labels have no names.
+        label_per_token: Each token has a label, or none (-100), in `labels`; otherwise each entry has one label.
+        next_token: A label is the token itself, and is learned from the tokens in front of it.
+        windows: A text that is too long becomes several entries, whatever the settings say.
+        one_layout: Sources of different layouts cannot be mixed.
+        adapt: Turns the example that a layout gives into this task's kind, or says what is wrong with it.
+    """
+
+    name: str
+    layouts: tuple[str, ...]
+    columns: Mapping[str, Column]
+    encoder: Callable[[Any, DataConfig, list[str]], Encode]
+    named: Literal["label", "tags"] | None = None
+    label_per_token: bool = False
+    next_token: bool = False
+    windows: bool = False
+    one_layout: bool = False
+    adapt: Callable[[Example], Example | str] | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The columns of what is learned."""
+        return tuple(name for name, column in self.columns.items() if column.target)

@@ -1,0 +1,92 @@
+"""Text from text: the model writes on, as in the answers of a conversation.
+
+Loss: cross-entropy of each learned token from the state of the one in front of it. Figure: perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from siliang.config import DataConfig
+from siliang.data.conversations import encode, prompt_tokens, special_prefix, stop_tokens, writer
+from siliang.data.encode import IGNORED, Encoder
+from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
+from siliang.models.spec import ModelSpec
+from siliang.records import Verdict
+from siliang.tasks.metrics import perplexity
+from siliang.tasks.task import EVAL_LOSS, Figure, Said, Shown, Task
+from siliang.types import TaskType
+
+PERPLEXITY = Figure("perplexity", higher=False)
+SLACK = 1e-9  # of losses that are equal but for rounding
+
+
+def encoder(tokenizer: Any, data: DataConfig, labels: list[str]) -> Encode:
+    """Makes the function that turns examples into entries.
+
+    Raises:
+        ConfigError: The tokenizer has no end-of-sequence token.
+    """
+    made = Encoder(tokenizer)
+    made.need_eos()
+    return partial(encode, made, writer(data.template, made), data)
+
+
+def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
+    """An entry of so many tokens, all learned."""
+    return {"input_ids": [1] * length, "labels": [1] * length}
+
+
+def show(row: Mapping[str, Any], labels: Sequence[str]) -> Shown:
+    """The tokens, those that are learned marked."""
+    return Shown(row["input_ids"], learned=frozenset(i for i, label in enumerate(row["labels"]) if label != IGNORED))
+
+
+def of_loss(loss: float) -> dict[str, float]:
+    """Perplexity."""
+    return {"perplexity": perplexity(loss)}
+
+
+def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
+    """The loss is not below that of the base model."""
+    if "eval_loss" not in base or "eval_loss" not in final:
+        return None
+    return "not below the base" if final["eval_loss"] >= base["eval_loss"] - SLACK else None
+
+
+def prompt(tokenizer: Any, template: str, instruction: str, input: str, plain: bool) -> tuple[list[int], list[int]]:
+    """The tokens in front of the answer, and those that end it."""
+    if plain:
+        ids = special_prefix(tokenizer) + tokenizer(instruction, add_special_tokens=False)["input_ids"]
+        return ids, [tokenizer.eos_token_id]
+    return prompt_tokens(instruction, tokenizer, template=template, input=input), stop_tokens(
+        tokenizer, template=template
+    )
+
+
+CAUSAL_LM = Task(
+    name=TaskType.CAUSAL_LM,
+    adapter_type=TaskType.CAUSAL_LM,
+    data=DataSpec(
+        name="causal_lm",
+        layouts=("prepared", "messages", "sharegpt", "alpaca", "prompt-completion", "input-output", "text"),
+        columns={"input_ids": NUMBERS, "labels": LABELS},
+        encoder=encoder,
+        label_per_token=True,
+        next_token=True,
+    ),
+    model=ModelSpec(task="causal_lm", auto_class="AutoModelForCausalLM"),
+    legend=("green: learned, grey: not", "[[...]]: learned"),
+    show=show,
+    synthetic_row=synthetic_row,
+    writes=True,
+    figures=(PERPLEXITY,),
+    of_loss=of_loss,
+    quality=EVAL_LOSS,
+    verdict=verdict,
+    judged_by="base",
+    prompt=prompt,
+    example_prompt="an instruction",
+)

@@ -1,0 +1,146 @@
+"""Figures of predictions beside what is right, each task's by its field's usual ones.
+
+Classes: accuracy and macro F1 (scikit-learn). Tags: precision, recall and F1 over whole spans (seqeval). Text from
+text: ROUGE-L (rouge-score), over characters where a language writes no spaces. Answers in a context: exact match and
+F1, as SQuAD's own script defines them; the libraries that hold it would bring their own framework with them.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+import string
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from siliang.data.words import stands_alone, whole_characters
+
+ZERO: Any = 0  # for a class that is nowhere found; both libraries declare only the text "warn"
+MOST_PERPLEXITY = 700.0  # exp of more is no double
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss over tokens."""
+    return math.exp(min(loss, MOST_PERPLEXITY))
+
+
+# ---- classes ----
+
+
+def classification(predicted: Sequence[int], right: Sequence[int]) -> dict[str, float]:
+    """Accuracy, and F1 averaged over the classes that occur (macro)."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    f1: Any = f1_score(right, predicted, average="macro", zero_division=ZERO)
+    return {"accuracy": float(accuracy_score(right, predicted)), "f1": float(f1)}
+
+
+# ---- tags ----
+
+
+def spans_of_tags(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 over spans, and the share of right tags."""
+    from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+    guess, gold = ([[as_iobes(tag) for tag in row] for row in rows] for rows in (predicted, right))
+    found: dict[str, Any] = {
+        "f1": f1_score(gold, guess, zero_division=ZERO),
+        "precision": precision_score(gold, guess, zero_division=ZERO),
+        "recall": recall_score(gold, guess, zero_division=ZERO),
+        "accuracy": accuracy_score(gold, guess),
+    }
+    return {name: float(value) for name, value in found.items()}
+
+
+def as_iobes(tag: str) -> str:
+    """BMES's M- is IOBES's I-, the only one of the two that seqeval knows."""
+    return "I-" + tag[2:] if tag.startswith("M-") else tag
+
+
+# ---- text ----
+
+
+def rouge_l(predicted: Sequence[str], right: Sequence[str]) -> float:
+    """Mean ROUGE-L F1."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Units())
+    scores = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predicted, right, strict=True)]
+    return float(np.mean(scores)) if scores else 0.0
+
+
+class _Units:
+    """rouge-score's own tokenizer drops all that is not a-z0-9; this one keeps words, and each character of Chinese,
+    Japanese and their like.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        return units(text)
+
+
+def units(text: str) -> list[str]:
+    """Words in lower case, and single characters of scripts without spaces; no punctuation."""
+    plain = unicodedata.normalize("NFC", text.lower())
+    return "".join(map(_unit, whole_characters(plain))).split()
+
+
+def _unit(character: str) -> str:
+    """A letter or digit, apart where it is a word of its own; a blank for everything else."""
+    if not character[0].isalnum():
+        return " "
+    bare = "".join(c for c in character if unicodedata.category(c) != "Cf")  # joiners and marks of direction
+    return f" {bare} " if bare[0].isalpha() and stands_alone(bare[0]) else bare
+
+
+# ---- answers in a context ----
+
+
+def squad(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1 against the best of each question's answers; an empty list wants an empty answer."""
+    scores = [_against(guess, gold) for guess, gold in zip(predicted, answers, strict=True)]
+    exact, f1 = np.mean(scores, axis=0)
+    return {"exact_match": float(exact), "f1": float(f1)}
+
+
+def squad_by_kind(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """The same of all questions, and, where some have no answer, of those that have one and of those that have none, as
+    SQuAD 2 is reported."""
+    found = squad(predicted, answers)
+    if all(answers):
+        return found
+    for kind, wanted in (("has_answer", True), ("no_answer", False)):
+        chosen = [i for i, gold in enumerate(answers) if bool(gold) == wanted]
+        if chosen:
+            part = squad([predicted[i] for i in chosen], [answers[i] for i in chosen])
+            found |= {f"{kind}_{name}": value for name, value in part.items()}
+    return found
+
+
+def _against(guess: str, gold: Sequence[str]) -> tuple[float, float]:
+    """(exact match, F1) beside the best of the answers."""
+    wanted = [answer for answer in gold if _normal(answer)] or [""]
+    return max(float(_normal(guess) == _normal(a)) for a in wanted), max(_overlap(guess, a) for a in wanted)
+
+
+def _normal(text: str) -> list[str]:
+    """As SQuAD's script: lower case, no ASCII punctuation, no articles, cut at blanks. A text of a script without
+    blanks is cut into its characters, and loses all its punctuation.
+    """
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    words = re.sub(r"\b(a|an|the)\b", " ", bare)
+    if not any(map(stands_alone, words)):
+        return words.split()
+    kept = (c for c in whole_characters(words) if unicodedata.category(c[0])[0] != "P")
+    return "".join(f" {c} " if stands_alone(c[0]) else c for c in kept).split()
+
+
+def _overlap(guess: str, gold: str) -> float:
+    a, b = _normal(guess), _normal(gold)
+    if not a or not b:
+        return float(a == b)
+    common = sum((collections.Counter(a) & collections.Counter(b)).values())
+    return 2 * common / (len(a) + len(b))

@@ -1,0 +1,234 @@
+"""What a task is: a row of the table in `tasks/__init__.py`.
+
+`Task` is an interface of plain fields and functions. The rooms above ask for a field and never for a task by name, so
+that a new task is one file and one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from siliang.data.examples import Example
+from siliang.data.prepared import EvalRows
+from siliang.data.spec import DataSpec
+from siliang.models.spec import ModelSpec
+from siliang.records import Verdict
+from siliang.types import TaskType
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
+    from siliang.data.batch import Batch
+    from siliang.data.tokens import TokenSet
+
+# What is kept of a model's output for each row of a batch: small, and on the CPU.
+Reader = Callable[[Any, "Batch", "TokenSet"], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a model on held-out rows.
+
+    Attributes:
+        name: Its key among a record's metrics.
+        higher: More of it is better.
+    """
+
+    name: str
+    higher: bool = True
+
+    def better(self, new: float, old: float | None) -> bool:
+        """Whether a new value is better than the old one, or than none (None); a number is better than NaN."""
+        if old is None or math.isnan(old):
+            return old is None or not math.isnan(new)
+        return new > old if self.higher else new < old
+
+
+LOSS, EVAL_LOSS = Figure("loss", higher=False), Figure("eval_loss", higher=False)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says to some held-out rows, for the verdict on it.
+
+    Attributes:
+        given: Its answer to each.
+        right: The right one.
+        majority: The share of the rows that have the most frequent class; None where there are no classes.
+        classes: How many there are; None likewise.
+    """
+
+    given: Sequence[str]
+    right: Sequence[str]
+    majority: float | None = None
+    classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer to a held-out row, in words.
+
+    Attributes:
+        asked: The row's text.
+        right: The right answer.
+        given: The model's.
+        correct: Whether it counts as right.
+        probability: Of the model's answer; None where the answer has several parts.
+    """
+
+    asked: str
+    right: str
+    given: str
+    correct: bool
+    probability: float | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An entry of the training tokens, as `siliang check` shows it.
+
+    Attributes:
+        ids: The tokens that are read.
+        learned: The positions of those that are learned.
+        tags: The tag of each token, None for one that has none; None where the task has no tags.
+        target: What is learned from all of them: a text, or tokens. None where it stands among them.
+    """
+
+    ids: Sequence[int]
+    learned: AbstractSet[int] = frozenset()
+    tags: Sequence[str | None] | None = None
+    target: str | Sequence[int] | None = None
+
+
+class Predicted(Protocol):
+    """A prediction: what was asked, what the model says, and how sure it is."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The text, or the two texts of a pair."""
+        ...
+
+    @property
+    def given(self) -> str:
+        """The answer in one line."""
+        ...
+
+    @property
+    def probability(self) -> float | None:
+        """Of the answer; None where it has several parts."""
+        ...
+
+    def values(self) -> dict[str, Any]:
+        """The same for JSON."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, as a task predicts with it.
+
+    Attributes:
+        name: Of its run, for errors.
+        labels: The names of classes or tags, by number.
+        layout: Of the rows that it was trained on: a name of `formats.FORMATS`.
+        columns: The data's column of each part of the layout.
+        unanswered: Some of its training questions had no answer in their context.
+        read: Runs examples through the model, some at a time: (examples, their tokens, what the task's `read` keeps of
+            each entry, by number).
+    """
+
+    name: str
+    labels: Sequence[str]
+    layout: str
+    columns: Mapping[str, str]
+    unanswered: bool
+    read: Callable[[Iterable[Example]], Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]]
+
+
+def no_figures(loss: float) -> dict[str, float]:
+    """The figures of a task that makes none of its loss."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: As settings and records have it.
+        adapter_type: The task type in the config of an adapter, one of PEFT's.
+        data: What it makes of rows.
+        model: What it asks of the base model.
+        legend: What the display of tokens means: on a terminal, and in plain lines.
+        show: An entry for the display, from its columns and the names of the labels.
+        synthetic_row: An entry for the plan, as heavy as one of so many tokens can be; from these and from the most
+            tokens of a target.
+
+        writes: The model writes text. Its loss is that of each labelled token, formed without the logits of all tokens.
+        has_encoder: An encoder reads, and a decoder writes the labels.
+        loss: The summed loss of a batch from the model's output; None for a model that writes.
+        counts_rows: The loss is a mean over rows; otherwise over labelled tokens.
+
+        read: What is kept of the model's output. None: the loss says it all.
+        figures: Beside the loss, by which a run may choose its best step.
+        measure: The figures of what was kept, by entry.
+        of_loss: Figures that are made of the mean loss, at the end.
+        of_texts: The figures of written texts beside the right ones; None: texts are not measured.
+        quality: The figure that the task is judged by.
+        verdict: Why a run has learned nothing, from its figures, the base model's, and its answers; None where it has,
+            or where that cannot be seen.
+        judged_by: What the verdict needs beside the run's own figures.
+        replies: The answers to held-out rows in words, from what was kept, each with the number of its example.
+        majority: The share of the rows that have the most frequent class; None where there are no classes.
+
+        asks: The parts of a row that are given to predict, the optional ones among them.
+        predict: Predictions for the user's texts; None for a model that writes.
+        blank: The values of an empty line among the texts, for JSON.
+        prompt: The tokens that a model that writes is given, and those that end its answer; from the tokenizer, the
+            name of the template, an instruction and its input, and whether the text is to be continued as it is.
+        example_prompt: What a user may ask in one line, in words; None where that is not possible.
+    """
+
+    name: TaskType
+    adapter_type: TaskType
+    data: DataSpec
+    model: ModelSpec
+    legend: tuple[str, str]
+    show: Callable[[Mapping[str, Any], Sequence[str]], Shown]
+    synthetic_row: Callable[[int, int], dict[str, Any]]
+    quality: Figure
+    verdict: Callable[[Mapping[str, float], Mapping[str, float], Said | None], Verdict | None]
+    judged_by: Literal["figures", "answers", "base"] = "figures"
+
+    writes: bool = False
+    has_encoder: bool = False
+    loss: Callable[[Any, Batch], Tensor] | None = None
+    counts_rows: bool = False
+
+    read: Reader | None = None
+    figures: tuple[Figure, ...] = ()
+    measure: Callable[[Mapping[int, Any], EvalRows], dict[str, float]] | None = None
+    of_loss: Callable[[float], dict[str, float]] = no_figures
+    of_texts: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
+    replies: Callable[[Mapping[int, Any], EvalRows], Iterator[tuple[int, Reply]]] | None = None
+    majority: Callable[[EvalRows], float | None] | None = None
+
+    asks: tuple[str, ...] = ()
+    predict: Callable[[Trained, Iterable[Any]], Iterator[Predicted]] | None = None
+    blank: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    prompt: Callable[[Any, str, str, str, bool], tuple[list[int], list[int]]] | None = None
+    example_prompt: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The name as users write it."""
+        return self.data.name
+
+    @property
+    def decoder_only(self) -> bool:
+        """The model writes on from what it reads, without an encoder."""
+        return self.writes and not self.has_encoder

@@ -1,0 +1,289 @@
+"""A tag for each word.
+
+Loss: cross-entropy of a head on the first token of each word. Figures: precision, recall and F1 over whole spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from siliang.config import DataConfig
+from siliang.data.encode import IGNORED
+from siliang.data.entries import Rows, dropped
+from siliang.data.examples import Tagged
+from siliang.data.prepared import EvalRows
+from siliang.data.spec import LABELS, NUMBERS, Column, DataSpec, Encode
+from siliang.data.words import cut_into_words, join_words
+from siliang.models.spec import ModelSpec
+from siliang.records import Verdict
+from siliang.tasks.losses import cross_entropy
+from siliang.tasks.metrics import as_iobes, spans_of_tags
+from siliang.tasks.task import Figure, Reply, Said, Shown, Task, Trained
+from siliang.types import TASK_HEADS, TaskType
+
+if TYPE_CHECKING:  # slow to import
+    from siliang.data.batch import Batch
+    from siliang.data.tokens import TokenSet
+
+F1 = Figure("f1")
+AT_ONCE = 256  # sentences that are predicted together
+
+
+@dataclass(frozen=True)
+class TaggedSpan:
+    """A span of words with one tag.
+
+    Attributes:
+        words: The number of its first word, and of the word behind its last.
+    """
+
+    text: str
+    tag: str
+    words: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TaggedWords:
+    """A text's words, the tag of each, and the spans that these are."""
+
+    text: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    spans: tuple[TaggedSpan, ...]
+    probability: None = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The text."""
+        return (self.text,)
+
+    @property
+    def given(self) -> str:
+        """The spans, each with its tag."""
+        return in_words(self.spans)
+
+    def values(self) -> dict[str, Any]:
+        """The same for JSON."""
+        spans = [{"text": s.text, "tag": s.tag, "words": list(s.words)} for s in self.spans]
+        return {"text": self.text, "words": list(self.words), "tags": list(self.tags), "spans": spans}
+
+
+def in_words(spans: Iterable[TaggedSpan]) -> str:
+    """Spans in one line."""
+    return ", ".join(f"{span.text} {span.tag}" for span in spans)
+
+
+# ---- tokens ----
+
+
+def encoder(tokenizer: Any, data: DataConfig, labels: list[str]) -> Encode:
+    """Makes the function that turns examples into entries."""
+    return partial(encode, tokenizer, data, labels)
+
+
+def encode(tokenizer: Any, data: DataConfig, labels: list[str], examples: Sequence[Tagged]) -> list[Rows]:
+    """Words with tags: the first piece of each word carries its tag, the others and the special tokens none."""
+    numbers = {name: i for i, name in enumerate(labels)}
+    rows: list[Rows] = []
+    for example, (ids, words) in zip(examples, _words(tokenizer, [e.tokens for e in examples]), strict=True):
+        tagged: list[int] = []
+        for before, word in zip([None, *words], words, strict=False):
+            tagged.append(IGNORED if word is None or word == before else numbers[example.tags[word]])
+        lost = max(0, len(ids) - data.max_length)
+        lost_answer = 0
+        if lost and data.too_long == "drop":
+            rows.append(dropped(labels=[]))
+            continue
+        if lost:
+            tail = sum(word is None for word in words[words.index(0) :]) if 0 in words else 0
+            front = data.max_length - tail  # the closing special tokens stay
+            gone = slice(front, len(ids) - tail)
+            lost_answer = sum(x != IGNORED for x in tagged[gone])
+            del ids[gone], tagged[gone], words[gone]
+        read = [word for word, tag in zip(words, tagged, strict=True) if tag != IGNORED]
+        row = {"input_ids": ids, "labels": tagged, "words": read, "lost": lost, "lost_answer": lost_answer}
+        rows.append([row])
+    return rows
+
+
+def _words(tokenizer: Any, sentences: Sequence[tuple[str, ...]]) -> list[tuple[list[int], list[int | None]]]:
+    """(tokens, number of the word of each) of sentences that are cut into words already."""
+    if tokenizer.is_fast:
+        coded = tokenizer([list(s) for s in sentences], is_split_into_words=True, verbose=False)
+        return [(list(coded["input_ids"][i]), list(coded.word_ids(i))) for i in range(len(sentences))]
+    out = []
+    for sentence in sentences:
+        pieces = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in sentence]
+        plain = [token for piece in pieces for token in piece]
+        whole = tokenizer.build_inputs_with_special_tokens(plain)
+        words: list[int | None] = [n for n, piece in enumerate(pieces) for _ in piece]
+        at = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
+        out.append((whole, [None] * at + words + [None] * (len(whole) - at - len(plain))))
+    return out
+
+
+def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
+    """An entry of so many tokens, each with a tag."""
+    return {"input_ids": [1] * length, "labels": [0] * length}
+
+
+def show(row: Mapping[str, Any], labels: Sequence[str]) -> Shown:
+    """Each token with its tag."""
+    return Shown(row["input_ids"], tags=[None if n == IGNORED else labels[n] for n in row["labels"]])
+
+
+# ---- figures ----
+
+
+def read(output: Any, batch: Batch, tokens: TokenSet) -> list[np.ndarray]:
+    """Of each row, the number of the most probable tag of each token that has one."""
+    numbers = output.logits.argmax(-1).cpu().numpy().astype(np.int32)
+    kept = (batch.inputs["labels"] != IGNORED).cpu().numpy()
+    return [row[k] for row, k in zip(numbers, kept, strict=True)]
+
+
+def measure(found: Mapping[int, np.ndarray], rows: EvalRows) -> dict[str, float]:
+    """Precision, recall and F1 over spans, and the share of right tags."""
+
+    def named(numbers: np.ndarray) -> list[str]:
+        return [str(rows.labels[n]) for n in numbers]
+
+    right = dict(enumerate(rows.tokens.lists("labels")))
+    gold = [named(right[i][right[i] != IGNORED]) for i in found]
+    return spans_of_tags([named(numbers) for numbers in found.values()], gold)
+
+
+def replies(found: Mapping[int, np.ndarray], rows: EvalRows) -> Iterator[tuple[int, Reply]]:
+    """The spans of each sentence."""
+    numbers = rows.tokens.column("row").tolist()
+    for entry, tags in found.items():
+        example = rows.examples[numbers[entry]]
+        assert isinstance(example, Tagged)
+        read = rows.tokens.table[entry]["words"]  # without those that were cut off, or of which no token is left
+        words = [example.tokens[word] for word in read]
+        given = in_words(spans_of(words, [rows.labels[n] for n in tags], example.tokens))
+        right = in_words(spans_of(words, [example.tags[word] for word in read], example.tokens))
+        yield numbers[entry], Reply(join_words(example.tokens), right, given, given == right)
+
+
+def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | None) -> Verdict | None:
+    """No span is right."""
+    return "no spans" if final.get("f1") == 0 else None
+
+
+# ---- use ----
+
+
+def predict(run: Trained, sentences: Iterable[str | Sequence[str]]) -> Iterator[TaggedWords]:
+    """The tag of each word, in order, however long a sentence is: what does not fit into the run's `data.max_length` is
+    read in several pieces.
+
+    Args:
+        sentences: Words; or a text, which is cut into words at its blanks, and, where a language writes none, into
+            characters. Read while they are predicted.
+    """
+    waiting = iter(sentences)
+    while some := list(islice(waiting, AT_ONCE)):
+        words = [cut_into_words(s) if isinstance(s, str) else tuple(s) for s in some]
+        for asked, sentence, tags in zip(some, words, _tags(run, words), strict=True):
+            text = asked if isinstance(asked, str) else join_words(sentence)
+            yield TaggedWords(text, sentence, tags, spans_of(sentence, tags, asked))
+
+
+def _tags(run: Trained, sentences: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """A tag for each word: pieces of a sentence are read until all its words have one."""
+    outside = "O" if "O" in run.labels else run.labels[0]
+    tags: list[list[str | None]] = [[None] * len(s) for s in sentences]
+    # a sentence, and the first word of its piece
+    waiting = [(i, 0) for i, sentence in enumerate(sentences) if sentence]
+    while waiting:
+        pieces = [Tagged(sentences[i][start:], (run.labels[0],) * len(sentences[i][start:])) for i, start in waiting]
+        again: list[tuple[int, int]] = []
+        pieces_read = [
+            (tokens, entry, numbers) for _, tokens, found in run.read(pieces) for entry, numbers in found.items()
+        ]
+        for (i, start), (tokens, entry, numbers) in zip(waiting, pieces_read, strict=True):
+            places = [start + w for w in tokens.table[entry]["words"]]
+            begin = 0 if start == 0 else len(places) // 8  # the first words of a later piece stand without their left
+            for k, (place, number) in enumerate(zip(places, numbers, strict=True)):
+                if k >= begin or tags[i][place] is None:
+                    tags[i][place] = run.labels[number]
+            last = places[-1] if places else start
+            if tokens.column("lost")[entry] and last + 1 < len(sentences[i]) and places:
+                again.append((i, max(start + 1, last + 1 - len(places) // 4)))
+        waiting = again
+    # a word of which the tokenizer leaves nothing has no tag
+    return [tuple(outside if tag is None else tag for tag in row) for row in tags]
+
+
+def spans_of(words: Sequence[str], tags: Sequence[str], sentence: str | Sequence[str]) -> tuple[TaggedSpan, ...]:
+    """The spans that the words' tags make, as seqeval reads them.
+
+    Args:
+        sentence: All its words; or the text that was cut into them, from which the spans are taken as they stand.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    spans: list[TaggedSpan] = []
+    places = _places(words, sentence) if isinstance(sentence, str) else []
+    for tag, first, last in get_entities([as_iobes(tag) for tag in tags]):
+        if isinstance(sentence, str):
+            text = sentence[places[first][0] : places[last][1]]
+        else:
+            text = join_words(words[first : last + 1], sentence)
+        spans.append(TaggedSpan(text, tag, (first, last + 1)))
+    return tuple(spans)
+
+
+def _places(words: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """Where each word begins and ends in the text that was cut into them."""
+    found: list[tuple[int, int]] = []
+    end = 0
+    for word in words:
+        begin = text.index(word, end)
+        end = begin + len(word)
+        found.append((begin, end))
+    return found
+
+
+TOKEN_CLS = Task(
+    name=TaskType.TOKEN_CLS,
+    adapter_type=TaskType.TOKEN_CLS,
+    data=DataSpec(
+        name="token_cls",
+        layouts=("tokens-tags",),
+        columns={
+            "input_ids": NUMBERS,
+            "labels": LABELS,
+            "words": Column(hidden=True),  # the number of the word of each token that has a tag
+        },
+        encoder=encoder,
+        named="tags",
+        label_per_token=True,
+    ),
+    model=ModelSpec(
+        task="token_cls", auto_class="AutoModelForTokenClassification", heads=TASK_HEADS[TaskType.TOKEN_CLS]
+    ),
+    legend=(
+        "green: token/tag, bold where the tag is not O; grey: not learned",
+        "token/tag; one without a tag is not learned",
+    ),
+    show=show,
+    synthetic_row=synthetic_row,
+    loss=cross_entropy,
+    read=read,
+    figures=(F1, Figure("precision"), Figure("recall"), Figure("accuracy")),
+    measure=measure,
+    quality=F1,
+    replies=replies,
+    verdict=verdict,
+    asks=("tokens",),
+    predict=predict,
+    blank={"text": "", "label": None, "probability": None},
+)

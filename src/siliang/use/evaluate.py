@@ -1,0 +1,140 @@
+"""The figures of a trained run on rows, as they are measured in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+
+from siliang.data.collate import PadCollator
+from siliang.data.examples import SourceTarget, bad_rows_message
+from siliang.data.load import Layout, load_examples, load_rows
+from siliang.data.prepared import EvalRows, has_unanswered
+from siliang.data.tokens import TokenSet, tokenise, usable
+from siliang.engine.batches import StepCollator, in_steps, most_tokens
+from siliang.engine.evaluate import Sums, figures_of
+from siliang.engine.evaluate import evaluate as measure
+from siliang.engine.step import Engine
+from siliang.run_folder import OpenedRun, autocast
+from siliang.secrets import HIDDEN
+from siliang.tasks import TASKS, Reader
+from siliang.types import DataError
+from siliang.use.generate import one_plain_answer
+from siliang.use.positions import check_positions
+
+
+def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None = None) -> dict[str, float]:
+    """Metrics on the run's held-out rows, or on other data, as they are measured in training and in its precision.
+
+    Args:
+        data: A file, or a name on the hub. None: the held-out rows, or, where the run has none, its training rows.
+        batch_size: Rows that go through the model at once, which no figure depends on but for rounding; None for the
+            run's own.
+
+    Returns:
+        rows; loss (mean over rows for classes and answers, over labelled tokens for text and tags); and the task's own
+        figures: accuracy and f1; f1, precision and recall over spans; perplexity; rouge_l; exact_match and f1.
+        `dropped`, where data.too_long = "drop" left out rows.
+
+    Raises:
+        DataError: There is no row to measure, or none has a label.
+    """
+    task, rows = TASKS[run.config.task], eval_rows(run, data)
+    with engine_of(run) as engine:
+        sums = sums_of(run, engine, rows.tokens, task.read, batch_size)
+    figures = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
+    figures |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
+    figures |= figures_of(task, sums, rows)
+    figures |= task.of_loss(figures["loss"])
+    return figures | figures_of_texts(run, rows, batch_size=batch_size)
+
+
+@contextmanager
+def engine_of(run: OpenedRun) -> Iterator[Engine]:
+    """The engine with which the run measured in training; off the model again behind the block."""
+    # outside of autocast, as in training: what it tries has to come to the same decisions
+    engine = Engine(run.model, TASKS[run.config.task], packing=run.config.train.packing)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def sums_of(
+    run: OpenedRun, engine: Engine, tokens: TokenSet, reader: Reader | None = None, batch_size: int | None = None
+) -> Sums:
+    """What an evaluation in training adds up, in the same batches."""
+    t, device = run.config.train, run.model.device
+    collator = StepCollator(
+        PadCollator(run.tokenizer.pad_token_id),
+        engine.task,
+        batch_size or t.batch_size,
+        most_tokens(t.tokens_at_once, device.type, run.precision.dtype),
+        packed=engine.padding is not None,
+    )
+    computing = partial(autocast, run.precision, device)
+    return measure(run.model, engine, tokens, collator, reader=reader, autocast=computing)
+
+
+def figures_of_texts(run: OpenedRun, rows: EvalRows, *, batch_size: int | None = None) -> dict[str, float]:
+    """The figures of what the model writes for the rows' sources, beside their targets; none for a task that does not
+    measure texts."""
+    task = TASKS[run.config.task]
+    if task.of_texts is None:
+        return {}
+    collate = PadCollator(run.tokenizer.pad_token_id)
+    written: list[str] = []
+    # rows of like length side by side: less padding, and the longest first shows at once what does not fit
+    order = np.argsort(-rows.tokens.lengths, kind="stable").tolist()
+    with run.computing():
+        for some in in_steps(order, batch_size or run.config.train.batch_size):
+            batch = {k: x.to(run.model.device) for k, x in collate(rows.tokens.__getitems__(list(some))).items()}
+            ids = run.model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=run.config.data.max_target_length,
+                do_sample=False,
+                **one_plain_answer(run),
+            )
+            written += run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    examples = (rows.examples[number] for number in rows.tokens.column("row")[order].tolist())
+    return task.of_texts(written, [e.target for e in examples if isinstance(e, SourceTarget)])
+
+
+def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, same: bool = True) -> EvalRows:
+    """The rows of `data`, or the run's own held-out rows, or, where it has none, its training rows.
+
+    Args:
+        limit: Of the rows, the first so many; None for all.
+        same: They have to be those of the training.
+
+    Raises:
+        DataError: There are none, all are longer than data.max_length where these are dropped, or the run's own data is
+            not what it was.
+    """
+    settings, spec = run.config.data, TASKS[run.config.task].data
+    if data is None and same and run.trained is not None:
+        run.trained.check_data()
+    if data is not None:
+        settings = settings.model_copy(update={"labels": run.record.labels, "encoding": "auto"})
+        layout = Layout(run.record.layout, run.record.columns) if run.record.layout else None
+        rows = load_rows(settings, spec, data, layout).eval
+    else:
+        if any(HIDDEN in label for label in run.labels):  # classes that are secrets have no other names there
+            settings = settings.model_copy(update={"labels": run.record.labels})
+        examples = load_examples(settings, spec, seed=run.config.train.seed)
+        rows = examples.eval if len(examples.eval) else examples.train
+    rows = rows if limit is None else rows[:limit]
+    rows, tokens = usable(rows, tokenise(rows, run.tokenizer, settings, spec, labels=run.record.labels))
+    if not len(tokens) and tokens.dropped:
+        raise DataError(
+            f"there is nothing to measure: all {tokens.dropped:,} rows are longer than data.max_length = "
+            f'{settings.max_length:,}, and data.too_long = "drop" leaves them out.\n'
+            "Raise data.max_length, or set data.too_long=cut."
+        )
+    if not len(tokens):
+        raise DataError("not one row can be used." + (f" {bad_rows_message(tokens.skipped)}" if tokens.skipped else ""))
+    check_positions(run, tokens, "a row")
+    return EvalRows(tokens, rows, run.labels, run.record.unanswered or has_unanswered(rows))

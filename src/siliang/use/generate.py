@@ -1,0 +1,162 @@
+"""Text from a trained run that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from siliang.peft_model import PeftModel
+from siliang.run_folder import OpenedRun
+from siliang.secrets import short_repr
+from siliang.tasks import TASKS
+from siliang.types import ConfigError, ModelError, first_line
+from siliang.use.positions import positions_of
+
+NEW_TOKENS = 128  # of an answer, where nobody says how long it may be
+MOST_BEAMS = 64
+
+
+def generate(
+    run: OpenedRun,
+    instruction: str,
+    input: str = "",
+    *,
+    max_new_tokens: int | None = None,
+    up_to: int = NEW_TOKENS,
+    temperature: float = 0.0,
+    plain: bool = False,
+    base: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """What the model answers to an instruction, in the run's own template.
+
+    Args:
+        max_new_tokens: So many tokens may be written. None: `up_to`, or fewer where the model has no more positions.
+        temperature: 0 for the most probable token each time, higher for more varied text.
+        plain: The instruction is the beginning of a text, to be continued without a template.
+        base: Ask the base model, without the adapter.
+        on_text: Hears the answer piece by piece while it is written.
+
+    Raises:
+        ConfigError: The run is a classifier, or the base of a fully tuned model was asked for; or the prompt, with the
+            tokens to be written, is longer than the model can read.
+    """
+    task, tokenizer = TASKS[run.config.task], run.tokenizer
+    if task.prompt is None:
+        raise ConfigError(f"{run.folder} was trained to classify: use `siliang predict`.")
+    if base and not isinstance(run.model, PeftModel):
+        raise ConfigError(f"{run.folder} was fully tuned: its base model is not inside it any more.")
+    ids, stop = task.prompt(tokenizer, run.config.data.template, instruction, input, plain)
+    if not ids:
+        raise ConfigError("the tokenizer makes nothing of this text: there is nothing to answer.")
+    max_new_tokens = _room(run, len(ids), max_new_tokens, up_to, base=base)
+    input_ids = torch.tensor([ids], device=run.model.device)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": stop,
+        "attention_mask": torch.ones_like(input_ids),
+    }
+    if temperature > 0:
+        settings["temperature"] = temperature
+    wanted = run.model.generation_config
+    if not isinstance(wanted.num_beams or 1, int) or (wanted.num_beams or 1) > MOST_BEAMS:
+        asked = short_repr(wanted.num_beams)
+        raise ModelError(f"{run.config.model} asks for num_beams = {asked}: at most {MOST_BEAMS}.")
+    embeddings: Any = run.model.get_input_embeddings()
+    if (most := int(embeddings.weight.shape[0])) <= max(ids):
+        raise ModelError(f"{run.config.model}: its tokenizer has a token {max(ids):,}, and its model {most:,} tokens.")
+    streams = (wanted.num_beams or 1) == 1  # beams are not known before the end
+    if on_text is not None and streams:
+        settings["streamer"] = _Pieces(tokenizer, on_text)
+    if wanted.stop_strings is not None:
+        settings["tokenizer"] = tokenizer
+    settings |= one_plain_answer(run)
+    try:
+        with run.computing(), run.model.disable_adapter() if base else nullcontext():
+            written = run.model.generate(input_ids=input_ids, **settings)
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # of a stranger's values
+        raise ModelError(
+            f"{run.config.model} cannot write: {first_line(error)}\n"
+            "Look at its generation_config.json, which says how it writes."
+        ) from error
+    answer = written[0] if task.has_encoder else written[0, len(ids) :]
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    if on_text is not None and not streams:
+        on_text(text)
+    return text
+
+
+# What a base model's generation_config may ask for and does not get: several answers, figures beside them, and ways of
+# searching that transformers fetches as code from the hub.
+ONE_PLAIN_ANSWER: dict[str, Any] = {
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "num_beam_groups": None,
+    "diversity_penalty": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    # a cache of another kind, which may be of any size, compiled, or need a card
+    "cache_implementation": None,
+    "cache_config": None,
+    "compile_config": None,
+    "disable_compile": True,
+    "prefill_chunk_size": None,
+}
+
+
+def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: bool) -> int:
+    """Returns the number of new tokens that fit after the prompt.
+
+    Raises:
+        ConfigError: The model has no positions for them, or fewer than one is wanted.
+    """
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"max_new_tokens = {wanted:,} must be 1 or more.")
+    task, positions = TASKS[run.config.task], positions_of(run, base=base)
+    limit, room = positions.reads, None
+    if limit is not None and tokens > limit - task.decoder_only:
+        raise ConfigError(
+            f"the prompt has {tokens:,} tokens, and the model has {positions.in_words(limit)}: shorten it."
+        )
+    if task.has_encoder:
+        room = None if positions.writes is None else positions.writes - 1  # one begins the target
+    elif limit is not None:
+        room = limit - tokens
+    if room is not None and wanted is not None and wanted > room:
+        raise ConfigError(
+            f"max_new_tokens = {wanted:,} behind a prompt of {tokens:,} tokens is more than the model's "
+            f"{positions.in_words(limit if limit is not None else room)}: at most {room:,} can be written."
+        )
+    return wanted if wanted is not None else (up_to if room is None else min(up_to, room))
+
+
+def one_plain_answer(run: OpenedRun) -> dict[str, Any]:
+    """Settings of generate by which the model writes one answer, whatever its generation_config asks for."""
+    wanted = run.model.generation_config
+    return {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(wanted, name)}
+
+
+class _Pieces(TextStreamer):
+    """Hands on an answer as soon as its next words are whole."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)

@@ -1,0 +1,79 @@
+"""A plain model from a run, proved to answer as the run does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siliang.data.collate import PadCollator
+from siliang.data.jinja import with_chat_template
+from siliang.data.tokens import TokenSet
+from siliang.files import filling
+from siliang.merge import MergeProof, merge_with_proof
+from siliang.models.save import save_model
+from siliang.peft_model import PeftModel
+from siliang.run_folder import OpenedRun, claim, find_run, open_trained
+from siliang.tasks import TASKS
+from siliang.types import ConfigError, DataError, MergeError
+from siliang.use.evaluate import eval_rows
+
+PROOF_SAMPLES = 32
+
+
+def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool = False) -> MergeProof:
+    """Merges the run's adapter, proves it on the run's own data, or on `data`, and writes a plain model folder.
+
+    Raises:
+        ConfigError: The run has no adapter.
+        MergeError: The merged model does not answer as the unmerged one; nothing is left behind, unless `force`.
+        OutputError: The output folder is not empty.
+    """
+    if not isinstance(run.model, PeftModel):
+        raise ConfigError(f"{run.folder} was fully tuned: {run.folder / 'model'} is a plain model already.")
+    if run.precision.compute != "fp32":  # which would round the sum
+        trained = run.trained or find_run(run.folder, force=True)
+        run = open_trained(trained, dtype=torch.float32, quantised=False)
+    try:
+        tokens = eval_rows(run, data, limit=PROOF_SAMPLES, same=False).tokens
+    except DataError as error:
+        if data is not None:
+            raise
+        raise DataError(f"{error}\nThe proof needs some rows, whichever: give them with --data FILE.") from None
+    samples = list(_samples(run, tokens))
+    new = claim(output)
+    try:
+        merged, proof = merge_with_proof(run.model, samples)
+        if not proof.holds and not force:
+            raise MergeError(
+                f"The merged model does not answer as the adapter does: {proof}.\n"
+                "Nothing was written. Merge in a wider --dtype, or keep it all the same with --force."
+            )
+        with filling(output) as temporary:
+            save_model(temporary, merged, served_tokenizer(run)[0])
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                output.rmdir()
+        raise
+    return proof
+
+
+def served_tokenizer(run: OpenedRun) -> tuple[Any, str]:
+    """The run's tokenizer with the chat template that it was trained with, and which that is, in words."""
+    if not TASKS[run.config.task].decoder_only:
+        return run.tokenizer, ""
+    return with_chat_template(run.tokenizer, run.config.data.template, run.record.layout)
+
+
+def _samples(run: OpenedRun, tokens: TokenSet) -> Iterator[dict[str, Tensor]]:
+    """What the model is called with, one entry at a time."""
+    collate, task = PadCollator(run.tokenizer.pad_token_id), TASKS[run.config.task]
+    left_out = () if task.has_encoder else task.data.targets  # a decoder reads the labels
+    for i in range(min(PROOF_SAMPLES, len(tokens))):
+        inputs = collate([tokens[i]])
+        yield {k: x.to(run.model.device) for k, x in inputs.items() if k not in left_out}

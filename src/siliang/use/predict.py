@@ -1,0 +1,101 @@
+"""What a trained run predicts: of texts their classes or their tags, of questions their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from siliang.data.examples import Example
+from siliang.data.formats import FORMATS, BadRow, as_text
+from siliang.data.sources import Reading, open_source
+from siliang.data.text_files import kind_of
+from siliang.data.tokens import TokenSet, tokenise
+from siliang.run_folder import OpenedRun
+from siliang.tasks import TASKS, Predicted, Trained
+from siliang.types import ConfigError, DataError
+from siliang.use.evaluate import engine_of, sums_of
+from siliang.use.positions import check_positions
+
+AT_ONCE = 256  # texts that are tokenised together
+Asked = str | tuple[str, str] | tuple[str, ...]  # a text, a pair of texts, or words
+
+
+def predict(run: OpenedRun, asked: Iterable[Any], *, batch_size: int | None = None) -> Iterator[Predicted]:
+    """A prediction for each text, in order, of the kind of the run's task: `tasks.seq_cls.Prediction`,
+    `tasks.token_cls.TaggedWords` or `tasks.question_ans.Answer`.
+
+    Args:
+        asked: What the task's own `predict` takes; read while it is predicted.
+        batch_size: Rows that go through the model at once; None for the run's own.
+
+    Raises:
+        ConfigError: The run writes text.
+        DataError: A text lacks what the task asks for, or is longer than the model can read.
+    """
+    check_predicts(run)
+    make = TASKS[run.config.task].predict
+    assert make is not None
+
+    def read(examples: Iterable[Example]) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
+        return _read(run, examples, batch_size)
+
+    record = run.record
+    return make(Trained(str(run.folder), run.labels, record.layout, record.columns, record.unanswered, read), asked)
+
+
+def check_predicts(run: OpenedRun) -> None:
+    """
+    Raises:
+        ConfigError: The run writes text.
+    """
+    if TASKS[run.config.task].predict is None:
+        raise ConfigError(f"{run.folder} was trained to write text: use `siliang generate`.")
+
+
+def _read(
+    run: OpenedRun, examples: Iterable[Example], batch_size: int | None
+) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
+    """(examples, their tokens, what the model says of each entry), some examples at a time."""
+    task, data = TASKS[run.config.task], run.config.data.model_copy(update={"too_long": "cut", "skip_bad_rows": False})
+    waiting = iter(examples)
+    with engine_of(run) as engine:
+        while some := list(islice(waiting, AT_ONCE)):
+            tokens = tokenise(some, run.tokenizer, data, task.data, labels=run.labels, judged=False)
+            check_positions(run, tokens, "a text")
+            yield some, tokens, sums_of(run, engine, tokens, task.read, batch_size).found
+
+
+def read_texts(run: OpenedRun, source: str) -> list[Asked]:
+    """The texts of a file of data, or the pairs or words, from the columns that the run was trained on; "" where a row
+    has none.
+
+    Raises:
+        DataError: It cannot be read, or lacks the columns.
+    """
+    data, record, asks = run.config.data, run.record, TASKS[run.config.task].asks
+    reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
+    needed = FORMATS[record.layout].needs if record.layout else asks
+    names = [record.columns.get(part, part) for part in asks if part in needed]
+    if kind_of(Path(source)) == ".txt":
+        names = ["text"]
+    texts: list[Asked] = []
+    opened = open_source(source, reading)
+    for row in opened.rows(next(iter(opened.parts)), reading):
+        missing = [name for name in names if name not in row.values]
+        if row.problem is not None:
+            raise DataError(f"{row.where} {row.problem}.")
+        if missing:
+            there = ", ".join(map(repr, row.values))
+            raise DataError(f"{row.where} has no column {missing[0]!r}, which the run was trained on; it has {there}.")
+        values = [row.values[name] for name in names]
+        if "tokens" in asks and isinstance(values[0], list):
+            texts.append(tuple(map(str, values[0])))
+            continue
+        try:
+            cells = [as_text(value, name) for value, name in zip(values, names, strict=True)]
+        except BadRow as problem:
+            raise DataError(f"{row.where} {problem}.") from None
+        texts.append((cells[0], cells[1]) if len(cells) > 1 and any(map(str.strip, cells)) else cells[0])
+    return texts
