@@ -157,7 +157,7 @@ def test_masks_of_prepared_rows_say_what_is_learned() -> None:
 
 def test_an_encoder_decoder_has_no_place_for_a_system_message() -> None:
     found = read({"instruction": "hello", "output": "yes", "system": "I"}, SEQ_2_SEQ_LM.data)
-    from siliang.data.formats import as_source_target
+    from siliang.tasks.seq_2_seq_lm import as_source_target
 
     assert "has a system message" in str(as_source_target(found))
 
