@@ -22,7 +22,7 @@ from siliang.types import TaskType
 
 def model_and_task(name: str) -> tuple[Any, Task]:
     task = TASKS[TaskType(TASK[name])]
-    config = siliang.LoraConfig(task_type=task, layers_to_transform=[1], init_lora_weights=False)
+    config = siliang.LoraConfig(task_type=task.adapter_type, layers_to_transform=[1], init_lora_weights=False)
     return siliang.get_peft_model(make(name), config).train(), task
 
 
