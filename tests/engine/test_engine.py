@@ -124,7 +124,7 @@ def compare(name: str, method: str, *, checkpointing: bool = False) -> tuple[Eng
     if name == "granite":  # which PEFT knows no targets of
         config = siliang.LoraConfig(target_modules="all-linear", init_lora_weights=False)
     if config is not None:
-        config = type(config)(**{k: v for k, v in vars(config).items() if k != "task_type"}, task_type=task.adapter_type)
+        config = type(config)(**vars(config) | {"task_type": task.adapter_type})
         model = siliang.get_peft_model(model, config)
     without_dropout(model)
     model.train()
