@@ -19,6 +19,7 @@ from siliang.data.examples import Text
 from siliang.data.tokens import tokenise
 from siliang.limits import RefusedError, in_time, look_at_tokenizer
 from siliang.models.load import load_tokenizer
+from siliang.models.tokenizer_file import check_tokenizer
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ModelError, TaskType
 
@@ -206,3 +207,11 @@ def test_what_takes_too_long(work: str, said: str) -> None:
     code += f"try:\n    in_time(lambda: {work}, 0.1)\nexcept LimitError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"])
+def test_a_file_of_words_that_is_too_large(name: str, tmp_path: Path) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**36)  # of which nothing is on the disk
+    with pytest.raises(ModelError, match=rf"{name} has 68,719,476,736 bytes"):
+        check_tokenizer(str(tmp_path))

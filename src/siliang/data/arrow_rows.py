@@ -2,29 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from siliang.data.numbers import is_whole
+from siliang.data.text_files import MOST_COLUMNS, MOST_ROW
 from siliang.safe_json import JsonError, parse_json
-from siliang.types import DataError
+from siliang.secrets import shortened
+from siliang.types import DataError, first_line
 
 Change = Callable[[Any], Any]
+# A small file may hold a text once and name it in every row, or say that a list has a billion nulls. So:
+MOST_ROWS, FEWEST_ROWS = 1000, 16  # are unpacked at once
+UNPACKED_BYTES = 2**28  # that they may have
+MOST_UNPACKED = 50  # bytes of a parquet file's columns for each of its own, beyond SMALL_BYTES
+SMALL_BYTES = 16 * 2**20
+MOST_GROWTH = 1000  # values and characters of all rows for each byte of the file, beyond MOST_SMALL
+MOST_SMALL = 64 * 2**20
+MOST_AT_ONCE = 2**22  # values, and characters, that are made Python's at once
 
 
-def rows_of(batch: Any, change: dict[str, Change]) -> Iterator[dict[str, Any]]:
-    """The rows of a record batch or table.
+def rows_of(batches: Iterable[Any], change: dict[str, Change], name: object, nbytes: int) -> Iterator[dict[str, Any]]:
+    """The rows of record batches or tables.
 
     Args:
-        change: What `changes` gave for its schema.
+        change: What `changes` gave for their schema.
+        name: Of the source, for the error.
+        nbytes: Of the source's files.
+
+    Raises:
+        DataError: A row has too many values or characters, all of them have far more than the files, or a batch is
+            damaged.
     """
+    size = 0
+    for batch in batches:
+        try:
+            batch.validate(full=True)  # of a mapped file nobody has looked whether its places are in it
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{name} is damaged: {first_line(error)}") from None
+        size += _size(batch.columns)
+        if size > MOST_SMALL + MOST_GROWTH * nbytes:
+            raise DataError(f"{name}: its rows have more than {MOST_GROWTH:,} times the characters of the file.")
+        yield from _rows(batch, change, name)
+
+
+def _rows(batch: Any, change: dict[str, Change], name: object) -> Iterator[dict[str, Any]]:
+    size = _size(batch.columns)
+    if size > (MOST_AT_ONCE if batch.num_rows > 1 else MOST_ROW):
+        if batch.num_rows == 1:
+            raise DataError(f"{name}: a row has {size:,} values and characters: at most {MOST_ROW:,} are read.")
+        half = batch.num_rows // 2
+        yield from _rows(batch.slice(0, half), change, name)
+        yield from _rows(batch.slice(half), change, name)
+        return
     for values in batch.to_pylist():
-        for name, function in change.items():
-            if name in values:
-                values[name] = function(values[name])
+        for column, function in change.items():
+            if column in values:
+                values[column] = function(values[column])
         yield values
+
+
+def rows_at_once(metadata: Any, path: Path, name: str) -> int:
+    """How many rows of a parquet file may be unpacked at once. A text that stands in it once can be that of every row,
+    and is no larger than the column that it stands in.
+
+    Raises:
+        DataError: The file's columns are much larger than the file.
+    """
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    sizes = [group.column(i).total_uncompressed_size for group in groups for i in range(metadata.num_columns)]
+    if sum(sizes) > SMALL_BYTES + MOST_UNPACKED * path.stat().st_size:
+        raise DataError(
+            f"{name} unpacks to {sum(sizes):,} bytes, more than {MOST_UNPACKED} times its size: write it without "
+            "compression."
+        )
+    return min(MOST_ROWS, max(FEWEST_ROWS, UNPACKED_BYTES // max([1, *sizes])))
+
+
+def _size(arrays: Iterable[Any]) -> int:
+    """Values and bytes of text that Python would hold of columns; a text or value counts as often as it is named."""
+    size = 0
+    for array in arrays:
+        kind = array.type
+        size += len(array)
+        for piece in array.chunks if isinstance(array, pa.ChunkedArray) else [array]:
+            if isinstance(piece, pa.ExtensionArray):
+                size += _size([piece.storage])
+            elif pa.types.is_dictionary(kind):
+                words = piece.dictionary
+                if _is_text(kind.value_type):
+                    size += pc.sum(pc.binary_length(words).take(piece.indices.drop_null())).as_py() or 0
+                elif pa.types.is_nested(kind.value_type):
+                    size += len(piece) * _size([words])
+            elif pa.types.is_struct(kind):
+                size += _size(piece.field(i) for i in range(kind.num_fields))
+            elif _is_list(kind):
+                size += _size([piece.flatten()])
+            elif pa.types.is_map(kind):
+                first, last = (piece.offsets[i].as_py() for i in (0, len(piece)))
+                size += _size(part.slice(first, last - first) for part in (piece.keys, piece.items))
+            elif _is_text(kind):
+                size += pc.sum(pc.binary_length(piece)).as_py() or 0
+    return size
+
+
+def _is_text(kind: Any) -> bool:
+    types = pa.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _is_list(kind: Any) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+# A value of these may stand for any number, and no program writes data of a training so.
+NOT_READ = ("is_run_end_encoded", "is_union", "is_list_view", "is_large_list_view", "is_string_view", "is_binary_view")
+
+
+def _not_read(kind: Any) -> Any:
+    """A type within `kind`, or itself, that is not read; None where there is none."""
+    if any(getattr(pa.types, name)(kind) for name in NOT_READ):
+        return kind
+    if isinstance(kind, pa.BaseExtensionType):
+        inner = [kind.storage_type]
+    elif pa.types.is_dictionary(kind):
+        inner = [kind.value_type]
+    else:
+        inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return next((found for part in inner if (found := _not_read(part)) is not None), None)
 
 
 def changes(schema: pa.Schema, name: object) -> dict[str, Change]:
@@ -38,10 +147,19 @@ def changes(schema: pa.Schema, name: object) -> dict[str, Change]:
         name: Of the source, for the error.
 
     Raises:
-        DataError: Two columns have one name.
+        DataError: Two columns have one name, there are too many, or one is of a type that is not read.
     """
-    if twice := [column for i, column in enumerate(schema.names) if column in schema.names[:i]]:
-        raise DataError(f"{name} has the column {twice[0]!r} twice; give each column its own name.")
+    if len(schema) > MOST_COLUMNS:
+        raise DataError(f"{name} has {len(schema):,} columns: at most {MOST_COLUMNS:,} are read.")
+    seen: set[str] = set()
+    for field in schema:
+        if field.name in seen:
+            raise DataError(f"{name} has the column {shortened(field.name, 100)!r} twice; give each its own name.")
+        seen.add(field.name)
+        if (kind := _not_read(field.type)) is not None:
+            raise DataError(
+                f"{name}: the column {shortened(field.name, 100)!r} holds the type {kind}, which is not read."
+            )
     features = _features(schema)
     found = {field.name: _change(field.type, features.get(field.name)) for field in schema}
     return {name: change for name, change in found.items() if change is not None}

@@ -18,6 +18,7 @@ from siliang.safe_yaml import YamlError, check_yaml
 from siliang.types import DataError, first_line
 
 STANDALONE = ".huggingface.yaml"  # which `datasets` reads in place of a README's header
+MOST_README_BYTES = 4 * 2**20  # in which a header ends
 MOST_STATE_BYTES = 64 * 2**20  # of the list of a saved data set's files
 
 
@@ -74,6 +75,9 @@ def check_saved(path: Path) -> None:
     Raises:
         DataError: It does, or it is damaged.
     """
+    for file in path.rglob("dataset_info.json"):
+        if (size := file.stat().st_size) > MOST_STATE_BYTES:
+            raise DataError(f"{file} has {size:,} bytes: at most {MOST_STATE_BYTES:,} are read.")
     for file in (*path.glob("dataset_dict.json"), *path.rglob("state.json")):
         try:
             values = read_json(file, most_bytes=MOST_STATE_BYTES, foreign=True)
@@ -104,7 +108,10 @@ def _header(readme: Path) -> dict[str, Any]:
     """What stands between the two lines `---` at the beginning of a README."""
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    text = ""
+    if readme.is_file():
+        with readme.open("rb") as opened:
+            text = opened.read(MOST_README_BYTES).decode("utf-8", errors="replace")
     found = REGEX_YAML_BLOCK.search(text.removeprefix("\ufeff"))
     if found is None or not re.search(r"^(configs|dataset_info):", found[2], re.MULTILINE):
         return {}

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from siliang.data.text_files import TextFile
+from siliang.data.text_files import MOST_ROW, TextFile
 from siliang.secrets import shortened
 from siliang.types import DataError
 
 CHUNK_BYTES = 4 * 2**20
+MOST_WHOLE = 2**28  # characters of a file that is one object, and is read whole
 MAX_DIGITS = 300  # of a whole number, which thus has a value as a float
 SHOWN = 40  # characters of a number in an error
 BLANK = " \t\r\n"
@@ -162,7 +163,12 @@ def _items(text: _Text, name: str | Path) -> Iterator[Item]:
 
 def _whole(file: TextFile, name: str | Path) -> Iterator[Item]:
     """A file that holds one object: SQuAD's nested lists, or a list under the name `data`."""
-    content = "".join(line for _, line in file.lines())
+    with file.open() as opened:
+        content = opened.read(MOST_WHOLE + 1)
+    if len(content) > MOST_WHOLE:
+        raise DataError(
+            f"{name} is one object of more than {MOST_WHOLE:,} characters: write a list of objects, or one a line."
+        )
     try:
         value = DECODER.decode(content)
     except json.JSONDecodeError as error:
@@ -241,6 +247,8 @@ class _Text:
                     break
                 self._more()  # a number at the end of what was read may go on
             except json.JSONDecodeError as error:
+                if len(self._text) - self.position > MOST_ROW:
+                    raise ValueError(f"an item does not end within {MOST_ROW:,} characters") from None
                 if not self._more():
                     rest = self._text[self.position :]
                     raise json.JSONDecodeError(error.msg, rest, min(error.pos - self.position, len(rest))) from None

@@ -206,7 +206,8 @@ def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[R
         elif fields == names and names is reading.header and line == 1:
             raise DataError(f"{where}: is the header line that data.header says is missing: leave data.header out.")
         elif len(fields) != len(names):
-            has = f"has {len(fields)} column{'s' if len(fields) != 1 else ''}, not {len(names)} ({', '.join(names)})"
+            wanted = shortened(", ".join(names), 200)
+            has = f"has {len(fields)} column{'s' if len(fields) != 1 else ''}, not {len(names)} ({wanted})"
             if kind == ".csv" and len(fields) > len(names):
                 has += "; a cell with a comma, or whatever separates the columns, needs quotes"
             yield Row({}, where, has)
@@ -249,7 +250,7 @@ def _tagged(file: TextFile, name: str, reading: Reading) -> Iterator[Row]:
             continue
         fields = _line_fields(line)
         if len(fields) < 2 + first:
-            problem = problem or f"has no tag in line {number}: {line!r}"
+            problem = problem or f"has no tag in line {number}: {shortened(line, 200)!r}"
             continue
         if first and not fields[0].isdecimal():
             continue
@@ -307,19 +308,18 @@ def _arrow(path: Path, name: str, kind: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from siliang.data.arrow_rows import changes, rows_of
+    from siliang.data.arrow_rows import changes, rows_at_once, rows_of
 
     try:
         if kind == ".parquet":
             file = pq.ParquetFile(path)
-            schema, batches = file.schema_arrow, file.iter_batches(batch_size=1000)
+            at_once = rows_at_once(file.metadata, path, name)
+            schema, batches = file.schema_arrow, file.iter_batches(batch_size=at_once)
         else:
             schema, batches = _arrow_batches(path)
-        change, number = changes(schema, name), 0
-        for batch in batches:
-            for values in rows_of(batch, change):
-                number += 1
-                yield Row(values, f"{name}, row {number}")
+        rows = rows_of(batches, changes(schema, name), name, path.stat().st_size)
+        for number, values in enumerate(rows, start=1):
+            yield Row(values, f"{name}, row {number}")
     except pa.ArrowException as error:
         raise DataError(f"{name} is not a readable {kind[1:]} file: {first_line(error)}") from None
 
@@ -455,8 +455,7 @@ def _saved(table: Any, source: str) -> Iterator[Row]:
     """The rows of a table from Dataset.save_to_disk."""
     from siliang.data.arrow_rows import changes, rows_of
 
-    change, number = changes(table.features.arrow_schema, source), 0
-    for batch in table.with_format("arrow").iter(batch_size=1000):
-        for values in rows_of(batch, change):
-            number += 1
-            yield Row(values, f"{source}, row {number}")
+    change, batches = changes(table.features.arrow_schema, source), table.with_format("arrow").iter(batch_size=1000)
+    nbytes = sum(Path(file["filename"]).stat().st_size for file in table.cache_files)
+    for number, values in enumerate(rows_of(batches, change, source, nbytes), start=1):
+        yield Row(values, f"{source}, row {number}")

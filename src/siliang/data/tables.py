@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from siliang.data.text_files import INVISIBLE, TextFile
+from siliang.data.text_files import INVISIBLE, MOST_COLUMNS, MOST_ROW, TextFile
+from siliang.secrets import shortened
 from siliang.types import DataError
 
 SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
 SAMPLE_LINES = 200
 CONSISTENT = 0.9  # of the first records: as many fields as the header, where a separator is certain
-LONGEST_FIELD = 2**27
 
 Fields = tuple[int, list[str], str | None]  # number of the first line, the fields, what is wrong
 
@@ -32,7 +32,7 @@ def table_fields(
     Args:
         note: Is called with a line on what was guessed.
     """
-    csv.field_size_limit(LONGEST_FIELD)
+    csv.field_size_limit(MOST_ROW)
     own = "\t" if kind == ".tsv" else ","
     found = separator if separator != "auto" else _separator(file, own, header)
     marks = separator != "auto" or found == ","
@@ -62,14 +62,20 @@ def clean_header(fields: list[str], where: str) -> list[str]:
     """The column names of a header line, without blanks and invisible characters around them.
 
     Raises:
-        DataError: A name is there twice.
+        DataError: A name is there twice, or there are too many.
     """
+    if len(fields) > MOST_COLUMNS:
+        raise DataError(f"{where}: the header has {len(fields):,} columns: at most {MOST_COLUMNS:,} are read.")
     names = [field.strip(INVISIBLE + " \t\r\n\xa0\u3000") for field in fields]
+    seen: set[str] = set()
     for i, name in enumerate(names):
-        if not name and "" in names[:i]:
+        if not name and "" in seen:
             names[i] = f"column {i + 1}"
-        elif name and name in names[:i]:
-            raise DataError(f"{where}: the header names the column {name!r} twice; give each column its own name.")
+        elif name and name in seen:
+            raise DataError(
+                f"{where}: the header names the column {shortened(name, 100)!r} twice; give each column its own name."
+            )
+        seen.add(names[i])
     return names
 
 

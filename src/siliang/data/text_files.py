@@ -17,6 +17,10 @@ from siliang.types import DataError
 COLUMN_FILES = (".bmes", ".bio", ".bioes", ".conll", ".ner")
 FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *COLUMN_FILES)
 CHUNK_BYTES = 2**17
+MOST_ROW = 2**24  # characters of a line, a cell or an item: more than any row has
+MOST_COLUMNS = 10_000
+MOST_GROWTH = 200  # bytes that a packed file may have for each of its own, beyond SMALL_BYTES; texts have 3 to 30
+SMALL_BYTES = 64 * 2**20
 MARKS = (  # longest first: the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -37,15 +41,26 @@ class TextFile:
     Attributes:
         newline: What ends its lines: a line feed (with or without a carriage return), or a carriage return alone.
         guessed: The encoding is not what a mark or UTF-8 itself says.
+        longest: Characters of its longest line; 0 where that is shorter than a piece in which files are read.
     """
 
     path: Path
     encoding: str
     newline: str = "\n"
     guessed: bool = False
+    longest: int = 0
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """(line number, line with its end)."""
+        """(line number, line with its end).
+
+        Raises:
+            DataError: A line is longer than a row may be.
+        """
+        if self.longest > MOST_ROW:
+            raise DataError(
+                f"{self.path} has a line of {self.longest:,} characters: at most {MOST_ROW:,} are read. Break the text "
+                "into lines."
+            )
         with self.open(self.newline) as opened:
             yield from enumerate(opened, start=1)
 
@@ -129,10 +144,15 @@ def _through(path: Path, encoding: str, *, guessed: bool = False) -> TextFile:
         _UndecodableError: It is something else; where `guessed`, also where it does not look like Chinese.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
-    feeds, returns, beyond, common = 0, 0, 0, 0
+    feeds, returns, beyond, common, size = 0, 0, 0, 0, 0
+    lengths = {"\n": _Lengths("\n"), "\r": _Lengths("\r")}
+    most = SMALL_BYTES + MOST_GROWTH * path.stat().st_size
     with open_bytes(path) as opened:
         while True:
             raw = opened.read(CHUNK_BYTES)
+            size += len(raw)
+            if size > most:
+                raise DataError(f"{path} unpacks to more than {MOST_GROWTH} times its size: unpack it yourself.")
             try:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
@@ -141,6 +161,8 @@ def _through(path: Path, encoding: str, *, guessed: bool = False) -> TextFile:
                 raise _UndecodableError(1 + feeds) from None
             feeds += text.count("\n")
             returns += "\r" in text
+            for length in lengths.values():
+                length.see(text)
             if guessed:
                 beyond += sum(c > "\x7f" for c in text)
                 common += _common(text)
@@ -148,7 +170,22 @@ def _through(path: Path, encoding: str, *, guessed: bool = False) -> TextFile:
                 break
     if guessed and common < COMMON_SHARE * beyond:
         raise _UndecodableError(1)
-    return TextFile(path, encoding, "\r" if returns and not feeds else "\n", guessed)
+    newline = "\r" if returns and not feeds else "\n"
+    return TextFile(path, encoding, newline, guessed, lengths[newline].longest)
+
+
+@dataclass
+class _Lengths:
+    """Of the lines that do not lie within one piece of a text: the longest so far, and what is seen of the last."""
+
+    newline: str
+    longest: int = 0
+    open: int = 0
+
+    def see(self, text: str) -> None:
+        end = text.find(self.newline)
+        self.longest = max(self.longest, self.open + (len(text) if end < 0 else end))
+        self.open = self.open + len(text) if end < 0 else len(text) - text.rfind(self.newline) - 1
 
 
 def _is_utf8(path: Path) -> bool:

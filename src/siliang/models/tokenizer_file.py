@@ -11,7 +11,13 @@ from siliang.safe_json import JsonError, read_json
 from siliang.types import ModelError, first_line
 
 NUMBERED = ("vocab.json", "added_tokens.json")  # tokens and their numbers
-NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *NUMBERED)
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+NAMES = ("tokenizer.json", *SETTINGS, *NUMBERED)
+# what a folder may have beside or in place of these, of which the size alone is looked at
+WORDS = ("vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json")
+PIECES = ("tokenizer", "spiece", "sentencepiece", "sentencepiece.bpe", "spm", "spm_char")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+BESIDE = (*WORDS, *(f"{name}.model" for name in PIECES), "source.spm", "target.spm", *TEMPLATES)
 MOST_BYTES = {"tokenizer.json": 200 * 2**20}
 OTHERS = 20 * 2**20
 
@@ -30,12 +36,19 @@ def check_tokenizer(name: str, revision: str | None = None) -> None:
         if path is None:
             continue
         most = MOST_BYTES.get(file, OTHERS)
-        if (size := path.stat().st_size) > most:
-            raise ModelError(f"{path} has {size:,} bytes: at most {most:,} are read.")
+        _check_size(path, most)
         if file == "tokenizer.json":
             _try(path)
         elif file in NUMBERED:
             _check_numbers(path, most)
+    if (folder := Path(name)).is_dir():
+        for path in (path for beside in BESIDE for path in folder.glob(beside)):
+            _check_size(path, OTHERS)
+
+
+def _check_size(path: Path, most: int) -> None:
+    if (size := path.stat().st_size) > most:
+        raise ModelError(f"{path} has {size:,} bytes: at most {most:,} are read.")
 
 
 def _check_numbers(path: Path, most_bytes: int) -> None:
