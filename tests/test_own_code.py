@@ -393,9 +393,9 @@ def test_nothing_is_imported_from_the_folder_at_hand(
         (theirs / name).parent.mkdir(parents=True, exist_ok=True)
         (theirs / name).write_text("import os\nopen(os.environ['MARK'], 'a').close()\n")
     monkeypatch.setattr(sys, "executable", PYTHON)
-    worker = Worker(tmp_path / "worker.log", lambda: {"PYTHONPATH": str(tmp_path / "ours")}, theirs)
-    heard: list[dict[str, object]] = []
-    worker.ask({}, heard.append)
+    monkeypatch.chdir(theirs)
+    worker = Worker(tmp_path / "worker.log", lambda: {"PYTHONPATH": str(tmp_path / "ours")})
+    heard = list(worker.ask({}))
     worker.close()
-    assert heard == [{"kind": "done", "found": {"loads": 7}}]
+    assert heard == [{"kind": "began"}, {"kind": "done", "found": {"loads": 7}}]
     assert not mark.exists()

@@ -9,9 +9,8 @@ from typing import Any
 
 from faults.folders.making import USES, change_json, change_settings, change_yaml, copy, link, victim, victims, write
 from faults.folders.sandbox import Case, Site, Step
-from siliang.compare.cluster import _Going
-from siliang.compare.freight import Crate, freight_of, unpack
-from siliang.compare.received import checked
+from siliang.compare.packed import Packed, files_of, unpack
+from siliang.compare.received import Incoming, checked
 
 KIND = "ray"
 
@@ -37,17 +36,16 @@ NAMES = {
 }
 
 
-def _request(site: Site) -> dict[str, Any]:
+def _incoming(site: Site) -> Incoming:
     (site.work / "runs").mkdir(exist_ok=True)
-    return {"kind": "run", "config": {"output": str(site.work / "runs" / "lora")}}
+    return Incoming(site.work / "runs" / "lora", 0, "evil")
 
 
 def _sent(*messages: Any) -> Callable[[Site], Sequence[Step]]:
     """What a worker sends of the run's folder."""
 
     def build(site: Site) -> Sequence[Step]:
-        going = _Going(0, _request(site))
-        going.node = "evil"
+        incoming = _incoming(site)
 
         def named(value: Any) -> Any:
             return value.replace("OUT", str(site.outside)) if isinstance(value, str) else value
@@ -56,7 +54,7 @@ def _sent(*messages: Any) -> Callable[[Site], Sequence[Step]]:
             for message in messages:
                 known = {key: named(value) for key, value in message.items()} if isinstance(message, dict) else message
                 if (heard := checked(known))["kind"] in ("file", "folder"):
-                    going.receive(heard)
+                    incoming.receive(heard)
 
         return [receive]
 
@@ -72,33 +70,30 @@ def _unpacked(name: Any) -> Callable[[Site], Sequence[Step]]:
 
     def build(site: Site) -> Sequence[Step]:
         path = name.replace("OUT", str(site.outside)) if isinstance(name, str) else name
-        crate = Crate("0" * 64, ((path, 4, (b"evil",)),))
-        return [lambda: unpack(crate, site.work / "unpacked", lambda piece: piece)]
+        packed = Packed("files-" + "0" * 32, ((path, (b"evil",)),))
+        return [lambda: unpack(packed, site.work / "unpacked", lambda piece: piece)]
 
     return build
 
 
 def _through_link(site: Site) -> Sequence[Step]:
     """The first file cannot be a link, but a folder that is there already may be one."""
-    going = _Going(0, _request(site))
-    going.node = "evil"
+    incoming = _incoming(site)
     link(site.work / "runs" / f".lora.tmp{os.getpid()}", victims(site))
-    return [lambda: going.receive(_file("keep.txt"))]
+    return [lambda: incoming.receive(_file("keep.txt"))]
 
 
 def _over_link(site: Site) -> Sequence[Step]:
-    going = _Going(0, _request(site))
-    going.node = "evil"
+    incoming = _incoming(site)
     link(site.work / "runs" / "lora", victims(site))
-    return [lambda: (going.receive(_file("run.json")), going.receive({"kind": "folder", "nbytes": 4}))]
+    return [lambda: (incoming.receive(_file("run.json")), incoming.receive({"kind": "folder", "nbytes": 4}))]
 
 
 def _old_link(site: Site) -> Sequence[Step]:
-    going = _Going(0, _request(site))
-    going.node = "evil"
+    incoming = _incoming(site)
     (site.work / "runs" / "lora").mkdir()
     link(site.work / "runs" / ".lora.tmp-old", victims(site))
-    return [lambda: (going.receive(_file("run.json")), going.receive({"kind": "folder", "nbytes": 4}))]
+    return [lambda: (incoming.receive(_file("run.json")), incoming.receive({"kind": "folder", "nbytes": 4}))]
 
 
 def _carried(site: Site) -> Sequence[Step]:
@@ -108,8 +103,7 @@ def _carried(site: Site) -> Sequence[Step]:
     link(site.evil / "data" / "x.jsonl", victim(site, "secret.jsonl"))
 
     def names() -> str:
-        freight = freight_of("evil")
-        return "\n".join(name for name, *_ in freight.files) if freight else ""
+        return "\n".join(map(str, files_of(str(site.evil))))
 
     return [names]
 
@@ -193,7 +187,9 @@ CASES = [
             "of progress that is a text": [{"kind": "progress", "progress": "x"}],
             "of figures that are texts": [{"kind": "done", "found": {"accuracy": "1.0"}}],
             "of figures by number": [{"kind": "done", "found": {1: 1.0}}],
-            "of a version that is a text": [{"kind": "began", "node": "x", "node_id": "y", "versions": "z"}],
+            "of a version that is a text": [
+                {"kind": "ready", "node": "x", "node_id": "y", "versions": "z", "cache": "c"}
+            ],
             "of code": [_file("adapter/evil.py")],
             "of a pickle": [_file("adapter/evil.pkl")],
             "of a page": [_file("report.html")],

@@ -29,6 +29,13 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def quieten_ray() -> None:
+    """To be called before Ray is imported: no telemetry, and no paragraph of Ray's for each worker that is lost."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns that this will become the default
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Around what a command imports. A million objects come to be, none of them garbage: to look for it among them, now

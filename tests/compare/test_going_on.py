@@ -14,7 +14,7 @@ from tiny import write_jsonl
 
 from siliang.cli.main import main
 from siliang.compare import trials
-from siliang.compare.cluster import _Going
+from siliang.compare.received import Incoming
 from siliang.compare.trials import goes_on, other_settings, run_config
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
@@ -106,12 +106,11 @@ def test_what_a_run_changed_to_fit_is_not_another_setting(
 
 
 def test_a_folder_that_came_back_in_part_is_asked_for_again(tmp_path: Path) -> None:
-    config = {"output": str(tmp_path / "run")}
-    going = _Going(0, {"kind": "train", "config": config}, node="other", most_bytes=100)
-    going.receive({"kind": "file", "name": "run.json", "bytes": b"half"})
-    going.receive({"kind": "folder", "nbytes": 9})
-    assert going.incomplete and list(tmp_path.iterdir()) == []
-    going = _Going(0, {"kind": "train", "config": config}, node="other", most_bytes=100)
-    going.receive({"kind": "file", "name": "run.json", "bytes": b"half and half"})
-    going.receive({"kind": "folder", "nbytes": 13})
-    assert not going.incomplete and (tmp_path / "run" / "run.json").read_bytes() == b"half and half"
+    incoming = Incoming(tmp_path / "run", 100, "other")
+    incoming.receive({"kind": "file", "name": "run.json", "bytes": b"half"})
+    incoming.receive({"kind": "folder", "nbytes": 9})
+    assert incoming.incomplete and list(tmp_path.iterdir()) == []
+    incoming = Incoming(tmp_path / "run", 100, "other")
+    incoming.receive({"kind": "file", "name": "run.json", "bytes": b"half and half"})
+    incoming.receive({"kind": "folder", "nbytes": 13})
+    assert not incoming.incomplete and (tmp_path / "run" / "run.json").read_bytes() == b"half and half"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -21,21 +22,24 @@ import yaml
 from forking import PYTHON
 from safetensors.torch import load_file
 
-pytest.importorskip("ray", reason="needs the extra `cluster`")
+# which imports Ray as a command does
+pytest.importorskip("siliang.compare.cluster", reason="needs the extra `cluster`", exc_type=ImportError)
 
 from siliang.cli.compare import RayOption
 from siliang.cli.main import app, main
 from siliang.compare.cluster import Cluster
-from siliang.compare.freight import Names, freight_of, keep, named_files, pack
+from siliang.compare.packed import files_of, pack, restore_paths, unpack_once, with_users_paths
 from siliang.compare.run import Listener, compare
 from siliang.compare.trials import goes_on
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
+from siliang.files import damage, seal
 from siliang.records import Answers, Comparison, Record, Trial
 from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.report.table import table
 from siliang.report.words import words
+from siliang.safe_yaml import dump_yaml
 from siliang.train.run import train
 
 pytestmark = [
@@ -162,7 +166,7 @@ def test_the_same_table_though_a_worker_is_killed(
     same_runs(folder / "alone", tmp_path / "out")
     trials = Comparison.open(tmp_path / "out" / "comparison.json").trials
     assert sum(t.attempts for t in trials) == len(trials) + 1
-    assert not list((tmp_path / "out").glob(".here-*")) and not workers()
+    assert not list((tmp_path / "out").glob(".shared-*")) and not workers()
     assert "raylet" not in "".join(capfd.readouterr())  # Ray's own words
 
 
@@ -217,25 +221,22 @@ def test_machines_with_disks_of_their_own(
     assert yaml.safe_load((run / "run.yaml").read_text()) == Record.read(run).config
 
 
-def test_stopped_far_away_it_goes_on_from_there(
-    alone: tuple[CompareConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_far_away_it_goes_on_from_there(alone: tuple[CompareConfig, Path], tmp_path: Path) -> None:
     """Ctrl-C brings the checkpoint of a machine without the user's disk; so does a worker that is killed, from whose
     machine only its process is gone."""
     import ray
 
     _, folder = alone
-    monkeypatch.chdir(folder / "user")
     values = yaml.safe_load((folder / "alone" / "runs" / "lora" / "seed-42" / "run.yaml").read_text())
-    values |= {"model": "./model", "output": str(tmp_path / "run")}
-    values["data"]["train"] = "review*.jsonl"
+    values |= {"output": str(tmp_path / "run")}
+    values["data"]["train"] = str(folder / "user" / "review*.jsonl")
     values["train"] |= {"max_steps": 300, "log_every": 10, "save_every": 25}  # not over before it is stopped
     run = RunConfig.build(values)
     train(RunConfig.build(values | {"output": str(tmp_path / "whole")}))
     request = {"kind": "train", "config": run.model_dump(mode="json"), "prompts": [], "max_new_tokens": 4}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        with Cluster("local", 1, tmp_path / "logs", apart=True) as cluster:
+        with Cluster("local", 1, tmp_path / "logs", shared_disk=False) as cluster:
             for event in cluster.run([request | {"resume": False}]):
                 assert event.kind not in ("done", "failed"), event
                 if event.kind == "progress" and event.message["progress"]["step"] > 20:
@@ -243,7 +244,7 @@ def test_stopped_far_away_it_goes_on_from_there(
         assert Record.read(tmp_path / "run").status == "interrupted"
         assert goes_on(run)
         steps, lost, end = [], 0, ""
-        with Cluster("local", 1, tmp_path / "logs", apart=True) as cluster:
+        with Cluster("local", 1, tmp_path / "logs", shared_disk=False) as cluster:
             for event in cluster.run([request | {"resume": True}]):
                 end = event.kind
                 lost += event.kind == "lost"
@@ -319,39 +320,54 @@ def test_an_address_or_none(given: list[str], address: str | None) -> None:
     assert (str(context.params["settings"]), context.params["ray"]) == ("c.yaml", address)
 
 
-def test_files_and_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path / "cache"))
-    user = tmp_path / "user"
+def test_files_and_their_names(tmp_path: Path) -> None:
+    user, cache = tmp_path / "user", tmp_path / 'a "cache" of 大家'
     for name in ("model/config.json", "model/deep/a.bin", "model/.git/b", "data/one.jsonl", "data/two.jsonl"):
         (user / name).parent.mkdir(parents=True, exist_ok=True)
         (user / name).write_text(name)
-    monkeypatch.chdir(user)
-    given = ["./model/", "data/*.jsonl", str(user / "data" / "two.jsonl"), "owner/name"]
-    found = [freight_of(name) for name in given]
-    assert found[3] is None
-    names, pieces = Names(), dict[int, bytes]()
+    cache.mkdir()
+    given = [f"{user}/model", f"{user}/data/*.jsonl", f"{user}/data/two.jsonl"]
+    found = [files_of(name) for name in given]
+    assert [[str(p.relative_to(user)) for p in files] for files in found] == [
+        ["model/config.json", "model/deep/a.bin"],
+        ["data/one.jsonl", "data/two.jsonl"],
+        ["data/two.jsonl"],
+    ]
+    assert files_of("owner/name") == files_of("data/*.jsonl") == files_of(f"{user}/none") == []
+    pieces = dict[int, bytes]()
 
     def put(piece: bytes) -> int:
         pieces[len(pieces)] = piece
         return len(pieces) - 1
 
-    for freight in found[:3]:
-        assert freight is not None and freight.is_here(str(user))
-        names.add(freight, keep(pack(Path(freight.root), [n for n, *_ in freight.files], put), pieces.__getitem__))
-    model, pattern, file = (Path(names.there[name]) for name in given[:3])
-    assert sorted(p.name for p in model.rglob("*") if p.is_file()) == ["a.bin", "config.json"]
-    assert [p.read_text() for p in sorted(pattern.parent.glob("*.jsonl"))] == ["data/one.jsonl", "data/two.jsonl"]
-    assert file.read_text() == "data/two.jsonl" and file.parent != pattern.parent
-    assert names.back([str(model), f"{pattern.parent}/one.jsonl:3", f"see {file}:1"]) == [
-        "./model/",
-        "data/one.jsonl:3",
-        f"see {user}/data/two.jsonl:1",
-    ]
-    config = {"model": "./model/", "output": "o", "method": {"name": "lora"}}
-    config["data"] = {"train": [{"path": "data/*.jsonl", "weight": 2.0}], "eval": given[2], "template": "alpaca"}
-    assert named_files(config) == given[:3]
-    there = names.forwards(config)
-    assert there["data"]["train"] == [{"path": str(pattern), "weight": 2.0}] and there["data"]["eval"] == str(file)
-    assert names.back(there) == config
+    packed = pack([*found[0], *found[1]], put)
+    for _ in range(2):
+        unpack_once(packed, cache, pieces.__getitem__)
+    there = cache / packed.folder
+    for path in (*found[0], *found[1]):
+        assert Path(f"{there}{path}").read_text() == path.read_text()
     (user / "model" / "config.json").write_text("longer than before")
-    assert found[0] is not None and not found[0].is_here(str(user))
+    assert pack([*found[0], *found[1]], put).folder != packed.folder
+    # what a run writes there has the user's names, in whatever way the path of the cache is written
+    message = {"kind": "say", "line": f"{there}{user}/data/one.jsonl:3", "more": [f"see {there}{user}/model"]}
+    assert with_users_paths(message, cache) == {
+        "kind": "say",
+        "line": f"{user}/data/one.jsonl:3",
+        "more": [f"see {user}/model"],
+    }
+    values = {"model": f"{there}{user}/model", "about": "a text as long as a line of yaml can be, and more " * 3}
+    run = cache / ("run-" + "0" * 32)
+    for name, text in (
+        ("run.yaml", dump_yaml(values)),
+        ("run.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n"),
+        ("adapter/adapter_config.json", json.dumps(values)),
+    ):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+    seal(run / "adapter")
+    restore_paths(run, cache)
+    values["model"] = given[0]
+    assert (run / "run.yaml").read_text() == dump_yaml(values)
+    assert (run / "run.json").read_text() == json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text()) == values
+    assert damage(run / "adapter") is None

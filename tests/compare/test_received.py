@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from siliang.compare.freight import Crate, freight_of, keep, unpack
+from siliang.compare.packed import Packed, files_of, unpack, unpack_once
 from siliang.compare.received import Incoming, checked
 from siliang.types import ClusterError, ConfigError
 
@@ -86,7 +86,7 @@ def test_no_more_than_a_run_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyP
     "message",
     [
         *(None, 5, [], {}, {"kind": 5}, {"kind": ["done"]}, {"kind": "else"}, {"kind": "file", "name": "run.json"}),
-        *({"kind": "file", "name": 5, "bytes": b""}, {"kind": "file", "name": "x", "bytes": "text"}, {"kind": "began"}),
+        *({"kind": "file", "name": 5, "bytes": b""}, {"kind": "file", "name": "x", "bytes": "text"}, {"kind": "ready"}),
         *(
             {"kind": "done", "found": {"loss": "<script>"}},
             {"kind": "done", "found": {5: 5}},
@@ -105,15 +105,17 @@ def test_what_a_run_says() -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "..", "a\\b"])
-def test_files_for_a_run_stay_in_their_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SILIANG_CACHE", str(tmp_path / "cache"))
-    crate = Crate("0" * 64, ((name, 1, (0,)),))
-    (tmp_path / "in").mkdir()
+def test_files_for_a_run_stay_in_their_folder(name: str, tmp_path: Path) -> None:
+    packed = Packed("files-" + "0" * 32, ((name, (0,)),))
+    for folder in ("in", "cache"):
+        (tmp_path / folder).mkdir()
     with pytest.raises(ClusterError, match="not inside of it"):
-        unpack(crate, tmp_path / "in", lambda piece: b"x")
+        unpack(packed, tmp_path / "in", lambda piece: b"x")
     with pytest.raises(ClusterError, match="not inside of it"):
-        keep(crate, lambda piece: b"x")
-    assert {p.name for p in tmp_path.rglob("*")} == {"in", "cache", "cluster", "0" * 32 + ".lock"}
+        unpack_once(packed, tmp_path / "cache", lambda piece: b"x")
+    with pytest.raises(ClusterError, match="not inside of it"):
+        unpack_once(Packed(name, ()), tmp_path / "cache", lambda piece: b"x")
+    assert {p.name for p in tmp_path.rglob("*")} == {"in", "cache", packed.folder + ".lock"}
 
 
 def test_names_of_temporaries_differ(tmp_path: Path) -> None:
@@ -130,8 +132,7 @@ def test_what_is_sent_lies_in_the_folder_that_was_named(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("{}\n")
     (tmp_path / "secret.jsonl").write_text("{}\n")
-    found = freight_of(str(tmp_path / "set"))
-    assert found is not None and [name for name, *_ in found.files] == ["set/train.jsonl"]
+    assert files_of(str(tmp_path / "set")) == [tmp_path / "set" / "train.jsonl"]
     (tmp_path / "set" / "more.jsonl").symlink_to("../secret.jsonl")
     with pytest.raises(ConfigError, match=r"more.jsonl is a link that leads out"):
-        freight_of(str(tmp_path / "set"))
+        files_of(str(tmp_path / "set"))

@@ -1,464 +1,308 @@
-"""The machines of a Ray cluster, as seen from the one that asks: `Pool`'s place is taken by tasks, one a request."""
+"""The machines of a Ray cluster, used as `Pool` uses the processes of this machine: each worker is a Ray actor."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import socket
-import subprocess
-import sys
-import time
+import threading
 import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable, Generator, Iterator
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from siliang.check import look_at
-from siliang.compare.freight import Crate, Freight, freight_of, named_files, pack, pack_folder
-from siliang.compare.node import Bell, Job, own_versions, serve
-from siliang.compare.pool import STOP_S, Event, threads_each
+from siliang.compare.packed import RUN, Packed, files_of, pack, walk
+from siliang.compare.pool import STOP_S, Event, share, stop_all, threads_each
 from siliang.compare.received import Incoming, checked
 from siliang.compare.trials import MOST_ATTEMPTS, goes_on
 from siliang.config import RunConfig
+from siliang.environment import quieten_ray
 from siliang.files import sweep
-from siliang.hardware import machine
-from siliang.paths import check_links
 from siliang.permissions import VARIABLE as ALLOWED_CODE
-from siliang.plan import plan
-from siliang.plan.device import find_target
-from siliang.types import ClusterError, SiliangError, first_line
+from siliang.types import ClusterError, first_line
 from siliang.units import show_bytes
 
-LOCAL = "local"  # in place of an address: a Ray of our own on this machine
-PROBE_S = 45.0  # for a cluster to answer
-KNOCK_S = 5.0  # for its machine to
-LOOK_S = 0.2
+quieten_ray()  # Ray reads its settings when it is imported
+import ray  # noqa: E402
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, RuntimeEnvSetupError  # noqa: E402
+from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn  # noqa: E402
+
+from siliang.compare import join  # noqa: E402
+from siliang.compare.host import VERSIONS, Host, version  # noqa: E402
+
 SAY_WAITING_S = 15.0
 EXTRA_BYTES = 2**30  # for what in a run's folder is no weight
 UNKNOWN_BYTES = 2**40  # that a run's folder may have where the base model's size is not known here
-STORE_BYTES = 2**27  # of a Ray of our own: little goes through its object store
-CARRIED = (
-    "HF_HUB_OFFLINE",
-    "TRANSFORMERS_OFFLINE",
-    "HF_ENDPOINT",
-    ALLOWED_CODE,
-)  # to the workers, where the user has set them
+CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", ALLOWED_CODE)  # to the workers, where they are set
+Message = dict[str, Any]
 
 
 class Cluster:
-    """Has requests done by Ray tasks; for the life of a `with` block.
+    """Has requests done on the machines of a Ray cluster; for the life of a `with` block.
 
     Args:
         address: Of the cluster, or `local`.
-        jobs: Runs at the same time on each machine; on the CPU each has its share of as many threads as this machine
+        jobs: Runs at the same time on each machine. On the CPU each has its share of as many threads as this machine
             has, so that figures are those of `Pool` with as many jobs.
         logs: Folder for what the workers' libraries print.
-        say: Hears what the user should know.
-        apart: Machines take copies of all files, as they do where no disk is shared.
+        say: Called with what the user should know.
+        shared_disk: False: every machine takes copies of all files, as machines do that share no disk with this one.
 
     Raises:
-        ClusterError: Ray is not installed, or no cluster answers at that address.
+        ClusterError: No cluster answers at that address.
     """
 
     def __init__(
-        self,
-        address: str,
-        jobs: int,
-        logs: Path,
-        say: Callable[[str], None] = lambda line: None,
-        *,
-        apart: bool = False,
+        self, address: str, jobs: int, logs: Path, say: Callable[[str], None] = print, *, shared_disk: bool = True
     ) -> None:
-        if find_spec("ray") is None:
-            raise ClusterError("--ray needs Ray, which is not installed: pip install 'siliang[cluster]'.")
-        if address == LOCAL:
-            address = os.environ.get("RAY_ADDRESS") or LOCAL
-        if address != LOCAL:
-            _take_token()
-            if not _is_joined():
-                _probe(address)
-        self._address, self._jobs, self._logs, self._say, self._apart = address, jobs, logs, say, apart
-        self._sign = logs.parent / f".here-{uuid.uuid4().hex}"
+        self.shared_disk, self.logs = shared_disk, logs.absolute()
+        self.resources: dict[str, float] = {}
+        self.workers: list[RemoteWorker] = []
+        self._address, self._jobs, self._say = join.check(address), jobs, say
+        self._marker = self.logs.parent / f".shared-{uuid.uuid4().hex}"
         self._threads = threads_each(jobs)
-        self._freights: dict[str, Freight | None] = {}
-        self._crates: dict[str, Crate] = {}
-        self._planned: dict[str, int] = {}
-        self._going: dict[Any, _Going] = {}
-        self._ours = False
+        self._lock = threading.Lock()
+        self._packed: dict[tuple[str, ...], Packed] = {}
+        self._said: set[str] = set()
 
     def __enter__(self) -> Self:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        import ray
-
-        worker: Any = import_module("ray._private.worker")
-        worker._worker_logs_enabled = False  # log_to_driver=False leaves a paragraph on every lost worker
-        self._ours = not _is_joined()
-        if self._ours:
-            _begin(self._address, self._jobs, self._threads)
-        self._sign.touch()
-        self._nodes = [n for n in ray.nodes() if n["Alive"]]
-        self._resources = self._share()
-        self._serve: Any = ray.remote(num_returns="streaming", max_retries=0)(serve)
-        bell: Any = ray.remote(num_cpus=0)(Bell)
-        self._bell = bell.remote()
+        self._ours = join.begin(self._address, self._jobs * self._threads)
+        self.logs.mkdir(exist_ok=True)  # a machine that sees it writes there
+        self._marker.touch()
+        self._choose_resources()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import ray
-
         try:
-            self._stop()
+            stop_all(self.workers)
         finally:
-            self._sign.unlink(missing_ok=True)
+            self._marker.unlink(missing_ok=True)
             if self._ours:
                 ray.shutdown()
 
-    def run(self, requests: Iterable[dict[str, Any]]) -> Iterator[Event]:
-        """Has all requests done, wherever there is room, and tells what happens as it happens.
+    def run(self, requests: list[Message]) -> Iterator[Event]:
+        """Has all requests done, wherever there is room, and yields what happens as it happens.
 
-        One whose process or machine is gone is done again, on another machine where there is one: `lost`.
+        A request whose process or machine is lost is done again, on another machine where one has room: `lost`.
         """
-        waiting = deque(_Going(number, request) for number, request in enumerate(requests))
-        self._lost, said, since = Counter[int](), False, time.monotonic()
-        while waiting or self._going:
-            if waiting:
-                self._begin(waiting.popleft())
-            for going, message in self._hear(0 if waiting else LOOK_S):
-                yield from self._answer(going, message, waiting)
-            if any(going.node for going in self._going.values()):
-                since = time.monotonic()
-            elif self._going and not said and time.monotonic() - since > SAY_WAITING_S:
-                said = True
-                self._say(f"waiting    for room in the cluster: a run takes {_in_words(self._resources)}")
+        self.workers = [RemoteWorker(self) for _ in requests[: self._places()]]
+        for event in share(requests, self.workers):
+            if event.kind != "note":
+                yield event
+            elif (line := event.message["line"]) not in self._said:
+                self._said.add(line)
+                self._say(line)
 
-    # ---- what the tasks say ----
+    def inputs(self, config: RunConfig) -> dict[str, list[Path]]:
+        """The files that a run reads, by the names that its settings give them."""
+        names: list[str] = []
+        config.with_files(lambda name: names.append(name) or name, config.output)
+        return {name: files for name in names if (files := files_of(name))}
 
-    def _hear(self, seconds: float) -> Iterator[tuple[_Going, dict[str, Any]]]:
-        """The next words of each task that has said something; an error in words of ours."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+    def states(self, inputs: dict[str, list[Path]]) -> dict[str, tuple[int, int]]:
+        """Bytes and time of change of files that a machine sees only if it shares a disk with this one."""
+        found = {str(path): path.stat() for path in (self._marker, *chain(*inputs.values()))}
+        return {path: (state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
-        if not self._going:
+    def packed(self, inputs: dict[str, list[Path]]) -> Packed:
+        """The files in the object store, where they are put once."""
+        with self._lock:
+            key = tuple(inputs)
+            if key not in self._packed:
+                self._packed[key] = pack(list(chain(*inputs.values())), ray.put)
+            return self._packed[key]
+
+    def takes(self) -> str:
+        """What a run takes, in words."""
+        cpus = int(self.resources["num_cpus"])
+        parts = [f"{cpus} processor{'s' * (cpus > 1)}"] if cpus else []
+        return " and ".join(parts + ["1 card"] * ("num_gpus" in self.resources))
+
+    def _choose_resources(self) -> None:
+        """A run takes a card where there are any, or its share of a machine's processors."""
+        nodes = [node["Resources"] for node in alive()]
+        where = f"Ray on {len(nodes)} machines" if len(nodes) > 1 else "Ray on this machine"
+        if with_cards := [node for node in nodes if node.get("GPU", 0) >= 1]:
+            each = min(int(node.get("CPU", 0) // node["GPU"]) for node in with_cards)
+            self.resources = {"num_cpus": min(self._threads, each), "num_gpus": 1}
+            self._say(f"cluster    {where}: {self._places()} runs at a time, each with its card")
             return
-        streams: list[Any] = list(self._going)
-        ray.wait(streams, num_returns=1, timeout=seconds)
-        found, _ = ray.wait(streams, num_returns=len(streams), timeout=0)
-        ready: list[Any] = list(found)
-        for stream in ready:
-            going = self._going[stream]
-            try:
-                message = checked(ray.get(next(stream)))
-            except StopIteration:
-                message = {"kind": "lost", "error": "it ended without a word"}
-            except TaskCancelledError:
-                message = {"kind": "failed", "error": "stopped"}
-            except RayTaskError as error:
-                message = {"kind": "failed", "error": first_line(error.cause or error, kind=True)}
-            except RayError as error:
-                message = {"kind": "lost", "error": _why_lost(error)}
-            if message["kind"] in ("wants", "lost", "died", "done", "failed"):
-                del self._going[stream]
-            yield going, message
-
-    def _answer(self, going: _Going, message: dict[str, Any], waiting: deque[_Going]) -> Iterator[Event]:
-        match message["kind"]:
-            case "began":
-                going.node, going.node_id = message["node"], message["node_id"]
-                self._compare_versions(going.node, message["versions"])
-                yield Event("began", going.number, message)
-            case "wants":
-                self._give(going, message)
-                waiting.appendleft(going)
-            case "file" | "folder":
-                going.receive(message)
-            case "lost" | "died":
-                self._lost[going.number] += 1
-                where = f" on {going.node}" if going.node else ""
-                error = f"{message['error']}{where}"
-                if self._lost[going.number] < MOST_ATTEMPTS:
-                    yield Event("lost", going.number, {"kind": "lost", "error": error})
-                    waiting.appendleft(going.again())
-                else:
-                    tries = f"begun {MOST_ATTEMPTS} times, and each time its process was lost; the last time: "
-                    yield Event("died", going.number, {"kind": "died", "error": tries + error})
-            case "done" if going.incomplete:
-                yield from self._answer(going, {"kind": "lost", "error": "its files did not come back whole"}, waiting)
-            case kind:
-                if kind == "progress" and len(self._nodes) > 1:
-                    message["progress"]["node"] = going.node
-                yield Event(kind, going.number, message)
-
-    def _compare_versions(self, node: str, there: dict[str, str]) -> None:
-        for name, here in own_versions().items():
-            if name != "siliang" and (other := there.get(name, "none")) != here:
-                self._say(f"warning    {node} has {name} {other}, this machine {here}: figures may differ")
-
-    def _stop(self) -> None:
-        """Has what is under way save itself and come back."""
-        import ray
-
-        if not self._going:
-            return
-        self._bell.ring.remote()
-        for stream, going in list(self._going.items()):
-            if not going.node:
-                ray.cancel(stream)
-                del self._going[stream]
-        until = time.monotonic() + STOP_S
-        while self._going and time.monotonic() < until:
-            for going, message in self._hear(LOOK_S):
-                with suppress(ClusterError):  # one is enough to end with
-                    going.receive(message)
-        for stream in self._going:
-            ray.cancel(stream, force=True)
-
-    # ---- what the tasks get ----
-
-    def _begin(self, going: _Going) -> None:
-        config = going.request["config"]
-        for name in named_files(config):
-            if name not in self._freights:
-                self._freights[name] = freight_of(name)
-        if going.folder.parent.is_dir():
-            sweep(going.folder.parent, re.escape(going.folder.name))  # of a comparison that was killed
-        going.most_bytes = self._most_bytes(config)
-        freights = [f for name in named_files(config) if (f := self._freights[name]) is not None]
-        job = Job(
-            request=going.request,
-            freights=tuple(freights),
-            sign=str(self._sign.absolute()),
-            apart=self._apart,
-            work=str(Path.cwd()),
-            logs=str(self._logs),
-            environment=self._environment(),
-            versions=own_versions(),
-            bell=self._bell,
-            crates={f.given: self._crates[f.given] for f in freights if f.given in self._crates},
-            begun=going.begun,
-        )
-        options: dict[str, Any] = dict(self._resources)
-        if memory := self._memory(config):
-            options["memory"] = memory
-        if going.avoid:
-            from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
-
-            options["scheduling_strategy"] = NodeLabelSchedulingStrategy(
-                hard={}, soft={"ray.io/node-id": NotIn(*going.avoid)}
-            )
-        self._going[self._serve.options(**options).remote(job)] = going
-
-    def _give(self, going: _Going, message: dict[str, Any]) -> None:
-        """Puts files into the object store, once, for a machine that does not have them."""
-        import ray
-
-        for name in (n for n in named_files(going.request["config"]) if n in message["files"]):
-            freight = self._freights[name]
-            if freight is not None and name not in self._crates:
-                check_links(Path(freight.root) / freight.name, ClusterError)  # what is the user's own stays here
-                nbytes = sum(nbytes for _, nbytes, _ in freight.files)
-                self._say(f"files      {name} goes to the machines that do not have it ({show_bytes(nbytes)})")
-                self._crates[name] = pack(Path(freight.root), [n for n, *_ in freight.files], ray.put)
-        if message["run"]:
-            going.begun = pack_folder(going.folder, ray.put)
-
-    def _most_bytes(self, config: dict[str, Any]) -> int:
-        """More than a run's folder can have: its weights in fp32, at its end and in each checkpoint, there with two
-        moments of Adam's."""
-        freight = self._freights[config["model"]]
-        if freight is None:
-            return UNKNOWN_BYTES
-        weights = 4 * sum(nbytes for _, nbytes, _ in freight.files)  # of 8 bits
-        return EXTRA_BYTES + weights * (1 + 3 * (config["train"]["keep"] + 2))
-
-    def _environment(self) -> dict[str, str]:
-        carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
-        return carried | {"OMP_NUM_THREADS": str(max(1, int(self._resources["num_cpus"])))}
-
-    def _share(self) -> dict[str, float]:
-        """What each run takes: a card where there are any, or its share of a machine's processor."""
-        sizes = [(int(n["Resources"].get("CPU", 0)), int(n["Resources"].get("GPU", 0))) for n in self._nodes]
-        machines = f"{len(sizes)} machines" if len(sizes) > 1 else "this machine"
-        if with_cards := [(cpus, cards) for cpus, cards in sizes if cards]:
-            each = min(cpus // cards for cpus, cards in with_cards)
-            self._say(f"cluster    Ray on {machines}: {sum(c for _, c in sizes)} runs at a time, each with its card")
-            return {"num_cpus": max(0, min(self._threads, each)), "num_gpus": 1}
-        largest = max((cpus for cpus, _ in sizes), default=0)
-        if largest == 0:
+        cpus = min(self._threads, max(int(node.get("CPU", 0)) for node in nodes))
+        if cpus == 0:
             raise ClusterError("The cluster offers no processors: begin its machines without --num-cpus=0.")
-        cpus = min(self._threads, largest)
-        places = sum(c // cpus for c, _ in sizes)
-        runs = "1 run" if places == 1 else f"{places} runs"
-        self._say(f"cluster    Ray on {machines}: {runs} at a time, with {_threads_in_words(cpus)} each")
+        self.resources = {"num_cpus": cpus}
+        runs, threads = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((self._places(), "run"), (cpus, "thread")))
+        self._say(f"cluster    {where}: {runs} at a time, with {threads} each")
         if cpus < self._threads:
             self._say(f"warning    no machine has {self._threads} processors as this one: last digits may differ")
-        return {"num_cpus": cpus}
 
-    def _memory(self, config: dict[str, Any]) -> int:
-        """Bytes of main memory that a run takes, by the plan; never more than a machine has, where the run says itself
-        that it does not fit. 0 where no plan can be made."""
-        most = max((int(n["Resources"].get("memory", 0)) for n in self._nodes), default=0)
-        run = RunConfig.model_validate(config)
-        key = run.model_dump_json(exclude={"output": True, "train": {"seed", "learning_rate"}})
-        if key not in self._planned:
-            found = None
-            with suppress(SiliangError):
-                target = find_target(run, "cuda" if "num_gpus" in self._resources else "cpu")
-                found = plan(run, target, subject=look_at(run, machine()), timed=False).methods[0]
-            if found is None or found.error:
-                self._planned[key] = 0
-            else:
-                self._planned[key] = found.host_bytes or found.needed_bytes
-        return min(self._planned[key], most)
+    def _places(self) -> int:
+        """How many runs the cluster has room for at a time, if it does nothing else."""
+        wanted = {"CPU": self.resources["num_cpus"], "GPU": self.resources.get("num_gpus", 0)}
+        return sum(min(int(node["Resources"].get(k, 0) // n) for k, n in wanted.items() if n) for node in alive())
 
 
-@dataclass(eq=False)
-class _Going:
-    """A request, and what has become of it.
+class RemoteWorker:
+    """Does requests as `Worker` does, in a Ray actor on a machine that has room."""
 
-    Attributes:
-        node: The machine that does it; empty before it is begun.
-        avoid: Machines that lost it.
-        begun: Its folder, where it goes on on a machine without ours.
-        incomplete: Of its folder, not all bytes came back.
-        most_bytes: More than its folder may have.
-    """
+    def __init__(self, cluster: Cluster) -> None:
+        self.node = ""  # the machine's name, once the actor has begun
+        self._cluster = cluster
+        self._host: Any = None
+        self._about: Message = {}  # what the actor says of its machine
+        self._avoided: set[str] = set()  # machines that lost a run
+        self._closed = False
+        self._idle = threading.Event()
+        self._idle.set()
 
-    number: int
-    request: dict[str, Any]
-    node: str = ""
-    node_id: str = ""
-    avoid: tuple[str, ...] = ()
-    begun: Crate | None = None
-    incomplete: bool = False
-    most_bytes: int = 0
-    _incoming: Incoming | None = field(default=None, repr=False)
+    def ask(self, request: Message) -> Iterator[Message]:
+        """Has a request done and yields its messages, up to done, failed or died; nothing once it is stopped."""
+        self._idle.clear()
+        try:
+            for attempt in range(1, MOST_ATTEMPTS + 1):
+                why = None if self._closed else (yield from self._attempt(request))
+                if why is None or self._closed:
+                    return
+                self.rest()
+                if attempt < MOST_ATTEMPTS:
+                    yield {"kind": "lost", "error": why}
+                    if "resume" in request:
+                        request = request | {"resume": goes_on(RunConfig.model_validate(request["config"]))}
+                else:
+                    tries = f"begun {attempt} times, and each time its process was lost; the last time: "
+                    yield {"kind": "died", "error": tries + why}
+        finally:
+            self._idle.set()
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.request["config"]["output"])
+    def stop(self) -> None:
+        """Has the run that is under way save a checkpoint, which comes here, and end."""
+        self._closed = True
+        if self.node:
+            self._host.stop.remote()
+        else:  # it waits for room
+            self.rest()
 
-    def again(self) -> _Going:
-        """The same for another machine: from the last checkpoint, if it has come here, or from the start."""
-        if self._incoming is not None:
-            self._incoming.discard()
-        request = dict(self.request)
-        if "resume" in request:
-            request["resume"] = goes_on(RunConfig.model_validate(request["config"]))
-        return _Going(self.number, request, avoid=(*self.avoid, self.node_id) if self.node_id else self.avoid)
+    def wait(self) -> None:
+        """Until the run that is under way has come here, or is late."""
+        self._idle.wait(2 * STOP_S)
 
-    def receive(self, message: dict[str, Any]) -> None:
-        """A piece of the run's folder; it stands under its name when it is whole.
+    def rest(self) -> None:
+        """Gives the actor's place in the cluster back; the next request begins another."""
+        host, self._host, self.node = self._host, None, ""
+        if host is not None:
+            ray.kill(host)
 
-        Raises:
-            ClusterError: It is no piece of a run's folder.
-        """
-        if self._incoming is None:
-            self._incoming = Incoming(self.folder, self.most_bytes, self.node or "a machine")
-        if message["kind"] == "file":
-            self._incoming.write(message["name"], message["bytes"])
-        elif message["kind"] == "folder":
-            self.incomplete = not self._incoming.finish(message["nbytes"])
+    close = rest
 
+    def _attempt(self, request: Message) -> Generator[Message, None, str | None]:
+        """Has a request done once; returns why its process was lost, or None where there was an end to it."""
+        config = RunConfig.model_validate(request["config"])
+        output = Path(config.output)
+        if output.parent.is_dir():
+            sweep(output.parent, re.escape(output.name))  # of a comparison that was killed
+        inputs, incoming = self._cluster.inputs(config), None
+        try:
+            if (problem := (yield from self._begin())) is not None:
+                yield {"kind": "failed", "error": problem}
+                return None
+            incoming = Incoming(output, _most_bytes(config, inputs.get(config.model)), self.node)
+            arguments = yield from self._arguments(request, config, inputs)
+            for reference in self._host.run.options(num_returns="streaming").remote(*arguments):
+                message = checked(ray.get(reference))
+                if message["kind"] in ("file", "folder"):
+                    incoming.receive(message)
+                elif message["kind"] == "died":
+                    return f"{message['error']} on {self.node}"
+                elif message["kind"] == "done" and incoming.incomplete:
+                    return f"its files did not come back whole from {self.node}"
+                else:
+                    if message["kind"] == "progress" and len(alive()) > 1:
+                        message["progress"]["node"] = self.node
+                    yield message
+        except RayTaskError as error:
+            yield {"kind": "failed", "error": first_line(error.cause or error, kind=True)}
+        except RayError as error:
+            not_begun = isinstance(error, RuntimeEnvSetupError) or getattr(error, "actor_init_failed", False)
+            if not not_begun:
+                return self._why_lost(error)
+            yield {"kind": "failed", "error": str(error).strip().splitlines()[-1]}
+        finally:
+            if incoming is not None:
+                incoming.discard()
+        return None
 
-def _take_token() -> None:
-    """Has Ray show the token that this user has. It does so by itself for the address `auto` alone."""
-    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if named or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # to a cluster without tokens it makes no difference
+    def _begin(self) -> Generator[Message, None, str | None]:
+        """Begins an actor, unless there is one; returns what is wrong with its machine."""
+        if self._host is not None:
+            return None
+        cluster = self._cluster
+        carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
+        threads = {"OMP_NUM_THREADS": str(max(1, int(cluster.resources["num_cpus"])))}
+        # two at a time: `stop` is heard during `run`
+        options: Message = cluster.resources | {"max_concurrency": 2, "runtime_env": {"env_vars": carried | threads}}
+        if self._avoided:
+            other = {"ray.io/node-id": NotIn(*self._avoided)}
+            options["scheduling_strategy"] = NodeLabelSchedulingStrategy(hard={}, soft=other)
+        self._host = ray.remote(Host).options(**options).remote(str(cluster.logs) if cluster.shared_disk else None)
+        described = self._host.describe.remote()
+        ready, _ = ray.wait([described], timeout=SAY_WAITING_S)
+        if not ready and not any(worker.node for worker in cluster.workers):
+            yield {"kind": "note", "line": f"waiting    for room in the cluster: a run takes {cluster.takes()}"}
+        self._about = checked(ray.get(described))
+        if self._about["kind"] != "ready":
+            return str(self._about["error"])
+        self.node = self._about["node"]
+        for name in VERSIONS:
+            if (there := self._about["versions"].get(name)) == (here := version(name)):
+                continue
+            if name == "siliang":
+                return f"{self.node} has siliang {there}, not {here}: install the same there"
+            line = f"warning    {self.node} has {name} {there}, this machine {here}: figures may differ"
+            yield {"kind": "note", "line": line}
+        return None
 
+    def _arguments(
+        self, request: Message, config: RunConfig, inputs: dict[str, list[Path]]
+    ) -> Generator[Message, None, tuple[Message, Packed | None, Packed | None]]:
+        """What the actor's `run` takes. On a machine that does not see the user's files, the run reads and writes
+        copies."""
+        cluster = self._cluster
+        if cluster.shared_disk and ray.get(self._host.sees.remote(cluster.states(inputs))):
+            return request, None, None
+        for name, files in inputs.items():
+            size = show_bytes(sum(path.stat().st_size for path in files))
+            yield {"kind": "note", "line": f"files      {name} goes to the machines that do not have it ({size})"}
+        packed, cache = cluster.packed(inputs), self._about["cache"]
+        output = f"{cache}/{RUN}-{uuid.uuid4().hex}{config.output}"
+        there = config.with_files(lambda name: f"{cache}/{packed.folder}{name}" if name in inputs else name, output)
+        started = pack(list(walk(Path(config.output))), ray.put) if request.get("resume") else None
+        return request | {"config": there.model_dump(mode="json")}, packed, started
 
-def _is_joined() -> bool:
-    """Whether this process has a Ray already, which is then taken and left as it is."""
-    import ray
-
-    return ray.is_initialized()
-
-
-def _begin(address: str, jobs: int, threads: int) -> None:
-    """A Ray of our own, or a place in the cluster; without telemetry, and without a word that is not ours."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns that this will become the default
-    import ray
-    import torch
-
-    settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address == LOCAL:
-        settings |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-        if not torch.cuda.is_available():
-            settings |= {"num_cpus": jobs * threads, "num_gpus": 0}
-    try:
-        ray.init(**settings)
-    except Exception as error:  # Ray raises kinds of its own for each thing that it lacks
-        where = "begun here" if address == LOCAL else f"used at {address}"
-        raise ClusterError(f"Ray cannot be {where}: {first_line(error, kind=True)}") from error
-
-
-def _probe(address: str) -> None:
-    """Joins the cluster in a process that may hang or fall over in place of this one.
-
-    Raises:
-        ClusterError: It cannot be joined.
-    """
-    if "://" in address:
-        raise ClusterError(
-            f"--ray {address}: siliang does not work through a Ray client. Give HOST:PORT of the cluster's head, on a "
-            "machine that `ray start --address HOST:PORT` has made part of it."
-        )
-    code = (
-        "import logging, sys, ray\n"
-        "try: ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.CRITICAL)\n"
-        "except Exception as error: print(*str(error).strip().splitlines()[:1]); sys.exit(1)"
-    )
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
-    host, _, port = address.rpartition(":")
-    try:
-        if port.isdecimal():  # Ray itself would knock for a minute
-            socket.create_connection((host, int(port)), KNOCK_S).close()
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code, address],
-            capture_output=True,
-            text=True,
-            timeout=PROBE_S,
-            env=environment,
-        )
-        why = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"it ended with code {done.returncode}"
-        if done.returncode == 0:
-            return
-        if "InvalidAuthToken" in done.stderr:
-            why = "it asks for its token: copy ~/.ray/auth_token from the cluster's head to this machine."
-    except subprocess.TimeoutExpired:
-        why = f"what is there has not answered as Ray does within {PROBE_S:.0f} s."
-    except OSError as error:
-        why = f"{error.strerror or error}."
-    raise ClusterError(
-        f"--ray {address}: no Ray cluster can be joined there: {why}\n"
-        "Look at `ray status` on this machine; `--ray` alone begins a Ray here."
-    )
-
-
-def _why_lost(error: BaseException) -> str:
-    from ray.exceptions import NodeDiedError, OutOfMemoryError
-
-    if isinstance(error, OutOfMemoryError):
-        return "Ray ended its process because the machine's memory was full"
-    if isinstance(error, NodeDiedError):
-        return "its machine left the cluster"
-    return "its process was killed"
-
-
-def _threads_in_words(threads: int) -> str:
-    return "1 thread" if threads == 1 else f"{threads} threads"
+    def _why_lost(self, error: RayError) -> str:
+        if not self.node:
+            return "it could not be begun"
+        node_id = self._about["node_id"]
+        self._avoided.add(node_id)
+        why = "its process was killed"
+        if isinstance(error, OutOfMemoryError):
+            why = "Ray ended its process because the machine's memory was full"
+        elif node_id not in {node["NodeID"] for node in alive()}:
+            why = "its machine left the cluster"
+        return f"{why} on {self.node}"
 
 
-def _in_words(resources: dict[str, float]) -> str:
-    cpus, cards = int(resources["num_cpus"]), int(resources.get("num_gpus", 0))
-    parts = [f"{cpus} processor{'s' if cpus > 1 else ''}"] if cpus else []
-    return " and ".join([*parts, *(["1 card"] if cards else [])])
+def alive() -> list[dict[str, Any]]:
+    """The machines of the cluster."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _most_bytes(config: RunConfig, model: list[Path] | None) -> int:
+    """More than a run's folder can have: its weights in fp32, at its end and in each checkpoint, there with two moments
+    of Adam's."""
+    if model is None:
+        return UNKNOWN_BYTES
+    weights = 4 * sum(path.stat().st_size for path in model)  # of 8 bits
+    return EXTRA_BYTES + weights * (1 + 3 * (config.train.keep + 2))

@@ -1,4 +1,4 @@
-"""The worker processes, as seen from the one that asks: each does one request after the other."""
+"""The worker processes of this machine: each does one request after the other."""
 
 from __future__ import annotations
 
@@ -9,38 +9,104 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from siliang.compare.received import as_message
 from siliang.files import append
 from siliang.safe_json import JsonError, parse_json
 from siliang.secrets import short_repr, shortened
 
-SAYS = ("say", "progress", "done", "failed")  # of the kinds of messages, those of a worker
+SAYS = ("say", "progress", "done", "failed")  # of the kinds of messages, those of a worker process
+FINAL = ("done", "failed", "died")
 STOP_S = 30.0  # for a run to end its step and save it, when the user stops a comparison
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a worker said of a request.
+    """A message about a request.
 
     Attributes:
-        kind: began, say, progress, lost, where the process is gone and the request is done again (only on a cluster),
-            done, failed, or died, where the process is gone for good.
+        kind: `began`; `say` and `progress`; `lost`, where the process is gone and the request is done again (only on a
+            cluster); and at the end `done`, `failed`, or `died`, where the process is gone for good.
         number: Of the request, in the order in which they were given.
-        message: The worker's own words.
+        message: The worker's message.
     """
 
     kind: str
     number: int
     message: dict[str, Any]
+
+
+class Asked(Protocol):
+    """A worker, here or on another machine."""
+
+    def ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Has a request done and yields its messages, up to one of `FINAL`; nothing once the worker is stopped."""
+        ...
+
+    def stop(self) -> None:
+        """Has the run that is under way save a checkpoint and end."""
+        ...
+
+    def wait(self) -> None:
+        """Until the run that is under way has ended, or is late."""
+        ...
+
+    def rest(self) -> None:
+        """Called when no request is left."""
+        ...
+
+    def close(self) -> None:
+        """Ends the worker at once."""
+        ...
+
+
+def share(requests: Iterable[dict[str, Any]], workers: Sequence[Asked]) -> Iterator[Event]:
+    """Has all requests done, in order, by whichever worker is free, and yields what happens as it happens."""
+    numbered = list(enumerate(requests))
+    waiting: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+    for item in numbered:
+        waiting.put(item)
+
+    def serve(worker: Asked) -> None:
+        try:
+            with suppress(queue.Empty):
+                while True:
+                    number, request = waiting.get_nowait()
+                    for message in worker.ask(request):
+                        events.put(Event(message["kind"], number, message))
+            worker.rest()
+        except BaseException as error:  # the comparison ends with it
+            events.put(error)
+
+    for worker in workers:
+        threading.Thread(target=serve, args=(worker,), daemon=True).start()
+    left = len(numbered)
+    while left:
+        event = events.get()
+        if isinstance(event, BaseException):
+            raise event
+        left -= event.kind in FINAL
+        yield event
+
+
+def stop_all(workers: Sequence[Asked]) -> None:
+    """Has what is under way save itself and end, and ends the workers."""
+    for worker in workers:
+        worker.stop()
+    try:
+        for worker in workers:
+            worker.wait()
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 class Pool:
@@ -60,36 +126,11 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self._workers:
-            worker.stop()
-        try:
-            for worker in self._workers:
-                worker.wait(STOP_S)
-        finally:
-            for worker in self._workers:
-                worker.close()
+        stop_all(self._workers)
 
-    def run(self, requests: Iterable[dict[str, Any]]) -> Iterator[Event]:
-        """Has all requests done, in order, by whichever worker is free, and tells what happens as it happens."""
-        waiting = deque(enumerate(requests))
-        left = len(waiting)
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-
-        def serve(worker: Worker) -> None:
-            while True:
-                try:
-                    number, request = waiting.popleft()  # atomic
-                except IndexError:
-                    return
-                events.put(Event("began", number, {}))
-                worker.ask(request, lambda message, n=number: events.put(Event(message["kind"], n, message)))
-
-        for worker in self._workers[: max(left, 1)]:
-            threading.Thread(target=serve, args=(worker,), daemon=True).start()
-        while left:
-            event = events.get()
-            left -= event.kind in ("done", "failed", "died")
-            yield event
+    def run(self, requests: list[dict[str, Any]]) -> Iterator[Event]:
+        """Has all requests done, in order, by whichever worker is free, and yields what happens as it happens."""
+        return share(requests, self._workers[: len(requests)])
 
 
 class Worker:
@@ -98,53 +139,57 @@ class Worker:
     Args:
         log: For what its libraries print.
         environment: What it has beside this process's variables.
-        folder: Where it works; None for where this process does.
     """
 
-    def __init__(self, log: Path, environment: Callable[[], dict[str, str]], folder: Path | None = None) -> None:
-        self._log, self._environment, self._folder = log, environment, folder
+    def __init__(self, log: Path, environment: Callable[[], dict[str, str]]) -> None:
+        self._log, self._environment = log, environment
         self._process: subprocess.Popen[str] | None = None
         self._closed = False
         self._idle = threading.Event()
         self._idle.set()
 
-    def ask(self, request: dict[str, Any], hear: Callable[[dict[str, Any]], None]) -> None:
-        """Sends a request and passes on what comes, up to done, failed or died."""
+    def ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Sends a request and yields what comes, up to done, failed or died; nothing once the worker is stopped."""
         if self._closed:
             return
-        if self._process is None or self._process.poll() is not None:
-            self._start()
         self._idle.clear()
         try:
-            hear(self._answer(request, hear))
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            yield {"kind": "began"}
+            yield from self._answers(request)
         finally:
             self._idle.set()
 
-    def _answer(self, request: dict[str, Any], hear: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Sends, passes on what comes, and returns the last word."""
+    def _answers(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         for line in self._process.stdout:
-            if (message := read_message(line)) is None:
+            message = read_message(line)
+            if message is None:
                 self._process.kill()
-                said = f"it was sent {short_repr(line.strip())}, which is no message of a worker"
-                return {"kind": "died", "error": f"{said} (see {self._log})"}
-            if message["kind"] in ("done", "failed"):
-                return dict(message)
-            hear(message)
-        return {"kind": "died", "error": _why_gone(self._process.wait(), self._log)}
+                sent = f"it sent {short_repr(line.strip())}, which is no message of a worker"
+                yield {"kind": "died", "error": f"{sent} (see {self._log})"}
+                return
+            yield message
+            if message["kind"] in FINAL:
+                return
+        yield {"kind": "died", "error": _why_gone(self._process.wait(), self._log)}
 
     def stop(self) -> None:
-        """Takes no more requests; the run that it is at, if any, is told to save a checkpoint and end."""
+        """Takes no more requests, and has the run that is under way save a checkpoint and end."""
         self._closed = True
         if self._process is not None and not self._idle.is_set():
             self._process.terminate()
 
-    def wait(self, seconds: float) -> None:
-        """Until it is done with what it is at, at most so long."""
-        self._idle.wait(seconds)
+    def wait(self) -> None:
+        """Until the run that is under way has ended, or is late."""
+        self._idle.wait(STOP_S)
+
+    def rest(self) -> None:
+        """Keeps the base model for the next requests."""
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
@@ -166,20 +211,19 @@ class Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with append(self._log) as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "siliang.compare.worker"],  # no module comes from the folder at hand
+                [sys.executable, "-P", "-m", "siliang.compare.worker"],  # -P: no module of the current folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 encoding="utf-8",
                 env=os.environ | self._environment(),
-                cwd=self._folder,
                 start_new_session=True,  # Ctrl-C is for the process that asks
             )
 
 
 def read_message(line: str) -> dict[str, Any] | None:
-    """What a worker said in a line; None where it is no message of one."""
+    """A worker's message in a line; None where it is none."""
     try:
         message = as_message(parse_json(line, foreign=True))  # a loss may be NaN
     except JsonError:

@@ -1,6 +1,6 @@
 """What a machine of a cluster sends back, checked before it is used: the machine may have been taken over by others.
 
-No torch here: whoever only carries files need not load it.
+Only the standard library and small modules here: the Ray process that carries files does not load torch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MOST_TEXT_BYTES = 2**28  # of a file that holds no weights
 WEIGHTS = (".safetensors", ".bin")
 # what each kind of message holds beside its kind
 MESSAGES: dict[str, dict[str, type]] = {
-    "wants": {"files": list, "run": bool},
-    "began": {"node": str, "node_id": str, "versions": dict},
+    "ready": {"node": str, "node_id": str, "versions": dict, "cache": str},
+    "began": {},
     "say": {"line": str},
     "progress": {"progress": dict},
     "file": {"name": str, "bytes": bytes},
@@ -57,18 +57,34 @@ def as_message(message: object) -> dict[str, Any] | None:
 
 
 class Incoming:
-    """A run's folder that comes in pieces; it stands under its name when it is whole.
+    """A run's folder that comes in pieces; it gets its name when it is whole.
 
     Args:
-        folder: Where it is to stand.
+        folder: Its path.
         most_bytes: More than the run may have.
         node: The machine, for errors.
+
+    Attributes:
+        incomplete: Not all bytes came.
     """
+
+    incomplete = False
 
     def __init__(self, folder: Path, most_bytes: int, node: str = "a machine") -> None:
         self._folder, self._most_bytes, self._node = folder, most_bytes, node
         self._temporary: Path | None = None
         self._bytes: dict[str, int] = {}
+
+    def receive(self, message: dict[str, Any]) -> None:
+        """Takes a message of the kind `file` or `folder`.
+
+        Raises:
+            ClusterError: It is no piece of a run's folder.
+        """
+        if message["kind"] == "file":
+            self.write(message["name"], message["bytes"])
+        else:
+            self.incomplete = not self.finish(message["nbytes"])
 
     def write(self, name: str, piece: bytes) -> None:
         """Adds to a file.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Tr
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes, what_changed
 from siliang.tasks import TASKS
 from siliang.terminal import pasted
-from siliang.types import ConfigError, InterruptedRunError, OutputError
+from siliang.types import ClusterError, ConfigError, InterruptedRunError, OutputError
 
 if TYPE_CHECKING:
     from siliang.compare.cluster import Cluster
@@ -133,7 +134,9 @@ class _Comparing:
     def _workers(self) -> Pool | Cluster:
         if self.ray is None:
             return Pool(self.jobs, self.folder / "logs")
-        from siliang.compare.cluster import Cluster  # only who asks for Ray needs it
+        if find_spec("ray") is None:
+            raise ClusterError("--ray needs Ray, which is not installed: pip install 'siliang[cluster]'.")
+        from siliang.compare.cluster import Cluster  # imports Ray
 
         return Cluster(self.ray, self.jobs, self.folder / "logs", self.listener.say)
 

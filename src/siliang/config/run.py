@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -231,22 +232,29 @@ class RunConfig(Settings):
     def resolved(self) -> RunConfig:
         """The same run from any working directory: the names of files and folders that are here are absolute. Names on
         the hub stay names."""
+        return self.with_files(absolute, str(Path(self.output).absolute()))
+
+    def with_files(self, change: Callable[[str], str], output: str) -> RunConfig:
+        """The same run with other names for the files and folders that it reads.
+
+        Args:
+            change: Returns the new name of what a setting names, which may be a name on the hub.
+            output: The new output folder.
+        """
         values = self.model_dump(mode="json")
         data, method = values["data"], values["method"]
         for part in ("train", "eval"):
             if isinstance(data[part], list):
-                data[part] = [
-                    s | {"path": absolute(s["path"])} if isinstance(s, dict) else absolute(s) for s in data[part]
-                ]
+                data[part] = [s | {"path": change(s["path"])} if isinstance(s, dict) else change(s) for s in data[part]]
             elif data[part] is not None:
-                data[part] = absolute(data[part])
+                data[part] = change(data[part])
         if data["template"].endswith((".yaml", ".yml")):
-            data["template"] = absolute(data["template"])
+            data["template"] = change(data["template"])
         for name in METHOD_FOLDERS & method.keys():
-            method[name] = method[name] and absolute(str(method[name]))
-        values["model"] = absolute(self.model)
-        values["adapter"] = self.adapter and absolute(self.adapter)
-        values["output"] = str(Path(self.output).absolute())
+            method[name] = method[name] and change(str(method[name]))
+        values["model"] = change(self.model)
+        values["adapter"] = self.adapter and change(self.adapter)
+        values["output"] = output
         return RunConfig.build(values)
 
     def to_yaml(self) -> str:

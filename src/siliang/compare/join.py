@@ -1,0 +1,112 @@
+"""Becomes part of a Ray cluster, or begins a Ray on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from siliang.types import ClusterError, first_line
+
+LOCAL = "local"  # in place of an address: a Ray of our own on this machine
+PROBE_S = 45.0  # for a cluster to answer
+CONNECT_S = 5.0  # for its machine to
+STORE_BYTES = 2**27  # object store of a Ray of our own: few files go through it
+PROBE = """
+import logging, sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.CRITICAL)
+except Exception as error:
+    sys.exit(str(error).strip().splitlines()[0])
+"""
+
+
+def check(address: str) -> str:
+    """Returns the address to join, once a cluster has answered there.
+
+    Raises:
+        ClusterError: It cannot be joined.
+    """
+    if address == LOCAL:
+        address = os.environ.get("RAY_ADDRESS") or LOCAL
+    if address != LOCAL:
+        _use_token()
+        if not ray.is_initialized():
+            _probe(address)
+    return address
+
+
+def begin(address: str, threads: int) -> bool:
+    """Joins the cluster, or begins a Ray without dashboard and telemetry; False where this process has joined one
+    before, which stays as it is.
+
+    Args:
+        threads: Of a Ray of our own, where there is no card.
+
+    Raises:
+        ClusterError: Ray says no.
+    """
+    if ray.is_initialized():
+        return False
+    import torch
+
+    settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:
+        settings |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        if not torch.cuda.is_available():
+            settings |= {"num_cpus": threads, "num_gpus": 0}
+    try:
+        # Ray's processes import from a working_dir, or else from the folder at hand: this one is empty
+        with tempfile.TemporaryDirectory() as empty:
+            ray.init(**settings, runtime_env={"working_dir": empty})
+    except Exception as error:  # Ray raises kinds of its own for each thing that it lacks
+        where = "begun here" if address == LOCAL else f"used at {address}"
+        raise ClusterError(f"Ray cannot be {where}: {first_line(error, kind=True)}") from error
+    return True
+
+
+def _use_token() -> None:
+    """Has Ray show the token that this user has. Ray does so by itself for the address `auto` alone."""
+    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if named or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster without tokens does not mind
+
+
+def _probe(address: str) -> None:
+    """Joins the cluster in a process of its own, which may hang or crash in place of this one.
+
+    Raises:
+        ClusterError: It cannot be joined.
+    """
+    if "://" in address:
+        raise ClusterError(
+            f"--ray {address}: siliang does not work through a Ray client. Give HOST:PORT of the cluster's head, on a "
+            "machine that `ray start --address HOST:PORT` has made part of it."
+        )
+    command = [sys.executable, "-P", "-c", PROBE, address]
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal():  # Ray itself would try for a minute
+            socket.create_connection((host, int(port)), CONNECT_S).close()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S)
+    except subprocess.TimeoutExpired:
+        why = f"what is there has not answered as Ray does within {PROBE_S:.0f} s."
+    except OSError as error:
+        why = f"{error.strerror or error}."
+    else:
+        if done.returncode == 0:
+            return
+        why = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        if "InvalidAuthToken" in done.stderr:
+            why = "it asks for its token: copy ~/.ray/auth_token from the cluster's head to this machine."
+    raise ClusterError(
+        f"--ray {address}: no Ray cluster can be joined there: {why}\n"
+        "Look at `ray status` on this machine; `--ray` alone begins a Ray here."
+    )
