@@ -140,9 +140,18 @@ def with_output(config: CompareConfig, output: Path) -> CompareConfig:
 
 
 def test_the_same_table_though_a_worker_is_killed(
-    alone: tuple[CompareConfig, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    alone: tuple[CompareConfig, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two workers, and one of Ray's processes gone in the middle of a run."""
+    """Two workers, and one of Ray's processes gone in the middle of a run. The current folder holds a stranger's code,
+    and Ray's processes import from the current folder, unless they are given another."""
+    mark, strange = tmp_path / "mark", tmp_path / "strange"
+    for name in ("siliang/__init__.py", "sitecustomize.py", "filelock.py"):
+        (strange / name).parent.mkdir(parents=True, exist_ok=True)
+        (strange / name).write_text(f"open({str(mark)!r}, 'a').close()\n")
+    monkeypatch.chdir(strange)
     config, folder = alone
     said: list[str] = []
     most = 0
@@ -167,7 +176,8 @@ def test_the_same_table_though_a_worker_is_killed(
     trials = Comparison.open(tmp_path / "out" / "comparison.json").trials
     assert sum(t.attempts for t in trials) == len(trials) + 1
     assert not list((tmp_path / "out").glob(".shared-*")) and not workers()
-    assert "raylet" not in "".join(capfd.readouterr())  # Ray's own words
+    assert "raylet" not in "".join(capfd.readouterr())  # Ray's own messages
+    assert not mark.exists()
 
 
 def test_machines_with_disks_of_their_own(
