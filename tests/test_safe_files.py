@@ -15,6 +15,7 @@ from tiny import write_jsonl
 from siliang import LoraConfig
 from siliang.compare.pool import read_message
 from siliang.config import DataConfig
+from siliang.config.distributed import deepspeed_settings
 from siliang.data.load import load_examples
 from siliang.distributed.launched import accelerate_strategy
 from siliang.files import damage
@@ -25,7 +26,6 @@ from siliang.safe_json import JsonError, parse_json, read_json
 from siliang.safe_yaml import dump_yaml, parse_yaml, read_yaml
 from siliang.tasks import CAUSAL_LM
 from siliang.types import AdapterError, ConfigError, DataError, ModelError
-from siliang.zero_settings import zero_settings
 
 
 def test_yaml_in_base_60_is_text(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_configs_of_strangers_end_in_one_line(
         LoraConfig.from_pretrained(folder)
     (folder / "zero.json").write_text(text)
     with pytest.raises(ConfigError, match=rf"zero\.json(:\d+)?: not readable as JSON: .*{message}"):
-        zero_settings(str(folder / "zero.json"))
+        deepspeed_settings(str(folder / "zero.json"))
     (folder / "manifest.json").write_text(text)
     assert damage(folder) == "manifest.json is damaged"
 

@@ -127,6 +127,20 @@ CAPABILITIES: tuple[Capability, ...] = (
         "attention on CUDA computes each sequence by itself",
     ),
     Capability(
+        "DeepSpeed's ZeRO",  # distributed/deepspeed.py lists what of its objects is used beside these
+        (
+            "deepspeed.zero:GatheredParameters(params, modifier_rank)",
+            "deepspeed.utils:set_z3_leaf_module(model, flag)",
+            "deepspeed.utils:safe_get_full_optimizer_state(param, optim_state_key)",
+            "deepspeed.utils:safe_set_full_optimizer_state(param, value, optim_state_key)",
+            "deepspeed.utils:safe_get_full_fp32_param(param)",
+            "deepspeed.utils:safe_set_full_fp32_param(param, value)",
+            "accelerate.state:GradientState._set_sync_gradients(sync_gradients)",
+        ),
+        "distributed.strategy = deepspeed fails",
+        optional=True,
+    ),
+    Capability(
         "quantized bases",
         (
             "bitsandbytes.functional:dequantize_4bit",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from ranked import assert_same, changed, configured, killed, stopped, train_on
 
 from faults.runs import Place, run
 from siliang.config import DistributedConfig, RunConfig
-from siliang.distributed.zero import require_deepspeed
+from siliang.distributed.deepspeed import PRIVATE, no_sync, require_deepspeed, without_hooks
 from siliang.records import Record
 from siliang.types import ConfigError
 
@@ -158,3 +163,39 @@ def test_where_it_is_not_installed(still_place: Place, tmp_path: Path) -> None:
     endings = train_on(under_zero(configured(still_place, tmp_path / "run"), tmp_path / "run", 2), 2)
     assert [e.code for e in endings] == [2, 2] and "needs DeepSpeed" in endings[0].said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", PRIVATE)
+def test_what_is_private_to_other_libraries_is_there(place: str) -> None:
+    """Where a release has changed it, a failure says in one line what is gone, and nothing of a training has begun."""
+    module, _, name = place.partition(":")
+    library = module.partition(".")[0]
+    if find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    here = f"{library} {version(library)}"
+    try:
+        source = inspect.getsource(getattr(import_module(module), name))
+    except (ImportError, AttributeError):
+        pytest.fail(f"{here} has no {module}.{name}: distributed/deepspeed.py reaches into it", pytrace=False)
+    for attribute in PRIVATE[place]:
+        if re.search(rf"\b{attribute}\b", source) is None:
+            pytest.fail(f"{here}: {name} has no {attribute}: distributed/deepspeed.py uses it", pytrace=False)
+
+
+def test_modules_are_called_without_hooks() -> None:
+    model, calls = torch.nn.Sequential(torch.nn.Linear(2, 2)), list[str]()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: calls.append("before"))
+        module.register_forward_hook(lambda *_: calls.append("after"))
+    with without_hooks(model):
+        model(torch.ones(1, 2))
+    assert calls == []
+    model(torch.ones(1, 2))
+    assert calls == ["before", "before", "after", "after"]
+
+
+def test_no_sync_keeps_the_state_of_accelerate() -> None:
+    accelerator = Accelerator(cpu=True)
+    with no_sync(accelerator):
+        assert not accelerator.sync_gradients
+    assert accelerator.sync_gradients

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from siliang.config.section import Section, is_recorded
-from siliang.types import ConfigError
-from siliang.zero_settings import zero_settings
+from siliang.safe_json import JsonError, read_json
+from siliang.types import ConfigError, nearest
+
+# Of DeepSpeed's own configuration: what a run may set ...
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "aio",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "comms_logger",
+)
+# ... and what follows from siliang's settings, which set it
+SET_BY: dict[str, str] = {
+    "train_batch_size": "train.batch_size and train.gradient_accumulation",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "gradient_clipping": "train.max_grad_norm",
+}
 
 
-def _zero_settings(value: Any, info: ValidationInfo) -> Any:
-    return value if is_recorded(info) and isinstance(value, str) else zero_settings(value)
+def _settings(value: Any, info: ValidationInfo) -> Any:
+    return value if is_recorded(info) and isinstance(value, str) else deepspeed_settings(value)
 
 
 class DistributedConfig(Section):
     """How several devices share a training."""
 
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
-    """ddp: every device holds the whole model. fsdp: its weights are dealt out over the devices. auto: ddp where the
+    """ddp: every device holds the whole model. fsdp: its weights are sharded over the devices. auto: ddp where the
     plan says that it fits, fsdp otherwise. deepspeed: its ZeRO; needs DeepSpeed."""
     zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
-    """Of deepspeed. 1: the optimiser's state is dealt out. 2: gradients, too. 3: weights, too. None: what `deepspeed`
-    says, otherwise 2."""
-    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_zero_settings)] = None
+    """Of deepspeed. 1: the optimizer's state is sharded. 2: gradients, too. 3: weights, too. None: what `deepspeed`
+    sets, otherwise 2."""
+    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = None
     """DeepSpeed's own configuration, a mapping or the name of a .json file, as TrainingArguments(deepspeed=...) takes
     it. What siliang's settings say (batches, clipping, precision, learning rate) is left out or "auto" there."""
 
@@ -49,9 +76,59 @@ class DistributedConfig(Section):
                     f"distributed.{name} has no effect with distributed.strategy = {self.strategy}: that has to be "
                     "deepspeed."
                 )
-        said = (self.deepspeed or {}).get("zero_optimization", {}).get("stage")
-        if None not in (self.zero_stage, said) and self.zero_stage != said:
+        stage = (self.deepspeed or {}).get("zero_optimization", {}).get("stage")
+        if None not in (self.zero_stage, stage) and self.zero_stage != stage:
             raise ConfigError(
-                f"zero_stage is {self.zero_stage}, but distributed.deepspeed says stage {said}: leave one out."
+                f"zero_stage is {self.zero_stage}, but distributed.deepspeed says stage {stage}: leave one out."
             )
         return self
+
+
+def deepspeed_settings(value: Any) -> Any:
+    """A DeepSpeed configuration, or the one in the .json file of that name, checked: nothing in it contradicts the run.
+
+    Raises:
+        ConfigError: Something does; or the file cannot be read.
+    """
+    where = "distributed.deepspeed"
+    if isinstance(value, str):
+        where, value = f"{where} = {value}", _read_json(Path(value))
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: must be a mapping, or the name of a .json file that holds one.")
+    for key, inner in value.items():
+        if key in SET_BY:
+            if inner != "auto":
+                raise ConfigError(f'{where}: {key} = {inner!r}: {SET_BY[key]} says that. Leave it out, or "auto".')
+        elif key not in DEEPSPEED_KEYS:
+            allowed = ", ".join((*DEEPSPEED_KEYS, *SET_BY))
+            raise ConfigError(
+                f"{where}: {key} is not supported.{nearest(str(key), DEEPSPEED_KEYS)} Allowed: {allowed}."
+            )
+        elif key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler") and not isinstance(inner, dict):
+            raise ConfigError(f"{where}: {key} must be a mapping.")
+    for key in ("bf16", "fp16"):
+        if (said := value.get(key, {}).get("enabled", "auto")) != "auto":
+            raise ConfigError(f'{where}: {key}.enabled = {said!r}: train.precision says that. Set it to "auto".')
+    for key, instead in (("optimizer", "train.learning_rate, weight_decay"), ("scheduler", "train.schedule")):
+        fixed = [name for name, said in value.get(key, {}).get("params", {}).items() if said != "auto"]
+        kind = value.get(key, {}).get("type", "AdamW")
+        if fixed or (key == "optimizer" and kind not in ("Adam", "AdamW")):
+            raise ConfigError(
+                f"{where}: {key} is siliang's own ({instead}): AdamW, with the schedule of every run. Leave it out, or "
+                'all of its params "auto".'
+            )
+    stage = value.get("zero_optimization", {}).get("stage", 2)
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{where}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3.")
+    return value
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return read_json(path, most_bytes=2**20)
+    except JsonError as error:
+        raise ConfigError(f"distributed.deepspeed = {error.place(path)}: not readable as JSON: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"distributed.deepspeed = {path}: cannot be read: {error.strerror or error}.") from None

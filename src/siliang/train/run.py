@@ -30,9 +30,9 @@ from siliang.data.load import Examples
 from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet
 from siliang.disk_errors import telling
+from siliang.distributed.deepspeed import gather_by_layer, require_deepspeed, trainer_arguments
 from siliang.distributed.ranks import Ranks, find_ranks, translate_rank_errors
 from siliang.distributed.sharding import fake_mesh, ignore_frozen_in_ddp, is_sharded, rank_mesh, shard
-from siliang.distributed.zero import put_together_by_layer, require_deepspeed, trainer_arguments
 from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.order import Order
@@ -465,7 +465,7 @@ def make_trainer(run: Run, *callbacks: TrainerCallback) -> SiliangTrainer:
     """The trainer of a prepared run."""
     t, stage = run.config.train, _stage(run.config, run.ranks)
     if stage == 3:
-        put_together_by_layer(run.model)
+        gather_by_layer(run.model)
     elif run.ranks.size > 1 and not stage and not is_sharded(run.model):
         ignore_frozen_in_ddp(run.model)
     run.model.to(find_device())

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training
+from siliang.distributed.deepspeed import gathered, is_partitioned, without_hooks
 from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard
-from siliang.distributed.zero import is_dealt, together, unheard
 from siliang.files import damage, remove, sweep
 from siliang.models.save import save_config
 from siliang.paths import is_link
@@ -84,7 +84,7 @@ def prune(folder: Path, keep: int, *, spare: int | None = None) -> None:
 
 def is_dealt_out(model: nn.Module) -> bool:
     """Whether no rank has all of its weights, and all have to bring theirs to what is saved."""
-    return is_sharded(model) or any(map(is_dealt, model.parameters()))
+    return is_sharded(model) or any(map(is_partitioned, model.parameters()))
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:
@@ -99,14 +99,17 @@ def whole_weights(model: Any) -> dict[str, Tensor]:
 def adapter_together(model: Any, *, changing: bool = False) -> Iterator[None]:
     """Within the block an adapter that is dealt out is whole, on all ranks, which all have to come here."""
     trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
-    with together(trained, changing=changing), unheard(model) if any(map(is_dealt, trained)) else nullcontext():
+    with (
+        gathered(trained, writing=changing),
+        without_hooks(model) if any(map(is_partitioned, trained)) else nullcontext(),
+    ):
         yield
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    with together([tensor]):  # which are dealt out again behind the block
+    with gathered([tensor]):  # which are dealt out again behind the block
         found = full_tensors(tensor.detach()).cpu().contiguous()
-        return found.clone() if is_dealt(tensor) else found
+        return found.clone() if is_partitioned(tensor) else found
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -140,7 +143,7 @@ def read_weights(folder: Path, model: nn.Module) -> None:
     weights, tensors = load_file(folder / MODEL_WEIGHTS), _saved_tensors(model)
     assert weights.keys() == tensors.keys(), weights.keys() ^ tensors.keys()
     for name, tensor in tensors.items():
-        with together([tensor], changing=True):
+        with gathered([tensor], writing=True):
             copy_full(tensor, weights[name])
 
 

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from siliang.data.batch import Batch
 from siliang.data.prepared import EvalRows
 from siliang.disk_errors import telling
-from siliang.distributed import zero
+from siliang.distributed import deepspeed
 from siliang.distributed.ranks import Ranks
 from siliang.distributed.sharding import average_gradients, full_tensors, is_sharded, shard_optimizer_state
 from siliang.engine.batches import StepCollator
@@ -145,7 +145,7 @@ class SiliangTrainer(Trainer):
 
         def no_sync() -> Any:
             if self.is_deepspeed_enabled:
-                return zero.batches_to_come(self.accelerator)
+                return deepspeed.no_sync(self.accelerator)
             return no_sync(model) if sharded else self.accelerator.no_sync(model)
 
         loss = self.engine.run(
@@ -337,7 +337,7 @@ class SiliangTrainer(Trainer):
 
     def _optimizer_state(self) -> dict[str, Any]:
         if self.is_deepspeed_enabled:
-            return zero.optimizer_state(self.optimizer.optimizer, self._trained)  # type: ignore[union-attr]
+            return deepspeed.optimizer_state(self.optimizer.optimizer, self._trained)  # type: ignore[union-attr]
         return self.optimizer.state_dict()  # type: ignore[union-attr]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -370,12 +370,12 @@ class SiliangTrainer(Trainer):
             return
         state, path = self._resumed.pop("optimizer"), Path(checkpoint or "") / STATE_FILE
         if self.is_deepspeed_enabled:
-            zero.load_optimizer_state(self.optimizer.optimizer, self._trained, state)  # type: ignore[union-attr]
+            deepspeed.load_optimizer_state(self.optimizer.optimizer, self._trained, state)  # type: ignore[union-attr]
         else:
             groups = self.optimizer.param_groups  # type: ignore[union-attr]
             parameters = [p for group in groups for p in group["params"]]
             check_optimizer(state, self.optimizer.state_dict(), parameters, path)  # type: ignore[union-attr]
-            self.optimizer.load_state_dict(shard_optimizer_state(zero.without_weights(state), parameters))  # type: ignore[union-attr]
+            self.optimizer.load_state_dict(shard_optimizer_state(deepspeed.without_weights(state), parameters))  # type: ignore[union-attr]
         check_like(self._resumed["scheduler"], self.lr_scheduler.state_dict(), "scheduler", path)  # type: ignore[union-attr]
         self.lr_scheduler.load_state_dict(self._resumed["scheduler"])  # type: ignore[union-attr]
 
