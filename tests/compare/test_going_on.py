@@ -15,7 +15,8 @@ from tiny import write_jsonl
 from siliang.cli.main import main
 from siliang.compare import trials
 from siliang.compare.received import Incoming
-from siliang.compare.trials import goes_on, other_settings, run_config
+from siliang.compare.resume import can_resume, other_settings
+from siliang.compare.trials import run_config
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.records import Predicted, Record
@@ -99,7 +100,7 @@ def test_what_a_run_changed_to_fit_is_not_another_setting(
     record.write(folder)
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
-    assert goes_on(config) and (folder / "checkpoints" / "checkpoint-2").is_dir()
+    assert can_resume(config) and (folder / "checkpoints" / "checkpoint-2").is_dir()
     again = train(config, resume=True, planner=plain_plan)
     assert again.config["train"]["batch_size"] == 4 and again.adjusted == record.adjusted
     assert again.final == record.final and again.changed == []

@@ -29,8 +29,8 @@ from siliang.cli.compare import RayOption
 from siliang.cli.main import app, main
 from siliang.compare.cluster import Cluster
 from siliang.compare.packed import files_of, pack, restore_paths, unpack_once, with_users_paths
+from siliang.compare.resume import can_resume
 from siliang.compare.run import Listener, compare
-from siliang.compare.trials import goes_on
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.files import damage, seal
@@ -246,15 +246,17 @@ def test_stopped_far_away_it_goes_on_from_there(alone: tuple[CompareConfig, Path
     request = {"kind": "train", "config": run.model_dump(mode="json"), "prompts": [], "max_new_tokens": 4}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        with Cluster("local", 1, tmp_path / "logs", shared_disk=False) as cluster:
+        with Cluster("local", 1, tmp_path / "logs") as cluster:
+            cluster.marker.unlink()  # as if no machine shared the disk
             for event in cluster.run([request | {"resume": False}]):
                 assert event.kind not in ("done", "failed"), event
                 if event.kind == "progress" and event.message["progress"]["step"] > 20:
                     break
         assert Record.read(tmp_path / "run").status == "interrupted"
-        assert goes_on(run)
+        assert can_resume(run)
         steps, lost, end = [], 0, ""
-        with Cluster("local", 1, tmp_path / "logs", shared_disk=False) as cluster:
+        with Cluster("local", 1, tmp_path / "logs") as cluster:
+            cluster.marker.unlink()  # as if no machine shared the disk
             for event in cluster.run([request | {"resume": True}]):
                 end = event.kind
                 lost += event.kind == "lost"

@@ -15,7 +15,8 @@ from typing import Any, Self
 from siliang.compare.packed import RUN, Packed, files_of, pack, walk
 from siliang.compare.pool import STOP_S, Event, share, stop_all, threads_each
 from siliang.compare.received import Incoming, checked
-from siliang.compare.trials import MOST_ATTEMPTS, goes_on
+from siliang.compare.resume import can_resume
+from siliang.compare.trials import MOST_ATTEMPTS
 from siliang.config import RunConfig
 from siliang.environment import quieten_ray
 from siliang.files import sweep
@@ -47,20 +48,20 @@ class Cluster:
             has, so that figures are those of `Pool` with as many jobs.
         logs: Folder for what the workers' libraries print.
         say: Called with what the user should know.
-        shared_disk: False: every machine takes copies of all files, as machines do that share no disk with this one.
+
+    Attributes:
+        marker: A file in the comparison's folder. A machine that sees it shares that disk with this one.
 
     Raises:
         ClusterError: No cluster answers at that address.
     """
 
-    def __init__(
-        self, address: str, jobs: int, logs: Path, say: Callable[[str], None] = print, *, shared_disk: bool = True
-    ) -> None:
-        self.shared_disk, self.logs = shared_disk, logs.absolute()
+    def __init__(self, address: str, jobs: int, logs: Path, say: Callable[[str], None] = print) -> None:
+        self.logs = logs.absolute()
+        self.marker = self.logs.parent / f".shared-{uuid.uuid4().hex}"
         self.resources: dict[str, float] = {}
         self.workers: list[RemoteWorker] = []
         self._address, self._jobs, self._say = join.check(address), jobs, say
-        self._marker = self.logs.parent / f".shared-{uuid.uuid4().hex}"
         self._threads = threads_each(jobs)
         self._lock = threading.Lock()
         self._packed: dict[tuple[str, ...], Packed] = {}
@@ -69,7 +70,7 @@ class Cluster:
     def __enter__(self) -> Self:
         self._ours = join.begin(self._address, self._jobs * self._threads)
         self.logs.mkdir(exist_ok=True)  # a machine that sees it writes there
-        self._marker.touch()
+        self.marker.touch()
         self._choose_resources()
         return self
 
@@ -79,7 +80,7 @@ class Cluster:
         try:
             stop_all(self.workers)
         finally:
-            self._marker.unlink(missing_ok=True)
+            self.marker.unlink(missing_ok=True)
             if self._ours:
                 ray.shutdown()
 
@@ -101,11 +102,6 @@ class Cluster:
         names: list[str] = []
         config.with_files(lambda name: names.append(name) or name, config.output)
         return {name: files for name in names if (files := files_of(name))}
-
-    def states(self, inputs: dict[str, list[Path]]) -> dict[str, tuple[int, int]]:
-        """Bytes and time of change of files that a machine sees only if it shares a disk with this one."""
-        found = {str(path): path.stat() for path in (self._marker, *chain(*inputs.values()))}
-        return {path: (state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
     def packed(self, inputs: dict[str, list[Path]]) -> Packed:
         """The files in the object store, where they are put once."""
@@ -170,7 +166,7 @@ class RemoteWorker:
                 if attempt < MOST_ATTEMPTS:
                     yield {"kind": "lost", "error": why}
                     if "resume" in request:
-                        request = request | {"resume": goes_on(RunConfig.model_validate(request["config"]))}
+                        request = request | {"resume": can_resume(RunConfig.model_validate(request["config"]))}
                 else:
                     tries = f"begun {attempt} times, and each time its process was lost; the last time: "
                     yield {"kind": "died", "error": tries + why}
@@ -244,9 +240,9 @@ class RemoteWorker:
         # two at a time: `stop` is heard during `run`
         options: Message = cluster.resources | {"max_concurrency": 2, "runtime_env": {"env_vars": carried | threads}}
         if self._avoided:
-            other = {"ray.io/node-id": NotIn(*self._avoided)}
-            options["scheduling_strategy"] = NodeLabelSchedulingStrategy(hard={}, soft=other)
-        self._host = ray.remote(Host).options(**options).remote(str(cluster.logs) if cluster.shared_disk else None)
+            elsewhere: Any = {"ray.io/node-id": NotIn(*self._avoided)}
+            options["scheduling_strategy"] = NodeLabelSchedulingStrategy(hard={}, soft=elsewhere)
+        self._host = ray.remote(Host).options(**options).remote(str(cluster.logs))
         described = self._host.describe.remote()
         ready, _ = ray.wait([described], timeout=SAY_WAITING_S)
         if not ready and not any(worker.node for worker in cluster.workers):
@@ -270,7 +266,8 @@ class RemoteWorker:
         """What the actor's `run` takes. On a machine that does not see the user's files, the run reads and writes
         copies."""
         cluster = self._cluster
-        if cluster.shared_disk and ray.get(self._host.sees.remote(cluster.states(inputs))):
+        states = {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in chain(*inputs.values())}
+        if ray.get(self._host.sees.remote(str(cluster.marker), states)):
             return request, None, None
         for name, files in inputs.items():
             size = show_bytes(sum(path.stat().st_size for path in files))

@@ -32,13 +32,13 @@ class Host:
     """One worker process on a machine of the cluster, which keeps the base model between runs.
 
     Args:
-        logs: The user's folder for workers' logs, if this machine sees it.
+        logs: The user's folder for workers' logs, which a machine with a disk of its own does not have.
     """
 
-    def __init__(self, logs: str | None) -> None:
+    def __init__(self, logs: str) -> None:
         self._cache = cache_folder() / "cluster"
         self._cache.mkdir(exist_ok=True)
-        folder = Path(logs) if logs and Path(logs).is_dir() else self._cache / "logs"
+        folder = Path(logs) if Path(logs).is_dir() else self._cache / "logs"
         # the worker imports the siliang that this process has, wherever Ray found it
         source = {"PYTHONPATH": os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")]))}
         self._worker = Worker(folder / f"{socket.gethostname()}-{os.getpid()}.log", lambda: source)
@@ -53,10 +53,12 @@ class Host:
             "cache": str(self._cache),
         }
 
-    def sees(self, files: dict[str, tuple[int, int]]) -> bool:
-        """Whether this machine has these files, of the same bytes and time of change: on a disk that both use."""
+    def sees(self, marker: str, states: dict[str, tuple[int, int]]) -> bool:
+        """Whether this machine sees the user's folder and the files that a run reads: the same bytes and time of change
+        in nanoseconds."""
         try:
-            return all((Path(p).stat().st_size, Path(p).stat().st_mtime_ns) == state for p, state in files.items())
+            found = {path: Path(path).stat() for path in states}
+            return Path(marker).is_file() and states == {p: (s.st_size, s.st_mtime_ns) for p, s in found.items()}
         except OSError:
             return False
 
@@ -68,9 +70,7 @@ class Host:
             inputs: The files that the run reads; None where it reads and writes the user's own.
             started: The run's folder as far as it came, where it is resumed from a copy.
         """
-        output = Path(request["config"]["output"])
-        last: dict[str, Any] = {"kind": "failed", "error": "stopped"}
-        sent_s = 0.0
+        output, copy = Path(request["config"]["output"]), None
         if inputs is not None:
             copy = self._cache / output.relative_to(self._cache).parts[0]
             unpack_once(inputs, self._cache, ray.get)
@@ -79,17 +79,19 @@ class Host:
                 unpack(started, copy, ray.get)
             if request["kind"] == "base":
                 output.mkdir(exist_ok=True)
+        last: dict[str, Any] = {"kind": "failed", "error": "stopped"}
+        sent_s = 0.0
         try:
             for message in self._worker.ask(request):
                 last = with_users_paths(message, self._cache)
                 if last["kind"] not in FINAL and (last["kind"] != "progress" or time.monotonic() > sent_s + PROGRESS_S):
                     yield last
                     sent_s = time.monotonic()
-            if inputs is not None and output.is_dir():
+            if copy is not None and output.is_dir():
                 restore_paths(output, self._cache)
                 yield from _pieces(output)
         finally:
-            if inputs is not None:
+            if copy is not None:
                 remove_tree(copy)
         yield last
 

@@ -1,4 +1,4 @@
-"""What a machine of a cluster sends back, checked before it is used: the machine may have been taken over by others.
+"""Checks what a machine of a cluster sends back, before it is used: others may have taken the machine over.
 
 Only the standard library and small modules here: the Ray process that carries files does not load torch.
 """
@@ -17,13 +17,13 @@ from siliang.types import ClusterError
 # the files of a run's folder, of its adapter or model, and of its checkpoints
 ENDINGS = "json|jsonl|safetensors|bin|model|txt|jinja|md|spm|vocab|tiktoken|bpe|codes"
 FILE = rf"(?:additional_chat_templates/)?[A-Za-z0-9_][A-Za-z0-9_.+-]{{0,120}}\.(?:{ENDINGS})"
-CODE = r"(?:[A-Za-z0-9_]{1,100}/){0,8}[A-Za-z0-9_]{1,100}\.py"  # of a model that has its own
+CODE = r"(?:[A-Za-z0-9_]{1,100}/){0,8}[A-Za-z0-9_]{1,100}\.py"  # of a model that brings code
 FOLDERS = "adapter|model|checkpoints/(?:damaged-)?checkpoint-[0-9]{1,15}"
 RUN_FILE = re.compile(rf"run\.yaml|run\.json|answers\.json|(?:{FOLDERS})/(?:{FILE}|{CODE})", re.ASCII)
 MOST_FILES = 10_000
 MOST_TEXT_BYTES = 2**28  # of a file that holds no weights
 WEIGHTS = (".safetensors", ".bin")
-# what each kind of message holds beside its kind
+# the fields of each kind of message, beside its kind
 MESSAGES: dict[str, dict[str, type]] = {
     "ready": {"node": str, "node_id": str, "versions": dict, "cache": str},
     "began": {},
@@ -38,7 +38,7 @@ MESSAGES: dict[str, dict[str, type]] = {
 
 
 def checked(message: object) -> dict[str, Any]:
-    """A message of the kinds that there are, with what each holds; of any other, that it failed."""
+    """The message, if it is one of `MESSAGES`; otherwise one of the kind `failed`, which says so."""
     wrong = {"kind": "failed", "error": "its machine sent what no run says: is its siliang the same as here?"}
     found = as_message(message)
     if found is None:
@@ -48,7 +48,7 @@ def checked(message: object) -> dict[str, Any]:
 
 
 def as_message(message: object) -> dict[str, Any] | None:
-    """A message with what its kind holds and nothing else; None where it is none of `MESSAGES`."""
+    """The message with the fields of its kind and no others; None if it is none of `MESSAGES`."""
     if not isinstance(message, dict) or not isinstance(kind := message.get("kind"), str) or kind not in MESSAGES:
         return None
     if not all(isinstance(message.get(name), wanted) for name, wanted in MESSAGES[kind].items()):
@@ -107,7 +107,7 @@ class Incoming:
             opened.write(piece)
 
     def finish(self, nbytes: int) -> bool:
-        """Gives the folder its name; returns whether all of it came, of so many bytes."""
+        """Gives the folder its name, if all of its bytes came; returns whether they did."""
         if sum(self._bytes.values()) != nbytes:
             self.discard()
             return False

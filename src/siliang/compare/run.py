@@ -7,52 +7,40 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from siliang.check import find, look_at, stop_on_errors
 from siliang.compare.pool import Event, Pool
-from siliang.compare.trials import (
-    MOST_ATTEMPTS,
-    PLACES,
-    TIMED_STEPS,
-    goes_on,
-    other_settings,
-    run_config,
-    search_trials,
-    test_trials,
-)
-from siliang.config import MethodConfig, RunConfig, differences
+from siliang.compare.resume import can_resume, changed_files, known_trial, open_comparison
+from siliang.compare.trials import MOST_ATTEMPTS, TIMED_STEPS, run_config, search_trials, test_trials
+from siliang.config import MethodConfig, RunConfig
 from siliang.config.comparison import CompareConfig
-from siliang.files import remove_tree, sweep, write_text
+from siliang.files import remove_tree, write_text
 from siliang.hardware import machine
-from siliang.paths import check_links
-from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, figures_of, plain
-from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes, what_changed
+from siliang.records import COMPARISON_NAME, Comparison, Record, Trial, figures_of
+from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes
 from siliang.tasks import TASKS
 from siliang.terminal import pasted
-from siliang.types import ClusterError, ConfigError, InterruptedRunError, OutputError
+from siliang.types import ClusterError, ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
     from siliang.compare.cluster import Cluster
 
 CONFIG_NAME = "compare.yaml"
-OWN_FILES = r"compare\.yaml|comparison\.json|report\.html"  # that are written beside the runs
-BASE = "base"  # folder of what the untuned model says
-MAY_DIFFER = ("methods", "seeds", "search", "output")  # in a comparison that goes on
+BASE = "base"  # the folder of the base model's figures and answers
 RATE_RULE = "SL042"  # a learning rate far from the method's own
-METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings that are one method's, and no reason to stop the others
+METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings about one method, which do not stop the others
 
 
 @dataclass
 class Listener:
-    """Who hears of a comparison while it goes on; only the command prints.
+    """Callbacks during a comparison. Only the command prints.
 
     Attributes:
         say: One line about what is being done.
-        began: A trial, its number from 1, and how many there are.
+        began: A trial, its number from 1, and how many trials there are.
         progress: After every step of a trial: its number, the step, the steps, the loss, the seconds to go.
         ended: A trial, and its record where it was completed.
     """
@@ -73,14 +61,13 @@ def compare(
 ) -> Comparison:
     """Runs every method with every seed, in worker processes, and leaves a folder of records.
 
-    Where the output folder holds this comparison already, it goes on: a run that is complete is not run again, one
-    that was interrupted goes on from its last checkpoint, exactly. Methods, seeds and search may have been added to
-    since.
+    A comparison that is in the output folder already is resumed: a complete run stays, an interrupted one is resumed
+    from its last checkpoint, exactly. Methods, seeds and searched settings may have been added since.
 
     Args:
         jobs: Runs at the same time, each with a base model of its own; with `ray`, on each machine.
-        force: Go on also where the base model or the data have changed since the comparison began.
-        ray: The address of a Ray cluster, whose machines share the runs, or `local`. None: processes of this machine.
+        force: Resume also where the base model or the data have changed since the comparison was begun.
+        ray: The address of a Ray cluster that does the runs, or `local`. None: processes of this machine do them.
 
     Raises:
         ClusterError: Ray is not installed, or there is no cluster at that address.
@@ -100,7 +87,7 @@ class _Comparing:
         self.folder = Path(config.run.output)
         self.task = config.run.task
         self.said: set[str] = set()
-        self.record = self._open()
+        self.record = open_comparison(config, self.folder)
         self.pool: Pool | Cluster | None = None
 
     def run(self) -> Comparison:
@@ -119,7 +106,7 @@ class _Comparing:
                 self._do(test_trials(self.config, self.record.chosen))
         except KeyboardInterrupt:
             for trial in self.record.trials:
-                if trial.status == "running":  # stopped by the user, and no attempt that failed
+                if trial.status == "running":  # the user stopped it: that is no attempt that failed
                     trial.status, trial.attempts = "waiting", trial.attempts - 1
             self._save()
             done = sum(t.status == "completed" for t in self.record.trials)
@@ -142,28 +129,8 @@ class _Comparing:
 
     # ---- what is there already ----
 
-    def _open(self) -> Comparison:
-        """The record of a comparison that was begun before, or a new one."""
-        path, now = self.folder / COMPARISON_NAME, plain(self.config.as_dict())
-        if not path.is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise OutputError(f"output folder {self.folder} is not empty. Choose another with --output.")
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            return Comparison(started_at=started, config=now, given=self.config.as_dict(defaults=False))
-        check_links(self.folder)
-        sweep(self.folder, OWN_FILES)
-        record = Comparison.open(path)
-        for name, (was, wanted) in differences(record.config, now).items():
-            if name not in PLACES and name.partition(".")[0] not in MAY_DIFFER:
-                raise ConfigError(
-                    f"{self.folder} holds a comparison with another {name} ({was}, here {wanted}).\n"
-                    "Choose another folder with --output, or take the settings of its compare.yaml."
-                )
-        record.config, record.given, record.status = now, self.config.as_dict(defaults=False), "running"
-        return record
-
     def _check(self) -> None:
-        """Stops before anything is made where every run would stop."""
+        """Raises what every run would raise, before anything is written."""
         trial = test_trials(self.config, {})[0]
         subject = look_at(run_config(self.config, trial, self.folder, {}), machine())
         findings = [f for f in find(subject, stop_early=True) if f.code not in METHODS_OWN]
@@ -182,11 +149,7 @@ class _Comparing:
             raise ConfigError(f"prompts: {alone[0]!r} must be two texts with a tab between them, as those of the data.")
 
     def _check_files(self) -> None:
-        """Runs that are compared are made on one base model and the same rows, in however many parts they are made."""
-        begun = bool(self.record.data_files)
-        problems = what_changed(self.config.run, self.record.model_files, self.record.data_files) if begun else []
-        for kind, what, how in problems:
-            problem = f"{what} has changed since {self.folder} was begun: {how}"
+        for kind, problem in changed_files(self.config, self.folder, self.record):
             if not self.force:
                 raise kind(
                     f"{problem[0].upper()}{problem[1:]}. New runs would not compare with those that are there.\n"
@@ -196,7 +159,7 @@ class _Comparing:
         self.record.model_files, self.record.data_files = hashes(self.config.run)
 
     def _say(self, line: str) -> None:
-        """What every run would say is said once."""
+        """Passes a warning on once: every run has it."""
         if line.startswith("warning") and line not in self.said:
             self.said.add(line)
             self.listener.say(line)
@@ -207,7 +170,7 @@ class _Comparing:
     # ---- the phases ----
 
     def _measure_steps(self) -> None:
-        """With a budget in minutes: the steps of each method that fit into it."""
+        """With a budget in minutes: finds how many steps of each method fit into it."""
         minutes = self.config.settings.minutes
         if minutes is None:
             return
@@ -227,7 +190,7 @@ class _Comparing:
         self._save()
 
     def _search(self) -> None:
-        """Tries the settings to choose from, and chooses."""
+        """Runs the search's trials, and chooses each method's settings."""
         trials = search_trials(self.config)
         if not trials:
             self.record.chosen = {}
@@ -257,8 +220,8 @@ class _Comparing:
         self._save()
 
     def _do(self, trials: list[Trial]) -> None:
-        """Runs those of the trials that are not complete."""
-        trials = [self._known(trial) for trial in trials]
+        """Runs the trials that are not complete."""
+        trials = [known_trial(trial, self.config, self.folder, self.record) for trial in trials]
         purpose = trials[0].purpose
         old = [t for t in self.record.trials if t.purpose != purpose]
         self.record.trials = [*old, *trials] if purpose == "test" else [*trials, *old]
@@ -274,10 +237,10 @@ class _Comparing:
                 continue
             trial.status, trial.error = "waiting", None
             values = run_config(self.config, trial, self.folder, self.record.steps)
-            requests.append(self._request("train", values) | {"resume": goes_on(values)})
+            requests.append(self._request("train", values) | {"resume": can_resume(values)})
             asked.append(trial)
         self._save()
-        begun: dict[int, int] = {}  # in which order they were
+        begun: dict[int, int] = {}  # in which order the trials were begun
         for event in self._ask(requests):
             trial = asked[event.number]
             match event.kind:
@@ -288,7 +251,7 @@ class _Comparing:
                     self.listener.began(trial, number, len(trials))
                 case "say":
                     line = event.message["line"]
-                    # a rate that is tried or chosen here is no slip of the user's
+                    # a rate that the search tries or has chosen is no mistake of the user's
                     if RATE_RULE not in line or "learning_rate" not in trial.settings:
                         self._say(line)
                 case "progress":
@@ -314,32 +277,9 @@ class _Comparing:
         self._save()
         self.listener.ended(trial, record)
 
-    def _known(self, trial: Trial) -> Trial:
-        """The trial as it stands in the record; complete only if its run is there, with these settings.
-
-        Raises:
-            ConfigError: A run of other settings is there.
-        """
-        before = next((t for t in self.record.trials if (t.folder, t.purpose) == (trial.folder, trial.purpose)), trial)
-        folder = self.folder / trial.folder
-        if before.status not in ("completed", "running") or not (folder / RECORD_NAME).is_file():
-            return trial if before.status == "completed" else before.model_copy(update={"settings": trial.settings})
-        record = Record.read(folder)
-        if record.status != "completed":
-            return before.model_copy(update={"settings": trial.settings})
-        other = other_settings(record, run_config(self.config, trial, self.folder, self.record.steps))
-        for name, (was, wanted) in other.items():
-            raise ConfigError(
-                f"{folder} is a run with another {name} ({was}, here {wanted}).\n"
-                "Remove that folder, choose another with --output, or give the method a label of its own."
-            )
-        # a run that was complete when the comparison was killed
-        figures = before.figures or figures_of(record)
-        return before.model_copy(update={"status": "completed", "settings": trial.settings, "figures": figures})
-
     def _request(self, kind: str, config: RunConfig) -> dict[str, Any]:
         settings = self.config.settings
-        config = config if self.ray is None else config.resolved()  # what comes from elsewhere names what is here
+        config = config if self.ray is None else config.resolved()  # another process has another current folder
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         if kind == "base":
             Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -374,8 +314,7 @@ def _stopping() -> Iterator[None]:
 
 
 def untuned(run: RunConfig, output: Path) -> RunConfig:
-    """A run whose model answers as the base model: through LoRA, which starts as nothing, on layers that every model
-    has, whatever it is that the methods tune.
-    """
+    """A run whose model answers as the base model does: LoRA begins at zero. Its targets are layers that every model
+    has, whatever the compared methods tune."""
     method = MethodConfig.model_validate({"name": "lora", "r": 1, "target_modules": "all-linear"})
     return run.model_copy(update={"output": str(output), "method": method})

@@ -5,22 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from siliang.config import RunConfig, differences
+from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig, MethodEntry, slug
-from siliang.files import remove_tree
-from siliang.records import Record, Trial, plain
-from siliang.run_folder import CHECKPOINTS, checkpoints
-from siliang.types import ConfigError
+from siliang.records import Trial
 
 RUNS, SEARCH = "runs", "search"  # folders within the comparison's
 SAVE_MINUTES = 5.0
 MOST_ATTEMPTS = 3  # of a trial that takes its process, or the whole comparison, down with it
-PLACES = ("model", "data.train", "data.eval", "output")  # settings that are compared by what lies there
-TIMED_STEPS = 9  # that tell a method's speed; the first half is warm-up
+PLACES = ("model", "data.train", "data.eval", "output")  # files of another name may be the same files
+TIMED_STEPS = 9  # by which a method's speed is measured; the first half is warm-up
 
 
 def search_trials(config: CompareConfig) -> list[Trial]:
-    """What is tried to choose settings, with the first seed."""
+    """The trials that settings are chosen by, with the first seed."""
     return [
         Trial(
             method=entry.label,
@@ -35,8 +32,8 @@ def search_trials(config: CompareConfig) -> list[Trial]:
 
 
 def test_trials(config: CompareConfig, chosen: dict[str, dict[str, Any]]) -> list[Trial]:
-    """What the table is made of: seed by seed, so that a whole table is there after the first; full tuning, which
-    spoils the base model, comes last of each."""
+    """The trials of the table, seed by seed, so that the table is whole after the first seed. Of each seed full tuning
+    comes last: it changes the base model, which then has to be loaded again."""
     entries = sorted(config.settings.methods, key=lambda entry: entry.name == "full")
     return [
         Trial(
@@ -65,7 +62,7 @@ def run_config(config: CompareConfig, trial: Trial, folder: Path, steps: dict[st
     values["method"] = {"name": entry.name, **entry.arguments, **settings}
     values["train"] |= {"seed": trial.seed, "learning_rate": rate}
     if not config.run.train.saves:
-        values["train"]["save_every_minutes"] = SAVE_MINUTES  # a comparison that is killed goes on from there
+        values["train"]["save_every_minutes"] = SAVE_MINUTES  # a comparison that is killed is resumed from there
     if trial.method in steps:
         values["train"]["max_steps"] = steps[trial.method]
     data: dict[str, Any] = values["data"]
@@ -75,27 +72,6 @@ def run_config(config: CompareConfig, trial: Trial, folder: Path, steps: dict[st
         data["validation_size"] = config.settings.validation_size
     values["output"] = str(folder / trial.folder)
     return RunConfig.build(values, source=f"{trial.method}, seed {trial.seed}")
-
-
-def goes_on(config: RunConfig) -> bool:
-    """Whether an interrupted run of these settings can go on from a checkpoint; if not, its folder is removed."""
-    folder = Path(config.output)
-    try:
-        record = Record.read(folder)
-        same = record.status != "completed" and not other_settings(record, config)
-    except ConfigError:
-        same = False
-    if same and checkpoints(folder / CHECKPOINTS):
-        return True
-    remove_tree(folder)
-    return False
-
-
-def other_settings(record: Record, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """In which settings a run was asked for otherwise than by `config`: what it was, what it is. Where its files lie,
-    which the comparison has looked at, makes no difference."""
-    found = differences(record.asked(), plain(config.resolved().model_dump(mode="json")))
-    return {name: pair for name, pair in found.items() if name not in PLACES}
 
 
 def find_entry(config: CompareConfig, label: str) -> MethodEntry:

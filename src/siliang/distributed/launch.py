@@ -1,4 +1,4 @@
-"""`--devices N`: this machine's processes of a training, by torch's own launcher."""
+"""`--devices N`: starts a training's processes on this machine, with torch's own launcher."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ REPORTED = (2, 130)  # exit codes of processes that have printed their error the
 
 
 def launch(devices: int, arguments: list[str], folder: str) -> int:
-    """Runs `siliang` with these arguments in that many processes, and returns the exit code of the first that ended
-    otherwise than well.
+    """Runs `siliang` with these arguments in several processes.
 
     Args:
-        folder: The run's.
+        devices: How many processes.
+        folder: The run's folder, for the error.
+
+    Returns:
+        0, or the exit code of the first process that failed.
 
     Raises:
-        RankError: One was killed, or fell over.
+        RankError: A process was killed, or crashed.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -45,13 +48,13 @@ def launch(devices: int, arguments: list[str], folder: str) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            # -P: no module comes from the folder at hand
+            # -P: no module of the current folder is imported
             elastic_launch(config, sys.executable)("-u", "-P", "-m", "siliang", *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode in REPORTED:
                 return failure.exitcode
-            how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "fell over"
+            how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "crashed"
             raise RankError(
                 f"Rank {rank} of {devices} {how} (process {failure.pid}), and the run ended with it. What was saved "
                 "before is whole.\nGo on, with as many devices as you like: "

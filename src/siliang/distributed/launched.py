@@ -1,4 +1,4 @@
-"""What `accelerate launch` was told about sharing a model, in the words of a run's `distributed`."""
+"""The strategy that an accelerate config asks for, as settings of a run's `distributed`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ZERO = "ACCELERATE_DEEPSPEED_"
 
 
 def accelerate_strategy() -> dict[str, Any]:
-    """What an accelerate config asks for, as `distributed` has it; {} where it leaves that open.
+    """Settings of `distributed` from the variables that `accelerate launch` sets; {} where they name no strategy.
 
-    It is taken out of the environment: siliang shares the model out itself, and accelerate would do so once more.
+    The variables are removed: siliang shards the model itself, and accelerate would do so a second time.
 
     Raises:
-        ConfigError: It asks for what siliang does not do.
+        ConfigError: The accelerate config asks for a strategy that siliang does not have.
     """
     switched_on = {name for name in SWITCHES if os.environ.get(SWITCH + name, "").lower() == "true"}
     zero = {name.removeprefix(ZERO): os.environ.pop(name) for name in list(os.environ) if name.startswith(ZERO)}
