@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 KEPT_KERNELS = 32
 
@@ -29,8 +30,12 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def quieten_ray() -> None:
-    """To be called before Ray is imported: no telemetry, and no paragraph of Ray's for each worker that is lost."""
+def prepare_ray() -> None:
+    """To be called before Ray is imported: no telemetry, no paragraph of Ray's for each worker that is lost, and the
+    user's token for clusters that ask for one. Ray shows the token by itself for the address `auto` alone."""
+    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if named or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster without tokens does not mind
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns that this will become the default

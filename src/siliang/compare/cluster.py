@@ -18,13 +18,13 @@ from siliang.compare.received import Incoming, checked
 from siliang.compare.resume import can_resume
 from siliang.compare.trials import MOST_ATTEMPTS
 from siliang.config import RunConfig
-from siliang.environment import quieten_ray
+from siliang.environment import prepare_ray
 from siliang.files import sweep
 from siliang.permissions import VARIABLE as ALLOWED_CODE
 from siliang.types import ClusterError, first_line
 from siliang.units import show_bytes
 
-quieten_ray()  # Ray reads its settings when it is imported
+prepare_ray()  # Ray reads its settings when it is imported
 import ray  # noqa: E402
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, RuntimeEnvSetupError  # noqa: E402
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn  # noqa: E402

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,10 +35,8 @@ def check(address: str) -> str:
     """
     if address == LOCAL:
         address = os.environ.get("RAY_ADDRESS") or LOCAL
-    if address != LOCAL:
-        _use_token()
-        if not ray.is_initialized():
-            _probe(address)
+    if address != LOCAL and not ray.is_initialized():
+        _probe(address)
     return address
 
 
@@ -70,13 +67,6 @@ def begin(address: str, threads: int) -> bool:
         where = "begun here" if address == LOCAL else f"used at {address}"
         raise ClusterError(f"Ray cannot be {where}: {first_line(error, kind=True)}") from error
     return True
-
-
-def _use_token() -> None:
-    """Has Ray show the token that this user has. Ray does so by itself for the address `auto` alone."""
-    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if named or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster without tokens does not mind
 
 
 def _probe(address: str) -> None:
