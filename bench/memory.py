@@ -277,7 +277,7 @@ def _some(x: torch.Tensor | None) -> list[torch.Tensor]:
 
 
 def _held(model: torch.nn.Module) -> list[torch.Tensor]:
-    from siliang.plan.fake import held_tensors
+    from siliang.models.quantized import held_tensors
 
     unique = {(t.to_local() if isinstance(t, DTensor) else t).data_ptr(): t for t in held_tensors(model)}
     return list(unique.values())

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from siliang.secrets import LONGEST, shortened, without_secrets
 
@@ -37,6 +37,11 @@ class TaskType(StrEnum):
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
+
+# The tasks that siliang trains; tasks/ has a row for each.
+TrainedTask = Literal[
+    TaskType.CAUSAL_LM, TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.SEQ_2_SEQ_LM, TaskType.QUESTION_ANS
+]
 
 # The heads that PEFT trains and saves with an adapter of a task type: new ones, whatever the base model's files hold.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from siliang.config import QuantizationConfig
 from siliang.models import load, weights
 from siliang.models.load import load_model
+from siliang.models.quantized import held_tensors
 from siliang.models.spec import ModelSpec
 from siliang.models.weights import piece_by_piece
-from siliang.plan.fake import held_tensors
 from siliang.tasks import CAUSAL_LM, TASKS
 from siliang.types import TaskType
 

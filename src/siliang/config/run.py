@@ -20,7 +20,7 @@ from siliang.config.train import TrainConfig
 from siliang.files import absolute
 from siliang.safe_yaml import dump_yaml
 from siliang.secrets import shortened
-from siliang.types import ConfigError, TaskType, nearest
+from siliang.types import ConfigError, TaskType, TrainedTask, nearest
 
 VIRTUAL_TOKENS = 20  # of a prompt whose length is not said, as PEFT's examples and the tutorials have it
 
@@ -109,7 +109,7 @@ def _task(value: Any) -> Any:
     if (said := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
         raise ConfigError(f"task = {value!r}: here that is `task={said}`.")
     name = value.upper().replace("-", "_")
-    return TaskType(name) if name in TaskType.__members__ else name
+    return TaskType(name) if name in tuple(TaskType) else name
 
 
 def _quantization(value: Any) -> Any:
@@ -138,16 +138,7 @@ class RunConfig(Settings):
     """The base model: a folder, or a name on the hub."""
     revision: str | None = None
     """The base model's revision on the hub."""
-    task: Annotated[
-        Literal[
-            TaskType.CAUSAL_LM,
-            TaskType.SEQ_CLS,
-            TaskType.TOKEN_CLS,
-            TaskType.SEQ_2_SEQ_LM,
-            TaskType.QUESTION_ANS,
-        ],
-        BeforeValidator(_task),
-    ]
+    task: Annotated[TrainedTask, BeforeValidator(_task)]
     """What is learned: causal_lm (text from text), seq_cls (a class for a text), token_cls (a tag for each word),
     seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from siliang.data.examples import Example, Span
@@ -25,7 +25,7 @@ class EvalRows:
 
     tokens: TokenSet
     examples: Sequence[Example]
-    labels: Sequence[str] = ()
+    labels: list[str] = field(default_factory=list[str])
     unanswered: bool = False
 
 

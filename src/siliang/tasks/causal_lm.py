@@ -5,7 +5,7 @@ Loss: cross-entropy of each learned token from the state of the one in front of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
     return {"input_ids": [1] * length, "labels": [1] * length}
 
 
-def show(row: Mapping[str, Any], labels: Sequence[str]) -> Shown:
+def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     """The tokens, those that are learned marked."""
     return Shown(row["input_ids"], learned=frozenset(i for i, label in enumerate(row["labels"]) if label != IGNORED))
 

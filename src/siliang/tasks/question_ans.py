@@ -7,7 +7,7 @@ A context that is too long is read in windows that overlap.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
     return {"input_ids": [1] * length, "start_positions": 1, "end_positions": 2}
 
 
-def show(row: Mapping[str, Any], labels: Sequence[str]) -> Shown:
+def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     """The tokens, those of the answer marked."""
     first, last = row["start_positions"], row["end_positions"]
     if not last:  # both stand on the first token, as for SQuAD 2

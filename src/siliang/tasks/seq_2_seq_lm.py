@@ -64,7 +64,7 @@ def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
     return {"input_ids": [1] * length, "labels": [1] * min(target_length, length)}
 
 
-def show(row: Mapping[str, Any], labels: Sequence[str]) -> Shown:
+def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     """The source, and the target beneath."""
     return Shown(row["input_ids"], target=row["labels"])
 

@@ -85,7 +85,7 @@ def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
     return {"input_ids": [1] * length, "labels": 0}
 
 
-def show(row: Mapping[str, Any], labels: Sequence[str]) -> Shown:
+def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     """The tokens, and the class beneath."""
     return Shown(row["input_ids"], target=labels[row["labels"]])
 

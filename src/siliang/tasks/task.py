@@ -142,7 +142,7 @@ class Trained:
     """
 
     name: str
-    labels: Sequence[str]
+    labels: list[str]
     layout: str
     columns: Mapping[str, str]
     unanswered: bool
@@ -198,7 +198,7 @@ class Task:
     data: DataSpec
     model: ModelSpec
     legend: tuple[str, str]
-    show: Callable[[Mapping[str, Any], Sequence[str]], Shown]
+    show: Callable[[Mapping[str, Any], list[str]], Shown]
     synthetic_row: Callable[[int, int], dict[str, Any]]
     quality: Figure
     verdict: Callable[[Mapping[str, float], Mapping[str, float], Said | None], Verdict | None]

@@ -133,7 +133,7 @@ def synthetic_row(length: int, target_length: int) -> dict[str, Any]:
     return {"input_ids": [1] * length, "labels": [0] * length}
 
 
-def show(row: Mapping[str, Any], labels: Sequence[str]) -> Shown:
+def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     """Each token with its tag."""
     return Shown(row["input_ids"], tags=[None if n == IGNORED else labels[n] for n in row["labels"]])
 

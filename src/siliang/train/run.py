@@ -188,7 +188,7 @@ class Run:
         """The rows of evaluations."""
         examples = self.examples
         unanswered = self.record.unanswered or has_unanswered(examples.eval)
-        return EvalRows(self.eval_set, examples.eval, examples.labels or (), unanswered=unanswered)
+        return EvalRows(self.eval_set, examples.eval, examples.labels or [], unanswered=unanswered)
 
     def write_record(self) -> None:
         """Once, however many processes train."""

@@ -22,7 +22,7 @@ from siliang.data.prepared import EvalRows
 from siliang.disk_errors import telling
 from siliang.distributed import deepspeed
 from siliang.distributed.ranks import Ranks
-from siliang.distributed.sharding import average_gradients, full_tensors, is_sharded, shard_optimizer_state
+from siliang.distributed.sharding import average_gradients, full_tensors, is_sharded, no_sync, shard_optimizer_state
 from siliang.engine.batches import StepCollator
 from siliang.engine.evaluate import Sums, evaluate, figures_of
 from siliang.engine.order import Order, Share, WithDummies
@@ -143,7 +143,7 @@ class SiliangTrainer(Trainer):
     def _forward_backward(self, model: nn.Module, batches: list[Batch], weight: float) -> torch.Tensor:
         sharded = is_sharded(model)
 
-        def no_sync() -> Any:
+        def unsynced() -> Any:
             if self.is_deepspeed_enabled:
                 return deepspeed.no_sync(self.accelerator)
             return no_sync(model) if sharded else self.accelerator.no_sync(model)
@@ -153,7 +153,7 @@ class SiliangTrainer(Trainer):
             batches,
             weight,
             autocast=lambda: self.accelerator.autocast(),
-            no_sync=no_sync,
+            no_sync=unsynced,
             backward=self.accelerator.backward,
         )
         if sharded:
