@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from siliang.data.collate import PadCollator
 from siliang.data.examples import Labelled
 from siliang.data.formats import FORMATS
 from siliang.data.prepared import EvalRows
+from siliang.data.spec import NUMBERS, Column
 from siliang.data.tokens import tokenise
 from siliang.engine.batches import StepCollator
 from siliang.engine.evaluate import evaluate, figures_of
@@ -99,7 +101,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 def model_of(outputs: int) -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = ENCODER
-    return BertForSequenceClassification(BertConfig(**sizes, num_labels=outputs)).eval()
+    return BertForSequenceClassification(BertConfig(**(sizes | {"num_labels": outputs}))).eval()
 
 
 def rows_of(*labels: str) -> list[Labelled]:
@@ -131,9 +133,6 @@ def test_labels_that_are_numbers(example: ModuleType) -> None:
 
 def test_labels_that_are_lists(example: ModuleType) -> None:
     """Several classes for a text: each entry weighs one, however long its list is."""
-    from dataclasses import replace
-
-    from siliang.data.spec import NUMBERS, Column
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
         logits, labels = output.logits.float(), batch.inputs["labels"]

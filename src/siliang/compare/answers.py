@@ -44,7 +44,8 @@ def sample(n: int, size: int) -> list[int]:
 def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     """Predictions for some of the held-out rows, each with all its entries, and for the prompts."""
     task, numbers = TASKS[run.config.task], run.eval_set.column("row")
-    assert task.replies is not None
+    if task.replies is None:
+        return Answers()
     examples = np.unique(numbers)
     chosen = np.isin(numbers, examples[sample(len(examples), ROWS)])
     held_out = replace(run.held_out, tokens=run.eval_set.select(np.flatnonzero(chosen).tolist()))
