@@ -27,9 +27,9 @@ from siliang import (
     get_peft_model,
 )
 from siliang.checkpoint import read_adapter
-from siliang.inject import SPARE_NUMBERS
-from siliang.methods import method_of
-from siliang.methods.base import LayerConfig, PeftConfig, PromptConfig
+from siliang.file_sizes import SPARE_NUMBERS
+from siliang.methods.config import PeftConfig
+from siliang.methods.prompt import PromptConfig
 from siliang.models.load import load_config, load_model
 from siliang.tasks import SEQ_CLS
 from siliang.types import AdapterError, ModelError, SiliangError, TaskType
@@ -64,15 +64,10 @@ def test_what_is_made_is_counted_before(name: str) -> None:
         assert config.encoder_numbers == made
         assert config.rows * config.width == model.injection.adapter_tensors("default")["prompt_embeddings"].numel()
         return
-    assert isinstance(config, LayerConfig)
-    paths = list(model.injection.adapters["default"].layers)
     base = make("llama")
-    counted = 0
-    for path, values in zip(paths, config.layer_arguments(paths), strict=True):
-        layer = base.get_submodule(path)
-        kind = next(kind for kind in method_of(config).layers if kind.supports(layer))
-        counted += kind.numbers(layer, **values)
-    assert counted == sum(p.numel() for p in model.injection.adapter_parameters("default"))
+    layers = model.injection.adapters["default"].layers
+    counted = sum(spec.numbers(base.get_submodule(path)) for path, spec in layers.items())
+    assert layers and counted == sum(p.numel() for p in model.injection.adapter_parameters("default"))
 
 
 HUGE = 40_000_000

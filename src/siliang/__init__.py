@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siliang.methods.base import PeftConfig
     from siliang.methods.bitfit import BitFitConfig
+    from siliang.methods.config import PeftConfig
     from siliang.methods.head import HeadConfig
     from siliang.methods.ia3 import IA3Config
     from siliang.methods.ln_tuning import LNTuningConfig
@@ -44,7 +44,7 @@ _HOME = {
     "IA3Config": "siliang.methods.ia3",
     "LNTuningConfig": "siliang.methods.ln_tuning",
     "LoraConfig": "siliang.methods.lora",
-    "PeftConfig": "siliang.methods.base",
+    "PeftConfig": "siliang.methods.config",
     "PeftModel": "siliang.peft_model",
     "PeftModelForCausalLM": "siliang.peft_model",
     "PeftModelForFeatureExtraction": "siliang.peft_model",

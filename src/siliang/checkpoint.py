@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from siliang.files import replacing, write_text
-from siliang.inject import PROMPT_KEY, FileSizes, Injection
-from siliang.methods.base import CONFIG_NAME, PeftConfig, Prompt
-from siliang.methods.lora import LoraConfig
+from siliang.inject import PROMPT_KEY, Injection
+from siliang.methods import method_of
+from siliang.methods.config import CONFIG_NAME, PeftConfig
+from siliang.methods.prompt import Prompt
+from siliang.module_paths import inside
 from siliang.safe_json import read_json
 from siliang.secrets import shortened
-from siliang.targets import inside
 from siliang.types import AdapterError, ConfigError, first_line
 from siliang.weight_files import check_tensors, check_weights
 
@@ -41,22 +40,22 @@ def save_adapter(
 ) -> None:
     """Writes adapter `name` into `folder`: each file under a temporary name first, the config last.
 
-    A folder with adapter_config.json in it is therefore complete. What PEFT flattens away, the encoder of a P-tuning
-    prompt or the projection of a prefix, goes into a file of its own, which PEFT does not look at.
+    A folder with adapter_config.json in it is therefore complete. What training alone needs, such as the encoder of a
+    P-tuning prompt, which PEFT flattens away, goes into a file of its own, which PEFT does not look at.
 
     Args:
         tensors: What it consists of; its live tensors if None.
         pickled: As adapter_model.bin, which other programs load by running what is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    prompt = injection.prompts[name] if name in injection.prompts else None  # noqa: SIM401, ModuleDict has no get
-    encoder = {} if prompt is None or prompt.flat else prompt.state_dict()
-    tensors = injection.adapter_tensors(name) if tensors is None else tensors
+    training = injection.training_state(name)
+    if tensors is None:
+        tensors = method_of(config).to_file(config, injection.adapter_tensors(name))
     if pickled:
         with replacing(folder / PICKLED_NAME) as temporary:
             torch.save({key: t.detach().cpu().clone() for key, t in tensors.items()}, temporary)
         tensors = {}  # safetensors of an earlier save would be read first
-    for file, parts in ((TRAINING_NAME, encoder), (WEIGHTS_NAME, tensors)):
+    for file, parts in ((TRAINING_NAME, training), (WEIGHTS_NAME, tensors)):
         if parts:
             with replacing(folder / file) as temporary:
                 save_file(_apart(parts), temporary, metadata={"format": "pt"})
@@ -126,56 +125,6 @@ def _vocabulary_of(folder: str | None) -> int | None:
     return None
 
 
-def on_the_plain_base(
-    config: PeftConfig, tensors: dict[str, Tensor], initial: Path
-) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """A trained PiSSA or OLoRA adapter as LoRA of twice the rank, beside the base weight as it was.
-
-        W - s B0 A0 + s B A = W + s [B | -B0] [A ; A0]
-
-    Args:
-        initial: The folder of the adapter as it was before training.
-
-    Raises:
-        ConfigError: The adapter is none of these.
-        AdapterError: The folder holds another adapter.
-    """
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"Only LoRA can be turned into LoRA on the plain base model, not {config.peft_type}.")
-    if config.use_dora or config.init_lora_weights == "loftq":
-        raise ConfigError(
-            "With use_dora or init_lora_weights='loftq' the change of the weight is no product of B and A."
-        )
-    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
-        raise ConfigError("use_rslora with rank_pattern or alpha_pattern cannot be turned into LoRA of twice the rank.")
-    start, found = read_adapter(initial), {}
-    for key, tensor in tensors.items():
-        side = next(
-            (
-                n
-                for n in (".lora_A.weight", ".lora_embedding_A", ".lora_B.weight", ".lora_embedding_B")
-                if key.endswith(n)
-            ),
-            None,
-        )
-        if side is None:
-            found[key] = tensor
-            continue
-        if key not in start or start[key].shape != tensor.shape:
-            raise AdapterError(
-                f"{initial} is not what this adapter started from: {key} is missing or of another shape."
-            )
-        before = start[key].to(tensor)
-        found[key] = torch.cat([tensor, before], 0) if "_A" in side else torch.cat([tensor, -before], 1)
-    plain = copy.deepcopy(config)
-    plain.init_lora_weights = True
-    plain.r = 2 * config.r
-    plain.lora_alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
-    plain.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
-    plain.alpha_pattern = {key: 2 * alpha for key, alpha in config.alpha_pattern.items()}
-    return plain, found
-
-
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder, on the CPU. A pickled `.bin` is read without running code.
 
@@ -190,7 +139,9 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def read_training(folder: Path) -> dict[str, Tensor] | None:
-    """What made the prompt of an adapter folder, on the CPU; None where there is nothing more than the prompt.
+    """What training goes on with beside the adapter of a folder, on the CPU; None where there is nothing.
+
+    That is what makes a prompt, or what a method remembers between steps.
 
     Raises:
         AdapterError: The file is damaged.
@@ -233,16 +184,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def file_sizes(folder: Path, tensors: dict[str, Tensor], training: dict[str, Tensor] | None) -> FileSizes:
-    """How much the files of an adapter hold."""
-    return FileSizes(
-        str(folder),
-        numbers=sum(t.numel() for t in tensors.values()),
-        largest=max((n for t in tensors.values() if t.numel() for n in t.shape), default=0),
-        training=None if training is None else sum(t.numel() for t in training.values()),
-    )
-
-
 @contextmanager
 def at_most_what_is_there(folder: Path) -> Iterator[None]:
     """Within the block, what Python says of numbers and memory is an error of the adapter.
@@ -268,7 +209,7 @@ def load_tensors(
     """Copies `tensors` into adapter `name`; nothing is copied unless all of it fits.
 
     Args:
-        training: What makes the prompt, from `read_training`: without it the prompt becomes a plain table.
+        training: What training goes on with, from `read_training`: without it a prompt becomes a plain table.
 
     Raises:
         AdapterError: Keys are missing or unexpected, or a shape differs.
@@ -295,6 +236,7 @@ def load_tensors(
         raise AdapterError(
             f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}."
         )
+    why_other_shape = method_of(injection.config(name)).why_other_shape
     needed = {k: t.shape for k, t in own.items()} | {k: sizes[path].shape for k, path in embeddings.items()}
     for key, shape in needed.items():
         if tensors[key].is_complex():
@@ -302,8 +244,10 @@ def load_tensors(
         if shape != tensors[key].shape:
             raise AdapterError(
                 f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(shape)}. "
-                f"{_other_rank(key, tensors[key].shape, shape) or 'Is it an adapter of another base model?'}"
+                f"{why_other_shape(key, tensors[key].shape, shape) or 'Is it an adapter of another base model?'}"
             )
+    if training is not None and name not in injection.prompts:
+        injection.set_training_state(name, training)
     for key, tensor in own.items():
         if key == PROMPT_KEY:
             _load_prompt(injection.prompts[name], tensors[key], training, source)
@@ -312,18 +256,6 @@ def load_tensors(
     for key, path in embeddings.items():
         if not torch.equal(sizes[path].cpu(), tensors[key].to(sizes[path].dtype).cpu()):
             injection.stand_in(path, name, tensors[key])
-
-
-def _other_rank(key: str, found: Sequence[int], needed: Sequence[int]) -> str:
-    """What to say of a matrix of LoRA that differs in its rank alone."""
-    for side, rank in (("A", 0), ("B", 1)):
-        of_lora = f".lora_{side}." in key or key.endswith(f".lora_embedding_{side}")
-        if of_lora and len(found) == len(needed) == 2 and found[1 - rank] == needed[1 - rank]:
-            return (
-                f"The file's rank is {found[rank]}, and its {CONFIG_NAME} says {needed[rank]} for this layer: "
-                "were r or rank_pattern changed there, or their order?"
-            )
-    return ""
 
 
 def _respelled(

@@ -1,5 +1,5 @@
 """Attaches adapters to a base model, freezes the rest, and can undo it all: the only file that changes a base model's
-modules. Where is targets.py's to say, what is methods/'s.
+modules. What an adapter consists of is its method's to say (`Method.attach`).
 
 Two rules keep several adapters apart. Whatever is asked of the base model (where a target is, what a copy starts from)
 is asked while everything is taken off it, so that no adapter sees another. And what is at work follows from the state
@@ -9,111 +9,44 @@ calls `_settle`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, cast
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from siliang.methods import (
-    BitFitConfig,
-    HeadConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    PromptTuningInit,
-    method_of,
-)
-from siliang.methods.base import (
-    BASE,
-    CONFIG_NAME,
-    LayerConfig,
-    PeftConfig,
-    Prompt,
-    PromptConfig,
-    Rows,
-    WrappedLayer,
-)
-from siliang.methods.bitfit import bias_names
+from siliang.file_sizes import FileSizes, check_sizes
+from siliang.methods import method_of
+from siliang.methods.config import BASE, PeftConfig
+from siliang.methods.layer import AdaptedLayer, ByAdapter
+from siliang.methods.method import Attached, Parts
+from siliang.methods.rows import Rows, watch_batches
 from siliang.models.introspect import is_encoder_decoder
+from siliang.models.invented import invented_modules
 from siliang.models.quantized import is_quantized
-from siliang.saved_module import SavedModule, Swap, sites_of
-from siliang.targets import (
-    find_saved_modules,
-    find_targets,
-    inside,
-    invented_modules,
-    layer_arguments,
-    lora_biases,
-    names_of_saved,
-    no_biases,
-    plain_modules,
-)
-from siliang.types import (
-    TASK_HEADS,
-    AdapterError,
-    ConfigError,
-    MergeError,
-    SiliangError,
-    TargetError,
-    TaskType,
-)
-from siliang.virtual_tokens import Route, attention_heads, prompted_embeddings
+from siliang.module_paths import inside, plain_modules
+from siliang.saved_module import SavedModule, Swap, resized, resized_module, sites_of
+from siliang.saved_modules import find_saved_modules, names_of_saved
+from siliang.tied_weights import replace, untie
+from siliang.types import TASK_HEADS, ConfigError, MergeError, SiliangError, TaskType
 
-SPARE_NUMBERS = 2**25  # that an adapter may lack in its file: what is missing by name is said of tensors, one by one
 OTHER_HEADS = ("classification_head",)  # BART's and T5's, which PEFT leaves untrained
 PROMPT_KEY = "prompt_embeddings"
 
 _TAKEN: WeakSet[nn.Module] = WeakSet()  # base models that have something attached
 
 
-@dataclass(frozen=True)
-class FileSizes:
-    """What the files of a saved adapter hold: its config may ask for no more, or a small file could fill the memory.
-
-    Attributes:
-        source: Their folder.
-        numbers: Of all tensors.
-        largest: The most rows or columns of a tensor.
-        training: The numbers of what made a prompt; None where nothing more than the prompt is there.
-    """
-
-    source: str
-    numbers: int
-    largest: int
-    training: int | None = None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What an adapter has of its own, by the base model's own paths.
-
-    Attributes:
-        layers: Layers that it has parameters beside.
-        parameters: Parameters that it trains others in the place of.
-        modules: Modules that it trains copies of.
-    """
-
-    layers: tuple[str, ...] = ()
-    parameters: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        return (*self.layers, *self.parameters, *self.modules)
-
-
 class Injection(nn.Module):
     """A base model, and everything that has been attached to it.
 
     It stands between PeftModel and the base model, so that parameters are called `base_model.model.<path>` as in PEFT.
-    With prompts PEFT leaves that step out; then PeftModel holds the base model itself, and this object beside it.
+    Where the first adapter is a prompt PEFT leaves that step out; then PeftModel holds the base model itself, and this
+    object beside it.
 
     Attributes:
         adapters: What each adapter consists of.
@@ -123,7 +56,7 @@ class Injection(nn.Module):
 
     def __init__(self, model: nn.Module, *, for_prompts: bool = False) -> None:
         super().__init__()
-        if model in _TAKEN or any(isinstance(m, WrappedLayer | SavedModule) for m in model.modules()):
+        if model in _TAKEN or any(isinstance(m, AdaptedLayer | SavedModule) for m in model.modules()):
             raise ConfigError(
                 "This base model has adapters already: go on with the PeftModel that holds it, or unload() that one."
             )
@@ -132,15 +65,15 @@ class Injection(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.for_prompts = for_prompts
-        self.key_prefix = "base_model." if for_prompts else "base_model.model."
         self._disabled = 0
         self._rows: Rows | None = None
+        self._configs: dict[str, PeftConfig] = {}
+        self._states: dict[str, dict[str, Tensor]] = {}
+        self._undo: list[Callable[[], None]] = []  # takes off what adapters at work have in the model's forward
         # Dicts, so that nothing is listed twice: what stands in the model is listed there.
-        self._layers: dict[str, WrappedLayer] = {}
+        self._layers: dict[str, AdaptedLayer] = {}
         self._saved: dict[str, SavedModule] = {}
         self._swaps: dict[str, Swap] = {}
-        self._prompt_configs: dict[str, PromptConfig] = {}
-        self._route: Route | None = None
         self._was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         # not a child: PeftModel shows it, under PEFT's name for it
         self.__dict__["prompts"] = nn.ModuleDict()
@@ -191,21 +124,21 @@ class Injection(nn.Module):
         return self._layers[path].base_layer if path in self._layers else self._saved[path].original_module
 
     def _lay_down(self) -> None:
-        if self._route is not None:
-            self._route.remove()
-            self._route = None
+        self._take_off_hooks()
         for layer in self._layers.values():
             layer.lay_down()
         for swap in self._swaps.values():
             swap.put(None)
 
+    def _take_off_hooks(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
     def _settle(self) -> None:
         """Puts everything where it must stand in the present state: the one function that says what computes."""
         at_work = self.active if not self._disabled and self._rows is None else ()
         merged = self.merged if not self._disabled and self._rows is None else ()
-        if self._route is not None:
-            self._route.remove()
-            self._route = None
+        self._take_off_hooks()
         for layer in self._layers.values():
             layer.lay_down()
         self._put_swaps((*merged, *at_work))
@@ -216,8 +149,9 @@ class Injection(nn.Module):
             saved.active = next((n for n in at_work if n in saved.modules_to_save), None)
             saved.rows = self._rows
         for name in at_work:
-            if name in self.prompts:
-                self._route = Route.of(self.model, self._prompt_configs[name], cast(Prompt, self.prompts[name]))
+            if name in self.adapters:
+                undo = method_of(self._configs[name]).stand(self.model, self.attached(name))
+                self._undo += [undo] if undo is not None else []
 
     def _put_swaps(self, names: Sequence[str]) -> None:
         for swap in self._swaps.values():
@@ -241,52 +175,39 @@ class Injection(nn.Module):
             ConfigError: The method cannot work on this model. Nothing has been changed then.
             AdapterError: The config asks for more than is in the files. Nothing has been made then.
         """
-        if isinstance(config, PromptConfig) is not self.for_prompts:
-            raise ConfigError("Adapters in layers and prompts cannot stand on one model: unload() it first.")
         with self.bare():
-            parts = self._find(config, lenient=file is not None)
-            arguments = layer_arguments(cast(LayerConfig, config), list(parts.layers), lenient=file is not None)
+            saved = self._saved_modules(config, lenient=file is not None)
+            parts = method_of(config).attach(self.model, config, saved=saved, from_file=file is not None)
+            parts = self._checked(config, parts)
             if file is not None:
-                self._check_sizes(config, parts, arguments, file)
+                check_sizes(self.model, config, parts, file)
             try:
-                self._make(name, config, parts, arguments, file)
+                self._make(name, config, parts, file)
             except BaseException:
                 self._forget(name)
                 raise
             self.adapters[name] = parts
 
-    def _find(self, config: PeftConfig, *, lenient: bool) -> Parts:
-        """What the adapter will consist of. Asked of the bare model; changes nothing but the config."""
-        modules = self._saved_modules(config, lenient=lenient)
-        layers: list[str] = []
-        biases: list[str] = []
-        if isinstance(config, HeadConfig):
-            if not modules:
-                raise TargetError("Training the head alone needs a head: task SEQ_CLS, TOKEN_CLS or QUESTION_ANS.")
-        elif isinstance(config, BitFitConfig):
-            biases = [b for b in bias_names(self.model) if not inside(b, modules)]
-            if not biases:
-                raise TargetError(no_biases(self.model))
-        elif isinstance(config, PromptConfig):
-            self._complete(config, from_file=lenient)
-        elif isinstance(config, LayerConfig):
-            layers = find_targets(self.model, config, outside=modules, lenient=lenient)
-            biases = lora_biases(self.model, config, layers, modules)
-            for path in layers:
-                if path in self._layers and not isinstance(self._layers[path], method_of(config).layers):
-                    raise ConfigError(
-                        f"{path} carries an adapter of another method already; adapters on one layer must be of one "
-                        "method."
-                    )
+    def _checked(self, config: PeftConfig, parts: Parts) -> Parts:
+        """The parts that a method found, each once; the names of whole modules go into the config.
+
+        Raises:
+            ConfigError: They cannot be made on this model.
+        """
+        if parts.shared and self.for_prompts:
+            raise ConfigError(
+                f"The layers of {config.peft_type} share tensors, and the model's first adapter is a prompt: "
+                "attach the prompt after it."
+            )
         if config.modules_to_save:
             paths = [path for path, _ in plain_modules(self.model)]
-            config.modules_to_save = names_of_saved(config, config.modules_to_save, modules, paths)
-        for path in modules:
+            config.modules_to_save = names_of_saved(config, config.modules_to_save, list(parts.modules), paths)
+        for path in parts.modules:
             if any(is_quantized(m) for m in self.model.get_submodule(path).modules()):
                 raise ConfigError(f"modules_to_save: {path} is quantised, and a copy of it cannot be trained.")
-        # a bias that several layers share is one parameter
-        once = set({id(self.model.get_parameter(path)): path for path in reversed(biases)}.values())
-        return Parts(tuple(layers), tuple(b for b in biases if b in once), tuple(modules))
+        # a parameter that several layers share is trained once
+        once = set({id(self.model.get_parameter(path)): path for path in reversed(parts.parameters)}.values())
+        return dataclasses.replace(parts, parameters=tuple(path for path in parts.parameters if path in once))
 
     def _saved_modules(self, config: PeftConfig, *, lenient: bool) -> list[str]:
         heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
@@ -310,54 +231,21 @@ class Injection(nn.Module):
             )
         return found
 
-    def _check_sizes(
-        self, config: PeftConfig, parts: Parts, arguments: dict[str, dict[str, Any]], file: FileSizes
-    ) -> None:
-        """Whether all that the config asks for can be in the files. Asked before any of it is made.
-
-        Raises:
-            AdapterError: It asks for more.
-        """
-        wanted: dict[str, int | None] = {f"{path}: r": values.get("r") for path, values in arguments.items()}
-        total = 0
-        if isinstance(config, PromptConfig):
-            wanted = {name: getattr(config, name) for name in ("num_virtual_tokens", "token_dim")}
-            total = config.rows * (config.width or 0)
-            if file.training is not None and not config.inference_mode and config.encoder_numbers > file.training:
-                raise AdapterError(
-                    f"{file.source}: what made the prompt has {config.encoder_numbers:,} numbers by {CONFIG_NAME}, and "
-                    f"{file.training:,} in the file."
-                )
-        for path, values in arguments.items():
-            layer = self.model.get_submodule(path)
-            kind = next(kind for kind in method_of(config).layers if kind.supports(layer))
-            wanted[f"{path}: r"] = values.get("r") and kind.rank(layer, **values)
-            total += kind.numbers(layer, **values)
-        for name, value in wanted.items():
-            if value is not None and value > file.largest:
-                raise AdapterError(
-                    f"{file.source}: {name} = {value:,}, and the largest tensor has {file.largest:,} rows or columns."
-                )
-        total += sum(self.model.get_parameter(path).numel() for path in parts.parameters)
-        total += sum(t.numel() for path in parts.modules for t in self.model.get_submodule(path).state_dict().values())
-        if total > file.numbers + SPARE_NUMBERS:
-            raise AdapterError(
-                f"{file.source}: by {CONFIG_NAME} it has {total:,} numbers on this model, and in its file "
-                f"{file.numbers:,}: is it an adapter of another base model, or was {CONFIG_NAME} changed?"
-            )
-
-    def _make(
-        self,
-        name: str,
-        config: PeftConfig,
-        parts: Parts,
-        arguments: dict[str, dict[str, Any]],
-        file: FileSizes | None,
-    ) -> None:
-        if isinstance(config, PromptConfig):
-            self._make_prompt(name, config, file)
-        for path in parts.layers:
-            self._layer(path, config).add_adapter(name, **arguments[path])
+    def _make(self, name: str, config: PeftConfig, parts: Parts, file: FileSizes | None) -> None:
+        self._configs[name], self._states[name] = config, {}
+        if parts.prompt is not None:
+            has_encoder = file is not None and file.training is not None
+            self.prompts[name] = parts.prompt.make(self.model, from_file=file is not None, has_encoder=has_encoder)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for attribute, spec in parts.shared.items():
+            self._hold_shared(attribute, name, spec.make(device), trained=spec.trained)
+        shared = {attribute: self._shared(attribute)[name] for attribute in parts.shared}
+        for path, spec in parts.layers.items():
+            layer = self._layer(path)
+            adapter = spec.make(layer, name, shared)
+            layer.add(adapter)
+            for p in adapter.parameters().values():
+                p.requires_grad_(False)
         sites = sites_of(self.model)
         for path in parts.parameters:
             self._swap(path, sites).add_adapter(name)
@@ -366,14 +254,11 @@ class Injection(nn.Module):
             if path not in self._saved:
                 self._saved[path] = SavedModule(own)
             self._saved[path].add_adapter(name, own)
-        for layer in (self._layers[path] for path in parts.layers):
-            for p in layer.adapter_parameters(name).values():
-                p.requires_grad_(False)
 
-    def _layer(self, path: str, config: PeftConfig) -> WrappedLayer:
+    def _layer(self, path: str) -> AdaptedLayer:
         if path not in self._layers:
             own = self.model.get_submodule(path)
-            layer = next(kind for kind in method_of(config).layers if kind.supports(own))(own)
+            layer = AdaptedLayer(own)
             layer.train(own.training)
             self._layers[path] = layer
         return self._layers[path]
@@ -384,34 +269,13 @@ class Injection(nn.Module):
             self._swaps[path] = Swap(original, sites(original))
         return self._swaps[path]
 
-    def _complete(self, config: PromptConfig, *, from_file: bool) -> None:
-        embeddings: Any = prompted_embeddings(self.model)  # prompts of every kind need them
-        if isinstance(config, PrefixTuningConfig):
-            config.complete(self.model.config, heads=None if from_file else attention_heads(self.model))
-            if from_file:
-                config.check_heads(attention_heads(self.model), type(self.model).__name__)
-        else:
-            config.complete(self.model.config, width=embeddings.weight.shape[1])
+    def _hold_shared(self, attribute: str, name: str, tensor: Tensor, *, trained: bool) -> None:
+        if attribute not in self._modules:
+            self.add_module(attribute, ByAdapter())
+        self._shared(attribute)[name] = nn.Parameter(tensor, requires_grad=False) if trained else tensor
 
-    def _make_prompt(self, name: str, config: PromptConfig, file: FileSizes | None) -> None:
-        embeddings: Any = prompted_embeddings(self.model)
-        from_file = file is not None
-        start = config
-        if from_file and isinstance(config, PromptTuningConfig):  # the file holds the prompt: no tokenizer is fetched
-            start = dataclasses.replace(config, prompt_tuning_init=PromptTuningInit.RANDOM, tokenizer_kwargs=None)
-        elif from_file and file.training is None:  # the prompt alone is there, not what made it
-            start = dataclasses.replace(config, inference_mode=True)
-        # made where the model is: on the meta device the encoder of a large model costs nothing
-        weight = next(self.model.parameters())
-        with torch.device(weight.device):
-            prompt = method_of(config).make_prompt(start, embeddings)
-        if from_file:
-            Route.of(self.model, config, prompt).remove()
-        else:
-            Route.tried(self.model, config, prompt)
-        prompt.requires_grad_(False)
-        self.prompts[name] = prompt
-        self._prompt_configs[name] = config
+    def _shared(self, attribute: str) -> ByAdapter:
+        return self._modules[attribute]  # type: ignore[return-value]
 
     # ---- at work ----
 
@@ -437,13 +301,13 @@ class Injection(nn.Module):
         for one, other in combinations(names, 2):
             if one == other:
                 raise error(f"adapter {one!r} is named twice.")
-            if one in self.prompts:
+            if one in self.prompts and other in self.prompts:
                 raise error(f"Only one prompt can be at work at a time, not {one}, {other}.")
             for a, b in ((one, other), (other, one)):
                 A, B = self.adapters[a], self.adapters[b]
-                whole = [*A.modules, *(path for path in A.layers if self._layers[path].EXCLUSIVE)]
+                alone = [path for path in A.layers if self._layers[path].adapters[a].EXCLUSIVE]
                 both = set(A.parameters) & set(B.parameters)
-                clash = next((path for path in B.all if path in both or inside(path, whole)), None)
+                clash = next((p for p in B.all if p in both or inside(p, [*A.modules, *alone])), None)
                 if clash is not None:
                     raise error(
                         f"Adapters {a!r} and {b!r} cannot be at work together: each has a {clash} of its own. "
@@ -482,14 +346,14 @@ class Injection(nn.Module):
         if not names:
             raise ConfigError("adapter_names is empty: name the adapter of each row, '__base__' for none.")
         alike = len(set(names)) == 1
-        if not alike and (
-            self.for_prompts or any(name in swap.adapters for swap in self._swaps.values() for name in names)
+        if not alike and any(
+            name in self.prompts or any(name in swap.adapters for swap in self._swaps.values()) for name in names
         ):
             raise ConfigError("adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.")
         before, rows = self.active, Rows(names)
         # where the model's rows begin; an encoder that is called by itself has not been multiplied yet
         hosts = [self.model, *([self.model.get_encoder()] if is_encoder_decoder(self.model) else [])]  # type: ignore[operator]
-        hooks = [m.register_forward_pre_hook(_begins(rows, repeated), with_kwargs=True) for m in hosts]
+        end = watch_batches(rows, hosts, repeated=repeated)
         if alike:
             self.active = () if names[0] == BASE else names[:1]
         else:
@@ -498,12 +362,27 @@ class Injection(nn.Module):
             self._settle()
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            end()
             self.active, self._rows = before, None
             self._settle()
 
     # ---- what an adapter consists of ----
+
+    def config(self, name: str) -> PeftConfig:
+        """The complete config of adapter `name`."""
+        return self._configs[name]
+
+    def attached(self, name: str) -> Attached[Any]:
+        """Adapter `name` as its method sees it."""
+        parts = self.adapters[name]
+        return Attached(
+            name=name,
+            config=self._configs[name],
+            layers={path: self._layers[path].adapters[name] for path in parts.layers},
+            shared={attribute: self._shared(attribute)[name] for attribute in parts.shared},
+            prompt=self.prompts[name] if name in self.prompts else None,  # noqa: SIM401, ModuleDict has no get
+            state=self._states[name],
+        )
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """What adapter `name` consists of, under the keys of the file (INTEROP: without the adapter's name).
@@ -515,11 +394,13 @@ class Injection(nn.Module):
         if name in self.prompts:
             found[PROMPT_KEY] = self.prompts[name]()
         parts = self.adapters[name]
+        found |= {f"base_model.{key}": self._shared(key)[name] for key, spec in parts.shared.items() if spec.saved}
         for path in parts.layers:
-            found |= {self._key(path, key): p for key, p in self._layers[path].adapter_parameters(name).items()}
+            own = self._layers[path].adapters[name].parameters()
+            found |= {self._key(name, path, key): p for key, p in own.items()}
         for path in parts.modules:
             state = self._saved[path].modules_to_save[name].state_dict(keep_vars=True)
-            found |= {self._key(path, key): t for key, t in state.items()}
+            found |= {self._key(name, path, key): t for key, t in state.items()}
         for path, swap in self._swaps.items():
             if name in swap.adapters:
                 found[self.parameter_key(path, name)] = self._swapped(path, name)
@@ -528,26 +409,37 @@ class Injection(nn.Module):
     def parameter_key(self, path: str, name: str) -> str:
         """Under which key a file of adapter `name` holds what stands for the base model's parameter at `path`."""
         owner, _, own = path.rpartition(".")
-        return self._key(f"{owner}.base_layer" if owner in self.adapters[name].layers else owner, own)
+        return self._key(name, f"{owner}.base_layer" if owner in self.adapters[name].layers else owner, own)
 
-    def _key(self, path: str, key: str) -> str:
-        return f"{self.key_prefix}{path}.{key}" if path else f"{self.key_prefix}{key}"
+    def _key(self, name: str, path: str, key: str) -> str:
+        prefix = "base_model" if name in self.prompts else "base_model.model"
+        return f"{prefix}.{path}.{key}" if path else f"{prefix}.{key}"
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """What of adapter `name` is trained: without the buffers of saved modules, with the encoder of a prompt."""
         parts = self.adapters[name]
         found = [*self.prompts[name].parameters()] if name in self.prompts else []
+        found += [self._shared(key)[name] for key, spec in parts.shared.items() if spec.trained]
         for path in parts.layers:
-            found += self._layers[path].adapter_parameters(name).values()
+            found += self._layers[path].adapters[name].parameters().values()
         for path in parts.modules:
             found += self._saved[path].modules_to_save[name].parameters()
         return [*found, *(self._swapped(path, name) for path in parts.parameters)]
+
+    def training_state(self, name: str) -> dict[str, Tensor]:
+        """What training goes on with beside the adapter's file: the encoder of a prompt, what a method remembers."""
+        prompt = self.prompts[name] if name in self.prompts else None  # noqa: SIM401, ModuleDict has no get
+        return {**({} if prompt is None or prompt.flat else prompt.state_dict()), **self._states[name]}
+
+    def set_training_state(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Makes `tensors` what the method of adapter `name` remembers."""
+        self._states[name].update(tensors)
 
     def _swapped(self, path: str, name: str) -> nn.Parameter:
         owner, _, own = path.rpartition(".")
         swap = self._swaps[path]
         if name == swap.standing and owner in self._layers:
-            return self._layers[owner].beneath(own)
+            return self._layers[owner].own_parameter(own)
         return swap.of(name)
 
     def ask_for_gradients(self, name: str, wanted: bool) -> None:
@@ -578,7 +470,7 @@ class Injection(nn.Module):
         rest = tuple(n for n in self.active if n != name)
         others = [n for n in self.adapters if n != name]
         if name in self.active and not rest and others:
-            rest = (others[0] if self.for_prompts else min(others),)
+            rest = (others[0] if name in self.prompts else min(others),)
             warnings.warn(f"Adapter {name} was active: {rest[0]} is the active one now.", stacklevel=3)
         with self.bare():
             self._forget(name)
@@ -586,12 +478,14 @@ class Injection(nn.Module):
 
     def _forget(self, name: str) -> None:
         """Drops all that is there of an adapter, from the bare model."""
-        self.adapters.pop(name, None)
+        for held in (self.adapters, self._configs, self._states):
+            held.pop(name, None)
         if name in self.prompts:
-            del self.prompts[name], self._prompt_configs[name]
+            del self.prompts[name]
+        self._forget_shared(name)
         for path, layer in list(self._layers.items()):
-            layer.delete_adapter(name)
-            if layer.is_empty:
+            layer.delete(name)
+            if not layer.adapters:
                 del self._layers[path]
         for path, saved in list(self._saved.items()):
             saved.delete_adapter(name)
@@ -601,6 +495,13 @@ class Injection(nn.Module):
             swap.delete_adapter(name)
             if not swap.adapters:
                 del self._swaps[path]
+
+    def _forget_shared(self, name: str) -> None:
+        for attribute, held in list(self._modules.items()):
+            if isinstance(held, ByAdapter):
+                held.delete(name)
+                if not len(held):
+                    del self._modules[attribute]
 
     def merge(self, *names: str, safe: bool = False) -> None:
         """Puts adapters into the base layers' weights, beside those that are merged already.
@@ -624,8 +525,9 @@ class Injection(nn.Module):
             self._settle()
 
     def _to_merge(self, names: Sequence[str]) -> tuple[str, ...]:
-        if self.for_prompts:
-            raise MergeError("A prompt stands beside the weights and cannot be merged into them: keep the adapter.")
+        for name in names:
+            if why_not := method_of(self._configs[name]).why_not_mergeable:
+                raise MergeError(why_not)
         merged = (*self.merged, *(n for n in names if n not in self.merged))
         self._check_together(merged, error=MergeError)
         for layer in self._layers.values():
@@ -688,11 +590,21 @@ class Injection(nn.Module):
                 copies.append(path)
                 standing = saved.in_own_format(name)
             replace(self.model, path, standing)
-        for holder in (self.adapters, self._layers, self._saved, self._swaps):
+        for name in list(self.adapters):
+            self._forget_shared(name)
+        for holder in (
+            self.adapters,
+            self._configs,
+            self._states,
+            self._layers,
+            self._saved,
+            self._swaps,
+            self.prompts,
+        ):
             holder.clear()
         self.active = self.merged = ()
         self._let_go()
-        _untie(self.model)
+        untie(self.model)
         return self.model
 
     def _let_go(self) -> nn.Module:
@@ -730,93 +642,14 @@ class Injection(nn.Module):
                 old = self._swaps.pop(path)
                 swap = self._swap(path, sites)
                 for name, p in old.adapters.items():
-                    swap.adapters[name] = _resized(p, swap.original)
+                    swap.adapters[name] = resized(p, swap.original)
             for path, saved in self._saved.items():
                 for name, twin in saved.modules_to_save.items():
-                    saved.modules_to_save[name] = _resized_module(twin, base.get_submodule(path))
+                    saved.modules_to_save[name] = resized_module(twin, base.get_submodule(path))
         return self.model.get_input_embeddings()  # type: ignore[operator]
-
-
-def _resized(old: nn.Parameter, original: Tensor) -> nn.Parameter:
-    """What an adapter has in the place of `original`, grown or cut to its size."""
-    if old.shape == original.shape:
-        return old
-    new = original.detach().to(old.dtype, copy=True)
-    n = min(len(old), len(new))
-    new[:n] = old.detach()[:n]
-    return nn.Parameter(new, requires_grad=old.requires_grad)
-
-
-def _resized_module(twin: nn.Module, own: nn.Module) -> nn.Module:
-    before, now = dict(twin.named_parameters()), dict(own.named_parameters())
-    if all(p.shape == now[key].shape for key, p in before.items()):
-        return twin
-    grown = copy.deepcopy(own)
-    grown.train(twin.training)
-    for key, p in before.items():
-        replace_parameter(grown, key, _resized(p, now[key]))
-    return grown
-
-
-def _begins(rows: Rows, repeated: bool) -> Any:
-    """A hook that tells `rows` what batch the model is given."""
-
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = [*kwargs.values()]
-        if args:
-            given = [*args, *given]
-        tensors = [t for t in given if isinstance(t, Tensor) and t.dim()]
-        named = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-        tokens = [t for name in named if isinstance(t := kwargs.get(name), Tensor)] or tensors[:1]
-        if not tokens:
-            return
-        batch = len(tokens[0])
-        if batch != len(rows.names) and not repeated:
-            raise ConfigError(
-                f"adapter_names has {len(rows.names)} names for a batch of {batch} rows: name the adapter of each row."
-            )
-        rows.begin(batch, {t.shape[1] for t in tokens if t.dim() > 1})
-
-    return hook
 
 
 def _shown(layers: Any, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(layers, disable=not progress, desc="Unloading and merging model")
-
-
-def replace_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
-    """Puts `parameter` at `path`."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, parameter)
-
-
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` at `path`."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
-def _untie(model: Any) -> None:
-    """Where merging parted weights that were tied, gives each place a weight of its own and says so in the config.
-
-    Otherwise saving would leave those out that still are one, and loading tie them to another, or draw them at random.
-    Some configs (T5's) read `tie_word_embeddings` as something else and always tie; loading leaves weights apart that
-    the files hold apart.
-    """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    pairs = {a: b for a, b in tied.items() if a in parameters and b in parameters}
-    if all(parameters[a] is parameters[b] for a, b in pairs.items()):
-        return
-    seen: set[int] = set()
-    for path in dict.fromkeys((*pairs.values(), *pairs)):
-        p = parameters[path]
-        if id(p) in seen:
-            replace_parameter(model, path, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
-        seen.add(id(p))
-    model.all_tied_weights_keys = {a: b for a, b in tied.items() if a not in pairs}
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        if not type(config).from_dict(config.to_dict() | {"tie_word_embeddings": False}).tie_word_embeddings:
-            config.tie_word_embeddings = False

@@ -17,7 +17,7 @@ def next_steps(folder: Path, task: TaskType, method: str) -> dict[str, tuple[str
         steps["use"] = ("generate" if TASKS[task].writes else "predict", run, asked)
         steps["chat"] = ("chat", run)
     steps["measure"] = ("eval", run)
-    if find_method(method).merges:
+    if find_method(method).mergeable:
         merged = Path(f"{run}-merged" if run.name else "merged")
         steps["merge"] = ("merge", run, "--output", merged)
     return steps

@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,18 +18,17 @@ from transformers import PreTrainedModel
 
 from siliang.checkpoint import (
     at_most_what_is_there,
-    file_sizes,
     load_tensors,
-    on_the_plain_base,
     read_adapter,
     read_training,
     save_adapter,
     with_embeddings,
 )
+from siliang.file_sizes import FileSizes
 from siliang.hub import hub_is_off
-from siliang.inject import PROMPT_KEY, FileSizes, Injection
-from siliang.methods import METHODS, config_class
-from siliang.methods.base import BASE, CONFIG_NAME, PeftConfig
+from siliang.inject import PROMPT_KEY, Injection
+from siliang.methods import METHODS, config_class, method_of
+from siliang.methods.config import BASE, CONFIG_NAME, PeftConfig
 from siliang.models.quantized import count_numbers, keep_as_stored
 from siliang.paths import check_links
 from siliang.types import AdapterError, ConfigError, first_line, nearest
@@ -164,10 +164,7 @@ class PeftModel(PreTrainedModel):
         keep_as_stored(model)
         injection = Injection(model, for_prompts=peft_config.is_prompt_learning)
         self.__dict__["injection"] = injection
-        if injection.for_prompts:
-            self._modules["base_model"], self._modules["prompt_encoder"] = model, injection.prompts
-        else:
-            self._modules["base_model"] = injection
+        self._modules["base_model"] = model if injection.for_prompts else injection
         try:
             self._add_adapter(adapter_name, peft_config, file=file)
             self.set_adapter(adapter_name)
@@ -218,6 +215,8 @@ class PeftModel(PreTrainedModel):
                 "parent_library": type(base).__module__,
             }
         self.injection.add_adapter(name, config, file=file)
+        if name in self.injection.prompts:
+            self._modules["prompt_encoder"] = self.injection.prompts
         try:
             fill()
             self.injection.leave_merged("An adapter is added to")
@@ -246,7 +245,7 @@ class PeftModel(PreTrainedModel):
             load_tensors(self.injection, adapter_name, tensors, source=str(folder), training=training)
 
         with at_most_what_is_there(folder):
-            self._add_adapter(adapter_name, config, file=file_sizes(folder, tensors, training), fill=fill)
+            self._add_adapter(adapter_name, config, file=FileSizes.of(folder, tensors, training), fill=fill)
         self.injection.ask_for_gradients(adapter_name, is_trainable)
 
     def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
@@ -402,7 +401,8 @@ class PeftModel(PreTrainedModel):
         for name in names:
             config, tensors = self.peft_config[name], self.adapter_state(name, state_dict, save_embedding_layers)
             if initial is not None:
-                config, tensors = on_the_plain_base(config, tensors, Path(initial))
+                start = partial(read_adapter, Path(initial))
+                config, tensors = method_of(config).on_the_plain_base(config, tensors, start, str(initial))
             written.append((name, config, tensors))
         if not is_main_process:
             return
@@ -431,7 +431,9 @@ class PeftModel(PreTrainedModel):
                     f"state_dict lacks {len(missing)} tensors of adapter {name!r}, such as {missing[0]}."
                 )
             tensors = {key: state_dict[keys.get(id(t), key)] for key, t in tensors.items()}
-        return with_embeddings(injection, name, self.peft_config[name], tensors, wanted=save_embedding_layers)
+        config = self.peft_config[name]
+        tensors = method_of(config).to_file(config, tensors)
+        return with_embeddings(injection, name, config, tensors, wanted=save_embedding_layers)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -459,7 +461,7 @@ class PeftModel(PreTrainedModel):
         config.inference_mode = not is_trainable
         tensors, training = read_adapter(folder), read_training(folder) if is_trainable else None
         with at_most_what_is_there(folder):
-            peft_model = cls(model, config, adapter_name, file=file_sizes(folder, tensors, training))
+            peft_model = cls(model, config, adapter_name, file=FileSizes.of(folder, tensors, training))
             try:
                 load_tensors(peft_model.injection, adapter_name, tensors, source=str(folder), training=training)
             except BaseException:

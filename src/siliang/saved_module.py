@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from siliang.methods.base import Rows, trained_dtype
+from siliang.methods.layer import trained_dtype
+from siliang.methods.rows import Rows
+from siliang.tied_weights import replace_parameter
 from siliang.types import ConfigError
 
 
@@ -241,3 +243,25 @@ def sites_of(model: nn.Module) -> Callable[[nn.Parameter], list[tuple[nn.Module,
         for attribute, p in module.named_parameters(recurse=False, remove_duplicate=False):
             found.setdefault(id(p), []).append((module, attribute))
     return lambda parameter: found[id(parameter)]
+
+
+def resized(old: nn.Parameter, original: Tensor) -> nn.Parameter:
+    """What an adapter has in the place of `original`, grown or cut to its size."""
+    if old.shape == original.shape:
+        return old
+    new = original.detach().to(old.dtype, copy=True)
+    n = min(len(old), len(new))
+    new[:n] = old.detach()[:n]
+    return nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def resized_module(twin: nn.Module, own: nn.Module) -> nn.Module:
+    """What an adapter has in the place of a whole module, grown or cut to that one's size."""
+    before, now = dict(twin.named_parameters()), dict(own.named_parameters())
+    if all(p.shape == now[key].shape for key, p in before.items()):
+        return twin
+    grown = copy.deepcopy(own)
+    grown.train(twin.training)
+    for key, p in before.items():
+        replace_parameter(grown, key, resized(p, now[key]))
+    return grown

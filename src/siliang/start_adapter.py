@@ -10,7 +10,7 @@ from typing import Any
 from siliang.data.hashes import file_sha256, joined
 from siliang.inject import OTHER_HEADS
 from siliang.methods import method_of
-from siliang.methods.base import PeftConfig
+from siliang.methods.config import PeftConfig
 from siliang.other_names import is_method
 from siliang.paths import check_links
 from siliang.records import RECORD_NAME, Record

@@ -22,7 +22,7 @@ from siliang.models.load import invented_weights, load_config, load_model
 from siliang.plan import plan
 from siliang.plan.device import find_target
 from siliang.run_folder import open_run
-from siliang.targets import invented_modules
+from siliang.models.invented import invented_modules
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
 from siliang.train.run import Listener, train
 from siliang.types import ModelError, TaskType

@@ -67,7 +67,7 @@ def targets(s: Subject) -> Iterator[Found]:
 
     Fix: Name modules that are there (the message lists near ones), or leave target_modules out.
     """
-    if s.method.name == "bitfit" or (problem := _attach(s)) is None:
+    if s.method.tunes == "biases" or (problem := _attach(s)) is None:
         return
     yield Found(problem)
 
@@ -79,7 +79,7 @@ def no_biases(s: Subject) -> Iterator[Found]:
 
     Fix: Use method=lora, or a model with biases (BLOOM, BERT, GPT-2, Qwen2's attention).
     """
-    if s.method.name == "bitfit" and (problem := _attach(s)) is not None:
+    if s.method.tunes == "biases" and (problem := _attach(s)) is not None:
         yield Found(problem)
 
 

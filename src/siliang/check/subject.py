@@ -31,10 +31,9 @@ from siliang.data.tokens import TokenSet, tokenise, usable
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
-from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.load import MISFITS, invented_weights, load_config, load_tokenizer, model_from_config
 from siliang.models.positions import Positions
-from siliang.targets import mark_invented
+from siliang.models.invented import mark_invented
 from siliang.tasks import TASKS
 from siliang.types import DataError, ModelError, first_line
 
@@ -97,7 +96,7 @@ class Subject:
         virtual = (
             self.config.method.arguments.get("num_virtual_tokens", 0) if config and config.is_prompt_learning else 0
         )
-        return Positions.of(skeleton, virtual=int(virtual), prefix=config is PrefixTuningConfig)
+        return Positions.of(skeleton, virtual=int(virtual), prefix=config is not None and config.is_prefix)
 
     @cached_property
     def stops(self) -> list[int]:

@@ -95,7 +95,7 @@ def plan(
     chosen = values.get("method", "lora")
     own = whole_name(str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen))
     if method in (None, "all"):
-        names = [own] if settings and method is None else [m for m in METHODS if m != "head"]
+        names = [own] if settings and method is None else [name for name, m in METHODS.items() if not m.is_baseline]
     else:
         names = [whole_name(name) for name in method.split(",")]
     for name in names:

@@ -13,7 +13,7 @@ from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.peft_model import PeftModel
 from siliang.run_folder import load_base
-from siliang.targets import invented_modules
+from siliang.models.invented import invented_modules
 from siliang.tasks import TASKS
 
 

@@ -9,20 +9,48 @@ the base's own bias is kept aside for `unload` and `disable_adapter`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
-from siliang.methods.base import PeftConfig
-from siliang.types import PeftType
+from siliang.methods.config import PeftConfig
+from siliang.methods.method import Method, Parts
+from siliang.module_paths import inside, parameter_paths
+from siliang.types import PeftType, TargetError
 
 
 @dataclass(kw_only=True)
 class BitFitConfig(PeftConfig):
     """BitFit has no settings of its own: every existing bias is trained, and nothing else."""
 
-    peft_type: ClassVar[PeftType] = PeftType.BITFIT
+    peft_type: ClassVar[str] = PeftType.BITFIT
+
+
+class NoBiasesError(TargetError):
+    """BitFit finds no bias in the model."""
+
+
+class BitFit(Method[BitFitConfig]):
+    """Every bias of the model, outside the modules that are saved whole."""
+
+    name = "bitfit"
+    config = BitFitConfig
+    learning_rate = 1e-3
+    learning_rate_source = "Ben Zaken et al. 2021, appendix A.2: 1e-4 to 1e-3"
+    trains = "every bias of the model"
+    freezes_the_base = False
+
+    def attach(self, model: nn.Module, config: BitFitConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
+        biases = bias_paths(model, outside=saved)
+        if not biases:
+            model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            raise NoBiasesError(
+                f"BitFit trains biases, and this model ({model_type}) has none. "
+                "Use LoRA instead: method: lora, or LoraConfig()."
+            )
+        return Parts(parameters=tuple(biases), modules=tuple(saved))
 
 
 def is_bias(name: str) -> bool:
@@ -34,6 +62,10 @@ def is_bias(name: str) -> bool:
     return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
 
 
-def bias_names(model: nn.Module) -> list[str]:
-    """The names of every bias in `model`, a shared one once."""
-    return [name for name, _ in model.named_parameters() if is_bias(name)]
+def bias_paths(model: nn.Module, *, outside: Sequence[str]) -> list[str]:
+    """The paths of every bias in a base model, a shared one under each of its paths.
+
+    Args:
+        outside: Modules whose biases do not count.
+    """
+    return [path for path, _ in parameter_paths(model) if is_bias(path) and not inside(path, outside)]

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from siliang.methods.base import PeftConfig
-from siliang.types import PeftType
+from torch import nn
+
+from siliang.methods.config import PeftConfig
+from siliang.methods.method import Method, Parts
+from siliang.types import PeftType, TargetError
 
 
 @dataclass(kw_only=True)
 class HeadConfig(PeftConfig):
     """Trains `modules_to_save`, which for a task with a head is that head, and nothing else."""
 
-    peft_type: ClassVar[PeftType] = PeftType.HEAD
+    peft_type: ClassVar[str] = PeftType.HEAD
+
+
+class Head(Method[HeadConfig]):
+    """The modules that are saved whole, and nothing beside them."""
+
+    name = "head"
+    config = HeadConfig
+    learning_rate = 1e-3
+    learning_rate_source = "Adam's own default (Kingma and Ba 2014); a linear probe is not sensitive to it"
+    trains = "the task's head alone: the baseline"
+    freezes_the_base = False
+    is_baseline = True
+
+    def attach(self, model: nn.Module, config: HeadConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
+        if not saved:
+            raise TargetError("Training the head alone needs a head: task SEQ_CLS, TOKEN_CLS or QUESTION_ANS.")
+        return Parts(modules=tuple(saved))

@@ -3,35 +3,36 @@
     y = W x + s B A x        s = alpha / r,  A ~ U(kaiming), B = 0: at the start y = W x exactly
 
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
-DoRA (Liu et al., 2024, arXiv:2402.09353): y = m / |W + s B A| * (W + s B A) x, m trained, the norm taken per output and
-held constant in the gradient; m starts as |W|. Beside other adapters, in the order in which they are active:
-y_k = m_k / |W + s_k B_k A_k| * (y_k-1 + s_k B_k A_k x), with y_0 = W x, which is also what merging one after the other
-makes of W.
-On an embedding: y = W[x] + s (A[:, x])^T B^T, with A = 0 and B normal at the start.
-Starts other than zero (PiSSA, OLoRA, LoftQ) live in lora_init.py.
+Files beside this one: dora.py (the magnitude apart from the direction), lora_embedding.py (on an embedding),
+lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
 
-Shapes: W (O, I), A (R, I), B (O, R), m (O,); I in, O out, R = r. Of an embedding: A (R, V), B (D, R).
+Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siliang.methods.base import CONFIG_NAME, LayerConfig, WrappedLayer, trained_dtype
-from siliang.methods.lora_init import RESIDUAL_STARTS, start
+from siliang.methods.bitfit import bias_paths
+from siliang.methods.config import CONFIG_NAME, LayerConfig
+from siliang.methods.dora import DoraLinear
+from siliang.methods.find_targets import Blocks, find_targets
+from siliang.methods.layer import Beneath
+from siliang.methods.layer_patterns import LayerPatterns
+from siliang.methods.lora_embedding import LoraEmbedding
+from siliang.methods.lora_init import twice_the_rank
+from siliang.methods.low_rank import LoraSpec, LowRank, LowRankLinear
+from siliang.methods.method import Method, Parts
 from siliang.methods.targets import LORA_TARGETS
-from siliang.models.introspect import as_stored, features, is_linear, out_by_in
-from siliang.models.quantized import float_weight
-from siliang.ops.lora_linear import Impl, lora_linear
-from siliang.patterns import find
+from siliang.models.introspect import as_stored
+from siliang.ops.lora_linear import lora_linear
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, MergeError, PeftType, nearest
 
@@ -40,6 +41,37 @@ MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
 # Starts of PEFT that siliang does not have. The former set A and B alone, which are in the file.
 STARTS_IN_PLACE = ("eva", "orthogonal", "mica")
 STARTS_BY_DATA = ("corda", "lora_ga")
+
+
+class LoraLinear(LowRankLinear):
+    """LoRA on a linear layer."""
+
+    def forward(self, x_TI: Tensor, beneath: Beneath) -> Tensor:
+        """y = W x + s B A x (+ s b)"""
+        return lora_linear(
+            beneath(x_TI),
+            x_TI,
+            self.A,
+            self.B,
+            self.s,
+            bias_O=self.b,
+            dropout_p=self.dropout_p,
+            training=self.layer.training,
+        )
+
+    def merged(self) -> dict[str, Tensor]:
+        """W + s B A, and b_W + s b."""
+        base = self.layer.base_layer
+        found = {"weight": as_stored(base, self._merged_OI())}
+        if self.b is None:
+            return found
+        if base.bias is None:
+            raise MergeError(
+                "The adapter's lora_bias cannot be merged: the base model's layer has no bias to add it to. "
+                "Keep the adapter, or train it without lora_bias."
+            )
+        update_O = self.s * self.b
+        return found | {"bias": base.bias.to(update_O.dtype) + update_O}
 
 
 @dataclass(kw_only=True)
@@ -80,8 +112,7 @@ class LoraConfig(LayerConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    peft_type: ClassVar[PeftType] = PeftType.LORA
-    DEFAULT_TARGETS: ClassVar[dict[str, tuple[str, ...]]] = LORA_TARGETS
+    peft_type: ClassVar[str] = PeftType.LORA
     UNSUPPORTED: ClassVar[dict[str, Any]] = {
         "alora_invocation_tokens": None,
         "arrow_config": None,
@@ -176,367 +207,99 @@ class LoraConfig(LayerConfig):
         }
         return bool(switched_by.get(key, True))
 
-    def layer_arguments(self, paths: Sequence[str]) -> list[dict[str, Any]]:
-        """What `add_adapter` needs for the layer at each path, the patterns resolved."""
-        ranks = Patterns("rank_pattern", self.rank_pattern, paths).values
-        alphas = Patterns("alpha_pattern", self.alpha_pattern, paths).values
-        found = []
-        for path in paths:
-            r, alpha = ranks.get(path, self.r), alphas.get(path, self.lora_alpha)
-            found.append(
-                {
-                    "r": r,
-                    "scaling": alpha / math.sqrt(r) if self.use_rslora else alpha / r,
-                    "dropout_p": self.lora_dropout,
-                    "init": self.init_lora_weights,
-                    "dora": self.use_dora,
-                    "lora_bias": self.lora_bias,
-                    "bits": self.loftq_config.get("loftq_bits", 4),
-                    "iterations": self.loftq_config.get("loftq_iter", 1),
-                }
-            )
-        return found
 
+class Lora(Method[LoraConfig]):
+    """Low-rank updates of linear layers and embeddings, and base biases where `bias` says so."""
 
-class _LoraLayer(WrappedLayer):
-    """What a linear layer and an embedding with LoRA share: scaling, and starts that leave a residual behind."""
+    name = "lora"
+    config = LoraConfig
+    learning_rate = 5e-4
+    learning_rate_source = "Hu et al. 2021, table 9: 4e-4 to 5e-4 for RoBERTa-base on GLUE"
+    trains = "low-rank updates of chosen linear layers"
+    default_targets = LORA_TARGETS
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.scaling: dict[str, float] = {}
-        # With PiSSA and its kin the base weight is not the model's own any more: each such adapter has a weight to go
-        # with it. A dict, so that it is not listed among the layer's parameters.
-        self._residuals: dict[str, nn.Parameter] = {}
-
-    @torch.no_grad()
-    def standing(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
-        """The base weight less what every one of the adapters took out of it."""
-        found = [self._residuals[name] for name in names if name in self._residuals]
-        if len(found) < 2:
-            return {"weight": found[0]} if found else {}
-        own = self._pristine
-        rest = own + sum((weight - own for weight in found), torch.zeros_like(own))
-        return {"weight": nn.Parameter(rest, requires_grad=False)}
-
-    def delete_adapter(self, name: str) -> None:
-        super().delete_adapter(name)
-        self.scaling.pop(name, None)
-        self._residuals.pop(name, None)
-
-    def aside(self) -> Iterator[nn.Parameter]:
-        yield from super().aside()
-        yield from self._residuals.values()
-
-    def _leave(self, name: str, residual: Tensor) -> None:
-        """Remembers the base weight that goes with adapter `name`."""
-        self._residuals[name] = nn.Parameter(residual.to(self._pristine.dtype), requires_grad=False)
-
-    @property
-    def _pristine(self) -> Tensor:
-        return self.beneath("weight")
-
-
-class LoraLinear(_LoraLayer):
-    """A linear layer (or GPT-2's Conv1D) with low-rank updates beside it.
-
-    Parameter names are PEFT's: `lora_A.<adapter>.weight` (R, I), `lora_B.<adapter>.weight` (O, R) and `.bias` (O,), and
-    `lora_magnitude_vector.<adapter>.weight` (O,), which the file calls `lora_magnitude_vector`.
-    """
-
-    ADAPTER_ATTRIBUTES = ("lora_A", "lora_B", "lora_magnitude_vector")
-    impl: Impl = "fused"
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.dropout_p: dict[str, float] = {}
-
-    @classmethod
-    def supports(cls, layer: nn.Module) -> bool:
-        return is_linear(layer)
-
-    def add_adapter(  # type: ignore[override]
-        self,
-        name: str,
-        *,
-        r: int,
-        scaling: float,
-        dropout_p: float = 0.0,
-        init: bool | str = True,
-        dora: bool = False,
-        lora_bias: bool = False,
-        bits: int = 4,
-        iterations: int = 1,
-    ) -> None:
-        """Makes A and B for adapter `name`, beside the base weight: on its device, in fp32 where it is half."""
-        weight = self.base_layer.weight
-        in_features, out_features = features(self.base_layer)
-        if isinstance(init, str) and init.startswith(RESIDUAL_STARTS):
-            directions = min(in_features, out_features)
-            if init.startswith("pissa_niter") and r > directions:
-                raise ConfigError(
-                    f"init_lora_weights = {init!r}: r = {r}, and a layer has {directions} rows or columns. "
-                    "Use a smaller r, or 'pissa'."
-                )
-            r = min(r, directions)
-        place = {"device": weight.device, "dtype": trained_dtype(weight)}
-        A, B = _empty(in_features, r, **place), _empty(r, out_features, bias=lora_bias, **place)
-        if init == "gaussian":
-            nn.init.normal_(A.weight, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(B.weight)
-        if lora_bias:
-            nn.init.zeros_(B.bias)
-        self.lora_A[name], self.lora_B[name] = A, B
-        self.scaling[name], self.dropout_p[name] = scaling, dropout_p
-        if isinstance(init, str) and init.startswith(RESIDUAL_STARTS) and weight.device.type != "meta":
-            W_OI = out_by_in(self.base_layer, self._pristine)
-            A.weight.data, B.weight.data, residual = start(
-                init, W_OI, r=r, scaling=scaling, bits=bits, iterations=iterations
-            )
-            self._leave(name, as_stored(self.base_layer, residual))
-        if dora:
-            holder = nn.Module()
-            holder.weight = nn.Parameter(self._norm(name).to(place["dtype"]))
-            self.lora_magnitude_vector[name] = holder
-
-    @classmethod
-    def rank(cls, layer: nn.Module, *, r: int, init: bool | str = True, **arguments: Any) -> int:
-        """Where the start takes a weight's directions, no more than it has."""
-        return min(r, *features(layer)) if isinstance(init, str) and init.startswith(RESIDUAL_STARTS) else r
-
-    @classmethod
-    def numbers(cls, layer: nn.Module, **arguments: Any) -> int:
-        in_features, out_features = features(layer)
-        once = int(arguments["dora"]) + int(arguments["lora_bias"])
-        return cls.rank(layer, **arguments) * (in_features + out_features) + once * out_features
-
-    def delete_adapter(self, name: str) -> None:
-        super().delete_adapter(name)
-        self.dropout_p.pop(name, None)
-
-    def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        alone = True
-        for name in names:
-            if name not in self.lora_A:
-                continue
-            if name in self.lora_magnitude_vector:
-                y = y + self._dora(name, x, y, alone)
-            else:
-                y = lora_linear(
-                    y,
-                    x,
-                    *self._factors(name),
-                    self.scaling[name],
-                    bias_O=self.lora_B[name].bias,  # type: ignore[arg-type]
-                    dropout_p=self.dropout_p[name],
-                    training=self.training,
-                    impl=self.impl,
-                )
-            alone = False
-        return y
-
-    def merged_parameters(self, name: str) -> dict[str, Tensor]:
-        weight = self.base_layer.weight
-        # one rounding, at the end: the sum is formed in the wider dtype
-        merged_OI = float_weight(self.base_layer).to(torch.promote_types(weight.dtype, torch.float32)) + self.delta(
-            name
+    def attach(self, model: nn.Module, config: LoraConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
+        kinds: tuple[type[LowRank], ...] = (DoraLinear if config.use_dora else LoraLinear, LoraEmbedding)
+        layers = find_targets(
+            model,
+            config,
+            lambda layer: any(kind.supports(layer) for kind in kinds),
+            defaults=self.default_targets,
+            outside=saved,
+            lenient=from_file,
+            blocks=Blocks.of(config.layers_to_transform, config.layers_pattern),
         )
-        base_O, bias_O, own_O = self.base_layer.bias, self.lora_B[name].bias, self._own.get("bias")
-        found: dict[str, Tensor] = {}
-        if name in self.lora_magnitude_vector:
-            scale_O = self._magnitude(name) / self._norm(name)
-            merged_OI = merged_OI * scale_O.unsqueeze(1)
-            if own_O is not None:  # the biases that were merged before are part of y_k-1, the layer's own is not scaled
-                found["bias"] = own_O + scale_O * (base_O - own_O)
-        if bias_O is not None:
-            if base_O is None:
-                raise MergeError(
-                    "The adapter's lora_bias cannot be merged: the base model's layer has no bias to add it to. "
-                    "Keep the adapter, or train it without lora_bias."
-                )
-            update_O = self.scaling[name] * bias_O  # type: ignore[operator]
-            found["bias"] = base_O.to(update_O.dtype) + update_O
-        return {"weight": as_stored(self.base_layer, merged_OI)} | found
+        if config.lora_dropout == 1.0 and not from_file:
+            raise ConfigError("lora_dropout = 1.0: must be less than 1, or nothing is trained.")
+        ranks = LayerPatterns("rank_pattern", config.rank_pattern, layers)
+        alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, layers)
+        if not from_file:
+            ranks.check_effect()
+            alphas.check_effect()
+        config.rank_pattern, config.alpha_pattern = ranks.in_any_order(), alphas.in_any_order()
+        r_of, alpha_of = ranks.values, alphas.values
+        specs = {}
+        for path in layers:
+            layer = model.get_submodule(path)
+            kind = next(kind for kind in kinds if kind.supports(layer))
+            specs[path] = _spec(config, kind, r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha))
+        return Parts(layers=specs, parameters=tuple(_biases(model, config, layers, saved)), modules=tuple(saved))
 
-    def delta(self, name: str) -> Tensor:
-        """s B A, (O, I), in A's dtype."""
-        A, B = self._factors(name)
-        return self.scaling[name] * (B @ A)
-
-    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        # in the file the magnitude stands without ".weight"
-        return {k.replace("vector.weight", "vector"): p for k, p in super().adapter_parameters(name).items()}
-
-    def _dora(self, name: str, x_BI: Tensor, y_BO: Tensor, alone: bool) -> Tensor:
-        """What DoRA adds to the output so far, y, the layer's own bias left out: (m/|.| - 1) y + m/|.| s B A x.
-
-        Args:
-            alone: y is the base layer's output, which dropout then reaches as well.
-        """
-        dropout_p = self.dropout_p[name] if self.training else 0.0
-        x_BI = F.dropout(x_BI, dropout_p)
-        bias_O = self.base_layer.bias
-        if dropout_p and alone:
-            base_BO = F.linear(x_BI, float_weight(self.base_layer).to(x_BI.dtype))
-        else:
-            base_BO = y_BO if bias_O is None else y_BO - bias_O.to(y_BO.dtype)  # a trained bias is wider
-        scale_O = self._magnitude(name) / self._norm(name)
-        update_BO = lora_linear(
-            torch.zeros_like(base_BO), x_BI, *self._factors(name), self.scaling[name], impl=self.impl
-        )
-        # near 1 the difference is small, and is rounded as such in half precision
-        return (scale_O - 1).to(base_BO.dtype) * base_BO + scale_O.to(base_BO.dtype) * update_BO
-
-    @torch.no_grad()
-    def _norm(self, name: str) -> Tensor:
-        """|W + s B A| of each output, (O,), a constant in the gradient as the paper says (section 4.3)."""
-        A, _ = self._factors(name)
-        if A.device.type == "meta":
-            return A.new_empty(features(self.base_layer)[1])
-        # the weight without what others put into it: the norm is the same beside any, merged and unmerged
-        base = self._residuals.get(name, self._own.get("weight"))
-        W_OI = float_weight(self.base_layer) if base is None else out_by_in(self.base_layer, base)
-        return torch.linalg.norm(W_OI.to(A.dtype) + self.delta(name), dim=1)
-
-    def _magnitude(self, name: str) -> Tensor:
-        return self.lora_magnitude_vector[name].weight  # type: ignore[return-value]
-
-    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
-
-
-class LoraEmbedding(_LoraLayer):
-    """An embedding with a low-rank update: `lora_embedding_A.<adapter>` (R, V), `lora_embedding_B.<adapter>` (D, R)."""
-
-    ADAPTER_ATTRIBUTES = ("lora_embedding_A", "lora_embedding_B")
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-
-    @classmethod
-    def supports(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Embedding)
-
-    def add_adapter(  # type: ignore[override]
-        self,
-        name: str,
-        *,
-        r: int,
-        scaling: float,
-        init: bool | str = True,
-        bits: int = 4,
-        iterations: int = 1,
-        **rest: Any,
-    ) -> None:
-        """Makes A and B for adapter `name`.
-
-        Raises:
-            ConfigError: A setting that an embedding cannot have.
-        """
-        if rest.get("dora") or rest.get("lora_bias"):
+    def on_the_plain_base(
+        self, config: LoraConfig, tensors: dict[str, Tensor], start: Callable[[], dict[str, Tensor]], source: str
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """A trained PiSSA or OLoRA adapter as LoRA of twice the rank."""
+        if config.use_dora or config.init_lora_weights == "loftq":
             raise ConfigError(
-                "use_dora and lora_bias are for linear layers: leave the embedding out of target_modules."
+                "With use_dora or init_lora_weights='loftq' the change of the weight is no product of B and A."
             )
-        weight = self.base_layer.weight
-        place = {"device": weight.device, "dtype": trained_dtype(weight)}
-        A, B = torch.zeros(r, weight.shape[0], **place), torch.empty(weight.shape[1], r, **place)
-        nn.init.normal_(B)
-        if init is False:
-            nn.init.normal_(A)
-        elif isinstance(init, str) and init == "loftq" and weight.device.type != "meta":
-            # (V, D) is this layer's (O, I): the factors change places
-            B_right, A_right, residual = start(
-                init, self._pristine, r=r, scaling=scaling, bits=bits, iterations=iterations
+        if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+            raise ConfigError(
+                "use_rslora with rank_pattern or alpha_pattern cannot be turned into LoRA of twice the rank."
             )
-            A, B = A_right.T.contiguous(), B_right.T.contiguous()
-            self._leave(name, residual)
-        self.lora_embedding_A[name], self.lora_embedding_B[name] = nn.Parameter(A), nn.Parameter(B)
-        self.scaling[name] = scaling
+        found = twice_the_rank(tensors, start(), source)
+        plain = dataclasses.replace(
+            config,
+            init_lora_weights=True,
+            r=2 * config.r,
+            lora_alpha=config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2),
+            rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+            alpha_pattern={key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
+        )
+        return plain, found
 
-    @classmethod
-    def numbers(cls, layer: nn.Module, *, r: int, **arguments: Any) -> int:
-        return r * sum(layer.weight.shape)  # type: ignore[union-attr]
-
-    def adapted(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            if name in self.lora_embedding_A:
-                A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
-                update = F.embedding(x, A.T, padding_idx=self.base_layer.padding_idx) @ B.T
-                # BART's and Gemma's embeddings multiply their output by a constant
-                scale = getattr(self.base_layer, "embed_scale", None)
-                update = update if scale is None else update * scale
-                y = y + (self.scaling[name] * update).to(y.dtype)
-        return y
-
-    def merged_parameters(self, name: str) -> dict[str, Tensor]:
-        weight = self.base_layer.weight
-        A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return {"weight": weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scaling[name] * (B @ A).T}
+    def why_other_shape(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
+        for side, rank in (("A", 0), ("B", 1)):
+            of_lora = f".lora_{side}." in key or key.endswith(f".lora_embedding_{side}")
+            if of_lora and len(found) == len(needed) == 2 and found[1 - rank] == needed[1 - rank]:
+                return (
+                    f"The file's rank is {found[rank]}, and its {CONFIG_NAME} says {needed[rank]} for this layer: "
+                    "were r or rank_pattern changed there, or their order?"
+                )
+        return ""
 
 
-def _empty(in_features: int, out_features: int, *, bias: bool = False, device: Any, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer whose weights are still to be set: nn.Linear itself would draw, and throw away, random numbers."""
-    layer = nn.Linear(in_features, out_features, bias=bias, device="meta")
-    for name, p in list(layer.named_parameters()):
-        setattr(layer, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype)))
-    return layer
+def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float) -> LoraSpec:
+    if kind is LoraEmbedding and (config.use_dora or config.lora_bias):
+        raise ConfigError("use_dora and lora_bias are for linear layers: leave the embedding out of target_modules.")
+    return LoraSpec(
+        kind=kind,
+        r=r,
+        scaling=alpha / math.sqrt(r) if config.use_rslora else alpha / r,
+        dropout_p=config.lora_dropout,
+        init=config.init_lora_weights,
+        bias=config.lora_bias,
+        bits=config.loftq_config.get("loftq_bits", 4),
+        iterations=config.loftq_config.get("loftq_iter", 1),
+    )
 
 
-class Patterns:
-    """rank_pattern or alpha_pattern, matched against the layers' paths: each key means the whole or the ending, as in
-    PEFT, and the first that matches counts.
-
-    Args:
-        field: Its name.
-        patterns: Its keys and values.
-        paths: Of the layers.
-
-    Raises:
-        TargetError: A key cannot be matched.
-    """
-
-    def __init__(self, field: str, patterns: Mapping[str, Any], paths: Sequence[str]) -> None:
-        self._patterns, self._paths = patterns, paths
-        found = find(field, list(patterns), paths, around=(r"(.*\.)?(", ")$"))
-        self._hits = {
-            key: {path for path, groups in zip(paths, one, strict=True) if groups is not None}
-            for key, one in zip(patterns, found, strict=True)
-        }
-
-    @property
-    def without_effect(self) -> list[str]:
-        """The keys that match none of the layers."""
-        return [key for key, hits in self._hits.items() if not hits]
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The value of each path that a key matches."""
-        return self._in_order(self._patterns)
-
-    def in_any_order(self) -> dict[str, Any]:
-        """Patterns that say the same whichever comes first in the file: its keys are sorted, by PEFT as well.
-
-        Where several match one layer and sorting changes which is the first, each layer has a key of its own.
-        """
-        wanted = self.values
-        if self._in_order(sorted(self._patterns)) == wanted:
-            return dict(self._patterns)
-        return {f"^{re.escape(path)}": wanted[path] for path in self._paths if path in wanted}
-
-    def _in_order(self, keys: Iterable[str]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key in keys:
-            for path in self._hits[key]:
-                found.setdefault(path, self._patterns[key])
-        return found
+def _biases(model: nn.Module, config: LoraConfig, layers: list[str], saved: Sequence[str]) -> list[str]:
+    """The base biases that `bias` trains along."""
+    if config.bias == "none":
+        return []
+    everywhere = bias_paths(model, outside=saved)
+    if config.bias == "all":
+        return everywhere
+    tuned = set(layers)
+    return [path for path in everywhere if path.rpartition(".")[0] in tuned]

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from siliang.types import ConfigError
+from siliang.types import AdapterError, ConfigError
 
 RESIDUAL_STARTS = ("pissa", "olora", "loftq")
+FACTORS = (".lora_A.weight", ".lora_embedding_A", ".lora_B.weight", ".lora_embedding_B")
 
 
 @torch.no_grad()
@@ -75,3 +76,29 @@ def _rounded(W: Tensor, bits: int) -> Tensor:
         return functional.dequantize_4bit(*functional.quantize_4bit(W.contiguous(), quant_type="nf4"))
     values, scale, _ = functional.int8_vectorwise_quant(W.half())
     return functional.int8_vectorwise_dequant(values, scale)
+
+
+def twice_the_rank(tensors: dict[str, Tensor], start: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A trained PiSSA or OLoRA adapter as LoRA of twice the rank, beside the base weight as it was.
+
+        W - s B0 A0 + s B A = W + s [B | -B0] [A ; A0]
+
+    Args:
+        tensors: The adapter's, by their keys in the file.
+        start: Those that it started from.
+        source: Where these are, for the error.
+
+    Raises:
+        AdapterError: They are of another adapter.
+    """
+    found = {}
+    for key, tensor in tensors.items():
+        side = next((side for side in FACTORS if key.endswith(side)), None)
+        if side is None:
+            found[key] = tensor
+            continue
+        if key not in start or start[key].shape != tensor.shape:
+            raise AdapterError(f"{source} is not what this adapter started from: {key} is missing or of another shape.")
+        before = start[key].to(tensor)
+        found[key] = torch.cat([tensor, before], 0) if "_A" in side else torch.cat([tensor, -before], 1)
+    return found

@@ -15,7 +15,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from siliang.methods.base import Prompt, PromptConfig, said
+from siliang.methods.prefix_heads import attention_heads
+from siliang.methods.prefix_route import PrefixRoute
+from siliang.methods.prompt import Prompt, PromptConfig, said
+from siliang.methods.prompt_method import PromptMethod
+from siliang.methods.route import prompted_embeddings
 from siliang.types import ConfigError, PeftType
 
 
@@ -33,7 +37,8 @@ class PrefixTuningConfig(PromptConfig):
     prefix_projection: bool = False
     init_weights: Literal["zero"] | None = None
 
-    peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
+    peft_type: ClassVar[str] = PeftType.PREFIX_TUNING
+    is_prefix: ClassVar[bool] = True
     AT_LEAST_1: ClassVar[tuple[str, ...]] = (*PromptConfig.AT_LEAST_1, "encoder_hidden_size")
 
     NEEDED: ClassVar[tuple[str, ...]] = ("token_dim", "num_attention_heads", "num_layers")
@@ -103,6 +108,23 @@ class PrefixTuningConfig(PromptConfig):
             for p in (prefix.embedding if prefix.flat else prefix.transform[-1]).parameters():  # type: ignore[index]
                 nn.init.zeros_(p)
         return prefix
+
+
+class PrefixTuning(PromptMethod[PrefixTuningConfig]):
+    """Keys and values before those of every layer."""
+
+    name = "prefix_tuning"
+    config = PrefixTuningConfig
+    learning_rate = 1e-2
+    learning_rate_source = "PEFT's example for prefix tuning: 1e-2; Liu et al. 2021b, table 5: 5e-3 to 1e-2"
+    trains = "keys and values before every layer's own"
+    route = PrefixRoute
+
+    def complete(self, model: nn.Module, config: PrefixTuningConfig, *, from_file: bool) -> None:
+        prompted_embeddings(model)  # every model that reads text has them
+        config.complete(model.config, heads=None if from_file else attention_heads(model))
+        if from_file:
+            config.check_heads(attention_heads(model), type(model).__name__)
 
 
 class Prefix(Prompt):

@@ -47,7 +47,7 @@ from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links, near_names
 from siliang.secrets import short_repr
-from siliang.targets import embedding_weights, invented_modules, may_be_invented
+from siliang.models.invented import embedding_weights, invented_modules, may_be_invented
 from siliang.types import ModelError, first_line
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then

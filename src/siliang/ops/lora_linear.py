@@ -10,6 +10,9 @@ Shapes: T tokens (any leading dimensions), I features in, O features out, R rank
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Impl = Literal["fused", "reference", "peft"]
+_impl: ContextVar[Impl] = ContextVar("lora_linear", default="fused")
 
 
 def lora_linear(
@@ -29,7 +33,7 @@ def lora_linear(
     bias_O: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
-    impl: Impl = "fused",
+    impl: Impl | None = None,
 ) -> Tensor:
     """Adds the low-rank update of `x_TI` to the base layer's output `y_TO`.
 
@@ -37,13 +41,14 @@ def lora_linear(
     than x up, which would copy every activation (PEFT issue 2421).
 
     Args:
-        impl: reference is the plain expression, which autograd differentiates; fused cannot be differentiated twice;
-            peft is PEFT's expression, which copies x to the adapter's format, for the plan's baseline.
+        impl: reference is the plain expression, which autograd differentiates. fused cannot be differentiated twice.
+            peft is what PEFT computes, which copies x to the format of A. None: what `lora_linear_as` says, or fused.
 
     Returns:
         (..., O), in the dtype of `y_TO`.
     """
     dropout_p = dropout_p if training else 0.0
+    impl = impl or _impl.get()
     if impl == "peft":
         x_TI = F.dropout(x_TI.to(A_RI.dtype), dropout_p) if dropout_p else x_TI.to(A_RI.dtype)
         return (y_TO + F.linear(F.linear(x_TI, A_RI), B_OR, bias_O) * scaling).to(y_TO.dtype)
@@ -53,6 +58,16 @@ def lora_linear(
         update_TO = F.linear(F.linear(x_TI, A_RI.to(x_TI.dtype)), B_OR.to(x_TI.dtype), bias_O)
         return y_TO + (scaling * update_TO).to(y_TO.dtype)
     return _LoraLinear.apply(y_TO, x_TI, A_RI, B_OR, bias_O, scaling, dropout_p)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def lora_linear_as(impl: Impl) -> Iterator[None]:
+    """Within the block LoRA is computed so, in this thread."""
+    token = _impl.set(impl)
+    try:
+        yield
+    finally:
+        _impl.reset(token)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -28,7 +28,7 @@ from siliang.plan.fake import fake_mode, make_fake_base, to_fake
 from siliang.plan.rows import cut, synthetic_row
 from siliang.plan.steps import Measured, Phase, baseline_step, measure
 from siliang.run_folder import weight_dtype
-from siliang.targets import mark_invented
+from siliang.models.invented import mark_invented
 from siliang.tasks import TASKS
 from siliang.types import ConfigError, DataError
 
@@ -164,9 +164,9 @@ class FakeRun:
         return [cut(row, most) for row in rows]
 
     def _positions(self, base: Any) -> Positions:
-        method = self._config.method
-        virtual = int(method.arguments.get("num_virtual_tokens") or 0)
-        return Positions.of(base, virtual=virtual, prefix=method.name == "prefix_tuning")
+        virtual = int(self._config.method.arguments.get("num_virtual_tokens") or 0)
+        config = find_method(self._config.method.name).config
+        return Positions.of(base, virtual=virtual, prefix=config is not None and config.is_prefix)
 
     def measure(
         self,

@@ -17,9 +17,9 @@ from siliang.distributed.sharding import reshard
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.memory.track import Peak, Tracker
-from siliang.methods.lora import LoraLinear
 from siliang.models.introspect import NoLayerStackError, layer_stack
 from siliang.models.quantized import held_tensors
+from siliang.ops.lora_linear import lora_linear_as
 from siliang.peft_model import PeftModel
 
 Phase = Literal["loaded", "train", "evaluate", "generate", "merge"]
@@ -115,14 +115,12 @@ def measure(
 
 def baseline_step(model: nn.Module, batches: list[Batch]) -> None:
     """The step of transformers.Trainer on these rows: padded, all logits, LoRA by PEFT's expression."""
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.impl = "peft"
-    for batch in batches:
-        inputs = dict(batch.inputs)
-        if batch.targets is not None:
-            inputs |= {"labels": inputs["input_ids"], "use_cache": False}  # type: ignore[dict-item]
-        model(**inputs).loss.backward()
+    with lora_linear_as("peft"):
+        for batch in batches:
+            inputs = dict(batch.inputs)
+            if batch.targets is not None:
+                inputs |= {"labels": inputs["input_ids"], "use_cache": False}  # type: ignore[dict-item]
+            model(**inputs).loss.backward()
 
 
 def _own_step(

@@ -17,7 +17,7 @@ from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import damage
 from siliang.hardware import Choice
 from siliang.methods import Method, find_method
-from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
+from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model, load_tokenizer
 from siliang.paths import check_links
 from siliang.peft_model import PeftModel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from siliang.data.tokens import TokenSet
-from siliang.methods.prefix_tuning import PrefixTuningConfig
 from siliang.models.positions import Positions
 from siliang.peft_model import PeftModel
 from siliang.run_folder import OpenedRun
@@ -17,7 +16,7 @@ def positions_of(run: OpenedRun, *, base: bool = False) -> Positions:
         return Positions.of(run.model)
     prompts = [] if base else [c for c in run.model.peft_config.values() if c.is_prompt_learning]
     virtual = sum(c.num_virtual_tokens or 0 for c in prompts)  # type: ignore[attr-defined]
-    prefix = any(isinstance(c, PrefixTuningConfig) for c in prompts)
+    prefix = any(c.is_prefix for c in prompts)
     return Positions.of(run.model.get_base_model(), virtual=virtual, prefix=prefix)
 
 

@@ -1,0 +1,159 @@
+"""The config that is saved beside an adapter: what is common to every method's, and to those that work on layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from siliang.files import write_text
+from siliang.methods.fields import check_fields
+from siliang.safe_json import dump_json, read_values
+from siliang.secrets import short_repr
+from siliang.types import AdapterError, ConfigError, TaskType
+
+CONFIG_NAME = "adapter_config.json"
+BASE = "__base__"  # in adapter_names: no adapter
+PEFT_FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """What is common to every method's config; the names and defaults are those of PEFT.
+
+    Attributes:
+        task_type: What the base model does; decides which head is trained and saved along. None: any nn.Module.
+        base_model_name_or_path: The base model's folder or hub name; filled in when attaching.
+        revision: The base model's revision on the hub.
+        inference_mode: The adapter is not to be trained. Always true in a saved file.
+        auto_mapping: With task_type None, the base model's class and library; filled in when attaching.
+        modules_to_save: Endings of the names of modules trained and saved whole, beside the adapter (heads,
+            embeddings). As in PEFT any ending: `head` means lm_head too.
+    """
+
+    task_type: TaskType | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    modules_to_save: list[str] | None = None
+
+    is_prompt_learning: ClassVar[bool] = False  # it has virtual tokens
+    is_prefix: ClassVar[bool] = False  # which stand before the keys and values, not before the text
+    peft_type: ClassVar[str]  # the method's name in adapter_config.json
+    # Fields of PEFT that siliang does not have, at PEFT's defaults: at any other value they would change the result.
+    UNSUPPORTED: ClassVar[dict[str, Any]] = {}
+    AT_LEAST_1: ClassVar[tuple[str, ...]] = ()
+    MOST: ClassVar[int] = 2**31  # of those numbers: no model has more of anything
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in self.AT_LEAST_1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value!r}: must be at least 1.")
+            if value is not None and value > self.MOST:
+                raise ConfigError(f"{name} = {value!r}: must be at most {self.MOST:,}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as it stands in adapter_config.json: sets become sorted lists, enums their values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values |= {"peft_type": self.peft_type, "peft_version": PEFT_FORMAT_VERSION}
+        return {name: _plain(value) for name, value in sorted(values.items())}
+
+    def to_json(self, **changed: Any) -> str:
+        """The text of adapter_config.json, its keys sorted, without secrets: a base model's name may hold one.
+
+        Args:
+            changed: Values other than the config's own.
+        """
+        return dump_json(self.to_dict() | changed, indent=2, sort_keys=True, ascii_only=True)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes adapter_config.json into `folder`: the config as it is, to make new adapters from."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / CONFIG_NAME, self.to_json())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str = CONFIG_NAME) -> Self:
+        """Builds the config from adapter_config.json's values.
+
+        Keys that siliang does not know are dropped with a warning.
+
+        Raises:
+            AdapterError: A value is not allowed, or a field that siliang does not support would change the result.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        kept: dict[str, Any] = {}
+        for key, value in values.items():
+            if key in known:
+                kept[key] = value
+            elif key in ("peft_type", "peft_version"):
+                continue
+            elif key in cls.UNSUPPORTED:
+                # what is empty is off: an empty dict, or null, as older releases of PEFT wrote
+                if value and value != cls.UNSUPPORTED[key] and cls.has_effect(key, values):
+                    raise AdapterError(
+                        f"{source}: {key} = {short_repr(value)} changes what {cls.peft_type} computes, and siliang "
+                        f"does not support it (only {cls.UNSUPPORTED[key]!r})."
+                    )
+            elif value not in (None, False, "", [], {}):
+                warnings.warn(f"{source}: unknown field {key} = {short_repr(value)} is ignored", stacklevel=3)
+        empty = {f.name for f in dataclasses.fields(cls) if f.default_factory is dict}
+        kept = {k: v for k, v in kept.items() if v is not None or k not in empty}  # older releases wrote null
+        switches = {f.name for f in dataclasses.fields(cls) if isinstance(f.default, bool)}
+        kept = {k: False if v is None and k in switches else v for k, v in kept.items()}  # as PEFT takes it
+        try:
+            return cls(**kept)
+        except ConfigError as error:
+            raise AdapterError(f"{source}: {error}") from None
+
+    @classmethod
+    def has_effect(cls, key: str, values: dict[str, Any]) -> bool:
+        """Whether a field of UNSUPPORTED plays a part beside the other `values` of a file."""
+        return True
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Reads adapter_config.json from a local adapter folder; `PeftConfig.from_pretrained` finds the class itself.
+
+        Raises:
+            AdapterError: The file is missing, is no JSON, or names a method that siliang does not have.
+        """
+        from siliang.methods import config_class  # the table of methods stands on this file
+
+        path = Path(folder) / CONFIG_NAME
+        missing = AdapterError(f"{folder} holds no adapter: {CONFIG_NAME} is missing there.")
+        values = read_values(path, AdapterError, "cannot be read", missing=missing, foreign=True)
+        if not isinstance(values, dict):
+            raise AdapterError(f"{path} must hold a JSON object, not {type(values).__name__}.")
+        found = config_class(values.get("peft_type"), source=str(path))
+        if not issubclass(found, cls):
+            raise AdapterError(f"{path} is a {found.peft_type} adapter, not {cls.__name__}.")
+        return found.from_dict(values, source=str(path))  # type: ignore[return-value]
+
+
+@dataclass(kw_only=True)
+class LayerConfig(PeftConfig):
+    """The config of a method that works on layers of the base model, which can therefore be named.
+
+    Attributes:
+        target_modules: Which layers: a list of name endings, a regex for the whole name, "all-linear", or None for the
+            model type's defaults.
+        exclude_modules: Layers left out again: name endings or a regex.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value

@@ -1,0 +1,222 @@
+"""Which layers of a base model a config means, and errors with near names where it means none."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from siliang.methods.config import LayerConfig
+from siliang.models.introspect import is_linear, output_layer
+from siliang.module_paths import ends, inside, meant, plain_modules
+from siliang.patterns import find
+from siliang.types import TargetError, nearest
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which of the model's numbered layers are tuned.
+
+    Attributes:
+        numbers: Their numbers; None or empty for all.
+        lists: The names of the lists that the numbers count in, such as "layers"; empty for any.
+    """
+
+    numbers: frozenset[int] | None = None
+    lists: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, numbers: list[int] | int | None, lists: list[str] | str | None) -> Blocks:
+        """As `layers_to_transform` and `layers_pattern` have them."""
+        chosen = None if numbers in (None, []) else frozenset([numbers] if isinstance(numbers, int) else numbers or ())
+        return cls(chosen, (lists,) if lists and isinstance(lists, str) else tuple(lists or ()))
+
+
+ALL_BLOCKS = Blocks()
+
+
+def find_targets(
+    model: nn.Module,
+    config: LayerConfig,
+    supports: Callable[[nn.Module], bool],
+    *,
+    defaults: Mapping[str, tuple[str, ...]],
+    outside: Sequence[str],
+    lenient: bool,
+    blocks: Blocks = ALL_BLOCKS,
+    also_named: Mapping[str, Sequence[str] | str | None] | None = None,
+) -> list[str]:
+    """The paths of the layers that `config` means; fills in its `target_modules` where it is None.
+
+    Args:
+        supports: Whether the method can work on a layer.
+        defaults: The usual targets by the model's type.
+        outside: Modules that are saved whole, in which nothing is tuned.
+        lenient: Some of several names may match nothing, as in files that PEFT wrote.
+        blocks: The layers of the model that count.
+        also_named: Other settings that name modules, which must be there.
+
+    Raises:
+        TargetError: A name or the regex matches nothing, or a match is no layer that the method can wrap.
+    """
+    modules = dict(plain_modules(model))
+    fitting = [p for p, m in modules.items() if supports(m) and not inside(p, outside)]
+    if config.target_modules is None:
+        config.target_modules = _default_targets(model, config, fitting, defaults)
+    if not lenient:
+        _check_named({"exclude_modules": config.exclude_modules, **(also_named or {})}, list(modules))
+    wanted = config.target_modules
+    if not wanted:
+        raise TargetError("target_modules is empty: name layers, or leave it out for the usual ones of the model.")
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        head = output_layer(model)
+        found = [p for p in fitting if modules[p] is not head and is_linear(modules[p])]
+        if experts := _experts(modules):
+            warnings.warn(
+                f"target_modules='all-linear' leaves out {', '.join(experts)}: these hold weights, and are no linear "
+                "layers. PEFT tunes them on some models (target_parameters), siliang does not.",
+                stacklevel=2,  # one place, and so once
+            )
+        # PEFT saves the names themselves, so that the file means the same on a model with other linear layers
+        config.target_modules = _names_of([p for p in found if not inside(p, outside)], modules, outside)
+    elif isinstance(wanted, str):
+        found = meant("target_modules", list(modules), wanted)
+        if not found:
+            raise TargetError(f"target_modules = {wanted!r} matches no module. The names are like {samples(fitting)}.")
+    else:
+        missing = [name for name in wanted if not any(ends(p, name) for p in modules)]
+        if missing and not (lenient and len(missing) < len(wanted)):
+            endings = {p.rpartition(".")[2] for p in fitting}
+            hint = nearest(missing[0], endings)
+            raise TargetError(
+                f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}.{hint} "
+                f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}."
+            )
+        found = [p for p in modules if any(ends(p, name) for name in wanted)]
+    chosen = _chosen_blocks(blocks, list(modules), lenient=lenient)
+    excluded = set(meant("exclude_modules", found, config.exclude_modules))
+    found = [p for p in found if p not in excluded]
+    if chosen is not None:
+        found = [p for p, number in zip(found, _block_numbers(found, blocks), strict=True) if number in chosen]
+    saved = found if found else outside if config.target_modules == [] else []  # all-linear looks outside of them alone
+    found = [p for p in found if not inside(p, outside)]
+    if saved and not found:
+        raise TargetError(f"modules_to_save ({', '.join(outside[:3])}) holds all that target_modules matches.")
+    if not found:
+        raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
+    if strange := [p for p in found if p not in fitting]:
+        module = modules[strange[0]]
+        kind = type(module).__name__
+        if next(module.children(), None) is None and hasattr(module, "weight"):
+            kind += " and no linear layer"
+        what = f"{strange[0]!r} is" if strange[0] else "the whole model is"
+        way = ""
+        if isinstance(wanted, str):
+            way = " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear."
+        raise TargetError(f"target_modules: {what} a {kind}, which {config.peft_type} cannot wrap.{way}")
+    return found
+
+
+def samples(paths: Sequence[str]) -> str:
+    """Some of the paths, for an error."""
+    return ", ".join(map(repr, paths[:3])) or "(none)"
+
+
+def _experts(modules: dict[str, nn.Module]) -> list[str]:
+    """The weights of experts that stand in one tensor, and of the routers to them, by the ends of their names."""
+    own = {p: m for p, m in modules.items() if not type(m).__module__.startswith("torch.")}
+    sizes = {
+        f"{path.rpartition('.')[2]}.{name}": (p.dim(), type(module).__name__)
+        for path, module in own.items()
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() in (2, 3) and p.shape[0] > 1  # a table of positions is (1, N, D)
+    }
+    if not any(dim == 3 for dim, _ in sizes.values()):
+        return []
+    return sorted(name for name, (dim, kind) in sizes.items() if dim == 3 or "Router" in kind)
+
+
+def _names_of(found: list[str], modules: Iterable[str], outside: Sequence[str]) -> list[str] | str:
+    """Names that mean just the layers of `found`: their last part where it means no other, otherwise the whole."""
+    chosen = set(found)
+    others = [p for p in modules if p not in chosen and not inside(p, outside)]
+
+    def own(name: str) -> bool:
+        return not name.isdigit() and not any(ends(p, name) for p in others)
+
+    names = sorted({last if own(last := path.rpartition(".")[2]) else path for path in found})
+    if any(ends(other, name) for other in others for name in names):  # "0" at the root is in every list
+        return "|".join(re.escape(path) for path in found)
+    return names
+
+
+def _default_targets(
+    model: nn.Module, config: LayerConfig, fitting: list[str], defaults: Mapping[str, tuple[str, ...]]
+) -> list[str]:
+    """The usual targets for the model's type, and an error that lists what there is where the type is unknown."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in defaults:
+        return list(defaults[model_type])
+    endings = sorted({p.rpartition(".")[2] for p in fitting})
+    linear = any(is_linear(model.get_submodule(p)) for p in fitting)
+    way = "set target_modules: all-linear, or name some" if linear else "name them in target_modules"
+    raise TargetError(
+        f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: {way}. "
+        f"Layers that can be tuned: {', '.join(endings) or 'none'}."
+    )
+
+
+def _check_named(named: Mapping[str, Sequence[str] | str | None], paths: list[str]) -> None:
+    """What is named beside the targets must be there, or it would have no effect.
+
+    Args:
+        named: Endings, or a regular expression, by the setting that names them.
+
+    Raises:
+        TargetError: One matches nothing.
+    """
+    for field, value in named.items():
+        for name in [value] if value and isinstance(value, str) else value or ():
+            if not meant(field, paths, name if isinstance(value, str) else [name]):
+                hint = nearest(name, {p.rpartition(".")[2] for p in paths})
+                raise TargetError(f"{field}: {name!r} matches no module of the model.{hint}")
+
+
+def _chosen_blocks(blocks: Blocks, paths: list[str], *, lenient: bool) -> frozenset[int] | None:
+    """The numbers of the layers that count; None for all.
+
+    Raises:
+        TargetError: The model has no layer of a number, or layers_pattern names no list of layers.
+    """
+    if blocks.numbers is None:
+        return None
+    by_list = _numbers(blocks.lists, paths)
+    if lenient:
+        return blocks.numbers
+    for pattern, found in zip(blocks.lists, by_list, strict=True):
+        if all(number is None for number in found):
+            lists = {path.split(".")[-2] for path in paths if path.rpartition(".")[2].isdigit() and "." in path}
+            hint = nearest(pattern, lists) or f" There are {', '.join(sorted(lists)) or 'none'}."
+            raise TargetError(f"layers_pattern: {pattern!r} is the name of no list of layers in this model.{hint}")
+    there = {number for number in _block_numbers(paths, blocks) if number is not None}
+    if strange := sorted(blocks.numbers - there):
+        known = f"they go from {min(there)} to {max(there)}" if there else "its layers have no numbers"
+        raise TargetError(f"layers_to_transform: the model has no layer {', '.join(map(str, strange))}: {known}.")
+    return blocks.numbers
+
+
+def _block_numbers(paths: list[str], blocks: Blocks) -> list[int | None]:
+    """The number of the model's layer that each path lies in: the first in it, for those further in count experts and
+    the like; with layers_pattern the first after the pattern's name.
+    """
+    found = _numbers(blocks.lists or [r"[^.]*"], paths)
+    return [next((number for number in of_path if number is not None), None) for of_path in zip(*found, strict=True)]
+
+
+def _numbers(lists: Iterable[str], paths: list[str]) -> list[list[int | None]]:
+    """For each list's name, or pattern, the number that follows it in each path."""
+    found = find("layers_pattern", list(lists), ["." + p for p in paths], around=(r".*?\.(?:", r")\.(\d+)(\.|$)"))
+    return [[None if groups is None else int(groups[-2] or 0) for groups in one] for one in found]

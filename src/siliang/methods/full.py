@@ -1,0 +1,25 @@
+"""Full fine-tuning: every parameter of the base model is trained, and nothing is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from siliang.methods.config import PeftConfig
+from siliang.methods.method import Method, Parts
+
+
+class Full(Method[PeftConfig]):
+    """Every parameter. It has no adapter, and so no config: the run trains the model itself."""
+
+    name = "full"
+    config = None
+    learning_rate = 3e-5
+    learning_rate_source = "Devlin et al. 2018, appendix A.3: 2e-5 to 5e-5"
+    trains = "every parameter"
+    freezes_the_base = False
+    why_not_mergeable = "After full fine-tuning there is no adapter to merge: the run's model is the tuned one."
+
+    def attach(self, model: nn.Module, config: PeftConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
+        raise AssertionError("full fine-tuning attaches nothing")

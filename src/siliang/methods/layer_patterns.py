@@ -1,0 +1,70 @@
+"""Settings by the layers' names: rank_pattern and alpha_pattern."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+from siliang.methods.find_targets import samples
+from siliang.patterns import find
+from siliang.types import TargetError, nearest
+
+T = TypeVar("T")
+
+
+class LayerPatterns(Generic[T]):
+    """rank_pattern or alpha_pattern, matched against the layers' paths: each key means the whole or the ending, as in
+    PEFT, and the first that matches counts.
+
+    Args:
+        field: Its name.
+        patterns: Its keys and values.
+        paths: Of the layers.
+
+    Raises:
+        TargetError: A key cannot be matched.
+    """
+
+    def __init__(self, field: str, patterns: Mapping[str, T], paths: Sequence[str]) -> None:
+        self._field, self._patterns, self._paths = field, patterns, paths
+        found = find(field, list(patterns), paths, around=(r"(.*\.)?(", ")$"))
+        self._hits = {
+            key: {path for path, groups in zip(paths, one, strict=True) if groups is not None}
+            for key, one in zip(patterns, found, strict=True)
+        }
+
+    def check_effect(self) -> None:
+        """
+        Raises:
+            TargetError: A key matches none of the layers.
+        """
+        idle = next((key for key, hits in self._hits.items() if not hits), None)
+        if idle is not None:
+            hint = nearest(idle, {p.rpartition(".")[2] for p in self._paths}) or nearest(idle, self._paths)
+            raise TargetError(
+                f"{self._field}: {idle!r} matches none of the layers that are tuned.{hint} "
+                f"They are like {samples(self._paths)}."
+            )
+
+    @property
+    def values(self) -> dict[str, T]:
+        """The value of each path that a key matches."""
+        return self._in_order(self._patterns)
+
+    def in_any_order(self) -> dict[str, T]:
+        """Patterns that say the same whichever comes first in the file: its keys are sorted, by PEFT as well.
+
+        Where several match one layer and sorting changes which is the first, each layer has a key of its own.
+        """
+        wanted = self.values
+        if self._in_order(sorted(self._patterns)) == wanted:
+            return dict(self._patterns)
+        return {f"^{re.escape(path)}": wanted[path] for path in self._paths if path in wanted}
+
+    def _in_order(self, keys: Iterable[str]) -> dict[str, T]:
+        found: dict[str, T] = {}
+        for key in keys:
+            for path in self._hits[key]:
+                found.setdefault(path, self._patterns[key])
+        return found

@@ -1,0 +1,69 @@
+"""LoRA on an embedding.
+
+    y = W[x] + s (A[:, x])^T B^T        A = 0 and B normal at the start
+
+Shapes: W (V, D), A (R, V), B (D, R); V rows of the table, D columns, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siliang.methods.layer import AdaptedLayer, Beneath, trained_dtype
+from siliang.methods.lora_init import start
+from siliang.methods.low_rank import LoraSpec, LowRank
+
+
+class LoraEmbedding(LowRank):
+    """A low-rank update of an embedding: `lora_embedding_A.<adapter>` (R, V), `lora_embedding_B.<adapter>` (D, R)."""
+
+    def __init__(self, layer: AdaptedLayer, name: str, spec: LoraSpec) -> None:
+        weight = layer.base_layer.weight
+        place = {"device": weight.device, "dtype": trained_dtype(weight)}
+        A, B = torch.zeros(spec.r, weight.shape[0], **place), torch.empty(weight.shape[1], spec.r, **place)
+        nn.init.normal_(B)
+        residual: Tensor | None = None
+        if spec.init is False:
+            nn.init.normal_(A)
+        elif spec.init == "loftq" and weight.device.type != "meta":
+            # (V, D) is this layer's (O, I): the factors change places
+            W = layer.own_parameter("weight")
+            B_right, A_right, residual = start(
+                "loftq", W, r=spec.r, scaling=spec.scaling, bits=spec.bits, iterations=spec.iterations
+            )
+            A, B = A_right.T.contiguous(), B_right.T.contiguous()
+        parts = {"lora_embedding_A": nn.Parameter(A), "lora_embedding_B": nn.Parameter(B)}
+        super().__init__(layer, name, parts, spec)
+        if residual is not None:
+            self._leave(residual)
+
+    @classmethod
+    def supports(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Embedding)
+
+    @classmethod
+    def numbers(cls, layer: nn.Module, spec: LoraSpec) -> int:
+        return spec.r * sum(layer.weight.shape)  # type: ignore[union-attr]
+
+    @property
+    def A(self) -> Tensor:
+        return self.part("lora_embedding_A")
+
+    @property
+    def B(self) -> Tensor:
+        return self.part("lora_embedding_B")
+
+    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
+        y, base = beneath(x), self.layer.base_layer
+        update = F.embedding(x, self.A.T, padding_idx=base.padding_idx) @ self.B.T
+        # BART's and Gemma's embeddings multiply their output by a constant
+        scale = getattr(base, "embed_scale", None)
+        update = update if scale is None else update * scale
+        return y + (self.s * update).to(y.dtype)
+
+    def merged(self) -> dict[str, Tensor]:
+        weight = self.layer.base_layer.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return {"weight": weight.to(wide) + self.s * (self.B @ self.A).T}

@@ -1,0 +1,180 @@
+"""What LoRA and its variants share: s B A beside a layer, and starts that take a part of the base weight into B A.
+
+Shapes: W (O, I), A (R, I), B (O, R), b (O,); I in, O out, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siliang.methods.layer import AdaptedLayer, LayerAdapter, LayerSpec, trained_dtype
+from siliang.methods.lora_init import RESIDUAL_STARTS, start
+from siliang.models.introspect import as_stored, features, is_linear, out_by_in
+from siliang.models.quantized import float_weight
+from siliang.types import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec(LayerSpec):
+    """LoRA on one layer.
+
+    Attributes:
+        kind: What computes it.
+        r: R.
+        scaling: s.
+        dropout_p: Probability of zeroing an input of A during training.
+        init: As `init_lora_weights`.
+        bias: B has a bias b.
+        bits, iterations: Of LoftQ.
+    """
+
+    kind: type[LowRank]
+    r: int
+    scaling: float
+    dropout_p: float = 0.0
+    init: bool | str = True
+    bias: bool = False
+    bits: int = 4
+    iterations: int = 1
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the start takes something out of the base weight."""
+        return isinstance(self.init, str) and self.init.startswith(RESIDUAL_STARTS)
+
+    def numbers(self, layer: nn.Module) -> int:
+        return self.kind.numbers(layer, self)
+
+    def sizes(self, layer: nn.Module) -> dict[str, int]:
+        return {"r": self.kind.rank(layer, self)}
+
+    def make(self, layer: AdaptedLayer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+        return self.kind(layer, name, self)
+
+
+class LowRank(LayerAdapter):
+    """s B A on one layer.
+
+    Attributes:
+        s: The scaling.
+        residual: The base weight that goes with A and B, less what the start took out of it; None where that is the
+            base model's own.
+    """
+
+    def __init__(
+        self, layer: AdaptedLayer, name: str, parts: Mapping[str, nn.Module | nn.Parameter], spec: LoraSpec
+    ) -> None:
+        super().__init__(layer, name, parts)
+        self.s = spec.scaling
+        self.residual: nn.Parameter | None = None
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, layer: nn.Module) -> bool:
+        """Whether `layer` is of a kind that this can stand on."""
+
+    @classmethod
+    @abstractmethod
+    def numbers(cls, layer: nn.Module, spec: LoraSpec) -> int:
+        """How many numbers it has on a layer."""
+
+    @classmethod
+    def rank(cls, layer: nn.Module, spec: LoraSpec) -> int:
+        """The rank that it has on a layer."""
+        return spec.r
+
+    def replaced(self) -> dict[str, nn.Parameter]:
+        return {} if self.residual is None else {"weight": self.residual}
+
+    def _leave(self, residual: Tensor) -> None:
+        """Remembers the base weight that goes with A and B."""
+        dtype = self.layer.own_parameter("weight").dtype
+        self.residual = nn.Parameter(residual.to(dtype), requires_grad=False)
+
+
+class LowRankLinear(LowRank):
+    """s B A on a linear layer, or GPT-2's Conv1D: `lora_A.<adapter>.weight` (R, I), `lora_B.<adapter>.weight` (O, R)
+    and `.bias` (O,).
+    """
+
+    def __init__(self, layer: AdaptedLayer, name: str, spec: LoraSpec) -> None:
+        base, weight = layer.base_layer, layer.base_layer.weight
+        in_features, out_features = features(base)
+        directions = min(in_features, out_features)
+        if isinstance(spec.init, str) and spec.init.startswith("pissa_niter") and spec.r > directions:
+            raise ConfigError(
+                f"init_lora_weights = {spec.init!r}: r = {spec.r}, and a layer has {directions} rows or columns. "
+                "Use a smaller r, or 'pissa'."
+            )
+        r = self.rank(base, spec)
+        place = {"device": weight.device, "dtype": trained_dtype(weight)}
+        A, B = _empty(in_features, r, **place), _empty(r, out_features, bias=spec.bias, **place)
+        if spec.init == "gaussian":
+            nn.init.normal_(A.weight, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        if spec.init is False:
+            nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(B.weight)
+        if spec.bias:
+            nn.init.zeros_(B.bias)
+        super().__init__(layer, name, {"lora_A": A, "lora_B": B}, spec)
+        self.dropout_p = spec.dropout_p
+        if spec.has_residual and weight.device.type != "meta":
+            W_OI = out_by_in(base, layer.own_parameter("weight"))
+            A.weight.data, B.weight.data, residual = start(
+                str(spec.init), W_OI, r=r, scaling=spec.scaling, bits=spec.bits, iterations=spec.iterations
+            )
+            self._leave(as_stored(base, residual))
+
+    @classmethod
+    def supports(cls, layer: nn.Module) -> bool:
+        return is_linear(layer)
+
+    @classmethod
+    def rank(cls, layer: nn.Module, spec: LoraSpec) -> int:
+        """Where the start takes a weight's directions, no more than it has."""
+        return min(spec.r, *features(layer)) if spec.has_residual else spec.r
+
+    @classmethod
+    def numbers(cls, layer: nn.Module, spec: LoraSpec) -> int:
+        in_features, out_features = features(layer)
+        return cls.rank(layer, spec) * (in_features + out_features) + spec.bias * out_features
+
+    @property
+    def A(self) -> Tensor:
+        return self.part("lora_A").weight
+
+    @property
+    def B(self) -> Tensor:
+        return self.part("lora_B").weight
+
+    @property
+    def b(self) -> Tensor | None:
+        return self.part("lora_B").bias
+
+    def delta(self) -> Tensor:
+        """s B A, (O, I), in A's dtype."""
+        return self.s * (self.B @ self.A)
+
+    def _merged_OI(self) -> Tensor:
+        """W + s B A; in fp32 where W is half, for it is rounded once, at the end."""
+        base = self.layer.base_layer
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        return float_weight(base).to(wide) + self.delta()
+
+
+def _empty(in_features: int, out_features: int, *, bias: bool = False, device: Any, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer whose weights are still to be set: nn.Linear itself would draw, and throw away, random numbers."""
+    layer = nn.Linear(in_features, out_features, bias=bias, device="meta")
+    for name, p in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype)))
+    return layer

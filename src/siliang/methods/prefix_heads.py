@@ -1,0 +1,73 @@
+"""The key/value heads of a model's attention, which give a prefix its width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siliang.methods.prefix_route import no_attention
+from siliang.methods.route import answer
+from siliang.models.introspect import (
+    attention_host,
+    cache_argument,
+    is_cross_attention,
+    is_disentangled_attention,
+    named_arguments,
+)
+from siliang.types import ConfigError
+
+
+def attention_heads(model: nn.Module) -> tuple[int, int] | None:
+    """The key/value heads of the model's attention and their size, as its caches are given them; None where that cannot
+    be found out.
+
+    Raises:
+        ConfigError: It has none, or none of the one size that a prefix has.
+    """
+    host, attentions = attention_host(model)
+    if not attentions:
+        if any(is_disentangled_attention(m) for m in host.modules()):
+            return None
+        raise no_attention(model)
+    recorder = _Recorder()
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
+        named = named_arguments(module, args, kwargs)
+        if not is_cross_attention(named):
+            named[cache_argument(module)] = recorder
+        return (), named
+
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in attentions]
+    try:
+        with torch.no_grad():
+            answer(model, None)
+    except Exception:  # whatever it is, trying the prefix itself will say so
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    sizes = recorder.sizes
+    if len({(k, v) for k, v in sizes if k != v} | {k for k, _ in sizes}) > 1:
+        shown = "; ".join(f"{k[0]} x {k[1]} and {v[0]} x {v[1]}" for k, v in sorted(sizes))
+        raise ConfigError(
+            f"A prefix has one size for the keys and values of all layers, and {type(model).__name__} has several "
+            f"({shown}, heads x size). Use prompt_tuning, p_tuning or lora on this model."
+        )
+    return next(iter(sizes))[0] if sizes else None
+
+
+class _Recorder:
+    """A cache that notes the sizes of what it is given: heads and their size, of keys and of values."""
+
+    def __init__(self) -> None:
+        self.sizes: set[tuple[tuple[int, int], tuple[int, int]]] = set()
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        k, v = ((t.shape[1], t.shape[3]) for t in (key, value))
+        self.sizes.add((k, v))
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0

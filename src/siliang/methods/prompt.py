@@ -1,0 +1,153 @@
+"""Virtual tokens: the config that the methods with prompts share, and what makes the tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from siliang.methods.config import PeftConfig
+from siliang.types import ConfigError, TaskType
+
+# Under which names the models' configs say them, in the order in which PEFT looks.
+SHAPES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+@dataclass(kw_only=True)
+class PromptConfig(PeftConfig):
+    """A method that puts trained virtual tokens before the text and leaves the base model's layers alone.
+
+    What is None is read off the base model when attaching.
+
+    Attributes:
+        num_virtual_tokens: Length of the prompt.
+        token_dim: Width of a virtual token: the model's hidden size, or, for a prefix, all key/value heads together.
+        num_transformer_submodules: 2 for encoder-decoders, whose files have twice the rows, otherwise 1.
+        num_attention_heads: Heads; for a prefix the key/value heads.
+        num_layers: Blocks of the model.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    is_prompt_learning: ClassVar[bool] = True
+    NEEDED: ClassVar[tuple[str, ...]] = ("token_dim",)
+    AT_LEAST_1: ClassVar[tuple[str, ...]] = (
+        "num_virtual_tokens",
+        "token_dim",
+        "num_transformer_submodules",
+        "num_attention_heads",
+        "num_layers",
+    )
+
+    def complete(self, model_config: Any, *, width: int | None = None) -> None:
+        """Fills in the shapes from the base model.
+
+        Args:
+            model_config: The base model's config.
+            width: Of its word embeddings, beside which the virtual tokens stand.
+
+        Raises:
+            ConfigError: The model does not say them, or the given ones are others.
+        """
+        if self.num_virtual_tokens is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs num_virtual_tokens (in a run: method.num_virtual_tokens), such as 20."
+            )
+        if self.num_transformer_submodules is None:
+            self.num_transformer_submodules = 2 if self.task_type is TaskType.SEQ_2_SEQ_LM else 1
+        if self.token_dim is None:
+            self.token_dim = width
+        if width is not None and self.token_dim != width:
+            raise ConfigError(f"token_dim = {self.token_dim}: the model's word embeddings have {width} columns.")
+        for name, names in SHAPES.items():
+            if getattr(self, name) is None:
+                setattr(self, name, said(model_config, names))
+        for name in self.NEEDED:
+            if getattr(self, name) is None:
+                raise ConfigError(
+                    f"{type(model_config).__name__} does not say {name}: give it in {type(self).__name__}."
+                )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the saved table of virtual tokens."""
+        assert self.num_virtual_tokens is not None
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+    @property
+    def width(self) -> int:
+        """Columns of the saved table of virtual tokens, once the config is complete."""
+        assert self.token_dim is not None
+        return self.token_dim
+
+    @property
+    def encoder_numbers(self) -> int:
+        """Parameters of what makes the table while it is trained; of a table that is trained itself its own."""
+        return self.rows * self.width
+
+    def make_prompt(self, word_embeddings: nn.Module) -> Prompt:
+        """A new prompt.
+
+        Args:
+            word_embeddings: The base model's, beside which the virtual tokens stand.
+        """
+        raise NotImplementedError
+
+    def for_file(self, *, has_encoder: bool) -> Self:
+        """The settings to make a prompt with that a file will fill.
+
+        Args:
+            has_encoder: The files hold what made the prompt, and not the prompt alone.
+        """
+        return self if has_encoder else dataclasses.replace(self, inference_mode=True)
+
+
+def said(model_config: Any, names: Sequence[str]) -> Any:
+    """What a model's config says of its text model under the first of `names` that it has; None where it has none."""
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    for name in names:
+        try:
+            if (value := getattr(text, name, None)) is not None:
+                return value
+        except Exception:  # of a config whose layers differ in it: its error is a kind of its own
+            continue
+    return None
+
+
+class Prompt(nn.Module, ABC):
+    """What makes the virtual tokens. Its `embedding` alone is left in a saved file: what trained it is flattened.
+
+    Attributes:
+        flat: The embedding is the prompt itself: there is nothing between, or it was loaded from a flattened file.
+    """
+
+    embedding: nn.Embedding
+    flat: bool
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The table of virtual tokens, (rows, width): what `prompt_embeddings` holds in the file."""
+
+    @torch.no_grad()
+    def flatten(self, table: Tensor) -> None:
+        """Becomes the plain table that a file holds."""
+        weight = self.embedding.weight
+        for name, _ in list(self.named_children()):
+            if name != "embedding":
+                delattr(self, name)
+        rows, width = table.shape
+        self.embedding = nn.Embedding(rows, width, _weight=table.to(device=weight.device, dtype=weight.dtype))
+        self.flat = True

@@ -1,0 +1,58 @@
+"""The paths of a model's modules, and what names and patterns mean among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from siliang.patterns import find
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a base model, one that is shared under each of its paths. Nothing may be attached to it."""
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        yield path, module
+        for name, child in module.named_children():
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def parameter_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a base model, one that is shared under each of its paths. Nothing may be attached to it."""
+    for path, module in plain_modules(model):
+        for name, p in module.named_parameters(recurse=False):
+            yield f"{path}.{name}" if path else name, p
+
+
+def inside(path: str, roots: Iterable[str]) -> bool:
+    """Whether `path` is one of `roots`, or lies within one."""
+    return any(path == root or path.startswith(root + ".") for root in roots)
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Those of the paths that lie in none of the others."""
+    paths = list(dict.fromkeys(paths))
+    return [p for p in paths if not inside(p, [other for other in paths if other != p])]
+
+
+def ends(path: str, name: str) -> bool:
+    """Whether the last steps of a path are `name`."""
+    return path == name or path.endswith("." + name)
+
+
+def meant(field: str, paths: Sequence[str], named: Sequence[str] | str | None) -> list[str]:
+    """The paths that a list of endings, or a regular expression for the whole path, means.
+
+    Args:
+        field: The setting that names them, for the error of a pattern that cannot be matched.
+
+    Raises:
+        TargetError: The pattern is no regular expression, or takes too long to match.
+    """
+    if isinstance(named, str):
+        (found,) = find(field, [named], paths, whole=True)
+        return [path for path, groups in zip(paths, found, strict=True) if groups is not None]
+    return [path for path in paths if any(ends(path, name) for name in named or ())]

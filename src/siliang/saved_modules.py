@@ -1,0 +1,66 @@
+"""Which modules of a base model are trained and saved whole: `modules_to_save`, the task's head, and what the model's
+files lack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from siliang.methods.config import PeftConfig
+from siliang.module_paths import inside, meant, outermost, plain_modules
+from siliang.types import TargetError, nearest
+
+
+def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str], nested: bool = True) -> list[str]:
+    """The outermost modules whose path ends in one of `names`, dot or no dot: PEFT's rule (`head` means lm_head too).
+
+    Args:
+        nested: Matches within a match are left to the outer one. PEFT trains that one, and writes the inner one.
+
+    Raises:
+        TargetError: One of `required` matches nothing; a match is a list of modules, which does not compute, or, unless
+            `nested`, lies within another.
+    """
+    modules = {p: m for p, m in plain_modules(model) if p}
+    paths = list(modules)
+    for name in required:
+        if not any(_ends_in(p, name) for p in paths):
+            hint = nearest(name, {p.rpartition(".")[2] for p in paths})
+            raise TargetError(f"modules_to_save: {name!r} matches no module of {type(model).__name__}.{hint}")
+    matches = [p for p in paths if any(_ends_in(p, name) for name in names)]
+    found = outermost(matches)
+    if not nested and (within := [p for p in matches if p not in found]):
+        raise TargetError(
+            f"modules_to_save means {within[0]} and a module around it: PEFT trains the outer one and writes the inner "
+            "one, so the file lacks what was trained."
+        )
+    for path in found:
+        if isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
+            raise TargetError(
+                f"modules_to_save: {path} is a list of modules, which does not compute: name what is in it."
+            )
+    return found
+
+
+def names_of_saved(config: PeftConfig, names: Iterable[str], saved: list[str], paths: list[str]) -> list[str]:
+    """The names of modules_to_save to write, so that PEFT finds the modules `saved` by them, and no target in these.
+
+    PEFT puts one wrapper into another where names match within a match, and cannot read what comes of it: such names
+    are left out. It keeps targets out of the modules that a whole step of the path names, and no others: where a target
+    is in another one, that one's path is named too.
+    """
+    found = [n for n in names if not (hits := [p for p in paths if _ends_in(p, n)]) or any(p in saved for p in hits)]
+    wanted = getattr(config, "target_modules", None) or []
+    for path in saved:
+        if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in found):
+            continue
+        if meant("target_modules", [p for p in paths if inside(p, [path])], wanted):
+            found.append(path)
+    return sorted(found)
+
+
+def _ends_in(path: str, name: str) -> bool:
+    """Whether PEFT takes `path` for one that `name` of modules_to_save means."""
+    return ("base_model.model." + path).endswith(name)
