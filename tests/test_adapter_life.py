@@ -331,12 +331,7 @@ def test_what_a_prompt_starts_from(init: str, tmp_path: Path) -> None:
         assert nearest.argmin(1).tolist() == (ids * 2)[:6]
 
 
-def test_kinds_do_not_mix() -> None:
-    model = attach("llama", siliang.LoraConfig())
-    with pytest.raises(ConfigError, match="cannot stand on one model"):
-        model.add_adapter("p", siliang.PromptTuningConfig(num_virtual_tokens=3))
-    with pytest.raises(ConfigError, match="another method"):
-        model.add_adapter("i", siliang.IA3Config())
+def test_what_prompts_need() -> None:
     with pytest.raises(ConfigError, match="needs num_virtual_tokens"):
         siliang.get_peft_model(make("llama"), siliang.PromptTuningConfig())
     with pytest.raises(ConfigError, match="is none"):

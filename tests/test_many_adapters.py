@@ -576,10 +576,9 @@ def test_prompts_are_not_at_work_together() -> None:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (IA3(target_modules=["query"], feedforward_modules=[]), "another method"),
         (Lora(target_modules=["key", "word_embeddings"], use_dora=True), "embedding"),
         (Lora(target_modules=["key"], modules_to_save=["nothing"]), "matches no module"),
-        (siliang.PromptTuningConfig(num_virtual_tokens=3), "cannot stand on one model"),
+        (siliang.PromptTuningConfig(num_virtual_tokens=3, token_dim=7), "word embeddings have"),
     ],
 )
 def test_an_adapter_that_cannot_be_added_leaves_nothing(second: Any, message: str) -> None:

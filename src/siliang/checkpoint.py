@@ -236,7 +236,7 @@ def load_tensors(
         raise AdapterError(
             f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}."
         )
-    why_other_shape = method_of(injection.config(name)).why_other_shape
+    why_other_shape = method_of(injection.config_of(name)).why_other_shape
     needed = {k: t.shape for k, t in own.items()} | {k: sizes[path].shape for k, path in embeddings.items()}
     for key, shape in needed.items():
         if tensors[key].is_complex():

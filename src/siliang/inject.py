@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from siliang.file_sizes import FileSizes, check_sizes
 from siliang.methods import method_of
 from siliang.methods.config import BASE, PeftConfig
-from siliang.methods.layer import AdaptedLayer, ByAdapter
+from siliang.methods.layer import AdaptedLayer, ByAdapter, SharedTensors
 from siliang.methods.method import Attached, Parts
 from siliang.methods.rows import Rows, watch_batches
 from siliang.models.introspect import is_encoder_decoder
@@ -239,7 +239,7 @@ class Injection(nn.Module):
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         for attribute, spec in parts.shared.items():
             self._hold_shared(attribute, name, spec.make(device), trained=spec.trained)
-        shared = {attribute: self._shared(attribute)[name] for attribute in parts.shared}
+        shared = self._shared_by(name, parts)
         for path, spec in parts.layers.items():
             layer = self._layer(path)
             adapter = spec.make(layer, name, shared)
@@ -273,6 +273,9 @@ class Injection(nn.Module):
         if attribute not in self._modules:
             self.add_module(attribute, ByAdapter())
         self._shared(attribute)[name] = nn.Parameter(tensor, requires_grad=False) if trained else tensor
+
+    def _shared_by(self, name: str, parts: Parts) -> SharedTensors:
+        return SharedTensors({attribute: self._shared(attribute) for attribute in parts.shared}, name)
 
     def _shared(self, attribute: str) -> ByAdapter:
         return self._modules[attribute]  # type: ignore[return-value]
@@ -368,7 +371,7 @@ class Injection(nn.Module):
 
     # ---- what an adapter consists of ----
 
-    def config(self, name: str) -> PeftConfig:
+    def config_of(self, name: str) -> PeftConfig:
         """The complete config of adapter `name`."""
         return self._configs[name]
 
@@ -379,7 +382,7 @@ class Injection(nn.Module):
             name=name,
             config=self._configs[name],
             layers={path: self._layers[path].adapters[name] for path in parts.layers},
-            shared={attribute: self._shared(attribute)[name] for attribute in parts.shared},
+            shared=self._shared_by(name, parts),
             prompt=self.prompts[name] if name in self.prompts else None,  # noqa: SIM401, ModuleDict has no get
             state=self._states[name],
         )

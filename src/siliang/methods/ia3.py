@@ -9,7 +9,7 @@ l = 1 at the start, so y is the base layer's exactly. Shapes: l (O, 1), or (1, I
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import find_targets
-from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, trained_dtype
+from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors, trained_dtype
 from siliang.methods.method import Method, Parts
 from siliang.methods.targets import IA3_FEEDFORWARD, IA3_TARGETS
 from siliang.models.introspect import as_stored, features, is_linear
@@ -97,7 +97,7 @@ class IA3Spec(LayerSpec):
         in_features, out_features = features(layer)
         return in_features if self.feedforward else out_features
 
-    def make(self, layer: AdaptedLayer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
         weight = layer.base_layer.weight
         in_features, out_features = features(layer.base_layer)
         shape = (1, in_features) if self.feedforward else (out_features, 1)

@@ -306,12 +306,28 @@ class LayerSpec(ABC):
         return {}
 
     @abstractmethod
-    def make(self, layer: AdaptedLayer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
         """Makes adapter `name` on a layer.
 
         Args:
             shared: The tensors that the adapter's layers share.
         """
+
+
+class SharedTensors(Mapping[str, Tensor]):
+    """The tensors that the layers of one adapter share, by name, as they are now: moving and sharding a model may replace them."""
+
+    def __init__(self, held: Mapping[str, ByAdapter], adapter: str) -> None:
+        self._held, self._adapter = held, adapter
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._held[name][self._adapter]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 class ByAdapter(nn.Module):

@@ -9,7 +9,7 @@ Shapes: g, b (D,).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import find_targets
-from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, trained_dtype
+from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors, trained_dtype
 from siliang.methods.method import Method, Parts
 from siliang.methods.targets import LN_TARGETS
 from siliang.models.introspect import is_norm
@@ -53,7 +53,7 @@ class NormSpec(LayerSpec):
     def numbers(self, layer: nn.Module) -> int:
         return sum(p.numel() for p in layer.parameters())
 
-    def make(self, layer: AdaptedLayer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
         twin = copy.deepcopy(layer.base_layer)
         for p in twin.parameters():
             p.data = p.data.to(trained_dtype(p))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siliang.methods.layer import AdaptedLayer, LayerAdapter, LayerSpec, trained_dtype
+from siliang.methods.layer import AdaptedLayer, LayerAdapter, LayerSpec, SharedTensors, trained_dtype
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
 from siliang.models.introspect import as_stored, features, is_linear, out_by_in
 from siliang.models.quantized import float_weight
@@ -55,7 +55,7 @@ class LoraSpec(LayerSpec):
     def sizes(self, layer: nn.Module) -> dict[str, int]:
         return {"r": self.kind.rank(layer, self)}
 
-    def make(self, layer: AdaptedLayer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
         return self.kind(layer, name, self)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.methods.config import PeftConfig
-from siliang.methods.layer import LayerAdapter, LayerSpec
+from siliang.methods.layer import LayerAdapter, LayerSpec, SharedTensors
 from siliang.methods.prompt import Prompt
 from siliang.methods.route import PromptSpec
 from siliang.types import ConfigError
@@ -87,7 +87,7 @@ class Attached(Generic[C]):
     name: str
     config: C
     layers: Mapping[str, LayerAdapter]
-    shared: Mapping[str, Tensor]
+    shared: SharedTensors
     prompt: Prompt | None
     state: dict[str, Tensor]
 
