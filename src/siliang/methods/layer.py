@@ -315,7 +315,7 @@ class LayerSpec(ABC):
 
 
 class SharedTensors(Mapping[str, Tensor]):
-    """The tensors that the layers of one adapter share, by name, as they are now: moving or sharding may replace them."""
+    """The tensors that the layers of one adapter share, by name, as they are now: sharding a model replaces some."""
 
     def __init__(self, held: Mapping[str, ByAdapter], adapter: str) -> None:
         self._held, self._adapter = held, adapter
