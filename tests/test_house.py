@@ -20,13 +20,9 @@ UPWARD: dict[tuple[str, str], str] = {
 }
 
 # Circles, without those that imports against the order make: the files in one. May only shrink.
-METHODS = ("base", "bitfit", "head", "ia3", "ln_tuning", "lora", "p_tuning", "prefix_tuning", "prompt_tuning")
 CIRCLES: dict[frozenset[str], str] = {
     frozenset({"train/trainer.py", "train/watcher.py"}): "each holds the other, as transformers' callbacks have it",
     frozenset({"train/endings.py", "train/run.py"}): "an ending takes the dataclass Run",
-    frozenset(
-        f"methods/{name}.py" for name in ("__init__", *METHODS)
-    ): "base.py looks a config's class up in the table",
 }
 
 # What the reports may import: records, and the vocabulary.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from siliang.methods.bitfit import BitFit, BitFitConfig
-from siliang.methods.config import PeftConfig
+from siliang.methods.config import PeftConfig, config_class
 from siliang.methods.full import Full
 from siliang.methods.head import Head, HeadConfig
 from siliang.methods.ia3 import IA3, IA3Config
@@ -15,7 +15,7 @@ from siliang.methods.method import Method
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
-from siliang.types import AdapterError, ConfigError, nearest
+from siliang.types import ConfigError, nearest
 
 METHODS: dict[str, Method[Any]] = {
     method.name: method
@@ -54,20 +54,6 @@ def find_method(name: str) -> Method[Any]:
 def method_of(config: PeftConfig) -> Method[Any]:
     """The table's row for a config."""
     return next(m for m in METHODS.values() if m.config is type(config))
-
-
-def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
-    """The config class for the `peft_type` of an adapter file.
-
-    Raises:
-        AdapterError: siliang has no such method.
-    """
-    found = {str(m.config.peft_type): m.config for m in METHODS.values() if m.config is not None}
-    name = str(peft_type)
-    if name not in found:
-        hint = f" Write {name.upper()!r}." if name.upper() in found else ""
-        raise AdapterError(f"{source}: peft_type {peft_type!r} is not a method of siliang ({', '.join(found)}).{hint}")
-    return found[name]
 
 
 __all__ = [

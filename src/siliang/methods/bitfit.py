@@ -28,10 +28,6 @@ class BitFitConfig(PeftConfig):
     peft_type: ClassVar[str] = PeftType.BITFIT
 
 
-class NoBiasesError(TargetError):
-    """BitFit finds no bias in the model."""
-
-
 class BitFit(Method[BitFitConfig]):
     """Every bias of the model, outside the modules that are saved whole."""
 
@@ -41,12 +37,13 @@ class BitFit(Method[BitFitConfig]):
     learning_rate_source = "Ben Zaken et al. 2021, appendix A.2: 1e-4 to 1e-3"
     trains = "every bias of the model"
     freezes_the_base = False
+    tunes = "biases"
 
     def attach(self, model: nn.Module, config: BitFitConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         biases = bias_paths(model, outside=saved)
         if not biases:
             model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-            raise NoBiasesError(
+            raise TargetError(
                 f"BitFit trains biases, and this model ({model_type}) has none. "
                 "Use LoRA instead: method: lora, or LoraConfig()."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -124,8 +125,6 @@ class PeftConfig:
         Raises:
             AdapterError: The file is missing, is no JSON, or names a method that siliang does not have.
         """
-        from siliang.methods import config_class  # the table of methods stands on this file
-
         path = Path(folder) / CONFIG_NAME
         missing = AdapterError(f"{folder} holds no adapter: {CONFIG_NAME} is missing there.")
         values = read_values(path, AdapterError, "cannot be read", missing=missing, foreign=True)
@@ -149,6 +148,29 @@ class LayerConfig(PeftConfig):
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
+
+
+def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
+    """The config class for the `peft_type` of an adapter file.
+
+    Args:
+        source: Where it stands, for the error.
+
+    Raises:
+        AdapterError: siliang has no such method.
+    """
+    found = {str(kind.peft_type): kind for kind in _subclasses(PeftConfig) if "peft_type" in vars(kind)}
+    name = str(peft_type)
+    if name not in found:
+        hint = f" Write {name.upper()!r}." if name.upper() in found else ""
+        raise AdapterError(f"{source}: peft_type {peft_type!r} is not a method of siliang ({', '.join(found)}).{hint}")
+    return found[name]
+
+
+def _subclasses(kind: type[PeftConfig]) -> Iterator[type[PeftConfig]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _subclasses(below)
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,7 @@ class Method(ABC, Generic[C]):
         trains: What it trains, in a few words.
         freezes_the_base: The base model's own parameters stay as they are, and so may be stored in half precision.
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
+        tunes: What it needs to find in the model, for the findings of `siliang check`.
         is_baseline: It is what the others must beat, and nobody's choice.
         default_targets: The usual layers by the base model's model_type, for a method that works on layers.
     """
@@ -114,6 +115,7 @@ class Method(ABC, Generic[C]):
     trains: ClassVar[str]
     freezes_the_base: ClassVar[bool] = True
     why_not_mergeable: ClassVar[str | None] = None
+    tunes: ClassVar[Literal["layers", "biases"]] = "layers"
     is_baseline: ClassVar[bool] = False
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 

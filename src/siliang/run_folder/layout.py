@@ -7,7 +7,7 @@ from pathlib import Path
 
 from siliang.config import RunConfig
 from siliang.files import write_text
-from siliang.methods.base import CONFIG_NAME as ADAPTER_CONFIG
+from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.paths import is_real_folder
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Record
 from siliang.safe_yaml import dump_yaml, read_yaml
