@@ -33,9 +33,8 @@ from siliang.module_paths import inside, plain_modules
 from siliang.saved_module import SavedModule, Swap, resized, resized_module, sites_of
 from siliang.saved_modules import find_saved_modules, names_of_saved
 from siliang.tied_weights import replace, untie
-from siliang.types import TASK_HEADS, ConfigError, MergeError, SiliangError, TaskType
+from siliang.types import OTHER_HEADS, TASK_HEADS, ConfigError, MergeError, SiliangError, TaskType
 
-OTHER_HEADS = ("classification_head",)  # BART's and T5's, which PEFT leaves untrained
 PROMPT_KEY = "prompt_embeddings"
 
 _TAKEN: WeakSet[nn.Module] = WeakSet()  # base models that have something attached

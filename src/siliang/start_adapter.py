@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.hashes import file_sha256, joined
-from siliang.inject import OTHER_HEADS
 from siliang.methods import method_of
 from siliang.methods.config import PeftConfig
 from siliang.other_names import is_method
@@ -16,7 +15,7 @@ from siliang.paths import check_links
 from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints
 from siliang.safe_yaml import read_yaml
-from siliang.types import TASK_HEADS, AdapterError, ConfigError, TaskType
+from siliang.types import OTHER_HEADS, TASK_HEADS, AdapterError, ConfigError, TaskType
 
 HUB_FIELDS = ("task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision")
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "siliang_training.safetensors")

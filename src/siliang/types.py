@@ -49,6 +49,7 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+OTHER_HEADS = ("classification_head",)  # BART's and T5's, which PEFT leaves untrained
 
 
 class TextError(ValueError):

@@ -18,11 +18,11 @@ from transformers import (
 import siliang
 from siliang.check import find, look_at
 from siliang.config import RunConfig
+from siliang.models.invented import invented_modules
 from siliang.models.load import invented_weights, load_config, load_model
 from siliang.plan import plan
 from siliang.plan.device import find_target
 from siliang.run_folder import open_run
-from siliang.models.invented import invented_modules
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
 from siliang.train.run import Listener, train
 from siliang.types import ModelError, TaskType

@@ -12,10 +12,9 @@ import torch
 from siliang.check.finding import RATE_FACTOR, Found
 from siliang.check.subject import Subject
 from siliang.hardware import FP16_ADAM_EPS
-from siliang.inject import OTHER_HEADS
 from siliang.methods import METHODS
 from siliang.peft_model import count_parameters, get_peft_model
-from siliang.types import ConfigError, ModelError, TargetError
+from siliang.types import OTHER_HEADS, ConfigError, ModelError, TargetError
 
 
 def no_pad_token(s: Subject) -> Iterator[Found]:

@@ -11,9 +11,9 @@ from siliang.config import RunConfig
 from siliang.hardware import find_device
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
+from siliang.models.invented import invented_modules
 from siliang.peft_model import PeftModel
 from siliang.run_folder import load_base
-from siliang.models.invented import invented_modules
 from siliang.tasks import TASKS
 
 

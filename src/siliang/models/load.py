@@ -27,7 +27,6 @@ from siliang.config import QuantizationConfig
 from siliang.environment import bound_kernel_caches
 from siliang.hardware import choose_precision
 from siliang.hub import cached_file, find_file, hub_is_off, only_cached
-from siliang.inject import OTHER_HEADS
 from siliang.limits import SECONDS, in_time
 from siliang.models.extra import CHATGLM, make_known
 from siliang.models.folder import (
@@ -39,6 +38,7 @@ from siliang.models.folder import (
     clean_quantization,
     read_config,
 )
+from siliang.models.invented import embedding_weights, invented_modules, may_be_invented
 from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokenizer_code
 from siliang.models.quantized import check_quantized, keep_as_stored
 from siliang.models.sizes import check_counts, check_files, may_be_too_large
@@ -47,8 +47,7 @@ from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links, near_names
 from siliang.secrets import short_repr
-from siliang.models.invented import embedding_weights, invented_modules, may_be_invented
-from siliang.types import ModelError, first_line
+from siliang.types import OTHER_HEADS, ModelError, first_line
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them

@@ -18,6 +18,7 @@ from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.methods import find_method
+from siliang.models.invented import mark_invented
 from siliang.models.positions import Positions
 from siliang.models.quantized import held_tensors, quantized_sizes
 from siliang.models.weights import passing_bytes
@@ -28,7 +29,6 @@ from siliang.plan.fake import fake_mode, make_fake_base, to_fake
 from siliang.plan.rows import cut, synthetic_row
 from siliang.plan.steps import Measured, Phase, baseline_step, measure
 from siliang.run_folder import weight_dtype
-from siliang.models.invented import mark_invented
 from siliang.tasks import TASKS
 from siliang.types import ConfigError, DataError
 
