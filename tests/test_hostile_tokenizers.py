@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from tiny import make, word_tokenizer
 from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -215,3 +216,23 @@ def test_a_file_of_words_that_is_too_large(name: str, tmp_path: Path) -> None:
         file.truncate(2**36)  # of which nothing is on the disk
     with pytest.raises(ModelError, match=rf"{name} has 68,719,476,736 bytes"):
         check_tokenizer(str(tmp_path))
+
+
+def test_a_sentencepiece_model_that_makes_many_characters_of_one(tmp_path: Path) -> None:
+    make("t5").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    (tmp_path / "lines").write_text("\n".join(f"the film was good and bad, dull and bright {i}" for i in range(300)))
+    for becomes in (["62"], ["62"] * 2000):  # of each a
+        (tmp_path / "rules").write_text("61\t" + " ".join(becomes) + "\n")
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "lines"),
+            model_prefix=str(tmp_path / "spiece"),
+            normalization_rule_tsv=str(tmp_path / "rules"),
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        if len(becomes) == 1:
+            assert load_tokenizer(str(tmp_path))("a film")["input_ids"]
+    with pytest.raises(ModelError, match=r"its table of characters holds more than 100 bytes for one"):
+        load_tokenizer(str(tmp_path))

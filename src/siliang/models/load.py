@@ -43,7 +43,7 @@ from siliang.models.own_code import OwnCode, code_of, find_own_code, find_tokeni
 from siliang.models.quantized import check_quantized, keep_as_stored
 from siliang.models.sizes import check_counts, check_files, may_be_too_large
 from siliang.models.spec import ModelSpec
-from siliang.models.tokenizer_file import check_tokenizer
+from siliang.models.tokenizer_file import check_made, check_tokenizer
 from siliang.models.weights import piece_by_piece
 from siliang.paths import check_links, near_names
 from siliang.secrets import short_repr
@@ -287,6 +287,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     try:
         check_tokenizer(name, revision)
         tokenizer = _tokenizer_from_pretrained(name, revision)
+        check_made(tokenizer, name, revision)
     except ModelError:
         raise
     except Exception as error:

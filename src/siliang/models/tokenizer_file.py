@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from siliang.hub import find_file
 from siliang.limited_process import MOST_NUMBER
@@ -44,6 +45,22 @@ def check_tokenizer(name: str, revision: str | None = None) -> None:
     if (folder := Path(name)).is_dir():
         for path in (path for beside in BESIDE for path in folder.glob(beside)):
             _check_size(path, OTHERS)
+
+
+def check_made(tokenizer: Any, name: str, revision: str | None = None) -> None:
+    """Whether the rules may be used that transformers made of other files than a tokenizer.json: a sentencepiece model
+    has a table of what becomes of each character.
+
+    Raises:
+        ModelError: They ask for too much.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or find_file(name, "tokenizer.json", revision) is not None:
+        return
+    try:
+        look_at_tokenizer(core.to_str())
+    except RefusedError as error:
+        raise ModelError(f"{name}: its tokenizer cannot be used: {first_line(str(error))}.") from None
 
 
 def _check_size(path: Path, most: int) -> None:
