@@ -95,7 +95,7 @@ def _size(arrays: Iterable[Any]) -> int:
             elif pa.types.is_dictionary(kind):
                 words = piece.dictionary
                 if _is_text(kind.value_type):
-                    size += pc.sum(pc.binary_length(words).take(piece.indices.drop_null())).as_py() or 0
+                    size += _total(_lengths(words).take(piece.indices.drop_null()))
                 elif pa.types.is_nested(kind.value_type):
                     size += len(piece) * _size([words])
             elif pa.types.is_struct(kind):
@@ -106,8 +106,16 @@ def _size(arrays: Iterable[Any]) -> int:
                 first, last = (piece.offsets[i].as_py() for i in (0, len(piece)))
                 size += _size(part.slice(first, last - first) for part in (piece.keys, piece.items))
             elif _is_text(kind):
-                size += pc.sum(pc.binary_length(piece)).as_py() or 0
+                size += _total(_lengths(piece))
     return size
+
+
+def _lengths(texts: Any) -> Any:
+    return pc.call_function("binary_length", [texts])
+
+
+def _total(numbers: Any) -> int:
+    return pc.call_function("sum", [numbers]).as_py() or 0
 
 
 def _is_text(kind: Any) -> bool:
