@@ -3,6 +3,7 @@ turn. Each measurement is a process of its own."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shlex
@@ -210,6 +211,7 @@ def run_job(path: Path, log: Path, scratch: Path) -> None:
     found = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
     if found.job.smoke:
         torch.set_num_threads(1)  # work so small is only held up by threads that wait for each other
+        gc.freeze()  # and by looking through all that was imported, each time that garbage is collected
     try:
         if found.job.library == "siliang":
             from bench.ours import measure

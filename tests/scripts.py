@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -23,6 +24,7 @@ def run_script(script: Path, *arguments: object, folder: Path) -> str:
 
 
 def _main(script: Path, arguments: list[str], folder: Path) -> None:
+    gc.freeze()  # as conftest.py does
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

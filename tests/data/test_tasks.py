@@ -348,7 +348,7 @@ def test_classes_on_chnsenticorp(shared: Path, tmp_path: Path) -> None:
     rows = raw[1:901] + raw[-500:]  # the file is sorted by label
     (tmp_path / "d.csv").write_text("\n".join([raw[0], *rows]) + "\n")
     data = {"train": str(tmp_path / "d.csv"), "test_size": 0.15, "stratify": True, "seed": 123, "max_length": 64}
-    rate = {"max_steps": 70, "batch_size": 32, "learning_rate": 2e-4}
+    rate = {"max_steps": 50, "batch_size": 32, "learning_rate": 2e-4}
     model = shared / "weights" / "zh-mini-bert"
     record, measured = run(tmp_path, model, "seq_cls", data, train=rate, method="full")
     print(f"ChnSentiCorp, {record.rows.train} rows: {measured}")
@@ -418,7 +418,7 @@ def test_answers_on_ner_resume(shared: Path, tmp_path: Path) -> None:
         "task": "question_ans",
         "method": "full",
         "data": {"train": str(tmp_path / "train.json"), "eval": str(tmp_path / "eval.json"), "max_length": 64},
-        "train": {"max_steps": 60, "batch_size": 16, "learning_rate": 3e-4},
+        "train": {"max_steps": 36, "batch_size": 16, "learning_rate": 3e-4},
         "accept": ["SL042"],
         "output": str(tmp_path / "run"),
     }

@@ -86,7 +86,7 @@ def test_a_killed_rank_ends_the_run_with_a_word(still_place: Place, tmp_path: Pa
     command = [
         sys.executable,
         *STARTS["--devices"],
-        *settings(still_place, tmp_path, max_steps=600, save_every=20),
+        *settings(still_place, tmp_path, max_steps=200, save_every=20),
         "--devices",
         "2",
     ]
