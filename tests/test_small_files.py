@@ -332,7 +332,8 @@ import resource, sys
 from pathlib import Path
 import torch
 from siliang.models.load import load_model
-from siliang.types import ModelError, TaskType
+from siliang.tasks import CAUSAL_LM
+from siliang.types import ModelError
 load_model(sys.argv[1], CAUSAL_LM.model, dtype=torch.float32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for folder in sys.argv[2:]:

@@ -138,7 +138,7 @@ MEASURE = """
 import json, sys, torch
 from siliang.config import QuantizationConfig
 from siliang.models.load import load_model
-from siliang.types import TaskType
+from siliang.tasks import CAUSAL_LM
 import bitsandbytes  # its own memory is not the model's
 
 def resident(name):
