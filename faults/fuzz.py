@@ -33,7 +33,7 @@ from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
 from siliang.data.load import load_examples
-from siliang.models.load import load_tokenizer
+from siliang.models.tokenizers import load_tokenizer
 from siliang.records import Record
 from siliang.safe_yaml import read_yaml
 from siliang.tasks import TASKS

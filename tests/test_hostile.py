@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 
 from siliang import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from siliang.config import RunConfig
-from siliang.models.load import load_config, load_model
+from siliang.models.base_config import load_config
+from siliang.models.load import load_model
 from siliang.records import Record
 from siliang.safe_yaml import read_yaml
 from siliang.secrets import without_secrets

@@ -19,8 +19,8 @@ from siliang.data import tokens
 from siliang.data.examples import Text
 from siliang.data.tokens import tokenise
 from siliang.limits import RefusedError, in_time, look_at_tokenizer
-from siliang.models.load import load_tokenizer
 from siliang.models.tokenizer_file import check_tokenizer
+from siliang.models.tokenizers import load_tokenizer
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ModelError, TaskType
 

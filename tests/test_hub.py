@@ -16,7 +16,9 @@ from huggingface_hub.utils import close_session
 
 from siliang import hub
 from siliang.data.sources import Reading, open_source
-from siliang.models.load import load_config, load_model, load_tokenizer
+from siliang.models.base_config import load_config
+from siliang.models.load import load_model
+from siliang.models.tokenizers import load_tokenizer
 from siliang.peft_model import adapter_folder
 from siliang.tasks import SEQ_CLS
 from siliang.types import AdapterError, DataError, ModelError

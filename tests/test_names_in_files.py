@@ -18,7 +18,9 @@ from tiny import make, write_jsonl
 
 from siliang import LoraConfig, PromptTuningConfig, get_peft_model
 from siliang.data.sources import _fetch
-from siliang.models.load import load_config, load_model, load_tokenizer
+from siliang.models.base_config import load_config
+from siliang.models.load import load_model
+from siliang.models.tokenizers import load_tokenizer
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ConfigError, DataError, ModelError, TaskType
 

@@ -19,7 +19,7 @@ from siliang.config.distributed import deepspeed_settings
 from siliang.data.load import load_examples
 from siliang.distributed.launched import accelerate_strategy
 from siliang.files import damage
-from siliang.models.load import load_config
+from siliang.models.base_config import load_config
 from siliang.plan.history import known_work, record_work
 from siliang.report.gather import gather
 from siliang.safe_json import JsonError, parse_json, read_json

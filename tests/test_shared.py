@@ -18,7 +18,8 @@ from torch import nn
 from siliang import PeftConfig, PeftModel
 from siliang.config import RunConfig
 from siliang.data.conversations import prompt_tokens
-from siliang.models.load import load_model, load_tokenizer
+from siliang.models.load import load_model
+from siliang.models.tokenizers import load_tokenizer
 from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.tasks import CAUSAL_LM

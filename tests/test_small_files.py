@@ -30,7 +30,8 @@ from siliang.checkpoint import read_adapter
 from siliang.file_sizes import SPARE_NUMBERS
 from siliang.methods.config import PeftConfig
 from siliang.methods.prompt import PromptConfig
-from siliang.models.load import load_config, load_model
+from siliang.models.base_config import load_config
+from siliang.models.load import load_model
 from siliang.tasks import SEQ_CLS
 from siliang.types import AdapterError, ModelError, SiliangError, TaskType
 

@@ -29,7 +29,8 @@ from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
 from siliang.data.load import load_examples
-from siliang.models.load import load_model, load_tokenizer
+from siliang.models.load import load_model
+from siliang.models.tokenizers import load_tokenizer
 from siliang.report.gather import gather
 from siliang.report.page import write_page
 from siliang.run_folder import find_run, open_trained

@@ -30,7 +30,7 @@ from siliang.compare.pool import Pool
 from siliang.compare.run import Listener, compare
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
-from siliang.models.load import load_tokenizer
+from siliang.models.tokenizers import load_tokenizer
 from siliang.records import Answers, Comparison, Record, Trial
 from siliang.run_folder import load_base
 from siliang.train.run import Listener as RunListener

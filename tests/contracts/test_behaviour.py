@@ -23,8 +23,9 @@ from siliang.engine.padding import NotPackableError, PaddingFree
 from siliang.engine.patches import attention_implementation, checkpoint_layers, register_attention
 from siliang.memory.track import resizes_seen
 from siliang.models import introspect, weights
+from siliang.models.base_config import load_config
 from siliang.models.invented import invented_modules
-from siliang.models.load import load_config, load_model
+from siliang.models.load import load_model
 from siliang.models.quantized import empty_quantized, float_weight, is_quantized, keep_as_stored
 from siliang.plan.fake import fake_mode
 from siliang.types import TaskType

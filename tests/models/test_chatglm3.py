@@ -23,9 +23,10 @@ from transformers import (
 
 import siliang
 from siliang import LoraConfig, TaskType, get_peft_model
+from siliang.models.base_config import load_config
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
 from siliang.models.chatglm3.model import RotaryEmbedding
-from siliang.models.load import load_config, load_model
+from siliang.models.load import load_model
 from siliang.peft_model import enable_checkpointing
 from siliang.tasks import CAUSAL_LM, SEQ_CLS
 from siliang.types import ModelError

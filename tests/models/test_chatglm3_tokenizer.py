@@ -4,6 +4,8 @@ import copy
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMTokenizer
 from siliang.models.chatglm3.template import PUBLISHED_TEMPLATE
 from siliang.models.chatglm3.tokenizer import COMMANDS
-from siliang.models.load import load_tokenizer
+from siliang.models.tokenizers import load_tokenizer
 from siliang.types import ModelError
 
 QUESTION = "如何准备数据分析师面试？"
@@ -426,3 +428,16 @@ def test_without_its_file(folder: Path, tmp_path: Path) -> None:
         shutil.copy(folder / name, tmp_path / name)
     with pytest.raises(ModelError, match=r"tokenizer\.model"):
         load_tokenizer(str(tmp_path))
+
+
+def test_it_is_imported_when_it_is_met(folder: Path, tmp_path: Path) -> None:
+    """A third of a second that no other model needs; its tokenizer alone is met, too."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    code = (
+        "import sys; from siliang.models.load import load_model; from siliang.models.tokenizers import *\n"
+        "print('siliang.models.chatglm3' in sys.modules)\n"
+        f"print(type(load_tokenizer_alone({str(tmp_path)!r}, {{}})).__name__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "ChatGLMTokenizer"]

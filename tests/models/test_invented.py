@@ -18,8 +18,9 @@ from transformers import (
 import siliang
 from siliang.check import find, look_at
 from siliang.config import RunConfig
+from siliang.models.base_config import load_config
 from siliang.models.invented import invented_modules
-from siliang.models.load import invented_weights, load_config, load_model
+from siliang.models.load import invented_weights, load_model
 from siliang.plan import plan
 from siliang.plan.device import find_target
 from siliang.run_folder import open_run

@@ -17,7 +17,7 @@ from siliang.config import RunConfig
 from siliang.data.examples import conversation
 from siliang.data.templates import TEMPLATES
 from siliang.engine.step import Engine
-from siliang.models.load import load_tokenizer
+from siliang.models.tokenizers import load_tokenizer
 from siliang.run_folder import open_run
 from siliang.tasks import QUESTION_ANS, SEQ_CLS
 from siliang.train.guard import Guard

@@ -31,9 +31,11 @@ from siliang.data.tokens import TokenSet, tokenise, usable
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
+from siliang.models.base_config import MISFITS, load_config
 from siliang.models.invented import mark_invented
-from siliang.models.load import MISFITS, invented_weights, load_config, load_tokenizer, model_from_config
+from siliang.models.load import invented_weights, model_from_config
 from siliang.models.positions import Positions
+from siliang.models.tokenizers import load_tokenizer
 from siliang.tasks import TASKS
 from siliang.types import DataError, ModelError, first_line
 

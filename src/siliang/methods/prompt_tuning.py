@@ -92,7 +92,7 @@ class PromptTuningConfig(PromptConfig):
         return dataclasses.replace(self, prompt_tuning_init=PromptTuningInit.RANDOM, tokenizer_kwargs=None)
 
     def _text_ids(self) -> list[int]:
-        from siliang.models.load import load_tokenizer_alone  # only this start reads a file of a model
+        from siliang.models.tokenizers import load_tokenizer_alone  # only this start reads a file of a model
 
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
         if (strange := next((key for key in settings if key not in TOKENIZER_SETTINGS), None)) is not None:

@@ -20,7 +20,7 @@ from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.hardware import machine
 from siliang.methods import find_method
-from siliang.models.load import load_config
+from siliang.models.base_config import load_config
 from siliang.plan.device import EFFICIENCY, Device, find_target, measure_flops
 from siliang.plan.fake_run import Baseline, FakeRun
 from siliang.plan.fit import MemoryLimit, find_fit

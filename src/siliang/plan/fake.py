@@ -17,7 +17,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from siliang.capabilities import why_missing
 from siliang.config import QuantizationConfig
 from siliang.data.batch import Batch
-from siliang.models.load import MISFITS, SHARDABLE_STORAGE, kept_whole, model_from_config
+from siliang.models.base_config import MISFITS
+from siliang.models.load import SHARDABLE_STORAGE, kept_whole, model_from_config
 from siliang.models.quantized import empty_quantized
 from siliang.models.spec import ModelSpec
 from siliang.types import ConfigError, ModelError, first_line

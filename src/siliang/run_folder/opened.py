@@ -18,7 +18,8 @@ from siliang.files import damage
 from siliang.hardware import Choice
 from siliang.methods import Method, find_method
 from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
-from siliang.models.load import load_model, load_tokenizer
+from siliang.models.load import load_model
+from siliang.models.tokenizers import load_tokenizer
 from siliang.paths import check_links
 from siliang.peft_model import PeftModel
 from siliang.records import Record

@@ -1,0 +1,141 @@
+"""A base model's config: from a folder or from the hub, without code that nobody allowed, and checked before anything
+else is made of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from siliang.capabilities import why_missing
+from siliang.hub import cached_file, find_file, hub_is_off, only_cached
+from siliang.models.extra import make_known
+from siliang.models.folder import check_hub_names, check_names, clean_quantization, read_config
+from siliang.models.own_code import OwnCode, find_own_code
+from siliang.models.sizes import check_counts, check_files
+from siliang.paths import check_links, near_names
+from siliang.types import ModelError, first_line
+
+NEEDED = ("attention and kernels chosen by siliang alone", "adapters beside a model left aside")  # capabilities
+# what transformers raises where a config does not go together
+MISFITS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
+
+
+def load_config(name: str, *, revision: str | None = None) -> Any:
+    """A base model's config.
+
+    Raises:
+        ModelError: `name` is no model, here or on the hub.
+        OwnCodeError: It brings code of its own, which the user has not allowed.
+    """
+    check_folder(name, revision)
+    for needed in NEEDED:
+        if (missing := why_missing(needed)) is not None:
+            raise ModelError(f"{name} is not loaded: {missing}, and siliang needs it to keep code out of models.")
+    try:
+        config, code = _read_config(name, revision)
+    except ModelError:
+        raise
+    except Exception as error:  # a config's own checks raise kinds of their own
+        raise ModelError(why_not(name, error)) from error
+    for part in _parts(config):
+        # what a downloaded file says of code to run, its own or a kernel from the hub, is not asked
+        if code is None:
+            part.__dict__.pop("auto_map", None)
+        part.__dict__.pop("fusion_config", None)
+        # nor are other ways to give the same numbers, which the training step does not know
+        part.return_dict = True
+        if "chunk_size_feed_forward" in part.__dict__:
+            part.chunk_size_feed_forward = 0
+        part._attn_implementation = part._experts_implementation = None
+        if (bits := part.__dict__.get("quantization_config")) is not None:
+            part.quantization_config = clean_quantization(name, bits)
+    return config
+
+
+def check_folder(name: str, revision: str | None = None) -> None:
+    """A base model's files are here or on the hub, name nothing outside of them, and ask for no more than is allowed.
+
+    Raises:
+        ModelError: They are not, or do.
+    """
+    path = Path(name)
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            raise ModelError(f"{name} is a folder, but no model: config.json is missing there.")
+        check_links(path, ModelError)
+        values = read_config(config)
+        if not isinstance(values.get("model_type"), str):
+            raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
+        make_known(values.get("model_type"))
+        check_counts(values, config)
+        if (generation := path / "generation_config.json").is_file():
+            check_counts(read_config(generation), generation)
+        check_names(path)
+        check_files(path)
+    elif path.is_file():
+        raise ModelError(f"{name} is a file: give the folder of the model, which holds config.json and the weights.")
+    elif _looks_like_a_path(name):
+        raise ModelError(f"There is no model folder {name}.{near_names(path)}")
+    elif (why := hub_is_off()) is not None and cached_file(name, "config.json", revision=revision) is None:
+        raise ModelError(
+            f"{name} is no folder here, and not in the hub's cache; {why}.{near_names(path)} Give the model's folder."
+        )
+    else:
+        check_hub_names(name, revision)
+        if (found := find_file(name, "config.json", revision)) is not None:
+            values = read_config(found)
+            make_known(values.get("model_type"))
+            check_counts(values, found)
+
+
+def why_not(name: str, error: Exception, what: str = "model") -> str:
+    """What a library said when it could not load the model, or another part of it."""
+    why = first_line(error, kind=isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError))
+    if "weights_only" in why:  # torch would advise to run what is in the file
+        why = "a .bin file of its weights holds something else than tensors, or is damaged."
+    if not Path(name).is_dir():
+        return f"{name} is no folder here, and the hub did not give its {what}: {why}"
+    return f"{name}: its {what} cannot be loaded: {why}"
+
+
+def _read_config(name: str, revision: str | None) -> tuple[Any, OwnCode | None]:
+    """The config, and the model's own code that it is made with."""
+    code = find_own_code(name, revision)
+    if code is None:
+        try:
+            cached = only_cached(name)
+            return AutoConfig.from_pretrained(
+                name, revision=revision, trust_remote_code=False, local_files_only=cached
+            ), None
+        except ValueError:
+            code = find_own_code(name, revision)  # of the hub, whose config.json is here by now
+            if code is None:
+                raise
+    config = code.find_class("AutoConfig").from_pretrained(str(code.folder))
+    config.name_or_path = name
+    return config, code
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config and those inside of it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Not owner/name, nor the name of one of the hub's old models."""
+    strange = (
+        name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name or ":" in name
+    )
+    return (
+        strange
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
+        or ("/" in name and Path(name).parent.is_dir())
+    )

@@ -1,0 +1,131 @@
+"""Base models' tokenizers: with a pad token, able to make tokens of a text, and without code that nobody allowed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, LlamaTokenizer
+
+from siliang.hub import only_cached
+from siliang.limits import SECONDS, in_time
+from siliang.models.base_config import check_folder, load_config, why_not
+from siliang.models.extra import CHATGLM, make_known
+from siliang.models.folder import check_tokenizer_names, read_config
+from siliang.models.own_code import find_own_code, find_tokenizer_code
+from siliang.models.tokenizer_file import check_made, check_tokenizer
+from siliang.paths import check_links
+from siliang.secrets import short_repr
+from siliang.types import ModelError, first_line
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """A base model's tokenizer, with a pad token.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        OwnCodeError: It, or its model, brings code of its own, which the user has not allowed.
+    """
+    check_folder(name, revision)
+    folder = Path(name)
+    try:
+        check_tokenizer(name, revision)
+        tokenizer = _tokenizer_from_pretrained(name, revision)
+        check_made(tokenizer, name, revision)
+    except ModelError:
+        raise
+    except Exception as error:
+        if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise ModelError(_no_tokenizer(name, TOKENIZER_FILES)) from None
+        load_config(name, revision=revision)  # which transformers reads as well, says what is wrong with itself
+        raise ModelError(why_not(name, error, what="tokenizer")) from error
+    # transformers makes one that knows no word where the files of its words are missing
+    files = tuple(dict.fromkeys(tokenizer.vocab_files_names.values()))
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    if files and len(set(tokenizer.get_vocab()) - special) < 2:
+        raise ModelError(_no_tokenizer(name, files))
+    if type(longest := tokenizer.model_max_length) not in (int, float):
+        raise ModelError(f"{name}: model_max_length = {short_repr(longest)} in its tokenizer_config.json is no number.")
+    if tokenizer.pad_token_id is None:
+        # safe: batches mask padding by position, never by the token's number
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    try:
+        in_time(partial(tokenizer, "a 1 \uff01", verbose=False), SECONDS)
+        tokenizer.convert_tokens_to_ids(
+            "\uff01 no word \uff01"
+        )  # which asks for the unknown word for ever, if it is none
+    except Exception as error:  # the tokenizers library raises Exception itself, as where its unknown word is no word
+        raise ModelError(f"{name}: its tokenizer makes no tokens of a text: {first_line(error)}") from None
+    return tokenizer
+
+
+def load_tokenizer_alone(name: str, settings: dict[str, Any]) -> Any:
+    """The tokenizer that an adapter's config names, whose folder need hold no model. It runs no code of its own.
+
+    Args:
+        name: A folder, or a name on the hub.
+        settings: For AutoTokenizer.from_pretrained.
+
+    Raises:
+        ModelError: It cannot be loaded, or asks for too much.
+    """
+    folder, revision = Path(name), settings.get("revision")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        check_links(folder, ModelError)
+        if (file := folder / "tokenizer_config.json").is_file():
+            make_known(tokenizer=read_config(file).get("tokenizer_class"))
+    else:
+        check_folder(name, revision)
+    try:
+        check_tokenizer(name, revision)
+        aside = check_tokenizer_names(name, revision)
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=only_cached(name), **settings, **aside
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(why_not(name, error, what="tokenizer")) from error
+
+
+def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
+    given = check_tokenizer_names(name, revision)
+    bare = (Path(name) / "tokenizer.model").is_file() and not (Path(name) / "tokenizer_config.json").is_file()
+    if bare and load_config(name, revision=revision).model_type != CHATGLM:
+        # AutoTokenizer would read a bare sentencepiece file without the leading space and <s> of Llama
+        return LlamaTokenizer.from_pretrained(name, add_bos_token=True)
+    code = find_own_code(name, revision)
+    try:
+        if code is None or "AutoTokenizer" not in code.classes:
+            config = load_config(name, revision=revision) if code is not None or given else None
+            return AutoTokenizer.from_pretrained(
+                name,
+                config=config,
+                revision=revision,
+                trust_remote_code=False,
+                local_files_only=only_cached(name),
+                **given,
+            )
+    except ValueError as error:  # transformers does not know it
+        code = find_tokenizer_code(name, revision) if "trust_remote_code" in str(error) else None
+        if code is None or "AutoTokenizer" not in code.classes:
+            raise
+    return code.find_class("AutoTokenizer").from_pretrained(str(code.folder), **given)
+
+
+def _no_tokenizer(name: str, files: tuple[str, ...]) -> str:
+    return (
+        f"{name} has no tokenizer: of {', '.join(dict.fromkeys(('tokenizer.json', *files)))} none is there that holds "
+        "words.\nCopy the tokenizer's files of the model that it was made from beside config.json."
+    )
