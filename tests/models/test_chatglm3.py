@@ -25,7 +25,7 @@ import siliang
 from siliang import LoraConfig, TaskType, get_peft_model
 from siliang.models.base_config import load_config
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
-from siliang.models.chatglm3.model import RotaryEmbedding
+from siliang.models.chatglm3.model import CACHE, RotaryEmbedding
 from siliang.models.load import load_model
 from siliang.peft_model import enable_checkpointing
 from siliang.tasks import CAUSAL_LM, SEQ_CLS
@@ -134,9 +134,9 @@ def test_golden_hidden_states_step_by_step(golden: tuple[ChatGLMModel, dict[str,
     steps = [ids[:, :first], *ids[:, first:].split(1, dim=1)]
     found, cache = [], None
     for step in steps:
-        out = model(step, past_key_values=cache, use_cache=True)
+        out = model(step, **{CACHE: cache}, use_cache=True)
         found.append(out.last_hidden_state)
-        cache = out.past_key_values
+        cache = out[CACHE]
     assert_close(torch.cat(found, dim=1), expected["last_hidden_state"])
 
 

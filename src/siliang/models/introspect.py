@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states")  # arguments that hold another text's states
-CACHES = ("layer_past", "past_key_values")  # what a forward calls its cache: BLOOM and Falcon, all others
+# arguments that hold the cache: of BLOOM's and Falcon's attentions; all others from transformers 5.24 on; and before
+CACHES = ("layer_past", "cache", "past_key_values")
 RMS_EPS = ("variance_epsilon", "eps", "epsilon")
 
 
@@ -104,8 +105,14 @@ def takes_tokens(module: nn.Module) -> bool:
 
 def cached_tokens(named: dict[str, Any]) -> int:
     """How many tokens the cache among a model's arguments holds."""
-    cache = named.get("past_key_values")
+    cache = next((named[name] for name in CACHES if named.get(name) is not None), None)
     return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What the forward of a model, or of an attention, calls its cache."""
+    parameters = parameters_of(module)
+    return next((name for name in CACHES if name in parameters), CACHES[-1])
 
 
 # ---- attention ----
@@ -118,12 +125,6 @@ def is_cached_attention(module: nn.Module) -> bool:
     parameters = parameters_of(module)
     has_projections = any(is_linear(_unwrapped(child)) for child in module.children())
     return has_projections and not set(CACHES).isdisjoint(parameters) and "hidden_states" in parameters
-
-
-def cache_argument(attention: nn.Module) -> str:
-    """What the forward of an attention calls its cache."""
-    parameters = parameters_of(attention)
-    return next((name for name in CACHES if name in parameters), CACHES[-1])
 
 
 def mask_argument(attention: nn.Module) -> str:

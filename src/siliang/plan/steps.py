@@ -17,7 +17,7 @@ from siliang.distributed.sharding import reshard
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.memory.track import Peak, Tracker
-from siliang.models.introspect import NoLayerStackError, layer_stack
+from siliang.models.introspect import NoLayerStackError, cache_argument, layer_stack
 from siliang.models.quantized import held_tensors
 from siliang.ops.lora_linear import lora_linear_as
 from siliang.peft_model import PeftModel
@@ -144,8 +144,9 @@ def _generate(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -
     if not engine.task.writes or engine.task.has_encoder:
         return False
     rows = {name: x for name, x in batches[0].inputs.items() if name in ("input_ids", "attention_mask")}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     with autocast():
-        found = model(**rows, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+        found = model(**rows, **{cache_argument(base): DynamicCache()}, use_cache=True, logits_to_keep=1)
     del found
     return True
 

@@ -33,6 +33,8 @@ from siliang.models.chatglm3.config import ChatGLMConfig
 TURN_ENDS = (64795, 64797)
 # masks and static caches of transformers 5.3 must be told the new tokens' places; since 5.4 they count for themselves
 NEEDS_PLACES = "cache_position" in inspect.signature(create_causal_mask).parameters
+# what transformers calls a model's cache: it was renamed in 5.24. Here it is `cache`, and the older name is taken too
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class RMSNorm(nn.Module):
@@ -101,7 +103,7 @@ class SelfAttention(nn.Module):
         hidden_states: Tensor,  # (B, L, C); of transformers' name, by which prefix tuning knows an attention
         rotary: tuple[Tensor, Tensor],
         attention_mask: Any,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What attention adds to each token (B, L, C), and its weights, where the attention function gives them."""
@@ -110,8 +112,8 @@ class SelfAttention(nn.Module):
             for part in self.query_key_value(hidden_states).split(self.widths, dim=-1)
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx, kwargs)  # in which 5.3 looks for cache_position
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx, kwargs)  # in which 5.3 looks for cache_position
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         heads_BLHD, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -149,10 +151,11 @@ class GLMBlock(GradientCheckpointingLayer):
         x_BLC: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        added, _ = self.self_attention(self.input_layernorm(x_BLC), rotary, attention_mask, past_key_values, **kwargs)
+        cache = kwargs.pop("past_key_values", cache)
+        added, _ = self.self_attention(self.input_layernorm(x_BLC), rotary, attention_mask, cache, **kwargs)
         x_BLC = x_BLC + F.dropout(added, self.dropout, self.training)
         added = self.mlp(self.post_attention_layernorm(x_BLC))
         return x_BLC + F.dropout(added, self.dropout, self.training)
@@ -191,7 +194,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]  # noqa: RUF012  as transformers declares it
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -232,7 +235,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -243,35 +246,35 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             input_ids: (B, L); or `inputs_embeds` (B, L, C) in their place.
             attention_mask: (B, tokens in the cache + L), 0 where there is padding, which may be on either side.
             position_ids: (B, L). Without them the tokens that the mask lets through are counted from 0.
-            past_key_values: Keys and values of the tokens before; they are extended in place.
+            cache: Keys and values of the tokens before; they are extended in place.
             kwargs: Handed on to the attention function.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         x_BLC = cast(Tensor, self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = kwargs.pop("past_key_values", cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _positions(x_BLC, attention_mask, past_key_values)
-        places: dict[str, Any] = {"cache_position": _places(x_BLC, past_key_values)} if NEEDS_PLACES else {}
+            position_ids = _positions(x_BLC, attention_mask, cache)
+        places: dict[str, Any] = {"cache_position": _places(x_BLC, cache)} if NEEDS_PLACES else {}
+        named: dict[str, Any] = {CACHE: cache}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BLC,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
-            **places,
+            **(named | places),
         )
         x_BLC = self.encoder(
             x_BLC,
             rotary=self.rotary_pos_emb(position_ids, x_BLC.dtype),
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
-            **(kwargs | places),
+            **(kwargs | named | places),
         )
-        return BaseModelOutputWithPast(last_hidden_state=x_BLC, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=x_BLC, **named)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -300,7 +303,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -316,7 +319,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=kwargs.pop("past_key_values", cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -326,12 +329,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.padded_vocab_size, **kwargs)
+        named: dict[str, Any] = {CACHE: outputs.get(CACHE)}
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **named
         )
 
 
@@ -341,15 +341,15 @@ class ChatGLMForSequenceClassification(GenericForSequenceClassification, ChatGLM
     base_model_prefix = "transformer"
 
 
-def _positions(x_BLC: Tensor, attention_mask: Any, past_key_values: Cache | None) -> Tensor:
+def _positions(x_BLC: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         # padding has no place in the text: every row counts from its own first token
         counted = attention_mask.to(x_BLC.device).long().cumsum(-1) - 1
         return counted.clamp(min=0)[:, -x_BLC.shape[1] :]
-    return _places(x_BLC, past_key_values)[None]
+    return _places(x_BLC, cache)[None]
 
 
-def _places(x_BLC: Tensor, past_key_values: Cache | None) -> Tensor:
+def _places(x_BLC: Tensor, cache: Cache | None) -> Tensor:
     """The places (L) of the new tokens in the cache."""
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    seen = 0 if cache is None else cache.get_seq_length()
     return torch.arange(x_BLC.shape[1], device=x_BLC.device) + seen
