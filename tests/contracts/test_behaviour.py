@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make
+from tiny import TASK, make
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +17,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from siliang import PrefixTuningConfig, get_peft_model
 from siliang.distributed.sharding import fake_mesh, ignore_frozen_in_ddp
 from siliang.engine.fused import fused_form
 from siliang.engine.padding import NotPackableError, PaddingFree
@@ -81,6 +82,19 @@ def test_attentions_ask_a_cache(name: str) -> None:
         named = introspect.parameters_of(attention)
         if introspect.mask_argument(attention) not in named:
             changed("transformers", f"{type(attention).__name__} calls its mask by another name")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["llama", "bloom", "bart"])
+def test_caches_are_handed_over_without_a_warning(name: str) -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=2, task_type=TASK[name])
+    model = get_peft_model(make(name), config).train()
+    more = {"decoder_input_ids": IDS} if name == "bart" else {}
+    try:
+        model(IDS, **more).logits.sum().backward()
+        model.eval().generate(input_ids=IDS, max_new_tokens=2)
+    except Warning as warning:
+        changed("transformers", f"prefix tuning of {name} warns: {warning}")
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, BloomGelu, NewGELUActivation])

@@ -28,6 +28,7 @@ from siliang.models.introspect import (
     attention_host,
     attention_kind,
     cache_argument,
+    cached_length_argument,
     cached_tokens,
     is_cross_attention,
     is_disentangled_attention,
@@ -51,8 +52,8 @@ class PrefixRoute(Route):
         self.before(host, self._begin)
         if "position_ids" not in parameters_of(host):
             for module in host.modules():
-                if "past_key_values_length" in parameters_of(module) and "Embedding" in type(module).__name__:
-                    self.before(module, self._shift)  # BART and RoFormer count by themselves
+                if cached_length_argument(module) is not None:  # BART and RoFormer count by themselves
+                    self.before(module, self._shift)
         for module in attentions:
             self.before(module, self._attend)
         disentangled = [m for m in host.modules() if is_disentangled_attention(m)]
@@ -98,7 +99,9 @@ class PrefixRoute(Route):
         if named.get("position_ids") is not None:
             named["position_ids"] = named["position_ids"] + self.V
         else:
-            named["past_key_values_length"] = named.get("past_key_values_length", 0) + self.V
+            length = cached_length_argument(module)
+            assert length is not None
+            named[length] = named.get(length, 0) + self.V
 
     def layer(self, layer: int) -> Tensor:
         """Keys and values of one layer, (2, H, V, K)."""

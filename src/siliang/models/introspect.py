@@ -22,6 +22,10 @@ from torch import Tensor, nn
 CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states")  # arguments that hold another text's states
 # arguments that hold the cache: of BLOOM's and Falcon's attentions; all others from transformers 5.24 on; and before
 CACHES = ("layer_past", "cache", "past_key_values")
+CACHED_LENGTHS = (
+    "cache_length",
+    "past_key_values_length",
+)  # tokens in the cache: from 5.24 on; before
 RMS_EPS = ("variance_epsilon", "eps", "epsilon")
 
 
@@ -120,11 +124,19 @@ def cache_argument(module: nn.Module) -> str:
 
 def is_cached_attention(module: nn.Module) -> bool:
     """Whether `module` is an attention itself, not something around one, and asks a cache for its keys and values."""
-    if layer_number(module) is None:
-        return False
+    if layer_number(module) is None or any(isinstance(child, nn.Conv1d) for child in module.children()):
+        return False  # a state-space mixer, as Mamba's, has a convolution
     parameters = parameters_of(module)
     has_projections = any(is_linear(_unwrapped(child)) for child in module.children())
     return has_projections and not set(CACHES).isdisjoint(parameters) and "hidden_states" in parameters
+
+
+def cached_length_argument(module: nn.Module) -> str | None:
+    """What an embedding that counts positions by itself calls the number of tokens in the cache; None for others."""
+    if "Embedding" not in type(module).__name__:
+        return None
+    parameters = parameters_of(module)
+    return next((name for name in CACHED_LENGTHS if name in parameters), None)
 
 
 def mask_argument(attention: nn.Module) -> str:
