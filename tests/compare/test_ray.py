@@ -231,7 +231,9 @@ def test_machines_with_disks_of_their_own(
     assert yaml.safe_load((run / "run.yaml").read_text()) == Record.read(run).config
 
 
-def test_stopped_far_away_it_goes_on_from_there(alone: tuple[CompareConfig, Path], tmp_path: Path) -> None:
+def test_stopped_far_away_it_goes_on_from_there(
+    alone: tuple[CompareConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C brings the checkpoint of a machine without the user's disk; so does a worker that is killed, from whose
     machine only its process is gone."""
     import ray
@@ -246,6 +248,11 @@ def test_stopped_far_away_it_goes_on_from_there(alone: tuple[CompareConfig, Path
     request = {"kind": "train", "config": run.model_dump(mode="json"), "prompts": [], "max_new_tokens": 4}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
+        with monkeypatch.context() as patch, Cluster("local", 1, tmp_path / "logs") as cluster:
+            patch.setattr("siliang.compare.cluster.version", lambda name: "0")
+            events = list(cluster.run([request | {"resume": False}] * 2))
+            assert [event.kind for event in events] == ["failed", "failed"]
+            assert all("not 0: install the same there" in event.message["error"] for event in events)
         with Cluster("local", 1, tmp_path / "logs") as cluster:
             cluster.marker.unlink()  # as if no machine shared the disk
             for event in cluster.run([request | {"resume": False}]):

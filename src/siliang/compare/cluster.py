@@ -51,6 +51,7 @@ class Cluster:
 
     Attributes:
         marker: A file in the comparison's folder. A machine that sees it shares that disk with this one.
+        machines: How many the cluster had at the beginning.
 
     Raises:
         ClusterError: No cluster answers at that address.
@@ -59,6 +60,7 @@ class Cluster:
     def __init__(self, address: str, jobs: int, logs: Path, say: Callable[[str], None] = print) -> None:
         self.logs = logs.absolute()
         self.marker = self.logs.parent / f".shared-{uuid.uuid4().hex}"
+        self.machines = 1
         self.resources: dict[str, float] = {}
         self.workers: list[RemoteWorker] = []
         self._address, self._jobs, self._say = join.check(address), jobs, say
@@ -119,8 +121,9 @@ class Cluster:
 
     def _choose_resources(self) -> None:
         """A run takes a card where there are any, or its share of a machine's processors."""
-        nodes = [node["Resources"] for node in alive()]
-        where = f"Ray on {len(nodes)} machines" if len(nodes) > 1 else "Ray on this machine"
+        nodes = [node["Resources"] for node in _nodes()]
+        self.machines = len(nodes)
+        where = f"Ray on {self.machines} machines" if self.machines > 1 else "Ray on this machine"
         if with_cards := [node for node in nodes if node.get("GPU", 0) >= 1]:
             each = min(int(node.get("CPU", 0) // node["GPU"]) for node in with_cards)
             self.resources = {"num_cpus": min(self._threads, each), "num_gpus": 1}
@@ -136,9 +139,10 @@ class Cluster:
             self._say(f"warning    no machine has {self._threads} processors as this one: last digits may differ")
 
     def _places(self) -> int:
-        """How many runs the cluster has room for at a time, if it does nothing else."""
+        """How many runs the cluster has room for at a time, if it does nothing else; at least one, which may wait."""
         wanted = {"CPU": self.resources["num_cpus"], "GPU": self.resources.get("num_gpus", 0)}
-        return sum(min(int(node["Resources"].get(k, 0) // n) for k, n in wanted.items() if n) for node in alive())
+        each = (min(int(node["Resources"].get(k, 0) // n) for k, n in wanted.items() if n) for node in _nodes())
+        return max(1, sum(each))
 
 
 class RemoteWorker:
@@ -162,6 +166,8 @@ class RemoteWorker:
                 why = None if self._closed else (yield from self._attempt(request))
                 if why is None or self._closed:
                     return
+                if self.node:
+                    self._avoided.add(self._about["node_id"])
                 self.rest()
                 if attempt < MOST_ATTEMPTS:
                     yield {"kind": "lost", "error": why}
@@ -202,6 +208,7 @@ class RemoteWorker:
         inputs, incoming = self._cluster.inputs(config), None
         try:
             if (problem := (yield from self._begin())) is not None:
+                self.rest()
                 yield {"kind": "failed", "error": problem}
                 return None
             incoming = Incoming(output, _most_bytes(config, inputs.get(config.model)), self.node)
@@ -215,7 +222,7 @@ class RemoteWorker:
                 elif message["kind"] == "done" and incoming.incomplete:
                     return f"its files did not come back whole from {self.node}"
                 else:
-                    if message["kind"] == "progress" and len(alive()) > 1:
+                    if message["kind"] == "progress" and self._cluster.machines > 1:
                         message["progress"]["node"] = self.node
                     yield message
         except RayTaskError as error:
@@ -281,18 +288,16 @@ class RemoteWorker:
     def _why_lost(self, error: RayError) -> str:
         if not self.node:
             return "it could not be begun"
-        node_id = self._about["node_id"]
-        self._avoided.add(node_id)
         why = "its process was killed"
         if isinstance(error, OutOfMemoryError):
             why = "Ray ended its process because the machine's memory was full"
-        elif node_id not in {node["NodeID"] for node in alive()}:
+        elif self._about["node_id"] not in {node["NodeID"] for node in _nodes()}:
             why = "its machine left the cluster"
         return f"{why} on {self.node}"
 
 
-def alive() -> list[dict[str, Any]]:
-    """The machines of the cluster."""
+def _nodes() -> list[dict[str, Any]]:
+    """The machines that are part of the cluster now."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
