@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tiny import WORDS, write_jsonl
 
 from siliang.cli.main import main
-from siliang.compare.base import KeptBase, bits
+from siliang.compare.base import KeptBase, checksums
 from siliang.compare.pool import Pool
 from siliang.compare.run import Listener, compare
 from siliang.config import RunConfig
@@ -424,6 +424,6 @@ def test_the_base_comes_back_or_is_loaded_anew(model_folders: dict[str, Path], t
     assert not any(getattr(m, "gradient_checkpointing", False) or m._forward_hooks for m in lent.modules())
     fresh = load_base(config, ["0", "1"], tokenizer, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, fresh[key]) for key, tensor in lent.state_dict().items())
-    before = bits(lent)
+    before = checksums(lent)
     lent.classifier.bias.data[0] += 1e-7
-    assert bits(lent) != before
+    assert checksums(lent) != before

@@ -1,4 +1,4 @@
-"""The base model of many runs: loaded once, lent to one run after the other, and taken back as it was."""
+"""The base model of many runs: loaded once, lent to one run after another, and kept if it comes back unchanged."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from siliang.tasks import TASKS
 
 
 class KeptBase:
-    """Gives base models as `load_base` does, and keeps the one that comes back.
+    """Returns base models as `load_base` does, and keeps the one that comes back.
 
-    What a run gets is the same, bit for bit, as if it had loaded the model itself: a model that does not come back
-    unchanged, such as a fully tuned one, is let go, and one whose head another seed draws is loaded anew.
+    What a run gets is the same, bit for bit, as if it had loaded the model itself. A model that has changed, such as a
+    fully tuned one, is not kept. One with a new head is loaded again for another seed, which draws another head.
 
     Attributes:
         loads: How often a model was read from its files.
-        loading_bytes: The most that the process held while the model at hand was read.
+        loading_bytes: The peak memory of the process while it loaded the present model.
     """
 
     def __init__(self) -> None:
         self.loads = self.loading_bytes = 0
         self._model: nn.Module | None = None
         self._key: tuple[Any, ...] = ()
-        self._bits: dict[str, int] = {}
+        self._checksums: dict[str, int] = {}
 
     def __call__(
         self,
@@ -43,7 +43,7 @@ class KeptBase:
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> Any:
-        """The base model for a run; lent, until `take_back`."""
+        """The base model for a run, which gives it back with `take_back`."""
         key = _key(config, labels, dtype)
         model, self._model = self._model, None  # a run that fails does not bring it back
         if model is not None and key == self._key:
@@ -54,29 +54,29 @@ class KeptBase:
             fresh = load_base(config, labels, tokenizer, dtype=dtype, device=device)
         self.loading_bytes = memory.peak_bytes
         self.loads += 1
-        self._key, self._bits = key, bits(fresh)
+        self._key, self._checksums = key, checksums(fresh)
         return fresh
 
     def take_back(self, model: nn.Module, config: RunConfig) -> None:
-        """Takes a run's model, whatever is attached to it; it is kept if it is what was lent."""
-        # embeddings that grew did so with the global random numbers, which a run of its own would draw too
+        """Takes a run's model back, detaches the adapter, and keeps the base if no bit of it has changed."""
+        # rows added to embeddings were drawn from the global random numbers, as a run of its own would draw them
         if isinstance(model, PeftModel) and not config.data.add_tokens:
             base = model.unload().eval()
             for p in base.parameters():
                 p.grad = None
-            # weights initialised from the seed, which is not in the key
+            # weights that the checkpoint lacks are drawn by the seed, which is not in the key
             has_new_weights = not TASKS[config.task].model.heads and bool(invented_modules(base))
-            if bits(base) == self._bits and not has_new_weights:
+            if checksums(base) == self._checksums and not has_new_weights:
                 self._model = base
 
     def drop(self) -> None:
-        """Lets the model go."""
+        """Frees the model."""
         self._model = None
         free_memory()
 
 
-def bits(model: nn.Module) -> dict[str, int]:
-    """A number for each parameter and buffer that changes when one of its bits does."""
+def checksums(model: nn.Module) -> dict[str, int]:
+    """A number for each parameter and buffer, which changes if one of its bits does."""
     return {name: _sum(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
