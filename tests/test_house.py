@@ -26,13 +26,13 @@ CIRCLES: dict[frozenset[str], str] = {
 # What the reports may import: records, and the vocabulary.
 FOR_REPORTS = ("report/", "records/", "config/", "types.py", "units.py", "errors.py", "files.py", "paths.py")
 FOR_REPORTS += ("safe_yaml.py", "secrets.py", "terminal.py")
-TASK = "how good a run is depends on its task"
+JUDGED = "the task says by which figure a run is judged, and when it has learned nothing"
 REPORTS: dict[tuple[str, str], str] = {
     ("report/page.py", "next_steps.py"): "the page ends with the commands that the run can be asked with",
-    ("report/page.py", "tasks/__init__.py"): TASK,
-    ("report/table.py", "tasks/__init__.py"): TASK,
-    ("report/gather.py", "compare/verdict.py"): TASK,
-    ("report/summary.py", "tasks/__init__.py"): TASK,
+    ("report/page.py", "tasks/__init__.py"): JUDGED,
+    ("report/table.py", "tasks/__init__.py"): JUDGED,
+    ("report/summary.py", "tasks/__init__.py"): JUDGED,
+    ("report/gather.py", "tasks/verdict.py"): JUDGED,
 }
 
 

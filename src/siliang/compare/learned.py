@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from siliang.compare.answers import collect, sample
-from siliang.compare.verdict import learned_nothing
 from siliang.peft_model import PeftModel
 from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS
+from siliang.tasks.verdict import learned_nothing
 from siliang.train.run import Run
 from siliang.use.evaluate import engine_of, sums_of
 

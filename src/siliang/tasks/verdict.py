@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from siliang.records import Answers, Verdict
-from siliang.tasks import TASKS, Said
+from siliang.tasks import TASKS
+from siliang.tasks.task import Said
 from siliang.types import TaskType
 
 
