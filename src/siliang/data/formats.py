@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
-from siliang.config import Columns
+from siliang.config import Columns, LayoutName
 from siliang.data.encode import IGNORED
 from siliang.data.examples import (
     Call,
@@ -51,7 +51,7 @@ class Format:
         beside: Optional columns that the user cannot rename.
     """
 
-    name: str
+    name: LayoutName
     needs: tuple[str, ...]
     read: Callable[[Values, Columns], Result]
     fixed: tuple[str, ...] = ()
@@ -769,8 +769,7 @@ def _prepared(values: Values, c: Columns) -> Result:
     return Prepared(tuple(ids), tuple(labels))
 
 
-def _asked(instruction: str, output: str) -> Format:
-    name = "alpaca" if instruction == "instruction" else f"{instruction}-{output}"
+def _asked(name: LayoutName, instruction: str, output: str) -> Format:
     more = ("system",) if instruction == "input" else ("input", "system")
     read = _pair(instruction, output)
     return Format(name, (instruction, output), read, optional=more, beside=("history", "tools"))
@@ -790,9 +789,9 @@ FORMATS: dict[str, Format] = {
             fixed=("conversations",),
             optional=BESIDE_TURNS,
         ),
-        _asked("instruction", "output"),
-        _asked("prompt", "completion"),
-        _asked("input", "output"),
+        _asked("alpaca", "instruction", "output"),
+        _asked("prompt-completion", "prompt", "completion"),
+        _asked("input-output", "input", "output"),
         Format("source-target", ("source", "target"), _source_target),
         Format("sentence-pair", ("text", "text_pair", "label"), _sentence_pair),
         Format("text-label", ("text", "label"), _labelled),
