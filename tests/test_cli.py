@@ -277,6 +277,8 @@ def test_bad_input(here: Callable[..., str], model_folders: dict[str, Path], rev
         assert re.match(r"error\[SLE\d\d\]: ", error) and error.count("\n") <= 2, error
         assert not (tmp_path / "out").exists(), message
     assert "No such option" in here("train", "--modle", "x")
+    assert "--resume. `siliang train --resume RUN` resumes" in here("compare", "--resume", "x")  # a command, no setting
+    assert "`--set method=lora` and `--set quantization.bits=4`" in here("train", "--qlora")
     assert "is no run folder" in here("predict", tmp_path / "full", "a")
     # and once as the user meets it
     assert siliang(

@@ -443,7 +443,7 @@ TABLE: tuple[Row, ...] = (
     ),
     _nothing(
         "resume_from_checkpoint resume auto_resume_from_checkpoints resume_only_model",
-        "`siliang train --resume RUN` goes on with an interrupted run.",
+        "`siliang train --resume RUN` resumes an interrupted run; `siliang compare FOLDER/compare.yaml` a comparison.",
     ),
     _nothing(
         "do_train do_eval do_predict predict_with_generate eval_on_start",

@@ -125,7 +125,7 @@ def command_line(*words: object) -> str:
     if shutil.which("siliang") or not sys.argv[0]:
         program: tuple[object, ...] = ("siliang",)
     elif started.name == "__main__.py":
-        program = (sys.executable, "-m", "siliang")
+        program = (sys.executable, "-P", "-m", "siliang")  # -P: no module of the folder at hand
     else:
         program = (started if started.name == "siliang" and len(started.parts) > 1 else ".venv/bin/siliang",)
     return pasted(*program, *words)

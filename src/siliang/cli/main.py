@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -291,7 +292,7 @@ def _no_option(option: str, error: Any, words: list[str]) -> str:
         value = parse_yaml(value)
     takes_settings = any("--set" in getattr(p, "opts", ()) for p in error.ctx.command.params)
     if takes_settings and (found := name_here(option.lstrip("-"), RunConfig, value)):
-        return said + found.replace("`", "`--set ", 1).replace(" and `", " and `--set ")
+        return said + re.sub(r"`(?=[\w.]+=)", "`--set ", found)
     options = [name for p in error.ctx.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]
     return said + nearest(option, options)
 
