@@ -14,14 +14,14 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from bench.record import Job, Measurement, Setting
 from bench.steps import StepClock, set_start, settle, start_sha256
 from bench.workloads import WORKLOADS, Method, run_config
-from siliang.check.subject import look_at
 from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
 from siliang.data.tokens import TokenSet
-from siliang.hardware import find_device, machine
+from siliang.hardware import find_device
 from siliang.memory.peak import PeakMemory
 from siliang.methods import find_method
 from siliang.run_folder import load_base
+from siliang.tasks.prepare import prepare_data
 from siliang.types import TaskType
 
 
@@ -38,13 +38,13 @@ def measure(found: Measurement, scratch: Path) -> None:
         steps=job.warmup + job.steps,
         log_every=1 if job.purpose == "gate" else job.warmup + job.steps,
     )
-    subject = look_at(config, machine())
-    model = _model(config, method, job.setting, subject.examples.labels, subject.tokenizer, device)
+    data = prepare_data(config)
+    model = _model(config, method, job.setting, data.labels, data.tokenizer, device)
     set_start(model)
     found.start_sha256 = start_sha256(model)
     found.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     build = _sft_trainer if job.library == "trl" else _trainer
-    trainer = build(model, subject.train, subject.tokenizer, config, job, scratch / "runs" / job.name)
+    trainer = build(model, data.train, data.tokenizer, config, job, scratch / "runs" / job.name)
     trainer.data_collator = counting = _Counting(trainer.data_collator)
     clock = StepClock(job, device)
     clock.tokens = counting.until

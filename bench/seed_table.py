@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
-from siliang.check import look_at
 from siliang.compare.trials import find_entry, run_config, test_trials
 from siliang.config import RunConfig, assign
 from siliang.config.comparison import CompareConfig
@@ -38,6 +37,7 @@ from siliang.records import COMPARISON_NAME, Comparison, Record, Trial
 from siliang.run_folder import load_base
 from siliang.safe_yaml import read_yaml
 from siliang.tasks import TASKS, metrics
+from siliang.tasks.prepare import prepare_data
 from siliang.types import TaskType
 
 CONFIGS = {
@@ -85,12 +85,12 @@ def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
     logging.set_verbosity_error()
     run = run_config(config, trial, Path("unused"), {})
     set_seed(trial.seed)
-    subject = look_at(run)
+    data = prepare_data(run)
     device, t = find_device(), run.train
-    model: Any = load_base(run, subject.examples.labels, subject.tokenizer, dtype=torch.float32)
+    model: Any = load_base(run, data.labels, data.tokenizer, dtype=torch.float32)
     model = attach(model, run).to(device)
-    collate = PadCollator(subject.tokenizer.pad_token_id)
-    loader = DataLoader(subject.train, batch_size=t.batch_size, shuffle=True, collate_fn=collate)
+    collate = PadCollator(data.tokenizer.pad_token_id)
+    loader = DataLoader(data.train, batch_size=t.batch_size, shuffle=True, collate_fn=collate)
     steps = t.max_steps or int(np.ceil(len(loader) * t.epochs))
     rate = t.learning_rate or find_method(run.method.name).learning_rate
     optimizer = AdamW((p for p in model.parameters() if p.requires_grad), lr=rate, weight_decay=t.weight_decay)
@@ -110,7 +110,7 @@ def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
                 break
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     told = {"method": trial.method, "seed": trial.seed, "trained": trained, "rate": rate}
-    return told | evaluate(model, subject.eval, collate, run, subject.examples.labels or [])
+    return told | evaluate(model, data.eval, collate, run, data.labels or [])
 
 
 def attach(model: Any, run: RunConfig) -> Any:

@@ -154,7 +154,7 @@ def prompt_learned(s: Subject) -> Iterator[Found]:
     """
     if not s.task.data.next_token or s.examples.layout == "text":
         return
-    named = np.array([len(e.labels) > 0 for e in s.examples.train]) if s.prepared else None  # type: ignore[union-attr]
+    named = np.array([len(e.labels) > 0 for e in s.examples.train]) if s.rows_are_tokens else None  # type: ignore[union-attr]
     whole = s.train.learned == s.train.lengths
     if named is not None:
         whole = whole & named[s.train.column("row")]
@@ -197,7 +197,7 @@ def template_misfit(s: Subject) -> Iterator[Found]:
     Fix: Use data.template=chat where the tokenizer has a chat template; otherwise one whose role words are single
     tokens, or are plain words (human-assistant, alpaca, vicuna).
     """
-    if not s.task.data.next_token or s.prepared or s.examples.layout == "text":
+    if not s.task.data.next_token or s.rows_are_tokens or s.examples.layout == "text":
         return
     template = find_template(s.data.template)
     own = getattr(s.tokenizer, "chat_template", None)
@@ -247,7 +247,7 @@ def special_words(s: Subject) -> Iterator[Found]:
 
     Fix: Nothing, where they are meant as text. Where they are left over from another preparation, remove them.
     """
-    if not s.task.writes or s.prepared:
+    if not s.task.writes or s.rows_are_tokens:
         return
     named = [m for m in s.encoder.reserved() if not m.isalnum()]  # a word such as ChatGLM3's `sop` is only a word
     if not named:

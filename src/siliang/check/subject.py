@@ -24,68 +24,57 @@ from siliang.data.examples import (
     Span,
     Tagged,
     Text,
-    bad_rows_message,
 )
-from siliang.data.load import Examples, load_examples
-from siliang.data.tokens import TokenSet, tokenise, usable
-from siliang.data.vocabulary import grow_vocabulary
+from siliang.data.load import Examples
+from siliang.data.prepared import PreparedData
+from siliang.data.tokens import TokenSet
 from siliang.hardware import Machine
 from siliang.methods import Method, find_method
 from siliang.models.base_config import MISFITS, load_config
 from siliang.models.invented import mark_invented
-from siliang.models.load import invented_weights, model_from_config
+from siliang.models.load import find_invented, model_from_config
 from siliang.models.positions import Positions
-from siliang.models.tokenizers import load_tokenizer
 from siliang.tasks import TASKS
-from siliang.types import DataError, ModelError, first_line
+from siliang.tasks.prepare import prepare_data
+from siliang.types import ModelError, first_line
 
 
 class Subject:
-    """A run that has not been started."""
+    """A run that has not been started.
 
-    def __init__(self, config: RunConfig, machine: Machine) -> None:
-        self.config, self.machine = config, machine
+    Attributes:
+        data: The data section of its config.
+        prepared: Its rows and tokens.
+    """
+
+    def __init__(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> None:
+        self.config, self.machine, self.prepared = config, machine, prepared
         self.data, self.task = config.data, TASKS[config.task]
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.config.model, revision=self.config.revision)
-        grow_vocabulary(tokenizer, self.data.add_tokens)
-        return tokenizer
+        return self.prepared.tokenizer
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        return Encoder(self.tokenizer)
-
-    @cached_property
+    @property
     def examples(self) -> Examples:
-        """Read with bad rows left aside, so that they can all be told of."""
-        return load_examples(self.data, self.task.data, seed=self.config.train.seed, keep_going=True)
+        return self.prepared.examples
 
-    @cached_property
+    @property
     def train(self) -> TokenSet:
-        self.examples.train, tokens = self._tokens(self.examples.train)
-        if not len(tokens) and tokens.skipped:
-            raise DataError(
-                f"{self.data.train_sources[0].path}: not one row can be used. {bad_rows_message(tokens.skipped)}"
-            )
-        return tokens
+        return self.prepared.train
 
-    @cached_property
+    @property
     def eval(self) -> TokenSet:
-        self.examples.eval, tokens = self._tokens(self.examples.eval)
-        return tokens
-
-    def _tokens(self, examples: ExampleSet) -> tuple[ExampleSet, TokenSet]:
-        """The examples whose tokens can be used, and these; the others are left aside, too."""
-        labels = self.examples.labels
-        tokens = tokenise(examples, self.tokenizer, self.data, self.task.data, labels=labels, keep_going=True)
-        return usable(examples, tokens)
+        return self.prepared.eval
 
     @property
     def skipped(self) -> list[str]:
         """Every row that is left out, with place and reason."""
-        return [*self.examples.skipped, *self.train.skipped, *self.eval.skipped]
+        return self.prepared.skipped
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
 
     @cached_property
     def positions(self) -> Positions:
@@ -127,12 +116,7 @@ class Subject:
     @cached_property
     def invented(self) -> list[str]:
         """The modules whose weights the model's files do not hold; none where there are no files to look into."""
-        try:
-            return invented_weights(
-                self.config.model, self.task.model, self._config_for_task(), revision=self.config.revision
-            )
-        except ModelError:  # loading will say so
-            return []
+        return find_invented(self.config.model, self.task.model, self.examples.labels, revision=self.config.revision)
 
     def skeleton(self) -> Any:
         """The base model without weights, for whoever wants to know its modules; a new one each time.
@@ -185,8 +169,8 @@ class Subject:
         return "end_positions" in self.task.data.columns
 
     @property
-    def prepared(self) -> bool:
-        """The rows came as tokens."""
+    def rows_are_tokens(self) -> bool:
+        """The rows came as tokens that were made elsewhere."""
         return self.examples.layout == "prepared"
 
     @property
@@ -201,9 +185,13 @@ class Subject:
         return t.max_steps or int(np.ceil(self.steps_per_epoch * t.epochs))
 
 
-def look_at(config: RunConfig, machine: Machine | None = None) -> Subject:
-    """What there is to see of a run before it starts; read when a rule asks for it."""
-    return Subject(config, machine or Machine())
+def look_at(config: RunConfig, machine: Machine | None = None, data: PreparedData | None = None) -> Subject:
+    """What there is to see of a run before it starts; read when a rule asks for it.
+
+    Args:
+        data: The run's, where it is at hand.
+    """
+    return Subject(config, machine or Machine(), data or prepare_data(config))
 
 
 def question_of(example: Example) -> str:

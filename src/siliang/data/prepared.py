@@ -1,15 +1,114 @@
-"""The data of a run, ready for training and evaluation."""
+"""The data of a run, ready for check, plan and training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from siliang.data.examples import Example, Span
+from siliang.config import DataConfig
+from siliang.data.examples import Example, ExampleSet, Span, bad_rows_message
+from siliang.data.spec import DataSpec
+from siliang.types import DataError
 
 if TYPE_CHECKING:  # slow to import
+    from siliang.data.load import Examples
     from siliang.data.tokens import TokenSet
+
+
+class PreparedData:
+    """Tokenizer, rows and tokens of a run, each read or made when it is first asked for.
+
+    Rows that cannot be used do not stop: they are left out, and named in `skipped`. `siliang check` shows them all, and
+    a training stops at them.
+
+    Attributes:
+        settings: The data section of the run's config.
+        spec: What the task asks of the data.
+    """
+
+    def __init__(self, settings: DataConfig, spec: DataSpec, *, model: str, revision: str | None, seed: int) -> None:
+        """
+        Args:
+            model: The base model, whose tokenizer is used.
+            seed: Of the split, where the settings have none of their own.
+        """
+        self.settings, self.spec = settings, spec
+        self._model, self._revision, self._seed = model, revision, seed
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's, with the tokens that the settings add.
+
+        Raises:
+            ModelError: It cannot be loaded.
+        """
+        from siliang.data.vocabulary import grow_vocabulary
+        from siliang.models.tokenizers import load_tokenizer
+
+        tokenizer = load_tokenizer(self._model, revision=self._revision)
+        grow_vocabulary(tokenizer, self.settings.add_tokens)
+        return tokenizer
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The rows before tokens, those to train on and those held out. When the tokens of a part are there, it is
+        without the rows that no tokens could be made of.
+
+        Raises:
+            DataError: The data cannot be read, or not one row can be used.
+        """
+        from siliang.data.load import load_examples
+
+        return load_examples(self.settings, self.spec, seed=self._seed, keep_going=True)
+
+    @cached_property
+    def train(self) -> TokenSet:
+        """The tokens to train on.
+
+        Raises:
+            DataError: Not one row can be made into tokens.
+        """
+        self.examples.train, tokens = self._tokens(self.examples.train)
+        if not len(tokens) and tokens.skipped:
+            source = self.settings.train_sources[0].path
+            raise DataError(f"{source}: not one row can be used. {bad_rows_message(tokens.skipped)}")
+        return tokens
+
+    @cached_property
+    def eval(self) -> TokenSet:
+        """The tokens held out."""
+        self.examples.eval, tokens = self._tokens(self.examples.eval)
+        return tokens
+
+    def _tokens(self, examples: ExampleSet) -> tuple[ExampleSet, TokenSet]:
+        """The examples whose tokens can be used, and these."""
+        from siliang.data.tokens import tokenise, usable
+
+        labels = self.examples.labels
+        tokens = tokenise(examples, self.tokenizer, self.settings, self.spec, labels=labels, keep_going=True)
+        return usable(examples, tokens)
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The names of classes or tags, by number; None where the task has none."""
+        return self.examples.labels
+
+    @property
+    def skipped(self) -> list[str]:
+        """Every row that is left out, with place and reason."""
+        return [*self.examples.skipped, *self.train.skipped, *self.eval.skipped]
+
+    @property
+    def unanswered(self) -> bool:
+        """Some training questions have no answer in their context."""
+        return has_unanswered(self.examples.train)
+
+    @property
+    def in_windows(self) -> bool:
+        """Rows are texts of which a longer one becomes several entries."""
+        return self.examples.layout == "text" and self.settings.long_text == "window"
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,17 @@ def invented_weights(name: str, spec: ModelSpec, config: Any, *, revision: str |
     return invented_modules(model)
 
 
+def find_invented(name: str, spec: ModelSpec, labels: list[str] | None, *, revision: str | None = None) -> list[str]:
+    """The modules that `load_model` will have to make up; none where there are no files to look into."""
+    try:
+        config = load_config(name, revision=revision)
+        if (outputs := spec.columns(labels)) is not None:
+            config.num_labels = outputs
+        return invented_weights(name, spec, config, revision=revision)
+    except ModelError:  # loading will say so
+        return []
+
+
 def model_from_config(config: Any, spec: ModelSpec, **settings: Any) -> Any:
     """A model of a config of `load_config`, with weights at random.
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from siliang.check import Subject, look_at
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
+from siliang.data.prepared import PreparedData
 from siliang.engine.batches import StepCollator, most_tokens
-from siliang.hardware import machine
 from siliang.methods import find_method
 from siliang.models.base_config import load_config
+from siliang.models.load import find_invented
 from siliang.plan.device import EFFICIENCY, Device, find_target, measure_flops
 from siliang.plan.fake_run import Baseline, FakeRun
 from siliang.plan.fit import MemoryLimit, find_fit
@@ -29,6 +29,7 @@ from siliang.plan.shapes import SHAPES
 from siliang.plan.steps import Measured, Phase
 from siliang.records import Change, Fit, MethodPlan, PlanRecord
 from siliang.tasks import TASKS
+from siliang.tasks.prepare import prepare_data
 from siliang.types import ConfigError, SiliangError, first_line
 
 PHASES: tuple[Phase, ...] = ("train", "evaluate", "generate", "merge")
@@ -40,7 +41,8 @@ def plan(
     *,
     methods: Sequence[str] = (),
     with_data: bool = True,
-    subject: Subject | None = None,
+    data: PreparedData | None = None,
+    invented: Sequence[str] | None = None,
     base_config: Any = None,
     baseline: bool = False,
     timed: bool = True,
@@ -52,7 +54,8 @@ def plan(
     Args:
         methods: The methods to plan, each with its defaults; the config's own keeps its settings. None: its own alone.
         with_data: Read the data, for the batch that the run will really see; otherwise rows of max_length are taken.
-        subject: The run's data, where it has been read already.
+        data: The run's data, where it has been read already.
+        invented: Modules that the model's files lack, where these are known already.
         base_config: The base model's config, where it is known already.
         baseline: Plan also what PEFT with transformers.Trainer would need.
         timed: Measure the speed of a device that is here.
@@ -69,10 +72,10 @@ def plan(
             "What each device holds under DeepSpeed is not planned. Plan strategy fsdp, which shards as much as its "
             "stage 3, or ddp."
         )
-    subject = subject or look_at(config, machine())
+    data = data or prepare_data(config)
     base_config = base_config or model_config(config)
     task = TASKS[config.task]
-    labels = subject.examples.labels if with_data else None
+    labels = data.labels if with_data else None
     if (outputs := task.model.columns(labels)) is not None:
         base_config.num_labels = outputs
     names = list(methods) or [config.method.name]
@@ -82,20 +85,22 @@ def plan(
         configs = [config.with_strategy("ddp"), config.with_strategy("fsdp")]
     new_tokens = len(config.data.add_tokens)
     if with_data and new_tokens:  # those that the tokenizer lacks, and for which the embeddings have no room
-        new_tokens = max(len(subject.tokenizer) - base_config.get_text_config().vocab_size, 0)
+        new_tokens = max(len(data.tokenizer) - base_config.get_text_config().vocab_size, 0)
+    if invented is None:
+        invented = find_invented(config.model, task.model, labels, revision=config.revision) if with_data else []
     make_run = partial(
         FakeRun,
         base_config=base_config,
         device=device,
         new_tokens=new_tokens,
-        invented=subject.invented if with_data else [],
+        invented=invented,
         mesh=mesh,
     )
     # every method's batches are those of the first, which is packed if any is
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
     collator = StepCollator(PadCollator(0), task, config.train.batch_size, most)
-    step = heaviest(config, subject.train, collator, ranks) if with_data else synthetic_rows(config, ranks)
-    step.windows = with_data and subject.examples.layout == "text" and config.data.long_text == "window"
+    step = heaviest(config, data.train, collator, ranks) if with_data else synthetic_rows(config, ranks)
+    step.windows = with_data and data.in_windows
     work = partial(
         _plan_one,
         configs,

@@ -59,7 +59,9 @@ class Planner:
         key = config.model_dump_json(exclude={"output": True, "train": {"seed"}})
         found = self._known.get(key)
         if found is None or found.fits is False:
-            found = plan(config, device, subject=subject, timed=False, mesh=mesh).methods[0]
+            found = plan(
+                config, device, data=subject.prepared, invented=subject.invented, timed=False, mesh=mesh
+            ).methods[0]
         if found.error:
             say(f"memory     {found.error}")  # what is the run's own fault stops it soon
             return config, Predicted()

@@ -60,6 +60,7 @@ from siliang.run_folder import (
 )
 from siliang.start_adapter import find_start_adapter
 from siliang.tasks import TASKS, Task
+from siliang.tasks.prepare import prepare_data
 from siliang.terminal import pasted
 from siliang.train.endings import does_not_fit, interrupted, no_number
 from siliang.train.resume import Begun, take_up
@@ -228,15 +229,16 @@ def prepare(
     if _stage(config, ranks):
         require_deepspeed(device, half=precision.autocast)
     with ranks.main_first():
-        subject = look_at(config, machine())
+        data = prepare_data(config)
+        subject = look_at(config, machine(), data)
         findings = find(subject, stop_early=True)
         stop_on_errors(findings)
     for finding in findings:
         listener.say(f"warning    {finding.code} {finding.title}: {finding.message}")
     start = _start(config, begun, force=force)
-    sets = [subject.train, subject.eval]
-    tokenizer, examples = subject.tokenizer, subject.examples
-    truncated, skipped = int((sets[0].column("lost") > 0).sum()), subject.skipped
+    sets = [data.train, data.eval]
+    tokenizer, examples = data.tokenizer, data.examples
+    truncated, skipped = int((sets[0].column("lost") > 0).sum()), data.skipped
     windowed = "" if sets[0].last_windows.all() else f" (windows of {len(examples.train):,})"
     listener.say(
         f"data       {len(sets[0]):,} rows to train on{windowed}, {len(sets[1]):,} held out"
@@ -298,7 +300,7 @@ def prepare(
         labels=examples.labels,
         layout=examples.layout,
         columns=examples.columns,
-        unanswered=has_unanswered(examples.train),
+        unanswered=data.unanswered,
         parameters=Counts(trained=trained, total=total),
         rows=Rows(train=len(sets[0]), eval=len(sets[1]), skipped=skipped, truncated=truncated),
         seconds=Seconds(load=round(time.perf_counter() - started, 3)),
