@@ -139,7 +139,7 @@ import json, sys, torch
 from siliang.config import QuantizationConfig
 from siliang.models.load import load_model
 from siliang.tasks import CAUSAL_LM
-import bitsandbytes  # its own memory is not the model's
+import bitsandbytes, transformers.models.llama.modeling_llama  # their own memory is not the model's
 
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
