@@ -59,6 +59,8 @@ def read_yaml_text(text: str) -> dict[str, object]:
         ("method.rank=4", "method.rank is not a setting of lora. Here that is `method.r=4`."),
         ("method.r=0", "method.r = 0: must be at least 1."),
         ("method.r=2.5", "method.r = 2.5: must be a whole number."),
+        ('method.lora_alpha="16"', "method.lora_alpha = '16': must be a number. Write 16 without quotes."),
+        ('train.batch_size="16"', "train.batch_size = '16': input should be a valid integer."),
         ("method.r=true", "method.r = True: must be a whole number."),
         (
             "method.rank_pattern={q: '4'}",

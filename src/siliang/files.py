@@ -1,7 +1,7 @@
 """Files and folders that are whole or not there: written under another name, flushed to the disk, and named last.
 
-The other name is random and new, and no link is followed: a stranger's folder cannot have it lead elsewhere. What
-stands under the last name is replaced.
+The temporary name is random and new, and no link is followed: a folder from elsewhere cannot redirect the write. A file
+that has the last name already is replaced.
 
 A folder is sealed by a manifest with the size and the hash of each of its files, so that damage is found before it is
 used.
@@ -114,8 +114,8 @@ def append(path: Path) -> BinaryIO:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder, a file, or a link and nothing that it leads to. Of a folder, whoever is killed meanwhile leaves
-    no half of it under its name.
+    """Removes a folder, a file, or a link and nothing that it leads to. A folder is renamed first: a process that is
+    killed meanwhile leaves no half of it under its name.
     """
     if is_real_folder(path):
         aside = path.with_name(temporary_name(path.name))
@@ -223,7 +223,7 @@ class _New:
     Attributes:
         folder: The folder's descriptor, which stays the same folder whatever its name becomes; None on systems that do
             not open folders.
-        opened: Its own descriptor, which whoever asked for it closes.
+        opened: Its own descriptor, which the caller closes.
     """
 
     path: Path

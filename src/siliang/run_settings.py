@@ -1,4 +1,4 @@
-"""The settings of a run that was begun, against those that it began with."""
+"""The settings of a run that is resumed or used, compared with those that it was started with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from siliang.other_names import written
 from siliang.records import Record, plain
 
 LENGTH = ("train.epochs", "train.max_steps")
-# What may be another when a run goes on: how long, how often something is done, and how a step's memory is used.
+# What may differ when a run is resumed: its length, how often something is done, and how a step uses memory.
 MAY_CHANGE = (
     *LENGTH,
     "train.log_every",

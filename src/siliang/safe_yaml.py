@@ -164,12 +164,12 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        said = getattr(error, "problem", None) or first_line(error)
-        if "unknown escape character" in said:
-            said += " (in double quotes a backslash begins an escape: write a Windows path in single quotes)"
-        elif "cannot start any token" in said and "\t" in said:
-            said = "a tab, where yaml wants blanks"
-        raise YamlError(said, mark.line + 1 if mark else None) from None
+        problem = getattr(error, "problem", None) or first_line(error)
+        if "unknown escape character" in problem:
+            problem += " (in double quotes a backslash begins an escape: write a Windows path in single quotes)"
+        elif "cannot start any token" in problem and "\t" in problem:
+            problem = "a tab, where yaml wants blanks"
+        raise YamlError(problem, mark.line + 1 if mark else None) from None
     except YamlError:
         raise
     except Exception as error:  # the loader raises whatever its conversions do: of `!!int x`, or of a 13th month

@@ -1,5 +1,5 @@
 """The adapter that a training starts from: a run's, a checkpoint's, or a folder of siliang's or of PEFT's. Its config
-is the method, and what its run knew of base model, task and text holds for the new run where nothing else is said."""
+is the method. The base model, task, template and labels of its run are those of the new run where none are given."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class StartAdapter:
 
 
 def filled_in(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run, with what the adapter that it starts from says of method, base model and text; as they
-    are where it starts from none, or is one that began with an adapter that is gone by now.
+    """The settings of a run, completed from the adapter that it starts from: method, base model, task and text. They
+    stay as they are without such an adapter, and where a run is resumed whose start adapter is no longer there.
 
     Raises:
         AdapterError, ConfigError: As of `find_start_adapter`; or the settings want another method.

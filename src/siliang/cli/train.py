@@ -122,8 +122,8 @@ def _check_code(config: Any) -> None:
 
 
 def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> RunConfig:
-    """The settings of a run that goes on, named by its folder, by its settings file, or by the flags that it was begun
-    with: its own, with what is given beside them over them."""
+    """The settings of a run that is resumed, named by its folder, its settings file, or the flags that it was started
+    with. Flags and --set override its own settings."""
     from siliang.paths import check_links
     from siliang.records import RECORD_NAME
     from siliang.run_folder import CONFIG_NAME

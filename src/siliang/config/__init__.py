@@ -1,6 +1,6 @@
-"""The settings of a run: the schema, setting one by its name, and what is said of wrong ones.
+"""The settings of a run: the schema, how one is set by its name, and the messages for wrong ones.
 
-Each is parsed once, strictly: a number is a number behind it, a size is in bytes, a time in seconds.
+Settings are parsed once, strictly. After parsing, a number is a number, a size is in bytes and a time in seconds.
 """
 
 from siliang.config.data import LAYOUTS, Columns, DataConfig, LayoutName, Source

@@ -139,10 +139,10 @@ class DataConfig(Section):
     """The column names of a csv or tsv file whose first line is data already."""
     encoding: Annotated[str, BeforeValidator(_encoding)] = "auto"
     """The encoding of text files, such as utf-8, gb18030 or utf-16. auto: by the byte order mark, or UTF-8, or gb18030
-    where the whole file decodes so and is Chinese, which is said."""
+    where the whole file decodes as that and is Chinese; the log tells which."""
     separator: Annotated[str, BeforeValidator(_separator)] = "auto"
     """What separates the columns of a csv or tsv file: one character, or tab. auto: a comma (in .tsv a tab), or what
-    the header line leaves no doubt about, which is said."""
+    the header line shows without doubt; the log tells which."""
     template: Annotated[str, BeforeValidator(_template)] = "human-assistant"
     """How a conversation becomes text: human-assistant, alpaca, llama2, chatml, chatglm3, zephyr, vicuna, plain; chat
     for the tokenizer's own chat template; or a .yaml file of your own."""

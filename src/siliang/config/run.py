@@ -22,7 +22,7 @@ from siliang.safe_yaml import dump_yaml
 from siliang.secrets import shortened
 from siliang.types import ConfigError, TaskType, TrainedTask, nearest
 
-VIRTUAL_TOKENS = 20  # of a prompt whose length is not said, as PEFT's examples and the tutorials have it
+VIRTUAL_TOKENS = 20  # of a prompt without a given length, as in PEFT's examples and the tutorials
 
 
 class MethodConfig(BaseModel):
@@ -91,8 +91,8 @@ LISTS = {
 
 def _method(value: Any) -> Any:
     name = value.get("name") if isinstance(value, dict) else value
-    if isinstance(name, str) and (said := other_names.METHOD_VALUES.get(other_names.plain(name))):
-        raise ConfigError(f"method = {name!r}: here that is {quoted(said.split())}.")
+    if isinstance(name, str) and (here := other_names.METHOD_VALUES.get(other_names.plain(name))):
+        raise ConfigError(f"method = {name!r}: here that is {quoted(here.split())}.")
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -106,8 +106,8 @@ def _adapter(value: Any) -> Any:
 def _task(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    if (said := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
-        raise ConfigError(f"task = {value!r}: here that is `task={said}`.")
+    if (here := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
+        raise ConfigError(f"task = {value!r}: here that is `task={here}`.")
     name = value.upper().replace("-", "_")
     return TaskType(name) if name in tuple(TaskType) else name
 
@@ -119,7 +119,7 @@ def _quantization(value: Any) -> Any:
 
 
 class QuantizationConfig(Section):
-    """The base model's linear layers in few bits: QLoRA and its kin. Needs bitsandbytes."""
+    """The base model's linear layers quantized, as QLoRA has them. Needs bitsandbytes."""
 
     bits: Literal[4, 8] = 4
     """4 or 8."""
@@ -146,7 +146,7 @@ class RunConfig(Settings):
     adapter: Annotated[Name | None, BeforeValidator(_adapter)] = None
     """An adapter that is trained further: a run's folder, a checkpoint in it, an adapter folder of siliang's or of
     PEFT's, or a name on the hub. Its weights are the start and its config is the method; of a run, model, task,
-    template and labels are taken over where nothing else is said. It is not changed itself."""
+    template and labels are taken over where they are not given. The adapter itself is not changed."""
     quantization: Annotated[QuantizationConfig | None, BeforeValidator(_quantization)] = None
     """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is."""
     data: DataConfig
@@ -154,10 +154,10 @@ class RunConfig(Settings):
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training."""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
-    """Several devices."""
+    """How several devices share the training."""
     accept: Names = Field(default_factory=list)
-    """Findings of `siliang check` that are known and meant, by code, such as SL002: they are shown, and do not stop.
-    But for errors of SL023 and SL028, in which the run itself would end."""
+    """Findings of `siliang check` that are intended, by code, such as SL002: they are shown, and do not stop the run.
+    SL023 and SL028 cannot be accepted: the run would end with an error."""
     output: Name
     """The run's folder: made by the run, and must not hold anything yet."""
 
@@ -175,10 +175,10 @@ class RunConfig(Settings):
             return self
         pure = self.train.precision.startswith("pure-")
         reasons = {
-            "quantization": self.quantization and "DeepSpeed cannot deal out weights of few bits: use strategy ddp",
+            "quantization": self.quantization and "DeepSpeed cannot shard quantized weights: use strategy ddp",
             "train.on_nan": self.train.nan_skips
             and "DeepSpeed makes its step before the gradient can be seen: use stop",
-            "train.fit": self.train.fit and "a step that DeepSpeed has begun cannot be begun again: leave it off",
+            "train.fit": self.train.fit and "a step cannot be repeated under DeepSpeed: leave it off",
             "train.precision": pure and "DeepSpeed keeps its weights in half precision as it is: use bf16 or fp16",
         }
         for name, reason in reasons.items():

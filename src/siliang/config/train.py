@@ -17,7 +17,7 @@ Seconds = NewType("Seconds", float)  # written as 8h
 
 
 def _budget(value: Any) -> Any:
-    """Parsed once: what comes after the config sees bytes."""
+    """In bytes, whatever was written."""
     if value is None or value == "auto":
         return value
     try:
@@ -34,7 +34,7 @@ def _budget(value: Any) -> Any:
 
 
 def _seconds(value: Any) -> Any:
-    """Parsed once, as `_budget`."""
+    """In seconds, whatever was written."""
     if value is None:
         return value
     try:
@@ -58,15 +58,14 @@ class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     """Passes over the training rows."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimiser steps; when given, `epochs` is not looked at."""
+    """Optimizer steps; when given, `epochs` has no effect."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows that go through the model at once."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    """Batches that make one optimiser step, on all devices together: their number changes no result."""
+    """Batches that make one optimizer step, on all devices together: their number changes no result."""
     tokens_at_once: Annotated[int, Field(ge=8)] | None = None
     """Tokens that go through the model at once, beside batch_size: a step's rows are split to it, which changes its
-    memory and not its result. None: no limit on a GPU; on a CPU
-    4,096 tokens in bf16 and 2,048 in fp32."""
+    memory and not its result. None: no limit on a GPU; on a CPU 4,096 tokens in bf16 and 2,048 in fp32."""
     packing: bool = True
     """Run the model's layers without padding. The results are the same; off by itself where a model cannot do it."""
     group_by_length: bool | None = None
@@ -90,10 +89,10 @@ class TrainConfig(Section):
     """Memory that training may take, such as 12GB: as many layers as need to compute their activations again in the
     backward pass instead of keeping them. auto: most of what is free. null: no limit."""
     keep_frozen: bool = True
-    """Where the lower layers are frozen (layers_to_transform) and have no dropout, what they say of a row is computed
-    in the first epoch and kept, in up to a quarter of the free memory and then of the free disk."""
+    """Where the lower layers are frozen (layers_to_transform) and have no dropout, their outputs for a row are computed
+    in the first epoch and cached, in up to a quarter of the free memory and then of the free disk."""
     gradient_checkpointing: bool = False
-    """All layers compute their activations again, fit or not: least memory, about a third more time."""
+    """All layers compute their activations again, needed or not: least memory, about a third more time."""
     seed: Seed = 42
     """Of everything random: data order, held-out rows, new weights, dropout."""
     log_every: Annotated[int, Field(ge=1)] = 10
@@ -107,8 +106,8 @@ class TrainConfig(Section):
     keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept; older ones are deleted, but never the best one where `best` is set."""
     max_time: Annotated[Seconds | None, BeforeValidator(_seconds)] = None
-    """Wall-clock time that the run may take, such as 8h, 90m or 1:30:00: before it is over the run saves and stops, to
-    go on with --resume. Loading counts."""
+    """Wall-clock time that the run may take, such as 8h, 90m or 1:30:00: before it is over the run saves and stops;
+    --resume continues it. Loading counts."""
     best: str | None = None
     """A metric of the held-out rows (loss, accuracy, f1, ...): what is kept at the end are the weights of the step
     where it was best, among the evaluations of eval_every and the last step."""
@@ -116,11 +115,11 @@ class TrainConfig(Section):
     """At a step whose loss or gradient is nan or infinite: stop; or `skip 5`, to leave out up to so many such steps."""
     fit: bool = False
     """Where the run would not fit, split its batches and recompute more, with the same result, instead of stopping.
-    With several devices only where the plan says so: a step that they have begun is not begun again."""
+    With several devices only before the first step, by the plan: a step that has started is not repeated."""
 
     @property
     def saves(self) -> bool:
-        """Checkpoints are made while the run goes on."""
+        """Checkpoints are saved during the run."""
         return bool(self.save_every or self.save_every_minutes or self.best)
 
     @property

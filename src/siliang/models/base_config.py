@@ -94,7 +94,7 @@ def check_folder(name: str, revision: str | None = None) -> None:
 
 
 def why_not(name: str, error: Exception, what: str = "model") -> str:
-    """What a library said when it could not load the model, or another part of it."""
+    """The message for a model, or a part of it, that a library could not load."""
     why = first_line(error, kind=isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError))
     if "weights_only" in why:  # torch would advise to run what is in the file
         why = "a .bin file of its weights holds something else than tensors, or is damaged."

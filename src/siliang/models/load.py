@@ -27,7 +27,7 @@ from siliang.models.weights import piece_by_piece
 from siliang.types import OTHER_HEADS, ModelError
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
-OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's choice hangs on them
+OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's probability depends on them
 SHARDABLE_STORAGE = torch.bfloat16  # FSDP deals out what could have gradients: whole bytes pass as it, bit for bit
 
 
@@ -48,15 +48,15 @@ def load_model(
     Args:
         spec: What the task asks of it.
         dtype: Of the weights, or of those that are not quantised.
-        quantization: The linear layers in few bits; the task's head and the output layer stay as they are.
+        quantization: Of the linear layers; the task's head and the output layer stay as they are.
         shardable: Bytes of 4 bits lie in tensors of `SHARDABLE_STORAGE`.
         labels: The classes or tags of the model, whose head is new unless the weights bring one so large.
         seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
             without one. A method trains and saves them.
 
     Raises:
-        ModelError: It cannot be loaded, weights of its layers are missing, or they are not in the few bits that its
-            config says.
+        ModelError: It cannot be loaded, weights of its layers are missing, or they are not quantized as its config
+            says.
     """
     bound_kernel_caches()
     config = load_config(name, revision=revision)
@@ -174,7 +174,7 @@ def _from_pretrained(name: str, spec: ModelSpec, config: Any, *, revision: str |
 def _quantised(
     wanted: QuantizationConfig | None, spec: ModelSpec, device: torch.device, shardable: bool
 ) -> dict[str, Any]:
-    """What from_pretrained needs to load in few bits."""
+    """What from_pretrained needs to load quantized weights."""
     if wanted is None:
         return {}
     if find_spec("bitsandbytes") is None:

@@ -26,7 +26,7 @@ class Answer(Part):
 
 
 class Answers(Saved):
-    """answers.json: what a run's model says, for whoever wants to see more than figures."""
+    """answers.json: what a run's model answers to some of the held-out rows and to the prompts."""
 
     prompts: list[Answer] = Field(default_factory=list)
     """The same questions for every run of a comparison."""

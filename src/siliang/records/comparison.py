@@ -35,7 +35,7 @@ class Trial(Part):
     status: Literal["waiting", "running", "completed", "failed"] = "waiting"
     error: str | None = None
     attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """How often it was begun: more than once where the comparison was interrupted."""
+    """How often it was started: more than once where the comparison was interrupted."""
     figures: Figures = Field(default_factory=dict)
     """Of its record when it was completed, by `figures_of`: whether they still agree can be seen."""
 

@@ -48,7 +48,7 @@ class MethodPlan(Part):
 
     method: str
     error: str | None = None
-    """Why there is no plan: it does not apply to this model, or cannot be drawn."""
+    """Why there is no plan: the method does not apply to this model, or its step cannot be made."""
     strategy: Literal["ddp", "fsdp"] | None = None
     """How several devices share the model."""
     trained: int = 0
@@ -113,7 +113,7 @@ class PlanRecord(Part):
     devices: int = 1
     """Bytes are those of each; batches, of the one that has the heaviest."""
     memory_bytes: int | None
-    """What there is, or was said to be."""
+    """What there is, or what the user gave."""
     memory_source: Literal["free here", "as asked", "unknown"]
     precision: str
     quantization: str

@@ -23,7 +23,7 @@ SHOWN = 80  # characters of a value in an error
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a plan said of a run.
+    """What a plan predicts for a run.
 
     Attributes:
         parts: Of the steps' peak, as `Memory.predicted_parts`.
@@ -98,9 +98,9 @@ class Memory(Part):
     peak_bytes_by_rank: list[Count] = Field(default_factory=list)
     """Of each process, where there were several; peak_bytes is the most."""
     predicted_bytes: Count | None = None
-    """What the plan said of the peak; None where it was not asked."""
+    """The peak that was planned; None where there was no plan."""
     predicted_loading_bytes: Count | None = None
-    """And of loading alone."""
+    """The same for loading alone."""
     recomputed_layers: Count = 0
     """Layers that computed their activations twice, in the batch where it was most."""
     predicted_parts: dict[Name, Count] = Field(default_factory=dict, max_length=100)

@@ -103,8 +103,8 @@ def explained(error: ValidationError) -> str:
         return f"{field} is missing"
     if first["type"] == "extra_forbidden":
         return f"{field} is no field of such a record"
-    said = first["msg"].removeprefix("Value error, ")
-    return f"{field} = {short_repr(first['input'])}: {said[:1].lower()}{said[1:]}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{field} = {short_repr(first['input'])}: {message[:1].lower()}{message[1:]}"
 
 
 def _check_version(version: Any, newest: int, path: Path) -> None:

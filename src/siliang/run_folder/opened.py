@@ -43,7 +43,7 @@ class TrainedRun:
         run: The run's own folder.
         weights: The adapter folder, or, after full fine-tuning, the model folder.
         config: With the base model and its place as they are now.
-        notes: What is not as it was in training, and was passed over by `force`.
+        notes: What has changed since training, and was accepted by `force`.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class TrainedRun:
         """The adapter belongs to the weights, the config and the tokenizer that it was trained on.
 
         Raises:
-            ModelError: The base model is gone, or another by now, and `force` is off.
+            ModelError: The base model is missing or was replaced, and `force` is off.
         """
         model, was = self.config.model, self.record.model_files
         if Path(model).is_absolute() and not Path(model).is_dir():
@@ -85,7 +85,7 @@ class TrainedRun:
         """The held-out rows are those of the training, which hang on all rows where they were split off from them.
 
         Raises:
-            DataError: The data is gone, or has changed, and `force` is off.
+            DataError: The data is missing or has changed, and `force` is off.
         """
         data = self.config.data
         read = data.eval_sources if data.eval_sources and data.validation_size is None else data.train_sources
@@ -148,7 +148,7 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     Raises:
         ConfigError: The folder is no run, a link in it leads out, the run was not finished, or run.yaml says what it
             was not trained with.
-        ModelError: Its base model is gone, or another by now.
+        ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
     """
     folder = Path(folder)
@@ -207,7 +207,7 @@ def open_run(
 
     Raises:
         ConfigError: The folder is no run, or the run was not finished.
-        ModelError: Its base model is gone, or another by now.
+        ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
     """
     return open_trained(find_run(folder, base=base, force=force), dtype=dtype, device=device, quantised=quantised)
@@ -225,10 +225,10 @@ def open_trained(
     Args:
         dtype: Of all weights, as for merging. None: weights and computation are in the run's own precision, so that the
             run measures and predicts what it did in training.
-        quantised: Its base model in few bits, if it was trained on that. False: in `dtype`, as for merging.
+        quantised: Its base model is quantized, if it was in training. False: in `dtype`, as for merging.
 
     Raises:
-        ModelError: Its base model is gone, or another by now.
+        ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
     """
     tokenizer = load_run_tokenizer(trained)
@@ -286,7 +286,7 @@ def load_base(
     device: torch.device | None = None,
     quantised: bool = True,
 ) -> Any:
-    """The run's base model, told which token is padding, its embeddings grown by the run's new tokens."""
+    """The run's base model, with its padding token set, and its embeddings grown by the run's new tokens."""
     model = load_model(
         config.model,
         TASKS[config.task].model,
