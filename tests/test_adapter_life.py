@@ -8,7 +8,7 @@ import torch
 from tiny import TASK, batch, make, word_tokenizer
 
 import siliang
-from siliang.peft_model import enable_checkpointing
+from siliang.models.checkpointing import enable_checkpointing
 from siliang.types import AdapterError, ConfigError, MergeError
 
 LAYER_METHODS: dict[str, Any] = {

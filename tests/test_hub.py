@@ -15,11 +15,11 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from siliang import hub
+from siliang.checkpoint import adapter_folder
 from siliang.data.sources import Reading, open_source
 from siliang.models.base_config import load_config
 from siliang.models.load import load_model
 from siliang.models.tokenizers import load_tokenizer
-from siliang.peft_model import adapter_folder
 from siliang.tasks import SEQ_CLS
 from siliang.types import AdapterError, DataError, ModelError
 

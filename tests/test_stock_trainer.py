@@ -10,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import siliang
 from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
-from siliang.peft_model import enable_checkpointing
+from siliang.models.checkpointing import enable_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 

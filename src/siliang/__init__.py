@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+    from siliang.peft_functions import (
+        get_peft_config,
+        get_peft_model_state_dict,
+        prepare_model_for_kbit_training,
+        set_peft_model_state_dict,
+    )
     from siliang.peft_model import (
         PeftModel,
         PeftModelForCausalLM,
@@ -27,11 +33,7 @@ if TYPE_CHECKING:
         PeftModelForSeq2SeqLM,
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
-        get_peft_config,
         get_peft_model,
-        get_peft_model_state_dict,
-        prepare_model_for_kbit_training,
-        set_peft_model_state_dict,
     )
     from siliang.permissions import allow_code
     from siliang.types import PeftType, SiliangError, TaskType
@@ -61,11 +63,11 @@ _HOME = {
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
     "allow_code": "siliang.permissions",
-    "get_peft_config": "siliang.peft_model",
+    "get_peft_config": "siliang.peft_functions",
     "get_peft_model": "siliang.peft_model",
-    "get_peft_model_state_dict": "siliang.peft_model",
-    "prepare_model_for_kbit_training": "siliang.peft_model",
-    "set_peft_model_state_dict": "siliang.peft_model",
+    "get_peft_model_state_dict": "siliang.peft_functions",
+    "prepare_model_for_kbit_training": "siliang.peft_functions",
+    "set_peft_model_state_dict": "siliang.peft_functions",
 }
 
 __all__ = [

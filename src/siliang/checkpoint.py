@@ -6,22 +6,22 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from siliang.adapter_state import embedding_parameters
 from siliang.files import replacing, write_text
+from siliang.hub import hub_is_off
 from siliang.inject import PROMPT_KEY, Injection
 from siliang.methods import method_of
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.prompt import Prompt
-from siliang.module_paths import inside
-from siliang.safe_json import read_json
+from siliang.paths import check_links
 from siliang.secrets import shortened
-from siliang.types import AdapterError, ConfigError, first_line
+from siliang.types import AdapterError, first_line
 from siliang.weight_files import check_tensors, check_weights
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -34,7 +34,7 @@ def save_adapter(
     injection: Injection,
     name: str,
     config: PeftConfig,
-    tensors: dict[str, Tensor] | None = None,
+    tensors: dict[str, Tensor],
     *,
     pickled: bool = False,
 ) -> None:
@@ -44,13 +44,11 @@ def save_adapter(
     P-tuning prompt, which PEFT flattens away, goes into a file of its own, which PEFT does not look at.
 
     Args:
-        tensors: What it consists of; its live tensors if None.
+        tensors: What it consists of, from `adapter_state`.
         pickled: As adapter_model.bin, which other programs load by running what is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     training = injection.training_state(name)
-    if tensors is None:
-        tensors = method_of(config).to_file(config, injection.adapter_tensors(name))
     if pickled:
         with replacing(folder / PICKLED_NAME) as temporary:
             torch.save({key: t.detach().cpu().clone() for key, t in tensors.items()}, temporary)
@@ -75,54 +73,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(plain.untyped_storage().data_ptr())
         found[key] = plain
     return found
-
-
-def with_embeddings(
-    injection: Injection, name: str, config: PeftConfig, tensors: dict[str, Tensor], *, wanted: bool | str
-) -> dict[str, Tensor]:
-    """The tensors of adapter `name`, with the embeddings and the head or without them.
-
-    Args:
-        wanted: "auto": where the adapter has others than the base (they are among the tensors), or they have another
-            size than the base model's folder says.
-
-    Raises:
-        ConfigError: `wanted` is none of True, False and "auto".
-    """
-    if wanted not in (True, False, "auto"):
-        raise ConfigError(f"save_embedding_layers = {wanted!r}: must be True, False or 'auto'.")
-    parts = injection.adapters[name]
-    with injection.bare() as base:
-        ends = [path for path in _embedding_parameters(base) if not inside(path, list(parts.modules))]
-        keys = {injection.parameter_key(path, name): base.get_parameter(path) for path in ends}
-        now = _vocabulary(base)
-    if wanted is False:
-        return {key: t for key, t in tensors.items() if key not in keys}
-    if wanted == "auto" and _vocabulary_of(config.base_model_name_or_path) in (None, now):
-        return tensors
-    return {**keys, **tensors}
-
-
-def _vocabulary(model: Any) -> int | None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "vocab_size", None)
-
-
-def _vocabulary_of(folder: str | None) -> int | None:
-    """The vocabulary's size that a base model's folder says; None where it is no folder here or does not say it."""
-    path = Path(folder or "") / "config.json"
-    if not folder or not path.is_file():
-        return None
-    try:
-        values = read_json(path, foreign=True)
-    except (OSError, ValueError):
-        return None
-    text = values.get("text_config") if isinstance(values, dict) else None
-    for holder in (values, text):
-        if isinstance(holder, dict) and isinstance(holder.get("vocab_size"), int):
-            return holder["vocab_size"]
-    return None
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -216,7 +166,7 @@ def load_tensors(
     """
     own = injection.adapter_tensors(name)
     with injection.bare() as base:
-        embeddings = {injection.parameter_key(path, name): path for path in _embedding_parameters(base)}
+        embeddings = {injection.parameter_key(path, name): path for path in embedding_parameters(base)}
         first = {id(p): path for path, p in base.named_parameters()}
         tied = {path: first[id(p)] for path, p in base.named_parameters(remove_duplicate=False) if path != first[id(p)]}
         again = {injection.parameter_key(a, name): injection.parameter_key(b, name) for a, b in tied.items()}
@@ -282,22 +232,6 @@ def _respelled(
     return found
 
 
-def _embedding_parameters(base: Any) -> list[str]:
-    """The paths of the weights of the base model's embeddings and head, which PEFT saves along when they are tuned or
-    were resized.
-    """
-    ends = (getattr(base, f"get_{end}_embeddings", None) for end in ("input", "output"))
-    modules = {id(module) for end in ends if end is not None and (module := end()) is not None}
-    weights = {
-        id(weight): f"{path}.weight"
-        for path, module in reversed(list(base.named_modules()))
-        if path
-        and id(module) in modules
-        and (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None
-    }
-    return list(weights.values())  # of tied ones the first
-
-
 def _load_prompt(prompt: Prompt, table: Tensor, training: dict[str, Tensor] | None, source: str) -> None:
     if training is None or prompt.flat:
         prompt.flatten(table)
@@ -306,3 +240,27 @@ def _load_prompt(prompt: Prompt, table: Tensor, training: dict[str, Tensor] | No
         prompt.load_state_dict(training)
     except RuntimeError as error:
         raise AdapterError(f"{source}: {TRAINING_NAME} does not fit: {str(error).splitlines()[-1].strip()}") from error
+
+
+def adapter_folder(model_id: str | Path) -> Path:
+    """The local folder of an adapter; a name that is no folder is looked up on the hub.
+
+    Raises:
+        AdapterError: It is neither.
+    """
+    path = Path(model_id)
+    if path.is_dir():
+        check_links(path, AdapterError)
+        return path
+    if path.is_absolute() or str(model_id).startswith(".") or str(model_id).count("/") != 1:
+        raise AdapterError(f"There is no adapter folder {model_id}.")
+    from huggingface_hub import snapshot_download
+
+    off = hub_is_off()
+    try:
+        wanted = [CONFIG_NAME, "adapter_model.*"]
+        return Path(snapshot_download(str(model_id), allow_patterns=wanted, local_files_only=off is not None))
+    except (OSError, ValueError) as error:
+        if off is not None:
+            raise AdapterError(f"{model_id} is no folder here, and not in the hub's cache; {off}.") from None
+        raise AdapterError(f"{model_id} is no folder here, and the hub did not give it: {first_line(error)}") from error

@@ -1,5 +1,5 @@
-"""Attaches adapters to a base model, freezes the rest, and can undo it all: the only file that changes a base model's
-modules. What an adapter consists of is its method's to say (`Method.attach`).
+"""Attaches adapters to a base model, freezes the rest, and can undo it all. What an adapter consists of is its method's
+to say (`Method.attach`); where it stands is attachments.py's.
 
 Two rules keep several adapters apart. Whatever is asked of the base model (where a target is, what a copy starts from)
 is asked while everything is taken off it, so that no adapter sees another. And what is at work follows from the state
@@ -20,6 +20,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from siliang.attachments import Attachments
 from siliang.file_sizes import FileSizes, check_sizes
 from siliang.methods import method_of
 from siliang.methods.config import BASE, PeftConfig
@@ -27,13 +28,12 @@ from siliang.methods.layer import AdaptedLayer, ByAdapter, SharedTensors
 from siliang.methods.method import Attached, Parts
 from siliang.methods.rows import Rows, watch_batches
 from siliang.models.introspect import is_encoder_decoder
-from siliang.models.invented import invented_modules
 from siliang.models.quantized import is_quantized
 from siliang.module_paths import inside, plain_modules
-from siliang.saved_module import SavedModule, Swap, resized, resized_module, sites_of
-from siliang.saved_modules import find_saved_modules, names_of_saved
-from siliang.tied_weights import replace, untie
-from siliang.types import OTHER_HEADS, TASK_HEADS, ConfigError, MergeError, SiliangError, TaskType
+from siliang.saved_module import SavedModule
+from siliang.saved_modules import choose_saved_modules, names_of_saved
+from siliang.tied_weights import untie
+from siliang.types import ConfigError, MergeError, SiliangError
 
 PROMPT_KEY = "prompt_embeddings"
 
@@ -64,15 +64,12 @@ class Injection(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.for_prompts = for_prompts
+        self._there = Attachments(model)
         self._disabled = 0
         self._rows: Rows | None = None
         self._configs: dict[str, PeftConfig] = {}
         self._states: dict[str, dict[str, Tensor]] = {}
         self._undo: list[Callable[[], None]] = []  # takes off what adapters at work have in the model's forward
-        # Dicts, so that nothing is listed twice: what stands in the model is listed there.
-        self._layers: dict[str, AdaptedLayer] = {}
-        self._saved: dict[str, SavedModule] = {}
-        self._swaps: dict[str, Swap] = {}
         self._was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         # not a child: PeftModel shows it, under PEFT's name for it
         self.__dict__["prompts"] = nn.ModuleDict()
@@ -100,66 +97,32 @@ class Injection(nn.Module):
     @contextmanager
     def bare(self) -> Iterator[nn.Module]:
         """Within the block the base model is what it was: its own modules under their own paths, its own parameters."""
-        self._lay_down()
-        for path in self._places():
-            replace(self.model, path, self._own(path))
+        self._take_off_hooks()
+        self._there.take_off()
         try:
             yield self.model
         finally:
-            for path in reversed(self._places()):
-                own = self.model.get_submodule(path)
-                standing = self._layers.get(path, own)
-                if path in self._saved:
-                    self._saved[path].original_module = standing
-                    standing = self._saved[path]
-                replace(self.model, path, standing)
+            self._there.put_back()
             self._settle()
-
-    def _places(self) -> list[str]:
-        """Where something stands in a module's place, the outer ones first."""
-        return sorted({*self._layers, *self._saved}, key=lambda path: (path.count("."), path))
-
-    def _own(self, path: str) -> nn.Module:
-        return self._layers[path].base_layer if path in self._layers else self._saved[path].original_module
-
-    def _lay_down(self) -> None:
-        self._take_off_hooks()
-        for layer in self._layers.values():
-            layer.lay_down()
-        for swap in self._swaps.values():
-            swap.put(None)
-
-    def _take_off_hooks(self) -> None:
-        while self._undo:
-            self._undo.pop()()
 
     def _settle(self) -> None:
         """Puts everything where it must stand in the present state: the one function that says what computes."""
-        at_work = self.active if not self._disabled and self._rows is None else ()
-        merged = self.merged if not self._disabled and self._rows is None else ()
+        alone = bool(self._disabled) or self._rows is not None
+        at_work, merged = ((), ()) if alone else (self.active, self.merged)
         self._take_off_hooks()
-        for layer in self._layers.values():
-            layer.lay_down()
-        self._put_swaps((*merged, *at_work))
-        for layer in self._layers.values():
-            layer.stand(at_work, merged=bool(merged))
-            layer.rows = self._rows
-        for saved in self._saved.values():
-            saved.active = next((n for n in at_work if n in saved.modules_to_save), None)
-            saved.rows = self._rows
+        self._there.settle(at_work, merged, self._rows)
         for name in at_work:
             if name in self.adapters:
                 undo = method_of(self._configs[name]).stand(self.model, self.attached(name))
                 self._undo += [undo] if undo is not None else []
 
-    def _put_swaps(self, names: Sequence[str]) -> None:
-        for swap in self._swaps.values():
-            swap.put(next((n for n in names if n in swap.adapters), None))
+    def _take_off_hooks(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
     def aside(self) -> Iterator[nn.Parameter]:
         """The parameters that are not in the model now, and must move with it all the same."""
-        for holder in (*self._layers.values(), *self._swaps.values()):
-            yield from holder.aside()
+        return self._there.aside()
 
     # ---- on ----
 
@@ -175,7 +138,7 @@ class Injection(nn.Module):
             AdapterError: The config asks for more than is in the files. Nothing has been made then.
         """
         with self.bare():
-            saved = self._saved_modules(config, lenient=file is not None)
+            saved = choose_saved_modules(self.model, config, lenient=file is not None)
             parts = method_of(config).attach(self.model, config, saved=saved, from_file=file is not None)
             parts = self._checked(config, parts)
             if file is not None:
@@ -208,28 +171,6 @@ class Injection(nn.Module):
         once = set({id(self.model.get_parameter(path)): path for path in reversed(parts.parameters)}.values())
         return dataclasses.replace(parts, parameters=tuple(path for path in parts.parameters if path in once))
 
-    def _saved_modules(self, config: PeftConfig, *, lenient: bool) -> list[str]:
-        heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
-        wanted = list(config.modules_to_save or ())
-        if lenient and wanted:
-            heads = ()  # the file says what it holds
-        if config.task_type is TaskType.SEQ_CLS and heads:
-            heads = (*heads, *(name for name in OTHER_HEADS if find_saved_modules(self.model, [name], required=[])))
-        invented = invented_modules(self.model)
-        if not lenient:
-            heads = (*heads, *invented)
-        if heads:
-            config.modules_to_save = sorted({*wanted, *heads})
-        required = [] if lenient else wanted
-        found = find_saved_modules(self.model, [*wanted, *heads], required=required, nested=not lenient)
-        if lenient and (lacking := [path for path in invented if not inside(path, found)]):
-            warnings.warn(
-                f"The base model's files lack {', '.join(lacking)}, and the adapter's do not hold it either: it is new "
-                "and random here, so the adapter does not answer as it did where it was trained.",
-                stacklevel=6,
-            )
-        return found
-
     def _make(self, name: str, config: PeftConfig, parts: Parts, file: FileSizes | None) -> None:
         self._configs[name], self._states[name] = config, {}
         if parts.prompt is not None:
@@ -240,33 +181,13 @@ class Injection(nn.Module):
             self._hold_shared(attribute, name, spec.make(device), trained=spec.trained)
         shared = self._shared_by(name, parts)
         for path, spec in parts.layers.items():
-            layer = self._layer(path)
+            layer = self._there.layer(path)
             adapter = spec.make(layer, name, shared)
             layer.add(adapter)
             for p in adapter.parameters().values():
                 p.requires_grad_(False)
-        sites = sites_of(self.model)
-        for path in parts.parameters:
-            self._swap(path, sites).add_adapter(name)
-        for path in parts.modules:
-            own = self.model.get_submodule(path)
-            if path not in self._saved:
-                self._saved[path] = SavedModule(own)
-            self._saved[path].add_adapter(name, own)
-
-    def _layer(self, path: str) -> AdaptedLayer:
-        if path not in self._layers:
-            own = self.model.get_submodule(path)
-            layer = AdaptedLayer(own)
-            layer.train(own.training)
-            self._layers[path] = layer
-        return self._layers[path]
-
-    def _swap(self, path: str, sites: Any) -> Swap:
-        if path not in self._swaps:
-            original = self.model.get_parameter(path)
-            self._swaps[path] = Swap(original, sites(original))
-        return self._swaps[path]
+        self._there.copy_parameters(name, parts.parameters)
+        self._there.copy_modules(name, parts.modules)
 
     def _hold_shared(self, attribute: str, name: str, tensor: Tensor, *, trained: bool) -> None:
         if attribute not in self._modules:
@@ -307,7 +228,7 @@ class Injection(nn.Module):
                 raise error(f"Only one prompt can be at work at a time, not {one}, {other}.")
             for a, b in ((one, other), (other, one)):
                 A, B = self.adapters[a], self.adapters[b]
-                alone = [path for path in A.layers if self._layers[path].adapters[a].EXCLUSIVE]
+                alone = [path for path in A.layers if self._there.layers[path].adapters[a].EXCLUSIVE]
                 both = set(A.parameters) & set(B.parameters)
                 clash = next((p for p in B.all if p in both or inside(p, [*A.modules, *alone])), None)
                 if clash is not None:
@@ -349,7 +270,7 @@ class Injection(nn.Module):
             raise ConfigError("adapter_names is empty: name the adapter of each row, '__base__' for none.")
         alike = len(set(names)) == 1
         if not alike and any(
-            name in self.prompts or any(name in swap.adapters for swap in self._swaps.values()) for name in names
+            name in self.prompts or any(name in swap.adapters for swap in self._there.swaps.values()) for name in names
         ):
             raise ConfigError("adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.")
         before, rows = self.active, Rows(names)
@@ -380,7 +301,7 @@ class Injection(nn.Module):
         return Attached(
             name=name,
             config=self._configs[name],
-            layers={path: self._layers[path].adapters[name] for path in parts.layers},
+            layers={path: self._there.layers[path].adapters[name] for path in parts.layers},
             shared=self._shared_by(name, parts),
             prompt=self.prompts[name] if name in self.prompts else None,  # noqa: SIM401, ModuleDict has no get
             state=self._states[name],
@@ -398,14 +319,14 @@ class Injection(nn.Module):
         parts = self.adapters[name]
         found |= {f"base_model.{key}": self._shared(key)[name] for key, spec in parts.shared.items() if spec.saved}
         for path in parts.layers:
-            own = self._layers[path].adapters[name].parameters()
+            own = self._there.layers[path].adapters[name].parameters()
             found |= {self._key(name, path, key): p for key, p in own.items()}
         for path in parts.modules:
-            state = self._saved[path].modules_to_save[name].state_dict(keep_vars=True)
+            state = self._there.saved[path].modules_to_save[name].state_dict(keep_vars=True)
             found |= {self._key(name, path, key): t for key, t in state.items()}
-        for path, swap in self._swaps.items():
+        for path, swap in self._there.swaps.items():
             if name in swap.adapters:
-                found[self.parameter_key(path, name)] = self._swapped(path, name)
+                found[self.parameter_key(path, name)] = self._there.parameter(path, name)
         return found
 
     def parameter_key(self, path: str, name: str) -> str:
@@ -423,10 +344,10 @@ class Injection(nn.Module):
         found = [*self.prompts[name].parameters()] if name in self.prompts else []
         found += [self._shared(key)[name] for key, spec in parts.shared.items() if spec.trained]
         for path in parts.layers:
-            found += self._layers[path].adapters[name].parameters().values()
+            found += self._there.layers[path].adapters[name].parameters().values()
         for path in parts.modules:
-            found += self._saved[path].modules_to_save[name].parameters()
-        return [*found, *(self._swapped(path, name) for path in parts.parameters)]
+            found += self._there.saved[path].modules_to_save[name].parameters()
+        return [*found, *(self._there.parameter(path, name) for path in parts.parameters)]
 
     def training_state(self, name: str) -> dict[str, Tensor]:
         """What training goes on with beside the adapter's file: the encoder of a prompt, what a method remembers."""
@@ -437,13 +358,6 @@ class Injection(nn.Module):
         """Makes `tensors` what the method of adapter `name` remembers."""
         self._states[name].update(tensors)
 
-    def _swapped(self, path: str, name: str) -> nn.Parameter:
-        owner, _, own = path.rpartition(".")
-        swap = self._swaps[path]
-        if name == swap.standing and owner in self._layers:
-            return self._layers[owner].own_parameter(own)
-        return swap.of(name)
-
     def ask_for_gradients(self, name: str, wanted: bool) -> None:
         """Trains adapter `name`, or freezes it; what is not an adapter's is left as the user set it."""
         for p in self.adapter_parameters(name):
@@ -452,8 +366,7 @@ class Injection(nn.Module):
     def stand_in(self, path: str, name: str, tensor: Tensor) -> None:
         """Makes `tensor` what adapter `name` has in the place of the base model's parameter at `path`, untrained."""
         with self.bare():
-            swap = self._swap(path, sites_of(self.model))
-            swap.adapters[name] = nn.Parameter(tensor.to(swap.original), requires_grad=False)
+            self._there.stand_in(path, name, tensor)
 
     # ---- off ----
 
@@ -485,18 +398,7 @@ class Injection(nn.Module):
         if name in self.prompts:
             del self.prompts[name]
         self._forget_shared(name)
-        for path, layer in list(self._layers.items()):
-            layer.delete(name)
-            if not layer.adapters:
-                del self._layers[path]
-        for path, saved in list(self._saved.items()):
-            saved.delete_adapter(name)
-            if not saved.modules_to_save:
-                del self._saved[path]
-        for path, swap in list(self._swaps.items()):
-            swap.delete_adapter(name)
-            if not swap.adapters:
-                del self._swaps[path]
+        self._there.forget(name)
 
     def _forget_shared(self, name: str) -> None:
         for attribute, held in list(self._modules.items()):
@@ -512,16 +414,12 @@ class Injection(nn.Module):
             safe: Refuse where a merged weight is not finite.
 
         Raises:
-            MergeError: An adapter is a prompt, is broken, its base is quantised, or it cannot be at work beside the
-                others. Nothing has been changed then.
+            MergeError: An adapter is of a method that does not merge, is broken, its base is quantized, or it cannot be
+                at work beside the others. Nothing has been changed then.
         """
         merged = self._to_merge(names)
         try:
-            self._lay_down()
-            self._put_swaps(merged)
-            found = {path: layer.merge(merged, safe=safe) for path, layer in self._layers.items()}
-            for path, layer in self._layers.items():
-                layer.hold_merged(merged, found[path])
+            self._there.merge(merged, safe=safe)
             self.merged = merged
         finally:
             self._settle()
@@ -532,8 +430,7 @@ class Injection(nn.Module):
                 raise MergeError(why_not)
         merged = (*self.merged, *(n for n in names if n not in self.merged))
         self._check_together(merged, error=MergeError)
-        for layer in self._layers.values():
-            layer.check_merge(merged)
+        self._there.check_merge(merged)
         return merged
 
     def unmerge(self) -> None:
@@ -543,8 +440,7 @@ class Injection(nn.Module):
 
     def _unmerge(self) -> None:
         self.merged = ()
-        for layer in self._layers.values():
-            layer.hold_merged((), {})
+        self._there.unmerge()
 
     def unload(self) -> nn.Module:
         """Takes everything off and returns the base model as it was, bit for bit."""
@@ -566,44 +462,14 @@ class Injection(nn.Module):
             MergeError: As `merge`; everything is still attached then.
         """
         merged = self._to_merge(names)
-        found: dict[str, dict[str, nn.Parameter]] = {}
         try:
-            self._lay_down()
-            self._put_swaps(merged)
-            if safe:
-                found = {path: layer.merge(merged, safe=True) for path, layer in self._layers.items()}
+            self._take_off_hooks()
+            self._there.merge_for_good(merged, safe=safe, progress=progress)
         except BaseException:
             self._settle()
             raise
-        trained = [(swap, swap.of(swap.standing)) for swap in self._swaps.values() if swap.standing is not None]
-        for path, layer in _shown(self._layers.items(), progress):
-            # one layer after the other, so that no weight is there twice for long
-            for key, parameter in (found[path] if safe else layer.merge(merged)).items():
-                setattr(layer.base_layer, key, parameter)
-        for swap, parameter in trained:
-            swap.stay(parameter)
-        copies: list[str] = []
-        for path in self._places():
-            if inside(path, copies):
-                continue
-            standing, saved = self._own(path), self._saved.get(path)
-            name = next((n for n in merged if saved is not None and n in saved.modules_to_save), None)
-            if saved is not None and name is not None:
-                copies.append(path)
-                standing = saved.in_own_format(name)
-            replace(self.model, path, standing)
         for name in list(self.adapters):
-            self._forget_shared(name)
-        for holder in (
-            self.adapters,
-            self._configs,
-            self._states,
-            self._layers,
-            self._saved,
-            self._swaps,
-            self.prompts,
-        ):
-            holder.clear()
+            self._forget(name)
         self.active = self.merged = ()
         self._let_go()
         untie(self.model)
@@ -615,8 +481,6 @@ class Injection(nn.Module):
         _TAKEN.discard(self.model)
         self.model.__dict__.pop("resize_token_embeddings", None)
         return self.model
-
-    # ---- a larger vocabulary ----
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model's function of this name, and every adapter's copy of what it resizes.
@@ -630,28 +494,6 @@ class Injection(nn.Module):
             ConfigError: An adapter has parameters of the old size beside the embeddings or the head. Nothing has been
                 changed then.
         """
-        with self.bare() as base:
-            ends = [end() for end in (base.get_input_embeddings, base.get_output_embeddings)]  # type: ignore[operator]
-            paths = [path for path, module in base.named_modules() if any(module is end for end in ends)]
-            if path := next((path for path in paths if path in self._layers), None):
-                raise ConfigError(
-                    f"{path} carries an adapter of the present size: resize the embeddings before attaching."
-                )
-            changing = [path for path in self._swaps if path.rpartition(".")[0] in paths]
-            type(base).resize_token_embeddings(base, *args, **kwargs)  # type: ignore[operator]
-            sites = sites_of(base)
-            for path in changing:
-                old = self._swaps.pop(path)
-                swap = self._swap(path, sites)
-                for name, p in old.adapters.items():
-                    swap.adapters[name] = resized(p, swap.original)
-            for path, saved in self._saved.items():
-                for name, twin in saved.modules_to_save.items():
-                    saved.modules_to_save[name] = resized_module(twin, base.get_submodule(path))
+        with self.bare():
+            self._there.resize_token_embeddings(*args, **kwargs)
         return self.model.get_input_embeddings()  # type: ignore[operator]
-
-
-def _shown(layers: Any, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(layers, disable=not progress, desc="Unloading and merging model")

@@ -1,11 +1,10 @@
 """get_peft_model and PeftModel: a base model with adapters, under the names of Hugging Face PEFT. Thin: the work is in
-inject.py (attaching), checkpoint.py (files) and merge.py.
+inject.py (attaching), adapter_state.py and checkpoint.py (files) and merge.py.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -13,25 +12,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from siliang.adapter_state import adapter_state
+from siliang.answers_as_base import AnswersAsBase
 from siliang.checkpoint import (
+    adapter_folder,
     at_most_what_is_there,
     load_tensors,
     read_adapter,
     read_training,
     save_adapter,
-    with_embeddings,
 )
 from siliang.file_sizes import FileSizes
-from siliang.hub import hub_is_off
-from siliang.inject import PROMPT_KEY, Injection
-from siliang.methods import METHODS, config_class, method_of
-from siliang.methods.config import BASE, CONFIG_NAME, PeftConfig
-from siliang.models.quantized import count_numbers, keep_as_stored
-from siliang.paths import check_links
-from siliang.types import AdapterError, ConfigError, first_line, nearest
+from siliang.inject import Injection
+from siliang.methods import METHODS, method_of
+from siliang.methods.config import BASE, PeftConfig
+from siliang.models.quantized import count_parameters, keep_as_stored
+from siliang.types import ConfigError, nearest
 
 
 def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
@@ -48,88 +46,8 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     return PeftModel(model, peft_config, adapter_name)
 
 
-def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """The config for a dictionary such as {"peft_type": "LORA", "r": 16}.
-
-    Raises:
-        AdapterError: The method is none of siliang's, or a field that it does not support would change the result.
-    """
-    return config_class(config_dict.get("peft_type"), source="config_dict").from_dict(config_dict, source="config_dict")
-
-
-def get_peft_model_state_dict(
-    model: PeftModel,
-    state_dict: dict[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
-) -> dict[str, Tensor]:
-    """What an adapter consists of, under the keys of its file.
-
-    Args:
-        state_dict: The whole model's, to take the values from, such as one that was gathered from several devices.
-        unwrap_compiled: The model may be one that torch.compile gave.
-        save_embedding_layers: The embeddings and the head too. "auto": where the adapter has others than the base, or
-            they have another size than the base model's folder says.
-
-    Raises:
-        ConfigError: The adapter is not there.
-        AdapterError: `state_dict` lacks a part of it.
-    """
-    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
-    return {key: t.detach() for key, t in model.adapter_state(adapter_name, state_dict, save_embedding_layers).items()}
-
-
-def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
-) -> None:
-    """Copies tensors under the keys of a file into an adapter.
-
-    Raises:
-        AdapterError: They do not fit; nothing has been copied then.
-    """
-    load_tensors(model.injection, adapter_name, peft_model_state_dict, source="peft_model_state_dict")
-
-
-def prepare_model_for_kbit_training(
-    model: Any,
-    use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-) -> Any:
-    """Freezes a quantised model and turns gradient checkpointing on, non-reentrant unless told otherwise.
-
-    PEFT's function of this name also copies every 16-bit parameter to fp32: the norms, and a whole embedding and output
-    layer, gigabytes for a large vocabulary. Frozen weights gain nothing by it, and adapters are fp32 anyway.
-    """
-    for p in model.parameters():
-        p.requires_grad_(False)
-    if use_gradient_checkpointing:
-        settings = gradient_checkpointing_kwargs or {}
-        if settings.get("use_reentrant"):
-            model.enable_input_require_grads()  # reentrant checkpoints see no gradient where no input asks for one
-        enable_checkpointing(model, **settings)
-    return model
-
-
-def enable_checkpointing(model: Any, **settings: Any) -> None:
-    """Turns gradient checkpointing on, under the name that this transformers has for it (5.23 renamed it).
-
-    Args:
-        settings: For torch.utils.checkpoint; `use_reentrant` is False unless given.
-    """
-    settings = {"use_reentrant": False} | settings
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-
-class PeftModel(PreTrainedModel):
+class PeftModel(AnswersAsBase):
     """A base model with named adapters, one of which is active.
-
-    It is a PreTrainedModel so that the stock Trainer saves it through `save_pretrained`, which makes its checkpoints
-    adapter folders: the Trainer does so only for that class and for peft's own. It holds no config or generation
-    machinery of its own: what it does not define is the base model's.
 
     Attributes:
         injection: All that is attached. With adapters in layers it is `base_model`; with prompts that is the base model
@@ -418,22 +336,11 @@ class PeftModel(PreTrainedModel):
     ) -> dict[str, Tensor]:
         """See `get_peft_model_state_dict`. The tensors are live where they can be."""
         self._known(name)
-        injection = self.injection
-        tensors = injection.adapter_tensors(name)
+        keys = None
         if state_dict is not None:
             named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
             keys = {id(t): key for key, t in named}
-            if name in injection.prompts:
-                keys |= {id(t): key for key, t in tensors.items() if key == PROMPT_KEY}
-                state_dict = {**state_dict, PROMPT_KEY: _prompt_of(injection.prompts[name], name, state_dict)}
-            if missing := [key for key, t in tensors.items() if keys.get(id(t), key) not in state_dict]:
-                raise AdapterError(
-                    f"state_dict lacks {len(missing)} tensors of adapter {name!r}, such as {missing[0]}."
-                )
-            tensors = {key: state_dict[keys.get(id(t), key)] for key, t in tensors.items()}
-        config = self.peft_config[name]
-        tensors = method_of(config).to_file(config, tensors)
-        return with_embeddings(injection, name, config, tensors, wanted=save_embedding_layers)
+        return adapter_state(self.injection, name, state_dict=state_dict, keys=keys, embeddings=save_embedding_layers)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -560,97 +467,7 @@ class PeftModel(PreTrainedModel):
             )
         return self.injection.resize_token_embeddings(*args, **kwargs)
 
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model's loss takes the Trainer's count of labelled tokens."""
-        base = self.get_base_model()
-        if hasattr(base, "accepts_loss_kwargs"):
-            return bool(base.accepts_loss_kwargs)
-        parameters = inspect.signature(base.forward).parameters.values()
-        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-    # ---- what PreTrainedModel defines and the base model must answer ----
-
-    @property
-    def base_model(self) -> Any:  # type: ignore[override]
-        return self._modules["base_model"]
-
-    @property
-    def main_input_name(self) -> str:  # type: ignore[override]
-        return getattr(self.get_base_model(), "main_input_name", "input_ids")
-
-    @property
-    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
-        return getattr(self.get_base_model(), "supports_gradient_checkpointing", False)
-
-    @property
-    def _no_split_modules(self) -> Any:  # type: ignore[override]
-        return getattr(self.get_base_model(), "_no_split_modules", None)
-
-    @property
-    def _hf_peft_config_loaded(self) -> bool:  # type: ignore[override]
-        """How the stock Trainer is told that a quantised model has adapters: it refuses to train one without."""
-        return bool(getattr(self.get_base_model(), "is_quantized", False))
-
-    def can_generate(self) -> bool:  # type: ignore[override]
-        base = self.get_base_model()
-        return isinstance(base, PreTrainedModel) and base.can_generate()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.get_base_model().get_input_embeddings()  # type: ignore[operator]
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.get_base_model().get_output_embeddings()  # type: ignore[operator]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # not there yet: without this line the next one would ask for it for ever
-            if name in ("base_model", "injection") or "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
-
-
-def _prompt_of(prompt: Any, name: str, state_dict: dict[str, Tensor]) -> Tensor:
-    """The table of virtual tokens with the values of a whole model's state."""
-    start = f"prompt_encoder.{name}."
-    own = {key.removeprefix(start): t for key, t in state_dict.items() if key.startswith(start)}
-    if missing := sorted(prompt.state_dict().keys() - own.keys()):
-        raise AdapterError(f"state_dict lacks {start}{missing[0]}.")
-    return functional_call(prompt, own, ())
-
 
 # PEFT has a class a task. Here one serves all, and answers to their names, so that scripts port.
 PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
 PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters of any model, shared ones once, 4-bit ones as many as they stand for."""
-    sizes = [(count_numbers(p), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def adapter_folder(model_id: str | Path) -> Path:
-    """The local folder of an adapter; a name that is no folder is looked up on the hub.
-
-    Raises:
-        AdapterError: It is neither.
-    """
-    path = Path(model_id)
-    if path.is_dir():
-        check_links(path, AdapterError)
-        return path
-    if path.is_absolute() or str(model_id).startswith(".") or str(model_id).count("/") != 1:
-        raise AdapterError(f"There is no adapter folder {model_id}.")
-    from huggingface_hub import snapshot_download
-
-    off = hub_is_off()
-    try:
-        wanted = [CONFIG_NAME, "adapter_model.*"]
-        return Path(snapshot_download(str(model_id), allow_patterns=wanted, local_files_only=off is not None))
-    except (OSError, ValueError) as error:
-        if off is not None:
-            raise AdapterError(f"{model_id} is no folder here, and not in the hub's cache; {off}.") from None
-        raise AdapterError(f"{model_id} is no folder here, and the hub did not give it: {first_line(error)}") from error

@@ -4,13 +4,15 @@ files lack."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
 
 from siliang.methods.config import PeftConfig
+from siliang.models.invented import invented_modules
 from siliang.module_paths import inside, meant, outermost, plain_modules
-from siliang.types import TargetError, nearest
+from siliang.types import OTHER_HEADS, TASK_HEADS, TargetError, TaskType, nearest
 
 
 def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str], nested: bool = True) -> list[str]:
@@ -64,3 +66,34 @@ def names_of_saved(config: PeftConfig, names: Iterable[str], saved: list[str], p
 def _ends_in(path: str, name: str) -> bool:
     """Whether PEFT takes `path` for one that `name` of modules_to_save means."""
     return ("base_model.model." + path).endswith(name)
+
+
+def choose_saved_modules(model: nn.Module, config: PeftConfig, *, lenient: bool) -> list[str]:
+    """The paths of the modules that an adapter trains and saves whole; their names go into the config.
+
+    Args:
+        lenient: The config is a file's, which says what it holds.
+
+    Raises:
+        TargetError: As `find_saved_modules`.
+    """
+    heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
+    wanted = list(config.modules_to_save or ())
+    if lenient and wanted:
+        heads = ()
+    if config.task_type is TaskType.SEQ_CLS and heads:
+        heads = (*heads, *(name for name in OTHER_HEADS if find_saved_modules(model, [name], required=[])))
+    invented = invented_modules(model)
+    if not lenient:
+        heads = (*heads, *invented)
+    if heads:
+        config.modules_to_save = sorted({*wanted, *heads})
+    required = [] if lenient else wanted
+    found = find_saved_modules(model, [*wanted, *heads], required=required, nested=not lenient)
+    if lenient and (lacking := [path for path in invented if not inside(path, found)]):
+        warnings.warn(
+            f"The base model's files lack {', '.join(lacking)}, and the adapter's do not hold it either: it is new "
+            "and random here, so the adapter does not answer as it did where it was trained.",
+            stacklevel=5,
+        )
+    return found

@@ -22,8 +22,8 @@ from siliang.engine.batches import StepCollator
 from siliang.engine.padding import NotPackableError, attend
 from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from siliang.models.checkpointing import enable_checkpointing
 from siliang.ops.packed_attention import Layout
-from siliang.peft_model import enable_checkpointing
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TASKS, Task
 from siliang.types import TaskType
 

@@ -31,7 +31,7 @@ from siliang import (
     get_peft_model,
 )
 from siliang.methods import METHODS
-from siliang.peft_model import count_parameters
+from siliang.models.quantized import count_parameters
 
 
 def bloom_1b4_zh() -> nn.Module:

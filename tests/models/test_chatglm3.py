@@ -26,8 +26,8 @@ from siliang import LoraConfig, TaskType, get_peft_model
 from siliang.models.base_config import load_config
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMModel
 from siliang.models.chatglm3.model import CACHE, RotaryEmbedding
+from siliang.models.checkpointing import enable_checkpointing
 from siliang.models.load import load_model
-from siliang.peft_model import enable_checkpointing
 from siliang.tasks import CAUSAL_LM, SEQ_CLS
 from siliang.types import ModelError
 

@@ -13,7 +13,8 @@ from siliang.check.finding import RATE_FACTOR, Found
 from siliang.check.subject import Subject
 from siliang.hardware import FP16_ADAM_EPS
 from siliang.methods import METHODS
-from siliang.peft_model import count_parameters, get_peft_model
+from siliang.models.quantized import count_parameters
+from siliang.peft_model import get_peft_model
 from siliang.types import OTHER_HEADS, ConfigError, ModelError, TargetError
 
 

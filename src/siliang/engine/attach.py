@@ -10,7 +10,8 @@ from siliang.config import RunConfig
 from siliang.data.vocabulary import embedding_modules
 from siliang.hardware import Choice
 from siliang.methods import Method
-from siliang.peft_model import PeftModel, count_parameters, get_peft_model
+from siliang.models.quantized import count_parameters
+from siliang.peft_model import PeftModel, get_peft_model
 from siliang.tasks import TASKS
 
 

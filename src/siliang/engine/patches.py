@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from siliang.models.checkpointing import enable_checkpointing
 from siliang.ops.packed_attention import Layout, packed_attention
-from siliang.peft_model import enable_checkpointing
 
 Undo = Callable[[], None]
 

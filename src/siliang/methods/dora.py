@@ -40,13 +40,13 @@ class DoraLinear(LowRankLinear):
     def numbers(cls, layer: nn.Module, spec: LoraSpec) -> int:
         return super().numbers(layer, spec) + features(layer)[1]
 
-    def forward(self, x_TI: Tensor, beneath: Beneath) -> Tensor:
+    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
         """y + (m/|.| - 1) (y - b_W) + m/|.| s B A x: near 1 the difference is small, and is rounded as such in half
         precision.
         """
-        y_TO = beneath(x_TI)
+        y_TO = beneath(x)
         dropout_p = self.dropout_p if self.layer.training else 0.0
-        x_TI = F.dropout(x_TI, dropout_p)
+        x_TI = F.dropout(x, dropout_p)
         bias_O = self.layer.base_layer.bias
         if dropout_p and beneath.is_base:  # dropout reaches the base layer's share as well
             base_TO = F.linear(x_TI, float_weight(self.layer.base_layer).to(x_TI.dtype))

@@ -157,8 +157,8 @@ def _default_targets(
     model: nn.Module, config: LayerConfig, fitting: list[str], defaults: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
     """The usual targets for the model's type, and an error that lists what there is where the type is unknown."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in defaults:
+    model_type: str | None = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is not None and model_type in defaults:
         return list(defaults[model_type])
     endings = sorted({p.rpartition(".")[2] for p in fitting})
     linear = any(is_linear(model.get_submodule(p)) for p in fitting)

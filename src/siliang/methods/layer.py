@@ -160,13 +160,16 @@ class AdaptedLayer(nn.Module):
         """Before anything is merged.
 
         Raises:
-            MergeError: The base layer is quantized.
+            MergeError: The base layer is quantized, or an adapter cannot become a part of it.
         """
-        if is_quantized(self.base_layer) and any(name in self._adapters for name in names):
+        here = [self._adapters[name] for name in names if name in self._adapters]
+        if here and is_quantized(self.base_layer):
             raise MergeError(
                 "The base model is quantised, and rounding the merged weights to it again would change the answers: "
                 "load the base model in 16 bits, attach the adapter, and merge there (`siliang merge` does)."
             )
+        for adapter in here:
+            adapter.check_merge()
 
     @torch.no_grad()
     def merge(self, names: Sequence[str], *, safe: bool = False) -> dict[str, nn.Parameter]:
@@ -277,6 +280,12 @@ class LayerAdapter(ABC):
     @abstractmethod
     def merged(self) -> dict[str, Tensor]:
         """What the base layer's parameters, as they stand there now, become with this adapter in them."""
+
+    def check_merge(self) -> None:  # noqa: B027, most methods have nothing to check
+        """
+        Raises:
+            MergeError: The adapter cannot become a part of the base layer's parameters.
+        """
 
     def replaced(self) -> dict[str, nn.Parameter]:
         """Parameters that must stand in the place of the base layer's own while this adapter is at work."""

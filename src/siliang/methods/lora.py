@@ -46,11 +46,11 @@ STARTS_BY_DATA = ("corda", "lora_ga")
 class LoraLinear(LowRankLinear):
     """LoRA on a linear layer."""
 
-    def forward(self, x_TI: Tensor, beneath: Beneath) -> Tensor:
+    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
         """y = W x + s B A x (+ s b)"""
         return lora_linear(
-            beneath(x_TI),
-            x_TI,
+            beneath(x),
+            x,
             self.A,
             self.B,
             self.s,
@@ -65,13 +65,15 @@ class LoraLinear(LowRankLinear):
         found = {"weight": as_stored(base, self._merged_OI())}
         if self.b is None:
             return found
-        if base.bias is None:
+        update_O = self.s * self.b
+        return found | {"bias": base.bias.to(update_O.dtype) + update_O}
+
+    def check_merge(self) -> None:
+        if self.b is not None and self.layer.base_layer.bias is None:
             raise MergeError(
                 "The adapter's lora_bias cannot be merged: the base model's layer has no bias to add it to. "
                 "Keep the adapter, or train it without lora_bias."
             )
-        update_O = self.s * self.b
-        return found | {"bias": base.bias.to(update_O.dtype) + update_O}
 
 
 @dataclass(kw_only=True)

@@ -35,7 +35,7 @@ class LoraEmbedding(LowRank):
             )
             A, B = A_right.T.contiguous(), B_right.T.contiguous()
         parts = {"lora_embedding_A": nn.Parameter(A), "lora_embedding_B": nn.Parameter(B)}
-        super().__init__(layer, name, parts, spec)
+        super().__init__(layer, name, spec, parts)
         if residual is not None:
             self._leave(residual)
 

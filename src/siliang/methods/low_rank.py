@@ -69,9 +69,13 @@ class LowRank(LayerAdapter):
     """
 
     def __init__(
-        self, layer: AdaptedLayer, name: str, parts: Mapping[str, nn.Module | nn.Parameter], spec: LoraSpec
+        self,
+        layer: AdaptedLayer,
+        name: str,
+        spec: LoraSpec,
+        parts: Mapping[str, nn.Module | nn.Parameter] | None = None,
     ) -> None:
-        super().__init__(layer, name, parts)
+        super().__init__(layer, name, parts or {})
         self.s = spec.scaling
         self.residual: nn.Parameter | None = None
 
@@ -126,7 +130,7 @@ class LowRankLinear(LowRank):
             nn.init.zeros_(B.weight)
         if spec.bias:
             nn.init.zeros_(B.bias)
-        super().__init__(layer, name, {"lora_A": A, "lora_B": B}, spec)
+        super().__init__(layer, name, spec, {"lora_A": A, "lora_B": B})
         self.dropout_p = spec.dropout_p
         if spec.has_residual and weight.device.type != "meta":
             W_OI = out_by_in(base, layer.own_parameter("weight"))

@@ -167,3 +167,9 @@ def empty_quantized(
         setattr(new, MAY_PACK, False)
     new.weight = weight
     return new.requires_grad_(False)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters of any model, shared ones once, 4-bit ones as many as they stand for."""
+    sizes = [(count_numbers(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

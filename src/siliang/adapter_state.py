@@ -1,0 +1,124 @@
+"""What an adapter consists of, as its file holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.func import functional_call
+
+from siliang.inject import PROMPT_KEY, Injection
+from siliang.methods import method_of
+from siliang.methods.config import PeftConfig
+from siliang.module_paths import inside
+from siliang.safe_json import read_json
+from siliang.types import AdapterError, ConfigError
+
+
+def adapter_state(
+    injection: Injection,
+    name: str,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    keys: Mapping[int, str] | None = None,
+    embeddings: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of adapter `name` under the keys of its file. They are live where they can be.
+
+    Args:
+        state_dict: The whole model's, to take the values from, such as one that was gathered from several devices.
+        keys: The keys in `state_dict` by the ids of the live tensors.
+        embeddings: The embeddings and the head too. "auto": where the adapter has others than the base, or they have
+            another size than the base model's folder says.
+
+    Raises:
+        AdapterError: `state_dict` lacks a part of it.
+        ConfigError: `embeddings` is none of True, False and "auto".
+    """
+    tensors = injection.adapter_tensors(name)
+    if state_dict is not None:
+        keys = dict(keys or {})
+        if name in injection.prompts:
+            keys |= {id(t): key for key, t in tensors.items() if key == PROMPT_KEY}
+            state_dict = {**state_dict, PROMPT_KEY: _prompt_of(injection.prompts[name], name, state_dict)}
+        if missing := [key for key, t in tensors.items() if keys.get(id(t), key) not in state_dict]:
+            raise AdapterError(f"state_dict lacks {len(missing)} tensors of adapter {name!r}, such as {missing[0]}.")
+        tensors = {key: state_dict[keys.get(id(t), key)] for key, t in tensors.items()}
+    config = injection.config_of(name)
+    tensors = method_of(config).to_file(config, tensors)
+    return _with_embeddings(injection, name, config, tensors, wanted=embeddings)
+
+
+def _prompt_of(prompt: Any, name: str, state_dict: dict[str, Tensor]) -> Tensor:
+    """The table of virtual tokens with the values of a whole model's state."""
+    start = f"prompt_encoder.{name}."
+    own = {key.removeprefix(start): t for key, t in state_dict.items() if key.startswith(start)}
+    if missing := sorted(prompt.state_dict().keys() - own.keys()):
+        raise AdapterError(f"state_dict lacks {start}{missing[0]}.")
+    return functional_call(prompt, own, ())
+
+
+def _with_embeddings(
+    injection: Injection, name: str, config: PeftConfig, tensors: dict[str, Tensor], *, wanted: bool | str
+) -> dict[str, Tensor]:
+    """The tensors of adapter `name`, with the embeddings and the head or without them.
+
+    Args:
+        wanted: "auto": where the adapter has others than the base (they are among the tensors), or they have another
+            size than the base model's folder says.
+
+    Raises:
+        ConfigError: `wanted` is none of True, False and "auto".
+    """
+    if wanted not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers = {wanted!r}: must be True, False or 'auto'.")
+    parts = injection.adapters[name]
+    with injection.bare() as base:
+        ends = [path for path in embedding_parameters(base) if not inside(path, list(parts.modules))]
+        keys = {injection.parameter_key(path, name): base.get_parameter(path) for path in ends}
+        now = _vocabulary(base)
+    if wanted is False:
+        return {key: t for key, t in tensors.items() if key not in keys}
+    if wanted == "auto" and _vocabulary_of(config.base_model_name_or_path) in (None, now):
+        return tensors
+    return {**keys, **tensors}
+
+
+def _vocabulary(model: Any) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def _vocabulary_of(folder: str | None) -> int | None:
+    """The vocabulary's size that a base model's folder says; None where it is no folder here or does not say it."""
+    path = Path(folder or "") / "config.json"
+    if not folder or not path.is_file():
+        return None
+    try:
+        values = read_json(path, foreign=True)
+    except (OSError, ValueError):
+        return None
+    text = values.get("text_config") if isinstance(values, dict) else None
+    for holder in (values, text):
+        if isinstance(holder, dict) and isinstance(holder.get("vocab_size"), int):
+            return holder["vocab_size"]
+    return None
+
+
+def embedding_parameters(base: Any) -> list[str]:
+    """The paths of the weights of the base model's embeddings and head, which PEFT saves along when they are tuned or
+    were resized.
+    """
+    ends = (getattr(base, f"get_{end}_embeddings", None) for end in ("input", "output"))
+    modules = {id(module) for end in ends if end is not None and (module := end()) is not None}
+    weights = {
+        id(weight): f"{path}.weight"
+        for path, module in reversed(list(base.named_modules()))
+        if path
+        and id(module) in modules
+        and (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None
+    }
+    return list(weights.values())  # of tied ones the first

@@ -1,0 +1,18 @@
+"""Gradient checkpointing of a model: computing its layers again in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def enable_checkpointing(model: Any, **settings: Any) -> None:
+    """Turns gradient checkpointing on, under the name that this transformers has for it (5.23 renamed it).
+
+    Args:
+        settings: For torch.utils.checkpoint; `use_reentrant` is False unless given.
+    """
+    settings = {"use_reentrant": False} | settings
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
