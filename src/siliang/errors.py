@@ -198,8 +198,8 @@ CATALOGUE: dict[str, Entry] = {
     "SLE12": Entry(
         Page(
             "a process of the training is gone",
-            "A training on several devices needs all of its processes. One was killed (often for want of memory), fell "
-            "over, or can no longer be reached; the others ended with it.",
+            "A training on several devices needs all of its processes. One was killed (often because memory was full), "
+            "crashed, or can no longer be reached; the others ended with it.",
             "Checkpoints are whole: go on with `siliang train --resume RUN`, with the same number of devices or "
             "another. Where it happens again, look at that machine's memory and network. With `torchrun "
             "--max-restarts 3` the run goes on by itself.",

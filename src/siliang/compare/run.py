@@ -127,7 +127,7 @@ class _Comparing:
 
         return Cluster(self.ray, self.jobs, self.folder / "logs", self.listener.say)
 
-    # ---- what is there already ----
+    # ---- checks, before anything is written ----
 
     def _check(self) -> None:
         """Raises what every run would raise, before anything is written."""
