@@ -175,7 +175,7 @@ def test_weights_are_made_by_the_function_that_is_replaced(tmp_path: Path, monke
         return ours(*args, **kwargs)
 
     monkeypatch.setattr(weights, "_materialize", counted)
-    load_model(str(tmp_path), CAUSAL_LM, dtype=torch.bfloat16)
+    load_model(str(tmp_path), CAUSAL_LM.model, dtype=torch.bfloat16)
     if not made:
         changed("transformers", "from_pretrained does not make weights with core_model_loading._materialize_copy")
 
@@ -183,7 +183,7 @@ def test_weights_are_made_by_the_function_that_is_replaced(tmp_path: Path, monke
 def test_weights_that_files_lack_are_marked(tmp_path: Path) -> None:
     model: Any = make("bert")
     model.bert.save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path), SEQ_CLS, dtype=torch.float32, labels=["a", "b"])
+    loaded = load_model(str(tmp_path), SEQ_CLS.model, dtype=torch.float32, labels=["a", "b"])
     if invented_modules(loaded) != ["classifier"]:
         changed("transformers", "_is_hf_initialized does not tell read weights from new ones")
 
@@ -203,7 +203,7 @@ def test_files_name_no_code(tmp_path: Path) -> None:
 def test_an_adapter_in_the_folder_is_left_aside(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path)  # type: ignore[operator]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
-    model = load_model(str(tmp_path), CAUSAL_LM, dtype=torch.float32)
+    model = load_model(str(tmp_path), CAUSAL_LM.model, dtype=torch.float32)
     if any("lora" in name for name, _ in model.named_parameters()) or model._hf_peft_config_loaded:
         changed("transformers", "from_pretrained takes an adapter that lies beside a model")
 
