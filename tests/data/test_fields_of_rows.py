@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from siliang.config import Columns, DataConfig
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Call, Conversation, Message, Prepared
-from siliang.data.formats import find_format, unused_fields
+from siliang.data.layouts import find_format
 from siliang.data.load import load_examples
 from siliang.data.spec import DataSpec
 from siliang.data.tokens import tokenise
+from siliang.data.turns import unused_fields
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM
 from siliang.types import DataError
 

@@ -6,7 +6,7 @@ import ast
 import unicodedata
 from collections.abc import Collection, Iterable
 
-from siliang.data.formats import REGRESSION, SEVERAL
+from siliang.data.cells import REGRESSION, SEVERAL
 from siliang.data.numbers import as_number, is_whole
 from siliang.data.text_files import INVISIBLE
 

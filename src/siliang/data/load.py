@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
 from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged, bad_rows_message
-from siliang.data.formats import Format, find_format, misplaced, second_text, unused_fields
+from siliang.data.formats import Format, misplaced
 from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
+from siliang.data.layouts import find_format, second_text
 from siliang.data.not_used import Aside
 from siliang.data.numbers import is_whole
 from siliang.data.sources import Opened, Reading, Row, open_source
 from siliang.data.spec import DataSpec
+from siliang.data.splitting import split, weighted
+from siliang.data.turns import unused_fields
 from siliang.secrets import without_secrets
 from siliang.types import DataError
 
@@ -97,7 +98,7 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
         chosen = [chosen[i] for i in kept]
     weights = [s.weight for s in data.train_sources]
     if any(w != 1.0 for w in weights):
-        chosen = _weighted(chosen, sizes, weights, seed)
+        chosen = weighted(chosen, sizes, weights, seed)
     if len(chosen) != len(train) or chosen != list(range(len(train))):
         train = train.select(chosen)
     return reader.examples(train, held_out)
@@ -131,30 +132,6 @@ def load_rows(data: DataConfig, spec: DataSpec, source: str, like: Layout | None
     if reader.bad and not data.skip_bad_rows:
         raise DataError(bad_rows_message(reader.skipped))
     return reader.examples(rows[:0], rows)
-
-
-def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) -> tuple[list[int], list[int]]:
-    """(training rows, held-out rows), the same as Dataset.train_test_split gives for this size and seed.
-
-    Args:
-        labels: The class of each row, of which each part gets the same share.
-
-    Raises:
-        DataError: A class is too small to be split.
-    """
-    from datasets import ClassLabel, Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    rows = Dataset.from_dict({"row": list(range(n))})
-    by: str | None = None
-    if labels is not None:
-        by = "label"
-        rows = rows.add_column("label", labels).cast_column("label", ClassLabel(num_classes=max(labels) + 1))  # type: ignore[call-arg]
-    try:
-        parts = rows.train_test_split(test_size, seed=seed, stratify_by_column=by)
-    except ValueError as error:
-        raise DataError(f"data.test_size = {test_size} with data.stratify: {str(error).rstrip('.')}.") from None
-    return parts["train"]["row"][:], parts["test"]["row"][:]
 
 
 class _Reader:
@@ -416,15 +393,3 @@ def _counted(sources: list[Source], reader: _Reader, sizes: list[int]) -> Iterat
             n += 1
             yield item
         sizes.append(n)
-
-
-def _weighted(chosen: list[int], sizes: list[int], weights: list[float], seed: int) -> list[int]:
-    """Each row as often as its source weighs; the part of a weight behind the point by chance."""
-    chance = random.Random(seed)
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    rows: list[int] = []
-    for i in chosen:
-        weight = weights[next(k for k, end in enumerate(ends) if i < end)]
-        times = math.floor(weight) + (chance.random() < weight - math.floor(weight))
-        rows += [i] * times
-    return rows

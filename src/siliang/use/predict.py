@@ -7,8 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from siliang.data.cells import BadRow, as_text
 from siliang.data.examples import Example
-from siliang.data.formats import FORMATS, BadRow, as_text
+from siliang.data.formats import FORMATS
 from siliang.data.sources import Reading, open_source
 from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenise

@@ -1,0 +1,111 @@
+"""The cells of a row: texts, and what is wrong with others."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import date, time, timedelta
+from decimal import Decimal
+from typing import Any
+
+from siliang.data.examples import Example
+from siliang.data.json_stream import WrittenFloat
+from siliang.data.numbers import as_number
+from siliang.data.text_files import INVISIBLE
+from siliang.secrets import shortened
+
+Values = dict[str, Any]
+Result = Example | str  # an example, or what is wrong with the row
+
+BLANKS = " \t\r\n\v\f\xa0\u3000" + INVISIBLE
+REGRESSION = "a number to be estimated is a regression, and seq_cls learns classes"
+SEVERAL = "several labels for one text, and seq_cls learns one class for each"
+
+
+class BadRow(Exception):  # noqa: N818  # about a row: who reads it catches this, and says where it stands
+    """A row that cannot be used; its text says what is wrong with it."""
+
+
+def as_text(value: Any, name: str = "") -> str:
+    """A cell as text; None becomes an empty text.
+
+    Args:
+        name: The column, for the error.
+
+    Raises:
+        BadRow: It is a list, an object, bytes, NaN or infinite.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    what = {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}.get(type(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        what = "NaN" if math.isnan(value) else "an infinite number"
+    if what is None:
+        return str(value)
+    raise BadRow(f"has {what} in {name!r}" if name else f"has {what} where text belongs")
+
+
+def cell(values: Values, column: str) -> str:
+    """A row's cell as text; an empty text if the row has no such column."""
+    return as_text(values.get(column), column)
+
+
+def as_json(value: Any) -> str:
+    """A value of the data as JSON text, its numbers as they were written.
+
+    Raises:
+        BadRow: It holds a value that JSON cannot express.
+    """
+    try:
+        text = json.dumps(_with_marks(value), ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        raise BadRow(f"holds what is no JSON (NaN, bytes ...): {short(value)}") from None
+    return MARKED.sub(r"\1", text)
+
+
+MARKED = re.compile(r'"\\u0000([-+.0-9eE]+)\\u0000"')
+
+
+def _with_marks(value: Any) -> Any:
+    """The value with its numbers as marked texts, which json does not rewrite, and its dates as texts."""
+    if isinstance(value, dict):
+        return {name: _with_marks(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_marks(held) for held in value]
+    if isinstance(value, WrittenFloat | Decimal):
+        return f"\0{value}\0" if math.isfinite(value) else float(value)
+    return str(value) if isinstance(value, date | time | timedelta) else value
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return shortened(text, 60, " ...")
+
+
+def given(value: Any) -> bool:
+    """Whether the field holds a value. Arrow and Parquet write null into fields that only other rows have."""
+    return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def filled(values: Values, name: str) -> str:
+    """A cell that must hold a text.
+
+    Raises:
+        BadRow: It is not there, holds something else, or is empty.
+    """
+    if name not in values:
+        raise BadRow(f"has no field {name!r}")
+    text = as_text(values[name], name)
+    if not text.strip(BLANKS):
+        raise BadRow(f"has an empty {name!r}")
+    return text
+
+
+def is_number(value: Any) -> bool:
+    """A number, or a text that is one."""
+    return as_number(value.strip()) is not None if isinstance(value, str) else isinstance(value, int | float)

@@ -1,0 +1,57 @@
+"""Rows that must not be learned as they are: preferences, wrong answers, pictures and sound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from siliang.config import Columns
+from siliang.data.cells import BadRow, Values, given
+
+PREFERENCES = ("rejected", "chosen", "rejected_response", "rejected_responses", "rejected_messages")
+WANTED = ("label", "kto_tag")  # KTO: false marks a wrong answer
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+
+
+def refuse_other_lessons(values: Values, c: Columns, columns: tuple[str, ...]) -> None:
+    """Refuses a row that holds preferences, an answer marked as wrong, or pictures, sound or video.
+
+    Args:
+        columns: The columns that the layout reads. A preference column among them was chosen by the user as the answer.
+
+    Raises:
+        BadRow: It is such a row.
+    """
+    if not any(name in columns for name in PREFERENCES):
+        for name in PREFERENCES:
+            if given(values.get(name)):
+                raise BadRow(
+                    f"has {name!r}: a better and a worse answer, and siliang learns answers, not preferences; "
+                    "name the column of the answer to learn with data.columns, or take the other out"
+                )
+    for name in WANTED:
+        value = values.get(name)
+        if name == "label" and c.label != "label":
+            continue  # the user has named another column as the label
+        if (isinstance(value, int | float) and value == 0) or as_word(value) in ("false", "0"):
+            raise BadRow(
+                f"has {name!r}: {value!r}, which says that its answer is not to be given (KTO), and siliang learns "
+                f"every answer as right; where {name!r} means something else, rename it"
+            )
+    for name in MEDIA:
+        if name not in columns and given(values.get(name)):
+            raise BadRow(f"has {name!r}: siliang trains on text alone")
+
+
+def as_word(value: Any) -> str:
+    """A text in lower case without blanks around it; an empty text for any other value."""
+    return value.strip().lower() if isinstance(value, str) else ""
+
+
+def media_in(text: str) -> str | None:
+    """The placeholder of a picture, a video or a sound in a question; `<video>` and `<audio>` within prose are HTML."""
+    bare = text.strip()
+    for mark in PLACEHOLDERS:
+        if bare.startswith(mark) or bare.endswith(mark) or (mark == "<image>" and mark in text):
+            return mark
+    return None

@@ -1,0 +1,44 @@
+"""Which rows are held out, and how often a row of a weighted source is there."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from siliang.types import DataError
+
+
+def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) -> tuple[list[int], list[int]]:
+    """(training rows, held-out rows), the same as Dataset.train_test_split gives for this size and seed.
+
+    Args:
+        labels: The class of each row, of which each part gets the same share.
+
+    Raises:
+        DataError: A class is too small to be split.
+    """
+    from datasets import ClassLabel, Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    rows = Dataset.from_dict({"row": list(range(n))})
+    by: str | None = None
+    if labels is not None:
+        by = "label"
+        rows = rows.add_column("label", labels).cast_column("label", ClassLabel(num_classes=max(labels) + 1))  # type: ignore[call-arg]
+    try:
+        parts = rows.train_test_split(test_size, seed=seed, stratify_by_column=by)
+    except ValueError as error:
+        raise DataError(f"data.test_size = {test_size} with data.stratify: {str(error).rstrip('.')}.") from None
+    return parts["train"]["row"][:], parts["test"]["row"][:]
+
+
+def weighted(chosen: list[int], sizes: list[int], weights: list[float], seed: int) -> list[int]:
+    """Each row as often as its source weighs; the part of a weight behind the point by chance."""
+    chance = random.Random(seed)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    rows: list[int] = []
+    for i in chosen:
+        weight = weights[next(k for k, end in enumerate(ends) if i < end)]
+        times = math.floor(weight) + (chance.random() < weight - math.floor(weight))
+        rows += [i] * times
+    return rows

@@ -1,0 +1,281 @@
+"""Conversations: the turns of a row, or an instruction and its answer in columns of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from siliang.config import Columns
+from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, short
+from siliang.data.examples import Call, Conversation, Message, Role
+from siliang.data.refused import MEDIA, media_in, refuse_other_lessons
+from siliang.safe_json import JsonError, parse_json
+from siliang.secrets import shortened
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+CALLING = ("function_call", "tool_call")  # roles whose content is a tool call
+
+# Fields of a turn that say whether it is learned: OpenAI's weight, axolotl's train and training, ms-swift's loss
+MARKS = ("weight", "train", "training", "loss", "loss_mask")
+DETAILS = ("train_detail", "training_detail")  # parts of a turn, by characters
+REASONING = ("reasoning_content", "thinking", "reasoning")
+USED = frozenset(
+    ("role", "from", "content", "value", "tool_calls", "function_call", *MARKS, *DETAILS, "mask", *REASONING, *MEDIA)
+)
+USED_OF = {"tool": ("name", "tool_call_id"), "system": ("tools",)}  # fields that only turns of this role may have
+
+
+def unused_fields(values: Values, c: Columns) -> set[str]:
+    """The fields of a row's turns that siliang does not use, as "messages[].name"."""
+    found: set[str] = set()
+    for column in (c.messages, "conversations", c.prompt, c.completion):
+        turns = _listed(values.get(column)) if column in (c.messages, "conversations") else values.get(column)
+        for turn in turns if isinstance(turns, list | tuple) else ():
+            if isinstance(turn, dict):
+                role = ROLES.get(str(_first(turn, "role", "from")).lower(), "user")
+                used = USED.union(USED_OF.get(role, ()))
+                found.update(f"{column}[].{name}" for name, value in turn.items() if name not in used and given(value))
+    return found
+
+
+def _first(turn: dict[str, Any], *names: str) -> Any:
+    """The first of these fields that is there and not null."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
+
+
+def read_messages(values: Values, c: Columns, column: str) -> Result:
+    refuse_other_lessons(values, c, (column,))
+    messages: list[Message] = []
+    if system := cell(values, c.system).strip():
+        messages.append(Message("system", system))
+    messages += turns_of(values.get(column), column)
+    tools, turns = _first(values, c.tools, "functions"), _listed(values.get(column))
+    if not given(tools) and isinstance(turns, list):  # ChatGLM3 keeps them in the system's turn
+        tools = next((t["tools"] for t in turns if given(t.get("tools"))), None)
+    return as_conversation(messages, tools if isinstance(tools, str) or not tools else as_json(tools))
+
+
+def _listed(turns: Any) -> Any:
+    """A list of turns that csv and some databases hold as JSON text; any other value as it is."""
+    if isinstance(turns, str) and turns.strip().startswith("["):
+        try:
+            return parse_json(turns, foreign=True)
+        except JsonError:
+            return turns
+    return turns
+
+
+def turns_of(turns: Any, column: str) -> list[Message]:
+    turns = _listed(turns)
+    if isinstance(turns, list | tuple) and turns and all(isinstance(turn, str) for turn in turns):
+        raise BadRow(f"has a list of texts in {column!r}: one text belongs there, or a list of turns {{role, content}}")
+    if not isinstance(turns, list | tuple) or not turns:
+        raise BadRow(f"has no list of turns in {column!r}")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        try:
+            messages.append(_message(turn))
+        except BadRow as problem:
+            raise BadRow(f"turn {number} of {column!r} {problem}") from None
+    return messages
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRow("is no object")
+    named = str(_first(turn, "role", "from")).lower()
+    role = ROLES.get(named)
+    if role is None:
+        raise BadRow(f"has the role {_first(turn, 'role', 'from')!r}, which is not one of {', '.join(ROLES)}")
+    for name in MEDIA:
+        if given(turn.get(name)):
+            raise BadRow(f"has {name!r}: siliang trains on text alone")
+    content, reasoning = _content(_first(turn, "content", "value"), role)
+    if role == "user" and (mark := media_in(content)):
+        raise BadRow(f"holds {mark}, the place of something that is no text: siliang trains on text alone")
+    reasoning = _reasoning(turn, role) or reasoning
+    trained = _trained(turn, role)
+    if named in CALLING:
+        if not (calls := _calls(content)):
+            raise BadRow(f"is a {named} whose value is no {{name, arguments}}: {shortened(content, 60)!r}")
+        return Message(role, "", calls=calls, reasoning=reasoning, trained=trained)
+    calls = _calls(_first(turn, "tool_calls", "function_call") or [])
+    if calls is None:
+        raise BadRow("has a tool call without name and arguments")
+    if calls and role != "assistant":
+        raise BadRow(f"has a tool call, and is the {role}'s")
+    name, call_id = (as_text(turn.get(n)) if role == "tool" else "" for n in ("name", "tool_call_id"))
+    return Message(role, content, calls=calls, reasoning=reasoning, trained=trained, name=name, call_id=call_id)
+
+
+def _content(content: Any, role: Role) -> tuple[str, str]:
+    """(the text of a turn, the reasoning in front of it)."""
+    if isinstance(content, dict):
+        if role == "tool":  # what a tool answers is data
+            return as_json(content), ""
+        raise BadRow(f"has an object for its content, not text: {short(content)}")
+    if not isinstance(content, list | tuple):
+        return as_text(content), ""
+    words, thoughts = "", ""
+    for part in content:  # OpenAI's and Anthropic's parts
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if isinstance(part, str):
+            words += part
+        elif (
+            isinstance(part, dict)
+            and kind in ("text", "input_text", "output_text")
+            and isinstance(part.get("text"), str)
+        ):
+            words += part["text"]
+        elif isinstance(part, dict) and kind == "thinking" and isinstance(part.get("thinking"), str):
+            thoughts += part["thinking"]
+        else:
+            raise BadRow(f"holds more than text: a part of the type {kind!r}")
+    return words, thoughts
+
+
+def _reasoning(turn: dict[str, Any], role: Role) -> str:
+    found = {name: turn[name] for name in REASONING if given(turn.get(name))}
+    if not found:
+        return ""
+    name, text = next(iter(found.items()))
+    if role != "assistant":
+        raise BadRow(f"has {name!r}, and is the {role}'s: only the assistant thinks in front of its answer")
+    if not isinstance(text, str) or any(other != text for other in found.values()):
+        raise BadRow(f"has {' and '.join(map(repr, found))}, which are not one text")
+    return text
+
+
+def _trained(turn: dict[str, Any], role: Role) -> bool:
+    """Whether the data marks this turn as one to learn."""
+    if given(turn.get("mask")):
+        raise BadRow(
+            "has 'mask', which some programs mean as `learn this` and others as `leave this out`; say train: false"
+        )
+    if detail := next((name for name in DETAILS if given(turn.get(name))), None):
+        raise BadRow(f"has {detail!r}: a turn is learned as a whole, or not at all")
+    marks = {name: turn[name] for name in MARKS if given(turn.get(name))}
+    for name, value in marks.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise BadRow(f"has {name!r}: {value!r}; allowed are true and false, or 1 and 0")
+    if len(set(map(bool, marks.values()))) > 1:
+        raise BadRow(f"has {' and '.join(map(repr, marks))}, which contradict each other")
+    wanted = bool(next(iter(marks.values()), role == "assistant"))
+    if wanted and role != "assistant":
+        raise BadRow(f"is to be learned ({next(iter(marks))!r}), and is the {role}'s: only the assistant's turns are")
+    return wanted or role != "assistant"
+
+
+def _calls(value: Any) -> tuple[Call, ...] | None:
+    """Calls of tools, one or a list of them, as objects or as JSON text; None where it is something else."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value, foreign=True)
+        except JsonError:
+            return None
+    calls = [_call(raw) for raw in (value if isinstance(value, list | tuple) else [value])]
+    return None if None in calls else tuple(call for call in calls if call is not None)
+
+
+def _call(value: Any) -> Call | None:
+    if not isinstance(value, dict):
+        return None
+    function = value.get("function") if isinstance(value.get("function"), dict) else value
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    arguments = _first(function, "arguments", "parameters")
+    if not isinstance(arguments, str):
+        arguments = as_json({} if arguments is None else arguments)
+    return Call(function["name"], arguments, as_text(value.get("id")))
+
+
+def as_conversation(messages: list[Message], tools: str | None = None) -> Result:
+    talk = [m for m in messages if m.role != "system"]
+    if not any(m.role == "assistant" for m in talk):
+        return "has no turn of the assistant: there is nothing to learn"
+    if talk[0].role != "user":
+        return f"begins with the {talk[0].role}, not with the user"
+    for number, m in enumerate(messages, start=1):
+        if m.role == "assistant" and not m.content.strip() and not m.calls:
+            return f"has an empty answer in turn {number}"
+        if m.role == "user" and not m.text.strip():
+            return f"has an empty question in turn {number}"
+    if talk[-1].role != "assistant":
+        return f"ends with the {talk[-1].role}, whom nobody answers"
+    if not any(m.trained for m in talk if m.role == "assistant"):
+        return "marks every answer as one that is not learned: there is nothing to learn"
+    return Conversation(tuple(messages), (tools or "").strip())
+
+
+def read_pair(instruction: str, output: str) -> Callable[[Values, Columns], Result]:
+    def read(values: Values, c: Columns) -> Result:
+        asked, answered = getattr(c, instruction), getattr(c, output)
+        refuse_other_lessons(values, c, (asked, answered))
+        if any(isinstance(values.get(column), list | tuple) for column in (asked, answered)):
+            return _prompt_and_completion(values, c, asked, answered)
+        about = "" if c.input == asked else cell(values, c.input)
+        question, answer = cell(values, asked), cell(values, answered)
+        if not answer.strip():
+            return f"has an empty {answered!r}"
+        if not question.strip() and not about.strip():
+            return f"has an empty {asked!r}"
+        if mark := media_in(f"{question}\n{about}"):
+            return f"holds {mark}, the place of something that is no text: siliang trains on text alone"
+        messages = [Message("user", question, about), Message("assistant", answer)]
+        if system := cell(values, c.system).strip():
+            messages.insert(0, Message("system", system))
+        for before, after in _history(values):  # the oldest first
+            messages[-2:-2] = [Message("user", before), Message("assistant", after)]
+        return as_conversation(messages)
+
+    return read
+
+
+def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str) -> Result:
+    """TRL's conversations in two columns: the completion is learned, answers in the prompt are not."""
+    prompt, completion = values.get(asked), values.get(answered)
+    before = [Message("user", as_text(prompt))] if not isinstance(prompt, list | tuple) else turns_of(prompt, asked)
+    if isinstance(completion, list | tuple):
+        after = turns_of(completion, answered)
+    else:
+        after = [Message("assistant", cell(values, answered))]
+    if system := cell(values, c.system).strip():
+        before.insert(0, Message("system", system))
+    if c.input != asked and cell(values, c.input).strip():
+        raise BadRow(f"has turns, and a text in {c.input!r} beside them: write it into the turn that it belongs to")
+    given = _first(values, c.tools)
+    tools = given if isinstance(given, str) or not given else as_json(given)
+    return as_conversation([*(replace(m, trained=m.role != "assistant") for m in before), *after], tools)
+
+
+def _history(values: Values) -> list[tuple[str, str]]:
+    """LLaMA-Factory's `history`: earlier rounds as [question, answer]."""
+    history = values.get("history")
+    if isinstance(history, str) and history.strip():
+        try:
+            history = parse_json(history, foreign=True)
+        except JsonError:
+            raise BadRow(f"has a 'history' that is no list of [question, answer]: {short(history)}") from None
+    if not given(history):
+        return []
+    rounds: list[Any] = list(history) if isinstance(history, list | tuple) else [history]
+    if not all(isinstance(h, list | tuple) and len(h) == 2 for h in rounds):
+        raise BadRow(f"has a 'history' that is no list of [question, answer]: {short(history)}")
+    return [(as_text(h[0]), as_text(h[1])) for h in rounds]
