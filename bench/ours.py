@@ -10,7 +10,8 @@ from bench.steps import StepClock, set_start, settle, start_sha256
 from bench.workloads import WORKLOADS, run_config
 from siliang.hardware import find_device
 from siliang.memory.peak import PeakMemory
-from siliang.train.run import Listener, make_trainer, prepare
+from siliang.train.loop import Training
+from siliang.train.prepare import Listener, prepare
 
 
 def measure(found: Measurement, scratch: Path) -> None:
@@ -37,12 +38,13 @@ def measure(found: Measurement, scratch: Path) -> None:
     set_start(run.model)
     found.start_sha256 = start_sha256(run.model)
     clock = StepClock(job, device)
-    trainer = make_trainer(run, clock)
-    clock.tokens = lambda step: trainer.tokens_trained
+    training = Training(run, on_step=lambda training: clock.step_ended(training.step))
+    clock.tokens = lambda step: training.tokens_trained
     settle(run.model)
     with PeakMemory(device) as memory:
-        trainer.train()
-        clock.fill(found, trainer.state.log_history, memory)
+        training.run()
+        lines = [line.model_dump() for line in training.log.lines if line.loss is not None]
+        clock.fill(found, lines, memory)
     found.trained = run.record.parameters.trained
     time_s = MIN_RUN_TIME_S / 50 if job.smoke else MIN_RUN_TIME_S
     limit = limit_seconds(run, found.tokens / job.steps, device, min_run_time_s=time_s)

@@ -83,19 +83,23 @@ class StepClock(TrainerCallback):
         self._by_step = [0]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        at_mark = state.global_step in (self._job.warmup, self._job.warmup + self._job.steps)
+        self.step_ended(state.global_step)
+
+    def step_ended(self, step: int) -> None:
+        """Step number `step`, from 1, was made."""
+        at_mark = step in (self._job.warmup, self._job.warmup + self._job.steps)
         if at_mark and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         if at_mark:
-            self._marks.append((time.perf_counter(), self.tokens(state.global_step)))
+            self._marks.append((time.perf_counter(), self.tokens(step)))
         if self._job.purpose == "gate":  # looking at every step would make a GPU wait in timed runs
-            self._by_step.append(self.tokens(state.global_step))
+            self._by_step.append(self.tokens(step))
 
     def fill(self, found: Measurement, history: list[dict[str, Any]], memory: PeakMemory) -> None:
         """Writes what was seen into the record.
 
         Args:
-            history: The Trainer's own log.
+            history: The lines of the log that have a loss.
         """
         (start, before), (end, after) = self._marks
         found.seconds, found.tokens = end - start, after - before

@@ -12,8 +12,9 @@ import psutil
 import torch
 
 from faults.runs import Place
-from siliang.train.run import Listener, train
-from siliang.train.watcher import Progress
+from siliang.train.log import Progress
+from siliang.train.prepare import Listener
+from siliang.train.run import train
 
 ALLOWED_GROWTH = 1.05  # of resident memory, from a third of the way on
 

@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from siliang import files
 from siliang.config import RunConfig
 from siliang.records import Record
-from siliang.train.run import Listener, Planner, train
-from siliang.train.watcher import Progress
+from siliang.train.log import Progress
+from siliang.train.prepare import Listener, Planner
+from siliang.train.run import train
 from siliang.types import SiliangError
 
 WORDS = [f"w{i}" for i in range(60)]

@@ -38,7 +38,6 @@ PRELOADED = (
     "transformers.models.bert.modeling_bert",
     "transformers.models.bloom.modeling_bloom",
     "transformers.models.llama.modeling_llama",
-    "transformers.trainer",
     "siliang.compare.worker",
     "siliang.train.run",
     "siliang.use.evaluate",

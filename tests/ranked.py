@@ -19,7 +19,7 @@ from faults.runs import Child, Ending, Place
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.records import Record
 from siliang.run_folder import CHECKPOINTS
-from siliang.train.run import Planner
+from siliang.train.prepare import Planner
 from siliang.train.saving import checkpoints
 
 ARGUMENTS = {

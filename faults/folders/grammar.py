@@ -397,7 +397,6 @@ def _run(chance: Chance, site: Site) -> Sequence[Step]:
         "adapter/adapter_model.safetensors",
         "adapter/manifest.json",
         f"{last}/state.json",
-        f"{last}/trainer_state.json",
         f"{last}/manifest.json",
         f"{last}/state.safetensors",
     ]

@@ -146,7 +146,6 @@ FILES = {
     "manifest.json": "adapter/manifest.json",
     "adapter_config.json": "adapter/adapter_config.json",
     "a checkpoint's state": "checkpoints/checkpoint-2/state.json",
-    "a checkpoint's trainer_state": "checkpoints/checkpoint-2/trainer_state.json",
     "a checkpoint's manifest": "checkpoints/checkpoint-2/manifest.json",
 }
 BASES = (
@@ -187,18 +186,20 @@ def _base(name: str, text: str) -> Callable[[Site], Sequence[Step]]:
     return build
 
 
+# in the order of the file: step, best, optimizer, scheduler, scaler, random, since_log, tokens_trained, ...
 STATE: dict[str, dict[str, Any]] = {
-    "a step of 10^30": {"global_step": 10**30},
-    "a negative step": {"global_step": -1, "epoch": -1.0},
-    "a log that is a text": {"log_history": "x"},
-    "no step": {"global_step": REMOVED},
-    "callbacks": {"stateful_callbacks": {"evil.Callback": {"args": {"x": 1}}}},
-    "best of a path": {"best_model_checkpoint": "../../../outside"},
-    "steps to come": {"max_steps": 10**30, "num_train_epochs": 10**30},
+    "a step of 10^30": {"dict/0/1": 10**30},
+    "a negative step": {"dict/0/1": -1},
+    "a step of another checkpoint": {"dict/0/1": 4},
+    "no step": {"dict/0": REMOVED},
+    "a best step that is a text": {"dict/1/1": "../../../outside"},
+    "no optimizer": {"dict/2": REMOVED},
+    "a scheduler of steps to come": {"dict/3/1": {"dict": [["last_epoch", 10**30]]}},
+    "tokens below zero": {"dict/7/1": -1},
 }
 
 
-def _state(change: dict[str, Any], file: str = "trainer_state.json") -> Callable[[Site], Sequence[Step]]:
+def _state(change: dict[str, Any], file: str = "state.json") -> Callable[[Site], Sequence[Step]]:
     def build(site: Site) -> Sequence[Step]:
         copy(site, "lora")
         change_json(site.evil / "checkpoints" / "checkpoint-2" / file, change)

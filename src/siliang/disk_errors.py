@@ -24,7 +24,7 @@ DISK_ERRORS = {
 
 
 @contextmanager
-def telling(folder: Path) -> Iterator[None]:
+def translate_disk_errors(folder: Path) -> Iterator[None]:
     """Within the block an error of the disk becomes an OutputError that says what to do."""
     try:
         yield

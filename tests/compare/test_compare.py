@@ -33,7 +33,7 @@ from siliang.config.comparison import CompareConfig
 from siliang.models.tokenizers import load_tokenizer
 from siliang.records import Answers, Comparison, Record, Trial
 from siliang.run_folder import load_base
-from siliang.train.run import Listener as RunListener
+from siliang.train.prepare import Listener as RunListener
 from siliang.train.run import train
 from siliang.types import InterruptedRunError
 

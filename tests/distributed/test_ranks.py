@@ -19,13 +19,13 @@ from ranked import ARGUMENTS, assert_same, changed, configured, killed, start, s
 from faults.runs import Place, make_place, run
 from siliang.config import RunConfig
 from siliang.distributed.sharding import fake_mesh
-from siliang.engine.order import Order, Share, shares
+from siliang.engine.order import Order, shared_steps, shares
 from siliang.engine.step import Engine
 from siliang.plan import find_target, plan
 from siliang.plan.preflight import Planner
 from siliang.records import Record
+from siliang.train.loop import Training
 from siliang.train.saving import checkpoints, read_state
-from siliang.train.trainer import SiliangTrainer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, which this system cannot")
 
@@ -105,9 +105,9 @@ def test_shares_are_all_of_a_step_and_balanced(lengths: list[int], ranks: int) -
 
 def test_a_rank_without_a_row_gets_one_that_does_not_count() -> None:
     lengths = [3, 4, 5, 6, 7]
-    drawn = [list(Share(Order(lengths, step=4, seed=0, by_length=False), lengths, 4, rank, 4)) for rank in range(4)]
-    assert [len(steps) for steps in drawn] == [2] * 4
-    last = [steps[1][0] for steps in drawn]
+    steps = list(shared_steps(Order(lengths, step=4, seed=0, by_length=False), lengths, 4, 4))
+    assert [len(shares) for shares in steps] == [4, 4]
+    last = [rows[0] for rows in steps[1]]
     assert [i < 0 for i in last] == [False, True, True, True] and {~i for i in last[1:]} == {last[0]}
 
 
@@ -137,17 +137,17 @@ def test_only_what_is_trained_is_sent(still_place: Place, tmp_path: Path) -> Non
     config = configured(still_place, tmp_path / "run", max_steps=2)
 
     def counting() -> None:
-        step = SiliangTrainer.training_step
+        after_step = Training._after_step
 
-        def counted(self: SiliangTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = step(self, model, *args, **kwargs)
+        def counted(self: Training, *args: Any, **kwargs: Any) -> None:
+            model: Any = self.model
             trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
             told = model._get_ddp_logging_data()
             assert told["total_parameter_size_bytes"] == trained == sum(map(int, told["bucket_sizes"].split(", ")))
             assert trained < 0.1 * sum(p.nbytes for p in model.parameters())
-            return loss
+            after_step(self, *args, **kwargs)
 
-        SiliangTrainer.training_step = counted  # type: ignore[method-assign]
+        Training._after_step = counted  # type: ignore[method-assign]
 
     endings = [child.end() for child in start(config, 2, before=counting)]
     assert [e.code for e in endings] == [0, 0], endings[0].said

@@ -12,7 +12,9 @@ from tiny import WORDS, write_jsonl
 from torch import nn
 
 from siliang.run_folder import open_run
-from siliang.train.run import Listener, Run, make_trainer, prepare, train
+from siliang.train.loop import Training
+from siliang.train.prepare import Listener, Run, prepare
+from siliang.train.run import train
 from siliang.types import DataError, TaskType
 from siliang.use.evaluate import evaluate
 
@@ -27,11 +29,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def measured(run: Run, batch_size: int, packing: bool) -> dict[str, float]:
     t = run.config.train.model_copy(update={"batch_size": batch_size, "packing": packing})
     again = run.config.model_copy(update={"train": t})
-    trainer = make_trainer(Run(**{**vars(run), "config": again}))
+    training = Training(Run(**{**vars(run), "config": again}))
     try:
-        return trainer.evaluate()
+        return training.evaluate()
     finally:
-        trainer.engine.close()
+        training.engine.close()
 
 
 @torch.no_grad()
@@ -66,9 +68,9 @@ def test_no_figure_depends_on_batches(task: str, method: str, models: dict[str, 
     expected = plain_loss(run)
     found = [measured(run, size, packing) for size in (1, 3, 16) for packing in (True, False)]
     for figures in found:
-        assert figures["eval_loss"] == pytest.approx(expected, rel=1e-5)
-        others = {name: value for name, value in figures.items() if name != "eval_loss"}
-        assert others == {name: value for name, value in found[0].items() if name != "eval_loss"}
+        assert figures["loss"] == pytest.approx(expected, rel=1e-5)
+        others = {name: value for name, value in figures.items() if name != "loss"}
+        assert others == {name: value for name, value in found[0].items() if name != "loss"}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -29,7 +29,9 @@ from siliang.plan.rows import heaviest, order, synthetic_rows
 from siliang.plan.shapes import shape_name
 from siliang.records import Change, MethodPlan
 from siliang.tasks import SEQ_2_SEQ_LM, SEQ_CLS
-from siliang.train.run import Listener, make_trainer, prepare, train
+from siliang.train.loop import Training
+from siliang.train.prepare import Listener, prepare
+from siliang.train.run import train
 from siliang.types import ConfigError, ModelError, PlanError
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -156,11 +158,8 @@ def test_the_order_is_the_trainers(reviews: RunConfig, tmp_path: Path) -> None:
     config = reviews.model_copy(update={"output": str(tmp_path / "run")})
     (tmp_path / "run").mkdir()
     run = prepare(config, Listener(), tmp_path / "run")
-    loader = make_trainer(run).get_train_dataloader()
-    seen = []
-    for epoch in range(2):
-        loader.set_epoch(epoch)  # type: ignore[attr-defined]
-        seen += [step["rows"] for step in loader]
+    training = Training(run)
+    seen = [step["rows"] for epoch in range(2) for step in training.loader(training.steps_of(epoch))]
     said = [[int(run.train_set.column("row")[i]) for i in step] for step in order(config, run.train_set.lengths)]
     assert [sorted(step) for step in said][: len(seen)] == [sorted(step) for step in seen]
 

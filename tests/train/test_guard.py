@@ -11,42 +11,40 @@ from safetensors.torch import load_file, save_file
 from tiny import make, word_tokenizer
 
 from siliang.config import RunConfig
-from siliang.train.guard import PATIENCE, Guard, Trouble
+from siliang.train.guard import PATIENCE, BadStep, Guard
 from siliang.train.run import train
 from siliang.types import TrainingError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
 
-def go(guard: Guard, losses: list[float], norms: list[float]) -> Trouble | None:
+def go(guard: Guard, losses: list[float], norms: list[float]) -> BadStep | None:
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1):
-        guard.see_batch(torch.tensor(loss), [2 * step])
-        guard.see_batch(torch.tensor(0.0), [2 * step + 1])
-        guard.see_step(step, norm)
-    return guard.look()
+        guard.record(step, torch.tensor(loss), norm, [2 * step, 2 * step + 1])
+    return guard.check()
 
 
 def test_the_first_bad_step_is_named() -> None:
     """Also when it is looked for only later, as on a GPU."""
     nan = float("nan")
-    trouble = go(Guard(scaled=False), [1.0, 1.0, nan, nan], [1.0, 1.0, nan, nan])
-    assert trouble is not None
-    assert (trouble.what, trouble.step, trouble.rows) == ("loss", 3, (6, 7)) and math.isnan(trouble.value)
-    assert go(Guard(scaled=False), [1.0, 1.0], [1.0, float("inf")]) == Trouble("gradient", float("inf"), 2, (4, 5))
+    bad = go(Guard(scaled=False), [1.0, 1.0, nan, nan], [1.0, 1.0, nan, nan])
+    assert bad is not None
+    assert (bad.what, bad.step, bad.rows) == ("loss", 3, (6, 7)) and math.isnan(bad.value)
+    assert go(Guard(scaled=False), [1.0, 1.0], [1.0, float("inf")]) == BadStep("gradient", float("inf"), 2, (4, 5))
 
 
 def test_overflow_under_loss_scaling_is_allowed_for_a_while() -> None:
     inf = float("inf")
     assert go(Guard(scaled=True), [1.0] * PATIENCE, [inf] * (PATIENCE - 1) + [1.0]) is None
-    trouble = go(Guard(scaled=True), [1.0] * PATIENCE, [inf] * PATIENCE)
-    assert trouble is not None and (trouble.what, trouble.step) == ("gradient", 1)
+    bad = go(Guard(scaled=True), [1.0] * PATIENCE, [inf] * PATIENCE)
+    assert bad is not None and (bad.what, bad.step) == ("gradient", 1)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_zeros(what: str) -> None:
     ones, zeros = [1.0] * PATIENCE, [0.0] * PATIENCE
-    trouble = go(Guard(scaled=False), *((zeros, ones) if what == "loss" else (ones, zeros)))
-    assert trouble is not None and (trouble.what, trouble.value, trouble.step) == (what, 0.0, 1)
+    bad = go(Guard(scaled=False), *((zeros, ones) if what == "loss" else (ones, zeros)))
+    assert bad is not None and (bad.what, bad.value, bad.step) == (what, 0.0, 1)
     now_and_then = [0.0, 0.0, 1.0] * PATIENCE
     assert go(Guard(scaled=False), now_and_then, now_and_then) is None
 

@@ -21,7 +21,8 @@ from siliang.models.tokenizers import load_tokenizer
 from siliang.run_folder import open_run
 from siliang.tasks import QUESTION_ANS, SEQ_CLS
 from siliang.train.guard import Guard
-from siliang.train.run import Listener, train
+from siliang.train.prepare import Listener
+from siliang.train.run import train
 from siliang.types import ConfigError, DataError, ModelError
 from siliang.use.evaluate import evaluate
 from siliang.use.generate import generate
@@ -61,21 +62,18 @@ def test_a_model_without_a_tokenizer(name: str, tmp_path: Path) -> None:
 
 def test_a_training_that_was_nothing_all_along() -> None:
     guard = Guard(scaled=False)
-    assert guard.never_more_than_zero() is None  # not one step
+    assert guard.check_end() is None  # not one step
     for step in (1, 2, 3):
-        guard.see_batch(torch.tensor(0.0), [step])
-        guard.see_step(step, 1.0)
-        assert guard.look() is None
-    trouble = guard.never_more_than_zero()
-    assert trouble is not None and (trouble.what, trouble.value, trouble.rows) == ("loss", 0.0, (3,))
+        guard.record(step, torch.tensor(0.0), 1.0, [step])
+        assert guard.check() is None
+    bad = guard.check_end()
+    assert bad is not None and (bad.what, bad.value, bad.rows) == ("loss", 0.0, (3,))
     again = Guard(scaled=False)
-    again.go_on(guard.state())  # as a resumed run does
-    again.see_batch(torch.tensor(0.0), [4])
-    again.see_step(4, 0.5)
-    assert again.never_more_than_zero() is not None
-    again.see_batch(torch.tensor(0.1), [5])
-    again.see_step(5, 0.5)
-    assert again.never_more_than_zero() is None
+    again.load_state_dict(guard.state_dict())  # as a resumed run does
+    again.record(4, torch.tensor(0.0), 0.5, [4])
+    assert again.check_end() is not None
+    again.record(5, torch.tensor(0.1), 0.5, [5])
+    assert again.check_end() is None
 
 
 def test_tokenizers_of_other_models(model_folders: dict[str, Path], tmp_path: Path) -> None:

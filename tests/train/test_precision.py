@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import make, word_tokenizer
-from transformers import TrainerCallback
 
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.hardware import choose_precision
 from siliang.models.load import load_model
 from siliang.tasks import CAUSAL_LM
-from siliang.train.run import Listener, make_trainer, prepare, train
+from siliang.train.loop import Training
+from siliang.train.prepare import Listener, prepare
+from siliang.train.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 PAGE = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")
@@ -25,18 +26,24 @@ ROWS = {
 }
 
 
-class Bytes(TrainerCallback):
-    """Bytes of the trained parameters, their gradients and Adam's moments, after a step, of each number."""
+class Bytes:
+    """Bytes of the gradients and of Adam's moments, of each trained number, in the last step.
 
-    def __init__(self) -> None:
+    The gradients are seen where they are clipped.
+    """
+
+    def __init__(self, training: Training) -> None:
         self.gradient = self.adam = 0.0
+        self._clip, training.accelerator.clip_grad_norm_ = training.accelerator.clip_grad_norm_, self._clipped
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
+    def _clipped(self, parameters: Any, max_norm: float) -> Any:
+        parameters = list(parameters)
+        trained = [p for p in parameters if p.requires_grad]
         self.gradient = sum(p.grad.nbytes for p in trained) / sum(p.numel() for p in trained)
+        return self._clip(parameters, max_norm)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        states = kwargs["optimizer"].state
+    def see_step(self, training: Training) -> None:
+        states = training.optimizer.state
         moments = sum(t.nbytes for s in states.values() for t in s.values() if t.dim() > 0)
         self.adam = moments / sum(p.numel() for p in states)
 
@@ -59,8 +66,9 @@ def test_bytes(
     tuned = {"name": method, "num_virtual_tokens": 4} if method == "prefix_tuning" else method
     chosen = config(model_folders["llama"], instruction_file, tmp_path / "run", precision, method=tuned)
     run = prepare(chosen, Listener(said.append), tmp_path)
-    seen = Bytes()
-    make_trainer(run, seen).train()
+    training = Training(run, on_step=lambda training: seen.see_step(training))
+    seen = Bytes(training)
+    training.run()
     assert {p.itemsize for p in run.model.parameters() if p.requires_grad} == {trained}
     assert {p.itemsize for p in run.model.parameters() if not p.requires_grad} == (
         {frozen} if method != "full" else set()

@@ -13,7 +13,7 @@ from siliang.units import show_bytes as size
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from siliang.train.watcher import Progress
+    from siliang.train.log import Progress
 
 __all__ = ["TrainingDisplay", "duration", "quiet_loading", "size"]
 

@@ -78,7 +78,7 @@ def train(
     from siliang.plan.preflight import Planner
     from siliang.report.words import words
     from siliang.run_folder import CONFIG_NAME
-    from siliang.train.run import Listener
+    from siliang.train.prepare import Listener
     from siliang.train.run import train as run
 
     planner, ranks = Planner(), find_ranks()

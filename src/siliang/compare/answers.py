@@ -13,7 +13,7 @@ from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
 from siliang.secrets import part
 from siliang.tasks import TASKS
-from siliang.train.run import Run
+from siliang.train.prepare import Run
 from siliang.use.evaluate import engine_of, figures_of_texts, sums_of
 from siliang.use.generate import generate
 from siliang.use.predict import predict
@@ -48,7 +48,7 @@ def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
         return Answers()
     examples = np.unique(numbers)
     chosen = np.isin(numbers, examples[sample(len(examples), ROWS)])
-    held_out = replace(run.held_out, tokens=run.eval_set.select(np.flatnonzero(chosen).tolist()))
+    held_out = replace(run.eval_rows, tokens=run.eval_set.select(np.flatnonzero(chosen).tolist()))
     with engine_of(opened) as engine:
         found = sums_of(opened, engine, held_out.tokens, task.read).found
     rows = [
@@ -68,7 +68,7 @@ def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
             probability = None if said.probability is None else round(said.probability, 4)
             answers.prompts.append(Answer(asked=said.asked[0], given=said.given, probability=probability))
     if task.majority is not None:
-        answers.majority, answers.classes = task.majority(run.held_out), len(run.examples.labels or [])
+        answers.majority, answers.classes = task.majority(run.eval_rows), len(run.examples.labels or [])
     return answers
 
 
@@ -90,7 +90,7 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         found.rows.append(Answer(where=place, asked=shown, right=right, given=given))
     if TASKS[run.config.task].of_texts is not None:
         with run.model.disable_adapter() if base else nullcontext():
-            found.figures |= figures_of_texts(opened, run.held_out)
+            found.figures |= figures_of_texts(opened, run.eval_rows)
     return found
 
 

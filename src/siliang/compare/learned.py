@@ -10,7 +10,7 @@ from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS
 from siliang.tasks.verdict import learned_nothing
-from siliang.train.run import Run
+from siliang.train.prepare import Run
 from siliang.use.evaluate import engine_of, sums_of
 
 ROWS = 32  # held-out rows on which a model that writes is measured beside its base

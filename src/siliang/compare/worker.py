@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from siliang.compare.answers import collect
@@ -31,12 +30,14 @@ from siliang.memory.free import free_memory
 from siliang.plan.preflight import Planner
 from siliang.records import ANSWERS_NAME
 from siliang.terminal import cover
-from siliang.train.run import Listener, Run, make_trainer, prepare, train
-from siliang.train.watcher import Progress
+from siliang.train.log import Progress
+from siliang.train.loop import Training
+from siliang.train.prepare import Listener, Run, prepare
+from siliang.train.run import train
 from siliang.types import SiliangError
 
 # imported when they are first used: the first run would have their memory counted as its own
-LIBRARIES = ("sklearn.metrics", "seqeval.metrics", "accelerate", "transformers.trainer")
+LIBRARIES = ("sklearn.metrics", "seqeval.metrics")
 Reply = Callable[[dict[str, Any]], None]
 
 
@@ -111,9 +112,9 @@ def _train(
 def _measure_base(config: RunConfig, request: dict[str, Any], kept: KeptBase) -> dict[str, Any]:
     """The untuned model's loss on the held-out rows, and its answers; `config` is that of `untuned`."""
     run = prepare(config, Listener(), Path(config.output), base=kept)
-    trainer = make_trainer(run)
-    loss = float(trainer.evaluate()["eval_loss"])
-    trainer.engine.close()
+    training = Training(run)
+    loss = training.measure()["loss"]
+    training.engine.close()
     found = collect(run, request["prompts"], request["max_new_tokens"], base=True)
     found.save(run.folder / ANSWERS_NAME)
     kept.take_back(run.model, config)
@@ -124,24 +125,14 @@ def _measure_base(config: RunConfig, request: dict[str, Any], kept: KeptBase) ->
 def _measure_steps(config: RunConfig, request: dict[str, Any], kept: KeptBase) -> dict[str, Any]:
     """Steps that fit into `minutes`, by the speed of a few."""
     run = prepare(config, Listener(), Path(config.output), base=kept)
-    clock = _Clock()
-    trainer = make_trainer(run, clock)
-    trainer.train()
-    trainer.engine.close()
+    ends: list[float] = []  # of the steps
+    training = Training(run, on_step=lambda _: ends.append(time.perf_counter()))
+    training.run()
+    training.engine.close()
     kept.take_back(run.model, config)
-    times = clock.times[len(clock.times) // 2 :]
+    times = ends[len(ends) // 2 :]
     step_s = (times[-1] - times[0]) / (len(times) - 1)
     return {"steps": max(1, int(request["minutes"] * 60 / step_s))}
-
-
-class _Clock(TrainerCallback):
-    """When each step ended."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
 
 
 def _listener(reply: Reply, trained: Callable[[Run], None]) -> Listener:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from siliang.config import RunConfig
@@ -35,6 +37,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 PRIVATE = {
     "torch.nn:Module": ("_forward_pre_hooks", "_forward_hooks"),
     "accelerate.state:PartialState": ("distributed_type",),
+    "accelerate.state:AcceleratorState": ("_reset_state",),
     "accelerate.state:GradientState": ("_set_sync_gradients",),
     "deepspeed.runtime.zero.partition_parameters:Init": ("ds_id",),
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": ("fp32_partitioned_groups_flat",),
@@ -63,19 +66,31 @@ def require_deepspeed(device: torch.device, *, half: bool) -> None:
         raise ConfigError("distributed.strategy = deepspeed trains on the CPU in fp32 alone: set train.precision=fp32.")
 
 
-def trainer_arguments(config: RunConfig) -> dict[str, Any]:
-    """What TrainingArguments needs to hand the training over to DeepSpeed: the run's own settings, and "auto" for what
-    siliang's say."""
+def make_plugin(config: RunConfig, ranks: int) -> DeepSpeedPlugin:
+    """What accelerate needs to hand the training over to DeepSpeed: the run's own DeepSpeed settings, and those that
+    follow from siliang's.
+
+    A "micro batch" of DeepSpeed is a rank's share of a whole step here, which the collator splits again.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    settings = copy.deepcopy(config.distributed.zero)
-    # the optimiser and the schedule are those of every run
-    settings = {name: value for name, value in settings.items() if name not in ("optimizer", "scheduler")}
-    halves = {name: {**settings.get(name, {}), "enabled": "auto"} for name in ("bf16", "fp16")}
-    _choose_deepspeed()
-    return {
-        "deepspeed": settings | halves | dict.fromkeys(SET_BY, "auto"),
-        "accelerator_config": {"use_configured_state": True},
+    t = config.train
+    # the optimizer and the schedule are those of every run
+    settings = {
+        name: copy.deepcopy(value)
+        for name, value in config.distributed.zero.items()
+        if name not in ("optimizer", "scheduler", *SET_BY)
     }
+    for half in ("bf16", "fp16"):
+        settings[half] = {**settings.get(half, {}), "enabled": "auto"}
+    rows = t.batch_size * t.gradient_accumulation
+    settings |= {
+        "train_batch_size": rows * ranks,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": t.max_grad_norm,
+    }
+    _choose_deepspeed()
+    return DeepSpeedPlugin(hf_ds_config=settings)
 
 
 def gather_by_layer(model: nn.Module) -> None:
@@ -182,7 +197,8 @@ def no_sync(accelerator: Any) -> Iterator[None]:
 
 
 def _choose_deepspeed() -> None:
-    """accelerate would make a new state for TrainingArguments, and that knows DeepSpeed on CUDA alone."""
+    """accelerate would make a new state, and that knows DeepSpeed on CUDA alone."""
+    AcceleratorState._reset_state()
     PartialState().distributed_type = DistributedType.DEEPSPEED
 
 

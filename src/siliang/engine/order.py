@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -45,7 +44,7 @@ class Order(Sampler[int]):
         return cls(lengths, step=t.batch_size * t.gradient_accumulation, seed=t.seed, by_length=by_length)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch comes next; accelerate says so."""
+        """Sets the epoch whose order comes next."""
         self._epoch = epoch
         self._random.set_epoch(epoch)
 
@@ -65,7 +64,7 @@ class Order(Sampler[int]):
 
 
 def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list[int]]:
-    """A step's rows, divided so that all ranks have about as many tokens: the longest row first, each row to the rank
+    """A step's rows by rank, so that all ranks have about as many tokens: the longest row first, each row to the rank
     with the fewest tokens so far."""
     found: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
@@ -76,30 +75,22 @@ def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list
     return found
 
 
-@dataclass
-class Share(Sampler[list[int]]):
-    """One rank's rows of each step; as a data loader's `batch_sampler`.
+def shared_steps(rows: Iterable[int], lengths: Sequence[int], step: int, ranks: int) -> Iterator[list[list[int]]]:
+    """The rows of each step by rank. Every rank knows those of the others, so that none has to ask.
 
-    A rank for which a step has no row gets a dummy row: ~row in place of row.
+    Args:
+        rows: In the order of the training.
+        lengths: Tokens of each row.
+        step: Rows of a step.
+
+    Yields:
+        One list a rank. A rank for which the step has no row gets a dummy row: ~row in place of row.
     """
-
-    order: Iterable[int]
-    lengths: Sequence[int]
-    step: int
-    rank: int
-    ranks: int
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch comes next; accelerate says so."""
-        if isinstance(self.order, Order):
-            self.order.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.step)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for whole in in_steps(list(self.order), self.step):
-            yield shares(self.lengths, whole, self.ranks)[self.rank] or [~whole[0]]
+    for together in in_steps(list(rows), step):
+        if ranks == 1:
+            yield [list(together)]
+        else:
+            yield [own or [~together[0]] for own in shares(lengths, together, ranks)]
 
 
 class WithDummies(Dataset[dict[str, Any]]):

@@ -17,7 +17,6 @@ from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settin
 from siliang.start_adapter import find_start_adapter
 from siliang.terminal import pasted
 from siliang.train.saving import last_good
-from siliang.train.state import check_trainer_state
 from siliang.types import AdapterError, ConfigError, ModelError, RecordError
 
 OWN_NAMES = r"run\.yaml|run\.json|answers\.json|adapter|model"  # that a run writes
@@ -89,8 +88,6 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
     if checkpoint is None:
         say("begins     there is no checkpoint to go on from: the run begins again with its first step")
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if checkpoint is not None:
-        check_trainer_state(checkpoint, step)
     if (most := config.train.max_steps) is not None and most < step:
         raise ConfigError(f"train.max_steps = {most:,}, and {checkpoint} has made {step:,} steps already.")
     for name, values in found.items():

@@ -1,10 +1,9 @@
-"""A checkpoint: all that a run needs to go on as if it had never stopped, in safetensors and JSON.
+"""A checkpoint: all that a run needs to resume as if it had never stopped, in safetensors and JSON.
 
     checkpoints/checkpoint-40/
         adapter_config.json ...    the adapter, as every other adapter folder; of full fine-tuning model.safetensors
-        state.json                 schedule, loss scale, random numbers, the log so far, ...
-        state.safetensors          what of it is tensors: Adam's moments first of all
-        trainer_state.json         transformers' own
+        state.json                 step, schedule, loss scale, random states, the log so far, ...
+        state.safetensors          the tensors of it: Adam's moments first of all
         manifest.json              sizes and hashes of all these, written last
 
 The folder has its name only when all of it is on the disk.
@@ -27,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siliang.checkpoint import load_tensors, read_adapter, read_training
+from siliang.disk_errors import translate_disk_errors
 from siliang.distributed.deepspeed import gathered, is_partitioned, without_hooks
 from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard
-from siliang.files import damage, remove, sweep
+from siliang.files import damage, remove, replacing_folder, sweep
 from siliang.models.save import save_config
 from siliang.paths import is_link
 from siliang.peft_model import PeftModel
@@ -43,6 +43,27 @@ from siliang.types import ConfigError, RecordError, first_line
 STATE_NAME = "state"
 STATE_FILE = f"{STATE_NAME}.json"
 MODEL_WEIGHTS = "model.safetensors"
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, state: dict[str, Any], *, keep: int, best: int | None, is_main: bool
+) -> None:
+    """Writes the checkpoint of a step, and deletes the oldest ones. Every rank must call this; rank 0 writes.
+
+    Args:
+        folder: Of all checkpoints of the run.
+        state: As state.py has it; its shards are gathered.
+        keep: Checkpoints that stay, beside the one of the best step.
+    """
+    weights = full_weights(model) if is_main or is_sharded_over_ranks(model) else {}
+    with gathered_adapter(model):
+        if is_main:
+            with translate_disk_errors(folder.parent):
+                folder.mkdir(exist_ok=True)
+                with replacing_folder(folder / f"{PREFIX}{state['step']}") as checkpoint:
+                    write_weights(checkpoint, model, weights)
+                    write_state(checkpoint, state)
+                prune(folder, keep, spare=best)
 
 
 def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -82,22 +103,22 @@ def prune(folder: Path, keep: int, *, spare: int | None = None) -> None:
 # ---- weights ----
 
 
-def is_dealt_out(model: nn.Module) -> bool:
+def is_sharded_over_ranks(model: nn.Module) -> bool:
     """Whether no rank has all of its weights, and all have to bring theirs to what is saved."""
     return is_sharded(model) or any(map(is_partitioned, model.parameters()))
 
 
-def whole_weights(model: Any) -> dict[str, Tensor]:
-    """The weights of a model that is tuned whole, put together where they are dealt out over the ranks, which then must
-    all ask. Of an adapter, nothing: every rank holds all of it."""
+def full_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of a model that is tuned whole, gathered where they are sharded over the ranks; all ranks must then
+    call this. Of an adapter, nothing: every rank holds all of it."""
     if isinstance(model, PeftModel):
         return {}
-    return {name: _whole(t) for name, t in _saved_tensors(model).items()}
+    return {name: _full(t) for name, t in _saved_tensors(model).items()}
 
 
 @contextmanager
-def adapter_together(model: Any, *, changing: bool = False) -> Iterator[None]:
-    """Within the block an adapter that is dealt out is whole, on all ranks, which all have to come here."""
+def gathered_adapter(model: Any, *, changing: bool = False) -> Iterator[None]:
+    """Within the block an adapter that is sharded is gathered on all ranks, all of which must call this."""
     trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
     with (
         gathered(trained, writing=changing),
@@ -106,21 +127,21 @@ def adapter_together(model: Any, *, changing: bool = False) -> Iterator[None]:
         yield
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    with gathered([tensor]):  # which are dealt out again behind the block
+def _full(tensor: Tensor) -> Tensor:
+    with gathered([tensor]):  # which are sharded again behind the block
         found = full_tensors(tensor.detach()).cpu().contiguous()
         return found.clone() if is_partitioned(tensor) else found
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and lasting buffers by name, a tied weight once; dealt out, if they are."""
+    """Parameters and persistent buffers by name, a tied weight once; sharded, if they are."""
     reshard(model)
     named, saved = {**dict(model.named_parameters()), **dict(model.named_buffers())}, set(model.state_dict())
     return {name: t for name, t in named.items() if name in saved}
 
 
 def write_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
-    """The adapter as an adapter folder; of a model that is tuned whole, its `whole_weights` and config."""
+    """The adapter as an adapter folder; of a model that is tuned whole, its `full_weights` and config."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
@@ -136,7 +157,7 @@ def read_weights(folder: Path, model: nn.Module) -> None:
     """
     if isinstance(model, PeftModel):
         name = model.active_adapters[0]
-        with adapter_together(model, changing=True):
+        with gathered_adapter(model, changing=True):
             read = read_adapter(folder)
             load_tensors(model.injection, name, read, source=str(folder), training=read_training(folder))
         return
@@ -159,10 +180,10 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` wrote of a trainer.
+    """What `write_state` wrote of a training.
 
     Raises:
-        RecordError: It is damaged.
+        RecordError: It is damaged, or of another step than the folder's name says.
     """
     path = folder / STATE_FILE
     tree = read_values(path, RecordError, most_bytes=MAX_BYTES)
@@ -172,7 +193,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise RecordError(f"{path} is damaged: {shortened(first_line(error, kind=True), 200)}.") from None
-    check_state(state, path)
+    check_state(state, int(folder.name.rpartition("-")[2]), path)
     return state
 
 
@@ -226,7 +247,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Goes on from `random_state`."""
+    """Continues from a `random_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

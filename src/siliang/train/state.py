@@ -1,8 +1,7 @@
-"""What a checkpoint's state may hold: it goes into the trainer only where it is what a trainer has written."""
+"""What a checkpoint's state may hold: a training takes it only where it is what a training has written."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from collections.abc import Iterable
@@ -11,14 +10,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from siliang.records import Part, StepMetrics, explained
 from siliang.records.saved import Count, Number, Positive, Rate
-from siliang.safe_json import read_values
 from siliang.secrets import short_repr, shortened
 from siliang.types import RecordError
 
@@ -30,6 +26,11 @@ class _Random(Part):
     cuda: list[Any]
 
 
+class _Best(Part):
+    step: Count
+    value: Number
+
+
 class _SinceLog(Part):
     loss: Number
     step: Count
@@ -37,11 +38,11 @@ class _SinceLog(Part):
 
 class _Guard(Part):
     runs: dict[Literal["zero loss", "zero gradient", "lost gradient"], Count]
-    passed_over: list[Count]
+    skipped: list[Count]
     steps: Count
 
 
-class _Watcher(Part):
+class _Log(Part):
     steps: list[StepMetrics]
     train_s: Positive
     loss: Number | None
@@ -49,6 +50,8 @@ class _Watcher(Part):
 
 
 class _State(Part):
+    step: Count
+    best: _Best | None
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     scaler: dict[str, Positive] | None
@@ -57,29 +60,14 @@ class _State(Part):
     tokens_trained: Count
     guard: _Guard
     evaluation_due: bool
-    watcher: _Watcher | None
+    log: _Log
 
 
-class _Trainer(Part):
-    """What of trainer_state.json plays a part."""
-
-    model_config = ConfigDict(extra="allow")
-
-    global_step: Count
-    max_steps: Annotated[int, Field(ge=-1, lt=2**63)]
-    epoch: Positive | None
-    num_train_epochs: Positive
-    train_batch_size: Count | None
-    best_metric: Number | None
-    best_global_step: Count | None
-    log_history: list[dict[str, Any]]
-    stateful_callbacks: dict[str, Any]
-
-
-def check_state(state: Any, path: Path) -> None:
-    """A checkpoint's state has the parts that a trainer writes.
+def check_state(state: Any, step: int, path: Path) -> None:
+    """A checkpoint's state has the parts that a training writes.
 
     Args:
+        step: As the checkpoint's name says.
         path: Its file, for the error.
 
     Raises:
@@ -89,6 +77,8 @@ def check_state(state: Any, path: Path) -> None:
         _State.model_validate(state, strict=True)
     except ValidationError as error:
         raise RecordError(f"{path} is damaged: {explained(error)}.") from None
+    if state["step"] != step:
+        raise RecordError(f"{path} is damaged: step = {state['step']:,}: its folder says {step:,}.")
     for i, one in enumerate(state["random"]):
         try:
             random.Random().setstate(one["python"])
@@ -98,25 +88,6 @@ def check_state(state: Any, path: Path) -> None:
             raise RecordError(f"{path} is damaged: random.{i} is no state of random numbers.") from None
         if not all(isinstance(device, Tensor) for device in one["cuda"]):
             raise RecordError(f"{path} is damaged: random.{i}.cuda is no state of random numbers.")
-
-
-def check_trainer_state(folder: Path, step: int) -> None:
-    """trainer_state.json of a checkpoint is what transformers writes at this step.
-
-    Raises:
-        RecordError: It is not.
-    """
-    path = folder / TRAINER_STATE_NAME
-    known = {field.name for field in dataclasses.fields(TrainerState)}
-    values = read_values(path, RecordError, foreign=True)
-    try:
-        if isinstance(values, dict) and (strange := sorted(values.keys() - known)):
-            raise RecordError(f"{path} is damaged: {shortened(strange[0], 80)!r} is no field of it.")
-        found = _Trainer.model_validate(values, strict=True)
-    except ValidationError as error:
-        raise RecordError(f"{path} is damaged: {explained(error)}.") from None
-    if found.global_step != step:
-        raise RecordError(f"{path} is damaged: global_step = {found.global_step:,}: its folder says {step:,}.")
 
 
 def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tensor], path: Path) -> None:

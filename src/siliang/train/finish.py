@@ -1,0 +1,91 @@
+"""The end of a run: its final figures, with the weights of the best step where it chooses one, and what it saves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from siliang.data.jinja import with_chat_template
+from siliang.files import damage, replacing_folder
+from siliang.memory.peak import PeakMemory
+from siliang.models.save import save_model
+from siliang.peft_model import PeftModel
+from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
+from siliang.tasks import TASKS, Task
+from siliang.train.loop import Training
+from siliang.train.prepare import Run
+from siliang.train.saving import (
+    checkpoints,
+    full_weights,
+    gathered_adapter,
+    is_sharded_over_ranks,
+    read_weights,
+)
+
+
+def measure(training: Training, memory: PeakMemory) -> None:
+    """Writes the final figures into the record. Where an earlier step was the best, the model is as it was then."""
+    run, started = training.prepared, time.perf_counter()
+    record = run.record
+    if len(run.eval_set):
+        record.final = _named(_figures_of_best(training), TASKS[run.config.task])
+        record.seconds.eval = round(time.perf_counter() - started, 3)
+    record.memory.steps_bytes = memory.update()
+    record.memory.peak_bytes = max(record.memory.loading_bytes, record.memory.steps_bytes)
+    if run.ranks.size > 1:
+        record.memory.peak_bytes_by_rank = run.ranks.gather(record.memory.peak_bytes)
+        record.memory.peak_bytes = max(record.memory.peak_bytes_by_rank)
+    if losses := [line.loss for line in record.steps if line.loss is not None]:
+        record.final["train_loss"] = losses[-1]
+
+
+def _figures_of_best(training: Training) -> dict[str, float]:
+    """The figures of the last step; where an earlier one was better and the run chooses, that one's weights and its
+    figures."""
+    run = training.prepared
+    figures, best = training.figures_now(), training.best
+    if best is None:
+        return figures
+    run.record.best_step = best.step
+    if best.step == training.step:
+        return figures
+    saved = checkpoints(run.folder / CHECKPOINTS).get(best.step)
+    if saved is None or damage(saved) is not None:
+        run.listener.say(
+            f"warning    the checkpoint of step {best.step:,}, the best one, is gone or damaged: the last step is kept"
+        )
+        run.record.best_step = training.step
+        return figures
+    read_weights(saved, run.model)
+    figures = training.measure()
+    training.log.show(training.moment, measured=figures)  # the log has them already, at their own step
+    return figures
+
+
+def _named(figures: dict[str, float], task: Task) -> dict[str, float]:
+    """The last evaluation's figures, as the record names them."""
+    others = {name: value for name, value in figures.items() if name != "loss"}
+    final = {"eval_loss": figures["loss"]} | others
+    return final | task.of_loss(final["eval_loss"])
+
+
+def save(run: Run) -> None:
+    """Writes the adapter, or the whole model; every rank must call this."""
+    weights = full_weights(run.model) if is_sharded_over_ranks(run.model) else None
+    with gathered_adapter(run.model):
+        run.record.parameters.adapter_bytes = run.ranks.from_main(lambda: _write(run, weights))
+
+
+def _write(run: Run, weights: dict[str, Any] | None) -> int:
+    """Writes under a temporary name, then renames; returns the bytes of the weights."""
+    final: Path = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
+    with replacing_folder(final) as temporary:
+        if final.name == ADAPTER:
+            run.model.save_pretrained(temporary)
+        else:
+            tokenizer, data = run.tokenizer, run.config.data
+            if TASKS[run.config.task].decoder_only:  # what serves it writes conversations as training did
+                tokenizer, _ = with_chat_template(tokenizer, data.template, run.examples.layout)
+            save_model(temporary, run.model, tokenizer, state_dict=weights)
+    return sum(p.stat().st_size for p in final.rglob("*") if p.suffix == ".safetensors")

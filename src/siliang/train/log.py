@@ -1,0 +1,139 @@
+"""The log of a training: the lines that the record keeps, and what a progress bar shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from siliang.memory.peak import PeakMemory
+from siliang.records import StepMetrics
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training is; what a progress bar shows.
+
+    Attributes:
+        logged: The loss is news: a line of the log, not only another step.
+        measured: The figures of an evaluation in this step; None where there was none.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    learning_rate: float | None
+    tokens_per_s: float
+    memory_bytes: int
+    eta_s: float
+    logged: bool
+    measured: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A step of a training, as the log needs it.
+
+    Attributes:
+        step: Optimizer steps made so far, of `steps`.
+        epoch: Passes over the rows so far.
+        tokens: Trained on so far.
+    """
+
+    step: int
+    steps: int
+    epoch: float
+    tokens: int
+
+
+class Log:
+    """Keeps the lines of the record, and reports progress.
+
+    Args:
+        on_progress: Called after every step and every evaluation.
+        memory: Whose peak is reported.
+
+    Attributes:
+        lines: Of the record.
+    """
+
+    def __init__(
+        self, on_progress: Callable[[Progress], None] = lambda progress: None, memory: PeakMemory | None = None
+    ) -> None:
+        self.lines: list[StepMetrics] = []
+        self._on_progress, self._memory = on_progress, memory
+        self._loss: float | None = None
+        self._rate: float | None = None
+        self._before_s = 0.0  # of training, before a resume
+        self._started = self._last_time = time.perf_counter()
+        self._first = Moment(0, 0, 0.0, 0)
+        self._last_tokens = 0
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self._before_s + time.perf_counter() - self._started
+
+    def start(self, at: Moment) -> None:
+        """The training begins, or resumes."""
+        self._started = self._last_time = time.perf_counter()
+        self._first, self._last_tokens = at, at.tokens
+
+    def add_loss(self, at: Moment, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """A line with the mean loss of the steps since the last one."""
+        now = time.perf_counter()
+        tokens_per_s = (at.tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
+        line = StepMetrics(
+            step=at.step,
+            epoch=round(at.epoch, 4),
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens_per_s=round(tokens_per_s, 1),
+        )
+        self.lines.append(line)
+        self._last_time, self._last_tokens = now, at.tokens
+        self._loss, self._rate = loss, learning_rate
+        self.show(at, logged=True)
+
+    def add_evaluation(self, at: Moment, figures: dict[str, float]) -> None:
+        """A line with the figures of an evaluation, `loss` among them."""
+        others = {name: value for name, value in figures.items() if name != "loss"}
+        self.lines.append(
+            StepMetrics(step=at.step, epoch=round(at.epoch, 4), eval_loss=figures["loss"], metrics=others)
+        )
+        self.show(at, measured=figures)
+
+    def show_first(self, at: Moment, loss: float, learning_rate: float) -> None:
+        """Shows the loss of the first step at once; its line comes with those of the steps after it."""
+        self._loss, self._rate = loss, learning_rate
+        self.show(at, logged=True)
+
+    def show(self, at: Moment, *, logged: bool = False, measured: dict[str, float] | None = None) -> None:
+        """Reports progress."""
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        done = max(at.step - self._first.step, 1)
+        self._on_progress(
+            Progress(
+                step=at.step,
+                steps=at.steps,
+                loss=self._loss,
+                learning_rate=self._rate,
+                tokens_per_s=(at.tokens - self._first.tokens) / elapsed,
+                memory_bytes=self._memory.update() if self._memory else 0,
+                eta_s=elapsed / done * (at.steps - at.step),
+                logged=logged,
+                measured={f"eval_{name}": value for name, value in measured.items()} if measured else None,
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        lines = [line.model_dump() for line in self.lines]
+        return {"steps": lines, "train_s": self.train_s, "loss": self._loss, "rate": self._rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a `state_dict`."""
+        self.lines[:] = [StepMetrics(**line) for line in state["steps"]]
+        self._before_s, self._loss, self._rate = state["train_s"], state["loss"], state["rate"]

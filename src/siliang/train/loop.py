@@ -1,0 +1,409 @@
+"""The training loop. It reads from top to bottom as the run: prepare, resume, the steps; after each step log, evaluate,
+save, stop.
+
+A step is a fixed number of rows, whatever batches and ranks share it: its gradient is that of the mean loss over all
+labelled tokens (or rows) of the step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from siliang.data.batch import Batch
+from siliang.distributed import deepspeed
+from siliang.distributed.sharding import full_tensors, is_sharded, reshard, shard_optimizer_state
+from siliang.engine.evaluate import Sums, evaluate, figures_of
+from siliang.engine.order import Order, WithDummies, shared_steps
+from siliang.run_folder import CHECKPOINTS
+from siliang.tasks import find_figure
+from siliang.train.backward import Backward, with_dummies
+from siliang.train.errors import bad_step_error
+from siliang.train.guard import Guard
+from siliang.train.log import Log, Moment
+from siliang.train.optimizer import make_optimizer, make_schedule
+from siliang.train.prepare import Run
+from siliang.train.saving import (
+    STATE_FILE,
+    random_state,
+    read_state,
+    read_weights,
+    save_checkpoint,
+    set_random_state,
+)
+from siliang.train.setup import make_accelerator, make_collator, make_engine
+from siliang.train.state import check_like, check_optimizer
+from siliang.train.stopping import Timer
+
+
+@dataclass
+class Due:
+    """What follows a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, by the metric that the run chooses by."""
+
+    step: int
+    value: float
+
+
+class Training:
+    """The training of a prepared run.
+
+    Args:
+        timer: Says when to save and to stop by the clock.
+        stop: Set by whoever wants the training to stop after the step at hand.
+        on_step: Called after each step.
+
+    Attributes:
+        step: Optimizer steps made so far.
+        tokens_trained: So far, padding left out.
+        stopped: Why the training ended before its last step; None where it did not.
+        best: None where no evaluation was made yet, or the run does not choose its best step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        log: Log | None = None,
+        timer: Timer | None = None,
+        stop: threading.Event | None = None,
+        on_step: Callable[[Training], None] = lambda training: None,
+    ) -> None:
+        t = run.config.train
+        self.prepared, self.log, self._timer = run, log or Log(), timer or Timer()
+        self._stop, self._on_step = stop or threading.Event(), on_step
+        self.engine = make_engine(run)
+        set_seed(t.seed)  # the engine has drawn numbers, and not the same on every device
+        if not run.ranks.is_main:
+            torch.manual_seed(t.seed + run.ranks.rank)  # each rank draws its own dropout
+        self.accelerator = make_accelerator(run)
+        self.collator = make_collator(run, self.engine)
+        self._backward = Backward(run, self.engine, self.accelerator, self.collator)
+        self._rows = run.train_set.number()
+        self._lengths = run.train_set.lengths.tolist()
+        self._order = Order.of(run.config, self._lengths)
+        self.guard = Guard(scaled=run.precision.precision == "fp16", skips=t.nan_skips)
+        self.step = self.tokens_trained = self._logged_step = 0
+        self.stopped: Literal["stopped", "out of time"] | None = None
+        self.best: Best | None = None
+        self._loss_since_log = torch.zeros((), device=run.device)
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, its figures
+        self._evaluation_due = False  # that of the last step was put off when the run was stopped
+        self._saved_random: dict[str, Any] | None = None
+        self.model: nn.Module = run.model
+        self.optimizer: Optimizer
+        self.schedule: LRScheduler
+
+    def run(self, checkpoint: Path | None = None) -> None:
+        """Makes the steps that are left.
+
+        Args:
+            checkpoint: To resume from.
+
+        Raises:
+            TrainingError: A loss or gradient is not finite, or 0 for long.
+            DeviceMemoryError: A step does not fit the device.
+        """
+        run = self.prepared
+        if checkpoint is not None:
+            read_weights(checkpoint, run.model)  # before a strategy shards them
+        self._prepare()
+        if checkpoint is not None:
+            self._resume(read_state(checkpoint), checkpoint / STATE_FILE)
+        self.log.start(self.moment)
+        self._timer.start()
+        if self._evaluation_due:
+            self._evaluation_due = False
+            self.evaluate()
+        while self.step < run.steps and not self.stopped:
+            for shares, inputs in self._epoch():
+                grad_norm, learning_rate = self._make_step(shares, inputs["batches"], inputs["rows"])
+                self._after_step(grad_norm, learning_rate)
+                if self.stopped or self.step == run.steps:
+                    break
+
+    @property
+    def moment(self) -> Moment:
+        """Where the training is."""
+        run = self.prepared
+        epoch, done = divmod(max(self.step - 1, 0), run.steps_per_epoch)
+        passed = epoch + (done + 1) / run.steps_per_epoch if self.step else 0.0
+        return Moment(self.step, run.steps, passed, self.tokens_trained)
+
+    # ---- prepare ----
+
+    def _prepare(self) -> None:
+        """The optimizer and the schedule, and what a strategy wraps around the model."""
+        run, t, accelerator = self.prepared, self.prepared.config.train, self.accelerator
+        reshard(run.model)  # the engine's trials leave embeddings and output layer gathered: the optimizer needs shards
+        optimizer = make_optimizer(
+            run.model,
+            learning_rate=run.record.learning_rate,
+            weight_decay=t.weight_decay,
+            eps=run.precision.adam_eps,
+        )
+        # DeepSpeed puts parts of its own in the place of these
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        if is_sharded(run.model):  # it is ready: accelerate knows no FSDP on CPUs, and would wrap it in DDP
+            self.model, self.optimizer = run.model, accelerator.prepare(optimizer)
+        elif run.zero_stage:
+            with redirect_stdout(StringIO()):  # where each rank's DeepSpeed prints what it has built
+                self.model, self.optimizer = accelerator.prepare(run.model, optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(run.model, optimizer)
+        self.schedule = make_schedule(self.optimizer, t.schedule, warmup_fraction=t.warmup_fraction, steps=run.steps)
+
+    # ---- the steps ----
+
+    def _epoch(self) -> Iterator[tuple[list[list[int]], dict[str, Any]]]:
+        """The steps that are left of the epoch at hand: their rows by rank, and this rank's batches and row numbers."""
+        epoch, done = divmod(self.step, self.prepared.steps_per_epoch)
+        steps = self.steps_of(epoch)[done:]
+        if not done:  # a checkpoint between two epochs was made before the loader drew
+            self._restore_random()
+        batches = iter(self.loader(steps))  # draws a number from torch's generator
+        self._restore_random()
+        return zip(steps, batches, strict=True)
+
+    def steps_of(self, epoch: int) -> list[list[list[int]]]:
+        """The rows of each step of an epoch, by rank."""
+        self._order.set_epoch(epoch)
+        return list(shared_steps(self._order, self._lengths, self._order.step, self.prepared.ranks.size))
+
+    def loader(self, steps: list[list[list[int]]]) -> DataLoader[Any]:
+        """Gives the batches and the row numbers of this rank in these steps."""
+        ranks = self.prepared.ranks
+        rows = WithDummies(self._rows) if ranks.size > 1 else self._rows
+        return DataLoader(rows, batch_sampler=[shares[ranks.rank] for shares in steps], collate_fn=self.collator)
+
+    def _make_step(
+        self, shares: list[list[int]], batches: list[Batch], rows: list[int]
+    ) -> tuple[Tensor | float, float]:
+        """Forward, backward, clip, update. Returns the gradient's norm and the learning rate."""
+        step, t = self.step + 1, self.prepared.config.train
+        self.model.train()
+        loss = self._backward(self.model, shares, batches, step)
+        norm: Tensor | float = full_tensors(self.accelerator.clip_grad_norm_(self.model.parameters(), t.max_grad_norm))
+        if bad := self.guard.skip(step, loss, norm, rows):
+            for p in self.model.parameters():
+                p.grad = None  # which the optimizer leaves alone
+            self.prepared.listener.say(
+                f"warning    step {step:,} is left out ({len(self.guard.skipped)} of at most {t.nan_skips}): "
+                f"its {bad.what} is {bad.value:g}"
+            )
+        else:
+            self.guard.record(step, loss, norm, rows)
+        self.optimizer.step()
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        self.model.zero_grad()
+        if t.nan_skips and not torch.isfinite(loss):  # the log's mean stays a number
+            loss = self._loss_since_log / (step - self._logged_step)
+        self._loss_since_log += loss
+        self.tokens_trained += sum(self._lengths[i] for share in shares for i in share if i >= 0)
+        self.step = step
+        return norm, learning_rate
+
+    # ---- after each step ----
+
+    def _after_step(self, grad_norm: Tensor | float, learning_rate: float) -> None:
+        due = self._due()
+        if self.step == 1 and not due.log:  # seen at once; the log has it among its first steps
+            self.log.show_first(self.moment, float(self._loss_since_log), float(self.schedule.get_last_lr()[0]))
+        else:
+            self.log.show(self.moment)
+        self._on_step(self)
+        if due.log or due.evaluate or due.save or self.prepared.device.type == "cpu":
+            self._check()
+        if due.log:
+            loss = float(self._loss_since_log) / (self.step - self._logged_step)
+            self._loss_since_log, self._logged_step = torch.zeros_like(self._loss_since_log), self.step
+            self.log.add_loss(self.moment, loss, learning_rate, float(grad_norm))
+        if due.evaluate:
+            self.evaluate()
+            due.save = due.save or (self.best is not None and self.best.step == self.step)
+        if due.save:
+            self.save()
+
+    def _due(self) -> Due:
+        """What follows this step, and whether the training stops behind it. What one rank wants, all do."""
+        t, last = self.prepared.config.train, self.step == self.prepared.steps
+        evaluates = t.eval_every and len(self.prepared.eval_set)
+        due = Due(
+            log=last or self.step % t.log_every == 0,
+            evaluate=bool(evaluates and (last or self.step % t.eval_every == 0)),
+            save=bool(t.save_every and (last or self.step % t.save_every == 0)),
+        )
+        self._timer.step_ended()
+        wanted = self._timer.save_is_due, self._stop.is_set(), self._timer.time_is_over
+        save, stop, late = map(any, zip(*self.prepared.ranks.gather_ints(*wanted), strict=True))
+        due.save = due.save or save
+        if (stop or late) and not last:
+            self.stopped = "stopped" if stop else "out of time"
+            self._evaluation_due, due.evaluate = due.evaluate, False  # it comes first when the run is resumed
+            due.save = True
+        return due
+
+    def _check(self) -> None:
+        """Stops at a loss or gradient that is no number. Waits for the device."""
+        if bad := self.guard.check():
+            rows = tuple(row for rows in self.prepared.ranks.gather(bad.rows) for row in rows)
+            raise bad_step_error(self.prepared, replace(bad, rows=rows))
+
+    # ---- evaluate ----
+
+    def evaluate(self) -> dict[str, float]:
+        """The figures of the held-out rows, `loss` among them: they go into the log, and may be the best so far."""
+        figures = self.measure()
+        self._evaluated = (self.step, figures)
+        self.log.add_evaluation(self.moment, figures)
+        name = self.prepared.config.train.best
+        name = "loss" if name == "perplexity" else name  # the same step is the best
+        if name is not None and find_figure(name).better(figures[name], self.best.value if self.best else None):
+            self.best = Best(self.step, figures[name])
+        return figures
+
+    def figures_now(self) -> dict[str, float]:
+        """Of the held-out rows with the weights of the last step, which may have been evaluated already."""
+        step, figures = self._evaluated
+        return figures if step == self.step else self.evaluate()
+
+    def measure(self) -> dict[str, float]:
+        """The figures of the held-out rows, whatever batches and ranks they meet in. The training does not notice it:
+        the random states are put back."""
+        run, task = self.prepared, self.engine.task
+        ranks, lengths = run.ranks, run.eval_set.lengths.tolist()
+        steps = shared_steps(range(len(lengths)), lengths, self._order.step, ranks.size)
+        before = random_state()
+        try:
+            own = evaluate(
+                run.model,
+                self.engine,
+                run.eval_set,
+                self.collator,
+                steps=None if ranks.size == 1 else (shares[ranks.rank] for shares in steps),
+                reader=task.read,
+                autocast=lambda: self.accelerator.autocast(),
+                as_many=self._as_many,
+            )
+            return figures_of(task, Sums.of(ranks.gather(own)), run.eval_rows)
+        finally:
+            set_random_state(before)
+
+    def _as_many(self, batches: list[Batch]) -> list[Batch]:
+        """With dummies, where every rank needs the same number."""
+        if not is_sharded(self.prepared.model) and not self.prepared.zero_stage:
+            return batches
+        return with_dummies(batches, max(n for (n,) in self.prepared.ranks.gather_ints(len(batches))))
+
+    # ---- save and resume ----
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step; every rank must call this."""
+        run, started = self.prepared, time.perf_counter()
+        save_checkpoint(
+            run.folder / CHECKPOINTS,
+            run.model,
+            full_tensors(self._state()),
+            keep=run.config.train.keep,
+            best=self.best.step if self.best else None,
+            is_main=run.ranks.is_main,
+        )
+        run.ranks.wait()
+        self._timer.saved(time.perf_counter() - started)
+
+    def _state(self) -> dict[str, Any]:
+        """All that a resumed run has to know; state.py is its schema."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "best": asdict(self.best) if self.best else None,
+            "optimizer": self._optimizer_state(),
+            "scheduler": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": self.prepared.ranks.gather(random_state()),
+            "since_log": {"loss": float(self._loss_since_log), "step": self._logged_step},
+            "tokens_trained": self.tokens_trained,
+            "guard": self.guard.state_dict(),
+            "evaluation_due": self._evaluation_due,
+            "log": self.log.state_dict(),
+        }
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        inner: Any = self.optimizer
+        return (
+            deepspeed.optimizer_state(inner.optimizer, self._groups) if self.prepared.zero_stage else inner.state_dict()
+        )
+
+    def _resume(self, state: dict[str, Any], path: Path) -> None:
+        """Continues from a checkpoint's state.
+
+        Raises:
+            RecordError: The state is not that of this run.
+        """
+        self._load_optimizer(state["optimizer"], path)
+        check_like(state["scheduler"], self.schedule.state_dict(), "scheduler", path)
+        self.schedule.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens_trained = state["step"], state["tokens_trained"]
+        self.best = Best(**state["best"]) if state["best"] else None
+        self._loss_since_log += state["since_log"]["loss"]
+        self._logged_step = state["since_log"]["step"]
+        self.guard.load_state_dict(state["guard"])
+        self.log.load_state_dict(state["log"])
+        self._evaluation_due = state["evaluation_due"] and len(self.prepared.eval_set) > 0
+        if (rank := self.prepared.ranks.rank) < len(state["random"]):
+            self._saved_random = state["random"][rank]
+        self._fill_frozen_cache()
+
+    def _load_optimizer(self, state: dict[str, Any], path: Path) -> None:
+        inner: Any = self.optimizer
+        if self.prepared.zero_stage:
+            deepspeed.load_optimizer_state(inner.optimizer, self._groups, state)
+            return
+        parameters = [p for group in inner.param_groups for p in group["params"]]
+        check_optimizer(state, inner.state_dict(), parameters, path)
+        inner.load_state_dict(shard_optimizer_state(deepspeed.without_weights(state), parameters))
+
+    def _restore_random(self) -> None:
+        """Puts the checkpoint's random state back, once."""
+        if self._saved_random is not None:
+            set_random_state(self._saved_random)
+            self._saved_random = None
+
+    def _fill_frozen_cache(self) -> None:
+        """The last bits of a frozen layer's output depend on the batch in which a row was seen first: the steps of the
+        first epoch run through the frozen layers once more, in the batches that they had."""
+        padding = self.engine.padding
+        if padding is None or padding.frozen is None:
+            return
+        before = random_state()
+        inputs = self.loader(self.steps_of(0)[: self.step])
+        with self.accelerator.autocast():
+            self.engine.fill_frozen_cache(
+                self.prepared.model, (batch.to(self.prepared.device) for step in inputs for batch in step["batches"])
+            )
+        set_random_state(before)

@@ -1,0 +1,62 @@
+"""What a training runs on: the engine around its model, the collator of its batches, and accelerate."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from siliang.data.collate import PadCollator
+from siliang.distributed import deepspeed
+from siliang.distributed.sharding import ignore_frozen_in_ddp, is_sharded
+from siliang.engine.batches import StepCollator, most_tokens
+from siliang.engine.step import Engine
+from siliang.tasks import TASKS
+from siliang.train.prepare import Run
+
+
+def make_engine(run: Run) -> Engine:
+    """The engine of the run's model, which is on its device then."""
+    t, stage = run.config.train, run.zero_stage
+    if stage == 3:
+        deepspeed.gather_by_layer(run.model)
+    elif run.ranks.size > 1 and not stage and not is_sharded(run.model):
+        ignore_frozen_in_ddp(run.model)
+    run.model.to(run.device)
+    engine = Engine(
+        run.model,
+        TASKS[run.config.task],
+        packing=t.packing,
+        memory_budget=t.memory_budget,
+        checkpointing=t.gradient_checkpointing,
+        keep_frozen=t.keep_frozen and run.epochs > 1 and run.ranks.size == 1,  # a rank's rows change
+        memory_share=1 / run.ranks.local_size,
+        all_logits="ZeRO-3 gathers its weights in its own forward alone" if stage == 3 else None,
+    )
+    for note in engine.notes:
+        run.listener.say(f"           {note}")
+    run.model.config.use_cache = False  # keys and values of earlier tokens are of no use in training
+    return engine
+
+
+def make_collator(run: Run, engine: Engine) -> StepCollator:
+    """Makes the batches of a step."""
+    t = run.config.train
+    return StepCollator(
+        PadCollator(run.tokenizer.pad_token_id),
+        TASKS[run.config.task],
+        t.batch_size,
+        most_tokens(t.tokens_at_once, run.device.type, run.precision.dtype),
+        packed=engine.padding is not None,
+    )
+
+
+def make_accelerator(run: Run) -> Accelerator:
+    """accelerate, for the run's device, number format and strategy.
+
+    accelerate keeps its state for the whole process, in which another run may have had other settings.
+    """
+    half = run.precision.compute if run.precision.autocast else "no"
+    if run.zero_stage:
+        return Accelerator(mixed_precision=half, deepspeed_plugin=deepspeed.make_plugin(run.config, run.ranks.size))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=half, cpu=run.device.type == "cpu")
