@@ -11,6 +11,7 @@ import typer
 
 from siliang.cli.console import as_text, input_lines, rich_console
 from siliang.cli.used_run import Base, Force, show_notes
+from siliang.environment import importing
 from siliang.terminal import Pieces, bare, cover, one_line
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ def chat(
 
     One question a line, each on its own; from standard input where that is no terminal. An empty line ends it.
     """
-    from siliang.cli.show import quiet_loading
+    with importing():
+        from siliang.cli.show import quiet_loading
+        from siliang.hardware import find_device
+        from siliang.use.chat import Chat
 
-    quiet_loading()
-    from siliang.hardware import find_device
-    from siliang.use.chat import Chat
-
+        quiet_loading()
     opened = Chat(list(dict.fromkeys(runs)), find_device(), base=base, force=force)
     show_notes(opened.notes)
     side_by_side = sys.stdout.isatty()

@@ -8,6 +8,7 @@ import typer
 
 from siliang.cli.console import print_json
 from siliang.cli.used_run import Base, Force, Run, show_notes
+from siliang.environment import importing
 from siliang.types import ConfigError
 
 
@@ -21,13 +22,13 @@ def evaluate(
     """Measure a run: loss, and accuracy or perplexity, on its held-out rows or on --data."""
     if data is not None and (not data.strip() or "\0" in data):
         raise ConfigError(f"--data {data!r}: name a file, a folder, or a data set on the hub.")
-    from siliang.cli.show import quiet_loading
+    with importing():
+        from siliang.cli.show import quiet_loading
+        from siliang.hardware import find_device
+        from siliang.run_folder import open_run
+        from siliang.use.evaluate import evaluate as measure
 
-    quiet_loading()
-    from siliang.hardware import find_device
-    from siliang.run_folder import open_run
-    from siliang.use.evaluate import evaluate as measure
-
+        quiet_loading()
     opened = open_run(run, base=base, force=force, device=find_device())
     metrics = measure(opened, data)
     notes = list(opened.trained.notes) if opened.trained else []

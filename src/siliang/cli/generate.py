@@ -8,6 +8,7 @@ import typer
 
 from siliang.cli.console import as_text, print_product
 from siliang.cli.used_run import Force, Run, show_notes
+from siliang.environment import importing
 
 
 def generate(
@@ -30,14 +31,14 @@ def generate(
     force: Force = False,
 ) -> None:
     """Write text with a trained run."""
-    from siliang.cli.show import quiet_loading
-
     instruction, input = as_text(instruction, "the instruction"), as_text(input, "--input")
-    quiet_loading()
-    from siliang.hardware import find_device
-    from siliang.run_folder import open_run
-    from siliang.use.generate import generate as write
+    with importing():
+        from siliang.cli.show import quiet_loading
+        from siliang.hardware import find_device
+        from siliang.run_folder import open_run
+        from siliang.use.generate import generate as write
 
+        quiet_loading()
     place = next((name for name in reversed(base or []) if name), None)
     beside = "" in (base or [])
     opened = open_run(run, base=place, force=force, device=find_device())

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from siliang.cli.used_run import Base, Run, show_notes
+from siliang.environment import importing
 
 
 class Dtype(StrEnum):
@@ -37,16 +38,16 @@ def merge(
     ] = False,
 ) -> None:
     """Merge a run's adapter into its base model, prove that both answer alike, and save a plain model."""
-    from siliang.cli.show import quiet_loading
+    with importing():
+        import torch
 
-    quiet_loading()
-    import torch
+        from siliang.cli.show import quiet_loading
+        from siliang.run_folder import check_empty, open_run
+        from siliang.tasks import TASKS
+        from siliang.use.merge import merge as merge_run
+        from siliang.use.merge import served_tokenizer
 
-    from siliang.run_folder import check_empty, open_run
-    from siliang.tasks import TASKS
-    from siliang.use.merge import merge as merge_run
-    from siliang.use.merge import served_tokenizer
-
+        quiet_loading()
     check_empty(output)
     # a base model in few bits would round the sum again: merging is done in the base model's own
     opened = open_run(run, base=base, force=force, dtype=getattr(torch, dtype.value), quantised=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siliang.cli.console import command_line, print_json, rich_console
+from siliang.environment import importing
 from siliang.terminal import bare, one_line, pasted
 
 if TYPE_CHECKING:
@@ -69,15 +70,13 @@ def plan(
     """
     from siliang.cli.show import quiet_loading
     from siliang.cli.train import gather, with_adapter
-    from siliang.environment import importing
     from siliang.units import parse_bytes
 
     memory_bytes = parse_bytes(memory) if memory else None
     with importing():
-        pass
-    from siliang.config import RunConfig
-    from siliang.methods import METHODS, find_method, whole_name
-    from siliang.types import ConfigError
+        from siliang.config import RunConfig
+        from siliang.methods import METHODS, find_method, whole_name
+        from siliang.types import ConfigError
 
     if model == "list":
         _list_shapes()
@@ -110,13 +109,14 @@ def plan(
     values.setdefault("output", "siliang-run")
     if strategy is not None:
         values["distributed"] = {"strategy": strategy}
-    quiet_loading()
-    from siliang.distributed.sharding import fake_mesh
-    from siliang.plan import find_target, model_config
-    from siliang.plan import plan as make
-    from siliang.plan.device import shared_by
-    from siliang.plan.shapes import SHAPES, shape_name, task_of
+    with importing():
+        from siliang.distributed.sharding import fake_mesh
+        from siliang.plan import find_target, model_config
+        from siliang.plan import plan as make
+        from siliang.plan.device import shared_by
+        from siliang.plan.shapes import SHAPES, shape_name, task_of
 
+        quiet_loading()
     values["model"] = shape_name(str(values["model"]))
     base_config = None
     if "task" not in values:

@@ -10,6 +10,7 @@ import typer
 
 from siliang.cli.console import as_text, command_line, input_lines, print_json
 from siliang.cli.used_run import Base, Force, Run, show_notes
+from siliang.environment import importing
 from siliang.terminal import one_line
 
 if TYPE_CHECKING:
@@ -38,16 +39,16 @@ def predict(
     Of a file the columns are read that the run was trained on. Of pairs of texts, and of a question and its context,
     the two have a tab between them. An empty line, or a row without a text, keeps its place as an empty line.
     """
-    from siliang.cli.show import quiet_loading
+    with importing():
+        from siliang.cli.show import quiet_loading
+        from siliang.hardware import find_device
+        from siliang.run_folder import open_run
+        from siliang.tasks import TASKS
+        from siliang.types import ConfigError, DataError
+        from siliang.use.predict import check_predicts
+        from siliang.use.predict import predict as make
 
-    quiet_loading()
-    from siliang.hardware import find_device
-    from siliang.run_folder import open_run
-    from siliang.tasks import TASKS
-    from siliang.types import ConfigError, DataError
-    from siliang.use.predict import check_predicts
-    from siliang.use.predict import predict as make
-
+        quiet_loading()
     opened = open_run(run, base=base, force=force, device=find_device())
     show_notes(opened.trained.notes if opened.trained else ())
     check_predicts(opened)
