@@ -63,9 +63,9 @@ def main() -> None:
 
 
 def answer(request: dict[str, Any], kept: KeptBase, planner: Planner, reply: Reply) -> None:
-    """Does what one request asks, and says how it went."""
-    config = RunConfig.model_validate(request["config"])
+    """Does what one request asks, and replies with what was found or why it failed."""
     try:
+        config = RunConfig.model_validate(request["config"])
         match request["kind"]:
             case "train":
                 found = _train(config, request, kept, planner, reply)
@@ -102,7 +102,7 @@ def _train(
         planner=planner,
     )
     kept.take_back(models.pop(), config)
-    memory = record.memory  # a model that was there already had to be loaded, too: every method is measured alike
+    memory = record.memory  # loading counts for each run, also where the model was there already
     memory.loading_bytes = max(memory.loading_bytes, kept.loading_bytes)
     memory.peak_bytes = max(memory.loading_bytes, memory.steps_bytes)
     record.write(Path(config.output))
@@ -154,7 +154,7 @@ def _why(error: BaseException) -> str:
 def _read(stdin: IO[str], requests: queue.SimpleQueue[dict[str, Any]]) -> None:
     for line in stdin:
         requests.put(json.loads(line))
-    os._exit(1)  # whoever asked has died: nobody waits for the run that goes on
+    os._exit(1)  # the process that asked is gone: nobody waits for this run
 
 
 if __name__ == "__main__":
