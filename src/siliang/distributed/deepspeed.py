@@ -50,12 +50,13 @@ PRIVATE = {
 
 
 def require_deepspeed(device: torch.device, *, half: bool) -> None:
-    """
+    """Raises an error where DeepSpeed cannot do a run.
+
     Args:
         half: The run computes in bf16 or fp16.
 
     Raises:
-        ConfigError: It is not installed; or the run is one that transformers hands over to it on cards alone.
+        ConfigError: DeepSpeed is not installed, or the run computes in half precision on the CPU.
     """
     if find_spec("deepspeed") is None:
         raise ConfigError(
