@@ -16,7 +16,6 @@ from siliang.ops.packed_attention import Layout, packed_attention
 from siliang.ops.place import planned_for
 from siliang.ops.rms_norm import rms_norm
 
-
 BUDGET = 6  # roundings; 4.3 are needed, of bf16 on two cores with AVX512-BF16
 
 
@@ -34,7 +33,7 @@ def by_number(tensors: list[Tensor]) -> dict[str, Tensor]:
 
 
 def same(f: Callable[..., Tensor], reference: Callable[..., Tensor], *tensors: Tensor) -> None:
-    """fp32: to some roundings. Low precision: no element is further from fp64 than the reference's, and `BUDGET` roundings.
+    """fp32: to some roundings. Low precision: no element is more than `BUDGET` further from fp64 than the reference's is.
 
     Both round their result, and where the reference happens to be exact ours may be a rounding off.
     """
