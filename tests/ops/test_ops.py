@@ -33,7 +33,7 @@ def by_number(tensors: list[Tensor]) -> dict[str, Tensor]:
 
 
 def same(f: Callable[..., Tensor], reference: Callable[..., Tensor], *tensors: Tensor) -> None:
-    """fp32: to some roundings. Low precision: no element is more than `BUDGET` further from fp64 than the reference's is.
+    """fp32: to some roundings. Low precision: no element is more than `BUDGET` further from fp64 than the reference's.
 
     Both round their result, and where the reference happens to be exact ours may be a rounding off.
     """
