@@ -18,6 +18,7 @@ from tiny import batch, make
 from torch import Tensor, nn
 
 import siliang
+from siliang.config import RunConfig
 from siliang.engine.method_hooks import after_step, extra_loss
 from siliang.methods import METHODS
 from siliang.methods.config import LayerConfig
@@ -25,6 +26,7 @@ from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors
 from siliang.methods.method import Attached, Method, Parts, SharedSpec
 from siliang.models.introspect import features, is_linear
+from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError
 
 CAUSAL: Any = "CAUSAL_LM"
@@ -295,6 +297,44 @@ def test_a_file_that_asks_for_more_than_it_holds_is_refused(tmp_path: Path) -> N
     path.write_text(path.read_text().replace('"r": 3', '"r": 40000000'))
     with pytest.raises(AdapterError, match="the largest tensor has"):
         siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+def settings(method: dict[str, Any], model: Path, data: Path, output: Path) -> RunConfig:
+    return RunConfig.build(
+        {
+            "model": str(model),
+            "task": "causal_lm",
+            "method": method,
+            "data": {"train": str(data), "test_size": 0.0, "max_length": 64},
+            "train": {
+                "max_steps": 4,
+                "batch_size": 4,
+                "gradient_accumulation": 2,
+                "save_every": 3,
+                "warmup_fraction": 0,
+            },
+            "output": str(output),
+        }
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+@pytest.mark.parametrize("method", [{"name": "shared", "decay": 40.0}, {"name": "ranked", "target_modules": TARGETS}])
+def test_a_run_asks_for_them(
+    method: dict[str, Any], model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    """A whole run, from settings to adapter: check, plan and loop know the methods from the table."""
+    record = train(settings(method, model_folders["llama"], instruction_file, tmp_path / "run"))
+    assert record.status == "completed" and record.learning_rate == 1e-2
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    if method["name"] == "ranked":
+        assert {t.shape[0] for key, t in tensors.items() if key.endswith("ranked_A")} == {1}
+    else:
+        train(settings(method | {"decay": 0.0}, model_folders["llama"], instruction_file, tmp_path / "without"))
+        without = load_file(tmp_path / "without" / "adapter" / "adapter_model.safetensors")
+        assert tensors["base_model.shared_A"].norm() < 0.95 * without["base_model.shared_A"].norm()
+    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
+    assert (checkpoint / "siliang_training.safetensors").is_file() == (method["name"] == "ranked")
 
 
 def test_beside_methods_of_the_project_on_one_layer() -> None:

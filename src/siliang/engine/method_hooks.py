@@ -19,8 +19,8 @@ from siliang.peft_model import PeftModel
 def extra_loss(model: nn.Module) -> Tensor | None:
     """The terms that the trained adapters' methods add to the loss, summed, with their gradients; None for none.
 
-    Called once an optimizer step, and its gradient added to that of the step's mean loss: after the last batch of an
-    accumulation, not after each of them. Where the gradients of several ranks are summed, each adds its share, 1/ranks.
+    Called once an optimizer step, when the gradient of the step's mean loss is there and ranks have exchanged theirs: a
+    backward pass of its own adds its gradient, which is the same on every rank.
 
     Args:
         model: As it is trained, also within DistributedDataParallel or torch.compile.

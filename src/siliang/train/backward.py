@@ -16,6 +16,7 @@ from siliang.data.tokens import TokenSet
 from siliang.distributed import deepspeed
 from siliang.distributed.sharding import average_gradients, is_sharded, no_sync
 from siliang.engine.batches import StepCollator
+from siliang.engine.method_hooks import extra_loss
 from siliang.engine.step import Engine
 from siliang.train.errors import out_of_memory_error
 from siliang.train.prepare import Run
@@ -91,6 +92,9 @@ class Backward:
         )
         if is_sharded(model):
             average_gradients(model)
+        # behind the exchange of gradients, for it is the same on every rank
+        if (term := extra_loss(model)) is not None:
+            self._accelerator.backward(term)
         return loss
 
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:

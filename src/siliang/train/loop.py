@@ -27,6 +27,7 @@ from siliang.data.batch import Batch
 from siliang.distributed import deepspeed
 from siliang.distributed.sharding import full_tensors, is_sharded, reshard, shard_optimizer_state
 from siliang.engine.evaluate import Sums, evaluate, figures_of
+from siliang.engine.method_hooks import after_step
 from siliang.engine.order import Order, WithDummies, shared_steps
 from siliang.run_folder import CHECKPOINTS
 from siliang.tasks import find_figure
@@ -218,6 +219,8 @@ class Training:
         learning_rate = float(self.schedule.get_last_lr()[0])
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
+            if not bad:
+                after_step(self.model, step)
         self.model.zero_grad()
         if t.nan_skips and not torch.isfinite(loss):  # the log's mean stays a number
             loss = self._loss_since_log / (step - self._logged_step)
