@@ -31,8 +31,6 @@ from siliang.models.chatglm3.config import ChatGLMConfig
 
 # <|user|> and <|observation|>: where a chat model hands over, it writes the next role in the place of </s>
 TURN_ENDS = (64795, 64797)
-# masks and static caches of transformers 5.3 must be told the new tokens' places; since 5.4 they count for themselves
-NEEDS_PLACES = "cache_position" in inspect.signature(create_causal_mask).parameters
 # what transformers calls a model's cache: it was renamed in 5.24. Here it is `cache`, and the older name is taken too
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
@@ -113,7 +111,7 @@ class SelfAttention(nn.Module):
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, kwargs)  # in which 5.3 looks for cache_position
+            k, v = cache.update(k, v, self.layer_idx, kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         heads_BLHD, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -257,14 +255,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(x_BLC, attention_mask, cache)
-        places: dict[str, Any] = {"cache_position": _places(x_BLC, cache)} if NEEDS_PLACES else {}
         named: dict[str, Any] = {CACHE: cache}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BLC,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **(named | places),
+            **named,
         )
         x_BLC = self.encoder(
             x_BLC,
@@ -272,7 +269,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask=mask,
             position_ids=position_ids,
             use_cache=use_cache,
-            **(kwargs | named | places),
+            **(kwargs | named),
         )
         return BaseModelOutputWithPast(last_hidden_state=x_BLC, **named)
 
