@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from siliang.data.sources import Reading, Row, open_source
+from siliang.data.reading import Reading, Row
+from siliang.data.sources import open_source
 from siliang.types import DataError
 
 

@@ -16,7 +16,8 @@ from huggingface_hub.utils import close_session
 
 from siliang import hub
 from siliang.checkpoint import adapter_folder
-from siliang.data.sources import Reading, open_source
+from siliang.data.reading import Reading
+from siliang.data.sources import open_source
 from siliang.models.base_config import load_config
 from siliang.models.load import load_model
 from siliang.models.tokenizers import load_tokenizer

@@ -19,7 +19,8 @@ from siliang.data import json_stream
 from siliang.data.examples import Labelled, Tagged, Text, conversation
 from siliang.data.hashes import source_sha256
 from siliang.data.load import Examples, load_examples
-from siliang.data.sources import Reading, Row, open_source
+from siliang.data.reading import Reading, Row
+from siliang.data.sources import open_source
 from siliang.data.spec import DataSpec
 from siliang.tasks import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
 from siliang.types import DataError

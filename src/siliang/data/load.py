@@ -13,7 +13,8 @@ from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
 from siliang.data.layouts import find_format, second_text
 from siliang.data.not_used import Aside
 from siliang.data.numbers import is_whole
-from siliang.data.sources import Opened, Reading, Row, open_source
+from siliang.data.reading import Reading, Row
+from siliang.data.sources import Opened, open_source
 from siliang.data.spec import DataSpec
 from siliang.data.splitting import split, weighted
 from siliang.data.turns import unused_fields

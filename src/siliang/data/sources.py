@@ -9,13 +9,14 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from siliang.data.description import by_name, check_hub, check_saved, described
 from siliang.data.json_stream import is_lines, json_lines, json_list
+from siliang.data.reading import Reading, Row
 from siliang.data.tables import clean_header, table_fields, whole_quoted
+from siliang.data.tagged_words import tagged_rows
 from siliang.data.text_files import COLUMN_FILES, FILE_KINDS, TextFile, find_text, kind_of
 from siliang.files import is_pattern
 from siliang.hub import unreachable
@@ -25,47 +26,6 @@ from siliang.types import DataError, first_line
 
 TRAINED = ("train", "training")
 HELD_OUT = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")  # in the order of preference
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the data.
-
-    Attributes:
-        where: `file:line`, or `source, row n` where lines mean nothing.
-        problem: Why it cannot be used; None for a row that was read.
-    """
-
-    values: dict[str, Any]
-    where: str
-    problem: str | None = None
-
-
-@dataclass
-class Reading:
-    """How files are read, and what was noticed on the way.
-
-    Attributes:
-        header: Column names of a csv or tsv file without a header line.
-        encoding: Of text files; `auto` finds it.
-        separator: Of csv and tsv files; `auto` finds it.
-        tagged: A .txt file holds a word and its tag a line.
-        keeps_empty: An empty line of a .txt file is a row without text.
-        notes: What was guessed or left aside, a line each.
-        doubts: What may have been read otherwise than it was meant, a line each.
-    """
-
-    header: list[str] | None = None
-    encoding: str = "auto"
-    separator: str = "auto"
-    tagged: bool = False
-    keeps_empty: bool = False
-    notes: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
-
-    def note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
 
 
 @dataclass
@@ -172,7 +132,7 @@ def _file(path: Path, name: str, reading: Reading) -> Iterator[Row]:
         if kind in (".csv", ".tsv"):
             yield from _table(text, kind, name, reading)
         elif kind in COLUMN_FILES or (kind == ".txt" and reading.tagged):
-            yield from _tagged(text, name, reading)
+            yield from tagged_rows(text, name, reading)
         elif kind == ".txt":
             for n, line in text.lines():
                 if reading.keeps_empty or line.strip():
@@ -226,82 +186,6 @@ def _is_no_header(fields: list[str]) -> str | None:
     if first.startswith("#") and (len(fields) == 1 or first.startswith("# ")):
         return f"{shortened(first, 40)!r} is a comment and no header line: take it out."
     return None
-
-
-COMMENT = re.compile(r"# *(\S+ *= |new(doc|par)\b)")  # CoNLL-U's
-WORD_NUMBER = re.compile(r"[0-9]+([-.][0-9]+)?")  # and of what it writes for two words at once, or for none
-NUMBERED_SENTENCES = 50  # looked at to know whether words are numbered
-MANY_COLUMNS = 8  # behind a word's number: CoNLL-U and its kind, whose last column is no tag
-
-
-def _tagged(file: TextFile, name: str, reading: Reading) -> Iterator[Row]:
-    """Sentences of one word and its tag a line, with an empty line between two: CoNLL, BIO, BMES."""
-    first = _first_word_column(file, name)
-    if first:
-        reading.note(f"{name}: its first column numbers the words, and its second is read as the words")
-    tokens: list[str] = []
-    tags: list[str] = []
-    start, problem = 1, None
-    for number, line in chain(_column_lines(file), [(0, "")]):
-        if not line.strip():
-            if tokens or problem:
-                yield Row({"tokens": tokens, "tags": tags}, f"{name}:{start}", problem)
-            tokens, tags, start, problem = [], [], number + 1, None
-            continue
-        fields = _line_fields(line)
-        if len(fields) < 2 + first:
-            problem = problem or f"has no tag in line {number}: {shortened(line, 200)!r}"
-            continue
-        if first and not fields[0].isdecimal():
-            continue
-        tokens.append(fields[first])
-        tags.append(fields[-1].strip())
-
-
-def _column_lines(file: TextFile) -> Iterator[tuple[int, str]]:
-    """The lines of a file of tagged words, without comments; where a document begins, an empty one."""
-    for number, ended in file.lines():
-        line = ended.rstrip("\r\n")
-        if "\t" in line or not COMMENT.match(line):
-            yield number, "" if line.startswith("-DOCSTART-") else line
-
-
-def _line_fields(line: str) -> list[str]:
-    return line.split("\t") if "\t" in line else line.split()
-
-
-def _first_word_column(file: TextFile, name: str) -> int:
-    """0, or 1 where the first column numbers the words of each sentence.
-
-    Raises:
-        DataError: It does, and there is no column of words, or none of tags.
-    """
-    sentences, several, numbers, fewest, most = 0, False, 0, sys.maxsize, 0
-    for _, line in chain(_column_lines(file), [(0, "")]):
-        if not line.strip():
-            sentences, numbers = sentences + bool(numbers), 0
-            if sentences == NUMBERED_SENTENCES:
-                break
-            continue
-        fields = _line_fields(line)
-        if not WORD_NUMBER.fullmatch(fields[0]):
-            return 0
-        if fields[0].isdecimal():
-            numbers += 1
-            if int(fields[0]) != numbers:
-                return 0
-        several = several or numbers > 1
-        fewest, most = min(fewest, len(fields)), max(most, len(fields))
-    if not several:
-        return 0
-    if fewest < 3:
-        raise DataError(f"{name}: its first column numbers the words, and no other holds them: write word and tag.")
-    if most >= MANY_COLUMNS:
-        raise DataError(
-            f"{name}: {most} columns that begin with a word's number, as in CoNLL-U, whose last column is no tag: keep "
-            "the columns of the word and of its tag (of CoNLL-U 2 and 4), and its empty lines."
-        )
-    return 1
 
 
 def _arrow(path: Path, name: str, kind: str) -> Iterator[Row]:

@@ -10,7 +10,8 @@ from typing import Any
 from siliang.data.cells import BadRow, as_text
 from siliang.data.examples import Example
 from siliang.data.formats import FORMATS
-from siliang.data.sources import Reading, open_source
+from siliang.data.reading import Reading
+from siliang.data.sources import open_source
 from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenise
 from siliang.run_folder import OpenedRun

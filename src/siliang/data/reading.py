@@ -1,0 +1,47 @@
+"""A row of the data, and how files are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the data.
+
+    Attributes:
+        where: `file:line`, or `source, row n` where lines mean nothing.
+        problem: Why it cannot be used; None for a row that was read.
+    """
+
+    values: dict[str, Any]
+    where: str
+    problem: str | None = None
+
+
+@dataclass
+class Reading:
+    """How files are read, and what was noticed on the way.
+
+    Attributes:
+        header: Column names of a csv or tsv file without a header line.
+        encoding: Of text files; `auto` finds it.
+        separator: Of csv and tsv files; `auto` finds it.
+        tagged: A .txt file holds a word and its tag a line.
+        keeps_empty: An empty line of a .txt file is a row without text.
+        notes: What was guessed or left aside, a line each.
+        doubts: What may have been read otherwise than it was meant, a line each.
+    """
+
+    header: list[str] | None = None
+    encoding: str = "auto"
+    separator: str = "auto"
+    tagged: bool = False
+    keeps_empty: bool = False
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
