@@ -186,16 +186,16 @@ def _base(name: str, text: str) -> Callable[[Site], Sequence[Step]]:
     return build
 
 
-# in the order of the file: step, best, optimizer, scheduler, scaler, random, since_log, tokens_trained, ...
+# in the order of the file: step, best, no_better, optimizer, scheduler, scaler, random, since_log, tokens_trained, ...
 STATE: dict[str, dict[str, Any]] = {
     "a step of 10^30": {"dict/0/1": 10**30},
     "a negative step": {"dict/0/1": -1},
     "a step of another checkpoint": {"dict/0/1": 4},
     "no step": {"dict/0": REMOVED},
     "a best step that is a text": {"dict/1/1": "../../../outside"},
-    "no optimizer": {"dict/2": REMOVED},
-    "a scheduler of steps to come": {"dict/3/1": {"dict": [["last_epoch", 10**30]]}},
-    "tokens below zero": {"dict/7/1": -1},
+    "no optimizer": {"dict/3": REMOVED},
+    "a scheduler of steps to come": {"dict/4/1": {"dict": [["last_epoch", 10**30]]}},
+    "tokens below zero": {"dict/8/1": -1},
 }
 
 

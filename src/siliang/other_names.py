@@ -290,13 +290,11 @@ TABLE: tuple[Row, ...] = (
         values={
             "constant": "train.schedule=constant train.warmup_fraction=0",
             "constant_with_warmup": "train.schedule=constant",
+            "wsd": "train.schedule=warmup_stable_decay",
         },
         lacks=dict.fromkeys(
-            (
-                *("polynomial", "cosine_with_restarts", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr"),
-                *("warmup_stable_decay", "wsd", "cosine_warmup_with_min_lr", "greedy", "one_cycle", "rex"),
-            ),
-            "siliang does not have it: train.schedule is linear, cosine or constant, each behind a warm-up.",
+            ("reduce_lr_on_plateau", "cosine_warmup_with_min_lr", "greedy", "one_cycle", "rex"),
+            "siliang does not have it; `siliang config` lists those of train.schedule, each behind a warm-up.",
         ),
     ),
     _row(
@@ -418,7 +416,23 @@ TABLE: tuple[Row, ...] = (
     ),
     _row("distributed.zero_stage", "zero_stage stage_of_zero", "2", note="It needs distributed.strategy=deepspeed."),
     # what is no setting here
-    _nothing("optim optimizer optim_type optimizer_type", "siliang trains with AdamW; leave it out."),
+    _row(
+        "train.optimizer",
+        "optim optimizer_name optim_type optimizer_type",
+        "adamw",
+        values={
+            **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adam"), "train.optimizer=adamw"),
+            "adamw_bnb_8bit": "train.optimizer=adamw_8bit",
+            **dict.fromkeys(("lion_32bit", "lion_pytorch"), "train.optimizer=lion"),
+        },
+        lacks=dict.fromkeys(
+            ("sgd", "galore_adamw", "apollo_adamw", "lion_8bit", "paged_lion_8bit", "schedule_free_adamw", "ademamix"),
+            "siliang does not have it; `siliang config` lists those of train.optimizer.",
+        ),
+    ),
+    _row("train.patience", "early_stopping_patience early_stopping", "3", note="It needs train.eval_every."),
+    _row("train.loraplus_ratio", "loraplus_lr_ratio lora_plus_lr_ratio", "16"),
+    _row("train.layerwise_decay", "layer_decay layerwise_lr_decay llrd", "0.9"),
     _nothing(
         "adam_beta1 adam_beta2 adam_epsilon adam_eps betas optim_args",
         "siliang's AdamW has betas of 0.9 and 0.999, and an eps of 1e-8; leave it out.",
@@ -518,13 +532,10 @@ TABLE: tuple[Row, ...] = (
         "siliang sends nothing anywhere: upload the run's adapter folder yourself.",
     ),
     _nothing("merge_lora merge_and_unload export_dir", "`siliang merge RUN --output DIR` merges."),
+    _nothing("early_stopping_threshold", "train.patience counts evaluations that are no better at all; leave it out."),
     _nothing(
-        "early_stopping early_stopping_patience early_stopping_threshold",
-        "train.best keeps the weights of the best evaluation; the run goes to its end.",
-    ),
-    _nothing(
-        "neftune_noise_alpha label_smoothing_factor label_smoothing loraplus_lr_ratio loraplus_lr_embedding "
-        "lora_plus_lr_ratio galore use_galore use_badam badam max_grad_value lisa_activated_layers nefttune_alpha",
+        "neftune_noise_alpha label_smoothing_factor label_smoothing loraplus_lr_embedding galore use_galore "
+        "use_badam badam max_grad_value lisa_activated_layers nefttune_alpha",
         "siliang does not have it.",
     ),
 )

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "train.keep",
     "train.max_time",
     "train.on_nan",
+    "train.patience",
     "train.fit",
     "train.memory_budget",
     "train.gradient_checkpointing",

@@ -1,7 +1,8 @@
-"""Our optimizer and schedule beside those of transformers' Trainer."""
+"""Our optimizers and schedules beside those of transformers' Trainer and of bitsandbytes."""
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import make
+from torch.optim import AdamW, Optimizer
 from transformers import Trainer, TrainingArguments
 
 from siliang import LoraConfig, get_peft_model
-from siliang.train.optimizer import make_optimizer, make_schedule
+from siliang.config import TrainConfig
+from siliang.train.optimizer import Lion, check_optimizer_runs, make_optimizer, make_schedule
+from siliang.types import ConfigError
 
 
 def model_of(kind: str, tuned: str) -> Any:
@@ -22,13 +26,21 @@ def model_of(kind: str, tuned: str) -> Any:
     return model
 
 
+def our_optimizer(model: torch.nn.Module, **settings: Any) -> Optimizer:
+    return make_optimizer(model, TrainConfig(**settings), learning_rate=3e-3, eps=1e-8)
+
+
+def the_trainers(model: torch.nn.Module, folder: Path, **more: Any) -> Trainer:
+    args = TrainingArguments(str(folder), learning_rate=3e-3, use_cpu=True, report_to=[], **more)
+    return Trainer(model=model, args=args)
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert", "bloom", "t5", "gpt2"])
 @pytest.mark.parametrize("tuned", ["full", "lora"])
 def test_the_groups_are_the_trainers(kind: str, tuned: str, tmp_path: Path) -> None:
     model = model_of(kind, tuned)
-    args = TrainingArguments(str(tmp_path), learning_rate=3e-3, weight_decay=0.1, use_cpu=True, report_to=[])
-    theirs = Trainer(model=model, args=args).create_optimizer()
-    ours = make_optimizer(model, learning_rate=3e-3, weight_decay=0.1, eps=1e-8)
+    theirs = the_trainers(model, tmp_path, weight_decay=0.1).create_optimizer()
+    ours = our_optimizer(model, weight_decay=0.1)
     assert type(ours) is type(theirs)
     filled = [group for group in theirs.param_groups if group["params"]]
     assert len(ours.param_groups) == len(filled) > 0
@@ -37,26 +49,138 @@ def test_the_groups_are_the_trainers(kind: str, tuned: str, tmp_path: Path) -> N
         assert {k: v for k, v in own.items() if k != "params"} == {k: v for k, v in other.items() if k != "params"}
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("constant", None)])
+SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", {}),
+    "cosine": ("cosine", {}),
+    "constant": ("constant_with_warmup", {}),
+    "cosine_with_restarts": ("cosine_with_restarts", {}),
+    "cosine_with_min_lr": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    "polynomial": ("polynomial", {}),
+    "inverse_sqrt": ("inverse_sqrt", {}),
+    "warmup_stable_decay": ("warmup_stable_decay", {"num_decay_steps": 4}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0.0, 0.06, 0.5])
-def test_the_learning_rates_are_the_trainers(name: str, theirs: str | None, warmup: float, tmp_path: Path) -> None:
-    steps = 37
-    args = TrainingArguments(
-        str(tmp_path),
-        learning_rate=3e-3,
-        lr_scheduler_type=theirs or "constant_with_warmup",
-        warmup_steps=math.ceil(steps * warmup),
-        use_cpu=True,
-        report_to=[],
-    )
+def test_the_learning_rates_are_the_trainers(name: str, warmup: float, tmp_path: Path) -> None:
+    steps, (theirs, more) = 37, SCHEDULES[name]
     model = torch.nn.Linear(2, 2)
-    trainer = Trainer(model=model, args=args)
+    warmup_steps = math.ceil(steps * warmup)
+    trainer = the_trainers(
+        model, tmp_path, lr_scheduler_type=theirs, warmup_steps=warmup_steps, lr_scheduler_kwargs=more
+    )
     trainer.create_optimizer_and_scheduler(steps)
     assert trainer.lr_scheduler is not None and trainer.optimizer is not None
-    optimizer = make_optimizer(model, learning_rate=3e-3, weight_decay=0.0, eps=1e-8)
+    optimizer = our_optimizer(model)
     schedule = make_schedule(optimizer, name, warmup_fraction=warmup, steps=steps)
     for _ in range(steps):
         assert schedule.get_last_lr()[0] == trainer.lr_scheduler.get_last_lr()[0]
         for o, s in ((optimizer, schedule), (trainer.optimizer, trainer.lr_scheduler)):
             o.step()
             s.step()
+
+
+def steps(model: Any, optimizer: Optimizer, made: int = 3) -> list[torch.Tensor]:
+    """What is trained, after some steps on gradients that are the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(made):
+        for p in trained:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return [p.detach().clone() for p in trained]
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("adafactor", "adafactor"), ("adamw_8bit", "adamw_bnb_8bit"), ("lion", "lion_32bit")]
+)
+def test_steps_are_those_of_the_trainers_optimizer(name: str, theirs: str, tmp_path: Path) -> None:
+    a = model_of("llama", "full")
+    b = copy.deepcopy(a)
+    found = steps(a, our_optimizer(a, optimizer=name, weight_decay=0.1))
+    more = {"adam_beta2": 0.99} if name == "lion" else {}
+    expected = steps(b, the_trainers(b, tmp_path, optim=theirs, weight_decay=0.1, **more).create_optimizer())
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_muon_takes_matrices_and_adamw_the_rest() -> None:
+    model = model_of("llama", "full")
+    by_both, by_adamw = copy.deepcopy(model), copy.deepcopy(model)
+    found = steps(by_both, our_optimizer(by_both, optimizer="muon"))
+    expected = steps(by_adamw, our_optimizer(by_adamw))
+    names = [name for name, _ in model.named_parameters()]
+    other = {n for n, x, y in zip(names, found, expected, strict=True) if not torch.equal(x, y)}
+    matrices = {
+        n for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n
+    }
+    assert other == matrices and matrices
+    name, start = next((n, p) for n, p in model.named_parameters() if n in matrices)
+    alone = torch.nn.Parameter(start.detach().clone())
+    muon = torch.optim.Muon([alone], lr=3e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for n, p in model.named_parameters():
+            gradient = torch.randn(p.shape, generator=generator)
+            alone.grad = gradient if n == name else alone.grad
+        muon.step()
+    assert torch.equal(alone, found[names.index(name)])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "lion", "muon"])
+def test_a_state_that_was_saved_goes_on_to_the_same_bits(name: str) -> None:
+    model = model_of("llama", "lora")
+    optimizer = our_optimizer(model, optimizer=name)
+    steps(model, optimizer)
+    state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    expected = steps(model, optimizer, 2)
+    model.load_state_dict(weights)
+    again = our_optimizer(model, optimizer=name)
+    again.load_state_dict(state)
+    for x, y in zip(steps(model, again, 2), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def rates(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, float]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_loraplus_is_pefts() -> None:
+    """As peft.optimizers.create_loraplus_optimizer has it."""
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model as peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    theirs = peft_model(make("llama"), PeftLora(r=2, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
+    made = create_loraplus_optimizer(theirs, AdamW, lr=3e-3, loraplus_lr_ratio=16)
+    model: Any = get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
+    ours = our_optimizer(model, loraplus_ratio=16)
+    assert rates(model, ours) == rates(theirs, made)
+    assert ours.param_groups[0]["lr"] == 3e-3  # the log has the peak of A
+
+
+def test_layers_further_down_have_smaller_rates() -> None:
+    model = model_of("bert", "full")
+    found = rates(model, our_optimizer(model, layerwise_decay=0.5))
+    assert found["classifier.weight"] == 3e-3
+    assert found["bert.encoder.layer.1.output.dense.weight"] == pytest.approx(1.5e-3)
+    assert found["bert.encoder.layer.0.output.dense.weight"] == pytest.approx(0.75e-3)
+    assert found["bert.embeddings.word_embeddings.weight"] == pytest.approx(0.375e-3)
+
+
+def test_an_optimizer_that_cannot_run_here_is_refused() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"paged_adamw_8bit pages a GPU's memory.*use adamw_8bit"):
+        check_optimizer_runs(TrainConfig(optimizer="paged_adamw_8bit"), cpu, sharded=False)
+    with pytest.raises(ConfigError, match="muon does not train sharded weights"):
+        check_optimizer_runs(TrainConfig(optimizer="muon"), cpu, sharded=True)
+    check_optimizer_runs(TrainConfig(optimizer="lion"), cpu, sharded=True)
+
+
+def test_lion_has_one_moment() -> None:
+    model = torch.nn.Linear(3, 3)
+    optimizer = Lion([{"params": list(model.parameters())}], lr=1e-3)
+    steps(model, optimizer, 1)
+    assert all(list(state) == ["exp_avg"] for state in optimizer.state.values())

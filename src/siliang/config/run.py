@@ -178,6 +178,7 @@ class RunConfig(Settings):
             "quantization": self.quantization and "DeepSpeed cannot shard quantized weights: use strategy ddp",
             "train.on_nan": self.train.nan_skips
             and "DeepSpeed makes its step before the gradient can be seen: use stop",
+            "train.optimizer": self.train.optimizer != "adamw" and "siliang saves its state of AdamW alone: use adamw",
             "train.fit": self.train.fit and "a step cannot be repeated under DeepSpeed: leave it off",
             "train.precision": pure and "DeepSpeed keeps its weights in half precision as it is: use bf16 or fp16",
         }

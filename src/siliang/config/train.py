@@ -74,12 +74,30 @@ class TrainConfig(Section):
     more weight."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. None: the method's own default (`siliang methods`)."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "muon"] = "adamw"
+    """adamw_8bit: AdamW with moments of 8 bits (bitsandbytes); paged_adamw_8bit: the same, paged out of a full GPU.
+    adafactor: hardly any memory. lion: one moment; its learning rate is a third to a tenth of AdamW's. muon: Muon for
+    matrices, AdamW for embeddings, the output layer and all else."""
+    schedule: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "linear"
+    """How the learning rate falls after the warm-up, by the names of transformers. cosine_with_min_lr ends at a tenth
+    of the peak; warmup_stable_decay falls in the last tenth of the steps."""
+    loraplus_ratio: Annotated[float, Field(gt=0)] | None = None
+    """LoRA+: the learning rate of LoRA's B is so many times that of A. The paper's choice is 16."""
+    layerwise_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The learning rate of a layer is this share of that of the layer above it, such as 0.9; the head has the peak."""
     warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.06
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """AdamW's weight decay."""
+    """Weight decay of the optimizer."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"] = "auto"
@@ -111,6 +129,9 @@ class TrainConfig(Section):
     best: str | None = None
     """A metric of the held-out rows (loss, accuracy, f1, ...): what is kept at the end are the weights of the step
     where it was best, among the evaluations of eval_every and the last step."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Early stopping: the run ends when so many evaluations one after the other were no better than the best one, by
+    `best`, or by the loss where that is not set. Needs eval_every."""
     on_nan: Annotated[str, BeforeValidator(_on_nan)] = "stop"
     """At a step whose loss or gradient is nan or infinite: stop; or `skip 5`, to leave out up to so many such steps."""
     fit: bool = False

@@ -185,6 +185,7 @@ class FakeRun:
                 self.engine,
                 fake_batches,
                 self._device.precision,
+                self._config.train,
                 block_bytes=self._device.block_bytes,
                 phases=phases,
                 step=baseline_step if self._baseline else None,

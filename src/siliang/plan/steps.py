@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from siliang.config import TrainConfig
 from siliang.data.batch import Batch
 from siliang.distributed.sharding import reshard
 from siliang.engine.step import Engine
@@ -21,6 +22,7 @@ from siliang.models.introspect import NoLayerStackError, cache_argument, layer_s
 from siliang.models.quantized import held_tensors
 from siliang.ops.lora_linear import lora_linear_as
 from siliang.peft_model import PeftModel
+from siliang.train.optimizer import make_optimizer, state_tensors
 
 Phase = Literal["loaded", "train", "evaluate", "generate", "merge"]
 
@@ -49,6 +51,7 @@ def measure(
     engine: Engine,
     batches: list[Batch],
     precision: Choice,
+    settings: TrainConfig,
     *,
     block_bytes: int = 1,
     phases: tuple[Phase, ...] = ("train",),
@@ -57,11 +60,12 @@ def measure(
 ) -> Measured:
     """Runs the phases of a prepared model; the tensors may be fake or real.
 
-    Adam's moments come to be in the first step, so that step is made first, on gradients of zero: the one that is
+    An optimizer makes its state in its first step, so that step is made first, on gradients of zero: the one that is
     counted is then like every later one.
 
     Args:
         batches: Of one optimiser step.
+        settings: Of the training: its optimizer.
         block_bytes: What a tensor's size is rounded up to.
         step: Forward and backward of the batches; None for the engine's own.
         in_buckets: Gradients are sent as DDP does, which holds them once more.
@@ -83,13 +87,12 @@ def measure(
             tracker.hold(_tensors(batch), "workspace")
         peaks["loaded"] = tracker.peak()
         if "train" in phases:
-            optimizer = torch.optim.AdamW(trained, fused=True)
+            optimizer = make_optimizer(model, settings, learning_rate=0.0, eps=1e-8)
             for p in trained:
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
-            moments = (x for state in optimizer.state.values() for x in state.values())
-            tracker.hold((x for x in moments if isinstance(x, torch.Tensor)), "optimizer")
+            tracker.hold(state_tensors(optimizer), "optimizer")
             buckets = [torch.empty_like(p) for p in trained] if in_buckets else []
             tracker.hold(buckets, "gradients")
             tracker.restart()

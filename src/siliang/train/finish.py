@@ -45,7 +45,7 @@ def _figures_of_best(training: Training) -> dict[str, float]:
     figures."""
     run = training.prepared
     figures, best = training.figures_now(), training.best
-    if best is None:
+    if best is None or run.config.train.best is None:
         return figures
     run.record.best_step = best.step
     if best.step == training.step:

@@ -109,6 +109,7 @@ class Training:
         self.stopped: Literal["stopped", "out of time"] | None = None
         self.best: Best | None = None
         self._loss_since_log = torch.zeros((), device=run.device)
+        self._no_better = 0  # evaluations since the best one
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, its figures
         self._evaluation_due = False  # that of the last step was put off when the run was stopped
         self._saved_random: dict[str, Any] | None = None
@@ -137,12 +138,18 @@ class Training:
         if self._evaluation_due:
             self._evaluation_due = False
             self.evaluate()
-        while self.step < run.steps and not self.stopped:
+        while self.step < run.steps and not self.stopped and not self.ended_early:
             for shares, inputs in self._epoch():
                 grad_norm, learning_rate = self._make_step(shares, inputs["batches"], inputs["rows"])
                 self._after_step(grad_norm, learning_rate)
-                if self.stopped or self.step == run.steps:
+                if self.stopped or self.ended_early or self.step == run.steps:
                     break
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether so many evaluations were no better that the run ends here (train.patience)."""
+        patience = self.prepared.config.train.patience
+        return patience is not None and self._no_better >= patience
 
     @property
     def moment(self) -> Moment:
@@ -158,12 +165,7 @@ class Training:
         """The optimizer and the schedule, and what a strategy wraps around the model."""
         run, t, accelerator = self.prepared, self.prepared.config.train, self.accelerator
         reshard(run.model)  # the engine's trials leave embeddings and output layer gathered: the optimizer needs shards
-        optimizer = make_optimizer(
-            run.model,
-            learning_rate=run.record.learning_rate,
-            weight_decay=t.weight_decay,
-            eps=run.precision.adam_eps,
-        )
+        optimizer = make_optimizer(run.model, t, learning_rate=run.record.learning_rate, eps=run.precision.adam_eps)
         # DeepSpeed puts parts of its own in the place of these
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         if is_sharded(run.model):  # it is ready: accelerate knows no FSDP on CPUs, and would wrap it in DDP
@@ -232,7 +234,7 @@ class Training:
     # ---- after each step ----
 
     def _after_step(self, grad_norm: Tensor | float, learning_rate: float) -> None:
-        due = self._due()
+        due, last = self._due(), self.step == self.prepared.steps
         if self.step == 1 and not due.log:  # seen at once; the log has it among its first steps
             self.log.show_first(self.moment, float(self._loss_since_log), float(self.schedule.get_last_lr()[0]))
         else:
@@ -246,7 +248,14 @@ class Training:
             self.log.add_loss(self.moment, loss, learning_rate, float(grad_norm))
         if due.evaluate:
             self.evaluate()
-            due.save = due.save or (self.best is not None and self.best.step == self.step)
+            chooses = self.prepared.config.train.best is not None
+            due.save = due.save or (chooses and self.best is not None and self.best.step == self.step)
+            if self.ended_early and not last:
+                self.prepared.listener.say(
+                    f"stops      step {self.step:,}: {self._no_better} evaluations were no better than that of step "
+                    f"{self.best.step if self.best else 0:,} (train.patience)"
+                )
+                due.save = due.save or bool(self.prepared.config.train.save_every)
         if due.save:
             self.save()
 
@@ -282,10 +291,13 @@ class Training:
         figures = self.measure()
         self._evaluated = (self.step, figures)
         self.log.add_evaluation(self.moment, figures)
-        name = self.prepared.config.train.best
+        t = self.prepared.config.train
+        name = t.best or ("loss" if t.patience else None)
         name = "loss" if name == "perplexity" else name  # the same step is the best
         if name is not None and find_figure(name).better(figures[name], self.best.value if self.best else None):
-            self.best = Best(self.step, figures[name])
+            self.best, self._no_better = Best(self.step, figures[name]), 0
+        elif name is not None:
+            self._no_better += 1
         return figures
 
     def figures_now(self) -> dict[str, float]:
@@ -331,7 +343,7 @@ class Training:
             run.model,
             full_tensors(self._state()),
             keep=run.config.train.keep,
-            best=self.best.step if self.best else None,
+            best=self.best.step if self.best and run.config.train.best else None,
             is_main=run.ranks.is_main,
         )
         run.ranks.wait()
@@ -343,6 +355,7 @@ class Training:
         return {
             "step": self.step,
             "best": asdict(self.best) if self.best else None,
+            "no_better": self._no_better,
             "optimizer": self._optimizer_state(),
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -373,6 +386,7 @@ class Training:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.tokens_trained = state["step"], state["tokens_trained"]
         self.best = Best(**state["best"]) if state["best"] else None
+        self._no_better = state["no_better"]
         self._loss_since_log += state["since_log"]["loss"]
         self._logged_step = state["since_log"]["step"]
         self.guard.load_state_dict(state["guard"])

@@ -3,33 +3,236 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
+from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import get_parameter_names
 
+from siliang.config import TrainConfig
+from siliang.models.introspect import checkpointed_layers
+from siliang.types import ConfigError
+
 BETAS = (0.9, 0.999)  # of Adam's moments, torch's own
+LION_BETAS = (0.9, 0.99)  # of the paper
+MIN_RATE = 0.1  # of the peak, where a schedule ends above zero
+DECAY_SHARE = 0.1  # of the steps, at the end of warmup_stable_decay
+SMALL_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: fewer numbers stay in 32 bits; numbers that share a scale
 # biases and the weights of norms are not decayed; the patterns are those of transformers' Trainer
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
-
-def make_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float, eps: float) -> Optimizer:
-    """AdamW over all that is trained, in the groups of `parameter_groups`."""
-    return AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=BETAS, eps=eps, fused=True)
+Groups = list[dict[str, Any]]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trained parameters that are decayed, then those that are not, as in transformers' Trainer; no empty group:
-    DeepSpeed leaves it out, and a checkpoint must be the same with every strategy."""
+def make_optimizer(model: nn.Module, settings: TrainConfig, *, learning_rate: float, eps: float) -> Optimizer:
+    """The optimizer that the settings ask for, over all that is trained.
+
+    Args:
+        learning_rate: The peak.
+        eps: Of Adam.
+    """
+    groups = parameter_groups(model, settings, learning_rate)
+    match settings.optimizer:
+        case "adamw":
+            return AdamW(groups, lr=learning_rate, betas=BETAS, eps=eps, fused=True)
+        case "adamw_8bit" | "paged_adamw_8bit":
+            if any(isinstance(p, FakeTensor) for p in model.parameters()):
+                return _Moments8bit(groups)
+            return _adamw_8bit(model, groups, learning_rate, eps, paged=settings.optimizer.startswith("paged"))
+        case "adafactor":
+            return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+        case "lion":
+            return Lion(groups, lr=learning_rate)
+        case "muon":
+            return MuonAndAdamW(groups, _tables(model), lr=learning_rate, eps=eps)
+
+
+def check_optimizer_runs(settings: TrainConfig, device: torch.device, *, sharded: bool) -> None:
+    """
+    Args:
+        sharded: What is trained is sharded over ranks.
+
+    Raises:
+        ConfigError: The optimizer cannot run here.
+    """
+    name = settings.optimizer
+    if name.endswith("8bit") and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"train.optimizer = {name} needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
+    if name == "paged_adamw_8bit" and device.type != "cuda":
+        raise ConfigError("train.optimizer = paged_adamw_8bit pages a GPU's memory, and there is none: use adamw_8bit.")
+    if sharded and name not in ("adamw", "lion"):
+        raise ConfigError(f"train.optimizer = {name} does not train sharded weights (fsdp): use adamw or lion.")
+
+
+def parameter_groups(model: nn.Module, settings: TrainConfig, learning_rate: float) -> Groups:
+    """The trained parameters that are decayed, then those that are not, as in transformers' Trainer, each with the
+    learning rate that the settings give it. Those of the peak learning rate come first.
+
+    There is no empty group: DeepSpeed leaves it out, and a checkpoint must be the same with every strategy.
+    """
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: list[dict[str, object]] = [
-        {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    factors = rate_factors(model, settings)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((factors.get(name, 1.0), name in decayed), []).append(p)
+    ordered = sorted(groups, key=lambda key: (key[0] != 1.0, -key[0], not key[1]))
+    return [
+        {
+            "params": groups[factor, decays],
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "lr": learning_rate * factor,
+        }
+        for factor, decays in ordered
     ]
-    return [group for group in groups if group["params"]]
+
+
+def rate_factors(model: nn.Module, settings: TrainConfig) -> dict[str, float]:
+    """What the learning rate of a parameter is multiplied by, by its name; 1 for those that are left out.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354) trains LoRA's B faster than A. Layer-wise decay (Howard and Ruder 2018,
+    arXiv:1801.06146) multiplies the rate once more for each layer below the last one; embeddings stand below the first.
+    """
+    factors: dict[str, float] = {}
+    if (decay := settings.layerwise_decay) is not None:
+        layers = checkpointed_layers(model)
+        depth = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
+        below = {id(p) for p in _embedding_weights(model)}
+        for name, p in model.named_parameters():
+            if id(p) in depth:
+                factors[name] = decay ** (len(layers) - depth[id(p)])
+            elif id(p) in below:
+                factors[name] = decay ** (len(layers) + 1)
+    if (ratio := settings.loraplus_ratio) is not None:
+        for name, _ in model.named_parameters():
+            if ".lora_B." in name or ".lora_embedding_B." in name:
+                factors[name] = factors.get(name, 1.0) * ratio
+    return factors
+
+
+def _embedding_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of embeddings, copies of them that are trained included."""
+    return [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+
+
+def _tables(model: nn.Module) -> set[int]:
+    """The ids of the weights that have a row for each word or position: Muon is not for these."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return {id(p) for p in chain(_embedding_weights(model), head.parameters() if head is not None else ())}
+
+
+def _adamw_8bit(model: nn.Module, groups: Groups, learning_rate: float, eps: float, *, paged: bool) -> Optimizer:
+    """bitsandbytes' AdamW with moments of 8 bits; those of embeddings stay in 32, as in transformers' Trainer."""
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager, PagedAdamW8bit
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    kind = PagedAdamW8bit if paged else AdamW8bit
+    made: Optimizer = kind(groups, lr=learning_rate, betas=BETAS, eps=eps)
+    return made
+
+
+class _Moments8bit(Optimizer):
+    """Holds what AdamW with moments of 8 bits holds, for a plan: bitsandbytes does not run on fake tensors."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__(groups, {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Makes the state."""
+        for p in (p for group in self.param_groups for p in group["params"] if not self.state[p]):
+            small = p.numel() < SMALL_8BIT
+            for moment in ("1", "2"):
+                dtype = torch.float32 if small else torch.uint8
+                self.state[p][f"state{moment}"] = torch.zeros_like(p, dtype=dtype)
+                if not small:
+                    blocks = -(-p.numel() // BLOCK_8BIT)
+                    self.state[p][f"absmax{moment}"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
+
+
+class Lion(Optimizer):
+    """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an interpolated momentum; one moment.
+
+    u = sign(b1 m + (1 - b1) g);  p = p - lr (u + wd p);  m = b2 m + (1 - b2) g
+    """
+
+    def __init__(self, groups: Groups, *, lr: float, betas: tuple[float, float] = LION_BETAS) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Makes one step."""
+        for group in self.param_groups:
+            lr, (b1, b2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                m, g = state["exp_avg"], p.grad
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(torch.sign(m * b1 + g * (1 - b1)), alpha=-lr)
+                m.lerp_(g, 1 - b2)
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) for matrices, AdamW for all else: embeddings, output layer, biases, norms.
+
+    Muon's step is scaled to the size of AdamW's (match_rms_adamw), so that both take the same learning rate.
+
+    Args:
+        tables: The ids of matrices that Muon is not for.
+    """
+
+    def __init__(self, groups: Groups, tables: set[int], *, lr: float, eps: float) -> None:
+        matrices, rest = ([], [])
+        for group in groups:
+            by_muon = [p for p in group["params"] if p.ndim == 2 and id(p) not in tables]
+            others = [p for p in group["params"] if p.ndim != 2 or id(p) in tables]
+            matrices += [group | {"params": by_muon}] if by_muon else []
+            rest += [group | {"params": others}] if others else []
+        self._parts: list[Optimizer] = []
+        if matrices:
+            self._parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        if rest:
+            self._parts.append(AdamW(rest, lr=lr, betas=BETAS, eps=eps, fused=True))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """The parts have the groups and the state of the whole."""
+        groups = iter(self.param_groups)
+        for part in self._parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Makes one step."""
+        for part in self._parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a `state_dict`."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def state_tensors(optimizer: Optimizer) -> Iterable[Tensor]:
+    """What an optimizer keeps of its parameters between steps."""
+    return (x for kept in optimizer.state.values() for x in kept.values() if isinstance(x, Tensor))
 
 
 def make_schedule(optimizer: Optimizer, name: str, *, warmup_fraction: float, steps: int) -> LRScheduler:
@@ -38,10 +241,17 @@ def make_schedule(optimizer: Optimizer, name: str, *, warmup_fraction: float, st
     Args:
         warmup_fraction: Share of `steps` in which it rises.
     """
+    warmup, more = math.ceil(steps * warmup_fraction), dict[str, Any]()
+    if name == "cosine_with_min_lr":
+        more = {"min_lr_rate": MIN_RATE}
+    elif name == "warmup_stable_decay":
+        decay = min(math.ceil(steps * DECAY_SHARE), steps - warmup)
+        more = {"num_decay_steps": decay, "min_lr_ratio": 0.0}
     schedule: LRScheduler = get_scheduler(
         "constant_with_warmup" if name == "constant" else name,
         optimizer=optimizer,
-        num_warmup_steps=math.ceil(steps * warmup_fraction),
+        num_warmup_steps=warmup,
         num_training_steps=steps,
+        scheduler_specific_kwargs=more,
     )
     return schedule

@@ -41,6 +41,7 @@ from siliang.start_adapter import find_start_adapter
 from siliang.tasks import TASKS
 from siliang.tasks.prepare import prepare_data
 from siliang.train.log import Progress
+from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Begun
 from siliang.types import ConfigError, ModelError, OutputError, nearest
 
@@ -159,6 +160,7 @@ def prepare(
     start = _start(config, begun, force=force)
     _say_data(data, listener)
     _check_best(config, len(data.eval))
+    _check_patience(config, len(data.eval))
     if config.quantization and not method.config:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
     predicted = Predicted()
@@ -175,6 +177,7 @@ def prepare(
         if mesh is not None:
             shard(model, mesh, device, trained_too=not isinstance(model, PeftModel))
             free_memory()
+    check_optimizer_runs(config.train, device, sharded=mesh is not None and not isinstance(model, PeftModel))
     if config.adapter and begun is None:
         listener.say(f"adapter    starts from {config.adapter}")
     _say_model(config, method, precision, trained, total, device, listener)
@@ -347,6 +350,12 @@ def _check_best(config: RunConfig, held_out: int) -> None:
     if not held_out or not t.eval_every:
         missing = "held-out rows (data.eval, or data.test_size)" if not held_out else "train.eval_every"
         raise ConfigError(f"train.best = {t.best!r} needs {missing}: it chooses among evaluations.")
+
+
+def _check_patience(config: RunConfig, held_out: int) -> None:
+    if config.train.patience and not (held_out and config.train.eval_every):
+        missing = "held-out rows (data.eval, or data.test_size)" if not held_out else "train.eval_every"
+        raise ConfigError(f"train.patience = {config.train.patience} needs {missing}: it counts evaluations.")
 
 
 def _check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:

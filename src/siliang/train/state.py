@@ -18,6 +18,10 @@ from siliang.records.saved import Count, Number, Positive, Rate
 from siliang.secrets import short_repr, shortened
 from siliang.types import RecordError
 
+# what an optimizer keeps for each number of a parameter, in the parameter's shape
+QUANTIZED = "__bnb_optimizer_quant_state__"  # under which bitsandbytes saves moments of 8 bits
+OF_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
+
 
 class _Random(Part):
     python: Any
@@ -52,6 +56,7 @@ class _Log(Part):
 class _State(Part):
     step: Count
     best: _Best | None
+    no_better: Count
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     scaler: dict[str, Positive] | None
@@ -109,9 +114,14 @@ def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tens
             raise RecordError(
                 f"{path} is damaged: optimizer.state has {short_repr(number)}, which is none of the parameters."
             )
-        for name, moment in moments.items():
-            if isinstance(moment, Tensor):
+        quantized = moments.get(QUANTIZED, {})
+        if not isinstance(quantized, dict):
+            raise RecordError(f"{path} is damaged: optimizer.state.{number}.{QUANTIZED} must be a mapping.")
+        for name, moment in ({k: v for k, v in moments.items() if k != QUANTIZED} | quantized).items():
+            if isinstance(moment, Tensor) and name in OF_PARAMETER:
                 fits = tuple(moment.shape) in (shapes[number], ()) and moment.is_floating_point()
+            elif isinstance(moment, Tensor):  # rows and columns, blocks, codes of 8 bits
+                fits = moment.numel() <= max(math.prod(shapes[number]), 256)
             else:
                 fits = name == "step" and type(moment) in (int, float) and math.isfinite(moment)
             if not fits:

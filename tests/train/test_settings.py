@@ -1,0 +1,99 @@
+"""Settings of the loop: other optimizers from config to checkpoint and back, early stopping, and what a plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from faults.runs import Place, make_place, run
+from siliang.config import RunConfig
+from siliang.records import Record
+from siliang.run_folder import CHECKPOINTS
+from siliang.train.loop import Training
+from siliang.train.optimizer import state_tensors
+from siliang.train.prepare import Listener, prepare
+from siliang.train.run import train
+from siliang.train.saving import checkpoints
+from siliang.types import ConfigError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("settings"))
+
+
+def configured(place: Place, folder: Path, method: str = "lora", **settings: Any) -> RunConfig:
+    return place.config(folder, method, **({"max_steps": 6, "log_every": 1} | settings))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "lion", "muon"])
+def test_an_optimizer_resumes_to_the_same_bits(name: str, place: Place, tmp_path: Path) -> None:
+    more: dict[str, Any] = {
+        "optimizer": name,
+        "loraplus_ratio": 4.0,
+        "layerwise_decay": 0.9,
+        "save_every": 3,
+        "keep": 9,
+    }
+    whole = configured(place, tmp_path / "whole", **more)
+    train(whole)
+    part = configured(place, tmp_path / "part", **more)
+    train(part)
+    folder = tmp_path / "part"
+    record = Record.read(folder)
+    record.status, record.final, record.steps = "interrupted", {}, record.steps[:3]
+    record.write(folder)
+    for path in (*(folder / "adapter").iterdir(), *(folder / CHECKPOINTS / "checkpoint-6").iterdir()):
+        path.unlink()
+    (folder / "adapter").rmdir()
+    (folder / CHECKPOINTS / "checkpoint-6").rmdir()
+    ended = run(part, resume=True)
+    assert ended.code == 0, ended.said
+    assert weights(folder) == weights(tmp_path / "whole")
+    losses = [
+        [line.loss for line in Record.read(f).steps if line.loss is not None] for f in (folder, tmp_path / "whole")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_patience_ends_a_run_that_gets_no_better(place: Place, tmp_path: Path) -> None:
+    said: list[str] = []
+    rate = 1e-9  # of which nothing comes
+    config = configured(
+        place, tmp_path / "run", max_steps=20, eval_every=2, patience=2, learning_rate=rate, save_every=7
+    )
+    record = train(config, Listener(said.append))
+    evaluated = [line.step for line in record.steps if line.eval_loss is not None]
+    assert record.status == "completed" and evaluated[-1] < 20
+    losses = [line.eval_loss for line in record.steps if line.eval_loss is not None]
+    assert min(losses[:-2]) <= min(losses[-2:])  # type: ignore[type-var]
+    assert any("train.patience" in line for line in said)
+    assert max(checkpoints(tmp_path / "run" / CHECKPOINTS)) == evaluated[-1]
+    with pytest.raises(ConfigError, match=r"train.patience = 2 needs train\.eval_every"):
+        train(configured(place, tmp_path / "other", patience=2, eval_every=None))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "lion", "muon"])
+def test_a_plan_knows_the_state_of_each_optimizer(name: str, place: Place, tmp_path: Path) -> None:
+    """Beside the bytes that a run's own optimizer holds after a step."""
+    from siliang.plan import find_target, plan
+
+    config = configured(place, tmp_path / "run", "full", optimizer=name, max_steps=1, precision="fp32")
+    (tmp_path / "run").mkdir()
+    prepared = prepare(config, Listener(), tmp_path / "run")
+    training = Training(prepared)
+    training.run()
+    inner: Any = training.optimizer
+    tensors = [t for t in state_tensors(inner.optimizer) if t.dim() > 0]
+    codes = [t for t in tensors if t.numel() == 256 and t.dtype == torch.float32 and name == "adamw_8bit"]  # shared
+    held = sum(t.nbytes for t in tensors) - sum(t.nbytes for t in codes)
+    found = plan(config, find_target(config), timed=False).methods[0]
+    assert found.error is None
+    assert found.parts["optimizer"] == pytest.approx(held, rel=0.05, abs=4096)
