@@ -28,10 +28,10 @@ test-long: .venv/dev  ## and what takes many minutes: every method on real data
 	$(BIN)/python -m pytest -m long -n auto
 
 cluster-test: .venv/dev  ## two nodes on this machine, torchrun over a cable: killed, begun again, some minutes; ONLY=killed for some
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m faults.two_nodes $(if $(ONLY),--only "$(ONLY)")
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python -m faults.two_nodes $(if $(ONLY),--only "$(ONLY)")
 
 faults: .venv/dev  ## kills, full disks, damaged and hostile files and folders, by the thousand, an hour of it; ONLY="kills disks" for some
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m faults $(if $(ONLY),--only $(ONLY))
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python -m faults $(if $(ONLY),--only $(ONLY))
 
 check: .venv/dev  ## style, types, and known holes in the dependencies
 	$(BIN)/ruff check .
@@ -71,7 +71,7 @@ bench-smoke: .venv/bench  ## whether the bench runs and its losses agree, at tin
 	$(BIN)/python -m bench --smoke
 
 same: .venv/dev  ## whether this tree trains the same bits as a commit, minutes of it; COMMIT=main, ONLY="lora resumed" for some
-	PYTHONPATH=.:tests $(BIN)/python -m bench.same $(or $(COMMIT),main) $(if $(ONLY),--only $(ONLY))
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m bench.same $(or $(COMMIT),main) $(if $(ONLY),--only $(ONLY))
 
 bench-gpu: .venv/bench  ## the same on the CUDA device that is there
 	$(BIN)/python -m bench --gpu $(if $(ONLY),--only $(ONLY))
