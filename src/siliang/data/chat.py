@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from siliang.data.chat_messages import CLOSE, OPEN, TalkWithPlaces
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
@@ -23,7 +23,6 @@ from siliang.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
 from siliang.types import DataError, ModelError, first_line
 
-OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `_Written.words`
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
 AT_ONCE = 200_000  # characters of conversations that are written in one request
 
@@ -67,7 +66,7 @@ class ChatTemplate:
         Raises:
             DataError: As for `pieces`, of the first that cannot be used.
         """
-        written = [_Written.of(talk, self._reasoning_field(talk)) for talk in talks]
+        written = [TalkWithPlaces.of(talk, self._reasoning_field(talk)) for talk in talks]
         tools = [_tools(talk.tools) for talk in talks]
         wholes = self._texts([(w.messages, t, prompt) for w, t in zip(written, tools, strict=True)])
         out: list[list[Piece]] = []
@@ -95,7 +94,7 @@ class ChatTemplate:
     # ---- with placeholders ----
 
     def _frame(
-        self, talk: Conversation, written: _Written, tools: Any, learned: list[bool], prompt: bool
+        self, talk: Conversation, written: TalkWithPlaces, tools: Any, learned: list[bool], prompt: bool
     ) -> list[Piece] | None:
         key = json.dumps([written.holders, talk.tools, learned, prompt])
         if key not in self._frames:
@@ -108,7 +107,7 @@ class ChatTemplate:
         return self._frames[key]
 
     def _pieces(
-        self, messages: list[dict[str, Any]], written: _Written, tools: Any, learned: list[bool], prompt: bool
+        self, messages: list[dict[str, Any]], written: TalkWithPlaces, tools: Any, learned: list[bool], prompt: bool
     ) -> list[Piece]:
         """The template's text for these messages, cut at the borders of learned spans and at placeholders."""
         whole, spans = self._spans(messages, written, tools, prompt)
@@ -133,7 +132,7 @@ class ChatTemplate:
         return [p for p in pieces if p.text or p.end]
 
     def _spans(
-        self, messages: list[dict[str, Any]], written: _Written, tools: Any, prompt: bool
+        self, messages: list[dict[str, Any]], written: TalkWithPlaces, tools: Any, prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and (begin, end) of each answer in it; the end marker is inside or directly behind."""
         if self._marked:
@@ -172,7 +171,7 @@ class ChatTemplate:
             spans.append((start, end))
         return whole, spans
 
-    def _header(self, whole: str, written: _Written, i: int) -> int:
+    def _header(self, whole: str, written: TalkWithPlaces, i: int) -> int:
         """The end of the last placeholder of the messages before the `i`-th."""
         ends = [whole.find(f"{OPEN}{n}{CLOSE}") for numbers in written.numbers[:i] for n in numbers]
         return max((whole.index(CLOSE, at) + 1 for at in ends if at >= 0), default=0)
@@ -193,7 +192,7 @@ class ChatTemplate:
 
     # ---- without ----
 
-    def _without_frame(self, written: _Written, tools: Any, learned: list[bool], prompt: bool) -> list[Piece]:
+    def _without_frame(self, written: TalkWithPlaces, tools: Any, learned: list[bool], prompt: bool) -> list[Piece]:
         """The pieces for a template that changes the data's text.
 
         The text cannot be kept apart from the template's own then, so it must hold no special tokens.
@@ -283,81 +282,6 @@ def _refusal(why: str) -> DataError:
     return DataError(f"is refused by the chat template: {first_line(why)}")
 
 
-THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
-
-
-@dataclass
-class _Written:
-    """A conversation for transformers, once with its texts and once with placeholders.
-
-    White space around a text stays outside of its placeholder, and so do the tags of reasoning inside an answer: many
-    templates strip the former and split at the latter.
-
-    Attributes:
-        messages: transformers' messages.
-        holders: The same, with a placeholder for each of `words`.
-        words: The text for each placeholder.
-        numbers: The numbers of each message's placeholders.
-        needed: The numbers of texts that the template must write. Many leave out the reasoning of earlier turns.
-    """
-
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    holders: list[dict[str, Any]] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-    numbers: list[list[int]] = field(default_factory=list)
-    needed: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, talk: Conversation, reasoning: str) -> _Written:
-        """
-        Args:
-            reasoning: The field in which the template looks for it.
-        """
-        made = cls()
-        for m in talk.messages:
-            made.numbers.append([])
-            message: dict[str, Any] = {"role": m.role}
-            holder = dict(message)
-            if m.reasoning:
-                message[reasoning], holder[reasoning] = m.reasoning, made._hold(m.reasoning, needed=False)
-            message["content"] = m.text
-            thought = THOUGHT.fullmatch(m.text) if m.role == "assistant" else None
-            if thought is not None:
-                opening, inside, closing, answer = thought.groups()
-                held = made._hold(inside, needed=False)
-                holder["content"] = f"{opening}{held}{closing}{made._hold(answer)}"
-            else:
-                holder["content"] = made._hold(m.text)
-            for name, value in (("name", m.name), ("tool_call_id", m.call_id)):
-                if value:
-                    message[name] = holder[name] = value
-            if m.calls:
-                message["tool_calls"] = holder["tool_calls"] = [
-                    {
-                        "type": "function",
-                        **({"id": c.id} if c.id else {}),
-                        "function": {"name": c.name, "arguments": _arguments(c.arguments)},
-                    }
-                    for c in m.calls
-                ]
-            made.messages.append(message)
-            made.holders.append(holder)
-        return made
-
-    def _hold(self, text: str, *, needed: bool = True) -> str:
-        """The text with a placeholder in its place; white space around it stays."""
-        core = text.strip()
-        if not core:
-            return text
-        number = len(self.words)
-        self.words.append(core)
-        self.numbers[-1].append(number)
-        if needed:
-            self.needed.append(number)
-        start = text.index(core)
-        return f"{text[:start]}{OPEN}{number}{CLOSE}{text[start + len(core) :]}"
-
-
 def _learned(talk: Conversation, train_on: str) -> list[bool]:
     """Whether each answer is learned."""
     wanted = [m.trained for m in talk.messages if m.role == "assistant"]
@@ -369,13 +293,6 @@ def _shared_start(a: str, b: str) -> int:
     if a.startswith(b):
         return len(b)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return parse_json(text, foreign=True)
-    except JsonError:
-        return text
 
 
 def _tools(text: str) -> Any:
