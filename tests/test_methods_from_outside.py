@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import batch, make
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import siliang
 from siliang.config import RunConfig
@@ -345,3 +346,41 @@ def test_beside_methods_of_the_project_on_one_layer() -> None:
     tune(model, 2)
     tuned = logits(model.eval())
     torch.testing.assert_close(logits(model.merge_and_unload().eval()), tuned)
+
+
+class Experts(nn.Module):
+    """Weights of several experts in one parameter, as mixtures of experts have them: no linear layer holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 4, 3))
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return x @ self.up[expert]
+
+
+class OnExperts(LayerAdapter):
+    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
+        base = self.layer.base_layer
+        return beneath.computed_by(lambda *args: functional_call(base, self.merged(), args), x)
+
+    def merged(self) -> dict[str, Tensor]:
+        return {"up": self.layer.base_layer.up + self.part("delta")}
+
+
+def test_weights_that_are_no_layers_own() -> None:
+    own, x = Experts(), torch.randn(5, 4)
+    plain = [own(x, 0), own(x, 1)]
+    layer = AdaptedLayer(own)
+    layer.add(OnExperts(layer, "a", {"delta": nn.Parameter(torch.randn(2, 4, 3))}))
+    layer.stand(("a",), merged=False)
+    tuned = [layer(x, 0), layer(x, 1)]
+    assert not torch.equal(tuned[0], plain[0])
+    torch.testing.assert_close(tuned, [x @ (own.up[i] + layer.held("delta")["a"][i]) for i in (0, 1)])
+    layer.lay_down()
+    layer.hold_merged(["a"], layer.merge(["a"], safe=True))
+    layer.stand((), merged=True)
+    torch.testing.assert_close([layer(x, 0), layer(x, 1)], tuned)
+    layer.hold_merged([], {})
+    layer.stand((), merged=False)
+    assert torch.equal(layer(x, 1), plain[1])

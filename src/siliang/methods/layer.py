@@ -11,7 +11,7 @@ Merging applies them in the same order, each to the weight that the ones before 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -185,13 +185,14 @@ class AdaptedLayer(nn.Module):
             MergeError: With `safe`, an adapter is broken; or the base layer lacks a parameter to merge into.
         """
         here = [name for name in names if name in self._adapters]
-        dtype = self.base_layer.weight.dtype
+        weight = getattr(self.base_layer, "weight", None)  # not of experts, whose weights have names of their own
         found: dict[str, nn.Parameter] = {}
         with self._with_parameters_of(here):
             for name in here:
                 for key, value in self._adapters[name].merged().items():
                     if getattr(self.base_layer, key) is None:
                         raise MergeError(f"Adapter {name!r} has a {key}, and the layer has none to merge it into.")
+                    dtype = weight.dtype if isinstance(weight, Tensor) else self.own_parameter(key).dtype
                     # rounded once, at the end: the next adapter is merged in the wider dtype too
                     self._put(key, nn.Parameter(value, requires_grad=False))
                     found[key] = nn.Parameter(value.to(dtype), requires_grad=False)
@@ -228,8 +229,8 @@ class Beneath:
         *rest, outermost = self._adapters
         return outermost.forward(x, Beneath(self._base, rest, self._args, self._kwargs))
 
-    def computed_by(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The output of another module in the place of the layer, which is given what else the layer is given."""
+    def computed_by(self, module: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """The output of what stands in the layer's place, which is given whatever else the layer is given."""
         return module(x, *self._args, **self._kwargs)
 
     @property
