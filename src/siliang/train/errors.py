@@ -9,6 +9,7 @@ from siliang.engine.step import Engine
 from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.terminal import pasted
 from siliang.train.guard import PATIENCE, BadStep
+from siliang.train.optimizer import STATE_SHARE
 from siliang.train.prepare import Run
 from siliang.types import DeviceMemoryError, InterruptedRunError, TrainingError
 
@@ -70,6 +71,7 @@ def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> Dev
     device, t = run.record.device, run.config.train
     held = sum(p.nbytes for p in run.model.parameters())
     trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+    optimizer, taken = "Adam" if "adamw" in t.optimizer else t.optimizer, trained * (1 + STATE_SHARE[t.optimizer])
     each = sum(engine.recompute.bytes_per_token)
     batch = f", a batch of {tokens:,} tokens" + (f" about {each * tokens / 1e9:,.2f} GB" if each else "")
     planned = sum(run.record.memory.predicted_parts.values())
@@ -85,7 +87,7 @@ def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> Dev
     ways += [] if run.config.quantization or not run.method.freezes_the_base else ["quantization.bits=4"]
     return DeviceMemoryError(
         f"Step {step:,} does not fit the memory of this {device.kind} ({device.memory_bytes / 1e9:,.1f} GB): the "
-        f"weights take {held / 1e9:,.2f} GB, gradients and Adam {3 * trained / 1e9:,.2f} GB{batch}.\n"
+        f"weights take {held / 1e9:,.2f} GB, gradients and {optimizer} {taken / 1e9:,.2f} GB{batch}.\n"
         f"Set {', or '.join(ways)}."
     )
 

@@ -262,10 +262,10 @@ class Training:
     def _due(self) -> Due:
         """What follows this step, and whether the training stops behind it. What one rank wants, all do."""
         t, last = self.prepared.config.train, self.step == self.prepared.steps
-        evaluates = t.eval_every and len(self.prepared.eval_set)
+        evaluates = t.eval_every if len(self.prepared.eval_set) else None
         due = Due(
             log=last or self.step % t.log_every == 0,
-            evaluate=bool(evaluates and (last or self.step % t.eval_every == 0)),
+            evaluate=evaluates is not None and (last or self.step % evaluates == 0),
             save=bool(t.save_every and (last or self.step % t.save_every == 0)),
         )
         self._timer.step_ended()

@@ -26,6 +26,8 @@ LION_BETAS = (0.9, 0.99)  # of the paper
 MIN_RATE = 0.1  # of the peak, where a schedule ends above zero
 DECAY_SHARE = 0.1  # of the steps, at the end of warmup_stable_decay
 SMALL_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: fewer numbers stay in 32 bits; numbers that share a scale
+# what each keeps of a trained weight, in bytes of that weight
+STATE_SHARE = {"adamw": 2.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "adafactor": 0.0, "lion": 1.0, "muon": 1.0}
 # biases and the weights of norms are not decayed; the patterns are those of transformers' Trainer
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
@@ -133,7 +135,8 @@ def _tables(model: nn.Module) -> set[int]:
 
 def _adamw_8bit(model: nn.Module, groups: Groups, learning_rate: float, eps: float, *, paged: bool) -> Optimizer:
     """bitsandbytes' AdamW with moments of 8 bits; those of embeddings stay in 32, as in transformers' Trainer."""
-    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager, PagedAdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+    from bitsandbytes.optim.optimizer import GlobalOptimManager
 
     manager = GlobalOptimManager.get_instance()
     for module in model.modules():
