@@ -15,9 +15,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states")  # arguments that hold another text's states
 # arguments that hold the cache: of BLOOM's and Falcon's attentions; all others from transformers 5.24 on; and before
@@ -65,7 +68,7 @@ def layer_stack(model: nn.Module) -> list[nn.Module]:
     return list(stacks[0])
 
 
-def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """Every layer that can recompute its activations, of all stacks."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

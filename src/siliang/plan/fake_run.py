@@ -89,7 +89,7 @@ class FakeRun:
         self._device, self._baseline, self.precision = device, baseline, device.precision
         found = find_method(self._config.method.name)
         if quantization is not None and found.config is None:
-            raise ConfigError("quantised weights cannot be trained themselves.")
+            raise ConfigError("Quantized weights cannot be trained themselves.")
         with fake_mode() as self._mode:
             dtype = weight_dtype(found, device.precision)
             base = make_fake_base(
