@@ -58,7 +58,8 @@ def make_optimizer(model: nn.Module, settings: TrainConfig, *, learning_rate: fl
 
 
 def check_optimizer_runs(settings: TrainConfig, device: torch.device, *, sharded: bool) -> None:
-    """
+    """Refuses, before the base model is loaded, an optimizer that cannot run here.
+
     Args:
         sharded: What is trained is sharded over ranks.
 

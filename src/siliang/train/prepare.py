@@ -168,6 +168,7 @@ def prepare(
         with torch.random.fork_rng(devices=[]):
             config, predicted = _plan(planner, config, subject, ranks, listener)
     mesh = rank_mesh(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
+    check_optimizer_runs(config.train, device, sharded=mesh is not None and method.config is None)
     # one by one: the machine may not hold the whole model more than once
     with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         # what is saved names the base model by its whole path
@@ -177,7 +178,6 @@ def prepare(
         if mesh is not None:
             shard(model, mesh, device, trained_too=not isinstance(model, PeftModel))
             free_memory()
-    check_optimizer_runs(config.train, device, sharded=mesh is not None and not isinstance(model, PeftModel))
     if config.adapter and begun is None:
         listener.say(f"adapter    starts from {config.adapter}")
     _say_model(config, method, precision, trained, total, device, listener)
