@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import multiprocessing.spawn
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported; it would retry for minutes
+
 from forking import stand_in
 from tiny import SHARED, WORDS, make, word_tokenizer, write_jsonl
 
@@ -29,7 +33,6 @@ def quick_processes(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -
     processes that multiprocessing spawns."""
     real = multiprocessing.spawn.get_executable()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "executable", stand_in(tmp_path_factory.mktemp("python")))
         multiprocessing.set_executable(sys.executable)
         yield

@@ -111,7 +111,7 @@ def test_a_rank_without_a_row_gets_one_that_does_not_count() -> None:
     assert [i < 0 for i in last] == [False, True, True, True] and {~i for i in last[1:]} == {last[0]}
 
 
-def test_what_is_too_large_for_one_is_dealt_out(still_place: Place, tmp_path: Path) -> None:
+def test_what_is_too_large_for_one_is_sharded(still_place: Place, tmp_path: Path) -> None:
     """Between what a whole model takes and what a share does: one device is too small, on two auto takes FSDP."""
     config = configured(still_place, tmp_path / "run", "full", max_steps=2)
     target = replace(find_target(config), beside_bytes=0, work_bytes=0)
@@ -126,7 +126,7 @@ def test_what_is_too_large_for_one_is_dealt_out(still_place: Place, tmp_path: Pa
     assert run(alone, planner=planner).code == 2
     endings = [child.end() for child in start(changed(alone, tmp_path / "run", "auto"), 2, planner=planner)]
     assert [e.code for e in endings] == [0, 0], endings[0].said
-    assert "on each device, weights dealt out (fsdp)" in endings[0].said
+    assert "on each device, weights sharded (fsdp)" in endings[0].said
     record = Record.read(tmp_path / "run")
     assert record.config["distributed"]["strategy"] == "fsdp"
     assert record.memory.predicted_bytes == share
