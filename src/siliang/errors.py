@@ -114,7 +114,7 @@ CATALOGUE: dict[str, Entry] = {
     "SLE06": Entry(
         Page(
             "the merged model answers otherwise",
-            "Merging rounds the weights: in few bits, or in 16 bits with a small update, the difference shows.",
+            "Merging rounds the weights: on a quantized base, or in 16 bits with a small update, the difference shows.",
             "Merge in a wider --dtype, into the base model in all its bits, or keep the adapter apart.",
         ),
         Page(

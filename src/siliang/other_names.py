@@ -132,7 +132,7 @@ TABLE: tuple[Row, ...] = (
         "20",
         note="It is a setting of prompt_tuning, p_tuning and prefix_tuning.",
     ),
-    # the base model in few bits
+    # a quantized base model
     _row(
         "quantization.bits",
         "quantization_bit quant_bits quantize_bits bits quantization quantize n_bit",
