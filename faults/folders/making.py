@@ -67,7 +67,9 @@ def _changed(values: Any, change: dict[str, Any] | Callable[[Any], Any]) -> Any:
         inner = values
         for parent in parents:
             inner = inner[int(parent)] if isinstance(inner, list) else inner.setdefault(parent, {})
-        if isinstance(inner, list):
+        if isinstance(inner, list) and value is REMOVED:
+            del inner[int(last)]
+        elif isinstance(inner, list):
             inner[int(last)] = value
         elif value is REMOVED:
             inner.pop(last, None)
