@@ -20,7 +20,7 @@ from siliang.data.examples import Text
 from siliang.data.tokens import tokenise
 from siliang.limits import RefusedError, in_time, look_at_tokenizer
 from siliang.models.tokenizer_file import check_tokenizer
-from siliang.models.tokenizers import load_tokenizer
+from siliang.models.tokenizers import load_tokenizer, load_tokenizer_alone
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ModelError, TaskType
 
@@ -234,5 +234,6 @@ def test_a_sentencepiece_model_that_makes_many_characters_of_one(tmp_path: Path)
         )
         if len(becomes) == 1:
             assert load_tokenizer(str(tmp_path))("a film")["input_ids"]
-    with pytest.raises(ModelError, match=r"its table of characters holds more than 100 bytes for one"):
-        load_tokenizer(str(tmp_path))
+    for load in (load_tokenizer, lambda name: load_tokenizer_alone(name, {})):
+        with pytest.raises(ModelError, match=r"its table of characters holds more than 100 bytes for one"):
+            load(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     check_folder(name, revision)
     folder = Path(name)
     try:
-        check_tokenizer(name, revision)
-        tokenizer = _tokenizer_from_pretrained(name, revision)
-        check_made(tokenizer, name, revision)
+        tokenizer = _looked_at(name, revision, partial(_tokenizer_from_pretrained, name, revision))
     except ModelError:
         raise
     except Exception as error:
@@ -87,16 +86,31 @@ def load_tokenizer_alone(name: str, settings: dict[str, Any]) -> Any:
             make_known(tokenizer=read_config(file).get("tokenizer_class"))
     else:
         check_folder(name, revision)
-    try:
-        check_tokenizer(name, revision)
+
+    def load() -> Any:
         aside = check_tokenizer_names(name, revision)
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=False, local_files_only=only_cached(name), **settings, **aside
         )
+
+    try:
+        return _looked_at(name, revision, load)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(why_not(name, error, what="tokenizer")) from error
+
+
+def _looked_at(name: str, revision: str | None, load: Callable[[], Any]) -> Any:
+    """What `load` gives, between a look at its files and one at the rules that were made of them.
+
+    Raises:
+        ModelError: It asks for too much.
+    """
+    check_tokenizer(name, revision)
+    tokenizer = load()
+    check_made(tokenizer, name, revision)
+    return tokenizer
 
 
 def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
