@@ -27,6 +27,7 @@ from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors
 from siliang.methods.method import Attached, Method, Parts, SharedSpec
 from siliang.models.introspect import features, is_linear
+from siliang.train.prepare import _check_terms
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError
 
@@ -61,7 +62,7 @@ class Shared(Method[SharedConfig]):
             raise ConfigError("the layers of Shared must read the same width")
         shape = (config.r, widths.pop())
         shared = {"shared_A": SharedSpec(shape, lambda device: torch.randn(shape, device=device) / 4)}
-        return Parts(layers={path: SharedLayerSpec(config.r) for path in layers}, shared=shared, modules=tuple(saved))
+        return Parts(layers={path: SharedLayerSpec(config.r) for path in layers}, shared=shared)
 
     def extra_loss(self, adapter: Attached[SharedConfig]) -> Tensor:
         return adapter.config.decay * adapter.shared["shared_A"].square().sum()
@@ -124,7 +125,7 @@ class Ranked(Method[RankedConfig]):
     def attach(self, model: nn.Module, config: RankedConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         layers = find_targets(model, config, is_linear, defaults={}, outside=saved, lenient=from_file)
         specs = {path: RankedSpec(config.ranks.get(path, config.r)) for path in layers}
-        return Parts(layers=specs, modules=tuple(saved))
+        return Parts(layers=specs)
 
     def after_step(self, adapter: Attached[RankedConfig], step: int) -> None:
         with torch.no_grad():
@@ -269,6 +270,15 @@ def test_a_term_of_the_loss_is_the_trained_adapters(tmp_path: Path) -> None:
         assert extra_loss(siliang.get_peft_model(make("llama"), config)) is None
     assert extra_loss(make("llama")) is None
     after_step(make("llama"), 1)
+
+
+def test_a_term_of_the_loss_is_refused_where_its_backward_would_be_wrong() -> None:
+    assert Shared().adds_to_the_loss and not Ranked().adds_to_the_loss
+    assert not METHODS["lora"].adds_to_the_loss
+    _check_terms(Ranked(), sharded=True)
+    _check_terms(Shared(), sharded=False)
+    with pytest.raises(ConfigError, match=r"shared adds a term to the loss.*strategy=ddp"):
+        _check_terms(Shared(), sharded=True)
 
 
 def test_ranks_change_while_it_is_trained(tmp_path: Path) -> None:

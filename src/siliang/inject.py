@@ -140,7 +140,7 @@ class Injection(nn.Module):
         with self.bare():
             saved = choose_saved_modules(self.model, config, lenient=file is not None)
             parts = method_of(config).attach(self.model, config, saved=saved, from_file=file is not None)
-            parts = self._checked(config, parts)
+            parts = self._checked(config, saved, parts)
             if file is not None:
                 check_sizes(self.model, config, parts, file)
             try:
@@ -150,8 +150,9 @@ class Injection(nn.Module):
                 raise
             self.adapters[name] = parts
 
-    def _checked(self, config: PeftConfig, parts: Parts) -> Parts:
-        """The parts that a method found, each once; the names of whole modules go into the config.
+    def _checked(self, config: PeftConfig, saved: Sequence[str], parts: Parts) -> Parts:
+        """The parts that a method found, with the modules that are saved whole, each once; the names of these go into
+        the config.
 
         Raises:
             ConfigError: They cannot be made on this model.
@@ -161,6 +162,7 @@ class Injection(nn.Module):
                 f"The layers of {config.peft_type} share tensors, and the model's first adapter is a prompt: "
                 "attach the prompt after it."
             )
+        parts = dataclasses.replace(parts, modules=tuple(dict.fromkeys((*saved, *parts.modules))))
         if config.modules_to_save:
             paths = [path for path, _ in plain_modules(self.model)]
             config.modules_to_save = names_of_saved(config, config.modules_to_save, list(parts.modules), paths)

@@ -47,7 +47,7 @@ class BitFit(Method[BitFitConfig]):
                 f"BitFit trains biases, and this model ({model_type}) has none. "
                 "Use LoRA instead: method: lora, or LoraConfig()."
             )
-        return Parts(parameters=tuple(biases), modules=tuple(saved))
+        return Parts(parameters=tuple(biases))
 
 
 def is_bias(name: str) -> bool:

@@ -78,7 +78,7 @@ class IA3(Method[IA3Config]):
             config.feedforward_modules = list(IA3_FEEDFORWARD.get(model_type or "", ()))
         feedforward = set(meant("feedforward_modules", layers, config.feedforward_modules))
         specs = {path: IA3Spec(path in feedforward, config.init_ia3_weights) for path in layers}
-        return Parts(layers=specs, modules=tuple(saved))
+        return Parts(layers=specs)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class LNTuning(Method[LNTuningConfig]):
 
     def attach(self, model: nn.Module, config: LNTuningConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         layers = find_targets(model, config, is_norm, defaults=self.default_targets, outside=saved, lenient=from_file)
-        return Parts(layers={path: NormSpec() for path in layers}, modules=tuple(saved))
+        return Parts(layers={path: NormSpec() for path in layers})
 
 
 @dataclass(frozen=True)

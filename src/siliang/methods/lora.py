@@ -245,7 +245,7 @@ class Lora(Method[LoraConfig]):
             layer = model.get_submodule(path)
             kind = next(kind for kind in kinds if kind.supports(layer))
             specs[path] = _spec(config, kind, r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha))
-        return Parts(layers=specs, parameters=tuple(_biases(model, config, layers, saved)), modules=tuple(saved))
+        return Parts(layers=specs, parameters=tuple(_biases(model, config, layers, saved)))
 
     def on_the_plain_base(
         self, config: LoraConfig, tensors: dict[str, Tensor], start: Callable[[], dict[str, Tensor]], source: str

@@ -53,7 +53,8 @@ class Parts:
     Attributes:
         layers: What it will be on each layer.
         parameters: Parameters of the base model that it trains copies of, which stand in their places.
-        modules: Modules of the base model that it trains copies of, which stand in their places.
+        modules: Modules of the base model that it trains copies of, which stand in their places. inject.py adds those
+            that are saved whole for the task or by `modules_to_save`.
         shared: Tensors that its layers share, by the names that PEFT has for them, such as `vera_A`.
         prompt: Its virtual tokens.
     """
@@ -124,6 +125,11 @@ class Method(ABC, Generic[C]):
         """Whether a run of it can be merged into its base model."""
         return self.why_not_mergeable is None
 
+    @property
+    def adds_to_the_loss(self) -> bool:
+        """Whether it has a term of the loss."""
+        return type(self).extra_loss is not Method.extra_loss
+
     @abstractmethod
     def attach(self, model: nn.Module, config: C, *, saved: Sequence[str], from_file: bool) -> Parts:
         """What an adapter will have on `model`. Changes nothing but what the config leaves open.
@@ -132,7 +138,7 @@ class Method(ABC, Generic[C]):
             model: The base model, nothing attached to it.
             config: The adapter's own copy.
             saved: The modules that are trained and saved whole for the task or by `modules_to_save`: nothing in them
-                can be tuned otherwise.
+                can be tuned otherwise. They need not be among the parts.
             from_file: The adapter will be filled from a file. Some of several names may match nothing then, as in PEFT.
 
         Raises:

@@ -21,7 +21,6 @@ from siliang.engine.step import Engine
 from siliang.train.errors import out_of_memory_error
 from siliang.train.prepare import Run
 from siliang.train.saving import random_state, set_random_state
-from siliang.types import ConfigError
 
 
 class Backward:
@@ -95,11 +94,6 @@ class Backward:
             average_gradients(model)
         # after the exchange of gradients, since it is the same on every rank
         if (term := extra_loss(model)) is not None:
-            if is_sharded(model) or self._run.zero_stage:  # DeepSpeed's backward would make a step of its own
-                raise ConfigError(
-                    f"{self._run.method.name} adds a term to the loss, which FSDP and DeepSpeed do not support: set "
-                    "distributed.strategy=ddp."
-                )
             self._accelerator.backward(term)
         return loss
 

@@ -169,6 +169,7 @@ def prepare(
             config, predicted = _plan(planner, config, subject, ranks, listener)
     mesh = rank_mesh(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
     check_optimizer_runs(config.train, device, sharded=mesh is not None and method.config is None)
+    _check_terms(method, sharded=mesh is not None or zero_stage(config, ranks) > 0)
     # one by one: the machine may not hold the whole model more than once
     with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         # what is saved names the base model by its whole path
@@ -347,15 +348,29 @@ def _check_best(config: RunConfig, held_out: int) -> None:
             f"train.best = {t.best!r} is not measured for {task.title}.{nearest(t.best, allowed)} "
             f"Allowed: {', '.join(allowed)}."
         )
-    if not held_out or not t.eval_every:
-        missing = "held-out rows (data.eval, or data.test_size)" if not held_out else "train.eval_every"
+    if missing := _missing_for_evaluations(config, held_out):
         raise ConfigError(f"train.best = {t.best!r} needs {missing}: it chooses among evaluations.")
 
 
 def _check_patience(config: RunConfig, held_out: int) -> None:
-    if config.train.patience and not (held_out and config.train.eval_every):
-        missing = "held-out rows (data.eval, or data.test_size)" if not held_out else "train.eval_every"
+    if config.train.patience and (missing := _missing_for_evaluations(config, held_out)):
         raise ConfigError(f"train.patience = {config.train.patience} needs {missing}: it counts evaluations.")
+
+
+def _check_terms(method: Method, *, sharded: bool) -> None:
+    """Refuses a term of the loss where its backward pass would be wrong: DeepSpeed's makes a step of its own."""
+    if sharded and method.adds_to_the_loss:
+        raise ConfigError(
+            f"{method.name} adds a term to the loss, which FSDP and DeepSpeed do not support: set "
+            "distributed.strategy=ddp."
+        )
+
+
+def _missing_for_evaluations(config: RunConfig, held_out: int) -> str | None:
+    """What there is not, without which nothing is evaluated during training."""
+    if not held_out:
+        return "held-out rows (data.eval, or data.test_size)"
+    return None if config.train.eval_every else "train.eval_every"
 
 
 def _check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:
