@@ -22,7 +22,8 @@ from siliang.models.introspect import NoLayerStackError, cache_argument, layer_s
 from siliang.models.quantized import held_tensors
 from siliang.ops.lora_linear import lora_linear_as
 from siliang.peft_model import PeftModel
-from siliang.train.optimizer import make_optimizer, state_tensors
+from siliang.plan.optimizer import make_planned_optimizer
+from siliang.train.optimizer import state_tensors
 
 Phase = Literal["loaded", "train", "evaluate", "generate", "merge"]
 
@@ -87,7 +88,7 @@ def measure(
             tracker.hold(_tensors(batch), "workspace")
         peaks["loaded"] = tracker.peak()
         if "train" in phases:
-            optimizer = make_optimizer(model, settings, learning_rate=0.0, eps=1e-8)
+            optimizer = make_planned_optimizer(model, settings)
             for p in trained:
                 p.grad = torch.zeros_like(p)
             optimizer.step()

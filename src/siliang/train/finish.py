@@ -11,6 +11,7 @@ from siliang.files import damage, replacing_folder
 from siliang.memory.peak import PeakMemory
 from siliang.models.save import save_model
 from siliang.peft_model import PeftModel
+from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
 from siliang.tasks import TASKS, Task
 from siliang.train.loop import Training
@@ -31,13 +32,18 @@ def measure(training: Training, memory: PeakMemory) -> None:
     if len(run.eval_set):
         record.final = _named(_figures_of_best(training), TASKS[run.config.task])
         record.seconds.eval = round(time.perf_counter() - started, 3)
-    record.memory.steps_bytes = memory.update()
-    record.memory.peak_bytes = max(record.memory.loading_bytes, record.memory.steps_bytes)
+    write_peak(record, memory)
     if run.ranks.size > 1:
         record.memory.peak_bytes_by_rank = run.ranks.gather(record.memory.peak_bytes)
         record.memory.peak_bytes = max(record.memory.peak_bytes_by_rank)
     if losses := [line.loss for line in record.steps if line.loss is not None]:
         record.final["train_loss"] = losses[-1]
+
+
+def write_peak(record: Record, memory: PeakMemory) -> None:
+    """The peak so far, of the steps and of the whole run, into the record."""
+    record.memory.steps_bytes = memory.update()
+    record.memory.peak_bytes = max(record.memory.loading_bytes, record.memory.steps_bytes)
 
 
 def _figures_of_best(training: Training) -> dict[str, float]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -25,7 +24,6 @@ BETAS = (0.9, 0.999)  # of Adam's moments, torch's own
 LION_BETAS = (0.9, 0.99)  # of the paper
 MIN_RATE = 0.1  # of the peak, where a schedule ends above zero
 DECAY_SHARE = 0.1  # of the steps, at the end of warmup_stable_decay
-SMALL_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: fewer numbers stay in 32 bits; numbers that share a scale
 # what each keeps of a trained weight, in bytes of that weight
 STATE_SHARE = {"adamw": 2.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "adafactor": 0.0, "lion": 1.0, "muon": 1.0}
 # biases and the weights of norms are not decayed; the patterns are those of transformers' Trainer
@@ -46,8 +44,6 @@ def make_optimizer(model: nn.Module, settings: TrainConfig, *, learning_rate: fl
         case "adamw":
             return AdamW(groups, lr=learning_rate, betas=BETAS, eps=eps, fused=True)
         case "adamw_8bit" | "paged_adamw_8bit":
-            if any(isinstance(p, FakeTensor) for p in model.parameters()):
-                return _Moments8bit(groups)
             return _adamw_8bit(model, groups, learning_rate, eps, paged=settings.optimizer.startswith("paged"))
         case "adafactor":
             return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
@@ -146,24 +142,6 @@ def _adamw_8bit(model: nn.Module, groups: Groups, learning_rate: float, eps: flo
     kind = PagedAdamW8bit if paged else AdamW8bit
     made: Optimizer = kind(groups, lr=learning_rate, betas=BETAS, eps=eps)
     return made
-
-
-class _Moments8bit(Optimizer):
-    """Holds what AdamW with moments of 8 bits holds, for a plan: bitsandbytes does not run on fake tensors."""
-
-    def __init__(self, groups: Groups) -> None:
-        super().__init__(groups, {})
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Makes the state."""
-        for p in (p for group in self.param_groups for p in group["params"] if not self.state[p]):
-            small = p.numel() < SMALL_8BIT
-            for moment in ("1", "2"):
-                dtype = torch.float32 if small else torch.uint8
-                self.state[p][f"state{moment}"] = torch.zeros_like(p, dtype=dtype)
-                if not small:
-                    blocks = -(-p.numel() // BLOCK_8BIT)
-                    self.state[p][f"absmax{moment}"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
 
 
 class Lion(Optimizer):

@@ -17,7 +17,7 @@ from siliang.records import Record
 from siliang.run_folder import CHECKPOINTS, claim, load_base, write_config
 from siliang.terminal import pasted
 from siliang.train.errors import bad_step_error, interrupted_error
-from siliang.train.finish import measure, save
+from siliang.train.finish import measure, save, write_peak
 from siliang.train.log import Log
 from siliang.train.loop import Training
 from siliang.train.prepare import Listener, Planner, Run, prepare
@@ -91,7 +91,8 @@ def train(
 
 
 def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
-    """
+    """Trains a prepared run, measures and saves it.
+
     Args:
         started: When the run began, by time.monotonic(): loading counts for train.max_time.
     """
@@ -131,8 +132,7 @@ def _write_down(training: Training, memory: PeakMemory) -> None:
     record.steps, record.tokens_trained = training.log.lines, training.tokens_trained
     record.passed_over = training.guard.skipped
     record.memory.loaded_bytes = memory.start_bytes
-    record.memory.steps_bytes = memory.update()
-    record.memory.peak_bytes = max(record.memory.loading_bytes, record.memory.steps_bytes)
+    write_peak(record, memory)
     record.memory.recomputed_layers = training.engine.recompute.most
 
 
