@@ -11,7 +11,7 @@ from tiny import batch, make
 from torch import nn
 
 from siliang import BitFitConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from siliang.checkpoint import read_adapter, read_training
+from siliang.adapters.files import read_adapter, read_training
 from siliang.types import AdapterError
 
 
@@ -149,7 +149,7 @@ def test_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("siliang.checkpoint.save_file", full)
+    monkeypatch.setattr("siliang.adapters.files.save_file", full)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from siliang import hub
-from siliang.checkpoint import adapter_folder
+from siliang.adapters.files import adapter_folder
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
 from siliang.models.base_config import load_config

@@ -24,6 +24,8 @@ from transformers import (
 )
 
 import siliang
+from siliang.adapters.injection import Injection
+from siliang.adapters.modules_to_save import SavedModule
 from siliang.types import AdapterError, ConfigError, MergeError, TargetError
 
 SIZES: Any = ENCODER | {"initializer_range": 0.2}  # so that attention tells tokens apart
@@ -706,9 +708,9 @@ def test_a_saved_module_is_called_as_the_model_calls_it() -> None:
 def test_nothing_is_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     made = siliang.PeftModel.__new__(siliang.PeftModel)
     assert not hasattr(made, "anything")
-    inner = siliang.inject.Injection.__new__(siliang.inject.Injection)  # type: ignore[attr-defined]
+    inner = Injection.__new__(Injection)
     assert not hasattr(inner, "anything")
-    saved = siliang.saved_module.SavedModule.__new__(siliang.saved_module.SavedModule)  # type: ignore[attr-defined]
+    saved = SavedModule.__new__(SavedModule)
     assert not hasattr(saved, "anything")
 
 

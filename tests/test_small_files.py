@@ -26,8 +26,8 @@ from siliang import (
     PromptTuningConfig,
     get_peft_model,
 )
-from siliang.checkpoint import read_adapter
-from siliang.file_sizes import SPARE_NUMBERS
+from siliang.adapters.file_sizes import SPARE_NUMBERS
+from siliang.adapters.files import read_adapter
 from siliang.methods.config import PeftConfig
 from siliang.methods.prompt import PromptConfig
 from siliang.models.base_config import load_config

@@ -15,7 +15,7 @@ from siliang.config import RunConfig
 from siliang.engine.attach import attach
 from siliang.hardware import choose_precision
 from siliang.methods import METHODS
-from siliang.start_adapter import filled_in, find_start_adapter
+from siliang.train.start_adapter import filled_in, find_start_adapter
 from siliang.types import ConfigError, TaskType
 
 SETTINGS: dict[str, dict[str, Any]] = {

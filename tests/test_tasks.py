@@ -38,7 +38,7 @@ MENTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "the names themselves, and the heads that PEFT trains for each": (8, ("types.py",)),
     "PEFT's face, where a config says no more than the task's name: its head, and where a prompt's positions are cut": (
         7,
-        ("methods/", "inject.py", "saved_modules.py"),
+        ("methods/", "adapters/"),
     ),
     "a record is read below tasks/: it holds the names of classes": (2, ("records/run.py",)),
 }

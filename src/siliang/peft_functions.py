@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from siliang.checkpoint import load_tensors
+from siliang.adapters.files import load_tensors
 from siliang.methods.config import PeftConfig, config_class
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.peft_model import PeftModel

@@ -1,5 +1,5 @@
 """get_peft_model and PeftModel: a base model with adapters, under the names of Hugging Face PEFT. Thin: the work is in
-inject.py (attaching), adapter_state.py and checkpoint.py (files) and merge.py.
+adapters/ and merge.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.adapter_state import adapter_state
-from siliang.answers_as_base import AnswersAsBase
-from siliang.checkpoint import (
+from siliang.adapters.adapter_state import adapter_state
+from siliang.adapters.file_sizes import FileSizes
+from siliang.adapters.files import (
     adapter_folder,
     at_most_what_is_there,
     load_tensors,
@@ -24,8 +24,8 @@ from siliang.checkpoint import (
     read_training,
     save_adapter,
 )
-from siliang.file_sizes import FileSizes
-from siliang.inject import Injection
+from siliang.adapters.injection import Injection
+from siliang.answers_as_base import AnswersAsBase
 from siliang.methods import METHODS, method_of
 from siliang.methods.config import BASE, PeftConfig
 from siliang.models.quantized import count_parameters, keep_as_stored

@@ -173,6 +173,6 @@ def with_adapter(values: dict[str, Any]) -> dict[str, Any]:
     """The settings with what the adapter that the run starts from says; as they are where it starts from none."""
     if values.get("adapter") is None:
         return values
-    from siliang.start_adapter import filled_in  # torch: only where there is an adapter
+    from siliang.train.start_adapter import filled_in  # torch: only where there is an adapter
 
     return filled_in(values)

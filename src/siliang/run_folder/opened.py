@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from siliang.checkpoint import read_adapter
+from siliang.adapters.files import read_adapter
 from siliang.config import RunConfig
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import damage

@@ -37,12 +37,12 @@ from siliang.models.own_code import code_of
 from siliang.peft_model import PeftModel
 from siliang.records import Counts, Predicted, Record, Rows, Seconds
 from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
-from siliang.start_adapter import find_start_adapter
 from siliang.tasks import TASKS
 from siliang.tasks.prepare import prepare_data
 from siliang.train.log import Progress
 from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Begun
+from siliang.train.start_adapter import find_start_adapter
 from siliang.types import ConfigError, ModelError, OutputError, nearest
 
 ADAM_EPS = 1e-8  # torch's own

@@ -14,9 +14,9 @@ from siliang.paths import check_links
 from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_changed
 from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settings, in_words
-from siliang.start_adapter import find_start_adapter
 from siliang.terminal import pasted
 from siliang.train.saving import last_good
+from siliang.train.start_adapter import find_start_adapter
 from siliang.types import AdapterError, ConfigError, ModelError, RecordError
 
 OWN_NAMES = r"run\.yaml|run\.json|answers\.json|adapter|model"  # that a run writes

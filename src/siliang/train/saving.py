@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from siliang.checkpoint import load_tensors, read_adapter, read_training
+from siliang.adapters.files import load_tensors, read_adapter, read_training
 from siliang.disk_errors import translate_disk_errors
 from siliang.distributed.deepspeed import gathered, is_partitioned, without_hooks
 from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.func import functional_call
 
-from siliang.inject import PROMPT_KEY, Injection
+from siliang.adapters.injection import PROMPT_KEY, Injection
 from siliang.methods import method_of
 from siliang.methods.config import PeftConfig
 from siliang.module_paths import inside

@@ -20,8 +20,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from siliang.attachments import Attachments
-from siliang.file_sizes import FileSizes, check_sizes
+from siliang.adapters.attachments import Attachments
+from siliang.adapters.choose_modules import choose_saved_modules, names_of_saved
+from siliang.adapters.file_sizes import FileSizes, check_sizes
+from siliang.adapters.modules_to_save import SavedModule
+from siliang.adapters.tied_weights import untie
 from siliang.methods import method_of
 from siliang.methods.config import BASE, PeftConfig
 from siliang.methods.layer import AdaptedLayer, ByAdapter, SharedTensors
@@ -30,9 +33,6 @@ from siliang.methods.rows import Rows, watch_batches
 from siliang.models.introspect import is_encoder_decoder
 from siliang.models.quantized import is_quantized
 from siliang.module_paths import inside, plain_modules
-from siliang.saved_module import SavedModule
-from siliang.saved_modules import choose_saved_modules, names_of_saved
-from siliang.tied_weights import untie
 from siliang.types import ConfigError, MergeError, SiliangError
 
 PROMPT_KEY = "prompt_embeddings"

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from siliang.adapter_state import embedding_parameters
+from siliang.adapters.adapter_state import embedding_parameters
+from siliang.adapters.injection import PROMPT_KEY, Injection
 from siliang.files import replacing, write_text
 from siliang.hub import hub_is_off
-from siliang.inject import PROMPT_KEY, Injection
 from siliang.methods import method_of
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.prompt import Prompt

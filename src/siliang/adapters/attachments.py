@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from siliang.adapters.modules_to_save import SavedModule, resized_module
+from siliang.adapters.parameter_override import Swap, resized, sites_of
+from siliang.adapters.tied_weights import replace
 from siliang.methods.layer import AdaptedLayer
 from siliang.methods.rows import Rows
 from siliang.module_paths import inside
-from siliang.saved_module import SavedModule, Swap, resized, resized_module, sites_of
-from siliang.tied_weights import replace
 from siliang.types import ConfigError
 
 
