@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,17 @@ from siliang.models.spec import ModelSpec
 from siliang.types import ConfigError, ModelError, first_line
 
 
+class _SharedMode(FakeTensorMode):
+    """A mode that a copied fake tensor shares with its original.
+
+    torch copies the mode with the tensor, and in it the weak references to storages, which count one reference for two
+    objects: the second that is collected writes into freed memory.
+    """
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
+
 @contextmanager
 def fake_mode() -> Iterator[FakeTensorMode]:
     """Within the block every new tensor is fake, and no initialiser runs.
@@ -37,7 +48,7 @@ def fake_mode() -> Iterator[FakeTensorMode]:
     with warnings.catch_warnings():
         # torch's own deepcopy of a tensor asks for its address
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, no_init_weights():
+        with _SharedMode(allow_non_fake_inputs=True) as mode, no_init_weights():
             yield mode
 
 

@@ -1,0 +1,28 @@
+"""Fake tensors, of which the plan makes models."""
+
+import copy
+import gc
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from siliang.plan.fake import fake_mode
+
+
+def _weak_references() -> list[int]:
+    return [x.cdata for x in gc.get_objects() if type(x) is StorageWeakRef]
+
+
+def test_a_copied_head_keeps_the_mode_of_its_original() -> None:
+    """A copy of the mode would free each of its weak references a second time, in memory that others use by then."""
+    with fake_mode() as mode:
+        constant = torch.zeros(2)
+        constant[0] = 3  # a constant, to whose storage the mode has a weak reference
+        head = nn.Linear(4, 2)
+        before = _weak_references()
+        twin = copy.deepcopy(head)
+    assert twin.weight is not head.weight
+    assert twin.weight.fake_mode is head.weight.fake_mode is mode
+    assert before
+    assert sorted(_weak_references()) == sorted(before)
