@@ -6,6 +6,8 @@ from tiny import batch, make
 from torch import nn
 
 from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from siliang.adapters import attachments
+from siliang.adapters.parameter_override import sites_of
 from siliang.methods import HeadConfig
 from siliang.methods.bitfit import is_bias
 from siliang.types import ConfigError, TargetError
@@ -59,6 +61,14 @@ def test_bitfit_trains_every_bias_and_nothing_else() -> None:
     model = get_peft_model(make("bloom"), BitFitConfig(task_type=TaskType.CAUSAL_LM))
     for name, p in model.named_parameters():
         assert p.requires_grad == is_bias(name), name
+
+
+def test_the_model_is_searched_once_for_all_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a parameter is held was looked up for each bias, through all modules of the model."""
+    searched: list[nn.Module] = []
+    monkeypatch.setattr(attachments, "sites_of", lambda model: searched.append(model) or sites_of(model))
+    model = get_peft_model(make("bloom"), BitFitConfig())
+    assert len(searched) == 1 and sum(p.requires_grad for p in model.parameters()) > 10
 
 
 def test_what_is_a_bias() -> None:

@@ -227,6 +227,19 @@ def test_time_is_bounded_in_a_thread_as_well(process: LimitedProcess) -> None:
     assert str(found[0]) == "it runs for too long"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of the system")
+def test_no_alarm_and_no_limit_is_set_on_this_process(process: LimitedProcess) -> None:
+    """An alarm that is left behind would raise anywhere."""
+    import resource
+
+    numbers = (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE)
+    before = [resource.getrlimit(number) for number in numbers], signal.getsignal(signal.SIGALRM)
+    with pytest.raises(LimitError):
+        process.call("match", ["(a+)+b"], ["a" * 100], True, seconds=0.2)
+    assert ([resource.getrlimit(number) for number in numbers], signal.getsignal(signal.SIGALRM)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_more_templates_than_the_process_keeps() -> None:
     job = ([{"role": "user", "content": "a"}], None, False, False)
     for _ in range(2):

@@ -17,7 +17,6 @@ from reading import iter_rows, read_rows
 from siliang.config import Columns, DataConfig
 from siliang.data import json_stream
 from siliang.data.examples import Labelled, Tagged, Text, conversation
-from siliang.data.hashes import source_sha256
 from siliang.data.load import Examples, load_examples
 from siliang.data.reading import Reading, Row
 from siliang.data.sources import open_source
@@ -316,14 +315,6 @@ def test_held_out_rows_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
 def test_numeric_labels_in_order(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text,label\na,10\nb,2\nc,1\n")
     assert load(tmp_path / "d.csv").labels == ["1", "2", "10"]
-
-
-def test_hash_follows_the_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "d.csv"
-    path.write_text("a")
-    first = source_sha256(str(path))
-    path.write_text("b")
-    assert source_sha256(str(path)) != first
 
 
 @pytest.mark.parametrize(("name", "around"), [("d.jsonl", "{}\n"), ("d.json", "[{}]"), ("e.json", '{{"data": [{}]}}')])

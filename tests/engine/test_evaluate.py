@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from every_task import METHODS, TASKS, configured, make_models
-from tiny import WORDS, write_jsonl
+from tiny import VOCABULARY, WORDS, write_jsonl
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from siliang.run_folder import open_run
 from siliang.train.loop import Training
 from siliang.train.prepare import Listener, Run, prepare
 from siliang.train.run import train
 from siliang.types import DataError, TaskType
-from siliang.use.evaluate import evaluate
+from siliang.use.evaluate import engine_of, eval_rows, evaluate, sums_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -88,6 +89,31 @@ def test_eval_gives_what_training_gave(task: str, method: str, models: dict[str,
         for name in record.final.keys() - {"eval_loss", "perplexity", "train_loss"}:
             assert found[name] == record.final[name] or not exact, name
         assert found["rows"] == record.rows.eval or task == "question_ans"
+
+
+class LogitRows(TorchDispatchMode):
+    """The most rows of logits that one product gives."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and out.shape[-1] == VOCABULARY:
+            self.most = max(self.most, out.shape[0])
+        return out
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+@pytest.mark.parametrize("task", ["causal_lm", "seq_2_seq_lm"])
+def test_logits_are_those_of_labelled_tokens(task: str, method: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """16 rows of 512 tokens with BLOOM's vocabulary would take 8 GB in fp32."""
+    train(configured(task, models, tmp_path, method))
+    run = open_run(tmp_path / "run")
+    tokens = eval_rows(run, None).tokens
+    labels = [[label for label in tokens[i]["labels"] if label != -100] for i in range(len(tokens))]
+    with engine_of(run) as engine, LogitRows() as products:
+        sums_of(run, engine, tokens, batch_size=1)
+    assert products.most == max(map(len, labels)) < int(tokens.lengths.max())
 
 
 def test_the_log_keeps_what_best_chose_by(models: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from siliang.data.cache import cache_folder, prune
+from siliang.data.cache import cache_folder, prune, used
 from siliang.files import is_pattern, sha256, write_text
 from siliang.hub import cached_file
 from siliang.models.folder import WEIGHT_FILES, weight_files
@@ -53,6 +53,7 @@ def file_sha256(path: Path) -> str:
         if entry.is_file():
             kept = read_json(entry)
             if kept["state"] == state and re.fullmatch("[0-9a-f]{64}", kept["sha256"]):
+                used(folder, entry.name)
                 return str(kept["sha256"])
     started = time.time()
     found = sha256(path)
