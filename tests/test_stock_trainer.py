@@ -1,15 +1,30 @@
 """The stock transformers.Trainer, used as the tutorials use it."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny import make, word_tokenizer
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 import siliang
-from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from siliang import (
+    BitFitConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from siliang.models.checkpointing import enable_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
@@ -88,3 +103,128 @@ def test_a_base_in_4_bits_trains(tmp_path: Path) -> None:
     trainer.train()
     first, *_, last = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert last < first
+
+
+CAUSAL: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
+CONFIGS: dict[str, siliang.PeftConfig] = {
+    "lora": LoraConfig(lora_dropout=0.1, modules_to_save=["lm_head"], **CAUSAL),
+    "dora": LoraConfig(use_dora=True, **CAUSAL),
+    "bitfit": BitFitConfig(**CAUSAL),
+    "prompt": PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **CAUSAL),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, **CAUSAL),
+}
+
+
+def trainer(model: PeftModel, folder: Path, **settings: Any) -> Trainer:
+    """8 steps of 2 rows, a checkpoint and an evaluation every 2 steps."""
+    usual: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "eval_strategy": "steps",
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **usual | settings),
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        data_collator=DataCollatorForSeq2Seq(tokenizer=word_tokenizer(), padding=True),
+    )
+
+
+def attached(name: str, base: str = "llama") -> PeftModel:
+    """Of the same start each time; BLOOM has the biases that BitFit tunes."""
+    set_seed(3)
+    return get_peft_model(make("bloom" if name == "bitfit" else base), CONFIGS[name])
+
+
+def logged(trained: Trainer) -> list[tuple[int, float]]:
+    return [
+        (line["step"], line[key]) for line in trained.state.log_history for key in ("loss", "eval_loss") if key in line
+    ]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(name: str, tmp_path: Path) -> None:
+    whole = trainer(attached(name), tmp_path / "whole")
+    whole.train()
+    again = trainer(attached(name), tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert logged(again) == logged(whole)
+    files = sorted(p.name for p in (tmp_path / "whole" / "checkpoint-8").glob("*.safetensors"))
+    assert files == sorted(p.name for p in (tmp_path / "again" / "checkpoint-8").glob("*.safetensors"))
+    for file in files:
+        one, other = (load_file(tmp_path / run / "checkpoint-8" / file) for run in ("whole", "again"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_best_checkpoint_is_loaded_at_the_end(name: str, tmp_path: Path) -> None:
+    model = attached(name)
+    # as if more were better: the first checkpoint is the best one, and the last one is in the model when training ends
+    best = trainer(model, tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    best.train()
+    assert best.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    now = siliang.get_peft_model_state_dict(model)
+    first, last = (load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (2, 8))
+    assert now.keys() == first.keys()
+    assert all(torch.equal(now[key], first[key]) for key in first)
+    assert not all(torch.equal(last[key], first[key]) for key in first)
+    assert any(p.requires_grad for p in model.parameters())  # it can be trained on
+
+
+def test_several_adapters_are_resumed(tmp_path: Path) -> None:
+    def two() -> PeftModel:
+        model = attached("dora")
+        model.add_adapter("second", LoraConfig(r=2, **CAUSAL))
+        model.set_adapter("second")
+        return model
+
+    whole, again = trainer(two(), tmp_path / "whole"), trainer(two(), tmp_path / "again")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert logged(again) == logged(whole)
+    assert again.model.active_adapters == ["second"]  # type: ignore[union-attr]
+
+
+def test_another_adapter_is_not_loaded_over_one(tmp_path: Path) -> None:
+    attached("lora").save_pretrained(tmp_path)
+    set_seed(3)
+    model = get_peft_model(make("llama"), LoraConfig(lora_alpha=16, modules_to_save=["lm_head"], **CAUSAL))
+    before = siliang.get_peft_model_state_dict(model)
+    with pytest.raises(siliang.SiliangError, match=r"lora_alpha = 8, and adapter 'default' of the model has 16"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(t, before[key]) for key, t in siliang.get_peft_model_state_dict(model).items())
+
+
+def test_weights_loaded_over_a_merged_adapter(tmp_path: Path) -> None:
+    model = attached("dora")
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model.eval()(input_ids=ids).logits
+    for p in model.parameters():
+        p.data += p.requires_grad * 0.1
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="these are unmerged first"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_trainer_that_is_imported_after_the_model_is_made(peft: bool, tmp_path: Path) -> None:
+    """And PEFT need not be installed."""
+    script = Path(__file__).with_name("late_trainer.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", script, str(tmp_path), *([] if peft else ["--without-peft"])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"resumed_as_whole": True, "best_is_first": True}

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from siliang.peft_checks import refresh
+
 
 class AnswersAsBase(PreTrainedModel):
     """What PreTrainedModel defines and the base model must answer.
@@ -23,7 +25,11 @@ class AnswersAsBase(PreTrainedModel):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model's loss takes the Trainer's count of labelled tokens."""
+        """Whether the base model's loss takes the Trainer's count of labelled tokens.
+
+        A Trainer asks for it when it is made, also one that was imported after the model was made.
+        """
+        refresh()
         base = self.get_base_model()
         if hasattr(base, "accepts_loss_kwargs"):
             return bool(base.accepts_loss_kwargs)

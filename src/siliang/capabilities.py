@@ -87,6 +87,25 @@ CAPABILITIES: tuple[Capability, ...] = (
         "models are not loaded: an adapter in their folder could be taken unseen",
     ),
     Capability(
+        "adapters in checkpoints of transformers.Trainer",
+        (
+            "transformers.trainer_utils:_is_peft_model(model)",
+            "transformers.trainer:_is_peft_model(model)",
+        ),
+        "a stock Trainer neither resumes nor loads the best checkpoint",
+    ),
+    Capability(
+        "siliang's models and configs in TRL's SFTTrainer",
+        (
+            "trl.trainer.sft_trainer:is_peft_model(model)",
+            "trl.trainer.sft_trainer:get_peft_model(model, peft_config)",
+            "trl.trainer.sft_trainer:PeftConfig",
+            "trl.trainer.sft_trainer:BaseTunerLayer",
+        ),
+        "SFTTrainer takes neither",
+        optional=True,
+    ),
+    Capability(
         "models without memory",
         (
             "torch._subclasses.fake_tensor:FakeTensorMode(allow_non_fake_inputs)",

@@ -27,8 +27,9 @@ from siliang.adapters.files import (
 from siliang.adapters.injection import Injection
 from siliang.answers_as_base import AnswersAsBase
 from siliang.methods import METHODS, method_of
-from siliang.methods.config import BASE, PeftConfig
+from siliang.methods.config import BASE, CONFIG_NAME, PeftConfig
 from siliang.models.quantized import count_parameters, keep_as_stored
+from siliang.peft_checks import refresh
 from siliang.types import ConfigError, nearest
 
 
@@ -64,6 +65,7 @@ class PeftModel(AnswersAsBase):
         *,
         file: FileSizes | None = None,
     ) -> None:
+        refresh()
         nn.Module.__init__(self)  # PreTrainedModel's own would adjust the base model's config to this wrapper
         if isinstance(model, PeftModel):
             raise ConfigError("The model has adapters already: call its add_adapter, or unload() it first.")
@@ -148,16 +150,28 @@ class PeftModel(AnswersAsBase):
     ) -> None:
         """Attaches an adapter from a folder (or a hub name), inactive until `set_adapter`.
 
+        Where the model has an adapter of this name already, the file's weights are copied into that one, as in PEFT;
+        merged adapters are taken out of the weights first. It stays active or not, and trained or frozen, as it was.
+
         Args:
-            is_trainable: Train it, with its head, from now on; otherwise it stays frozen.
+            is_trainable: Train it, with its head, from now on; otherwise a new one stays frozen.
 
         Raises:
             AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
+            ConfigError: The model's adapter of this name has other settings than the file.
         """
         folder = adapter_folder(model_id)
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors, training = read_adapter(folder), read_training(folder)
+        if adapter_name in self.peft_config:
+            self.peft_config[adapter_name].check_same(config, source=f"{folder}/{CONFIG_NAME}", name=adapter_name)
+            self.injection.leave_merged("Other weights are loaded into")
+            trained = any(p.requires_grad for p in self.injection.adapter_parameters(adapter_name))
+            with at_most_what_is_there(folder):
+                load_tensors(self.injection, adapter_name, tensors, source=str(folder), training=training)
+            self.injection.ask_for_gradients(adapter_name, trained or is_trainable)
+            return
 
         def fill() -> None:
             load_tensors(self.injection, adapter_name, tensors, source=str(folder), training=training)

@@ -208,6 +208,27 @@ def test_an_adapter_in_the_folder_is_left_aside(tmp_path: Path) -> None:
         changed("transformers", "from_pretrained takes an adapter that lies beside a model")
 
 
+# ---- who asks for PEFT's classes ----
+
+
+def test_trainers_know_a_model_of_siliang() -> None:
+    import accelerate.utils
+    from transformers import trainer, trainer_utils
+
+    plain = make("llama")
+    model = get_peft_model(make("llama"), PrefixTuningConfig(num_virtual_tokens=2, task_type=TASK["llama"]))
+    for module, name in (
+        (trainer_utils, "_is_peft_model"),
+        (trainer, "_is_peft_model"),
+        (accelerate.utils, "is_peft_model"),
+    ):
+        asked = vars(module)[name]
+        if not asked(model) or asked(plain):
+            changed(module.__name__.partition(".")[0], f"{module.__name__}.{name} is not what trainers ask")
+    if trainer_utils.unwrap_peft_model(model) is not model.get_base_model():
+        changed("transformers", "unwrap_peft_model does not ask _is_peft_model")
+
+
 # ---- torch ----
 
 

@@ -12,12 +12,14 @@ from typing import Any, ClassVar, Self
 
 from siliang.files import write_text
 from siliang.methods.fields import check_fields
+from siliang.peft_checks import refresh
 from siliang.safe_json import dump_json, read_values
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, TaskType
 
 CONFIG_NAME = "adapter_config.json"
 BASE = "__base__"  # in adapter_names: no adapter
+_OF_THE_BASE = frozenset({"base_model_name_or_path", "revision", "auto_mapping", "inference_mode"})
 PEFT_FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal
 
 
@@ -51,6 +53,7 @@ class PeftConfig:
     MOST: ClassVar[int] = 2**31  # of those numbers: no model has more of anything
 
     def __post_init__(self) -> None:
+        refresh()  # TRL's trainers take it as peft_config
         check_fields(self)
         for name in self.AT_LEAST_1:
             value = getattr(self, name)
@@ -78,6 +81,24 @@ class PeftConfig:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / CONFIG_NAME, self.to_json())
+
+    def check_same(self, other: PeftConfig, *, source: str, name: str) -> None:
+        """That weights trained with config `other` compute the same in an adapter with this one.
+
+        Args:
+            source: Where `other` stands, for the error.
+            name: The adapter's name, for the error.
+
+        Raises:
+            ConfigError: A setting of the method differs.
+        """
+        own, others = self.to_dict(), other.to_dict()
+        for key in sorted((own.keys() | others.keys()) - _OF_THE_BASE):
+            if own.get(key) != others.get(key):
+                raise ConfigError(
+                    f"{source}: {key} = {short_repr(others.get(key))}, and adapter {name!r} of the model has "
+                    f"{short_repr(own.get(key))}: load it under another name, or delete_adapter({name!r}) first."
+                )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str = CONFIG_NAME) -> Self:

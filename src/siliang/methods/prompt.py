@@ -143,8 +143,12 @@ class Prompt(nn.Module, ABC):
 
     @torch.no_grad()
     def flatten(self, table: Tensor) -> None:
-        """Becomes the plain table that a file holds."""
+        """Becomes the plain table that a file holds. One that is plain already keeps its parameter: an optimizer may
+        have it."""
         weight = self.embedding.weight
+        if self.flat and weight.shape == table.shape:
+            weight.copy_(table)
+            return
         for name, _ in list(self.named_children()):
             if name != "embedding":
                 delattr(self, name)

@@ -1,0 +1,101 @@
+"""Has the libraries that ask for PEFT's classes take siliang's as well.
+
+transformers' Trainer loads the adapter of a checkpoint only into an instance of `peft.PeftModel`, and TRL's SFTTrainer
+attaches only a `peft.PeftConfig`. PEFT's classes take no virtual subclasses, and PEFT may not be installed at all.
+Therefore the few names in other modules that are asked are replaced by ones that know siliang's classes too. For every
+other object they answer what they did before.
+
+`refresh` does so in the modules that are imported by then, and imports none. It runs when a config or a model of
+siliang is made, and when the Trainer or TRL asks about one. The contract tests try all of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+_MODEL, _CONFIG, _LAYER = (
+    ("siliang.peft_model", "PeftModel"),
+    ("siliang.methods.config", "PeftConfig"),
+    ("siliang.methods.layer", "AdaptedLayer"),
+)
+
+
+def refresh() -> None:
+    """Replaces what is asked, in every module of `_REPLACED` that is imported and was not replaced yet."""
+    for module, names in _REPLACED.items():
+        there = vars(sys.modules[module]) if module in sys.modules else {}
+        for name, replacement in names.items():
+            if name in there and not _is_ours(there[name]):
+                setattr(sys.modules[module], name, replacement(there[name]))
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, tuple) or hasattr(value, "knows_siliang")
+
+
+def _ours(kind: tuple[str, str]) -> Any:
+    """A class of siliang, for isinstance; where its file is not imported there can be no instance of it."""
+    module, name = kind
+    return getattr(sys.modules.get(module), name, ())
+
+
+def _also(kind: tuple[str, str]) -> Callable[[Any], Any]:
+    """For a class that isinstance is given: that class, or siliang's."""
+
+    def both(theirs: Any) -> Any:
+        ours = _ours(kind)
+        return (theirs, ours) if ours else theirs  # not imported yet: a later `refresh` does it
+
+    return both
+
+
+def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
+    function.knows_siliang = True  # type: ignore[attr-defined]
+    return function
+
+
+def _or_our_model(theirs: Callable[..., bool]) -> Callable[..., bool]:
+    """For a function that says whether a model has adapters of PEFT."""
+
+    @wraps(theirs)
+    def is_peft_model(model: Any) -> bool:
+        from accelerate.utils import extract_model_from_parallel
+
+        if isinstance(extract_model_from_parallel(model), _ours(_MODEL)):
+            refresh()  # what the caller asks next may be of a module that was imported after the model was made
+            return True
+        return theirs(model)
+
+    return _marked(is_peft_model)
+
+
+def _or_our_attaching(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """For `peft.get_peft_model`: siliang's where the config is siliang's."""
+
+    @wraps(theirs)
+    def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(peft_config, _ours(_CONFIG)):
+            return import_module("siliang.peft_model").get_peft_model(model, peft_config, *args, **kwargs)
+        return theirs(model, peft_config, *args, **kwargs)
+
+    return _marked(get_peft_model)
+
+
+_REPLACED: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "transformers.trainer_utils": {"_is_peft_model": _or_our_model},
+    "transformers.trainer": {"_is_peft_model": _or_our_model},
+    "transformers.integrations.neftune": {"_is_peft_model": _or_our_model},
+    "accelerate.utils.modeling": {"is_peft_model": _or_our_model},
+    "accelerate.utils": {"is_peft_model": _or_our_model},
+    "trl.trainer.base_trainer": {"is_peft_model": _or_our_model},
+    "trl.trainer.sft_trainer": {
+        "is_peft_model": _or_our_model,
+        "PeftConfig": _also(_CONFIG),
+        "get_peft_model": _or_our_attaching,
+        "BaseTunerLayer": _also(_LAYER),
+    },
+}
