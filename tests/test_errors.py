@@ -9,7 +9,8 @@ import pytest
 
 import siliang.engine.padding
 import siliang.train.run  # noqa: F401 - whatever defines errors
-from siliang.errors import CATALOGUE, _classes, as_markdown, as_shown, explain, language
+from siliang.errors import CATALOGUE, _classes, as_markdown, as_shown, explain
+from siliang.language import language
 from siliang.types import ConfigError, InterruptedRunError, OutputError, SiliangError, TrainingError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,8 +77,8 @@ def test_the_command_in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("错误[SLE03] 数据无法使用：There is no data file or folder x.\n办法：")
     assert siliang("explain", "SLE04").stdout.startswith("SLE04: 基座模型无法加载\n\n原因：")
-    assert siliang("explain", "SL007").stdout.startswith("SL007 (error)")
-    assert "SLE01 to SLE15" in siliang("explain", "SLE99").stderr
+    assert siliang("explain", "SL007").stdout.startswith("SL007（错误）：没有学习结束符\n\n原因：")
+    assert "代码从 SLE01 到 SLE15" in siliang("explain", "SLE99").stderr
 
 
 def test_a_line_of_any_length_is_cut() -> None:

@@ -6,14 +6,11 @@ The message of an error says what happened in this very case. This catalogue say
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Literal
 
+from siliang.language import Bilingual, Language
 from siliang.secrets import shortened
 from siliang.types import ConfigError, SiliangError, nearest
-
-Language = Literal["en", "zh"]
 
 LONGEST_LINE = 1000
 
@@ -265,14 +262,6 @@ CATALOGUE: dict[str, Entry] = {
 }
 
 
-def language() -> Language:
-    """SILIANG_LANG, or else the locale's language."""
-    wanted = os.environ.get("SILIANG_LANG") or next(
-        (value for name in ("LC_ALL", "LC_MESSAGES", "LANG") if (value := os.environ.get(name))), ""
-    )
-    return "zh" if wanted.lower().startswith("zh") else "en"
-
-
 def find_entry(code: str) -> Entry:
     """The entry of an error's code.
 
@@ -282,9 +271,12 @@ def find_entry(code: str) -> Entry:
     try:
         return CATALOGUE[code.upper()]
     except KeyError:
+        first, last, alike = min(CATALOGUE), max(CATALOGUE), nearest(code.upper(), CATALOGUE)
         raise ConfigError(
-            f"there is no error {code}; there are {min(CATALOGUE)} to "
-            f"{max(CATALOGUE)}.{nearest(code.upper(), CATALOGUE)}"
+            Bilingual(
+                f"error {code} does not exist; the codes are {first} to {last}.{alike}",
+                f"错误 {code} 不存在；代码从 {first} 到 {last}。{alike.zh}",
+            )
         ) from None
 
 
@@ -298,7 +290,8 @@ def explain(code: str, language: Language) -> str:
 def as_shown(error: SiliangError, language: Language) -> str:
     """An error as the command prints it: its own words, and to a reader of Chinese also what it is and what to do."""
     # a file may hold lines of any length
-    words = "\n".join(shortened(line, LONGEST_LINE, " ...") for line in str(error).split("\n"))
+    message = error.zh if language == "zh" and error.zh else str(error)
+    words = "\n".join(shortened(line, LONGEST_LINE, " ...") for line in message.split("\n"))
     if language == "en":
         return f"error[{error.code}]: {words}"
     page = CATALOGUE[error.code].zh

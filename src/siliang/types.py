@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from siliang.language import Bilingual
 from siliang.secrets import LONGEST, shortened, without_secrets
 
 MOST_CHARACTERS = 4000  # of an error
@@ -74,6 +75,7 @@ class SiliangError(Exception):
     Attributes:
         code: Under which errors.py says the cause and the remedy, in English and in Chinese.
         exit_code: Of the command that ends with it.
+        zh: The message in Chinese, where it was given in both languages; str(error) is English.
     """
 
     code: ClassVar[str] = "SLE00"
@@ -81,11 +83,15 @@ class SiliangError(Exception):
 
     def __init__(self, message: object = "") -> None:
         """What it says; of more than MOST_CHARACTERS, such as of a value of a stranger's, the beginning and the end."""
-        text = str(message)
-        if len(text) > MOST_CHARACTERS:
-            end = without_secrets(text[-(LONGEST + 300) :])[-300:]
-            text = f"{shortened(text, MOST_CHARACTERS - 400)} ... ({len(text):,} characters) ... {end}"
-        super().__init__(text)
+        super().__init__(_bounded(str(message)))
+        self.zh = _bounded(message.zh) if isinstance(message, Bilingual) else None
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    end = without_secrets(text[-(LONGEST + 300) :])[-300:]
+    return f"{shortened(text, MOST_CHARACTERS - 400)} ... ({len(text):,} characters) ... {end}"
 
 
 class ConfigError(SiliangError, ValueError):
@@ -226,7 +232,9 @@ def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
     return sorted((name for name in known if like[name] >= ALIKE or name in part), key=lambda name: -like[name])[:n]
 
 
-def nearest(word: str, words: Iterable[str], n: int = 3) -> str:
-    """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing where none does."""
-    names = near(word, words, n)
-    return f" Did you mean {' or '.join(map(repr, names))}?" if names else ""
+def nearest(word: str, words: Iterable[str], n: int = 3) -> Bilingual:
+    """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing if none does."""
+    names = [repr(name) for name in near(word, words, n)]
+    if not names:
+        return Bilingual("", "")
+    return Bilingual(f" Did you mean {' or '.join(names)}?", f"是不是 {' 或 '.join(names)}？")

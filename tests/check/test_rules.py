@@ -254,7 +254,7 @@ def test_prepared_rows(case: Case) -> None:
     # the pieces of "</s>" are unknown to this small vocabulary
     assert codes(lost) == {"SL007", "SL013"} and "90 of 90 rows" in lost[0].message
     masked = next(f for f in case(prepared(end_masked)) if f.code == "SL007")
-    assert "in 90 of them it stands there with its label masked" in masked.message
+    assert "in 90 of them it is there with its label masked" in masked.message
     assert "SL008" in codes(case(prepared(all_masked)))
     assert "SL010" in codes(case(prepared(lambda *x: (right_rows(*x)[0],) * 2)))
     assert "SL011" in codes(case(prepared(shifted)))
@@ -319,7 +319,7 @@ def test_models_that_do_not_fit(case: Case, tmp_path: Path) -> None:
 
 def test_a_missing_pad_token_and_a_wrong_collator(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from siliang.check import rules_tokens
-    from siliang.check.rules_run import no_pad_token
+    from siliang.check.rules_model import no_pad_token
 
     data = {"train": str(write_jsonl(tmp_path / "d.jsonl", CLEAN)), "max_length": 64}
     values = {"model": str(case.models["llama"]), "task": "causal_lm", "data": data, "output": str(tmp_path / "o")}
@@ -344,12 +344,12 @@ def test_a_missing_pad_token_and_a_wrong_collator(case: Case, monkeypatch: pytes
 
 def test_accepted_findings_do_not_stop(case: Case) -> None:
     rows = [*CLEAN, {"instruction": "a", "output": ""}]
-    with pytest.raises(DataError, match=r"SL001 1 row is bad: .*has an empty 'output'.\nMend them"):
+    with pytest.raises(DataError, match=r"SL001 1 row is bad: .*has an empty 'output'.\nCorrect them"):
         stop_on_errors(case(rows))
     found = case(rows, accept=["sl001"])
     stop_on_errors(found)
     assert [(f.code, f.severity, f.accepted) for f in found] == [("SL001", "warning", True)]
-    with pytest.raises(ConfigError, match="there is no rule SL999"):
+    with pytest.raises(ConfigError, match="rule SL999 does not exist"):
         case(accept=["SL999"])
 
 
@@ -403,7 +403,7 @@ def test_every_kind_of_bad_row_can_be_left_out(case: Case) -> None:
 def test_pages() -> None:
     for code, rule in RULES.items():
         assert rule.title and not rule.title.startswith("Cause"), code
-        assert rule.part("Cause") and rule.part("Fix"), code
+        assert rule.cause and rule.fix, code
     assert len({rule.function for rule in RULES.values()}) == len(RULES)
 
 
@@ -437,7 +437,7 @@ def test_counts_of_an_encoder_decoder(tmp_path: Path) -> None:
         (("0", "1", "2", "-1"), "rows have the label '-1' beside numbers from 0"),
         (("0", "1", "true", "false"), "'0' (18 rows) and 'false' (18 rows); '1' (18 rows) and 'true' (18 rows)"),
         (("1", "0", "True"), "'1' (24 rows) and 'True' (24 rows)"),
-        ((" pos", " neg"), "hold what is not seen: ' neg' (36 rows), ' pos' (36 rows)"),
+        ((" pos", " neg"), "hold invisible characters: ' neg' (36 rows), ' pos' (36 rows)"),
         (("-1", "1"), None),
         (("-1", "0", "1", "-2"), None),
         (("1", "true", "maybe"), None),

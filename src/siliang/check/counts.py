@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
+from pydantic import JsonValue
 
 from siliang.check.subject import Subject
 from siliang.data.examples import Labelled
 
 
-def count(s: Subject) -> dict[str, Any]:
+def count(s: Subject) -> dict[str, JsonValue]:
     """Counts by name; shares are between 0 and 1."""
     lengths, tokens = s.train.lengths, int(s.train.lengths.sum())
-    counts: dict[str, Any] = {
+    counts: dict[str, JsonValue] = {
         "layout": s.examples.layout,
         "columns": s.examples.columns,
         "not_used": s.examples.unused,
@@ -51,6 +51,6 @@ def count(s: Subject) -> dict[str, Any]:
     return counts
 
 
-def _spread(lengths: np.ndarray) -> dict[str, int]:
+def _spread(lengths: np.ndarray) -> dict[str, JsonValue]:
     median, p90, p99 = np.percentile(lengths, [50, 90, 99]).astype(int).tolist()
     return {"median": median, "p90": p90, "p99": p99, "longest": int(lengths.max())}

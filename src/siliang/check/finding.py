@@ -6,19 +6,27 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from siliang.language import Bilingual, both, local
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from siliang.check.subject import Subject
 
 Severity = Literal["error", "warning"]
 SHOWN_ROWS = 5
-RATE_FACTOR = 10.0  # between a learning rate and the method's usual one, from where on it is another method's
+RATE_FACTOR = 10.0  # between a learning rate and the method's usual one; from here on it is another method's
+CHINESE, MARKS = "[一-鿿“”（《]", "[，。；：、）？！]"
+CHINESE, MARKS = "[一-鿿“”（《]", "[，。；：、）？！]"
+SEVERITIES: dict[Severity, Bilingual] = {"error": Bilingual("error", "错误"), "warning": Bilingual("warning", "警告")}
+PARTS = {"train": Bilingual("training", "训练"), "eval": Bilingual("held-out", "留出")}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a rule's function yields.
+    """What a rule's function yields; its texts are English that carries its Chinese.
 
     Attributes:
         message: What was found, with its figures.
@@ -41,6 +49,7 @@ class Rule:
 
     Attributes:
         reads: What it looks at: "rows" needs no tokens, and runs first.
+        function: Its docstring is the rule's page, in six paragraphs: title, cause and fix, in English and in Chinese.
         ends: An error of it ends the run in any case, and so cannot be accepted.
     """
 
@@ -51,18 +60,40 @@ class Rule:
     ends: bool = False
 
     @property
-    def page(self) -> str:
-        """The rule's page: what it is, why it happens, what to do."""
-        return inspect.cleandoc(self.function.__doc__ or "")
+    def paragraphs(self) -> list[str]:
+        """Title, cause and fix in English, and the same in Chinese: the paragraphs of the function's docstring."""
+        return inspect.cleandoc(self.function.__doc__ or "").split("\n\n")
 
     @property
-    def title(self) -> str:
-        return self.page.partition("\n")[0].rstrip(".")
+    def page(self) -> Bilingual:
+        """The rule's page: what it is, why it happens, what to do."""
+        return Bilingual("\n\n".join(self.paragraphs[:3]), "\n\n".join(self.paragraphs[3:]))
 
-    def part(self, name: str) -> str:
-        """The paragraph of the page that begins with "Cause:" or "Fix:", in one line."""
-        found = re.search(rf"^{name}: (.*?)(?:\n\n|\Z)", self.page, re.DOTALL | re.MULTILINE)
-        return " ".join(found[1].split()) if found else ""
+    @property
+    def shown_page(self) -> str:
+        """The page under its code, in the reader's language."""
+        return both(f"{self.code} ({self.severity}): ", f"{self.code}（{SEVERITIES[self.severity].zh}）：") + local(
+            self.page
+        )
+
+    @property
+    def title(self) -> Bilingual:
+        return Bilingual(self.paragraphs[0].rstrip("."), self.paragraphs[3])
+
+    @property
+    def cause(self) -> Bilingual:
+        return Bilingual(_unwrapped(self.paragraphs[1], "Cause: "), _unwrapped(self.paragraphs[4], "原因："))
+
+    @property
+    def fix(self) -> Bilingual:
+        return Bilingual(_unwrapped(self.paragraphs[2], "Fix: "), _unwrapped(self.paragraphs[5], "办法："))
+
+
+def _unwrapped(paragraph: str, label: str) -> str:
+    """The paragraph in one line, without its label; between Chinese characters a line's end is no blank."""
+    assert paragraph.startswith(label), paragraph
+    text = paragraph.removeprefix(label).replace("\n", " ")
+    return re.sub(f"(?<={CHINESE}) (?={CHINESE})|(?<={MARKS}) | (?={MARKS})", "", text)
 
 
 @dataclass(frozen=True)
@@ -79,23 +110,49 @@ class Finding:
     count: int = 0
     accepted: bool = False
 
+    @property
+    def headline(self) -> str:
+        """Title and message in the reader's language."""
+        return both(f"{self.title}: {self.message}", f"{local(self.title, 'zh')}：{local(self.message, 'zh')}")
+
     @classmethod
     def of(cls, rule: Rule, found: Found, accepted: bool) -> Finding:
         severity = found.severity or rule.severity
-        fix = found.fix or rule.part("Fix")
+        fix: str = found.fix or rule.fix
         if accepted and rule.ends and severity == "error":
-            accepted, fix = False, f"{fix} It cannot be accepted: the run would end in it."
+            accepted = False
+            fix = Bilingual(
+                f"{fix} It cannot be accepted: the run would end with an error.",
+                f"{local(fix, 'zh')}此项不能用 accept 接受：训练必定会因此中止。",
+            )
         return cls(
             rule.code,
             "warning" if accepted else severity,
             rule.title,
             found.message,
-            rule.part("Cause"),
+            rule.cause,
             fix,
             list(found.rows[:SHOWN_ROWS]),
             found.count or len(found.rows),
             accepted,
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, JsonValue]:
+        """As JSON, whose texts are English in every locale."""
         return asdict(self)
+
+
+def not_usable(s: Subject, bad: list[str], what: Bilingual) -> Found:
+    """What is found where rows cannot be used: an error, or a warning where data.skip_bad_rows leaves them out.
+
+    Args:
+        bad: Each row, with its reason.
+        what: How many there are, in words.
+    """
+    left = len(bad) - 3
+    shown, shown_zh = "; ".join(bad[:3]), "；".join(local(row, "zh") for row in bad[:3])
+    more, more_zh = (f"; and {left:,} more", f"；另有 {left:,} 条") if left > 0 else ("", "")
+    said = Bilingual(f"{what}: {shown}{more}", f"{what.zh}：{shown_zh}{more_zh}")
+    skipped = Bilingual("Left out, as data.skip_bad_rows says.", "已按 data.skip_bad_rows 跳过。")
+    fix, severity = (skipped, "warning") if s.data.skip_bad_rows else (None, None)
+    return Found(said, tuple(bad[:6]), len(bad), fix, severity)

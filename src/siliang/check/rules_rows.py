@@ -5,21 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
 
 import numpy as np
 
-from siliang.check.finding import Found
+from siliang.check.finding import PARTS, Found, not_usable
 from siliang.check.subject import Subject
-from siliang.data.examples import Labelled, Span, Tagged
+from siliang.data.examples import Span
 from siliang.data.formats import misplaced
-from siliang.data.labels import alike, joined, no_label, strange
-from siliang.data.numbers import as_number, is_whole
-from siliang.secrets import shortened
+from siliang.language import Bilingual
 
-LARGEST_SHARE = 0.8  # of one class, above which a model that says nothing else looks good
-LARGEST_RATIO = 10.0
-MANY_NUMBERS = 10  # from where on numbers are more often measured than classes
 DAMAGE = re.compile("\ufffd|\ufeff|锟斤拷|Ã[\u0080-\u00bf]|â€|\\\\u0000")
 PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\[(?:YOUR|INSERT)[ _][A-Z _]+\]")
 
@@ -27,26 +21,36 @@ PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\[(?:YOUR|INSERT)[ _][A-Z _]+\]")
 def bad_rows(s: Subject) -> Iterator[Found]:
     """Rows cannot be used.
 
-    Cause: A line that cannot be read, a field that is empty or missing, a label that is not one of the classes. They
-    are never dropped silently: an empty answer, learned, teaches the model to say nothing.
+    Cause: A line cannot be read, a field is empty or missing, or a label is not one of the classes. Such rows are never
+    dropped silently: a model that learns from an empty answer learns to say nothing.
 
-    Fix: Mend them, or leave them out with data.skip_bad_rows=true.
+    Fix: Correct them, or leave them out with data.skip_bad_rows=true.
+
+    有样本无法使用
+
+    原因：有的行读不出来，有的字段为空或缺失，有的标签不在类别之内。siliang 不会悄悄丢掉这些样本：模型若从空答案学习，学
+    到的就是什么都不说。
+
+    办法：改正这些行，或用 data.skip_bad_rows=true 跳过。
     """
     bad = s.examples.skipped
     if bad:
-        rows = "1 row is bad" if len(bad) == 1 else f"{len(bad)} rows are bad"
-        said = f"{rows}: {'; '.join(bad[:3])}{f'; and {len(bad) - 3:,} more' if len(bad) > 3 else ''}"
-        left = "left out, as data.skip_bad_rows says" if s.data.skip_bad_rows else None
-        yield Found(said, tuple(bad[:6]), len(bad), left, "warning" if left else None)
+        rows = "1 row is bad" if len(bad) == 1 else f"{len(bad):,} rows are bad"
+        yield not_usable(s, bad, Bilingual(rows, f"{len(bad):,} 条样本有问题"))
 
 
 def duplicates(s: Subject) -> Iterator[Found]:
-    """Training rows that are there twice.
+    """Training rows that occur more than once.
 
-    Cause: The same row again is the same lesson again: it weighs twice, and where one copy is held out it makes the
-    evaluation look better than it is.
+    Cause: A row that occurs twice weighs twice. Where one copy is held out, the evaluation looks better than it is.
 
     Fix: Remove the copies, or accept them (accept: [SL002]) where the data is meant to weigh that way.
+
+    训练样本有重复
+
+    原因：重复的样本权重加倍；若其中一份被留出，评估结果会虚高。
+
+    办法：删除重复的样本；如果有意如此加权，用 accept: [SL002] 接受此项。
     """
     _, whole = s.prints["train"]
     _, first, counts = np.unique(whole, return_index=True, return_counts=True)
@@ -56,7 +60,10 @@ def duplicates(s: Subject) -> Iterator[Found]:
         copies = np.setdiff1d(np.arange(len(whole)), first)
         most = int(counts.max())
         yield Found(
-            f"{extra:,} of {len(whole):,} training rows are copies of others (the most common is there {most} times)",
+            Bilingual(
+                f"{extra:,} of {len(whole):,} training rows are copies of others (one of them occurs {most} times)",
+                f"{len(whole):,} 条训练样本中有 {extra:,} 条与其他样本重复（最多的一条出现 {most} 次）",
+            ),
             s.places(copies),
             extra,
         )
@@ -68,111 +75,64 @@ def overlap(s: Subject) -> Iterator[Found]:
     Cause: The model has seen these questions or texts in training, so the evaluation measures its memory.
 
     Fix: Remove them from one of the two, or remove copies before the split (SL002).
+
+    留出样本也出现在训练集中
+
+    原因：模型在训练中见过这些问题或文本，评估测到的是记忆，不是泛化能力。
+
+    办法：从其中一边删除，或在划分之前先去重（SL002）。
     """
     seen, asked = s.prints["train"][0], s.prints["eval"][0]
     known = np.flatnonzero(np.isin(asked, seen))
     if len(known):
         share = 100 * len(known) / len(asked)
-        yield Found(
+        said = Bilingual(
             f"{len(known):,} of {len(asked):,} held-out rows ({share:.1f}%) have the question or text of a trained one",
-            s.places(known, "eval"),
-            len(known),
+            f"{len(asked):,} 条留出样本中有 {len(known):,} 条（{share:.1f}%）的问题或文本在训练集中出现过",
         )
+        yield Found(said, s.places(known, "eval"), len(known))
 
 
 def damaged_text(s: Subject) -> Iterator[Found]:
     """Text that lost its encoding.
 
-    Cause: NUL characters, replacement characters (U+FFFD), byte order marks inside the text, or the marks of UTF-8
-    read as Latin-1 (Ã©, â€): the file was once opened in another encoding than its own, and what was there is lost.
+    Cause: The text holds NUL characters, replacement characters (U+FFFD), byte order marks, or UTF-8 that was read as
+    Latin-1 (Ã©, â€). The file was once opened in the wrong encoding, and the original characters are lost.
 
-    Fix: Get the file again and save it as UTF-8; or remove these rows.
+    Fix: Get the file again and save it as UTF-8, or remove these rows.
+
+    文本出现乱码
+
+    原因：文本中有 NUL 字符、替换字符（U+FFFD）、字节序标记，或被当作 Latin-1 读取的 UTF-8（Ã©、â€）：文件曾用错误的编码
+    打开过，原来的字符已经丢失。
+
+    办法：重新获取文件并存为 UTF-8，或删除这些行。
     """
     for part in ("train", "eval"):
         rows = [i for i, line in enumerate(getattr(s.examples, part).lines()) if DAMAGE.search(line)]
         if rows:
-            yield Found(f"{len(rows):,} {_part(part)} rows hold damaged characters", s.places(rows, part), len(rows))
-
-
-def missing_classes(s: Subject) -> Iterator[Found]:
-    """A class that training never sees.
-
-    Cause: The training rows do not hold every class: the model cannot learn what it is not shown, and a data.labels
-    that does not fit the label column shows itself so too.
-
-    Fix: Look at data.labels and data.columns.label; where the split is to blame, use data.stratify=true.
-    """
-    names = s.examples.labels
-    if names is None:
-        return
-    counts = _class_counts(s)
-    missing = [name for name in names if not counts[name]]
-    if len(names) - len(missing) < 2:
-        seen = [name for name in names if counts[name]]
-        yield Found(f"the training rows have one class only, {', '.join(map(repr, seen))}: nothing to learn")
-    elif missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        # a rare tag that a random split took away is a pity; a rare class is an error
-        severity = "warning" if s.task.data.named == "tags" else None
-        yield Found(
-            f"{len(missing)} of {len(names)} classes have no training row: {', '.join(missing[:10])}{more}",
-            severity=severity,
-        )
-
-
-def doubtful_labels(s: Subject) -> Iterator[Found]:
-    """Labels that are not what they seem.
-
-    Cause: Labels are compared to the letter: "a" and "a " with a blank, "1" and "1.0", "Positive" and "positive" are
-    two classes each, which no text tells apart. "nan", "None", and -1 beside 0 and 1 say that there is none,
-    numbers with a point are often measurements, and "a,b" beside "a" and "b" is several labels in one.
-
-    Fix: Write each class in one way, and remove rows without one. Where the names are meant as they are, list them in
-    data.labels, or accept this finding (accept: [SL020]).
-    """
-    names = s.examples.labels
-    if names is None or s.data.labels is not None:
-        return
-    counts = _class_counts(s, "train", "eval")
-    groups = alike(names)
-    if groups:
-        shown = [" and ".join(f"{name!r} ({counts[name]:,} rows)" for name in group) for group in groups[:5]]
-        more = f"; and {len(groups) - 5} more" if len(groups) > 5 else ""
-        yield Found(f"classes that look like one: {'; '.join(shown)}{more}")
-    if (none := no_label(names)) is not None:
-        yield Found(
-            f"{counts[none]:,} rows have the label {none!r} beside numbers from 0: so GLUE and others write that there "
-            "is no label",
-            fix="Remove these rows; where it is a class, list the classes in data.labels.",
-        )
-    if s.task.data.named == "label" and (mark := joined(names)):
-        shown = shortened(", ".join(repr(name) for name in names if mark in name.strip()), 100)
-        yield Found(f"several labels in one, separated by {mark!r}: {shown}; seq_cls learns one class for a text")
-    together = {name for group in groups for name in group}
-    if odd := [name for name in strange(names) if name not in together]:
-        missing = any(name.casefold().strip() in ("nan", "-nan", "<na>", "nat") for name in odd)
-        blanks = all(name != name.strip() for name in names if name != "O")  # a blank behind each comma
-        severity = None if missing or blanks else "warning"
-        shown = ", ".join(f"{name!r} ({counts[name]:,} rows)" for name in odd[:5])
-        yield Found(f"labels that may stand for none, or hold what is not seen: {shown}", severity=severity)
-    numbers = [name for name in names if as_number(name) is not None]
-    pointed = [name for name in numbers if not is_whole(name)]
-    measured = len(numbers) == len(names) and (pointed or len(names) > MANY_NUMBERS)
-    if s.task.data.named == "label" and measured:
-        what = f"numbers with a point ({', '.join(pointed[:3])})" if pointed else f"{len(names)} different numbers"
-        yield Found(
-            f"the labels are {what}: each is a class of its own; a regression is not learned", severity="warning"
-        )
+            said = Bilingual(
+                f"{len(rows):,} {PARTS[part]} rows hold damaged characters",
+                f"{len(rows):,} 条{PARTS[part].zh}样本含有乱码",
+            )
+            yield Found(said, s.places(rows, part), len(rows))
 
 
 def quoted_cells(s: Subject) -> Iterator[Found]:
     """Cells in double quotes whose quotes are text.
 
-    Cause: In a .tsv file quotes are text unless all of the file can only have been written with quotes around its
-    cells: some files have titles in quotes, others were written by a program that quotes.
+    Cause: In a .tsv file quotes are text, unless the whole file can only have been written with quotes around its
+    cells. Some files have titles in quotes, others were written by a program that quotes.
 
-    Fix: Where the quotes are not meant as text, say data.separator=tab, which reads them as csv does; where they are,
+    Fix: Where the quotes are not meant as text, set data.separator=tab, which reads them as csv does. Where they are,
     accept this finding (accept: [SL029]).
+
+    单元格的双引号被当作文本
+
+    原因：.tsv 文件中的引号按文本处理，除非整个文件只可能是用引号包住单元格写成的。有的文件本来就有带引号的标题，有的则
+    是导出程序加了引号。
+
+    办法：如果引号不属于文本，设 data.separator=tab，按 csv 的规则读取；如果属于文本，用 accept: [SL029] 接受此项。
     """
     for line in s.examples.doubts:
         yield Found(line)
@@ -181,102 +141,107 @@ def quoted_cells(s: Subject) -> Iterator[Found]:
 def texts_not_used(s: Subject) -> Iterator[Found]:
     """A column of text that is not used.
 
-    Cause: The layout of the rows has no place for this column by its name, so the model never sees it: the other half
-    of a pair, the passage that a question is about, a system message.
+    Cause: The layout of the rows has no place for a column of this name, so the model never sees it. It may be the
+    other half of a pair, the passage that a question is about, or a system message.
 
-    Fix: Say what it is with data.columns, or accept this finding (accept: [SL036]) where it is not meant to be learned
+    Fix: Assign it with data.columns, or accept this finding (accept: [SL036]) where the column should not be learned
     from.
+
+    有文本列未被使用
+
+    原因：按列名，这种数据格式用不到这一列，模型看不到它。它可能是句对的另一半、问题所依据的段落，或系统消息。
+
+    办法：用 data.columns 指定它的用途；如果本来就不该用于学习，用 accept: [SL036] 接受此项。
     """
     if s.examples.layout in ("prepared", "tokens-tags"):  # which have no place for any text
         return
     for column in s.examples.texts_aside:
         yield Found(
-            f"the column {column!r} holds running text, and is not used", fix=_place_of(column, s.examples.columns, s)
+            Bilingual(
+                f"the column {column!r} holds running text, and is not used",
+                f"列 {column!r} 是成段的文本，但没有被使用",
+            ),
+            fix=_place_of(column, s.examples.columns, s),
         )
 
 
 def parts_not_used(s: Subject) -> Iterator[Found]:
     """A column that names parts of the data, and is not used.
 
-    Cause: The rows say themselves which of them are for training and which for evaluation; siliang takes parts from
-    files and folders, so all of these rows are trained on, or are held out by chance.
+    Cause: The rows themselves say which of them are for training and which for evaluation. siliang takes parts from
+    files and folders, so all of these rows are trained on, or are held out at random.
 
     Fix: Write a file for each part, and name them with data.train and data.eval; or accept this finding (accept:
     [SL037]).
+
+    标明数据划分的列未被使用
+
+    原因：数据中有一列标明了哪些行用于训练、哪些用于评估，但 siliang 只按文件和文件夹区分，因此这些行会全部用于训练，或
+    被随机留出。
+
+    办法：把各部分分别存成文件，用 data.train 和 data.eval 指定；或用 accept: [SL037] 接受此项。
     """
     for column, parts in s.examples.parts_aside.items():
-        yield Found(f"the column {column!r} says {', '.join(map(repr, parts))}, and is not used to split the rows")
+        named = ", ".join(map(repr, parts))
+        yield Found(
+            Bilingual(
+                f"the column {column!r} says {named}, and is not used to split the rows",
+                f"列 {column!r} 的内容是 {named}，但没有用来划分数据",
+            )
+        )
 
 
-def _place_of(column: str, taken: dict[str, str], s: Subject) -> str:
+def _place_of(column: str, taken: dict[str, str], s: Subject) -> Bilingual:
     """The settings that would use this column, for the layout of the rows."""
 
-    def said(part: str) -> str:
+    def setting(part: str) -> str:
         return f"data.columns.{part}={column}"
 
     layout = s.examples.layout
     if layout == "text-label":
-        how = f"{said('text_pair')} reads both as a pair of texts"
+        pair = setting("text_pair")
+        how = Bilingual(f"{pair} reads both as a pair of texts", f"{pair} 把两列作为句对读取")
     elif layout == "sentence-pair":
-        how = f"{said('text')} or {said('text_pair')} takes it in the place of another"
+        text, pair = setting("text"), setting("text_pair")
+        how = Bilingual(f"{text} or {pair} uses it instead of another column", f"{text} 或 {pair} 用它代替另一列")
     elif layout == "squad":
-        how = f"{said('context')} takes it in the place of {taken.get('context', 'context')!r}"
+        how = _instead(setting("context"), taken.get("context", "context"))
     elif layout == "source-target":
-        how = f"{said('source')} takes it in the place of {taken.get('source', 'source')!r}"
+        how = _instead(setting("source"), taken.get("source", "source"))
     elif layout == "text":
-        how = (
-            f"{said('text')} learns it instead; data.columns.prompt and data.columns.completion learn one after another"
+        text, parts = setting("text"), ("data.columns.prompt", "data.columns.completion")
+        how = Bilingual(
+            f"{text} learns it instead; {parts[0]} and {parts[1]} learn one column after another",
+            f"{text} 改为学习这一列；{parts[0]} 和 {parts[1]} 依次学习两列",
         )
     else:
         places = ["system"] if layout not in ("alpaca", "prompt-completion") else ["input", "system"]
         if "system" in column.lower():
             places = ["system"]
-        how = f"{' or '.join(map(said, places))} puts it into what is asked"
-    return f"{how}. Where it is not meant to be learned from, accept: [SL036]."
+        settings = [setting(place) for place in places]
+        how = Bilingual(f"{' or '.join(settings)} puts it into the question", f"{' 或 '.join(settings)} 把它放进提问")
+    return Bilingual(
+        f"{how}. Where it should not be learned from, accept: [SL036].",
+        f"{how.zh}。如果本来就不该用于学习，用 accept: [SL036] 接受此项。",
+    )
 
 
-def imbalance(s: Subject) -> Iterator[Found]:
-    """One class outweighs the others.
-
-    Cause: A model that always says the largest class is right that often: accuracy says little, and a learning rate
-    that is too high or a method that is too weak ends exactly there.
-
-    Fix: Look at f1 and not at accuracy, use data.stratify=true, or weigh the sources (data.train: [{path, weight}]).
-    """
-    if s.task.data.named != "label" or s.examples.labels is None:
-        return
-    counts = _class_counts(s)
-    n = sum(counts.values())
-    (large, most), (small, least) = counts.most_common()[0], counts.most_common()[-1]
-    if len(counts) > 1 and (most / n >= LARGEST_SHARE or most / least >= LARGEST_RATIO):
-        yield Found(f"{large!r} has {100 * most / n:.1f}% of the training rows, {small!r} {100 * least / n:.1f}%")
-
-
-def contradictions(s: Subject) -> Iterator[Found]:
-    """The same text with different labels.
-
-    Cause: One of the two is wrong, or the classes are not told apart by the text: no model can get both right.
-
-    Fix: Decide for one label.
-    """
-    if s.task.data.named != "label":
-        return
-    asked, whole = s.prints["train"]
-    pairs = {int(a): int(w) for a, w in zip(asked[::-1], whole[::-1], strict=True)}  # the first of each
-    rows = [i for i, (a, w) in enumerate(zip(asked.tolist(), whole.tolist(), strict=True)) if pairs[a] != w]
-    if rows:
-        yield Found(
-            f"{len(rows):,} training rows have another label than the same text before", s.places(rows), len(rows)
-        )
+def _instead(setting: str, column: str) -> Bilingual:
+    return Bilingual(f"{setting} uses it instead of {column!r}", f"{setting} 用它代替 {column!r}")
 
 
 def placeholders(s: Subject) -> Iterator[Found]:
-    """Placeholders that nobody filled in.
+    """Placeholders that were not filled in.
 
-    Cause: Text such as {{name}} is for a program that puts something in its place; the model would learn it as it
-    stands.
+    Cause: Text such as {{name}} is meant to be replaced by a program; the model would learn it as it stands.
 
     Fix: Fill them in before training.
+
+    占位符没有填写
+
+    原因：{{name}} 之类的文本本应由程序替换，模型会把它原样学进去。
+
+    办法：训练之前先填好。
     """
     if not s.task.writes:
         return
@@ -288,82 +253,56 @@ def placeholders(s: Subject) -> Iterator[Found]:
             rows.append(i)
     if rows:
         named = ", ".join(name for name, _ in names.most_common(3))
-        yield Found(f"{len(rows):,} training rows hold placeholders ({named})", s.places(rows), len(rows))
-
-
-def broken_tags(s: Subject) -> Iterator[Found]:
-    """Tags that do not make spans.
-
-    Cause: In BIO a span begins with B-, in BMES and BIOES it ends with E- or is a single S-; an I-, M- or E- that
-    follows nothing of its kind is a mistake of the annotation or of its conversion, and the span F1 counts it as a
-    span of its own.
-
-    Fix: Mend the tags, or look whether sentences were cut in the middle of a span.
-    """
-    if s.task.data.named != "tags":
-        return
-    rows, what = [], ""
-    for i, example in enumerate(s.examples.train):
-        assert isinstance(example, Tagged)
-        if broken := _broken(example.tags):
-            what = what or broken
-            rows.append(i)
-    if rows:
-        yield Found(f"{len(rows):,} sentences have tags out of place, such as {what}", s.places(rows), len(rows))
+        said = Bilingual(
+            f"{len(rows):,} training rows hold placeholders ({named})",
+            f"{len(rows):,} 条训练样本含有占位符（{named}）",
+        )
+        yield Found(said, s.places(rows), len(rows))
 
 
 def misplaced_answers(s: Subject) -> Iterator[Found]:
-    """An answer that is not where it is said to be.
+    """An answer that is not at its answer_start.
 
-    Cause: answer_start counts characters of the context; counted in bytes, in words, or in a text that was cleaned
-    since, it points elsewhere, and the model learns the wrong words.
+    Cause: answer_start counts characters of the context. Counted in bytes, in words, or in a text that was cleaned
+    later, it points elsewhere, and the model learns the wrong words.
 
     Fix: Count again: context[answer_start:].startswith(text) must hold.
+
+    答案不在 answer_start 处
+
+    原因：answer_start 按上下文的字符计数。若按字节或词计数，或之后清洗过文本，它就指向别处，模型会学到错误的文字。
+
+    办法：重新计算位置：context[answer_start:].startswith(text) 必须成立。
     """
     if not s.finds_spans:
         return
     rows = [i for i, e in enumerate(s.examples.train) if isinstance(e, Span) and misplaced(e)]
     if rows:
-        yield Found(
-            f"{len(rows):,} training rows have an answer that does not stand at its start", s.places(rows), len(rows)
+        said = Bilingual(
+            f"{len(rows):,} training rows have an answer that is not at its answer_start",
+            f"{len(rows):,} 条训练样本的答案不在 answer_start 处",
         )
+        yield Found(said, s.places(rows), len(rows))
 
 
 def nothing_held_out(s: Subject) -> Iterator[Found]:
     """Nothing is held out.
 
-    Cause: Without rows that the model never sees, nobody can tell learning from memory, or when to stop.
+    Cause: Without rows that the model never sees, learning cannot be distinguished from memory, and nothing shows when
+    to stop.
 
-    Fix: Give data.eval, or a data.test_size above 0.
+    Fix: Set data.eval, or a data.test_size above 0.
+
+    没有留出评估样本
+
+    原因：没有模型未见过的样本，就分不清是学会了还是背下来了，也无从判断何时该停。
+
+    办法：设置 data.eval，或大于 0 的 data.test_size。
     """
     if not len(s.examples.eval):
-        yield Found("there is no data.eval, and data.test_size holds nothing out")
-
-
-def _part(part: str) -> str:
-    return "training" if part == "train" else "held-out"
-
-
-def _class_counts(s: Subject, *parts: str) -> Counter[str]:
-    """Rows of each class, in the training rows where no part is named."""
-    counts: Counter[str] = Counter()
-    for example in chain.from_iterable(getattr(s.examples, part) for part in parts or ("train",)):
-        if isinstance(example, Labelled):
-            counts[example.label] += 1
-        elif isinstance(example, Tagged):
-            counts.update(example.tags)
-    return counts
-
-
-def _broken(tags: tuple[str, ...]) -> str:
-    """The first tag that cannot stand where it stands, with the one before it; nothing where all is well."""
-    ends = any(tag.startswith(("E-", "S-", "M-")) for tag in tags)
-    before = "O"
-    for tag in (*tags, "O"):
-        inside = tag.startswith(("I-", "M-", "E-"))
-        follows = before.startswith(("B-", "I-", "M-")) and before[2:] == tag[2:]
-        unfinished = ends and before.startswith(("B-", "I-", "M-")) and not (inside and follows)
-        if (inside and not follows and "-" in tag) or unfinished:
-            return f"{tag} after {before}"
-        before = tag
-    return ""
+        yield Found(
+            Bilingual(
+                "data.eval is not set, and data.test_size holds nothing out",
+                "没有设置 data.eval，data.test_size 也没有留出样本",
+            )
+        )

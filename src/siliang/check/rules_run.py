@@ -1,146 +1,18 @@
-"""Rules on the base model, the precision and the course of the run."""
+"""Rules on the precision, the course of the run and the disk."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from siliang.check.finding import RATE_FACTOR, Found
 from siliang.check.subject import Subject
 from siliang.hardware import FP16_ADAM_EPS
+from siliang.language import Bilingual, local
 from siliang.methods import METHODS
 from siliang.models.quantized import count_parameters
-from siliang.peft_model import get_peft_model
-from siliang.types import OTHER_HEADS, ConfigError, ModelError, TargetError
-
-
-def no_pad_token(s: Subject) -> Iterator[Found]:
-    """There is no pad token.
-
-    Cause: Rows of a batch are filled up to one length, and there is nothing to fill them with. Where the tokenizer
-    has an end of sequence or an unknown token, siliang takes that one: labels and attention are masked by position,
-    so any will do.
-
-    Fix: Name a pad_token in the model's tokenizer_config.json.
-    """
-    if s.tokenizer.pad_token_id is None:
-        yield Found(f"{s.config.model}: its tokenizer has no pad token, no end of sequence and no unknown token")
-
-
-def vocabulary(s: Subject) -> Iterator[Found]:
-    """Tokens without an embedding.
-
-    Cause: The tokenizer knows more tokens than the embedding has rows: on the first such token the run ends in an index
-    error, on a GPU in one that says nothing.
-
-    Fix: Use the model's own tokenizer, or name the new tokens in data.add_tokens, which makes the embeddings grow.
-    """
-    rows = getattr(s.text_config, "vocab_size", None)
-    if rows is None or s.data.add_tokens:
-        return
-    read = [ids for part in (s.train, s.eval) for ids in part.lists("input_ids") if len(ids)]
-    largest = max((int(ids.max()) for ids in read), default=0)
-    named = {"pad": s.tokenizer.pad_token_id, "eos": s.tokenizer.eos_token_id, "bos": s.tokenizer.bos_token_id}
-    beyond = [f"its {name} token is {token:,}" for name, token in named.items() if token is not None and token >= rows]
-    own = len(set(s.tokenizer.get_vocab().values()) - set(s.tokenizer.get_added_vocab().values()))
-    if largest >= rows:
-        yield Found(f"the data holds token {largest:,}, and the embedding has {rows:,} rows")
-    elif beyond or own > rows:
-        why = beyond[0] if beyond else f"{own:,} of them its own: it is another model's tokenizer"
-        yield Found(f"the tokenizer has {len(s.tokenizer):,} tokens, the embedding {rows:,} rows, and {why}")
-    elif len(s.tokenizer) > rows:
-        yield Found(
-            f"the tokenizer has {len(s.tokenizer):,} tokens, the embedding {rows:,} rows; the data uses none beyond",
-            severity="warning",
-        )
-
-
-def targets(s: Subject) -> Iterator[Found]:
-    """The method finds nothing to tune.
-
-    Cause: method.target_modules names modules that this model does not have, wholly or in part; PEFT passes over the
-    part that matches nothing.
-
-    Fix: Name modules that are there (the message lists near ones), or leave target_modules out.
-    """
-    if s.method.tunes == "biases" or (problem := _attach(s)) is None:
-        return
-    yield Found(problem)
-
-
-def no_biases(s: Subject) -> Iterator[Found]:
-    """BitFit on a model without biases.
-
-    Cause: BitFit trains the biases, and Llama and its kin have none: nothing would be learned.
-
-    Fix: Use method=lora, or a model with biases (BLOOM, BERT, GPT-2, Qwen2's attention).
-    """
-    if s.method.tunes == "biases" and (problem := _attach(s)) is not None:
-        yield Found(problem)
-
-
-def invented(s: Subject) -> Iterator[Found]:
-    """Weights that the model's files do not hold.
-
-    Cause: The model has parts beside the task's head that its files lack, such as the pooler of a BERT that was trained
-    without one. Loading makes them up at random. Frozen, they would be others wherever the adapter is opened, so they
-    are trained, and saved with the adapter (modules_to_save), as the head is.
-
-    Fix: Nothing is wrong where the model is known to come without them. Otherwise take a checkpoint that holds them.
-    """
-    heads = (*s.task.model.heads, *OTHER_HEADS)
-    if new := [path for path in s.invented if not any(head in path.split(".") for head in heads)]:
-        it = "it is" if len(new) == 1 else "they are"
-        yield Found(f"{s.config.model} does not hold {', '.join(new)}: {it} new, and trained and saved along")
-
-
-def tied_embedding(s: Subject) -> Iterator[Found]:
-    """An adapter on a tied embedding.
-
-    Cause: The model's output head is its embedding. An adapter on one of them leaves the other as it was, and merging
-    parts the two: the merged model is larger by an embedding, and programs that tie them all the same answer otherwise.
-
-    Fix: Leave the embedding and the head out of target_modules and modules_to_save, or do not merge.
-    """
-    if not getattr(s.text_config, "tie_word_embeddings", False) or s.method.config is None:
-        return
-    given = s.config.method.arguments
-    names: list[str] = []
-    for key in ("target_modules", "modules_to_save"):
-        value = given.get(key) or []
-        names += [value] if isinstance(value, str) else list(value)
-    touched = [n for n in names if any(part in n for part in ("embed", "lm_head", "wte", "output_layer", "shared"))]
-    if touched:
-        yield Found(f"{', '.join(touched)} is tied to the model's other end (tie_word_embeddings)")
-
-
-def too_many_positions(s: Subject) -> Iterator[Found]:
-    """Rows longer than the model can read.
-
-    Cause: The model has learned embeddings for so many positions, and none for the next one: the run would end in an
-    index error. Virtual tokens in front of a row (prompts, prefixes) take positions too. With rotary positions the
-    model goes on, and answers worse there than it was trained to.
-
-    Fix: Lower data.max_length to the model's length, less the method's virtual tokens.
-    """
-    positions = s.positions
-    longest = max(int(part.lengths.max(initial=0)) for part in (s.train, s.eval))
-    if positions.reads is not None and longest > positions.reads:
-        yield Found(f"a row has {longest:,} tokens, the model {positions.in_words(positions.reads)}")
-    if s.task.has_encoder:
-        longest = max(int(part.learned.max(initial=0)) for part in (s.train, s.eval))
-        if positions.writes is not None and longest > positions.writes:
-            lower = "Lower data.max_target_length to that"
-            said = f"a target has {longest:,} tokens, the model's decoder {positions.in_words(positions.writes)}"
-            yield Found(said, fix=lower)
-        return
-    trained = getattr(s.text_config, "max_position_embeddings", None)
-    if positions.reads is None and trained and longest + positions.virtual > trained:
-        yield Found(f"a row has {longest:,} tokens, the model was made for {trained:,}", severity="warning")
+from siliang.types import ConfigError, ModelError, TargetError
 
 
 def pure_fp16(s: Subject) -> Iterator[Found]:
@@ -148,40 +20,74 @@ def pure_fp16(s: Subject) -> Iterator[Found]:
 
     Cause: Adam divides by the root of the second moment plus 1e-8, and 1e-8 is 0 in fp16, whose smallest number is
     6e-8: the step is divided by zero. An eps of 1e-4 avoids that and costs stability. "Attempting to unscale FP16
-    gradients" is the same trap.
+    gradients" has the same cause.
 
-    Fix: precision=auto keeps what is trained in fp32; precision=bf16 where the hardware has it.
+    Fix: precision=auto keeps what is trained in fp32; use precision=bf16 where the hardware has it.
+
+    全部使用 fp16
+
+    原因：Adam 要除以二阶矩的平方根加 1e-8，而 fp16 的最小正数是 6e-8，1e-8 会变成 0，于是除以零。把 eps 提高到 1e-4 可
+    以避免，但会损失稳定性。报错 "Attempting to unscale FP16 gradients" 也是同一个原因。
+
+    办法：precision=auto 会让参与训练的参数保持 fp32；硬件支持时用 precision=bf16。
     """
     if s.config.train.precision == "pure-fp16":
-        yield Found(f"weights, gradients and Adam's moments are all fp16; eps is raised to {FP16_ADAM_EPS:g}")
+        yield Found(
+            Bilingual(
+                f"weights, gradients and Adam's moments are all fp16; eps is raised to {FP16_ADAM_EPS:g}",
+                f"权重、梯度和 Adam 的矩全部是 fp16；eps 提高到 {FP16_ADAM_EPS:g}",
+            )
+        )
 
 
 def emulated_precision(s: Subject) -> Iterator[Found]:
-    """A number format that this hardware only imitates.
+    """A number format that this hardware emulates.
 
     Cause: Arithmetic that the processor does not have is done in another format and converted back and forth: fp16 on a
-    CPU is several times slower than fp32. And where bf16 is native, fp16 brings its narrow range for nothing.
+    CPU is several times slower than fp32. And where bf16 is native, fp16 has a narrower range without any gain.
 
     Fix: precision=auto.
+
+    硬件不直接支持这种精度
+
+    原因：处理器不支持的运算要用其他格式来回转换：在 CPU 上 fp16 比 fp32 慢数倍。而在原生支持 bf16 的硬件上，fp16 数值范
+    围更窄，没有任何好处。
+
+    办法：使用 precision=auto。
     """
     wanted, machine = s.config.train.precision.removeprefix("pure-"), s.machine
     if wanted == "fp16" and machine.kind == "cpu":
-        yield Found("fp16 on a CPU is emulated, and slower than fp32")
+        yield Found(Bilingual("fp16 on a CPU is emulated, and slower than fp32", "CPU 上的 fp16 是模拟的，比 fp32 慢"))
     elif wanted == "bf16" and not machine.native_bf16:
-        yield Found(f"bf16 on this {machine.kind} is emulated, and slower than fp32")
+        yield Found(
+            Bilingual(
+                f"bf16 on this {machine.kind} is emulated, and slower than fp32",
+                f"这个 {machine.kind} 上的 bf16 是模拟的，比 fp32 慢",
+            )
+        )
     elif wanted == "fp16" and machine.native_bf16:
         yield Found(
-            f"fp16 is used where this {machine.kind} has bf16, which needs no loss scaling and does not overflow"
+            Bilingual(
+                f"fp16 is used where this {machine.kind} has bf16, which needs no loss scaling and does not overflow",
+                f"使用了 fp16，而这个 {machine.kind} 支持 bf16，后者不需要损失缩放，也不会溢出",
+            )
         )
 
 
 def wide_quantised_compute(s: Subject) -> Iterator[Found]:
     """QLoRA that computes in fp32.
 
-    Cause: Each 4-bit weight is widened to quantization.compute_dtype before it is multiplied, and fp32 is bitsandbytes'
-    own default: on a GPU that misses the tensor cores, and steps take minutes instead of seconds.
+    Cause: Each 4-bit weight is converted to quantization.compute_dtype before it is multiplied, and fp32 is
+    bitsandbytes' own default. On a GPU that leaves the tensor cores unused, and steps take minutes instead of seconds.
 
     Fix: quantization.compute_dtype=auto takes bf16, or fp16 on older GPUs.
+
+    QLoRA 以 fp32 计算
+
+    原因：每个 4 位权重在相乘之前先转换为 quantization.compute_dtype，而 bitsandbytes 的默认值是 fp32。在 GPU 上这样用不
+    到 Tensor Core，每步从几秒变成几分钟。
+
+    办法：quantization.compute_dtype=auto 会选用 bf16，较旧的 GPU 上选用 fp16。
     """
     wanted, machine = s.config.quantization, s.machine
     if (
@@ -192,30 +98,59 @@ def wide_quantised_compute(s: Subject) -> Iterator[Found]:
     ):
         native = "bf16" if machine.native_bf16 else "fp16"
         yield Found(
-            f"quantization.compute_dtype is fp32, and this {machine.kind} computes {native} several times faster"
+            Bilingual(
+                f"quantization.compute_dtype is fp32, and this {machine.kind} computes {native} several times faster",
+                f"quantization.compute_dtype 是 fp32，而这个 {machine.kind} 计算 {native} 要快数倍",
+            )
         )
 
 
 def steps(s: Subject) -> Iterator[Found]:
     """Steps and warm-up that do not fit the data.
 
-    Cause: The learning rate rises for train.warmup_fraction of the steps. In a run of few steps that is most of it;
-    with fewer steps than train.log_every nothing is seen of it; and a batch larger than the data makes one step an
-    epoch.
+    Cause: The learning rate rises for train.warmup_fraction of the steps, in a run of few steps for most of it. With
+    fewer steps than train.log_every the log shows nothing, and a batch larger than the data makes one step an epoch.
 
     Fix: More epochs, a smaller train.batch_size times train.gradient_accumulation, or a smaller warm-up.
+
+    步数、预热与数据量不匹配
+
+    原因：学习率在 train.warmup_fraction 占比的步数内上升；步数很少时，大部分训练都在预热。步数少于 train.log_every 时日
+    志中什么也看不到；批次大于数据量时，一个 epoch 只有一步。
+
+    办法：增加 epoch 数，减小 train.batch_size 与 train.gradient_accumulation 的乘积，或缩短预热。
     """
     t = s.config.train
     effective = t.batch_size * t.gradient_accumulation
     if effective > len(s.train):
-        yield Found(f"one optimiser step takes {effective:,} rows, and there are {len(s.train):,}")
+        yield Found(
+            Bilingual(
+                f"one optimizer step takes {effective:,} rows, and there are {len(s.train):,}",
+                f"优化器每步需要 {effective:,} 条样本，而总共只有 {len(s.train):,} 条",
+            )
+        )
     elif s.steps < t.log_every:
-        yield Found(f"the run has {s.steps:,} steps, fewer than between two lines of the log ({t.log_every:,})")
+        yield Found(
+            Bilingual(
+                f"the run has {s.steps:,} steps, fewer than between two lines of the log ({t.log_every:,})",
+                f"训练共 {s.steps:,} 步，还不到两行日志之间的间隔（{t.log_every:,} 步）",
+            )
+        )
     if t.warmup_fraction > 0.5:
-        yield Found(f"the learning rate rises for {100 * t.warmup_fraction:.0f}% of the run and hardly stands")
+        share = 100 * t.warmup_fraction
+        yield Found(
+            Bilingual(
+                f"the learning rate rises for {share:.0f}% of the run and is at its full value for little of it",
+                f"学习率有 {share:.0f}% 的步数都在上升，很少处于设定值",
+            )
+        )
     if t.save_every and t.save_every > s.steps:
         yield Found(
-            f"train.save_every = {t.save_every:,} is more than the run's {s.steps:,} steps: nothing is saved between"
+            Bilingual(
+                f"train.save_every = {t.save_every:,} is more than the run's {s.steps:,} steps: "
+                "nothing is saved before the end",
+                f"train.save_every = {t.save_every:,}，超过了总步数 {s.steps:,}：训练结束前不会保存检查点",
+            )
         )
 
 
@@ -225,24 +160,45 @@ def learning_rate(s: Subject) -> Iterator[Found]:
     Cause: The methods differ by orders of magnitude. Full fine-tuning at LoRA's rate collapses to the largest class;
     prompt tuning at LoRA's rate learns nothing in its few parameters.
 
-    Fix: Leave train.learning_rate out, which takes the method's own (`siliang methods`), or stay within ten times of
-    it.
+    Fix: Leave train.learning_rate out, which takes the method's own (`siliang methods`), or stay within a factor of ten
+    of it.
+
+    学习率不适合这种方法
+
+    原因：各种方法适用的学习率相差几个数量级。用 LoRA 的学习率做全量微调，会退化为只预测最大的类别；用 LoRA 的学习率做提
+    示微调，少量参数几乎学不到东西。
+
+    办法：去掉 train.learning_rate，使用该方法的默认值（见 `siliang methods`），或与默认值相差不超过十倍。
     """
     rate, usual = s.config.train.learning_rate, s.method.learning_rate
     if rate is None or max(rate / usual, usual / rate) < RATE_FACTOR * (1 - 1e-9):
         return
     near = min(METHODS.values(), key=lambda m: max(rate / m.learning_rate, m.learning_rate / rate))
-    like = f"; {rate:g} is usual for {near.name}" if near is not s.method and near.learning_rate / rate < 3 else ""
-    yield Found(f"{rate:g} for {s.method.name}, whose own is {usual:g} ({s.method.learning_rate_source}){like}")
+    like, like_zh = "", ""
+    if near is not s.method and near.learning_rate / rate < 3:
+        like, like_zh = f"; {rate:g} is usual for {near.name}", f"；{rate:g} 是 {near.name} 常用的学习率"
+    source = s.method.learning_rate_source
+    yield Found(
+        Bilingual(
+            f"{rate:g} for {s.method.name}, whose own is {usual:g} ({source}){like}",
+            f"{s.method.name} 用了 {rate:g}，而它的默认值是 {usual:g}（{local(source, 'zh')}）{like_zh}",
+        )
+    )
 
 
 def disk(s: Subject) -> Iterator[Found]:
     """The checkpoints will not fit the disk.
 
-    Cause: Each checkpoint holds the trained weights and Adam's two moments of each, and a run that fills the disk
-    ends in the middle of writing one.
+    Cause: Each checkpoint holds the trained weights and Adam's two moments of each. A run that fills the disk ends
+    while it writes one.
 
     Fix: Make room, choose another disk with --output, or lower train.keep.
+
+    磁盘放不下检查点
+
+    原因：每个检查点包含训练的权重以及 Adam 的两个矩。磁盘写满时，训练会在写检查点的中途中止。
+
+    办法：清理磁盘，用 --output 换一个磁盘，或减小 train.keep。
     """
     trained = _trained_parameters(s)
     if trained is None:
@@ -255,30 +211,19 @@ def disk(s: Subject) -> Iterator[Found]:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < need:
-        yield Found(f"{need / 1e6:,.0f} MB are needed in {folder}, and {free / 1e6:,.0f} MB are free on that disk")
-
-
-def _attach(s: Subject) -> str | None:
-    """What goes wrong when the method is attached to the model's skeleton; None where nothing does."""
-    if s.method.config is None:
-        return None
-    try:
-        _attached(s)
-    except (TargetError, ConfigError) as error:
-        return str(error)
-    return None
-
-
-def _attached(s: Subject) -> Any:
-    assert s.method.config is not None
-    with torch.device("meta"):
-        return get_peft_model(s.skeleton(), s.method.config(task_type=s.task.adapter_type, **s.config.method.arguments))
+        needed_mb, free_mb = need / 1e6, free / 1e6
+        yield Found(
+            Bilingual(
+                f"{needed_mb:,.0f} MB are needed in {folder}, and {free_mb:,.0f} MB are free on that disk",
+                f"{folder} 需要 {needed_mb:,.0f} MB，而该磁盘只剩 {free_mb:,.0f} MB",
+            )
+        )
 
 
 def _trained_parameters(s: Subject) -> int | None:
     try:
         if s.method.config is None:
             return count_parameters(s.skeleton())[1]
-        return count_parameters(_attached(s))[0]
+        return count_parameters(s.attached())[0]
     except (TargetError, ConfigError, ModelError):
         return None

@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
-from siliang.check.finding import Found
+from siliang.check.finding import PARTS, Found, not_usable
 from siliang.check.subject import Subject
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
-from siliang.data.examples import texts
-from siliang.data.templates import CHAT, find_template
-
-UNKNOWN_SHARE = 0.001
-ROLE_WORD = re.compile(r"<\|?[\w ]+\|?>|\[g?MASK\]|\[(?:CLS|SEP)\]")
+from siliang.language import Bilingual
 
 
 def rows_without_tokens(s: Subject) -> Iterator[Found]:
     """Rows cannot be made into tokens.
 
-    Cause: The template cannot write them (roles that it has no place for, special tokens that could not be followed),
-    nothing of them is learned, or their tokens are no use: fewer than two, most of them unknown to the tokenizer, a
-    question that leaves no room for its context, an answer that no window holds.
+    Cause: The template cannot write them (roles that it has no place for, special tokens in the text), nothing of them
+    is learned, or their tokens are of no use: fewer than two, most of them unknown to the tokenizer, a question that
+    leaves no room for its context, an answer that no window holds.
 
-    Fix: Mend them, or leave them out with data.skip_bad_rows=true. Where it is so with most rows, look at the model's
-    tokenizer and at data.template.
+    Fix: Correct them, or leave them out with data.skip_bad_rows=true. If most rows are affected, check the model's
+    tokenizer and data.template.
+
+    有样本无法转换为词元
+
+    原因：模板写不出这些样本（有模板不支持的角色、文本中有特殊词元），或其中没有要学习的内容，或词元没有用处：少于两个、
+    多数不在词表中、问题太长放不下上下文、没有窗口包含答案。
+
+    办法：改正这些行，或用 data.skip_bad_rows=true 跳过。如果大多数样本如此，检查模型的分词器和 data.template。
     """
     bad = [*s.train.skipped, *s.eval.skipped]
     if bad:
         rows = "1 row" if len(bad) == 1 else f"{len(bad):,} rows"
-        said = f"{rows}: {'; '.join(bad[:3])}{f'; and {len(bad) - 3:,} more' if len(bad) > 3 else ''}"
-        left = "left out, as data.skip_bad_rows says" if s.data.skip_bad_rows else None
-        yield Found(said, tuple(bad[:6]), len(bad), left, "warning" if left else None)
+        yield not_usable(s, bad, Bilingual(rows, f"{len(bad):,} 条样本"))
 
 
 def end_not_learned(s: Subject) -> Iterator[Found]:
     """The end of sequence is not learned.
 
-    Cause: An answer must end with one token, the end of sequence, and that token must carry a label; otherwise the
-    model never learns to stop and talks on until the length runs out. It gets lost when "</s>" is written as text
+    Cause: An answer must end with the end-of-sequence token, and that token must carry a label; otherwise the model
+    never learns to stop, and writes on until the length runs out. It gets lost when "</s>" is written as text
     (Llama-2's tokenizer splits it, or joins it to the last word), when truncation cuts it off, and when padding is
     masked by the token's number while the pad token is the end of sequence.
 
-    Fix: Give siliang the text and not tokens: it appends the end by its number and never cuts it. In a preparation of
-    your own append tokenizer.eos_token_id to input_ids and labels, cut in front of it, and mask padding by position.
+    Fix: Give siliang text and not tokens: it appends the end by its number and never cuts it. In a preparation of your
+    own append tokenizer.eos_token_id to input_ids and labels, cut in front of it, and mask padding by position.
+
+    没有学习结束符
+
+    原因：答案必须以结束符（EOS）结尾，并且结束符要有标签；否则模型学不会停下，会一直写到长度上限。以下情况会丢掉结束符：
+    把 "</s>" 写成文本（Llama-2 的分词器会把它拆开，或与前一个词连在一起）、截断时被切掉、填充词元就是结束符而又按词元编
+    号屏蔽填充。
+
+    办法：直接给 siliang 文本而不是词元：它按编号添加结束符，且从不切掉。自行预处理时，把 tokenizer.eos_token_id 同时加
+    到 input_ids 和 labels 末尾，在它之前截断，并按位置屏蔽填充。
     """
     if not s.task.data.next_token:
         return
@@ -61,73 +69,132 @@ def end_not_learned(s: Subject) -> Iterator[Found]:
         if i in chosen:
             tail = [int(t) for t, x in zip(ids, labels, strict=True) if int(t) in wanted and x == IGNORED]
             masked += bool(tail) and int(ids[-1]) in wanted
-    said = f"{len(rows):,} of {len(last):,} rows end their last answer without the end-of-sequence token"
+    there, there_zh = "", ""
     if masked:
-        said += f"; in {masked:,} of them it stands there with its label masked"
+        there, there_zh = (
+            f"; in {masked:,} of them it is there with its label masked",
+            f"；其中 {masked:,} 条有结束符，但标签被屏蔽",
+        )
+    said = Bilingual(
+        f"{len(rows):,} of {len(last):,} rows end their last answer without the end-of-sequence token{there}",
+        f"{len(last):,} 条样本中有 {len(rows):,} 条的最后一个答案没有以结束符结尾{there_zh}",
+    )
     yield Found(said, s.entries(rows), len(rows))
 
 
 def all_masked(s: Subject) -> Iterator[Found]:
     """A row in which nothing is learned.
 
-    Cause: Every label is masked (-100): the loss of such a row is 0, of a batch of them nan (0 divided by 0). Of
+    Cause: Every label is masked (-100): the loss of such a row is 0, of a batch of them nan (0 divided by 0). For
     questions on a context: not one window holds the answer, so the model learns to find none.
 
-    Fix: Look where the labels went: an answer cut off whole, a template that finds no answer, a mask by the wrong
-    token, answers that are all empty.
+    Fix: Find out where the labels were lost: an answer that was cut off completely, a template that finds no answer, a
+    mask by the wrong token, answers that are all empty.
+
+    样本中没有要学习的内容
+
+    原因：所有标签都被屏蔽（-100）：这样的样本损失为 0，整个批次如此时损失为 nan（0 除以 0）。对阅读理解任务：没有一个窗
+    口包含答案，模型只会学到“找不到答案”。
+
+    办法：查明标签丢在哪里：答案被整个截掉、模板找不到答案、屏蔽时用错了词元，或答案全为空。
     """
     if s.finds_spans:
         if len(s.train) and not (s.train.column("end_positions") > 0).any():
-            yield Found(f"not one of {len(s.train):,} windows holds an answer: there is nothing to find")
+            yield Found(
+                Bilingual(
+                    f"not one of {len(s.train):,} windows holds an answer: there is nothing to find",
+                    f"{len(s.train):,} 个窗口都不包含答案，模型无从查找",
+                )
+            )
         return
     rows = np.flatnonzero(s.train.learned == 0)
     if len(rows):
-        every = " (all of them)" if len(rows) == len(s.train) else ""
-        yield Found(f"{len(rows):,} of {len(s.train):,} rows carry no label at all{every}", s.entries(rows), len(rows))
-    for part, tokens, examples in (("training", s.train, s.examples.train), ("held-out", s.eval, s.examples.eval)):
+        every, every_zh = (" (all of them)", "（全部）") if len(rows) == len(s.train) else ("", "")
+        said = Bilingual(
+            f"{len(rows):,} of {len(s.train):,} rows carry no label at all{every}",
+            f"{len(s.train):,} 条样本中有 {len(rows):,} 条{every_zh}没有任何标签",
+        )
+        yield Found(said, s.entries(rows), len(rows))
+    for part, tokens, examples in (("train", s.train, s.examples.train), ("eval", s.eval, s.examples.eval)):
         if len(examples) and not len(tokens):
-            yield Found(f"not one of the {len(examples):,} {part} rows is left (data.too_long=drop)")
+            yield Found(
+                Bilingual(
+                    f"not one of the {len(examples):,} {PARTS[part]} rows is left (data.too_long=drop)",
+                    f"{len(examples):,} 条{PARTS[part].zh}样本一条也没有剩下（data.too_long=drop）",
+                )
+            )
     if len(s.eval) and not s.eval.learned.sum():
-        yield Found(f"not one of the {len(s.eval):,} held-out rows carries a label: there is nothing to measure")
+        yield Found(
+            Bilingual(
+                f"not one of the {len(s.eval):,} held-out rows carries a label: there is nothing to measure",
+                f"{len(s.eval):,} 条留出样本都没有标签，无法评估",
+            )
+        )
 
 
 def nothing_varies(s: Subject) -> Iterator[Found]:
-    """There is one thing only to learn.
+    """All rows teach the same thing.
 
-    Cause: Every token is the same one, or every tag, or no row has an answer: the loss falls to nothing, and what the
-    model says afterwards does not hang on what it is asked. So it is where every answer is the same (a warning).
+    Cause: Every token is the same one, or every tag, or no row has an answer: the loss falls to 0, and the model's
+    output does not depend on the input. If every answer is the same, this is a warning.
 
-    Fix: Look at the columns (data.columns, data.format), at the labels, and at the model's tokenizer.
+    Fix: Check the columns (data.columns, data.format), the labels, and the model's tokenizer.
+
+    所有样本要学的内容都一样
+
+    原因：所有词元都是同一个，或所有标注都相同，或没有一条样本有答案：损失会降到 0，而模型的输出与输入无关。所有答案都相
+    同时，此项为警告。
+
+    办法：检查列的设置（data.columns、data.format）、标签，以及模型的分词器。
     """
     n = len(s.train)
     words = {int(t) for ids in s.train.lists("input_ids") for t in np.unique(ids)} - set(s.tokenizer.all_special_ids)
     if n and len(words) < 2:
-        one = repr(s.tokenizer.convert_ids_to_tokens(words.pop())) if words else "none but special ones"
-        yield Found(f"the {int(s.train.lengths.sum()):,} tokens of all rows are one and the same, {one}")
+        one = Bilingual("a special one", "特殊词元")
+        if words:
+            word = repr(s.tokenizer.convert_ids_to_tokens(words.pop()))
+            one = Bilingual(word, word)
+        total = int(s.train.lengths.sum())
+        yield Found(
+            Bilingual(
+                f"the {total:,} tokens of all rows are one and the same, {one}",
+                f"所有样本的 {total:,} 个词元都是同一个：{one.zh}",
+            )
+        )
     if s.finds_spans and n and not (s.train.column("end_positions") > 0).any():
-        yield Found(f"not one of {n:,} windows holds an answer")
+        yield Found(Bilingual(f"not one of {n:,} windows holds an answer", f"{n:,} 个窗口都不包含答案"))
     if not s.task.data.label_per_token:
         return
     learned = {int(x) for labels in s.train.lists("labels") for x in np.unique(labels)} - {IGNORED}
     if s.task.data.named == "tags" and n and len(learned) == 1:
-        yield Found(f"all tags are {(s.examples.labels or [])[learned.pop()]!r}")
+        tag = (s.examples.labels or [])[learned.pop()]
+        yield Found(Bilingual(f"all tags are {tag!r}", f"所有标注都是 {tag!r}"))
     if not s.task.writes:
         return
     answers = {labels[labels != IGNORED].tobytes() for labels in s.train.lists("labels")}
     if learned and s.task.data.next_token and learned <= set(s.stops):
-        yield Found(f"nothing is learned of {n:,} rows but how they end")
+        yield Found(Bilingual(f"nothing is learned of {n:,} rows but how they end", f"{n:,} 条样本只有结束符参与学习"))
     elif len(answers) == 1 and len({ids.tobytes() for ids in s.train.lists("input_ids")}) > 1:
-        yield Found(f"all {n:,} rows have the same answer", severity="warning")
+        yield Found(
+            Bilingual(f"all {n:,} rows have the same answer", f"{n:,} 条样本的答案全部相同"), severity="warning"
+        )
 
 
 def truncated(s: Subject) -> Iterator[Found]:
     """Rows that are cut.
 
     Cause: They are longer than data.max_length (a target: than data.max_target_length). Of a conversation the oldest
-    rounds go first, then the beginning of the question and the end of the answer; of any other text its end goes. The
+    rounds are cut first, then the beginning of the question and the end of the answer; of any other text its end. The
     special tokens at the end stay. A plain text becomes windows and is not cut, unless data.long_text says so.
 
     Fix: Raise that length (memory grows with it), or leave such rows out with data.too_long=drop.
+
+    样本被截断
+
+    原因：样本长于 data.max_length（目标文本长于 data.max_target_length）。对话先去掉最早的轮次，再截去问题的开头和答案
+    的末尾；其他文本截去末尾。末尾的特殊词元总会保留。纯文本会切成窗口而不截断，除非 data.long_text 另有设置。
+
+    办法：调大该长度（内存随之增加），或用 data.too_long=drop 去掉这些样本。
     """
     if s.task.data.windows:
         return
@@ -135,22 +202,42 @@ def truncated(s: Subject) -> Iterator[Found]:
     rows = np.flatnonzero(lost > 0)
     if len(rows):
         n = len(s.train)
-        said = f"{len(rows):,} of {n:,} rows ({100 * len(rows) / n:.1f}%) are cut to {s.data.max_length} tokens, "
-        said += f"{int(lost.sum()):,} tokens are lost"
+        share, tokens, longest = 100 * len(rows) / n, int(lost.sum()), s.data.max_length
+        learned, learned_zh = "", ""
         if n_answers := int((answers > 0).sum()):
-            said += f"; {n_answers:,} lose part of what is learned"
+            learned, learned_zh = (
+                f"; {n_answers:,} lose part of what is learned",
+                f"；其中 {n_answers:,} 条丢失了要学习的部分",
+            )
+        said = Bilingual(
+            f"{len(rows):,} of {n:,} rows ({share:.1f}%) are cut to {longest} tokens, "
+            f"{tokens:,} tokens are lost{learned}",
+            f"{n:,} 条样本中有 {len(rows):,} 条（{share:.1f}%）被截断到 {longest} 个词元，"
+            f"共丢失 {tokens:,} 个词元{learned_zh}",
+        )
         yield Found(said, s.entries(rows), len(rows))
     if s.train.dropped:
-        yield Found(f"{s.train.dropped:,} rows are left out for their length (data.too_long=drop)")
+        yield Found(
+            Bilingual(
+                f"{s.train.dropped:,} rows are left out for their length (data.too_long=drop)",
+                f"{s.train.dropped:,} 条样本因过长被去掉（data.too_long=drop）",
+            )
+        )
 
 
 def prompt_learned(s: Subject) -> Iterator[Found]:
     """The question carries labels.
 
-    Cause: Labels stand on every token, the user's words included: the model learns to write questions, and the loss
-    of the short answers drowns in theirs.
+    Cause: Every token carries a label, the user's words included: the model learns to write questions, and their loss
+    outweighs that of the short answers.
 
     Fix: Mask the question with -100. Where the rows are plain text and no questions, leave the labels column out.
+
+    问题部分也有标签
+
+    原因：每个词元都有标签，包括用户说的话：模型会学着写问题，而且问题的损失会盖过简短的答案。
+
+    办法：用 -100 屏蔽问题部分；如果是纯文本而不是问答，去掉 labels 列。
     """
     if not s.task.data.next_token or s.examples.layout == "text":
         return
@@ -160,16 +247,26 @@ def prompt_learned(s: Subject) -> Iterator[Found]:
         whole = whole & named[s.train.column("row")]
     rows = np.flatnonzero(whole & (s.train.lengths > 1))
     if len(rows):
-        yield Found(f"{len(rows):,} of {len(s.train):,} rows have a label on every token", s.entries(rows), len(rows))
+        said = Bilingual(
+            f"{len(rows):,} of {len(s.train):,} rows have a label on every token",
+            f"{len(s.train):,} 条样本中有 {len(rows):,} 条的每个词元都有标签",
+        )
+        yield Found(said, s.entries(rows), len(rows))
 
 
 def shifted_labels(s: Subject) -> Iterator[Found]:
     """Labels that are shifted already.
 
-    Cause: transformers' models shift the labels themselves: label i belongs to token i. Shifted before, they are
-    shifted twice, and the model learns the token after the next.
+    Cause: transformers' models shift the labels themselves: label i belongs to token i. If they were shifted before,
+    they are shifted twice, and the model learns the token after the next.
 
     Fix: Give labels that are the tokens themselves, or -100.
+
+    标签已经移过位
+
+    原因：transformers 的模型会自行移位：第 i 个标签对应第 i 个词元。若事先移过，就移了两次，模型学到的是再下一个词元。
+
+    办法：标签应与词元相同，或为 -100。
     """
     if not s.task.data.next_token:
         return
@@ -183,94 +280,27 @@ def shifted_labels(s: Subject) -> Iterator[Found]:
         if next_one > 0.9 and right < 0.5:
             rows.append(i)
     if rows:
-        yield Found(
-            f"{len(rows):,} of {len(s.train):,} rows have labels of the token after", s.entries(rows), len(rows)
+        said = Bilingual(
+            f"{len(rows):,} of {len(s.train):,} rows have labels of the token after",
+            f"{len(s.train):,} 条样本中有 {len(rows):,} 条的标签是下一个词元",
         )
-
-
-def template_misfit(s: Subject) -> Iterator[Found]:
-    """The template is not this model's.
-
-    Cause: A chat model was trained with one template; another one, with role words that its tokenizer splits in pieces,
-    costs tokens and has to be learned anew. A base model knows none, so any will do there.
-
-    Fix: Use data.template=chat where the tokenizer has a chat template; otherwise one whose role words are single
-    tokens, or are plain words (human-assistant, alpaca, vicuna).
-    """
-    if not s.task.data.next_token or s.rows_are_tokens or s.examples.layout == "text":
-        return
-    template = find_template(s.data.template)
-    own = getattr(s.tokenizer, "chat_template", None)
-    if template is None:
-        return
-    fields = (template.begin, template.system, template.user, template.assistant, template.end, template.tool)
-    words = dict.fromkeys(w for f in fields for w in ROLE_WORD.findall(f) if "content" not in w and "tool" not in w)
-    split = [w for w in words if s.encoder.marker(w) is None]
-    if split:
-        n = len(s.encoder.text([split[0]])[0])
-        yield Found(f"{template.name}: this tokenizer has no token {', '.join(split)}; {split[0]} becomes {n} pieces")
-    elif own and s.data.template != CHAT and not any(w in str(own) for w in words):
-        yield Found(f"{template.name} is used, while the tokenizer has a chat template of its own")
-
-
-def unknown_tokens(s: Subject) -> Iterator[Found]:
-    """Text that the tokenizer does not know.
-
-    Cause: Characters outside of the vocabulary all become one and the same unknown token: what they said is lost.
-
-    Fix: Use a model whose tokenizer knows the language, or add the missing ones with data.add_tokens.
-    """
-    unknown = s.tokenizer.unk_token_id
-    if unknown is None or unknown in (s.encoder.eos, s.tokenizer.bos_token_id):
-        return
-    counts = np.array([(ids == unknown).sum() for ids in s.train.lists("input_ids")])
-    total = int(s.train.lengths.sum())
-    if total and counts.sum() / total > UNKNOWN_SHARE:
-        rows = np.flatnonzero(counts)
-        strange: Counter[str] = Counter()
-        for i in rows[:50]:
-            for text in texts(s.examples.train[int(s.train.column("row")[i])]):
-                letters = sorted(set(text))
-                strange.update(c for c, ids in zip(letters, s.encoder.text(letters), strict=True) if unknown in ids)
-        named = f", such as {' '.join(c for c, _ in strange.most_common(8))}" if strange else ""
-        share = 100 * counts.sum() / total
-        yield Found(
-            f"{int(counts.sum()):,} of {total:,} tokens ({share:.2f}%) are unknown{named}", s.entries(rows), len(rows)
-        )
-
-
-def special_words(s: Subject) -> Iterator[Found]:
-    """Special tokens in the text of the data.
-
-    Cause: The text holds words that are special tokens of this tokenizer. siliang keeps them text, so nobody can put a
-    role or an end into the conversation; a program that tokenises the same text carelessly will not.
-
-    Fix: Nothing, where they are meant as text. Where they are left over from another preparation, remove them.
-    """
-    if not s.task.writes or s.rows_are_tokens:
-        return
-    named = [m for m in s.encoder.reserved() if not m.isalnum()]  # a word such as ChatGLM3's `sop` is only a word
-    if not named:
-        return
-    pattern = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
-    counts: Counter[str] = Counter()
-    rows = []
-    for i, line in enumerate(s.examples.train.lines()):
-        if found := pattern.findall(line):
-            counts.update(found)
-            rows.append(i)
-    if rows:
-        words = ", ".join(w for w, _ in counts.most_common(5))
-        yield Found(f"{len(rows):,} training rows hold {words} in their text", s.places(rows), len(rows))
+        yield Found(said, s.entries(rows), len(rows))
 
 
 def padding_learned(s: Subject) -> Iterator[Found]:
     """Padding would be learned, or the end masked with it.
 
-    Cause: Where the pad token is the end of sequence, a mask by the token's number takes the end with it, and no mask
-    at all teaches the model to go on ending. siliang masks by position; this rule proves it on a batch of your rows.
+    Cause: Where the pad token is the end of sequence, a mask by the token's number masks the end too, and without a
+    mask the model learns to repeat the end. siliang masks by position; this rule checks it on a batch of your rows.
 
-    Fix: Report it: this must not happen.
+    Fix: Report it: this is a fault of siliang.
+
+    填充会被学习，或结束符被一同屏蔽
+
+    原因：填充词元就是结束符时，按编号屏蔽会把结束符一同屏蔽；不屏蔽则模型会学着不断重复结束符。siliang 按位置屏蔽，本规
+    则在你的一批数据上加以验证。
+
+    办法：这是 siliang 的缺陷，请报告。
     """
     if not s.task.writes or len(s.train) < 2:
         return
@@ -280,4 +310,6 @@ def padding_learned(s: Subject) -> Iterator[Found]:
     n = len(short["labels"])
     right = batch["labels"][0, :n].tolist() == short["labels"] and bool((batch["labels"][0, n:] == IGNORED).all())
     if not right or int(batch["attention_mask"][0].sum()) != len(short["input_ids"]):
-        yield Found("a padded batch does not carry the labels of its rows")
+        yield Found(
+            Bilingual("a padded batch does not carry the labels of its rows", "填充后的批次与各样本的标签不一致")
+        )

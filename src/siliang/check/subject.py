@@ -34,6 +34,7 @@ from siliang.models.base_config import MISFITS, load_config
 from siliang.models.invented import mark_invented
 from siliang.models.load import find_invented, model_from_config
 from siliang.models.positions import Positions
+from siliang.peft_model import PeftModel, get_peft_model
 from siliang.tasks import TASKS
 from siliang.tasks.prepare import prepare_data
 from siliang.types import ModelError, first_line
@@ -133,6 +134,17 @@ class Subject:
             raise ModelError(f"{self.config.model} cannot be trained for {self.task.title}: {why}") from None
         mark_invented(model, self.invented)
         return model
+
+    def attached(self) -> PeftModel:
+        """The method on a skeleton.
+
+        Raises:
+            TargetError, ConfigError: It cannot be attached there.
+        """
+        assert self.method.config is not None
+        with torch.device("meta"):
+            config = self.method.config(task_type=self.task.adapter_type, **self.config.method.arguments)
+            return get_peft_model(self.skeleton(), config)
 
     # ---- for many rules ----
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from siliang.check import rules_labels as labels
+from siliang.check import rules_model as model
 from siliang.check import rules_rows as rows
 from siliang.check import rules_run as run
+from siliang.check import rules_tokenizer as tokenizer
 from siliang.check import rules_tokens as tokens
 from siliang.check.finding import Finding, Rule
 from siliang.check.subject import Subject
+from siliang.language import Bilingual, Language, local
 from siliang.types import ConfigError, DataError, nearest
 
 RULES: dict[str, Rule] = {
@@ -18,36 +22,36 @@ RULES: dict[str, Rule] = {
         Rule("SL002", "warning", rows.duplicates, "rows"),
         Rule("SL003", "warning", rows.overlap, "rows"),
         Rule("SL004", "warning", rows.damaged_text, "rows"),
-        Rule("SL005", "error", rows.missing_classes, "rows"),
-        Rule("SL006", "warning", rows.imbalance, "rows"),
+        Rule("SL005", "error", labels.missing_classes, "rows"),
+        Rule("SL006", "warning", labels.imbalance, "rows"),
         Rule("SL007", "error", tokens.end_not_learned),
         Rule("SL008", "error", tokens.all_masked),
         Rule("SL009", "warning", tokens.truncated),
         Rule("SL010", "error", tokens.prompt_learned),
         Rule("SL011", "error", tokens.shifted_labels),
-        Rule("SL012", "warning", tokens.template_misfit),
-        Rule("SL013", "warning", tokens.unknown_tokens),
-        Rule("SL014", "warning", tokens.special_words),
-        Rule("SL015", "warning", rows.contradictions, "rows"),
+        Rule("SL012", "warning", tokenizer.template_misfit),
+        Rule("SL013", "warning", tokenizer.unknown_tokens),
+        Rule("SL014", "warning", tokenizer.special_words),
+        Rule("SL015", "warning", labels.contradictions, "rows"),
         Rule("SL016", "warning", rows.placeholders, "rows"),
-        Rule("SL017", "warning", rows.broken_tags, "rows"),
+        Rule("SL017", "warning", labels.broken_tags, "rows"),
         Rule("SL018", "error", rows.misplaced_answers, "rows"),
         Rule("SL019", "warning", rows.nothing_held_out, "rows"),
-        Rule("SL020", "error", rows.doubtful_labels, "rows"),
-        Rule("SL021", "error", run.no_pad_token, "model"),
+        Rule("SL020", "error", labels.doubtful_labels, "rows"),
+        Rule("SL021", "error", model.no_pad_token, "model"),
         Rule("SL022", "error", tokens.padding_learned),
-        Rule("SL023", "error", run.vocabulary, ends=True),
-        Rule("SL024", "error", run.targets, "model"),
-        Rule("SL025", "error", run.no_biases, "model"),
-        Rule("SL026", "warning", run.tied_embedding, "model"),
-        Rule("SL028", "error", run.too_many_positions, ends=True),
+        Rule("SL023", "error", model.vocabulary, ends=True),
+        Rule("SL024", "error", model.targets, "model"),
+        Rule("SL025", "error", model.no_biases, "model"),
+        Rule("SL026", "warning", model.tied_embedding, "model"),
+        Rule("SL028", "error", model.too_many_positions, ends=True),
         Rule("SL029", "warning", rows.quoted_cells, "rows"),
         Rule("SL030", "error", tokens.rows_without_tokens),
         Rule("SL031", "warning", run.pure_fp16, "run"),
         Rule("SL032", "warning", run.emulated_precision, "run"),
         Rule("SL033", "warning", run.wide_quantised_compute, "run"),
         Rule("SL034", "error", tokens.nothing_varies),
-        Rule("SL035", "warning", run.invented, "model"),
+        Rule("SL035", "warning", model.invented, "model"),
         Rule("SL036", "warning", rows.texts_not_used, "rows"),
         Rule("SL037", "warning", rows.parts_not_used, "rows"),
         Rule("SL041", "warning", run.steps, "run"),
@@ -61,7 +65,7 @@ def find(subject: Subject, *, stop_early: bool = False) -> list[Finding]:
     """What the rules find, by code.
 
     Args:
-        stop_early: Do not make tokens of rows that are in error already; for a run that will not start anyhow.
+        stop_early: Do not make tokens of rows that are in error already; for a run that will not start in any case.
 
     Raises:
         SiliangError: The data or the model cannot be read at all.
@@ -89,13 +93,18 @@ def find_rule(code: str) -> Rule:
     """The rule of that code.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: No rule has it.
     """
     try:
         return RULES[code.upper()]
     except KeyError:
-        known = f"{min(RULES)} to {max(RULES)}"
-        raise ConfigError(f"there is no rule {code}; there are {known}.{nearest(code.upper(), RULES)}") from None
+        first, last, alike = min(RULES), max(RULES), nearest(code.upper(), RULES)
+        raise ConfigError(
+            Bilingual(
+                f"rule {code} does not exist; the rules are {first} to {last}.{alike}",
+                f"规则 {code} 不存在；规则从 {first} 到 {last}。{alike.zh}",
+            )
+        ) from None
 
 
 def stop_on_errors(findings: list[Finding]) -> None:
@@ -107,8 +116,21 @@ def stop_on_errors(findings: list[Finding]) -> None:
     errors = [f for f in findings if f.severity == "error"]
     if not errors:
         return
-    first = errors[0]
-    others = f" Also {', '.join(dict.fromkeys(f.code for f in errors[1:]))}." if len(errors) > 1 else ""
-    message = first.message.splitlines()
-    head = (" ".join(message) if first.code != "SL024" else message[0]).rstrip(".")
-    raise DataError(f"{first.code} {head}.\n{first.fix}{others} `siliang check --explain {first.code}` says more.")
+    code, fix = errors[0].code, errors[0].fix
+    head = Bilingual(_head(errors[0], "en"), _head(errors[0], "zh"))
+    others, others_zh = "", ""
+    if len(errors) > 1:
+        codes = ", ".join(dict.fromkeys(f.code for f in errors[1:]))
+        others, others_zh = f" Also {codes}.", f"另有 {codes}。"
+    raise DataError(
+        Bilingual(
+            f"{code} {head}.\n{fix}{others} `siliang check --explain {code}` explains it.",
+            f"{code} {head.zh}。\n{local(fix, 'zh')}{others_zh}详见 `siliang check --explain {code}`。",
+        )
+    )
+
+
+def _head(error: Finding, language: Language) -> str:
+    lines = local(error.message, language).splitlines()
+    # a target's error lists the modules in lines of their own
+    return (" ".join(lines) if error.code != "SL024" else lines[0]).rstrip(".。")

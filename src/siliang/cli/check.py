@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from siliang.cli.console import print_json, rich_console
+from siliang.language import Bilingual, both, local, padded
 from siliang.terminal import shown
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
     from rich.console import Console
 
     from siliang.check import Finding, Subject
+
+# The names of counts.py.
+NAMES = {
+    "rows": Bilingual("rows", "样本"),
+    "train": Bilingual("train", "训练"),
+    "held_out": Bilingual("held out", "留出"),
+    "bad": Bilingual("bad", "有问题"),
+    "tokens": Bilingual("tokens", "词元"),
+    "length": Bilingual("length", "长度"),
+    "target_length": Bilingual("target length", "目标长度"),
+    "median": Bilingual("median", "中位数"),
+    "longest": Bilingual("longest", "最长"),
+    "windows": Bilingual("windows", "窗口"),
+    "all": Bilingual("all", "全部"),
+    "of_rows": Bilingual("of rows", "来自样本"),
+    "with_answer": Bilingual("with answer", "含答案"),
+    "learned": Bilingual("learned", "参与学习"),
+    "truncated": Bilingual("truncated", "截断"),
+    "answers": Bilingual("answers", "答案"),
+    "dropped": Bilingual("dropped", "去掉"),
+    "unknown": Bilingual("unknown", "未知词元"),
+    "classes": Bilingual("classes", "类别"),
+    "tags": Bilingual("tags", "标注种类"),
+    "steps": Bilingual("steps", "步数"),
+    "per_epoch": Bilingual("per epoch", "每个 epoch"),
+}
 
 
 def check(
@@ -70,40 +98,51 @@ def _page(code: str) -> str:
     from siliang.check import RULES, find_rule
 
     rules = RULES.values() if code.lower() == "all" else [find_rule(code)]
-    return "\n\n".join(f"{rule.code} ({rule.severity}): {rule.page}" for rule in rules)
+    return "\n\n".join(rule.shown_page for rule in rules)
 
 
-def _show(subject: Subject, findings: list[Finding], counts: dict[str, Any], examples: int) -> None:
+def _show(subject: Subject, findings: list[Finding], counts: dict[str, JsonValue], examples: int) -> None:
     from siliang.cli.show_examples import show_examples
 
     console = rich_console(soft_wrap=not sys.stdout.isatty())
     show_examples(console, subject, examples)
-    console.print(f"{'columns':<18}{subject.examples.says_columns}", markup=False)
-    for line in subject.examples.notes:
-        console.print(f"{'note':<18}{line}", markup=False)
-    for name, value in counts.items():
-        if name in ("layout", "columns", "not_used", "notes"):
-            continue
-        console.print(f"{name.replace('_', ' '):<18}{_plain(value)}", markup=False)
+    lines = [(both("columns", "列"), local(subject.examples.says_columns))]
+    lines += [(both("note", "说明"), local(line)) for line in subject.examples.notes]
+    hidden = ("layout", "columns", "not_used", "notes")
+    lines += [(_word(name), _plain(value)) for name, value in counts.items() if name not in hidden]
+    for name, text in lines:
+        console.print(f"{padded(name, 18)}{text}", markup=False)
     console.print()
     for f in findings:
         _show_finding(console, f)
+    console.print(_summary(findings))
+
+
+def _summary(findings: list[Finding]) -> str:
+    if not findings:
+        return both("Nothing found.", "没有发现问题。")
     errors = sum(f.severity == "error" for f in findings)
     warnings = sum(f.severity == "warning" and not f.accepted for f in findings)
-    console.print(f"{_n(errors, 'error')}, {_n(warnings, 'warning')}" if findings else "Nothing found.")
+    return both(
+        f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}",
+        f"{errors} 个错误，{warnings} 个警告",
+    )
 
 
 def _show_finding(console: Console, f: Finding) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from siliang.check import SEVERITIES
+
     style = "bold red" if f.severity == "error" else "yellow"
-    head = Text(f"{f.code} {'accepted' if f.accepted else f.severity}", style=style)
-    console.print(head + Text(shown(f"  {f.title}: {f.message}"), style=""))
-    lines = [("cause", f.cause), ("fix", f.fix)]
+    head = Text(f"{f.code} {both('accepted', '已接受') if f.accepted else local(SEVERITIES[f.severity])}", style=style)
+    console.print(head + Text(shown(f"  {f.headline}"), style=""))
+    lines = [(both("cause", "原因"), local(f.cause)), (both("fix", "办法"), local(f.fix))]
     if f.rows and f.code not in ("SL001", "SL030"):
-        more = f" and {f.count - len(f.rows):,} more" if f.count > len(f.rows) else ""
-        lines.insert(0, ("rows", grouped(f.rows) + more))
+        left = f.count - len(f.rows)
+        more = both(f" and {left:,} more", f" 等共 {len(f.rows) + left:,} 条") if left > 0 else ""
+        lines.insert(0, (both("rows", "样本"), grouped(f.rows) + more))
     if console.is_terminal:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(no_wrap=True)
@@ -111,9 +150,9 @@ def _show_finding(console: Console, f: Finding) -> None:
         for name, text in lines:
             grid.add_row(f"      {name}", Text(shown(text)))
         console.print(grid)
-    else:  # a line each, for whoever searches in them
+    else:  # a line each, which can be searched
         for name, text in lines:
-            console.print(f"      {name:<5}  {text}", markup=False)
+            console.print(f"      {padded(name, 5)}  {text}", markup=False)
 
 
 def grouped(places: list[str]) -> str:
@@ -126,13 +165,14 @@ def grouped(places: list[str]) -> str:
     return "; ".join(f"{source}{', '.join(found)}" for source, found in numbers.items())
 
 
-def _plain(value: Any) -> str:
+def _plain(value: JsonValue) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in value.items())
+        return "  ".join(f"{_word(k)} {_plain(v)}" for k, v in value.items())
     if isinstance(value, float):
-        return f"{100 * value:.2f}% of the tokens"
+        return both(f"{100 * value:.2f}% of the tokens", f"占词元的 {100 * value:.2f}%")
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _n(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
+def _word(name: str) -> str:
+    """A count's name; a class's is its own."""
+    return local(NAMES.get(name, name.replace("_", " ")))

@@ -12,12 +12,11 @@ def explain(
 ) -> None:
     """Say what an error or a finding means, why it happens, and what to do."""
     from siliang.errors import explain as explain_error
-    from siliang.errors import language
+    from siliang.language import language
 
     if code.upper().startswith("SLE"):
         print(explain_error(code, language()))
         return
     from siliang.check import find_rule
 
-    rule = find_rule(code)
-    print(f"{rule.code} ({rule.severity}): {rule.page}")
+    print(find_rule(code).shown_page)

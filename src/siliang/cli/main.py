@@ -211,7 +211,8 @@ def _say(message: str, code: int) -> int:
 
 
 def _tell(error: SiliangError) -> int:
-    from siliang.errors import as_shown, language
+    from siliang.errors import as_shown
+    from siliang.language import language
 
     alone = isinstance(error, RankError | DeviceMemoryError)  # not every rank may have it
     if os.environ.get("RANK", "0") != "0" and not alone:

@@ -19,6 +19,7 @@ from siliang.config import MethodConfig, RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.files import remove_tree, write_text
 from siliang.hardware import machine
+from siliang.language import both
 from siliang.records import COMPARISON_NAME, Comparison, Record, Trial, figures_of
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes
 from siliang.tasks import TASKS
@@ -136,7 +137,7 @@ class _Comparing:
         findings = [f for f in find(subject, stop_early=True) if f.code not in METHODS_OWN]
         stop_on_errors(findings)
         for finding in findings:
-            self._say(f"warning    {finding.code} {finding.title}: {finding.message}")
+            self._say(both("warning    ", "警告       ") + f"{finding.code} {finding.headline}")
         if not len(subject.eval):
             raise ConfigError("a comparison needs held-out rows: give data.eval, or a data.test_size above 0.")
         self.listener.say(
@@ -160,7 +161,7 @@ class _Comparing:
 
     def _say(self, line: str) -> None:
         """Passes a warning on once: every run has it."""
-        if line.startswith("warning") and line not in self.said:
+        if line.startswith(("warning", "警告")) and line not in self.said:
             self.said.add(line)
             self.listener.say(line)
 

@@ -20,6 +20,7 @@ from siliang.data.tagged_words import tagged_rows
 from siliang.data.text_files import COLUMN_FILES, FILE_KINDS, TextFile, find_text, kind_of
 from siliang.files import is_pattern
 from siliang.hub import unreachable
+from siliang.language import Bilingual
 from siliang.paths import check_links, near_names
 from siliang.secrets import shortened
 from siliang.types import DataError, first_line
@@ -175,7 +176,12 @@ def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[R
             quoted += kind == ".tsv" and any(map(whole_quoted, fields))
             yield Row(dict(zip(names, fields, strict=True)), where)
     if quoted:
-        reading.doubts.append(f"{name}: {quoted:,} rows have a cell in double quotes, and the quotes are read as text")
+        reading.doubts.append(
+            Bilingual(
+                f"{name}: {quoted:,} rows have a cell in double quotes, and the quotes are read as text",
+                f"{name}：{quoted:,} 行有带双引号的单元格，引号按文本读取",
+            )
+        )
 
 
 def _is_no_header(fields: list[str]) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
+
 TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding", "positions_embed", "pos_encoding")
 
 
@@ -20,7 +22,7 @@ class Positions:
     Attributes:
         reads: Tokens of a row; of an encoder-decoder model, of its source. None: there is no end.
         writes: Tokens of a target, for an encoder-decoder model. None: there is no end.
-        virtual: Tokens that the method puts in front, for whoever tells of it.
+        virtual: Tokens that the method puts in front.
     """
 
     reads: int | None
@@ -40,10 +42,15 @@ class Positions:
         reads, writes = table_of_positions(model.get_encoder()), table_of_positions(model.get_decoder())
         return cls(_less(reads, 0 if prefix else virtual), _less(writes, virtual if prefix else 0), virtual)
 
-    def in_words(self, limit: int) -> str:
+    def in_words(self, limit: int) -> Bilingual:
         """The limit, and what it leaves out."""
-        taken = f" ({limit + self.virtual:,}, of which the method's virtual tokens take {self.virtual})"
-        return f"{limit:,} positions{taken if self.virtual else ''}"
+        if not self.virtual:
+            return Bilingual(f"{limit:,} positions", f"{limit:,} 个位置")
+        table = limit + self.virtual
+        return Bilingual(
+            f"{limit:,} positions ({table:,}, of which the method's virtual tokens take {self.virtual})",
+            f"{limit:,} 个位置（共 {table:,} 个，其中 {self.virtual} 个被虚拟词元占用）",
+        )
 
 
 def table_of_positions(model: nn.Module) -> int | None:

@@ -30,6 +30,7 @@ from siliang.distributed.sharding import fake_mesh, rank_mesh, shard
 from siliang.engine.attach import attach
 from siliang.files import absolute
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
+from siliang.language import both
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
@@ -250,7 +251,7 @@ def _check(config: RunConfig, ranks: Ranks, listener: Listener) -> Subject:
         findings = find(subject, stop_early=True)
         stop_on_errors(findings)
     for finding in findings:
-        listener.say(f"warning    {finding.code} {finding.title}: {finding.message}")
+        listener.say(both("warning    ", "警告       ") + f"{finding.code} {finding.headline}")
     return subject
 
 

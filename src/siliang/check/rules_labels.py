@@ -1,0 +1,259 @@
+"""Rules on classes and tags, as the rows hold them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+
+from siliang.check.finding import Found
+from siliang.check.subject import Subject
+from siliang.data.examples import Labelled, Tagged
+from siliang.data.labels import alike, joined, no_label, strange
+from siliang.data.numbers import as_number, is_whole
+from siliang.language import Bilingual
+from siliang.secrets import shortened
+
+LARGEST_SHARE = 0.8  # of one class, above which a model that says nothing else looks good
+LARGEST_RATIO = 10.0
+MANY_NUMBERS = 10  # from where on numbers are more often measured than classes
+
+
+def missing_classes(s: Subject) -> Iterator[Found]:
+    """A class that training never sees.
+
+    Cause: The training rows do not hold every class, and the model cannot learn a class without examples. A data.labels
+    that does not fit the label column looks the same.
+
+    Fix: Check data.labels and data.columns.label. If the split caused it, use data.stratify=true.
+
+    训练集中缺少某些类别
+
+    原因：训练样本没有覆盖全部类别，模型学不到没有样本的类别。data.labels 与标签列对不上时也会出现这种情况。
+
+    办法：检查 data.labels 和 data.columns.label；如果是划分造成的，用 data.stratify=true 分层划分。
+    """
+    names = s.examples.labels
+    if names is None:
+        return
+    counts = _class_counts(s)
+    missing = [name for name in names if not counts[name]]
+    if len(names) - len(missing) < 2:
+        seen = [name for name in names if counts[name]]
+        named = ", ".join(map(repr, seen))
+        yield Found(
+            Bilingual(
+                f"the training rows have one class only, {named}: nothing to learn",
+                f"训练样本只有一个类别 {named}，没有可学的内容",
+            )
+        )
+    elif missing:
+        shown = ", ".join(missing[:10])
+        more, more_zh = (f" and {len(missing) - 10} more", " 等") if len(missing) > 10 else ("", "")
+        # a random split often leaves a rare tag without rows, which is no error; a class without rows is one
+        severity = "warning" if s.task.data.named == "tags" else None
+        yield Found(
+            Bilingual(
+                f"{len(missing)} of {len(names)} classes have no training row: {shown}{more}",
+                f"{len(names)} 个类别中有 {len(missing)} 个没有训练样本：{shown}{more_zh}",
+            ),
+            severity=severity,
+        )
+
+
+def doubtful_labels(s: Subject) -> Iterator[Found]:
+    """Labels that may be mistakes.
+
+    Cause: Labels are compared letter by letter: "a" and "a " with a blank, "1" and "1.0", "Positive" and "positive" are
+    two classes each, although no text distinguishes them. "nan", "None", and -1 beside 0 and 1 usually mean that there
+    is no label; numbers with a decimal point are often measurements; "a,b" beside "a" and "b" is several labels in one.
+
+    Fix: Write each class in one way, and remove rows without a label. Where the names are meant as they are, list them
+    in data.labels, or accept this finding (accept: [SL020]).
+
+    标签可疑
+
+    原因：标签按字符逐一比较：“a”与带空格的“a ”、“1”与“1.0”、“Positive”与“positive”都算作两个类别，而文本本身区分不了它
+    们。“nan”“None”以及与 0、1 并存的 -1 通常表示没有标签；带小数点的数字往往是测量值；与“a”“b”并存的“a,b”是写在一起的多
+    个标签。
+
+    办法：统一每个类别的写法，删除没有标签的样本。如果标签本来就是这样，在 data.labels 中列出，或用 accept: [SL020] 接受
+    此项。
+    """
+    names = s.examples.labels
+    if names is None or s.data.labels is not None:
+        return
+    counts = _class_counts(s, "train", "eval")
+    groups = alike(names)
+    if groups:
+        shown = "; ".join(" and ".join(f"{name!r} ({counts[name]:,} rows)" for name in g) for g in groups[:5])
+        shown_zh = "；".join("与".join(f" {name!r}（{counts[name]:,} 条）" for name in g) for g in groups[:5])
+        more, more_zh = (
+            (f"; and {len(groups) - 5} more", f"；另有 {len(groups) - 5} 组") if len(groups) > 5 else ("", "")
+        )
+        yield Found(
+            Bilingual(f"classes that look like one: {shown}{more}", f"看起来是同一类别的标签：{shown_zh}{more_zh}")
+        )
+    if (none := no_label(names)) is not None:
+        yield Found(
+            Bilingual(
+                f"{counts[none]:,} rows have the label {none!r} beside numbers from 0: GLUE and others "
+                "write that where there is no label",
+                f"{counts[none]:,} 条样本的标签是 {none!r}，而其他标签是从 0 开始的数字：GLUE 等数据集用它表示没有标签",
+            ),
+            fix=Bilingual(
+                "Remove these rows; where it is a class, list the classes in data.labels.",
+                "删除这些样本；如果它确实是一个类别，在 data.labels 中列出所有类别。",
+            ),
+        )
+    if s.task.data.named == "label" and (mark := joined(names)):
+        shown = shortened(", ".join(repr(name) for name in names if mark in name.strip()), 100)
+        yield Found(
+            Bilingual(
+                f"several labels in one, separated by {mark!r}: {shown}; seq_cls learns one class for a text",
+                f"一个标签里有多个类别，以 {mark!r} 分隔：{shown}；seq_cls 每条文本只学一个类别",
+            )
+        )
+    together = {name for group in groups for name in group}
+    if odd := [name for name in strange(names) if name not in together]:
+        missing = any(name.casefold().strip() in ("nan", "-nan", "<na>", "nat") for name in odd)
+        blanks = all(name != name.strip() for name in names if name != "O")  # a blank behind each comma
+        severity = None if missing or blanks else "warning"
+        shown = ", ".join(f"{name!r} ({counts[name]:,} rows)" for name in odd[:5])
+        shown_zh = "、".join(f"{name!r}（{counts[name]:,} 条）" for name in odd[:5])
+        yield Found(
+            Bilingual(
+                f"labels that may mean a missing label, or that hold invisible characters: {shown}",
+                f"可能表示缺失、或含有不可见字符的标签：{shown_zh}",
+            ),
+            severity=severity,
+        )
+    numbers = [name for name in names if as_number(name) is not None]
+    pointed = [name for name in numbers if not is_whole(name)]
+    measured = len(numbers) == len(names) and (pointed or len(names) > MANY_NUMBERS)
+    if s.task.data.named == "label" and measured:
+        what = Bilingual(f"{len(names)} different numbers", f"{len(names)} 个不同的数字")
+        if pointed:
+            shown = ", ".join(pointed[:3])
+            what = Bilingual(f"numbers with a point ({shown})", f"带小数点的数字（{shown}）")
+        yield Found(
+            Bilingual(
+                f"the labels are {what}: each is a class of its own; a regression is not learned",
+                f"标签是{what.zh}：每个数字各算一个类别，不会做回归",
+            ),
+            severity="warning",
+        )
+
+
+def imbalance(s: Subject) -> Iterator[Found]:
+    """One class outweighs the others.
+
+    Cause: A model that always predicts the largest class is right that often. Accuracy says little then, and a learning
+    rate that is too high, or a method that is too weak, ends exactly there.
+
+    Fix: Judge by f1 and not by accuracy, use data.stratify=true, or weight the sources (data.train: [{path, weight}]).
+
+    类别不均衡
+
+    原因：只猜最大的类别就能达到同样高的准确率，因此准确率说明不了什么；学习率过高或方法能力不足时，模型正会停在这里。
+
+    办法：看 f1 而不看准确率；用 data.stratify=true 分层划分，或为各数据源设置权重（data.train: [{path, weight}]）。
+    """
+    if s.task.data.named != "label" or s.examples.labels is None:
+        return
+    counts = _class_counts(s)
+    n = sum(counts.values())
+    (large, most), (small, least) = counts.most_common()[0], counts.most_common()[-1]
+    if len(counts) > 1 and (most / n >= LARGEST_SHARE or most / least >= LARGEST_RATIO):
+        shares = 100 * most / n, 100 * least / n
+        yield Found(
+            Bilingual(
+                f"{large!r} has {shares[0]:.1f}% of the training rows, {small!r} {shares[1]:.1f}%",
+                f"{large!r} 占训练样本的 {shares[0]:.1f}%，{small!r} 只占 {shares[1]:.1f}%",
+            )
+        )
+
+
+def contradictions(s: Subject) -> Iterator[Found]:
+    """The same text with different labels.
+
+    Cause: One of the labels is wrong, or the text does not determine the class: no model can get both right.
+
+    Fix: Decide for one label.
+
+    相同的文本标签不同
+
+    原因：其中一个标签有误，或仅凭文本无法判断类别：任何模型都不可能两个都答对。
+
+    办法：只保留一个标签。
+    """
+    if s.task.data.named != "label":
+        return
+    asked, whole = s.prints["train"]
+    pairs = {int(a): int(w) for a, w in zip(asked[::-1], whole[::-1], strict=True)}  # the first of each
+    rows = [i for i, (a, w) in enumerate(zip(asked.tolist(), whole.tolist(), strict=True)) if pairs[a] != w]
+    if rows:
+        said = Bilingual(
+            f"{len(rows):,} training rows have another label than the same text before",
+            f"{len(rows):,} 条训练样本与前面相同的文本标签不同",
+        )
+        yield Found(said, s.places(rows), len(rows))
+
+
+def broken_tags(s: Subject) -> Iterator[Found]:
+    """Tags that do not make spans.
+
+    Cause: In BIO a span begins with B-; in BMES and BIOES it ends with E- or is a single S-. An I-, M- or E- that
+    follows nothing of its kind is a mistake of the annotation or of its conversion, and the span F1 counts it as a span
+    of its own.
+
+    Fix: Correct the tags, or check whether sentences were cut in the middle of a span.
+
+    标注不构成完整的片段
+
+    原因：BIO 标注中片段以 B- 开头；BMES 和 BIOES 中片段以 E- 结尾，或是单独的 S-。前面没有同类标注的 I-、M-、E- 是标注
+    或转换的错误，片段 F1 会把它算作单独的片段。
+
+    办法：改正标注，或检查句子是否在片段中间被切断。
+    """
+    if s.task.data.named != "tags":
+        return
+    rows: list[int] = []
+    first: tuple[str, str] | None = None
+    for i, example in enumerate(s.examples.train):
+        assert isinstance(example, Tagged)
+        if broken := _broken(example.tags):
+            first = first or broken
+            rows.append(i)
+    if first is not None:
+        tag, before = first
+        said = Bilingual(
+            f"{len(rows):,} sentences have tags out of place, such as {tag} after {before}",
+            f"{len(rows):,} 个句子的标注位置有误，例如 {before} 之后出现 {tag}",
+        )
+        yield Found(said, s.places(rows), len(rows))
+
+
+def _class_counts(s: Subject, *parts: str) -> Counter[str]:
+    """Rows of each class, in the training rows where no part is named."""
+    counts: Counter[str] = Counter()
+    for example in chain.from_iterable(getattr(s.examples, part) for part in parts or ("train",)):
+        if isinstance(example, Labelled):
+            counts[example.label] += 1
+        elif isinstance(example, Tagged):
+            counts.update(example.tags)
+    return counts
+
+
+def _broken(tags: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first tag that is out of place, and the one before it; None if every tag is in place."""
+    ends = any(tag.startswith(("E-", "S-", "M-")) for tag in tags)
+    before = "O"
+    for tag in (*tags, "O"):
+        inside = tag.startswith(("I-", "M-", "E-"))
+        follows = before.startswith(("B-", "I-", "M-")) and before[2:] == tag[2:]
+        unfinished = ends and before.startswith(("B-", "I-", "M-")) and not (inside and follows)
+        if (inside and not follows and "-" in tag) or unfinished:
+            return tag, before
+        before = tag
+    return None

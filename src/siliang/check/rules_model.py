@@ -1,0 +1,242 @@
+"""Rules on the base model: its tokenizer, its modules, its positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from siliang.check.finding import Found
+from siliang.check.subject import Subject
+from siliang.language import Bilingual
+from siliang.types import OTHER_HEADS, ConfigError, TargetError
+
+
+def no_pad_token(s: Subject) -> Iterator[Found]:
+    """The tokenizer has no pad token.
+
+    Cause: Rows of a batch are padded to one length, and the tokenizer has no token for it. siliang takes the end of
+    sequence or the unknown token where there is one: labels and attention are masked by position, so any token works.
+
+    Fix: Name a pad_token in the model's tokenizer_config.json.
+
+    分词器没有填充词元
+
+    原因：一个批次中的样本要填充到相同长度，而分词器没有可用的词元。有结束符或未知词元时，siliang 会用它们代替：标签和注
+    意力都按位置屏蔽，用哪个词元都可以。
+
+    办法：在模型的 tokenizer_config.json 中设置 pad_token。
+    """
+    if s.tokenizer.pad_token_id is None:
+        yield Found(
+            Bilingual(
+                f"{s.config.model}: its tokenizer has no pad token, no end of sequence and no unknown token",
+                f"{s.config.model} 的分词器既没有填充词元，也没有结束符和未知词元",
+            )
+        )
+
+
+def vocabulary(s: Subject) -> Iterator[Found]:
+    """Tokens without an embedding.
+
+    Cause: The tokenizer knows more tokens than the embedding has rows. On the first such token the run ends in an index
+    error, on a GPU in one that names no cause.
+
+    Fix: Use the model's own tokenizer, or name the new tokens in data.add_tokens, which enlarges the embeddings.
+
+    有词元没有对应的嵌入
+
+    原因：分词器的词元数超过嵌入矩阵的行数。遇到第一个这样的词元，训练就会因索引越界而中止；在 GPU 上，报错信息甚至看不
+    出原因。
+
+    办法：使用模型自带的分词器，或在 data.add_tokens 中列出新词元，嵌入矩阵会随之扩大。
+    """
+    rows = getattr(s.text_config, "vocab_size", None)
+    if rows is None or s.data.add_tokens:
+        return
+    read = [ids for part in (s.train, s.eval) for ids in part.lists("input_ids") if len(ids)]
+    largest = max((int(ids.max()) for ids in read), default=0)
+    named = {"pad": s.tokenizer.pad_token_id, "eos": s.tokenizer.eos_token_id, "bos": s.tokenizer.bos_token_id}
+    beyond = [(name, token) for name, token in named.items() if token is not None and token >= rows]
+    own = len(set(s.tokenizer.get_vocab().values()) - set(s.tokenizer.get_added_vocab().values()))
+    if largest >= rows:
+        yield Found(
+            Bilingual(
+                f"the data holds token {largest:,}, and the embedding has {rows:,} rows",
+                f"数据中有词元 {largest:,}，而嵌入只有 {rows:,} 行",
+            )
+        )
+        return
+    sizes = Bilingual(
+        f"the tokenizer has {len(s.tokenizer):,} tokens, the embedding {rows:,} rows",
+        f"分词器有 {len(s.tokenizer):,} 个词元，嵌入只有 {rows:,} 行",
+    )
+    if beyond:
+        name, token = beyond[0]
+        yield Found(Bilingual(f"{sizes}, and its {name} token is {token:,}", f"{sizes.zh}，其 {name} 词元是 {token:,}"))
+    elif own > rows:
+        yield Found(
+            Bilingual(
+                f"{sizes}, and {own:,} of them its own: it is another model's tokenizer",
+                f"{sizes.zh}，其中自有词元 {own:,} 个：这是另一个模型的分词器",
+            )
+        )
+    elif len(s.tokenizer) > rows:
+        yield Found(
+            Bilingual(f"{sizes}; the data uses none beyond", f"{sizes.zh}；数据没有用到超出的词元"), severity="warning"
+        )
+
+
+def targets(s: Subject) -> Iterator[Found]:
+    """The method finds nothing to tune.
+
+    Cause: method.target_modules names modules that this model does not have, all of them or some. PEFT silently skips
+    names that match nothing.
+
+    Fix: Name modules that the model has (the message lists similar names), or leave target_modules out.
+
+    没有找到可微调的模块
+
+    原因：method.target_modules 中的模块名全部或部分不在这个模型里；PEFT 会悄悄跳过匹配不到的名字。
+
+    办法：改用模型中存在的模块名（提示中列出了相近的名字），或去掉 target_modules。
+    """
+    if s.method.tunes == "biases" or (problem := _attach(s)) is None:
+        return
+    yield Found(problem)
+
+
+def no_biases(s: Subject) -> Iterator[Found]:
+    """BitFit on a model without biases.
+
+    Cause: BitFit trains the biases, and Llama and similar models have none: nothing would be learned.
+
+    Fix: Use method=lora, or a model with biases (BLOOM, BERT, GPT-2, Qwen2's attention).
+
+    模型没有偏置，无法使用 BitFit
+
+    原因：BitFit 只训练偏置，而 Llama 一类的模型没有偏置：什么都学不到。
+
+    办法：改用 method=lora，或换一个有偏置的模型（BLOOM、BERT、GPT-2、Qwen2 的注意力层）。
+    """
+    if s.method.tunes == "biases" and (problem := _attach(s)) is not None:
+        yield Found(problem)
+
+
+def invented(s: Subject) -> Iterator[Found]:
+    """Weights that the model's files do not hold.
+
+    Cause: The model has parts beside the task's head that its files lack, such as the pooler of a BERT that was trained
+    without one. They are initialized at random when the model is loaded. Frozen, they would differ wherever the adapter
+    is opened, so they are trained, and saved with the adapter (modules_to_save), as the head is.
+
+    Fix: Nothing needs to be done where the model is known to come without them. Otherwise use a checkpoint that holds
+    them.
+
+    模型文件缺少部分权重
+
+    原因：除任务头之外，模型还有文件中没有的部分，例如训练时不带 pooler 的 BERT。它们在加载时随机初始化。如果冻结，每次
+    打开适配器都会不同，因此它们与任务头一样参与训练，并随适配器保存（modules_to_save）。
+
+    办法：如果这个模型本来就不含这些权重，无需处理；否则请换用包含它们的检查点。
+    """
+    heads = (*s.task.model.heads, *OTHER_HEADS)
+    if new := [path for path in s.invented if not any(head in path.split(".") for head in heads)]:
+        it, names = "it is" if len(new) == 1 else "they are", ", ".join(new)
+        yield Found(
+            Bilingual(
+                f"{s.config.model} does not hold {names}: {it} new, and trained and saved along",
+                f"{s.config.model} 的文件中没有 {names}：这部分是新建的，会一同训练和保存",
+            )
+        )
+
+
+def tied_embedding(s: Subject) -> Iterator[Found]:
+    """An adapter on a tied embedding.
+
+    Cause: The model's output head is its embedding. An adapter on one of them leaves the other unchanged, and a merge
+    separates the two: the merged model is larger by an embedding, and a program that ties them again gives different
+    answers.
+
+    Fix: Leave the embedding and the head out of target_modules and modules_to_save, or do not merge.
+
+    在共享权重的嵌入上加适配器
+
+    原因：这个模型的输出头与嵌入共享权重。适配器加在其中一个上，另一个不变；合并时两者会分开：合并后的模型多出一份嵌入，
+    而重新共享权重的程序会给出不同的输出。
+
+    办法：不要把嵌入和输出头列入 target_modules 和 modules_to_save，或不要合并。
+    """
+    if not getattr(s.text_config, "tie_word_embeddings", False) or s.method.config is None:
+        return
+    given = s.config.method.arguments
+    names: list[str] = []
+    for key in ("target_modules", "modules_to_save"):
+        value = given.get(key) or []
+        names += [value] if isinstance(value, str) else list(value)
+    touched = [n for n in names if any(part in n for part in ("embed", "lm_head", "wte", "output_layer", "shared"))]
+    if touched:
+        named = ", ".join(touched)
+        yield Found(
+            Bilingual(
+                f"{named} is tied to the model's other end (tie_word_embeddings)",
+                f"{named} 的权重由嵌入和输出头共享（tie_word_embeddings）",
+            )
+        )
+
+
+def too_many_positions(s: Subject) -> Iterator[Found]:
+    """Rows longer than the model can read.
+
+    Cause: The model has learned embeddings for a fixed number of positions: a longer row would end the run in an index
+    error. Virtual tokens in front of a row (prompts, prefixes) take positions too. A model with rotary positions reads
+    on, but was not trained on such lengths and answers worse there.
+
+    Fix: Lower data.max_length to the model's length, less the method's virtual tokens.
+
+    样本超出模型的最大长度
+
+    原因：模型只有固定数目的位置嵌入，更长的样本会让训练因索引越界而中止。样本前面的虚拟词元（提示、前缀）也占用位置。使
+    用旋转位置编码的模型虽能继续，但没有训练过这么长的输入，效果会变差。
+
+    办法：把 data.max_length 降到模型的最大长度减去方法的虚拟词元数。
+    """
+    positions = s.positions
+    longest = max(int(part.lengths.max(initial=0)) for part in (s.train, s.eval))
+    if positions.reads is not None and longest > positions.reads:
+        limit = positions.in_words(positions.reads)
+        yield Found(
+            Bilingual(
+                f"a row has {longest:,} tokens, the model {limit}", f"有样本长 {longest:,} 个词元，而模型有 {limit.zh}"
+            )
+        )
+    if s.task.has_encoder:
+        longest = max(int(part.learned.max(initial=0)) for part in (s.train, s.eval))
+        if positions.writes is not None and longest > positions.writes:
+            limit = positions.in_words(positions.writes)
+            yield Found(
+                Bilingual(
+                    f"a target has {longest:,} tokens, the model's decoder {limit}",
+                    f"有目标文本长 {longest:,} 个词元，而模型的解码器有 {limit.zh}",
+                ),
+                fix=Bilingual("Lower data.max_target_length to that.", "把 data.max_target_length 降到这个数以内。"),
+            )
+        return
+    trained = getattr(s.text_config, "max_position_embeddings", None)
+    if positions.reads is None and trained and longest + positions.virtual > trained:
+        yield Found(
+            Bilingual(
+                f"a row has {longest:,} tokens, the model was trained for {trained:,}",
+                f"有样本长 {longest:,} 个词元，而模型是按 {trained:,} 个词元训练的",
+            ),
+            severity="warning",
+        )
+
+
+def _attach(s: Subject) -> str | None:
+    """What goes wrong when the method is attached to the model's skeleton; None where nothing does."""
+    if s.method.config is None:
+        return None
+    try:
+        s.attached()
+    except (TargetError, ConfigError) as error:
+        return str(error) if error.zh is None else Bilingual(str(error), error.zh)
+    return None

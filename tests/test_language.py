@@ -1,0 +1,100 @@
+"""What is printed in two languages says the same in both: same values, labels of one width, characters of GBK."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from siliang.check import RULES
+from siliang.language import Bilingual, both, local, padded, width
+from siliang.types import ConfigError
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "siliang"
+CHINESE = re.compile("[一-鿿]")
+LABEL = re.compile(r"\S+ {2,}")  # in front of a line of a run: "saved      ..."
+TYPEWRITTEN = re.compile("[一-鿿][,;:?!]")  # half-width punctuation behind a Chinese character
+
+
+def pairs() -> Iterator[tuple[str, ast.expr, ast.expr]]:
+    """Every pair of texts in the source, with its place."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        if path.name == "language.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Bilingual", "both"):
+                assert len(node.args) == 2 and not node.keywords, f"{path}:{node.lineno}"
+                yield f"{path.relative_to(SOURCE)}:{node.lineno}", *node.args
+
+
+def written(node: ast.expr) -> str | None:
+    """The literal text of a string, with a mark for each value; None of what is no literal."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        texts = written(node.left), written(node.right)
+        return None if None in texts else "".join(map(str, texts))
+    return None
+
+
+def values(node: ast.expr) -> set[str]:
+    """The names of the values that a text shows; `more_zh`, the Chinese of `more`, is the same value."""
+    found = [part for part in ast.walk(node) if isinstance(part, ast.FormattedValue)]
+    names = {n.id for part in found for n in ast.walk(part.value) if isinstance(n, ast.Name)}
+    return {name.removesuffix("_zh") for name in names} - {"local", "len", "str"}
+
+
+def test_pairs_say_the_same() -> None:
+    found = list(pairs())
+    assert len(found) > 100
+    for place, en, zh in found:
+        assert values(en) == values(zh), place
+
+
+def test_pairs_are_english_and_chinese() -> None:
+    for place, *both_texts in pairs():
+        en, zh = map(written, both_texts)
+        if en is not None:
+            assert not CHINESE.search(en), place
+        if zh is not None:
+            zh.encode("gbk")  # a Windows console in China
+            assert CHINESE.search(zh) or not re.search("[A-Za-z]{3}", zh.replace("{}", "")), place
+            assert not TYPEWRITTEN.search(zh), place
+        if en and zh and (label := LABEL.match(en)):
+            other = LABEL.match(zh)
+            assert other is not None and width(other[0]) == width(label[0]), place
+
+
+@pytest.mark.parametrize("code", RULES)
+def test_pages_of_rules(code: str) -> None:
+    rule = RULES[code]
+    assert len(rule.paragraphs) == 6, f"{code}: title, Cause and Fix, and 标题, 原因 and 办法"
+    for text in (rule.title, rule.cause, rule.fix, rule.page):
+        assert text and not CHINESE.search(text.replace("锟斤拷", ""))
+        assert CHINESE.search(text.zh) and not TYPEWRITTEN.search(text.zh) and "\n" not in rule.cause.zh
+        text.zh.replace("Ã©、â€", "").encode("gbk")
+    assert not rule.title.zh.endswith("。") and rule.fix.zh.endswith("。") and rule.cause.zh.endswith("。")
+
+
+def test_bilingual(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Bilingual("one row", "一条样本")
+    assert json.dumps([text]) == '["one row"]' and f"{text}" == "one row"
+    assert pickle.loads(pickle.dumps(text)).zh == "一条样本"
+    for wanted, shown in (("en", "one row"), ("zh", "一条样本")):
+        monkeypatch.setenv("SILIANG_LANG", wanted)
+        assert local(text) == both("one row", "一条样本") == shown and local("plain") == "plain"
+        assert type(local(text)) is str
+    assert local(text, "zh") == "一条样本"
+    error = ConfigError(text)
+    assert str(error) == "one row" and error.zh == "一条样本" and ConfigError("x").zh is None
+
+
+def test_widths() -> None:
+    assert width("数据 a") == 6 and padded("数据", 6) == "数据  " and padded("abc", 2) == "abc"
