@@ -99,7 +99,8 @@ class Adapted(nn.Module):
 
 @pytest.mark.parametrize("rows", [1, 5, 130])
 @pytest.mark.parametrize(
-    "options", [{}, {"scale": 0.3}, {"softcap": 2.0}, {"label_smoothing": 0.1}, {"softcap": 3.0, "scale": 2.0}]
+    "options",
+    [{}, {"scale": 0.3}, {"softcap": 2.0}, {"label_smoothing": 0.1, "scale": 0.3}, {"softcap": 3.0, "scale": 2.0}],
 )
 @pytest.mark.parametrize("kind", ["frozen", "biased", "trained", "adapted"])
 def test_masked_cross_entropy(rows: int, options: dict[str, float], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,12 @@ class TrainConfig(Section):
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight decay of the optimizer."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """The share of each label that is spread over all classes or tokens, such as 0.1, in training: evaluations give the
+    plain loss. Not for question_ans."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune: noise of this size on the embeddings in training; the paper takes 5 to 15. None: none. Not for
+    seq_2_seq_lm."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"] = "auto"

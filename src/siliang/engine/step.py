@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from siliang.data.batch import Batch
 from siliang.engine.frozen import FrozenCache, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
+from siliang.engine.noise import EmbeddingNoise
 from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
 from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
@@ -44,6 +45,8 @@ class Engine:
         comparing: bool = True,
         all_logits: str | None = None,
         memory_share: float = 1.0,
+        label_smoothing: float = 0.0,
+        neftune_alpha: float | None = None,
     ) -> None:
         """Tries on `model` what it allows; the model is unchanged outside of `loss`.
 
@@ -52,8 +55,10 @@ class Engine:
                 run.
             all_logits: Why the output layer has to be run as it is, if it has to.
             memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
+            label_smoothing: The share of a label that is spread over all classes or tokens, in training alone.
+            neftune_alpha: Of the noise on the embeddings in training; None for none.
         """
-        self.task = task
+        self.task, self.label_smoothing = task, label_smoothing
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.padding: PaddingFree | None = None
         self.notes: list[str] = []
@@ -69,7 +74,8 @@ class Engine:
                 if self.padding is not None:
                     self.padding.close()
                     self.padding = None
-        if keep_frozen and self.padding is not None and not _has_prompts(model):
+        self._noise = EmbeddingNoise(self._base.get_input_embeddings(), neftune_alpha) if neftune_alpha else None
+        if keep_frozen and self._noise is None and self.padding is not None and not _has_prompts(model):
             frozen = find_frozen_layers(self._base, self.padding.layers)
             if frozen.count:
                 self.padding.frozen = FrozenCache(self.padding.layers, frozen.count, StateStore.of_free())
@@ -149,26 +155,29 @@ class Engine:
         head, padding = self._head, self.padding
         keep = padding is not None and padding.head_takes_packed and head is not None
         frozen = padding.frozen if padding and model.training else None
+        noise, smoothing = (self._noise, self.label_smoothing) if model.training else (None, 0.0)
         tokens = batch.tokens if padding else batch.width * len(batch.lengths)
         inputs = self._inputs(batch)
         with (
             self._fused.on(),
+            noise.of(batch.lengths) if noise else nullcontext(),
             padding.packed(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext(),
             self.recompute.chosen(tokens) if torch.is_grad_enabled() else nullcontext(),
             frozen.batch(batch.keys) if frozen else nullcontext(),
         ):
             if batch.targets is None:
                 output = model(**inputs)
-                yield self._loss_of(output, batch), output
+                yield self._loss_of(output, batch, smoothing), output
             elif head is None:
                 logits = model(**inputs, use_cache=False).logits
                 rows = logits.flatten(0, 1).index_select(0, self._rows(logits, batch, None))
-                yield F.cross_entropy(rows.float(), batch.targets[0], reduction="sum"), None
+                targets = batch.targets[0]
+                yield F.cross_entropy(rows.float(), targets, reduction="sum", label_smoothing=smoothing), None
             else:
                 with head.skipped() as seen:
                     model(**inputs, use_cache=False)
                 rows = self._rows(seen[0], batch, padding.layout if padding and keep else None)
-                yield head.loss(seen[0], rows, batch.targets[0]), None
+                yield head.loss(seen[0], rows, batch.targets[0], smoothing), None
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the model is called with: no labels, so that it forms no loss of its own."""
@@ -185,12 +194,16 @@ class Engine:
         if self.padding is not None:
             self.padding.close()
             self.padding = None
+        if self._noise is not None:
+            self._noise.close()
+            self._noise = None
         self.recompute.close()
 
-    def _loss_of(self, output: Any, batch: Batch) -> Tensor:
+    def _loss_of(self, output: Any, batch: Batch, smoothing: float) -> Tensor:
         """The task's own loss, in fp32 and summed over what `batch.weight` counts."""
         assert self.task.loss is not None
-        loss = self.task.loss(output, batch)
+        smoothed = {"label_smoothing": smoothing} if smoothing else {}
+        loss = self.task.loss(output, batch, **smoothed)
         return loss if batch.weight else loss * 0.0  # a dummy batch counts nothing
 
     def _rows(self, states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
@@ -238,7 +251,7 @@ class HeadLoss:
         with patched([(self._head, skip)]):
             yield seen
 
-    def loss(self, states: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, states: Tensor, rows: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Summed over the labelled rows.
 
         Args:
@@ -247,7 +260,14 @@ class HeadLoss:
             labels: (N,).
         """
         hidden_ND = states.flatten(0, -2).index_select(0, rows)
-        return masked_cross_entropy(hidden_ND, self._head, labels, softcap=self._softcap, scale=self._scale)
+        return masked_cross_entropy(
+            hidden_ND,
+            self._head,
+            labels,
+            softcap=self._softcap,
+            scale=self._scale,
+            label_smoothing=label_smoothing,
+        )
 
     @torch.no_grad()
     def differs(self, model: nn.Module, vocabulary: int) -> str | None:

@@ -68,8 +68,9 @@ def masked_cross_entropy(
     if not len(labels_N):
         # nothing to learn, and still a graph: backward gives zeros, for which other ranks may wait
         return torch.stack([x.sum() * 0.0 for x in (hidden_ND, *trained)]).sum().float()
-    if type(head) is nn.Linear and not trained and not softcap and not label_smoothing:
-        return _Frozen.apply(hidden_ND, head.weight, head.bias, labels_N, scale)  # type: ignore[no-any-return]
+    if type(head) is nn.Linear and not trained and not softcap:
+        found: Tensor = _Frozen.apply(hidden_ND, head.weight, head.bias, labels_N, scale, label_smoothing)
+        return found
 
     def loss_of(rows_ND: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(finish(head(rows_ND)), labels, reduction="sum", label_smoothing=label_smoothing)
@@ -90,7 +91,15 @@ class _Frozen(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, W_VD: Tensor, b_V: Tensor | None, labels_N: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        W_VD: Tensor,
+        b_V: Tensor | None,
+        labels_N: Tensor,
+        scale: float,
+        label_smoothing: float,
+    ) -> Tensor:
         dtype = _compute_dtype(h_ND)
         keep = ctx.needs_input_grad[0]
         dh_ND = torch.empty_like(h_ND, dtype=dtype) if keep else None
@@ -100,10 +109,14 @@ class _Frozen(torch.autograd.Function):
         with torch.autocast(h_ND.device.type, enabled=False):
             W_VD = W_VD.to(dtype)
             b_V = None if b_V is None else b_V.to(dtype)
+            means = _means(W_VD, b_V) if label_smoothing else None
             for start in range(0, len(h_ND), step):
                 part = slice(start, start + step)
                 own = None if dh_ND is None else dh_ND[part]
-                loss += _loss_by_tiles(h_ND[part].to(dtype), W_VD, b_V, labels_N[part, None], scale, own)
+                h_nD, y_n1 = h_ND[part].to(dtype), labels_N[part, None]
+                loss += _loss_by_tiles(h_nD, W_VD, b_V, y_n1, scale, own)
+                if means is not None:
+                    loss += _smoothing(h_nD, W_VD, b_V, y_n1, scale, label_smoothing, *means, own)
         if dh_ND is not None:
             ctx.save_for_backward(dh_ND)
         ctx.dtype = h_ND.dtype
@@ -114,7 +127,7 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (dh_ND,) = ctx.saved_tensors
         # in fp32: 1/N rounded to bf16 would put the whole gradient off by up to 0.4%
-        return (dh_ND.float() * grad).to(ctx.dtype), None, None, None, None
+        return (dh_ND.float() * grad).to(ctx.dtype), None, None, None, None, None
 
 
 def _loss_by_tiles(
@@ -162,6 +175,32 @@ def _loss_by_tiles(
     if g_ND is not None and dh_ND is not None:
         dh_ND.copy_(g_ND.sub_(o_N1 * W_y).mul_(scale * (m_N1 - lse).exp()))
     return (lse - z_y).sum()
+
+
+def _means(W_VD: Tensor, b_V: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """The mean row of the output layer (D,), and the mean of its bias, in fp32."""
+    return W_VD.mean(0, dtype=torch.float32), 0.0 if b_V is None else b_V.mean(dtype=torch.float32)
+
+
+def _smoothing(
+    h_ND: Tensor,
+    W_VD: Tensor,
+    b_V: Tensor | None,
+    y_N1: Tensor,
+    scale: float,
+    a: float,
+    W_mean_D: Tensor,
+    b_mean: Tensor | float,
+    dh_ND: Tensor | None,
+) -> Tensor:
+    """What smoothing adds to the summed loss; its gradient is added to `dh_ND`. The names are `_Frozen`'s."""
+    step_ND = W_VD[y_N1[:, 0]].float() - W_mean_D
+    z_N = (h_ND.float() * step_ND).sum(-1)
+    if b_V is not None:
+        z_N = z_N + b_V[y_N1[:, 0]].float() - b_mean
+    if dh_ND is not None:
+        dh_ND.add_(step_ND, alpha=a * scale)
+    return a * scale * z_N.sum()
 
 
 def _tile_bytes(x: Tensor) -> int:

@@ -90,6 +90,7 @@ class FakeRun:
         found = find_method(self._config.method.name)
         if quantization is not None and found.config is None:
             raise ConfigError("Quantized weights cannot be trained themselves.")
+        TASKS[config.task].check_settings(config.train)
         with fake_mode() as self._mode:
             dtype = weight_dtype(found, device.precision)
             base = make_fake_base(
@@ -122,6 +123,8 @@ class FakeRun:
                 packing=config.train.packing and baseline is None,
                 memory_budget=None,
                 comparing=False,
+                label_smoothing=config.train.label_smoothing,
+                neftune_alpha=config.train.neftune_alpha,
             )
         self.loads_on_host = quantization is None and device.kind == "cuda"
         self.packed = self.engine.padding is not None

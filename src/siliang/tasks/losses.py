@@ -16,16 +16,23 @@ if TYPE_CHECKING:  # slow to import: the table of tasks is read where no model i
     from siliang.data.batch import Batch
 
 
-def cross_entropy(output: Any, batch: Batch) -> Tensor:
+def cross_entropy(output: Any, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Over classes of rows, or over each token's tags.
 
     Args:
         output: With the logits of classes (S, C) or of each token's tags (S, W, C).
+        label_smoothing: The share of a label that is spread over all classes.
     """
     import torch.nn.functional as F
 
     logits, labels = output.logits.float(), batch.inputs["labels"]
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
 
 
 def cross_entropy_of_ends(output: Any, batch: Batch) -> Tensor:

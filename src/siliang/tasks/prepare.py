@@ -8,6 +8,12 @@ from siliang.tasks import TASKS
 
 
 def prepare_data(config: RunConfig) -> PreparedData:
-    """The data that check, plan and training take; nothing is read before it is asked for."""
-    spec, seed = TASKS[config.task].data, config.train.seed
+    """The data that check, plan and training take; nothing is read before it is asked for.
+
+    Raises:
+        ConfigError: The task cannot follow a setting of training.
+    """
+    task = TASKS[config.task]
+    task.check_settings(config.train)
+    spec, seed = task.data, config.train.seed
     return PreparedData(config.data, spec, model=config.model, revision=config.revision, seed=seed)

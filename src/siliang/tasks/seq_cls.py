@@ -186,6 +186,7 @@ SEQ_CLS = Task(
     show=show,
     synthetic_row=synthetic_row,
     loss=cross_entropy,
+    smooths_labels=True,
     counts_rows=True,
     read=read,
     figures=(ACCURACY, F1),

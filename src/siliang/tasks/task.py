@@ -12,12 +12,13 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from siliang.config import TrainConfig
 from siliang.data.examples import Example
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import DataSpec
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
-from siliang.types import TaskType
+from siliang.types import ConfigError, TaskType
 
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
@@ -170,7 +171,8 @@ class Task:
 
         writes: The model writes text. Its loss is that of each labelled token, formed without the logits of all tokens.
         has_encoder: An encoder reads, and a decoder writes the labels.
-        loss: The summed loss of a batch from the model's output; None for a model that writes.
+        loss: The summed loss of a batch from the model's output and the batch; None for a model that writes.
+        smooths_labels: The loss takes `label_smoothing`, as that of a model that writes does.
         counts_rows: The loss is a mean over rows; otherwise over labelled tokens.
 
         read: What is kept of the model's output. None: the loss says it all.
@@ -206,7 +208,8 @@ class Task:
 
     writes: bool = False
     has_encoder: bool = False
-    loss: Callable[[Any, Batch], Tensor] | None = None
+    loss: Callable[..., Tensor] | None = None
+    smooths_labels: bool = False
     counts_rows: bool = False
 
     read: Reader | None = None
@@ -232,3 +235,20 @@ class Task:
     def decoder_only(self) -> bool:
         """The model writes on from what it reads, without an encoder."""
         return self.writes and not self.has_encoder
+
+    def check_settings(self, train: TrainConfig) -> None:
+        """Refuses settings of training that the task cannot follow.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        if train.label_smoothing and not (self.writes or self.smooths_labels):
+            raise ConfigError(
+                f"train.label_smoothing = {train.label_smoothing:g}: {self.title} does not smooth its labels; leave it "
+                "at 0."
+            )
+        if train.neftune_alpha is not None and self.has_encoder:
+            raise ConfigError(
+                f"train.neftune_alpha = {train.neftune_alpha:g}: not for {self.title}, whose model embeds two texts; "
+                "leave it out."
+            )

@@ -277,6 +277,7 @@ TOKEN_CLS = Task(
     show=show,
     synthetic_row=synthetic_row,
     loss=cross_entropy,
+    smooths_labels=True,
     read=read,
     figures=(F1, Figure("precision"), Figure("recall"), Figure("accuracy")),
     measure=measure,

@@ -30,6 +30,8 @@ def make_engine(run: Run) -> Engine:
         checkpointing=t.gradient_checkpointing,
         keep_frozen=t.keep_frozen and run.epochs > 1 and run.ranks.size == 1,  # a rank's rows change
         memory_share=1 / run.ranks.local_size,
+        label_smoothing=t.label_smoothing,
+        neftune_alpha=t.neftune_alpha,
         all_logits="ZeRO-3 gathers its weights in its own forward alone" if stage == 3 else None,
     )
     for note in engine.notes:

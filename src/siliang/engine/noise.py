@@ -1,0 +1,53 @@
+"""NEFTune (Jain et al. 2023, arXiv:2310.05914): uniform noise on the embeddings of the tokens, in training.
+
+    x' = x + alpha / sqrt(n D) u,   u ~ U(-1, 1)
+
+n is the row's own number of tokens: no figure depends on the padding of a batch. Where no row of a batch is padded,
+this is what transformers' Trainer adds.
+
+Shapes: S rows, W columns of the padded batch, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EmbeddingNoise:
+    """Adds the noise to the output of a model's token embeddings within `of` alone."""
+
+    def __init__(self, embeddings: nn.Module, alpha: float) -> None:
+        """
+        Args:
+            embeddings: What turns token ids (S, W) into (S, W, D).
+            alpha: As in the equation; the paper takes 5 to 15.
+        """
+        self._alpha = alpha
+        self._lengths: tuple[int, ...] | None = None
+        self._handle = embeddings.register_forward_hook(self._add)
+
+    @contextmanager
+    def of(self, lengths: tuple[int, ...]) -> Iterator[None]:
+        """Within the block the embeddings of a batch, whose rows have so many tokens, are noisy."""
+        self._lengths = lengths
+        try:
+            yield
+        finally:
+            self._lengths = None
+
+    def close(self) -> None:
+        """Takes it off the model again."""
+        self._handle.remove()
+
+    def _add(self, embeddings: nn.Module, args: Any, x_SWD: Tensor) -> Tensor | None:
+        if self._lengths is None:
+            return None
+        sizes = [self._alpha / math.sqrt(n * x_SWD.shape[-1]) for n in self._lengths]
+        scale_S11 = torch.tensor(sizes, dtype=x_SWD.dtype).to(x_SWD.device, non_blocking=True)[:, None, None]
+        return x_SWD + torch.empty_like(x_SWD).uniform_(-1, 1) * scale_S11
