@@ -1,10 +1,11 @@
 """The settings: strict, and helpful about it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from siliang.config import LAYOUTS, RunConfig, assign, describe
+from siliang.config import LAYOUTS, RunConfig, TrainConfig, assign, describe
 from siliang.data.formats import FORMATS
 from siliang.safe_yaml import parse_yaml, read_yaml
 from siliang.types import ConfigError
@@ -227,3 +228,23 @@ def test_every_layout_is_read_and_there_is_one_list_of_them() -> None:
 def test_what_is_no_number_of_layers() -> None:
     with pytest.raises(ConfigError, match=r"method\.layers_to_transform = \['a', 'b'\]"):
         RunConfig.build(changed("method.layers_to_transform=a,b"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "per_epoch", "steps"),
+    [
+        ({"batch_size": 4, "epochs": 3}, 10, 3, 9),
+        ({"batch_size": 4, "gradient_accumulation": 2, "epochs": 1.5}, 17, 3, 5),
+        ({"batch_size": 16, "max_steps": 7}, 1, 1, 7),
+        ({"batch_size": 5, "epochs": 0.5}, 10, 2, 1),
+    ],
+)
+def test_steps_of_a_run(settings: dict[str, Any], rows: int, per_epoch: int, steps: int) -> None:
+    train = TrainConfig(**settings)
+    assert (train.steps_per_epoch(rows), train.steps(rows)) == (per_epoch, steps)
+
+
+def test_what_a_run_writes_to_the_disk() -> None:
+    """The adapter once, and each checkpoint with two moments of what is trained."""
+    found = [TrainConfig(**settings).disk_bytes(1000) - 2**20 for settings in ({}, {"save_every": 1}, {"best": "f1"})]
+    assert found == [4000 * 4, 4000 * 10, 4000 * 13]

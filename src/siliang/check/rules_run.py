@@ -203,9 +203,7 @@ def disk(s: Subject) -> Iterator[Found]:
     trained = _trained_parameters(s)
     if trained is None:
         return
-    t = s.config.train
-    copies = t.keep + 1 + bool(t.best) if t.saves else 1
-    need = 4 * trained * (1 + 3 * copies) + 2**20
+    need = s.config.train.disk_bytes(trained)
     folder = Path(s.config.output).absolute()
     while not folder.exists():
         folder = folder.parent

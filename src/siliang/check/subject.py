@@ -187,14 +187,12 @@ class Subject:
 
     @property
     def steps_per_epoch(self) -> int:
-        t = self.config.train
-        return -(-len(self.train) // (t.batch_size * t.gradient_accumulation))
+        return self.config.train.steps_per_epoch(len(self.train))
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the run."""
-        t = self.config.train
-        return t.max_steps or int(np.ceil(self.steps_per_epoch * t.epochs))
+        return self.config.train.steps(len(self.train))
 
 
 def look_at(config: RunConfig, machine: Machine | None = None, data: PreparedData | None = None) -> Subject:

@@ -153,3 +153,20 @@ class TrainConfig(Section):
     def nan_skips(self) -> int:
         """Steps that may be left out because their loss or gradient is no number."""
         return int(self.on_nan.removeprefix("skip")) if self.on_nan != "stop" else 0
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps of one pass over so many rows."""
+        return math.ceil(rows / (self.batch_size * self.gradient_accumulation))
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.max_steps or math.ceil(self.steps_per_epoch(rows) * self.epochs)
+
+    def disk_bytes(self, trained: int) -> int:
+        """What a run writes: the adapter, and checkpoints of the weights and two Adam moments each.
+
+        Args:
+            trained: Parameters.
+        """
+        checkpoints = self.keep + 1 + bool(self.best) if self.saves else 1
+        return 4 * trained * (1 + 3 * checkpoints) + 2**20

@@ -57,12 +57,8 @@ class Encoder:
         """The number of the single token that `text` is, if it is one."""
         return self._markers.get(text)
 
-    def markers(self) -> list[str]:
-        """Every text that is one token by itself: special tokens and added ones."""
-        return list(self._markers)
-
     def markers_in(self, text: str) -> list[str]:
-        """The markers that occur in a text."""
+        """The markers that occur in a text: what is one token by itself, special tokens and added ones."""
         return [m for m in self._split.findall(text) if m in self._markers]
 
     def reserved(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,13 +63,12 @@ def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator, ranks:
 
 def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:
     """The rows of each step, as the run will draw them."""
-    t, sampler = config.train, Order.of(config, lengths.tolist())
-    steps = t.max_steps or math.ceil(math.ceil(len(lengths) / sampler.step) * t.epochs)
+    sampler, steps = Order.of(config, lengths.tolist()), min(config.train.steps(len(lengths)), MOST_STEPS)
     epoch = made = 0
-    while made < min(steps, MOST_STEPS):
+    while made < steps:
         sampler.set_epoch(epoch)
         for rows in in_steps(list(sampler), sampler.step):
-            if made == min(steps, MOST_STEPS):
+            if made == steps:
                 return
             yield list(rows)
             made += 1

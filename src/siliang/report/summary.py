@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 from siliang.records import Record, Verdict
@@ -102,7 +102,7 @@ def lines(material: Material) -> list[Line]:
     quality = TASKS[material.task].quality
     found = [_line(group, quality) for group in material.groups]
     front = {line.label for line in pareto(found, quality, lambda line: line.peak)} if len(found) > 1 else set()
-    return [Line(**{**vars(line), "on_front": line.label in front}) for line in found]
+    return [replace(line, on_front=line.label in front) for line in found]
 
 
 def pareto(found: list[Line], quality: Figure, cost: Callable[[Line], Mean | None]) -> list[Line]:

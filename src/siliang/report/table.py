@@ -67,8 +67,12 @@ def table(found: list[Line], material: Material, w: dict[str, str]) -> tuple[lis
 
 def _cell(key: str, line: Line, score: str, w: dict[str, str]) -> Cell:
     if key == "method":
-        marks = [STAR] * line.on_front + [MARK] * bool(line.verdicts or line.errors)
-        return Cell(" ".join([line.label, *marks]), line.label)
+        marked = line.label
+        if line.on_front:
+            marked += f" {STAR}"
+        if line.verdicts or line.errors:
+            marked += f" {MARK}"
+        return Cell(marked, line.label)
     if line.total == 0:  # nothing but failures
         return Cell(w["no_figures"] if key == score else "–", None)
     if key == score:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -95,14 +94,12 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        t = self.config.train
-        return math.ceil(len(self.train_set) / (t.batch_size * t.gradient_accumulation))
+        return self.config.train.steps_per_epoch(len(self.train_set))
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        t = self.config.train
-        return t.max_steps or math.ceil(self.steps_per_epoch * t.epochs)
+        return self.config.train.steps(len(self.train_set))
 
     @property
     def epochs(self) -> float:
@@ -375,10 +372,9 @@ def _missing_for_evaluations(config: RunConfig, held_out: int) -> str | None:
 
 
 def _check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:
-    """Refuses to start where the checkpoints to come will not fit the disk: weights and two Adam moments each."""
-    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    copies = config.train.keep + 1 + bool(config.train.best) if config.train.saves else 1
-    need, free = trained * (1 + 3 * copies) + 2**20, shutil.disk_usage(folder).free
+    """Refuses to start where the checkpoints to come will not fit the disk."""
+    need = config.train.disk_bytes(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    free = shutil.disk_usage(folder).free
     if free < need:
         raise OutputError(
             f"{folder}: {free / 1e6:,.0f} MB are free on that disk, and the run needs {need / 1e6:,.0f} MB for its "
