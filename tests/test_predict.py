@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import refused, run
 from every_task import TASKS, configured, make_models
+from forking import PYTHON
 from tiny import WORDS, write_jsonl
 
 from siliang.data.words import cut_into_words, join_words
@@ -19,6 +21,7 @@ from siliang.types import ConfigError, DataError
 from siliang.use.predict import predict, read_texts
 
 ANSWERS = ("good", "bright", "film", "story")
+NEEDLESS = ("datasets", "pandas", "sklearn", "matplotlib", "peft", "ray", "transformers.trainer")
 STEPS = {"max_steps": 80, "learning_rate": 1e-2, "batch_size": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -64,6 +67,18 @@ def test_tags(runs: dict[str, Path]) -> None:
         "tags": ["O", "B-GOOD", "O"],
         "spans": [{"text": "bright", "tag": "GOOD", "words": [1, 2]}],
     }
+
+
+@pytest.mark.parametrize("task", ["seq_cls", "question_ans"])
+def test_a_prediction_imports_nothing_for_data(runs: dict[str, Path], task: str) -> None:
+    """They take half a second. transformers itself imports accelerate, scipy and torch._dynamo, and seqeval, which
+    reads tags, imports sklearn and pandas."""
+    code = f"import sys; sys.argv[1:] = ['predict', {str(runs[task])!r}, 'say\\tthe actor']\n"
+    code += "from siliang.cli.main import main\ntry:\n    main()\nfinally:\n"
+    code += f"    print('heavy:', *[m for m in {NEEDLESS} if m in sys.modules])"
+    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True)
+    answer, heavy = found.stdout.splitlines()
+    assert answer and heavy == "heavy:"
 
 
 def test_a_long_sentence_has_a_tag_for_each_word(runs: dict[str, Path]) -> None:

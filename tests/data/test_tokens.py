@@ -36,6 +36,7 @@ from siliang.data.examples import (
     from_json,
     to_json,
 )
+from siliang.data.small_table import SmallTable
 from siliang.data.tokens import tokenise, usable
 from siliang.tasks import CAUSAL_LM, QUESTION_ANS, SEQ_2_SEQ_LM, SEQ_CLS, TASKS, TOKEN_CLS
 from siliang.types import DataError
@@ -264,7 +265,21 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
     assert made.__getitems__([3, 1]) == [made[3], made[1]]
     assert made.lengths.tolist() == [len(made[i]["input_ids"]) for i in range(9)]
     assert made.learned.tolist() == [sum(x != IGNORED for x in made[i]["labels"]) for i in range(9)]
-    assert isinstance(made.table, Dataset)
+
+
+def test_few_examples_have_the_tokens_of_many() -> None:
+    """Few are kept in a small table, without `datasets`."""
+    talks = [conversation("say", w) for w in WORDS[:9]]
+    few = tokenise(talks, TOKENIZER, config(), CAUSAL)
+    many = tokenise(ExampleSet.build((str(i), e) for i, e in enumerate(talks)), TOKENIZER, config(), CAUSAL)
+    assert isinstance(few.table, SmallTable) and isinstance(many.table, Dataset)
+    assert few.table.column_names == many.table.column_names
+    assert [few[i] for i in range(9)] == [many[i] for i in range(9)]
+    assert few.__getitems__([3, 1]) == many.__getitems__([3, 1])
+    for numbers in ("lengths", "learned", "last_windows"):
+        assert np.array_equal(getattr(few, numbers), getattr(many, numbers))
+    assert [x.tolist() for x in few.lists("input_ids")] == [x.tolist() for x in many.lists("input_ids")]
+    assert [few.select([4, 2])[i] for i in range(2)] == [many.select([4, 2])[i] for i in range(2)]
 
 
 def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:

@@ -28,7 +28,7 @@ SEVEN = ("full", "bitfit", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_t
 class MethodEntry(BaseModel):
     """A method of the comparison: its name, or {name: lora, r: 16, learning_rate: 1e-3, search: {...}}."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     name: str
     """One of `siliang methods`; prompt, p-tuning and prefix are understood too."""

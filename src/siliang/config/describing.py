@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from itertools import pairwise
+from textwrap import dedent
 from typing import Annotated, Any, Literal, NamedTuple, NewType, get_args, get_origin
 
 from pydantic import BaseModel
@@ -23,6 +27,7 @@ class Setting(NamedTuple):
 def describe(section: type[BaseModel], prefix: str = "") -> list[Setting]:
     """Every setting of a section and of the sections in it, in order."""
     found: list[Setting] = []
+    meanings = _meanings(section)
     for name, info in section.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
@@ -30,14 +35,29 @@ def describe(section: type[BaseModel], prefix: str = "") -> list[Setting]:
             continue
         inner = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, Section)), None)
         if inner is not None:
-            found.append(Setting(prefix + name, "mapping | null", "null", info.description or ""))
+            found.append(Setting(prefix + name, "mapping | null", "null", meanings.get(name, "")))
             found += describe(inner, f"{prefix}{name}.")
             continue
         default = "(required)"
         if not info.is_required():
             default = other_names.written(info.get_default(call_default_factory=True, validated_data={}))
-        found.append(Setting(prefix + name, _kind_name(kind), default, info.description or ""))
+        found.append(Setting(prefix + name, _kind_name(kind), default, meanings.get(name, "")))
     return found
+
+
+def _meanings(section: type[BaseModel]) -> dict[str, str]:
+    """What stands in the source under each field. pydantic would read it too, for every class as it is imported."""
+    (node,) = ast.parse(dedent(inspect.getsource(section))).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in pairwise(node.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def _kind_name(kind: Any) -> str:

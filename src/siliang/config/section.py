@@ -19,7 +19,11 @@ class Section(BaseModel):
     """A part of the config: unknown keys are errors, and values are not guessed into other types."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_assignment=True, strict=True, allow_inf_nan=False
+        extra="forbid",
+        validate_assignment=True,
+        strict=True,
+        allow_inf_nan=False,
+        defer_build=True,  # quicker to import
     )
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from siliang.data.encode import IGNORED
 from siliang.data.entries import BAD, Rows, bad_row, is_bad, number_of_bad
 from siliang.data.examples import Example, ExampleSet, bad_rows_message, from_json, texts
 from siliang.data.judge import Judge
+from siliang.data.small_table import SmallTable
 from siliang.data.spec import DataSpec, Encode
 from siliang.data.token_key import key_of
 from siliang.limits import RefusedError, in_time
@@ -28,10 +29,13 @@ from siliang.types import DataError, ModelError, first_line
 if TYPE_CHECKING:  # slow to import
     from datasets import Dataset, Features
 
+    Table = Dataset | SmallTable
+
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
 PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
 BATCH = 500
 SECONDS, CHARACTERS_A_SECOND = 6.0, 5_000  # for tokens, at the least: any tokenizer makes a hundred times as many
+NO_NUMBERS = np.zeros(0, np.int64)
 OWN = ("lost", "lost_answer")  # columns of every table, which no batch holds
 
 
@@ -49,7 +53,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, table: Dataset, spec: DataSpec, dropped: int = 0, *, numbered: bool = False, skipped: Sequence[str] = ()
+        self, table: Table, spec: DataSpec, dropped: int = 0, *, numbered: bool = False, skipped: Sequence[str] = ()
     ) -> None:
         self.table, self.spec, self.dropped, self.numbered = table, spec, dropped, numbered
         self.skipped = list(skipped)
@@ -83,7 +87,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each entry."""
-        return np.concatenate([_sizes(c) for c in self._chunks("input_ids")] or [np.zeros(0, np.int64)])
+        return np.concatenate([sizes for _, sizes in self._lists("input_ids")] or [NO_NUMBERS])
 
     @cached_property
     def learned(self) -> np.ndarray:
@@ -91,12 +95,11 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         if not self.spec.label_per_token:
             return np.ones(len(self), dtype=np.int64)
         parts = []
-        for chunk in self._chunks("labels"):
-            values, sizes = chunk.flatten().to_numpy(zero_copy_only=False), _sizes(chunk)
+        for values, sizes in self._lists("labels"):
             ends = np.cumsum(sizes)
             total = np.concatenate([[0], np.cumsum(values != IGNORED)])
             parts.append(total[ends] - total[ends - sizes])
-        return np.concatenate(parts or [np.zeros(0, np.int64)])
+        return np.concatenate(parts or [NO_NUMBERS])
 
     @cached_property
     def last_windows(self) -> np.ndarray:
@@ -106,25 +109,34 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
 
     def lists(self, name: str) -> Iterator[np.ndarray]:
         """The arrays of a column of lists, one an entry."""
-        for chunk in self._chunks(name):
-            values, sizes = chunk.flatten().to_numpy(zero_copy_only=False), _sizes(chunk)
+        for values, sizes in self._lists(name):
             yield from np.split(values, np.cumsum(sizes)[:-1])
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers."""
-        return np.concatenate([c.to_numpy(zero_copy_only=False) for c in self._chunks(name)] or [np.zeros(0, np.int64)])
+        if isinstance(self.table, SmallTable):
+            return self.table.numbers(name)
+        parts = [chunk.to_numpy(zero_copy_only=False) for chunk in _chunks(self.table, name)]
+        return np.concatenate(parts or [NO_NUMBERS])
 
-    def _chunks(self, name: str) -> Iterator[Any]:
-        """A column piece by piece: the whole need not fit into memory."""
-        if len(self.table):
-            for batch in self.table.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
-                yield batch[name].combine_chunks()  # type: ignore[index]
+    def _lists(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A column of lists, piece by piece: its numbers, one list after the other, and how long each list is."""
+        if isinstance(self.table, SmallTable):
+            if len(self.table):
+                yield self.table.lists(name)
+            return
+        import pyarrow.compute as pc
+
+        for chunk in _chunks(self.table, name):
+            sizes = pc.list_value_length(chunk).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
+            yield chunk.flatten().to_numpy(zero_copy_only=False), sizes
 
 
-def _sizes(column: Any) -> np.ndarray:
-    import pyarrow.compute as pc
-
-    return pc.list_value_length(column).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
+def _chunks(table: Dataset, name: str) -> Iterator[Any]:
+    """A column piece by piece: the whole need not fit into memory."""
+    if len(table):
+        for batch in table.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
+            yield batch[name].combine_chunks()  # type: ignore[index]
 
 
 def tokenise(
@@ -154,29 +166,28 @@ def tokenise(
         ConfigError: The tokenizer has no end-of-sequence token, and the model is to write text.
     """
     work = spec.encoder(tokenizer, data, labels or [])
-    if not isinstance(examples, ExampleSet):
-        examples = ExampleSet.build((f"row {i}", e) for i, e in enumerate(examples, start=1))
-    features = _features(spec)
-    if not len(examples):
-        from datasets import Dataset
-
-        made = Dataset.from_dict({name: [] for name in features}, features=features)
-        return TokenSet(made.remove_columns(BAD), spec)
     judge = Judge.of(tokenizer, predicts=spec.next_token) if judged else None
-    table = _map(
-        examples,
-        partial(_batch, work, judge, list(features)),
-        features,
-        key_of(examples, tokenizer, data, spec, labels, judged),
-        data,
-    )
-    found = table.select_columns(["row", BAD]).filter(is_bad, input_columns="row")
-    bad = [f"{examples.where(number_of_bad(row))} {why}" for row, why in zip(found["row"], found[BAD], strict=True)]
+    if not isinstance(examples, ExampleSet) and len(examples) > BATCH:
+        examples = ExampleSet.build((f"row {i}", e) for i, e in enumerate(examples, start=1))
+    table: Table
+    if isinstance(examples, ExampleSet) and len(examples):
+        features = _features(spec)
+        key = key_of(examples, tokenizer, data, spec, labels, judged)
+        table = _map(examples, partial(_batch, work, judge, list(features)), features, key, data)
+    else:
+        table = _small_table(examples, work, judge, spec)
+
+    def where(number: int) -> str:
+        return examples.where(number) if isinstance(examples, ExampleSet) else f"row {number + 1}"
+
+    rows = TokenSet(table, spec).column("row")
+    unusable = table.select([i for i in np.flatnonzero(rows < 0).tolist() if is_bad(int(rows[i]))])
+    bad = [f"{where(number_of_bad(row))} {why}" for row, why in zip(unusable["row"], unusable[BAD], strict=True)]
     table = table.remove_columns(BAD)
-    kept = table.filter(lambda row: row >= 0, input_columns="row") if bad or data.too_long == "drop" else table
+    kept = table.select(np.flatnonzero(rows >= 0).tolist()) if (rows < 0).any() else table
     too_long = len(table) - len(kept) - len(bad)
     if data.skip_bad_rows:
-        kept, more = _without_lessons(kept, spec, examples)
+        kept, more = _without_labels(kept, spec, where)
         bad += more
     if bad and not (keep_going or (data.skip_bad_rows and len(kept))):
         raise DataError(bad_rows_message(bad))
@@ -194,14 +205,14 @@ def _features(spec: DataSpec) -> Features:
     return Features({**columns, **own})
 
 
-def _without_lessons(table: Dataset, spec: DataSpec, examples: ExampleSet) -> tuple[Dataset, list[str]]:
-    """The entries that carry a label, and the others by place: an answer that was cut off whole teaches nothing."""
+def _without_labels(table: Table, spec: DataSpec, where: Callable[[int], str]) -> tuple[Table, list[str]]:
+    """The entries that carry a label, and the places of the others, such as one whose answer was cut off whole."""
     learned = TokenSet(table, spec).learned
     if learned.all():
         return table, []
     numbers = TokenSet(table, spec).column("row")
-    bad = [f"{examples.where(int(numbers[i]))} carries no label" for i in np.flatnonzero(learned == 0)]
-    return table.select(np.flatnonzero(learned)), bad
+    bad = [f"{where(int(numbers[i]))} carries no label" for i in np.flatnonzero(learned == 0)]
+    return table.select(np.flatnonzero(learned).tolist()), bad
 
 
 def usable(examples: ExampleSet, tokens: TokenSet) -> tuple[ExampleSet, TokenSet]:
@@ -209,16 +220,31 @@ def usable(examples: ExampleSet, tokens: TokenSet) -> tuple[ExampleSet, TokenSet
     if not tokens.skipped:
         return examples, tokens
     kept, numbers = np.unique(tokens.column("row"), return_inverse=True)
-    features = tokens.table.features
-    table = tokens.table.remove_columns("row").add_column("row", numbers.tolist(), feature=features["row"])  # type: ignore[call-arg]
+    kind: Any = tokens.table.features["row"]
+    table = tokens.table.remove_columns("row").add_column("row", numbers.tolist(), feature=kind)  # type: ignore[call-arg]
     return examples.select(kept.tolist()), TokenSet(table, tokens.spec, tokens.dropped, skipped=tokens.skipped)
+
+
+def _small_table(examples: Sequence[Example], work: Encode, judge: Judge | None, spec: DataSpec) -> SmallTable:
+    """The tokens of a batch of examples."""
+    kinds = {name: column.kind for name, column in spec.columns.items()}
+    kinds |= {"row": "int32", **dict.fromkeys(OWN, "int32"), BAD: "str"}
+    return SmallTable(_encode(work, judge, list(kinds), examples, range(len(examples))), kinds)
 
 
 def _batch(
     work: Encode, judge: Judge | None, names: list[str], batch: dict[str, list[Any]], numbers: list[int]
 ) -> dict[str, list[Any]]:
+    return _encode(work, judge, names, [from_json(line) for line in batch["example"]], numbers)
+
+
+def _encode(
+    work: Encode, judge: Judge | None, names: list[str], examples: Sequence[Example], numbers: Sequence[int]
+) -> dict[str, list[Any]]:
+    """A list for each column of the table of tokens."""
     columns: dict[str, list[Any]] = {name: [] for name in names}
-    examples = [from_json(line) for line in batch["example"]]
+    if not examples:  # with which a tokenizer ends in an IndexError
+        return columns
     try:
         made = _in_time(work, examples)
     except DataError:  # of one of them: each by itself

@@ -46,7 +46,7 @@ Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
 class Part(BaseModel):
     """A part of the record."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", defer_build=True)  # quicker to import
 
 
 class Saved(Part):
