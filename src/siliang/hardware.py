@@ -11,6 +11,7 @@ from typing import Literal
 import psutil
 import torch
 
+from siliang.language import Bilingual
 from siliang.records import Device
 
 Precision = Literal["fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"]
@@ -72,17 +73,24 @@ def choose_precision(wanted: Precision | Literal["auto"], device: torch.device) 
     """The number format of the computation: what was asked for, with a word where it will be slow, or the best one."""
     native = has_bf16(device)
     if wanted != "auto":
-        choice = Choice(wanted, "as asked")
+        choice = Choice(wanted, Bilingual("as asked", "按设置"))
         if choice.compute == "bf16" and not native:
-            return replace(choice, reason=f"as asked, but this {device.type} only emulates it: fp32 is faster here")
+            reason = Bilingual(
+                f"as asked, but this {device.type} only emulates it: fp32 is faster here",
+                f"按设置，但这个 {device.type} 只能模拟：fp32 更快",
+            )
+            return replace(choice, reason=reason)
         if choice.compute == "fp16" and device.type == "cpu":
-            return replace(choice, reason="as asked, but CPUs emulate it: fp32 is faster here")
+            reason = Bilingual(
+                "as asked, but CPUs emulate it: fp32 is faster here", "按设置，但 CPU 只能模拟：fp32 更快"
+            )
+            return replace(choice, reason=reason)
         return choice
     if native:
-        return Choice("bf16", f"this {device.type} computes it natively")
+        return Choice("bf16", Bilingual(f"this {device.type} computes it natively", f"这个 {device.type} 原生支持"))
     if device.type == "cuda":
-        return Choice("fp16", "this card has no bf16; the loss is scaled")
-    return Choice("fp32", "this CPU has no bf16 arithmetic")
+        return Choice("fp16", Bilingual("this card has no bf16; the loss is scaled", "显卡不支持 bf16；使用损失缩放"))
+    return Choice("fp32", Bilingual("this CPU has no bf16 arithmetic", "这个 CPU 不支持 bf16 运算"))
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -33,8 +33,8 @@ class Bilingual(str):
         text.zh = zh
         return text
 
-    def __getnewargs__(self) -> tuple[str, str]:
-        return str(self), self.zh
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        return type(self), (str(self), self.zh)
 
 
 def local(text: str, language_: Language | None = None) -> str:
@@ -43,8 +43,7 @@ def local(text: str, language_: Language | None = None) -> str:
     Args:
         language_: None for `language()`.
     """
-    chinese = (language_ or language()) == "zh" and isinstance(text, Bilingual)
-    return text.zh if chinese else str(text)
+    return text.zh if isinstance(text, Bilingual) and (language_ or language()) == "zh" else str(text)
 
 
 def both(en: str, zh: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.peft_model import PeftModel
 from siliang.types import MergeError
 
@@ -45,10 +46,17 @@ class MergeProof:
         return self.largest_difference <= limit and self.top1_agreement >= LEAST_AGREEMENT
 
     def __str__(self) -> str:
-        return (
+        return str(self.in_words)
+
+    @property
+    def in_words(self) -> Bilingual:
+        share = 100 * self.top1_agreement
+        return Bilingual(
             f"largest logit difference {self.largest_difference:.2e} (spread of the logits {self.spread:.2f}), "
-            f"same first choice {100 * self.top1_agreement:.2f}% of {self.positions:,} predictions "
-            f"on {self.samples} samples, in {self.dtype}"
+            f"same first choice {share:.2f}% of {self.positions:,} predictions "
+            f"on {self.samples} samples, in {self.dtype}",
+            f"logits 的最大差异 {self.largest_difference:.2e}（logits 的标准差 {self.spread:.2f}），"
+            f"{self.samples} 条样本、{self.positions:,} 个预测中首选一致的占 {share:.2f}%，精度 {self.dtype}",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from siliang.config import RunConfig, differences
+from siliang.language import Bilingual
 from siliang.other_names import written
 from siliang.records import Record, plain
 
@@ -67,7 +68,7 @@ def has_template_file(config: RunConfig) -> bool:
     return config.data.template.endswith((".yaml", ".yml"))
 
 
-def in_words(name: str, values: tuple[Any, Any]) -> str:
+def in_words(name: str, values: tuple[Any, Any]) -> Bilingual:
     """A setting that was changed, and what it was."""
-    was, now = values
-    return f"{name} = {written(now)} (it was {written(was)})"
+    was, now = map(written, values)
+    return Bilingual(f"{name} = {now} (it was {was})", f"{name} = {now}（原来是 {was}）")

@@ -86,6 +86,11 @@ class SiliangError(Exception):
         super().__init__(_bounded(str(message)))
         self.zh = _bounded(message.zh) if isinstance(message, Bilingual) else None
 
+    @property
+    def text(self) -> str:
+        """The message, with its Chinese where it has one."""
+        return str(self) if self.zh is None else Bilingual(str(self), self.zh)
+
 
 def _bounded(text: str) -> str:
     if len(text) <= MOST_CHARACTERS:

@@ -312,7 +312,7 @@ def test_a_folders_own_part_is_held_out(name: str, tmp_path: Path) -> None:
     path = parts(tmp_path, train=6, **{name: 3})
     found = load(path, test_size=0.5)
     assert (len(found.train), len(found.eval)) == (6, 3)
-    assert found.notes == [f"{path}: its part {name!r} is what is held out"]
+    assert found.notes == [f"{path}: its part {name!r} is held out"]
     none = load(path, test_size=0.0)
     assert (len(none.train), len(none.eval)) == (6, 0)
     assert none.notes == [f"{path}: not used: its part {name!r}"]

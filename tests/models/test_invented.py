@@ -139,7 +139,7 @@ def test_check_says_what_is_new(folders: dict[str, Path], tmp_path: Path) -> Non
         "output": str(tmp_path / "run"),
     }
     found = {f.code: f for f in find(look_at(RunConfig.build(values)))}
-    assert "does not hold bert.pooler: it is new, and trained and saved along" in found["SL035"].message
+    assert "does not hold bert.pooler: new weights, trained and saved along" in found["SL035"].message
     assert found["SL035"].severity == "warning"
     whole = tmp_path / "whole"
     make("bert").save_pretrained(whole)  # type: ignore[operator]

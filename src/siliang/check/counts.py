@@ -16,9 +16,9 @@ def count(s: Subject) -> dict[str, JsonValue]:
     lengths, tokens = s.train.lengths, int(s.train.lengths.sum())
     counts: dict[str, JsonValue] = {
         "layout": s.examples.layout,
-        "columns": s.examples.columns,
-        "not_used": s.examples.unused,
-        "notes": s.examples.notes,
+        "columns": {**s.examples.columns},
+        "not_used": [*s.examples.unused],
+        "notes": [*s.examples.notes],
         "rows": {"train": len(s.examples.train), "held_out": len(s.examples.eval), "bad": len(s.skipped)},
         "tokens": tokens,
     }

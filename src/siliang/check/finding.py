@@ -72,9 +72,8 @@ class Rule:
     @property
     def shown_page(self) -> str:
         """The page under its code, in the reader's language."""
-        return both(f"{self.code} ({self.severity}): ", f"{self.code}（{SEVERITIES[self.severity].zh}）：") + local(
-            self.page
-        )
+        severity, severity_zh = self.severity, SEVERITIES[self.severity].zh
+        return both(f"{self.code} ({severity}): ", f"{self.code}（{severity_zh}）：") + local(self.page)
 
     @property
     def title(self) -> Bilingual:

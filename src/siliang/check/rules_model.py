@@ -140,10 +140,10 @@ def invented(s: Subject) -> Iterator[Found]:
     """
     heads = (*s.task.model.heads, *OTHER_HEADS)
     if new := [path for path in s.invented if not any(head in path.split(".") for head in heads)]:
-        it, names = "it is" if len(new) == 1 else "they are", ", ".join(new)
+        names = ", ".join(new)
         yield Found(
             Bilingual(
-                f"{s.config.model} does not hold {names}: {it} new, and trained and saved along",
+                f"{s.config.model} does not hold {names}: new weights, trained and saved along",
                 f"{s.config.model} 的文件中没有 {names}：这部分是新建的，会一同训练和保存",
             )
         )
@@ -238,5 +238,5 @@ def _attach(s: Subject) -> str | None:
     try:
         s.attached()
     except (TargetError, ConfigError) as error:
-        return str(error) if error.zh is None else Bilingual(str(error), error.zh)
+        return error.text
     return None

@@ -36,7 +36,8 @@ def bad_rows(s: Subject) -> Iterator[Found]:
     bad = s.examples.skipped
     if bad:
         rows = "1 row is bad" if len(bad) == 1 else f"{len(bad):,} rows are bad"
-        yield not_usable(s, bad, Bilingual(rows, f"{len(bad):,} 条样本有问题"))
+        rows_zh = f"{len(bad):,} 条样本有问题"
+        yield not_usable(s, bad, Bilingual(rows, rows_zh))
 
 
 def duplicates(s: Subject) -> Iterator[Found]:

@@ -33,7 +33,8 @@ def rows_without_tokens(s: Subject) -> Iterator[Found]:
     bad = [*s.train.skipped, *s.eval.skipped]
     if bad:
         rows = "1 row" if len(bad) == 1 else f"{len(bad):,} rows"
-        yield not_usable(s, bad, Bilingual(rows, f"{len(bad):,} 条样本"))
+        rows_zh = f"{len(bad):,} 条样本"
+        yield not_usable(s, bad, Bilingual(rows, rows_zh))
 
 
 def end_not_learned(s: Subject) -> Iterator[Found]:

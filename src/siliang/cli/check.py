@@ -141,7 +141,7 @@ def _show_finding(console: Console, f: Finding) -> None:
     lines = [(both("cause", "原因"), local(f.cause)), (both("fix", "办法"), local(f.fix))]
     if f.rows and f.code not in ("SL001", "SL030"):
         left = f.count - len(f.rows)
-        more = both(f" and {left:,} more", f" 等共 {len(f.rows) + left:,} 条") if left > 0 else ""
+        more = both(f" and {left:,} more", f"；另有 {left:,} 条") if left > 0 else ""
         lines.insert(0, (both("rows", "样本"), grouped(f.rows) + more))
     if console.is_terminal:
         grid = Table.grid(padding=(0, 2))

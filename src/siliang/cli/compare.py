@@ -11,18 +11,27 @@ import typer
 from typer.core import TyperCommand
 
 from siliang.cli.console import rich_console
+from siliang.language import both, language
 from siliang.terminal import bare, one_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from typer._click import Context
+
+    from siliang.compare.run import Listener
+    from siliang.config.comparison import CompareConfig
     from siliang.records import Record, Trial
     from siliang.report.gather import Material
+    from siliang.report.table import Cell, Column
 
 
 class RayOption(TyperCommand):
     """Lets --ray stand alone: what follows it is taken for an address only where it is no option and no settings
     file."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         given = list(args)
         for i, word in enumerate(args):
             after = args[i + 1] if i + 1 < len(args) else "-"
@@ -62,7 +71,7 @@ def compare(
     force: Annotated[
         bool, typer.Option("--force", help="Go on where the base model or the data have changed since it was begun.")
     ] = False,
-    lang: Annotated[str, typer.Option(help="The report's language: en or zh.")] = "en",
+    lang: Annotated[str | None, typer.Option(help="The report's language: en or zh. Default: SILIANG_LANG's.")] = None,
 ) -> None:
     """Train several methods with several seeds on the same rows, and say which is best: one table, one page.
 
@@ -80,6 +89,7 @@ def compare(
     flags = {"model": model, "task": task, "output": output}
     values = gather(settings, flags, data, set_ or [])
     values |= {k: v for k, v in {"methods": methods, "seeds": seeds}.items() if v is not None}
+    lang = lang or language()
     words(lang)
     quiet_loading()
     from siliang.config.comparison import CompareConfig
@@ -90,7 +100,7 @@ def compare(
         raise typer.Exit(1)
 
 
-def run(config: Any, *, jobs: int, language: str, ray: str | None = None, force: bool = False) -> Material:
+def run(config: CompareConfig, *, jobs: int, language: str, ray: str | None = None, force: bool = False) -> Material:
     """Runs a comparison, shows it as it goes on, prints its table, and writes its page."""
     from siliang.compare.run import compare as run_all
     from siliang.report.gather import gather
@@ -106,7 +116,7 @@ def run(config: Any, *, jobs: int, language: str, ray: str | None = None, force:
     print()
     show(material, language)
     write_page(material, folder / "report.html", language=language)
-    print(f"\npage       {folder / 'report.html'}")
+    print(both("\npage       ", "\n报告       ") + str(folder / "report.html"))
     return material
 
 
@@ -146,13 +156,13 @@ def show(material: Material, language: str) -> None:
         print(sentence)
 
 
-def _captured(console: Any, grid: Any) -> list[str]:
+def _captured(console: Console, grid: Table) -> list[str]:
     with console.capture() as capture:
         console.print(grid)
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
-def _fitting(columns: list[Any], rows: list[list[Any]], width: int) -> list[list[Any]]:
+def _fitting(columns: list[Column], rows: list[list[Cell]], width: int) -> list[list[Column]]:
     """The columns in parts as wide as the terminal, each with the method in front."""
     from rich.cells import cell_len
 
@@ -169,6 +179,10 @@ def _fitting(columns: list[Any], rows: list[list[Any]], width: int) -> list[list
     return parts
 
 
+def _seed(trial: Trial) -> str:
+    return both(f", seed {trial.seed}", f"，种子 {trial.seed}")
+
+
 class Display:
     """A line for each run when it is done; on a terminal, below them, a table of those under way."""
 
@@ -176,9 +190,9 @@ class Display:
         self._begun: dict[str, tuple[float, str]] = {}
         self._rows: dict[str, tuple[str, ...]] = {}  # of what is under way
         self._shown = 0.0
-        self._live: Any = None
+        self._live: Live | None = None
 
-    def listener(self) -> Any:
+    def listener(self) -> Listener:
         """For the comparison."""
         from siliang.compare.run import Listener
 
@@ -197,7 +211,7 @@ class Display:
         """A trial begins."""
         tried = ", ".join(f"{key} {value}" for key, value in trial.settings.items())
         what = f", {tried}" if tried else ""
-        name = one_line(f"{trial.method}{what}, seed {trial.seed}")
+        name = one_line(f"{trial.method}{what}{_seed(trial)}")
         self._begun[trial.folder] = (time.perf_counter(), f"{number:>3}/{of}  {name}")
         self._rows[trial.folder] = (self._begun[trial.folder][1], "...")
         self._draw()
@@ -206,12 +220,13 @@ class Display:
         """A step is done."""
         from siliang.cli.show import duration
 
+        left = duration(progress["eta_s"])
         self._rows[trial.folder] = (
             self._begun[trial.folder][1],
-            f"step {progress['step']:,}/{progress['steps']:,}",
-            f"loss {progress['loss']:.4f}" if progress["loss"] is not None else "",
-            f"{duration(progress['eta_s'])} to go",
-            f"on {progress['node']}" if "node" in progress else "",
+            both("step ", "步 ") + f"{progress['step']:,}/{progress['steps']:,}",
+            both("loss ", "损失 ") + f"{progress['loss']:.4f}" if progress["loss"] is not None else "",
+            both(f"{left} to go", f"剩余 {left}"),
+            both("on ", "在 ") + progress["node"] if "node" in progress else "",
         )
         if time.perf_counter() - self._shown >= 0.2:
             self._draw()
@@ -222,11 +237,12 @@ class Display:
         from siliang.tasks import TASKS
         from siliang.types import TaskType
 
-        started, name = self._begun.get(trial.folder, (time.perf_counter(), f"{trial.method}, seed {trial.seed}"))
+        started, name = self._begun.get(trial.folder, (time.perf_counter(), f"{trial.method}{_seed(trial)}"))
         self._rows.pop(trial.folder, None)
         self._clear()
         if record is None:
-            print(f"{name}  failed: {one_line(trial.error or '')}", flush=True)
+            error = one_line(trial.error or "")
+            print(both(f"{name}  failed: {error}", f"{name}  失败：{error}"), flush=True)
             return
         quality = TASKS[TaskType(record.config["task"])].quality.name
         took = duration(time.perf_counter() - started)

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from siliang.cli.console import command_line
+from siliang.language import both, language
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the runs; a number is added where it exists.")] = Path(
         "siliang-demo"
     ),
-    lang: Annotated[str, typer.Option(help="The report's language: en or zh.")] = "en",
+    lang: Annotated[str | None, typer.Option(help="The report's language: en or zh. Default: SILIANG_LANG's.")] = None,
 ) -> None:
     """Compare five methods on reviews that come along: a table and a page in under 5 minutes, no network, no GPU."""
     from siliang.cli.compare import run
@@ -23,24 +24,33 @@ def demo(
     from siliang.demo import demo_config, encoder_folder
     from siliang.report.words import words
 
+    lang = lang or language()
     words(lang)
     encoder_folder()
     quiet_loading()
     started = time.perf_counter()
     folder = _fresh(output)
     print(
-        "Is a review positive or negative? The base model is all-MiniLM-L6-v2, an encoder of 22.7 million parameters."
+        both(
+            "Is a review positive or negative? The base model is all-MiniLM-L6-v2, an encoder of 22.7 million "
+            "parameters.",
+            "判断评论是正面还是负面。基座模型是 all-MiniLM-L6-v2，一个有 2270 万参数的编码器。",
+        )
     )
     material = run(demo_config(folder), jobs=1, language=lang)
     best = next((group for group in material.groups if group.label == "LoRA" and group.finished), None)
+    took = duration(time.perf_counter() - started)
     print(
-        f"           {duration(time.perf_counter() - started)} in all; open it in a browser. The runs are in {folder}."
+        both(
+            f"           {took} in all; open it in a browser. The runs are in {folder}.",
+            f"           共用时 {took}；请用浏览器打开。各次运行在 {folder} 中。",
+        )
     )
     if best is None:
         raise typer.Exit(1)
-    print("Ask one of them:")
+    print(both("Ask one of them:", "向其中一个提问："))
     print(f'  echo "Not what I paid for." | {command_line("chat", best.finished[0].folder)}')
-    print("and the same on your own data:")
+    print(both("and the same on your own data:", "在自己的数据上做同样的比较："))
     own = ("--model", "MODEL_FOLDER", "--data", "reviews.csv", "--task", "seq_cls", "--output", "my-comparison")
     print(f"  {command_line('compare', *own)}")
 

@@ -9,6 +9,7 @@ import typer
 from siliang.cli.console import print_json
 from siliang.cli.used_run import Base, Force, Run, show_notes
 from siliang.environment import importing
+from siliang.language import both
 from siliang.types import ConfigError
 
 
@@ -23,7 +24,7 @@ def evaluate(
     if data is not None and (not data.strip() or "\0" in data):
         raise ConfigError(f"--data {data!r}: name a file, a folder, or a data set on the hub.")
     with importing():
-        from siliang.cli.show import quiet_loading
+        from siliang.cli.show import figures, quiet_loading
         from siliang.hardware import find_device
         from siliang.run_folder import open_run
         from siliang.use.evaluate import evaluate as measure
@@ -33,9 +34,14 @@ def evaluate(
     metrics = measure(opened, data)
     notes = list(opened.trained.notes) if opened.trained else []
     if data is None and not opened.record.rows.eval:
-        notes.append("the run has no held-out rows: these figures are of the rows that it was trained on")
+        notes.append(
+            both(
+                "the run has no held-out rows: these figures are of the rows that it was trained on",
+                "这次训练没有留出样本：以下指标是在训练样本上测得的",
+            )
+        )
     show_notes(notes)
     if json:
         print_json(metrics)
     else:
-        print("  ".join(f"{k} {v:.0f}" if k in ("rows", "dropped") else f"{k} {v:.4f}" for k, v in metrics.items()))
+        print(figures(metrics))

@@ -9,6 +9,7 @@ import typer
 from siliang.cli.console import as_text, print_product
 from siliang.cli.used_run import Force, Run, show_notes
 from siliang.environment import importing
+from siliang.language import both
 
 
 def generate(
@@ -45,7 +46,7 @@ def generate(
     show_notes(opened.trained.notes if opened.trained else ())
     for of_base in (True, False) if beside else (False,):
         if beside:
-            print("base:" if of_base else "\ntuned:")
+            print(both("base:", "基座模型：") if of_base else both("\ntuned:", "\n微调后："))
         print_product(
             write(
                 opened,

@@ -10,6 +10,7 @@ import typer
 
 from siliang.cli.used_run import Base, Run, show_notes
 from siliang.environment import importing
+from siliang.language import both, local
 
 
 class Dtype(StrEnum):
@@ -53,8 +54,15 @@ def merge(
     opened = open_run(run, base=base, force=force, dtype=getattr(torch, dtype.value), quantised=False)
     proof = merge_run(opened, output, data=data, force=force)
     show_notes(opened.trained.notes if opened.trained else ())
-    print(f"{'proved' if proof.holds else 'NOT PROVED, kept by --force'}: {proof}")
+    found = proof.in_words
+    print(
+        both(f"proved: {found}", f"验证一致：{found.zh}")
+        if proof.holds
+        else both(f"NOT PROVED, kept by --force: {found}", f"未能验证一致，按 --force 保留：{found.zh}")
+    )
     if template := served_tokenizer(opened)[1]:
-        print(f"chat template: {template}")
-    kind = TASKS[opened.config.task].model.auto_class
-    print(f"saved   {output}\nopen it with transformers.{kind}.from_pretrained({str(output)!r})")
+        print(both(f"chat template: {template}", f"对话模板：{local(template)}"))
+    kind, path = TASKS[opened.config.task].model.auto_class, str(output)
+    print(both(f"saved   {path}", f"已保存  {path}"))
+    how = f"transformers.{kind}.from_pretrained({path!r})"
+    print(both(f"open it with {how}", f"打开方式：{how}"))

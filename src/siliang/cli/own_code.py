@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from siliang.language import both
 from siliang.terminal import one_line
 from siliang.types import ConfigError, OwnCodeError
 
@@ -17,17 +18,22 @@ def may_run(error: OwnCodeError) -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()) or "RANK" in os.environ:
         return False
     lines = [
-        f"{error.model} brings Python code of its own, which may do anything that you may do. Read it first:",
+        both(
+            f"{error.model} brings Python code of its own, which may do anything that you may do. Read it first:",
+            f"{error.model} 自带 Python 代码，运行后能做你能做的一切。请先阅读：",
+        ),
         *(f"  {error.folder}/{file}" for file in error.files),
-        f"SHA-256 of the folder: {error.sha256}",
+        both(f"SHA-256 of the folder: {error.sha256}", f"文件夹的 SHA-256：{error.sha256}"),
     ]
     print("\n".join(one_line(line) for line in lines), file=sys.stderr)
-    print("Let this code run, now and later? [y/N] ", end="", file=sys.stderr, flush=True)
+    question = both("Let this code run, now and later? [y/N] ", "现在和以后都允许运行这份代码吗？[y/N] ")
+    print(question, end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         return False
     try:
-        print(f"kept in {keep_allowed(error.sha256, error.folder)}", file=sys.stderr)
+        path = keep_allowed(error.sha256, error.folder)
+        print(both(f"kept in {path}", f"已记录在 {path}"), file=sys.stderr)
     except (OSError, ConfigError) as problem:
-        print(f"warning: not kept for later: {problem}", file=sys.stderr)
+        print(both(f"warning: not kept for later: {problem}", f"警告：未能记录下来：{problem}"), file=sys.stderr)
         allow_code(error.sha256)
     return True

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from siliang.language import both, language
+
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of a comparison.")],
     output: Annotated[
         Path | None, typer.Option(help="The page. Default: report.html in a comparison's folder, or here.")
     ] = None,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Annotated[str | None, typer.Option(help="en or zh. Default: SILIANG_LANG's.")] = None,
 ) -> None:
     """Make the table and the page of a comparison, or of any runs on the same data, from their records."""
     from siliang.cli.compare import show
@@ -25,6 +27,7 @@ def report(
     page = output or (runs[0] / "report.html" if material.is_comparison else Path("report.html"))
     if page.is_dir() or not page.parent.is_dir():
         raise OutputError(f"--output {page}: name a file in a folder that is there, such as report.html.")
+    lang = lang or language()
     show(material, lang)
     write_page(material, page, language=lang)
-    print(f"\npage       {page}")
+    print(both(f"\npage       {page}", f"\n报告       {page}"))

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from siliang.cli.console import rich_console
+from siliang.language import both
 from siliang.terminal import cover
 from siliang.units import show_bytes as size
 
@@ -26,16 +27,31 @@ def quiet_loading() -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 3:05 min, 1:02 h."""
+    """Seconds for people: 42 s, 3:05 min, 1:02 h; in Chinese 42 秒, 3 分 05 秒, 1 小时 02 分."""
     s = round(seconds)
     if s < 60:
-        return f"{s} s"
-    return f"{s // 60}:{s % 60:02d} min" if s < 3600 else f"{s // 3600}:{s % 3600 // 60:02d} h"
+        return both(f"{s} s", f"{s} 秒")
+    if s < 3600:
+        return both(f"{s // 60}:{s % 60:02d} min", f"{s // 60} 分 {s % 60:02d} 秒")
+    return both(f"{s // 3600}:{s % 3600 // 60:02d} h", f"{s // 3600} 小时 {s % 3600 // 60:02d} 分")
 
 
 def figures(metrics: dict[str, float]) -> str:
-    """Metrics in a line."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    """Metrics in a line, under the names that records have; counts as whole numbers."""
+    counts = ("rows", "dropped")
+    return "  ".join(
+        f"{name} {value:.0f}" if name in counts else f"{name} {value:.4f}" for name, value in metrics.items()
+    )
+
+
+def _moment(p: Progress) -> str:
+    """Loss, learning rate, speed, memory, and the time that is left."""
+    loss = "-" if p.loss is None else f"{p.loss:.4f}"
+    rate, speed, memory, left = p.learning_rate or 0.0, p.tokens_per_s, size(p.memory_bytes), duration(p.eta_s)
+    return both(
+        f"loss {loss}  lr {rate:.2e}  {speed:,.0f} tokens/s  {memory}  {left} to go",
+        f"损失 {loss}  学习率 {rate:.2e}  {speed:,.0f} 词元/秒  {memory}  剩余 {left}",
+    )
 
 
 class TrainingDisplay:
@@ -67,15 +83,13 @@ class TrainingDisplay:
 
     def progress(self, p: Progress) -> None:
         """Shows where the training is."""
-        text = (
-            f"loss {p.loss:.4f}" if p.loss is not None else "loss -"
-        ) + f"  lr {p.learning_rate or 0:.2e}  {p.tokens_per_s:,.0f} tokens/s  {size(p.memory_bytes)}"
+        step = both(f"step {p.step:>6,}/{p.steps:,}", f"步 {p.step:>6,}/{p.steps:,}")
         if p.measured is not None:
-            self._print(f"step {p.step:>6,}/{p.steps:,}  {figures(p.measured)}")
+            self._print(f"{step}  {figures(p.measured)}")
         elif sys.stdout.isatty():
-            self._draw(p, text)
+            self._draw(p)
         elif p.logged:
-            print(f"step {p.step:>6,}/{p.steps:,}  {text}  {duration(p.eta_s)} to go", flush=True)
+            print(f"{step}  {_moment(p)}", flush=True)
 
     def _print(self, line: str) -> None:
         """A line that stays, above the bar where there is one."""
@@ -86,7 +100,7 @@ class TrainingDisplay:
         else:
             print(line, flush=True)
 
-    def _draw(self, p: Progress, text: str) -> None:
+    def _draw(self, p: Progress) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
@@ -97,4 +111,4 @@ class TrainingDisplay:
             self._bar.start()
             cover()
         assert self._task is not None
-        self._bar.update(self._task, completed=p.step, text=f"{text}  {duration(p.eta_s)} to go")
+        self._bar.update(self._task, completed=p.step, text=_moment(p))

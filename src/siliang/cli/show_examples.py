@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from siliang.language import both, local
 from siliang.secrets import secret_places
 
 if TYPE_CHECKING:
@@ -28,19 +29,29 @@ def show_examples(console: Console, subject: Subject, n: int) -> None:
         return
     colours = console.is_terminal
     legend = subject.task.legend[0 if colours else 1]
-    console.print(f"Examples ({legend}{', reverse: special tokens' if colours else ''})", markup=False)
+    special, special_zh = (", reverse: special tokens", "，反色：特殊词元") if colours else ("", "")
+    console.print(both(f"Examples ({legend}{special})", f"样本示例（{local(legend)}{special_zh}）"), markup=False)
     pen = _Pen(subject.tokenizer, colours)
     windows = Counter(tokens.column("row").tolist())
     seen: Counter[int] = Counter()
     for i in range(n):
         place, number = subject.entries([i])[0], int(tokens.column("row")[i])
         seen[number] += 1
-        more = f", window {seen[number]} of {windows[number]}" if windows[number] > 1 else ""
+        more = ""
+        if windows[number] > 1:
+            more = both(
+                f", window {seen[number]} of {windows[number]}",
+                f"，第 {seen[number]} 个窗口（共 {windows[number]} 个）",
+            )
         console.print(f"{place}{more}:", markup=False)
         line = pen.entry(subject.task.show(tokens[i], subject.examples.labels or []))
         line.rstrip()
         console.print(line)
         console.print()
+
+
+def _left_out(hidden: range) -> str:
+    return both(f"... {len(hidden):,} more tokens ...", f"... 省略 {len(hidden):,} 个词元 ...")
 
 
 def _marked(text: Text) -> Text:
@@ -63,7 +74,7 @@ class _Pen:
         self.special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
 
     def entry(self, shown: Shown) -> Text:
-        """One entry, and beneath it what is learned from all of it."""
+        """One entry, and below it what is learned from all of it."""
         ids = list(shown.ids)
         text = self.tokens(ids, set(shown.learned)) if shown.tags is None else self.tagged(ids, shown.tags)
         if isinstance(shown.target, str):
@@ -94,7 +105,7 @@ class _Pen:
         at = 0
         while at < len(ids):
             if at in hidden:
-                out.append(f"\n... {len(hidden):,} more tokens ...\n")
+                out.append(f"\n{_left_out(hidden)}\n")
                 at = hidden.stop
             on, special = at in learned, ids[at] in self.special
             end = at + 1
@@ -137,7 +148,7 @@ class _Pen:
         for i, (token, tag) in enumerate(zip(ids, tags, strict=True)):
             if i in hidden:
                 if i == hidden.start:
-                    parts.append(self.plain(f"... {len(hidden):,} more tokens ..."))
+                    parts.append(self.plain(_left_out(hidden)))
                 continue
             text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
             if not text or "\ufffd" in text:  # a piece of a character

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siliang.cli.console import command_line
+from siliang.language import Bilingual, both, language
 
 if TYPE_CHECKING:
     from siliang.config import RunConfig
+    from siliang.records import Record
 
 
 def train(
@@ -56,15 +58,23 @@ def train(
 ) -> None:
     """Train: attach a method to a base model, tune it on your data, and keep the result in a run folder."""
     if "LOCAL_RANK" not in os.environ:  # the libraries take seconds, in which a terminal would stay empty
-        print("starting   loading torch and transformers ...", flush=True)
-    from siliang.cli.show import TrainingDisplay, duration, figures, quiet_loading, size
+        print(
+            both("starting   loading torch and transformers ...", "启动       正在加载 torch 和 transformers ..."),
+            flush=True,
+        )
+    from siliang.cli.show import TrainingDisplay, quiet_loading
     from siliang.types import ConfigError
 
     flags = {"model": model, "task": task, "method": method, "adapter": adapter, "output": output}
     if resume:
         config = _begun(settings, flags, data, set_ or [])
     elif settings is not None and settings.is_dir():
-        raise ConfigError(f"{settings} is a folder: give a settings file, or --resume to go on with the run in it.")
+        raise ConfigError(
+            Bilingual(
+                f"{settings} is a folder: give a settings file, or --resume to go on with the run in it.",
+                f"{settings} 是文件夹：请给出配置文件，或用 --resume 继续其中的训练。",
+            )
+        )
     else:
         config = read_settings(settings, flags, data, set_ or [])
     if devices > 1 and "LOCAL_RANK" not in os.environ:
@@ -75,17 +85,17 @@ def train(
     quiet_loading()
     from siliang.compare.learned import what_is_wrong
     from siliang.distributed.ranks import find_ranks
+    from siliang.next_steps import next_steps
     from siliang.plan.preflight import Planner
-    from siliang.report.words import words
     from siliang.run_folder import CONFIG_NAME
     from siliang.train.prepare import Listener
     from siliang.train.run import train as run
 
     planner, ranks = Planner(), find_ranks()
-    # torchrun began all processes anew after one was lost, of which it does not tell a node whose own lived
+    # torchrun restarts all processes after one was lost, and does not say so to a node whose own processes lived
     if any(ranks.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)):
         resume = ranks.from_main(lambda: resume or (Path(config.output) / CONFIG_NAME).is_file())
-    if not ranks.is_main:  # one speaks for all
+    if not ranks.is_main:  # rank 0 prints
         run(config, resume=resume, force=force, planner=planner)
         return
     verdicts: list[str | None] = []
@@ -94,23 +104,40 @@ def train(
         record = run(config, listener, resume=resume, force=force, planner=planner)
     planner.calibrate(record)
     folder = Path(config.output)
-    print(f"done       {figures(record.final)}")
-    for verdict in filter(None, verdicts):
-        print(f"warning    {words('en')[verdict]}, on rows that were held out")
-    planned = f" ({size(record.memory.predicted_bytes)} planned)" if record.memory.predicted_bytes else ""
-    peak = size(record.memory.peak_bytes) + planned
-    print(f"           {duration(record.seconds.train)} of training, peak memory {peak}")
-    what = "model" if (folder / "model").is_dir() else "adapter"
-    print(f"saved      {folder / what} ({size(record.parameters.adapter_bytes)}), record in {folder / 'run.json'}")
-    from siliang.next_steps import next_steps
-
+    _say_end(record, folder, [verdict for verdict in verdicts if verdict is not None])
     steps = next_steps(folder, config.task, config.method.name)
     for i, command in enumerate(command for what, command in steps.items() if what != "chat"):
-        print(f"{'' if i else 'next':<11}{command_line(*command)}")
+        print(f"{' ' * 11 if i else both('next       ', '下一步     ')}{command_line(*command)}")
 
 
-def _check_code(config: Any) -> None:
-    """A model's own code is allowed before many processes begin, none of which may ask."""
+def _say_end(record: Record, folder: Path, verdicts: list[str]) -> None:
+    """The figures of a finished run, and where it is saved."""
+    from siliang.cli.show import duration, figures, size
+    from siliang.report.words import words
+
+    metrics, w = figures(record.final), words(language())
+    print(both(f"done       {metrics}", f"完成       {metrics}"))
+    for verdict in verdicts:
+        what = w[verdict]
+        print(both(f"warning    {what}, on rows that were held out", f"警告       在留出样本上{what}"))
+    planned, planned_zh = "", ""
+    if record.memory.predicted_bytes:
+        expected = size(record.memory.predicted_bytes)
+        planned, planned_zh = f" ({expected} planned)", f"（预估 {expected}）"
+    time, peak = duration(record.seconds.train), size(record.memory.peak_bytes)
+    print(
+        both(
+            f"           {time} of training, peak memory {peak}{planned}",
+            f"           训练用时 {time}，峰值内存 {peak}{planned_zh}",
+        )
+    )
+    saved = folder / ("model" if (folder / "model").is_dir() else "adapter")
+    adapter, path = size(record.parameters.adapter_bytes), folder / "run.json"
+    print(both(f"saved      {saved} ({adapter}), record in {path}", f"已保存     {saved}（{adapter}），记录在 {path}"))
+
+
+def _check_code(config: RunConfig) -> None:
+    """Checks before several processes start that a model's own code is allowed: none of them can ask."""
     from siliang.hub import find_file
 
     path = find_file(config.model, "config.json", config.revision)
@@ -130,7 +157,12 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
     from siliang.types import ConfigError
 
     if settings is None and flags["output"] is None:
-        raise ConfigError("--resume goes on with a run: say which, as in siliang train --resume RUN.")
+        raise ConfigError(
+            Bilingual(
+                "--resume continues a run: name its folder, as in siliang train --resume RUN.",
+                "--resume 用于继续训练：请给出训练目录，如 siliang train --resume RUN。",
+            )
+        )
     folder = settings if settings is not None and settings.is_dir() else None
     if settings is not None and settings.name == CONFIG_NAME and (settings.parent / RECORD_NAME).is_file():
         folder = settings.parent
@@ -138,7 +170,12 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
         return read_settings(settings, flags, data, sets)
     own = folder / CONFIG_NAME
     if not own.is_file():
-        raise ConfigError(f"{folder} is no run folder ({CONFIG_NAME} is missing there): nothing to --resume.")
+        raise ConfigError(
+            Bilingual(
+                f"{folder} is not a run's folder: it has no {CONFIG_NAME}, so --resume cannot continue it.",
+                f"{folder} 不是训练目录：其中没有 {CONFIG_NAME}，无法用 --resume 继续。",
+            )
+        )
     check_links(folder)
     if flags["output"] is not None and Path(flags["output"]).absolute() != folder.absolute():
         raise ConfigError(f"--resume goes on in {folder} itself: leave out --output {flags['output']}.")

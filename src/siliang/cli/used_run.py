@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from siliang.language import both, local
+
 Run = Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.")]
 Base = Annotated[
     str | None,
@@ -48,6 +50,6 @@ def _names_a_model(text: str) -> bool:
 
 
 def show_notes(notes: Iterable[str]) -> None:
-    """What --force passed over."""
+    """What --force accepted."""
     for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
+        print(f"{both('warning: ', '警告：')}{local(note)}", file=sys.stderr)

@@ -20,6 +20,7 @@ from siliang.compare.trials import MOST_ATTEMPTS
 from siliang.config import RunConfig
 from siliang.environment import prepare_ray
 from siliang.files import sweep
+from siliang.language import Bilingual, both
 from siliang.permissions import VARIABLE as ALLOWED_CODE
 from siliang.types import ClusterError, first_line
 from siliang.units import show_bytes
@@ -123,20 +124,39 @@ class Cluster:
         """A run takes a card where there are any, or its share of a machine's processors."""
         nodes = [node["Resources"] for node in _nodes()]
         self.machines = len(nodes)
-        where = f"Ray on {self.machines} machines" if self.machines > 1 else "Ray on this machine"
+        where = Bilingual("Ray on this machine", "本机的 Ray")
+        if self.machines > 1:
+            where = Bilingual(f"Ray on {self.machines} machines", f"{self.machines} 台机器的 Ray")
         if with_cards := [node for node in nodes if node.get("GPU", 0) >= 1]:
             each = min(int(node.get("CPU", 0) // node["GPU"]) for node in with_cards)
             self.resources = {"num_cpus": min(self._threads, each), "num_gpus": 1}
-            self._say(f"cluster    {where}: {self._places()} runs at a time, each with its card")
+            runs = self._places()
+            self._say(
+                both(
+                    f"cluster    {where}: {runs} runs at a time, each with its card",
+                    f"集群       {where.zh}：同时 {runs} 次运行，每次一张显卡",
+                )
+            )
             return
         cpus = min(self._threads, max(int(node.get("CPU", 0)) for node in nodes))
         if cpus == 0:
             raise ClusterError("The cluster offers no processors: begin its machines without --num-cpus=0.")
         self.resources = {"num_cpus": cpus}
-        runs, threads = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((self._places(), "run"), (cpus, "thread")))
-        self._say(f"cluster    {where}: {runs} at a time, with {threads} each")
+        runs = self._places()
+        self._say(
+            both(
+                f"cluster    {where}: {runs} run{'s' * (runs > 1)} at a time, "
+                f"with {cpus} thread{'s' * (cpus > 1)} each",
+                f"集群       {where.zh}：同时 {runs} 次运行，每次 {cpus} 个线程",
+            )
+        )
         if cpus < self._threads:
-            self._say(f"warning    no machine has {self._threads} processors as this one: last digits may differ")
+            self._say(
+                both(
+                    f"warning    no machine has {self._threads} processors as this one: last digits may differ",
+                    f"警告       没有一台机器像本机这样有 {self._threads} 个处理器：结果的末位数字可能不同",
+                )
+            )
 
     def _places(self) -> int:
         """How many runs the cluster has room for at a time, if it does nothing else; at least one, which may wait."""

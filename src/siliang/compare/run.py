@@ -19,7 +19,7 @@ from siliang.config import MethodConfig, RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.files import remove_tree, write_text
 from siliang.hardware import machine
-from siliang.language import both
+from siliang.language import Bilingual, both, local
 from siliang.records import COMPARISON_NAME, Comparison, Record, Trial, figures_of
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes
 from siliang.tasks import TASKS
@@ -111,9 +111,12 @@ class _Comparing:
                     trial.status, trial.attempts = "waiting", trial.attempts - 1
             self._save()
             done = sum(t.status == "completed" for t in self.record.trials)
+            of, command = len(self.record.trials), pasted("siliang", "compare", self.folder / CONFIG_NAME)
             raise InterruptedRunError(
-                f"Stopped; {done} of {len(self.record.trials)} runs are done and kept.\n"
-                f"Go on with the same command, or: {pasted('siliang', 'compare', self.folder / CONFIG_NAME)}"
+                Bilingual(
+                    f"Stopped; {done} of {of} runs are done and kept.\nGo on with the same command, or: {command}",
+                    f"已停止；{of} 次运行中已完成并保存 {done} 次。\n用同一命令继续，或运行：{command}",
+                )
             ) from None
         self.record.status = "completed"
         self._save()
@@ -140,11 +143,16 @@ class _Comparing:
             self._say(both("warning    ", "警告       ") + f"{finding.code} {finding.headline}")
         if not len(subject.eval):
             raise ConfigError("a comparison needs held-out rows: give data.eval, or a data.test_size above 0.")
+        rows, held_out, columns = len(subject.train), len(subject.eval), subject.examples.says_columns
         self.listener.say(
-            f"data       {len(subject.train):,} rows to train on, {len(subject.eval):,} held out, the same for all runs"
+            both(
+                f"data       {rows:,} rows to train on, {held_out:,} held out, the same for all runs",
+                f"数据       {rows:,} 条训练样本，{held_out:,} 条留出，所有运行都相同",
+            )
         )
-        for line in (f"columns    {subject.examples.says_columns}", *subject.examples.notes):
-            self.listener.say(line if line.startswith("columns") else f"           {line}")
+        self.listener.say(both(f"columns    {columns}", f"列         {columns.zh}"))
+        for line in subject.examples.notes:
+            self.listener.say(f"           {local(line)}")
         alone = [prompt for prompt in self.config.settings.prompts if len(prompt.split("\t")) != 2]
         if alone and subject.examples.layout == "sentence-pair":
             raise ConfigError(f"prompts: {alone[0]!r} must be two texts with a tab between them, as those of the data.")
@@ -156,7 +164,7 @@ class _Comparing:
                     f"{problem[0].upper()}{problem[1:]}. New runs would not compare with those that are there.\n"
                     "Put it back, choose another folder with --output, or go on all the same with --force."
                 )
-            self.listener.say(f"warning    {problem}")
+            self.listener.say(both("warning    ", "警告       ") + local(problem))
         self.record.model_files, self.record.data_files = hashes(self.config.run)
 
     def _say(self, line: str) -> None:
@@ -184,9 +192,9 @@ class _Comparing:
         for event in self._ask(requests):
             if event.kind == "done":
                 self.record.steps[labels[event.number]] = event.message["found"]["steps"]
-                self.listener.say(
-                    f"budget     {labels[event.number]}: {self.record.steps[labels[event.number]]:,} steps"
-                )
+                label = labels[event.number]
+                steps = self.record.steps[label]
+                self.listener.say(both(f"budget     {label}: {steps:,} steps", f"时间预算   {label}：{steps:,} 步"))
         remove_tree(self.folder / "timing")
         self._save()
 
@@ -206,7 +214,12 @@ class _Comparing:
                 best[trial.method], self.record.chosen[trial.method] = found, trial.settings
         for label, settings in self.record.chosen.items():
             shown = ", ".join(f"{key} {value}" for key, value in settings.items())
-            self.listener.say(f"chosen     {label}: {shown} ({quality.name} {best[label]:.4f} on validation rows)")
+            self.listener.say(
+                both(
+                    f"chosen     {label}: {shown} ({quality.name} {best[label]:.4f} on validation rows)",
+                    f"选定       {label}：{shown}（验证集上 {quality.name} {best[label]:.4f}）",
+                )
+            )
         self._save()
 
     def _measure_base(self) -> None:
@@ -214,9 +227,20 @@ class _Comparing:
         for event in self._ask([self._request("base", values)]):
             if event.kind == "done":
                 self.record.base = event.message["found"]
-                self.listener.say(f"base       held-out loss {self.record.base['eval_loss']:.4f} before any training")
+                loss = self.record.base["eval_loss"]
+                self.listener.say(
+                    both(
+                        f"base       held-out loss {loss:.4f} before any training",
+                        f"基座       训练前的留出损失 {loss:.4f}",
+                    )
+                )
             elif event.kind in ("failed", "died"):
-                self.listener.say(f"warning    the base model was not measured: {event.message['error']}")
+                error = event.message["error"]
+                self.listener.say(
+                    both(
+                        f"warning    the base model was not measured: {error}", f"警告       基座模型测量失败：{error}"
+                    )
+                )
         remove_tree(self.folder / BASE / CHECKPOINTS)
         self._save()
 
@@ -228,7 +252,10 @@ class _Comparing:
         self.record.trials = [*old, *trials] if purpose == "test" else [*trials, *old]
         todo = [t for t in trials if t.status != "completed"]
         if len(todo) < len(trials):
-            self.listener.say(f"resumed    {len(trials) - len(todo)} of {len(trials)} runs are there already")
+            done, of = len(trials) - len(todo), len(trials)
+            self.listener.say(
+                both(f"resumed    {done} of {of} runs are there already", f"继续       {of} 次运行中已有 {done} 次完成")
+            )
         requests, asked = [], []
         for trial in todo:
             if trial.attempts >= MOST_ATTEMPTS and trial.status == "running":
@@ -258,8 +285,12 @@ class _Comparing:
                 case "progress":
                     self.listener.progress(trial, event.message["progress"])
                 case "lost":
+                    error = event.message["error"]
                     self.listener.say(
-                        f"lost       {trial.method}, seed {trial.seed}: {event.message['error']}; it is run again"
+                        both(
+                            f"lost       {trial.method}, seed {trial.seed}: {error}; it is run again",
+                            f"中断       {trial.method}，种子 {trial.seed}：{error}；重新运行",
+                        )
                     )
                 case "done":
                     trial.status = "completed"

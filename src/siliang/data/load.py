@@ -13,11 +13,12 @@ from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
 from siliang.data.layouts import find_format, second_text
 from siliang.data.not_used import Aside
 from siliang.data.numbers import is_whole
-from siliang.data.reading import Reading, Row
+from siliang.data.reading import Reading, Row, columns_in_words
 from siliang.data.sources import Opened, open_source
 from siliang.data.spec import DataSpec
 from siliang.data.splitting import split, weighted
 from siliang.data.turns import unused_fields
+from siliang.language import Bilingual
 from siliang.secrets import without_secrets
 from siliang.types import DataError
 
@@ -53,11 +54,9 @@ class Examples:
     parts_aside: dict[str, list[str]] = field(default_factory=dict)
 
     @property
-    def says_columns(self) -> str:
+    def says_columns(self) -> Bilingual:
         """Which columns were taken, and which were not."""
-        renamed = (f"{part} from {name!r}" if part != name else repr(part) for part, name in self.columns.items())
-        taken = f"{self.layout}: {', '.join(renamed)}"
-        return f"{taken}; not used: {', '.join(map(repr, self.unused))}" if self.unused else taken
+        return columns_in_words(self.layout, self.columns, self.unused)
 
 
 def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bool = False) -> Examples:
@@ -230,7 +229,8 @@ class _Reader:
                 some = True
                 yield item
             if some or i + 1 == len(parts):
-                self.reading.note(f"{source.path}: its part {part!r} is what is held out")
+                path = source.path
+                self.reading.note(Bilingual(f"{path}: its part {part!r} is held out", f"{path}：{part!r} 部分留作评估"))
                 return
             reason = self.bad[before][1]
             del self.bad[before:]  # public test sets hide their classes
@@ -248,7 +248,10 @@ class _Reader:
         name = layout.name if layout else ""
         for path, opened in self._opened.items():
             if left := [part for part in opened.parts if (path, part) not in self._read]:
-                self.reading.note(f"{path}: not used: its part {', '.join(map(repr, left))}")
+                names = ", ".join(map(repr, left))
+                self.reading.note(
+                    Bilingual(f"{path}: not used: its part {names}", f"{path}：未使用其中的 {names} 部分")
+                )
         notes, doubts, aside = self.reading.notes, self.reading.doubts, self._aside
         return Examples(
             train,

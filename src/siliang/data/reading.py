@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from siliang.language import Bilingual
+
 
 @dataclass(frozen=True)
 class Row:
@@ -45,3 +47,14 @@ class Reading:
     def note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
+
+
+def columns_in_words(layout: str, columns: dict[str, str], unused: list[str]) -> Bilingual:
+    """Which columns were taken, by the part of the layout that each became, and which were not."""
+    taken = [repr(part) if part == name else f"{part} from {name!r}" for part, name in columns.items()]
+    taken_zh = [repr(part) if part == name else f"{part} 取自 {name!r}" for part, name in columns.items()]
+    rest, rest_zh = "", ""
+    if unused:
+        names = ", ".join(map(repr, unused))
+        rest, rest_zh = f"; not used: {names}", f"；未使用：{names}"
+    return Bilingual(f"{layout}: {', '.join(taken)}{rest}", f"{layout}：{'、'.join(taken_zh)}{rest_zh}")

@@ -129,7 +129,12 @@ def _file(path: Path, name: str, reading: Reading) -> Iterator[Row]:
             return
         text = find_text(path, reading.encoding)
         if text.guessed:
-            reading.note(f"{name}: not UTF-8; read as {text.encoding} (data.encoding says another)")
+            reading.note(
+                Bilingual(
+                    f"{name}: not UTF-8; read as {text.encoding} (data.encoding sets another)",
+                    f"{name}：不是 UTF-8，按 {text.encoding} 读取（可用 data.encoding 指定）",
+                )
+            )
         if kind in (".csv", ".tsv"):
             yield from _table(text, kind, name, reading)
         elif kind in COLUMN_FILES or (kind == ".txt" and reading.tagged):

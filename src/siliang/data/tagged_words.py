@@ -9,6 +9,7 @@ from itertools import chain
 
 from siliang.data.reading import Reading, Row
 from siliang.data.text_files import TextFile
+from siliang.language import Bilingual
 from siliang.secrets import shortened
 from siliang.types import DataError
 
@@ -22,7 +23,12 @@ def tagged_rows(file: TextFile, name: str, reading: Reading) -> Iterator[Row]:
     """Sentences of one word and its tag a line, with an empty line between two: CoNLL, BIO, BMES."""
     first = _first_word_column(file, name)
     if first:
-        reading.note(f"{name}: its first column numbers the words, and its second is read as the words")
+        reading.note(
+            Bilingual(
+                f"{name}: its first column numbers the words, and its second is read as the words",
+                f"{name}：第一列是词的编号，第二列按词读取",
+            )
+        )
     tokens: list[str] = []
     tags: list[str] = []
     start, problem = 1, None

@@ -17,6 +17,7 @@ from siliang.engine.noise import EmbeddingNoise
 from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
 from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
+from siliang.language import Bilingual, local
 from siliang.models.introspect import is_encoder_decoder
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
@@ -70,7 +71,7 @@ class Engine:
             except NotPackableError as error:
                 reason = str(error)
             if reason is not None:
-                self.notes.append(f"packing is off: {reason}")
+                self.notes.append(Bilingual(f"packing is off: {reason}", f"未启用无填充计算：{local(reason, 'zh')}"))
                 if self.padding is not None:
                     self.padding.close()
                     self.padding = None
@@ -80,7 +81,13 @@ class Engine:
             if frozen.count:
                 self.padding.frozen = FrozenCache(self.padding.layers, frozen.count, StateStore.of_free())
             elif frozen.why_not:
-                self.notes.append(f"the frozen layers are computed in every epoch: {frozen.why_not}")
+                reason = frozen.why_not
+                self.notes.append(
+                    Bilingual(
+                        f"the frozen layers are computed in every epoch: {reason}",
+                        f"冻结的层每个 epoch 都要计算：{local(reason, 'zh')}",
+                    )
+                )
         self._fused = FusedModules(self._base)
         self.recompute = Recompute(model, memory_budget, always=checkpointing, memory_share=memory_share)
         has_head = task.writes and self._base.get_output_embeddings() is not None
@@ -88,7 +95,9 @@ class Engine:
             has_head = has_head and hasattr(self._base, "prepare_decoder_input_ids_from_labels")
         self._head = HeadLoss(self._base) if has_head else None
         if self._head and (reason := all_logits or (self._head.differs(model, vocabulary) if comparing else None)):
-            self.notes.append(f"the loss takes all logits: {reason}")
+            self.notes.append(
+                Bilingual(f"the loss takes all logits: {reason}", f"计算损失时使用全部 logits：{local(reason, 'zh')}")
+            )
             self._head = None
 
     def run(

@@ -18,6 +18,7 @@ from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
 from siliang.data.prepared import PreparedData
 from siliang.engine.batches import StepCollator, most_tokens
+from siliang.language import Bilingual
 from siliang.methods import find_method
 from siliang.models.base_config import load_config
 from siliang.models.load import find_invented
@@ -129,7 +130,7 @@ def plan(
         methods=found,
     )
     if timed:
-        say("the speed of this device")
+        say(Bilingual("the speed of this device", "本机的速度"))
         _add_times(record, device, base_config)
     say("")
     return record
@@ -158,7 +159,7 @@ def _in_parallel(
             say(name)
             yield work(name)
         return
-    say(f"{len(names)} methods")
+    say(Bilingual(f"{len(names)} methods", f"{len(names)} 种方法"))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         yield from pool.map(work, names)
 
@@ -205,7 +206,7 @@ def _plan_as(
         phases = PHASES[:2] if distributed else PHASES  # one process alone generates and merges
         measured = fake_run.measure(batches, recomputed=always, phases=phases if thorough else PHASES[:1])
     except SiliangError as error:
-        return MethodPlan(method=name, error=str(error))
+        return MethodPlan(method=name, error=error.text)
     except Exception as error:  # whatever a model of any kind does when its tensors have no values
         return MethodPlan(method=name, error=f"not planned: {first_line(error, kind=True)}")
     beside, peak, on_host = device.overhead_bytes, measured.peaks["train"], fake_run.loads_on_host
@@ -230,7 +231,9 @@ def _plan_as(
         merge_bytes=_bytes_of(measured, "merge", beside),
     )
     if config.quantization is not None and bits is None:
-        one.notes.append("on the whole base: quantized weights cannot be trained")
+        one.notes.append(
+            Bilingual("on the whole base: quantized weights cannot be trained", "基座模型不量化：量化的权重不能训练")
+        )
     limit = None if device.memory_bytes is None else MemoryLimit(device.memory_bytes - beside, device.work_bytes)
     budget = config.train.memory_budget
     aim = (
@@ -266,16 +269,21 @@ def _bytes_of(measured: Measured, phase: Phase, beside: int) -> int:
 def _add_times(record: PlanRecord, device: Device, base_config: Any) -> None:
     """From the products of a step, and the speed of a device that is here or that the user gives."""
     if device.flops:
-        flops, source = device.flops, "as asked"
+        flops, source = device.flops, Bilingual("as asked", "按设置")
     elif device.here:
         text = base_config.get_text_config()
         width = text.hidden_size
         inner = getattr(text, "intermediate_size", None) or 4 * width
         rows = min(max(record.batch_tokens, 16), 1024)
-        flops, source = measure_flops(device.precision.dtype, rows, width, int(inner)), "measured here"
+        flops = measure_flops(device.precision.dtype, rows, width, int(inner))
+        source = Bilingual("measured here", "在本机测得")
     else:
         return
-    record.rate = f"{flops / 1e9:,.0f} GFLOP/s {source}, of which a step reaches {100 * EFFICIENCY:.0f}%"
+    speed, share = flops / 1e9, 100 * EFFICIENCY
+    record.rate = Bilingual(
+        f"{speed:,.0f} GFLOP/s {source}, of which a step reaches {share:.0f}%",
+        f"{speed:,.0f} GFLOP/s（{source.zh}），训练时按其 {share:.0f}% 计",
+    )
     for one in record.methods:
         if one.flops_per_token:
             one.tokens_per_s = flops * EFFICIENCY / (one.flops_per_token * one.time_factor)

@@ -17,6 +17,7 @@ from siliang.engine.attach import attach
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
+from siliang.language import Bilingual
 from siliang.methods import find_method
 from siliang.models.invented import mark_invented
 from siliang.models.positions import Positions
@@ -162,8 +163,17 @@ class FakeRun:
         if most is None or max(len(row["input_ids"]) for row in rows) <= most:
             return rows
         if longest is not None:
-            raise DataError(f"a row has {longest:,} tokens, the model {positions.in_words(most)}")
-        self.notes.append(f"rows of {most:,} tokens: the model has {positions.in_words(most)}")
+            limit = positions.in_words(most)
+            raise DataError(
+                Bilingual(
+                    f"a row has {longest:,} tokens, the model {limit}",
+                    f"有样本长 {longest:,} 个词元，而模型有 {limit.zh}",
+                )
+            )
+        limit = positions.in_words(most)
+        self.notes.append(
+            Bilingual(f"rows of {most:,} tokens: the model has {limit}", f"样本按 {most:,} 个词元计：模型有 {limit.zh}")
+        )
         return [cut(row, most) for row in rows]
 
     def _positions(self, base: Any) -> Positions:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.data.batch import Batch
+from siliang.language import Bilingual
 from siliang.memory.track import Peak
 from siliang.plan.fake_run import FakeRun
 from siliang.plan.rows import StepRows, cut
@@ -90,7 +91,10 @@ def find_fit(
             setting="quantization",
             before="null",
             after="{bits: 4}",
-            price=f"results differ a little; about {DEQUANTISE:.1f} times the time",
+            price=Bilingual(
+                f"results differ a little; about {DEQUANTISE:.1f} times the time",
+                f"结果略有不同；用时约为 {DEQUANTISE:.1f} 倍",
+            ),
         )
         if (fit := _smaller(limit, config, in_4, step)) is not None:
             return Fit(
@@ -106,12 +110,17 @@ def find_fit(
     while length >= SHORTEST:
         rows = [cut(row, length) for row in step.rows[:1]]
         if (fewest := limit.fewest_recomputed(fake_run, fake_run.batches(rows, 1))) is not None:
-            cut_rows = f"{step.cut_by(length):,} rows are cut" if step.lengths is not None else "longer rows are cut"
+            price = Bilingual("longer rows are cut", "更长的样本会被截断")
+            if step.windows:
+                price = Bilingual("texts become more windows", "文本会切成更多窗口")
+            elif step.lengths is not None:
+                rows = step.cut_by(length)
+                price = Bilingual(f"{rows:,} rows are cut", f"{rows:,} 条样本会被截断")
             shorter = Change(
                 setting="data.max_length",
                 before=str(config.data.max_length),
                 after=str(length),
-                price="texts become more windows" if step.windows else cut_rows,
+                price=price,
             )
             changes = [*more, *_split_change(config, 1), *_recompute_change(config, fake_run, fewest[0]), shorter]
             return Fit(
@@ -155,13 +164,13 @@ def _split_change(config: RunConfig, size: int) -> list[Change]:
             setting="train.batch_size",
             before=str(t.batch_size),
             after=str(size),
-            price="none: the same rows make a step, in smaller parts",
+            price=Bilingual("none: the same rows make a step, in smaller parts", "无：每步样本不变，只是分成小批"),
         ),
         Change(
             setting="train.gradient_accumulation",
             before=str(t.gradient_accumulation),
             after=str(t.gradient_accumulation * parts),
-            price="none",
+            price=Bilingual("none", "无"),
         ),
     ]
 
@@ -170,12 +179,15 @@ def _recompute_change(config: RunConfig, fake_run: FakeRun, count: int) -> list[
     before = config.train.memory_budget
     if not count or config.train.gradient_checkpointing or before == "auto":
         return []  # it chooses the layers by itself
+    more = 100 * (fake_run.time_factor(count) - 1)
     return [
         Change(
             setting="train.memory_budget",
             before="null" if before is None else str(before),
             after="auto",
-            price=f"{count} of {fake_run.layers} layers compute twice: "
-            f"{100 * (fake_run.time_factor(count) - 1):.0f}% more time",
+            price=Bilingual(
+                f"{count} of {fake_run.layers} layers compute twice: {more:.0f}% more time",
+                f"{fake_run.layers} 层中有 {count} 层重新计算激活值：用时增加 {more:.0f}%",
+            ),
         )
     ]

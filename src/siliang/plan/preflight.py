@@ -9,10 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from siliang.check import Subject
 from siliang.config import RunConfig
+from siliang.language import Bilingual, both, local
 from siliang.plan import plan
 from siliang.plan.device import Device, find_target, in_this_process, shared_by
 from siliang.plan.history import record_work
-from siliang.records import Change, MethodPlan, Predicted, Record
+from siliang.records import Category, Change, MethodPlan, Predicted, Record
 from siliang.safe_yaml import parse_yaml
 from siliang.types import PlanError
 from siliang.units import show_bytes
@@ -63,7 +64,9 @@ class Planner:
                 config, device, data=subject.prepared, invented=subject.invented, timed=False, mesh=mesh
             ).methods[0]
         if found.error:
-            say(f"memory     {found.error}")  # what is the run's own fault stops it soon
+            say(
+                both(f"memory     {found.error}", f"内存       {local(found.error)}")
+            )  # a fault of the run stops it soon
             return config, Predicted()
         found = self.found = self._known[key] = _rebased(found, device)
         if found.strategy:
@@ -86,37 +89,84 @@ def _rebased(found: MethodPlan, device: Device) -> MethodPlan:
     return found.model_copy(update=changed)
 
 
+# The parts of records/plan.py.
+PARTS: dict[Category, str] = {
+    "weights": "权重",
+    "trained": "训练的参数",
+    "gradients": "梯度",
+    "optimizer": "优化器",
+    "activations": "激活值",
+    "logits": "logits",
+    "workspace": "临时张量",
+}
+
+
 def apply_plan(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[str], None]) -> RunConfig:
     """Says that a run fits, or makes it fit.
 
     Raises:
         PlanError: It does not, and may not be changed.
     """
-    there = f"{show_bytes(device.memory_bytes)} {device.memory_source}" if device.memory_bytes else "of unknown size"
-    twice = f", {found.recomputed_layers} of {found.layers} layers recomputing" if found.recomputed_layers else ""
-    each = " on each device" if found.strategy else ""
-    where = f"{each}, weights sharded (fsdp)" if found.strategy == "fsdp" else each
-    loading = f"loading {show_bytes(found.loading_bytes)}"
+    there, where, needed = in_memory(device), _where(found), show_bytes(found.needed_bytes)
     if found.fits is not False:
-        larger = f"{loading}, the steps {show_bytes(found.peak_bytes)}: "
-        larger = larger if found.loading_bytes > found.peak_bytes else ""
-        say(f"memory     about {show_bytes(found.needed_bytes)} of {there}{where}{twice} ({larger}{_parts(found)})")
+        twice, larger = Bilingual("", ""), Bilingual("", "")
+        if n := found.recomputed_layers:
+            twice = Bilingual(f", {n} of {found.layers} layers recomputing", f"，{found.layers} 层中有 {n} 层重新计算")
+        if found.loading_bytes > found.peak_bytes:
+            load, steps = show_bytes(found.loading_bytes), show_bytes(found.peak_bytes)
+            larger = Bilingual(f"loading {load}, the steps {steps}: ", f"加载时 {load}，训练时 {steps}：")
+        parts = _parts(found)
+        say(
+            both(
+                f"memory     about {needed} of {there}{where}{twice} ({larger}{parts})",
+                f"内存       {where.zh}约需 {needed}，{there.zh}{twice.zh}（{larger.zh}{parts.zh}）",
+            )
+        )
         return config
     harmless = found.fit is not None and all(c.setting in SAME_RESULT for c in found.fit.changes)
     if config.train.fit and found.fit is not None and harmless:
         changed = with_changes(config, found.fit.changes)
-        slower = f", {100 * (found.fit.time_factor - 1):.0f}% more time" if found.fit.time_factor > 1.005 else ""
+        more = 100 * (found.fit.time_factor - 1)
+        slower = Bilingual(f", {more:.0f}% more time", f"，用时增加 {more:.0f}%") if more > 0.5 else Bilingual("", "")
+        before, after, changes = (
+            show_bytes(found.peak_bytes),
+            show_bytes(found.fit.peak_bytes),
+            in_words(found.fit.changes),
+        )
         say(
-            f"memory     about {show_bytes(found.peak_bytes)} of {there} do not fit; "
-            f"{in_words(found.fit.changes)}: {show_bytes(found.fit.peak_bytes)}{slower}, with the same result"
+            both(
+                f"memory     about {before} of {there} do not fit; {changes}: {after}{slower}, with the same result",
+                f"内存       约需 {before}，{there.zh}，放不下；改用 {changes}：{after}{slower.zh}，结果不变",
+            )
         )
         found.peak_bytes, found.parts = found.fit.peak_bytes, found.fit.parts
         return changed
-    what = f"{loading}, the steps {show_bytes(found.peak_bytes)}" if found.loading_bytes > found.peak_bytes else ""
+    what, advice = _parts(found), _advice(found, harmless=harmless)
+    if found.loading_bytes > found.peak_bytes:
+        load, steps = show_bytes(found.loading_bytes), show_bytes(found.peak_bytes)
+        what = Bilingual(f"loading {load}, the steps {steps}", f"加载时 {load}，训练时 {steps}")
     raise PlanError(
-        f"This run needs about {show_bytes(found.needed_bytes)}{where}, and {there} are there: "
-        f"{what or _parts(found)}.\n" + _advice(found, harmless=harmless)
+        Bilingual(
+            f"This run needs about {needed}{where}, and {there} are there: {what}.\n{advice}",
+            f"这次训练{where.zh}约需 {needed}，{there.zh}：{what.zh}。\n{advice.zh}",
+        )
     )
+
+
+def in_memory(device: Device) -> Bilingual:
+    """How much memory the device has."""
+    if not device.memory_bytes:
+        return Bilingual("of unknown size", "可用大小未知")
+    size = show_bytes(device.memory_bytes)
+    if device.memory_source == "free here":
+        return Bilingual(f"{size} free here", f"本机有 {size} 可用")
+    return Bilingual(f"{size} as asked", f"按设置有 {size}")
+
+
+def _where(found: MethodPlan) -> Bilingual:
+    if found.strategy == "fsdp":
+        return Bilingual(" on each device, weights sharded (fsdp)", "每个设备（权重分片，fsdp）")
+    return Bilingual(" on each device", "每个设备") if found.strategy else Bilingual("", "")
 
 
 def with_changes(config: RunConfig, changes: list[Change]) -> RunConfig:
@@ -136,13 +186,25 @@ def in_words(changes: list[Change]) -> str:
     return " ".join(f"{change.setting}={change.after}" for change in changes)
 
 
-def _parts(found: MethodPlan) -> str:
-    parts = sorted(found.parts.items(), key=lambda part: -part[1])[:3]
-    return ", ".join(f"{name} {show_bytes(nbytes)}" for name, nbytes in parts if nbytes)
+def _parts(found: MethodPlan) -> Bilingual:
+    largest = sorted(found.parts, key=lambda name: -found.parts[name])[:3]
+    parts = [(name, show_bytes(found.parts[name])) for name in largest if found.parts[name]]
+    shown = ", ".join(f"{name} {size}" for name, size in parts)
+    shown_zh = "、".join(f"{PARTS[name]} {size}" for name, size in parts)
+    return Bilingual(shown, shown_zh)
 
 
-def _advice(found: MethodPlan, *, harmless: bool) -> str:
+def _advice(found: MethodPlan, *, harmless: bool) -> Bilingual:
     if found.fit is None:
-        return "No setting makes it fit: take a smaller model, or another method (`siliang plan --method all`)."
-    same = ", with the same result; or let train.fit=true do it" if harmless else ""
-    return f"It fits ({show_bytes(found.fit.peak_bytes)}) with {in_words(found.fit.changes)}{same}."
+        return Bilingual(
+            "No setting makes it fit: take a smaller model, or another method (`siliang plan --method all`).",
+            "怎样调整设置都放不下：请换更小的模型，或换一种方法（`siliang plan --method all`）。",
+        )
+    size, changes = show_bytes(found.fit.peak_bytes), in_words(found.fit.changes)
+    same, same_zh = "", ""
+    if harmless:
+        same, same_zh = (
+            ", with the same result; or let train.fit=true do it",
+            "，结果不变；也可设 train.fit=true 自动调整",
+        )
+    return Bilingual(f"It fits ({size}) with {changes}{same}.", f"这样设置就放得下（{size}）：{changes}{same_zh}。")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from siliang.records.saved import Part
+from siliang.records.saved import Part, Sentence
 
 SCHEMA_VERSION = 1
 
@@ -29,7 +29,7 @@ class Change(Part):
     """Its dotted name in run.yaml."""
     before: str
     after: str
-    price: str
+    price: Sentence
     """What it costs, in time or in what is learned."""
 
 
@@ -47,7 +47,7 @@ class MethodPlan(Part):
     """One method."""
 
     method: str
-    error: str | None = None
+    error: Sentence | None = None
     """Why there is no plan: the method does not apply to this model, or its step cannot be made."""
     strategy: Literal["ddp", "fsdp"] | None = None
     """How several devices share the model."""
@@ -89,7 +89,7 @@ class MethodPlan(Part):
     batch_rows: int = 0
     batch_tokens: int = 0
     """Of the heaviest batch, padding included where there is any."""
-    notes: list[str] = Field(default_factory=list)
+    notes: list[Sentence] = Field(default_factory=list)
 
     @property
     def needed_bytes(self) -> int:
@@ -123,6 +123,6 @@ class PlanRecord(Part):
     """Of the heaviest batch, padding included where there is any."""
     batch_source: Literal["data", "max_length"]
     tokens_per_epoch: int | None = None
-    rate: str = ""
+    rate: Sentence = ""
     """Where tokens per second come from."""
     methods: list[MethodPlan] = Field(default_factory=list)

@@ -7,9 +7,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from siliang.files import write_text
+from siliang.language import Bilingual
 from siliang.paths import inside
 from siliang.safe_json import dump_json, read_values
 from siliang.secrets import redacted, short_repr, shortened
@@ -41,6 +51,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(max_length=1000)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
+
+
+def _sentence(value: object, check: ValidatorFunctionWrapHandler) -> str:
+    return value if isinstance(value, Bilingual) else check(value)
+
+
+Sentence = Annotated[str, WrapValidator(_sentence)]  # English in a file; in memory it may carry its Chinese
 
 
 class Part(BaseModel):

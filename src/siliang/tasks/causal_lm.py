@@ -13,6 +13,7 @@ from siliang.config import DataConfig
 from siliang.data.conversations import encode, prompt_tokens, special_prefix, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
+from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.metrics import perplexity
@@ -78,7 +79,10 @@ CAUSAL_LM = Task(
         next_token=True,
     ),
     model=ModelSpec(task="causal_lm", auto_class="AutoModelForCausalLM"),
-    legend=("green: learned, grey: not", "[[...]]: learned"),
+    legend=(
+        Bilingual("green: learned, grey: not", "绿色：参与学习，灰色：不参与"),
+        Bilingual("[[...]]: learned", "[[...]]：参与学习"),
+    ),
     show=show,
     synthetic_row=synthetic_row,
     writes=True,

@@ -16,6 +16,7 @@ import numpy as np
 from siliang.data.examples import Span
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABEL, NUMBERS, Column, DataSpec
+from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.secrets import part, shortened
@@ -270,7 +271,10 @@ QUESTION_ANS = Task(
         heads=TASK_HEADS[TaskType.QUESTION_ANS],
         outputs=2,  # where an answer begins and where it ends
     ),
-    legend=("grey: read, green: the answer, whose place is learned", "[[...]]: the answer, whose place is learned"),
+    legend=(
+        Bilingual("grey: read, green: the answer, whose place is learned", "灰色：输入，绿色：答案（学习其位置）"),
+        Bilingual("[[...]]: the answer, whose place is learned", "[[...]]：答案（学习其位置）"),
+    ),
     show=show,
     synthetic_row=synthetic_row,
     loss=cross_entropy_of_ends,

@@ -13,6 +13,7 @@ from siliang.config import DataConfig
 from siliang.data.entries import Rows, dropped
 from siliang.data.examples import Conversation, Example, SourceTarget
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
+from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.tasks.causal_lm import PERPLEXITY, of_loss, verdict
 from siliang.tasks.metrics import rouge_l
@@ -92,7 +93,10 @@ SEQ_2_SEQ_LM = Task(
         adapt=as_source_target,
     ),
     model=ModelSpec(task="seq_2_seq_lm", auto_class="AutoModelForSeq2SeqLM"),
-    legend=("grey: read, green: learned", "->: what is learned"),
+    legend=(
+        Bilingual("grey: read, green: learned", "灰色：输入，绿色：参与学习"),
+        Bilingual("->: what is learned", "->：要学习的内容"),
+    ),
     show=show,
     synthetic_row=synthetic_row,
     writes=True,

@@ -17,6 +17,7 @@ from siliang.data.examples import Labelled
 from siliang.data.pairs import coded_texts
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABEL, NUMBERS, DataSpec, Encode
+from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.secrets import shortened
@@ -182,7 +183,10 @@ SEQ_CLS = Task(
         heads=TASK_HEADS[TaskType.SEQ_CLS],
         needs_padding_token=True,
     ),
-    legend=("grey: read, green: the class, which is learned", "->: the class, which is learned"),
+    legend=(
+        Bilingual("grey: read, green: the class, which is learned", "灰色：输入，绿色：要学习的类别"),
+        Bilingual("->: the class, which is learned", "->：要学习的类别"),
+    ),
     show=show,
     synthetic_row=synthetic_row,
     loss=cross_entropy,

@@ -20,6 +20,7 @@ from siliang.data.examples import Tagged
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, Column, DataSpec, Encode
 from siliang.data.words import cut_into_words, join_words
+from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.losses import cross_entropy
@@ -271,8 +272,11 @@ TOKEN_CLS = Task(
         task="token_cls", auto_class="AutoModelForTokenClassification", heads=TASK_HEADS[TaskType.TOKEN_CLS]
     ),
     legend=(
-        "green: token/tag, bold where the tag is not O; grey: not learned",
-        "token/tag; one without a tag is not learned",
+        Bilingual(
+            "green: token/tag, bold where the tag is not O; grey: not learned",
+            "绿色：词元/标注，非 O 的标注加粗；灰色：不参与学习",
+        ),
+        Bilingual("token/tag; one without a tag is not learned", "词元/标注；没有标注的不参与学习"),
     ),
     show=show,
     synthetic_row=synthetic_row,

@@ -18,6 +18,7 @@ from siliang.distributed.sharding import average_gradients, is_sharded, no_sync
 from siliang.engine.batches import StepCollator
 from siliang.engine.method_hooks import extra_loss
 from siliang.engine.step import Engine
+from siliang.language import both
 from siliang.train.errors import out_of_memory_error
 from siliang.train.prepare import Run
 from siliang.train.saving import random_state, set_random_state
@@ -121,13 +122,22 @@ class Backward:
         fit = self._fit and run.ranks.size == 1
         if fit and len(halves) > len(batches):
             self._collator.narrow_to(halves)
+            at_once = self._collator.tokens_at_once
             run.listener.say(
-                f"memory     step {step:,} did not fit in batches of up to {tokens:,} tokens: from now on up to "
-                f"{self._collator.tokens_at_once:,}, with the same result"
+                both(
+                    f"memory     step {step:,} did not fit in batches of up to {tokens:,} tokens: from now on up to "
+                    f"{at_once:,}, with the same result",
+                    f"内存       第 {step:,} 步放不下 {tokens:,} 个词元的批次：此后每批最多 {at_once:,} 个，结果不变",
+                )
             )
             return halves
         if fit and self._engine.recompute.recompute_all():
-            run.listener.say(f"memory     step {step:,} did not fit by rows: from now on every layer recomputes")
+            run.listener.say(
+                both(
+                    f"memory     step {step:,} did not fit by rows: from now on every layer recomputes",
+                    f"内存       第 {step:,} 步逐条也放不下：此后所有层都重新计算激活值",
+                )
+            )
             return batches
         raise out_of_memory_error(run, self._engine, step, tokens)
 

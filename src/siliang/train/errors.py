@@ -6,6 +6,7 @@ import torch
 
 from siliang.check import RATE_FACTOR
 from siliang.engine.step import Engine
+from siliang.language import Bilingual
 from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.terminal import pasted
 from siliang.train.guard import PATIENCE, BadStep
@@ -94,8 +95,13 @@ def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> Dev
 
 def interrupted_error(run: Run, why: str, step: int, steps: int) -> InterruptedRunError:
     """For a run that was stopped by a signal or by train.max_time."""
-    reason = ": train.max_time is nearly over" if why == "out of time" else ""
+    reason, reason_zh = (
+        (": train.max_time is nearly over", "（train.max_time 即将用完）") if why == "out of time" else ("", "")
+    )
+    command = pasted("siliang", "train", "--resume", run.folder)
     return InterruptedRunError(
-        f"Stopped at step {step} of {steps}{reason}; that step is saved.\n"
-        f"Go on with: {pasted('siliang', 'train', '--resume', run.folder)}"
+        Bilingual(
+            f"Stopped at step {step} of {steps}{reason}; that step is saved.\nGo on with: {command}",
+            f"已停在第 {step} 步（共 {steps} 步）{reason_zh}，这一步已保存。\n继续训练：{command}",
+        )
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from siliang.data.jinja import with_chat_template
 from siliang.files import damage, replacing_folder
+from siliang.language import both
 from siliang.memory.peak import PeakMemory
 from siliang.models.save import save_model
 from siliang.peft_model import PeftModel
@@ -59,7 +60,10 @@ def _figures_of_best(training: Training) -> dict[str, float]:
     saved = checkpoints(run.folder / CHECKPOINTS).get(best.step)
     if saved is None or damage(saved) is not None:
         run.listener.say(
-            f"warning    the checkpoint of step {best.step:,}, the best one, is gone or damaged: the last step is kept"
+            both(
+                f"warning    the best checkpoint, of step {best.step:,}, is gone or damaged: the last step is kept",
+                f"警告       最好的第 {best.step:,} 步的检查点丢失或损坏：保留最后一步",
+            )
         )
         run.record.best_step = training.step
         return figures

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siliang.language import both
+
 PATIENCE = 25  # steps of exact zeros; or, under fp16, of infinite gradients: the loss scale halves 16 times at most
 
 
@@ -78,6 +80,15 @@ class Guard:
         self.skipped.append(step)
         what, value = ("gradient", norm) if math.isfinite(value) else ("loss", value)
         return BadStep(what, value, step, tuple(rows))
+
+    def in_words(self, bad: BadStep) -> str:
+        """A line on a step that was skipped."""
+        n, what = len(self.skipped), bad.what
+        what_zh = {"loss": "损失", "gradient": "梯度"}[what]
+        return both(
+            f"warning    step {bad.step:,} is left out ({n} of at most {self.skips}): its {what} is {bad.value:g}",
+            f"警告       跳过第 {bad.step:,} 步（第 {n} 次，最多 {self.skips} 次）：{what_zh}为 {bad.value:g}",
+        )
 
     def record(self, step: int, loss: Tensor, grad_norm: Tensor | float, rows: list[int]) -> None:
         """A step that was made; it is judged by the next `check`."""

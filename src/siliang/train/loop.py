@@ -34,6 +34,7 @@ from siliang.tasks import find_figure
 from siliang.train.backward import Backward, with_dummies
 from siliang.train.errors import bad_step_error
 from siliang.train.guard import Guard
+from siliang.train.lines import no_better
 from siliang.train.log import Log, Moment
 from siliang.train.optimizer import make_optimizer, make_schedule
 from siliang.train.prepare import Run
@@ -211,10 +212,7 @@ class Training:
         if bad := self.guard.skip(step, loss, norm, rows):
             for p in self.model.parameters():
                 p.grad = None  # which the optimizer leaves alone
-            self.prepared.listener.say(
-                f"warning    step {step:,} is left out ({len(self.guard.skipped)} of at most {t.nan_skips}): "
-                f"its {bad.what} is {bad.value:g}"
-            )
+            self.prepared.listener.say(self.guard.in_words(bad))
         else:
             self.guard.record(step, loss, norm, rows)
         self.optimizer.step()
@@ -251,10 +249,8 @@ class Training:
             chooses = self.prepared.config.train.best is not None
             due.save = due.save or (chooses and self.best is not None and self.best.step == self.step)
             if self.ended_early and not last:
-                self.prepared.listener.say(
-                    f"stops      step {self.step:,}: {self._no_better} evaluations were no better than that of step "
-                    f"{self.best.step if self.best else 0:,} (train.patience)"
-                )
+                best = self.best.step if self.best else 0
+                self.prepared.listener.say(no_better(self.step, self._no_better, best))
                 due.save = due.save or bool(self.prepared.config.train.save_every)
         if due.save:
             self.save()

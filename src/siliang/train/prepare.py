@@ -21,7 +21,7 @@ from siliang.check import Subject, find, look_at, stop_on_errors
 from siliang.config import RunConfig, differences
 from siliang.data.hashes import joined, weights_sha256
 from siliang.data.load import Examples
-from siliang.data.prepared import EvalRows, PreparedData, has_unanswered
+from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet
 from siliang.distributed.deepspeed import require_deepspeed
 from siliang.distributed.ranks import Ranks, find_ranks
@@ -29,7 +29,7 @@ from siliang.distributed.sharding import fake_mesh, rank_mesh, shard
 from siliang.engine.attach import attach
 from siliang.files import absolute
 from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
-from siliang.language import both
+from siliang.language import both, local
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
@@ -39,13 +39,12 @@ from siliang.records import Counts, Predicted, Record, Rows, Seconds
 from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
 from siliang.tasks import TASKS
 from siliang.tasks.prepare import prepare_data
+from siliang.train.lines import say_data, say_model
 from siliang.train.log import Progress
 from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Begun
 from siliang.train.start_adapter import find_start_adapter
 from siliang.types import ConfigError, ModelError, OutputError, nearest
-
-ADAM_EPS = 1e-8  # torch's own
 
 # Looks at a run's config and data before its model is loaded, and says what it will take: the config, which may come
 # back changed, and what it predicts. It is `plan.preflight.Planner`; plan/ knows this room, not the other way.
@@ -156,7 +155,7 @@ def prepare(
     subject = _check(config, ranks, listener)
     data = subject.prepared
     start = _start(config, begun, force=force)
-    _say_data(data, listener)
+    say_data(data, listener.say)
     _check_best(config, len(data.eval))
     _check_patience(config, len(data.eval))
     if config.quantization and not method.config:
@@ -178,8 +177,8 @@ def prepare(
             shard(model, mesh, device, trained_too=not isinstance(model, PeftModel))
             free_memory()
     if config.adapter and begun is None:
-        listener.say(f"adapter    starts from {config.adapter}")
-    _say_model(config, method, precision, trained, total, device, listener)
+        listener.say(both(f"adapter    starts from {config.adapter}", f"适配器     从 {config.adapter} 开始训练"))
+    say_model(config, method, precision, trained, total, device, listener.say)
     files, data_files = ranks.from_main(lambda: hashes(config))
     adjusted = differences(asked.model_dump(mode="json"), config.model_dump(mode="json"))
     examples, train_set, eval_set = data.examples, data.train, data.eval
@@ -232,7 +231,13 @@ def _as_launched(config: RunConfig, ranks: Ranks, listener: Listener) -> RunConf
     """With the strategy of an accelerate config, where the run itself leaves it open."""
     if not ranks.asked or config.distributed.strategy != "auto":
         return config
-    listener.say(f"strategy   {ranks.asked['strategy']}, as accelerate's configuration says")
+    strategy = ranks.asked["strategy"]
+    listener.say(
+        both(
+            f"strategy   {strategy}, as accelerate's configuration says",
+            f"并行策略   {strategy}（取自 accelerate 的配置）",
+        )
+    )
     values = config.model_dump(mode="json") | {"distributed": dict(ranks.asked)}
     return RunConfig.build(values, source="accelerate's configuration")
 
@@ -285,52 +290,20 @@ def _truncated(tokens: TokenSet) -> int:
     return int((tokens.column("lost") > 0).sum())
 
 
-def _say_data(data: PreparedData, listener: Listener) -> None:
-    examples, train_set = data.examples, data.train
-    truncated, skipped = _truncated(train_set), data.skipped
-    windowed = "" if train_set.last_windows.all() else f" (windows of {len(examples.train):,})"
-    listener.say(
-        f"data       {len(train_set):,} rows to train on{windowed}, {len(data.eval):,} held out"
-        + (f", {len(skipped):,} skipped" if skipped else "")
-        + (f", {truncated:,} cut to {data.settings.max_length} tokens" if truncated else "")
-    )
-    listener.say(f"columns    {examples.says_columns}")
-    for line in examples.notes:
-        listener.say(f"           {line}")
-    for line in skipped:
-        listener.say(f"           skipped {line}")
-
-
-def _say_model(
-    config: RunConfig,
-    method: Method,
-    precision: Choice,
-    trained: int,
-    total: int,
-    device: torch.device,
-    listener: Listener,
-) -> None:
-    listener.say(
-        f"model      {config.model}: {total:,} parameters, "
-        f"{method.name} trains {trained:,} ({100 * trained / total:.3g}%)"
-    )
-    listener.say(f"precision  {precision.precision} ({precision.reason}), on {describe_device(device).name}")
-    if precision.adam_eps != ADAM_EPS:
-        listener.say(
-            f"           Adam's eps is {precision.adam_eps:g}, at some cost of stability: "
-            f"the usual {ADAM_EPS:g} is 0 in fp16, and would divide by zero"
-        )
-
-
 def _plan(
     planner: Planner, config: RunConfig, subject: Subject, ranks: Ranks, listener: Listener
 ) -> tuple[RunConfig, Predicted]:
     """What the planner of rank 0 says."""
     if stage := zero_stage(config, ranks):
-        listener.say(f"memory     what a rank takes under ZeRO-{stage} is not planned")
+        listener.say(
+            both(
+                f"memory     what a rank takes under ZeRO-{stage} is not planned",
+                f"内存       ZeRO-{stage} 下每个进程的用量不做预估",
+            )
+        )
         return config, Predicted()
     if ranks.size > 1 and (missing := why_missing("ranks that do not exist")) is not None:
-        listener.say(f"memory     not planned: {missing}")
+        listener.say(both(f"memory     not planned: {missing}", f"内存       无法预估：{local(missing)}"))
         return config, Predicted()
     with fake_mesh(ranks.size) as mesh:
         return ranks.from_main(lambda: planner(config, subject, listener.say, mesh))

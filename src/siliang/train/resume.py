@@ -10,6 +10,7 @@ from typing import Any
 
 from siliang.config import RunConfig
 from siliang.files import damage, sweep
+from siliang.language import Bilingual, both, local
 from siliang.paths import check_links
 from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_changed
@@ -60,7 +61,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
         config = as_adjusted(config, record)
         found = changed_settings(config, record)
         _refuse(found, folder)
-    checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(f"warning    {line}"))
+    checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(both("warning    ", "警告       ") + local(line)))
     whole = next(
         (part for part in (ADAPTER, MODEL) if (folder / part).is_dir() and damage(folder / part) is None), None
     )
@@ -86,12 +87,18 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
             f"Train it further as a run of its own: {_further(folder)}"
         )
     if checkpoint is None:
-        say("begins     there is no checkpoint to go on from: the run begins again with its first step")
+        say(
+            both(
+                "begins     no checkpoint was saved to resume from: the run begins again with its first step",
+                "从头开始   没有可以恢复的检查点：从第一步重新开始训练",
+            )
+        )
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if (most := config.train.max_steps) is not None and most < step:
         raise ConfigError(f"train.max_steps = {most:,}, and {checkpoint} has made {step:,} steps already.")
     for name, values in found.items():
-        say(f"changed    {in_words(name, values)}, from step {step + 1:,} on")
+        change, first = in_words(name, values), step + 1
+        say(both(f"changed    {change}, from step {first:,} on", f"设置改变   {change.zh}，从第 {first:,} 步起"))
     words = [*(in_words(name, values) for name, values in found.items()), *forced]
     changed = [f"from step {step + 1:,} on: {what}" for what in words]
     return Begun(config, record, checkpoint, changed)
@@ -103,8 +110,14 @@ def _read(folder: Path, say: Callable[[str], None]) -> Record | None:
     except ConfigError as error:
         if isinstance(error, RecordError) and error.later:
             raise
-        what = "damaged" if (folder / RECORD_NAME).exists() else "not there"
-        say(f"warning    {folder / RECORD_NAME} is {what}: cannot check whether settings or data have changed")
+        path = folder / RECORD_NAME
+        what = Bilingual("damaged", "已损坏") if path.exists() else Bilingual("missing", "不存在")
+        say(
+            both(
+                f"warning    {path} is {what}: cannot check whether settings or data have changed",
+                f"警告       {path} {what.zh}：无法检查设置或数据是否变过",
+            )
+        )
         return None
 
 
@@ -137,6 +150,11 @@ def _check_files(
                 f"{what[0].upper()}{what[1:]} has changed since the run began: {how}.\n"
                 "Put it back, or go on with what is there now by --force: the run will not be what it would have been."
             )
-        say(f"warning    {what} has changed since the run began: {how}. It goes on, but not as it would have")
+        say(
+            both(
+                f"warning    {what} has changed since the run began: {how}. It goes on, but not as it would have",
+                f"警告       {local(what)} 在训练开始之后变过：{local(how)}。训练会继续，但结果与原来不同",
+            )
+        )
         forced.append(f"{what} has changed: {how}")
     return forced

@@ -12,6 +12,7 @@ from siliang.config import RunConfig
 from siliang.disk_errors import translate_disk_errors
 from siliang.distributed.ranks import find_ranks, translate_rank_errors
 from siliang.files import remove_tree
+from siliang.language import Bilingual, both
 from siliang.memory.peak import PeakMemory
 from siliang.records import Record
 from siliang.run_folder import CHECKPOINTS, claim, load_base, write_config
@@ -61,7 +62,13 @@ def train(
         begun = ranks.from_main(lambda: take_up(config, folder, listener.say, force=force))
         if begun.finished:
             assert begun.record is not None
-            listener.say(f"finished   {folder} was finished before: {_steps_made(begun.record)}, nothing is left to do")
+            made = _steps_made(begun.record)
+            listener.say(
+                both(
+                    f"finished   {folder} was finished before: {made}, nothing is left to do",
+                    f"已完成     {folder} 此前已经训练完：{made.zh}，无需继续",
+                )
+            )
             return begun.record
         config = begun.config
     new = not resume and ranks.from_main(lambda: claim(folder, for_run=True))
@@ -136,9 +143,9 @@ def _write_down(training: Training, memory: PeakMemory) -> None:
     record.memory.recomputed_layers = training.engine.recompute.most
 
 
-def _steps_made(record: Record) -> str:
+def _steps_made(record: Record) -> Bilingual:
     made = record.steps[-1].step if record.steps else 0
-    return f"{made:,} steps"
+    return Bilingual(f"{made:,} steps", f"共 {made:,} 步")
 
 
 def _try_to_write(record: Record, folder: Path) -> None:

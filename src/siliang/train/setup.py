@@ -10,6 +10,7 @@ from siliang.distributed import deepspeed
 from siliang.distributed.sharding import ignore_frozen_in_ddp, is_sharded
 from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
+from siliang.language import local
 from siliang.tasks import TASKS
 from siliang.train.prepare import Run
 
@@ -35,7 +36,7 @@ def make_engine(run: Run) -> Engine:
         all_logits="ZeRO-3 gathers its weights in its own forward alone" if stage == 3 else None,
     )
     for note in engine.notes:
-        run.listener.say(f"           {note}")
+        run.listener.say(f"           {local(note)}")
     run.model.config.use_cache = False  # keys and values of earlier tokens are of no use in training
     return engine
 

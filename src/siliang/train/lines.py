@@ -1,0 +1,84 @@
+"""What a run prints of its data and model before the first step, and why it ends early; in both languages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from siliang.config import RunConfig
+from siliang.data.prepared import PreparedData
+from siliang.hardware import Choice, describe_device
+from siliang.language import both, local
+from siliang.methods import Method
+
+ADAM_EPS = 1e-8  # torch's own
+
+
+def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
+    """Rows, columns, and what was noticed while they were read."""
+    examples, train_set = data.examples, data.train
+    truncated, skipped = int((train_set.column("lost") > 0).sum()), data.skipped
+    parts = [both(f"data       {len(train_set):,} rows to train on", f"数据       {len(train_set):,} 条训练样本")]
+    if not train_set.last_windows.all():
+        parts[0] += both(f" (windows of {len(examples.train):,})", f"（由 {len(examples.train):,} 条文本切成的窗口）")
+    parts.append(both(f"{len(data.eval):,} held out", f"{len(data.eval):,} 条留出"))
+    if skipped:
+        parts.append(both(f"{len(skipped):,} skipped", f"跳过 {len(skipped):,} 条"))
+    if truncated:
+        longest = data.settings.max_length
+        parts.append(both(f"{truncated:,} cut to {longest} tokens", f"{truncated:,} 条截断到 {longest} 个词元"))
+    say(both(", ", "，").join(parts))
+    columns = examples.says_columns
+    say(both(f"columns    {columns}", f"列         {local(columns)}"))
+    for line in examples.notes:
+        say(f"           {local(line)}")
+    for line in skipped:
+        say(both(f"           skipped {line}", f"           跳过 {local(line)}"))
+
+
+def say_model(
+    config: RunConfig,
+    method: Method,
+    precision: Choice,
+    trained: int,
+    total: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    share = 100 * trained / total
+    say(
+        both(
+            f"model      {config.model}: {total:,} parameters, {method.name} trains {trained:,} ({share:.3g}%)",
+            f"模型       {config.model}：{total:,} 个参数，{method.name} 训练其中 {trained:,} 个（{share:.3g}%）",
+        )
+    )
+    name, reason = describe_device(device).name, precision.reason
+    say(
+        both(
+            f"precision  {precision.precision} ({reason}), on {name}",
+            f"精度       {precision.precision}（{local(reason)}），设备 {name}",
+        )
+    )
+    if precision.adam_eps != ADAM_EPS:
+        say(
+            both(
+                f"           Adam's eps is {precision.adam_eps:g}, at some cost of stability: "
+                f"the usual {ADAM_EPS:g} is 0 in fp16, and would divide by zero",
+                f"           Adam 的 eps 设为 {precision.adam_eps:g}，会损失一些稳定性："
+                f"通常的 {ADAM_EPS:g} 在 fp16 中为 0，会导致除以零",
+            )
+        )
+
+
+def no_better(step: int, n: int, best: int) -> str:
+    """Of a run that train.patience ends.
+
+    Args:
+        n: Evaluations that were no better.
+        best: The step of the best one.
+    """
+    return both(
+        f"stops      step {step:,}: {n} evaluations were no better than that of step {best:,} (train.patience)",
+        f"提前停止   第 {step:,} 步：连续 {n} 次评估不优于第 {best:,} 步（train.patience）",
+    )
