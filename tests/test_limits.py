@@ -20,7 +20,7 @@ from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
 from siliang.data.jinja import as_chat_template
 from siliang.data.templates import TEMPLATES
-from siliang.limited_process import KEPT_TEMPLATES
+from siliang.limited.templates import KEPT_TEMPLATES
 from siliang.limits import LimitedProcess, LimitError, RefusedError
 from siliang.types import DataError, ModelError, TargetError
 

@@ -1,6 +1,6 @@
 """Bounds on time and memory for what strangers have written: chat templates, patterns of module names, tokenizers.
 
-They run in a process of their own (limited_process.py), on which the system sets the limits: an alarm in this process
+They run in a process of their own (limited/process.py), on which the system sets the limits: an alarm in this process
 would not be heard within one long operation in C. The process is started when it is first needed and kept, so that a
 request costs one message there and one back. Every process that asks has one of its own; it ends with the one that
 asks.
@@ -49,7 +49,7 @@ class TimeLimitError(LimitError):
 
 
 class LimitedProcess:
-    """A process under limits that runs the functions of limited_process.py. Threads may share it: one at a time.
+    """A process under limits that runs the functions of limited/process.py. Threads may share it: one at a time.
 
     Attributes:
         templates: The chat templates that the process knows.
@@ -103,7 +103,7 @@ class LimitedProcess:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._end()
-            program = Path(__file__).with_name("limited_process.py")
+            program = Path(__file__).with_name("limited") / "process.py"
             process = subprocess.Popen(
                 [sys.executable, "-I", str(program), *sys.path],
                 stdin=subprocess.PIPE,
@@ -233,7 +233,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def render(template: str, names: dict[str, Any], jobs: Sequence[tuple[Any, Any, bool, bool]]) -> list[Any]:
-    """Texts of a chat template; see limited_process.render.
+    """Texts of a chat template; see limited/templates.py.
 
     Raises:
         LimitError: It takes too much time or memory, or writes too much.
@@ -303,7 +303,7 @@ def in_time(function: Callable[[], T], seconds: float) -> T:
 
 
 def match(patterns: Iterable[str], texts: Sequence[str], *, whole: bool) -> list[Any]:
-    """Which texts patterns match; see limited_process.match.
+    """Which texts patterns match; see limited/process.py.
 
     Raises:
         LimitError: It takes too much time or memory.

@@ -58,8 +58,8 @@ def plan(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting by name: --set train.batch_size=4")
     ] = None,
-    usual: Annotated[
-        bool, typer.Option("--usual", help="Also what PEFT with transformers.Trainer would need.")
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also what PEFT with transformers.Trainer would need.")
     ] = False,
     write: Annotated[Path | None, typer.Option(help="Write a run.yaml that fits.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -142,7 +142,7 @@ def plan(
                 methods=methods,
                 with_data=with_data,
                 base_config=base_config,
-                baseline=usual,
+                baseline=baseline,
                 mesh=mesh,
                 say=_Say(not json),
             )
@@ -242,7 +242,7 @@ def show(record: PlanRecord) -> None:
         "on disk",
         "loading",
         "peak",
-        *(("usual stack",) if any(m.usual_bytes for m in planned) else ()),
+        *(("baseline",) if any(m.baseline_bytes for m in planned) else ()),
     ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -262,8 +262,8 @@ def show(record: PlanRecord) -> None:
             size(m.loading_bytes),
             size(m.peak_bytes),
         ]
-        if any(x.usual_bytes for x in planned):
-            cells.append(size(m.usual_bytes) if m.usual_bytes else "")
+        if any(x.baseline_bytes for x in planned):
+            cells.append(size(m.baseline_bytes) if m.baseline_bytes else "")
         cells.append(_bar(m, widest))
         if record.memory_bytes is not None:
             cells.append(_fits(m))

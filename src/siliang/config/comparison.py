@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from siliang import other_names
 from siliang.config.describing import Setting, describe
+from siliang.config.explaining import explain_value
 from siliang.config.names import OWN_FIELDS, name_here
 from siliang.config.run import MethodConfig, RunConfig
 from siliang.config.section import Section, Seed
@@ -218,8 +219,6 @@ def _short(entry: MethodEntry) -> dict[str, Any]:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError):
-        return str(inner)
+    # without the parts by which pydantic names the kinds that a value may be of
     path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "int")))
-    return f"{path} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    return explain_value(first, path)

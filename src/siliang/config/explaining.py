@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from siliang.config.describing import describe
 from siliang.config.names import name_here, quoted
@@ -32,15 +33,20 @@ def explain(error: ValidationError, schema: type[Settings]) -> str:
     if first["type"] == "missing":
         meaning = next((" ".join(s.meaning.split()) for s in describe(schema) if s.name == path), "")
         return f"{path} is missing.{more} {meaning}".rstrip()
-    inner = first.get("ctx", {}).get("error")
+    return f"{explain_value(first, path)}{more}"
+
+
+def explain_value(found: ErrorDetails, path: str) -> str:
+    """What is wrong with the value of a setting, in one line."""
+    inner = found.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
         text = str(inner)
-        return f"{text if path.split('.')[0] in text else f'{path}: {text}'}{more}"
-    shown = short_repr(first["input"], 200)
-    hint = _section_for(path, first["input"]) if first["type"] in ("model_type", "dict_type") else ""
-    if first["type"] == "list_type":
+        return text if path.split(".")[0] in text else f"{path}: {text}"
+    shown = short_repr(found["input"], 200)
+    hint = _section_for(path, found["input"]) if found["type"] in ("model_type", "dict_type") else ""
+    if found["type"] == "list_type":
         hint = f" Write a list: {path}=[a, b]."
-    return f"{path} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]}.{hint}{more}"
+    return f"{path} = {shown}: {found['msg'][0].lower()}{found['msg'][1:]}.{hint}"
 
 
 def undecodable(value: Any, where: str = "") -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.hub import find_file
-from siliang.limited_process import MOST_NUMBER
+from siliang.limited.tokenizer_rules import MOST_NUMBER
 from siliang.limits import RefusedError, look_at_tokenizer
 from siliang.safe_json import JsonError, read_json
 from siliang.types import ModelError, first_line

@@ -258,7 +258,7 @@ def _plan_as(
     one.parts, one.activations_by_layer = peak.parts, list(peak.layers)
     if baseline and not distributed:
         other = make_run(method=method, quantization=bits, baseline=Baseline())
-        one.usual_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + beside
+        one.baseline_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + beside
     return one
 
 

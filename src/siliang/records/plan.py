@@ -72,7 +72,7 @@ class MethodPlan(Part):
     """Peaks of these, overhead included; 0 where there is no such thing."""
     host_bytes: int = 0
     """The process's memory beside the device's, with the model in it where it is loaded there first."""
-    usual_bytes: int = 0
+    baseline_bytes: int = 0
     """The peak of the same step with PEFT and transformers.Trainer: padded, all logits; 0 where it was not asked."""
     layers: int = 0
     recomputed_layers: int = 0

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from siliang.adapters.files import read_adapter
 from siliang.config import RunConfig
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import damage
@@ -258,7 +257,7 @@ def _check_finite(trained: TrainedRun, model: nn.Module) -> None:
     Raises:
         AdapterError: It does not.
     """
-    found = read_adapter(trained.weights).items() if trained.has_adapter else model.named_parameters()
+    found = model.adapter_state("default").items() if isinstance(model, PeftModel) else model.named_parameters()
     for name, tensor in found:
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
             raise AdapterError(

@@ -1,0 +1,127 @@
+"""The program of the process that runs what strangers have written, under limits of the system. See limits.py.
+
+It imports the standard library, Jinja, `tokenizers` and this folder. So it starts in a tenth of a
+second and holds nothing of the process that asks: no model, no data, no tokens in its environment.
+
+It reads requests from its standard input and writes an answer to each: the length in 4 bytes, then JSON. An answer is
+["result", value], ["error", message] or ["limit", message].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # Python was started without a path: -I
+    sys.path[:] = [path for path in sys.argv[1:] if Path(path).is_absolute()]
+
+from siliang.limited.refused import LimitError, in_a_line
+from siliang.limited.templates import compiled_template, render
+from siliang.limited.tokenizer_rules import look_at_tokenizer
+
+EXTRA_BYTES = 900 * 2**20  # of address space, beyond what the process has when it begins
+
+
+def match(patterns: list[str], texts: list[str], whole: bool) -> list[Any]:
+    """For each pattern a text, why it is none; or a list with, for each text, its groups, None without a match.
+
+    Args:
+        whole: It must match the whole text, not its beginning alone.
+    """
+    return [_match(pattern, texts, whole) for pattern in patterns]
+
+
+def _match(pattern: str, texts: list[str], whole: bool) -> Any:
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return in_a_line(error)
+    match_text = compiled.fullmatch if whole else compiled.match
+    return [None if (found := match_text(text)) is None else found.groups() for text in texts]
+
+
+def _limit_the_process() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        return
+    pages = statm.read_text().split() if (statm := Path("/proc/self/statm")).is_file() else []
+    if pages:  # Linux
+        wanted = int(pages[0]) * os.sysconf("SC_PAGESIZE") + EXTRA_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, wanted))
+    # no file is opened or written, no process started, whatever gets out of Jinja's sandbox
+    for name in ("RLIMIT_CORE", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_NPROC"):
+        if (number := getattr(resource, name, None)) is not None:
+            resource.setrlimit(number, (0, 0))
+
+
+def _limit_the_time(seconds: float) -> None:
+    try:
+        import resource
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), hard))
+
+
+def _preload() -> None:
+    """What is imported before no file can be opened any more, also what Jinja would import when it is needed."""
+    time.localtime()
+    import pprint  # noqa: F401
+    import textwrap  # noqa: F401
+
+    import jinja2.constants
+    import jinja2.debug  # noqa: F401
+    import tokenizers  # noqa: F401
+
+    compiled_template("{% generation %}{{ 1 | tojson }}{% endgeneration %}").render()
+    compiled_template("{{ strftime_now('%Y') }}").render()
+
+
+def _read(length: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < length:
+        part = os.read(0, length - len(parts))
+        if not part:
+            os._exit(0)  # whoever asked is gone
+        parts += part
+    return bytes(parts)
+
+
+def _write(answer: Any) -> None:
+    data = json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    data = memoryview(len(data).to_bytes(4, "big") + data)
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def main() -> None:
+    _preload()
+    _limit_the_process()
+    functions = {"render": partial(render, kept={}), "match": match, "look_at_tokenizer": look_at_tokenizer}
+    _write(["result", None])
+    while True:
+        name, seconds, arguments = json.loads(_read(int.from_bytes(_read(4), "big")).decode("utf-8", "surrogatepass"))
+        _limit_the_time(seconds)
+        try:
+            answer = ["result", functions[name](*arguments)]
+        except LimitError as error:
+            answer = ["limit", str(error)]
+        except MemoryError:
+            answer = ["limit", f"it wants more than {EXTRA_BYTES // 2**20} MiB of memory"]
+        except BaseException as error:  # tokenizers has one that is no Exception
+            answer = ["error", in_a_line(error)]
+        _write(answer)
+        if answer[0] == "limit":
+            os._exit(0)  # what is left in the memory goes with the process
+
+
+if __name__ == "__main__":
+    main()

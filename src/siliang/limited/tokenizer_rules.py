@@ -1,0 +1,130 @@
+"""What is wrong with the rules of a tokenizer's file."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from siliang.limited.refused import LimitError
+
+MOST_GROWTH = 32  # characters that are made of one: Unicode's own forms make 18
+MOST_PADDING = 2**20
+MOST_ADDED = 100_000
+MOST_NUMBER = 2**24  # of a token: the library makes a list of all numbers up to the largest
+MOST_RULES = 100  # known tokenizers have a dozen
+MOST_PATTERN = 20_000  # characters
+PROBES = tuple(
+    [
+        unit * (2000 // len(unit))
+        for unit in ("a", "A", " ", "\n", "1", ".", "中", "é", "ab ", "a1", "'s", "\r\n", "\u200d😀")
+    ]
+    + ["The film, which isn't 2 hours long, was GOOD!\n\n  她说：“很好看。” don't_stop <|x|> e=mc²\t" * 20]
+)
+
+
+def look_at_tokenizer(text: str) -> str | None:
+    """Why a tokenizer.json cannot be used; None where nothing is wrong with it.
+
+    Its rules for text are counted, and tried on some text with a vocabulary of one word: what they do to a text, and
+    their regular expressions, is all that a small file can do harm with.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        return "it is no tokenizer"
+    rules = [values.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]
+    growth = 1.0
+    for rule in _rules(rules):
+        growth *= _growth(rule)
+        if why := _too_much(rule):
+            return why
+    if growth > MOST_GROWTH:
+        return f"its rules make {growth:,.0f} characters of one"
+    padding = values.get("padding")
+    if isinstance(padding, dict) and any(n > MOST_PADDING for n in _numbers([padding])):
+        return f"it fills up texts to more than {MOST_PADDING:,} tokens"
+    if len(values.get("added_tokens") or ()) > MOST_ADDED:
+        return f"it adds more than {MOST_ADDED:,} tokens"
+    if (largest := _largest_number(values)) > MOST_NUMBER:
+        return f"it gives a token the number {largest:,}: at most {MOST_NUMBER:,} are allowed"
+    return _tried(values)
+
+
+def _tried(values: dict[str, Any]) -> str | None:
+    from tokenizers import Tokenizer
+
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    kept = {name: values.get(name) for name in ("version", "normalizer", "pre_tokenizer", "decoder")}
+    bare = Tokenizer.from_str(json.dumps(kept | {"model": model, "added_tokens": [], "post_processor": None}))
+    every = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x10000)]))
+    for probe in (*PROBES, every):
+        if bare.normalizer is not None and len(bare.normalizer.normalize_str(probe)) > MOST_GROWTH * len(probe) + 100:
+            return f"its normalizer makes more than {MOST_GROWTH} characters of one"
+        found = bare.encode(probe)
+        if len(found.ids) > MOST_GROWTH * len(probe) + 100:
+            return f"it makes more than {MOST_GROWTH} pieces of a character"
+        bare.decode(found.ids)
+    return None
+
+
+def _rules(value: Any) -> Any:
+    """Every rule in a tokenizer's parts, one in a sequence of others too."""
+    stack, seen = [value], 0
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            seen += 1
+            if seen > MOST_RULES:
+                raise LimitError(f"it has more than {MOST_RULES:,} rules")
+            yield value
+            stack += [v for v in value.values() if isinstance(v, dict | list)]
+        elif isinstance(value, list):
+            stack += [v for v in value if isinstance(v, dict | list)]
+
+
+def _growth(rule: dict[str, Any]) -> float:
+    """How many characters, or tokens, a rule can make of one."""
+    if rule.get("type") == "TemplateProcessing":  # it may write a text more than once
+        parts = [part for name in ("single", "pair") if isinstance(part := rule.get(name), list)]
+        texts = [[json.dumps(piece.get("Sequence")) for piece in part if isinstance(piece, dict)] for part in parts]
+        return float(max((part.count(text) for part in texts for text in part if text != "null"), default=1))
+    if rule.get("type") != "Replace":
+        return 1.0
+    content, pattern = str(rule.get("content")), rule.get("pattern")
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(literal, str) and literal:
+        return max(1.0, len(content) / len(literal))
+    return 1.0 + len(content)  # an expression may match between any two characters
+
+
+def _too_much(rule: dict[str, Any]) -> str | None:
+    if any(isinstance(v, str) and len(v) > MOST_PATTERN for k, v in rule.items() if k != "precompiled_charsmap"):
+        return f"a rule has more than {MOST_PATTERN:,} characters"
+    if isinstance(rule.get("ids"), list) and len(rule["ids"]) > 100:
+        return "it puts more than 100 tokens at a place"
+    if isinstance(rule.get("single"), list) and max(len(rule["single"]), len(rule.get("pair") or ())) > 100:
+        return "it puts more than 100 tokens around a text"
+    charsmap = rule.get("precompiled_charsmap")
+    if isinstance(charsmap, str):
+        data = base64.b64decode(charsmap)
+        forms = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
+        if max(map(len, forms), default=0) > 100:
+            return "its table of characters holds more than 100 bytes for one"
+    return None
+
+
+def _largest_number(values: dict[str, Any]) -> int:
+    """The largest number that a tokenizer gives to a token."""
+    model, added = values.get("model"), values.get("added_tokens")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    numbers = [*words.values()] if isinstance(words, dict) else []  # of a list the places are the numbers
+    numbers += [token.get("id") for token in added or () if isinstance(token, dict)]
+    return max((n for n in numbers if type(n) is int), default=0)
+
+
+def _numbers(values: list[Any]) -> Any:
+    for value in values:
+        if isinstance(value, dict):
+            yield from _numbers(list(value.values()))
+        elif type(value) in (int, float):
+            yield value
