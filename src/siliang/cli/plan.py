@@ -10,26 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siliang.cli.console import command_line, print_json, rich_console
+from siliang.cli.console import command_line, print_json
 from siliang.environment import importing
-from siliang.terminal import bare, one_line, pasted
+from siliang.language import Bilingual, both, local
+from siliang.terminal import bare, one_line
+from siliang.types import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from transformers import PretrainedConfig
 
     from siliang.config import RunConfig
-    from siliang.plan import MethodPlan, PlanRecord
+    from siliang.plan import PlanRecord
 
 NO_DATA = "(no data)"  # stands where a run's data would; nothing reads it
-# what the bar shows, in the order of its pieces
-PIECES: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
-    ("weights", ("weights",), "█", "blue"),
-    ("trained, gradients, optimiser", ("trained", "gradients", "optimizer"), "▓", "magenta"),
-    ("activations", ("activations",), "▒", "green"),
-    ("logits, workspace", ("logits", "workspace"), "░", "yellow"),
-    ("beside the tensors", (), "·", "bright_black"),
-)
-BAR = 24
 
 
 def plan(
@@ -66,71 +59,40 @@ def plan(
 ) -> None:
     """Say what memory and time a run will take, by method, and the smallest changes with which it fits.
 
-    Nothing is loaded: the run's own step is made on paper. Exit code 1 where nothing of what was asked fits.
+    Nothing is loaded: the run's own step is made on fake tensors. Exit code 1 where nothing of what was asked fits.
     """
-    from siliang.cli.show import quiet_loading
-    from siliang.cli.train import gather, with_adapter
     from siliang.units import parse_bytes
 
     memory_bytes = parse_bytes(memory) if memory else None
-    with importing():
-        from siliang.config import RunConfig
-        from siliang.methods import METHODS, find_method, whole_name
-        from siliang.types import ConfigError
+    with importing():  # what builds a config needs torch
+        pass
 
     if model == "list":
         _list_shapes()
         return
-    if memory_bytes == 0:
-        raise ConfigError(f"--memory {memory}: must be more than 0, such as 8GB.")
-    if flops is not None and not 0 < flops < math.inf:
-        raise ConfigError(f"--flops {flops}: must be a number above 0, such as 65e12.")
-    values = with_adapter(gather(settings, {"model": model, "task": task}, data, set_ or []))
-    if "model" not in values:
-        raise ConfigError("say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).")
+    _check_flags(memory, memory_bytes, flops)
+    source = str(settings or "the flags")
+    values, names = _gathered(settings, {"model": model, "task": task}, data, set_ or [], method)
     comparison = _comparison_in(values)
     if comparison and write is not None:
-        raise ConfigError("--write writes a run of one method, and this is a comparison: leave it out.")
-    chosen = values.get("method", "lora")
-    own = whole_name(str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen))
-    if method in (None, "all"):
-        names = [own] if settings and method is None else [name for name, m in METHODS.items() if not m.is_baseline]
-    else:
-        names = [whole_name(name) for name in method.split(",")]
-    for name in names:
-        find_method(name)
-    if own not in names:
-        values["method"] = names[0]
-    with_data = isinstance(values.get("data"), dict) and bool(values["data"].get("train"))
-    if not with_data:
-        section = values.setdefault("data", {})
-        if isinstance(section, dict):
-            section["train"] = NO_DATA
-    values.setdefault("output", "siliang-run")
-    if strategy is not None:
-        values["distributed"] = {"strategy": strategy}
+        raise ConfigError(
+            Bilingual(
+                "--write writes a run of one method, and this is a comparison: leave it out.",
+                "--write 只能写出单个方法的配置，而这是一个比较：请去掉它。",
+            )
+        )
+    with_data = _fill_in(values, strategy)
     with importing():
+        from siliang.cli.show import quiet_loading
+        from siliang.cli.show_plan import show
         from siliang.distributed.sharding import fake_mesh
-        from siliang.plan import find_target, model_config
+        from siliang.plan import find_target
         from siliang.plan import plan as make
         from siliang.plan.device import shared_by
-        from siliang.plan.shapes import SHAPES, shape_name, task_of
 
         quiet_loading()
-    values["model"] = shape_name(str(values["model"]))
-    base_config = None
-    if "task" not in values:
-        probe = RunConfig.build(values | {"task": "causal_lm"}, source=str(settings or "the flags"))
-        base_config = model_config(probe)
-        values["task"] = task_of(values["model"], base_config).title
-    config = RunConfig.build(values, source=str(settings or "the flags"))
-    if with_data and config.model in SHAPES and not Path(config.model).is_dir():
-        raise ConfigError(
-            f"{config.model} is a shape, without the tokenizer that the data needs: give the model's folder, "
-            "or leave the data away and say data.max_length."
-        )
+    config, base_config = _config(values, source, with_data=with_data)
     target = find_target(config, device, memory_bytes=memory_bytes, flops=flops)
-    source = str(settings or "the flags")
     runs = {"": (config, names)}
     if comparison:
         runs = _runs_of(values, comparison, names if method not in (None, "all") else None, source)
@@ -159,6 +121,94 @@ def plan(
         raise typer.Exit(1)
 
 
+def _check_flags(memory: str | None, memory_bytes: int | None, flops: float | None) -> None:
+    if memory_bytes == 0:
+        raise ConfigError(
+            Bilingual(
+                f"--memory {memory}: must be more than 0, such as 8GB.", f"--memory {memory}：必须大于 0，如 8GB。"
+            )
+        )
+    if flops is not None and not 0 < flops < math.inf:
+        raise ConfigError(
+            Bilingual(
+                f"--flops {flops}: must be a number above 0, such as 65e12.",
+                f"--flops {flops}：必须是大于 0 的数，如 65e12。",
+            )
+        )
+
+
+def _gathered(
+    settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str], method: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings, and the methods to plan: those of --method, or the settings file's own, or else all.
+
+    Raises:
+        ConfigError: The model is missing, or a method does not exist.
+    """
+    from siliang.cli.train import gather, with_adapter
+    from siliang.methods import METHODS, find_method, whole_name
+
+    values = with_adapter(gather(settings, flags, data, sets))
+    if "model" not in values:
+        raise ConfigError(
+            Bilingual(
+                "say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).",
+                "请指定模型：siliang plan run.yaml，或 --model 加目录、名称或结构名（--model list 列出结构名）。",
+            )
+        )
+    chosen = values.get("method", "lora")
+    own = whole_name(str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen))
+    if method in (None, "all"):
+        names = [own] if settings and method is None else [name for name, m in METHODS.items() if not m.is_baseline]
+    else:
+        names = [whole_name(name) for name in method.split(",")]
+    for name in names:
+        find_method(name)
+    if own not in names:
+        values["method"] = names[0]
+    return values, names
+
+
+def _fill_in(values: dict[str, Any], strategy: str | None) -> bool:
+    """Puts what a config needs and a plan does not into the settings; returns whether they name data."""
+    section = values.setdefault("data", {})
+    with_data = isinstance(section, dict) and bool(section.get("train"))
+    if not with_data and isinstance(section, dict):
+        section["train"] = NO_DATA
+    values.setdefault("output", "siliang-run")
+    if strategy is not None:
+        values["distributed"] = {"strategy": strategy}
+    return with_data
+
+
+def _config(values: dict[str, Any], source: str, *, with_data: bool) -> tuple[RunConfig, PretrainedConfig | None]:
+    """The run's config, and its base model's where that was needed to find the task.
+
+    Raises:
+        ConfigError: Data was given for a shape, which has no tokenizer; or a setting is wrong.
+    """
+    from siliang.config import RunConfig
+    from siliang.plan import model_config
+    from siliang.plan.shapes import SHAPES, shape_name, task_of
+
+    values["model"] = shape_name(str(values["model"]))
+    base_config = None
+    if "task" not in values:
+        base_config = model_config(RunConfig.build(values | {"task": "causal_lm"}, source=source))
+        values["task"] = task_of(values["model"], base_config).title
+    config = RunConfig.build(values, source=source)
+    if with_data and config.model in SHAPES and not Path(config.model).is_dir():
+        raise ConfigError(
+            Bilingual(
+                f"{config.model} is a shape, without the tokenizer that the data needs: give the model's folder, "
+                "or leave the data away and set data.max_length.",
+                f"{config.model} 只是一个结构，没有处理数据所需的分词器：请给出模型目录，"
+                "或不给数据而设置 data.max_length。",
+            )
+        )
+    return config, base_config
+
+
 def _comparison_in(values: dict[str, Any]) -> dict[str, Any]:
     """Takes what is a comparison's out of the settings, and returns it."""
     from siliang.config.comparison import CompareSettings
@@ -177,13 +227,17 @@ def _runs_of(
     """
     from siliang.config import RunConfig
     from siliang.config.comparison import CompareConfig
-    from siliang.types import ConfigError
 
     given = {key: value for key, value in values.items() if key != "method"}
     settings = CompareConfig.build(given | comparison, source=source).settings
     entries = [entry for entry in settings.methods if only is None or entry.name in only]
     if not entries:
-        raise ConfigError(f"--method {','.join(only or [])}: {source} compares no such method.")
+        named = ",".join(only or [])
+        raise ConfigError(
+            Bilingual(
+                f"--method {named}: {source} does not compare it.", f"--method {named}：{source} 没有比较这种方法。"
+            )
+        )
     plain: list[str] = []
     found: dict[str, tuple[RunConfig, list[str]]] = {}
     for entry in entries:
@@ -217,144 +271,28 @@ class _Say:
 
     def __call__(self, what: str) -> None:
         if self._on:
-            said = f"planning {one_line(what)} ..." if what else ""
-            print(f"\r\033[K{said}", end="", file=bare(sys.stderr), flush=True)
-
-
-def show(record: PlanRecord) -> None:
-    """The table, the bars, and what to change."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from siliang.cli.show import duration, size
-
-    wide = {} if sys.stdout.isatty() else {"width": 120}
-    console = rich_console(**wide)
-    for line in headline(record):
-        console.print(line, markup=False)
-    planned = [m for m in record.methods if not m.error]
-    timed = any(m.tokens_per_s for m in planned)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", no_wrap=True)
-    for name in (
-        "trained",
-        "share",
-        "on disk",
-        "loading",
-        "peak",
-        *(("baseline",) if any(m.baseline_bytes for m in planned) else ()),
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    if record.memory_bytes is not None:
-        table.add_column("fits", no_wrap=True)
-    if record.devices > 1:
-        table.add_column("shared by", no_wrap=True)
-    if timed:
-        table.add_column("an epoch" if record.tokens_per_epoch else "tokens/s", justify="right", no_wrap=True)
-    widest = max([m.peak_bytes for m in planned] + [1])
-    for m in planned:
-        cells: list[Any] = [
-            Text(one_line(m.method)),
-            f"{m.trained:,}",
-            f"{100 * m.trained / m.total:.3g}%",
-            size(m.adapter_bytes),
-            size(m.loading_bytes),
-            size(m.peak_bytes),
-        ]
-        if any(x.baseline_bytes for x in planned):
-            cells.append(size(m.baseline_bytes) if m.baseline_bytes else "")
-        cells.append(_bar(m, widest))
-        if record.memory_bytes is not None:
-            cells.append(_fits(m))
-        if record.devices > 1:
-            cells.append(m.strategy)
-        if timed and m.tokens_per_s:
-            cells.append(duration(m.epoch_s) if m.epoch_s else f"{m.tokens_per_s:,.3g}")
-        table.add_row(*cells)
-    console.print(table)
-    console.print("  ".join(f"{glyph} {name}" for name, _, glyph, _ in PIECES), style="dim", markup=False)
-    for m in record.methods:
-        if m.error:
-            console.print(f"{m.method}: {m.error}", markup=False)
-        for note in m.notes:
-            console.print(f"{m.method}: {note}", markup=False)
-    if any(m.recomputed_layers for m in planned):
-        console.print("twice: so many layers compute their activations again in the backward pass", style="dim")
-    _show_changes(console, record)
-
-
-def headline(record: PlanRecord) -> list[str]:
-    """What was planned, in a few lines."""
-    from siliang.cli.show import size
-
-    base = f", base in {record.quantization}" if record.quantization != "none" else ""
-    there = f"{size(record.memory_bytes)} {record.memory_source}" if record.memory_bytes else "of unknown size"
-    source = (
-        "the longest batch of the data" if record.batch_source == "data" else "rows of data.max_length: no data given"
-    )
-    lines = [
-        f"model      {record.model}, {record.task}, {record.precision}{base}",
-        f"device     {record.device}, {there}"
-        + (f"; {record.devices} of them, of each of which this is the plan" if record.devices > 1 else ""),
-        f"batch      {record.batch_rows} rows, {record.batch_tokens:,} tokens ({source})",
-    ]
-    if record.rate:
-        lines.append(f"speed      {record.rate}")
-    return lines
-
-
-def _bar(m: MethodPlan, widest: int) -> Any:
-    from rich.text import Text
-
-    text = Text()
-    for _, names, glyph, style in PIECES:
-        part = sum(m.parts.get(name, 0) for name in names) if names else m.overhead_bytes  # type: ignore[call-overload]
-        text.append(glyph * round(BAR * part / widest), style=style)
-    return text
-
-
-def _fits(m: MethodPlan) -> str:
-    if m.fits:
-        return f"yes, {m.recomputed_layers}/{m.layers} twice" if m.recomputed_layers else "yes"
-    return "no"
-
-
-def _show_changes(console: Console, record: PlanRecord) -> None:
-    from siliang.cli.show import size
-
-    for m in record.methods:
-        if m.error or m.fits is not False:
-            continue
-        if m.fit is None and len(record.methods) > 1:
-            continue
-        if m.fit is None:
-            console.print(f"\n{m.method} does not fit, whatever is changed.", markup=False)
-            continue
-        slower = f", {100 * (m.fit.time_factor - 1):.0f}% more time" if m.fit.time_factor > 1.005 else ""
-        console.print(f"\n{m.method} fits with {size(m.fit.peak_bytes)}{slower}:", markup=False)
-        for change in m.fit.changes:
-            console.print(f"  {change.setting}: {change.before} -> {change.after}   ({change.price})", markup=False)
-
-    if len(record.methods) > 1 and (left := [m.method for m in record.methods if m.fits is False]):
-        method = left[0].replace(",", " ").split()[0]
-        console.print(
-            f"\nwhat to change so that it fits: siliang plan ... {pasted('--method', method)}",
-            markup=False,
-        )
+            name = one_line(local(what))
+            line = both(f"planning {name} ...", f"正在预估：{name} ...") if what else ""
+            print(f"\r\033[K{line}", end="", file=bare(sys.stderr), flush=True)
 
 
 def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
     """The run of the first method that fits, changed where it needs to be."""
     from siliang.files import write_text
     from siliang.safe_yaml import dump_yaml, parse_yaml
-    from siliang.types import ConfigError
 
     able = [m for m in record.methods if not m.error and (m.fits is not False or m.fit is not None)]
     if not able:
-        raise ConfigError(f"nothing fits, so {path} is not written.")
-    if os.path.lexists(path):  # a link that leads nowhere too
-        raise ConfigError(f"{path} is there already: choose another name for --write.")
+        raise ConfigError(
+            Bilingual(f"nothing fits, so {path} is not written.", f"没有放得下的方法，因此没有写出 {path}。")
+        )
+    if os.path.lexists(path):  # a broken link too
+        raise ConfigError(
+            Bilingual(
+                f"{path} exists already: choose another name for --write.",
+                f"{path} 已存在：请为 --write 换一个文件名。",
+            )
+        )
     best = next((m for m in able if m.method == config.method.name), able[0])
     values = config.model_dump(mode="json", exclude_defaults=True)
     values["task"] = config.task.lower()
@@ -369,7 +307,13 @@ def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
             inner = inner.setdefault(section, {})
         inner[last] = parse_yaml(change.after)
     write_text(path, dump_yaml(values))
-    print(f"written    {path} ({best.method}); start it with: {command_line('train', path)}")
+    method, command = best.method, command_line("train", path)
+    print(
+        both(
+            f"written    {path} ({method}); start it with: {command}",
+            f"已写出     {path}（{method}）；用它训练：{command}",
+        )
+    )
 
 
 def _list_shapes() -> None:
