@@ -21,9 +21,9 @@ def test_imports_nothing_heavy(code: str) -> None:
     assert found.stdout.split() == []
 
 
-@pytest.mark.parametrize("listing", ["settings", "methods"])
+@pytest.mark.parametrize("listing", ["settings", "methods", "methods_zh"])
 def test_what_is_listed_is_what_there_is(listing: str) -> None:
-    file = {"settings": listings.SETTINGS, "methods": listings.METHODS}[listing]
+    file = {"settings": listings.SETTINGS, "methods": listings.METHODS, "methods_zh": listings.METHODS_ZH}[listing]
     assert file.read_text(encoding="utf-8") == getattr(listings, listing)(), "make docs"
 
 

@@ -267,7 +267,7 @@ def test_wrong_input(
         (["compare", settings, "--set", "search.lerning_rate=[1]"], "Did you mean 'learning_rate'"),
         (["compare", settings, "--set", "train.epochs=2"], f"{folder} holds a comparison with another train.epochs"),
         (["compare", settings, "--output", tmp_path / "full"], "is not empty"),
-        (["compare", settings, "--lang", "fr"], "there are en, zh"),
+        (["compare", settings, "--lang", "fr"], "must be en or zh"),
         (["compare", settings, "--output", tmp_path / "new", "--set", "data.test_size=0"], "held-out rows"),
         (["compare", settings, "--output", tmp_path / "new", "--data", tmp_path / "none.csv"], "no data file"),
         (["report", tmp_path], "is no run folder"),

@@ -421,4 +421,4 @@ def test_a_comparison(model_folders: dict[str, Path], review_file: Path, tmp_pat
     )
     assert some.code == 0 and "lora r=4, r=2" in some.out and "wide" in some.out and "bitfit" not in some.out, some
     assert "this is a comparison" in refused("plan", settings, "--write", tmp_path / "fits.yaml")
-    assert "compares no such method" in refused("plan", settings, "--method", "prefix")
+    assert "does not compare it" in refused("plan", settings, "--method", "prefix")

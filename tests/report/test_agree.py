@@ -16,11 +16,11 @@ from siliang.records import Comparison, Record
 from siliang.report.gather import gather
 from siliang.report.page import render
 from siliang.report.table import differences
-from siliang.report.words import EN, ZH
+from siliang.report.words import words
 
 
 def lines(folder: Path) -> list[str]:
-    return differences(gather([folder]), EN)
+    return differences(gather([folder]), words("en"))
 
 
 @pytest.fixture
@@ -107,12 +107,12 @@ def test_the_terminal_and_the_page_say_it_in_both_languages(folder: Path) -> Non
     record.final["accuracy"] = 0.9
     record.write(place)
     shutil.rmtree(folder / "runs" / "full" / "seed-1")
-    for words, language, said in (
-        (EN, "en", "lora, seed 0: accuracy is 0.89 in comparison.json and 0.9 in its run's record"),
-        (ZH, "zh", "lora，种子 0：准确率在 comparison.json 中是 0.89，在该次运行的记录中是 0.9"),
+    for w, language, said in (
+        (words("en"), "en", "lora, seed 0: accuracy is 0.89 in comparison.json and 0.9 in its run's record"),
+        (words("zh"), "zh", "lora，种子 0：准确率在 comparison.json 中是 0.89，在该次运行的记录中是 0.9"),
     ):
         printed = run("report", folder, "--lang", language).out
         page = render(gather([folder]), language=language).replace("&#39;", "'")
         for shown in (printed, page):
-            assert words["disagree"].replace("&#39;", "'") in shown and said in shown, shown
+            assert w["disagree"].replace("&#39;", "'") in shown and said in shown, shown
             assert "runs/full/seed-1" in shown

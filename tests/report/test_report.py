@@ -16,7 +16,7 @@ from siliang.report.page import commands, disagreements, prompts, render
 from siliang.report.plots import Axis, Point, scatter
 from siliang.report.summary import answer, lines
 from siliang.report.table import sentences, table
-from siliang.report.words import EN, ZH, words
+from siliang.report.words import WORDS, words
 from siliang.types import ConfigError
 
 
@@ -32,10 +32,10 @@ def test_the_answer(tmp_path: Path) -> None:
     best = answer(found, material)
     assert best.best is by_label["full"] and best.tied == [by_label["lora"]]
     assert best.small is by_label["ia3"] and best.fewer == 1000 and best.share == pytest.approx(0.87 / 0.91)
-    said = sentences(best, material, EN)
-    assert said[0] == "full is ahead with accuracy 0.910 ± 0.010 over 3 seeds, but the seeds cannot tell it from lora."
+    said = sentences(best, material, words("en"))
+    assert said[0] == "full is ahead with accuracy 0.910 ± 0.010 over 3 seeds, but these seeds do not show that it is better than lora."
     assert said[1] == "ia3 gives 96% of it with 1/1,000 of the trained parameters (4 KB saved)."
-    columns, cells = table(found, material, EN)
+    columns, cells = table(found, material, words("en"))
     texts = {row[0].text: dict(zip((c.key for c in columns), (c.text for c in row), strict=True)) for row in cells}
     assert list(texts) == ["full ★", "lora ★", "ia3", "wide", "stuck ⚠", "gone ⚠"]
     assert texts["lora ★"]["accuracy"] == "0.9000 ± 0.0100" and texts["lora ★"]["above"] == "300 MB"
@@ -47,8 +47,8 @@ def test_one_class_and_nothing_learned(tmp_path: Path) -> None:
     scores = {"full": ([0.7], 1_000_000, 900), "lora": ([0.6], 1000, 400)}
     material = gather([comparison(tmp_path, scores, full=["good"] * 3)])
     assert [line.verdicts for line in lines(material)] == [["one class"], ["majority"], []]
-    said = sentences(answer(lines(material), material), material, ZH)
-    assert said == [ZH["none"], "全部猜较大的一类，准确率就有 0.6000。"]
+    said = sentences(answer(lines(material), material), material, words("zh"))
+    assert said == [words("zh")["none"], "全部猜最大的类别，准确率就有 0.6000。"]
 
 
 def test_rows_on_which_methods_disagree(tmp_path: Path) -> None:
@@ -99,11 +99,10 @@ def test_axes_hold_what_they_show() -> None:
 
 
 def test_both_languages_say_the_same_things() -> None:
-    assert EN.keys() == ZH.keys()
-    for key in EN:
-        fields = {part.split("}")[0] for part in EN[key].split("{")[1:]}
-        assert fields == {part.split("}")[0] for part in ZH[key].split("{")[1:]}, key
-    with pytest.raises(ConfigError, match="there are en, zh"):
+    for key, (en, zh) in WORDS.items():
+        fields = {part.split("}")[0] for part in en.split("{")[1:]}
+        assert fields == {part.split("}")[0] for part in zh.split("{")[1:]}, key
+    with pytest.raises(ConfigError, match="must be en or zh"):
         words("fr")
 
 
@@ -128,16 +127,16 @@ def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
         material = gather(folders)
         [line] = lines(material)
         assert not line.on_front
-        said = sentences(answer([line], material), material, EN)
+        said = sentences(answer([line], material), material, words("en"))
         over = " over 2 seeds" if len(folders) > 1 else ""
         assert said == [
             f"lora: accuracy {score}{over}, in 1.0 min of training and 400 MB of memory. "
             "There is nothing here to compare it with."
         ]
-        for language, title in (("en", EN["title_alone"]), ("zh", ZH["title_alone"])):
+        for language, title in (("en", words("en")["title_alone"]), ("zh", words("zh")["title_alone"])):
             page = render(material, language=language)
-            assert title in page and EN["title"] not in page and ZH["title"] not in page
-            assert "★" not in page and EN["no_small"] not in page
+            assert title in page and words("en")["title"] not in page and words("zh")["title"] not in page
+            assert "★" not in page and words("en")["no_small"] not in page
     assert f"siliang eval '{tmp_path / 'a run'}' --data other.csv" in unescape(render(gather([tmp_path / "a run"])))
     stuck = record(0.5, trained=1000, memory=400, seed=3, method="lora")
     (tmp_path / "c").mkdir()
@@ -145,7 +144,7 @@ def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
     rows = [Answer(where=f"r:{i}", asked="a", right="b", given="b", correct=True) for i in range(2)]
     Answers(rows=rows, majority=0.6, classes=2).save(tmp_path / "c" / "answers.json")
     material = gather([tmp_path / "c"])
-    assert sentences(answer(lines(material), material), material, EN)[0] == EN["none_alone"]
+    assert sentences(answer(lines(material), material), material, words("en"))[0] == words("en")["none_alone"]
 
 
 def test_commands_can_be_pasted_and_are_possible(tmp_path: Path) -> None:
@@ -154,7 +153,7 @@ def test_commands_can_be_pasted_and_are_possible(tmp_path: Path) -> None:
         folder.mkdir()
         record(0.8, trained=1000, memory=400, seed=1, method=method).write(folder)
         material = gather([folder])
-        found = [shlex.split(command) for _, command in commands(lines(material), material, EN)]
+        found = [shlex.split(command) for _, command in commands(lines(material), material, words("en"))]
         assert [words[1] for words in found] == ["chat", "predict", "eval", *(["merge"] if merges else [])]
         assert all(words[2] == str(folder) for words in found)
         if merges:

@@ -1,4 +1,4 @@
-"""What `siliang config` and `siliang methods` print, as files: to ask the classes themselves takes torch's two seconds.
+"""What `siliang config` and `siliang methods` print, as files: the classes would take torch's two seconds.
 
 `make docs` writes them; a test holds them to the classes.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from siliang.language import Bilingual, Language, local
+
 SETTINGS = Path(__file__).with_name("settings.txt")
 METHODS = Path(__file__).with_name("methods.txt")
+METHODS_ZH = Path(__file__).with_name("methods-zh.txt")
 
 
 def show(listing: Path) -> None:
@@ -42,17 +45,26 @@ def settings() -> str:
     return "\n".join(lines) + "\n"
 
 
-def methods() -> str:
+def methods(language: Language = "en") -> str:
     """The methods: what each trains, and its default learning rate with its source."""
     from siliang.methods import METHODS as TABLE
 
     lines: list[str] = []
     for method in TABLE.values():
-        lines.append(f"{method.name:<14} trains {method.trains}")
-        lines.append(f"{'':<14} learning rate {method.learning_rate:g} ({method.learning_rate_source})")
+        trains, rate, source = method.trains, method.learning_rate, method.learning_rate_source
+        line = Bilingual(f"trains {trains}", f"训练{local(trains, 'zh')}")
+        lines.append(f"{method.name:<14} {local(line, language)}")
+        line = Bilingual(f"learning rate {rate:g} ({source})", f"学习率 {rate:g}（{local(source, 'zh')}）")
+        lines.append(f"{'':<14} {local(line, language)}")
     return "\n".join(lines) + "\n"
+
+
+def methods_zh() -> str:
+    """The same in Chinese."""
+    return methods("zh")
 
 
 if __name__ == "__main__":
     SETTINGS.write_text(settings(), encoding="utf-8")
     METHODS.write_text(methods(), encoding="utf-8")
+    METHODS_ZH.write_text(methods_zh(), encoding="utf-8")

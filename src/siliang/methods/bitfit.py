@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.method import Method, Parts
 from siliang.module_paths import inside, parameter_paths
@@ -34,8 +35,11 @@ class BitFit(Method[BitFitConfig]):
     name = "bitfit"
     config = BitFitConfig
     learning_rate = 1e-3
-    learning_rate_source = "Ben Zaken et al. 2021, appendix A.2: 1e-4 to 1e-3"
-    trains = "every bias of the model"
+    learning_rate_source = Bilingual(
+        "Ben Zaken et al. 2021, appendix A.2: 1e-4 to 1e-3",
+        "Ben Zaken 等 2021，附录 A.2：1e-4 至 1e-3",
+    )
+    trains = Bilingual("every bias of the model", "模型的全部偏置")
     freezes_the_base = False
     tunes = "biases"
 

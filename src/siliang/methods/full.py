@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.method import Method, Parts
 
@@ -16,8 +17,11 @@ class Full(Method[PeftConfig]):
     name = "full"
     config = None
     learning_rate = 3e-5
-    learning_rate_source = "Devlin et al. 2018, appendix A.3: 2e-5 to 5e-5"
-    trains = "every parameter"
+    learning_rate_source = Bilingual(
+        "Devlin et al. 2018, appendix A.3: 2e-5 to 5e-5",
+        "Devlin 等 2018，附录 A.3：2e-5 至 5e-5",
+    )
+    trains = Bilingual("every parameter", "全部参数")
     freezes_the_base = False
     why_not_mergeable = "After full fine-tuning there is no adapter to merge: the run's model is the tuned one."
 

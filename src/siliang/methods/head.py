@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.method import Method, Parts
 from siliang.types import PeftType, TargetError
@@ -26,8 +27,11 @@ class Head(Method[HeadConfig]):
     name = "head"
     config = HeadConfig
     learning_rate = 1e-3
-    learning_rate_source = "Adam's own default (Kingma and Ba 2014); a linear probe is not sensitive to it"
-    trains = "the task's head alone: the baseline"
+    learning_rate_source = Bilingual(
+        "Adam's own default (Kingma and Ba 2014); a linear probe is not sensitive to it",
+        "Adam 的默认值（Kingma 和 Ba 2014）；线性探针对它不敏感",
+    )
+    trains = Bilingual("the task's head alone: the baseline", "任务头（对照基线）")
     freezes_the_base = False
     is_baseline = True
 

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors, trained_dtype
@@ -58,8 +59,11 @@ class IA3(Method[IA3Config]):
     name = "ia3"
     config = IA3Config
     learning_rate = 1e-2
-    learning_rate_source = "measured: 82% on SST-2 after 200 steps, 72% with the 3e-3 of Liu et al. 2022, section 3.5"
-    trains = "one factor for each key, value and feed-forward unit"
+    learning_rate_source = Bilingual(
+        "measured: 82% on SST-2 after 200 steps, 72% with the 3e-3 of Liu et al. 2022, section 3.5",
+        "实测：SST-2 训练 200 步得 82%；用 Liu 等 2022 第 3.5 节的 3e-3 得 72%",
+    )
+    trains = Bilingual("one factor for each key, value and feed-forward unit", "键、值和前馈单元各一个缩放因子")
     default_targets = IA3_TARGETS
 
     def attach(self, model: nn.Module, config: IA3Config, *, saved: Sequence[str], from_file: bool) -> Parts:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors, trained_dtype
@@ -37,8 +38,11 @@ class LNTuning(Method[LNTuningConfig]):
     name = "ln_tuning"
     config = LNTuningConfig
     learning_rate = 1e-2
-    learning_rate_source = "measured: 81% on SST-2 after 200 steps; Zhao et al. 2023 give none for language"
-    trains = "the norms' weights and biases"
+    learning_rate_source = Bilingual(
+        "measured: 81% on SST-2 after 200 steps; Zhao et al. 2023 give none for language",
+        "实测：SST-2 训练 200 步得 81%；Zhao 等 2023 没有给出语言任务的值",
+    )
+    trains = Bilingual("the norms' weights and biases", "归一化层的权重和偏置")
     default_targets = LN_TARGETS
 
     def attach(self, model: nn.Module, config: LNTuningConfig, *, saved: Sequence[str], from_file: bool) -> Parts:

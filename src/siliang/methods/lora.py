@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.bitfit import bias_paths
 from siliang.methods.config import CONFIG_NAME, LayerConfig
 from siliang.methods.dora import DoraLinear
@@ -216,8 +217,11 @@ class Lora(Method[LoraConfig]):
     name = "lora"
     config = LoraConfig
     learning_rate = 5e-4
-    learning_rate_source = "Hu et al. 2021, table 9: 4e-4 to 5e-4 for RoBERTa-base on GLUE"
-    trains = "low-rank updates of chosen linear layers"
+    learning_rate_source = Bilingual(
+        "Hu et al. 2021, table 9: 4e-4 to 5e-4 for RoBERTa-base on GLUE",
+        "Hu 等 2021，表 9：RoBERTa-base 在 GLUE 上为 4e-4 至 5e-4",
+    )
+    trains = Bilingual("low-rank updates of chosen linear layers", "所选线性层的低秩更新")
     default_targets = LORA_TARGETS
 
     def attach(self, model: nn.Module, config: LoraConfig, *, saved: Sequence[str], from_file: bool) -> Parts:

@@ -101,11 +101,11 @@ class Method(ABC, Generic[C]):
         config: Its config class; None for full fine-tuning, which attaches nothing.
         learning_rate: The default where the user gives none.
         learning_rate_source: Where that figure is from.
-        trains: What it trains, in a few words.
+        trains: What it trains, in a few words; Bilingual, as the source of the rate is.
         freezes_the_base: The base model's own parameters stay as they are, and so may be stored in half precision.
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
         tunes: What it needs to find in the model, for the findings of `siliang check`.
-        is_baseline: It is what the others must beat, and nobody's choice.
+        is_baseline: The others are measured against it; it is not offered as a choice.
         default_targets: The usual layers by the base model's model_type, for a method that works on layers.
     """
 

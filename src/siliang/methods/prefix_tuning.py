@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.prefix_heads import attention_heads
 from siliang.methods.prefix_route import PrefixRoute
 from siliang.methods.prompt import Prompt, PromptConfig, said
@@ -116,8 +117,11 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
     name = "prefix_tuning"
     config = PrefixTuningConfig
     learning_rate = 1e-2
-    learning_rate_source = "PEFT's example for prefix tuning: 1e-2; Liu et al. 2021b, table 5: 5e-3 to 1e-2"
-    trains = "keys and values before every layer's own"
+    learning_rate_source = Bilingual(
+        "PEFT's example for prefix tuning: 1e-2; Liu et al. 2021b, table 5: 5e-3 to 1e-2",
+        "PEFT 的前缀微调示例：1e-2；Liu 等 2021b，表 5：5e-3 至 1e-2",
+    )
+    trains = Bilingual("keys and values before every layer's own", "加在各层自身键值之前的键和值")
     route = PrefixRoute
 
     def complete(self, model: nn.Module, config: PrefixTuningConfig, *, from_file: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.limits import SECONDS, RefusedError, in_time
 from siliang.methods.embedding_route import EmbeddingRoute
 from siliang.methods.prompt import Prompt, PromptConfig
@@ -119,10 +120,11 @@ class PromptTuning(PromptMethod[PromptTuningConfig]):
     name = "prompt_tuning"
     config = PromptTuningConfig
     learning_rate = 3e-2
-    learning_rate_source = (
-        "measured: 78% on SST-2 after 300 steps; 59% after 200 with the 0.3 of Lester et al. 2021, appendix A.1"
+    learning_rate_source = Bilingual(
+        "measured: 78% on SST-2 after 300 steps; 59% after 200 with the 0.3 of Lester et al. 2021, appendix A.1",
+        "实测：SST-2 训练 300 步得 78%；用 Lester 等 2021 附录 A.1 的 0.3，200 步得 59%",
     )
-    trains = "virtual tokens before the text"
+    trains = Bilingual("virtual tokens before the text", "文本之前的虚拟词元")
     route = EmbeddingRoute
 
 
