@@ -35,7 +35,7 @@ from siliang.hardware import find_device
 from siliang.methods import find_method
 from siliang.records import COMPARISON_NAME, Comparison, Record, Trial
 from siliang.run_folder import load_base
-from siliang.safe_yaml import read_yaml
+from siliang.safety.safe_yaml import read_yaml
 from siliang.tasks import TASKS, metrics
 from siliang.tasks.prepare import prepare_data
 from siliang.types import TaskType

@@ -35,7 +35,7 @@ from siliang.data.examples import Conversation, Message
 from siliang.data.load import load_examples
 from siliang.models.tokenizers import load_tokenizer
 from siliang.records import Record
-from siliang.safe_yaml import read_yaml
+from siliang.safety.safe_yaml import read_yaml
 from siliang.tasks import TASKS
 from siliang.types import SiliangError, TaskType
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import siliang
 from siliang.config import RunConfig
-from siliang.safe_yaml import parse_yaml
+from siliang.safety.safe_yaml import parse_yaml
 from siliang.types import AdapterError, ConfigError, TargetError
 
 KINDS = ("LoraConfig", "IA3Config", "LNTuningConfig", "PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig")

@@ -7,7 +7,7 @@ import pytest
 
 from siliang.config import LAYOUTS, RunConfig, TrainConfig, assign, describe
 from siliang.data.formats import FORMATS
-from siliang.safe_yaml import parse_yaml, read_yaml
+from siliang.safety.safe_yaml import parse_yaml, read_yaml
 from siliang.types import ConfigError
 
 LEAST = {"model": "m", "task": "seq_cls", "data": {"train": "d.csv"}, "output": "o"}

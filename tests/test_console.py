@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import WORDS, write_jsonl
 
 from siliang.cli.console import HANDLER
-from siliang.safe_yaml import dump_yaml, parse_yaml
+from siliang.safety.safe_yaml import dump_yaml, parse_yaml
 from siliang.units import show_bytes
 
 ENCODINGS = ["gbk", "ascii", "utf-8"]

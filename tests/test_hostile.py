@@ -17,7 +17,7 @@ from siliang.config import RunConfig
 from siliang.models.base_config import load_config
 from siliang.models.load import load_model
 from siliang.records import Record
-from siliang.safe_yaml import read_yaml
+from siliang.safety.safe_yaml import read_yaml
 from siliang.secrets import without_secrets
 from siliang.tasks import CAUSAL_LM
 from siliang.train.run import train

@@ -18,9 +18,9 @@ from siliang.config import DataConfig
 from siliang.data import tokens
 from siliang.data.examples import Text
 from siliang.data.tokens import tokenise
-from siliang.limits import RefusedError, in_time, look_at_tokenizer
 from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.tokenizers import load_tokenizer, load_tokenizer_alone
+from siliang.safety.limits import RefusedError, in_time, look_at_tokenizer
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ModelError, TaskType
 
@@ -204,7 +204,7 @@ def test_in_time() -> None:
     ],
 )
 def test_what_takes_too_long(work: str, said: str) -> None:
-    code = "import time\nfrom siliang.limits import LimitError, in_time\n"
+    code = "import time\nfrom siliang.safety.limits import LimitError, in_time\n"
     code += f"try:\n    in_time(lambda: {work}, 0.1)\nexcept LimitError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, said, "")

@@ -22,7 +22,7 @@ CIRCLES: dict[frozenset[str], str] = {}
 
 # What the reports may import: records, and the vocabulary.
 FOR_REPORTS = ("report/", "records/", "config/", "types.py", "units.py", "errors.py", "files.py", "paths.py")
-FOR_REPORTS += ("language.py", "safe_yaml.py", "secrets.py", "terminal.py")
+FOR_REPORTS += ("language.py", "safety/safe_yaml.py", "secrets.py", "terminal.py")
 JUDGED = "the task says by which figure a run is judged, and when it has learned nothing"
 REPORTS: dict[tuple[str, str], str] = {
     ("report/page.py", "next_steps.py"): "the page ends with the commands that the run can be asked with",

@@ -14,14 +14,15 @@ import pytest
 from tiny import make, word_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from siliang import IA3Config, LoraConfig, get_peft_model, limits
+from siliang import IA3Config, LoraConfig, get_peft_model
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation, Message
 from siliang.data.jinja import as_chat_template
 from siliang.data.templates import TEMPLATES
-from siliang.limited.templates import KEPT_TEMPLATES
-from siliang.limits import LimitedProcess, LimitError, RefusedError
+from siliang.safety import limits
+from siliang.safety.limited.templates import KEPT_TEMPLATES
+from siliang.safety.limits import LimitedProcess, LimitError, RefusedError
 from siliang.types import DataError, ModelError, TargetError
 
 TALK = Conversation((Message("user", "a"), Message("assistant", "b")))
@@ -251,7 +252,7 @@ def test_more_templates_than_the_process_keeps() -> None:
 def test_a_forked_process_has_one_of_its_own() -> None:
     code = """
 import os, sys
-from siliang import limits
+from siliang.safety import limits
 limits.match(["(a)"], ["a"], whole=True)
 first = limits._PROCESS._process.pid
 child = os.fork()
@@ -279,7 +280,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_it_ends_with_the_process_that_asks() -> None:
-    code = "import time; from siliang import limits; limits.match(['(a)'], ['a'], whole=True)\n"
+    code = "import time; from siliang.safety import limits; limits.match(['(a)'], ['a'], whole=True)\n"
     code += "print(limits._PROCESS._process.pid, flush=True); time.sleep(600)"
     asks = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert asks.stdout is not None

@@ -22,7 +22,7 @@ from siliang.models.base_config import load_config
 from siliang.models.load import load_model
 from siliang.models.own_code import read_own_code
 from siliang.models.tokenizers import load_tokenizer
-from siliang.permissions import allowed_file
+from siliang.safety.permissions import allowed_file
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ModelError, OwnCodeError
 

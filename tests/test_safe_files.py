@@ -22,8 +22,8 @@ from siliang.files import damage
 from siliang.models.base_config import load_config
 from siliang.plan.history import known_work, record_work
 from siliang.report.gather import gather
-from siliang.safe_json import JsonError, parse_json, read_json
-from siliang.safe_yaml import dump_yaml, parse_yaml, read_yaml
+from siliang.safety.safe_json import JsonError, parse_json, read_json
+from siliang.safety.safe_yaml import dump_yaml, parse_yaml, read_yaml
 from siliang.tasks import CAUSAL_LM
 from siliang.types import AdapterError, ConfigError, DataError, ModelError
 

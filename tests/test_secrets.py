@@ -20,8 +20,8 @@ import siliang
 from siliang.config import RunConfig, describe
 from siliang.records import Record
 from siliang.run_folder import read_config
-from siliang.safe_json import dump_json
-from siliang.safe_yaml import dump_yaml, parse_yaml
+from siliang.safety.safe_json import dump_json
+from siliang.safety.safe_yaml import dump_yaml, parse_yaml
 from siliang.secrets import HIDDEN, part, redacted, shortened, without_secrets
 from siliang.terminal import Pieces
 

@@ -21,7 +21,7 @@ from tiny import WORDS, write_jsonl
 from siliang.cli.console import HANDLER
 from siliang.cli.shown_console import ShownConsole, shown_text
 from siliang.next_steps import next_steps
-from siliang.safe_yaml import dump_yaml
+from siliang.safety.safe_yaml import dump_yaml
 from siliang.terminal import Pieces, Screen, as_product, one_line, pasted, shown
 from siliang.types import TaskType
 

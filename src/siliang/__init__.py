@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
-    from siliang.permissions import allow_code
+    from siliang.safety.permissions import allow_code
     from siliang.types import PeftType, SiliangError, TaskType
 
 __version__ = "0.1.0"
@@ -62,7 +62,7 @@ _HOME = {
     "PromptTuningInit": "siliang.methods.prompt_tuning",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
-    "allow_code": "siliang.permissions",
+    "allow_code": "siliang.safety.permissions",
     "get_peft_config": "siliang.peft_functions",
     "get_peft_model": "siliang.peft_model",
     "get_peft_model_state_dict": "siliang.peft_functions",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from siliang.paths import inside, is_link, is_real_folder
-from siliang.safe_json import read_json
+from siliang.safety.safe_json import read_json
 from siliang.secrets import HIDDEN, without_secrets
 from siliang.types import ConfigError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from siliang.patterns import find
+from siliang.safety.patterns import find
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

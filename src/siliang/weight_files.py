@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siliang.safe_json import parse_json
+from siliang.safety.safe_json import parse_json
 from siliang.secrets import shortened
 
 MOST_TENSORS = 1_000_000

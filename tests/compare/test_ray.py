@@ -39,7 +39,7 @@ from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.report.table import table
 from siliang.report.words import words
-from siliang.safe_yaml import dump_yaml
+from siliang.safety.safe_yaml import dump_yaml
 from siliang.train.run import train
 
 pytestmark = [

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from siliang.check import find, look_at
 from siliang.cli.main import main
-from siliang.compare.learned import losses
 from siliang.config import RunConfig
 from siliang.data.examples import conversation
 from siliang.data.templates import TEMPLATES
@@ -26,6 +25,7 @@ from siliang.train.run import train
 from siliang.types import ConfigError, DataError, ModelError
 from siliang.use.evaluate import evaluate
 from siliang.use.generate import generate
+from siliang.use.learned import losses
 from siliang.use.merge import merge
 from siliang.use.predict import predict
 

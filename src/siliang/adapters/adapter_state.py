@@ -13,7 +13,7 @@ from siliang.adapters.injection import PROMPT_KEY, Injection
 from siliang.methods import method_of
 from siliang.methods.config import PeftConfig
 from siliang.module_paths import inside
-from siliang.safe_json import read_json
+from siliang.safety.safe_json import read_json
 from siliang.types import AdapterError, ConfigError
 
 

@@ -127,7 +127,7 @@ def options(
 
     --allow-code and --debug may stand behind a command, too.
     """
-    from siliang.permissions import allow_code as allow
+    from siliang.safety.permissions import allow_code as allow
 
     for sha256 in allow_code or ():
         allow(sha256)
@@ -283,7 +283,7 @@ def _given(options: Sequence[str], words: list[str]) -> str | None:
 def _no_option(option: str, error: Any, words: list[str]) -> str:
     """An option that is not there: its name here, where it is another tool's or a setting's, or near names."""
     from siliang.config import RunConfig, name_here
-    from siliang.safe_yaml import YamlError, parse_yaml
+    from siliang.safety.safe_yaml import YamlError, parse_yaml
 
     said = f"No such option: {_short(option)}."
     given = _given([option], words)

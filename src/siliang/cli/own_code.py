@@ -13,7 +13,7 @@ from siliang.types import ConfigError, OwnCodeError
 def may_run(error: OwnCodeError) -> bool:
     """Shows what wants to run and asks; the answer yes is kept in the user's own file. No where nobody can be asked:
     in a pipe, and in one of a training's processes."""
-    from siliang.permissions import allow_code, keep_allowed
+    from siliang.safety.permissions import allow_code, keep_allowed
 
     if not (sys.stdin.isatty() and sys.stderr.isatty()) or "RANK" in os.environ:
         return False

@@ -279,7 +279,7 @@ class _Say:
 def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
     """The run of the first method that fits, changed where it needs to be."""
     from siliang.files import write_text
-    from siliang.safe_yaml import dump_yaml, parse_yaml
+    from siliang.safety.safe_yaml import dump_yaml, parse_yaml
 
     able = [m for m in record.methods if not m.error and (m.fits is not False or m.fit is not None)]
     if not able:

@@ -83,13 +83,13 @@ def train(
         _check_code(config)
         raise typer.Exit(launch(devices, sys.argv[1:], config.output))
     quiet_loading()
-    from siliang.compare.learned import what_is_wrong
     from siliang.distributed.ranks import find_ranks
     from siliang.next_steps import next_steps
     from siliang.plan.preflight import Planner
     from siliang.run_folder import CONFIG_NAME
     from siliang.train.prepare import Listener
     from siliang.train.run import train as run
+    from siliang.use.learned import what_is_wrong
 
     planner, ranks = Planner(), find_ranks()
     # torchrun restarts all processes after one was lost, and does not say so to a node whose own processes lived
@@ -185,7 +185,7 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
 def gather(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> dict[str, Any]:
     """The settings file, then the flags over it, then each --set."""
     from siliang.config import RunConfig, assign
-    from siliang.safe_yaml import read_yaml
+    from siliang.safety.safe_yaml import read_yaml
 
     values = read_yaml(settings) if settings else {}
     values |= {name: value for name, value in flags.items() if value is not None}

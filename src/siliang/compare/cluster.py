@@ -21,7 +21,7 @@ from siliang.config import RunConfig
 from siliang.environment import prepare_ray
 from siliang.files import sweep
 from siliang.language import Bilingual, both
-from siliang.permissions import VARIABLE as ALLOWED_CODE
+from siliang.safety.permissions import VARIABLE as ALLOWED_CODE
 from siliang.types import ClusterError, first_line
 from siliang.units import show_bytes
 

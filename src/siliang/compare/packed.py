@@ -23,7 +23,7 @@ from typing import Any
 from siliang.data.cache import prune, used
 from siliang.files import MANIFEST, append, filling, is_pattern, seal, write_text
 from siliang.paths import check_links, inside
-from siliang.safe_yaml import dump_yaml, parse_yaml
+from siliang.safety.safe_yaml import dump_yaml, parse_yaml
 from siliang.types import ClusterError
 
 PIECE_BYTES = 2**25

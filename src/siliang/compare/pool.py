@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 
 from siliang.compare.received import as_message
 from siliang.files import append
-from siliang.safe_json import JsonError, parse_json
+from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import short_repr, shortened
 
 SAYS = ("say", "progress", "done", "failed")  # of the kinds of messages, those of a worker process

@@ -23,7 +23,6 @@ from typing import IO, Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from siliang.compare.answers import collect
 from siliang.compare.base import KeptBase
 from siliang.config import RunConfig
 from siliang.memory.free import free_memory
@@ -35,6 +34,7 @@ from siliang.train.loop import Training
 from siliang.train.prepare import Listener, Run, prepare
 from siliang.train.run import train
 from siliang.types import SiliangError
+from siliang.use.answers import collect
 
 # imported when they are first used: the first run would have their memory counted as its own
 LIBRARIES = ("sklearn.metrics", "seqeval.metrics")

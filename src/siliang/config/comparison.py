@@ -17,7 +17,7 @@ from siliang.config.explaining import explain_value
 from siliang.config.names import OWN_FIELDS, name_here
 from siliang.config.run import MethodConfig, RunConfig
 from siliang.config.section import Section, Seed
-from siliang.safe_yaml import dump_yaml
+from siliang.safety.safe_yaml import dump_yaml
 from siliang.secrets import redacted
 from siliang.terminal import one_line
 from siliang.types import ConfigError, nearest

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from siliang.config.section import Section, is_recorded
-from siliang.safe_json import JsonError, read_json
+from siliang.safety.safe_json import JsonError, read_json
 from siliang.types import ConfigError, nearest
 
 # Of DeepSpeed's own configuration: what a run may set ...

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from siliang import other_names
 from siliang.config.describing import describe
 from siliang.config.section import Settings
-from siliang.safe_yaml import YamlError, parse_yaml
+from siliang.safety.safe_yaml import YamlError, parse_yaml
 from siliang.terminal import pasted
 from siliang.types import ConfigError
 

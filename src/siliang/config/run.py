@@ -18,7 +18,7 @@ from siliang.config.names import OWN_FIELDS, name_here, quoted
 from siliang.config.section import RECORDED, Name, Names, Section, Settings, as_list
 from siliang.config.train import TrainConfig
 from siliang.files import absolute
-from siliang.safe_yaml import dump_yaml
+from siliang.safety.safe_yaml import dump_yaml
 from siliang.secrets import shortened
 from siliang.types import ConfigError, TaskType, TrainedTask, nearest
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from siliang.data.numbers import is_whole
 from siliang.data.text_files import MOST_COLUMNS, MOST_ROW
-from siliang.safe_json import JsonError, parse_json
+from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
 from siliang.types import DataError, first_line
 

@@ -18,8 +18,8 @@ from siliang.data.chat_messages import CLOSE, OPEN, TalkWithPlaces
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
-from siliang.limits import LimitError, RefusedError, render
-from siliang.safe_json import JsonError, parse_json
+from siliang.safety.limits import LimitError, RefusedError, render
+from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
 from siliang.types import DataError, ModelError, first_line
 

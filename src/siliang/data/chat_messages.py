@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from siliang.data.examples import Conversation
-from siliang.safe_json import JsonError, parse_json
+from siliang.safety.safe_json import JsonError, parse_json
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `TalkWithPlaces.words`
 THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)

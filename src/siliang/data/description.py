@@ -13,8 +13,8 @@ import yaml
 
 from siliang.data.text_files import FILE_KINDS
 from siliang.paths import inside
-from siliang.safe_json import read_json
-from siliang.safe_yaml import YamlError, check_yaml
+from siliang.safety.safe_json import read_json
+from siliang.safety.safe_yaml import YamlError, check_yaml
 from siliang.types import DataError, first_line
 
 STANDALONE = ".huggingface.yaml"  # which `datasets` reads in place of a README's header

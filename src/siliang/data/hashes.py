@@ -17,7 +17,7 @@ from siliang.data.cache import cache_folder, prune, used
 from siliang.files import is_pattern, sha256, write_text
 from siliang.hub import cached_file
 from siliang.models.folder import WEIGHT_FILES, weight_files
-from siliang.safe_json import read_json
+from siliang.safety.safe_json import read_json
 
 WEIGHTS = (".safetensors", ".bin")
 # All of these are read, where a base model's folder has them ...

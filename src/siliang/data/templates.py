@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from siliang.data.examples import Call, Conversation, Message
-from siliang.safe_json import JsonError, parse_json
-from siliang.safe_yaml import read_yaml
+from siliang.safety.safe_json import JsonError, parse_json
+from siliang.safety.safe_yaml import read_yaml
 from siliang.types import ConfigError, DataError, nearest
 
 CHAT = "chat"

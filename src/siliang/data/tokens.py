@@ -23,7 +23,7 @@ from siliang.data.judge import Judge
 from siliang.data.small_table import SmallTable
 from siliang.data.spec import DataSpec, Encode
 from siliang.data.token_key import key_of
-from siliang.limits import RefusedError, in_time
+from siliang.safety.limits import RefusedError, in_time
 from siliang.types import DataError, ModelError, first_line
 
 if TYPE_CHECKING:  # slow to import

@@ -10,7 +10,7 @@ from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, short
 from siliang.data.examples import Call, Conversation, Message, Role
 from siliang.data.refused import MEDIA, media_in, refuse_other_lessons
-from siliang.safe_json import JsonError, parse_json
+from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
 
 ROLES: dict[str, Role] = {

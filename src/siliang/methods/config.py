@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from siliang.files import write_text
 from siliang.methods.fields import check_fields
 from siliang.peft_checks import refresh
-from siliang.safe_json import dump_json, read_values
+from siliang.safety.safe_json import dump_json, read_values
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, TaskType
 

@@ -12,7 +12,7 @@ from torch import nn
 from siliang.methods.config import LayerConfig
 from siliang.models.introspect import is_linear, output_layer
 from siliang.module_paths import ends, inside, meant, plain_modules
-from siliang.patterns import find
+from siliang.safety.patterns import find
 from siliang.types import TargetError, nearest
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from siliang.methods.find_targets import samples
-from siliang.patterns import find
+from siliang.safety.patterns import find
 from siliang.types import TargetError, nearest
 
 T = TypeVar("T")

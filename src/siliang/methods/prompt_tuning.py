@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
-from siliang.limits import SECONDS, RefusedError, in_time
 from siliang.methods.embedding_route import EmbeddingRoute
 from siliang.methods.prompt import Prompt, PromptConfig
 from siliang.methods.prompt_method import PromptMethod
+from siliang.safety.limits import SECONDS, RefusedError, in_time
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, PeftType
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from siliang.hub import cached_file, find_file
 from siliang.paths import inside
-from siliang.safe_json import read_json, read_values
+from siliang.safety.safe_json import read_json, read_values
 from siliang.secrets import short_repr
 from siliang.types import ModelError
 

@@ -28,8 +28,8 @@ from siliang.hub import cached_file, only_cached
 from siliang.models.code_check import reachable
 from siliang.models.extra import EXTRA
 from siliang.paths import check_links
-from siliang.permissions import is_allowed
-from siliang.safe_json import JsonError, parse_json, read_json
+from siliang.safety.permissions import is_allowed
+from siliang.safety.safe_json import JsonError, parse_json, read_json
 from siliang.secrets import short_repr
 from siliang.types import ModelError, OwnCodeError, first_line
 

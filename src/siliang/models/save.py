@@ -8,7 +8,7 @@ from typing import Any
 
 from siliang.files import write_text
 from siliang.models.own_code import write_own_code
-from siliang.safe_json import dump_json
+from siliang.safety.safe_json import dump_json
 from siliang.secrets import redacted
 
 # What libraries write of settings into the folder of a model.

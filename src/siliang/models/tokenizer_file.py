@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from siliang.hub import find_file
-from siliang.limited.tokenizer_rules import MOST_NUMBER
-from siliang.limits import RefusedError, look_at_tokenizer
-from siliang.safe_json import JsonError, read_json
+from siliang.safety.limited.tokenizer_rules import MOST_NUMBER
+from siliang.safety.limits import RefusedError, look_at_tokenizer
+from siliang.safety.safe_json import JsonError, read_json
 from siliang.types import ModelError, first_line
 
 NUMBERED = ("vocab.json", "added_tokens.json")  # tokens and their numbers

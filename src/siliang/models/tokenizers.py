@@ -10,13 +10,13 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from siliang.hub import only_cached
-from siliang.limits import SECONDS, in_time
 from siliang.models.base_config import check_folder, load_config, why_not
 from siliang.models.extra import CHATGLM, make_known
 from siliang.models.folder import check_tokenizer_names, read_config
 from siliang.models.own_code import find_own_code, find_tokenizer_code
 from siliang.models.tokenizer_file import check_made, check_tokenizer
 from siliang.paths import check_links
+from siliang.safety.limits import SECONDS, in_time
 from siliang.secrets import short_repr
 from siliang.types import ModelError, first_line
 

@@ -10,7 +10,7 @@ from statistics import median
 from siliang.data.cache import cache_folder
 from siliang.files import append
 from siliang.hardware import versions
-from siliang.safe_json import JsonError, parse_json
+from siliang.safety.safe_json import JsonError, parse_json
 
 FILE = "memory.jsonl"
 LATEST = 20  # runs that count

@@ -14,7 +14,7 @@ from siliang.plan import plan
 from siliang.plan.device import Device, find_target, in_this_process, shared_by
 from siliang.plan.history import record_work
 from siliang.records import Category, Change, MethodPlan, Predicted, Record
-from siliang.safe_yaml import parse_yaml
+from siliang.safety.safe_yaml import parse_yaml
 from siliang.types import PlanError
 from siliang.units import show_bytes
 

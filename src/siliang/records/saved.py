@@ -21,7 +21,7 @@ from pydantic import (
 from siliang.files import write_text
 from siliang.language import Bilingual
 from siliang.paths import inside
-from siliang.safe_json import dump_json, read_values
+from siliang.safety.safe_json import dump_json, read_values
 from siliang.secrets import redacted, short_repr, shortened
 from siliang.types import ConfigError, RecordError
 

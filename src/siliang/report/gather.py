@@ -10,7 +10,7 @@ from siliang.config.comparison import CompareConfig
 from siliang.paths import check_links, inside
 from siliang.records import ANSWERS_NAME, COMPARISON_NAME, RECORD_NAME, Answers, Comparison, Record, Verdict
 from siliang.report.agree import Differs, base_differences, differences_of
-from siliang.safe_yaml import dump_yaml
+from siliang.safety.safe_yaml import dump_yaml
 from siliang.tasks.verdict import learned_nothing
 from siliang.terminal import one_line, pasted
 from siliang.types import ConfigError, TaskType

@@ -10,7 +10,7 @@ from siliang.files import write_text
 from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.paths import is_real_folder
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Record
-from siliang.safe_yaml import dump_yaml, read_yaml
+from siliang.safety.safe_yaml import dump_yaml, read_yaml
 from siliang.terminal import pasted
 from siliang.types import ConfigError, OutputError
 

@@ -35,7 +35,7 @@ from siliang.paths import is_link
 from siliang.peft_model import PeftModel
 from siliang.records import MAX_BYTES
 from siliang.run_folder import PREFIX, checkpoints
-from siliang.safe_json import read_values
+from siliang.safety.safe_json import read_values
 from siliang.secrets import shortened
 from siliang.train.state import check_state
 from siliang.types import ConfigError, RecordError, first_line

@@ -14,7 +14,7 @@ from siliang.other_names import is_method
 from siliang.paths import check_links
 from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints
-from siliang.safe_yaml import read_yaml
+from siliang.safety.safe_yaml import read_yaml
 from siliang.types import OTHER_HEADS, TASK_HEADS, AdapterError, ConfigError, TaskType
 
 HUB_FIELDS = ("task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision")

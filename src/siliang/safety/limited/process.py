@@ -22,9 +22,9 @@ from typing import Any
 if __name__ == "__main__":  # Python was started without a path: -I
     sys.path[:] = [path for path in sys.argv[1:] if Path(path).is_absolute()]
 
-from siliang.limited.refused import LimitError, in_a_line
-from siliang.limited.templates import compiled_template, render
-from siliang.limited.tokenizer_rules import look_at_tokenizer
+from siliang.safety.limited.refused import LimitError, in_a_line
+from siliang.safety.limited.templates import compiled_template, render
+from siliang.safety.limited.tokenizer_rules import look_at_tokenizer
 
 EXTRA_BYTES = 900 * 2**20  # of address space, beyond what the process has when it begins
 

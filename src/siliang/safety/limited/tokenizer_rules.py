@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from siliang.limited.refused import LimitError
+from siliang.safety.limited.refused import LimitError
 
 MOST_GROWTH = 32  # characters that are made of one: Unicode's own forms make 18
 MOST_PADDING = 2**20

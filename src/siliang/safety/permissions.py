@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from siliang.files import write_text
-from siliang.safe_json import parse_json
+from siliang.safety.safe_json import parse_json
 from siliang.secrets import shortened
 from siliang.types import ConfigError
 

@@ -7,7 +7,7 @@ import json
 from contextlib import contextmanager
 from typing import Any
 
-from siliang.limited.refused import LimitError, in_a_line
+from siliang.safety.limited.refused import LimitError, in_a_line
 
 KEPT_TEMPLATES = 16
 MOST_CHARACTERS = 2**20  # that a template writes beyond GROWTH times what it reads

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from siliang.compare.answers import collect, sample
 from siliang.peft_model import PeftModel
 from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS
 from siliang.tasks.verdict import learned_nothing
 from siliang.train.prepare import Run
+from siliang.use.answers import collect, sample
 from siliang.use.evaluate import engine_of, sums_of
 
 ROWS = 32  # held-out rows on which a model that writes is measured beside its base

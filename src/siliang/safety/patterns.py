@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from siliang.limits import LimitError, TimeLimitError, match
+from siliang.safety.limits import LimitError, TimeLimitError, match
 from siliang.secrets import short_repr
 from siliang.types import TargetError
 
