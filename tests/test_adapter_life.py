@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_all_close, assert_close
 from tiny import TASK, batch, make, word_tokenizer
 
 import siliang
@@ -83,16 +84,16 @@ def test_merging_in_place(method: str, name: str) -> None:
     tuned = logits(model, name)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model, name), tuned, rtol=1e-4, atol=1e-5)
+    assert_close(logits(model, name), tuned)
     if TASK[name] == "CAUSAL_LM":
         with model.disable_adapter():
             assert torch.equal(logits(model, name), base)
-    torch.testing.assert_close(logits(model, name), tuned, rtol=1e-4, atol=1e-5)
+    assert_close(logits(model, name), tuned)
     model.unmerge_adapter()
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     model.merge_adapter()
     merged = model.merge_and_unload(safe_merge=True)
-    torch.testing.assert_close(logits(merged, name), tuned, rtol=1e-4, atol=1e-5)
+    assert_close(logits(merged, name), tuned)
     assert list(merged.state_dict()) == list(make(name).state_dict())
 
 
@@ -122,7 +123,7 @@ def test_one_batch_of_several_adapters(method: str) -> None:
     rows = ["other", "__base__", "default"]
     mixed = logits(model, "llama", adapter_names=rows)
     for i, adapter in enumerate(rows):
-        torch.testing.assert_close(mixed[i], alone[adapter][i], rtol=1e-5, atol=1e-5)
+        assert_close(mixed[i], alone[adapter][i])
     ids = batch("llama")["input_ids"]
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": 2}
     together = model.generate(ids, adapter_names=rows, **settings)
@@ -144,8 +145,8 @@ def test_heads_of_several_adapters() -> None:
         model.set_adapter(adapter)
         alone[adapter] = logits(model, "bert")
     mixed = logits(model, "bert", adapter_names=["other", "default", "other"])
-    torch.testing.assert_close(mixed[0], alone["other"][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mixed[1], alone["default"][1], rtol=1e-5, atol=1e-5)
+    assert_close(mixed[0], alone["other"][0])
+    assert_close(mixed[1], alone["default"][1])
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -228,7 +229,7 @@ def test_prompts_under_gradient_checkpointing(method: str, name: str, reentrant:
     assert gradients[0].keys() == gradients[1].keys()
     for n, gradient in gradients[0].items():
         assert gradient is not None and gradient.abs().max() > 0, n
-        torch.testing.assert_close(gradients[1][n], gradient, rtol=1e-4, atol=1e-6, msg=n)
+    assert_all_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("name", ["deberta", "deberta_v2"])
@@ -247,12 +248,12 @@ def test_a_prefix_on_deberta(name: str) -> None:
     plain, prefixed = (out.unflatten(-1, (4, 8)) for out in seen)
     share = (prefixed - plain) / (1.0 - plain)
     assert share.min() > 0 and share.max() < 1
-    torch.testing.assert_close(share, share[..., :1].expand_as(share), rtol=1e-4, atol=1e-5)
+    assert_close(share, share[..., :1].expand_as(share))
     with torch.no_grad():  # the padding of a row does not show
         row = {k: v[:1, :6] for k, v in inputs.items()}
         padded = {k: v[:1].clone() for k, v in inputs.items()}
         padded["input_ids"][:, 6:], padded["attention_mask"][:, 6:] = 0, 0
-        torch.testing.assert_close(model(**padded).logits, model(**row).logits, rtol=1e-4, atol=1e-5)
+        assert_close(model(**padded).logits, model(**row).logits)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
@@ -284,9 +285,7 @@ def test_classes_of_a_causal_model_ignore_padding(method: str) -> None:
     ids = batch("llama")["input_ids"][:1]
     padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], 1)
     mask = (padded != 0).long()
-    torch.testing.assert_close(
-        model(input_ids=padded, attention_mask=mask).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5
-    )
+    assert_close(model(input_ids=padded, attention_mask=mask).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("method", PROMPT_METHODS)
@@ -367,4 +366,4 @@ def test_merging_into_tied_embeddings(name: str, tmp_path: Path) -> None:
         merged.save_pretrained(tmp_path / name)
         reloaded = type(merged).from_pretrained(tmp_path / name).eval()
         for plain in (merged, reloaded):
-            torch.testing.assert_close(logits(plain, name), tuned, rtol=1e-4, atol=1e-5)
+            assert_close(logits(plain, name), tuned)

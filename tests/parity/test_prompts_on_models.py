@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers as t
+from closeness import assert_close
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -140,7 +141,7 @@ def test_as_in_peft(name: str, kind: str, left: bool) -> None:
     real = inputs["attention_mask"].bool()
     for mine, other in zip(ours, theirs, strict=True):
         pair = mine[:, -7:][real], other[:, -7:][real]
-        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4 * float(other.std()))
+        assert_close(*pair)
     assert (ours[0][:, -7:] - base(name)(**inputs).logits)[real].abs().max() > 1e-3 * float(ours[0].std())
     assert (ours[0] - ours[1])[:, -7:].abs().max() > 0
 
@@ -175,7 +176,7 @@ def test_where_peft_does_not_run(name: str, kind: str, heads: int | None, tmp_pa
     assert model.peft_config["default"].num_attention_heads == heads
     model.save_pretrained(tmp_path)
     again = siliang.PeftModel.from_pretrained(base(name), tmp_path)
-    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize(

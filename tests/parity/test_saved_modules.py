@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from closeness import assert_close
 from safetensors.torch import load_file, save_file
 from tiny import ENCODER, VOCABULARY, bart, gpt2, t5
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -87,7 +88,7 @@ def test_names_mean_what_they_mean_in_peft(case: str, tmp_path: Path) -> None:
         model_trained.save_pretrained(folder)
         assert model_trained.peft_config["default"].modules_to_save == names
         found = answer(other.PeftModel.from_pretrained(made(model), folder))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        assert_close(found, expected)
     files = [load_file(tmp_path / name / "adapter_model.safetensors").keys() for name in ("siliang", "peft")]
     assert files[0] == files[1]
 
@@ -117,7 +118,7 @@ def test_what_is_written_opens_in_peft(model: Any, settings: Any, names: list[st
     assert own.peft_config["default"].modules_to_save == names
     for library in (siliang, peft):
         found = answer(library.PeftModel.from_pretrained(made(model), tmp_path))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_parts_that_the_files_lack_open_in_peft(
     if names:
         assert own.peft_config["default"].modules_to_save == names
     found = answer(peft.PeftModel.from_pretrained(made(model), tmp_path / "adapter"))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert_close(found, expected)
 
 
 def test_a_tensor_that_no_config_names_is_refused(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_nested_names_of_other_methods_open_again(config: Any, tmp_path: Path) -
     own.save_pretrained(tmp_path)
     expected = answer(own)
     found = answer(siliang.PeftModel.from_pretrained(made(masked), tmp_path))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert_close(found, expected)
 
 
 def test_a_list_of_modules_is_not_saved() -> None:
@@ -200,9 +201,8 @@ def test_a_merged_model_whose_tie_broke_loads_as_it_was(model: Any, settings: An
     own = trained(siliang, model, **settings)
     expected = answer(own)
     merged: Any = own.merge_and_unload()
-    close: Any = {"rtol": 0, "atol": 1e-4 * float(expected.abs().max())}
-    torch.testing.assert_close(answer(merged), expected, **close)
+    assert_close(answer(merged), expected)
     merged.save_pretrained(tmp_path)
     again, loading = type(merged).from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"]
-    torch.testing.assert_close(answer(again), expected, **close)
+    assert_close(answer(again), expected)
