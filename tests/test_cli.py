@@ -279,7 +279,7 @@ def test_bad_input(here: Callable[..., str], model_folders: dict[str, Path], rev
     assert "No such option" in here("train", "--modle", "x")
     assert "--resume. `siliang train --resume RUN` resumes" in here("compare", "--resume", "x")  # a command, no setting
     assert "`--set method=lora` and `--set quantization.bits=4`" in here("train", "--qlora")
-    assert "is no run folder" in here("predict", tmp_path / "full", "a")
+    assert "is not a run's folder" in here("predict", tmp_path / "full", "a")
     # and once as the user meets it
     assert siliang(
         "train", "--model", tmp_path / "missing", "--data", "x", "--task", "seq_cls", "--output", "y", code=2

@@ -171,7 +171,7 @@ def test_errors_of_usage_are_one_line(words: tuple[str, ...], message: str) -> N
 
 def test_debug_may_stand_anywhere(tmp_path: Path) -> None:
     ended = run("eval", tmp_path, "--debug")
-    assert ended.code == 2 and "Traceback" in ended.err and "is no run folder" in ended.err
+    assert ended.code == 2 and "Traceback" in ended.err and "is not a run's folder" in ended.err
 
 
 def test_a_fault_of_our_own_is_two_lines_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

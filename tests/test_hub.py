@@ -74,9 +74,9 @@ def silent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(silent: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match=r"not in the hub's cache; the hub cannot be reached"):
+    with pytest.raises(ModelError, match=r"nor in the hub's cache; the hub cannot be reached"):
         load_config("nobody/no-such-model")
-    with pytest.raises(AdapterError, match=r"not in the hub's cache; the hub cannot be reached"):
+    with pytest.raises(AdapterError, match=r"nor in the hub's cache; the hub cannot be reached"):
         adapter_folder("nobody/no-such-adapter")
     with pytest.raises(DataError, match=r"not in the cache of `datasets`; the hub cannot be reached"):
         open_source("nobody/no-such-data")

@@ -83,5 +83,5 @@ def test_a_damaged_record_is_said_to_be(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json(:1)? is damaged"):
         Record.read(tmp_path)
-    with pytest.raises(ConfigError, match="is no run folder"):
+    with pytest.raises(ConfigError, match="is not a run's folder"):
         Record.read(tmp_path / "nowhere")

@@ -6,6 +6,8 @@ import threading
 import time
 from pathlib import Path
 
+from siliang.language import Bilingual
+
 ANSWER_S = 4.0  # in which the hub says anything at all
 PATIENCE_S = 6.0  # with the search for its address, which no timeout of ours bounds
 KEPT_S = 60.0  # for which an answer holds: a network comes and goes, and a command asks many times
@@ -16,7 +18,7 @@ def hub_is_off() -> str | None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "the hub is switched off by HF_HUB_OFFLINE"
+        return Bilingual("the hub is switched off by HF_HUB_OFFLINE", "HF_HUB_OFFLINE 已关闭对 Hub 的访问")
     return unreachable()
 
 
@@ -24,7 +26,8 @@ def unreachable() -> str | None:
     """Says that the hub does not answer; None where it does."""
     from huggingface_hub import constants
 
-    return None if _answers(constants.ENDPOINT) else f"the hub cannot be reached ({constants.ENDPOINT})"
+    place = constants.ENDPOINT
+    return None if _answers(place) else Bilingual(f"the hub cannot be reached ({place})", f"无法连接 Hub（{place}）")
 
 
 def only_cached(name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from siliang.language import Bilingual
 from siliang.secrets import shortened
 from siliang.types import ConfigError, SiliangError, nearest
 
@@ -121,9 +122,9 @@ def _strange(folder: Path) -> Iterator[tuple[Path, str]]:
                     yield shown / path.name, "is neither a file nor a folder. Remove it."
 
 
-def near_names(path: Path) -> str:
+def near_names(path: Path) -> Bilingual:
     """Says which names in its folder look like that of a file or folder which is not there."""
     try:
         return nearest(path.name, [p.name for p in path.parent.iterdir()])
     except OSError:
-        return ""
+        return Bilingual("", "")

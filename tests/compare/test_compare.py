@@ -270,9 +270,9 @@ def test_wrong_input(
         (["compare", settings, "--lang", "fr"], "must be en or zh"),
         (["compare", settings, "--output", tmp_path / "new", "--set", "data.test_size=0"], "held-out rows"),
         (["compare", settings, "--output", tmp_path / "new", "--data", tmp_path / "none.csv"], "no data file"),
-        (["report", tmp_path], "is no run folder"),
+        (["report", tmp_path], "is not a run's folder"),
         (["report", folder, "--output", tmp_path / "no" / "page.html"], "name a file in a folder"),
-        (["chat", folder], "is no run folder"),
+        (["chat", folder], "is not a run's folder"),
     ]
     for arguments, message in cases:
         error = here(*arguments, code=2)

@@ -262,5 +262,5 @@ def adapter_folder(model_id: str | Path) -> Path:
         return Path(snapshot_download(str(model_id), allow_patterns=wanted, local_files_only=off is not None))
     except (OSError, ValueError) as error:
         if off is not None:
-            raise AdapterError(f"{model_id} is no folder here, and not in the hub's cache; {off}.") from None
+            raise AdapterError(f"{model_id} is neither a folder here nor in the hub's cache; {off}.") from None
         raise AdapterError(f"{model_id} is no folder here, and the hub did not give it: {first_line(error)}") from error

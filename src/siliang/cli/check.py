@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siliang.cli.console import print_json, rich_console
+from siliang.cli.console import named, print_json, rich_console
 from siliang.language import Bilingual, both, local, padded
 from siliang.terminal import shown
 
@@ -77,7 +77,7 @@ def check(
     if not values:
         raise ConfigError("say what to look at: siliang check run.yaml, or --model, --data and --task.")
     values.setdefault("output", "siliang-run")
-    config = RunConfig.build(values, source=str(settings or "the flags"))
+    config = RunConfig.build(values, source=named(settings))
     quiet_loading()
     from siliang.check import find, look_at
     from siliang.check.counts import count

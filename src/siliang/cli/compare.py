@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from siliang.cli.console import rich_console
+from siliang.cli.console import named, rich_console
 from siliang.language import both, language
 from siliang.terminal import bare, one_line
 
@@ -94,7 +94,7 @@ def compare(
     quiet_loading()
     from siliang.config.comparison import CompareConfig
 
-    config = CompareConfig.build(values, source=str(settings or "the flags"))
+    config = CompareConfig.build(values, source=named(settings))
     material = run(config, jobs=jobs, ray=ray, language=lang, force=force)
     if not material.records:
         raise typer.Exit(1)
@@ -145,7 +145,8 @@ def show(material: Material, language: str) -> None:
         print()
     for line in found:
         for note in notes(line, w):
-            print(f"{one_line(line.label)}: {one_line(note)}")
+            label, text = one_line(line.label), one_line(note)
+            print(f"{label}：{text}" if language == "zh" else f"{label}: {text}")
     if differing := differences(material, w):
         print(w["disagree"])
         for line in differing:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from siliang.language import Bilingual
 from siliang.secrets import redacted, shortened
 from siliang.terminal import as_product, bare, cover, json_escaped, pasted, shown
 from siliang.types import ConfigError
@@ -117,6 +118,11 @@ def as_text(text: str, what: str) -> str:
         encoding = sys.getfilesystemencoding()
         raise ConfigError(f"{what} holds bytes that are not {encoding}: {shortened(text, 80)!r}. Convert it to UTF-8.")
     return text
+
+
+def named(settings: Path | None) -> str:
+    """Where settings come from, for the errors: their file, or the command line."""
+    return str(settings) if settings else Bilingual("the flags", "命令行参数")
 
 
 def command_line(*words: object) -> str:

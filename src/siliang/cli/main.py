@@ -38,6 +38,7 @@ from siliang.cli import (
 from siliang.cli.console import prepared_console
 from siliang.cli.own_code import may_run
 from siliang.environment import bound_kernel_caches, quieten_libraries
+from siliang.language import Bilingual, both, language, local
 from siliang.secrets import shortened
 from siliang.terminal import shown
 from siliang.types import (
@@ -166,7 +167,7 @@ def _run(words: list[str], *, debug: bool) -> int:
     except OwnCodeError as error:
         return _run(words, debug=debug) if may_run(error) else _tell(error)
     except KeyboardInterrupt:
-        code = _say("Stopped.", 130)
+        code = _say(both("Stopped.", "已停止。"), 130)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -177,7 +178,7 @@ def _run(words: list[str], *, debug: bool) -> int:
             print(getattr(error, "message", ""))
             code = 2
         elif type(error).__name__ == "Abort":
-            code = _say("Stopped.", 130)
+            code = _say(both("Stopped.", "已停止。"), 130)
         elif (known := error if isinstance(error, SiliangError) else _as_ours(error, words)) is not None:
             code = _tell(known)
         else:
@@ -212,13 +213,12 @@ def _say(message: str, code: int) -> int:
 
 def _tell(error: SiliangError) -> int:
     from siliang.errors import as_shown
-    from siliang.language import language
 
     alone = isinstance(error, RankError | DeviceMemoryError)  # not every rank may have it
     if os.environ.get("RANK", "0") != "0" and not alone:
         return error.exit_code
-    stopped = isinstance(error, InterruptedRunError) and language() == "en"  # what the user asked for is no error
-    return _say(str(error) if stopped else as_shown(error, language()), error.exit_code)
+    stopped = isinstance(error, InterruptedRunError)  # the user asked for it: not shown as an error
+    return _say(local(error.text) if stopped else as_shown(error, language()), error.exit_code)
 
 
 def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
@@ -264,8 +264,16 @@ def _of_usage(error: Any, words: list[str]) -> ConfigError:
     if message.startswith("No such command"):
         name = next((word for word in words if not word.startswith("-")), "")
         names = [command.name or "" for command in app.registered_commands]
-        near = f" Did you mean `siliang {OTHER_COMMANDS[name]}`?" if name in OTHER_COMMANDS else nearest(name, names)
-        return ConfigError(f"there is no command {_short(name)!r}.{near} `siliang --help` lists them.")
+        near = nearest(name, names)
+        if command := OTHER_COMMANDS.get(name):
+            near = Bilingual(f" Did you mean `siliang {command}`?", f"是不是 `siliang {command}`？")
+        shown = _short(name)
+        return ConfigError(
+            Bilingual(
+                f"there is no command {shown!r}.{near} `siliang --help` lists them.",
+                f"没有命令 {shown!r}。{near.zh}`siliang --help` 列出全部命令。",
+            )
+        )
     value = _given(getattr(getattr(error, "param", None), "opts", ()), words)
     if message.startswith("Invalid value") and value is not None and value not in message:
         message = message.replace("Invalid value for", f"{_short(value)!r} is no value for", 1)
@@ -311,4 +319,4 @@ def _quieten_libraries() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"{both('warning: ', '警告：')}{message}", file=sys.stderr)

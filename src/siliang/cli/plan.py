@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siliang.cli.console import command_line, print_json
+from siliang.cli.console import command_line, named, print_json
 from siliang.environment import importing
 from siliang.language import Bilingual, both, local
 from siliang.terminal import bare, one_line
@@ -71,7 +71,7 @@ def plan(
         _list_shapes()
         return
     _check_flags(memory, memory_bytes, flops)
-    source = str(settings or "the flags")
+    source = named(settings)
     values, names = _gathered(settings, {"model": model, "task": task}, data, set_ or [], method)
     comparison = _comparison_in(values)
     if comparison and write is not None:

@@ -11,6 +11,7 @@ import typer
 from siliang.cli.console import as_text, command_line, input_lines, print_json
 from siliang.cli.used_run import Base, Force, Run, show_notes
 from siliang.environment import importing
+from siliang.language import Bilingual
 from siliang.terminal import one_line
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _given(run: OpenedRun, arguments: list[str]) -> list[Asked]:
         if named and os.path.isfile(os.path.expanduser(argument)):  # noqa: PTH113, PTH111 (a text may be any)
             found += read_texts(run, argument)
         elif named and len(argument.split()) == 1:
-            raise DataError(f"There is no data file {argument}.")
+            raise DataError(Bilingual(f"There is no data file {argument}.", f"找不到数据文件 {argument}。"))
         else:
             found.append(argument)
     return found

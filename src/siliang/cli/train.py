@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siliang.cli.console import command_line
+from siliang.cli.console import command_line, named
 from siliang.language import Bilingual, both, language
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def read_settings(settings: Path | None, flags: dict[str, str | None], data: str
     from siliang.config import RunConfig
 
     values = with_adapter(gather(settings, flags, data, sets))
-    return RunConfig.build(values, source=str(settings or "the flags"))
+    return RunConfig.build(values, source=named(settings))
 
 
 def with_adapter(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 from siliang.config.describing import describe
 from siliang.config.names import name_here, quoted
 from siliang.config.section import Settings
+from siliang.language import Bilingual, local
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, near, nearest
 
@@ -22,17 +23,21 @@ def explain(error: ValidationError, schema: type[Settings]) -> str:
     found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = found[0]
     path = ".".join(str(part) for part in first["loc"])
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    n = error.error_count() - 1
+    more, more_zh = (f" ({n} more)", f"（另有 {n} 处）") if n else ("", "")
     if first["type"] == "extra_forbidden":
         others = [e for e in found[1:] if e["type"] == "extra_forbidden"]
         hints = [(".".join(map(str, e["loc"])), _unknown(e["loc"], e["input"], schema, guess=False)) for e in others]
         also = " ".join(f"{name}:{hint}" for name, hint in [h for h in hints if h[1]][:MOST_MENDED])
         also = f"\nAlso {also}".replace(": Here that is", ":") if also else ""
         hint = _unknown(first["loc"], first["input"], schema)
-        return f"{path} is not a setting.{hint} `siliang config` lists them all.{more}{also}"
+        return Bilingual(
+            f"{path} is not a setting.{hint} `siliang config` lists them all.{more}{also}",
+            f"没有 {path} 这个配置项。{local(hint, 'zh').strip()}`siliang config` 列出全部配置项。{more_zh}{also}",
+        )
     if first["type"] == "missing":
         meaning = next((" ".join(s.meaning.split()) for s in describe(schema) if s.name == path), "")
-        return f"{path} is missing.{more} {meaning}".rstrip()
+        return Bilingual(f"{path} is missing.{more} {meaning}".rstrip(), f"缺少 {path}。{more_zh}{meaning}")
     return f"{explain_value(first, path)}{more}"
 
 

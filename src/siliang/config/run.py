@@ -18,6 +18,7 @@ from siliang.config.names import OWN_FIELDS, name_here, quoted
 from siliang.config.section import RECORDED, Name, Names, Section, Settings, as_list
 from siliang.config.train import TrainConfig
 from siliang.files import absolute
+from siliang.language import Bilingual, local
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.secrets import shortened
 from siliang.types import ConfigError, TaskType, TrainedTask, nearest
@@ -199,7 +200,8 @@ class RunConfig(Settings):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {explain(error, cls)}") from None
+            wrong = explain(error, cls)
+            raise ConfigError(Bilingual(f"{source}: {wrong}", f"{local(source, 'zh')}：{local(wrong, 'zh')}")) from None
         except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
             raise ConfigError(f"{source}: a value is of the wrong kind: {error}.") from None
 

@@ -108,7 +108,10 @@ def open_source(source: str, reading: Reading | None = None) -> Opened:
     if is_pattern(source) and (found := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (absolute patterns)
         return Opened(source, {"": [Path(name) for name in found if Path(name).is_file()]})
     if kind_of(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.strip("/").count("/") != 1:
-        raise DataError(f"There is no data file or folder {source}.{near_names(path)}")
+        near = near_names(path)
+        raise DataError(
+            Bilingual(f"There is no data file or folder {source}.{near}", f"找不到数据文件或文件夹 {source}。{near.zh}")
+        )
     return _hub(source)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from siliang.capabilities import why_missing
 from siliang.hub import cached_file, find_file, hub_is_off, only_cached
+from siliang.language import Bilingual, local
 from siliang.models.extra import make_known
 from siliang.models.folder import check_hub_names, check_names, clean_quantization, read_config
 from siliang.models.own_code import OwnCode, find_own_code
@@ -78,12 +79,22 @@ def check_folder(name: str, revision: str | None = None) -> None:
         check_names(path)
         check_files(path)
     elif path.is_file():
-        raise ModelError(f"{name} is a file: give the folder of the model, which holds config.json and the weights.")
-    elif _looks_like_a_path(name):
-        raise ModelError(f"There is no model folder {name}.{near_names(path)}")
-    elif (why := hub_is_off()) is not None and cached_file(name, "config.json", revision=revision) is None:
         raise ModelError(
-            f"{name} is no folder here, and not in the hub's cache; {why}.{near_names(path)} Give the model's folder."
+            Bilingual(
+                f"{name} is a file: give the folder of the model, which holds config.json and the weights.",
+                f"{name} 是文件：请给出模型的文件夹，其中有 config.json 和权重。",
+            )
+        )
+    elif _looks_like_a_path(name):
+        near = near_names(path)
+        raise ModelError(Bilingual(f"There is no model folder {name}.{near}", f"找不到模型文件夹 {name}。{near.zh}"))
+    elif (why := hub_is_off()) is not None and cached_file(name, "config.json", revision=revision) is None:
+        near = near_names(path)
+        raise ModelError(
+            Bilingual(
+                f"{name} is neither a folder here nor in the hub's cache; {why}.{near} Give the model's folder.",
+                f"{name} 既不是本机的文件夹，也不在 Hub 的缓存中；{local(why, 'zh')}。{near.zh}请给出模型的文件夹。",
+            )
         )
     else:
         check_hub_names(name, revision)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from siliang.config import LAYOUTS, RunConfig, Seed, differences
+from siliang.language import Bilingual
 from siliang.records.figures import Figures
 from siliang.records.saved import Count, Date, Name, Number, Part, Positive, Rate, Saved, Sha256
 from siliang.secrets import HIDDEN, short_repr, shortened
@@ -242,7 +243,12 @@ class Record(Saved):
         """
         path = folder / RECORD_NAME
         if not path.exists():
-            raise ConfigError(f"{folder} is no run folder: {RECORD_NAME} is missing there.")
+            raise ConfigError(
+                Bilingual(
+                    f"{folder} is not a run's folder: it has no {RECORD_NAME}.",
+                    f"{folder} 不是训练目录：其中没有 {RECORD_NAME}。",
+                )
+            )
         return cls.open(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from siliang.config import RunConfig
 from siliang.files import write_text
+from siliang.language import Bilingual, local
 from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.paths import is_real_folder
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Record
@@ -65,14 +66,26 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
             status = "damaged"
     if status == "completed":
         raise OutputError(
-            f"output folder {folder} is not empty: it holds a finished run. Choose another with --output."
+            Bilingual(
+                f"output folder {folder} is not empty: it holds a finished run. Choose another with --output.",
+                f"输出目录 {folder} 不是空的：其中有一次已完成的训练。请用 --output 换一个目录。",
+            )
         )
     if status and for_run:
+        command = pasted("siliang", "train", "--resume", folder)
         raise OutputError(
-            f"output folder {folder} is not empty: it holds a run that is not finished. Go on with it by "
-            f"{pasted('siliang', 'train', '--resume', folder)}, or choose another with --output."
+            Bilingual(
+                f"output folder {folder} is not empty: it holds a run that is not finished. "
+                f"Continue it by {command}, or choose another with --output.",
+                f"输出目录 {folder} 不是空的：其中有一次未完成的训练。用 {command} 继续，或用 --output 换一个目录。",
+            )
         )
-    raise OutputError(f"output folder {folder} is not empty. Choose another with --output.")
+    raise OutputError(
+        Bilingual(
+            f"output folder {folder} is not empty. Choose another with --output.",
+            f"输出目录 {folder} 不是空的。请用 --output 换一个目录。",
+        )
+    )
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -88,7 +101,13 @@ def read_config(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder: {CONFIG_NAME} is missing there.{_what_else(folder)}")
+        what = _what_else(folder)
+        raise ConfigError(
+            Bilingual(
+                f"{folder} is not a run's folder: it has no {CONFIG_NAME}.{what}",
+                f"{folder} 不是训练目录：其中没有 {CONFIG_NAME}。{local(what, 'zh')}",
+            )
+        )
     return RunConfig.build(read_yaml(path), source=str(path))
 
 
@@ -96,7 +115,9 @@ def _what_else(folder: Path) -> str:
     """What a folder is that is no run's."""
     if not folder.exists():
         others = [p.name for p in checkpoints(folder.parent).values()] if folder.parent.name == CHECKPOINTS else []
-        return f" There is {', '.join(others)}." if others else " There is no such folder."
+        names = ", ".join(others)
+        missing = Bilingual(" There is no such folder.", "这个文件夹不存在。")
+        return Bilingual(f" There is {names}.", f"那里有 {names}。") if others else missing
     if (folder / COMPARISON_NAME).is_file():
         run = next((p.parent for p in sorted(folder.glob(f"runs/*/*/{CONFIG_NAME}"))), folder / "runs" / "...")
         return f" It holds a comparison: name one of its runs, such as {run}."

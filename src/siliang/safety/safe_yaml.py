@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from siliang.language import Bilingual
 from siliang.paths import near_names
 from siliang.secrets import redacted, shortened
 from siliang.types import ConfigError, TextError, first_line
@@ -138,7 +139,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(read_text(path))
     except FileNotFoundError:
-        raise ConfigError(f"There is no settings file {path}.{near_names(path)}") from None
+        near = near_names(path)
+        raise ConfigError(
+            Bilingual(f"There is no settings file {path}.{near}", f"找不到配置文件 {path}。{near.zh}")
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder: give a settings file.") from None
     except YamlError as error:

@@ -52,7 +52,12 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
         DataError: The data has changed, and `force` is off.
     """
     if not (folder / CONFIG_NAME).is_file():
-        raise ConfigError(f"{folder} is no run folder, so there is nothing to resume: leave out --resume to begin.")
+        raise ConfigError(
+            Bilingual(
+                f"{folder} is not a run's folder, so there is nothing to resume: leave out --resume to begin.",
+                f"{folder} 不是训练目录，没有可以继续的训练：去掉 --resume 即可从头开始。",
+            )
+        )
     check_links(folder)
     sweep(folder, OWN_NAMES)
     record = _read(folder, say)
