@@ -236,7 +236,7 @@ def make_targets(place: Place, folder: Path) -> list[Target]:
 def _adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     model = get_peft_model(_plain(), LoraConfig(r=4, target_modules=["first", "second"]))
     model.save_pretrained(folder)
-    return model.peft_config["default"], model.injection.adapter_tensors("default")
+    return model.peft_config["default"], model.injection.adapters["default"].tensors()
 
 
 class _Plain(torch.nn.Module):

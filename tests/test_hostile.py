@@ -165,8 +165,11 @@ def test_no_tokenizer_is_fetched_for_a_prompt_that_a_file_holds(model_folders: d
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"r": 10**9}, "r = 1,000,000,000, and the largest tensor has"),
-        ({"rank_pattern": {"q_proj": 10**9}}, "largest tensor has"),
+        (
+            {"r": 10**9},
+            "would have 1,000,000,000 rows or columns by adapter_config.json, and the largest tensor of the file has",
+        ),
+        ({"rank_pattern": {"q_proj": 10**9}}, "would have 1,000,000,000 rows or columns"),
         ({"target_modules": 5}, "target_modules = 5"),
         ({"lora_alpha": "many"}, "lora_alpha = 'many'"),
     ],

@@ -25,7 +25,7 @@ from transformers import (
 
 import siliang
 from siliang.adapters.injection import Injection
-from siliang.adapters.modules_to_save import SavedModule
+from siliang.adapters.modules_to_save import ModulesToSaveWrapper
 from siliang.types import AdapterError, ConfigError, MergeError, TargetError
 
 SIZES: Any = ENCODER | {"initializer_range": 0.2}  # so that attention tells tokens apart
@@ -407,7 +407,7 @@ def test_rows_of_a_layer_whose_input_is_flattened() -> None:
     assert near(found, torch.stack([alone["b"][0], alone["a"][1]]))
     picked = siliang.get_peft_model(nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4)), Lora(target_modules=["1"])).eval()
     picked.add_adapter("b", Lora(target_modules=["1"]))
-    with pytest.raises(ConfigError, match="cannot be told"):
+    with pytest.raises(ConfigError, match="which adapter each is for is unknown"):
         picked(torch.randn(2, 2, 2, 4), adapter_names=["default", "b"])
 
 
@@ -547,12 +547,12 @@ def test_adapters_that_cannot_be_at_work_together(what: str) -> None:
     model.add_adapter("b", TOGETHER[what])
     model.merge_adapter()
     before = state(model)
-    with pytest.raises(ConfigError, match=r"'a' and 'b' cannot be at work together|'b' and 'a'"):
+    with pytest.raises(ConfigError, match=r"'a' and 'b' cannot be active together|'b' and 'a'"):
         model.set_adapter(["a", "b"])
     assert same(before, state(model))
-    with pytest.raises(MergeError, match="cannot be at work together"):
+    with pytest.raises(MergeError, match="cannot be active together"):
         model.merge_adapter(["b"])
-    with pytest.raises(MergeError, match="cannot be at work together"):
+    with pytest.raises(MergeError, match="cannot be active together"):
         model.merge_and_unload(adapter_names=["b"])
     assert same(before, state(model))
     with pytest.raises(ConfigError, match="'nobody' is not there"):
@@ -710,7 +710,7 @@ def test_nothing_is_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hasattr(made, "anything")
     inner = Injection.__new__(Injection)
     assert not hasattr(inner, "anything")
-    saved = SavedModule.__new__(SavedModule)
+    saved = ModulesToSaveWrapper.__new__(ModulesToSaveWrapper)
     assert not hasattr(saved, "anything")
 
 
@@ -719,7 +719,7 @@ def test_a_quantised_module_is_not_copied() -> None:
     base = Plain()
     base.last = bnb.nn.Linear4bit(16, 3)
     base.last.weight = bnb.nn.Params4bit(torch.randn(3, 16), requires_grad=False).to("cpu")
-    with pytest.raises(ConfigError, match="last is quantised"):
+    with pytest.raises(ConfigError, match="last is quantized"):
         siliang.get_peft_model(base, Lora(target_modules=["first"], modules_to_save=["last"]))
 
 

@@ -6,8 +6,9 @@ ranks off, remembers something between steps, and saves no more than the ranks t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,16 +17,15 @@ import torch
 from safetensors.torch import load_file
 from tiny import batch, make
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import siliang
 from siliang.config import RunConfig
 from siliang.engine.method_hooks import after_step, extra_loss
 from siliang.methods import METHODS
-from siliang.methods.config import LayerConfig
+from siliang.methods.config import CONFIG_CLASSES, LayerConfig
 from siliang.methods.find_targets import find_targets
-from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors
-from siliang.methods.method import Attached, Method, Parts, SharedSpec
+from siliang.methods.layer import BaseForward, Layer, LayerAdapter
+from siliang.methods.method import Adapter, Method, Parts, SharedSpec
 from siliang.models.introspect import features, is_linear
 from siliang.train.prepare import _check_terms
 from siliang.train.run import train
@@ -62,38 +62,28 @@ class Shared(Method[SharedConfig]):
             raise ConfigError("the layers of Shared must read the same width")
         shape = (config.r, widths.pop())
         shared = {"shared_A": SharedSpec(shape, lambda device: torch.randn(shape, device=device) / 4)}
-        return Parts(layers={path: SharedLayerSpec(config.r) for path in layers}, shared=shared)
+        return Parts(layers={path: partial(SharedLayer.make, config.r) for path in layers}, shared=shared)
 
-    def extra_loss(self, adapter: Attached[SharedConfig]) -> Tensor:
+    def extra_loss(self, adapter: Adapter[SharedConfig]) -> Tensor:
         return adapter.config.decay * adapter.shared["shared_A"].square().sum()
 
 
-@dataclass(frozen=True)
-class SharedLayerSpec(LayerSpec):
-    r: int
-
-    def numbers(self, layer: nn.Module) -> int:
-        return self.r + features(layer)[1] * self.r
-
-    def sizes(self, layer: nn.Module) -> dict[str, int]:
-        return {"r": self.r}
-
-    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
-        out_features = features(layer.base_layer)[1]
-        parts = {
-            "shared_d": nn.Parameter(torch.ones(self.r)),
-            "shared_B": nn.Parameter(torch.zeros(out_features, self.r)),
-        }
-        return SharedLayer(layer, name, parts, shared)
-
-
 class SharedLayer(LayerAdapter):
-    def __init__(self, layer: AdaptedLayer, name: str, parts: Any, shared: SharedTensors) -> None:
+    def __init__(self, layer: Layer, name: str, parts: Any, shared: Mapping[str, Tensor]) -> None:
         super().__init__(layer, name, parts)
         self._shared = shared
 
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
-        return beneath(x) + x @ self._delta().T
+    @staticmethod
+    def make(r: int, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+        out_features = features(layer.base_layer)[1]
+        parts = {
+            "shared_d": nn.Parameter(torch.ones(r)),
+            "shared_B": nn.Parameter(torch.zeros(out_features, r)),
+        }
+        return SharedLayer(layer, name, parts, shared)
+
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        return base_forward(x) + x @ self._delta().T
 
     def merged(self) -> dict[str, Tensor]:
         return {"weight": self.layer.base_layer.weight + self._delta()}
@@ -124,10 +114,9 @@ class Ranked(Method[RankedConfig]):
 
     def attach(self, model: nn.Module, config: RankedConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         layers = find_targets(model, config, is_linear, defaults={}, outside=saved, lenient=from_file)
-        specs = {path: RankedSpec(config.ranks.get(path, config.r)) for path in layers}
-        return Parts(layers=specs)
+        return Parts(layers={path: partial(ranked, config.ranks.get(path, config.r)) for path in layers})
 
-    def after_step(self, adapter: Attached[RankedConfig], step: int) -> None:
+    def after_step(self, adapter: Adapter[RankedConfig], step: int) -> None:
         with torch.no_grad():
             for path, layer in adapter.layers.items():
                 e = layer.part("ranked_e")
@@ -150,25 +139,15 @@ class Ranked(Method[RankedConfig]):
         return found
 
 
-@dataclass(frozen=True)
-class RankedSpec(LayerSpec):
-    r: int
-
-    def numbers(self, layer: nn.Module) -> int:
-        return self.r * (sum(features(layer)) + 1)
-
-    def sizes(self, layer: nn.Module) -> dict[str, int]:
-        return {"r": self.r}
-
-    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
-        in_features, out_features = features(layer.base_layer)
-        shapes = {"ranked_A": (self.r, in_features), "ranked_e": (self.r,), "ranked_B": (out_features, self.r)}
-        return RankedLayer(layer, name, {key: nn.Parameter(torch.randn(shape) / 8) for key, shape in shapes.items()})
+def ranked(r: int, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+    in_features, out_features = features(layer.base_layer)
+    shapes = {"ranked_A": (r, in_features), "ranked_e": (r,), "ranked_B": (out_features, r)}
+    return RankedLayer(layer, name, {key: nn.Parameter(torch.randn(shape) / 8) for key, shape in shapes.items()})
 
 
 class RankedLayer(LayerAdapter):
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
-        return beneath(x) + (x @ self.part("ranked_A").T * self.part("ranked_e")) @ self.part("ranked_B").T
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        return base_forward(x) + (x @ self.part("ranked_A").T * self.part("ranked_e")) @ self.part("ranked_B").T
 
     def merged(self) -> dict[str, Tensor]:
         delta = (self.part("ranked_B") * self.part("ranked_e")) @ self.part("ranked_A")
@@ -182,6 +161,7 @@ class RankedLayer(LayerAdapter):
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     for method in (Shared(), Ranked()):
         monkeypatch.setitem(METHODS, method.name, method)
+        monkeypatch.setitem(CONFIG_CLASSES, method.config.peft_type, method.config)
 
 
 def tune(model: Any, steps: int, first: int = 1) -> list[float]:
@@ -242,7 +222,7 @@ def test_a_shared_tensor_is_one_parameter_and_one_tensor_of_the_file(tmp_path: P
     model.double()
     before = logits(model)
     model.injection.shared_A["default"].data.mul_(2)
-    model.injection.adapter_tensors("default")["base_model.shared_A"].data.mul_(0.5)
+    model.injection.adapters["default"].tensors()["base_model.shared_A"].data.mul_(0.5)
     assert torch.equal(logits(model), before)
     model.add_adapter("b", SharedConfig(task_type=CAUSAL, r=2))
     model.set_adapter(["default", "b"])
@@ -306,7 +286,7 @@ def test_a_file_that_asks_for_more_than_it_holds_is_refused(tmp_path: Path) -> N
     siliang.get_peft_model(make("llama"), CONFIGS["shared"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"r": 3', '"r": 40000000'))
-    with pytest.raises(AdapterError, match="the largest tensor has"):
+    with pytest.raises(AdapterError, match="the largest tensor of the file has"):
         siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
 
 
@@ -356,41 +336,3 @@ def test_beside_methods_of_the_project_on_one_layer() -> None:
     tune(model, 2)
     tuned = logits(model.eval())
     torch.testing.assert_close(logits(model.merge_and_unload().eval()), tuned)
-
-
-class Experts(nn.Module):
-    """Weights of several experts in one parameter, as mixtures of experts have them: no linear layer holds them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(2, 4, 3))
-
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        return x @ self.up[expert]
-
-
-class OnExperts(LayerAdapter):
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
-        base = self.layer.base_layer
-        return beneath.computed_by(lambda *args: functional_call(base, self.merged(), args), x)
-
-    def merged(self) -> dict[str, Tensor]:
-        return {"up": self.layer.base_layer.up + self.part("delta")}
-
-
-def test_weights_that_are_no_layers_own() -> None:
-    own, x = Experts(), torch.randn(5, 4)
-    plain = [own(x, 0), own(x, 1)]
-    layer = AdaptedLayer(own)
-    layer.add(OnExperts(layer, "a", {"delta": nn.Parameter(torch.randn(2, 4, 3))}))
-    layer.stand(("a",), merged=False)
-    tuned = [layer(x, 0), layer(x, 1)]
-    assert not torch.equal(tuned[0], plain[0])
-    torch.testing.assert_close(tuned, [x @ (own.up[i] + layer.held("delta")["a"][i]) for i in (0, 1)])
-    layer.lay_down()
-    layer.hold_merged(["a"], layer.merge(["a"], safe=True))
-    layer.stand((), merged=True)
-    torch.testing.assert_close([layer(x, 0), layer(x, 1)], tuned)
-    layer.hold_merged([], {})
-    layer.stand((), merged=False)
-    assert torch.equal(layer(x, 1), plain[1])

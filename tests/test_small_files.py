@@ -1,5 +1,6 @@
 """Small files that ask for gigabytes: what a config says is bounded by what is in the files and on the model."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -26,7 +27,7 @@ from siliang import (
     PromptTuningConfig,
     get_peft_model,
 )
-from siliang.adapters.file_sizes import SPARE_NUMBERS
+from siliang.adapters.file_sizes import SPARE_NUMBERS, FileSizes, check_sizes
 from siliang.adapters.files import read_adapter
 from siliang.methods.config import PeftConfig
 from siliang.methods.prompt import PromptConfig
@@ -63,12 +64,13 @@ def test_what_is_made_is_counted_before(name: str) -> None:
     if isinstance(config, PromptConfig):
         made = sum(p.numel() for p in model.injection.prompts.parameters())
         assert config.encoder_numbers == made
-        assert config.rows * config.width == model.injection.adapter_tensors("default")["prompt_embeddings"].numel()
+        assert config.rows * config.width == model.injection.adapters["default"].tensors()["prompt_embeddings"].numel()
         return
-    base = make("llama")
-    layers = model.injection.adapters["default"].layers
-    counted = sum(spec.numbers(base.get_submodule(path)) for path, spec in layers.items())
-    assert layers and counted == sum(p.numel() for p in model.injection.adapter_parameters("default"))
+    adapter = model.injection.adapters["default"]
+    base, file = make("llama"), FileSizes("a file", numbers=0, largest=2**31)
+    assert adapter.parts.layers
+    with pytest.raises(AdapterError, match=f"it has {sum(p.numel() for p in adapter.parameters()):,} numbers"):
+        check_sizes(base, config, adapter.parts, dataclasses.replace(file, numbers=-SPARE_NUMBERS))
 
 
 HUGE = 40_000_000

@@ -30,7 +30,7 @@ BASES = {"bitfit": "bloom", "head": "bert"}
 
 def saved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     injection: Any = model.injection
-    return {name: t.detach().clone() for name, t in injection.adapter_tensors("default").items()}
+    return {name: t.detach().clone() for name, t in injection.adapters["default"].tensors().items()}
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:

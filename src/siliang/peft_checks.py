@@ -20,7 +20,7 @@ from typing import Any
 _MODEL, _CONFIG, _LAYER = (
     ("siliang.peft_model", "PeftModel"),
     ("siliang.methods.config", "PeftConfig"),
-    ("siliang.methods.layer", "AdaptedLayer"),
+    ("siliang.adapters.adapted_layer", "AdaptedLayer"),
 )
 
 

@@ -26,8 +26,9 @@ from siliang.adapters.files import (
 )
 from siliang.adapters.injection import Injection
 from siliang.answers_as_base import AnswersAsBase
-from siliang.methods import METHODS, method_of
+from siliang.methods import METHODS
 from siliang.methods.config import BASE, CONFIG_NAME, PeftConfig
+from siliang.methods.lora_conversion import as_plain_lora
 from siliang.models.quantized import count_parameters, keep_as_stored
 from siliang.peft_checks import refresh
 from siliang.types import ConfigError, nearest
@@ -93,9 +94,9 @@ class PeftModel(AnswersAsBase):
             raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PeftModel:
-        """Moves what adapters keep aside along with the model."""
+        """Moves the parameters that are not in the model now along with it."""
         super()._apply(fn, recurse)
-        for p in {id(p): p for p in self.injection.aside()}.values():
+        for p in {id(p): p for p in self.injection.parked_parameters()}.values():
             p.data = fn(p.data)
         return self
 
@@ -139,7 +140,7 @@ class PeftModel(AnswersAsBase):
             self._modules["prompt_encoder"] = self.injection.prompts
         try:
             fill()
-            self.injection.leave_merged("An adapter is added to")
+            self.injection.unmerge_with_warning("An adapter is added to")
         except BaseException:
             self.injection.delete_adapter(name)
             raise
@@ -166,11 +167,11 @@ class PeftModel(AnswersAsBase):
         tensors, training = read_adapter(folder), read_training(folder)
         if adapter_name in self.peft_config:
             self.peft_config[adapter_name].check_same(config, source=f"{folder}/{CONFIG_NAME}", name=adapter_name)
-            self.injection.leave_merged("Other weights are loaded into")
-            trained = any(p.requires_grad for p in self.injection.adapter_parameters(adapter_name))
+            self.injection.unmerge_with_warning("Other weights are loaded into")
+            trained = any(p.requires_grad for p in self.injection.adapters[adapter_name].parameters())
             with at_most_what_is_there(folder):
                 load_tensors(self.injection, adapter_name, tensors, source=str(folder), training=training)
-            self.injection.ask_for_gradients(adapter_name, trained or is_trainable)
+            self.injection.adapters[adapter_name].set_trainable(trained or is_trainable)
             return
 
         def fill() -> None:
@@ -178,7 +179,7 @@ class PeftModel(AnswersAsBase):
 
         with at_most_what_is_there(folder):
             self._add_adapter(adapter_name, config, file=FileSizes.of(folder, tensors, training), fill=fill)
-        self.injection.ask_for_gradients(adapter_name, is_trainable)
+        self.injection.adapters[adapter_name].set_trainable(is_trainable)
 
     def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
         """Takes an adapter off for good. Where it was the only active one, another takes its place, as in PEFT.
@@ -213,7 +214,7 @@ class PeftModel(AnswersAsBase):
     def _train_active(self, *, frozen: bool = False) -> None:
         for name, config in self.peft_config.items():
             trained = name in self.injection.active and not config.inference_mode and not frozen
-            self.injection.ask_for_gradients(name, trained)
+            self.injection.adapters[name].set_trainable(trained)
 
     @property
     def active_adapter(self) -> str | None:
@@ -334,13 +335,13 @@ class PeftModel(AnswersAsBase):
             config, tensors = self.peft_config[name], self.adapter_state(name, state_dict, save_embedding_layers)
             if initial is not None:
                 start = partial(read_adapter, Path(initial))
-                config, tensors = method_of(config).on_the_plain_base(config, tensors, start, str(initial))
+                config, tensors = as_plain_lora(config, tensors, start, str(initial))
             written.append((name, config, tensors))
         if not is_main_process:
             return
         for name, config, tensors in written:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            save_adapter(folder, self.injection, name, config, tensors, pickled=not safe_serialization)
+            save_adapter(folder, self.injection.adapters[name], config, tensors, pickled=not safe_serialization)
 
     def adapter_state(
         self,

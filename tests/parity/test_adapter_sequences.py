@@ -96,7 +96,7 @@ def test_as_peft(kind: str, seed: int, tmp_path: Path) -> None:
     def fill(name: str) -> None:
         """Random values for our adapter, and the same for peft's."""
         ours = models[siliang]
-        for p in ours.injection.adapter_parameters(name):
+        for p in ours.injection.adapters[name].parameters():
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + len(name)))
         tensors = siliang.get_peft_model_state_dict(ours, adapter_name=name)
         peft.set_peft_model_state_dict(models[peft], tensors, adapter_name=name)
@@ -294,7 +294,7 @@ def test_as_each_alone(seed: int, alone: tuple[Path, dict[str, torch.Tensor]], t
             if what in ("disable", "rows", "save", "for good"):
                 assert same(before, state(model)), done
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
-        held = {id(p) for n in model.peft_config for p in model.injection.adapter_parameters(n)}
+        held = {id(p) for n in model.peft_config for p in model.injection.adapters[n].parameters()}
         assert all(id(p) in held for n, p in model.named_parameters() if n in trained), done
         if what == "delete" and not model.injection.merged:
             right(model.active_adapters)

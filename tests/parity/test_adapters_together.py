@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*l
 
 
 def together(library: Any, name: str, first: dict[str, Any], second: dict[str, Any], targets: list[str]) -> Any:
-    """Two adapters at work, away from where they start."""
+    """Two active adapters, away from where they start."""
     model = library.get_peft_model(make(name), library.LoraConfig(r=4, target_modules=targets, **first))
     model.add_adapter("b", library.LoraConfig(r=2, target_modules=targets[-1:], **second))
     generator = torch.Generator().manual_seed(3)
@@ -87,7 +87,7 @@ def test_a_bias_that_has_no_place_says_why_it_is_not_merged() -> None:
 def test_two_copies_of_a_norm_are_not_merged_over_each_other() -> None:
     model = siliang.get_peft_model(make("llama"), siliang.LNTuningConfig())
     model.add_adapter("b", siliang.LNTuningConfig())
-    with pytest.raises(MergeError, match="Adapters 'default' and 'b' cannot be at work together"):
+    with pytest.raises(MergeError, match="Adapters 'default' and 'b' cannot be active together"):
         model.merge_adapter(["default", "b"])
 
 

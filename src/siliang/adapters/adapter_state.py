@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PretrainedConfig
 
-from siliang.adapters.injection import PROMPT_KEY, Injection
+from siliang.adapters.adapter import PROMPT_KEY, AttachedAdapter
+from siliang.adapters.injection import Injection
 from siliang.methods import method_of
-from siliang.methods.config import PeftConfig
+from siliang.methods.prompt import Prompt
+from siliang.models.introspect import output_layer, word_embeddings
 from siliang.module_paths import inside
 from siliang.safety.safe_json import read_json
 from siliang.types import AdapterError, ConfigError
@@ -37,21 +40,21 @@ def adapter_state(
         AdapterError: `state_dict` lacks a part of it.
         ConfigError: `embeddings` is none of True, False and "auto".
     """
-    tensors = injection.adapter_tensors(name)
+    adapter = injection.adapters[name]
+    tensors = adapter.tensors()
     if state_dict is not None:
         keys = dict(keys or {})
-        if name in injection.prompts:
+        if adapter.prompt is not None:
             keys |= {id(t): key for key, t in tensors.items() if key == PROMPT_KEY}
-            state_dict = {**state_dict, PROMPT_KEY: _prompt_of(injection.prompts[name], name, state_dict)}
+            state_dict = {**state_dict, PROMPT_KEY: _prompt_of(adapter.prompt, name, state_dict)}
         if missing := [key for key, t in tensors.items() if keys.get(id(t), key) not in state_dict]:
             raise AdapterError(f"state_dict lacks {len(missing)} tensors of adapter {name!r}, such as {missing[0]}.")
         tensors = {key: state_dict[keys.get(id(t), key)] for key, t in tensors.items()}
-    config = injection.config_of(name)
-    tensors = method_of(config).to_file(config, tensors)
-    return _with_embeddings(injection, name, config, tensors, wanted=embeddings)
+    tensors = method_of(adapter.config).to_file(adapter.config, tensors)
+    return _with_embeddings(injection, adapter, tensors, wanted=embeddings)
 
 
-def _prompt_of(prompt: Any, name: str, state_dict: dict[str, Tensor]) -> Tensor:
+def _prompt_of(prompt: Prompt, name: str, state_dict: dict[str, Tensor]) -> Tensor:
     """The table of virtual tokens with the values of a whole model's state."""
     start = f"prompt_encoder.{name}."
     own = {key.removeprefix(start): t for key, t in state_dict.items() if key.startswith(start)}
@@ -61,9 +64,9 @@ def _prompt_of(prompt: Any, name: str, state_dict: dict[str, Tensor]) -> Tensor:
 
 
 def _with_embeddings(
-    injection: Injection, name: str, config: PeftConfig, tensors: dict[str, Tensor], *, wanted: bool | str
+    injection: Injection, adapter: AttachedAdapter, tensors: dict[str, Tensor], *, wanted: bool | str
 ) -> dict[str, Tensor]:
-    """The tensors of adapter `name`, with the embeddings and the head or without them.
+    """The tensors of an adapter, with the embeddings and the head or without them.
 
     Args:
         wanted: "auto": where the adapter has others than the base (they are among the tensors), or they have another
@@ -74,21 +77,20 @@ def _with_embeddings(
     """
     if wanted not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers = {wanted!r}: must be True, False or 'auto'.")
-    parts = injection.adapters[name]
     with injection.bare() as base:
-        ends = [path for path in embedding_parameters(base) if not inside(path, list(parts.modules))]
-        keys = {injection.parameter_key(path, name): base.get_parameter(path) for path in ends}
+        ends = [path for path in embedding_parameters(base) if not inside(path, list(adapter.parts.modules))]
+        keys = {adapter.parameter_key(path): base.get_parameter(path) for path in ends}
         now = _vocabulary(base)
     if wanted is False:
         return {key: t for key, t in tensors.items() if key not in keys}
-    if wanted == "auto" and _vocabulary_of(config.base_model_name_or_path) in (None, now):
+    if wanted == "auto" and _vocabulary_of(adapter.config.base_model_name_or_path) in (None, now):
         return tensors
     return {**keys, **tensors}
 
 
-def _vocabulary(model: Any) -> int | None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+def _vocabulary(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if isinstance(config, PretrainedConfig) else config
     return getattr(text, "vocab_size", None)
 
 
@@ -108,12 +110,11 @@ def _vocabulary_of(folder: str | None) -> int | None:
     return None
 
 
-def embedding_parameters(base: Any) -> list[str]:
+def embedding_parameters(base: nn.Module) -> list[str]:
     """The paths of the weights of the base model's embeddings and head, which PEFT saves along when they are tuned or
     were resized.
     """
-    ends = (getattr(base, f"get_{end}_embeddings", None) for end in ("input", "output"))
-    modules = {id(module) for end in ends if end is not None and (module := end()) is not None}
+    modules = {id(module) for module in (word_embeddings(base), output_layer(base)) if module is not None}
     weights = {
         id(weight): f"{path}.weight"
         for path, module in reversed(list(base.named_modules()))

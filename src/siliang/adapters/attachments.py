@@ -1,240 +1,254 @@
-"""What stands in a base model's modules: layers with adapters, copies of whole modules, parameters in the place of its
-own. It knows nothing of what adapters are called together or may do: that is inject.py's.
+"""What adapters have in a base model's modules: layers with adapters, copies of whole modules, and parameters that
+replace its own. Which adapters there are and what they may do together is injection.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from siliang.adapters.modules_to_save import SavedModule, resized_module
-from siliang.adapters.parameter_override import Swap, resized, sites_of
-from siliang.adapters.tied_weights import replace
-from siliang.methods.layer import AdaptedLayer
+from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.adapters.modules_to_save import ModulesToSaveWrapper, resized_module
+from siliang.adapters.parameter_override import ParameterOverride, Places, places_of, resized
+from siliang.adapters.table_rows import RowsAdapter, make_table_rows, tied_layers
+from siliang.adapters.tied_weights import replace_module
+from siliang.methods.method import TableRows
 from siliang.methods.rows import Rows
+from siliang.models.introspect import output_layer, word_embeddings
 from siliang.module_paths import inside
 from siliang.types import ConfigError
 
 
 class Attachments:
-    """Everything that has been put into one base model.
+    """Everything that adapters have in the modules of one base model.
 
     Attributes:
         model: The base model.
-        layers: Its layers with adapters on them, by path.
-        saved: Its modules of which adapters have copies of their own.
-        swaps: Its parameters of which adapters have their own.
+        layers: Its layers with adapters, by path.
+        modules_to_save: Its modules of which adapters have copies of their own, by path.
+        overrides: Its parameters of which adapters have copies of their own, by path.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers: dict[str, AdaptedLayer] = {}
-        self.saved: dict[str, SavedModule] = {}
-        self.swaps: dict[str, Swap] = {}
+        self.modules_to_save: dict[str, ModulesToSaveWrapper] = {}
+        self.overrides: dict[str, ParameterOverride] = {}
 
-    # ---- the base model alone, and with everything in it ----
+    # ---- the bare base model, and which adapters are active ----
 
-    def take_off(self) -> None:
+    def detach(self) -> None:
         """Makes the base model what it was: its own modules under their own paths, its own parameters."""
-        self.lay_down()
-        for path in self._places():
-            replace(self.model, path, self._own(path))
+        self.restore_parameters()
+        for path in self._replaced_paths():
+            replace_module(self.model, path, self._base_module(path))
 
-    def put_back(self) -> None:
-        """Puts everything where it stood, and what has been added since where it belongs."""
-        for path in reversed(self._places()):
-            own = self.model.get_submodule(path)
-            standing = self.layers.get(path, own)
-            if path in self.saved:
-                self.saved[path].original_module = standing
-                standing = self.saved[path]
-            replace(self.model, path, standing)
+    def reattach(self) -> None:
+        """Undoes `detach`, and puts what has been added since into the model."""
+        for path in reversed(self._replaced_paths()):
+            module = self.layers.get(path, self.model.get_submodule(path))
+            if path in self.modules_to_save:
+                self.modules_to_save[path].original_module = module
+                module = self.modules_to_save[path]
+            replace_module(self.model, path, module)
 
-    def lay_down(self) -> None:
+    def restore_parameters(self) -> None:
         """Gives the base model's modules their own parameters."""
         for layer in self.layers.values():
-            layer.lay_down()
-        self._put_swaps(())
+            layer.restore_base()
+        self._activate_overrides(())
 
-    def settle(self, at_work: tuple[str, ...], merged: tuple[str, ...], rows: Rows | None) -> None:
+    def apply_state(self, active: tuple[str, ...], merged: tuple[str, ...], rows: Rows | None) -> None:
         """Lets these adapters compute, and no others.
 
         Args:
-            at_work: The active ones.
+            active: The active ones.
             merged: Those that are in the weights.
-            rows: For a batch that mixes adapters, the one of each row; then there are none at work or merged.
+            rows: For a batch that mixes adapters, the one of each row; none are active or merged then.
         """
         for layer in self.layers.values():
-            layer.lay_down()
-        self._put_swaps((*merged, *at_work))
+            layer.restore_base()
+        self._activate_overrides((*merged, *active))
         for layer in self.layers.values():
-            layer.stand(at_work, merged=bool(merged))
+            layer.activate(active, merged=bool(merged))
             layer.rows = rows
-        for saved in self.saved.values():
-            saved.active = next((n for n in at_work if n in saved.modules_to_save), None)
-            saved.rows = rows
+        for wrapper in self.modules_to_save.values():
+            wrapper.active = next((n for n in active if n in wrapper.modules_to_save), None)
+            wrapper.rows = rows
 
-    def _put_swaps(self, names: Sequence[str]) -> None:
-        for swap in self.swaps.values():
-            swap.put(next((n for n in names if n in swap.adapters), None))
+    def _activate_overrides(self, names: Sequence[str]) -> None:
+        for override in self.overrides.values():
+            override.activate(next((n for n in names if n in override.adapters), None))
 
-    def _places(self) -> list[str]:
-        """Where something stands in a module's place, the outer ones first."""
-        return sorted({*self.layers, *self.saved}, key=lambda path: (path.count("."), path))
+    def _replaced_paths(self) -> list[str]:
+        """Where a module of the base model is replaced, the outer ones first."""
+        return sorted({*self.layers, *self.modules_to_save}, key=lambda path: (path.count("."), path))
 
-    def _own(self, path: str) -> nn.Module:
-        return self.layers[path].base_layer if path in self.layers else self.saved[path].original_module
+    def _base_module(self, path: str) -> nn.Module:
+        return self.layers[path].base_layer if path in self.layers else self.modules_to_save[path].original_module
 
-    def aside(self) -> Iterator[nn.Parameter]:
+    def parked_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that are not in the model now, and must move with it all the same."""
-        for holder in (*self.layers.values(), *self.swaps.values()):
-            yield from holder.aside()
+        for holder in (*self.layers.values(), *self.overrides.values()):
+            yield from holder.parked_parameters()
 
-    # ---- on, and off ----
+    # ---- attaching an adapter, and removing it: the base model must be bare ----
 
-    def layer(self, path: str) -> AdaptedLayer:
+    def adapted_layer(self, path: str) -> AdaptedLayer:
         """The layer with adapters at `path`, a new one where there is none yet."""
         if path not in self.layers:
-            own = self.model.get_submodule(path)
-            layer = AdaptedLayer(own)
-            layer.train(own.training)
+            base_layer = self.model.get_submodule(path)
+            layer = AdaptedLayer(base_layer)
+            layer.train(base_layer.training)
             self.layers[path] = layer
         return self.layers[path]
+
+    def add_table_rows(self, name: str, path: str, rows: TableRows) -> dict[str, RowsAdapter]:
+        """Gives adapter `name` rows of the table at `path`; its part on each layer that has the table, by path."""
+        paths = (path, *tied_layers(self.model, path))
+        found = make_table_rows({p: self.adapted_layer(p) for p in paths}, name, rows)
+        for p, adapter in found.items():
+            self.layers[p].add_adapter(adapter)
+        return found
 
     def copy_modules(self, name: str, paths: Iterable[str]) -> None:
         """Gives adapter `name` copies of modules."""
         for path in paths:
-            own = self.model.get_submodule(path)
-            if path not in self.saved:
-                self.saved[path] = SavedModule(own)
-            self.saved[path].add_adapter(name, own)
+            module = self.model.get_submodule(path)
+            if path not in self.modules_to_save:
+                self.modules_to_save[path] = ModulesToSaveWrapper(module)
+            self.modules_to_save[path].add_adapter(name, module)
 
     def copy_parameters(self, name: str, paths: Iterable[str]) -> None:
         """Gives adapter `name` copies of parameters."""
-        sites = sites_of(self.model)
+        places = places_of(self.model)
         for path in paths:
-            self._swap(path, sites).add_adapter(name)
+            self._override(path, places).add_adapter(name)
 
-    def stand_in(self, path: str, name: str, tensor: Tensor) -> None:
-        """Makes `tensor` what adapter `name` has in the place of the one at `path`."""
-        swap = self._swap(path, sites_of(self.model))
-        swap.adapters[name] = nn.Parameter(tensor.to(swap.original), requires_grad=False)
+    def override_parameter(self, path: str, name: str, tensor: Tensor) -> None:
+        """Makes a frozen copy of `tensor` what adapter `name` has in place of the parameter at `path`."""
+        override = self._override(path, places_of(self.model))
+        override.adapters[name] = nn.Parameter(tensor.to(override.original), requires_grad=False)
 
-    def _swap(self, path: str, sites: Any) -> Swap:
-        if path not in self.swaps:
+    def _override(self, path: str, places: Callable[[nn.Parameter], Places]) -> ParameterOverride:
+        if path not in self.overrides:
             original = self.model.get_parameter(path)
-            self.swaps[path] = Swap(original, sites(original))
-        return self.swaps[path]
+            self.overrides[path] = ParameterOverride(original, places(original))
+        return self.overrides[path]
 
-    def parameter(self, path: str, name: str) -> nn.Parameter:
-        """What adapter `name` has in the place of the parameter at `path`."""
-        owner, _, own = path.rpartition(".")
-        swap = self.swaps[path]
-        if name == swap.standing and owner in self.layers:
-            return self.layers[owner].own_parameter(own)
-        return swap.of(name)
-
-    def forget(self, name: str) -> None:
-        """Drops all that adapter `name` has. The base model must be alone."""
+    def delete_adapter(self, name: str) -> None:
+        """Removes all that adapter `name` has."""
         for path, layer in list(self.layers.items()):
-            layer.delete(name)
+            layer.delete_adapter(name)
             if not layer.adapters:
                 del self.layers[path]
-        for path, saved in list(self.saved.items()):
-            saved.delete_adapter(name)
-            if not saved.modules_to_save:
-                del self.saved[path]
-        for path, swap in list(self.swaps.items()):
-            swap.delete_adapter(name)
-            if not swap.adapters:
-                del self.swaps[path]
+        for path, wrapper in list(self.modules_to_save.items()):
+            wrapper.delete_adapter(name)
+            if not wrapper.modules_to_save:
+                del self.modules_to_save[path]
+        for path, override in list(self.overrides.items()):
+            override.delete_adapter(name)
+            if not override.adapters:
+                del self.overrides[path]
+
+    # ---- what an adapter has ----
+
+    def module_copy(self, path: str, name: str) -> nn.Module:
+        """Adapter `name`'s copy of the module at `path`."""
+        return self.modules_to_save[path].modules_to_save[name]
+
+    def parameter(self, path: str, name: str) -> nn.Parameter:
+        """What adapter `name` has in place of the parameter at `path`."""
+        owner, _, own = path.rpartition(".")
+        override = self.overrides[path]
+        if name == override.active and owner in self.layers:
+            return self.layers[owner].base_parameter(own)
+        return override.of(name)
+
+    def overridden_by(self, name: str) -> list[str]:
+        """The paths of the parameters of which adapter `name` has its own."""
+        return [path for path, override in self.overrides.items() if name in override.adapters]
 
     # ---- merging ----
 
     def check_merge(self, names: Sequence[str]) -> None:
         """
         Raises:
-            MergeError: A layer cannot take the adapters of `names` into its weights.
+            MergeError: A layer cannot merge the adapters of `names`.
         """
         for layer in self.layers.values():
             layer.check_merge(names)
 
     def merge(self, names: Sequence[str], *, safe: bool) -> None:
-        """Keeps the weights with adapters `names` in them, for `settle` to put where the model reads them.
+        """Keeps the weights with adapters `names` merged into them, for `apply_state`.
 
         Raises:
             MergeError: A merged weight is not finite, with `safe`. Nothing is kept then.
         """
-        self.lay_down()
-        self._put_swaps(names)
+        self.restore_parameters()
+        self._activate_overrides(names)
         found = {path: layer.merge(names, safe=safe) for path, layer in self.layers.items()}
         for path, layer in self.layers.items():
-            layer.hold_merged(names, found[path])
+            layer.set_merged(names, found[path])
 
     def unmerge(self) -> None:
-        """Forgets the merged weights."""
+        """Drops the merged weights."""
         for layer in self.layers.values():
-            layer.hold_merged((), {})
+            layer.set_merged((), {})
 
     def merge_for_good(self, names: Sequence[str], *, safe: bool, progress: bool) -> None:
-        """Leaves the base model with adapters `names` in it, and without anything attached.
+        """Leaves the base model with adapters `names` merged into it, and without anything attached.
 
         Raises:
             MergeError: A merged weight is not finite, with `safe`. Everything is still attached then.
         """
-        self.lay_down()
-        self._put_swaps(names)
+        self.restore_parameters()
+        self._activate_overrides(names)
         found = {path: layer.merge(names, safe=True) for path, layer in self.layers.items()} if safe else {}
-        trained = [(swap, swap.of(swap.standing)) for swap in self.swaps.values() if swap.standing is not None]
-        for path, layer in _shown(self.layers.items(), progress):
+        trained = [(one, one.of(one.active)) for one in self.overrides.values() if one.active is not None]
+        for path, layer in tqdm(self.layers.items(), disable=not progress, desc="Unloading and merging model"):
             # one layer after the other, so that no weight is there twice for long
             for key, parameter in (found[path] if safe else layer.merge(names)).items():
                 setattr(layer.base_layer, key, parameter)
-        for swap, parameter in trained:
-            swap.stay(parameter)
+        for override, parameter in trained:
+            override.make_permanent(parameter)
         copies: list[str] = []
-        for path in self._places():
+        for path in self._replaced_paths():
             if inside(path, copies):
                 continue
-            standing, saved = self._own(path), self.saved.get(path)
-            name = next((n for n in names if saved is not None and n in saved.modules_to_save), None)
-            if saved is not None and name is not None:
+            module, wrapper = self._base_module(path), self.modules_to_save.get(path)
+            name = next((n for n in names if wrapper is not None and n in wrapper.modules_to_save), None)
+            if wrapper is not None and name is not None:
                 copies.append(path)
-                standing = saved.in_own_format(name)
-            replace(self.model, path, standing)
-        for holder in (self.layers, self.saved, self.swaps):
+                module = wrapper.in_base_dtypes(name)
+            replace_module(self.model, path, module)
+        for holder in (self.layers, self.modules_to_save, self.overrides):
             holder.clear()
 
     # ---- a larger vocabulary ----
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
-        """Resizes the base model's embeddings, and every adapter's copy of them. The base model must be alone.
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> None:
+        """Resizes the base model's embeddings, and every adapter's copy of them. The base model must be bare.
 
         Raises:
             ConfigError: An adapter has parameters of the old size beside the embeddings or the head. Nothing has been
                 changed then.
         """
-        base: Any = self.model
-        both_ends = [end() for end in (base.get_input_embeddings, base.get_output_embeddings)]
+        base = self.model
+        both_ends = (word_embeddings(base), output_layer(base))
         paths = [path for path, module in base.named_modules() if any(module is end for end in both_ends)]
         if path := next((path for path in paths if path in self.layers), None):
             raise ConfigError(f"{path} carries an adapter of the present size: resize the embeddings before attaching.")
-        changing = [path for path in self.swaps if path.rpartition(".")[0] in paths]
-        type(base).resize_token_embeddings(base, *args, **kwargs)
-        sites = sites_of(base)
+        changing = [path for path in self.overrides if path.rpartition(".")[0] in paths]
+        type(base).resize_token_embeddings(base, *args, **kwargs)  # type: ignore[attr-defined]
+        places = places_of(base)
         for path in changing:
-            old = self.swaps.pop(path)
-            swap = self._swap(path, sites)
+            old = self.overrides.pop(path)
+            override = self._override(path, places)
             for name, p in old.adapters.items():
-                swap.adapters[name] = resized(p, swap.original)
-        for path, saved in self.saved.items():
-            for name, twin in saved.modules_to_save.items():
-                saved.modules_to_save[name] = resized_module(twin, base.get_submodule(path))
-
-
-def _shown(layers: Any, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(layers, disable=not progress, desc="Unloading and merging model")
+                override.adapters[name] = resized(p, override.original)
+        for path, wrapper in self.modules_to_save.items():
+            for name, own in wrapper.modules_to_save.items():
+                wrapper.modules_to_save[name] = resized_module(own, base.get_submodule(path))

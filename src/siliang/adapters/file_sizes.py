@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.methods.config import CONFIG_NAME, PeftConfig
+from siliang.methods.layer import MakeAdapter
 from siliang.methods.method import Parts
-from siliang.types import AdapterError
+from siliang.types import AdapterError, first_line
 
 SPARE_NUMBERS = 2**25  # that an adapter may lack in its file: what is missing by name is said of tensors, one by one
 
@@ -42,7 +48,7 @@ class FileSizes:
 
 
 def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSizes) -> None:
-    """Whether all that an adapter asks for can be in its files. Asked before any of it is made.
+    """Whether all that an adapter asks for can be in its files. Called before any of it is made.
 
     Raises:
         AdapterError: It asks for more.
@@ -58,18 +64,23 @@ def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSi
                 f"{file.source}: what made the prompt has {made:,} numbers by {CONFIG_NAME}, and "
                 f"{file.training:,} in the file."
             )
-    for path, spec in parts.layers.items():
-        layer = model.get_submodule(path)
-        wanted |= {f"{path}: {field}": size for field, size in spec.sizes(layer).items()}
-        total += spec.numbers(layer)
-    for name, shared in parts.shared.items():
-        if shared.saved:
-            wanted[name] = max(shared.shape, default=0)
-            total += shared.numbers
+    shared = {name: torch.empty(spec.shape, device="meta") for name, spec in parts.shared.items()}
+    for path, make in parts.layers.items():
+        for key, shape in _shapes(model.get_submodule(path), make, shared, file.source, path).items():
+            wanted[f"{path}.{key}"] = max(shape, default=0)
+            total += math.prod(shape)
+    for path, rows in parts.table_rows.items():
+        wanted[f"{path}.{rows.key}"] = len(rows.indices)
+        total += len(rows.indices) * model.get_parameter(f"{path}.weight").shape[1]
+    for name, spec in parts.shared.items():
+        if spec.saved:
+            wanted[name] = max(spec.shape, default=0)
+            total += spec.numbers
     for name, value in wanted.items():
         if value > file.largest:
             raise AdapterError(
-                f"{file.source}: {name} = {value:,}, and the largest tensor has {file.largest:,} rows or columns."
+                f"{file.source}: {name} would have {value:,} rows or columns by {CONFIG_NAME}, and the largest tensor "
+                f"of the file has {file.largest:,}."
             )
     total += sum(model.get_parameter(path).numel() for path in parts.parameters)
     total += sum(t.numel() for path in parts.modules for t in model.get_submodule(path).state_dict().values())
@@ -78,3 +89,32 @@ def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSi
             f"{file.source}: by {CONFIG_NAME} it has {total:,} numbers on this model, and in its file "
             f"{file.numbers:,}: is it an adapter of another base model, or was {CONFIG_NAME} changed?"
         )
+
+
+def _shapes(
+    base_layer: nn.Module, make: MakeAdapter, shared: Mapping[str, Tensor], source: str, path: str
+) -> dict[str, torch.Size]:
+    """The shapes of an adapter's tensors on a layer, from one that is made on the meta device.
+
+    Raises:
+        AdapterError: Its numbers are too many to be counted.
+    """
+    try:
+        with torch.device("meta"):
+            adapter = make(AdaptedLayer(_on_meta(base_layer)), "default", shared)
+    except RuntimeError as error:
+        raise AdapterError(f"{source}: by {CONFIG_NAME} {path} is too large: {first_line(error)}") from None
+    return {key: p.shape for key, p in adapter.parameters().items()}
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A module of the same kind and attributes whose tensors have shapes and no data."""
+    twin = copy.copy(module)
+    twin._parameters = {name: None if p is None else _empty(p) for name, p in module._parameters.items()}
+    twin._buffers = {name: None if b is None else _empty(b) for name, b in module._buffers.items()}
+    twin._modules = {name: None if child is None else _on_meta(child) for name, child in module._modules.items()}
+    return twin
+
+
+def _empty(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty(t.shape, dtype=t.dtype, device="meta"), requires_grad=False)

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from siliang.adapters.adapter import PROMPT_KEY, AttachedAdapter
 from siliang.adapters.adapter_state import embedding_parameters
-from siliang.adapters.injection import PROMPT_KEY, Injection
+from siliang.adapters.injection import Injection
 from siliang.files import replacing, write_text
 from siliang.hub import hub_is_off
 from siliang.methods import method_of
@@ -31,14 +32,13 @@ TRAINING_NAME = "siliang_training.safetensors"
 
 def save_adapter(
     folder: Path,
-    injection: Injection,
-    name: str,
+    adapter: AttachedAdapter,
     config: PeftConfig,
     tensors: dict[str, Tensor],
     *,
     pickled: bool = False,
 ) -> None:
-    """Writes adapter `name` into `folder`: each file under a temporary name first, the config last.
+    """Writes an adapter into `folder`: each file under a temporary name first, the config last.
 
     A folder with adapter_config.json in it is therefore complete. What training alone needs, such as the encoder of a
     P-tuning prompt, which PEFT flattens away, goes into a file of its own, which PEFT does not look at.
@@ -48,7 +48,7 @@ def save_adapter(
         pickled: As adapter_model.bin, which other programs load by running what is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    training = injection.training_state(name)
+    training = adapter.training_state()
     if pickled:
         with replacing(folder / PICKLED_NAME) as temporary:
             torch.save({key: t.detach().cpu().clone() for key, t in tensors.items()}, temporary)
@@ -89,7 +89,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def read_training(folder: Path) -> dict[str, Tensor] | None:
-    """What training goes on with beside the adapter of a folder, on the CPU; None where there is nothing.
+    """What a resumed training needs beside the adapter of a folder, on the CPU; None where there is nothing.
 
     That is what makes a prompt, or what a method remembers between steps.
 
@@ -159,17 +159,18 @@ def load_tensors(
     """Copies `tensors` into adapter `name`; nothing is copied unless all of it fits.
 
     Args:
-        training: What training goes on with, from `read_training`: without it a prompt becomes a plain table.
+        training: From `read_training`: without it a prompt becomes a plain table.
 
     Raises:
         AdapterError: Keys are missing or unexpected, or a shape differs.
     """
-    own = injection.adapter_tensors(name)
+    adapter = injection.adapters[name]
+    own = adapter.tensors()
     with injection.bare() as base:
-        embeddings = {injection.parameter_key(path, name): path for path in embedding_parameters(base)}
+        embeddings = {adapter.parameter_key(path): path for path in embedding_parameters(base)}
         first = {id(p): path for path, p in base.named_parameters()}
         tied = {path: first[id(p)] for path, p in base.named_parameters(remove_duplicate=False) if path != first[id(p)]}
-        again = {injection.parameter_key(a, name): injection.parameter_key(b, name) for a, b in tied.items()}
+        again = {adapter.parameter_key(a): adapter.parameter_key(b) for a, b in tied.items()}
         sizes = {path: base.get_parameter(path) for path in embeddings.values()}
     if stray := next(
         (k for k, first in again.items() if k in tensors and not {k, first} & own.keys() and first not in tensors), None
@@ -186,7 +187,7 @@ def load_tensors(
         raise AdapterError(
             f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}."
         )
-    why_other_shape = method_of(injection.config_of(name)).why_other_shape
+    hint = method_of(adapter.config).shape_hint
     needed = {k: t.shape for k, t in own.items()} | {k: sizes[path].shape for k, path in embeddings.items()}
     for key, shape in needed.items():
         if tensors[key].is_complex():
@@ -194,18 +195,18 @@ def load_tensors(
         if shape != tensors[key].shape:
             raise AdapterError(
                 f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(shape)}. "
-                f"{why_other_shape(key, tensors[key].shape, shape) or 'Is it an adapter of another base model?'}"
+                f"{hint(key, tensors[key].shape, shape) or 'Is it an adapter of another base model?'}"
             )
-    if training is not None and name not in injection.prompts:
-        injection.set_training_state(name, training)
+    if training is not None and adapter.prompt is None:
+        adapter.state.update(training)
     for key, tensor in own.items():
-        if key == PROMPT_KEY:
-            _load_prompt(injection.prompts[name], tensors[key], training, source)
+        if adapter.prompt is not None and key == PROMPT_KEY:
+            _load_prompt(adapter.prompt, tensors[key], training, source)
         else:
             tensor.copy_(tensors[key])
     for key, path in embeddings.items():
         if not torch.equal(sizes[path].cpu(), tensors[key].to(sizes[path].dtype).cpu()):
-            injection.stand_in(path, name, tensors[key])
+            injection.override_parameter(path, name, tensors[key])
 
 
 def _respelled(

@@ -5,29 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from siliang.methods.layer import trained_dtype
 
+Places: TypeAlias = list[tuple[nn.Module, str]]  # modules, each with the attribute under which it holds a parameter
+
 
 @dataclass
-class Swap:
-    """A parameter of the base model that adapters put others in the place of.
+class ParameterOverride:
+    """A parameter of the base model which the active adapter's own replaces.
 
     Attributes:
         original: The base's own.
-        sites: Every (module, attribute) that holds it: one, or several where it is tied.
-        adapters: What each adapter puts there. What stands there just now is read where it stands.
-        standing: The adapter whose parameter stands there; None for the base's own.
+        places: Every (module, attribute) that holds it: one, or several where it is tied.
+        adapters: Each adapter's own. That of the active one is read in its place, see `of`.
+        active: The adapter whose parameter is in the model; None for the base's own.
     """
 
     original: nn.Parameter
-    sites: list[tuple[nn.Module, str]]
+    places: Places
     adapters: dict[str, nn.Parameter] = field(default_factory=dict)
-    standing: str | None = None
-    _hooks: list[Any] = field(default_factory=list)
+    active: str | None = None
+    _hooks: list[RemovableHandle] = field(default_factory=list)
 
     def add_adapter(self, name: str) -> None:
         """A copy of the original for adapter `name`, in fp32 where that is in half precision."""
@@ -36,76 +39,76 @@ class Swap:
 
     def of(self, name: str) -> nn.Parameter:
         """Adapter `name`'s parameter."""
-        return self._there() if name == self.standing else self.adapters[name]
+        return self._in_the_model() if name == self.active else self.adapters[name]
 
-    def put(self, name: str | None) -> None:
+    def activate(self, name: str | None) -> None:
         """Puts adapter `name`'s parameter, or the original, where the model reads it."""
-        if name == self.standing:
+        if name == self.active:
             return
-        there = self._there()
-        if self.standing is None:
-            self.original = there
-        elif self.standing in self.adapters:
-            self.adapters[self.standing] = there
-        self._unhook()
+        present = self._in_the_model()
+        if self.active is None:
+            self.original = present
+        elif self.active in self.adapters:
+            self.adapters[self.active] = present
+        self._remove_hooks()
         chosen = self.original if name is None else self.adapters[name]
-        chosen.data = chosen.data.to(device=there.device)  # those put aside did not move with the base model
-        for module, attribute in self.sites:
+        chosen.data = chosen.data.to(device=present.device)  # parked ones did not move with the base model
+        for module, attribute in self.places:
             setattr(module, attribute, chosen)
             if chosen.dtype != self.original.dtype:
-                self._hooks += _narrowed(module, attribute, self)
-        self.standing = name
+                self._hooks += _cast_in_forward(module, attribute, self)
+        self.active = name
 
-    def stay(self, parameter: nn.Parameter) -> None:
-        """Leaves what stands there, `parameter`, in its place for good, in the original's format."""
-        self._unhook()
+    def make_permanent(self, parameter: nn.Parameter) -> None:
+        """Leaves `parameter`, which is in the model, there for good, in the original's dtype."""
+        self._remove_hooks()
         lasting = nn.Parameter(parameter.detach().to(self.original.dtype))
-        for module, attribute in self.sites:
+        for module, attribute in self.places:
             if getattr(module, attribute) is parameter:  # nothing has been merged into it
                 setattr(module, attribute, lasting)
 
     def delete_adapter(self, name: str) -> None:
-        """Forgets adapter `name`; it must not stand there."""
-        assert name != self.standing
+        """Removes adapter `name`, which must not be the active one."""
+        assert name != self.active
         self.adapters.pop(name, None)
 
-    def aside(self) -> Iterator[nn.Parameter]:
-        """Those of the parameters that do not stand there now."""
-        if self.standing is not None:
+    def parked_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the parameters that are not in the model now."""
+        if self.active is not None:
             yield self.original
-        yield from (p for name, p in self.adapters.items() if name != self.standing)
+        yield from (p for name, p in self.adapters.items() if name != self.active)
 
-    def _unhook(self) -> None:
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
-    def _there(self) -> nn.Parameter:
-        module, attribute = self.sites[0]
+    def _in_the_model(self) -> nn.Parameter:
+        module, attribute = self.places[0]
         return getattr(module, attribute)
 
 
-def _narrowed(module: nn.Module, attribute: str, swap: Swap) -> list[Any]:
-    """Lets `module` compute with its parameter in the original's format, while the parameter itself stays wider."""
+def _cast_in_forward(module: nn.Module, attribute: str, override: ParameterOverride) -> list[RemovableHandle]:
+    """Lets `module` compute with its parameter in the original's dtype, while the parameter itself stays wider."""
     return [
-        module.register_forward_pre_hook(partial(_narrow, attribute, swap)),
-        module.register_forward_hook(partial(_widen, attribute), always_call=True),
+        module.register_forward_pre_hook(partial(_cast, attribute, override)),
+        module.register_forward_hook(partial(_uncast, attribute), always_call=True),
     ]
 
 
-def _narrow(attribute: str, swap: Swap, module: nn.Module, args: Any) -> None:
+def _cast(attribute: str, override: ParameterOverride, module: nn.Module, args: object) -> None:
     parameter = module._parameters[attribute]
     assert parameter is not None
-    module.__dict__[attribute] = parameter.to(swap.original.dtype)
+    module.__dict__[attribute] = parameter.to(override.original.dtype)
 
 
-def _widen(attribute: str, module: nn.Module, args: Any, output: Any) -> None:
+def _uncast(attribute: str, module: nn.Module, args: object, output: object) -> None:
     module.__dict__.pop(attribute, None)
 
 
-def sites_of(model: nn.Module) -> Callable[[nn.Parameter], list[tuple[nn.Module, str]]]:
-    """Where each parameter of `model` is held, looked up once for all."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
+def places_of(model: nn.Module) -> Callable[[nn.Parameter], Places]:
+    """A function that says where each parameter of `model` is held. The modules are looked through once."""
+    found: dict[int, Places] = {}
     for module in model.modules():
         for attribute, p in module.named_parameters(recurse=False, remove_duplicate=False):
             found.setdefault(id(p), []).append((module, attribute))
@@ -113,7 +116,7 @@ def sites_of(model: nn.Module) -> Callable[[nn.Parameter], list[tuple[nn.Module,
 
 
 def resized(old: nn.Parameter, original: Tensor) -> nn.Parameter:
-    """What an adapter has in the place of `original`, grown or cut to its size."""
+    """An adapter's copy of a parameter, grown or cut to the size of `original`, whose new rows it takes."""
     if old.shape == original.shape:
         return old
     new = original.detach().to(old.dtype, copy=True)

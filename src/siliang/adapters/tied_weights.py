@@ -1,13 +1,13 @@
-"""Weights that a base model holds in several places, and putting others in their places."""
+"""Weights that a base model holds in several places, and replacing modules and parameters by their paths."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
@@ -19,16 +19,21 @@ def replace_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> N
     setattr(model.get_submodule(parent), name, parameter)
 
 
-def untie(model: Any) -> None:
-    """Where merging parted weights that were tied, gives each place a weight of its own and says so in the config.
+def retie_or_untie(model: nn.Module) -> None:
+    """After a merge into weights that were tied: where they are equal they are one parameter again; otherwise each
+    place has a weight of its own, and the config says so.
 
-    Otherwise saving would leave those out that still are one, and loading tie them to another, or draw them at random.
-    Some configs (T5's) read `tie_word_embeddings` as something else and always tie; loading leaves weights apart that
-    the files hold apart.
+    Without the latter saving would leave out those that still are one, and loading would tie them to another, or
+    initialize them at random. Some configs (T5's) read `tie_word_embeddings` as something else and always tie; loading
+    leaves weights untied that the files hold apart.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     pairs = {a: b for a, b in tied.items() if a in parameters and b in parameters}
+    for a, b in pairs.items():
+        if parameters[a] is not parameters[b] and _equal(parameters[a], parameters[b]):
+            replace_parameter(model, a, parameters[b])
+            parameters[a] = parameters[b]
     if all(parameters[a] is parameters[b] for a, b in pairs.items()):
         return
     seen: set[int] = set()
@@ -37,7 +42,13 @@ def untie(model: Any) -> None:
         if id(p) in seen:
             replace_parameter(model, path, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
         seen.add(id(p))
-    model.all_tied_weights_keys = {a: b for a, b in tied.items() if a not in pairs}
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        if not type(config).from_dict(config.to_dict() | {"tie_word_embeddings": False}).tie_word_embeddings:
-            config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {a: b for a, b in tied.items() if a not in pairs}  # type: ignore[assignment]
+    config = getattr(model, "config", None)
+    assert isinstance(config, PretrainedConfig)
+    for one in {id(c): c for c in (config, config.get_text_config())}.values():
+        if not type(one).from_dict(one.to_dict() | {"tie_word_embeddings": False}).tie_word_embeddings:
+            one.tie_word_embeddings = False
+
+
+def _equal(a: nn.Parameter, b: nn.Parameter) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from siliang.methods import method_of
-from siliang.methods.method import Attached, Method
+from siliang.methods.method import Adapter, Method
 from siliang.peft_model import PeftModel
 
 
@@ -47,7 +47,7 @@ def after_step(model: nn.Module, step: int) -> None:
         method.after_step(adapter, step)
 
 
-def _trained(model: Any) -> Iterator[tuple[Method[Any], Attached[Any]]]:
+def _trained(model: Any) -> Iterator[tuple[Method[Any], Adapter[Any]]]:
     """The active adapters that are trained, each with its method."""
     while not isinstance(model, PeftModel):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
@@ -56,4 +56,4 @@ def _trained(model: Any) -> Iterator[tuple[Method[Any], Attached[Any]]]:
         model = inner
     for name in model.injection.active:
         if not model.peft_config[name].inference_mode:
-            yield method_of(model.peft_config[name]), model.injection.attached(name)
+            yield method_of(model.peft_config[name]), model.injection.adapters[name]

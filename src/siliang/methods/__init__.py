@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from siliang.methods.bitfit import BitFit, BitFitConfig
-from siliang.methods.config import PeftConfig, config_class
+from siliang.methods.config import CONFIG_CLASSES, PeftConfig, config_class
 from siliang.methods.full import Full
 from siliang.methods.head import Head, HeadConfig
 from siliang.methods.ia3 import IA3, IA3Config
@@ -33,6 +33,11 @@ METHODS: dict[str, Method[Any]] = {
 }
 
 
+CONFIG_CLASSES |= {
+    str(method.config.peft_type): method.config for method in METHODS.values() if method.config is not None
+}
+
+
 def whole_name(name: str) -> str:
     """A method's name as the table has it, of Prompt-Tuning, p-tuning, prefix ..."""
     name = name.strip().lower().replace("-", "_")
@@ -52,8 +57,16 @@ def find_method(name: str) -> Method[Any]:
 
 
 def method_of(config: PeftConfig) -> Method[Any]:
-    """The table's row for a config."""
-    return next(m for m in METHODS.values() if m.config is type(config))
+    """The table's row for a config, also for one of a subclass.
+
+    Raises:
+        ConfigError: No method has such a config.
+    """
+    rows = {method.config: method for method in METHODS.values() if method.config is not None}
+    for kind in type(config).__mro__:
+        if kind in rows:
+            return rows[kind]
+    raise ConfigError(f"{type(config).__name__} is not the config of a method: {', '.join(k.__name__ for k in rows)}.")
 
 
 __all__ = [

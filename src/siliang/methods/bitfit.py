@@ -3,8 +3,8 @@
 
     every layer's y = f(W x + b): W stays, b is trained
 
-Nothing is added: the trained bias stands in the old one's place, so the forward costs what the base model's does, and
-the base's own bias is kept aside for `unload` and `disable_adapter`.
+Nothing is added: the trained bias replaces the old one, so the forward costs what the base model's does, and the base's
+own bias is kept for `unload` and `disable_adapter`.
 """
 
 from __future__ import annotations

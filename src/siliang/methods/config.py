@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -171,27 +170,25 @@ class LayerConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
 
 
+CONFIG_CLASSES: dict[str, type[PeftConfig]] = {}  # by peft_type: siliang.methods fills it from its table of methods
+
+
 def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
     """The config class for the `peft_type` of an adapter file.
 
     Args:
-        source: Where it stands, for the error.
+        source: Where the type is from, for the error.
 
     Raises:
         AdapterError: siliang has no such method.
     """
-    found = {str(kind.peft_type): kind for kind in _subclasses(PeftConfig) if "peft_type" in vars(kind)}
     name = str(peft_type)
-    if name not in found:
-        hint = f" Write {name.upper()!r}." if name.upper() in found else ""
-        raise AdapterError(f"{source}: peft_type {peft_type!r} is not a method of siliang ({', '.join(found)}).{hint}")
-    return found[name]
-
-
-def _subclasses(kind: type[PeftConfig]) -> Iterator[type[PeftConfig]]:
-    for below in kind.__subclasses__():
-        yield below
-        yield from _subclasses(below)
+    if name not in CONFIG_CLASSES:
+        hint = f" Write {name.upper()!r}." if name.upper() in CONFIG_CLASSES else ""
+        raise AdapterError(
+            f"{source}: peft_type {peft_type!r} is not a method of siliang ({', '.join(CONFIG_CLASSES)}).{hint}"
+        )
+    return CONFIG_CLASSES[name]
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siliang.methods.layer import AdaptedLayer, Beneath
+from siliang.methods.layer import BaseForward, Layer
 from siliang.methods.low_rank import LoraSpec, LowRankLinear
 from siliang.models.introspect import as_stored, features, out_by_in
 from siliang.models.quantized import float_weight
@@ -30,25 +30,21 @@ class DoraLinear(LowRankLinear):
     (O,), which the file calls `lora_magnitude_vector`.
     """
 
-    def __init__(self, layer: AdaptedLayer, name: str, spec: LoraSpec) -> None:
+    def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         super().__init__(layer, name, spec)
         magnitude = nn.Module()
         magnitude.weight = nn.Parameter(self._norm().to(self.A.dtype))
-        self.hold("lora_magnitude_vector", magnitude)
+        self.add_part("lora_magnitude_vector", magnitude)
 
-    @classmethod
-    def numbers(cls, layer: nn.Module, spec: LoraSpec) -> int:
-        return super().numbers(layer, spec) + features(layer)[1]
-
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """y + (m/|.| - 1) (y - b_W) + m/|.| s B A x: near 1 the difference is small, and is rounded as such in half
         precision.
         """
-        y_TO = beneath(x)
+        y_TO = base_forward(x)
         dropout_p = self.dropout_p if self.layer.training else 0.0
         x_TI = F.dropout(x, dropout_p)
         bias_O = self.layer.base_layer.bias
-        if dropout_p and beneath.is_base:  # dropout reaches the base layer's share as well
+        if dropout_p and base_forward.is_base_layer:  # dropout reaches the base layer's share as well
             base_TO = F.linear(x_TI, float_weight(self.layer.base_layer).to(x_TI.dtype))
         else:
             base_TO = y_TO if bias_O is None else y_TO - bias_O.to(y_TO.dtype)  # a trained bias is wider
@@ -60,8 +56,8 @@ class DoraLinear(LowRankLinear):
         base, scale_O = self.layer.base_layer, self.m / self._norm()
         found = {"weight": as_stored(base, self._merged_OI() * scale_O.unsqueeze(1))}
         # biases that were merged before are part of y_k-1; the layer's own is not scaled
-        own_O = self.layer.put_aside("bias")
-        return found if own_O is None else found | {"bias": own_O + scale_O * (base.bias - own_O)}
+        own_O = self.layer.base_parameter("bias")
+        return found if own_O is base.bias else found | {"bias": own_O + scale_O * (base.bias - own_O)}
 
     @property
     def m(self) -> Tensor:
@@ -76,6 +72,6 @@ class DoraLinear(LowRankLinear):
         base, A = self.layer.base_layer, self.A
         if A.device.type == "meta":
             return A.new_empty(features(base)[1])
-        own = self.residual if self.residual is not None else self.layer.put_aside("weight")
-        W_OI = float_weight(base) if own is None else out_by_in(base, own)
+        own = self.residual if self.residual is not None else self.layer.base_parameter("weight")
+        W_OI = float_weight(base) if own is base.weight and self.residual is None else out_by_in(base, own)
         return torch.linalg.norm(W_OI.to(A.dtype) + self.delta(), dim=1)

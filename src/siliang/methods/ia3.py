@@ -9,8 +9,9 @@ l = 1 at the start, so y is the base layer's exactly. Shapes: l (O, 1), or (1, I
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from siliang.language import Bilingual
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import find_targets
-from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors, trained_dtype
+from siliang.methods.layer import BaseForward, Layer, LayerAdapter, trained_dtype
 from siliang.methods.method import Method, Parts
 from siliang.methods.targets import IA3_FEEDFORWARD, IA3_TARGETS
 from siliang.models.introspect import as_stored, features, is_linear
@@ -81,41 +82,31 @@ class IA3(Method[IA3Config]):
             model_type = getattr(getattr(model, "config", None), "model_type", None)
             config.feedforward_modules = list(IA3_FEEDFORWARD.get(model_type or "", ()))
         feedforward = set(meant("feedforward_modules", layers, config.feedforward_modules))
-        specs = {path: IA3Spec(path in feedforward, config.init_ia3_weights) for path in layers}
-        return Parts(layers=specs)
+        ones = config.init_ia3_weights
+        return Parts(layers={path: partial(_make, path in feedforward, ones) for path in layers})
 
 
-@dataclass(frozen=True)
-class IA3Spec(LayerSpec):
+def _make(feedforward: bool, ones: bool, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
     """IA3 on one layer.
 
-    Attributes:
+    Args:
         feedforward: The input is scaled, not the output.
         ones: Start from ones, not at random.
     """
-
-    feedforward: bool
-    ones: bool = True
-
-    def numbers(self, layer: nn.Module) -> int:
-        in_features, out_features = features(layer)
-        return in_features if self.feedforward else out_features
-
-    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
-        weight = layer.base_layer.weight
-        in_features, out_features = features(layer.base_layer)
-        shape = (1, in_features) if self.feedforward else (out_features, 1)
-        make = torch.ones if self.ones else torch.randn
-        factors = make(shape, device=weight.device, dtype=trained_dtype(weight))
-        kind = IA3Input if self.feedforward else IA3Output
-        return kind(layer, name, {"ia3_l": nn.Parameter(factors)})
+    weight = layer.base_layer.weight
+    in_features, out_features = features(layer.base_layer)
+    shape = (1, in_features) if feedforward else (out_features, 1)
+    start = torch.ones if ones else torch.randn
+    factors = start(shape, device=weight.device, dtype=trained_dtype(weight))
+    kind = IA3Input if feedforward else IA3Output
+    return kind(layer, name, {"ia3_l": nn.Parameter(factors)})
 
 
 class IA3Output(LayerAdapter):
     """y = l * (W x + b), with l as `ia3_l.<adapter>` (O, 1)."""
 
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
-        y = beneath(x)
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        y = base_forward(x)
         return y * self.part("ia3_l").flatten().to(y.dtype)
 
     def merged(self) -> dict[str, Tensor]:
@@ -127,14 +118,14 @@ class IA3Output(LayerAdapter):
 class IA3Input(LayerAdapter):
     """y = W (l * x) + b, with l as `ia3_l.<adapter>` (1, I)."""
 
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
-        return beneath(x * self.part("ia3_l").flatten().to(x.dtype))
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        return base_forward(x * self.part("ia3_l").flatten().to(x.dtype))
 
     def merged(self) -> dict[str, Tensor]:
         return {"weight": _scaled(self.layer, self.part("ia3_l"))}
 
 
-def _scaled(layer: AdaptedLayer, factors: Tensor) -> Tensor:
+def _scaled(layer: Layer, factors: Tensor) -> Tensor:
     """The base weight times l, as it is stored; in fp32 where it is half, for it is rounded once, at the end."""
     base = layer.base_layer
     wide = torch.promote_types(base.weight.dtype, torch.float32)

@@ -9,7 +9,7 @@ Shapes: g, b (D,).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from siliang.language import Bilingual
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import find_targets
-from siliang.methods.layer import AdaptedLayer, Beneath, LayerAdapter, LayerSpec, SharedTensors, trained_dtype
+from siliang.methods.layer import BaseForward, Layer, LayerAdapter, trained_dtype
 from siliang.methods.method import Method, Parts
 from siliang.methods.targets import LN_TARGETS
 from siliang.models.introspect import is_norm
@@ -47,21 +47,15 @@ class LNTuning(Method[LNTuningConfig]):
 
     def attach(self, model: nn.Module, config: LNTuningConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         layers = find_targets(model, config, is_norm, defaults=self.default_targets, outside=saved, lenient=from_file)
-        return Parts(layers={path: NormSpec() for path in layers})
+        return Parts(layers=dict.fromkeys(layers, _make))
 
 
-@dataclass(frozen=True)
-class NormSpec(LayerSpec):
-    """LN tuning on one norm: nothing is to be said of it."""
-
-    def numbers(self, layer: nn.Module) -> int:
-        return sum(p.numel() for p in layer.parameters())
-
-    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
-        twin = copy.deepcopy(layer.base_layer)
-        for p in twin.parameters():
-            p.data = p.data.to(trained_dtype(p))
-        return TunedNorm(layer, name, {"ln_tuning_layers": twin})
+def _make(layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+    """LN tuning on one norm: a copy of it."""
+    own = copy.deepcopy(layer.base_layer)
+    for p in own.parameters():
+        p.data = p.data.to(trained_dtype(p))
+    return TunedNorm(layer, name, {"ln_tuning_layers": own})
 
 
 class TunedNorm(LayerAdapter):
@@ -69,11 +63,11 @@ class TunedNorm(LayerAdapter):
 
     EXCLUSIVE = True  # the copy computes in the norm's place
 
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         norm = self.part("ln_tuning_layers")
         wide = next(norm.parameters()).dtype
         # beside a half-precision model the copy is in fp32: the few numbers of a norm, computed there and cast back
-        return beneath.computed_by(norm, x.to(wide) if x.dtype.itemsize < wide.itemsize else x).to(x.dtype)
+        return base_forward.through(norm, x.to(wide) if x.dtype.itemsize < wide.itemsize else x).to(x.dtype)
 
     def merged(self) -> dict[str, Tensor]:
         return {key: p.detach().clone() for key, p in self.part("ln_tuning_layers").named_parameters()}

@@ -11,10 +11,9 @@ Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,10 +24,9 @@ from siliang.methods.bitfit import bias_paths
 from siliang.methods.config import CONFIG_NAME, LayerConfig
 from siliang.methods.dora import DoraLinear
 from siliang.methods.find_targets import Blocks, find_targets
-from siliang.methods.layer import Beneath
+from siliang.methods.layer import BaseForward, MakeAdapter
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_embedding import LoraEmbedding
-from siliang.methods.lora_init import twice_the_rank
 from siliang.methods.low_rank import LoraSpec, LowRank, LowRankLinear
 from siliang.methods.method import Method, Parts
 from siliang.methods.targets import LORA_TARGETS
@@ -47,10 +45,10 @@ STARTS_BY_DATA = ("corda", "lora_ga")
 class LoraLinear(LowRankLinear):
     """LoRA on a linear layer."""
 
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """y = W x + s B A x (+ s b)"""
         return lora_linear(
-            beneath(x),
+            base_forward(x),
             x,
             self.A,
             self.B,
@@ -244,37 +242,14 @@ class Lora(Method[LoraConfig]):
             alphas.check_effect()
         config.rank_pattern, config.alpha_pattern = ranks.in_any_order(), alphas.in_any_order()
         r_of, alpha_of = ranks.values, alphas.values
-        specs = {}
+        adapters: dict[str, MakeAdapter] = {}
         for path in layers:
             layer = model.get_submodule(path)
             kind = next(kind for kind in kinds if kind.supports(layer))
-            specs[path] = _spec(config, kind, r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha))
-        return Parts(layers=specs, parameters=tuple(_biases(model, config, layers, saved)))
+            adapters[path] = _spec(config, kind, r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha)).make
+        return Parts(layers=adapters, parameters=tuple(_biases(model, config, layers, saved)))
 
-    def on_the_plain_base(
-        self, config: LoraConfig, tensors: dict[str, Tensor], start: Callable[[], dict[str, Tensor]], source: str
-    ) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """A trained PiSSA or OLoRA adapter as LoRA of twice the rank."""
-        if config.use_dora or config.init_lora_weights == "loftq":
-            raise ConfigError(
-                "With use_dora or init_lora_weights='loftq' the change of the weight is no product of B and A."
-            )
-        if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
-            raise ConfigError(
-                "use_rslora with rank_pattern or alpha_pattern cannot be turned into LoRA of twice the rank."
-            )
-        found = twice_the_rank(tensors, start(), source)
-        plain = dataclasses.replace(
-            config,
-            init_lora_weights=True,
-            r=2 * config.r,
-            lora_alpha=config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2),
-            rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
-            alpha_pattern={key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
-        )
-        return plain, found
-
-    def why_other_shape(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
+    def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
         for side, rank in (("A", 0), ("B", 1)):
             of_lora = f".lora_{side}." in key or key.endswith(f".lora_embedding_{side}")
             if of_lora and len(found) == len(needed) == 2 and found[1 - rank] == needed[1 - rank]:

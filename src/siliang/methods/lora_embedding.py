@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siliang.methods.layer import AdaptedLayer, Beneath, trained_dtype
+from siliang.methods.layer import BaseForward, Layer, trained_dtype
 from siliang.methods.lora_init import start
 from siliang.methods.low_rank import LoraSpec, LowRank
 
@@ -19,7 +19,7 @@ from siliang.methods.low_rank import LoraSpec, LowRank
 class LoraEmbedding(LowRank):
     """A low-rank update of an embedding: `lora_embedding_A.<adapter>` (R, V), `lora_embedding_B.<adapter>` (D, R)."""
 
-    def __init__(self, layer: AdaptedLayer, name: str, spec: LoraSpec) -> None:
+    def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         weight = layer.base_layer.weight
         place = {"device": weight.device, "dtype": trained_dtype(weight)}
         A, B = torch.zeros(spec.r, weight.shape[0], **place), torch.empty(weight.shape[1], spec.r, **place)
@@ -29,7 +29,7 @@ class LoraEmbedding(LowRank):
             nn.init.normal_(A)
         elif spec.init == "loftq" and weight.device.type != "meta":
             # (V, D) is this layer's (O, I): the factors change places
-            W = layer.own_parameter("weight")
+            W = layer.base_parameter("weight")
             B_right, A_right, residual = start(
                 "loftq", W, r=spec.r, scaling=spec.scaling, bits=spec.bits, iterations=spec.iterations
             )
@@ -37,15 +37,11 @@ class LoraEmbedding(LowRank):
         parts = {"lora_embedding_A": nn.Parameter(A), "lora_embedding_B": nn.Parameter(B)}
         super().__init__(layer, name, spec, parts)
         if residual is not None:
-            self._leave(residual)
+            self._keep_residual(residual)
 
     @classmethod
     def supports(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Embedding)
-
-    @classmethod
-    def numbers(cls, layer: nn.Module, spec: LoraSpec) -> int:
-        return spec.r * sum(layer.weight.shape)  # type: ignore[union-attr]
 
     @property
     def A(self) -> Tensor:
@@ -55,8 +51,8 @@ class LoraEmbedding(LowRank):
     def B(self) -> Tensor:
         return self.part("lora_embedding_B")
 
-    def forward(self, x: Tensor, beneath: Beneath) -> Tensor:
-        y, base = beneath(x), self.layer.base_layer
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        y, base = base_forward(x), self.layer.base_layer
         update = F.embedding(x, self.A.T, padding_idx=base.padding_idx) @ self.B.T
         # BART's and Gemma's embeddings multiply their output by a constant
         scale = getattr(base, "embed_scale", None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siliang.methods.layer import AdaptedLayer, LayerAdapter, LayerSpec, SharedTensors, trained_dtype
+from siliang.methods.layer import Layer, LayerAdapter, trained_dtype
 from siliang.methods.lora_init import RESIDUAL_STARTS, start
 from siliang.models.introspect import as_stored, features, is_linear, out_by_in
 from siliang.models.quantized import float_weight
@@ -22,7 +22,7 @@ from siliang.types import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSpec(LayerSpec):
+class LoraSpec:
     """LoRA on one layer.
 
     Attributes:
@@ -49,13 +49,8 @@ class LoraSpec(LayerSpec):
         """Whether the start takes something out of the base weight."""
         return isinstance(self.init, str) and self.init.startswith(RESIDUAL_STARTS)
 
-    def numbers(self, layer: nn.Module) -> int:
-        return self.kind.numbers(layer, self)
-
-    def sizes(self, layer: nn.Module) -> dict[str, int]:
-        return {"r": self.kind.rank(layer, self)}
-
-    def make(self, layer: AdaptedLayer, name: str, shared: SharedTensors) -> LayerAdapter:
+    def make(self, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LowRank:
+        """Makes adapter `name` on a layer."""
         return self.kind(layer, name, self)
 
 
@@ -70,7 +65,7 @@ class LowRank(LayerAdapter):
 
     def __init__(
         self,
-        layer: AdaptedLayer,
+        layer: Layer,
         name: str,
         spec: LoraSpec,
         parts: Mapping[str, nn.Module | nn.Parameter] | None = None,
@@ -84,22 +79,12 @@ class LowRank(LayerAdapter):
     def supports(cls, layer: nn.Module) -> bool:
         """Whether `layer` is of a kind that this can stand on."""
 
-    @classmethod
-    @abstractmethod
-    def numbers(cls, layer: nn.Module, spec: LoraSpec) -> int:
-        """How many numbers it has on a layer."""
-
-    @classmethod
-    def rank(cls, layer: nn.Module, spec: LoraSpec) -> int:
-        """The rank that it has on a layer."""
-        return spec.r
-
-    def replaced(self) -> dict[str, nn.Parameter]:
+    def overrides(self) -> dict[str, nn.Parameter]:
         return {} if self.residual is None else {"weight": self.residual}
 
-    def _leave(self, residual: Tensor) -> None:
-        """Remembers the base weight that goes with A and B."""
-        dtype = self.layer.own_parameter("weight").dtype
+    def _keep_residual(self, residual: Tensor) -> None:
+        """Keeps the base weight that belongs to A and B."""
+        dtype = self.layer.base_parameter("weight").dtype
         self.residual = nn.Parameter(residual.to(dtype), requires_grad=False)
 
 
@@ -108,7 +93,7 @@ class LowRankLinear(LowRank):
     and `.bias` (O,).
     """
 
-    def __init__(self, layer: AdaptedLayer, name: str, spec: LoraSpec) -> None:
+    def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         base, weight = layer.base_layer, layer.base_layer.weight
         in_features, out_features = features(base)
         directions = min(in_features, out_features)
@@ -117,7 +102,7 @@ class LowRankLinear(LowRank):
                 f"init_lora_weights = {spec.init!r}: r = {spec.r}, and a layer has {directions} rows or columns. "
                 "Use a smaller r, or 'pissa'."
             )
-        r = self.rank(base, spec)
+        r = min(spec.r, directions) if spec.has_residual else spec.r  # a weight has no more directions to take
         place = {"device": weight.device, "dtype": trained_dtype(weight)}
         A, B = _empty(in_features, r, **place), _empty(r, out_features, bias=spec.bias, **place)
         if spec.init == "gaussian":
@@ -133,25 +118,15 @@ class LowRankLinear(LowRank):
         super().__init__(layer, name, spec, {"lora_A": A, "lora_B": B})
         self.dropout_p = spec.dropout_p
         if spec.has_residual and weight.device.type != "meta":
-            W_OI = out_by_in(base, layer.own_parameter("weight"))
+            W_OI = out_by_in(base, layer.base_parameter("weight"))
             A.weight.data, B.weight.data, residual = start(
                 str(spec.init), W_OI, r=r, scaling=spec.scaling, bits=spec.bits, iterations=spec.iterations
             )
-            self._leave(as_stored(base, residual))
+            self._keep_residual(as_stored(base, residual))
 
     @classmethod
     def supports(cls, layer: nn.Module) -> bool:
         return is_linear(layer)
-
-    @classmethod
-    def rank(cls, layer: nn.Module, spec: LoraSpec) -> int:
-        """Where the start takes a weight's directions, no more than it has."""
-        return min(spec.r, *features(layer)) if spec.has_residual else spec.r
-
-    @classmethod
-    def numbers(cls, layer: nn.Module, spec: LoraSpec) -> int:
-        in_features, out_features = features(layer)
-        return cls.rank(layer, spec) * (in_features + out_features) + spec.bias * out_features
 
     @property
     def A(self) -> Tensor:

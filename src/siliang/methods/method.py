@@ -1,7 +1,8 @@
 """What a method is: how it attaches itself to a base model, and what else it does while it is trained and saved.
 
 To add a method: one file with its equation, its config and a subclass of `Method`, and one row in `__init__.py`.
-inject.py places what `attach` gives and takes it off again; nothing else of the project knows one method from another.
+siliang.adapters puts what `attach` gives into the model and takes it out again; nothing else of the project knows one
+method from another.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from siliang.methods.config import PeftConfig
-from siliang.methods.layer import LayerAdapter, LayerSpec, SharedTensors
+from siliang.methods.layer import LayerAdapter, MakeAdapter
 from siliang.methods.prompt import Prompt
 from siliang.methods.route import PromptSpec
-from siliang.types import ConfigError
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -47,64 +47,79 @@ class SharedSpec:
 
 
 @dataclass(frozen=True)
+class TableRows:
+    """Rows of an embedding table, of which an adapter trains copies. A head that is tied to the table uses them too.
+
+    Attributes:
+        indices: The rows' numbers (token ids), each once.
+        key: What the file calls the trained rows, (rows, D), below the table's path.
+        saved_when_tied: The file holds them below a tied head's path too, as PEFT's for TRAINABLE_TOKENS does.
+    """
+
+    indices: tuple[int, ...]
+    key: str = "trainable_tokens_delta"
+    saved_when_tied: bool = True
+
+
+@dataclass(frozen=True)
 class Parts:
     """What an adapter will have on a base model, by the base model's own paths. Nothing has been made yet.
 
     Attributes:
-        layers: What it will be on each layer.
-        parameters: Parameters of the base model that it trains copies of, which stand in their places.
-        modules: Modules of the base model that it trains copies of, which stand in their places. inject.py adds those
-            that are saved whole for the task or by `modules_to_save`.
+        layers: For each layer, a function that makes the adapter there. Its tensors must have the shapes that the
+            config says, because they are counted before they are made.
+        table_rows: For embedding tables, the rows that it trains copies of.
+        parameters: Parameters of the base model that it trains copies of.
+        modules: Modules of the base model that it trains copies of, beside those that are saved whole for the task or
+            by `modules_to_save`.
         shared: Tensors that its layers share, by the names that PEFT has for them, such as `vera_A`.
         prompt: Its virtual tokens.
     """
 
-    layers: Mapping[str, LayerSpec] = field(default_factory=dict)
+    layers: Mapping[str, MakeAdapter] = field(default_factory=dict)
+    table_rows: Mapping[str, TableRows] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     shared: Mapping[str, SharedSpec] = field(default_factory=dict)
     prompt: PromptSpec | None = None
 
-    @property
-    def all(self) -> tuple[str, ...]:
-        """Every path."""
-        return (*self.layers, *self.parameters, *self.modules)
 
-
-@dataclass(frozen=True)
-class Attached(Generic[C]):
+@dataclass
+class Adapter(Generic[C]):
     """An adapter on its model, as its method sees it.
 
     Attributes:
-        name: The adapter's.
+        name: The adapter's name.
         config: Its config, complete; what a method writes into it is saved.
-        layers: Its part on each layer, by path.
+        parts: What its method gave for it.
+        layers: The adapter on each layer, by path.
         shared: The tensors that its layers share.
         prompt: Its virtual tokens.
         state: What the method remembers between steps, such as moving averages. It is saved beside a checkpoint's
-            adapter, and there again when training is resumed.
+            adapter, and loaded when training is resumed.
     """
 
     name: str
     config: C
+    parts: Parts
     layers: Mapping[str, LayerAdapter]
-    shared: SharedTensors
-    prompt: Prompt | None
-    state: dict[str, Tensor]
+    shared: Mapping[str, Tensor]
+    prompt: Prompt | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(ABC, Generic[C]):
-    """One way of tuning a base model. It has no state: what an adapter remembers is in `Attached.state`.
+    """One way of tuning a base model. It has no state: what an adapter remembers is in `Adapter.state`.
 
     Attributes:
         name: What the user writes in `method:`.
         config: Its config class; None for full fine-tuning, which attaches nothing.
         learning_rate: The default where the user gives none.
-        learning_rate_source: Where that figure is from.
-        trains: What it trains, in a few words; Bilingual, as the source of the rate is.
+        learning_rate_source: Where that number is from.
+        trains: What it trains, in a few words; bilingual, as the source of the rate is.
         freezes_the_base: The base model's own parameters stay as they are, and so may be stored in half precision.
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
-        tunes: What it needs to find in the model, for the findings of `siliang check`.
+        tunes: What it must find in the model; a finding of `siliang check` says that there are none.
         is_baseline: The others are measured against it; it is not offered as a choice.
         default_targets: The usual layers by the base model's model_type, for a method that works on layers.
     """
@@ -137,8 +152,8 @@ class Method(ABC, Generic[C]):
         Args:
             model: The base model, nothing attached to it.
             config: The adapter's own copy.
-            saved: The modules that are trained and saved whole for the task or by `modules_to_save`: nothing in them
-                can be tuned otherwise. They need not be among the parts.
+            saved: The modules that are trained and saved whole for the task or by `modules_to_save`: no part may lie in
+                them. They need not be among the parts.
             from_file: The adapter will be filled from a file. Some of several names may match nothing then, as in PEFT.
 
         Raises:
@@ -146,19 +161,19 @@ class Method(ABC, Generic[C]):
             ConfigError: It cannot work on this model.
         """
 
-    def stand(self, model: nn.Module, adapter: Attached[C]) -> Callable[[], None] | None:
-        """Puts on what must be in the model's forward, beside the layers, while the adapter is at work: hooks.
+    def add_hooks(self, model: nn.Module, adapter: Adapter[C]) -> Callable[[], None] | None:
+        """Adds what the model's forward needs beside the layers while the adapter is active, such as a router.
 
         Returns:
-            What takes it off again; None for nothing.
+            A function that removes it; None for nothing.
         """
         return None
 
-    def extra_loss(self, adapter: Attached[C]) -> Tensor | None:
+    def extra_loss(self, adapter: Adapter[C]) -> Tensor | None:
         """A term of the loss, () in fp32, that is added once an optimizer step; None for none."""
         return None
 
-    def after_step(self, adapter: Attached[C], step: int) -> None:
+    def after_step(self, adapter: Adapter[C], step: int) -> None:
         """Runs after each optimizer step, while the gradients are still there.
 
         Args:
@@ -172,23 +187,8 @@ class Method(ABC, Generic[C]):
         """
         return tensors
 
-    def on_the_plain_base(
-        self, config: C, tensors: dict[str, Tensor], start: Callable[[], dict[str, Tensor]], source: str
-    ) -> tuple[C, dict[str, Tensor]]:
-        """An adapter that took something out of the base weight, as one beside the base weight as it was.
-
-        Args:
-            start: Reads the adapter as it was before training.
-            source: From where, for an error.
-
-        Raises:
-            ConfigError: The adapter cannot be turned into such a one.
-            AdapterError: What was read is another adapter.
-        """
-        raise ConfigError(f"Only LoRA can be turned into LoRA on the plain base model, not {config.peft_type}.")
-
-    def why_other_shape(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
-        """What the method knows of a tensor of a file whose shape is not the one that its config makes; "" for nothing.
+    def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
+        """Why a tensor of a file may have another shape than the config gives it, for the error; "" for no hint.
 
         Args:
             key: The tensor's key in the file.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from siliang.methods.method import Attached, Method, Parts
+from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.prompt import PromptConfig
 from siliang.methods.route import PromptSpec, Route, prompted_embeddings
 
@@ -37,6 +37,6 @@ class PromptMethod(Method[P]):
         embeddings: Any = prompted_embeddings(model)
         config.complete(model.config, width=embeddings.weight.shape[1])
 
-    def stand(self, model: nn.Module, adapter: Attached[P]) -> Callable[[], None]:
+    def add_hooks(self, model: nn.Module, adapter: Adapter[P]) -> Callable[[], None]:
         assert adapter.prompt is not None
         return self.route(model, adapter.config, adapter.prompt).remove

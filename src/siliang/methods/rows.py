@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from siliang.types import ConfigError
 
+R = TypeVar("R")
+
 
 class Rows:
-    """Which adapter computes each row of the batch that is at work ("__base__": none).
+    """Which adapter computes each row of the present batch ("__base__": none).
 
-    Everything attached to one model shares the object. The model's forward says how its batch stands to the names
-    (`begin`), for generation repeats each row for its beams.
+    Everything attached to one model shares the object. The model's forward calls `begin` with the size of its batch,
+    because generation repeats each row for its beams.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -26,7 +29,11 @@ class Rows:
         self._tokens: set[int] = set()
 
     def begin(self, batch: int, tokens: set[int]) -> None:
-        """A forward begins, on a batch of so many rows of so many tokens each.
+        """A forward begins.
+
+        Args:
+            batch: Its rows.
+            tokens: How many tokens a row has: the widths of the token tensors.
 
         Raises:
             ConfigError: The batch is no multiple of the names.
@@ -47,13 +54,13 @@ class Rows:
         if x.dim() == 2 and len(x) in {len(self._now) * n for n in self._tokens}:
             return tuple(n for n in self._now for _ in range(len(x) // len(self._now)))
         raise ConfigError(
-            f"adapter_names: a layer reads {len(x)} rows where the batch has {len(self._now)}, and whose they are "
-            "cannot be told. Use set_adapter, one adapter at a time."
+            f"adapter_names: a layer reads {len(x)} rows where the batch has {len(self._now)}, and which adapter "
+            "each is for is unknown. Use set_adapter, one adapter at a time."
         )
 
     @contextmanager
     def only(self, names: Sequence[str]) -> Iterator[None]:
-        """Within the block a module is at work on some rows of the batch, those of `names`."""
+        """Within the block a module computes some rows of the batch, those of `names`."""
         before = self._now
         self._now = tuple(names)
         try:
@@ -62,32 +69,84 @@ class Rows:
             self._now = before
 
 
-def by_row(names: Sequence[str], x: Tensor, run: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """A batch that mixes adapters: each adapter's rows go through `run` together, and come back in their order.
+def by_row(
+    rows: Rows,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    run: Callable[..., R],
+    *,
+    where: str,
+    copy_of: Callable[[str], str | None] = lambda name: name,
+) -> R:
+    """A batch that mixes adapters: each adapter's rows go through `run` together, and are put back in their order.
 
     Args:
-        names: The adapter of each row.
-        x: (B, ...).
+        args, kwargs: What a module was called with: tensors whose first dimension is the batch, and what has no rows.
+        run: Called with the adapter's name, and `args` and `kwargs` of its rows. It gives tensors with the same rows.
+        where: What reads the batch, for errors.
+        copy_of: What `run` is called with for an adapter's name: rows with the same are computed together.
+
+    Raises:
+        ConfigError: Something has rows that cannot be attributed to the adapters.
     """
-    out: Tensor | None = None
-    for name in dict.fromkeys(names):
-        index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-        part = run(name, x[index])
-        if out is None:
-            out = part.new_empty((len(x), *part.shape[1:]))
-        out = out.index_copy(0, index, part)
-    assert out is not None
-    return out
+    leaves, tree = tree_flatten((args, kwargs))
+    x = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
+    if x is None:
+        raise ConfigError(f"adapter_names: {where} reads nothing that has rows.")
+    names = rows.of(x)
+    copies = [copy_of(name) for name in names]
+    parts: list[tuple[Tensor, R]] = []
+    for copy in dict.fromkeys(copies):
+        index = torch.tensor([i for i, c in enumerate(copies) if c == copy], device=x.device)
+        own_args, own_kwargs = tree_unflatten([_rows_of(leaf, index, len(x), where) for leaf in leaves], tree)
+        with rows.only([names[i] for i in index.tolist()]):
+            parts.append((index, run(copy, *own_args, **own_kwargs)))
+    return _joined(parts, len(x), where)
+
+
+def _rows_of(leaf: object, index: Tensor, rows: int, where: str) -> object:
+    if leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype):
+        return leaf
+    if not isinstance(leaf, Tensor):
+        raise ConfigError(
+            f"adapter_names: {where} reads a {type(leaf).__name__}, which cannot be split into rows (for a cache: "
+            "use_cache=False). Use set_adapter, one adapter at a time."
+        )
+    if not leaf.dim() or len(leaf) == 1 != rows:
+        return leaf
+    if len(leaf) != rows:
+        raise ConfigError(
+            f"adapter_names: {where} reads tensors of {rows} and of {len(leaf)} rows, and which adapter each is for "
+            "is unknown. Use set_adapter, one adapter at a time."
+        )
+    return leaf[index]
+
+
+def _joined(parts: list[tuple[Tensor, R]], rows: int, where: str) -> R:
+    """The outputs for parts of a batch as one, in the order of the batch."""
+    flat = [tree_flatten(out) for _, out in parts]
+    joined = []
+    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
+        if not isinstance(leaves[0], Tensor):
+            joined.append(leaves[0])
+            continue
+        whole = leaves[0].new_empty((rows, *leaves[0].shape[1:]))
+        for (index, _), leaf in zip(parts, leaves, strict=True):
+            if not leaf.dim() or len(leaf) != len(index):
+                raise ConfigError(f"adapter_names: {where} gives something that has no rows.")
+            whole = whole.index_copy(0, index, leaf.to(whole.dtype))
+        joined.append(whole)
+    return tree_unflatten(joined, flat[0][1])  # pyright: ignore[reportReturnType], it has the outputs' own structure
 
 
 def watch_batches(rows: Rows, modules: Sequence[nn.Module], *, repeated: bool) -> Callable[[], None]:
-    """Lets the forward of each of `modules` begin a batch of `rows`.
+    """Hooks through which the forward of each of `modules` begins a batch of `rows`.
 
     Args:
         repeated: A batch may hold each row several times, one after the other, as beams are.
 
     Returns:
-        What ends it.
+        A function that removes the hooks.
     """
     begins = partial(_begins, rows, repeated)
     hooks = [module.register_forward_pre_hook(begins, with_kwargs=True) for module in modules]
@@ -99,7 +158,7 @@ def watch_batches(rows: Rows, modules: Sequence[nn.Module], *, repeated: bool) -
     return end
 
 
-def _begins(rows: Rows, repeated: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _begins(rows: Rows, repeated: bool, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     named = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
     tokens = [t for name in named if isinstance(t := kwargs.get(name), Tensor)] or tensors[:1]

@@ -1,0 +1,252 @@
+"""A layer of the base model with adapters on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siliang.methods.layer import BaseForward, LayerAdapter
+from siliang.methods.rows import Rows, by_row
+from siliang.models.quantized import is_quantized
+from siliang.types import MergeError
+
+
+class AdaptedLayer(nn.Module):
+    """A layer of the base model with named adapters on it, of one method or of several.
+
+    It takes the base layer's place in the model and keeps it as `base_layer`. Nothing here asks what kind that is, so
+    the same class serves full-precision and quantized layers. The parts of the adapters are registered under PEFT's
+    names, such as `lora_A.<adapter>`. Adapters are made while the base layer has its own parameters.
+
+    Attributes:
+        active: The adapters that compute, the innermost first.
+        merged: Those that are in the base layer's own parameters; the layer computes with these alone then, as in PEFT.
+        rows: For a batch that mixes adapters, the one of each row; None otherwise.
+    """
+
+    base_layer: Any  # nn.Linear and its quantized kin, nn.Embedding, a norm, a module of experts ...
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.rows: Rows | None = None
+        # Dicts, so that nothing in them is listed a second time among the layer's parameters.
+        self._adapters: dict[str, LayerAdapter] = {}
+        self._replaced: dict[str, nn.Parameter] = {}  # the base layer's own parameters that others replace now
+        self._merged: dict[str, nn.Parameter] = {}
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.rows is None:
+            return self._compute(() if self.merged else self.active, x, args, kwargs)
+
+        def run(name: str, part: Tensor, *args: object, **kwargs: object) -> Tensor:
+            with self._with_overrides_of([name]):
+                return self._compute([name], part, args, kwargs)
+
+        return by_row(self.rows, (x, *args), kwargs, run, where="a layer with adapters")
+
+    def _compute(
+        self, names: Sequence[str], x: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Tensor:
+        here = [self._adapters[name] for name in names if name in self._adapters]
+        return BaseForward(self.base_layer, here, args, kwargs)(x)
+
+    # ---- the adapters ----
+
+    @property
+    def adapters(self) -> Mapping[str, LayerAdapter]:
+        """The adapters on this layer by name."""
+        return self._adapters
+
+    def add_adapter(self, adapter: LayerAdapter) -> None:
+        """Adds an adapter whose parts are registered."""
+        self._adapters[adapter.name] = adapter
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes adapter `name`, if this layer has it."""
+        self._adapters.pop(name, None)
+        delete_parts(self, name)
+
+    def add_part(self, attribute: str, adapter: str, part: nn.Module | nn.Parameter) -> None:
+        """Registers a part of an adapter, as `<attribute>.<adapter>`."""
+        if attribute not in self._modules:
+            self.add_module(attribute, ByAdapter())
+        parts_of(self, attribute)[adapter] = part
+
+    def part(self, attribute: str, adapter: str) -> Any:
+        """The part of an adapter, as it is now."""
+        return parts_of(self, attribute)[adapter]
+
+    # ---- which parameters the base layer has ----
+
+    def activate(self, names: tuple[str, ...], *, merged: bool) -> None:
+        """Makes `names` the adapters that compute, or puts the merged ones into the base layer's parameters."""
+        self.restore_base()
+        self.active = names
+        for key, parameter in (self._merged if merged and self.merged else self._overrides_of(names)).items():
+            self._replace(key, parameter)
+
+    def restore_base(self) -> None:
+        """Gives the base layer its own parameters back."""
+        for key, parameter in self._replaced.items():
+            setattr(self.base_layer, key, parameter)
+        self._replaced.clear()
+
+    def base_parameter(self, key: str) -> nn.Parameter:
+        """The base layer's own parameter, also while another replaces it."""
+        return self._replaced[key] if key in self._replaced else getattr(self.base_layer, key)
+
+    def _replace(self, key: str, parameter: nn.Parameter) -> None:
+        self._replaced.setdefault(key, getattr(self.base_layer, key))
+        setattr(self.base_layer, key, parameter)
+
+    @torch.no_grad()
+    def _overrides_of(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """What replaces the base parameters for adapters `names`: less what each of them took out of one."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for name in names:
+            if name in self._adapters:
+                for key, parameter in self._adapters[name].overrides().items():
+                    found.setdefault(key, []).append(parameter)
+        return {key: self._combined(key, parameters) for key, parameters in found.items()}
+
+    def _combined(self, key: str, parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+        if len(parameters) == 1:
+            return parameters[0]
+        own = self.base_parameter(key)
+        rest = own + sum((parameter - own for parameter in parameters), torch.zeros_like(own))
+        return nn.Parameter(rest, requires_grad=False)
+
+    @contextmanager
+    def _with_overrides_of(self, names: Sequence[str]) -> Iterator[None]:
+        try:
+            for key, parameter in self._overrides_of(names).items():
+                self._replace(key, parameter)
+            yield
+        finally:
+            self.restore_base()
+
+    def parked_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that belong to the layer and are not registered in it now, because others replace them."""
+        yield from self._replaced.values()
+        yield from self._merged.values()
+        for adapter in self._adapters.values():
+            yield from adapter.overrides().values()
+
+    # ---- merging ----
+
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Before anything is merged.
+
+        Raises:
+            MergeError: The base layer is quantized, or an adapter cannot become a part of it.
+        """
+        here = [self._adapters[name] for name in names if name in self._adapters]
+        if here and is_quantized(self.base_layer):
+            raise MergeError(
+                "The base model is quantized, and rounding the merged weights to it again would change the answers: "
+                "load the base model in 16 bits, attach the adapter, and merge there (`siliang merge` does)."
+            )
+        for adapter in here:
+            adapter.check_merge()
+
+    @torch.no_grad()
+    def merge(self, names: Sequence[str], *, safe: bool = False) -> dict[str, nn.Parameter]:
+        """The base layer's parameters with the adapters of `names` that this layer has in them, one after another.
+
+        They are new ones, so that a parameter that is tied to another layer's leaves that one as it is. The base layer
+        must have its own parameters, and has them again afterwards.
+
+        Args:
+            safe: Refuse where the result is not finite.
+
+        Raises:
+            MergeError: With `safe`, an adapter is broken; or the base layer lacks a parameter to merge into.
+        """
+        here = [name for name in names if name in self._adapters]
+        weight = getattr(self.base_layer, "weight", None)  # not of experts, whose weights have names of their own
+        found: dict[str, nn.Parameter] = {}
+        with self._with_overrides_of(here):
+            for name in here:
+                for key, value in self._adapters[name].merged().items():
+                    if getattr(self.base_layer, key) is None:
+                        raise MergeError(f"Adapter {name!r} has a {key}, and the layer has none to merge it into.")
+                    dtype = weight.dtype if isinstance(weight, Tensor) else self.base_parameter(key).dtype
+                    # rounded once, at the end: the next adapter is merged in the wider dtype too
+                    self._replace(key, nn.Parameter(value, requires_grad=False))
+                    found[key] = nn.Parameter(value.to(dtype), requires_grad=False)
+                    if safe and not torch.isfinite(found[key]).all():
+                        raise MergeError(f"Adapter {name!r} is broken: merged weights would not be finite.")
+        return found
+
+    def set_merged(self, names: Sequence[str], parameters: dict[str, nn.Parameter]) -> None:
+        """Keeps what `merge` gave, for `activate`."""
+        self.merged, self._merged = tuple(name for name in names if name in self._adapters), parameters
+
+    # ---- what other modules read of a layer as if it were the plain one ----
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+
+class ByAdapter(nn.Module):
+    """Modules, parameters or buffers by the name of the adapter that they belong to: `lora_A.default.weight`."""
+
+    def __setitem__(self, name: str, part: nn.Module | Tensor) -> None:
+        self.delete(name)
+        # not by add_module and its kin, which refuse the names of a module's own attributes
+        if isinstance(part, nn.Module):
+            self._modules[name] = part
+        elif isinstance(part, nn.Parameter):
+            self._parameters[name] = part
+        else:
+            self._buffers[name] = part
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._modules:
+            return self._modules[name]
+        return self._parameters[name] if name in self._parameters else self._buffers[name]
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in held for held in self._all())
+
+    def __len__(self) -> int:
+        return sum(map(len, self._all()))
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for held in self._all() for name in held)
+
+    def delete(self, name: str) -> None:
+        """Drops what adapter `name` has here, if anything."""
+        for held in self._all():
+            held.pop(name, None)
+
+    def _all(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        return self._modules, self._parameters, self._buffers
+
+
+def parts_of(module: nn.Module, attribute: str) -> ByAdapter:
+    """The parts of adapters that `module` holds under one attribute."""
+    found = module._modules[attribute]
+    assert isinstance(found, ByAdapter)
+    return found
+
+
+def delete_parts(module: nn.Module, name: str) -> None:
+    """Removes all parts of adapter `name` from `module`."""
+    for attribute, held in list(module.named_children()):
+        if isinstance(held, ByAdapter):
+            held.delete(name)
+            if not len(held):
+                delattr(module, attribute)

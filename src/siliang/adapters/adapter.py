@@ -1,0 +1,96 @@
+"""One adapter on its model: its tensors, and what it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from siliang.adapters.adapted_layer import parts_of
+from siliang.adapters.attachments import Attachments
+from siliang.methods.config import PeftConfig
+from siliang.methods.method import Adapter
+
+PROMPT_KEY = "prompt_embeddings"
+
+
+@dataclass(kw_only=True)
+class AttachedAdapter(Adapter[PeftConfig]):
+    """An adapter with its tensors, wherever in the model they are.
+
+    Attributes:
+        attachments: What adapters have in the model's modules.
+    """
+
+    attachments: Attachments = field(repr=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the adapter consists of, under the keys of its file: without its name.
+
+        The keys are the same whatever else is attached. The tensors are live, but for a prompt that comes out of an
+        encoder: that one is computed.
+        """
+        found: dict[str, Tensor] = {} if self.prompt is None else {PROMPT_KEY: self.prompt()}
+        found |= {f"base_model.{key}": self.shared[key] for key, spec in self.parts.shared.items() if spec.saved}
+        for path, layer in self.layers.items():
+            found |= {self._key(path, key): p for key, p in layer.parameters().items()}
+        for path in self.parts.modules:
+            state = self.attachments.module_copy(path, self.name).state_dict(keep_vars=True)
+            found |= {self._key(path, key): t for key, t in state.items()}
+        for path in self.attachments.overridden_by(self.name):
+            found[self.parameter_key(path)] = self.attachments.parameter(path, self.name)
+        return found
+
+    def parameter_key(self, path: str) -> str:
+        """The key in the file of what replaces the base model's parameter at `path`."""
+        owner, _, own = path.rpartition(".")
+        return self._key(f"{owner}.base_layer" if owner in self.layers else owner, own)
+
+    def _key(self, path: str, key: str) -> str:
+        prefix = "base_model.model" if self.prompt is None else "base_model"
+        return f"{prefix}.{path}.{key}" if path else f"{prefix}.{key}"
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the adapter trains: without the buffers of saved modules, with the encoder of a prompt."""
+        found = [] if self.prompt is None else [*self.prompt.parameters()]
+        for key, spec in self.parts.shared.items():
+            if spec.trained:
+                found.append(self.shared[key])  # pyright: ignore[reportArgumentType], trained ones are parameters
+        for layer in self.layers.values():
+            found += layer.parameters().values()
+        for path in self.parts.modules:
+            found += self.attachments.module_copy(path, self.name).parameters()
+        found += (self.attachments.parameter(path, self.name) for path in self.parts.parameters)
+        return list({id(p): p for p in found}.values())  # rows of a tied table are on several layers
+
+    def set_trainable(self, wanted: bool) -> None:
+        """Trains the adapter, or freezes it; the user's own `requires_grad` elsewhere is left alone."""
+        for p in self.parameters():
+            p.requires_grad_(wanted and (p.is_floating_point() or p.is_complex()))
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a resumed training needs beside the adapter's file: the encoder of a prompt, what a method remembers."""
+        prompt = {} if self.prompt is None or self.prompt.flat else self.prompt.state_dict()
+        return {**prompt, **self.state}
+
+
+class SharedTensors(Mapping[str, Tensor]):
+    """The tensors that the layers of adapter `adapter` share, by name, as they are now: sharding replaces some.
+
+    Args:
+        owner: The module that holds them.
+        names: Which.
+    """
+
+    def __init__(self, owner: nn.Module, names: tuple[str, ...], adapter: str) -> None:
+        self._owner, self._names, self._adapter = owner, names, adapter
+
+    def __getitem__(self, name: str) -> Tensor:
+        return parts_of(self._owner, name)[self._adapter]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,83 @@
+"""Whether what a method asks for can be made on a model, and whether adapters can be active together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import combinations, permutations
+
+from torch import nn
+
+from siliang.adapters.adapter import AttachedAdapter
+from siliang.adapters.choose_modules import names_of_saved
+from siliang.adapters.table_rows import check_table_rows
+from siliang.methods.config import PeftConfig
+from siliang.methods.method import Parts
+from siliang.models.quantized import is_quantized
+from siliang.module_paths import inside, plain_modules
+from siliang.types import ConfigError, SiliangError
+
+
+def checked_parts(
+    model: nn.Module, config: PeftConfig, saved: Sequence[str], parts: Parts, *, for_prompts: bool
+) -> Parts:
+    """The parts that a method gave, with the modules that are saved whole, each once; the names of these go into the
+    config.
+
+    Args:
+        model: The base model, nothing attached to it.
+        saved: The modules that are saved whole for the task or by `modules_to_save`.
+        for_prompts: The model's first adapter is a prompt.
+
+    Raises:
+        ConfigError: They cannot be made on this model.
+    """
+    if parts.shared and for_prompts:
+        raise ConfigError(
+            f"The layers of {config.peft_type} share tensors, and the model's first adapter is a prompt: "
+            "attach the prompt after it."
+        )
+    parts = dataclasses.replace(parts, modules=tuple(dict.fromkeys((*saved, *parts.modules))))
+    if config.modules_to_save:
+        paths = [path for path, _ in plain_modules(model)]
+        config.modules_to_save = names_of_saved(config, config.modules_to_save, list(parts.modules), paths)
+    for path in parts.modules:
+        if any(is_quantized(m) for m in model.get_submodule(path).modules()):
+            raise ConfigError(f"modules_to_save: {path} is quantized, and a copy of it cannot be trained.")
+    check_table_rows(model, parts.table_rows, (*parts.layers, *parts.modules))
+    # a parameter that several layers share is trained once
+    once = set({id(model.get_parameter(path)): path for path in reversed(parts.parameters)}.values())
+    return dataclasses.replace(parts, parameters=tuple(path for path in parts.parameters if path in once))
+
+
+def check_together(adapters: Sequence[AttachedAdapter], *, error: type[SiliangError] = ConfigError) -> None:
+    """Refuses adapters of which one would replace another, or a part of it.
+
+    Args:
+        error: What is raised.
+    """
+    for one, other in combinations(adapters, 2):
+        if one.name == other.name:
+            raise error(f"adapter {one.name!r} is named twice.")
+        if one.prompt is not None and other.prompt is not None:
+            raise error(f"Only one prompt can be active at a time, not {one.name}, {other.name}.")
+        clash = next((path for a, b in permutations((one, other)) if (path := _replaced(a, b)) is not None), None)
+        if clash is not None:
+            raise error(
+                f"Adapters {one.name!r} and {other.name!r} cannot be active together: each has a {clash} of its own. "
+                "Make one of them active at a time."
+            )
+
+
+def _replaced(a: AttachedAdapter, b: AttachedAdapter) -> str | None:
+    """What of `b` adapter `a` would replace; None for nothing."""
+    alone = [path for path, layer in a.layers.items() if layer.EXCLUSIVE]
+    both = set(a.parts.parameters) & set(b.parts.parameters)
+    for path in (*b.layers, *b.parts.parameters, *b.parts.modules):
+        if path in both or inside(path, [*a.parts.modules, *alone]):
+            return path
+    for path, rows in b.parts.table_rows.items():
+        own = a.parts.table_rows.get(path)
+        if own is not None and (shared := set(own.indices) & set(rows.indices)):
+            return f"row {min(shared)} of {path}"
+    return None

@@ -1,0 +1,133 @@
+"""Rows of an embedding table that an adapter trains: a few new tokens cost a few rows, not the whole table.
+
+    y = E'[x]        E' is the table E, its rows `indices` replaced by P
+    z = E' h         a head that is tied to the table has the same rows
+
+Neither builds E'. PEFT calls P `trainable_tokens_delta`, although it holds the rows themselves.
+
+Shapes: E (V, D), P (K, D); x (...) token ids, h (..., D), z (..., V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.methods.layer import BaseForward, LayerAdapter, trained_dtype
+from siliang.methods.method import TableRows
+from siliang.models.quantized import is_quantized
+from siliang.module_paths import inside, plain_modules
+from siliang.types import ConfigError
+
+PART = "trainable_tokens_delta"
+
+
+class RowsAdapter(LayerAdapter):
+    """P on one layer that holds the table.
+
+    Args:
+        source: The adapter on the table itself, whose P a tied layer uses; None on the table.
+    """
+
+    def __init__(self, layer: AdaptedLayer, name: str, rows: TableRows, source: RowsAdapter | None = None) -> None:
+        weight = layer.base_parameter("weight")
+        self._rows, self._tied = rows, source is not None
+        self._indices = torch.tensor(rows.indices, device=weight.device)
+        if source is None:
+            start = weight.detach()[self._indices].to(trained_dtype(weight), copy=True)
+            P = nn.Parameter(start, requires_grad=False)
+        else:
+            P = source.P
+        super().__init__(layer, name, {PART: P})
+
+    @property
+    def P(self) -> nn.Parameter:
+        return self.part(PART)
+
+    def merged(self) -> dict[str, Tensor]:
+        weight = self.layer.base_layer.weight
+        wide = weight.to(torch.promote_types(weight.dtype, self.P.dtype), copy=True)
+        return {"weight": wide.index_copy_(0, self._at(weight), self.P.to(wide.dtype))}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {self._rows.key: self.P} if self._rows.saved_when_tied or not self._tied else {}
+
+    def _at(self, reference: Tensor) -> Tensor:
+        """The rows' numbers, on the device of `reference`."""
+        if self._indices.device != reference.device:
+            self._indices = self._indices.to(reference.device)
+        return self._indices
+
+
+class EmbeddingRows(RowsAdapter):
+    """On an embedding."""
+
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        y, base, (ordered, order) = base_forward(x), self.layer.base_layer, self._at(x).sort()
+        nearest = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
+        padding = base.padding_idx  # whose row has no gradient
+        row = self._rows.indices.index(padding) if padding in self._rows.indices else None
+        new = F.embedding(order[nearest], self.P, padding_idx=row)
+        # BART's and Gemma's embeddings multiply their output by a constant
+        scale = getattr(base, "embed_scale", None)
+        new = new if scale is None else new * scale
+        return torch.where((ordered[nearest] == x).unsqueeze(-1), new.to(y.dtype), y)
+
+
+class HeadRows(RowsAdapter):
+    """On a linear layer whose weight is the table."""
+
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        z, base, indices = base_forward(x), self.layer.base_layer, self._at(x)
+        bias = None if base.bias is None else base.bias[indices].to(x.dtype)
+        return z.index_copy(-1, indices, F.linear(x, self.P.to(x.dtype), bias).to(z.dtype))
+
+
+def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], others: Iterable[str]) -> None:
+    """Before anything is made.
+
+    Args:
+        model: The base model, nothing attached to it.
+        others: The paths of the layers and modules that the adapter tunes beside them.
+
+    Raises:
+        ConfigError: Rows cannot be trained there.
+    """
+    taken = list(others)
+    for path, rows in table_rows.items():
+        table = model.get_submodule(path)
+        if not isinstance(table, nn.Embedding) or is_quantized(table):
+            raise ConfigError(f"{path} is a {type(table).__name__}: rows can be trained of a plain embedding only.")
+        if inside(path, taken):
+            raise ConfigError(f"{path} is tuned otherwise by the same adapter: leave it out there, or train no rows.")
+        if not rows.indices or len(set(rows.indices)) < len(rows.indices):
+            raise ConfigError(f"The rows of {path} to train must be at least one, each named once.")
+        if strange := [i for i in rows.indices if not 0 <= i < len(table.weight)]:
+            raise ConfigError(f"{path} has no row {strange[0]}: it has {len(table.weight):,} rows, from 0 on.")
+        for other in tied_layers(model, path):
+            if not isinstance(model.get_submodule(other), nn.Embedding | nn.Linear):
+                kind = type(model.get_submodule(other)).__name__
+                raise ConfigError(f"{path} is tied to {other}, a {kind}: its rows cannot be trained alone.")
+
+
+def tied_layers(model: nn.Module, path: str) -> list[str]:
+    """The paths of the other layers whose weight is that of the layer at `path`. Nothing may be attached."""
+    weight = model.get_parameter(f"{path}.weight")
+    return [p for p, m in plain_modules(model) if p != path and m._parameters.get("weight") is weight]
+
+
+def make_table_rows(layers: Mapping[str, AdaptedLayer], name: str, rows: TableRows) -> dict[str, RowsAdapter]:
+    """Makes adapter `name` on a table and on the layers that are tied to it.
+
+    Args:
+        layers: They by their paths, the table first.
+    """
+    found: dict[str, RowsAdapter] = {}
+    for path, layer in layers.items():
+        kind = EmbeddingRows if isinstance(layer.base_layer, nn.Embedding) else HeadRows
+        found[path] = kind(layer, name, rows, next(iter(found.values()), None))
+    return found

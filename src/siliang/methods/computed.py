@@ -1,0 +1,73 @@
+"""Adapters that compute a layer with other parameters: a function of the layer's own.
+
+    y = layer(x; W' = f(W))
+
+The module needs not be a linear layer: mixtures of experts hold the weights of all experts in one tensor (E, O, I),
+which is no module's `weight` (PEFT's `target_parameters`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from siliang.methods.layer import BaseForward, LayerAdapter
+from siliang.models.introspect import as_stored
+from siliang.models.quantized import float_weight, is_quantized
+
+
+class ComputedParameters(LayerAdapter):
+    """An adapter that is a function of its layer's parameters. A method writes `functions`; forward and merge follow.
+
+    Where the output can be had without the whole of W', as LoRA's can, a method writes a `forward` of its own, which
+    takes less memory. Beside another adapter W' would be a function of that one's weight too, so it is exclusive.
+    """
+
+    EXCLUSIVE: ClassVar[bool] = True
+
+    @abstractmethod
+    def functions(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """By a parameter's name, what it becomes: a function of it, through which gradients flow.
+
+        A linear layer's weight is given as (O, I), dequantized, and half precision as fp32.
+        """
+
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        return base_forward.through(WithParameters(self.layer.base_layer, self.functions()), x)
+
+    def merged(self) -> dict[str, Tensor]:
+        return computed_parameters(self.layer.base_layer, self.functions())
+
+
+class WithParameters:
+    """Calls `layer` with parameters that are functions of its own, which stay as they are."""
+
+    def __init__(self, layer: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        self._layer, self._functions = layer, functions
+
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        layer, found = self._layer, computed_parameters(self._layer, self._functions)
+        if is_quantized(layer):  # whose own forward takes nothing but its packed weight
+            bias = found.get("bias", layer._parameters.get("bias"))
+            return F.linear(x, found["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+        own = {key: value.to(layer.get_parameter(key).dtype) for key, value in found.items()}
+        return functional_call(layer, own, (x, *args), dict(kwargs))
+
+
+def computed_parameters(layer: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
+    """What `functions` make of the parameters of `layer`, as the layer stores them; in fp32 where those are half."""
+    found: dict[str, Tensor] = {}
+    for key, function in functions.items():
+        own = layer.get_parameter(key)
+        if key == "weight" and own.dim() == 2:
+            weight = float_weight(layer)
+            found[key] = as_stored(layer, function(weight.to(torch.promote_types(weight.dtype, torch.float32))))
+        else:
+            found[key] = function(own.to(torch.promote_types(own.dtype, torch.float32)))
+    return found

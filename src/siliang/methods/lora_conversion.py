@@ -1,0 +1,51 @@
+"""An adapter that took something out of the base weight (PiSSA, OLoRA), as LoRA beside the base weight as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from siliang.methods.config import PeftConfig
+from siliang.methods.lora import LoraConfig
+from siliang.methods.lora_init import twice_the_rank
+from siliang.types import ConfigError
+
+
+def as_plain_lora(
+    config: PeftConfig, tensors: dict[str, Tensor], start: Callable[[], dict[str, Tensor]], source: str
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A trained PiSSA or OLoRA adapter as LoRA of twice the rank.
+
+    Args:
+        config: The adapter's.
+        tensors: The adapter's, by their keys in the file.
+        start: Reads the adapter as it was before training.
+        source: Where that is read from, for an error.
+
+    Raises:
+        ConfigError: The adapter cannot be converted.
+        AdapterError: What was read is another adapter.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"Only LoRA can be converted to LoRA on the plain base model, not {config.peft_type}.")
+    if config.use_dora or config.init_lora_weights == "loftq":
+        raise ConfigError(
+            "With use_dora or init_lora_weights='loftq' the change of the weight is no product of B and A."
+        )
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise ConfigError(
+            "use_rslora with rank_pattern or alpha_pattern cannot be converted to LoRA of twice the rank."
+        )
+    found = twice_the_rank(tensors, start(), source)
+    plain = dataclasses.replace(
+        config,
+        init_lora_weights=True,
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2),
+        rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+        alpha_pattern={key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+    return plain, found

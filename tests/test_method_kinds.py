@@ -1,0 +1,329 @@
+"""What a method can tune beside linear layers, shown by methods that the project does not have: rows of an embedding
+table, also of a tied one; parameters computed from others; experts' weights, which are no module.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import batch, make
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import siliang
+from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.methods import METHODS
+from siliang.methods.computed import ComputedParameters
+from siliang.methods.config import CONFIG_CLASSES, LayerConfig, PeftConfig
+from siliang.methods.find_targets import find_targets
+from siliang.methods.layer import Layer, LayerAdapter
+from siliang.methods.method import Method, Parts, TableRows
+from siliang.models.introspect import features, is_linear, word_embeddings
+from siliang.ops.masked_ce import masked_cross_entropy
+from siliang.types import AdapterError, ConfigError
+
+CAUSAL: Any = "CAUSAL_LM"
+
+
+# ---- rows of the word embeddings ----
+
+
+@dataclass(kw_only=True)
+class TokensConfig(PeftConfig):
+    tokens: list[int] = field(default_factory=list)
+
+    peft_type: ClassVar[str] = "TOKENS"
+
+
+class Tokens(Method[TokensConfig]):
+    name = "tokens"
+    config = TokensConfig
+    learning_rate = 1e-2
+    learning_rate_source = "a test"
+    trains = "rows of the word embeddings"
+
+    def attach(self, model: nn.Module, config: TokensConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
+        table = word_embeddings(model)
+        path = next(path for path, module in model.named_modules() if module is table)
+        return Parts(table_rows={path: TableRows(tuple(config.tokens))})
+
+
+# ---- W' = diag(d) W, computed ----
+
+
+@dataclass(kw_only=True)
+class ScaledConfig(LayerConfig):
+    peft_type: ClassVar[str] = "SCALED"
+
+
+class Scaled(Method[ScaledConfig]):
+    name = "scaled"
+    config = ScaledConfig
+    learning_rate = 1e-2
+    learning_rate_source = "a test"
+    trains = "a factor for each output"
+
+    def attach(self, model: nn.Module, config: ScaledConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
+        layers = find_targets(model, config, is_linear, defaults={}, outside=saved, lenient=from_file)
+        return Parts(layers=dict.fromkeys(layers, scaled))
+
+
+def scaled(layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+    return ScaledLayer(layer, name, {"scaled_d": nn.Parameter(torch.rand(features(layer.base_layer)[1]) + 0.5)})
+
+
+class ScaledLayer(ComputedParameters):
+    def functions(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        return {"weight": lambda W_OI: self.part("scaled_d")[:, None] * W_OI}
+
+
+# ---- W' = W + B A for each expert, where the weights of all experts are one tensor (E, O, I) ----
+
+
+@dataclass(kw_only=True)
+class ExpertsConfig(PeftConfig):
+    r: int = 2
+    target_parameters: list[str] = field(default_factory=lambda: ["gate_up_proj", "down_proj"])
+
+    peft_type: ClassVar[str] = "EXPERTS"
+
+
+class Experts(Method[ExpertsConfig]):
+    name = "experts"
+    config = ExpertsConfig
+    learning_rate = 1e-2
+    learning_rate_source = "a test"
+    trains = "experts' weights"
+
+    def attach(self, model: nn.Module, config: ExpertsConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
+        wanted = config.target_parameters
+        paths = [path for path, module in model.named_modules() if set(wanted) <= module._parameters.keys()]
+        return Parts(layers={path: partial(experts, config.r, wanted) for path in paths})
+
+
+def experts(r: int, wanted: list[str], layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+    parts = {}
+    for key in wanted:
+        E, O, I = layer.base_layer.get_parameter(key).shape  # noqa: E741, the equation's letters
+        parts[f"{key}_A"] = nn.Parameter(torch.randn(E, r, I) / 8)
+        parts[f"{key}_B"] = nn.Parameter(torch.randn(E, O, r) / 8)
+    return ExpertsLayer(layer, name, parts, wanted)
+
+
+class ExpertsLayer(ComputedParameters):
+    def __init__(self, layer: Layer, name: str, parts: Mapping[str, nn.Parameter], wanted: list[str]) -> None:
+        super().__init__(layer, name, parts)
+        self._wanted = wanted
+
+    def functions(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        return {key: partial(self._tuned, key) for key in self._wanted}
+
+    def _tuned(self, key: str, W_EOI: Tensor) -> Tensor:
+        return W_EOI + self.part(f"{key}_B") @ self.part(f"{key}_A")
+
+
+# ---- all of them ----
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in (Tokens(), Scaled(), Experts()):
+        monkeypatch.setitem(METHODS, method.name, method)
+        monkeypatch.setitem(CONFIG_CLASSES, method.config.peft_type, method.config)
+
+
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=batch("llama")["input_ids"].max().item() + 8,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+def model_of(name: str) -> Any:
+    return mixtral() if name == "mixtral" else make(name)
+
+
+@torch.no_grad()
+def logits(model: Any, name: str) -> Tensor:
+    return model(**batch("t5" if name == "t5" else "llama")).logits
+
+
+def trained(model: Any, name: str, steps: int = 3) -> list[float]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch("t5" if name == "t5" else "llama")).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+ROWS = [*dict.fromkeys([3, *batch("llama")["input_ids"][0].tolist(), *batch("t5")["input_ids"][0].tolist()])][:6]
+CASES: dict[str, tuple[str, PeftConfig]] = {
+    "rows": ("llama", TokensConfig(task_type=CAUSAL, tokens=ROWS)),
+    "rows of a tied table": ("gpt2", TokensConfig(task_type=CAUSAL, tokens=ROWS)),
+    "rows of T5": ("t5", TokensConfig(task_type="SEQ_2_SEQ_LM", tokens=ROWS)),
+    "computed": ("llama", ScaledConfig(task_type=CAUSAL, target_modules=["q_proj", "down_proj"])),
+    "computed, transposed": ("gpt2", ScaledConfig(task_type=CAUSAL, target_modules=["c_attn"])),
+    "experts": ("mixtral", ExpertsConfig(task_type=CAUSAL)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trained_saved_loaded_merged(case: str, tmp_path: Path) -> None:
+    name, config = CASES[case]
+    plain = logits(model_of(name), name)
+    model: Any = siliang.get_peft_model(model_of(name), config)
+    losses = trained(model, name)
+    assert losses[-1] < losses[0]
+    tuned = logits(model.eval(), name)
+    assert not torch.allclose(tuned, plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, name), plain)
+    pickle.loads(pickle.dumps(model.injection.adapters["default"].parts))
+    model.save_pretrained(tmp_path)
+    loaded: Any = siliang.PeftModel.from_pretrained(model_of(name), tmp_path)
+    torch.testing.assert_close(logits(loaded, name), tuned)
+    loaded.merge_adapter()
+    torch.testing.assert_close(logits(loaded, name), tuned, rtol=1e-4, atol=1e-5)
+    loaded.unmerge_adapter()
+    assert torch.equal(logits(loaded.unload(), name), plain)
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged.eval(), name), tuned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["rows", "rows of a tied table", "experts", "computed"])
+def test_batches_that_mix_adapters(case: str) -> None:
+    name, config = CASES[case]
+    model: Any = siliang.get_peft_model(model_of(name), config).eval()
+    for p in model.injection.adapters["default"].parameters():
+        p.data.add_(0.1)
+    whole = logits(model, name)
+    with model.disable_adapter():
+        plain = logits(model, name)
+    inputs = {key: value for key, value in batch("llama").items() if key != "labels"}
+    mixed = model(**inputs, adapter_names=["default", "__base__", "default"]).logits
+    torch.testing.assert_close(mixed, torch.stack([whole[0], plain[1], whole[2]]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    """Forward, gradients and file of PEFT's trainable tokens."""
+    ours: Any = siliang.get_peft_model(make(name), TokensConfig(task_type=CAUSAL, tokens=ROWS))
+    table = next(path for path, m in make(name).named_modules() if m is not None and isinstance(m, nn.Embedding))
+    theirs: Any = peft.get_peft_model(
+        make(name),
+        peft.TrainableTokensConfig(
+            task_type=CAUSAL, target_modules=[table.rpartition(".")[2]], token_indices=ROWS, init_weights=True
+        ),
+    )
+    start = torch.randn(len(ROWS), make(name).get_input_embeddings().weight.shape[1])
+    (own,) = ours.injection.adapters["default"].parameters()
+    other = next(p for key, p in theirs.named_parameters() if "trainable_tokens_delta" in key)
+    own.data.copy_(start)
+    other.data.copy_(start)
+    for model in (ours, theirs):
+        model(**batch(name)).loss.backward()
+    torch.testing.assert_close(logits(ours, name), logits(theirs, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    held = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    assert held[0].keys() == held[1].keys()
+    wanted = logits(theirs, name)
+    back: Any = siliang.PeftModel.from_pretrained(
+        make(name), tmp_path / "theirs", config=TokensConfig(task_type=CAUSAL, tokens=ROWS)
+    )
+    torch.testing.assert_close(logits(back, name), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_tied_table_are_one_parameter_and_stay_tied() -> None:
+    base: Any = make("gpt2")
+    model: Any = siliang.get_peft_model(base, TokensConfig(task_type=CAUSAL, tokens=ROWS))
+    names = [key for key, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 1
+    (P,) = model.injection.adapters["default"].parameters()
+    assert P.shape == (len(ROWS), base.config.hidden_size)
+    # the loss on labelled rows takes the head's own parameters into account
+    hidden = torch.randn(6, base.config.hidden_size)
+    labels = torch.tensor([*ROWS[:4], 1, 2])
+    loss = masked_cross_entropy(hidden, base.lm_head, labels)
+    (found,) = torch.autograd.grad(loss, P)
+    (wanted,) = torch.autograd.grad(masked_cross_entropy(hidden, base.lm_head, labels, impl="reference"), P)
+    torch.testing.assert_close(found, wanted)
+    trained(model, "gpt2")
+    merged: Any = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert merged.config.tie_word_embeddings
+
+
+def test_rows_beside_lora_and_other_rows() -> None:
+    model: Any = siliang.get_peft_model(make("gpt2"), TokensConfig(task_type=CAUSAL, tokens=[3, 4]))
+    model.add_adapter("others", TokensConfig(task_type=CAUSAL, tokens=[5]))
+    model.add_adapter("lora", siliang.LoraConfig(target_modules=["c_attn", "wte"], init_lora_weights=False))
+    model.add_adapter("same", TokensConfig(task_type=CAUSAL, tokens=[9, 4]))
+    model.set_adapter(["lora", "default", "others"])
+    trained(model, "gpt2")
+    tuned = logits(model.eval(), "gpt2")
+    with pytest.raises(ConfigError, match=r"'default' and 'same' cannot be active together: each has a row 4 of"):
+        model.set_adapter(["default", "same"])
+    torch.testing.assert_close(logits(model.merge_and_unload().eval(), "gpt2"), tuned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([], "at least one"), ([3, 3], "each named once"), ([10**6], "has no row 1000000"), ([-1], "has no row -1")],
+)
+def test_rows_that_are_not_there(tokens: list[int], message: str) -> None:
+    base = make("llama")
+    with pytest.raises(ConfigError, match=message):
+        siliang.get_peft_model(base, TokensConfig(task_type=CAUSAL, tokens=tokens))
+    assert not any("trainable" in key for key, _ in base.named_parameters())
+
+
+def test_a_file_of_fewer_rows_is_refused(tmp_path: Path) -> None:
+    siliang.get_peft_model(make("llama"), TokensConfig(task_type=CAUSAL, tokens=[3, 4])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace("4\n", "4,\n5\n"))
+    with pytest.raises(AdapterError, match=r"has shape \(2, .*the model needs \(3,"):
+        siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+def test_a_computed_weight_beside_another_adapter_is_refused() -> None:
+    config = CASES["computed"][1]
+    model: Any = siliang.get_peft_model(make("llama"), config)
+    model.add_adapter("lora", siliang.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="cannot be active together"):
+        model.set_adapter(["lora", "default"])
+
+
+def test_a_computed_weight_on_a_quantized_layer() -> None:
+    bnb: Any = pytest.importorskip("bitsandbytes")
+    base = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+    base.weight = bnb.nn.Params4bit(torch.randn(32, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    layer = AdaptedLayer(base)
+    adapter = scaled(layer, "a", {})
+    layer.add_adapter(adapter)
+    layer.activate(("a",), merged=False)
+    x = torch.randn(3, 64)
+    expected = (base(x) - base.bias) * adapter.part("scaled_d") + base.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
