@@ -7,6 +7,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,10 @@ from siliang.config import RunConfig
 from siliang.environment import prepare_ray
 from siliang.files import sweep
 from siliang.language import Bilingual, both
+from siliang.plan import plan
+from siliang.plan.device import find_target
 from siliang.safety.permissions import VARIABLE as ALLOWED_CODE
-from siliang.types import ClusterError, first_line
+from siliang.types import ClusterError, SiliangError, first_line
 from siliang.units import show_bytes
 
 prepare_ray()  # Ray reads its settings when it is imported
@@ -92,6 +95,7 @@ class Cluster:
 
         A request whose process or machine is lost is done again, on another machine where one has room: `lost`.
         """
+        self.resources["memory"] = self._memory([RunConfig.model_validate(r["config"]) for r in requests])
         self.workers = [RemoteWorker(self) for _ in requests[: self._places()]]
         for event in share(requests, self.workers):
             if event.kind != "note":
@@ -118,7 +122,9 @@ class Cluster:
         """What a run takes, in words."""
         cpus = int(self.resources["num_cpus"])
         parts = [f"{cpus} processor{'s' * (cpus > 1)}"] if cpus else []
-        return " and ".join(parts + ["1 card"] * ("num_gpus" in self.resources))
+        parts += ["1 card"] * ("num_gpus" in self.resources)
+        memory = int(self.resources.get("memory", 0))
+        return " and ".join(parts + [f"{show_bytes(memory)} of memory"] * (memory > 0))
 
     def _choose_resources(self) -> None:
         """A run takes a card where there are any, or its share of a machine's processors."""
@@ -158,9 +164,22 @@ class Cluster:
                 )
             )
 
+    def _memory(self, runs: list[RunConfig]) -> int:
+        """The main memory in bytes that each worker reserves: by the plan, that of the run which takes the most. No
+        more than a machine has, where the run itself reports that it does not fit; 0 where no plan can be made."""
+        each = {run.model_dump_json(exclude={"output": True, "train": {"seed", "learning_rate"}}): run for run in runs}
+        wanted = 0
+        for run in each.values():
+            with suppress(SiliangError):
+                target = find_target(run, "cuda" if "num_gpus" in self.resources else "cpu")
+                found = plan(run, target, timed=False).methods[0]
+                wanted = max(wanted, 0 if found.error else found.host_bytes or found.needed_bytes)
+        return min(wanted, max(int(node["Resources"].get("memory", 0)) for node in _nodes()))
+
     def _places(self) -> int:
         """How many runs the cluster has room for at a time, if it does nothing else; at least one, which may wait."""
-        wanted = {"CPU": self.resources["num_cpus"], "GPU": self.resources.get("num_gpus", 0)}
+        names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        wanted = {there: self.resources.get(name, 0) for there, name in names.items()}
         each = (min(int(node["Resources"].get(k, 0) // n) for k, n in wanted.items() if n) for node in _nodes())
         return max(1, sum(each))
 
