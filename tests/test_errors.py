@@ -9,6 +9,7 @@ import pytest
 
 import siliang.engine.padding
 import siliang.train.run  # noqa: F401 - whatever defines errors
+from siliang.check import RULES
 from siliang.errors import CATALOGUE, _classes, as_markdown, as_shown, explain
 from siliang.language import language
 from siliang.types import ConfigError, InterruptedRunError, OutputError, SiliangError, TrainingError
@@ -79,6 +80,10 @@ def test_the_command_in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     assert siliang("explain", "SLE04").stdout.startswith("SLE04: 基座模型无法加载\n\n原因：")
     assert siliang("explain", "SL007").stdout.startswith("SL007（错误）：没有学习结束符\n\n原因：")
     assert "代码从 SLE01 到 SLE15" in siliang("explain", "SLE99").stderr
+    assert siliang("methods").stdout.startswith("lora           训练所选线性层的低秩更新\n")
+    monkeypatch.setenv("PYTHONIOENCODING", "gbk")  # a Windows console in China
+    page = subprocess.run([sys.executable, "-m", "siliang", "check", "--explain", "all"], capture_output=True)
+    assert page.stdout.decode("gbk").count("办法：") == len(RULES)
 
 
 def test_a_line_of_any_length_is_cut() -> None:

@@ -10,6 +10,7 @@ from siliang.check.finding import PARTS, Found, not_usable
 from siliang.check.subject import Subject
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
+from siliang.data.examples import Prepared
 from siliang.language import Bilingual
 
 
@@ -242,10 +243,10 @@ def prompt_learned(s: Subject) -> Iterator[Found]:
     """
     if not s.task.data.next_token or s.examples.layout == "text":
         return
-    named = np.array([len(e.labels) > 0 for e in s.examples.train]) if s.rows_are_tokens else None  # type: ignore[union-attr]
     whole = s.train.learned == s.train.lengths
-    if named is not None:
-        whole = whole & named[s.train.column("row")]
+    if s.rows_are_tokens:
+        labelled = np.array([isinstance(e, Prepared) and len(e.labels) > 0 for e in s.examples.train])
+        whole = whole & labelled[s.train.column("row")]
     rows = np.flatnonzero(whole & (s.train.lengths > 1))
     if len(rows):
         said = Bilingual(

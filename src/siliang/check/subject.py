@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from siliang.config import RunConfig
 from siliang.data.conversations import stop_tokens
@@ -100,15 +101,15 @@ class Subject:
         return find_method(self.config.method.name)
 
     @cached_property
-    def model_config(self) -> Any:
+    def model_config(self) -> PretrainedConfig:
         return load_config(self.config.model, revision=self.config.revision)
 
     @cached_property
-    def text_config(self) -> Any:
+    def text_config(self) -> PretrainedConfig:
         """The part of the model's config that speaks of its text."""
         return self.model_config.get_text_config()
 
-    def _config_for_task(self) -> Any:
+    def _config_for_task(self) -> PretrainedConfig:
         config = self.model_config
         if (outputs := self.task.model.columns(self.examples.labels)) is not None:
             config.num_labels = outputs
@@ -119,8 +120,8 @@ class Subject:
         """The modules whose weights the model's files do not hold; none where there are no files to look into."""
         return find_invented(self.config.model, self.task.model, self.examples.labels, revision=self.config.revision)
 
-    def skeleton(self) -> Any:
-        """The base model without weights, for whoever wants to know its modules; a new one each time.
+    def skeleton(self) -> PreTrainedModel:
+        """The base model without weights, which shows its modules; a new one each time.
 
         Raises:
             ModelError: transformers has no model of this kind for the task.

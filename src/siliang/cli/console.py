@@ -66,7 +66,7 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(HANDLER, _replace)
 
 
-def print_json(value: Any, indent: int | None = None) -> None:
+def print_json(value: object, indent: int | None = None) -> None:
     """Prints a value as JSON that every reader takes: nan and infinity as null, and escapes where the encoding lacks a
     character or a terminal would obey it. Its texts keep their content, but for secrets."""
     unicode = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "").startswith("utf")
@@ -82,7 +82,7 @@ def print_product(text: str) -> None:
     print(shown(text) if sys.stdout.isatty() else as_product(text), file=bare(sys.stdout))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

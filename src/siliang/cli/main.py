@@ -248,7 +248,7 @@ def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
     return None
 
 
-def _short(name: Any) -> str:
+def _short(name: object) -> str:
     text = str(name if name is not None else "")
     return text if len(text) <= 120 else shortened(text, 100, f"... ({len(text):,} characters)")
 
@@ -296,7 +296,7 @@ def _no_option(option: str, error: Any, words: list[str]) -> str:
     said = f"No such option: {_short(option)}."
     given = _given([option], words)
     # `--bf16` alone is `--bf16 true`
-    value: Any = "true" if given is None or given.startswith("--") else given
+    value: object = "true" if given is None or given.startswith("--") else given
     with suppress(YamlError):
         value = parse_yaml(value)
     takes_settings = any("--set" in getattr(p, "opts", ()) for p in error.ctx.command.params)

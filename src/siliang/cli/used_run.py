@@ -6,12 +6,15 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperCommand
 
 from siliang.language import both, local
+
+if TYPE_CHECKING:
+    from typer._click import Context
 
 Run = Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.")]
 Base = Annotated[
@@ -26,7 +29,7 @@ Force = Annotated[
 class BaseOption(TyperCommand):
     """Lets --base stand alone: what follows it is taken for a model only where it is a folder or the name of one."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         given: list[str] = []
         words = iter(enumerate(args))
         for i, word in words:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -36,8 +35,8 @@ class Differs:
     label: str | None
     seed: int | None
     what: str
-    here: Any = None
-    there: Any = None
+    here: object = None
+    there: object = None
 
 
 def differences_of(comparison: Comparison, config: CompareConfig, trial: Trial, record: Record) -> list[Differs]:
@@ -62,7 +61,7 @@ def base_differences(comparison: Comparison, answers: Answers | None) -> list[Di
 
 def _found(
     comparison: Comparison, config: CompareConfig, trial: Trial, record: Record
-) -> Iterator[tuple[str, Any, Any]]:
+) -> Iterator[tuple[str, object, object]]:
     entry = next(entry for entry in config.settings.methods if entry.label == trial.method)
     settings = dict(trial.settings)
     rate = settings.pop("learning_rate", None) or entry.learning_rate or config.run.train.learning_rate
@@ -91,7 +90,7 @@ def _found(
         yield from _unequal(name, trial.figures.get(name), now.get(name))
 
 
-def _method(values: dict[str, Any], source: str) -> MethodConfig:
+def _method(values: dict[str, object], source: str) -> MethodConfig:
     """
     Raises:
         ConfigError: They are no method's settings.
@@ -104,13 +103,13 @@ def _method(values: dict[str, Any], source: str) -> MethodConfig:
         raise ConfigError(f"{source}: {shortened(first_line(str(said)), 300)}") from None
 
 
-def _unequal(what: str, here: Any, there: Any) -> Iterator[tuple[str, Any, Any]]:
+def _unequal(what: str, here: object, there: object) -> Iterator[tuple[str, object, object]]:
     if not _same(here, there):
         # of many hashes, that they differ is all there is to say
         yield (what, None, None) if isinstance(here, list) else (what, here, there)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
     return both_nan or a == b
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from siliang.config.comparison import CompareConfig
 from siliang.paths import check_links, inside
@@ -186,7 +185,7 @@ def _grouped(found: list[tuple[str, RunFound]]) -> list[Group]:
 
 
 def _label(record: Record) -> str:
-    method: dict[str, Any] = dict(record.config["method"])
+    method: dict[str, object] = dict(record.config["method"])
     name = str(method.pop("name"))
     return " ".join([name, *(f"{key}={value}" for key, value in method.items() if value is not None)])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from siliang.report.gather import Material
 from siliang.report.summary import Answer, Line, Mean
@@ -134,7 +133,7 @@ def differences(material: Material, w: dict[str, str]) -> list[str]:
     return found
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
