@@ -107,7 +107,7 @@ def test_no_merging_into_four_bits(folders: dict[str, Path]) -> None:
     with pytest.raises(MergeError, match="load the base model in 16 bits"):
         model.merge_and_unload()
     assert model.active_adapters == ["default"]
-    with pytest.raises(ConfigError, match="not a quantised one"):
+    with pytest.raises(ConfigError, match="not a quantized one"):
         siliang.get_peft_model(load(folders["llama"]), siliang.LoraConfig(init_lora_weights="pissa"))
 
 

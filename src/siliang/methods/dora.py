@@ -37,8 +37,15 @@ class DoraLinear(LowRankLinear):
         self.add_part("lora_magnitude_vector", magnitude)
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
-        """y + (m/|.| - 1) (y - b_W) + m/|.| s B A x: near 1 the difference is small, and is rounded as such in half
-        precision.
+        """y + (c - 1) (y - b_W) + c s B A x with c = m / |W + s B A|: section 4.3, as a difference,
+        which near c = 1 is small and is rounded as such in half precision.
+
+        Args:
+            x: (..., I).
+            base_forward: Gives y, (..., O).
+
+        Returns:
+            (..., O), in the dtype of y.
         """
         y_TO = base_forward(x)
         dropout_p = self.dropout_p if self.layer.training else 0.0

@@ -30,11 +30,11 @@ def start(
         bits, iterations: LoftQ's 4 (NF4) or 8 (int8), and its rounds.
 
     Raises:
-        ConfigError: The weight is quantised already, or bitsandbytes is not there for LoftQ.
+        ConfigError: The weight is quantized already, or bitsandbytes is not there for LoftQ.
     """
     if not W_OI.is_floating_point():
         raise ConfigError(
-            f"init_lora_weights = {init!r} starts from a base model in 16 or 32 bits, not a quantised one."
+            f"init_lora_weights = {init!r} starts from a base model in 16 or 32 bits, not a quantized one."
         )
     W_OI = W_OI.detach().float()
     if init == "loftq":

@@ -42,7 +42,10 @@ from siliang.types import ConfigError
 
 
 class PrefixRoute(Route):
-    """[P_k ; K], [P_v ; V] in every layer."""
+    """[P_k ; K], [P_v ; V] in every layer: prefix tuning (Li and Liang, 2021, arXiv:2101.00190).
+
+    P_k and P_v of a layer are (H, V, K), the same for all rows of a batch.
+    """
 
     REMEDY: ClassVar[str] = "Use prompt_tuning, p_tuning or lora on this model."
 
@@ -189,7 +192,15 @@ class PrefixedCache:
         self._prefix, self._length, self._inner = prefix, length, inner
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """(B, H, N, K) of either in; the same with the cached tokens and the prefix before them out."""
+        """The keys and values to attend to: the prefix, the cached tokens, then those given.
+
+        Args:
+            key, value: The module's own, (B, H, N, K).
+            layer_idx: The number of its layer.
+
+        Returns:
+            Keys and values, each (B, H, V + cached + N, K).
+        """
         if self._inner is not None:
             key, value = self._inner.update(key, value, layer_idx, *args, **kwargs)
         k, v = self._prefix(layer_idx).to(device=key.device, dtype=key.dtype)

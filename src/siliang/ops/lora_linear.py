@@ -57,7 +57,7 @@ def lora_linear(
         bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
         update_TO = F.linear(F.linear(x_TI, A_RI.to(x_TI.dtype)), B_OR.to(x_TI.dtype), bias_O)
         return y_TO + (scaling * update_TO).to(y_TO.dtype)
-    return _LoraLinear.apply(y_TO, x_TI, A_RI, B_OR, bias_O, scaling, dropout_p)  # type: ignore[no-any-return]
+    return _LoraLinear.apply(y_TO, x_TI, A_RI, B_OR, bias_O, scaling, dropout_p)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ The gradient is formed in the forward pass, part by part, so that what is kept b
 large as h, and never a tensor of (tokens, V). The idea is that of Liger's fused linear cross-entropy and of Apple's
 cut cross-entropy (Wijmans et al. 2024), in plain torch.
 
-The sum is returned, not the mean: the caller divides by the labelled tokens of the whole optimiser step, which is the
+The sum is returned, not the mean: the caller divides by the labelled tokens of the whole optimizer step, which is the
 only way in which accumulated steps equal whole ones. It also keeps the kept gradient of the order of 1, so that it
 does not underflow in fp16.
 
@@ -45,7 +45,7 @@ def masked_cross_entropy(
 
     Args:
         hidden_ND: What the head reads, of labelled rows only.
-        head: From (N, D) to (N, V): a linear layer, or anything else that is one in effect (adapted, quantised).
+        head: From (N, D) to (N, V): a linear layer, or anything else that is one in effect (adapted, quantized).
         labels_N: The right token of each row.
         softcap: Logits are capped to softcap * tanh(z / softcap), as Gemma does.
         scale: Logits are multiplied by it, before the cap.
@@ -76,7 +76,7 @@ def masked_cross_entropy(
         return F.cross_entropy(finish(head(rows_ND)), labels, reduction="sum", label_smoothing=label_smoothing)
 
     rows = _rows_at_once(_vocabulary(head, hidden_ND))
-    return _AnyHead.apply(loss_of, rows, labels_N, hidden_ND, *trained)  # type: ignore[no-any-return]
+    return _AnyHead.apply(loss_of, rows, labels_N, hidden_ND, *trained)
 
 
 class _Frozen(torch.autograd.Function):

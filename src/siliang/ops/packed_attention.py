@@ -167,11 +167,11 @@ class _Spread(torch.autograd.Function):
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return _Gather.apply(x, index)  # type: ignore[no-any-return]
+    return _Gather.apply(x, index)
 
 
 def _spread(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    return _Spread.apply(x, index, rows)  # type: ignore[no-any-return]
+    return _Spread.apply(x, index, rows)
 
 
 def packed_attention(
