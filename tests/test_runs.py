@@ -403,7 +403,7 @@ def test_what_resume_says(world: World, run: Command, monkeypatch: pytest.Monkey
     assert "Choose another" in run("merge", "run", "--output", "run", code=2)
     assert "was not finished (it is running)" in run("eval", "run", code=2)
     out = run("train", "run", "--resume")
-    assert "there is no checkpoint to go on from: the run begins again with its first step" in out
+    assert "no checkpoint was saved to resume from: the run begins again with its first step" in out
     assert world.record().status == "completed"
 
 
