@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from siliang.compare.packed import RUN, Packed, files_of, pack, walk
 from siliang.compare.pool import STOP_S, Event, share, stop_all, threads_each
-from siliang.compare.received import Incoming, checked
+from siliang.compare.received import Incoming, Message, checked
 from siliang.compare.resume import can_resume
 from siliang.compare.trials import MOST_ATTEMPTS
 from siliang.config import RunConfig
@@ -40,7 +40,6 @@ SAY_WAITING_S = 15.0
 EXTRA_BYTES = 2**30  # for what in a run's folder is no weight
 UNKNOWN_BYTES = 2**40  # that a run's folder may have where the base model's size is not known here
 CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", ALLOWED_CODE)  # to the workers, where they are set
-Message = dict[str, Any]
 
 
 class Cluster:

@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from siliang.compare.packed import PIECE_BYTES, Packed, restore_paths, unpack, unpack_once, walk, with_users_paths
 from siliang.compare.pool import FINAL, Worker
-from siliang.compare.received import RUN_FILE
+from siliang.compare.received import RUN_FILE, Message
 from siliang.data.cache import cache_folder
 from siliang.files import remove_tree
 
@@ -43,7 +42,7 @@ class Host:
         source = {"PYTHONPATH": os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")]))}
         self._worker = Worker(folder / f"{socket.gethostname()}-{os.getpid()}.log", lambda: source)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Message:
         """The machine's name, Ray's id of it, its versions, and where files are unpacked there."""
         return {
             "kind": "ready",
@@ -62,7 +61,7 @@ class Host:
         except OSError:
             return False
 
-    def run(self, request: dict[str, Any], inputs: Packed | None, started: Packed | None) -> Iterator[dict[str, Any]]:
+    def run(self, request: Message, inputs: Packed | None, started: Packed | None) -> Iterator[Message]:
         """Has one request done, and yields its messages, up to done, failed or died.
 
         Args:
@@ -79,7 +78,7 @@ class Host:
                 unpack(started, copy, ray.get)
             if request["kind"] == "base":
                 output.mkdir(exist_ok=True)
-        last: dict[str, Any] = {"kind": "failed", "error": "stopped"}
+        last: Message = {"kind": "failed", "error": "stopped"}
         sent_s = 0.0
         try:
             for message in self._worker.ask(request):
@@ -102,7 +101,7 @@ class Host:
         self._worker.close()
 
 
-def _pieces(folder: Path) -> Iterator[dict[str, Any]]:
+def _pieces(folder: Path) -> Iterator[Message]:
     """The files of a run's folder, piece by piece, and the sum of their bytes."""
     total = 0
     for path in walk(folder):

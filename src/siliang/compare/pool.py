@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
-from siliang.compare.received import as_message
+from siliang.compare.received import Message, as_message
 from siliang.files import append
 from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import short_repr, shortened
@@ -40,13 +40,13 @@ class Event:
 
     kind: str
     number: int
-    message: dict[str, Any]
+    message: Message
 
 
 class Asked(Protocol):
     """A worker, here or on another machine."""
 
-    def ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def ask(self, request: Message) -> Iterator[Message]:
         """Has a request done and yields its messages, up to one of `FINAL`; nothing once the worker is stopped."""
         ...
 
@@ -67,10 +67,10 @@ class Asked(Protocol):
         ...
 
 
-def share(requests: Iterable[dict[str, Any]], workers: Sequence[Asked]) -> Iterator[Event]:
+def share(requests: Iterable[Message], workers: Sequence[Asked]) -> Iterator[Event]:
     """Has all requests done, in order, by whichever worker is free, and yields what happens as it happens."""
     numbered = list(enumerate(requests))
-    waiting: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
     events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
     for item in numbered:
         waiting.put(item)
@@ -128,7 +128,7 @@ class Pool:
     ) -> None:
         stop_all(self._workers)
 
-    def run(self, requests: list[dict[str, Any]]) -> Iterator[Event]:
+    def run(self, requests: list[Message]) -> Iterator[Event]:
         """Has all requests done, in order, by whichever worker is free, and yields what happens as it happens."""
         return share(requests, self._workers[: len(requests)])
 
@@ -148,7 +148,7 @@ class Worker:
         self._idle = threading.Event()
         self._idle.set()
 
-    def ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def ask(self, request: Message) -> Iterator[Message]:
         """Sends a request and yields what comes, up to done, failed or died; nothing once the worker is stopped."""
         if self._closed:
             return
@@ -161,7 +161,7 @@ class Worker:
         finally:
             self._idle.set()
 
-    def _answers(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _answers(self, request: Message) -> Iterator[Message]:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -222,7 +222,7 @@ class Worker:
             )
 
 
-def read_message(line: str) -> dict[str, Any] | None:
+def read_message(line: str) -> Message | None:
     """A worker's message in a line; None where it is none."""
     try:
         message = as_message(parse_json(line, foreign=True))  # a loss may be NaN

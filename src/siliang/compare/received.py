@@ -23,6 +23,7 @@ RUN_FILE = re.compile(rf"run\.yaml|run\.json|answers\.json|(?:{FOLDERS})/(?:{FIL
 MOST_FILES = 10_000
 MOST_TEXT_BYTES = 2**28  # of a file that holds no weights
 WEIGHTS = (".safetensors", ".bin")
+Message = dict[str, Any]  # a request to a worker, or what it sends back; its kind is in `kind`
 # the fields of each kind of message, beside its kind
 MESSAGES: dict[str, dict[str, type]] = {
     "ready": {"node": str, "node_id": str, "versions": dict, "cache": str},
@@ -37,7 +38,7 @@ MESSAGES: dict[str, dict[str, type]] = {
 }
 
 
-def checked(message: object) -> dict[str, Any]:
+def checked(message: object) -> Message:
     """The message, if it is one of `MESSAGES`; otherwise one of the kind `failed`, which says so."""
     wrong = {"kind": "failed", "error": "its machine sent what no run says: is its siliang the same as here?"}
     found = as_message(message)
@@ -47,7 +48,7 @@ def checked(message: object) -> dict[str, Any]:
     return found if all(isinstance(name, str) and isinstance(value, int | float) for name, value in figures) else wrong
 
 
-def as_message(message: object) -> dict[str, Any] | None:
+def as_message(message: object) -> Message | None:
     """The message with the fields of its kind and no others; None if it is none of `MESSAGES`."""
     if not isinstance(message, dict) or not isinstance(kind := message.get("kind"), str) or kind not in MESSAGES:
         return None
@@ -75,7 +76,7 @@ class Incoming:
         self._temporary: Path | None = None
         self._bytes: dict[str, int] = {}
 
-    def receive(self, message: dict[str, Any]) -> None:
+    def receive(self, message: Message) -> None:
         """Takes a message of the kind `file` or `folder`.
 
         Raises:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from siliang.check import find, look_at, stop_on_errors
 from siliang.compare.pool import Event, Pool
+from siliang.compare.received import Message
 from siliang.compare.resume import can_resume, changed_files, known_trial, open_comparison
 from siliang.compare.trials import MOST_ATTEMPTS, TIMED_STEPS, run_config, search_trials, test_trials
 from siliang.config import MethodConfig, RunConfig
@@ -48,7 +49,7 @@ class Listener:
 
     say: Callable[[str], None] = lambda line: None
     began: Callable[[Trial, int, int], None] = lambda trial, number, of: None
-    progress: Callable[[Trial, dict[str, Any]], None] = lambda trial, progress: None
+    progress: Callable[[Trial, Message], None] = lambda trial, progress: None
     ended: Callable[[Trial, Record | None], None] = lambda trial, record: None
 
 
@@ -309,7 +310,7 @@ class _Comparing:
         self._save()
         self.listener.ended(trial, record)
 
-    def _request(self, kind: str, config: RunConfig) -> dict[str, Any]:
+    def _request(self, kind: str, config: RunConfig) -> Message:
         settings = self.config.settings
         config = config if self.ray is None else config.resolved()  # another process has another current folder
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +324,7 @@ class _Comparing:
             "max_new_tokens": settings.max_new_tokens,
         }
 
-    def _ask(self, requests: list[dict[str, Any]]) -> Iterator[Event]:
+    def _ask(self, requests: list[Message]) -> Iterator[Event]:
         assert self.pool is not None
         return self.pool.run(requests)
 

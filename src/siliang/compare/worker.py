@@ -24,6 +24,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from siliang.compare.base import KeptBase
+from siliang.compare.received import Message
 from siliang.config import RunConfig
 from siliang.memory.free import free_memory
 from siliang.plan.preflight import Planner
@@ -38,7 +39,7 @@ from siliang.use.answers import collect
 
 # imported when they are first used: the first run would have their memory counted as its own
 LIBRARIES = ("sklearn.metrics", "seqeval.metrics")
-Reply = Callable[[dict[str, Any]], None]
+Reply = Callable[[Message], None]
 
 
 def main() -> None:
@@ -50,10 +51,10 @@ def main() -> None:
     for name in LIBRARIES:
         importlib.import_module(name)
     warnings.simplefilter("ignore", FutureWarning)
-    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin, requests), daemon=True).start()
 
-    def reply(message: dict[str, Any]) -> None:
+    def reply(message: Message) -> None:
         replies.write(json.dumps(message) + "\n")
         replies.flush()
 
@@ -62,7 +63,7 @@ def main() -> None:
         answer(requests.get(), kept, planner, reply)
 
 
-def answer(request: dict[str, Any], kept: KeptBase, planner: Planner, reply: Reply) -> None:
+def answer(request: Message, kept: KeptBase, planner: Planner, reply: Reply) -> None:
     """Does what one request asks, and replies with what was found or why it failed."""
     try:
         config = RunConfig.model_validate(request["config"])
@@ -83,9 +84,7 @@ def answer(request: dict[str, Any], kept: KeptBase, planner: Planner, reply: Rep
             raise
 
 
-def _train(
-    config: RunConfig, request: dict[str, Any], kept: KeptBase, planner: Planner, reply: Reply
-) -> dict[str, Any]:
+def _train(config: RunConfig, request: Message, kept: KeptBase, planner: Planner, reply: Reply) -> Message:
     models: list[Any] = []
 
     def trained(run: Run) -> None:
@@ -109,7 +108,7 @@ def _train(
     return {"loads": kept.loads, **record.final}
 
 
-def _measure_base(config: RunConfig, request: dict[str, Any], kept: KeptBase) -> dict[str, Any]:
+def _measure_base(config: RunConfig, request: Message, kept: KeptBase) -> Message:
     """The untuned model's loss on the held-out rows, and its answers; `config` is that of `untuned`."""
     run = prepare(config, Listener(), Path(config.output), base=kept)
     training = Training(run)
@@ -122,7 +121,7 @@ def _measure_base(config: RunConfig, request: dict[str, Any], kept: KeptBase) ->
     return {"eval_loss": loss, "perplexity": perplexity, **found.figures}
 
 
-def _measure_steps(config: RunConfig, request: dict[str, Any], kept: KeptBase) -> dict[str, Any]:
+def _measure_steps(config: RunConfig, request: Message, kept: KeptBase) -> Message:
     """Steps that fit into `minutes`, by the speed of a few."""
     run = prepare(config, Listener(), Path(config.output), base=kept)
     ends: list[float] = []  # of the steps
@@ -151,7 +150,7 @@ def _why(error: BaseException) -> str:
     return text if isinstance(error, SiliangError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def _read(stdin: IO[str], requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _read(stdin: IO[str], requests: queue.SimpleQueue[Message]) -> None:
     for line in stdin:
         requests.put(json.loads(line))
     os._exit(1)  # the process that asked is gone: nobody waits for this run
