@@ -200,7 +200,7 @@ def too_many_positions(s: Subject) -> Iterator[Found]:
     办法：把 data.max_length 降到模型的最大长度减去方法的虚拟词元数。
     """
     positions = s.positions
-    longest = max(int(part.lengths.max(initial=0)) for part in (s.train, s.eval))
+    longest = max(part.longest_sequence for part in (s.train, s.eval))
     if positions.reads is not None and longest > positions.reads:
         limit = positions.in_words(positions.reads)
         yield Found(

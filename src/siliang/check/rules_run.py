@@ -121,7 +121,7 @@ def steps(s: Subject) -> Iterator[Found]:
     办法：增加 epoch 数，减小 train.batch_size 与 train.gradient_accumulation 的乘积，或缩短预热。
     """
     t = s.config.train
-    effective = t.batch_size * t.gradient_accumulation
+    effective = t.rows_per_step
     if effective > len(s.train):
         yield Found(
             Bilingual(

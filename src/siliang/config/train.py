@@ -145,6 +145,11 @@ class TrainConfig(Section):
     With several devices only before the first step, by the plan: a step that has started is not repeated."""
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, on all devices together."""
+        return self.batch_size * self.gradient_accumulation
+
+    @property
     def saves(self) -> bool:
         """Checkpoints are saved during the run."""
         return bool(self.save_every or self.save_every_minutes or self.best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,17 +13,18 @@ from siliang.data.encode import IGNORED
 
 @dataclass
 class Batch:
-    """Rows that go through the model at once.
+    """Entries of a data set that go through the model at once: one sequence each, or several.
 
     Attributes:
-        inputs: What the model takes, padded on the right.
-        lengths: Tokens of each row.
-        weight: What the loss is divided by: labelled tokens, or rows.
-        keys: What tells each row from others, by its content.
+        inputs: What the model takes, padded on the right; a row a sequence.
+        lengths: Tokens of each sequence.
+        weight: What the loss is divided by: labelled tokens, or entries.
+        keys: What tells each sequence from others, by its content.
         targets: For a model that writes, each labelled token's number, and the row and column of the state that
             predicts it, (3, N).
-        entries: The rows' numbers in their data set, where these were given; empty for a dummy batch.
-        by_token: The weight is of labelled tokens, of which `inputs` has a row for each row; otherwise of rows.
+        entries: The entries' numbers in their data set, where these were given; empty for a dummy batch.
+        by_token: The weight is of labelled tokens; otherwise of entries.
+        sizes: Sequences of each entry; empty where each is one.
     """
 
     inputs: dict[str, Tensor]
@@ -32,6 +34,10 @@ class Batch:
     targets: Tensor | None = None
     entries: tuple[int, ...] = ()
     by_token: bool = False
+    sizes: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.sizes or self.lengths)
 
     @property
     def tokens(self) -> int:
@@ -56,17 +62,28 @@ class Batch:
         return replace(self, weight=0, targets=None if self.targets is None else self.targets[:, :0], entries=())
 
     def halves(self) -> list[Batch]:
-        """The same rows in two batches; of a single row, the batch itself."""
-        n = len(self.lengths)
+        """The same entries in two batches; of a single one, the batch itself."""
+        n = len(self)
         return [self._part(0, n // 2), self._part(n // 2, n)] if n > 1 else [self]
 
-    def _part(self, start: int, stop: int) -> Batch:
+    def _part(self, first: int, last: int) -> Batch:
+        """The entries from `first` up to `last`."""
+        ends = [0, *accumulate(self.sizes or [1] * len(self.lengths))]
+        start, stop = ends[first], ends[last]
         inputs = {name: t[start:stop] for name, t in self.inputs.items()}
-        lengths, keys, targets = self.lengths[start:stop], self.keys[start:stop], self.targets
-        entries = self.entries[start:stop]
+        targets, weight = self.targets, last - first
         if targets is not None:
             targets = targets[:, (targets[1] >= start) & (targets[1] < stop)].clone()
             targets[1] -= start
-            return Batch(inputs, lengths, targets.shape[1], keys, targets, entries)
-        weight = int((inputs["labels"] != IGNORED).sum()) if self.by_token else stop - start
-        return Batch(inputs, lengths, weight, keys, entries=entries, by_token=self.by_token)
+        if self.by_token:
+            weight = int((inputs["labels"] != IGNORED).sum()) if targets is None else targets.shape[1]
+        return replace(
+            self,
+            inputs=inputs,
+            lengths=self.lengths[start:stop],
+            weight=weight,
+            keys=self.keys[start:stop],
+            targets=targets,
+            entries=self.entries[first:last],
+            sizes=self.sizes[first:last],
+        )

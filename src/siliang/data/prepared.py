@@ -120,12 +120,14 @@ class EvalRows:
         examples: The rows before tokens.
         labels: The names of classes or tags, by number.
         unanswered: A question may have no answer in its context.
+        step: Rows of an optimizer step, over which a loss of whole steps is formed.
     """
 
     tokens: TokenSet
     examples: Sequence[Example]
     labels: list[str] = field(default_factory=list[str])
     unanswered: bool = False
+    step: int = 1
 
 
 def has_unanswered(examples: Sequence[Example]) -> bool:

@@ -44,13 +44,16 @@ class DataSpec:
     Attributes:
         name: The task's, as users write it.
         layouts: Names of `formats.FORMATS` that the task can be trained on; the first that fits is taken.
-        columns: Of the table of tokens, `input_ids` among them. `row`, `lost` and `lost_answer` come by themselves.
+        columns: Of the table of tokens, `input_ids` among them. `row`, `lost`, `lost_answer`, and, where an entry is
+            several sequences, `sequences` come by themselves.
         encoder: Makes, from (tokenizer, settings, names of the labels), the function that turns examples into entries.
             It is a function of a module, by whose file tokens that were kept are known to be of this code.
         named: The part of a row that holds the names of classes: one `label`, or `tags`. None: labels have no names.
         label_per_token: Each token has a label, or none (-100), in `labels`; otherwise each entry has one label.
         next_token: A label is the token itself, and is learned from the tokens in front of it.
         windows: A text that is too long becomes several entries, whatever the settings say.
+        sequences: An entry is several sequences that stay in one batch, such as a chosen and a rejected answer: one
+            behind the other in `input_ids`, their lengths in the column `sequences`.
         one_layout: Sources of different layouts cannot be mixed.
         adapt: Turns the example that a layout gives into this task's kind, or says what is wrong with it.
     """
@@ -63,6 +66,7 @@ class DataSpec:
     label_per_token: bool = False
     next_token: bool = False
     windows: bool = False
+    sequences: bool = False
     one_layout: bool = False
     adapt: Callable[[Example], Example | str] | None = None
 

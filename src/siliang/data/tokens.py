@@ -49,7 +49,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         spec: The task's, which says what the columns are.
         dropped: Examples left out because they were too long.
         skipped: Examples that could not be made into tokens, or of which nothing is learned, with place and reason.
-        numbered: Each entry gives its `row` too, which says what was in a batch.
+        numbered: Each entry gives its `row` and its own number, `entry`, too, which say what was in a batch.
     """
 
     def __init__(
@@ -66,12 +66,16 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.table)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return self._clean(self._for_model[i])
+        return self.__getitems__([i])[0]
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
         """Several at once, which is much quicker; the data loader asks for it."""
         columns: dict[str, list[Any]] = self._for_model[rows]
-        return [self._clean({name: values[i] for name, values in columns.items()}) for i in range(len(rows))]
+        found = [self._clean({name: values[i] for name, values in columns.items()}) for i in range(len(rows))]
+        if self.numbered:
+            for number, row in zip(rows, found, strict=True):
+                row["entry"] = number
+        return found
 
     def _clean(self, row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if value is not None}
@@ -88,6 +92,25 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
     def lengths(self) -> np.ndarray:
         """Tokens of each entry."""
         return np.concatenate([sizes for _, sizes in self._lists("input_ids")] or [NO_NUMBERS])
+
+    def outline(self, i: int) -> dict[str, Any]:
+        """What is asked of an entry to split a step into batches: its tokens' number, and not the tokens."""
+        found: dict[str, Any] = {"input_ids": range(int(self.lengths[i]))}
+        return found | ({"sequences": self._sequences[i].tolist()} if self.spec.sequences else {})
+
+    @cached_property
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence of each entry."""
+        return np.concatenate(self._sequences or [np.zeros(0, np.int64)]) if self.spec.sequences else self.lengths
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence; 0 where there is none."""
+        return int(self.sequence_lengths.max(initial=0))
+
+    @cached_property
+    def _sequences(self) -> list[np.ndarray]:
+        return list(self.lists("sequences"))
 
     @cached_property
     def learned(self) -> np.ndarray:
@@ -201,6 +224,8 @@ def _features(spec: DataSpec) -> Features:
     columns: dict[str, Any] = {
         name: List(Value(column.kind)) if column.many else Value(column.kind) for name, column in spec.columns.items()
     }
+    if spec.sequences:
+        columns["sequences"] = List(Value("int32"))
     own = {"row": Value("int32"), **{name: Value("int32") for name in OWN}, BAD: Value("string")}
     return Features({**columns, **own})
 

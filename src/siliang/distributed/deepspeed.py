@@ -83,7 +83,7 @@ def make_plugin(config: RunConfig, ranks: int) -> DeepSpeedPlugin:
     }
     for half in ("bf16", "fp16"):
         settings[half] = {**settings.get(half, {}), "enabled": "auto"}
-    rows = t.batch_size * t.gradient_accumulation
+    rows = t.rows_per_step
     settings |= {
         "train_batch_size": rows * ranks,
         "train_micro_batch_size_per_gpu": rows,

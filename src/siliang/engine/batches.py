@@ -7,7 +7,7 @@ summed and divided by the labelled tokens (or rows) of the whole step.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class StepCollator:
     """Makes {"batches": [...], "rows": [...]} of a step's rows.
 
     Attributes:
-        rows_at_once: A batch has at most so many rows.
+        rows_at_once: A batch has at most so many rows. The sequences of a row stay together.
         tokens_at_once: And at most so many tokens, padding included where there is any; None for no limit. A row longer
             than that is a batch of its own.
         packed: The batches will be run without padding.
@@ -83,12 +83,12 @@ class StepCollator:
 
     def narrow_to(self, batches: list[Batch]) -> None:
         """From now on no batch is larger than the largest of these."""
-        self.rows_at_once = min(self.rows_at_once, max(len(batch.lengths) for batch in batches))
+        self.rows_at_once = min(self.rows_at_once, max(map(len, batches)))
         tokens = max(self.cost_of(batch.lengths) for batch in batches)
         self.tokens_at_once = min(self.tokens_at_once or tokens, tokens)
 
     def cost_of(self, lengths: Sequence[int]) -> int:
-        """Tokens that a batch of rows of these lengths computes, padding included where there is any."""
+        """Tokens that a batch of sequences of these lengths computes, padding included where there is any."""
         return sum(lengths) if self.packed else max(lengths) * len(lengths)
 
     def split(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -96,34 +96,65 @@ class StepCollator:
         # the longest first: what does not fit shows at once, and rows of one length stand together
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         parts: list[list[dict[str, Any]]] = [[]]
-        tokens = longest = 0
+        tokens = sequences = longest = 0  # of the batch at hand
         for row in rows:
-            n = len(row["input_ids"])
-            longest = longest if parts[-1] else n
-            cost = tokens + n if self.packed else longest * (len(parts[-1]) + 1)
+            own = lengths_of(row)
+            n = max(own)
+            cost = tokens + sum(own) if self.packed else max(longest, n) * (sequences + len(own))
             too_many = self.tokens_at_once is not None and cost > self.tokens_at_once
             wasteful = not self.packed and n < PADDED_SPLIT_WASTE * longest and tokens >= PADDED_SPLIT_TOKENS
             if parts[-1] and (len(parts[-1]) == self.rows_at_once or too_many or wasteful):
                 parts.append([])
-                tokens, longest = 0, n
+                tokens = sequences = longest = 0
             parts[-1].append(row)
-            tokens += n
+            tokens, sequences, longest = tokens + sum(own), sequences + len(own), max(longest, n)
         return parts
 
     def _batch(self, rows: list[dict[str, Any]]) -> Batch:
         entries = tuple(row.pop("entry") for row in rows if "entry" in row)
+        sizes: tuple[int, ...] = ()
+        count = len(rows)
+        if self.task.data.sequences:
+            sizes = tuple(len(row["sequences"]) for row in rows)
+            rows = [sequence for row in rows for sequence in sequences_of(row)]
         keys = tuple(_key(row) for row in rows)
         inputs = self.pad(rows)
         lengths = tuple(len(row["input_ids"]) for row in rows)
+        by_token = self.task.data.label_per_token and self.task.step_loss is None
         if self.task.writes:
             # the state of column j predicts token j + 1 where the labels are the row's own tokens
             labels = inputs.pop("labels")[:, 1:] if self.task.data.next_token else inputs["labels"]
             where = (labels != IGNORED).nonzero().T
             targets = torch.stack((labels[tuple(where)], *where))
-            return Batch(inputs, lengths, targets.shape[1], keys, targets, entries)
-        by_token = self.task.data.label_per_token
-        weight = int((inputs["labels"] != IGNORED).sum()) if by_token else len(rows)
-        return Batch(inputs, lengths, weight, keys, entries=entries, by_token=by_token)
+            weight = targets.shape[1] if by_token else count
+            return Batch(inputs, lengths, weight, keys, targets, entries, by_token, sizes)
+        weight = int((inputs["labels"] != IGNORED).sum()) if by_token else count
+        return Batch(inputs, lengths, weight, keys, None, entries, by_token, sizes)
+
+
+def lengths_of(row: Mapping[str, Any]) -> list[int]:
+    """Tokens of each sequence of a row."""
+    return list(row.get("sequences") or [len(row["input_ids"])])
+
+
+def sequences_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sequences of a row. Of its other columns each gets what stands at its tokens; or, of a list with an item for
+    each sequence, its own; or the row's one value."""
+    lengths = row["sequences"]
+    total, start = sum(lengths), 0
+    found: list[dict[str, Any]] = []
+    for number, length in enumerate(lengths):
+        own = {}
+        for name, value in row.items():
+            if name == "sequences":
+                continue
+            if isinstance(value, list) and len(value) == total:
+                own[name] = value[start : start + length]
+            else:
+                own[name] = value[number] if isinstance(value, list) else value
+        found.append(own)
+        start += length
+    return found
 
 
 def _key(row: dict[str, Any]) -> bytes:

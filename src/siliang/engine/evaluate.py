@@ -8,7 +8,7 @@ be, and in the format that the caller's `autocast` gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,8 @@ from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator, in_steps
 from siliang.engine.step import Engine
-from siliang.tasks import Reader, Task
+from siliang.engine.whole_step import by_entry, loss_of, on, reference_values
+from siliang.tasks import EntryValues, Reader, StepLoss, Task
 from siliang.types import DataError
 
 
@@ -30,10 +31,9 @@ class Sums:
     """What an evaluation adds up.
 
     Attributes:
-        loss: Summed over what `weight` counts.
+        loss: Summed over what `weight` counts; 0 where the loss is one of whole steps, which is formed at the end.
         weight: Labelled tokens, or rows where each has one label.
-        found: What the model says of each entry of the token set, by the entry's number; empty where only the loss was
-            asked for.
+        found: The model's predictions by the entry's number in the token set; empty where only the loss is asked for.
     """
 
     loss: float = 0.0
@@ -89,14 +89,36 @@ def evaluate(
         for step in in_steps(range(len(tokens)), collator.rows_at_once) if steps is None else steps:
             for batch in as_many(collator.numbered(tokens, step)):
                 batch = batch.to(device)
+                sums.weight += batch.weight
+                if (whole := engine.task.step_loss) is not None:
+                    sums.found |= _values(model, engine, whole, batch, autocast)
+                    continue
                 with autocast(), engine.loss_and_output(model, batch) as (loss, output):
                     losses.append(loss)
                     if reader is not None and batch.entries:
                         sums.found.update(zip(batch.entries, reader(output, batch, tokens), strict=True))
-                sums.weight += batch.weight
     sums.loss = math.fsum(torch.stack(losses).tolist()) if losses else 0.0
     sums.found = dict(sorted(sums.found.items()))
     return sums
+
+
+def _values(
+    model: nn.Module,
+    engine: Engine,
+    whole: StepLoss,
+    batch: Batch,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> dict[int, EntryValues]:
+    """What a loss of whole steps takes of each entry, on the CPU."""
+    reference = reference_values(engine, whole, model, [batch], autocast)
+    with autocast(), engine.values(model, batch) as values:
+        return {i: on(kept, torch.device("cpu")) for i, kept in by_entry(batch, values, reference).items()}
+
+
+def mean_of_steps(whole: StepLoss, found: Mapping[int, EntryValues], step: int) -> float:
+    """The mean loss of a data set's entries in their order, so many a step, as in training."""
+    parts = in_steps(sorted(found), step)
+    return math.fsum(float(loss_of(whole, {i: found[i] for i in part})) for part in parts) / len(found)
 
 
 def figures_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
@@ -111,5 +133,5 @@ def figures_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
             "The rows need an answer, a target or tags within data.max_length tokens; `siliang check` shows their "
             "labels."
         )
-    found = {"loss": sums.mean}
+    found = {"loss": sums.mean if task.step_loss is None else mean_of_steps(task.step_loss, sums.found, rows.step)}
     return found | task.measure(sums.found, rows) if task.measure else found

@@ -41,7 +41,7 @@ class Order(Sampler[int]):
         t = config.train
         # where the loss is a mean over tokens, those in a step of short rows would weigh more
         by_length = TASKS[config.task].counts_rows if t.group_by_length is None else t.group_by_length
-        return cls(lengths, step=t.batch_size * t.gradient_accumulation, seed=t.seed, by_length=by_length)
+        return cls(lengths, step=t.rows_per_step, seed=t.seed, by_length=by_length)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch whose order comes next."""

@@ -17,12 +17,14 @@ from siliang.engine.noise import EmbeddingNoise
 from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
 from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
+from siliang.engine.whole_step import Gather, alone, log_probabilities, run_step
 from siliang.language import Bilingual, local
 from siliang.models.introspect import is_encoder_decoder
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_model import PeftModel
 from siliang.tasks import Task
+from siliang.types import ConfigError
 
 
 class Engine:
@@ -60,6 +62,12 @@ class Engine:
             neftune_alpha: Of the noise on the embeddings in training; None for none.
         """
         self.task, self.label_smoothing = task, label_smoothing
+        self._peft = model if isinstance(model, PeftModel) else None
+        if task.step_loss is not None and task.step_loss.reference and self._peft is None:
+            raise ConfigError(
+                f"{task.title} compares the model with itself without its adapter, and full has none: choose another "
+                "method."
+            )
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.padding: PaddingFree | None = None
         self.notes: list[str] = []
@@ -109,18 +117,23 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
         backward: Callable[[Tensor], Any] = Tensor.backward,
+        gather: Gather = alone,
     ) -> Tensor:
-        """Forward and backward of one optimiser step.
+        """Forward and backward of one optimizer step.
 
         Args:
             weight: What the summed loss is divided by: labelled tokens, or rows, of the whole step.
             autocast: Makes the context of the computation.
             no_sync: Makes the one in which ranks need not exchange gradients: of all batches but the last.
+            gather: Gives the values of each rank, where the loss is one of the whole step.
 
         Returns:
             The mean loss, a scalar.
         """
         device = next(model.parameters()).device
+        if self.task.step_loss is not None:
+            batches = [batch.to(device) for batch in batches]
+            return run_step(self, self.task.step_loss, model, batches, weight, autocast, no_sync, backward, gather)
         mean = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -161,32 +174,78 @@ class Engine:
 
         A model that writes gives no output: its logits, one for each token of the vocabulary, are not formed.
         """
-        head, padding = self._head, self.padding
-        keep = padding is not None and padding.head_takes_packed and head is not None
+        smoothing = self.label_smoothing if model.training else 0.0
+        with self._running(model, batch):
+            if batch.targets is None:
+                output = model(**self._inputs(batch))
+                yield self._loss_of(output, batch, smoothing), output
+            elif self._head is None:
+                rows, targets = self._logits(model, batch), batch.targets[0]
+                yield F.cross_entropy(rows.float(), targets, reduction="sum", label_smoothing=smoothing), None
+            else:
+                states, rows = self._states(self._head, model, batch)
+                yield self._head.loss(states, rows, batch.targets[0], smoothing), None
+
+    @contextmanager
+    def values(self, model: nn.Module, batch: Batch) -> Iterator[Tensor]:
+        """What the loss of a whole step takes of each sequence of `batch`, (S, ...), in fp32; run backward within the
+        block."""
+        step = self.task.step_loss
+        assert step is not None
+        with self._running(model, batch):
+            if batch.targets is None:
+                output = model(**self._inputs(batch))
+            elif self._head is None:
+                output = log_probabilities(self._logits(model, batch), batch.targets[0])
+            else:
+                states, rows = self._states(self._head, model, batch)
+                output = log_probabilities(self._head.logits(states, rows), batch.targets[0])
+            yield step.values(output, batch).float()
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within the block the model computes without its adapter, without dropout and without gradients."""
+        assert self._peft is not None
+        training = self._peft.training
+        self._peft.eval()
+        try:
+            with torch.no_grad(), self._peft.disable_adapter():
+                yield
+        finally:
+            self._peft.train(training)
+
+    @property
+    def _keeps_packed(self) -> bool:
+        """The output layer reads packed states."""
+        return self.padding is not None and self.padding.head_takes_packed and self._head is not None
+
+    @contextmanager
+    def _running(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """All that saves work on this batch, on within the block."""
+        padding = self.padding
         frozen = padding.frozen if padding and model.training else None
-        noise, smoothing = (self._noise, self.label_smoothing) if model.training else (None, 0.0)
+        noise = self._noise if model.training else None
         tokens = batch.tokens if padding else batch.width * len(batch.lengths)
-        inputs = self._inputs(batch)
         with (
             self._fused.on(),
             noise.of(batch.lengths) if noise else nullcontext(),
-            padding.packed(batch.lengths, batch.width, keep_packed=keep) if padding else nullcontext(),
+            padding.packed(batch.lengths, batch.width, keep_packed=self._keeps_packed) if padding else nullcontext(),
             self.recompute.chosen(tokens) if torch.is_grad_enabled() else nullcontext(),
             frozen.batch(batch.keys) if frozen else nullcontext(),
         ):
-            if batch.targets is None:
-                output = model(**inputs)
-                yield self._loss_of(output, batch, smoothing), output
-            elif head is None:
-                logits = model(**inputs, use_cache=False).logits
-                rows = logits.flatten(0, 1).index_select(0, self._rows(logits, batch, None))
-                targets = batch.targets[0]
-                yield F.cross_entropy(rows.float(), targets, reduction="sum", label_smoothing=smoothing), None
-            else:
-                with head.skipped() as seen:
-                    model(**inputs, use_cache=False)
-                rows = self._rows(seen[0], batch, padding.layout if padding and keep else None)
-                yield head.loss(seen[0], rows, batch.targets[0], smoothing), None
+            yield
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of the labelled tokens, (N, V), by the model's own output layer."""
+        logits = model(**self._inputs(batch), use_cache=False).logits
+        return logits.flatten(0, 1).index_select(0, self._rows(logits, batch, None))
+
+    def _states(self, head: HeadLoss, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the output layer reads, and which of its rows are those of labelled tokens."""
+        with head.skipped() as seen:
+            model(**self._inputs(batch), use_cache=False)
+        layout = self.padding.layout if self.padding and self._keeps_packed else None
+        return seen[0], self._rows(seen[0], batch, layout)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the model is called with: no labels, so that it forms no loss of its own."""
@@ -277,6 +336,11 @@ class HeadLoss:
             scale=self._scale,
             label_smoothing=label_smoothing,
         )
+
+    def logits(self, states: Tensor, rows: Tensor) -> Tensor:
+        """Of the labelled rows, (N, V), in fp32."""
+        logits = self._head(states.flatten(0, -2).index_select(0, rows)).float() * self._scale
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     @torch.no_grad()
     def differs(self, model: nn.Module, vocabulary: int) -> str | None:

@@ -14,7 +14,7 @@ from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import shard
 from siliang.engine.attach import attach
-from siliang.engine.batches import StepCollator, most_tokens
+from siliang.engine.batches import StepCollator, lengths_of, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.language import Bilingual
@@ -160,7 +160,7 @@ class FakeRun:
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         positions = self._positions(base)
         most = positions.reads
-        if most is None or max(len(row["input_ids"]) for row in rows) <= most:
+        if most is None or max(length for row in rows for length in lengths_of(row)) <= most:
             return rows
         if longest is not None:
             limit = positions.in_words(most)

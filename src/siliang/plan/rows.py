@@ -10,7 +10,7 @@ import numpy as np
 
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import StepCollator, in_steps
+from siliang.engine.batches import StepCollator, in_steps, lengths_of, sequences_of
 from siliang.engine.order import Order, shares
 from siliang.tasks import TASKS
 
@@ -24,7 +24,7 @@ class StepRows:
     Attributes:
         rows: As the collator takes them.
         tokens_per_epoch: Of all rows; None where there is no data.
-        lengths: Tokens of each row of the data.
+        lengths: Tokens of each row of the data; of its sequences, where a row is several.
         windows: Rows are texts, which a shorter max_length makes more windows of.
     """
 
@@ -54,11 +54,11 @@ def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator, ranks:
     found, worst = list(range(min(len(tokens), t.batch_size))), -1
     known = lengths.tolist()
     for rows in (share for step in order(config, lengths) for share in shares(known, step, ranks)):
-        for part in collator.split([{"input_ids": range(int(lengths[i]))} for i in rows]):
-            cost = collator.cost_of([len(row["input_ids"]) for row in part])
+        for part in collator.split([tokens.outline(i) for i in rows]):
+            cost = collator.cost_of([length for row in part for length in lengths_of(row)])
             if cost > worst:
                 worst, found = cost, rows
-    return StepRows(tokens.__getitems__(found), int(lengths.sum()), lengths)
+    return StepRows(tokens.__getitems__(found), int(lengths.sum()), tokens.sequence_lengths)
 
 
 def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:
@@ -80,7 +80,7 @@ def synthetic_rows(config: RunConfig, ranks: int = 1) -> StepRows:
     takes."""
     t = config.train
     row = synthetic_row(config, config.data.max_length)
-    share = -(-t.batch_size * t.gradient_accumulation // ranks)
+    share = -(-t.rows_per_step // ranks)
     return StepRows([dict(row) for _ in range(min(share, 2 * t.batch_size))])
 
 
@@ -90,5 +90,9 @@ def synthetic_row(config: RunConfig, length: int) -> dict[str, Any]:
 
 
 def cut(row: dict[str, Any], length: int) -> dict[str, Any]:
-    """A row's first so many tokens."""
+    """A row's first so many tokens; of several sequences, each one's."""
+    if "sequences" in row:
+        parts = [cut(part, length) for part in sequences_of(row)]
+        columns = {name: [x for part in parts for x in part[name]] for name in parts[0] if isinstance(row[name], list)}
+        return row | columns | {"sequences": [len(part["input_ids"]) for part in parts]}
     return {name: value[:length] if isinstance(value, list) else value for name, value in row.items()}

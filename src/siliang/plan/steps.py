@@ -138,7 +138,8 @@ def _own_step(
 
 
 def _evaluate(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> bool:
-    with autocast(), engine.loss(model, batches[0]):
+    running = engine.loss if engine.task.step_loss is None else engine.values
+    with autocast(), running(model, batches[0]):
         pass
     return True
 

@@ -8,7 +8,20 @@ from siliang.tasks.causal_lm import CAUSAL_LM
 from siliang.tasks.question_ans import QUESTION_ANS
 from siliang.tasks.seq_2_seq_lm import SEQ_2_SEQ_LM
 from siliang.tasks.seq_cls import SEQ_CLS
-from siliang.tasks.task import EVAL_LOSS, LOSS, Figure, Predicted, Reader, Reply, Said, Shown, Task, Trained
+from siliang.tasks.task import (
+    EVAL_LOSS,
+    LOSS,
+    EntryValues,
+    Figure,
+    Predicted,
+    Reader,
+    Reply,
+    Said,
+    Shown,
+    StepLoss,
+    Task,
+    Trained,
+)
 from siliang.tasks.token_cls import TOKEN_CLS
 from siliang.types import TaskType
 
@@ -31,12 +44,14 @@ __all__ = [
     "SEQ_CLS",
     "TASKS",
     "TOKEN_CLS",
+    "EntryValues",
     "Figure",
     "Predicted",
     "Reader",
     "Reply",
     "Said",
     "Shown",
+    "StepLoss",
     "Task",
     "Trained",
     "find_figure",

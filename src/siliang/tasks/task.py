@@ -53,6 +53,40 @@ LOSS, EVAL_LOSS = Figure("loss", higher=False), Figure("eval_loss", higher=False
 
 
 @dataclass(frozen=True)
+class StepLoss:
+    """A loss of all rows of an optimizer step together, from some values of each sequence.
+
+    The engine computes the values batch by batch and passes the gradient on in the same way, so that the memory is
+    that of a batch and the result that of the whole step, on any number of devices.
+
+    Attributes:
+        values: The values of a batch's S sequences, (S, ...): an embedding, a log-probability, a score; what is right
+            for each sequence stands among them where the loss asks for it. From the model's output, or, for a model
+            that writes, from the log-probability of each labelled token, (N,), in the order of `batch.targets`.
+        loss: Summed over the entries of a step. From the values of each entry, (its sequences, ...), in the order of
+            the data set, and from those of the reference model. No value may depend on another batch.
+        reference: The loss also takes the values that the model gives without its adapter; they have no gradient.
+    """
+
+    values: Callable[[Any, Batch], Tensor]
+    loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class EntryValues:
+    """What is kept of an entry where the loss is one of whole steps.
+
+    Attributes:
+        values: (sequences, ...), on the CPU.
+        reference: Likewise, of the model without its adapter; None where the loss asks for none.
+    """
+
+    values: Tensor
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Said:
     """What a model says to some held-out rows, for the verdict on it.
 
@@ -173,9 +207,12 @@ class Task:
         has_encoder: An encoder reads, and a decoder writes the labels.
         loss: The summed loss of a batch from the model's output and the batch; None for a model that writes.
         smooths_labels: The loss takes `label_smoothing`, as that of a model that writes does.
-        counts_rows: The loss is a mean over rows; otherwise over labelled tokens.
+        step_loss: The loss of a whole step, in the place of any other, where rows are compared with each other.
+        counts_rows: The loss is a mean over rows that do not depend on each other: a step's rows may be chosen by
+            length.
 
-        read: What is kept of the model's output. None: the loss says it all.
+        read: What is kept of the model's output. None: the loss says it all; with `step_loss`, its values are kept, an
+            `EntryValues` an entry.
         figures: Beside the loss, by which a run may choose its best step.
         measure: The figures of what was kept, by entry.
         of_loss: Figures that are made of the mean loss, at the end.
@@ -210,6 +247,7 @@ class Task:
     has_encoder: bool = False
     loss: Callable[..., Tensor] | None = None
     smooths_labels: bool = False
+    step_loss: StepLoss | None = None
     counts_rows: bool = False
 
     read: Reader | None = None

@@ -18,6 +18,7 @@ from siliang.distributed.sharding import average_gradients, is_sharded, no_sync
 from siliang.engine.batches import StepCollator
 from siliang.engine.method_hooks import extra_loss
 from siliang.engine.step import Engine
+from siliang.engine.whole_step import alone
 from siliang.language import both
 from siliang.train.errors import out_of_memory_error
 from siliang.train.prepare import Run
@@ -35,7 +36,8 @@ class Backward:
         self._run, self._engine, self._accelerator, self._collator = run, engine, accelerator, collator
         self._fit = run.config.train.fit
         self._lengths = run.train_set.lengths.tolist()
-        self._labelled = labelled(run.train_set) if run.ranks.size > 1 else None
+        rows_count = engine.task.step_loss is not None
+        self._labelled = labelled(run.train_set, rows=rows_count) if run.ranks.size > 1 else None
 
     def __call__(self, model: nn.Module, shares: list[list[int]], batches: list[Batch], step: int) -> Tensor:
         """The step's mean loss, a scalar, the same on every rank.
@@ -79,8 +81,8 @@ class Backward:
 
     def _most_batches(self, shares: list[list[int]]) -> int:
         """The batches of the rank that has the most."""
-        rows = ([{"input_ids": range(self._lengths[max(i, ~i)])} for i in share] for share in shares)
-        return max(len(self._collator.split(list(share))) for share in rows)
+        rows = ([self._run.train_set.outline(max(i, ~i)) for i in share] for share in shares)
+        return max(len(self._collator.split(share)) for share in rows)
 
     def _run_batches(self, model: nn.Module, batches: list[Batch], weight: float) -> Tensor:
         loss = self._engine.run(
@@ -90,6 +92,7 @@ class Backward:
             autocast=lambda: self._accelerator.autocast(),
             no_sync=lambda: self._no_sync(model),
             backward=self._accelerator.backward,
+            gather=self._run.ranks.gather if self._run.ranks.size > 1 else alone,
         )
         if is_sharded(model):
             average_gradients(model)
@@ -142,8 +145,10 @@ class Backward:
         raise out_of_memory_error(run, self._engine, step, tokens)
 
 
-def labelled(tokens: TokenSet) -> np.ndarray:
-    """What each row adds to the weight of its batch: labelled tokens, or 1."""
+def labelled(tokens: TokenSet, *, rows: bool = False) -> np.ndarray:
+    """What each row adds to the weight of its batch: labelled tokens; or 1, of all tasks with `rows`."""
+    if rows:
+        return np.ones(len(tokens), dtype=np.int64)
     if not tokens.spec.next_token:
         return tokens.learned
     # the first token is predicted by none

@@ -89,7 +89,8 @@ class Run:
         """The rows of evaluations."""
         examples = self.examples
         unanswered = self.record.unanswered or has_unanswered(examples.eval)
-        return EvalRows(self.eval_set, examples.eval, examples.labels or [], unanswered=unanswered)
+        step = self.config.train.rows_per_step
+        return EvalRows(self.eval_set, examples.eval, examples.labels or [], unanswered=unanswered, step=step)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -137,4 +137,5 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
     if not len(tokens):
         raise DataError("not one row can be used." + (f" {bad_rows_message(tokens.skipped)}" if tokens.skipped else ""))
     check_positions(run, tokens, "a row")
-    return EvalRows(tokens, rows, run.labels, run.record.unanswered or has_unanswered(rows))
+    unanswered = run.record.unanswered or has_unanswered(rows)
+    return EvalRows(tokens, rows, run.labels, unanswered, run.config.train.rows_per_step)

@@ -26,7 +26,7 @@ def check_positions(run: OpenedRun, tokens: TokenSet, what: str) -> None:
         DataError: A row is longer than the model can read.
     """
     limit = (positions := positions_of(run)).reads
-    longest = int(tokens.lengths.max(initial=0))
+    longest = tokens.longest_sequence
     if limit is not None and longest > limit:
         raise DataError(
             f"{what} has {longest:,} tokens, and the model has {positions.in_words(limit)}: shorten it, or train with "

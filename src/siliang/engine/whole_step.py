@@ -1,0 +1,165 @@
+"""The loss of a whole optimizer step, whose gradient reaches the model batch by batch.
+
+The values of all sequences are computed first, without gradients. The loss of the step gives the gradient of each
+value. Then each batch is run again, and the gradients of its values are passed on (gradient caching, Gao et al. 2021,
+arXiv 2101.06983). The memory is that of one batch, and the gradient that of all rows at once. A step of one batch on
+one rank is run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from siliang.data.batch import Batch
+from siliang.tasks import EntryValues, StepLoss
+
+Context = Callable[[], AbstractContextManager[Any]]
+ByEntry = dict[int, EntryValues]
+Gather = Callable[[ByEntry], list[ByEntry]]  # the values of each rank, from one's own
+
+
+class Values(Protocol):
+    """The engine, as far as it is used here."""
+
+    def values(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Tensor]:
+        """What the loss takes of each sequence of the batch; backward runs within the block."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within the block the model computes without its adapter."""
+        ...
+
+
+def alone(own: ByEntry) -> list[ByEntry]:
+    """One rank has all values."""
+    return [own]
+
+
+def run_step(
+    engine: Values,
+    step: StepLoss,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    weight: float,
+    autocast: Context,
+    no_sync: Context,
+    backward: Callable[[Tensor], Any],
+    gather: Gather,
+) -> Tensor:
+    """Forward and backward of one optimizer step; the arguments are those of `Engine.run`.
+
+    Returns:
+        The mean loss of this rank's share, a scalar: the mean over ranks is that of the step.
+    """
+    batches = [_numbered(batch, number) for batch, number in zip(batches, _firsts(batches), strict=True)]
+    reference = reference_values(engine, step, model, batches, autocast)
+    if len(batches) == 1 and gather is alone:
+        batch = batches[0]
+        with autocast(), engine.values(model, batch) as values:
+            with torch.autocast(values.device.type, enabled=False):
+                loss = loss_of(step, by_entry(batch, values, reference)) / weight
+            backward(loss)
+        return loss.detach()
+    states: list[list[Tensor]] = []
+    own: ByEntry = {}
+    for batch in batches:
+        states.append(_random_state(batch))
+        with torch.no_grad(), autocast(), engine.values(model, batch) as values:
+            own |= by_entry(batch, values.detach(), reference)
+    for kept in own.values():
+        kept.values.requires_grad_()
+    ranks = gather({i: _on_cpu(kept) for i, kept in own.items()}) if gather is not alone else [own]
+    device = next(model.parameters()).device
+    everyone = {i: on(kept, device) for rank in ranks for i, kept in rank.items()} | own
+    loss = loss_of(step, everyone) / weight
+    wanted = [kept.values for kept in own.values()]
+    gradients = dict(zip(own, torch.autograd.grad(loss, wanted), strict=True)) if own else {}
+    for number, (batch, state) in enumerate(zip(batches, states, strict=True)):
+        _set_random_state(state)
+        with (
+            nullcontext() if number == len(batches) - 1 else no_sync(),
+            autocast(),
+            engine.values(model, batch) as values,
+        ):
+            factors = [gradients[i] for i in batch.entries]  # none of a dummy batch
+            backward((values * torch.cat(factors)).sum() if factors else values.sum() * 0.0)
+    return loss.detach() / len(ranks)
+
+
+def reference_values(
+    engine: Values, step: StepLoss, model: nn.Module, batches: Sequence[Batch], autocast: Context
+) -> dict[int, Tensor]:
+    """The values of each entry without the adapter; none where the loss does not take them."""
+    found: dict[int, Tensor] = {}
+    if step.reference:
+        with engine.reference():
+            for batch in batches:
+                with autocast(), engine.values(model, batch) as values:
+                    found |= dict(zip(batch.entries, _of_entries(batch, values), strict=True)) if batch.entries else {}
+    return found
+
+
+def by_entry(batch: Batch, values: Tensor, reference: Mapping[int, Tensor]) -> ByEntry:
+    """The values of each entry of a batch."""
+    if not batch.entries:
+        return {}
+    own = zip(batch.entries, _of_entries(batch, values), strict=True)
+    return {i: EntryValues(part, reference.get(i)) for i, part in own}
+
+
+def loss_of(step: StepLoss, found: Mapping[int, EntryValues]) -> Tensor:
+    """Summed over these entries."""
+    kept = [found[i] for i in sorted(found)]
+    return step.loss([k.values for k in kept], [k.reference for k in kept if k.reference is not None])
+
+
+def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each label, (N,), in fp32.
+
+    Args:
+        logits: (N, V).
+        labels: (N,).
+    """
+    return logits.float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def _of_entries(batch: Batch, values: Tensor) -> Sequence[Tensor]:
+    return values.split(batch.sizes or [1] * len(batch))
+
+
+def _firsts(batches: Sequence[Batch]) -> list[int]:
+    """The number of each batch's first entry, counted through the step."""
+    return [sum(map(len, batches[:i])) for i in range(len(batches))]
+
+
+def _numbered(batch: Batch, first: int) -> Batch:
+    """With numbers of its entries, where it has none and is no dummy."""
+    if batch.entries or not batch.weight:
+        return batch
+    return replace(batch, entries=tuple(range(first, first + len(batch))))
+
+
+def on(kept: EntryValues, device: torch.device) -> EntryValues:
+    return EntryValues(kept.values.to(device), None if kept.reference is None else kept.reference.to(device))
+
+
+def _on_cpu(kept: EntryValues) -> EntryValues:
+    return on(EntryValues(kept.values.detach(), kept.reference), torch.device("cpu"))
+
+
+def _random_state(batch: Batch) -> list[Tensor]:
+    """From which the dropout of a batch is drawn, which is drawn twice."""
+    device = batch.inputs["input_ids"].device
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1])
