@@ -55,7 +55,7 @@ def read_yaml_text(text: str) -> dict[str, object]:
         ("trian.epochs=1", "trian is not a setting. Did you mean 'train'?"),
         ("train.epochs=-1", "train.epochs = -1: input should be greater than 0."),
         ("train.batch_size=many", "train.batch_size = 'many'"),
-        ("task=translate", "task = 'TRANSLATE'"),
+        ("task=translate", "task = 'translate': must be one of"),
         ("method=lorra", "method 'lorra' is not one of lora,"),
         ("method.rank=4", "method.rank is not a setting of lora. Here that is `method.r=4`."),
         ("method.r=0", "method.r = 0: must be at least 1."),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from siliang.language import Bilingual
 from siliang.secrets import LONGEST, shortened, without_secrets
@@ -39,10 +39,9 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-# The tasks that siliang trains; tasks/ has a row for each.
-TrainedTask = Literal[
-    TaskType.CAUSAL_LM, TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.SEQ_2_SEQ_LM, TaskType.QUESTION_ANS
-]
+# Task types of an adapter's config that siliang does not train. tasks/ has a row for each of the others.
+NOT_TRAINED = (TaskType.FEATURE_EXTRACTION,)
+TRAINED_TASKS = tuple(task for task in TaskType if task not in NOT_TRAINED)
 
 # The heads that PEFT trains and saves with an adapter of a task type: new ones, whatever the base model's files hold.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {

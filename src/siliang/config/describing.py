@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from siliang import other_names
 from siliang.config.section import Section
+from siliang.types import TRAINED_TASKS, TaskType
 
 
 class Setting(NamedTuple):
@@ -62,6 +63,8 @@ def _meanings(section: type[BaseModel]) -> dict[str, str]:
 
 def _kind_name(kind: Any) -> str:
     if isinstance(kind, type):
+        if issubclass(kind, TaskType):
+            return " | ".join(task.lower() for task in TRAINED_TASKS)
         return {"MethodConfig": "name or mapping"}.get(kind.__name__, kind.__name__)
     if isinstance(kind, NewType):
         return kind.__name__.lower()

@@ -21,7 +21,7 @@ from siliang.files import absolute
 from siliang.language import Bilingual, local
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.secrets import shortened
-from siliang.types import ConfigError, TaskType, TrainedTask, nearest
+from siliang.types import TRAINED_TASKS, ConfigError, TaskType, nearest
 
 VIRTUAL_TOKENS = 20  # of a prompt without a given length, as in PEFT's examples and the tutorials
 
@@ -109,8 +109,12 @@ def _task(value: Any) -> Any:
         return value
     if (here := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
         raise ConfigError(f"task = {value!r}: here that is `task={here}`.")
-    name = value.upper().replace("-", "_")
-    return TaskType(name) if name in tuple(TaskType) else name
+    name = value.lower().replace("-", "_")
+    for task in TRAINED_TASKS:
+        if task.lower() == name:
+            return task
+    allowed = [task.lower() for task in TRAINED_TASKS]
+    raise ConfigError(f"task = {value!r}: must be one of {', '.join(allowed)}.{nearest(name, allowed)}")
 
 
 def _quantization(value: Any) -> Any:
@@ -139,7 +143,7 @@ class RunConfig(Settings):
     """The base model: a folder, or a name on the hub."""
     revision: str | None = None
     """The base model's revision on the hub."""
-    task: Annotated[TrainedTask, BeforeValidator(_task)]
+    task: Annotated[TaskType, BeforeValidator(_task)]
     """What is learned: causal_lm (text from text), seq_cls (a class for a text), token_cls (a tag for each word),
     seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)

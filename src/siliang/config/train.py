@@ -161,7 +161,7 @@ class TrainConfig(Section):
 
     def steps_per_epoch(self, rows: int) -> int:
         """Optimizer steps of one pass over so many rows."""
-        return math.ceil(rows / (self.batch_size * self.gradient_accumulation))
+        return math.ceil(rows / self.rows_per_step)
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of the whole run."""
