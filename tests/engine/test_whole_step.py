@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_all_close
-from tiny import bert, llama, without_dropout
+from tiny import ENCODER, llama, without_dropout
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from siliang import LoraConfig, TaskType, get_peft_model
 from siliang.data.batch import Batch
@@ -74,6 +75,12 @@ def rows(n: int, *, labelled: bool = False) -> list[dict[str, Any]]:
             row["labels"] = [-100 if at in starts else token for at, token in enumerate(ids)]
         found.append(row)
     return found
+
+
+def bert() -> nn.Module:
+    """An encoder whose scores are of the order of 1: the gradients of small ones cancel."""
+    sizes: dict[str, Any] = ENCODER
+    return BertForSequenceClassification(BertConfig(**sizes, initializer_range=0.3))
 
 
 def lora(base: nn.Module, task_type: TaskType, *, dropout: bool = False) -> Any:
