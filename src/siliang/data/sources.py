@@ -212,7 +212,8 @@ def _arrow(path: Path, name: str, kind: str) -> Iterator[Row]:
         if kind == ".parquet":
             file = pq.ParquetFile(path)
             at_once = rows_at_once(file.metadata, path, name)
-            schema, batches = file.schema_arrow, file.iter_batches(batch_size=at_once)
+            # few rows at once: threads would cost more than they save
+            schema, batches = file.schema_arrow, file.iter_batches(batch_size=at_once, use_threads=False)
         else:
             schema, batches = _arrow_batches(path)
         rows = rows_of(batches, changes(schema, name), name, path.stat().st_size)
