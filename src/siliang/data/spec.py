@@ -71,6 +71,11 @@ class DataSpec:
     adapt: Callable[[Example], Example | str] | None = None
 
     @property
+    def table(self) -> dict[str, Column]:
+        """The columns of the table, with that of the sequences."""
+        return {**self.columns, **({"sequences": NUMBERS} if self.sequences else {})}
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The columns of what is learned."""
         return tuple(name for name, column in self.columns.items() if column.target)

@@ -222,10 +222,8 @@ def _features(spec: DataSpec) -> Features:
     from datasets import Features, List, Value
 
     columns: dict[str, Any] = {
-        name: List(Value(column.kind)) if column.many else Value(column.kind) for name, column in spec.columns.items()
+        name: List(Value(column.kind)) if column.many else Value(column.kind) for name, column in spec.table.items()
     }
-    if spec.sequences:
-        columns["sequences"] = List(Value("int32"))
     own = {"row": Value("int32"), **{name: Value("int32") for name in OWN}, BAD: Value("string")}
     return Features({**columns, **own})
 
@@ -252,7 +250,7 @@ def usable(examples: ExampleSet, tokens: TokenSet) -> tuple[ExampleSet, TokenSet
 
 def _small_table(examples: Sequence[Example], work: Encode, judge: Judge | None, spec: DataSpec) -> SmallTable:
     """The tokens of a batch of examples."""
-    kinds = {name: column.kind for name, column in spec.columns.items()}
+    kinds = {name: column.kind for name, column in spec.table.items()}
     kinds |= {"row": "int32", **dict.fromkeys(OWN, "int32"), BAD: "str"}
     return SmallTable(_encode(work, judge, list(kinds), examples, range(len(examples))), kinds)
 

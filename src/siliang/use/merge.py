@@ -13,6 +13,7 @@ from torch import Tensor
 from siliang.data.collate import PadCollator
 from siliang.data.jinja import with_chat_template
 from siliang.data.tokens import TokenSet
+from siliang.engine.batches import sequences_of
 from siliang.files import filling
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.models.save import save_model
@@ -75,5 +76,6 @@ def _samples(run: OpenedRun, tokens: TokenSet) -> Iterator[dict[str, Tensor]]:
     collate, task = PadCollator(run.tokenizer.pad_token_id), TASKS[run.config.task]
     left_out = () if task.has_encoder else task.data.targets  # a decoder reads the labels
     for i in range(min(PROOF_SAMPLES, len(tokens))):
-        inputs = collate([tokens[i]])
+        row = tokens[i]
+        inputs = collate(sequences_of(row) if task.data.sequences else [row])
         yield {k: x.to(run.model.device) for k, x in inputs.items() if k not in left_out}
