@@ -14,6 +14,8 @@ LENGTH = ("train.epochs", "train.max_steps")
 MAY_CHANGE = (
     *LENGTH,
     "train.log_every",
+    "train.trackers",
+    "train.tracker_project",
     "train.eval_every",
     "train.save_every",
     "train.save_every_minutes",

@@ -151,6 +151,11 @@ class CompareConfig:
         run = build({k: v for k, v in values.items() if k in of_a_run}, source=source)
         if run.data.validation_size is not None:
             raise ConfigError(f"{source}: data.validation_size is the search's own: use validation_size.")
+        if run.train.trackers:
+            raise ConfigError(
+                f"{source}: train.trackers is for a run: those of a comparison are not tracked. Leave it out; the page "
+                "shows the log of each."
+            )
         try:
             settings = CompareSettings.model_validate({k: v for k, v in values.items() if k in own})
         except ValidationError as error:

@@ -8,12 +8,15 @@ from typing import Annotated, Any, Literal, NewType
 
 from pydantic import BeforeValidator, Field
 
-from siliang.config.section import Section, Seed
+from siliang.config.section import Section, Seed, as_list
 from siliang.types import ConfigError
 from siliang.units import parse_bytes, parse_duration
 
 Bytes = NewType("Bytes", int)  # written as 12GB
+TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 Seconds = NewType("Seconds", float)  # written as 8h
+
+PROJECT = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # a name for each of the trackers
 
 
 def _budget(value: Any) -> Any:
@@ -121,6 +124,11 @@ class TrainConfig(Section):
     """Of everything random: data order, held-out rows, new weights, dropout."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between two lines of the log."""
+    trackers: Annotated[list[TrackerName], BeforeValidator(as_list)] = Field(default_factory=list)
+    """Experiment trackers that get the log as it is written: tensorboard, wandb, swanlab, mlflow, trackio. They write
+    into `trackers` in the run's folder, and nothing is sent (docs/tracking.md)."""
+    tracker_project: Annotated[str, Field(pattern=PROJECT)] = "siliang"
+    """The project, MLflow's experiment, under which trackers list the run. The run is named after its folder."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between two evaluations on the held-out rows. None: only at the end."""
     save_every: Annotated[int, Field(ge=1)] | None = None

@@ -19,6 +19,7 @@ CONFIG_NAME = "run.yaml"
 ADAPTER = "adapter"  # the trained adapter
 MODEL = "model"  # the trained model, for full fine-tuning
 CHECKPOINTS = "checkpoints"
+TRACKERS = "trackers"  # what experiment trackers write (train/tracking.py)
 PREFIX = "checkpoint-"  # and the step
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from siliang.memory.peak import PeakMemory
 from siliang.records import StepMetrics
+from siliang.train.tracking import Trackers
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,20 @@ class Log:
     Args:
         on_progress: Called after every step and every evaluation.
         memory: Whose peak is reported.
+        trackers: Get each line.
 
     Attributes:
         lines: Of the record.
     """
 
     def __init__(
-        self, on_progress: Callable[[Progress], None] = lambda progress: None, memory: PeakMemory | None = None
+        self,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        memory: PeakMemory | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.lines: list[StepMetrics] = []
-        self._on_progress, self._memory = on_progress, memory
+        self._on_progress, self._memory, self._trackers = on_progress, memory, trackers or Trackers()
         self._loss: float | None = None
         self._rate: float | None = None
         self._before_s = 0.0  # of training, before a resume
@@ -77,6 +82,7 @@ class Log:
 
     def start(self, at: Moment) -> None:
         """The training begins, or resumes."""
+        self._trackers.start(self.lines)
         self._started = self._last_time = time.perf_counter()
         self._first, self._last_tokens = at, at.tokens
 
@@ -92,7 +98,7 @@ class Log:
             grad_norm=grad_norm,
             tokens_per_s=round(tokens_per_s, 1),
         )
-        self.lines.append(line)
+        self._add(line)
         self._last_time, self._last_tokens = now, at.tokens
         self._loss, self._rate = loss, learning_rate
         self.show(at, logged=True)
@@ -100,10 +106,12 @@ class Log:
     def add_evaluation(self, at: Moment, figures: dict[str, float]) -> None:
         """A line with the figures of an evaluation, `loss` among them."""
         others = {name: value for name, value in figures.items() if name != "loss"}
-        self.lines.append(
-            StepMetrics(step=at.step, epoch=round(at.epoch, 4), eval_loss=figures["loss"], metrics=others)
-        )
+        self._add(StepMetrics(step=at.step, epoch=round(at.epoch, 4), eval_loss=figures["loss"], metrics=others))
         self.show(at, measured=figures)
+
+    def _add(self, line: StepMetrics) -> None:
+        self.lines.append(line)
+        self._trackers.log(line, self._memory.update() if self._memory else 0)
 
     def show_first(self, at: Moment, loss: float, learning_rate: float) -> None:
         """Shows the loss of the first step at once; its line comes with those of the steps after it."""

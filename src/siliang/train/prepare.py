@@ -44,6 +44,7 @@ from siliang.train.log import Progress
 from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Begun
 from siliang.train.start_adapter import find_start_adapter
+from siliang.train.tracking import check_trackers
 from siliang.types import ConfigError, ModelError, OutputError, nearest
 
 # Looks at a run's config and data before its model is loaded, and says what it will take: the config, which may come
@@ -146,6 +147,7 @@ def prepare(
     """
     started = time.perf_counter()
     ranks, device = find_ranks(), find_device()
+    check_trackers(config.train.trackers)
     asked, before = config, begun.record if begun else None
     config = _as_launched(config, ranks, listener)
     set_seed(config.train.seed)

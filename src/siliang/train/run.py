@@ -25,6 +25,7 @@ from siliang.train.prepare import Listener, Planner, Run, prepare
 from siliang.train.resume import Begun, take_up
 from siliang.train.saving import checkpoints
 from siliang.train.stopping import Timer, stopping_on_signal
+from siliang.train.tracking import Trackers
 from siliang.types import InterruptedRunError, SiliangError, first_line
 
 SLOW_DISK_BYTES_PER_S = 50e6  # for a checkpoint before the first one was timed
@@ -113,8 +114,18 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
         save_s=12 * record.parameters.trained / SLOW_DISK_BYTES_PER_S,
     )
     planned = sum(record.memory.predicted_parts.values())
-    with stopping_on_signal(launched=run.ranks.size > 1) as stop, PeakMemory(run.device, planned) as memory:
-        training = Training(run, log=Log(run.listener.progress, memory), timer=timer, stop=stop)
+    with (
+        stopping_on_signal(launched=run.ranks.size > 1) as stop,
+        PeakMemory(run.device, planned) as memory,
+        Trackers(
+            t.trackers if run.ranks.is_main else [],
+            folder=run.folder,
+            project=t.tracker_project,
+            settings=record.config,
+            say=run.listener.say,
+        ) as trackers,
+    ):
+        training = Training(run, log=Log(run.listener.progress, memory, trackers), timer=timer, stop=stop)
         training.run(checkpoint)
         _write_down(training, memory)
         if training.stopped:
@@ -124,6 +135,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
         if (bad := training.guard.check_end()) is not None:
             raise bad_step_error(run, bad)
         measure(training, memory)
+        trackers.finish(record.final)
     training.engine.close()
     save(run)
     run.listener.trained(run)
