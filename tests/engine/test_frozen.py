@@ -164,3 +164,12 @@ def test_somebody_elses_forward_stays(name: str) -> None:
     _, engine = epochs(model, task, keep=True)
     assert engine.padding is not None and engine.padding.frozen is not None and engine.padding.frozen.hits
     assert [module.__dict__.get("forward") for module in chosen] == own
+
+
+def test_nothing_is_cached_where_noise_is_added() -> None:
+    model, task = model_and_task("llama")
+    without_dropout(model)
+    engine = Engine(model, task, keep_frozen=True, neftune_alpha=5.0)
+    assert engine.padding is not None and engine.padding.frozen is None
+    assert engine.notes == ["the frozen layers are computed in every epoch: train.neftune_alpha adds noise"]
+    engine.close()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make, word_tokenizer
 
 from siliang.config import RunConfig
-from siliang.train.guard import PATIENCE, BadStep, Guard
+from siliang.train.guard import USELESS_STEPS, BadStep, Guard
 from siliang.train.run import train
 from siliang.types import TrainingError
 
@@ -35,17 +35,17 @@ def test_the_first_bad_step_is_named() -> None:
 
 def test_overflow_under_loss_scaling_is_allowed_for_a_while() -> None:
     inf = float("inf")
-    assert go(Guard(scaled=True), [1.0] * PATIENCE, [inf] * (PATIENCE - 1) + [1.0]) is None
-    bad = go(Guard(scaled=True), [1.0] * PATIENCE, [inf] * PATIENCE)
+    assert go(Guard(scaled=True), [1.0] * USELESS_STEPS, [inf] * (USELESS_STEPS - 1) + [1.0]) is None
+    bad = go(Guard(scaled=True), [1.0] * USELESS_STEPS, [inf] * USELESS_STEPS)
     assert bad is not None and (bad.what, bad.step) == ("gradient", 1)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_zeros(what: str) -> None:
-    ones, zeros = [1.0] * PATIENCE, [0.0] * PATIENCE
+    ones, zeros = [1.0] * USELESS_STEPS, [0.0] * USELESS_STEPS
     bad = go(Guard(scaled=False), *((zeros, ones) if what == "loss" else (ones, zeros)))
     assert bad is not None and (bad.what, bad.value, bad.step) == (what, 0.0, 1)
-    now_and_then = [0.0, 0.0, 1.0] * PATIENCE
+    now_and_then = [0.0, 0.0, 1.0] * USELESS_STEPS
     assert go(Guard(scaled=False), now_and_then, now_and_then) is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from siliang import LoraConfig, get_peft_model
 from siliang.config import TrainConfig
-from siliang.train.optimizer import Lion, check_optimizer_runs, make_optimizer, make_schedule
+from siliang.train.optimizer import OPTIMIZERS, Lion, check_optimizer_runs, make_optimizer, make_schedule
 from siliang.types import ConfigError
 
 
@@ -168,6 +168,10 @@ def test_layers_further_down_have_smaller_rates() -> None:
     assert found["bert.encoder.layer.1.output.dense.weight"] == pytest.approx(1.5e-3)
     assert found["bert.encoder.layer.0.output.dense.weight"] == pytest.approx(0.75e-3)
     assert found["bert.embeddings.word_embeddings.weight"] == pytest.approx(0.375e-3)
+
+
+def test_the_table_has_every_optimizer_of_the_settings() -> None:
+    assert tuple(OPTIMIZERS) == get_args(TrainConfig.model_fields["optimizer"].annotation)
 
 
 def test_an_optimizer_that_cannot_run_here_is_refused() -> None:

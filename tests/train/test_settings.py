@@ -33,15 +33,19 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "lion", "muon"])
-def test_an_optimizer_resumes_to_the_same_bits(name: str, place: Place, tmp_path: Path) -> None:
-    more: dict[str, Any] = {
-        "optimizer": name,
-        "loraplus_ratio": 4.0,
-        "layerwise_decay": 0.9,
-        "save_every": 3,
-        "keep": 9,
-    }
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"optimizer": name, "loraplus_ratio": 4.0, "layerwise_decay": 0.9} for name in ("adamw_8bit", "adafactor")
+    },
+    **{name: {"optimizer": name, "loraplus_ratio": 4.0, "layerwise_decay": 0.9} for name in ("lion", "muon")},
+    "neftune": {"neftune_alpha": 40.0},
+    "label smoothing": {"label_smoothing": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_a_run_resumes_to_the_same_bits(name: str, place: Place, tmp_path: Path) -> None:
+    more = SETTINGS[name] | {"save_every": 3, "keep": 9}
     whole = configured(place, tmp_path / "whole", **more)
     train(whole)
     part = configured(place, tmp_path / "part", **more)
@@ -78,6 +82,31 @@ def test_patience_ends_a_run_that_gets_no_better(place: Place, tmp_path: Path) -
     assert max(checkpoints(tmp_path / "run" / CHECKPOINTS)) == evaluated[-1]
     with pytest.raises(ConfigError, match=r"train.patience = 2 needs train\.eval_every"):
         train(configured(place, tmp_path / "other", patience=2, eval_every=None))
+
+
+def test_noise_and_smoothing_change_the_training_and_no_evaluation(place: Place, tmp_path: Path) -> None:
+    first = {}
+    for name in ("plain", "neftune", "label smoothing"):
+        more = SETTINGS.get(name, {}) | {"max_steps": 1, "eval_every": 1, "learning_rate": 1e-12}
+        steps = train(configured(place, tmp_path / name, **more)).steps
+        first[name] = [
+            next(x for x in (getattr(line, what) for line in steps) if x is not None) for what in ("loss", "eval_loss")
+        ]
+    for name in ("neftune", "label smoothing"):
+        assert abs(first[name][0] - first["plain"][0]) > 1e-4
+        assert first[name][1] == pytest.approx(first["plain"][1], rel=1e-6)
+
+
+def test_a_plan_counts_the_noise(place: Place, tmp_path: Path) -> None:
+    from siliang.plan import find_target, plan
+
+    peaks = []
+    for alpha in (None, 5.0):
+        config = configured(place, tmp_path / "run", neftune_alpha=alpha, precision="fp32")
+        (found,) = plan(config, find_target(config), timed=False).methods
+        assert found.error is None
+        peaks.append(found.peak_bytes)
+    assert peaks[1] >= peaks[0]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "lion", "muon"])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliang.data.batch import Batch
-from siliang.engine.frozen import FrozenCache, StateStore, StopForwardError, find_frozen_layers
+from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
 from siliang.engine.noise import EmbeddingNoise
 from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
@@ -84,8 +84,10 @@ class Engine:
                     self.padding.close()
                     self.padding = None
         self._noise = EmbeddingNoise(self._base.get_input_embeddings(), neftune_alpha) if neftune_alpha else None
-        if keep_frozen and self._noise is None and self.padding is not None and not _has_prompts(model):
+        if keep_frozen and self.padding is not None and not _has_prompts(model):
             frozen = find_frozen_layers(self._base, self.padding.layers)
+            if frozen.count and self._noise is not None:
+                frozen = FrozenLayers(0, Bilingual("train.neftune_alpha adds noise", "train.neftune_alpha 会加入噪声"))
             if frozen.count:
                 self.padding.frozen = FrozenCache(self.padding.layers, frozen.count, StateStore.of_free())
             elif frozen.why_not:

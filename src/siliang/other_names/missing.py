@@ -21,6 +21,8 @@ ROWS: tuple[Row, ...] = (
     ),
     row("train.patience", "early_stopping_patience early_stopping", "3", note="It needs train.eval_every."),
     row("train.loraplus_ratio", "loraplus_lr_ratio lora_plus_lr_ratio", "16"),
+    row("train.label_smoothing", "label_smoothing_factor", "0.1"),
+    row("train.neftune_alpha", "neftune_noise_alpha nefttune_alpha", "5"),
     row("train.layerwise_decay", "layer_decay layerwise_lr_decay llrd", "0.9"),
     nothing(
         "adam_beta1 adam_beta2 adam_epsilon adam_eps betas optim_args",
@@ -123,8 +125,7 @@ ROWS: tuple[Row, ...] = (
     nothing("merge_lora merge_and_unload export_dir", "`siliang merge RUN --output DIR` merges."),
     nothing("early_stopping_threshold", "train.patience counts evaluations that are no better at all; leave it out."),
     nothing(
-        "neftune_noise_alpha label_smoothing_factor label_smoothing loraplus_lr_embedding galore use_galore "
-        "use_badam badam max_grad_value lisa_activated_layers nefttune_alpha",
+        "loraplus_lr_embedding galore use_galore use_badam badam max_grad_value lisa_activated_layers",
         "siliang does not have it.",
     ),
 )

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from siliang.config import TrainConfig
-from siliang.train.optimizer import Groups, make_optimizer, parameter_groups
+from siliang.train.optimizer import OPTIMIZERS, Groups, make_optimizer, parameter_groups
 
 SMALL_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: fewer numbers stay in 32 bits; numbers that share a scale
 
@@ -22,7 +22,7 @@ def make_planned_optimizer(model: nn.Module, settings: TrainConfig) -> Optimizer
         model: Its tensors may be fake or real.
     """
     is_fake = any(isinstance(p, FakeTensor) for p in model.parameters())
-    if is_fake and settings.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+    if is_fake and not OPTIMIZERS[settings.optimizer].on_fake:
         return Moments8bit(parameter_groups(model, settings, 0.0))
     return make_optimizer(model, settings, learning_rate=0.0, eps=1e-8)
 

@@ -9,8 +9,8 @@ from siliang.engine.step import Engine
 from siliang.language import Bilingual
 from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.terminal import pasted
-from siliang.train.guard import PATIENCE, BadStep
-from siliang.train.optimizer import STATE_SHARE
+from siliang.train.guard import USELESS_STEPS, BadStep
+from siliang.train.optimizer import OPTIMIZERS
 from siliang.train.prepare import Run
 from siliang.types import DeviceMemoryError, InterruptedRunError, TrainingError
 
@@ -26,8 +26,8 @@ def bad_step_error(run: Run, bad: BadStep) -> TrainingError:
     )
     since = ""
     if bad.value == 0:
-        over = run.record.steps and run.record.steps[-1].step < PATIENCE  # the run is over, and was nothing else
-        since = " in every step" if over else f" in {PATIENCE} steps one after the other"
+        over = run.record.steps and run.record.steps[-1].step < USELESS_STEPS  # the run is over, and was nothing else
+        since = " in every step" if over else f" in {USELESS_STEPS} steps one after the other"
     return TrainingError(
         f"Step {bad.step:,}: the {bad.what} is {bad.value:g}{since}, in a batch of {_places(run, bad)}.\n"
         f"Likely {_cause(run, bad)}; {kept}."
@@ -72,7 +72,8 @@ def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> Dev
     device, t = run.record.device, run.config.train
     held = sum(p.nbytes for p in run.model.parameters())
     trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
-    optimizer, taken = "Adam" if "adamw" in t.optimizer else t.optimizer, trained * (1 + STATE_SHARE[t.optimizer])
+    optimizer = OPTIMIZERS[t.optimizer]
+    taken = trained * (1 + optimizer.state_share)
     each = sum(engine.recompute.bytes_per_token)
     batch = f", a batch of {tokens:,} tokens" + (f" about {each * tokens / 1e9:,.2f} GB" if each else "")
     planned = sum(run.record.memory.predicted_parts.values())
@@ -88,7 +89,7 @@ def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> Dev
     ways += [] if run.config.quantization or not run.method.freezes_the_base else ["quantization.bits=4"]
     return DeviceMemoryError(
         f"Step {step:,} does not fit the memory of this {device.kind} ({device.memory_bytes / 1e9:,.1f} GB): the "
-        f"weights take {held / 1e9:,.2f} GB, gradients and {optimizer} {taken / 1e9:,.2f} GB{batch}.\n"
+        f"weights take {held / 1e9:,.2f} GB, gradients and {optimizer.title} {taken / 1e9:,.2f} GB{batch}.\n"
         f"Set {', or '.join(ways)}."
     )
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from siliang.language import both
 
-PATIENCE = 25  # steps of exact zeros; or, under fp16, of infinite gradients: the loss scale halves 16 times at most
+USELESS_STEPS = (
+    25  # steps of exact zeros; or, under fp16, of infinite gradients: the loss scale halves 16 times at most
+)
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ class Guard:
                 ("lost gradient", norm, not math.isfinite(norm)),
             ):
                 self._runs[name] = self._runs[name] + 1 if now else 0
-                if self._runs[name] == PATIENCE:
-                    return BadStep(name.split()[1], value, s.step - PATIENCE + 1, s.rows)
+                if self._runs[name] == USELESS_STEPS:
+                    return BadStep(name.split()[1], value, s.step - USELESS_STEPS + 1, s.rows)
         return None
 
     def check_end(self) -> BadStep | None:

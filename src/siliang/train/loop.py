@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -24,19 +24,20 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from siliang.data.batch import Batch
-from siliang.distributed import deepspeed
-from siliang.distributed.sharding import full_tensors, is_sharded, reshard, shard_optimizer_state
+from siliang.distributed.sharding import full_tensors, is_sharded, reshard
 from siliang.engine.evaluate import Sums, evaluate, figures_of
 from siliang.engine.method_hooks import after_step
 from siliang.engine.order import Order, WithDummies, shared_steps
 from siliang.run_folder import CHECKPOINTS
 from siliang.tasks import find_figure
 from siliang.train.backward import Backward, with_dummies
+from siliang.train.due import Best, Due, Wanted
 from siliang.train.errors import bad_step_error
 from siliang.train.guard import Guard
 from siliang.train.lines import no_better
 from siliang.train.log import Log, Moment
 from siliang.train.optimizer import make_optimizer, make_schedule
+from siliang.train.optimizer_state import load_optimizer_state, optimizer_state
 from siliang.train.prepare import Run
 from siliang.train.saving import (
     STATE_FILE,
@@ -47,25 +48,8 @@ from siliang.train.saving import (
     set_random_state,
 )
 from siliang.train.setup import make_accelerator, make_collator, make_engine
-from siliang.train.state import check_like, check_optimizer
+from siliang.train.state import check_like
 from siliang.train.stopping import Timer
-
-
-@dataclass
-class Due:
-    """What follows a step."""
-
-    log: bool
-    evaluate: bool
-    save: bool
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far, by the metric that the run chooses by."""
-
-    step: int
-    value: float
 
 
 class Training:
@@ -232,7 +216,10 @@ class Training:
     # ---- after each step ----
 
     def _after_step(self, grad_norm: Tensor | float, learning_rate: float) -> None:
-        due, last = self._due(), self.step == self.prepared.steps
+        due, wanted, last = self._due(), self._wanted(), self.step == self.prepared.steps
+        due.save = due.save or wanted.save
+        if (wanted.stop or wanted.time_is_over) and not last:
+            self._stop_here(due, "stopped" if wanted.stop else "out of time")
         if self.step == 1 and not due.log:  # seen at once; the log has it among its first steps
             self.log.show_first(self.moment, float(self._loss_since_log), float(self.schedule.get_last_lr()[0]))
         else:
@@ -256,23 +243,25 @@ class Training:
             self.save()
 
     def _due(self) -> Due:
-        """What follows this step, and whether the training stops behind it. What one rank wants, all do."""
+        """What the settings ask for after this step."""
         t, last = self.prepared.config.train, self.step == self.prepared.steps
         evaluates = t.eval_every if len(self.prepared.eval_set) else None
-        due = Due(
+        return Due(
             log=last or self.step % t.log_every == 0,
             evaluate=evaluates is not None and (last or self.step % evaluates == 0),
             save=bool(t.save_every and (last or self.step % t.save_every == 0)),
         )
+
+    def _wanted(self) -> Wanted:
+        """What the clock and signals ask for after this step. What one rank wants, all do."""
         self._timer.step_ended()
         wanted = self._timer.save_is_due, self._stop.is_set(), self._timer.time_is_over
-        save, stop, late = map(any, zip(*self.prepared.ranks.gather_ints(*wanted), strict=True))
-        due.save = due.save or save
-        if (stop or late) and not last:
-            self.stopped = "stopped" if stop else "out of time"
-            self._evaluation_due, due.evaluate = due.evaluate, False  # it comes first when the run is resumed
-            due.save = True
-        return due
+        return Wanted(*map(any, zip(*self.prepared.ranks.gather_ints(*wanted), strict=True)))
+
+    def _stop_here(self, due: Due, why: Literal["stopped", "out of time"]) -> None:
+        """Ends the training after this step with a checkpoint; its evaluation comes first when the run is resumed."""
+        self.stopped = why
+        self._evaluation_due, due.evaluate, due.save = due.evaluate, False, True
 
     def _check(self) -> None:
         """Stops at a loss or gradient that is no number. Waits for the device."""
@@ -352,7 +341,7 @@ class Training:
             "step": self.step,
             "best": asdict(self.best) if self.best else None,
             "no_better": self._no_better,
-            "optimizer": self._optimizer_state(),
+            "optimizer": optimizer_state(self.prepared, self.optimizer, self._groups),
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": self.prepared.ranks.gather(random_state()),
@@ -363,19 +352,13 @@ class Training:
             "log": self.log.state_dict(),
         }
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        inner: Any = self.optimizer
-        return (
-            deepspeed.optimizer_state(inner.optimizer, self._groups) if self.prepared.zero_stage else inner.state_dict()
-        )
-
     def _resume(self, state: dict[str, Any], path: Path) -> None:
         """Continues from a checkpoint's state.
 
         Raises:
             RecordError: The state is not that of this run.
         """
-        self._load_optimizer(state["optimizer"], path)
+        load_optimizer_state(self.prepared, self.optimizer, self._groups, state["optimizer"], path)
         check_like(state["scheduler"], self.schedule.state_dict(), "scheduler", path)
         self.schedule.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -391,15 +374,6 @@ class Training:
         if (rank := self.prepared.ranks.rank) < len(state["random"]):
             self._saved_random = state["random"][rank]
         self._fill_frozen_cache()
-
-    def _load_optimizer(self, state: dict[str, Any], path: Path) -> None:
-        inner: Any = self.optimizer
-        if self.prepared.zero_stage:
-            deepspeed.load_optimizer_state(inner.optimizer, self._groups, state)
-            return
-        parameters = [p for group in inner.param_groups for p in group["params"]]
-        check_optimizer(state, inner.state_dict(), parameters, path)
-        inner.load_state_dict(shard_optimizer_state(deepspeed.without_weights(state), parameters))
 
     def _restore_random(self) -> None:
         """Puts the checkpoint's random state back, once."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from typing import Any
@@ -24,12 +26,37 @@ BETAS = (0.9, 0.999)  # of Adam's moments, torch's own
 LION_BETAS = (0.9, 0.99)  # of the paper
 MIN_RATE = 0.1  # of the peak, where a schedule ends above zero
 DECAY_SHARE = 0.1  # of the steps, at the end of warmup_stable_decay
-# what each keeps of a trained weight, in bytes of that weight
-STATE_SHARE = {"adamw": 2.0, "adamw_8bit": 0.5, "paged_adamw_8bit": 0.5, "adafactor": 0.0, "lion": 1.0, "muon": 1.0}
 # biases and the weights of norms are not decayed; the patterns are those of transformers' Trainer
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 Groups = list[dict[str, Any]]
+# an optimizer of (the model, its groups, the peak learning rate, Adam's eps)
+Make = Callable[[nn.Module, Groups, float, float], Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer: a row of `OPTIMIZERS`.
+
+    Attributes:
+        name: The value of train.optimizer.
+        make: Makes it.
+        state_share: Bytes of state for each byte of a trained fp32 weight, for messages: a plan counts tensors.
+        title: For messages about memory.
+        package: That it needs and siliang does not install; None for none.
+        without_cuda: The one to use where there is no GPU, if it needs one.
+        sharded: Its step is right on weights that FSDP shards.
+        on_fake: It runs on fake tensors; where not, the plan has a stand-in with the same state.
+    """
+
+    name: str
+    make: Make
+    state_share: float
+    title: str
+    package: str | None = None
+    without_cuda: str | None = None
+    sharded: bool = False
+    on_fake: bool = True
 
 
 def make_optimizer(model: nn.Module, settings: TrainConfig, *, learning_rate: float, eps: float) -> Optimizer:
@@ -40,17 +67,7 @@ def make_optimizer(model: nn.Module, settings: TrainConfig, *, learning_rate: fl
         eps: Of Adam.
     """
     groups = parameter_groups(model, settings, learning_rate)
-    match settings.optimizer:
-        case "adamw":
-            return AdamW(groups, lr=learning_rate, betas=BETAS, eps=eps, fused=True)
-        case "adamw_8bit" | "paged_adamw_8bit":
-            return _adamw_8bit(model, groups, learning_rate, eps, paged=settings.optimizer.startswith("paged"))
-        case "adafactor":
-            return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
-        case "lion":
-            return Lion(groups, lr=learning_rate)
-        case "muon":
-            return MuonAndAdamW(groups, _tables(model), lr=learning_rate, eps=eps)
+    return OPTIMIZERS[settings.optimizer].make(model, groups, learning_rate, eps)
 
 
 def check_optimizer_runs(settings: TrainConfig, device: torch.device, *, sharded: bool) -> None:
@@ -62,15 +79,18 @@ def check_optimizer_runs(settings: TrainConfig, device: torch.device, *, sharded
     Raises:
         ConfigError: The optimizer cannot run here.
     """
-    name = settings.optimizer
-    if name.endswith("8bit") and find_spec("bitsandbytes") is None:
+    spec = OPTIMIZERS[settings.optimizer]
+    if spec.package is not None and find_spec(spec.package) is None:
         raise ConfigError(
-            f"train.optimizer = {name} needs bitsandbytes, which is not installed: pip install bitsandbytes"
+            f"train.optimizer = {spec.name} needs {spec.package}, which is not installed: pip install {spec.package}"
         )
-    if name == "paged_adamw_8bit" and device.type != "cuda":
-        raise ConfigError("train.optimizer = paged_adamw_8bit pages a GPU's memory, and there is none: use adamw_8bit.")
-    if sharded and name not in ("adamw", "lion"):
-        raise ConfigError(f"train.optimizer = {name} does not train sharded weights (fsdp): use adamw or lion.")
+    if spec.without_cuda is not None and device.type != "cuda":
+        raise ConfigError(
+            f"train.optimizer = {spec.name} pages a GPU's memory, and there is none: use {spec.without_cuda}."
+        )
+    if sharded and not spec.sharded:
+        usable = " or ".join(other.name for other in OPTIMIZERS.values() if other.sharded)
+        raise ConfigError(f"train.optimizer = {spec.name} does not train sharded weights (fsdp): use {usable}.")
 
 
 def parameter_groups(model: nn.Module, settings: TrainConfig, learning_rate: float) -> Groups:
@@ -130,7 +150,25 @@ def _tables(model: nn.Module) -> set[int]:
     return {id(p) for p in chain(_embedding_weights(model), head.parameters() if head is not None else ())}
 
 
-def _adamw_8bit(model: nn.Module, groups: Groups, learning_rate: float, eps: float, *, paged: bool) -> Optimizer:
+def _adamw(model: nn.Module, groups: Groups, learning_rate: float, eps: float) -> Optimizer:
+    return AdamW(groups, lr=learning_rate, betas=BETAS, eps=eps, fused=True)
+
+
+def _adafactor(model: nn.Module, groups: Groups, learning_rate: float, eps: float) -> Optimizer:
+    return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+
+
+def _lion(model: nn.Module, groups: Groups, learning_rate: float, eps: float) -> Optimizer:
+    return Lion(groups, lr=learning_rate)
+
+
+def _muon(model: nn.Module, groups: Groups, learning_rate: float, eps: float) -> Optimizer:
+    return MuonAndAdamW(groups, _tables(model), lr=learning_rate, eps=eps)
+
+
+def _adamw_8bit(
+    model: nn.Module, groups: Groups, learning_rate: float, eps: float, *, paged: bool = False
+) -> Optimizer:
     """bitsandbytes' AdamW with moments of 8 bits; those of embeddings stay in 32, as in transformers' Trainer."""
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
     from bitsandbytes.optim.optimizer import GlobalOptimManager
@@ -210,6 +248,27 @@ class MuonAndAdamW(Optimizer):
         """Continues from a `state_dict`."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    spec.name: spec
+    for spec in (
+        OptimizerSpec("adamw", _adamw, 2.0, "Adam", sharded=True),
+        OptimizerSpec("adamw_8bit", _adamw_8bit, 0.5, "Adam", package="bitsandbytes", on_fake=False),
+        OptimizerSpec(
+            "paged_adamw_8bit",
+            partial(_adamw_8bit, paged=True),
+            0.5,
+            "Adam",
+            package="bitsandbytes",
+            without_cuda="adamw_8bit",
+            on_fake=False,
+        ),
+        OptimizerSpec("adafactor", _adafactor, 0.0, "adafactor"),
+        OptimizerSpec("lion", _lion, 1.0, "lion", sharded=True),
+        OptimizerSpec("muon", _muon, 1.0, "muon"),
+    )
+}
 
 
 def state_tensors(optimizer: Optimizer) -> Iterable[Tensor]:

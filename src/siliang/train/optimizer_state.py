@@ -1,0 +1,42 @@
+"""What a checkpoint holds of the optimizer: whole tensors, the same with every strategy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from siliang.distributed import deepspeed
+from siliang.distributed.sharding import shard_optimizer_state
+from siliang.train.prepare import Run
+from siliang.train.state import check_optimizer
+
+
+def optimizer_state(run: Run, optimizer: Any, groups: list[list[nn.Parameter]]) -> dict[str, Any]:
+    """The state of a run's optimizer.
+
+    Args:
+        optimizer: As accelerate has prepared it.
+        groups: The parameters as they were before a strategy put parts of its own in their place.
+    """
+    return deepspeed.optimizer_state(optimizer.optimizer, groups) if run.zero_stage else optimizer.state_dict()
+
+
+def load_optimizer_state(
+    run: Run, optimizer: Any, groups: list[list[nn.Parameter]], state: dict[str, Any], path: Path
+) -> None:
+    """Continues from such a state.
+
+    Args:
+        path: Of the file, for errors.
+
+    Raises:
+        RecordError: The state is not that of this optimizer.
+    """
+    if run.zero_stage:
+        deepspeed.load_optimizer_state(optimizer.optimizer, groups, state)
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    check_optimizer(state, optimizer.state_dict(), parameters, path)
+    optimizer.load_state_dict(shard_optimizer_state(deepspeed.without_weights(state), parameters))
