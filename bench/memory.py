@@ -39,7 +39,7 @@ from siliang.hardware import Choice, find_device
 from siliang.methods import METHODS, find_method
 from siliang.models.chatglm3 import ChatGLMConfig
 from siliang.models.load import load_model
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.plan import FakeRun
 from siliang.plan.device import Device
 from siliang.plan.fake_run import collator_of

@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-SLOW = ["datasets", "transformers.trainer", "transformers.models.auto.modeling_auto", "siliang.peft_model"]
+SLOW = ["datasets", "transformers.trainer", "transformers.models.auto.modeling_auto", "siliang.peft_api.model"]
 
 
 def run_script(script: Path, *arguments: object, folder: Path) -> str:

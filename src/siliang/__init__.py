@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
-    from siliang.peft_functions import (
+    from siliang.peft_api.functions import (
         get_peft_config,
         get_peft_model_state_dict,
         prepare_model_for_kbit_training,
         set_peft_model_state_dict,
     )
-    from siliang.peft_model import (
+    from siliang.peft_api.model import (
         PeftModel,
         PeftModelForCausalLM,
         PeftModelForFeatureExtraction,
@@ -47,13 +47,13 @@ _HOME = {
     "LNTuningConfig": "siliang.methods.ln_tuning",
     "LoraConfig": "siliang.methods.lora",
     "PeftConfig": "siliang.methods.config",
-    "PeftModel": "siliang.peft_model",
-    "PeftModelForCausalLM": "siliang.peft_model",
-    "PeftModelForFeatureExtraction": "siliang.peft_model",
-    "PeftModelForQuestionAnswering": "siliang.peft_model",
-    "PeftModelForSeq2SeqLM": "siliang.peft_model",
-    "PeftModelForSequenceClassification": "siliang.peft_model",
-    "PeftModelForTokenClassification": "siliang.peft_model",
+    "PeftModel": "siliang.peft_api.model",
+    "PeftModelForCausalLM": "siliang.peft_api.model",
+    "PeftModelForFeatureExtraction": "siliang.peft_api.model",
+    "PeftModelForQuestionAnswering": "siliang.peft_api.model",
+    "PeftModelForSeq2SeqLM": "siliang.peft_api.model",
+    "PeftModelForSequenceClassification": "siliang.peft_api.model",
+    "PeftModelForTokenClassification": "siliang.peft_api.model",
     "PeftType": "siliang.types",
     "PrefixTuningConfig": "siliang.methods.prefix_tuning",
     "PromptEncoderConfig": "siliang.methods.p_tuning",
@@ -63,11 +63,11 @@ _HOME = {
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
     "allow_code": "siliang.safety.permissions",
-    "get_peft_config": "siliang.peft_functions",
-    "get_peft_model": "siliang.peft_model",
-    "get_peft_model_state_dict": "siliang.peft_functions",
-    "prepare_model_for_kbit_training": "siliang.peft_functions",
-    "set_peft_model_state_dict": "siliang.peft_functions",
+    "get_peft_config": "siliang.peft_api.functions",
+    "get_peft_model": "siliang.peft_api.model",
+    "get_peft_model_state_dict": "siliang.peft_api.functions",
+    "prepare_model_for_kbit_training": "siliang.peft_api.functions",
+    "set_peft_model_state_dict": "siliang.peft_api.functions",
 }
 
 __all__ = [

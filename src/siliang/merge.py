@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.types import MergeError
 
 # Largest difference of two logits, as a share of the logits' own spread, that rounding to the dtype explains.

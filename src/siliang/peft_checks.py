@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 _MODEL, _CONFIG, _LAYER = (
-    ("siliang.peft_model", "PeftModel"),
+    ("siliang.peft_api.model", "PeftModel"),
     ("siliang.methods.config", "PeftConfig"),
     ("siliang.adapters.adapted_layer", "AdaptedLayer"),
 )
@@ -79,7 +79,7 @@ def _or_our_attaching(theirs: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(theirs)
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(peft_config, _ours(_CONFIG)):
-            return import_module("siliang.peft_model").get_peft_model(model, peft_config, *args, **kwargs)
+            return import_module("siliang.peft_api.model").get_peft_model(model, peft_config, *args, **kwargs)
         return theirs(model, peft_config, *args, **kwargs)
 
     return _marked(get_peft_model)

@@ -135,11 +135,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def at_most_what_is_there(folder: Path) -> Iterator[None]:
-    """Within the block, what Python says of numbers and memory is an error of the adapter.
+def size_errors(folder: Path) -> Iterator[None]:
+    """Within the block numbers that are too large for Python or for the memory are an error of the adapter.
 
     Raises:
-        AdapterError: Numbers of it are too large.
+        AdapterError: There is such a number.
     """
     try:
         yield

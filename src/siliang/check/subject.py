@@ -35,7 +35,7 @@ from siliang.models.base_config import MISFITS, load_config
 from siliang.models.invented import mark_invented
 from siliang.models.load import find_invented, model_from_config
 from siliang.models.positions import Positions
-from siliang.peft_model import PeftModel, get_peft_model
+from siliang.peft_api.model import PeftModel, get_peft_model
 from siliang.tasks import TASKS
 from siliang.tasks.prepare import prepare_data
 from siliang.types import ModelError, first_line

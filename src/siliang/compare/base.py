@@ -12,7 +12,7 @@ from siliang.hardware import find_device
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.models.invented import invented_modules
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.run_folder import load_base
 from siliang.tasks import TASKS
 

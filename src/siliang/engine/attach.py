@@ -11,7 +11,7 @@ from siliang.data.vocabulary import embedding_modules
 from siliang.hardware import Choice
 from siliang.methods import Method
 from siliang.models.quantized import count_parameters
-from siliang.peft_model import PeftModel, get_peft_model
+from siliang.peft_api.model import PeftModel, get_peft_model
 from siliang.tasks import TASKS
 
 

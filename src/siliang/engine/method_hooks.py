@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from siliang.methods import method_of
 from siliang.methods.method import Adapter, Method
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 
 
 def extra_loss(model: nn.Module) -> Tensor | None:

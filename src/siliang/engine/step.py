@@ -22,7 +22,7 @@ from siliang.language import Bilingual, local
 from siliang.models.introspect import is_encoder_decoder
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.tasks import Task
 from siliang.types import ConfigError
 

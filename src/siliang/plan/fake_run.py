@@ -24,7 +24,7 @@ from siliang.models.positions import Positions
 from siliang.models.quantized import held_tensors, quantized_sizes
 from siliang.models.weights import passing_bytes
 from siliang.ops.place import planned_for
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.plan.device import Device
 from siliang.plan.fake import fake_mode, make_fake_base, to_fake
 from siliang.plan.rows import cut, synthetic_row

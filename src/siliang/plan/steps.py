@@ -21,7 +21,7 @@ from siliang.memory.track import Peak, Tracker
 from siliang.models.introspect import NoLayerStackError, cache_argument, layer_stack
 from siliang.models.quantized import held_tensors
 from siliang.ops.lora_linear import lora_linear_as
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.plan.optimizer import make_planned_optimizer
 from siliang.train.optimizer import state_tensors
 

@@ -20,7 +20,7 @@ from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model
 from siliang.models.tokenizers import load_tokenizer
 from siliang.paths import check_links
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder.changes import changed_base, changed_data
 from siliang.run_folder.layout import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints, read_config

@@ -11,7 +11,7 @@ from siliang.files import damage, replacing_folder
 from siliang.language import both
 from siliang.memory.peak import PeakMemory
 from siliang.models.save import save_model
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
 from siliang.tasks import TASKS, Task

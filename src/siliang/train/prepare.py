@@ -34,7 +34,7 @@ from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
 from siliang.models.own_code import code_of
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.records import Counts, Predicted, Record, Rows, Seconds
 from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
 from siliang.tasks import TASKS

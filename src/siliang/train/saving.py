@@ -32,7 +32,7 @@ from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, re
 from siliang.files import damage, remove, replacing_folder, sweep
 from siliang.models.save import save_config
 from siliang.paths import is_link
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.records import MAX_BYTES
 from siliang.run_folder import PREFIX, checkpoints
 from siliang.safety.safe_json import read_values

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from siliang.models.load import load_model
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, find_run, load_base, load_run_tokenizer
 from siliang.tasks import TASKS
 from siliang.types import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun
 from siliang.secrets import short_repr
 from siliang.tasks import TASKS

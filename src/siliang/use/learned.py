@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS

@@ -17,7 +17,7 @@ from siliang.engine.batches import sequences_of
 from siliang.files import filling
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.models.save import save_model
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, claim, find_run, open_trained
 from siliang.tasks import TASKS
 from siliang.types import ConfigError, DataError, MergeError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from siliang.data.tokens import TokenSet
 from siliang.models.positions import Positions
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS
 from siliang.types import DataError

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from siliang.adapters.files import load_tensors
 from siliang.methods.config import PeftConfig, config_class
 from siliang.models.checkpointing import enable_checkpointing
-from siliang.peft_model import PeftModel
+from siliang.peft_api.model import PeftModel
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 
-def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+def get_peft_config(config_dict: dict[str, object]) -> PeftConfig:
     """The config for a dictionary such as {"peft_type": "LORA", "r": 16}.
 
     Raises:
@@ -56,11 +59,11 @@ def set_peft_model_state_dict(
 
 
 def prepare_model_for_kbit_training(
-    model: Any,
+    model: M,
     use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-) -> Any:
-    """Freezes a quantised model and turns gradient checkpointing on, non-reentrant unless told otherwise.
+    gradient_checkpointing_kwargs: dict[str, object] | None = None,
+) -> M:
+    """Freezes a quantized model and turns gradient checkpointing on, non-reentrant by default.
 
     PEFT's function of this name also copies every 16-bit parameter to fp32: the norms, and a whole embedding and output
     layer, gigabytes for a large vocabulary. Frozen weights gain nothing by it, and adapters are fp32 anyway.

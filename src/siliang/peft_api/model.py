@@ -1,0 +1,329 @@
+"""get_peft_model and PeftModel: a base model with adapters, under the names of Hugging Face PEFT."""
+
+# The names are PEFT's, and mean other things in PreTrainedModel.
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from siliang.adapters.adapter_state import adapter_state
+from siliang.adapters.files import size_errors
+from siliang.adapters.injection import Injection
+from siliang.methods.config import PeftConfig
+from siliang.models.quantized import count_parameters, keep_as_stored
+from siliang.peft_api.answers_as_base import AnswersAsBase
+from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
+from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_save_directory, save_adapters
+from siliang.peft_checks import refresh
+from siliang.types import ConfigError
+
+
+def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
+    """Attaches a new adapter to `model`, freezes the rest, and makes the adapter the one that is trained.
+
+    The model itself is changed; `PeftModel.unload()` gives it back.
+
+    Args:
+        peft_config: The method and its settings; copied, then completed (target modules, heads, base model's name).
+
+    Raises:
+        TargetError: The method's targets are not in the model. The model has not been changed then.
+    """
+    return PeftModel(model, peft_config, adapter_name)
+
+
+class PeftModel(AnswersAsBase):
+    """A base model with named adapters, one of which is active.
+
+    With adapters in layers `injection` is `base_model`. With prompts `base_model` is the base model itself, and
+    `prompt_encoder` holds the prompts, as in PEFT.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        *,
+        saved: SavedAdapter | None = None,
+    ) -> None:
+        refresh()
+        nn.Module.__init__(self)  # PreTrainedModel's own would adjust the base model's config to this wrapper
+        if isinstance(model, PeftModel):
+            raise ConfigError("The model has adapters already: call its add_adapter, or unload() it first.")
+        check_without_peft(model)
+        check_config(peft_config)
+        self.peft_config = {}
+        keep_as_stored(model)
+        injection = Injection(model, for_prompts=peft_config.is_prompt_learning)
+        self.__dict__["injection"] = injection
+        self._modules["base_model"] = model if injection.for_prompts else injection
+        try:
+            self._add_adapter(adapter_name, peft_config, saved)
+            self.set_adapter(adapter_name)
+        except BaseException:
+            self.unload()
+            raise
+
+    # ---- adapters ----
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Attaches another new adapter, inactive and frozen until `set_adapter`.
+
+        Merged adapters are taken out of the weights, as in PEFT.
+
+        Raises:
+            ConfigError: The name is taken, or the method cannot work on this model. It is unchanged then.
+        """
+        self._add_adapter(adapter_name, peft_config, None)
+
+    def _add_adapter(self, name: str, peft_config: PeftConfig, saved: SavedAdapter | None) -> None:
+        """Attaches an adapter and fills it from its files; where that fails it is removed again."""
+        check_new_name(name, self.peft_config)
+        config = config_for(self.get_base_model(), peft_config)
+        self.injection.add_adapter(name, config, file=saved.sizes if saved is not None else None)
+        if name in self.injection.prompts:
+            self._modules["prompt_encoder"] = self.injection.prompts
+        try:
+            if saved is not None:
+                saved.load_into(self.injection, name)
+            self.injection.unmerge_with_warning("An adapter is added to")
+        except BaseException:
+            self.injection.delete_adapter(name)
+            raise
+        self.peft_config[name] = config
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
+        """Attaches an adapter from a folder (or a hub name), inactive until `set_adapter`.
+
+        Where the model has an adapter of this name already, the file's weights are copied into that one, as in PEFT;
+        merged adapters are taken out of the weights first. It stays active or not, and trained or frozen, as it was.
+
+        Args:
+            is_trainable: Train it, with its head, from now on; otherwise a new one stays frozen.
+
+        Raises:
+            AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
+            ConfigError: The model's adapter of this name has other settings than the file.
+        """
+        saved = SavedAdapter.read(model_id, is_trainable=is_trainable, with_training=True)
+        trained = is_trainable
+        if adapter_name in self.peft_config:
+            saved.check_same(self.peft_config[adapter_name], adapter_name)
+            self.injection.unmerge_with_warning("Other weights are loaded into")
+            trained |= any(p.requires_grad for p in self.injection.adapters[adapter_name].parameters())
+            with size_errors(saved.folder):
+                saved.load_into(self.injection, adapter_name)
+        else:
+            with size_errors(saved.folder):
+                self._add_adapter(adapter_name, saved.config, saved)
+        self.injection.adapters[adapter_name].set_trainable(trained)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter off for good. Where it was the only active one, another takes its place, as in PEFT.
+
+        Raises:
+            ConfigError: It is not there, or is merged into the weights.
+        """
+        check_known(adapter_name, self.peft_config)
+        before = self.injection.active
+        self.injection.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        if self.injection.active != before:
+            self._train_active()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes one adapter (or several, which add up) the active one, and trained unless loaded for inference.
+
+        Merged adapters are taken out of the weights first, as in PEFT.
+
+        Args:
+            inference_mode: Leave it frozen.
+
+        Raises:
+            ConfigError: One is not there, or they cannot be active together. The model is unchanged then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            check_known(name, self.peft_config)
+        self.injection.set_active(*names)
+        self._train_active(frozen=inference_mode)
+
+    def _train_active(self, *, frozen: bool = False) -> None:
+        for name, config in self.peft_config.items():
+            trained = name in self.injection.active and not config.inference_mode and not frozen
+            self.injection.adapters[name].set_trainable(trained)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The active adapter, the first of several, even while it is disabled; None where there is none."""
+        return next(iter(self.injection.active), None)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.injection.active)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        if self.active_adapter is None:
+            raise ConfigError("No adapter is active: make one so with set_adapter.")
+        return self.peft_config[self.active_adapter]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model computes as the base model does, merged adapters or not."""
+        with self.injection.disabled():
+            yield
+
+    # ---- merging and unloading ----
+
+    def unload(self) -> nn.Module:
+        """Takes the adapters off and returns the base model as it was, bit for bit, even if some had been merged."""
+        base = self.injection.unload()
+        self.peft_config.clear()
+        return base
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | str | None = None
+    ) -> nn.Module:
+        """Adds adapters (the active ones) into the weights and returns the plain base model, in its own number format.
+
+        Those that are merged already stay in. With the named adapters come their heads and biases; PEFT takes the
+        active one's. See `siliang.merge` for a merge that is proved.
+
+        Args:
+            progressbar: Show how far it is.
+            safe_merge: Refuse where merged weights would not be finite; the model is unchanged then.
+
+        Raises:
+            MergeError: The base model is quantized, the adapter is a prompt, or, with `safe_merge`, broken.
+        """
+        names = self._chosen(adapter_names)
+        base = self.injection.merge_and_unload(*names, safe=safe_merge, progress=progressbar)
+        self.peft_config.clear()
+        return base
+
+    def merge_adapter(self, adapter_names: list[str] | str | None = None, safe_merge: bool = False) -> None:
+        """Adds adapters (the active ones) into the weights in place, until `unmerge_adapter`, which is exact.
+
+        A layer with merged adapters computes with these alone, as in PEFT, whichever is active; heads are the active
+        one's. Until then the original weights of the tuned layers are held as well.
+
+        Raises:
+            MergeError: As for `merge_and_unload`; nothing is merged then.
+        """
+        self.injection.merge(*self._chosen(adapter_names), safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Takes merged adapters out of the weights again, bit for bit."""
+        self.injection.unmerge()
+
+    def _chosen(self, names: list[str] | str | None) -> list[str]:
+        chosen = self.active_adapters if names is None else [names] if isinstance(names, str) else names
+        for name in chosen:
+            check_known(name, self.peft_config)
+        return chosen
+
+    # ---- files ----
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Writes the adapters: "default" into the folder itself, others into folders of their names inside it.
+
+        Args:
+            safe_serialization: As safetensors; otherwise as a pickled adapter_model.bin.
+            selected_adapters: Which; None for all.
+            save_embedding_layers: See `get_peft_model_state_dict`.
+            is_main_process: Only the main process writes.
+            path_initial_model_for_weight_conversion: The folder of the same adapter as it was before training, for one
+                that started with "pissa" or "olora": what is written is plain LoRA of twice the rank, on the base.
+            state_dict: See `get_peft_model_state_dict`.
+
+        Raises:
+            ConfigError: An adapter is not there, or cannot be turned into plain LoRA. Nothing has been written then.
+        """
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        for name in names:
+            check_known(name, self.peft_config)
+        check_save_directory(save_directory)
+        found: dict[str, AdapterToSave] = {}
+        for name in names:
+            tensors = self.adapter_state(name, state_dict, save_embedding_layers)  # gathered by all processes
+            one = AdapterToSave(self.injection.adapters[name], self.peft_config[name], tensors)
+            initial = path_initial_model_for_weight_conversion
+            found[name] = one if initial is None else one.as_plain_lora(Path(initial))
+        if is_main_process:
+            save_adapters(save_directory, found, pickled=not safe_serialization)
+
+    def adapter_state(
+        self,
+        name: str,
+        state_dict: dict[str, Tensor] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+    ) -> dict[str, Tensor]:
+        """See `get_peft_model_state_dict`. The tensors are live where they can be."""
+        check_known(name, self.peft_config)
+        keys = None
+        if state_dict is not None:
+            named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+            keys = {id(t): key for key, t in named}
+        return adapter_state(self.injection, name, state_dict=state_dict, keys=keys, embeddings=save_embedding_layers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+    ) -> PeftModel:
+        """Attaches a saved adapter to its base model.
+
+        Args:
+            model_id: The adapter's folder, or its name on the hub.
+            is_trainable: Go on training it; otherwise it is frozen and the model put into eval mode. P-tuning and a
+                projected prefix go on where siliang saved them; from PEFT's files, which lack what made the prompt, the
+                prompt itself is trained.
+            config: Used in the file's place.
+
+        Raises:
+            AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
+        """
+        saved = SavedAdapter.read(model_id, is_trainable=is_trainable, with_training=is_trainable, config=config)
+        with size_errors(saved.folder):
+            peft_model = cls(model, saved.config, adapter_name, saved=saved)
+        if not is_trainable:
+            peft_model.eval()
+        return peft_model
+
+    # ---- counting ----
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained parameters, all parameters of the model that is there)."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the counts in PEFT's form."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+
+# PEFT has a class a task. Here one serves all, and answers to their names, so that scripts port.
+PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
+PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel

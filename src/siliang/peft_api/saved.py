@@ -1,0 +1,120 @@
+"""Adapters in folders: reading one to attach it, and writing those of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from siliang.adapters.adapter import AttachedAdapter
+from siliang.adapters.file_sizes import FileSizes
+from siliang.adapters.files import adapter_folder, load_tensors, read_adapter, read_training, save_adapter
+from siliang.adapters.injection import Injection
+from siliang.methods.config import CONFIG_NAME, PeftConfig
+from siliang.methods.lora_conversion import as_plain_lora
+from siliang.types import ConfigError
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter that was read from its folder.
+
+    Attributes:
+        folder: The folder.
+        config: Its config.
+        tensors: What it consists of, on the CPU.
+        training: What only training needs beside it; None where the folder has nothing.
+    """
+
+    folder: Path
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    training: dict[str, Tensor] | None
+
+    @classmethod
+    def read(
+        cls, model_id: str | Path, *, is_trainable: bool, with_training: bool, config: PeftConfig | None = None
+    ) -> SavedAdapter:
+        """Reads an adapter.
+
+        Args:
+            model_id: Its folder, or its name on the hub.
+            is_trainable: It will be trained.
+            with_training: Read what only training needs too.
+            config: Used instead of the file's.
+
+        Raises:
+            AdapterError: The files are damaged or incomplete.
+        """
+        folder = adapter_folder(model_id)
+        config = copy.deepcopy(config) or PeftConfig.from_pretrained(folder)
+        config.inference_mode = not is_trainable
+        return cls(folder, config, read_adapter(folder), read_training(folder) if with_training else None)
+
+    @property
+    def sizes(self) -> FileSizes:
+        """How much the files hold."""
+        return FileSizes.of(self.folder, self.tensors, self.training)
+
+    def check_same(self, own: PeftConfig, name: str) -> None:
+        """
+        Args:
+            own: The config of adapter `name` of the model.
+
+        Raises:
+            ConfigError: The weights would not compute the same in that adapter.
+        """
+        own.check_same(self.config, source=f"{self.folder}/{CONFIG_NAME}", name=name)
+
+    def load_into(self, injection: Injection, name: str) -> None:
+        """Copies the weights into an attached adapter.
+
+        Raises:
+            AdapterError: They do not fit; nothing has been copied then.
+        """
+        load_tensors(injection, name, self.tensors, source=str(self.folder), training=self.training)
+
+
+@dataclass(frozen=True)
+class AdapterToSave:
+    """An attached adapter with the config and the tensors that its folder will hold."""
+
+    adapter: AttachedAdapter
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+
+    def as_plain_lora(self, initial: Path) -> AdapterToSave:
+        """The same as LoRA of twice the rank on the unchanged base weight.
+
+        Args:
+            initial: The folder of the adapter as it was before training.
+
+        Raises:
+            ConfigError: The adapter cannot be converted.
+            AdapterError: The folder holds another adapter.
+        """
+        config, tensors = as_plain_lora(self.config, self.tensors, lambda: read_adapter(initial), str(initial))
+        return AdapterToSave(self.adapter, config, tensors)
+
+
+def check_save_directory(save_directory: str | Path) -> None:
+    """
+    Raises:
+        ConfigError: It is a file.
+    """
+    if Path(save_directory).is_file():
+        raise ConfigError(f"{save_directory} is a file, and adapters are saved into a folder.")
+
+
+def save_adapters(save_directory: str | Path, adapters: Mapping[str, AdapterToSave], *, pickled: bool) -> None:
+    """Writes "default" into the folder itself, and others into folders of their names inside it.
+
+    Args:
+        pickled: As adapter_model.bin.
+    """
+    for name, one in adapters.items():
+        folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+        save_adapter(folder, one.adapter, one.config, one.tensors, pickled=pickled)
