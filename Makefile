@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 NUMERIC := tests/ops tests/engine tests/parity tests/golden tests/models tests/train tests/data/test_tasks.py \
-	tests/distributed/test_ranks.py $(addprefix tests/test_,$(addsuffix .py,adapter_life checkpoint inject quantised shared stock_trainer))
+	tests/distributed/test_ranks.py $(addprefix tests/test_,$(addsuffix .py,adapter_life checkpoint inject quantized shared stock_trainer))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-avx2 test-long cluster-test check audit docs compat faults fmt bench bench-smoke same bench-gpu clean

@@ -137,6 +137,6 @@ def _sft_trainer(model: Any, rows: TokenSet, tokenizer: Any, config: RunConfig, 
     table = rows.table.select_columns(["input_ids", "labels"])
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=table, processing_class=tokenizer)
     if job.setting.dtype == "fp32":
-        for p in model.parameters():  # on a quantised base TRL turns the adapter to bf16, whatever was asked for
+        for p in model.parameters():  # on a quantized base TRL turns the adapter to bf16, whatever was asked for
             p.data = p.data.float() if p.requires_grad else p.data
     return trainer

@@ -25,7 +25,7 @@ class Method:
         name: In siliang's table of methods.
         peft: PEFT's config class; None where PEFT has no such method, and the peer is plain transformers.
         arguments: Of that config, which both libraries call by the same names.
-        quantised: On a base in NF4, double-quantised.
+        quantized: On a base in NF4, double-quantized.
         learning_rate: Where siliang's default will not do for a comparison of losses.
     """
 
@@ -33,7 +33,7 @@ class Method:
     name: str
     peft: str | None
     arguments: dict[str, Any] = field(default_factory=dict)
-    quantised: bool = False
+    quantized: bool = False
     learning_rate: float | None = None
 
 
@@ -84,9 +84,9 @@ class Workload:
         return next(m for m in self.methods if m.label == label)
 
 
-def _lora(label: str, rank: int, targets: list[str] | str, *, quantised: bool = False) -> Method:
+def _lora(label: str, rank: int, targets: list[str] | str, *, quantized: bool = False) -> Method:
     arguments = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
-    return Method(label, "lora", "LoraConfig", arguments, quantised)
+    return Method(label, "lora", "LoraConfig", arguments, quantized)
 
 
 _PADDED: Layouts = {"peft": ("padded", "grouped")}
@@ -94,7 +94,7 @@ _CAUSAL: Layouts = {"peft": ("padded", "grouped"), "trl": ("padded", "grouped", 
 _ALIBI: Layouts = {"peft": ("padded", "grouped"), "trl": ("padded", "grouped")}
 _GPU: Layouts = {"peft": ("padded", "grouped", "flat"), "trl": ("padded", "flat")}
 _PROMPT = {"num_virtual_tokens": VIRTUAL_TOKENS}
-_ON_GPU = (_lora("lora", 16, "all-linear"), _lora("qlora", 16, "all-linear", quantised=True))
+_ON_GPU = (_lora("lora", 16, "all-linear"), _lora("qlora", 16, "all-linear", quantized=True))
 _GPU_TARGETS = (Target(2.0, 0.4, against="flat"), Target(4.0, against="padded"))
 
 WORKLOADS: dict[str, Workload] = {
@@ -148,9 +148,9 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Workload(
             "W4",
-            "W1's model in NF4, double-quantised",
+            "W1's model in NF4, double-quantized",
             "llama",
-            (_lora("qlora", 8, "all-linear", quantised=True),),
+            (_lora("qlora", 8, "all-linear", quantized=True),),
             (Target(1.5, 0.6),),
             _CAUSAL,
         ),
@@ -203,7 +203,7 @@ def run_config(
         "model": str(scratch / workload.model),
         "task": workload.task.value,
         "method": {"name": method.name, **method.arguments},
-        "quantization": {"bits": 4, "type": "nf4", "double": True} if method.quantised else None,
+        "quantization": {"bits": 4, "type": "nf4", "double": True} if method.quantized else None,
         "data": {
             "train": str(scratch / f"{workload.task.value}-{workload.rows}.jsonl"),
             "test_size": 0.0,

@@ -17,7 +17,7 @@ from siliang import PromptTuningConfig, get_peft_model
 from siliang.config import DataConfig
 from siliang.data import tokens
 from siliang.data.examples import Text
-from siliang.data.tokens import tokenise
+from siliang.data.tokens import tokenize
 from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.tokenizers import load_tokenizer, load_tokenizer_alone
 from siliang.safety.limits import RefusedError, in_time, look_at_tokenizer
@@ -177,7 +177,7 @@ def test_a_pattern_that_gives_up_on_some_text() -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(q+)+z"), "isolated")
     data = DataConfig(train="x", template="plain")
     with pytest.raises(ModelError, match=r"tokenizer cannot read .*retry-limit"):
-        tokenise([Text("q" * 1000)], tokenizer, data, CAUSAL_LM.data)
+        tokenize([Text("q" * 1000)], tokenizer, data, CAUSAL_LM.data)
 
 
 def test_a_pattern_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_a_pattern_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("q*q*(?!.)"), "isolated")
     data = DataConfig(train="x", template="plain")
     with pytest.raises(ModelError, match="tokenizer cannot read 1,501 characters: it takes too long"):
-        tokenise([Text("q" * 1500 + "y")], tokenizer, data, CAUSAL_LM.data)
+        tokenize([Text("q" * 1500 + "y")], tokenizer, data, CAUSAL_LM.data)
 
 
 def test_in_time() -> None:

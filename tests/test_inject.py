@@ -20,11 +20,11 @@ CONFIGS = {
 
 
 def train_a_little(model: nn.Module, name: str) -> None:
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
         model(**batch(name)).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -650,13 +650,13 @@ def test_biases_of_a_16_bit_base_are_trained_in_fp32(config: Any, tmp_path: Path
     model: Any = siliang.get_peft_model(bert(torch.bfloat16), config)
     biases = {n: p for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
     assert {p.dtype for p in biases.values()} == {torch.float32}
-    optimiser = torch.optim.Adam(biases.values(), lr=1e-5)
+    optimizer = torch.optim.Adam(biases.values(), lr=1e-5)
     before = {n: p.detach().clone() for n, p in biases.items()}
     inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
     for _ in range(3):
         model(**inputs).logits[:, 0].float().sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     moved = [(p - before[n]).abs().max().item() for n, p in biases.items() if "LayerNorm" in n]
     assert min(moved) > 1.5e-5  # in bf16 steps of 1e-5 beside a value of 0.01 round away
     shake(model, size=0.1)
@@ -714,7 +714,7 @@ def test_nothing_is_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hasattr(saved, "anything")
 
 
-def test_a_quantised_module_is_not_copied() -> None:
+def test_a_quantized_module_is_not_copied() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     base = Plain()
     base.last = bnb.nn.Linear4bit(16, 3)

@@ -30,7 +30,7 @@ OWN = """correct "horse"<b>'s & 100% battery"""  # a password that every encodin
 # A token of each kind; the secret part of what it stands in.
 TOKENS = {
     "hugging face": f"hf_{ABC}ab",
-    "hugging face, an organisation": f"api_org_{ABC}ab",
+    "hugging face, an organization": f"api_org_{ABC}ab",
     "openai": f"sk-{ABC}{ABC}",
     "openai, a project": f"sk-proj-{ABC}_-{ABC}",
     "anthropic": f"sk-ant-api03-{ABC}-{ABC}_AA",

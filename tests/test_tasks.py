@@ -22,7 +22,7 @@ from siliang.data.examples import Labelled
 from siliang.data.formats import FORMATS
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import NUMBERS, Column
-from siliang.data.tokens import tokenise
+from siliang.data.tokens import tokenize
 from siliang.engine.batches import StepCollator
 from siliang.engine.evaluate import evaluate, figures_of
 from siliang.engine.step import Engine
@@ -111,10 +111,10 @@ def rows_of(*labels: str) -> list[Labelled]:
 
 def test_labels_that_are_numbers(example: ModuleType) -> None:
     task, data = example.REGRESSION, DataConfig(train="x", max_length=12)
-    tokens = tokenise(rows_of("0.5", "-2", "3e0", "1", "0"), word_tokenizer(), data, task.data)
+    tokens = tokenize(rows_of("0.5", "-2", "3e0", "1", "0"), word_tokenizer(), data, task.data)
     assert tokens.column("labels").tolist() == [0.5, -2.0, 3.0, 1.0, 0.0] and tokens.learned.tolist() == [1] * 5
     with pytest.raises(DataError, match="'three' where a number belongs"):
-        tokenise(rows_of("three"), word_tokenizer(), data, task.data)
+        tokenize(rows_of("three"), word_tokenizer(), data, task.data)
     model = model_of(1)
     inputs = [{k: v for k, v in tokens[i].items() if k != "labels"} for i in range(5)]
     with torch.no_grad():

@@ -121,7 +121,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a trainer's argument": {"train/push_to_hub": True},
     "a trainer's log folder": {"train/logging_dir": "../outside"},
     "torch's compiler": {"train/torch_compile": True},
-    "an optimiser of the hub": {"train/optim_target_modules": "evil"},
+    "an optimizer of the hub": {"train/optim_target_modules": "evil"},
     "quantization of another kind": {"quantization": {"bits": 4, "quant_type": "evil"}},
     "a start of a training": {"train/resume_from_checkpoint": "../outside"},
 }

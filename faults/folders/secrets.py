@@ -16,7 +16,7 @@ KIND = "secrets"
 # by their shape alone: none of them is in the environment
 SHAPES = {
     "Hugging Face's": "hf_" + "aBcDeFgHiJ" * 3 + "kLmN",
-    "Hugging Face's for an organisation": "api_org_" + "aBcDeFgHiJ" * 3 + "kLmN",
+    "Hugging Face's for an organization": "api_org_" + "aBcDeFgHiJ" * 3 + "kLmN",
     "OpenAI's": "sk-" + "aB3dE6gH9j" * 4,
     "OpenAI's for a project": "sk-proj-" + "aB3dE6gH9j" * 6,
     "Anthropic's": "sk-ant-api03-" + "aB3dE6gH9j" * 6,

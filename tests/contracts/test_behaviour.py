@@ -57,7 +57,7 @@ def test_names_of_classes() -> None:
     }
     for name, known in found.items():
         if not known:
-            changed("transformers", f"{name} is not recognised any more")
+            changed("transformers", f"{name} is not recognized any more")
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])

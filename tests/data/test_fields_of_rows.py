@@ -14,7 +14,7 @@ from siliang.data.examples import Call, Conversation, Message, Prepared
 from siliang.data.layouts import find_format
 from siliang.data.load import load_examples
 from siliang.data.spec import DataSpec
-from siliang.data.tokens import tokenise
+from siliang.data.tokens import tokenize
 from siliang.data.turns import unused_fields
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM
 from siliang.types import DataError
@@ -53,10 +53,10 @@ def test_a_turn_that_is_marked_as_learned_is(mark: dict[str, Any]) -> None:
 def test_marks_reach_the_labels(words: PreTrainedTokenizerFast) -> None:
     for train_on, learned in (("all", "two </s>"), ("last", "two </s>")):
         data = DataConfig(train="x", train_on=train_on)  # type: ignore[arg-type]
-        row = tokenise([read(turns(1, weight=0))], words, data, CAUSAL)[0]
+        row = tokenize([read(turns(1, weight=0))], words, data, CAUSAL)[0]
         assert words.decode([x for x in row["labels"] if x != IGNORED]) == learned
     with pytest.raises(DataError, match="marks its last answer as one that is not learned"):
-        tokenise([read(turns(3, weight=0))], words, DataConfig(train="x", train_on="last"), CAUSAL)
+        tokenize([read(turns(3, weight=0))], words, DataConfig(train="x", train_on="last"), CAUSAL)
 
 
 @pytest.mark.parametrize(
@@ -176,15 +176,15 @@ def test_rows_that_are_refused_by_their_tokens_are_bad_rows(words: PreTrainedTok
     data = DataConfig(train=str(path), test_size=0.0)
     examples = load_examples(data, CAUSAL, seed=0).train
     with pytest.raises(DataError, match=r"1 row is bad: .*d.jsonl:2 has a system message in turn 3"):
-        tokenise(examples, words, data, CAUSAL)
-    kept = tokenise(examples, words, data.model_copy(update={"skip_bad_rows": True}), CAUSAL)
+        tokenize(examples, words, data, CAUSAL)
+    kept = tokenize(examples, words, data.model_copy(update={"skip_bad_rows": True}), CAUSAL)
     assert len(kept) == 1 and len(kept.skipped) == 1
 
 
 def test_words_nobody_knows_are_a_bad_row(words: PreTrainedTokenizerFast) -> None:
     def refused(text: str) -> list[str]:
         example = Conversation((Message("user", text), Message("assistant", text)))
-        return tokenise([example], words, DataConfig(train="x"), CAUSAL, keep_going=True).skipped
+        return tokenize([example], words, DataConfig(train="x"), CAUSAL, keep_going=True).skipped
 
     assert refused("hello Σ") == []  # half of them
     assert refused("Σ Ω")[0].endswith("4 of its 4 tokens are unknown")

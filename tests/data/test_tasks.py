@@ -26,7 +26,7 @@ from transformers import (
 from siliang.config import DataConfig, RunConfig
 from siliang.data.examples import Span
 from siliang.data.prepared import EvalRows
-from siliang.data.tokens import TokenSet, tokenise
+from siliang.data.tokens import TokenSet, tokenize
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.engine.batches import Batch
 from siliang.records import Record
@@ -263,7 +263,7 @@ def test_what_squads_script_drops(guess: str, right: str, same: bool) -> None:
 
 def windows_of(*spans: Span) -> TokenSet:
     data = DataConfig(train="x", max_length=10, stride=2)
-    return tokenise(list(spans), word_tokenizer(), data, QUESTION_ANS.data)
+    return tokenize(list(spans), word_tokenizer(), data, QUESTION_ANS.data)
 
 
 def answered(windows: TokenSet, spans: list[Span], outside: float, *, unanswered: bool) -> list[str]:

@@ -17,7 +17,7 @@ from siliang.data.conversations import prompt_tokens, stop_tokens
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.examples import Call, Conversation, Message, conversation
 from siliang.data.templates import TEMPLATES, find_template
-from siliang.data.tokens import tokenise
+from siliang.data.tokens import tokenize
 from siliang.models.chatglm3 import ChatGLMTokenizer
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ConfigError, DataError
@@ -42,7 +42,7 @@ def tokenizer(name: str) -> Any:
 
 def row(talk: Conversation, tok: Any, template: str, **settings: object) -> tuple[list[int], list[int]]:
     data = DataConfig.model_validate({"train": "x", "template": template, "max_length": 4000} | settings)
-    made = tokenise([talk], tok, data, CAUSAL)[0]
+    made = tokenize([talk], tok, data, CAUSAL)[0]
     return made["input_ids"], made["labels"]
 
 
@@ -58,7 +58,7 @@ def learned(labels: list[int]) -> list[list[int]]:
 
 
 def plain(text: str, tok: Any) -> str:
-    """What a tokenizer can keep of a text: BERT's splits words and lowers capitals, sentencepiece's normalises."""
+    """What a tokenizer can keep of a text: BERT's splits words and lowers capitals, sentencepiece's normalizes."""
     ids = tok(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return tok.decode(ids)
 

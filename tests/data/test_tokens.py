@@ -37,7 +37,7 @@ from siliang.data.examples import (
     to_json,
 )
 from siliang.data.small_table import SmallTable
-from siliang.data.tokens import tokenise, usable
+from siliang.data.tokens import tokenize, usable
 from siliang.tasks import CAUSAL_LM, QUESTION_ANS, SEQ_2_SEQ_LM, SEQ_CLS, TASKS, TOKEN_CLS
 from siliang.types import DataError
 
@@ -54,7 +54,7 @@ def config(**values: object) -> DataConfig:
 @given(instruction=texts, input=texts, output=texts.filter(bool), max_length=st.integers(8, 80))
 def test_labels_are_the_answer_and_its_end(instruction: str, input: str, output: str, max_length: int) -> None:
     talk = conversation(instruction or "say", output, input)
-    made = tokenise([talk], TOKENIZER, config(max_length=max_length), CAUSAL)
+    made = tokenize([talk], TOKENIZER, config(max_length=max_length), CAUSAL)
     ids, labels = made[0]["input_ids"], made[0]["labels"]
     assert len(ids) == len(labels) <= max_length
     trained = [t for t in labels if t != IGNORED]
@@ -80,16 +80,16 @@ def test_the_oldest_rounds_go_first() -> None:
         m for word in ("one", "two", "three") for m in (Message("user", f"say {word}"), Message("assistant", word))
     ]
     talk = Conversation((system, *rounds))
-    made = tokenise([talk], TOKENIZER, config(max_length=16), CAUSAL)
+    made = tokenize([talk], TOKENIZER, config(max_length=16), CAUSAL)
     text = TOKENIZER.decode(made[0]["input_ids"])
     assert text == "I Human : say three Assistant : three </s>"
-    dropped = tokenise([talk, conversation("a", "one")], TOKENIZER, config(max_length=16, too_long="drop"), CAUSAL)
+    dropped = tokenize([talk, conversation("a", "one")], TOKENIZER, config(max_length=16, too_long="drop"), CAUSAL)
     assert (len(dropped), dropped.dropped) == (1, 1)
     assert dropped.column("row").tolist() == [1]
 
 
 def test_plain_text_is_trained_whole() -> None:
-    made = tokenise([Text("one two")], TOKENIZER, config(), CAUSAL)[0]
+    made = tokenize([Text("one two")], TOKENIZER, config(), CAUSAL)[0]
     assert made["labels"] == made["input_ids"]
 
 
@@ -105,7 +105,7 @@ def test_padding_carries_no_label_and_no_attention(lengths: list[int]) -> None:
 
 
 def test_a_text_to_classify_is_cut_by_the_tokenizer() -> None:
-    made = tokenise([Labelled("one " * 50, "b")], TOKENIZER, config(max_length=10), SEQ_CLS.data, labels=["a", "b"])
+    made = tokenize([Labelled("one " * 50, "b")], TOKENIZER, config(max_length=10), SEQ_CLS.data, labels=["a", "b"])
     assert (len(made[0]["input_ids"]), made[0]["labels"], made.column("lost").tolist()) == (10, 1, [40])
     assert "token_type_ids" not in made[0]
 
@@ -123,15 +123,15 @@ def test_tags_stand_on_the_first_piece_of_a_word() -> None:
         tokenizer_object=core, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[UNK]"
     )
     sentence = Tagged(("Wanglin", "lives", "Wang"), ("S-NAME", "O", "S-NAME"))
-    made = tokenise([sentence], tok, config(), TOKEN_CLS.data, labels=["O", "S-NAME"])[0]
+    made = tokenize([sentence], tok, config(), TOKEN_CLS.data, labels=["O", "S-NAME"])[0]
     assert made == {"input_ids": [1, 3, 4, 5, 3, 2], "labels": [IGNORED, 1, IGNORED, 0, 1, IGNORED]}
-    cut = tokenise([Tagged(("lives",) * 20, ("O",) * 20)], tok, config(max_length=8), TOKEN_CLS.data, labels=["O"])
+    cut = tokenize([Tagged(("lives",) * 20, ("O",) * 20)], tok, config(max_length=8), TOKEN_CLS.data, labels=["O"])
     assert cut[0]["input_ids"] == [1, *[5] * 6, 2]
     assert (cut.column("lost").tolist(), cut.column("lost_answer").tolist()) == ([14], [14])
 
 
 def test_sources_and_targets_end_with_the_end() -> None:
-    made = tokenise([SourceTarget("one two", "two " * 9)], TOKENIZER, config(max_target_length=4), SEQ_2_SEQ_LM.data)
+    made = tokenize([SourceTarget("one two", "two " * 9)], TOKENIZER, config(max_target_length=4), SEQ_2_SEQ_LM.data)
     assert TOKENIZER.decode(made[0]["labels"]) == "two two two </s>"
     assert made.column("lost_answer").tolist() == [6]
     batch = PadCollator(0)([made[0], {"input_ids": [1], "labels": [2]}])
@@ -142,7 +142,7 @@ def test_windows_of_a_long_context() -> None:
     context = " ".join(WORDS[:24])
     answer = " ".join(WORDS[10:12])
     span = Span("say it", context, (answer,), (context.index(answer),))
-    made = tokenise([span], TOKENIZER, config(max_length=12, stride=4), QUESTION_ANS.data)
+    made = tokenize([span], TOKENIZER, config(max_length=12, stride=4), QUESTION_ANS.data)
     assert len(made) > 2 and set(made.column("row").tolist()) == {0}
     found = 0
     for i in range(len(made)):
@@ -155,7 +155,7 @@ def test_windows_of_a_long_context() -> None:
 
 
 def test_prepared_rows_stay_as_they_are() -> None:
-    made = tokenise([Prepared((5, 6, 7), (IGNORED, 6, 7))], TOKENIZER, config(), CAUSAL)[0]
+    made = tokenize([Prepared((5, 6, 7), (IGNORED, 6, 7))], TOKENIZER, config(), CAUSAL)[0]
     assert made == {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}
 
 
@@ -199,17 +199,17 @@ def test_tokens_are_kept_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(tokens_module, "_batch", counting)
     rows = ExampleSet.build((str(i), conversation("say", WORDS[i % 9])) for i in range(20))
-    first = tokenise(rows, TOKENIZER, config(), CAUSAL)
+    first = tokenize(rows, TOKENIZER, config(), CAUSAL)
     n = calls
-    again = tokenise(ExampleSet.build((f"elsewhere {i}", e) for i, e in enumerate(rows)), TOKENIZER, config(), CAUSAL)
+    again = tokenize(ExampleSet.build((f"elsewhere {i}", e) for i, e in enumerate(rows)), TOKENIZER, config(), CAUSAL)
     assert calls == n > 0
     assert [first[i] for i in range(20)] == [again[i] for i in range(20)]
-    tokenise(rows, TOKENIZER, config(template="vicuna"), CAUSAL)
+    tokenize(rows, TOKENIZER, config(template="vicuna"), CAUSAL)
     assert calls > n
     other = word_tokenizer()
     other.add_tokens(["new"])
     n = calls
-    tokenise(rows, other, config(), CAUSAL)
+    tokenize(rows, other, config(), CAUSAL)
     assert calls > n
 
 
@@ -235,15 +235,15 @@ def test_tokens_of_other_code_are_others(monkeypatch: pytest.MonkeyPatch, tmp_pa
         before = after
 
 
-def test_pairs_and_single_texts_are_never_tokenised_together() -> None:
+def test_pairs_and_single_texts_are_never_tokenized_together() -> None:
     with pytest.raises(AssertionError):
-        tokenise([Labelled("a", "x", "one"), Labelled("is", "y")], TOKENIZER, config(), SEQ_CLS.data, labels=["x", "y"])
+        tokenize([Labelled("a", "x", "one"), Labelled("is", "y")], TOKENIZER, config(), SEQ_CLS.data, labels=["x", "y"])
 
 
 def test_processes_give_the_same_tokens() -> None:
     rows = ExampleSet.build((str(i), conversation("say", WORDS[i % 9])) for i in range(1200))
-    one = tokenise(rows, TOKENIZER, config(workers=1), CAUSAL)
-    two = tokenise(rows, TOKENIZER, config(workers=2, train_on="last"), CAUSAL)
+    one = tokenize(rows, TOKENIZER, config(workers=1), CAUSAL)
+    two = tokenize(rows, TOKENIZER, config(workers=2, train_on="last"), CAUSAL)
     assert one.table["input_ids"] == two.table["input_ids"]
     assert np.array_equal(one.learned, two.learned)
 
@@ -261,7 +261,7 @@ def test_old_entries_of_the_cache_go(tmp_path: Path) -> None:
 
 
 def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
-    made = tokenise([conversation("say", w) for w in WORDS[:9]], TOKENIZER, config(), CAUSAL)
+    made = tokenize([conversation("say", w) for w in WORDS[:9]], TOKENIZER, config(), CAUSAL)
     assert made.__getitems__([3, 1]) == [made[3], made[1]]
     assert made.lengths.tolist() == [len(made[i]["input_ids"]) for i in range(9)]
     assert made.learned.tolist() == [sum(x != IGNORED for x in made[i]["labels"]) for i in range(9)]
@@ -270,8 +270,8 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
 def test_few_examples_have_the_tokens_of_many() -> None:
     """Few are kept in a small table, without `datasets`."""
     talks = [conversation("say", w) for w in WORDS[:9]]
-    few = tokenise(talks, TOKENIZER, config(), CAUSAL)
-    many = tokenise(ExampleSet.build((str(i), e) for i, e in enumerate(talks)), TOKENIZER, config(), CAUSAL)
+    few = tokenize(talks, TOKENIZER, config(), CAUSAL)
+    many = tokenize(ExampleSet.build((str(i), e) for i, e in enumerate(talks)), TOKENIZER, config(), CAUSAL)
     assert isinstance(few.table, SmallTable) and isinstance(many.table, Dataset)
     assert few.table.column_names == many.table.column_names
     assert [few[i] for i in range(9)] == [many[i] for i in range(9)]
@@ -294,8 +294,8 @@ def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
     monkeypatch.setattr("siliang.data.tokens._batch", die)
     rows = [Labelled(f"the film was {w}", "a") for w in WORDS] * 30
     data = DataConfig(train="d.csv", workers=2)
-    with pytest.raises(DataError, match="one of 2 processes that tokenise was killed"):
-        tokenise(rows, word_tokenizer(), data, SEQ_CLS.data, labels=["a"])
+    with pytest.raises(DataError, match="one of 2 processes that tokenize was killed"):
+        tokenize(rows, word_tokenizer(), data, SEQ_CLS.data, labels=["a"])
     assert signal.getsignal(signal.SIGTERM) is note
 
 
@@ -318,7 +318,7 @@ def test_long_texts_are_learned_whole_and_apart(lengths: list[int], limit: int) 
     tok = word_tokenizer()
     texts = [" ".join(WORDS[(i + k) % len(WORDS)] for k in range(n)) for i, n in enumerate(lengths)]
     data = DataConfig(train="x", max_length=limit)
-    made = tokenise([Text(text) for text in texts], tok, data, CAUSAL_LM.data)
+    made = tokenize([Text(text) for text in texts], tok, data, CAUSAL_LM.data)
     rows, labels = made.column("row").tolist(), [x.tolist() for x in made.lists("labels")]
     for number, text in enumerate(texts):
         learned = [x for row, row_labels in zip(rows, labels, strict=True) if row == number for x in row_labels]
@@ -330,28 +330,28 @@ def test_long_texts_are_learned_whole_and_apart(lengths: list[int], limit: int) 
 
 def test_long_texts_may_be_cut_or_dropped() -> None:
     tok, text = word_tokenizer(), Text("one " * 100)
-    cut = tokenise([text], tok, DataConfig(train="x", max_length=16, long_text="cut"), CAUSAL_LM.data)
+    cut = tokenize([text], tok, DataConfig(train="x", max_length=16, long_text="cut"), CAUSAL_LM.data)
     assert len(cut) == 1 and cut.column("lost").tolist() == [85]
-    dropped = tokenise([text], tok, DataConfig(train="x", max_length=16, too_long="drop"), CAUSAL_LM.data)
+    dropped = tokenize([text], tok, DataConfig(train="x", max_length=16, too_long="drop"), CAUSAL_LM.data)
     assert len(dropped) == 0 and dropped.dropped == 1
 
 
 def test_tokens_that_are_a_text_become_windows_too() -> None:
     ids = tuple(range(4, 44))
     data = DataConfig(train="x", max_length=16)
-    made = tokenise([Prepared(ids, ()), Prepared(ids, (-100, *ids[1:]))], word_tokenizer(), data, CAUSAL_LM.data)
+    made = tokenize([Prepared(ids, ()), Prepared(ids, (-100, *ids[1:]))], word_tokenizer(), data, CAUSAL_LM.data)
     assert made.column("row").tolist() == [0, 0, 0, 1] and made.column("lost").tolist() == [0, 0, 0, 24]
     drop = DataConfig(train="x", max_length=16, too_long="drop")
-    assert tokenise([Prepared(ids, ())], word_tokenizer(), drop, CAUSAL_LM.data).dropped == 1
+    assert tokenize([Prepared(ids, ())], word_tokenizer(), drop, CAUSAL_LM.data).dropped == 1
 
 
 def test_rows_of_one_token_teach_nothing() -> None:
-    made = tokenise([Prepared((5,), ())], word_tokenizer(), DataConfig(train="x"), CAUSAL_LM.data, keep_going=True)
+    made = tokenize([Prepared((5,), ())], word_tokenizer(), DataConfig(train="x"), CAUSAL_LM.data, keep_going=True)
     assert made.skipped == ["row 1 becomes 1 token, and a token is learned from those before it"]
     labelled = [Labelled("\u200b", "a"), Labelled("good", "b")]
     tok = word_tokenizer()
     tok.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")  # type: ignore[attr-defined]
-    made = tokenise(labelled, tok, DataConfig(train="x"), SEQ_CLS.data, labels=["a", "b"], keep_going=True)
+    made = tokenize(labelled, tok, DataConfig(train="x"), SEQ_CLS.data, labels=["a", "b"], keep_going=True)
     assert len(made) == 1 and "becomes no token but special ones" in made.skipped[0]
     examples, kept = usable(ExampleSet.build((f"row {i}", e) for i, e in enumerate(labelled, start=1)), made)
     assert [e.text for e in examples] == ["good"] and kept.column("row").tolist() == [0]  # type: ignore[union-attr]
@@ -372,7 +372,7 @@ def test_a_question_as_long_as_the_window(question: str, stride: int, refused: s
     at = context.index("funny")
     span = Span(question, context, ("funny",), (at,))
     data = DataConfig(train="x", max_length=16, stride=stride)
-    made = tokenise([span, span], word_tokenizer(), data, QUESTION_ANS.data, keep_going=True)
+    made = tokenize([span, span], word_tokenizer(), data, QUESTION_ANS.data, keep_going=True)
     if refused is not None:
         assert len(made.skipped) == 2 and refused in made.skipped[0]
         return
@@ -383,5 +383,5 @@ def test_a_question_as_long_as_the_window(question: str, stride: int, refused: s
 def test_an_answer_in_no_window_is_not_learned_as_none() -> None:
     context = " ".join(WORDS[:30])
     span = Span("is it", context, (context[:60],), (0,))
-    made = tokenise([span], word_tokenizer(), DataConfig(train="x", max_length=12), QUESTION_ANS.data, keep_going=True)
+    made = tokenize([span], word_tokenizer(), DataConfig(train="x", max_length=12), QUESTION_ANS.data, keep_going=True)
     assert "has an answer that no window of 12 tokens holds" in made.skipped[0]

@@ -64,7 +64,7 @@ def configs(method: str, name: str) -> tuple[Any, Any]:
     return getattr(siliang, kind)(**settings), getattr(peft, kind)(**settings)
 
 
-def randomise(model: Any) -> None:
+def randomize(model: Any) -> None:
     """Moves what is trained away from where it starts: from ones, zeros and the base's own values."""
     generator = torch.Generator().manual_seed(3)
     for p in model.parameters():
@@ -77,7 +77,7 @@ def pair(method: str, name: str, seed: int = 0) -> tuple[Any, Any]:
     ours_config, theirs_config = configs(method, name)
     ours = siliang.get_peft_model(make(name, seed), ours_config)
     theirs = peft.get_peft_model(make(name, seed), theirs_config)
-    randomise(ours)
+    randomize(ours)
     # every name is the same; with prompts peft lists the word embeddings a second time
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"word_embeddings.weight"}
@@ -112,13 +112,13 @@ def test_names_forward_and_gradients(method: str, name: str) -> None:
 def test_five_steps(method: str, name: str) -> None:
     losses = []
     for model in pair(method, name):
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         steps = []
         for _ in range(5):
             loss, _ = loss_and_logits(model, name)
             loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             steps.append(loss.item())
         losses.append(steps)
     assert_same_losses(*losses)

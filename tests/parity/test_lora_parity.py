@@ -63,13 +63,13 @@ def test_names_forward_and_gradients(name: str, settings: dict[str, Any]) -> Non
 def test_five_steps(name: str) -> None:
     losses = []
     for model in pair(name, {}):
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         steps = []
         for _ in range(5):
             loss = model(**batch(name)).loss
             loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             steps.append(loss.item())
         losses.append(steps)
     assert_same_losses(*losses)

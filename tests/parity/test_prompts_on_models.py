@@ -119,10 +119,10 @@ def prompted(library: Any, name: str, kind: str, state: dict[str, torch.Tensor] 
 
 def two_steps(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits, and those after a step of training."""
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     out = model(**inputs)
     out.loss.backward()
-    optimiser.step()
+    optimizer.step()
     return out.logits.detach(), model(**inputs).logits.detach()
 
 

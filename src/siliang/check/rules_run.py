@@ -74,7 +74,7 @@ def emulated_precision(s: Subject) -> Iterator[Found]:
         )
 
 
-def wide_quantised_compute(s: Subject) -> Iterator[Found]:
+def wide_quantized_compute(s: Subject) -> Iterator[Found]:
     """QLoRA that computes in fp32.
 
     Cause: Each 4-bit weight is converted to quantization.compute_dtype before it is multiplied, and fp32 is

@@ -192,7 +192,7 @@ class Subject:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the run."""
+        """Optimizer steps of the run."""
         return self.config.train.steps(len(self.train))
 
 

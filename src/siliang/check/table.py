@@ -49,7 +49,7 @@ RULES: dict[str, Rule] = {
         Rule("SL030", "error", tokens.rows_without_tokens),
         Rule("SL031", "warning", run.pure_fp16, "run"),
         Rule("SL032", "warning", run.emulated_precision, "run"),
-        Rule("SL033", "warning", run.wide_quantised_compute, "run"),
+        Rule("SL033", "warning", run.wide_quantized_compute, "run"),
         Rule("SL034", "error", tokens.nothing_varies),
         Rule("SL035", "warning", model.invented, "model"),
         Rule("SL036", "warning", rows.texts_not_used, "rows"),

@@ -51,7 +51,7 @@ def merge(
         quiet_loading()
     check_empty(output)
     # a quantized base model would round the sum again: merging is done in the base model's own
-    opened = open_run(run, base=base, force=force, dtype=getattr(torch, dtype.value), quantised=False)
+    opened = open_run(run, base=base, force=force, dtype=getattr(torch, dtype.value), quantized=False)
     proof = merge_run(opened, output, data=data, force=force)
     show_notes(opened.trained.notes if opened.trained else ())
     found = proof.in_words

@@ -86,8 +86,8 @@ def _sum(tensor: torch.Tensor) -> int:
 
 
 def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[Any, ...]:
-    quantised = config.quantization.model_dump_json() if config.quantization else None
+    quantized = config.quantization.model_dump_json() if config.quantization else None
     # a new head is drawn by the seed of the run
     seed = config.train.seed if TASKS[config.task].model.heads else None
     named = tuple(labels) if labels is not None else None
-    return (config.model, config.revision, config.task, named, quantised, tuple(config.data.add_tokens), dtype, seed)
+    return (config.model, config.revision, config.task, named, quantized, tuple(config.data.add_tokens), dtype, seed)

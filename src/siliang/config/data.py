@@ -93,7 +93,7 @@ class Columns(Section):
     tags: str = "tags"
     """The tag of each token."""
     source: str = "source"
-    """What is translated, summarised or asked, for seq_2_seq_lm."""
+    """What is translated, summarized or asked, for seq_2_seq_lm."""
     target: str = "target"
     """What is to be written from the source."""
     context: str = "context"
@@ -165,7 +165,7 @@ class DataConfig(Section):
     add_tokens: Names = Field(default_factory=list)
     """New tokens for the vocabulary; the embeddings grow by them."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Processes that tokenise. None: one for small data, all cores for large."""
+    """Processes that tokenize. None: one for small data, all cores for large."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, counted and listed, instead of stopping."""
 

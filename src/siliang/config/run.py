@@ -131,7 +131,7 @@ class QuantizationConfig(Section):
     type: Literal["nf4", "fp4"] = "nf4"
     """The 16 values of 4 bits: nf4 suits weights, which are nearly normal."""
     double: bool = True
-    """Quantise the scales as well: 0.4 bits less a parameter."""
+    """Quantize the scales as well: 0.4 bits less a parameter."""
     compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
 

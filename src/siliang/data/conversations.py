@@ -51,7 +51,7 @@ def special_prefix(tokenizer: Any) -> list[int]:
 
 
 def encode(encoder: Encoder, write: Template | ChatTemplate, data: DataConfig, examples: Sequence[Any]) -> list[Rows]:
-    """Texts, conversations and prepared rows, each as one entry, or a long text as several; see `tokens.tokenise`."""
+    """Texts, conversations and prepared rows, each as one entry, or a long text as several; see `tokens.tokenize`."""
     own_spacing = isinstance(write, ChatTemplate)
     written = [e for e in examples if not isinstance(e, Prepared)]
     encoded = iter(encoder.rows(_write(written, write, data), own_spacing=own_spacing))
@@ -117,7 +117,7 @@ def _shorten(
     write: Template | ChatTemplate,
     data: DataConfig,
 ) -> dict[str, Any]:
-    """A row of at most max_length tokens; see `tokenise` for what goes first."""
+    """A row of at most max_length tokens; see `tokenize` for what goes first."""
     before, learned = len(ids), sum(x != IGNORED for x in labels)
     while len(ids) > data.max_length and isinstance(example, Conversation):
         shorter = _without_oldest_round(example)

@@ -1,6 +1,6 @@
 """Pieces of text to tokens, so that the tokens are those of the whole text and the borders are exact.
 
-What a tokenizer does at the border of two texts that are tokenised apart is its own affair: Llama's and ChatGLM3's put
+What a tokenizer does at the border of two texts that are tokenized apart is its own affair: Llama's and ChatGLM3's put
 a space in front of each, most do nothing. `Encoder` asks the tokenizer at hand, and makes good for it.
 """
 
@@ -135,7 +135,7 @@ class Encoder:
         return [run for run in runs if run.ids is not None or run.text]
 
     def _at_border(self, before: _Run, run: _Run, own_spacing: bool) -> None:
-        """Decides how a text that follows another, or a marker, is to be tokenised."""
+        """Decides how a text that follows another, or a marker, is to be tokenized."""
         if not self._adds_space:
             return
         if before.ids is not None:
@@ -187,7 +187,7 @@ class _Run:
 
     @property
     def parts(self) -> list[str]:
-        """What must be tokenised to know this run's tokens."""
+        """What must be tokenized to know this run's tokens."""
         if self.ids is not None:
             return []
         return [self.guard + self.text, self.guard, self.text] if self.guard else [self.text]

@@ -1,4 +1,4 @@
-"""What tokenising makes of an example: entries, one a window, each with the number of its example in `row`.
+"""What tokenizing makes of an example: entries, one a window, each with the number of its example in `row`.
 
 An example of which nothing is made keeps one entry, so that it can be named; its `row` is below zero and says why. Its
 number is kept, and not its place: tokens are kept by content, and the same content may stand in another place.

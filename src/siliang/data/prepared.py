@@ -84,10 +84,10 @@ class PreparedData:
 
     def _tokens(self, examples: ExampleSet) -> tuple[ExampleSet, TokenSet]:
         """The examples whose tokens can be used, and these."""
-        from siliang.data.tokens import tokenise, usable
+        from siliang.data.tokens import tokenize, usable
 
         labels = self.examples.labels
-        tokens = tokenise(examples, self.tokenizer, self.settings, self.spec, labels=labels, keep_going=True)
+        tokens = tokenize(examples, self.tokenizer, self.settings, self.spec, labels=labels, keep_going=True)
         return usable(examples, tokens)
 
     @property

@@ -31,7 +31,7 @@ class Piece:
         trained: The model learns to write it.
         answer: The assistant wrote it, now or earlier; the text around it never shares a token with it, so that an
             answer in the history has the tokens that it had when it was learned.
-        alone: It is tokenised by itself, not with the piece before it.
+        alone: It is tokenized by itself, not with the piece before it.
         end: It ends an answer, and must be one token: the marker that it holds, or the tokenizer's end of sequence.
     """
 
@@ -64,7 +64,7 @@ class Template:
         call: How the assistant calls a tool: {name}, {arguments}.
         reasoning: How the assistant thinks in front of an answer: {reasoning}. Without it, a row that has reasoning of
             its own cannot be written.
-        apart: Every piece is tokenised by itself, as ChatGLM3 does.
+        apart: Every piece is tokenized by itself, as ChatGLM3 does.
     """
 
     name: str

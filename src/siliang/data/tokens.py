@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # slow to import
     Table = Dataset | SmallTable
 
 CACHED_ROWS = 2_000  # from so many on, tokens are kept in a file
-PARALLEL_ROWS = 20_000  # from so many on, several processes tokenise
+PARALLEL_ROWS = 20_000  # from so many on, several processes tokenize
 BATCH = 500
 SECONDS, CHARACTERS_A_SECOND = 6.0, 5_000  # for tokens, at the least: any tokenizer makes a hundred times as many
 NO_NUMBERS = np.zeros(0, np.int64)
@@ -40,7 +40,7 @@ OWN = ("lost", "lost_answer")  # columns of every table, which no batch holds
 
 
 class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
-    """Tokenised examples, as a data loader reads them.
+    """Tokenized examples, as a data loader reads them.
 
     Attributes:
         table: A column for each model input; `row`, the number of the example (a long context or text gives several
@@ -162,7 +162,7 @@ def _chunks(table: Dataset, name: str) -> Iterator[Any]:
             yield batch[name].combine_chunks()  # type: ignore[index]
 
 
-def tokenise(
+def tokenize(
     examples: Sequence[Example],
     tokenizer: Any,
     data: DataConfig,
@@ -333,7 +333,7 @@ def _map(examples: ExampleSet, function: Any, features: Features, key: str, data
         if "abruptly died" not in str(error):
             raise
         raise DataError(
-            f"one of {workers} processes that tokenise was killed, perhaps because memory was full.\n"
+            f"one of {workers} processes that tokenize was killed, perhaps because memory was full.\n"
             "Set data.workers=1, or a smaller number than that."
         ) from None
 

@@ -1,4 +1,4 @@
-"""The rows of one optimiser step as the batches that go through the model one after the other.
+"""The rows of one optimizer step as the batches that go through the model one after the other.
 
 A step is a fixed number of rows; how they are split changes what it costs, and not what it computes: the losses are
 summed and divided by the labelled tokens (or rows) of the whole step.

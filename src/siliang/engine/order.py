@@ -23,7 +23,7 @@ class Order(Sampler[int]):
 
     Args:
         lengths: Tokens of each row.
-        step: Rows of an optimiser step.
+        step: Rows of an optimizer step.
         by_length: A step's rows are of like length: a batch that is padded then has little padding, and one that is
             packed has attention in few sizes. Steps stay in random order, but the longest comes first: what does not
             fit shows at once.

@@ -1,6 +1,6 @@
 """What a base model is made of: its backbone, embeddings, layers, attentions, norms and linear layers.
 
-transformers gives a method for few of these questions. The rest is recognised by the name of a class, an attribute or
+transformers gives a method for few of these questions. The rest is recognized by the name of a class, an attribute or
 an argument of a forward, and those names stand in this file alone: where a release renames one, this is the file to
 change (tests/contracts tells which name). Quantized weights are in quantized.py.
 

@@ -27,7 +27,7 @@ from siliang.models.weights import piece_by_piece
 from siliang.types import OTHER_HEADS, ModelError
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
-OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantised: every token's probability depends on them
+OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantized: every token's probability depends on them
 SHARDABLE_STORAGE = torch.bfloat16  # FSDP deals out what could have gradients: whole bytes pass as it, bit for bit
 
 
@@ -43,11 +43,11 @@ def load_model(
     shardable: bool = False,
     device: torch.device | None = None,
 ) -> Any:
-    """A base model in eval mode, with its weights on the CPU, or, quantised, on `device`.
+    """A base model in eval mode, with its weights on the CPU, or, quantized, on `device`.
 
     Args:
         spec: What the task asks of it.
-        dtype: Of the weights, or of those that are not quantised.
+        dtype: Of the weights, or of those that are not quantized.
         quantization: Of the linear layers; the task's head and the output layer stay as they are.
         shardable: Bytes of 4 bits lie in tensors of `SHARDABLE_STORAGE`.
         labels: The classes or tags of the model, whose head is new unless the weights bring one so large.
@@ -76,8 +76,8 @@ def load_model(
         invented_weights(name, spec, config, revision=revision)  # raises where a shape differs, before memory is taken
     with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):
         torch.manual_seed(seed)
-        quantised = _quantised(quantization, spec, device or torch.device("cpu"), shardable)
-        model = _from_pretrained(name, spec, config, dtype=dtype, revision=revision, **quantised)
+        quantized = _quantized(quantization, spec, device or torch.device("cpu"), shardable)
+        model = _from_pretrained(name, spec, config, dtype=dtype, revision=revision, **quantized)
     check_quantized(model, name)
     keep_as_stored(model)
     return model.eval()
@@ -128,7 +128,7 @@ def model_from_config(config: Any, spec: ModelSpec, **settings: Any) -> Any:
 
 
 def kept_whole(spec: ModelSpec) -> list[str]:
-    """The modules that are never quantised, as bitsandbytes takes them."""
+    """The modules that are never quantized, as bitsandbytes takes them."""
     return [*spec.heads, *OTHER_HEADS, *BEFORE_HEADS, *OUTPUT_LAYERS]
 
 
@@ -171,7 +171,7 @@ def _from_pretrained(name: str, spec: ModelSpec, config: Any, *, revision: str |
     return model
 
 
-def _quantised(
+def _quantized(
     wanted: QuantizationConfig | None, spec: ModelSpec, device: torch.device, shardable: bool
 ) -> dict[str, Any]:
     """What from_pretrained needs to load quantized weights."""

@@ -116,7 +116,7 @@ def empty_quantized(
     compute_dtype: torch.dtype,
     storage: torch.dtype,
 ) -> nn.Module:
-    """bitsandbytes' layer of this size around plain, uninitialised parameters, which may be fake tensors: its own
+    """bitsandbytes' layer of this size around plain, uninitialized parameters, which may be fake tensors: its own
     kinds of parameter cannot be.
 
     Args:

@@ -112,7 +112,7 @@ ROWS: tuple[Row, ...] = (
     ),
     nothing(
         "dataloader_num_workers dataloader_pin_memory num_workers remove_unused_columns lazy_tokenize streaming",
-        "siliang needs no such setting: rows are tokenised once, and kept; leave it out.",
+        "siliang needs no such setting: rows are tokenized once, and kept; leave it out.",
     ),
     nothing(
         "max_samples max_train_samples max_eval_samples n_samples",

@@ -37,7 +37,7 @@ class _SharedMode(FakeTensorMode):
 
 @contextmanager
 def fake_mode() -> Iterator[FakeTensorMode]:
-    """Within the block every new tensor is fake, and no initialiser runs.
+    """Within the block every new tensor is fake, and no initializer runs.
 
     Raises:
         ConfigError: The installed libraries lack what it takes.
@@ -80,7 +80,7 @@ def make_fake_base(
     except MISFITS as error:
         why = first_line(error, kind=True)
         raise ModelError(f"a {config.model_type} cannot be made for {spec.task} from its config: {why}") from None
-    model.tie_weights()  # which transformers does with the initialising that is left out
+    model.tie_weights()  # which transformers does with the initializing that is left out
     _keep_wide(model, dtype)
     if quantization is not None:
         kept = [*kept_whole(spec), *(getattr(model, "_keep_in_fp32_modules", None) or [])]

@@ -15,7 +15,7 @@ from siliang.records import Change, Fit
 
 FULL_CALLS = 1024  # tokens: batches that are smaller than it do not fill the processor, so splitting stops to be free
 SHORTEST = 64  # tokens, below which nothing is proposed
-DEQUANTISE = 1.1  # time of a step on a 4-bit base, compared to one on the whole base: measured on the CPU
+DEQUANTIZE = 1.1  # time of a step on a 4-bit base, compared to one on the whole base: measured on the CPU
 
 
 class MemoryLimit:
@@ -92,8 +92,8 @@ def find_fit(
             before="null",
             after="{bits: 4}",
             price=Bilingual(
-                f"results differ a little; about {DEQUANTISE:.1f} times the time",
-                f"结果略有不同；用时约为 {DEQUANTISE:.1f} 倍",
+                f"results differ a little; about {DEQUANTIZE:.1f} times the time",
+                f"结果略有不同；用时约为 {DEQUANTIZE:.1f} 倍",
             ),
         )
         if (fit := _smaller(limit, config, in_4, step)) is not None:
@@ -101,7 +101,7 @@ def find_fit(
                 changes=[change, *fit.changes],
                 peak_bytes=fit.peak_bytes,
                 parts=fit.parts,
-                time_factor=fit.time_factor * DEQUANTISE,
+                time_factor=fit.time_factor * DEQUANTIZE,
             )
         fake_run, more = in_4, [change]
     else:

@@ -19,7 +19,7 @@ MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind the
 
 @dataclass
 class StepRows:
-    """The rows of one optimiser step.
+    """The rows of one optimizer step.
 
     Attributes:
         rows: As the collator takes them.

@@ -65,7 +65,7 @@ def measure(
     counted is then like every later one.
 
     Args:
-        batches: Of one optimiser step.
+        batches: Of one optimizer step.
         settings: Of the training: its optimizer.
         block_bytes: What a tensor's size is rounded up to.
         step: Forward and backward of the batches; None for the engine's own.

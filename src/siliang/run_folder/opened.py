@@ -195,21 +195,21 @@ def open_run(
     force: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    quantised: bool = True,
+    quantized: bool = True,
 ) -> OpenedRun:
     """Opens a finished run, or a checkpoint of one.
 
     Args:
         base: Where its base model is now: a folder, or a name on the hub.
         force: Open it also where its base model has changed since it was trained.
-        dtype: As for `open_trained`, and so `device` and `quantised`.
+        dtype: As for `open_trained`, and so `device` and `quantized`.
 
     Raises:
         ConfigError: The folder is no run, or the run was not finished.
         ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
     """
-    return open_trained(find_run(folder, base=base, force=force), dtype=dtype, device=device, quantised=quantised)
+    return open_trained(find_run(folder, base=base, force=force), dtype=dtype, device=device, quantized=quantized)
 
 
 def open_trained(
@@ -217,14 +217,14 @@ def open_trained(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    quantised: bool = True,
+    quantized: bool = True,
 ) -> OpenedRun:
     """Loads a run that was found.
 
     Args:
         dtype: Of all weights, as for merging. None: weights and computation are in the run's own precision, so that the
             run measures and predicts what it did in training.
-        quantised: Its base model is quantized, if it was in training. False: in `dtype`, as for merging.
+        quantized: Its base model is quantized, if it was in training. False: in `dtype`, as for merging.
 
     Raises:
         ModelError: Its base model is missing or was replaced.
@@ -235,7 +235,7 @@ def open_trained(
     precision = FP32 if dtype is not None else Choice(record.precision, "as in training")  # type: ignore[arg-type]
     dtype = dtype or weight_dtype(find_method(config.method.name), precision)
     if trained.has_adapter:
-        base_model = load_base(config, record.labels, tokenizer, dtype=dtype, device=device, quantised=quantised)
+        base_model = load_base(config, record.labels, tokenizer, dtype=dtype, device=device, quantized=quantized)
         if not Path(config.model).is_dir():  # by now the hub's copy is here
             trained.check_base()
         model: Any = PeftModel.from_pretrained(base_model, trained.weights, is_trainable=precision.pure)
@@ -246,7 +246,7 @@ def open_trained(
     else:
         model = load_model(str(trained.weights), TASKS[config.task].model, dtype=dtype, labels=record.labels)
     _check_finite(trained, model)
-    if not (quantised and config.quantization):
+    if not (quantized and config.quantization):
         model.to(device or torch.device("cpu"))
     return OpenedRun(trained.folder, config, record, model.eval(), tokenizer, trained, precision)
 
@@ -283,7 +283,7 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device | None = None,
-    quantised: bool = True,
+    quantized: bool = True,
 ) -> Any:
     """The run's base model, with its padding token set, and its embeddings grown by the run's new tokens."""
     model = load_model(
@@ -293,7 +293,7 @@ def load_base(
         labels=labels,
         revision=config.revision,
         seed=config.train.seed,
-        quantization=config.quantization if quantised else None,
+        quantization=config.quantization if quantized else None,
         shardable=config.distributed.strategy == "fsdp",
         device=device,
     )

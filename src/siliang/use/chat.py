@@ -140,5 +140,5 @@ class _Closed:
             return str(self.trained.weights)
         c = self.config
         seed = c.train.seed if TASKS[c.task].model.heads else None  # draws what the weights do not hold
-        quantised = c.quantization.model_dump_json() if c.quantization else ""
-        return repr((c.model, c.revision, quantised, c.data.add_tokens, self.record.labels, seed))
+        quantized = c.quantization.model_dump_json() if c.quantization else ""
+        return repr((c.model, c.revision, quantized, c.data.add_tokens, self.record.labels, seed))

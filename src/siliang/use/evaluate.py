@@ -12,7 +12,7 @@ from siliang.data.collate import PadCollator
 from siliang.data.examples import SourceTarget, bad_rows_message
 from siliang.data.load import Layout, load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
-from siliang.data.tokens import TokenSet, tokenise, usable
+from siliang.data.tokens import TokenSet, tokenize, usable
 from siliang.engine.batches import StepCollator, in_steps, most_tokens
 from siliang.engine.evaluate import Sums, figures_of
 from siliang.engine.evaluate import evaluate as measure
@@ -127,7 +127,7 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
         examples = load_examples(settings, spec, seed=run.config.train.seed)
         rows = examples.eval if len(examples.eval) else examples.train
     rows = rows if limit is None else rows[:limit]
-    rows, tokens = usable(rows, tokenise(rows, run.tokenizer, settings, spec, labels=run.record.labels))
+    rows, tokens = usable(rows, tokenize(rows, run.tokenizer, settings, spec, labels=run.record.labels))
     if not len(tokens) and tokens.dropped:
         raise DataError(
             f"there is nothing to measure: all {tokens.dropped:,} rows are longer than data.max_length = "

@@ -38,7 +38,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
         raise ConfigError(f"{run.folder} was fully tuned: {run.folder / 'model'} is a plain model already.")
     if run.precision.compute != "fp32":  # which would round the sum
         trained = run.trained or find_run(run.folder, force=True)
-        run = open_trained(trained, dtype=torch.float32, quantised=False)
+        run = open_trained(trained, dtype=torch.float32, quantized=False)
     try:
         tokens = eval_rows(run, data, limit=PROOF_SAMPLES, same=False).tokens
     except DataError as error:

@@ -13,14 +13,14 @@ from siliang.data.formats import FORMATS
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
 from siliang.data.text_files import kind_of
-from siliang.data.tokens import TokenSet, tokenise
+from siliang.data.tokens import TokenSet, tokenize
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS, Predicted, Trained
 from siliang.types import ConfigError, DataError
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
-AT_ONCE = 256  # texts that are tokenised together
+AT_ONCE = 256  # texts that are tokenized together
 Asked = str | tuple[str, str] | tuple[str, ...]  # a text, a pair of texts, or words
 
 
@@ -64,7 +64,7 @@ def _read(
     waiting = iter(examples)
     with engine_of(run) as engine:
         while some := list(islice(waiting, AT_ONCE)):
-            tokens = tokenise(some, run.tokenizer, data, task.data, labels=run.labels, judged=False)
+            tokens = tokenize(some, run.tokenizer, data, task.data, labels=run.labels, judged=False)
             check_positions(run, tokens, "a text")
             yield some, tokens, sums_of(run, engine, tokens, task.read, batch_size).found
 

@@ -89,8 +89,8 @@ class ChatGLMConfig(PreTrainedConfig):
                 )
         if getattr(self, "quantization_bit", 0):
             raise ModelError(
-                f"config.json: quantization_bit={self.quantization_bit} is ChatGLM's own quantisation, which is not "
-                "supported. Load the fp16 weights; they can be quantised to 4 bits while loading."
+                f"config.json: quantization_bit={self.quantization_bit} is ChatGLM's own quantization, which is not "
+                "supported. Load the fp16 weights; they can be quantized to 4 bits while loading."
             )
         if getattr(self, "pre_seq_len", None):
             raise ModelError(

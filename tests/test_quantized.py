@@ -58,13 +58,13 @@ def test_every_method_trains(method: str, bits: int, dtype: torch.dtype, folders
     config = METHODS[method]
     config.task_type = "CAUSAL_LM"
     model: Any = siliang.get_peft_model(base, config)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(6):
         loss = model(**batch("bloom")).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1e-4
     assert all(torch.equal(model.unload().get_parameter(n), p) for n, p in stored.items())
@@ -165,7 +165,7 @@ def test_a_run_in_four_bits_merges_into_its_base(folders: dict[str, Path], tmp_p
     assert Record.read(tmp_path / "run").config["quantization"]["type"] == "nf4"
     opened = open_run(tmp_path / "run")
     assert opened.model.get_base_model().is_quantized
-    proof = merge(open_run(tmp_path / "run", quantised=False), tmp_path / "merged")
+    proof = merge(open_run(tmp_path / "run", quantized=False), tmp_path / "merged")
     assert proof.holds
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     with pytest.raises(ConfigError, match="full fine-tuning needs all its bits"):
@@ -174,10 +174,10 @@ def test_a_run_in_four_bits_merges_into_its_base(folders: dict[str, Path], tmp_p
 
 def test_compute_dtype_is_not_fp32_where_16_bits_are_native(monkeypatch: pytest.MonkeyPatch) -> None:
     from siliang import hardware
-    from siliang.models.load import _quantised
+    from siliang.models.load import _quantized
 
     cpu = torch.device("cpu")
     for native, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(hardware, "has_bf16", lambda device, native=native: native)
-        made = _quantised(QuantizationConfig(), CAUSAL_LM.model, cpu, shardable=False)["quantization_config"]
+        made = _quantized(QuantizationConfig(), CAUSAL_LM.model, cpu, shardable=False)["quantization_config"]
         assert made.bnb_4bit_compute_dtype is wanted
