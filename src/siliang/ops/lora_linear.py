@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from siliang.ops.context import LoraContext
 
 Impl = Literal["fused", "reference", "peft"]
 _impl: ContextVar[Impl] = ContextVar("lora_linear", default="fused")
@@ -62,7 +64,7 @@ def lora_linear(
 
 @contextmanager
 def lora_linear_as(impl: Impl) -> Iterator[None]:
-    """Within the block LoRA is computed so, in this thread."""
+    """Within the block LoRA is computed with `impl` in this thread."""
     token = _impl.set(impl)
     try:
         yield
@@ -73,7 +75,7 @@ def lora_linear_as(impl: Impl) -> Iterator[None]:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: LoraContext,
         y_TO: Tensor,
         x_TI: Tensor,
         A_RI: Tensor,
@@ -100,7 +102,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: LoraContext, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TI, Ax_RT, mask_TI, A_RI, B_OR = ctx.saved_tensors
         s, dtype, needs = ctx.s, dy_TO.dtype, ctx.needs_input_grad
         dx = dA = dB = db = None

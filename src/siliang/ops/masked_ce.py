@@ -16,12 +16,13 @@ Shapes: N labelled rows, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from siliang.ops.context import Context, DtypeContext
 from siliang.ops.place import kind_of
 
 CHUNK_BYTES = 32 * 2**20  # of fp32 logits at once
@@ -92,7 +93,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: DtypeContext,
         h_ND: Tensor,
         W_VD: Tensor,
         b_V: Tensor | None,
@@ -124,7 +125,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: DtypeContext, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (dh_ND,) = ctx.saved_tensors
         # in fp32: 1/N rounded to bf16 would put the whole gradient off by up to 0.4%
         return (dh_ND.float() * grad).to(ctx.dtype), None, None, None, None, None
@@ -212,7 +213,7 @@ class _AnyHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         loss_of: Callable[[Tensor, Tensor], Tensor],
         rows: int,
         labels_N: Tensor,
@@ -241,7 +242,7 @@ class _AnyHead(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept = [None if g is None else (g.float() * grad).to(g.dtype) for g in ctx.saved_tensors]
         return (None, None, None, *kept)
 

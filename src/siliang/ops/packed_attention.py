@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from siliang.capabilities import why_missing
+from siliang.ops.context import Context, RowsContext
 from siliang.ops.place import kind_of
 
 BUCKET_RATIO = 0.8  # sequences share a bucket where the shortest is at least this share of the longest,
@@ -141,13 +142,14 @@ class _Gather(torch.autograd.Function):
     """Some rows of x, none twice; unlike index_select's, its backward pass need not add up."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: RowsContext, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.rows = len(x)
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: RowsContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
         (index,) = ctx.saved_tensors
         return _spread(dy, index, ctx.rows), None
 
@@ -156,12 +158,13 @@ class _Spread(torch.autograd.Function):
     """The way back: rows of x at their places among zeros."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, index: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(index)
         return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
         (index,) = ctx.saved_tensors
         return _gather(dy, index), None, None
 
@@ -190,13 +193,13 @@ def packed_attention(
     """Attention of each sequence to itself.
 
     Args:
-        k_1GTK: May have P rows more in front than q: a prefix, which stands before each sequence. Likewise v.
+        k_1GTK: May have P rows more in front than q: a prefix, which is before each sequence. Likewise v.
         causal: A token sees those before it in its sequence, and itself; otherwise all of its sequence.
         bias_HN: Added to the scores of a sequence's keys, by head and position, prefix first (BLOOM's alibi). At least
             as long as the longest sequence.
         window: A token sees so many tokens before it, itself among them (Mistral's sliding window), a prefix's too.
-        impl: reference is one attention over the whole row, with a mask; varlen is CUDA's; products writes the scores
-            down, which on a CPU is faster for short sequences; auto chooses.
+        impl: reference is one attention over the whole row, with a mask; varlen is CUDA's; products computes the
+            scores as a tensor, which on a CPU is faster for short sequences; auto chooses.
 
     Returns:
         (1, T, H, K).
@@ -225,7 +228,7 @@ def packed_attention(
         mask = None
         if bias_HN is not None or window is not None or (P and causal):
             mask = _mask(n, P, q, causal=causal, window=window, bias_HN=bias_HN)
-        # padding stands on the right, where what is causal does not look
+        # padding is on the right, where causal attention does not look
         real = None if causal else bucket.real(q.device)
         if real is not None:
             real = F.pad(real, (P, 0), value=True)
@@ -250,7 +253,7 @@ def _sdpa(
 def _products(
     q_SHNK: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, dropout_p: float, *, causal: bool = False
 ) -> Tensor:
-    """The same, as the formula has it: scores and probabilities are written down, and kept for the backward pass."""
+    """The same, as the formula has it: scores and probabilities are tensors, which are kept for the backward pass."""
     S, H, n, _ = q_SHNK.shape
     if k.shape[1] != H:
         k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
@@ -306,7 +309,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, win
 
     bounds, longest, grouped = layout.bounds, max(layout.lengths), q.shape[1] != k.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    out: Any = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped
-    )
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped)
+    assert isinstance(out, Tensor)
     return out.unsqueeze(0)

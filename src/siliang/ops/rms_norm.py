@@ -10,10 +10,12 @@ Shapes: T tokens (any leading dimensions), D features.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from siliang.ops.context import Context
 
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, *, impl: Literal["fused", "reference"] = "fused") -> Tensor:
@@ -33,7 +35,7 @@ def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, *, impl: Literal["fused", "r
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
         x = x_TD.float()
         r_T1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TD, w_D, r_T1)
@@ -41,7 +43,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Context, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TD, w_D, r_T1 = ctx.saved_tensors
         x = x_TD.float()
         dx = dw = None
