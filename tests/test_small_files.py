@@ -63,7 +63,7 @@ def test_what_is_made_is_counted_before(name: str) -> None:
     config = model.peft_config["default"]
     if isinstance(config, PromptConfig):
         made = sum(p.numel() for p in model.injection.prompts.parameters())
-        assert config.encoder_numbers == made
+        assert config.encoder_elements == made
         assert config.rows * config.width == model.injection.adapters["default"].tensors()["prompt_embeddings"].numel()
         return
     adapter = model.injection.adapters["default"]

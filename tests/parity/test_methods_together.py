@@ -134,7 +134,7 @@ def test_a_prompt_beside_adapters_in_layers(first: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits(model)[:, -4:], logits(theirs)[:, -4:], **NEAR)
     model.set_adapter(["lora", "prompt"])
     assert torch.equal(logits(model), together)
-    with pytest.raises(MergeError, match="A prompt stands beside the weights"):
+    with pytest.raises(MergeError, match="A prompt is no change of the weights"):
         model.merge_adapter()
     model.merge_adapter("lora")
     torch.testing.assert_close(logits(model), together, **NEAR)

@@ -186,7 +186,7 @@ def test_where_peft_does_not_run(name: str, kind: str, heads: int | None, tmp_pa
         ("deepseek_v3", "prefix", "A prefix has one size for the keys and values of all layers, and DeepseekV3For"),
         ("falcon-alibi", "prefix", "Prefix tuning cannot extend the positions .ALiBi. of FalconForCausalLM"),
         ("mamba", "prefix", "Prefix tuning finds no attention in MambaForCausalLM that it can reach"),
-        ("t5gemma2-like", "prompt", "The virtual tokens of PROMPT_TUNING do not reach the answer of Deaf"),
+        ("t5gemma2-like", "prompt", "The virtual tokens of PROMPT_TUNING do not reach the output of Deaf"),
     ],
 )
 def test_where_it_cannot_be_one_line_says_so(name: str, kind: str, message: str) -> None:

@@ -57,8 +57,8 @@ def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSi
     total = 0
     if parts.prompt is not None:
         wanted |= parts.prompt.sizes
-        total += parts.prompt.numbers
-        made = parts.prompt.encoder_numbers
+        total += parts.prompt.elements
+        made = parts.prompt.encoder_elements
         if file.training is not None and not config.inference_mode and made > file.training:
             raise AdapterError(
                 f"{file.source}: what made the prompt has {made:,} numbers by {CONFIG_NAME}, and "
@@ -75,7 +75,7 @@ def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSi
     for name, spec in parts.shared.items():
         if spec.saved:
             wanted[name] = max(spec.shape, default=0)
-            total += spec.numbers
+            total += spec.elements
     for name, value in wanted.items():
         if value > file.largest:
             raise AdapterError(

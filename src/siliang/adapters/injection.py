@@ -31,7 +31,7 @@ from siliang.methods.config import BASE, PeftConfig
 from siliang.methods.layer import LayerAdapter
 from siliang.methods.method import Parts
 from siliang.methods.rows import Rows, watch_batches
-from siliang.models.introspect import is_encoder_decoder
+from siliang.models.introspect import encoder, is_encoder_decoder
 from siliang.types import ConfigError, MergeError
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()  # base models that have something attached
@@ -230,7 +230,7 @@ class Injection(nn.Module):
             raise ConfigError("adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.")
         before, rows = self.active, Rows(names)
         # where the model's rows begin; an encoder that is called by itself has not been multiplied yet
-        hosts = [self.model, *([self.model.get_encoder()] if is_encoder_decoder(self.model) else [])]  # type: ignore[operator]
+        hosts = [self.model, *([encoder(self.model)] if is_encoder_decoder(self.model) else [])]
         end = watch_batches(rows, hosts, repeated=repeated)
         if alike:
             self.active = () if names[0] == BASE else names[:1]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer import LayerAdapter, MakeAdapter
 from siliang.methods.prompt import Prompt
-from siliang.methods.route import PromptSpec
+from siliang.methods.prompt_hooks import PromptSpec
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -41,8 +41,8 @@ class SharedSpec:
     saved: bool = True
 
     @property
-    def numbers(self) -> int:
-        """How many numbers it has."""
+    def elements(self) -> int:
+        """How many elements it has."""
         return math.prod(self.shape)
 
 

@@ -1,7 +1,7 @@
 """P-tuning: GPT Understands, Too (Liu et al., 2021, arXiv:2103.10385).
 
     P = MLP(E)                  three layers with ReLU between, or
-    P = MLP2(BiLSTM(E))         a bidirectional LSTM and two layers; both are thrown away after training
+    P = MLP2(BiLSTM(E))         a bidirectional LSTM and two layers; neither is needed after training
 
     model(P ; E(x))
 
@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
-from siliang.methods.embedding_route import EmbeddingRoute
+from siliang.methods.embedding_hooks import EmbeddingHooks
 from siliang.methods.prompt import Prompt, PromptConfig
 from siliang.methods.prompt_method import PromptMethod
 from siliang.types import ConfigError, PeftType
@@ -26,7 +26,7 @@ MOST_LAYERS = 64  # of the LSTM
 
 
 class PromptEncoderReparameterizationType(StrEnum):
-    """What stands between E and P."""
+    """The network between E and P."""
 
     MLP = "MLP"
     LSTM = "LSTM"
@@ -60,7 +60,7 @@ class PromptEncoderConfig(PromptConfig):
             raise ConfigError(f"encoder_dropout = {self.encoder_dropout!r}: must be at least 0 and less than 1.")
 
     @property
-    def encoder_numbers(self) -> int:
+    def encoder_elements(self) -> int:
         D = self.width
         H = self.encoder_hidden_size or D
         if self.encoder_reparameterization_type is PromptEncoderReparameterizationType.MLP:
@@ -68,8 +68,8 @@ class PromptEncoderConfig(PromptConfig):
         gates = sum(2 * 4 * H * ((D if i == 0 else 2 * H) + H + 2) for i in range(self.encoder_num_layers))
         return self.rows * D + gates + (2 * H * 2 * H + 2 * H) + (2 * H * D + D)
 
-    def make_prompt(self, word_embeddings: nn.Module) -> EncodedPrompt:
-        """A new prompt; the word embeddings play no part in it."""
+    def make_prompt(self, word_embeddings: nn.Embedding) -> EncodedPrompt:
+        """A new prompt, which does not depend on the word embeddings."""
         assert self.token_dim is not None
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
         return EncodedPrompt(self.rows, self.token_dim, self)
@@ -86,7 +86,7 @@ class PTuning(PromptMethod[PromptEncoderConfig]):
         "实测：SST-2 训练 300 步得 71%；用 1e-2 得 64%，用 1e-3 得 51%",
     )
     trains = Bilingual("virtual tokens, through a small network", "虚拟词元，经一个小网络生成")
-    route = EmbeddingRoute
+    hooks = EmbeddingHooks
 
 
 class EncodedPrompt(Prompt):

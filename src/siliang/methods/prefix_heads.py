@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from siliang.methods.prefix_route import no_attention
-from siliang.methods.route import answer
+from siliang.methods.prefix_hooks import no_attention
+from siliang.methods.prompt_hooks import Arguments, first_output
 from siliang.models.introspect import (
     attention_host,
     cache_argument,
@@ -20,8 +18,8 @@ from siliang.types import ConfigError
 
 
 def attention_heads(model: nn.Module) -> tuple[int, int] | None:
-    """The key/value heads of the model's attention and their size, as its caches are given them; None where that cannot
-    be found out.
+    """The key/value heads of the model's attention and their size, as its caches receive them; None where they cannot
+    be found.
 
     Raises:
         ConfigError: It has none, or none of the one size that a prefix has.
@@ -33,7 +31,7 @@ def attention_heads(model: nn.Module) -> tuple[int, int] | None:
         raise no_attention(model)
     recorder = _Recorder()
 
-    def record(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
+    def record(module: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments]:
         named = named_arguments(module, args, kwargs)
         if not is_cross_attention(named):
             named[cache_argument(module)] = recorder
@@ -42,8 +40,8 @@ def attention_heads(model: nn.Module) -> tuple[int, int] | None:
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in attentions]
     try:
         with torch.no_grad():
-            answer(model, None)
-    except Exception:  # whatever it is, trying the prefix itself will say so
+            first_output(model, None)
+    except Exception:  # the trial of the prefix itself reports it
         return None
     finally:
         for handle in handles:
@@ -59,12 +57,14 @@ def attention_heads(model: nn.Module) -> tuple[int, int] | None:
 
 
 class _Recorder:
-    """A cache that notes the sizes of what it is given: heads and their size, of keys and of values."""
+    """A cache that records sizes: the number of heads and their size, of keys and of values."""
 
     def __init__(self) -> None:
         self.sizes: set[tuple[tuple[int, int], tuple[int, int]]] = set()
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         k, v = ((t.shape[1], t.shape[3]) for t in (key, value))
         self.sizes.add((k, v))
         return key, value

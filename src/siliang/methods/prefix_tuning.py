@@ -11,16 +11,16 @@ the key/value heads. With projection E (T, D) and W1 (H, D), W2 (L * 2 * D, H).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.prefix_heads import attention_heads
-from siliang.methods.prefix_route import PrefixRoute
-from siliang.methods.prompt import Prompt, PromptConfig, said
+from siliang.methods.prefix_hooks import PrefixHooks
+from siliang.methods.prompt import Prompt, PromptConfig, config_number
+from siliang.methods.prompt_hooks import prompted_embeddings
 from siliang.methods.prompt_method import PromptMethod
-from siliang.methods.route import prompted_embeddings
 from siliang.types import ConfigError, PeftType
 
 
@@ -30,7 +30,7 @@ class PrefixTuningConfig(PromptConfig):
 
     Attributes:
         encoder_hidden_size: H of the projection; None: D.
-        prefix_projection: Train the prefix through a small network, which is thrown away afterwards.
+        prefix_projection: Train the prefix through a small network, which is not needed after training.
         init_weights: "zero": start from a prefix of zeros. None: at random.
     """
 
@@ -44,7 +44,7 @@ class PrefixTuningConfig(PromptConfig):
 
     NEEDED: ClassVar[tuple[str, ...]] = ("token_dim", "num_attention_heads", "num_layers")
 
-    def complete(self, model_config: Any, *, width: int | None = None, heads: tuple[int, int] | None = None) -> None:
+    def complete(self, model_config: object, *, width: int | None = None, heads: tuple[int, int] | None = None) -> None:
         """As for every prompt, but its width is that of the keys, not of the hidden states.
 
         Args:
@@ -56,8 +56,8 @@ class PrefixTuningConfig(PromptConfig):
         super().complete(model_config)
         assert self.token_dim is not None and self.num_attention_heads is not None
         if open_ and heads is None:
-            number = said(model_config, ("num_key_value_heads",)) or self.num_attention_heads
-            size = said(model_config, ("head_dim", "d_kv")) or self.token_dim // self.num_attention_heads
+            number = config_number(model_config, ("num_key_value_heads",)) or self.num_attention_heads
+            size = config_number(model_config, ("head_dim", "d_kv")) or self.token_dim // self.num_attention_heads
             self.num_attention_heads, self.token_dim = number, number * size
 
     def check_heads(self, heads: tuple[int, int] | None, model: str) -> None:
@@ -75,7 +75,7 @@ class PrefixTuningConfig(PromptConfig):
         if heads is not None and heads != own:
             raise ConfigError(
                 f"The prefix is made for {own[0]} key/value heads of {own[1]}, and {model} has {heads[0]} of "
-                f"{heads[1]}: train it for this model. PEFT must be told token_dim={heads[0] * heads[1]} and "
+                f"{heads[1]}: train it for this model. In PEFT set token_dim={heads[0] * heads[1]} and "
                 f"num_attention_heads={heads[0]} there."
             )
 
@@ -90,29 +90,29 @@ class PrefixTuningConfig(PromptConfig):
         return self.num_layers * 2 * self.token_dim
 
     @property
-    def encoder_numbers(self) -> int:
+    def encoder_elements(self) -> int:
         if not self.prefix_projection:
-            return super().encoder_numbers
+            return super().encoder_elements
         assert self.token_dim is not None
         D = self.token_dim
         H = self.encoder_hidden_size or D
         return self.rows * D + (D * H + H) + (H * self.width + self.width)
 
-    def make_prompt(self, word_embeddings: nn.Module) -> Prefix:
-        """A new prefix; the word embeddings play no part in it."""
+    def make_prompt(self, word_embeddings: nn.Embedding) -> Prefix:
+        """A new prefix, which does not depend on the word embeddings."""
         assert self.token_dim is not None and self.num_layers is not None and self.num_virtual_tokens is not None
         H = self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
         width = self.num_layers * 2 * self.token_dim
         projected = self.prefix_projection and not self.inference_mode
         prefix = Prefix(self.num_virtual_tokens, self.token_dim, H, width, projected)
         if self.init_weights == "zero":
-            for p in (prefix.embedding if prefix.flat else prefix.transform[-1]).parameters():  # type: ignore[index]
+            for p in prefix.last_layer.parameters():
                 nn.init.zeros_(p)
         return prefix
 
 
 class PrefixTuning(PromptMethod[PrefixTuningConfig]):
-    """Keys and values before those of every layer."""
+    """Trained keys and values before those of every layer."""
 
     name = "prefix_tuning"
     config = PrefixTuningConfig
@@ -122,10 +122,10 @@ class PrefixTuning(PromptMethod[PrefixTuningConfig]):
         "PEFT 的前缀微调示例：1e-2；Liu 等 2021b，表 5：5e-3 至 1e-2",
     )
     trains = Bilingual("keys and values before every layer's own", "加在各层自身键值之前的键和值")
-    route = PrefixRoute
+    hooks = PrefixHooks
 
     def complete(self, model: nn.Module, config: PrefixTuningConfig, *, from_file: bool) -> None:
-        prompted_embeddings(model)  # every model that reads text has them
+        prompted_embeddings(model)  # every model of text has them
         config.complete(model.config, heads=None if from_file else attention_heads(model))
         if from_file:
             config.check_heads(attention_heads(model), type(model).__name__)
@@ -140,6 +140,11 @@ class Prefix(Prompt):
         self.embedding = nn.Embedding(T, D if projected else width)
         if projected:
             self.transform = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, width))
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """What the prefix comes out of: zeros in it make a prefix of zeros."""
+        return self.embedding if self.flat else self.transform[-1]
 
     def forward(self) -> Tensor:
         E = self.embedding.weight

@@ -6,15 +6,16 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from siliang.methods.config import PeftConfig
 from siliang.types import ConfigError, TaskType
 
-# Under which names the models' configs say them, in the order in which PEFT looks.
+# The names that models' configs have for them, in the order in which PEFT looks.
 SHAPES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "token_dim": ("hidden_size", "n_embd", "d_model"),
@@ -26,7 +27,7 @@ SHAPES = {
 class PromptConfig(PeftConfig):
     """A method that puts trained virtual tokens before the text and leaves the base model's layers alone.
 
-    What is None is read off the base model when attaching.
+    What is None is read from the base model when attaching.
 
     Attributes:
         num_virtual_tokens: Length of the prompt.
@@ -52,15 +53,15 @@ class PromptConfig(PeftConfig):
         "num_layers",
     )
 
-    def complete(self, model_config: Any, *, width: int | None = None) -> None:
+    def complete(self, model_config: object, *, width: int | None = None) -> None:
         """Fills in the shapes from the base model.
 
         Args:
             model_config: The base model's config.
-            width: Of its word embeddings, beside which the virtual tokens stand.
+            width: Of its word embeddings, to which the virtual tokens are added.
 
         Raises:
-            ConfigError: The model does not say them, or the given ones are others.
+            ConfigError: The model's config lacks them, or the given ones differ.
         """
         if self.num_virtual_tokens is None:
             raise ConfigError(
@@ -74,12 +75,10 @@ class PromptConfig(PeftConfig):
             raise ConfigError(f"token_dim = {self.token_dim}: the model's word embeddings have {width} columns.")
         for name, names in SHAPES.items():
             if getattr(self, name) is None:
-                setattr(self, name, said(model_config, names))
+                setattr(self, name, config_number(model_config, names))
         for name in self.NEEDED:
             if getattr(self, name) is None:
-                raise ConfigError(
-                    f"{type(model_config).__name__} does not say {name}: give it in {type(self).__name__}."
-                )
+                raise ConfigError(f"{type(model_config).__name__} has no {name}: set it in {type(self).__name__}.")
 
     @property
     def rows(self) -> int:
@@ -94,15 +93,15 @@ class PromptConfig(PeftConfig):
         return self.token_dim
 
     @property
-    def encoder_numbers(self) -> int:
-        """Parameters of what makes the table while it is trained; of a table that is trained itself its own."""
+    def encoder_elements(self) -> int:
+        """Parameters that make the table while it is trained: the table's own where nothing else makes it."""
         return self.rows * self.width
 
-    def make_prompt(self, word_embeddings: nn.Module) -> Prompt:
+    def make_prompt(self, word_embeddings: nn.Embedding) -> Prompt:
         """A new prompt.
 
         Args:
-            word_embeddings: The base model's, beside which the virtual tokens stand.
+            word_embeddings: The base model's, to which the virtual tokens are added.
         """
         raise NotImplementedError
 
@@ -115,23 +114,23 @@ class PromptConfig(PeftConfig):
         return self if has_encoder else dataclasses.replace(self, inference_mode=True)
 
 
-def said(model_config: Any, names: Sequence[str]) -> Any:
-    """What a model's config says of its text model under the first of `names` that it has; None where it has none."""
-    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+def config_number(model_config: object, names: Sequence[str]) -> int | None:
+    """The first of `names` that the config of the text model has a number for; None where it has none."""
+    text = model_config.get_text_config() if isinstance(model_config, PretrainedConfig) else model_config
     for name in names:
         try:
-            if (value := getattr(text, name, None)) is not None:
+            if isinstance(value := getattr(text, name, None), int):
                 return value
-        except Exception:  # of a config whose layers differ in it: its error is a kind of its own
+        except Exception:  # a config whose layers differ in it raises an error of its own class
             continue
     return None
 
 
 class Prompt(nn.Module, ABC):
-    """What makes the virtual tokens. Its `embedding` alone is left in a saved file: what trained it is flattened.
+    """What makes the virtual tokens. A saved file holds the table that it makes, and not its encoder.
 
     Attributes:
-        flat: The embedding is the prompt itself: there is nothing between, or it was loaded from a flattened file.
+        flat: The embedding is the prompt itself: it has no encoder, or was loaded from a file.
     """
 
     embedding: nn.Embedding
@@ -143,8 +142,8 @@ class Prompt(nn.Module, ABC):
 
     @torch.no_grad()
     def flatten(self, table: Tensor) -> None:
-        """Becomes the plain table that a file holds. One that is plain already keeps its parameter: an optimizer may
-        have it."""
+        """Becomes the plain table of a file. A prompt that is plain already keeps its parameter, because an optimizer
+        may have it."""
         weight = self.embedding.weight
         if self.flat and weight.shape == table.shape:
             weight.copy_(table)

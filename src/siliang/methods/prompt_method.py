@@ -1,42 +1,41 @@
-"""What the methods with virtual tokens share: how they attach, and how the tokens stand in the model's forward."""
+"""What the methods with virtual tokens share: how they attach, and the hooks of the model's forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import nn
 
 from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.prompt import PromptConfig
-from siliang.methods.route import PromptSpec, Route, prompted_embeddings
+from siliang.methods.prompt_hooks import PromptHooks, PromptSpec, prompted_embeddings
 
 P = TypeVar("P", bound=PromptConfig)
 
 
 class PromptMethod(Method[P]):
-    """Virtual tokens beside the base model, whose weights stay as they are.
+    """Virtual tokens; the base model's weights do not change.
 
     Attributes:
-        route: How they reach the model.
+        hooks: How they reach the model.
     """
 
-    route: ClassVar[type[Route]]
-    why_not_mergeable = "A prompt stands beside the weights and cannot be merged into them: keep the adapter."
+    hooks: ClassVar[type[PromptHooks]]
+    why_not_mergeable = "A prompt is no change of the weights and cannot be merged into them: keep the adapter."
 
     def attach(self, model: nn.Module, config: P, *, saved: Sequence[str], from_file: bool) -> Parts:
         self.complete(model, config, from_file=from_file)
-        return Parts(prompt=PromptSpec(config, self.route))
+        return Parts(prompt=PromptSpec(config, self.hooks))
 
     def complete(self, model: nn.Module, config: P, *, from_file: bool) -> None:
         """Fills in the shapes that the config leaves open.
 
         Raises:
-            ConfigError: The model does not say them, or those of the config are others.
+            ConfigError: The model's config lacks them, or the adapter's differ.
         """
-        embeddings: Any = prompted_embeddings(model)
-        config.complete(model.config, width=embeddings.weight.shape[1])
+        config.complete(model.config, width=prompted_embeddings(model).weight.shape[1])
 
     def add_hooks(self, model: nn.Module, adapter: Adapter[P]) -> Callable[[], None]:
         assert adapter.prompt is not None
-        return self.route(model, adapter.config, adapter.prompt).remove
+        return self.hooks(model, adapter.config, adapter.prompt).remove

@@ -2,8 +2,8 @@
 
     model(P ; E(x))        P is trained, the embeddings E and all else stay
 
-Shapes: P (V, D); V virtual tokens, D the model's hidden size. For an encoder-decoder twice as many rows, of which, as
-in PEFT, the encoder gets the first half and nobody the second.
+Shapes: P (V, D); V virtual tokens, D the model's hidden size. For an encoder-decoder twice as many rows: as in PEFT,
+the encoder gets the first half, and the second is not used.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
-from siliang.methods.embedding_route import EmbeddingRoute
+from siliang.methods.embedding_hooks import EmbeddingHooks
 from siliang.methods.prompt import Prompt, PromptConfig
 from siliang.methods.prompt_method import PromptMethod
 from siliang.safety.limits import SECONDS, RefusedError, in_time
@@ -49,14 +49,14 @@ class PromptTuningConfig(PromptConfig):
         prompt_tuning_init: RANDOM; TEXT: the embeddings of a text, repeated or cut to length; SAMPLE_VOCAB: those of
             random tokens.
         prompt_tuning_init_text: The text.
-        tokenizer_name_or_path: What reads the text.
-        tokenizer_kwargs: Passed to AutoTokenizer.from_pretrained, as far as `TOKENIZER_SETTINGS` has them.
+        tokenizer_name_or_path: The tokenizer of the text: a folder or hub name.
+        tokenizer_kwargs: Passed to AutoTokenizer.from_pretrained; only the keys of `TOKENIZER_SETTINGS`.
     """
 
     prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
+    tokenizer_kwargs: dict[str, object] | None = None
 
     peft_type: ClassVar[str] = PeftType.PROMPT_TUNING
 
@@ -69,7 +69,7 @@ class PromptTuningConfig(PromptConfig):
         elif self.tokenizer_kwargs:
             raise ConfigError("tokenizer_kwargs is for prompt_tuning_init = TEXT only.")
 
-    def make_prompt(self, word_embeddings: nn.Module) -> SoftPrompt:
+    def make_prompt(self, word_embeddings: nn.Embedding) -> SoftPrompt:
         """A new prompt.
 
         Args:
@@ -78,7 +78,7 @@ class PromptTuningConfig(PromptConfig):
         prompt = SoftPrompt(self.rows, self.token_dim or 0)
         if self.inference_mode or self.prompt_tuning_init is PromptTuningInit.RANDOM:
             return prompt
-        weight: Any = word_embeddings.weight
+        weight = word_embeddings.weight
         if self.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
             ids = torch.randint(0, weight.shape[0], (self.rows,))
         else:
@@ -89,16 +89,16 @@ class PromptTuningConfig(PromptConfig):
         return prompt
 
     def for_file(self, *, has_encoder: bool) -> Self:
-        """As for every prompt. The file holds the prompt itself: no tokenizer is fetched to start from a text."""
+        """As for every prompt. The file holds the prompt itself: no tokenizer is loaded to start from a text."""
         return dataclasses.replace(self, prompt_tuning_init=PromptTuningInit.RANDOM, tokenizer_kwargs=None)
 
     def _text_ids(self) -> list[int]:
-        from siliang.models.tokenizers import load_tokenizer_alone  # only this start reads a file of a model
+        from siliang.models.tokenizers import load_tokenizer_alone  # only this start loads a tokenizer
 
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-        if (strange := next((key for key in settings if key not in TOKENIZER_SETTINGS), None)) is not None:
+        if (unknown := next((key for key in settings if key not in TOKENIZER_SETTINGS), None)) is not None:
             raise ConfigError(
-                f"tokenizer_kwargs has {short_repr(strange)}, which may name files elsewhere. Allowed: "
+                f"tokenizer_kwargs has {short_repr(unknown)}, which may name files elsewhere. Allowed: "
                 f"{', '.join(TOKENIZER_SETTINGS)}."
             )
         assert self.tokenizer_name_or_path is not None
@@ -125,7 +125,7 @@ class PromptTuning(PromptMethod[PromptTuningConfig]):
         "实测：SST-2 训练 300 步得 78%；用 Lester 等 2021 附录 A.1 的 0.3，200 步得 59%",
     )
     trains = Bilingual("virtual tokens before the text", "文本之前的虚拟词元")
-    route = EmbeddingRoute
+    hooks = EmbeddingHooks
 
 
 class SoftPrompt(Prompt):

@@ -15,11 +15,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 
 CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states")  # arguments that hold another text's states
@@ -42,6 +43,11 @@ class NoLayerStackError(Exception):
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model reads a source with an encoder and writes with a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def encoder(model: nn.Module) -> nn.Module:
+    """The encoder of an encoder-decoder."""
+    return cast("PreTrainedModel", model).get_encoder()
 
 
 def backbone(model: nn.Module) -> nn.Module:

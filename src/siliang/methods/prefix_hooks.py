@@ -1,11 +1,10 @@
 """Keys and values in front of those of every attention: [P_k ; K], [P_v ; V]. Prefix tuning.
 
-Prefixes could be handed over as a cache of past tokens, as PEFT does. But caches are taken away under gradient
-checkpointing, and models without one have no place for them. What every attention has is the moment where it asks its
-cache for the keys and values to attend to. So each attention module is given a cache of its own for that moment, which
-answers with the module's own keys and values (or those of the real cache, in generation) and the prefix in front. That
-happens inside the block, so recomputing it repeats it, and it needs no attention interface: BLOOM has caches too.
-DeBERTa has none: disentangled_prefix.py says what is done there.
+PEFT gives the model the prefix as a cache of past tokens. But transformers drops caches under gradient checkpointing,
+and models without one have no place for them. Every attention asks its cache for the keys and values to attend to. So
+each attention module gets a cache of its own in each call. It returns the prefix, followed by the module's own keys and
+values (or those of the real cache, in generation). This is inside the block, so recomputing the block repeats it, and
+it needs no attention interface: BLOOM has caches too. DeBERTa has none: see disentangled_prefix.py.
 
 Positions count on from the virtual tokens, as in PEFT.
 
@@ -15,15 +14,15 @@ Shapes: B batch, N tokens, V virtual tokens, D hidden size, H key/value heads, K
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache
 
 from siliang.methods.disentangled_prefix import DisentangledPrefix
-from siliang.methods.route import Route
+from siliang.methods.prompt_hooks import Arguments, PromptHooks, tensor_in
 from siliang.models.introspect import (
     attention_host,
     attention_kind,
@@ -41,7 +40,7 @@ from siliang.ops.packed_attention import Layout
 from siliang.types import ConfigError
 
 
-class PrefixRoute(Route):
+class PrefixHooks(PromptHooks):
     """[P_k ; K], [P_v ; V] in every layer: prefix tuning (Li and Liang, 2021, arXiv:2101.00190).
 
     P_k and P_v of a layer are (H, V, K), the same for all rows of a batch.
@@ -49,23 +48,23 @@ class PrefixRoute(Route):
 
     REMEDY: ClassVar[str] = "Use prompt_tuning, p_tuning or lora on this model."
 
-    def _install(self) -> None:
+    def _add(self) -> None:
         self._table: Tensor | None = None
         host, attentions = attention_host(self.model)
-        self.before(host, self._begin)
+        self.before(host, self._compute_prefix)
         if "position_ids" not in parameters_of(host):
             for module in host.modules():
-                if cached_length_argument(module) is not None:  # BART and RoFormer count by themselves
-                    self.before(module, self._shift)
+                if cached_length_argument(module) is not None:  # BART and RoFormer count positions there
+                    self.before(module, self._shift_positions)
         for module in attentions:
-            self.before(module, self._attend)
+            self.before(module, self._extend)
         disentangled = [m for m in host.modules() if is_disentangled_attention(m)]
         for layer, module in enumerate(disentangled):
             DisentangledPrefix(self, module, layer, self.layer)
         if not attentions and not disentangled:
             raise no_attention(self.model)
 
-    def _begin(self, module: nn.Module, named: dict[str, Any]) -> None:
+    def _compute_prefix(self, module: nn.Module, named: Arguments) -> None:
         c = self.config
         assert c.num_layers is not None and c.num_attention_heads is not None
         # rows (V, layers, key and value, H, K) -> (layers, 2, H, V, K)
@@ -73,10 +72,10 @@ class PrefixRoute(Route):
         if "position_ids" in parameters_of(module):
             named["position_ids"] = self._positions(module, named)
 
-    def _positions(self, module: nn.Module, named: dict[str, Any]) -> Tensor | None:
-        if named.get("position_ids") is not None:
-            return named["position_ids"] + self.V
-        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+    def _positions(self, module: nn.Module, named: Arguments) -> Tensor | None:
+        if (positions := tensor_in(named, "position_ids")) is not None:
+            return positions + self.V
+        ids, embeds = tensor_in(named, "input_ids"), tensor_in(named, "inputs_embeds")
         given = ids if ids is not None else embeds
         if given is None:
             return None
@@ -90,47 +89,48 @@ class PrefixRoute(Route):
             return (real.cumsum(1) + self.V) * real + padding
         seen, N, mask = cached_tokens(named), given.shape[1], named.get("attention_mask")
         embed = getattr(module, "embed_positions", None)
-        counts = (
-            "attention_mask" in parameters_of(embed) and type(module).__name__ != "BioGptModel"
-        )  # which numbers all tokens
-        if mask is not None and mask.dim() == 2 and counts:
-            # OPT counts what is no padding
+        # OPT counts the tokens that are no padding; BioGPT, which has the same argument, counts all
+        counts = "attention_mask" in parameters_of(embed) and type(module).__name__ != "BioGptModel"
+        if isinstance(mask, Tensor) and mask.dim() == 2 and counts:
             return ((mask.long().cumsum(1) + self.V) * mask.long() - 1)[:, -N:]
         return (torch.arange(N, device=given.device) + seen + self.V).unsqueeze(0)
 
-    def _shift(self, module: nn.Module, named: dict[str, Any]) -> None:
-        if named.get("position_ids") is not None:
-            named["position_ids"] = named["position_ids"] + self.V
+    def _shift_positions(self, module: nn.Module, named: Arguments) -> None:
+        if (positions := tensor_in(named, "position_ids")) is not None:
+            named["position_ids"] = positions + self.V
         else:
-            length = cached_length_argument(module)
-            assert length is not None
-            named[length] = named.get(length, 0) + self.V
+            name = cached_length_argument(module)
+            assert name is not None
+            named[name] = cast(int, named.get(name, 0)) + self.V
 
     def layer(self, layer: int) -> Tensor:
         """Keys and values of one layer, (2, H, V, K)."""
         assert self._table is not None, "the prefix reaches the attention through its own model's forward"
         if self.config.num_transformer_submodules == 2:
-            # PEFT lays the prefix out for self- and cross-attention and empties the latter: this is what is left
+            # PEFT makes prefixes for self- and cross-attention and drops the latter: these are the ones that it keeps
             layer = 2 * layer % len(self._table)
         return self._table[layer]
 
-    def _attend(self, module: nn.Module, named: dict[str, Any]) -> None:
+    def _extend(self, module: nn.Module, named: Arguments) -> None:
         if is_cross_attention(named):
             return
         cache, mask = cache_argument(module), mask_argument(module)
-        inner = named.get(cache)
+        inner = cast(Cache | None, named.get(cache))
         if isinstance(inner, EncoderDecoderCache):
             inner = inner.self_attention_cache
         seen = inner.get_seq_length(layer_number(module)) if inner is not None else 0
         named[cache] = PrefixedCache(self.layer, self.V, inner)
-        kept = (
-            inner.get_mask_sizes(1, layer_number(module))[0] - 1 if inner is not None and seen else 0
-        )  # a window's cache forgets
-        named[mask] = self._mask(module, named.get(mask), named["hidden_states"], seen, kept)
-        if named.get("alibi") is not None:
-            named["alibi"] = self._alibi(named["alibi"], module.num_heads)  # type: ignore[arg-type]
+        # the cache of a sliding window keeps fewer tokens than it has seen
+        kept = inner.get_mask_sizes(1, layer_number(module))[0] - 1 if inner is not None and seen else 0
+        hidden_BND = tensor_in(named, "hidden_states")
+        assert hidden_BND is not None
+        named[mask] = self._mask(module, named.get(mask), hidden_BND, seen, kept)
+        if (alibi := tensor_in(named, "alibi")) is not None:
+            named["alibi"] = self._alibi(alibi, cast(int, module.num_heads))
 
-    def _mask(self, module: nn.Module, mask: Any, hidden_BND: Tensor, seen: int, kept: int) -> Tensor | Layout | None:
+    def _mask(
+        self, module: nn.Module, mask: object, hidden_BND: Tensor, seen: int, kept: int
+    ) -> Tensor | Layout | None:
         """The mask with the prefix's columns in front: open to all, or, in a sliding window, to those near enough."""
         V, N = self.V, hidden_BND.shape[1]
         window = _window(module)
@@ -144,13 +144,13 @@ class PrefixRoute(Route):
                 mask[..., :V] = mask[..., :V].masked_fill(~self._seen_by(N, seen, window, mask.device), closed)
             return mask
         if isinstance(mask, Layout):
-            return mask  # the attention to packed rows sees by itself that there are more keys than queries
+            return mask  # the attention to packed rows handles more keys than queries
         if mask is not None:
             raise ConfigError(f"Prefix tuning cannot extend a {type(mask).__name__}: use attn_implementation='sdpa'.")
         implementation = str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
         if "flash" in implementation or not getattr(module, "is_causal", False) or (N == 1 and window is None):
             return None
-        # no mask means "causal" to the attention, which would line it up with the prefix
+        # without a mask the attention would be causal from the first key on, which is the prefix's
         open_NS = torch.ones(N, V + kept + N, dtype=torch.bool, device=hidden_BND.device).tril(V + kept)
         if window is not None:
             open_NS[:, :V] = self._seen_by(N, seen, window, open_NS.device)
@@ -159,15 +159,15 @@ class PrefixRoute(Route):
             return torch.zeros_like(open_NS, dtype=hidden_BND.dtype).masked_fill(~open_NS, lowest)[None, None]
         return open_NS[None, None]
 
-    def _seen_by(self, N: int, seen: int, window: int, device: Any) -> Tensor:
-        """Which of N tokens after `seen` ones see which virtual token, (N, V): PEFT's prefix is a past that the window
-        leaves behind.
+    def _seen_by(self, N: int, seen: int, window: int, device: torch.device) -> Tensor:
+        """Which of N tokens after `seen` ones see which virtual token, (N, V). As in PEFT the prefix counts as the
+        first tokens of the text, which a sliding window leaves behind.
         """
         at_N1 = (torch.arange(N, device=device) + self.V + seen).unsqueeze(1)
         return torch.arange(self.V, device=device) > at_N1 - window
 
     def _alibi(self, alibi: Tensor, heads: int) -> Tensor:
-        """BLOOM's bias, (B * heads, 1, N), with positions -V ... -1 in front: only differences matter to a softmax."""
+        """BLOOM's bias, (B * heads, 1, N), with positions -V ... -1 in front: differences alone matter to a softmax."""
         from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
         if alibi.dim() != 3:  # Falcon's are rounded to bf16, and a part of its mask
@@ -181,17 +181,20 @@ class PrefixRoute(Route):
 
 
 class PrefixedCache:
-    """What one attention module takes for its cache: the real one, if there is one, with the prefix in front.
+    """The cache that one attention module gets: the prefix, followed by the real cache, if there is one.
 
     Args:
-        prefix: Of a layer's number, its keys and values, (2, H, V, K).
+        prefix: For the number of a layer, its keys and values, (2, H, V, K).
         length: V.
+        inner: The real cache.
     """
 
-    def __init__(self, prefix: Callable[[int], Tensor], length: int, inner: Any) -> None:
+    def __init__(self, prefix: Callable[[int], Tensor], length: int, inner: Cache | None) -> None:
         self._prefix, self._length, self._inner = prefix, length, inner
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """The keys and values to attend to: the prefix, the cached tokens, then those given.
 
         Args:
@@ -204,7 +207,7 @@ class PrefixedCache:
         if self._inner is not None:
             key, value = self._inner.update(key, value, layer_idx, *args, **kwargs)
         k, v = self._prefix(layer_idx).to(device=key.device, dtype=key.dtype)
-        return tuple(torch.cat([p.expand(len(own), -1, -1, -1), own], 2) for p, own in ((k, key), (v, value)))  # type: ignore[return-value]
+        return _after(k, key), _after(v, value)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that came before, the virtual ones among them."""
@@ -212,15 +215,20 @@ class PrefixedCache:
         return self._length + seen
 
 
+def _after(prefix_HVK: Tensor, own_BHNK: Tensor) -> Tensor:
+    """The prefix and what follows it, (B, H, V + N, K)."""
+    return torch.cat([prefix_HVK.expand(len(own_BHNK), -1, -1, -1), own_BHNK], 2)
+
+
 def _window(attention: nn.Module) -> int | None:
     """How many tokens an attention looks back at; None for all.
 
     Raises:
-        ConfigError: It looks at chunks, whose borders a prefix would move.
+        ConfigError: It attends to chunks, whose borders a prefix would move.
     """
     if attention_kind(attention) == "chunked_attention":
         raise ConfigError(
-            f"Prefix tuning cannot go before the chunks that {type(attention).__name__} looks at. "
+            f"Prefix tuning cannot be used with {type(attention).__name__}, which attends to chunks. "
             "Use prompt_tuning, p_tuning or lora on this model."
         )
     return sliding_window(attention)

@@ -1,4 +1,4 @@
-"""How virtual tokens reach the model: hooks that stand on its modules while the prompt is at work."""
+"""How virtual tokens reach the model: hooks on its modules while the prompt is active."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from siliang.methods.prompt import Prompt, PromptConfig
 from siliang.models.introspect import is_encoder_decoder, named_arguments, parameters_of, word_embeddings
 from siliang.secrets import shortened
 from siliang.types import ConfigError, TaskType, first_line
 
+T = TypeVar("T")
+Arguments: TypeAlias = dict[str, object]  # of a forward, by name
 
-class Route(ABC):
-    """The hooks that bring one prompt to the model. `remove` takes them off.
+
+class PromptHooks(ABC):
+    """The hooks that bring one prompt to the model.
 
     Raises:
         ConfigError: The model has no place for them.
@@ -30,30 +34,30 @@ class Route(ABC):
         assert config.num_virtual_tokens is not None
         self.model, self.config, self.prompt = model, config, prompt
         self.V = config.num_virtual_tokens
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         try:
-            self._install()
+            self._add()
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     @abstractmethod
-    def _install(self) -> None:
-        """Puts the hooks on."""
+    def _add(self) -> None:
+        """Adds the hooks."""
 
-    def before(self, module: nn.Module, change: Callable[[nn.Module, dict[str, Any]], None]) -> None:
-        """Lets `change` rewrite the arguments of `module`'s forward, all by name."""
+    def before(self, module: nn.Module, change: Callable[[nn.Module, Arguments], None]) -> None:
+        """Before each forward of `module` `change` may set its arguments, which it gets by name."""
         # nothing local: a model with its hooks must pickle
         self._handles.append(module.register_forward_pre_hook(partial(_rewrite, change), with_kwargs=True))
 
-    def after(self, module: nn.Module, change: Callable[[nn.Module, Any, Any], Any]) -> None:
-        """Lets `change` give another output for `module`'s own."""
+    def after(self, module: nn.Module, change: Callable[[nn.Module, tuple[object, ...], T], object]) -> None:
+        """After each forward of `module` what `change` returns replaces its output."""
         self._handles.append(module.register_forward_hook(change))
 
 
@@ -63,21 +67,21 @@ class PromptSpec:
 
     Attributes:
         config: The adapter's config, complete.
-        route: How they reach the model.
+        hooks: How they reach the model.
     """
 
     config: PromptConfig
-    route: type[Route]
+    hooks: type[PromptHooks]
 
     @property
-    def numbers(self) -> int:
-        """Numbers of the table of virtual tokens."""
+    def elements(self) -> int:
+        """Elements of the table of virtual tokens."""
         return self.config.rows * (self.config.width or 0)
 
     @property
-    def encoder_numbers(self) -> int:
-        """Numbers of what makes the table while it is trained."""
-        return self.config.encoder_numbers
+    def encoder_elements(self) -> int:
+        """Parameters of what makes the table while it is trained."""
+        return self.config.encoder_elements
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -94,51 +98,51 @@ class PromptSpec:
             has_encoder: The files hold what made the prompt, and not the prompt alone.
 
         Raises:
-            ConfigError: The model has no place for it, or it does not reach the answer.
+            ConfigError: The model has no place for it, or it does not reach the output.
         """
         start = self.config.for_file(has_encoder=has_encoder) if from_file else self.config
         # on the meta device the encoder of a large model costs nothing
         with torch.device(next(model.parameters()).device):
             prompt = start.make_prompt(prompted_embeddings(model))
         if from_file:
-            self.route(model, self.config, prompt).remove()
+            self.hooks(model, self.config, prompt).remove()
         else:
             self._try(model, prompt)
         return prompt.requires_grad_(False)
 
     def _try(self, model: nn.Module, prompt: Prompt) -> None:
-        """Computes a few tokens with the prompt, to find out before anything is trained whether it reaches the answer.
+        """Computes a few tokens with the prompt, to find out before training whether it reaches the output.
 
         Raises:
             ConfigError: It does not.
         """
         name, config = type(model).__name__, self.config
-        route = self.route(model, config, prompt)
+        hooks = self.hooks(model, config, prompt)
         try:
             with torch.enable_grad():
-                out = answer(model, config.task_type)
+                out = first_output(model, config.task_type)
                 trained = list(prompt.parameters())
                 reached = torch.autograd.grad(out.sum(), trained, allow_unused=True) if out.requires_grad else [None]
         except ConfigError:
             raise
         except Exception as error:  # of the model's own code, which knows nothing of the prompt
-            route.remove()
+            hooks.remove()
             if _fails_anyway(model, config.task_type, error):
                 return
             text = shortened(first_line(error, kind=True), 160)
             raise ConfigError(
-                f"{name} cannot take the virtual tokens of {config.peft_type} ({text}). {route.REMEDY}"
+                f"{name} cannot take the virtual tokens of {config.peft_type} ({text}). {hooks.REMEDY}"
             ) from None
         finally:
-            route.remove()
+            hooks.remove()
         if all(g is None for g in reached):
             raise ConfigError(
-                f"The virtual tokens of {config.peft_type} do not reach the answer of {name}. {route.REMEDY}"
+                f"The virtual tokens of {config.peft_type} do not reach the output of {name}. {hooks.REMEDY}"
             )
 
 
-def prompted_embeddings(model: nn.Module) -> nn.Module:
-    """The word embeddings that virtual tokens stand beside.
+def prompted_embeddings(model: nn.Module) -> nn.Embedding:
+    """The word embeddings, to which virtual tokens are added.
 
     Raises:
         ConfigError: The model has none.
@@ -152,15 +156,15 @@ def prompted_embeddings(model: nn.Module) -> nn.Module:
     return found
 
 
-def answer(model: Any, task: TaskType | None) -> Tensor:
+def first_output(model: nn.Module, task: TaskType | None) -> Tensor:
     """The model's first output for four tokens, with nothing random in it; the model is left as it was."""
     config = getattr(model, "config", None)
     training = [m for m in model.modules() if m.training]
     end = getattr(config, "eos_token_id", None)
     ids = torch.ones(1, 4, dtype=torch.long, device=next(model.parameters()).device)
     if isinstance(end, int):
-        ids[0, -1] = end  # BART's classifier reads its answer there
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids[0, -1] = end  # BART's classifier reads the state there
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if is_encoder_decoder(model) and task is not TaskType.SEQ_CLS and "decoder_input_ids" in parameters_of(model):
         inputs["decoder_input_ids"] = ids[:, :2]
     try:
@@ -169,26 +173,32 @@ def answer(model: Any, task: TaskType | None) -> Tensor:
     finally:
         for module in training:
             module.training = True
-    tensors = [t for t in (out.values() if hasattr(out, "values") else out) if isinstance(t, Tensor)]
-    return tensors[0]
+    return next(t for t in (out.values() if hasattr(out, "values") else out) if isinstance(t, Tensor))
 
 
 def _fails_anyway(model: nn.Module, task: TaskType | None, error: Exception) -> bool:
-    """Whether an error says nothing of the prompt: the model does not compute these tokens without it either, or it
-    cannot without data."""
+    """Whether an error has nothing to do with the prompt: the model does not compute these tokens without it either, or
+    it cannot without data."""
     if next(model.parameters()).is_meta and isinstance(error, NotImplementedError):
         return True
     try:
         with torch.no_grad():
-            answer(model, task)
+            first_output(model, task)
     except Exception:
         return True
     return False
 
 
+def tensor_in(named: Arguments, name: str) -> Tensor | None:
+    """The tensor that a forward was called with under a name; None where there is none."""
+    found = named.get(name)
+    assert found is None or isinstance(found, Tensor), f"{name} is a {type(found).__name__}"
+    return found
+
+
 def _rewrite(
-    change: Callable[[nn.Module, dict[str, Any]], None], module: nn.Module, args: Any, kwargs: Any
-) -> tuple[tuple[()], dict[str, Any]]:
+    change: Callable[[nn.Module, Arguments], None], module: nn.Module, args: tuple[object, ...], kwargs: Arguments
+) -> tuple[tuple[()], Arguments]:
     named = named_arguments(module, args, kwargs)
     change(module, named)
     return (), named

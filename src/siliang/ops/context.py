@@ -1,0 +1,38 @@
+"""What torch.autograd gives the functions here as `ctx`: torch's own stubs lack what a backward pass reads of it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Context(Protocol):
+    """Where a forward pass leaves tensors for the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keeps tensors, to be read from `saved_tensors`."""
+
+
+class LoraContext(Context, Protocol):
+    """Of `lora_linear`: the scaling, the probability of dropout, and the dtype of the bias."""
+
+    s: float
+    p: float
+    bias: torch.dtype | None
+
+
+class DtypeContext(Context, Protocol):
+    """Of a function whose gradient is kept in another dtype than its input has."""
+
+    dtype: torch.dtype
+
+
+class RowsContext(Context, Protocol):
+    """Of a function that takes some rows of a tensor: how many there are."""
+
+    rows: int
