@@ -149,6 +149,32 @@ def test_masked_cross_entropy(rows: int, options: dict[str, float], kind: str, m
         assert_close(ours, theirs)
 
 
+def test_a_tensor_that_the_head_shares_with_other_layers_gets_its_gradient() -> None:
+    """An adapter's shared tensors (VeRA's) are no parameters of the head itself."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.own = nn.Linear(6, 41).requires_grad_(False), nn.Parameter(torch.ones(41))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + x @ shared * self.own
+
+    torch.manual_seed(0)
+    shared = nn.Parameter(torch.randn(6, 41))
+    head, labels = Shared(), torch.randint(41, (5,))
+    found = []
+    for impl in ("chunked", "reference"):
+        shared.grad = head.own.grad = None
+        masked_cross_entropy(
+            torch.randn(5, 6, generator=torch.Generator().manual_seed(1)), head, labels, impl=impl
+        ).backward()
+        found.append((shared.grad, head.own.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None and theirs is not None
+        assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
 def test_the_gradient_of_a_sure_model_is_not_lost_to_rounding(dtype: torch.dtype, off: float) -> None:
     """softmax - 1 is 1e-4 to 1e-10 of what it is made of; and e^1000 is no number."""

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from siliang.ops.context import Context, DtypeContext
 from siliang.ops.place import kind_of
@@ -65,19 +66,19 @@ def masked_cross_entropy(
 
     if impl == "reference":
         return F.cross_entropy(finish(head(hidden_ND)), labels_N, reduction="sum", label_smoothing=label_smoothing)
-    trained = [p for p in head.parameters() if p.requires_grad]
+    plain, own = type(head) is nn.Linear, [p for p in head.parameters() if p.requires_grad]
+    if plain and not own and not softcap and len(labels_N):
+        found: Tensor = _Frozen.apply(hidden_ND, head.weight, head.bias, labels_N, scale, label_smoothing)
+        return found
+    vocabulary, trained = (len(head.weight), own) if plain else _try_head(head, hidden_ND, own)
     if not len(labels_N):
         # nothing to learn, and still a graph: backward gives zeros, for which other ranks may wait
         return torch.stack([x.sum() * 0.0 for x in (hidden_ND, *trained)]).sum().float()
-    if type(head) is nn.Linear and not trained and not softcap:
-        found: Tensor = _Frozen.apply(hidden_ND, head.weight, head.bias, labels_N, scale, label_smoothing)
-        return found
 
     def loss_of(rows_ND: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(finish(head(rows_ND)), labels, reduction="sum", label_smoothing=label_smoothing)
 
-    rows = _rows_at_once(_vocabulary(head, hidden_ND))
-    return _AnyHead.apply(loss_of, rows, labels_N, hidden_ND, *trained)
+    return _AnyHead.apply(loss_of, _rows_at_once(vocabulary), labels_N, hidden_ND, *trained)  # type: ignore[no-any-return]
 
 
 class _Frozen(torch.autograd.Function):
@@ -251,9 +252,32 @@ def _rows_at_once(vocabulary: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
-def _vocabulary(head: nn.Module, hidden_ND: Tensor) -> int:
-    with torch.no_grad():
-        return head(hidden_ND[:1].detach()).shape[-1]
+def _try_head(head: nn.Module, hidden_ND: Tensor, own: list[nn.Parameter]) -> tuple[int, list[Tensor]]:
+    """The columns of the head's output, and all trained tensors that it is made of.
+
+    Adapters on the head may share tensors with other layers (VeRA does), which are not among the head's parameters:
+    they are found in the graph of one row.
+
+    Args:
+        own: The head's own trained parameters.
+    """
+    with torch.enable_grad():
+        out = head(hidden_ND[:1].detach())
+    if any(isinstance(p, DTensor) for p in own):  # FSDP puts gathered tensors in their place: they are not other ones
+        return out.shape[-1], list(own)
+    known, others = {id(p) for p in own}, list[Tensor]()
+    nodes, seen = [out.grad_fn], set[object]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            known.add(id(leaf))
+            others.append(leaf)
+        nodes += [following for following, _ in node.next_functions]
+    return out.shape[-1], [*own, *others]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
