@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +93,11 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
     return merged, proof
 
 
-def _last(output: Any) -> Tensor:
-    """The logits of a classifier, or of the last positions of a text: all of a large vocabulary would not fit."""
+def _last(output: Mapping[str, Tensor]) -> Tensor:
+    """The logits of a classifier, or of the last positions of a text: those of all positions would not fit."""
     if "start_logits" in output:
-        return torch.stack([output.start_logits, output.end_logits], 1).float()
-    logits = output.logits
+        return torch.stack([output["start_logits"], output["end_logits"]], 1).float()
+    logits = output["logits"]
     return (logits[:, -LAST_POSITIONS:] if logits.dim() == 3 else logits).float()
 
 

@@ -1,9 +1,9 @@
-"""Has the libraries that ask for PEFT's classes take siliang's as well.
+"""Makes the libraries that ask for PEFT's classes accept siliang's as well.
 
 transformers' Trainer loads the adapter of a checkpoint only into an instance of `peft.PeftModel`, and TRL's SFTTrainer
 attaches only a `peft.PeftConfig`. PEFT's classes take no virtual subclasses, and PEFT may not be installed at all.
-Therefore the few names in other modules that are asked are replaced by ones that know siliang's classes too. For every
-other object they answer what they did before.
+So the few names in other modules that are asked are replaced by ones that know siliang's classes too. For every other
+object they return what they did before.
 
 `refresh` does so in the modules that are imported by then, and imports none. It runs when a config or a model of
 siliang is made, and when the Trainer or TRL asks about one. The contract tests try all of it.
@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import TypeVar
 
+F = TypeVar("F", bound=Callable[..., object])
 _MODEL, _CONFIG, _LAYER = (
     ("siliang.peft_api.model", "PeftModel"),
     ("siliang.methods.config", "PeftConfig"),
@@ -33,28 +34,28 @@ def refresh() -> None:
                 setattr(sys.modules[module], name, replacement(there[name]))
 
 
-def _is_ours(value: Any) -> bool:
+def _is_ours(value: object) -> bool:
     return isinstance(value, tuple) or hasattr(value, "knows_siliang")
 
 
-def _ours(kind: tuple[str, str]) -> Any:
+def _ours(kind: tuple[str, str]) -> type | tuple[()]:
     """A class of siliang, for isinstance; where its file is not imported there can be no instance of it."""
     module, name = kind
     return getattr(sys.modules.get(module), name, ())
 
 
-def _also(kind: tuple[str, str]) -> Callable[[Any], Any]:
+def _also(kind: tuple[str, str]) -> Callable[[object], object]:
     """For a class that isinstance is given: that class, or siliang's."""
 
-    def both(theirs: Any) -> Any:
+    def both(theirs: object) -> object:
         ours = _ours(kind)
         return (theirs, ours) if ours else theirs  # not imported yet: a later `refresh` does it
 
     return both
 
 
-def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
-    function.knows_siliang = True  # type: ignore[attr-defined]
+def _marked(function: F) -> F:
+    vars(function)["knows_siliang"] = True
     return function
 
 
@@ -62,7 +63,7 @@ def _or_our_model(theirs: Callable[..., bool]) -> Callable[..., bool]:
     """For a function that says whether a model has adapters of PEFT."""
 
     @wraps(theirs)
-    def is_peft_model(model: Any) -> bool:
+    def is_peft_model(model: object) -> bool:
         from accelerate.utils import extract_model_from_parallel
 
         if isinstance(extract_model_from_parallel(model), _ours(_MODEL)):
@@ -73,11 +74,11 @@ def _or_our_model(theirs: Callable[..., bool]) -> Callable[..., bool]:
     return _marked(is_peft_model)
 
 
-def _or_our_attaching(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _or_our_attaching(theirs: Callable[..., object]) -> Callable[..., object]:
     """For `peft.get_peft_model`: siliang's where the config is siliang's."""
 
     @wraps(theirs)
-    def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_peft_model(model: object, peft_config: object, *args: object, **kwargs: object) -> object:
         if isinstance(peft_config, _ours(_CONFIG)):
             return import_module("siliang.peft_api.model").get_peft_model(model, peft_config, *args, **kwargs)
         return theirs(model, peft_config, *args, **kwargs)
@@ -85,7 +86,7 @@ def _or_our_attaching(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return _marked(get_peft_model)
 
 
-_REPLACED: dict[str, dict[str, Callable[[Any], Any]]] = {
+_REPLACED: dict[str, dict[str, Callable[..., object]]] = {
     "transformers.trainer_utils": {"_is_peft_model": _or_our_model},
     "transformers.trainer": {"_is_peft_model": _or_our_model},
     "transformers.integrations.neftune": {"_is_peft_model": _or_our_model},

@@ -18,7 +18,7 @@ from siliang.types import MergeError
 class AdaptedLayer(nn.Module):
     """A layer of the base model with named adapters on it, of one method or of several.
 
-    It takes the base layer's place in the model and keeps it as `base_layer`. Nothing here asks what kind that is, so
+    It takes the base layer's place in the model and keeps it as `base_layer`. Nothing here depends on its kind, so
     the same class serves full-precision and quantized layers. The parts of the adapters are registered under PEFT's
     names, such as `lora_A.<adapter>`. Adapters are made while the base layer has its own parameters.
 
@@ -28,7 +28,7 @@ class AdaptedLayer(nn.Module):
         rows: For a batch that mixes adapters, the one of each row; None otherwise.
     """
 
-    base_layer: Any  # nn.Linear and its quantized kin, nn.Embedding, a norm, a module of experts ...
+    base_layer: Any  # nn.Linear or a quantized one, nn.Embedding, a norm, a module of experts ...
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class AdaptedLayer(nn.Module):
             self.add_module(attribute, ByAdapter())
         parts_of(self, attribute)[adapter] = part
 
-    def part(self, attribute: str, adapter: str) -> Any:
+    def part(self, attribute: str, adapter: str) -> nn.Module | Tensor:
         """The part of an adapter, as it is now."""
         return parts_of(self, attribute)[adapter]
 
@@ -189,15 +189,15 @@ class AdaptedLayer(nn.Module):
         """Keeps what `merge` gave, for `activate`."""
         self.merged, self._merged = tuple(name for name in names if name in self._adapters), parameters
 
-    # ---- what other modules read of a layer as if it were the plain one ----
+    # ---- what other modules read of a layer, as of the plain one ----
 
     @property
     def weight(self) -> Tensor:
-        return self.base_layer.weight  # type: ignore[return-value]
+        return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
+        return self.base_layer.bias
 
 
 class ByAdapter(nn.Module):
@@ -205,7 +205,7 @@ class ByAdapter(nn.Module):
 
     def __setitem__(self, name: str, part: nn.Module | Tensor) -> None:
         self.delete(name)
-        # not by add_module and its kin, which refuse the names of a module's own attributes
+        # not by add_module and register_parameter, which refuse the names of a module's own attributes
         if isinstance(part, nn.Module):
             self._modules[name] = part
         elif isinstance(part, nn.Parameter):
@@ -213,10 +213,11 @@ class ByAdapter(nn.Module):
         else:
             self._buffers[name] = part
 
-    def __getitem__(self, name: str) -> Any:
-        if name in self._modules:
-            return self._modules[name]
-        return self._parameters[name] if name in self._parameters else self._buffers[name]
+    def __getitem__(self, name: str) -> nn.Module | Tensor:
+        for held in self._all():
+            if (found := held.get(name)) is not None:
+                return found
+        raise KeyError(name)
 
     def __contains__(self, name: str) -> bool:
         return any(name in held for held in self._all())
@@ -232,7 +233,7 @@ class ByAdapter(nn.Module):
         for held in self._all():
             held.pop(name, None)
 
-    def _all(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _all(self) -> tuple[dict[str, nn.Module | None], dict[str, nn.Parameter | None], dict[str, Tensor | None]]:
         return self._modules, self._parameters, self._buffers
 
 

@@ -53,10 +53,12 @@ class AttachedAdapter(Adapter[PeftConfig]):
 
     def parameters(self) -> list[nn.Parameter]:
         """What the adapter trains: without the buffers of saved modules, with the encoder of a prompt."""
-        found = [] if self.prompt is None else [*self.prompt.parameters()]
+        found: list[nn.Parameter] = [] if self.prompt is None else [*self.prompt.parameters()]
         for key, spec in self.parts.shared.items():
             if spec.trained:
-                found.append(self.shared[key])  # pyright: ignore[reportArgumentType], trained ones are parameters
+                tensor = self.shared[key]
+                assert isinstance(tensor, nn.Parameter)
+                found.append(tensor)
         for layer in self.layers.values():
             found += layer.parameters().values()
         for path in self.parts.modules:
@@ -87,7 +89,9 @@ class SharedTensors(Mapping[str, Tensor]):
         self._owner, self._names, self._adapter = owner, names, adapter
 
     def __getitem__(self, name: str) -> Tensor:
-        return parts_of(self._owner, name)[self._adapter]
+        found = parts_of(self._owner, name)[self._adapter]
+        assert isinstance(found, Tensor)
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

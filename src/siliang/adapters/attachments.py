@@ -5,9 +5,11 @@ replace its own. Which adapters there are and what they may do together is injec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper, resized_module
@@ -242,7 +244,10 @@ class Attachments:
         if path := next((path for path in paths if path in self.layers), None):
             raise ConfigError(f"{path} carries an adapter of the present size: resize the embeddings before attaching.")
         changing = [path for path in self.overrides if path.rpartition(".")[0] in paths]
-        type(base).resize_token_embeddings(base, *args, **kwargs)  # type: ignore[attr-defined]
+        assert isinstance(base, PreTrainedModel)
+        # not the injection's, which is on the model
+        resize = cast(Callable[..., object], type(base).resize_token_embeddings)
+        resize(base, *args, **kwargs)
         places = places_of(base)
         for path in changing:
             old = self.overrides.pop(path)

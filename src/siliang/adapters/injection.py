@@ -12,11 +12,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from siliang.adapters.adapted_layer import AdaptedLayer, ByAdapter, delete_parts, parts_of
 from siliang.adapters.adapter import AttachedAdapter, SharedTensors
@@ -375,7 +376,7 @@ class Injection(nn.Module):
         """
         with self.bare():
             self.attachments.resize_token_embeddings(*args, **kwargs)
-        return self.model.get_input_embeddings()  # type: ignore[operator]
+        return cast(PreTrainedModel, self.model).get_input_embeddings()
 
     def override_parameter(self, path: str, name: str, tensor: Tensor) -> None:
         """Makes `tensor` what adapter `name` has in place of the base model's parameter at `path`, untrained."""

@@ -46,7 +46,9 @@ class RowsAdapter(LayerAdapter):
 
     @property
     def P(self) -> nn.Parameter:
-        return self.part(PART)
+        found = self.part(PART)
+        assert isinstance(found, nn.Parameter)
+        return found
 
     def merged(self) -> dict[str, Tensor]:
         weight = self.layer.base_layer.weight

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -42,7 +44,7 @@ def retie_or_untie(model: nn.Module) -> None:
         if id(p) in seen:
             replace_parameter(model, path, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
         seen.add(id(p))
-    model.all_tied_weights_keys = {a: b for a, b in tied.items() if a not in pairs}  # type: ignore[assignment]
+    cast(PreTrainedModel, model).all_tied_weights_keys = {a: b for a, b in tied.items() if a not in pairs}
     config = getattr(model, "config", None)
     assert isinstance(config, PretrainedConfig)
     for one in {id(c): c for c in (config, config.get_text_config())}.values():

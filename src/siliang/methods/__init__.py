@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from siliang.methods.bitfit import BitFit, BitFitConfig
 from siliang.methods.config import CONFIG_CLASSES, PeftConfig, config_class
@@ -17,7 +17,9 @@ from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
 from siliang.types import ConfigError, nearest
 
-METHODS: dict[str, Method[Any]] = {
+AnyMethod: TypeAlias = Method[Any]  # with whichever config
+
+METHODS: dict[str, AnyMethod] = {
     method.name: method
     for method in (
         Lora(),
@@ -44,7 +46,7 @@ def whole_name(name: str) -> str:
     return f"{name}_tuning" if f"{name}_tuning" in METHODS else name
 
 
-def find_method(name: str) -> Method[Any]:
+def find_method(name: str) -> AnyMethod:
     """The table's row for `name`.
 
     Raises:
@@ -56,7 +58,7 @@ def find_method(name: str) -> Method[Any]:
         raise ConfigError(f"method {name!r} is not one of {', '.join(METHODS)}." + nearest(name, METHODS)) from None
 
 
-def method_of(config: PeftConfig) -> Method[Any]:
+def method_of(config: PeftConfig) -> AnyMethod:
     """The table's row for a config, also for one of a subclass.
 
     Raises:

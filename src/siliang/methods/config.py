@@ -40,14 +40,14 @@ class PeftConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    auto_mapping: dict[str, Any] | None = None
+    auto_mapping: dict[str, object] | None = None
     modules_to_save: list[str] | None = None
 
     is_prompt_learning: ClassVar[bool] = False  # it has virtual tokens
-    is_prefix: ClassVar[bool] = False  # which stand before the keys and values, not before the text
+    is_prefix: ClassVar[bool] = False  # before the keys and values, not before the text
     peft_type: ClassVar[str]  # the method's name in adapter_config.json
     # Fields of PEFT that siliang does not have, at PEFT's defaults: at any other value they would change the result.
-    UNSUPPORTED: ClassVar[dict[str, Any]] = {}
+    UNSUPPORTED: ClassVar[dict[str, object]] = {}
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ()
     MOST: ClassVar[int] = 2**31  # of those numbers: no model has more of anything
 
@@ -61,13 +61,13 @@ class PeftConfig:
             if value is not None and value > self.MOST:
                 raise ConfigError(f"{name} = {value!r}: must be at most {self.MOST:,}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The config as it stands in adapter_config.json: sets become sorted lists, enums their values."""
+    def to_dict(self) -> dict[str, object]:
+        """The config as adapter_config.json has it: sets become sorted lists, enums their values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values |= {"peft_type": self.peft_type, "peft_version": PEFT_FORMAT_VERSION}
         return {name: _plain(value) for name, value in sorted(values.items())}
 
-    def to_json(self, **changed: Any) -> str:
+    def to_json(self, **changed: object) -> str:
         """The text of adapter_config.json, its keys sorted, without secrets: a base model's name may hold one.
 
         Args:
@@ -82,10 +82,10 @@ class PeftConfig:
         write_text(path / CONFIG_NAME, self.to_json())
 
     def check_same(self, other: PeftConfig, *, source: str, name: str) -> None:
-        """That weights trained with config `other` compute the same in an adapter with this one.
+        """Checks that weights trained with config `other` compute the same in an adapter with this one.
 
         Args:
-            source: Where `other` stands, for the error.
+            source: The file of `other`, for the error.
             name: The adapter's name, for the error.
 
         Raises:
@@ -100,7 +100,7 @@ class PeftConfig:
                 )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = CONFIG_NAME) -> Self:
+    def from_dict(cls, values: dict[str, object], *, source: str = CONFIG_NAME) -> Self:
         """Builds the config from adapter_config.json's values.
 
         Keys that siliang does not know are dropped with a warning.
@@ -109,7 +109,7 @@ class PeftConfig:
             AdapterError: A value is not allowed, or a field that siliang does not support would change the result.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        kept: dict[str, Any] = {}
+        kept: dict[str, Any] = {}  # `cls` checks the types
         for key, value in values.items():
             if key in known:
                 kept[key] = value
@@ -134,8 +134,8 @@ class PeftConfig:
             raise AdapterError(f"{source}: {error}") from None
 
     @classmethod
-    def has_effect(cls, key: str, values: dict[str, Any]) -> bool:
-        """Whether a field of UNSUPPORTED plays a part beside the other `values` of a file."""
+    def has_effect(cls, key: str, values: dict[str, object]) -> bool:
+        """Whether a field of UNSUPPORTED has an effect with the other `values` of a file."""
         return True
 
     @classmethod
@@ -153,7 +153,7 @@ class PeftConfig:
         found = config_class(values.get("peft_type"), source=str(path))
         if not issubclass(found, cls):
             raise AdapterError(f"{path} is a {found.peft_type} adapter, not {cls.__name__}.")
-        return found.from_dict(values, source=str(path))  # type: ignore[return-value]
+        return found.from_dict(values, source=str(path))
 
 
 @dataclass(kw_only=True)
@@ -191,7 +191,7 @@ def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
     return CONFIG_CLASSES[name]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, set | frozenset):

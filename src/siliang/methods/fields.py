@@ -11,7 +11,7 @@ import functools
 import typing
 from contextlib import suppress
 from pathlib import PurePath
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -19,10 +19,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, nearest
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SEVERAL: dict[object, str] = {int: "whole numbers", float: "numbers", str: "names"}  # as a message says it
 MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many layers, experts counted
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: DataclassInstance) -> None:
     """Checks each field of a dataclass, strictly: "16" is no number, nor is true. Sets and tuples become lists, words
     of an enum its members.
 
@@ -42,7 +46,7 @@ def check_fields(config: Any) -> None:
 
 
 @functools.cache
-def _fields(kind: type[Any]) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+def _fields(kind: type[DataclassInstance]) -> dict[str, tuple[object, TypeAdapter[object]]]:
     """The type of each field of a dataclass, without `| None`, and what checks it."""
     hints = get_type_hints(kind)
     settings = ConfigDict(strict=True, allow_inf_nan=False)
@@ -52,13 +56,13 @@ def _fields(kind: type[Any]) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
     }
 
 
-def _without_none(kind: Any) -> Any:
+def _without_none(kind: object) -> object:
     """`X` of `X | None`."""
     left = [k for k in get_args(kind) if k is not type(None)]
     return left[0] if len(left) == 1 and type(None) in get_args(kind) else kind
 
 
-def _as_field(kind: Any, value: Any) -> Any:
+def _as_field(kind: object, value: object) -> object:
     """A value in the form that its field has: a set or tuple as a list, an enum by its word in any case, a Path as its
     name, a number of numpy as one of Python.
     """
@@ -78,11 +82,11 @@ def _as_field(kind: Any, value: Any) -> Any:
     return value
 
 
-def _members(kind: Any) -> list[enum.Enum]:
-    return list(kind)
+def _members(kind: enum.EnumType) -> list[enum.Enum]:
+    return cast(list[enum.Enum], list(kind))
 
 
-def _in_words(kind: Any) -> str:
+def _in_words(kind: object) -> str:
     """What a type allows, as a message says it."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if kind in words:
@@ -94,25 +98,21 @@ def _in_words(kind: Any) -> str:
         case typing.Literal:
             return " or ".join([", ".join(map(repr, inner[:-1])), repr(inner[-1])][len(inner) < 2 :])
         case builtins.list:
-            return f"a list of {_several(inner[0])}"
+            return f"a list of {SEVERAL[inner[0]]}"
         case builtins.dict:
-            return "a mapping" if inner[1] is Any else f"a mapping of names to {_several(inner[1])}"
+            return f"a mapping of names to {SEVERAL[inner[1]]}" if inner[1] in SEVERAL else "a mapping"
     if inner:
         return " or ".join(_in_words(k) for k in inner)
     return str(kind)
 
 
-def _several(kind: Any) -> str:
-    return {int: "whole numbers", float: "numbers", str: "names"}[kind]
-
-
-def _near(value: Any, kind: Any) -> str:
+def _near(value: object, kind: object) -> str:
     """The near words of an enum or a literal."""
     words = [str(m.value) for m in _members(kind)] if isinstance(kind, enum.EnumType) else get_args(kind)
     return nearest(value, words) if isinstance(value, str) and all(isinstance(w, str) for w in words) else ""
 
 
-def _quoted(value: Any) -> str:
+def _quoted(value: object) -> str:
     """A hint where a text, or one in a mapping or list, is a number."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     for text in inner:

@@ -1,6 +1,6 @@
 """What a method writes for a layer of the base model: `LayerAdapter`, its equation.
 
-An adapter on a layer is a function of what the layer reads and of the layer without this adapter, which is the base
+An adapter on a layer is a function of the layer's input and of the layer without this adapter, which is the base
 layer, or the base layer with other adapters. The last active adapter is the outermost:
 
     y = adapter_k(x, adapter_k-1( ... base layer))
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LayerAdapter(ABC):
@@ -31,7 +33,7 @@ class LayerAdapter(ABC):
         parts: Its modules and parameters, in the order of the file.
     """
 
-    # No other adapter can be active on the layer beside it.
+    # No other adapter can be active on the layer together with it.
     EXCLUSIVE: ClassVar[bool] = False
 
     def __init__(self, layer: Layer, name: str, parts: Mapping[str, nn.Module | nn.Parameter]) -> None:
@@ -45,22 +47,30 @@ class LayerAdapter(ABC):
         self._attributes.append(attribute)
         self.layer.add_part(attribute, self.name, part)
 
-    def part(self, attribute: str) -> Any:
-        """The part of this name, as it is now."""
-        return self.layer.part(attribute, self.name)
+    def part(self, attribute: str) -> Tensor:
+        """The parameter of this name, as it is now."""
+        found = self.layer.part(attribute, self.name)
+        assert isinstance(found, Tensor)
+        return found
+
+    def module(self, attribute: str, kind: type[M]) -> M:
+        """The module of this name, which is a `kind`."""
+        found = self.layer.part(attribute, self.name)
+        assert isinstance(found, kind)
+        return found
 
     @abstractmethod
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """The layer's output.
 
         Args:
-            x: What the layer reads.
+            x: The layer's input.
             base_forward: The layer without this adapter.
         """
 
     @abstractmethod
     def merged(self) -> dict[str, Tensor]:
-        """What the base layer's parameters, as they are now, become with this adapter merged into them."""
+        """The base layer's parameters, as they are now, with this adapter merged into them, by name."""
 
     def check_merge(self) -> None:  # noqa: B027, most methods have nothing to check
         """
@@ -76,21 +86,21 @@ class LayerAdapter(ABC):
         """The adapter's parameters by their names in the file, such as `lora_A.weight`."""
         found: dict[str, nn.Parameter] = {}
         for attribute in self._attributes:
-            part = self.part(attribute)
+            part = self.layer.part(attribute, self.name)
             if isinstance(part, nn.Parameter):
                 found[attribute] = part
-            else:
+            elif isinstance(part, nn.Module):
                 found |= {f"{attribute}.{key}": p for key, p in part.named_parameters()}
         return found
 
 
 class BaseForward:
-    """The layer without the adapter that is given it: the base layer, or the base layer with other adapters.
+    """The layer without the adapter that this is passed to: the base layer, or the base layer with other adapters.
 
     Args:
         base_layer: The base layer.
         inner: The other adapters, the innermost first.
-        args, kwargs: What the layer was called with beside what it reads.
+        args, kwargs: The layer's other arguments.
     """
 
     __slots__ = ("_args", "_inner", "_kwargs", "base_layer")
@@ -111,7 +121,7 @@ class BaseForward:
         return outermost.forward(x, BaseForward(self.base_layer, rest, self._args, self._kwargs))
 
     def through(self, module: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """The output of another module in the layer's place, called with all that the layer was called with."""
+        """The output of another module in the layer's place, called with all arguments of the layer."""
         return module(x, *self._args, **self._kwargs)
 
     @property
@@ -123,17 +133,19 @@ class BaseForward:
 class Layer(Protocol):
     """The layer of the base model that an adapter is on, as the adapter sees it (AdaptedLayer)."""
 
-    base_layer: Any  # nn.Linear and its quantized kin, nn.Embedding, a norm, a module of experts ...
+    base_layer: Any  # nn.Linear or a quantized one, nn.Embedding, a norm, a module of experts ...
     training: bool
 
     def add_part(self, attribute: str, adapter: str, part: nn.Module | nn.Parameter) -> None:
         """Registers a part of an adapter, as `<attribute>.<adapter>`."""
 
-    def part(self, attribute: str, adapter: str) -> Any:
+    def part(self, attribute: str, adapter: str) -> nn.Module | Tensor:
         """The part of an adapter, as it is now."""
+        ...
 
-    def base_parameter(self, key: str) -> Any:
+    def base_parameter(self, key: str) -> nn.Parameter:
         """The base layer's own parameter, also while another replaces it."""
+        ...
 
 
 # Makes an adapter on a layer from the layer, the adapter's name and the tensors that the adapter's layers share. It is
@@ -142,5 +154,7 @@ MakeAdapter: TypeAlias = Callable[[Layer, str, Mapping[str, Tensor]], LayerAdapt
 
 
 def trained_dtype(reference: Tensor) -> torch.dtype:
-    """The dtype to train beside `reference`: fp32 beside half precision, where Adam's steps would vanish."""
+    """The dtype to train with a base parameter: fp32 where that is in half precision, in which Adam's steps would
+    vanish.
+    """
     return torch.float32 if not reference.is_floating_point() or reference.itemsize < 4 else reference.dtype

@@ -64,10 +64,10 @@ class TunedNorm(LayerAdapter):
     EXCLUSIVE = True  # the copy computes in the norm's place
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
-        norm = self.part("ln_tuning_layers")
+        norm = self.module("ln_tuning_layers", nn.Module)
         wide = next(norm.parameters()).dtype
         # beside a half-precision model the copy is in fp32: the few numbers of a norm, computed there and cast back
         return base_forward.through(norm, x.to(wide) if x.dtype.itemsize < wide.itemsize else x).to(x.dtype)
 
     def merged(self) -> dict[str, Tensor]:
-        return {key: p.detach().clone() for key, p in self.part("ln_tuning_layers").named_parameters()}
+        return {key: p.detach().clone() for key, p in self.module("ln_tuning_layers", nn.Module).named_parameters()}

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -107,14 +107,14 @@ class LoraConfig(LayerConfig):
     use_dora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
-    loftq_config: dict[str, Any] = field(default_factory=dict)
+    loftq_config: dict[str, int] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     peft_type: ClassVar[str] = PeftType.LORA
-    UNSUPPORTED: ClassVar[dict[str, Any]] = {
+    UNSUPPORTED: ClassVar[dict[str, object]] = {
         "alora_invocation_tokens": None,
         "arrow_config": None,
         "corda_config": None,
@@ -178,8 +178,8 @@ class LoraConfig(LayerConfig):
             )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = CONFIG_NAME) -> Self:
-        """As for every method; starts that siliang does not have are no matter where they left the base weights alone.
+    def from_dict(cls, values: dict[str, object], *, source: str = CONFIG_NAME) -> Self:
+        """As for every method. Starts that siliang does not have are read if they did not change the base weights.
 
         Raises:
             AdapterError: As for every method, or the start changed the base weights in a way that is not in the file.
@@ -195,7 +195,7 @@ class LoraConfig(LayerConfig):
         return super().from_dict(values, source=source)
 
     @classmethod
-    def has_effect(cls, key: str, values: dict[str, Any]) -> bool:
+    def has_effect(cls, key: str, values: dict[str, object]) -> bool:
         """Whether the field that switches the one called `key` on is set."""
         init = str(values.get("init_lora_weights")).lower()
         switched_by = {

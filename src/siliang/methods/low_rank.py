@@ -9,7 +9,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,7 @@ class LowRank(LayerAdapter):
     @classmethod
     @abstractmethod
     def supports(cls, layer: nn.Module) -> bool:
-        """Whether `layer` is of a kind that this can stand on."""
+        """Whether `layer` is of a kind that this works on."""
 
     def overrides(self) -> dict[str, nn.Parameter]:
         return {} if self.residual is None else {"weight": self.residual}
@@ -130,15 +129,15 @@ class LowRankLinear(LowRank):
 
     @property
     def A(self) -> Tensor:
-        return self.part("lora_A").weight
+        return self.module("lora_A", nn.Linear).weight
 
     @property
     def B(self) -> Tensor:
-        return self.part("lora_B").weight
+        return self.module("lora_B", nn.Linear).weight
 
     @property
     def b(self) -> Tensor | None:
-        return self.part("lora_B").bias
+        return self.module("lora_B", nn.Linear).bias
 
     def delta(self) -> Tensor:
         """s B A, (O, I), in A's dtype."""
@@ -151,8 +150,10 @@ class LowRankLinear(LowRank):
         return float_weight(base).to(wide) + self.delta()
 
 
-def _empty(in_features: int, out_features: int, *, bias: bool = False, device: Any, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer whose weights are still to be set: nn.Linear itself would draw, and throw away, random numbers."""
+def _empty(
+    in_features: int, out_features: int, *, bias: bool = False, device: torch.device, dtype: torch.dtype
+) -> nn.Linear:
+    """A linear layer whose weights are still to be set: nn.Linear itself would draw random numbers for them."""
     layer = nn.Linear(in_features, out_features, bias=bias, device="meta")
     for name, p in list(layer.named_parameters()):
         setattr(layer, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype)))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -86,18 +86,16 @@ class AnswersAsBase(PreTrainedModel):
                 return self.base_model(*given.values(), **kwargs)  # any nn.Module: its input has its own name
             return self.base_model(**given, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Any:
         """The base model's `generate`, with the active adapter, or one for each row."""
-        given = next(
-            (x for x in (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))) if x is not None), None
-        )
-        if adapter_names is not None and len(adapter_names) != (1 if given is None else len(given)):
+        inputs = (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds")))
+        rows = next((len(x) for x in inputs if isinstance(x, Sized)), 1)
+        if adapter_names is not None and len(adapter_names) != rows:
             raise ConfigError(
-                f"adapter_names has {len(adapter_names)} names for {1 if given is None else len(given)} rows: "
-                "name the adapter of each row."
+                f"adapter_names has {len(adapter_names)} names for {rows} rows: name the adapter of each row."
             )
         with self._rows(adapter_names, repeated=True):
-            return cast(Callable[..., Any], self.get_base_model().generate)(*args, **kwargs)
+            return cast(Callable[..., object], self.get_base_model().generate)(*args, **kwargs)
 
     def _rows(self, names: list[str] | None, *, repeated: bool = False) -> AbstractContextManager[None]:
         if names is None:
