@@ -127,7 +127,7 @@ class Kept:
 
     Attributes:
         inputs: Hash of what the runs read, of the commit, the versions and the processor.
-        place: The temporary folder of the runs, whose name is no part of their settings.
+        place: The temporary folder of the runs, whose name is not part of their settings.
     """
 
     inputs: str

@@ -1,4 +1,4 @@
-"""Losses that are no number, and steps that do not fit the memory."""
+"""Losses that are not finite, and steps that do not fit the memory."""
 
 from __future__ import annotations
 

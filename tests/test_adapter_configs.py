@@ -342,10 +342,13 @@ def test_a_rank_that_was_changed_in_the_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank_pattern": {"q_proj": 2, "(": 5}}, r"rank_pattern: '\(' is no regular .* at position 0\.$"),
-        ({"alpha_pattern": {"v[": 5}}, r"alpha_pattern: 'v\[' is no regular .* at position 1\.$"),
-        ({"exclude_modules": "a|("}, r"exclude_modules: 'a\|\(' is no regular .* at position 2\.$"),
-        ({"layers_to_transform": [0], "layers_pattern": "("}, r"layers_pattern: '\(' is no regular .* position 0\.$"),
+        ({"rank_pattern": {"q_proj": 2, "(": 5}}, r"rank_pattern: '\(' is not a regular .* at position 0\.$"),
+        ({"alpha_pattern": {"v[": 5}}, r"alpha_pattern: 'v\[' is not a regular .* at position 1\.$"),
+        ({"exclude_modules": "a|("}, r"exclude_modules: 'a\|\(' is not a regular .* at position 2\.$"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "("},
+            r"layers_pattern: '\(' is not a regular .* position 0\.$",
+        ),
     ],
 )
 def test_what_is_no_regular_expression_is_named(settings: dict[str, Any], message: str) -> None:
@@ -354,7 +357,7 @@ def test_what_is_no_regular_expression_is_named(settings: dict[str, Any], messag
 
 
 class Nested(nn.Module):
-    """Layers whose names are numbers, and an `out` that is no layer."""
+    """Layers whose names are numbers, and an `out` that is not a layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -157,8 +157,8 @@ def test_numbers_in_yaml() -> None:
     [
         (("predict",), "Missing argument 'run'"),
         (("train", "a.yaml", "b.yaml"), "unexpected extra argument"),
-        (("check", "--examples", "many"), "'many' is no value for '--examples'"),
-        (("check", "--examples", "-1"), "'-1' is no value"),
+        (("check", "--examples", "many"), "'many' is not a value for '--examples'"),
+        (("check", "--examples", "-1"), "'-1' is not a value"),
         (("merge", "x", "--output", "y", "--dtype", "int3"), "int3"),
         (("train", "--model"), "requires an argument"),
         (("report", "--lang", "de", "x"), "x"),

@@ -34,7 +34,7 @@ from siliang.types import AdapterError, ConfigError, DataError, ModelError, Task
         ("a: &a [*a]", "stands inside of what it names"),
         ("a: " + "x" * 1_000_001, "1,000,000 characters"),
         ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
-        ("b: 0\na: !!int x", "run.yaml:2: .* x is no whole number"),
+        ("b: 0\na: !!int x", "run.yaml:2: .* x is not a whole number"),
         ("a: !!bool x", "a value cannot be read"),
         ("a: 0x" + "f" * 900_000, "larger than any setting: at most 64 bits"),
         ("a: -0b" + "1" * 900_000, "larger than any setting: at most 64 bits"),

@@ -140,7 +140,7 @@ def test_numbers_of_tokens_have_a_limit(file: str, model_folders: dict[str, Path
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"model_max_length": "long"}, "model_max_length = 'long' in its tokenizer_config.json is no number"),
+        ({"model_max_length": "long"}, "model_max_length = 'long' in its tokenizer_config.json is not a number"),
         ({"extra_special_tokens": [f"t{i}" for i in range(10_001)]}, "10,001 extra_special_tokens: at most 10,000"),
         ({"additional_special_tokens": ["t"] * 10_001}, "10,001 additional_special_tokens: at most 10,000"),
     ],

@@ -33,7 +33,7 @@ def pairs() -> Iterator[tuple[str, ast.expr, ast.expr]]:
 
 
 def written(node: ast.expr) -> str | None:
-    """The literal text of a string, with a mark for each value; None of what is no literal."""
+    """The literal text of a string, with a mark for each value; None of what is not a literal."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):

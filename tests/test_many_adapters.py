@@ -189,7 +189,7 @@ def test_rows_of_adapters_that_share_modules(pair: str) -> None:
 
 
 def test_files_of_peft_with_names_that_other_adapters_made(tmp_path: Path) -> None:
-    """With two adapters on a model peft writes "base_layer" into names of biases that are no target of the one."""
+    """With two adapters on a model peft writes "base_layer" into names of biases that are not targets of the one."""
     model: Any = peft.get_peft_model(
         bert(), peft.LoraConfig(target_modules=["query"], bias="all"), adapter_name="one"
     ).eval()

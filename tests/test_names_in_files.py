@@ -94,7 +94,7 @@ def test_weights_that_an_index_names(named: object, index: str, model: Path, out
 
 def test_weights_that_are_none(model: Path) -> None:
     change(model / "model.safetensors.index.json", metadata={}, weight_map={"a": "config.json"})
-    with pytest.raises(ModelError, match=r"'config.json', which is no file of weights"):
+    with pytest.raises(ModelError, match=r"'config.json', which is not a file of weights"):
         opened(model)
 
 

@@ -102,7 +102,7 @@ def trained(own: Path, tmp_path: Path) -> Path:
 
 
 def test_no_command_runs_it_unasked(trained: Path, own: Path, tmp_path: Path, mark: Path) -> None:
-    """A run's record names the code that ran; that is no permission."""
+    """A run's record names the code that ran; that is not a permission."""
     sha256 = hash_of(own)
     assert json.loads((trained / "run.json").read_text())["code_sha256"] == sha256
     commands: list[list[object]] = [
@@ -278,7 +278,7 @@ def test_a_model_of_the_hub(own: Path, tmp_path: Path, mark: Path, monkeypatch: 
 )
 def test_classes_from_elsewhere(named: object, own: Path, mark: Path) -> None:
     change(own / "config.json", auto_map=CLASSES | {"AutoModel": named})
-    with pytest.raises(ModelError, match="which is no class of a file in its own folder"):
+    with pytest.raises(ModelError, match="which is not a class of a file in its own folder"):
         load_config(str(own))
 
 
@@ -368,8 +368,8 @@ def test_what_is_allowed_is_handed_to_other_processes(own: Path, tmp_path: Path,
 
 
 def test_what_is_no_hash() -> None:
-    assert "is no SHA-256" in refused("methods", "--allow-code", "abc")
-    assert "is no SHA-256" in refused("methods", "--allow-code=")
+    assert "is not a SHA-256" in refused("methods", "--allow-code", "abc")
+    assert "is not a SHA-256" in refused("methods", "--allow-code=")
 
 
 def test_the_code_is_what_transformers_would_run(own: Path) -> None:

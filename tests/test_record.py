@@ -27,7 +27,7 @@ def test_a_metric_that_is_no_number_is_written_and_read(tmp_path: Path) -> None:
     assert read.steps[0].grad_norm == -math.inf and read.final["accuracy"] == 0.5
 
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
     path = comparison(tmp_path / "c", SCORES) / "comparison.json"

@@ -209,7 +209,7 @@ def test_a_classifier(places: Path, tmp_path: Path) -> None:
     settings.write_text(dump_yaml({"data": {"train": "x", "columns": {"text": f"text{ALL}"}, "max_length": 64}}))
     named = tmp_path / "bert"
     named.symlink_to(places / "bert")
-    place = tmp_path / "places"  # a name with control characters in it is no setting
+    place = tmp_path / "places"  # a name with control characters in it is not a setting
     place.symlink_to(places)
     flags = (settings, "--model", named, "--data", place / "rows.jsonl", "--task", "seq_cls")
     flags += ("--set", "train.max_steps=2", "--set", "accept=[SL002]")

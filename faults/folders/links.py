@@ -252,7 +252,7 @@ HARMLESS = {
     "names of other scripts": lambda site: [
         write(site.evil / n, "x") for n in ("名字.txt", "a\u202eb", "CON", "é", "e\u0301")
     ],
-    "a name that is no text": lambda site: write(Path(os.fsdecode(os.fsencode(site.evil) + b"/\xff\xfe")), "x"),
+    "a name that is not text": lambda site: write(Path(os.fsdecode(os.fsencode(site.evil) + b"/\xff\xfe")), "x"),
     "pipes that nobody needs": _pipes,
     "names in the other case": lambda site: [
         write(site.evil / n, "x: 1") for n in ("RUN.YAML", "Run.json", "Adapter/x")

@@ -96,7 +96,7 @@ def _deflated(site: Site) -> None:
 
 
 def _bomb(site: Site) -> None:
-    """A pickled file with a member that is no tensor, and unfolds to gigabytes."""
+    """A pickled file with a member that is not a tensor, and unfolds to gigabytes."""
     found = load_file(site.evil / FILE)
     (site.evil / FILE).unlink()
     torch.save(found, site.evil / "adapter_model.bin")

@@ -102,9 +102,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def append(path: Path) -> BinaryIO:
-    """Opens a file to write behind what is in it. What is no plain file of one name alone, such as a link, is replaced
-    by a new one.
-    """
+    """Opens a file to append to it. A link, or a file with several names, is replaced by a new file first."""
     with suppress(FileNotFoundError):
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) and (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1):

@@ -50,7 +50,7 @@ def meant(field: str, paths: Sequence[str], named: Sequence[str] | str | None) -
         field: The setting that names them, for the error of a pattern that cannot be matched.
 
     Raises:
-        TargetError: The pattern is no regular expression, or takes too long to match.
+        TargetError: The pattern is not a regular expression, or takes too long to match.
     """
     if isinstance(named, str):
         (found,) = find(field, [named], paths, whole=True)

@@ -135,7 +135,7 @@ class MergeError(SiliangError, RuntimeError):
 
 
 class TrainingError(SiliangError, ArithmeticError):
-    """Training cannot go on: its loss or gradient is no number, or nothing is learned."""
+    """Training cannot go on: its loss or gradient is not a number, or nothing is learned."""
 
     code = "SLE07"
 

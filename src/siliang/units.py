@@ -13,11 +13,11 @@ def parse_bytes(text: str) -> int:
     """ "12GB" or "800 MB" in bytes (decimal units, as memory is sold; GiB are binary).
 
     Raises:
-        ConfigError: It is no size.
+        ConfigError: It is not a size.
     """
     found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
     if not found or not re.fullmatch(r"\d{1,18}(\.\d{1,18})?", found[1], re.ASCII):
-        raise ConfigError(f"{text!r} is no size of memory: write it as 12GB or 800MB, or auto.")
+        raise ConfigError(f"{text!r} is not a size of memory: write it as 12GB or 800MB, or auto.")
     unit = UNITS[found[2].upper()]
     if found[3]:
         unit = 1024 ** list(UNITS).index(found[2].upper())
@@ -39,7 +39,7 @@ def parse_duration(text: str) -> float:
     """ "8h", "90m", "45s", "1h30m" or "1:30:00" in seconds.
 
     Raises:
-        ConfigError: It is no stretch of time.
+        ConfigError: It is not a stretch of time.
     """
     number = r"(\d{1,9}(?:\.\d{1,9})?)"
     words = re.fullmatch(rf"\s*(?:{number}d)?\s*(?:{number}h)?\s*(?:{number}m)?\s*(?:{number}s)?\s*", text, re.ASCII)
@@ -49,5 +49,5 @@ def parse_duration(text: str) -> float:
         sum(float(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True)) if found else 0
     )
     if not seconds:
-        raise ConfigError(f"{text!r} is no stretch of time: write it as 8h, 90m, 1h30m or 1:30:00.")
+        raise ConfigError(f"{text!r} is not a stretch of time: write it as 8h, 90m, 1h30m or 1:30:00.")
     return seconds

@@ -30,7 +30,7 @@ def check_weights(path: Path, *, older: bool = False) -> None:
     """Whether a safetensors file, or torch's zip, is one of plain tensors that lie within it.
 
     Args:
-        older: A `.bin` from before torch 1.6 passes as well: it is no zip, and what is in it is read in turn.
+        older: A `.bin` from before torch 1.6 passes as well: it is not a zip, and what is in it is read in turn.
 
     Raises:
         ValueError: It is not; says why.
@@ -54,7 +54,7 @@ def check_tensors(tensors: Any, file_bytes: int) -> None:
     total = 0
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            raise ValueError(f"{shortened(name, 80)!r} is no plain tensor")
+            raise ValueError(f"{shortened(name, 80)!r} is not a plain tensor")
         total += tensor.nbytes
         if tensor.device.type != "cpu" or tensor.is_quantized or total > file_bytes:
             raise ValueError(f"{shortened(name, 80)!r} has more numbers than the file")
@@ -68,7 +68,7 @@ def _check_safetensors(path: Path) -> None:
             raise ValueError("its header is longer than the file, or than any model's")
         header = parse_json(file.read(length).decode("utf-8"), foreign=True)
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
-        raise ValueError("its header is no table of tensors")
+        raise ValueError("its header is not a table of tensors")
     # that shapes, types and places agree, and nothing overlaps, safetensors itself sees to
     for name, entry in header.items():
         shape = entry.get("shape", []) if isinstance(entry, dict) else None
@@ -105,4 +105,4 @@ def _check_pickle(data: bytes) -> None:
             if home not in STORAGES or not (
                 name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
             ):
-                raise ValueError(f"it names {shortened(argument, 80)}, which is no tensor")
+                raise ValueError(f"it names {shortened(argument, 80)}, which is not a tensor")

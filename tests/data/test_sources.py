@@ -191,7 +191,9 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     first, second = done.stderr.splitlines()
-    assert first.startswith("error[SLE03]: nobody/no-such-data is no file or folder here, and the hub did not give it")
+    assert first.startswith(
+        "error[SLE03]: nobody/no-such-data is not a file or folder here, and the hub did not give it"
+    )
     assert second == "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."
 
 

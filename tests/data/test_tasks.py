@@ -201,7 +201,7 @@ def command(*arguments: object) -> str:
 def test_bad_new_tokens() -> None:
     with pytest.raises(ConfigError, match="holds 'a' twice"):
         grow_vocabulary(word_tokenizer(), ["a", "a"])
-    with pytest.raises(ConfigError, match="which is no token"):
+    with pytest.raises(ConfigError, match="which is not a token"):
         grow_vocabulary(word_tokenizer(), [" "])
 
 

@@ -304,7 +304,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("usr: a", "usr is no part of a template. Did you mean 'user'"),
+        ("usr: a", "usr is not part of a template. Did you mean 'user'"),
         ("user: '{content}'", "assistant is missing"),
         ("user: hello\nassistant: ''", "must say where the words go"),
         ("user: 3\nassistant: ''", "user = 3 must be text"),

@@ -16,7 +16,7 @@ PLAN = ("plan", "--model", "MODEL", "--task", "seq_cls", "--method", "lora")
 
 @pytest.fixture(scope="module")
 def place(model_folders: dict[str, Path], review_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run in it, and everything that is no run."""
+    """A folder with a run in it, and everything that is not a run."""
     folder = tmp_path_factory.mktemp("arguments")
     flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls", "--output", folder / "run")
     assert run("train", *flags, "--set", "train.max_steps=1", "--set", "data.max_length=16").code == 0

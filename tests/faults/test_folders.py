@@ -80,7 +80,7 @@ DEEDS: dict[str, tuple[str, Callable[[Site], object]]] = {
     "never ends in C": ("time: ended", lambda s: _nested()),
     "waits for ever": ("time: it waits", lambda s: Path("pipe").read_text()),
     "ends its process": ("its process is gone", lambda s: os._exit(0)),
-    "raises what is no error of ours": ("no error of ours: ZeroDivisionError", lambda s: 1 / 0),
+    "raises what is not an error of ours": ("no error of ours: ZeroDivisionError", lambda s: 1 / 0),
 }
 
 

@@ -177,7 +177,7 @@ def test_a_tensor_that_the_head_shares_with_other_layers_gets_its_gradient() -> 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
 def test_the_gradient_of_a_sure_model_is_not_lost_to_rounding(dtype: torch.dtype, off: float) -> None:
-    """softmax - 1 is 1e-4 to 1e-10 of what it is made of; and e^1000 is no number."""
+    """softmax - 1 is 1e-4 to 1e-10 of what it is made of; and e^1000 is not a number."""
     torch.manual_seed(0)
     weight, labels = nn.Linear(64, 2000, bias=False).weight.detach().to(dtype), torch.arange(0, 2000, 500)
     for gain in (20.0, 40.0, 1000.0):

@@ -101,7 +101,7 @@ def test_the_parts_add_up() -> None:
     ("arguments", "words"),
     [
         (("--model", "no/such/model/here"), "There is no model folder"),
-        (("--model", "gpt2", "--memory", "much"), "is no size of memory"),
+        (("--model", "gpt2", "--memory", "much"), "is not a size of memory"),
         (("--model", "gpt2", "--method", "loro"), "Did you mean 'lora'"),
         (("--model", "gpt2", "--device", "tpu"), "is not one of cpu, cuda"),
         (("--model", "gpt2", "--devices", "2", "--strategy", "deepspeed"), "Plan strategy fsdp"),

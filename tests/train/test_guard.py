@@ -1,4 +1,4 @@
-"""A loss that is no number stops the run, with the reason."""
+"""A loss that is not a number stops the run, with the reason."""
 
 import json
 import math

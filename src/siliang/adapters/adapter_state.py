@@ -95,7 +95,7 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def _vocabulary_of(folder: str | None) -> int | None:
-    """The vocabulary's size that a base model's folder says; None where it is no folder here or does not say it."""
+    """The vocabulary's size that a base model's folder says; None where it is not a folder here or does not say it."""
     path = Path(folder or "") / "config.json"
     if not folder or not path.is_file():
         return None

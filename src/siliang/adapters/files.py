@@ -264,4 +264,6 @@ def adapter_folder(model_id: str | Path) -> Path:
     except (OSError, ValueError) as error:
         if off is not None:
             raise AdapterError(f"{model_id} is neither a folder here nor in the hub's cache; {off}.") from None
-        raise AdapterError(f"{model_id} is no folder here, and the hub did not give it: {first_line(error)}") from error
+        raise AdapterError(
+            f"{model_id} is not a folder here, and the hub did not give it: {first_line(error)}"
+        ) from error

@@ -74,7 +74,7 @@ class Injection(nn.Module):
         # not a child: PeftModel shows it, under PEFT's name for it
         self.__dict__["prompts"] = nn.ModuleDict()
         _ATTACHED.add(model)
-        # transformers' own would meet wrapped embeddings; __dict__, so that it is no child
+        # transformers' own would meet wrapped embeddings; __dict__, so that it is not a child
         if hasattr(model, "resize_token_embeddings"):
             model.__dict__["resize_token_embeddings"] = self.resize_token_embeddings
         for p in model.parameters():

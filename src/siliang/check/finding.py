@@ -89,7 +89,7 @@ class Rule:
 
 
 def _unwrapped(paragraph: str, label: str) -> str:
-    """The paragraph in one line, without its label; between Chinese characters a line's end is no blank."""
+    """The paragraph in one line, without its label; between Chinese characters a line's end is not a blank."""
     assert paragraph.startswith(label), paragraph
     text = paragraph.removeprefix(label).replace("\n", " ")
     return re.sub(f"(?<={CHINESE}) (?={CHINESE})|(?<={MARKS}) | (?={MARKS})", "", text)

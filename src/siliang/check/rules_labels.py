@@ -50,7 +50,7 @@ def missing_classes(s: Subject) -> Iterator[Found]:
     elif missing:
         shown = ", ".join(missing[:10])
         more, more_zh = (f" and {len(missing) - 10} more", " 等") if len(missing) > 10 else ("", "")
-        # a random split often leaves a rare tag without rows, which is no error; a class without rows is one
+        # a random split often leaves a rare tag without rows, which is not an error; a class without rows is one
         severity = "warning" if s.task.data.named == "tags" else None
         yield Found(
             Bilingual(
@@ -66,7 +66,7 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
 
     Cause: Labels are compared letter by letter: "a" and "a " with a blank, "1" and "1.0", "Positive" and "positive" are
     two classes each, although no text distinguishes them. "nan", "None", and -1 beside 0 and 1 usually mean that there
-    is no label; numbers with a decimal point are often measurements; "a,b" beside "a" and "b" is several labels in one.
+    is not a label; numbers with a decimal point are often measures; "a,b" with "a" and "b" is several labels in one.
 
     Fix: Write each class in one way, and remove rows without a label. Where the names are meant as they are, list them
     in data.labels, or accept this finding (accept: [SL020]).

@@ -32,7 +32,7 @@ def chat(
 ) -> None:
     """Ask the base model and any number of runs the same, and see the answers side by side as they are written.
 
-    One question a line, each on its own; from standard input where that is no terminal. An empty line ends it.
+    One question a line, each on its own; from standard input where that is not a terminal. An empty line ends it.
     """
     with importing():
         from siliang.cli.show import quiet_loading

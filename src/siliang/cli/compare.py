@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RayOption(TyperCommand):
-    """Lets --ray stand alone: what follows it is taken for an address only where it is no option and no settings
+    """Lets --ray stand alone: what follows it is taken for an address only where it is not an option and no settings
     file."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:

@@ -276,7 +276,7 @@ def _of_usage(error: Any, words: list[str]) -> ConfigError:
         )
     value = _given(getattr(getattr(error, "param", None), "opts", ()), words)
     if message.startswith("Invalid value") and value is not None and value not in message:
-        message = message.replace("Invalid value for", f"{_short(value)!r} is no value for", 1)
+        message = message.replace("Invalid value for", f"{_short(value)!r} is not a value for", 1)
     return ConfigError(f"{path}: {message.rstrip('.')}. `{path} --help` says what it takes.")
 
 

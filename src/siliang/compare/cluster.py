@@ -37,7 +37,7 @@ from siliang.compare import join  # noqa: E402
 from siliang.compare.host import VERSIONS, Host, version  # noqa: E402
 
 SAY_WAITING_S = 15.0
-EXTRA_BYTES = 2**30  # for what in a run's folder is no weight
+EXTRA_BYTES = 2**30  # for what in a run's folder is not a weight
 UNKNOWN_BYTES = 2**40  # that a run's folder may have where the base model's size is not known here
 CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", ALLOWED_CODE)  # to the workers, where they are set
 

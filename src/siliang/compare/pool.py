@@ -170,7 +170,7 @@ class Worker:
             message = read_message(line)
             if message is None:
                 self._process.kill()
-                sent = f"it sent {short_repr(line.strip())}, which is no message of a worker"
+                sent = f"it sent {short_repr(line.strip())}, which is not a message of a worker"
                 yield {"kind": "died", "error": f"{sent} (see {self._log})"}
                 return
             yield message

@@ -80,7 +80,7 @@ class Incoming:
         """Takes a message of the kind `file` or `folder`.
 
         Raises:
-            ClusterError: It is no piece of a run's folder.
+            ClusterError: It is not a piece of a run's folder.
         """
         if message["kind"] == "file":
             self.write(message["name"], message["bytes"])

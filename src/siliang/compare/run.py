@@ -108,7 +108,7 @@ class _Comparing:
                 self._do(test_trials(self.config, self.record.chosen))
         except KeyboardInterrupt:
             for trial in self.record.trials:
-                if trial.status == "running":  # the user stopped it: that is no attempt that failed
+                if trial.status == "running":  # the user stopped it: that is not an attempt that failed
                     trial.status, trial.attempts = "waiting", trial.attempts - 1
             self._save()
             done = sum(t.status == "completed" for t in self.record.trials)
@@ -280,7 +280,7 @@ class _Comparing:
                     self.listener.began(trial, number, len(trials))
                 case "say":
                     line = event.message["line"]
-                    # a rate that the search tries or has chosen is no mistake of the user's
+                    # a rate that the search tries or has chosen is not a mistake of the user's
                     if RATE_RULE not in line or "learning_rate" not in trial.settings:
                         self._say(line)
                 case "progress":

@@ -44,7 +44,7 @@ def _encoding(value: Any) -> Any:
             "a".encode(known.name)
         except (LookupError, UnicodeError, TypeError):
             raise ConfigError(
-                f"data.encoding = {value!r} is no encoding of text; auto, utf-8, utf-16, gb18030, big5, cp1252 ... are."
+                f"data.encoding = {value!r} is not a text encoding. Use auto, utf-8, utf-16, gb18030, big5, cp1252 ..."
             ) from None
     return value
 

@@ -55,7 +55,7 @@ def explain_value(found: ErrorDetails, path: str) -> str:
 
 
 def undecodable(value: Any, where: str = "") -> str | None:
-    """The first setting that holds bytes which are no text, as the command line's may; None where none does."""
+    """The first setting that holds bytes which are not text, as the command line's may; None where none does."""
     if isinstance(value, dict):
         parts = [(f"{where}.{key}".lstrip("."), inner) for key, inner in value.items()]
         return next((found for name, inner in parts if (found := undecodable(inner, name)) is not None), None)

@@ -32,7 +32,7 @@ def assign(values: dict[str, Any], assignment: str, schema: type[Settings]) -> N
         schema: What they become: where it has a text, the value is not taken for a number.
 
     Raises:
-        ConfigError: It is no assignment.
+        ConfigError: It is not an assignment.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():

@@ -100,7 +100,7 @@ def _method(value: Any) -> Any:
 def _adapter(value: Any) -> Any:
     if isinstance(value, str) and other_names.is_method(value) and not Path(value).exists():
         here = other_names.METHOD_VALUES.get(other_names.plain(value), f"method={other_names.plain(value)}")
-        raise ConfigError(f"adapter = {value!r} is no adapter: here that is {quoted(here.split())}.")
+        raise ConfigError(f"adapter = {value!r} is not an adapter: here that is {quoted(here.split())}.")
     return value
 
 
@@ -120,7 +120,7 @@ def _task(value: Any) -> Any:
 def _quantization(value: Any) -> Any:
     if value is None or isinstance(value, dict | QuantizationConfig):
         return value
-    raise ConfigError(f"quantization = {value!r} is no section.{name_here('quantization', RunConfig, value)}")
+    raise ConfigError(f"quantization = {value!r} is not a section.{name_here('quantization', RunConfig, value)}")
 
 
 class QuantizationConfig(Section):

@@ -164,7 +164,7 @@ class TrainConfig(Section):
 
     @property
     def nan_skips(self) -> int:
-        """Steps that may be left out because their loss or gradient is no number."""
+        """Steps that may be left out because their loss or gradient is not a number."""
         return int(self.on_nan.removeprefix("skip")) if self.on_nan != "stop" else 0
 
     def steps_per_epoch(self, rows: int) -> int:

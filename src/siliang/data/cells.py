@@ -64,7 +64,7 @@ def as_json(value: Any) -> str:
     try:
         text = json.dumps(_with_marks(value), ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError):
-        raise BadRow(f"holds what is no JSON (NaN, bytes ...): {short(value)}") from None
+        raise BadRow(f"holds what is not JSON (NaN, bytes ...): {short(value)}") from None
     return MARKED.sub(r"\1", text)
 
 

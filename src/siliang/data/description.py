@@ -138,7 +138,7 @@ def _check_header(folder: Path, header: dict[str, Any], source: str, *, own: str
     configs = header.get("configs") or []
     for config in configs if isinstance(configs, list) else [configs]:
         if not isinstance(config, dict):
-            raise DataError(f"{source}: `configs` is no list of mappings.")
+            raise DataError(f"{source}: `configs` is not a list of mappings.")
         for name in (*_named_files(config.get("data_files")), *_named_files(config.get("data_dir"))):
             _check_file(folder, name.removeprefix(own) if own and isinstance(name, str) else name, source)
 

@@ -68,7 +68,7 @@ def no_classes(found: Collection[str], rows: int) -> str | None:
     if rows >= FEW_ROWS and len(found) * 2 > rows:
         return (
             f"has {len(found):,} different values in {rows:,} rows, such as {', '.join(map(repr, sorted(found)[:3]))}: "
-            "these are no classes. Name the right column with data.columns.label."
+            "these are not classes. Name the right column with data.columns.label."
         )
     return None
 

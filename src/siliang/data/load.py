@@ -331,7 +331,7 @@ class _Reader:
         if problem := no_classes(found, len(train)) if part == "label" else None:
             raise DataError(f"{column} {problem}")
         if len(found) > MOST_CLASSES:
-            raise DataError(f"{column} has {len(found):,} different values: these are no classes.")
+            raise DataError(f"{column} has {len(found):,} different values: these are not classes.")
         if len(found) < least:
             raise DataError(f"{column} has one class only, {sorted(found)}: nothing to learn.")
         self.labels = sort_labels(found)

@@ -131,7 +131,7 @@ class EvalRows:
 
 
 def has_unanswered(examples: Sequence[Example]) -> bool:
-    """Whether some question has no answer in its context; False for rows that are no questions."""
+    """Whether some question has no answer in its context; False for rows that are not questions."""
     if not len(examples) or not isinstance(examples[0], Span):
         return False
     return any(isinstance(example, Span) and not example.answers for example in examples)

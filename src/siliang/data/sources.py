@@ -319,11 +319,11 @@ def _hub(source: str) -> Opened:
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
         if off is not None:
             raise DataError(
-                f"{source} is no file or folder here, and not in the cache of `datasets`; {off}.\n"
+                f"{source} is not a file or folder here, and not in the cache of `datasets`; {off}.\n"
                 "Save the data to a file (.jsonl, .parquet) and name that."
             ) from None
         raise DataError(
-            f"{source} is no file or folder here, and the hub did not give it: {first_line(error)}\n"
+            f"{source} is not a file or folder here, and the hub did not give it: {first_line(error)}\n"
             "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."
         ) from None
 

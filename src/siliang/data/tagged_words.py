@@ -16,7 +16,7 @@ from siliang.types import DataError
 COMMENT = re.compile(r"# *(\S+ *= |new(doc|par)\b)")  # CoNLL-U's
 WORD_NUMBER = re.compile(r"[0-9]+([-.][0-9]+)?")  # and of what it writes for two words at once, or for none
 NUMBERED_SENTENCES = 50  # looked at to know whether words are numbered
-MANY_COLUMNS = 8  # behind a word's number: CoNLL-U and its kind, whose last column is no tag
+MANY_COLUMNS = 8  # behind a word's number: CoNLL-U and its kind, whose last column is not a tag
 
 
 def tagged_rows(file: TextFile, name: str, reading: Reading) -> Iterator[Row]:
@@ -88,7 +88,7 @@ def _first_word_column(file: TextFile, name: str) -> int:
         raise DataError(f"{name}: its first column numbers the words, and no other holds them: write word and tag.")
     if most >= MANY_COLUMNS:
         raise DataError(
-            f"{name}: {most} columns that begin with a word's number, as in CoNLL-U, whose last column is no tag: keep "
+            f"{name}: {most} columns that start with a word's number, as in CoNLL-U. The last is not a tag: keep "
             "the columns of the word and of its tag (of CoNLL-U 2 and 4), and its empty lines."
         )
     return 1

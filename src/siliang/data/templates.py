@@ -325,7 +325,7 @@ def _read_template(path: Path, stamp: int) -> Template:
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(
-                f"{path}: {key} is no part of a template.{nearest(key, fields)} Allowed: {', '.join(fields)}."
+                f"{path}: {key} is not part of a template.{nearest(key, fields)} Allowed: {', '.join(fields)}."
             )
         wanted = bool if fields[key].type == "bool" else str
         if not isinstance(value, wanted):

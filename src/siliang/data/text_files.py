@@ -84,7 +84,7 @@ def find_text(path: Path, encoding: str = "auto") -> TextFile:
     marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
     if encoding != "auto":
         name = codecs.lookup(encoding).name
-        if name == "utf-8":  # a mark is no text
+        if name == "utf-8":  # a mark is not text
             name = "utf-8-sig"
         try:
             found = _through(path, name)

@@ -99,7 +99,7 @@ def turns_of(turns: Any, column: str) -> list[Message]:
 
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow("is no object")
+        raise BadRow("is not an object")
     named = str(_first(turn, "role", "from")).lower()
     role = ROLES.get(named)
     if role is None:
@@ -109,7 +109,7 @@ def _message(turn: Any) -> Message:
             raise BadRow(f"has {name!r}: siliang trains on text alone")
     content, reasoning = _content(_first(turn, "content", "value"), role)
     if role == "user" and (mark := media_in(content)):
-        raise BadRow(f"holds {mark}, the place of something that is no text: siliang trains on text alone")
+        raise BadRow(f"holds {mark}, the place of something that is not text: siliang trains on text alone")
     reasoning = _reasoning(turn, role) or reasoning
     trained = _trained(turn, role)
     if named in CALLING:
@@ -237,7 +237,7 @@ def read_pair(instruction: str, output: str) -> Callable[[Values, Columns], Resu
         if not question.strip() and not about.strip():
             return f"has an empty {asked!r}"
         if mark := media_in(f"{question}\n{about}"):
-            return f"holds {mark}, the place of something that is no text: siliang trains on text alone"
+            return f"holds {mark}, the place of something that is not text: siliang trains on text alone"
         messages = [Message("user", question, about), Message("assistant", answer)]
         if system := cell(values, c.system).strip():
             messages.insert(0, Message("system", system))
@@ -272,10 +272,10 @@ def _history(values: Values) -> list[tuple[str, str]]:
         try:
             history = parse_json(history, foreign=True)
         except JsonError:
-            raise BadRow(f"has a 'history' that is no list of [question, answer]: {short(history)}") from None
+            raise BadRow(f"has a 'history' that is not a list of [question, answer]: {short(history)}") from None
     if not given(history):
         return []
     rounds: list[Any] = list(history) if isinstance(history, list | tuple) else [history]
     if not all(isinstance(h, list | tuple) and len(h) == 2 for h in rounds):
-        raise BadRow(f"has a 'history' that is no list of [question, answer]: {short(history)}")
+        raise BadRow(f"has a 'history' that is not a list of [question, answer]: {short(history)}")
     return [(as_text(h[0]), as_text(h[1])) for h in rounds]

@@ -16,7 +16,7 @@ def grow_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> int:
     """
     for token in tokens:
         if not token.strip():
-            raise ConfigError(f"data.add_tokens holds {token!r}, which is no token.")
+            raise ConfigError(f"data.add_tokens holds {token!r}, which is not a token.")
     if len(set(tokens)) != len(tokens):
         twice = next(t for t in tokens if list(tokens).count(t) > 1)
         raise ConfigError(f"data.add_tokens holds {twice!r} twice.")

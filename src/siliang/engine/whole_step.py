@@ -139,7 +139,7 @@ def _firsts(batches: Sequence[Batch]) -> list[int]:
 
 
 def _numbered(batch: Batch, first: int) -> Batch:
-    """With numbers of its entries, where it has none and is no dummy."""
+    """With numbers of its entries, where it has none and is not a dummy."""
     if batch.entries or not batch.weight:
         return batch
     return replace(batch, entries=tuple(range(first, first + len(batch))))

@@ -263,7 +263,7 @@ class Tracker(TorchDispatchMode):
 def resizes_seen(then: Callable[[Any], None]) -> Iterator[None]:
     """Within the block `then` is called with each storage that is resized, in the whole process.
 
-    Resizing is no operator, and FSDP frees and allocates a layer's weights with it: there is no other place to see it.
+    Resizing is not an operator, and FSDP frees and allocates a layer's weights with it: only here can it be seen.
     """
     resize: Any = torch.UntypedStorage.resize_
 

@@ -3,7 +3,7 @@
     y = layer(x; W' = f(W))
 
 The module needs not be a linear layer: mixtures of experts hold the weights of all experts in one tensor (E, O, I),
-which is no module's `weight` (PEFT's `target_parameters`).
+which is not a module's `weight` (PEFT's `target_parameters`).
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class PeftConfig:
         """Reads adapter_config.json from a local adapter folder; `PeftConfig.from_pretrained` finds the class itself.
 
         Raises:
-            AdapterError: The file is missing, is no JSON, or names a method that siliang does not have.
+            AdapterError: The file is missing, is not JSON, or names a method that siliang does not have.
         """
         path = Path(folder) / CONFIG_NAME
         missing = AdapterError(f"{folder} holds no adapter: {CONFIG_NAME} is missing there.")

@@ -27,8 +27,8 @@ MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many l
 
 
 def check_fields(config: DataclassInstance) -> None:
-    """Checks each field of a dataclass, strictly: "16" is no number, nor is true. Sets and tuples become lists, words
-    of an enum its members.
+    """Checks each field of a dataclass, strictly: "16" is not a number, nor is true. Sets and tuples become lists, and
+    the words of an enum become its members.
 
     Raises:
         ConfigError: A value is not what its field's type allows.

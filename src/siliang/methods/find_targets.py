@@ -60,7 +60,7 @@ def find_targets(
         also_named: Other settings that name modules, which must be there.
 
     Raises:
-        TargetError: A name or the regex matches nothing, or a match is no layer that the method can wrap.
+        TargetError: A name or the regex matches nothing, or a match is not a layer that the method can wrap.
     """
     modules = dict(plain_modules(model))
     fitting = [p for p, m in modules.items() if supports(m) and not inside(p, outside)]

@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 class LayerAdapter(ABC):
     """One adapter on one layer: the method's equation.
 
-    It is no module. Its parts (modules and parameters) are registered on the layer, under PEFT's names, and are read
+    It is not a module. Its parts (modules and parameters) are registered on the layer, under PEFT's names, and are read
     there each time, because moving or sharding a model may replace them.
 
     Args:

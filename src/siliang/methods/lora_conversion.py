@@ -33,7 +33,7 @@ def as_plain_lora(
         raise ConfigError(f"Only LoRA can be converted to LoRA on the plain base model, not {config.peft_type}.")
     if config.use_dora or config.init_lora_weights == "loftq":
         raise ConfigError(
-            "With use_dora or init_lora_weights='loftq' the change of the weight is no product of B and A."
+            "With use_dora or init_lora_weights='loftq' the change of the weight is not a product of B and A."
         )
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ConfigError(

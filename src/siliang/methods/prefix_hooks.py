@@ -89,7 +89,7 @@ class PrefixHooks(PromptHooks):
             return (real.cumsum(1) + self.V) * real + padding
         seen, N, mask = cached_tokens(named), given.shape[1], named.get("attention_mask")
         embed = getattr(module, "embed_positions", None)
-        # OPT counts the tokens that are no padding; BioGPT, which has the same argument, counts all
+        # OPT counts the tokens that are not padding; BioGPT, which has the same argument, counts all
         counts = "attention_mask" in parameters_of(embed) and type(module).__name__ != "BioGptModel"
         if isinstance(mask, Tensor) and mask.dim() == 2 and counts:
             return ((mask.long().cumsum(1) + self.V) * mask.long() - 1)[:, -N:]

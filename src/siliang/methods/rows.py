@@ -36,7 +36,7 @@ class Rows:
             tokens: How many tokens a row has: the widths of the token tensors.
 
         Raises:
-            ConfigError: The batch is no multiple of the names.
+            ConfigError: The batch is not a multiple of the names.
         """
         if batch % len(self.names):
             raise ConfigError(f"adapter_names has {len(self.names)} names for a batch of {batch}: one for each row.")

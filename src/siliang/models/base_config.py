@@ -29,7 +29,7 @@ def load_config(name: str, *, revision: str | None = None) -> Any:
     """A base model's config.
 
     Raises:
-        ModelError: `name` is no model, here or on the hub.
+        ModelError: `name` is not a model, here or on the hub.
         OwnCodeError: It brings code of its own, which the user has not allowed.
     """
     check_folder(name, revision)
@@ -110,7 +110,7 @@ def why_not(name: str, error: Exception, what: str = "model") -> str:
     if "weights_only" in why:  # torch would advise to run what is in the file
         why = "a .bin file of its weights holds something else than tensors, or is damaged."
     if not Path(name).is_dir():
-        return f"{name} is no folder here, and the hub did not give its {what}: {why}"
+        return f"{name} is not a folder here, and the hub did not give its {what}: {why}"
     return f"{name}: its {what} cannot be loaded: {why}"
 
 

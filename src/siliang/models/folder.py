@@ -94,7 +94,7 @@ def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
     for file in _listed(values.get("fast_tokenizer_files")):
         if not isinstance(file, str) or not VERSIONED.fullmatch(file):
             raise ModelError(
-                f"{path} names {short_repr(file)} among fast_tokenizer_files, which is no file of its folder."
+                f"{path} names {short_repr(file)} among fast_tokenizer_files, which is not a file of its folder."
             )
     for key in SPECIAL:
         if isinstance(tokens := values.get(key), dict | list) and len(tokens) > MOST_SPECIAL:
@@ -117,7 +117,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The values of a config of a model's or a tokenizer's.
 
     Raises:
-        ModelError: It cannot be read, or is no mapping.
+        ModelError: It cannot be read, or is not a mapping.
     """
     values = read_values(path, ModelError, "cannot be read", most_bytes=MOST_CONFIG_BYTES, foreign=True)
     if not isinstance(values, dict):
@@ -136,7 +136,7 @@ def check_index(path: Path) -> None:
             raise ModelError(f"{path} names {short_repr(name)}, which is not in the model's folder.")
         inside(path.parent, name, kind=ModelError, source=str(path))
         if path.name in WEIGHT_FILES and not name.endswith((".safetensors", ".bin")):
-            raise ModelError(f"{path} names {short_repr(name)}, which is no file of weights (.safetensors or .bin).")
+            raise ModelError(f"{path} names {short_repr(name)}, which is not a file of weights (.safetensors or .bin).")
 
 
 def parts_of(index: Path) -> list[Any]:
@@ -169,7 +169,7 @@ def clean_quantization(source: str, values: Any) -> dict[str, Any]:
         ModelError: They are of a kind that siliang does not load, or a field has a value that is not allowed.
     """
     if not isinstance(values, dict):
-        raise ModelError(f"{source}: quantization_config in its config.json is no mapping.")
+        raise ModelError(f"{source}: quantization_config in its config.json is not a mapping.")
     values = {key.removeprefix("_"): value for key, value in values.items() if isinstance(key, str)}
     kind = values.get("quant_method", "bitsandbytes")
     four, eight = (values.get(f"load_in_{bits}bit") is True for bits in (4, 8))

@@ -101,7 +101,7 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a module's forward by name; none of what is no module."""
+    """The arguments of a module's forward by name; none of what is not a module."""
     return inspect.signature(module.forward).parameters if isinstance(module, nn.Module) else {}
 
 

@@ -229,15 +229,15 @@ def _classes(name: str, configs: dict[str, bytes]) -> Iterator[tuple[str, str]]:
         if isinstance(said, list):  # of tokenizers of long ago
             said = {"AutoTokenizer": said}
         if not isinstance(said, dict):
-            raise ModelError(f"{name}: auto_map in its {file} is no mapping.")
+            raise ModelError(f"{name}: auto_map in its {file} is not a mapping.")
         for auto, named in said.items():
             for value in named if isinstance(named, list) else [named]:
                 if value is None:
                     continue
                 if not isinstance(value, str) or not re.fullmatch(r"[^\W\d]\w*\.[^\W\d]\w*", value):
                     raise ModelError(
-                        f"{name}: auto_map in its {file} names {short_repr(value)}, which is no class of a file in its "
-                        "own folder; code from elsewhere is never run."
+                        f"{name}: auto_map in its {file} names {short_repr(value)}, which is not a class of a file in "
+                        "its own folder; code from elsewhere is never run."
                     )
                 yield str(auto), value  # of a tokenizer's two, the fast one, which is the second
 

@@ -55,7 +55,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     if files and len(set(tokenizer.get_vocab()) - special) < 2:
         raise ModelError(_no_tokenizer(name, files))
     if type(longest := tokenizer.model_max_length) not in (int, float):
-        raise ModelError(f"{name}: model_max_length = {short_repr(longest)} in its tokenizer_config.json is no number.")
+        raise ModelError(
+            f"{name}: model_max_length = {short_repr(longest)} in its tokenizer_config.json is not a number."
+        )
     if tokenizer.pad_token_id is None:
         # safe: batches mask padding by position, never by the token's number
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -64,7 +66,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
         tokenizer.convert_tokens_to_ids(
             "\uff01 no word \uff01"
         )  # which asks for the unknown word for ever, if it is none
-    except Exception as error:  # the tokenizers library raises Exception itself, as where its unknown word is no word
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises Exception itself, as where its unknown word is not a word
         raise ModelError(f"{name}: its tokenizer makes no tokens of a text: {first_line(error)}") from None
     return tokenizer
 

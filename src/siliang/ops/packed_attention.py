@@ -55,7 +55,7 @@ class Bucket:
         return flat if self.index is None else _gather(flat, self.index)
 
     def real(self, device: torch.device) -> Tensor | None:
-        """Which keys are no padding, (S, 1, 1, width); None where all are none."""
+        """Which keys are not padding, (S, 1, 1, width); None where all are none."""
         if self.index is None:
             return None
         lengths = torch.tensor(self.lengths, device=device)

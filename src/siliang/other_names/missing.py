@@ -72,7 +72,7 @@ ROWS: tuple[Row, ...] = (
     ),
     nothing(
         "generation_max_length val_max_target_length max_new_tokens",
-        "it is no setting of a training: evaluations write up to data.max_target_length, `siliang generate` has "
+        "it is not a setting of a training: evaluations write up to data.max_target_length, `siliang generate` has "
         "--max-new-tokens.",
     ),
     nothing(

@@ -16,7 +16,7 @@ class Row:
         names: What others call it.
         example: A value that is good for it, as for --set.
         values: What is written otherwise here: the others' value, and the assignments that say it. A value of None
-            means: nothing has to be set. With `values`, others than these are no values of the setting, unless
+            means: nothing has to be set. With `values`, others than these are not values of the setting, unless
             `any_value`.
         any_value: Values that are not in `values` are good as they stand.
         note: What else is to be known, a sentence.
@@ -38,5 +38,5 @@ def row(setting: str, names: str, example: str = "", **more: Any) -> Row:
 
 
 def nothing(names: str, note: str) -> Row:
-    """What is no setting here."""
+    """What is not a setting here."""
     return Row("", tuple(names.split()), note=note)

@@ -205,7 +205,7 @@ class Record(Saved):
                 raise ConfigError(f"config.{name} = {short_repr(was)}: a record has it as {short_repr(whole)}.")
         for name, asked in self.adjusted.items():
             if "." not in name or name not in _names(self.config):
-                raise ConfigError(f"adjusted: {shortened(name, SHOWN)!r} is no setting.")
+                raise ConfigError(f"adjusted: {shortened(name, SHOWN)!r} is not a setting.")
             RunConfig.recorded(_with(self.config, name, asked))
         if config.task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) and not self.labels:
             raise ConfigError(f"labels must be a list of names: its task is {config.task.lower()}.")

@@ -119,7 +119,7 @@ def explained(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{field} is missing"
     if first["type"] == "extra_forbidden":
-        return f"{field} is no field of such a record"
+        return f"{field} is not a field of such a record"
     message = first["msg"].removeprefix("Value error, ")
     return f"{field} = {short_repr(first['input'])}: {message[:1].lower()}{message[1:]}"
 

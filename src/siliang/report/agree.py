@@ -93,7 +93,7 @@ def _found(
 def _method(values: dict[str, object], source: str) -> MethodConfig:
     """
     Raises:
-        ConfigError: They are no method's settings.
+        ConfigError: They are not the settings of a method.
     """
     try:
         return MethodConfig.model_validate(values)

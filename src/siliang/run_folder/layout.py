@@ -98,7 +98,7 @@ def read_config(folder: Path) -> RunConfig:
     """The resolved config of a run.
 
     Raises:
-        ConfigError: The folder is no run.
+        ConfigError: The folder is not a run.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -113,7 +113,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def _what_else(folder: Path) -> str:
-    """What a folder is that is no run's."""
+    """What a folder is that is not a run's."""
     if not folder.exists():
         others = [p.name for p in checkpoints(folder.parent).values()] if folder.parent.name == CHECKPOINTS else []
         names = ", ".join(others)

@@ -145,7 +145,7 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         force: Use it also where its base model or its data have changed since it was trained.
 
     Raises:
-        ConfigError: The folder is no run, a link in it leads out, the run was not finished, or run.yaml says what it
+        ConfigError: The folder is not a run, a link in it leads out, the run was not finished, or run.yaml says what it
             was not trained with.
         ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
@@ -205,7 +205,7 @@ def open_run(
         dtype: As for `open_trained`, and so `device` and `quantized`.
 
     Raises:
-        ConfigError: The folder is no run, or the run was not finished.
+        ConfigError: The folder is not a run, or the run was not finished.
         ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
     """

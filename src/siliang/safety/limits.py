@@ -191,7 +191,7 @@ def _receive(process: subprocess.Popen[bytes], until: float) -> Any:
     Raises:
         TimeoutError: It is not there in time.
         EOFError: The process has ended.
-        ValueError: It is no answer.
+        ValueError: It is not an answer.
     """
     length = int.from_bytes(_read(process, 4, until), "big")
     if length > MOST_BYTES:
@@ -237,7 +237,7 @@ def render(template: str, names: dict[str, Any], jobs: Sequence[tuple[Any, Any, 
 
     Raises:
         LimitError: It takes too much time or memory, or writes too much.
-        RefusedError: It is no template.
+        RefusedError: It is not a template.
     """
     key = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
     found = _PROCESS.call("render", key, None, names, jobs) if key in _PROCESS.templates else None
@@ -276,7 +276,7 @@ def in_time(function: Callable[[], T], seconds: float) -> T:
 
     Raises:
         LimitError: It takes longer.
-        RefusedError: It ended in an error of the tokenizers library, whose kind is no Exception.
+        RefusedError: It ended in an error of the tokenizers library, whose kind is not an Exception.
     """
     results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 

@@ -35,7 +35,7 @@ def find(
         whole: The pattern must match the whole text, not only its beginning.
 
     Raises:
-        TargetError: One is no regular expression, or takes too long, or too much memory.
+        TargetError: One is not a regular expression, or takes too long, or too much memory.
     """
     before, behind = around
     full = [f"{before}{pattern}{behind}" for pattern in patterns]
@@ -47,7 +47,7 @@ def find(
         if bad is not None:
             (alone,) = match([patterns[bad]], [], whole=whole)  # says where in the pattern itself
             why = alone if isinstance(alone, str) else found[bad]
-            raise TargetError(f"{field}: {short_repr(patterns[bad])} is no regular expression: {why}.")
+            raise TargetError(f"{field}: {short_repr(patterns[bad])} is not a regular expression: {why}.")
     except LimitError as error:
         which = short_repr(patterns[0]) if len(patterns) == 1 else "a pattern"
         why = "takes too long to match" if isinstance(error, TimeLimitError) else "takes too much memory"

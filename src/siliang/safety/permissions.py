@@ -33,12 +33,12 @@ def allow_code(sha256: str) -> None:
         sha256: Of the model's folder, as the error for such a model gives it: 64 hexadecimal digits.
 
     Raises:
-        ConfigError: It is no SHA-256.
+        ConfigError: It is not a SHA-256.
     """
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ConfigError(
-            f"--allow-code {shortened(sha256, 80)!r} is no SHA-256 of a model's code: that has 64 hexadecimal digits, "
-            "and the error for such a model gives it."
+            f"--allow-code {shortened(sha256, 80)!r} is not a SHA-256 of a model's code. It has 64 hexadecimal digits; "
+            "the error for such a model shows it."
         )
     given = os.environ.get(VARIABLE, "").split(",")
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*filter(None, given), sha256.lower()]))
@@ -120,4 +120,4 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(f"{path} allows models' code, and others may write to it: chmod go-w it, and look into it.")
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-        raise ConfigError(f"{path} is no plain file.")
+        raise ConfigError(f"{path} is not a plain file.")

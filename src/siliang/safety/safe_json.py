@@ -36,7 +36,7 @@ def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False)
         foreign: As for `parse_json`.
 
     Raises:
-        JsonError: It is no JSON in UTF-8, or goes beyond the limits. Its text begins with the line, where that is
+        JsonError: It is not JSON in UTF-8, or goes beyond the limits. Its text begins with the line, where that is
             known.
         OSError: The file cannot be read.
     """
@@ -44,7 +44,7 @@ def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False)
     number = os.open(path, os.O_RDONLY | (0 if sys.platform == "win32" else os.O_NONBLOCK))
     with os.fdopen(number, "rb") as opened:
         if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise JsonError("it is no plain file")
+            raise JsonError("it is not a plain file")
         content = opened.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise JsonError(f"it has more than {most_bytes:,} bytes")
@@ -68,7 +68,7 @@ def read_values(
 
     Args:
         kind: The class of the error.
-        said: What the error says of a file that is no JSON, behind its name.
+        said: What the error says of a file that is not JSON, behind its name.
         missing: The error for a file that is not there, where that has one of its own.
         most_bytes: As for `read_json`.
         foreign: As for `parse_json`.
@@ -94,7 +94,7 @@ def parse_json(text: str, *, foreign: bool = False) -> Any:
             Infinity for numbers. Otherwise both are errors.
 
     Raises:
-        JsonError: It is no JSON, nested too deeply, has a number with too many digits or beyond the range of numbers,
+        JsonError: It is not JSON, nested too deeply, has a number with too many digits or beyond the range of numbers,
             or half of a character of UTF-16.
     """
     reader = _Reader(text)

@@ -62,7 +62,7 @@ class _Dumper(yaml.SafeDumper):
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     if WHOLE.match(text) is None:
-        raise _wrong(node, "is no whole number")
+        raise _wrong(node, "is not a whole number")
     number = int(text.replace("_", ""), 0) if len(text) <= LONGEST_NUMBER else MAX_NUMBER
     if abs(number) >= MAX_NUMBER:
         raise _wrong(node, "is larger than any setting: at most 64 bits")
@@ -72,7 +72,7 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
 def _decimal_number(loader: _Loader, node: yaml.ScalarNode) -> float:
     text = loader.construct_scalar(node)
     if DECIMAL.match(text) is None and WHOLE.match(text) is None:
-        raise _wrong(node, "is no number")
+        raise _wrong(node, "is not a number")
     if len(text) > LONGEST_NUMBER:
         raise _too_long(node.value, node.start_mark.line + 1)
     plain = text.replace("_", "")
@@ -121,7 +121,7 @@ def read_text(path: Path) -> str:
     with path.open("rb") as opened:
         content = opened.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise YamlError(f"more than {MAX_CHARACTERS:,} characters are no settings")
+        raise YamlError(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
         text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -134,7 +134,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a yaml file.
 
     Raises:
-        ConfigError: The file is missing, is no yaml, goes beyond what settings need, or is no mapping.
+        ConfigError: The file is missing, is not yaml, goes beyond what settings need, or is not a mapping.
     """
     try:
         values = parse_yaml(read_text(path))
@@ -158,11 +158,11 @@ def parse_yaml(text: str) -> Any:
     """The value of a yaml text, by yaml's safe loader.
 
     Raises:
-        YamlError: It is no yaml, too long, too deep, or unfolds to too much; a number has too many digits, or a mapping
-            has a name twice.
+        YamlError: It is not yaml, too long, too deep, or too large when its references are expanded; a number has too
+            many digits, or a mapping has a name twice.
     """
     if len(text) > MAX_CHARACTERS:
-        raise YamlError(f"more than {MAX_CHARACTERS:,} characters are no settings")
+        raise YamlError(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
         _measure(text)
         return yaml.load(text, Loader=_Loader)
@@ -184,10 +184,10 @@ def check_yaml(text: str) -> None:
     """Refuses what would take another program's loader, of YAML 1.1, much time or memory.
 
     Raises:
-        YamlError: It is no yaml, too long, too deep, unfolds to too much, or holds a number of too many digits.
+        YamlError: It is not yaml, too long, too deep, unfolds to too much, or holds a number of too many digits.
     """
     if len(text) > MAX_CHARACTERS:
-        raise YamlError(f"more than {MAX_CHARACTERS:,} characters are no settings")
+        raise YamlError(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
         _measure(text, most_values=MAX_VALUES_OF_OTHERS)
         for token in yaml.scan(text, Loader=yaml.SafeLoader):

@@ -44,7 +44,7 @@ def cross_entropy_of_ends(output: Any, batch: Batch) -> Tensor:
     import torch
     import torch.nn.functional as F
 
-    # an answer is no padding: with it among the choices the loss would depend on the longest row of the batch
+    # an answer is not padding: with it among the choices the loss would depend on the longest row of the batch
     padding = torch.arange(batch.width)[None] >= torch.tensor(batch.lengths)[:, None]
     padding = padding.to(output.start_logits.device)
     ends = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))

@@ -264,7 +264,7 @@ class Training:
         self._evaluation_due, due.evaluate, due.save = due.evaluate, False, True
 
     def _check(self) -> None:
-        """Stops at a loss or gradient that is no number. Waits for the device."""
+        """Stops at a loss or gradient that is not a number. Waits for the device."""
         if bad := self.guard.check():
             rows = tuple(row for rows in self.prepared.ranks.gather(bad.rows) for row in rows)
             raise bad_step_error(self.prepared, replace(bad, rows=rows))

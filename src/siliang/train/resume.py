@@ -46,8 +46,8 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
     """Looks at the run in `folder`, which is to go on with the settings of `config`.
 
     Raises:
-        ConfigError: `folder` is no run, a link in it leads out, or a setting is another by now that has shaped the run
-            already.
+        ConfigError: `folder` is not a run, a link in it leads out, or a setting has changed that has already shaped the
+            run.
         ModelError: The base model is gone, or another by now, and `force` is off.
         DataError: The data has changed, and `force` is off.
     """

@@ -39,7 +39,7 @@ class Chat:
             force: Go on also where a base model has changed since the training.
 
         Raises:
-            ConfigError: A folder is no finished run, or the runs do different things.
+            ConfigError: A folder is not a finished run, or the runs do different things.
             ModelError: A base model is gone, or another by now.
         """
         self._device = device
@@ -47,7 +47,7 @@ class Chat:
         for folder, run in zip(folders, self._runs, strict=True):
             task = TASKS[run.config.task]
             if task.example_prompt is None:
-                raise ConfigError(f"{folder} was trained for {task.title}, which is no chat: use `siliang eval`.")
+                raise ConfigError(f"{folder} was trained for {task.title}, which is not a chat: use `siliang eval`.")
         self.notes = [note for run in self._runs for note in run.trained.notes]
         tasks = {run.config.task for run in self._runs}
         writing = {TASKS[task].writes for task in tasks}

@@ -208,7 +208,7 @@ class ChatGLMTokenizer(PythonBackend):
     # ---- ids to texts ----
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of pieces; of bytes that are no whole character, U+FFFD. Special tokens are shown as they are."""
+        """The text of pieces; of bytes that are not a whole character, U+FFFD. Special tokens are shown as they are."""
         text = bytearray()
         for i, token in enumerate(tokens):
             if token in self._added_tokens_encoder:

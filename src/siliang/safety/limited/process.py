@@ -116,7 +116,7 @@ def main() -> None:
             answer = ["limit", str(error)]
         except MemoryError:
             answer = ["limit", f"it wants more than {EXTRA_BYTES // 2**20} MiB of memory"]
-        except BaseException as error:  # tokenizers has one that is no Exception
+        except BaseException as error:  # tokenizers has one that is not an Exception
             answer = ["error", in_a_line(error)]
         _write(answer)
         if answer[0] == "limit":

@@ -31,7 +31,7 @@ def look_at_tokenizer(text: str) -> str | None:
     """
     values = json.loads(text)
     if not isinstance(values, dict):
-        return "it is no tokenizer"
+        return "it is not a tokenizer"
     rules = [values.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]
     growth = 1.0
     for rule in _rules(rules):
