@@ -108,7 +108,7 @@ def test_head_alone() -> None:
         (["q_poj", "v_proj"], "'q_poj' matches no module of LlamaForCausalLM. Did you mean 'q_proj'"),
         (["nothing"], "Layers that can be tuned: down_proj, embed_tokens, gate_proj"),
         (r".*\.nothing", "matches no module"),
-        ("(", "no regular expression"),
+        ("(", "not a regular expression"),
         (["self_attn"], "is a LlamaAttention, which LORA cannot wrap"),
     ],
 )

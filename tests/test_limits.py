@@ -84,7 +84,7 @@ def test_named_templates_without_one_for_conversations() -> None:
     [
         (r"([a-z_.0-9]+)+[A-Z]", "takes too long"),
         ("(?:a|b)?" * 200_000, "takes too (long|much)"),
-        ("(" * 5000 + ")" * 5000, "no regular expression"),
+        ("(" * 5000 + ")" * 5000, "not a regular expression"),
     ],
 )
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_the_users_file_is_the_users_alone(own: Path, tmp_path: Path, mark: Path
         assert "is damaged" in refused(*command)
     path.unlink()
     os.mkfifo(path)
-    assert "no plain file" in refused(*command)
+    assert "not a plain file" in refused(*command)
     assert not mark.exists()
 
 

@@ -131,7 +131,7 @@ def test_json_is_read_from_plain_files_of_bounded_size(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('"' + "a" * 100 + '"')
     with pytest.raises(JsonError, match="more than 100 bytes"):
         read_json(tmp_path / "a.json", most_bytes=100)
-    with pytest.raises(JsonError, match="no plain file"):
+    with pytest.raises(JsonError, match="not a plain file"):
         read_json(Path("/dev/zero"))
 
 
@@ -189,7 +189,7 @@ def test_json_within_a_row_is_bounded(text: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "run.json")
-    with pytest.raises(JsonError, match="no plain file"):
+    with pytest.raises(JsonError, match="not a plain file"):
         read_json(tmp_path / "run.json")
     with pytest.raises(ConfigError, match=r"run.json is neither a file nor a folder"):
         gather([tmp_path])

@@ -196,11 +196,11 @@ class Large:
         ),
         (
             {"a": torch.eye(2).to_sparse()},
-            "no tensor",
+            "not a tensor",
         ),
-        ({"a": torch.empty(10**12, device="meta")}, "no tensor"),
+        ({"a": torch.empty(10**12, device="meta")}, "not a tensor"),
         ({"a": Large()}, "bytearray"),
-        ({"a": 5}, "no plain tensor"),
+        ({"a": 5}, "not a plain tensor"),
         ([torch.zeros(2)], "no dictionary"),
     ],
 )

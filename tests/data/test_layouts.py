@@ -92,7 +92,7 @@ def test_labels_of_strange_digits_do_not_crash(labels: list[str] | None, tmp_pat
     [
         ([{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["z"]}], "has a list in 'label': several labels"),
         ([{"text": "a", "label": 0.5}, {"text": "b", "label": 3}], "'label' holds numbers such as 0.5: .* regression"),
-        ([{"text": f"t{i}", "label": f"id{i}"} for i in range(30)], "30 different values in 30 rows, .* no classes"),
+        ([{"text": f"t{i}", "label": f"id{i}"} for i in range(30)], "30 different values in 30 rows, .* not classes"),
         ([{"text": "a", "label": "['x', 'y']"}, {"text": "b", "label": "['x']"}], "'label' holds lists such as"),
         ([{"text": "a", "label": {"k": 1}}, {"text": "b", "label": "x"}], "d.jsonl:1 has an object in 'label'"),
         ([{"text": ["a"], "label": "y"}, {"text": "b", "label": "x"}], "d.jsonl:1 has a list in 'text'"),
