@@ -7,12 +7,17 @@ import json
 import pickle
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from siliang.check import RULES
-from siliang.language import Bilingual, both, local, padded, width
+from siliang.config import RunConfig, Setting, describe
+from siliang.config.comparison import MethodEntry, describe_settings
+from siliang.config.data import Source
+from siliang.config.run import MethodConfig, QuantizationConfig
+from siliang.language import Bilingual, both, filled, joined, local, padded, width
 from siliang.types import ConfigError
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "siliang"
@@ -81,6 +86,43 @@ def test_pages_of_rules(code: str) -> None:
         assert CHINESE.search(text.zh) and not TYPEWRITTEN.search(text.zh) and "\n" not in rule.cause.zh
         text.zh.replace("Ã©、â€", "").encode("gbk")
     assert not rule.title.zh.endswith("。") and rule.fix.zh.endswith("。") and rule.cause.zh.endswith("。")
+
+
+OTHERS = [
+    setting for section in (MethodEntry, MethodConfig, QuantizationConfig, Source) for setting in describe(section)
+]
+
+
+SECTIONS = (MethodEntry, MethodConfig, QuantizationConfig, Source)  # not listed, or listed as one value
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [*describe(RunConfig), *describe_settings(), *chain.from_iterable(map(describe, SECTIONS))],
+    ids=lambda s: s.name,
+)
+def test_meanings_of_settings(setting: Setting) -> None:
+    en, zh = str(setting.meaning), setting.meaning.zh
+    assert en and not CHINESE.search(en) and en.endswith(".")
+    assert CHINESE.search(zh) and not TYPEWRITTEN.search(zh) and zh.endswith("。") and "  " not in zh
+    zh.encode("gbk")
+    # settings, values and numbers are the same
+    words = re.compile(r"`[^`]+`|\w+_\w+|\d[\d,.:]*\d|\d|SL\d+|--\w+|\{.*?\}", re.ASCII)
+    assert set(words.findall(en)) == set(words.findall(zh))
+
+
+def test_lines_of_two_languages() -> None:
+    assert joined("一行，\n  另一行 a\n  b\n另一行") == "一行，另一行 a b 另一行"
+    assert (
+        filled("aaa bbb ccc", 8) == "aaa bbb\nccc"
+        and filled("aaa bbbbbbbbbbbb c", 8, "  ") == "  aaa\n  bbbbbbbbbbbb\n  c"
+    )
+    assert filled("一二三四五。", 10) == "一二三四\n五。" and filled("一二（三）四", 7) == "一二\n（三）\n四"
+    text = " ".join(setting.meaning.zh for setting in describe(RunConfig))
+    lines = filled(text, 60, "  ").splitlines()
+    assert all(width(line) <= 60 or " " not in line.strip() for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert not any(line.lstrip()[0] in "，。；：、）" for line in lines)
 
 
 def test_bilingual(monkeypatch: pytest.MonkeyPatch) -> None:

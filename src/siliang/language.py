@@ -6,10 +6,12 @@ Both texts of a message stand beside each other, where it is made; tests/test_la
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from typing import Literal, Self
 
 Language = Literal["en", "zh"]
+CHINESE, MARKS = "[一-鿿“”（《]", "[，。；：、）？！]"
 
 
 def language() -> Language:
@@ -51,6 +53,12 @@ def both(en: str, zh: str) -> str:
     return zh if language() == "zh" else en
 
 
+def joined(text: str) -> str:
+    """A text of several lines in one; between Chinese characters a line's end is not a blank."""
+    text = " ".join(text.split())
+    return re.sub(f"(?<={CHINESE}) (?={CHINESE})|(?<={MARKS}) | (?={MARKS})", "", text)
+
+
 def width(text: str) -> int:
     """The columns that a text takes in a terminal; a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text if not unicodedata.combining(c))
@@ -59,3 +67,16 @@ def width(text: str) -> int:
 def padded(text: str, columns: int) -> str:
     """The text with blanks behind it, up to so many columns."""
     return text + " " * (columns - width(text))
+
+
+def filled(text: str, columns: int, indent: str = "") -> str:
+    """The text in lines of so many columns; between Chinese characters a line may end anywhere."""
+    lines, line = [], indent
+    # a mark stays with what is in front of it, and an opening one with what is behind it
+    for part in re.findall(rf" +|[“（《]*(?:[一-鿿]|[^ 一-鿿“”（《，。；：、）？！]+){MARKS}*|.", text):
+        if line.strip() and width(line + part.rstrip()) > columns:
+            lines.append(line.rstrip())
+            line = indent + part.lstrip()
+        else:
+            line += part
+    return "\n".join([*lines, line.rstrip()])

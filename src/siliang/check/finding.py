@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from siliang.language import Bilingual, both, local
+from siliang.language import Bilingual, both, joined, local
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warning"]
 SHOWN_ROWS = 5
 RATE_FACTOR = 10.0  # between a learning rate and the method's usual one; from here on it is another method's
-CHINESE, MARKS = "[一-鿿“”（《]", "[，。；：、）？！]"
-CHINESE, MARKS = "[一-鿿“”（《]", "[，。；：、）？！]"
 SEVERITIES: dict[Severity, Bilingual] = {"error": Bilingual("error", "错误"), "warning": Bilingual("warning", "警告")}
 PARTS = {"train": Bilingual("training", "训练"), "eval": Bilingual("held-out", "留出")}
 
@@ -89,10 +86,9 @@ class Rule:
 
 
 def _unwrapped(paragraph: str, label: str) -> str:
-    """The paragraph in one line, without its label; between Chinese characters a line's end is not a blank."""
+    """The paragraph in one line, without its label."""
     assert paragraph.startswith(label), paragraph
-    text = paragraph.removeprefix(label).replace("\n", " ")
-    return re.sub(f"(?<={CHINESE}) (?={CHINESE})|(?<={MARKS}) | (?={MARKS})", "", text)
+    return joined(paragraph.removeprefix(label))
 
 
 @dataclass(frozen=True)

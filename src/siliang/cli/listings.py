@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from siliang.language import Bilingual, Language, local
+from siliang.language import Bilingual, Language, filled, local
 
 SETTINGS = Path(__file__).with_name("settings.txt")
+SETTINGS_ZH = Path(__file__).with_name("settings-zh.txt")
 METHODS = Path(__file__).with_name("methods.txt")
 METHODS_ZH = Path(__file__).with_name("methods-zh.txt")
 
@@ -19,30 +20,37 @@ def show(listing: Path) -> None:
     print(listing.read_text(encoding="utf-8"), end="")
 
 
-def settings() -> str:
+def settings(language: Language = "en") -> str:
     """Every setting of run.yaml and compare.yaml, and the fields of the methods."""
     import dataclasses
-    import textwrap
 
     from siliang.config import OWN_FIELDS, RunConfig, describe
     from siliang.config.comparison import describe_settings
     from siliang.methods import METHODS as TABLE
 
-    def filled(text: str) -> str:
-        return textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    ")
-
     lines: list[str] = []
-    for rows, title in ((describe(RunConfig), ""), (describe_settings(), "\ncompare.yaml has, in place of `method`:")):
-        lines += [title] if title else []
+    of_compare = Bilingual("compare.yaml has, in place of `method`:", "compare.yaml 没有 `method`，另有：")
+    for rows, title in ((describe(RunConfig), ""), (describe_settings(), of_compare)):
+        lines += ["\n" + local(title, language)] if title else []
         for name, kind, default, meaning in rows:
-            lines += [f"{name}: {default}    # {kind}", filled(" ".join(meaning.split()))]
+            lines += [f"{name}: {default}    # {kind}", filled(local(meaning, language), 100, "    ")]
     for method in TABLE.values():
         if method.config is not None:
             fields = [f.name for f in dataclasses.fields(method.config) if f.name not in OWN_FIELDS]
             values = method.config()
-            lines.append(f"\nmethod: {{name: {method.name}, ...}} may also hold, with PEFT's names and defaults:")
-            lines.append(filled(", ".join(f"{name}: {getattr(values, name)}" for name in fields)))
+            entry = f"method: {{name: {method.name}, ...}}"
+            title = Bilingual(
+                f"{entry} may also hold, with PEFT's names and defaults:",
+                f"{entry} 还可以有下列字段，名称和默认值与 PEFT 相同：",
+            )
+            lines += ["\n" + local(title, language)]
+            lines += [filled(", ".join(f"{name}: {getattr(values, name)}" for name in fields), 100, "    ")]
     return "\n".join(lines) + "\n"
+
+
+def settings_zh() -> str:
+    """The same in Chinese."""
+    return settings("zh")
 
 
 def methods(language: Language = "en") -> str:
@@ -66,5 +74,6 @@ def methods_zh() -> str:
 
 if __name__ == "__main__":
     SETTINGS.write_text(settings(), encoding="utf-8")
+    SETTINGS_ZH.write_text(settings_zh(), encoding="utf-8")
     METHODS.write_text(methods(), encoding="utf-8")
     METHODS_ZH.write_text(methods_zh(), encoding="utf-8")

@@ -32,13 +32,21 @@ class MethodEntry(BaseModel):
     model_config = ConfigDict(extra="allow", defer_build=True)
 
     name: str
-    """One of `siliang methods`; prompt, p-tuning and prefix are understood too."""
+    """One of `siliang methods`; prompt, p-tuning and prefix are understood too.
+
+    `siliang methods` 中的一个名字；也可写作 prompt、p-tuning、prefix。"""
     label: str = ""
-    """What it is called in the table. Made from the name and what is set beside it, where it is not given."""
+    """What it is called in the table. Made from the name and what is set beside it, where it is not given.
+
+    在表中的名称。没有给出时由方法名和一同设置的内容拼成。"""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Peak learning rate. None: train.learning_rate, or the method's own default."""
+    """Peak learning rate. None: train.learning_rate, or the method's own default.
+
+    峰值学习率。None：用 train.learning_rate，否则用该方法自己的默认值。"""
     search: dict[str, list[Any]] | None = None
-    """What is tried for this method, in place of the comparison's `search`."""
+    """What is tried for this method, in place of the comparison's `search`.
+
+    这个方法要尝试的取值，代替整个比较的 `search`。"""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -66,20 +74,35 @@ class CompareSettings(Section):
     methods: Annotated[list[MethodEntry], BeforeValidator(_entries), Field(min_length=1)] = Field(
         default_factory=lambda: [MethodEntry(name=name) for name in SEVEN]
     )
-    """The methods: names of `siliang methods`, or mappings such as {name: lora, r: 16, learning_rate: 1e-3}."""
+    """The methods: names of `siliang methods`, or mappings such as {name: lora, r: 16, learning_rate: 1e-3}.
+
+    要比较的方法：`siliang methods` 中的名字，或 {name: lora, r: 16, learning_rate: 1e-3} 这样的映射。"""
     seeds: Annotated[int, Field(ge=1, le=1000)] | Annotated[list[Seed], Field(min_length=1, max_length=1000)] = 3
-    """How many seeds, from train.seed on; or the seeds themselves."""
+    """How many seeds, from train.seed on; or the seeds themselves.
+
+    种子的个数，从 train.seed 开始依次取；也可直接列出各个种子。"""
     search: dict[str, list[Any]] = Field(default_factory=dict)
     """Settings to choose from, each a list: learning_rate, or fields of a method's config. Each method tries those it
-    has, all combinations, with the first seed, on validation rows; the held-out rows see only what was chosen."""
+    has, all combinations, with the first seed, on validation rows; the held-out rows see only what was chosen.
+
+    供选择的设置，每项是一个列表：learning_rate，或方法配置中的字段。每种方法尝试自己具有的那些项的全部组合，用第一个种
+    子，在验证样本上比较；留出样本只用于评估选定的组合。"""
     validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the training rows that the search is judged on."""
+    """Share of the training rows that the search is judged on.
+
+    从训练样本中分出多大比例，作为搜索的验证样本。"""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes of training for every run, in place of train.epochs: the steps that fit are measured for each method."""
+    """Minutes of training for every run, in place of train.epochs: the steps that fit are measured for each method.
+
+    每次运行训练的分钟数，代替 train.epochs：先测出每种方法在这段时间里能走多少步。"""
     prompts: list[str] = Field(default_factory=list)
-    """Texts or instructions that the base and every method answer. Taken from the held-out rows where none is given."""
+    """Texts or instructions that the base and every method answer. Taken from the held-out rows where none is given.
+
+    让基座模型和每种方法都来回答的文本或指令。没有给出时取自留出样本。"""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    """Of each of these answers, where text is written."""
+    """Of each of these answers, where text is written.
+
+    在生成文本的任务中，上述每个回答最多的词元数。"""
 
     @model_validator(mode="after")
     def _consistent(self) -> CompareSettings:

@@ -12,7 +12,10 @@ from pydantic import BaseModel
 
 from siliang import other_names
 from siliang.config.section import Section
+from siliang.language import Bilingual, joined
 from siliang.types import TRAINED_TASKS, TaskType
+
+NO_MEANING = Bilingual("", "")
 
 
 class Setting(NamedTuple):
@@ -22,7 +25,7 @@ class Setting(NamedTuple):
     """Dotted: train.learning_rate."""
     kind: str
     default: str
-    meaning: str
+    meaning: Bilingual
 
 
 def describe(section: type[BaseModel], prefix: str = "") -> list[Setting]:
@@ -36,22 +39,25 @@ def describe(section: type[BaseModel], prefix: str = "") -> list[Setting]:
             continue
         inner = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, Section)), None)
         if inner is not None:
-            found.append(Setting(prefix + name, "mapping | null", "null", meanings.get(name, "")))
+            found.append(Setting(prefix + name, "mapping | null", "null", meanings.get(name, NO_MEANING)))
             found += describe(inner, f"{prefix}{name}.")
             continue
         default = "(required)"
         if not info.is_required():
             default = other_names.written(info.get_default(call_default_factory=True, validated_data={}))
-        found.append(Setting(prefix + name, _kind_name(kind), default, meanings.get(name, "")))
+        found.append(Setting(prefix + name, _kind_name(kind), default, meanings.get(name, NO_MEANING)))
     return found
 
 
-def _meanings(section: type[BaseModel]) -> dict[str, str]:
-    """What stands in the source under each field. pydantic would read it too, for every class as it is imported."""
+def _meanings(section: type[BaseModel]) -> dict[str, Bilingual]:
+    """The docstring under each field: a paragraph in English, and one in Chinese.
+
+    pydantic would read it too, for every class as it is imported.
+    """
     (node,) = ast.parse(dedent(inspect.getsource(section))).body
     assert isinstance(node, ast.ClassDef)
     return {
-        field.target.id: inspect.cleandoc(text.value.value)
+        field.target.id: _two_languages(text.value.value)
         for field, text in pairwise(node.body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
@@ -59,6 +65,11 @@ def _meanings(section: type[BaseModel]) -> dict[str, str]:
         and isinstance(text.value, ast.Constant)
         and isinstance(text.value.value, str)
     }
+
+
+def _two_languages(docstring: str) -> Bilingual:
+    en, _, zh = inspect.cleandoc(docstring).partition("\n\n")
+    return Bilingual(joined(en), joined(zh))
 
 
 def _kind_name(kind: Any) -> str:

@@ -47,13 +47,21 @@ class DistributedConfig(Section):
 
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
     """ddp: every device holds the whole model. fsdp: its weights are sharded over the devices. auto: ddp where the
-    plan says that it fits, fsdp otherwise. deepspeed: its ZeRO; needs DeepSpeed."""
+    plan says that it fits, fsdp otherwise. deepspeed: its ZeRO; needs DeepSpeed.
+
+    ddp：每个设备都有完整的模型。fsdp：权重分片到各个设备。auto：按规划放得下时用 ddp，否则用 fsdp。deepspeed：用它的
+    ZeRO；需要安装 DeepSpeed。"""
     zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
     """Of deepspeed. 1: the optimizer's state is sharded. 2: gradients, too. 3: weights, too. None: what `deepspeed`
-    sets, otherwise 2."""
+    sets, otherwise 2.
+
+    用于 deepspeed。1：优化器状态分片。2：梯度也分片。3：权重也分片。None：按 `deepspeed` 中的设置，否则为 2。"""
     deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = None
     """DeepSpeed's own configuration, a mapping or the name of a .json file, as TrainingArguments(deepspeed=...) takes
-    it. What siliang's settings say (batches, clipping, precision, learning rate) is left out or "auto" there."""
+    it. What siliang's settings say (batches, clipping, precision, learning rate) is left out or "auto" there.
+
+    DeepSpeed 自己的配置，是一个映射或 .json 文件名，与 TrainingArguments(deepspeed=...) 相同。siliang 的设置已经决定的
+    内容（批次、裁剪、精度、学习率），在其中略去或写作 "auto"。"""
 
     @property
     def stage(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from siliang.config.describing import describe
+from siliang.config.describing import NO_MEANING, describe
 from siliang.config.names import name_here, quoted
 from siliang.config.section import Settings
 from siliang.language import Bilingual, local
@@ -36,8 +36,8 @@ def explain(error: ValidationError, schema: type[Settings]) -> str:
             f"没有 {path} 这个配置项。{local(hint, 'zh').strip()}`siliang config` 列出全部配置项。{more_zh}{also}",
         )
     if first["type"] == "missing":
-        meaning = next((" ".join(s.meaning.split()) for s in describe(schema) if s.name == path), "")
-        return Bilingual(f"{path} is missing.{more} {meaning}".rstrip(), f"缺少 {path}。{more_zh}{meaning}")
+        meaning = next((s.meaning for s in describe(schema) if s.name == path), NO_MEANING)
+        return Bilingual(f"{path} is missing.{more} {meaning}".rstrip(), f"缺少 {path}。{more_zh}{meaning.zh}")
     return f"{explain_value(first, path)}{more}"
 
 

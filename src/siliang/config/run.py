@@ -32,7 +32,9 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     name: str = "lora"
-    """One of `siliang methods`; prompt, p-tuning and prefix are understood too."""
+    """One of `siliang methods`; prompt, p-tuning and prefix are understood too.
+
+    `siliang methods` 中的一个名字；也可写作 prompt、p-tuning、prefix。"""
 
     def __str__(self) -> str:
         return self.name
@@ -127,44 +129,77 @@ class QuantizationConfig(Section):
     """The base model's linear layers quantized, as QLoRA has them. Needs bitsandbytes."""
 
     bits: Literal[4, 8] = 4
-    """4 or 8."""
+    """4 or 8.
+
+    4 或 8。"""
     type: Literal["nf4", "fp4"] = "nf4"
-    """The 16 values of 4 bits: nf4 suits weights, which are nearly normal."""
+    """The 16 values of 4 bits: nf4 suits weights, which are nearly normal.
+
+    4 位所用的 16 个值：nf4 适合权重，因为权重接近正态分布。"""
     double: bool = True
-    """Quantize the scales as well: 0.4 bits less a parameter."""
+    """Quantize the scales as well: 0.4 bits less a parameter.
+
+    缩放系数也量化：每个参数再省 0.4 位。"""
     compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs."""
+    """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs.
+
+    层的权重在相乘时转换成的格式。auto：硬件支持时用 bf16，较旧的 GPU 用 fp16。"""
 
 
 class RunConfig(Settings):
     """One run."""
 
     model: Name
-    """The base model: a folder, or a name on the hub."""
+    """The base model: a folder, or a name on the hub.
+
+    基座模型：文件夹，或 hub 上的名字。"""
     revision: str | None = None
-    """The base model's revision on the hub."""
+    """The base model's revision on the hub.
+
+    基座模型在 hub 上的版本。"""
     task: Annotated[TaskType, BeforeValidator(_task)]
     """What is learned: causal_lm (text from text), seq_cls (a class for a text), token_cls (a tag for each word),
-    seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context)."""
+    seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context).
+
+    要学习的任务：causal_lm（由文本生成文本）、seq_cls（文本分类）、token_cls（给每个词打标签）、seq_2_seq_lm（由编码器
+    和解码器从文本生成文本），或 question_ans（答案在段落中的位置）。"""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
-    """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}."""
+    """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}.
+
+    微调方法：`siliang methods` 中的一个名字，或 {name: lora, r: 16, ...}。"""
     adapter: Annotated[Name | None, BeforeValidator(_adapter)] = None
     """An adapter that is trained further: a run's folder, a checkpoint in it, an adapter folder of siliang's or of
     PEFT's, or a name on the hub. Its weights are the start and its config is the method; of a run, model, task,
-    template and labels are taken over where they are not given. The adapter itself is not changed."""
+    template and labels are taken over where they are not given. The adapter itself is not changed.
+
+    要继续训练的适配器：运行的文件夹、其中的检查点、siliang 或 PEFT 的适配器文件夹，或 hub 上的名字。以它的权重为起点，
+    以它的配置为方法；如果来自一次运行，没有给出的 model、task、template 和 labels 也从中取得。适配器本身不会改变。"""
     quantization: Annotated[QuantizationConfig | None, BeforeValidator(_quantization)] = None
-    """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is."""
+    """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is.
+
+    适配器之下的基座模型量化为 4 或 8 位：{bits: 4}。None：不量化。"""
     data: DataConfig
-    """The data."""
+    """The data.
+
+    数据。"""
     train: TrainConfig = Field(default_factory=TrainConfig)
-    """The training."""
+    """The training.
+
+    训练。"""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
-    """How several devices share the training."""
+    """How several devices share the training.
+
+    多个设备如何共同训练。"""
     accept: Names = Field(default_factory=list)
     """Findings of `siliang check` that are intended, by code, such as SL002: they are shown, and do not stop the run.
-    SL023 and SL028 cannot be accepted: the run would end with an error."""
+    SL023 and SL028 cannot be accepted: the run would end with an error.
+
+    `siliang check` 的发现中属于有意为之的，写规则编号，如 SL002：仍会显示，但不会使运行停止。SL023 和 SL028 不能这样忽
+    略：运行终究会出错。"""
     output: Name
-    """The run's folder: made by the run, and must not hold anything yet."""
+    """The run's folder: made by the run, and must not hold anything yet.
+
+    运行的文件夹：由运行创建，事先不能有任何内容。"""
 
     @model_validator(mode="after")
     def _of_the_adapter(self) -> RunConfig:
