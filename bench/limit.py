@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from bench.steps import own_name
 from siliang.check.subject import look_at
 from siliang.hardware import machine
-from siliang.train.prepare import Run
+from siliang.train.types import Run
 from siliang.types import TaskType
 
 MIN_RUN_TIME_S = 0.05  # of each product

@@ -11,7 +11,8 @@ from bench.workloads import WORKLOADS, run_config
 from siliang.hardware import find_device
 from siliang.memory.peak import PeakMemory
 from siliang.train.loop import Training
-from siliang.train.prepare import Listener, prepare
+from siliang.train.prepare import prepare
+from siliang.train.types import Listener
 
 
 def measure(found: Measurement, scratch: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 
 from faults.runs import Place
 from siliang.train.log import Progress
-from siliang.train.prepare import Listener
 from siliang.train.run import train
+from siliang.train.types import Listener
 
 ALLOWED_GROWTH = 1.05  # of resident memory, from a third of the way on
 

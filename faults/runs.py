@@ -24,8 +24,8 @@ from siliang import files
 from siliang.config import RunConfig
 from siliang.records import Record
 from siliang.train.log import Progress
-from siliang.train.prepare import Listener, Planner
 from siliang.train.run import train
+from siliang.train.types import Listener, Planner
 from siliang.types import SiliangError
 
 WORDS = [f"w{i}" for i in range(60)]

@@ -19,8 +19,8 @@ from faults.runs import Child, Ending, Place
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.records import Record
 from siliang.run_folder import CHECKPOINTS
-from siliang.train.prepare import Planner
 from siliang.train.saving import checkpoints
+from siliang.train.types import Planner
 
 ARGUMENTS = {
     "lora": {"r": 4},

@@ -27,7 +27,7 @@ from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter
 from siliang.methods.method import Adapter, Method, Parts, SharedSpec
 from siliang.models.introspect import features, is_linear
-from siliang.train.prepare import _check_terms
+from siliang.train.checks import check_terms
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError
 
@@ -255,10 +255,10 @@ def test_a_term_of_the_loss_is_the_trained_adapters(tmp_path: Path) -> None:
 def test_a_term_of_the_loss_is_refused_where_its_backward_would_be_wrong() -> None:
     assert Shared().adds_to_the_loss and not Ranked().adds_to_the_loss
     assert not METHODS["lora"].adds_to_the_loss
-    _check_terms(Ranked(), sharded=True)
-    _check_terms(Shared(), sharded=False)
+    check_terms(Ranked(), sharded=True)
+    check_terms(Shared(), sharded=False)
     with pytest.raises(ConfigError, match=r"shared adds a term to the loss.*strategy=ddp"):
-        _check_terms(Shared(), sharded=True)
+        check_terms(Shared(), sharded=True)
 
 
 def test_ranks_change_while_it_is_trained(tmp_path: Path) -> None:

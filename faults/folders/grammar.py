@@ -35,7 +35,7 @@ from siliang.report.gather import gather
 from siliang.report.page import write_page
 from siliang.run_folder import find_run, open_trained
 from siliang.tasks import CAUSAL_LM, SEQ_CLS
-from siliang.train.resume import take_up
+from siliang.train.resume import check_resumed
 from siliang.types import TaskType
 from siliang.use.generate import generate
 
@@ -410,7 +410,7 @@ def _run(chance: Chance, site: Site) -> Sequence[Step]:
     def go_on() -> None:
         from siliang.run_folder import read_config
 
-        take_up(read_config(Path("evil")), Path("evil"), lambda line: None, force=False)
+        check_resumed(read_config(Path("evil")), Path("evil"), lambda line: None, force=False)
 
     return [
         chance.choice(

@@ -27,14 +27,14 @@ from tiny import WORDS, write_jsonl
 from siliang.cli.main import main
 from siliang.compare.base import KeptBase, checksums
 from siliang.compare.pool import Pool
-from siliang.compare.run import Listener, compare
+from siliang.compare.run import CompareListener, compare
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.models.tokenizers import load_tokenizer
 from siliang.records import Answers, Comparison, Record, Trial
 from siliang.run_folder import load_base
-from siliang.train.prepare import Listener as RunListener
 from siliang.train.run import train
+from siliang.train.types import Listener
 from siliang.types import InterruptedRunError
 
 pytestmark = pytest.mark.slow  # each worker and each command imports torch anew
@@ -183,9 +183,9 @@ def test_an_interrupted_run_goes_on_from_where_it_was(
             raise KeyboardInterrupt
 
     with pytest.raises(InterruptedRunError):
-        compare(config("cut"), Listener(progress=interrupt))
+        compare(config("cut"), CompareListener(progress=interrupt))
     steps: list[int] = []
-    compare(config("cut"), Listener(progress=lambda trial, p: steps.append(p["step"])))
+    compare(config("cut"), CompareListener(progress=lambda trial, p: steps.append(p["step"])))
     assert min(steps) >= 20
     compare(config("whole"))
     whole, cut = (Record.read(tmp_path / name / "runs" / "lora" / "seed-42") for name in ("whole", "cut"))
@@ -409,7 +409,7 @@ def test_the_base_comes_back_or_is_loaded_anew(model_folders: dict[str, Path], t
             "output": str(tmp_path / f"{name}-{seed}"),
         }
         config = RunConfig.build(values)
-        train(config, RunListener(trained=lambda run: models.append(run.model)), base=kept)
+        train(config, Listener(trained=lambda run: models.append(run.model)), base=kept)
         kept.take_back(models.pop(), config)
 
     for name, loads in (("lora", 1), ("bitfit", 1), ("ln_tuning", 1), ("full", 1), ("ia3", 2)):

@@ -30,7 +30,7 @@ from siliang.cli.main import app, main
 from siliang.compare.cluster import Cluster
 from siliang.compare.packed import files_of, pack, restore_paths, unpack_once, with_users_paths
 from siliang.compare.resume import can_resume
-from siliang.compare.run import Listener, compare
+from siliang.compare.run import CompareListener, compare
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.files import damage, seal
@@ -166,7 +166,7 @@ def test_the_same_table_though_a_worker_is_killed(
             killed.append(victim)
             victim.send_signal(signal.SIGKILL)
 
-    compare(with_output(config, tmp_path / "out"), Listener(say=said.append, progress=kill), jobs=2, ray="local")
+    compare(with_output(config, tmp_path / "out"), CompareListener(say=said.append, progress=kill), jobs=2, ray="local")
     assert killed and most == 2
     lost = [line for line in said if line.startswith("lost ")]
     assert len(lost) == 1 and "its process was killed on " in lost[0] and "run again" in lost[0]

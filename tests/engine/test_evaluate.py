@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from siliang.run_folder import open_run
 from siliang.train.loop import Training
-from siliang.train.prepare import Listener, Run, prepare
+from siliang.train.prepare import prepare
 from siliang.train.run import train
+from siliang.train.types import Listener, Run
 from siliang.types import DataError, TaskType
 from siliang.use.evaluate import engine_of, eval_rows, evaluate, sums_of
 

@@ -25,8 +25,8 @@ from siliang.plan import plan
 from siliang.plan.device import find_target
 from siliang.run_folder import open_run
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
-from siliang.train.prepare import Listener
 from siliang.train.run import train
+from siliang.train.types import Listener
 from siliang.types import ModelError, TaskType
 from siliang.use.evaluate import evaluate
 

@@ -14,7 +14,7 @@ import yaml
 from commands import refused, run
 from transformers import AutoConfig
 
-import siliang.plan
+import siliang.plan.methods
 from siliang.config import RunConfig
 from siliang.data.collate import PadCollator
 from siliang.distributed.sharding import fake_mesh
@@ -30,8 +30,9 @@ from siliang.plan.shapes import shape_name
 from siliang.records import Change, MethodPlan
 from siliang.tasks import SEQ_2_SEQ_LM, SEQ_CLS
 from siliang.train.loop import Training
-from siliang.train.prepare import Listener, prepare
+from siliang.train.prepare import prepare
 from siliang.train.run import train
+from siliang.train.types import Listener
 from siliang.types import ConfigError, ModelError, PlanError
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -300,7 +301,7 @@ def test_a_process_that_uses_cuda_is_not_forked(begun: bool, monkeypatch: pytest
     """Its children could not ask the card anything: each method would be "not planned"."""
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: begun)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    pids = set(siliang.plan._in_parallel(where_it_runs, ["lora", "ia3"], lambda line: None))
+    pids = set(siliang.plan.methods._in_parallel(where_it_runs, ["lora", "ia3"], lambda line: None))
     assert (pids == {os.getpid()}) is begun
 
 

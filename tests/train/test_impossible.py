@@ -20,8 +20,8 @@ from siliang.models.tokenizers import load_tokenizer
 from siliang.run_folder import open_run
 from siliang.tasks import QUESTION_ANS, SEQ_CLS
 from siliang.train.guard import Guard
-from siliang.train.prepare import Listener
 from siliang.train.run import train
+from siliang.train.types import Listener
 from siliang.types import ConfigError, DataError, ModelError
 from siliang.use.evaluate import evaluate
 from siliang.use.generate import generate

@@ -14,8 +14,9 @@ from siliang.hardware import choose_precision
 from siliang.models.load import load_model
 from siliang.tasks import CAUSAL_LM
 from siliang.train.loop import Training
-from siliang.train.prepare import Listener, prepare
+from siliang.train.prepare import prepare
 from siliang.train.run import train
+from siliang.train.types import Listener
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 PAGE = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")

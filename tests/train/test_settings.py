@@ -14,9 +14,10 @@ from siliang.records import Record
 from siliang.run_folder import CHECKPOINTS
 from siliang.train.loop import Training
 from siliang.train.optimizer import state_tensors
-from siliang.train.prepare import Listener, prepare
+from siliang.train.prepare import prepare
 from siliang.train.run import train
 from siliang.train.saving import checkpoints
+from siliang.train.types import Listener
 from siliang.types import ConfigError
 
 

@@ -20,9 +20,9 @@ from tiny import WORDS, write_jsonl
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.records import Record
-from siliang.train.prepare import Listener
 from siliang.train.run import train
 from siliang.train.tracking import IDS, Trackers, check_trackers, flat_settings, values_of
+from siliang.train.types import Listener
 from siliang.types import ConfigError
 
 Figures = dict[str, list[tuple[int, float]]]  # of each metric, its values by step

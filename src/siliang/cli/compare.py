@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from typer._click import Context
 
-    from siliang.compare.run import Listener
+    from siliang.compare.run import CompareListener
     from siliang.config.comparison import CompareConfig
     from siliang.records import Record, Trial
     from siliang.report.gather import Material
@@ -193,11 +193,11 @@ class Display:
         self._shown = 0.0
         self._live: Live | None = None
 
-    def listener(self) -> Listener:
+    def listener(self) -> CompareListener:
         """For the comparison."""
-        from siliang.compare.run import Listener
+        from siliang.compare.run import CompareListener
 
-        return Listener(self.say, self.began, self.progress, self.ended)
+        return CompareListener(self.say, self.began, self.progress, self.ended)
 
     def close(self) -> None:
         """Leaves the lines alone, and the cursor where it can be seen."""

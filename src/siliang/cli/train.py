@@ -87,8 +87,8 @@ def train(
     from siliang.next_steps import next_steps
     from siliang.plan.preflight import Planner
     from siliang.run_folder import CONFIG_NAME
-    from siliang.train.prepare import Listener
     from siliang.train.run import train as run
+    from siliang.train.types import Listener
     from siliang.use.learned import what_is_wrong
 
     planner, ranks = Planner(), find_ranks()

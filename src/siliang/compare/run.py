@@ -37,7 +37,7 @@ METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings about one method,
 
 
 @dataclass
-class Listener:
+class CompareListener:
     """Callbacks during a comparison. Only the command prints.
 
     Attributes:
@@ -55,7 +55,7 @@ class Listener:
 
 def compare(
     config: CompareConfig,
-    listener: Listener | None = None,
+    listener: CompareListener | None = None,
     *,
     jobs: int = 1,
     ray: str | None = None,
@@ -79,11 +79,13 @@ def compare(
         DataError: `siliang check` finds an error in the data that all runs would meet.
         InterruptedRunError: Ctrl-C or SIGTERM came.
     """
-    return _Comparing(config, listener or Listener(), jobs, ray, force).run()
+    return _Comparing(config, listener or CompareListener(), jobs, ray, force).run()
 
 
 class _Comparing:
-    def __init__(self, config: CompareConfig, listener: Listener, jobs: int, ray: str | None, force: bool) -> None:
+    def __init__(
+        self, config: CompareConfig, listener: CompareListener, jobs: int, ray: str | None, force: bool
+    ) -> None:
         self.force = force
         self.config, self.listener, self.jobs, self.ray = config, listener, jobs, ray
         self.folder = Path(config.run.output)

@@ -32,8 +32,9 @@ from siliang.records import ANSWERS_NAME
 from siliang.terminal import cover
 from siliang.train.log import Progress
 from siliang.train.loop import Training
-from siliang.train.prepare import Listener, Run, prepare
+from siliang.train.prepare import prepare
 from siliang.train.run import train
+from siliang.train.types import Listener, Run
 from siliang.types import SiliangError
 from siliang.use.answers import collect
 

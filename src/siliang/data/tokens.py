@@ -124,6 +124,11 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
             parts.append(total[ends] - total[ends - sizes])
         return np.concatenate(parts or [NO_NUMBERS])
 
+    @property
+    def truncated(self) -> int:
+        """Entries that were cut to max_length."""
+        return int((self.column("lost") > 0).sum())
+
     @cached_property
     def last_windows(self) -> np.ndarray:
         """Whether each entry is the last one of its example."""

@@ -1,9 +1,8 @@
-"""The strategy that an accelerate config asks for, as settings of a run's `distributed`."""
+"""The strategy of an accelerate config, as settings of a run's `distributed`."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from siliang.secrets import short_repr
 from siliang.types import ConfigError
@@ -13,13 +12,13 @@ SWITCHES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 ZERO = "ACCELERATE_DEEPSPEED_"
 
 
-def accelerate_strategy() -> dict[str, Any]:
-    """Settings of `distributed` from the variables that `accelerate launch` sets; {} where they name no strategy.
+def accelerate_strategy() -> dict[str, object]:
+    """Settings of `distributed` from the variables that `accelerate launch` sets; {} if they name no strategy.
 
     The variables are removed: siliang shards the model itself, and accelerate would do so a second time.
 
     Raises:
-        ConfigError: The accelerate config asks for a strategy that siliang does not have.
+        ConfigError: The accelerate config has a strategy that siliang does not have.
     """
     switched_on = {name for name in SWITCHES if os.environ.get(SWITCH + name, "").lower() == "true"}
     zero = {name.removeprefix(ZERO): os.environ.pop(name) for name in list(os.environ) if name.startswith(ZERO)}
@@ -40,7 +39,7 @@ def accelerate_strategy() -> dict[str, Any]:
     stage = zero.get("ZERO_STAGE", "2")
     if stage not in ("0", "1", "2", "3"):
         raise ConfigError(f"accelerate's configuration has zero_stage = {short_repr(stage)}: must be 1, 2 or 3.")
-    settings: dict[str, Any] = {"stage": int(stage)}
+    settings: dict[str, object] = {"stage": int(stage)}
     for name, key in (("OFFLOAD_OPTIMIZER_DEVICE", "offload_optimizer"), ("OFFLOAD_PARAM_DEVICE", "offload_param")):
         if (device := zero.get(name, "none")) != "none":
             settings[key] = {"device": device}

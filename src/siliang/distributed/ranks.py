@@ -36,14 +36,14 @@ class Ranks:
     Attributes:
         rank: Of `size`, over all machines.
         local_rank: Of `local_size`, on this machine.
-        asked: What an accelerate config says of how they share the model, as `distributed` has it.
+        accelerate_settings: The strategy of an accelerate config, as settings of `distributed`; {} without one.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    asked: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    accelerate_settings: Mapping[str, object] = field(default_factory=dict[str, object])
 
     @property
     def is_main(self) -> bool:
@@ -130,7 +130,7 @@ def _alone() -> Ranks:
 def _join() -> Ranks:
     from accelerate import PartialState
 
-    asked = accelerate_strategy()
+    settings = accelerate_strategy()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, torch.get_num_threads() // local_size)
@@ -144,7 +144,7 @@ def _join() -> Ranks:
         except RuntimeError as error:
             raise RankError(f"Rank {rank} of {size} has not met the others ({_reason(error)}).") from error
     state = PartialState(cpu=not torch.cuda.is_available())
-    return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size, asked)
+    return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size, settings)
 
 
 def _own_store(rank: int, size: int) -> Store:

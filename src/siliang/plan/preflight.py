@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from siliang.check import Subject
 from siliang.config import RunConfig
 from siliang.language import Bilingual, both, local
-from siliang.plan import plan
 from siliang.plan.device import Device, find_target, in_this_process, shared_by
 from siliang.plan.history import record_work
+from siliang.plan.methods import plan
 from siliang.records import Category, Change, MethodPlan, Predicted, Record
 from siliang.safety.safe_yaml import parse_yaml
 from siliang.types import PlanError

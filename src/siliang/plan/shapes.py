@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from siliang.config import RunConfig
+from siliang.models.base_config import load_config
 from siliang.models.extra import CHATGLM
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
 
@@ -109,6 +111,16 @@ SHAPES: dict[str, Shape] = {
         SEQ_2_SEQ_LM,
     ),
 }
+
+
+def model_config(config: RunConfig) -> Any:
+    """The base model's config: of its folder, of the hub, or of the table of shapes.
+
+    Raises:
+        ModelError: There is none.
+    """
+    shape = SHAPES.get(config.model)
+    return shape.config() if shape else load_config(config.model, revision=config.revision)
 
 
 def shape_name(name: str) -> str:

@@ -21,8 +21,8 @@ from siliang.engine.step import Engine
 from siliang.engine.whole_step import alone
 from siliang.language import both
 from siliang.train.errors import out_of_memory_error
-from siliang.train.prepare import Run
 from siliang.train.saving import random_state, set_random_state
+from siliang.train.types import Run
 
 
 class Backward:

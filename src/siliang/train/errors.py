@@ -11,7 +11,7 @@ from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.terminal import pasted
 from siliang.train.guard import USELESS_STEPS, BadStep
 from siliang.train.optimizer import OPTIMIZERS
-from siliang.train.prepare import Run
+from siliang.train.types import Run
 from siliang.types import DeviceMemoryError, InterruptedRunError, TrainingError
 
 

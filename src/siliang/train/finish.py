@@ -16,7 +16,6 @@ from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
 from siliang.tasks import TASKS, Task
 from siliang.train.loop import Training
-from siliang.train.prepare import Run
 from siliang.train.saving import (
     checkpoints,
     full_weights,
@@ -24,6 +23,7 @@ from siliang.train.saving import (
     is_sharded_over_ranks,
     read_weights,
 )
+from siliang.train.types import Run
 
 
 def measure(training: Training, memory: PeakMemory) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from siliang.config import RunConfig
 from siliang.data.prepared import PreparedData
-from siliang.hardware import Choice, describe_device
+from siliang.hardware import Choice
 from siliang.language import both, local
 from siliang.methods import Method
 
@@ -18,7 +16,7 @@ ADAM_EPS = 1e-8  # torch's own
 def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
     """Rows, columns, and what was noticed while they were read."""
     examples, train_set = data.examples, data.train
-    truncated, skipped = int((train_set.column("lost") > 0).sum()), data.skipped
+    truncated, skipped = train_set.truncated, data.skipped
     parts = [both(f"data       {len(train_set):,} rows to train on", f"数据       {len(train_set):,} 条训练样本")]
     if not train_set.last_windows.all():
         parts[0] += both(f" (windows of {len(examples.train):,})", f"（由 {len(examples.train):,} 条文本切成的窗口）")
@@ -43,7 +41,7 @@ def say_model(
     precision: Choice,
     trained: int,
     total: int,
-    device: torch.device,
+    device: str,
     say: Callable[[str], None],
 ) -> None:
     share = 100 * trained / total
@@ -53,11 +51,11 @@ def say_model(
             f"模型       {config.model}：{total:,} 个参数，{method.name} 训练其中 {trained:,} 个（{share:.3g}%）",
         )
     )
-    name, reason = describe_device(device).name, precision.reason
+    reason = precision.reason
     say(
         both(
-            f"precision  {precision.precision} ({reason}), on {name}",
-            f"精度       {precision.precision}（{local(reason)}），设备 {name}",
+            f"precision  {precision.precision} ({reason}), on {device}",
+            f"精度       {precision.precision}（{local(reason)}），设备 {device}",
         )
     )
     if precision.adam_eps != ADAM_EPS:

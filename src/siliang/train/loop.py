@@ -38,7 +38,6 @@ from siliang.train.lines import no_better
 from siliang.train.log import Log, Moment
 from siliang.train.optimizer import make_optimizer, make_schedule
 from siliang.train.optimizer_state import load_optimizer_state, optimizer_state
-from siliang.train.prepare import Run
 from siliang.train.saving import (
     STATE_FILE,
     random_state,
@@ -50,6 +49,7 @@ from siliang.train.saving import (
 from siliang.train.setup import make_accelerator, make_collator, make_engine
 from siliang.train.state import check_like
 from siliang.train.stopping import Timer
+from siliang.train.types import Run
 
 
 class Training:

@@ -9,8 +9,8 @@ from torch import nn
 
 from siliang.distributed import deepspeed
 from siliang.distributed.sharding import shard_optimizer_state
-from siliang.train.prepare import Run
 from siliang.train.state import check_optimizer
+from siliang.train.types import Run
 
 
 def optimizer_state(run: Run, optimizer: Any, groups: list[list[nn.Parameter]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ OWN_NAMES = r"run\.yaml|run\.json|answers\.json|adapter|model"  # that a run wri
 
 
 @dataclass(frozen=True)
-class Begun:
+class Resumed:
     """A run that goes on.
 
     Attributes:
@@ -42,7 +42,7 @@ class Begun:
     finished: bool = False
 
 
-def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, force: bool) -> Begun:
+def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *, force: bool) -> Resumed:
     """Looks at the run in `folder`, which is to go on with the settings of `config`.
 
     Raises:
@@ -77,7 +77,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
                 f"{folder} is finished: {in_words(*next(iter(found.items())))} has no effect any more.\n"
                 f"Train it further as a run of its own: {_further(folder)}"
             )
-        return Begun(config, record, None, [], finished=True)
+        return Resumed(config, record, None, [], finished=True)
     forced: list[str] = []
     if record is not None:
         forced = _check_files(config, record, folder, say, force=force)
@@ -106,7 +106,7 @@ def take_up(config: RunConfig, folder: Path, say: Callable[[str], None], *, forc
         say(both(f"changed    {change}, from step {first:,} on", f"设置改变   {change.zh}，从第 {first:,} 步起"))
     words = [*(in_words(name, values) for name, values in found.items()), *forced]
     changed = [f"from step {step + 1:,} on: {what}" for what in words]
-    return Begun(config, record, checkpoint, changed)
+    return Resumed(config, record, checkpoint, changed)
 
 
 def _read(folder: Path, say: Callable[[str], None]) -> Record | None:

@@ -21,11 +21,12 @@ from siliang.train.errors import bad_step_error, interrupted_error
 from siliang.train.finish import measure, save, write_peak
 from siliang.train.log import Log
 from siliang.train.loop import Training
-from siliang.train.prepare import Listener, Planner, Run, prepare
-from siliang.train.resume import Begun, take_up
+from siliang.train.prepare import prepare
+from siliang.train.resume import Resumed, check_resumed
 from siliang.train.saving import checkpoints
 from siliang.train.stopping import Timer, stopping_on_signal
 from siliang.train.tracking import Trackers
+from siliang.train.types import Listener, Planner, Run
 from siliang.types import InterruptedRunError, SiliangError, first_line
 
 SLOW_DISK_BYTES_PER_S = 50e6  # for a checkpoint before the first one was timed
@@ -58,24 +59,24 @@ def train(
     if not ranks.is_main:
         listener = Listener()
     folder = Path(config.output)
-    begun: Begun | None = None
+    resumed: Resumed | None = None
     if resume:
-        begun = ranks.from_main(lambda: take_up(config, folder, listener.say, force=force))
-        if begun.finished:
-            assert begun.record is not None
-            made = _steps_made(begun.record)
+        resumed = ranks.from_main(lambda: check_resumed(config, folder, listener.say, force=force))
+        if resumed.finished:
+            assert resumed.record is not None
+            made = _steps_made(resumed.record)
             listener.say(
                 both(
                     f"finished   {folder} was finished before: {made}, nothing is left to do",
                     f"已完成     {folder} 此前已经训练完：{made.zh}，无需继续",
                 )
             )
-            return begun.record
-        config = begun.config
+            return resumed.record
+        config = resumed.config
     new = not resume and ranks.from_main(lambda: claim(folder, for_run=True))
     try:
-        run = prepare(config, listener, folder, base=base, planner=planner, begun=begun, force=force)
-        run.record.changed += begun.changed if begun else []
+        run = prepare(config, listener, folder, base=base, planner=planner, resumed=resumed, force=force)
+        run.record.changed += resumed.changed if resumed else []
     except BaseException:
         if new and ranks.is_main:
             remove_tree(folder)
@@ -85,7 +86,7 @@ def train(
             translate_disk_errors(folder),
             translate_rank_errors(f"What was saved is whole: {pasted('siliang', 'train', '--resume', folder)}"),
         ):
-            return _train(run, started, checkpoint=begun.checkpoint if begun else None)
+            return _train(run, started, checkpoint=resumed.checkpoint if resumed else None)
     except InterruptedRunError:
         raise
     except BaseException as error:

@@ -12,7 +12,7 @@ from siliang.engine.batches import StepCollator, most_tokens
 from siliang.engine.step import Engine
 from siliang.language import local
 from siliang.tasks import TASKS
-from siliang.train.prepare import Run
+from siliang.train.types import Run
 
 
 def make_engine(run: Run) -> Engine:

@@ -13,7 +13,7 @@ from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
 from siliang.secrets import part
 from siliang.tasks import TASKS
-from siliang.train.prepare import Run
+from siliang.train.types import Run
 from siliang.use.evaluate import engine_of, figures_of_texts, sums_of
 from siliang.use.generate import generate
 from siliang.use.predict import predict

@@ -9,7 +9,7 @@ from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS
 from siliang.tasks.verdict import learned_nothing
-from siliang.train.prepare import Run
+from siliang.train.types import Run
 from siliang.use.answers import collect, sample
 from siliang.use.evaluate import engine_of, sums_of
 

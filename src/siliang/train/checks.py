@@ -1,0 +1,68 @@
+"""What a run refuses before its model is loaded, and before its first step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from siliang.config import RunConfig
+from siliang.methods import Method
+from siliang.tasks import TASKS
+from siliang.types import ConfigError, OutputError, nearest
+
+
+def check_quantization(config: RunConfig, method: Method) -> None:
+    """Raises ConfigError where quantized weights would be trained."""
+    if config.quantization and not method.config:
+        raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
+
+
+def check_best(config: RunConfig, held_out: int) -> None:
+    """Raises ConfigError where the metric of train.best is never measured."""
+    t, task = config.train, TASKS[config.task]
+    allowed = ("loss", *(figure.name for figure in task.figures))
+    if t.best is None:
+        return
+    if t.best not in allowed:
+        raise ConfigError(
+            f"train.best = {t.best!r} is not measured for {task.title}.{nearest(t.best, allowed)} "
+            f"Allowed: {', '.join(allowed)}."
+        )
+    if missing := _missing_for_evaluations(config, held_out):
+        raise ConfigError(f"train.best = {t.best!r} needs {missing}: it chooses among evaluations.")
+
+
+def check_patience(config: RunConfig, held_out: int) -> None:
+    """Raises ConfigError where train.patience has no evaluations to count."""
+    if config.train.patience and (missing := _missing_for_evaluations(config, held_out)):
+        raise ConfigError(f"train.patience = {config.train.patience} needs {missing}: it counts evaluations.")
+
+
+def check_terms(method: Method, *, sharded: bool) -> None:
+    """Raises ConfigError where the backward pass of a method's loss term would be wrong: DeepSpeed's makes a step of
+    its own."""
+    if sharded and method.adds_to_the_loss:
+        raise ConfigError(
+            f"{method.name} adds a term to the loss, which FSDP and DeepSpeed do not support: set "
+            "distributed.strategy=ddp."
+        )
+
+
+def _missing_for_evaluations(config: RunConfig, held_out: int) -> str | None:
+    """What is missing for evaluations during training; None if nothing is."""
+    if not held_out:
+        return "held-out rows (data.eval, or data.test_size)"
+    return None if config.train.eval_every else "train.eval_every"
+
+
+def check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:
+    """Raises OutputError where the disk has no room for the run's checkpoints."""
+    need = config.train.disk_bytes(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OutputError(
+            f"{folder}: {free / 1e6:,.0f} MB are free on that disk, and the run needs {need / 1e6:,.0f} MB for its "
+            "checkpoints.\nMake room, choose another disk with --output, or set train.keep=1."
+        )

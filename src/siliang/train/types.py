@@ -1,0 +1,98 @@
+"""A run that is prepared, who hears of it, and what plans it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from siliang.check import Subject
+from siliang.config import RunConfig
+from siliang.data.load import Examples
+from siliang.data.prepared import EvalRows, has_unanswered
+from siliang.data.tokens import TokenSet
+from siliang.distributed.ranks import Ranks
+from siliang.hardware import Choice
+from siliang.methods import Method
+from siliang.records import Predicted, Record
+from siliang.train.log import Progress
+
+# Predicts what a run takes, from its config and data, before its model is loaded. Returns the config, which it may have
+# changed, and the prediction. It is `plan.preflight.Planner`: plan/ imports train/, not the other way.
+Planner = Callable[[RunConfig, Subject, Callable[[str], None], DeviceMesh | None], tuple[RunConfig, Predicted]]
+
+
+@dataclass
+class Listener:
+    """Callbacks during a run. Only the command prints.
+
+    Attributes:
+        say: One line about what is being done.
+        progress: After every step.
+        trained: With the trained model, when it has been measured and saved.
+    """
+
+    say: Callable[[str], None] = lambda line: None
+    progress: Callable[[Progress], None] = lambda progress: None
+    trained: Callable[[Run], None] = lambda run: None
+
+
+@dataclass
+class Run:
+    """A run that is ready for its first step."""
+
+    config: RunConfig
+    listener: Listener
+    folder: Path
+    method: Method
+    model: Any
+    tokenizer: Any
+    examples: Examples
+    train_set: TokenSet
+    eval_set: TokenSet
+    precision: Choice
+    record: Record
+    ranks: Ranks
+    device: torch.device
+
+    @property
+    def eval_rows(self) -> EvalRows:
+        """The rows of evaluations."""
+        examples = self.examples
+        unanswered = self.record.unanswered or has_unanswered(examples.eval)
+        step = self.config.train.rows_per_step
+        return EvalRows(self.eval_set, examples.eval, examples.labels or [], unanswered=unanswered, step=step)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.config.train.steps_per_epoch(len(self.train_set))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.train.steps(len(self.train_set))
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the rows of the whole run."""
+        t = self.config.train
+        return t.max_steps / self.steps_per_epoch if t.max_steps else t.epochs
+
+    @property
+    def zero_stage(self) -> int:
+        """Of DeepSpeed's ZeRO; 0 where it is not in use."""
+        return zero_stage(self.config, self.ranks)
+
+    def write_record(self) -> None:
+        """Writes run.json, once, however many processes train."""
+        if self.ranks.is_main:
+            self.record.write(self.folder)
+
+
+def zero_stage(config: RunConfig, ranks: Ranks) -> int:
+    """Of DeepSpeed's ZeRO; 0 where it is not in use, as with a single process."""
+    return config.distributed.stage if ranks.size > 1 else 0
