@@ -391,7 +391,7 @@ def test_every_kind_of_bad_row_can_be_left_out(case: Case) -> None:
         for i, w in enumerate(WORDS[:20])
     ]
     found = case(answers, task="question_ans", model="bert", data=skip)
-    assert "SL018" not in codes(found) and "which does not stand at its start (3)" in found[0].message
+    assert "SL018" not in codes(found) and "which is not at its start (3)" in found[0].message
     stop_on_errors(found)
     masked = prepared(right_rows)
     masked[5]["labels"] = [-100] * len(masked[5]["labels"])

@@ -12,9 +12,10 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from tiny import write_jsonl
 
 from siliang.config import DataConfig
-from siliang.data import examples as examples_module
+from siliang.data import example_set
 from siliang.data.cache import prune, used
-from siliang.data.examples import ExampleSet, Labelled, Text
+from siliang.data.example_set import ExampleSet
+from siliang.data.examples import Labelled, Text
 from siliang.data.labels import alike, joined, strange
 from siliang.data.load import Examples, Layout, load_examples, load_rows
 from siliang.data.numbers import as_number, is_whole
@@ -352,7 +353,7 @@ def test_nested_questions_are_named_by_id(tmp_path: Path) -> None:
         load(path, content, task)
     found = load(path, content, task, skip_bad_rows=True)
     assert len(found.train) == 1
-    assert found.skipped[1].endswith("id q-3 has the answer 'film', which does not stand at its start (3)")
+    assert found.skipped[1].endswith("id q-3 has the answer 'film', which is not at its start (3)")
 
 
 # ---- what is kept ----
@@ -360,7 +361,7 @@ def test_nested_questions_are_named_by_id(tmp_path: Path) -> None:
 
 def test_spilled_rows_go_with_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SILIANG_CACHE", str(tmp_path))
-    monkeypatch.setattr(examples_module, "SPILL_BYTES", 500)
+    monkeypatch.setattr(example_set, "SPILL_BYTES", 500)
     old, long_ago = tmp_path / "rows-old", time.time() - 40 * 86400
     old.mkdir()
     os.utime(old, (long_ago, long_ago))

@@ -22,9 +22,9 @@ from siliang.data import tokens as tokens_module
 from siliang.data.collate import PadCollator
 from siliang.data.conversations import prompt_tokens, windows
 from siliang.data.encode import IGNORED
+from siliang.data.example_set import ExampleSet
 from siliang.data.examples import (
     Conversation,
-    ExampleSet,
     Labelled,
     Message,
     Prepared,
@@ -177,9 +177,9 @@ def test_examples_survive_the_table(example: object) -> None:
 
 
 def test_more_than_memory_goes_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    from siliang.data import examples
+    from siliang.data import example_set
 
-    monkeypatch.setattr(examples, "SPILL_BYTES", 2000)
+    monkeypatch.setattr(example_set, "SPILL_BYTES", 2000)
     many = ExampleSet.build((f"f:{i}", Text(f"row {i}")) for i in range(300))
     assert many.table.cache_files  # memory-mapped
     assert [e.text for e in many] == [f"row {i}" for i in range(300)]  # type: ignore[union-attr]

@@ -8,7 +8,6 @@ import numpy as np
 from pydantic import JsonValue
 
 from siliang.check.subject import Subject
-from siliang.data.examples import Labelled
 
 
 def count(s: Subject) -> dict[str, JsonValue]:
@@ -43,7 +42,7 @@ def count(s: Subject) -> dict[str, JsonValue]:
     if unknown is not None and unknown not in (s.encoder.eos, s.tokenizer.bos_token_id) and tokens:
         counts["unknown"] = float(sum(int((ids == unknown).sum()) for ids in s.train.lists("input_ids")) / tokens)
     if s.task.data.named == "label":
-        classes = Counter(e.label for e in s.examples.train if isinstance(e, Labelled))
+        classes = Counter(name for example in s.examples.train for name in example.classes)
         counts["classes"] = dict(sorted(classes.items(), key=lambda item: -item[1])[:20])
     elif s.examples.labels is not None:
         counts["tags"] = len(s.examples.labels)

@@ -8,7 +8,6 @@ from itertools import chain
 
 from siliang.check.finding import Found
 from siliang.check.subject import Subject
-from siliang.data.examples import Labelled, Tagged
 from siliang.data.labels import alike, joined, no_label, strange
 from siliang.data.numbers import as_number, is_whole
 from siliang.language import Bilingual
@@ -221,8 +220,7 @@ def broken_tags(s: Subject) -> Iterator[Found]:
     rows: list[int] = []
     first: tuple[str, str] | None = None
     for i, example in enumerate(s.examples.train):
-        assert isinstance(example, Tagged)
-        if broken := _broken(example.tags):
+        if broken := _broken(example.classes):
             first = first or broken
             rows.append(i)
     if first is not None:
@@ -238,10 +236,7 @@ def _class_counts(s: Subject, *parts: str) -> Counter[str]:
     """Rows of each class, in the training rows where no part is named."""
     counts: Counter[str] = Counter()
     for example in chain.from_iterable(getattr(s.examples, part) for part in parts or ("train",)):
-        if isinstance(example, Labelled):
-            counts[example.label] += 1
-        elif isinstance(example, Tagged):
-            counts.update(example.tags)
+        counts.update(example.classes)
     return counts
 
 

@@ -10,8 +10,6 @@ import numpy as np
 
 from siliang.check.finding import PARTS, Found, not_usable
 from siliang.check.subject import Subject
-from siliang.data.examples import Span
-from siliang.data.formats import misplaced
 from siliang.language import Bilingual
 
 DAMAGE = re.compile("\ufffd|\ufeff|锟斤拷|Ã[\u0080-\u00bf]|â€|\\\\u0000")
@@ -277,7 +275,7 @@ def misplaced_answers(s: Subject) -> Iterator[Found]:
     """
     if not s.finds_spans:
         return
-    rows = [i for i, e in enumerate(s.examples.train) if isinstance(e, Span) and misplaced(e)]
+    rows = [i for i, e in enumerate(s.examples.train) if e.problem]
     if rows:
         said = Bilingual(
             f"{len(rows):,} training rows have an answer that is not at its answer_start",

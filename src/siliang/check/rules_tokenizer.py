@@ -10,7 +10,6 @@ import numpy as np
 
 from siliang.check.finding import Found
 from siliang.check.subject import Subject
-from siliang.data.examples import texts
 from siliang.data.templates import CHAT, find_template
 from siliang.language import Bilingual
 
@@ -84,7 +83,7 @@ def unknown_tokens(s: Subject) -> Iterator[Found]:
         rows = np.flatnonzero(counts)
         strange: Counter[str] = Counter()
         for i in rows[:50]:
-            for text in texts(s.examples.train[int(s.train.column("row")[i])]):
+            for text in s.examples.train[int(s.train.column("row")[i])].texts:
                 letters = sorted(set(text))
                 strange.update(c for c, ids in zip(letters, s.encoder.text(letters), strict=True) if unknown in ids)
         shown = " ".join(c for c, _ in strange.most_common(8))

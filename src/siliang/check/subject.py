@@ -3,7 +3,6 @@ asked for."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -15,17 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from siliang.config import RunConfig
 from siliang.data.conversations import stop_tokens
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.examples import (
-    Conversation,
-    Example,
-    ExampleSet,
-    Labelled,
-    Prepared,
-    SourceTarget,
-    Span,
-    Tagged,
-    Text,
-)
+from siliang.data.example_set import ExampleSet
 from siliang.data.load import Examples
 from siliang.data.prepared import PreparedData
 from siliang.data.tokens import TokenSet
@@ -205,27 +194,8 @@ def look_at(config: RunConfig, machine: Machine | None = None, data: PreparedDat
     return Subject(config, machine or Machine(), data or prepare_data(config))
 
 
-def question_of(example: Example) -> str:
-    """What is given in an example, without what is to be learned."""
-    match example:
-        case Conversation():
-            return json.dumps([[m.role, m.text] for m in example.messages[:-1]], ensure_ascii=False)
-        case Labelled():
-            return f"{example.text}\0{example.pair or ''}"
-        case Tagged():
-            return "\0".join(example.tokens)
-        case Span():
-            return f"{example.question}\0{example.context}"
-        case SourceTarget():
-            return example.source
-        case Text():
-            return example.text
-        case Prepared():
-            return str([i for i, x in zip(example.input_ids, example.labels, strict=False) if x == IGNORED] or example)
-
-
 def _prints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
     # Python's own hash of 64 bits: two different rows meet by chance once in a run of billions
-    asked = np.fromiter((hash(question_of(e)) for e in examples), dtype=np.int64, count=len(examples))
+    asked = np.fromiter((hash(e.given) for e in examples), dtype=np.int64, count=len(examples))
     whole = np.fromiter((hash(line) for line in examples.lines()), dtype=np.int64, count=len(examples))
     return asked, whole

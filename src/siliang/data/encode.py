@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from siliang.data.examples import IGNORED
 from siliang.data.templates import Piece
 from siliang.types import ConfigError
-
-IGNORED = -100  # the label of a token that is not trained
 
 
 class Encoder:

@@ -1,28 +1,16 @@
-"""What a row means: a conversation, a text with its class, tagged words, a question on a context, a source and target.
-
-`ExampleSet` holds many of them in an Arrow table: in memory while they are few, in a mapped file when they are many.
-"""
+"""What a row means: a conversation, a text and its class, tagged words, a question on a context, source and target."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal
 
-from siliang.data.cache import cache_folder, prune
+from siliang.secrets import shortened
 
-if TYPE_CHECKING:  # half a second of importing that a plan without data does not need
-    from datasets import Dataset
-
+IGNORED = -100  # the label of a token that is not learned
 Role = Literal["system", "user", "assistant", "tool"]
-
-SPILLED = "rows-"
-SPILL_BYTES = 64 * 2**20  # examples beyond this lie in a file
 
 
 @dataclass(frozen=True)
@@ -63,39 +51,164 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class PromptAndTarget:
+    """What a model that writes can be asked in one line, and the right answer.
+
+    Attributes:
+        input: What the instruction is about; often empty.
+        plain: The instruction is the beginning of a text, which is continued.
+    """
+
+    instruction: str
+    input: str
+    target: str
+    plain: bool = False
+
+
+class Example(ABC):
+    """What a row means. Each kind is a frozen dataclass of what the row holds, and a row of `KINDS`."""
+
+    @property
+    @abstractmethod
+    def texts(self) -> list[str]:
+        """Every text in it."""
+
+    @property
+    @abstractmethod
+    def given(self) -> str:
+        """What is given, without what is to be learned; two examples that ask the same have the same text here."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of classes in it, each as often as it occurs; none for a kind without classes."""
+        return ()
+
+    def with_classes(self, names: tuple[str, ...]) -> Example:
+        """The same with other names in the place of `classes`."""
+        return self
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with it although the row can be read; None if nothing is."""
+        return None
+
+    def prompt(self, beginning: int) -> PromptAndTarget | None:
+        """What a model can be asked with it; None where one line does not show it.
+
+        Args:
+            beginning: Characters of a text without a question, which is then continued.
+        """
+        return None
+
+    def values(self) -> dict[str, Any]:
+        """Its fields for JSON."""
+        return dict(vars(self))  # dataclasses.asdict copies deeply, which takes longer than all the rest
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Example:
+        """The example whose `values` these are, after JSON."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Conversation(Example):
     """Turns of a user and an assistant, whose words are learned; `tools` is a JSON list of what it may call."""
 
     messages: tuple[Message, ...]
     tools: str = ""
 
+    @property
+    def texts(self) -> list[str]:
+        return [part for m in self.messages for part in (m.content, m.input, m.reasoning) if part]
+
+    @property
+    def given(self) -> str:
+        return json.dumps([[m.role, m.text] for m in self.messages[:-1]], ensure_ascii=False)
+
+    def prompt(self, beginning: int) -> PromptAndTarget | None:
+        asked = [m for m in self.messages if m.role == "user"]
+        answered = [m for m in self.messages if m.role == "assistant"]
+        if len(asked) != 1 or len(answered) != 1 or answered[0].calls:
+            return None
+        return PromptAndTarget(asked[0].content, asked[0].input, answered[0].text)
+
+    def values(self) -> dict[str, Any]:
+        messages = [{**vars(m), "calls": [vars(c) for c in m.calls]} for m in self.messages]
+        return {"messages": messages, "tools": self.tools}
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Conversation:
+        messages = (Message(**{**m, "calls": tuple(Call(**c) for c in m["calls"])}) for m in values["messages"])
+        return cls(tuple(messages), values["tools"])
+
 
 @dataclass(frozen=True)
-class Text:
+class Text(Example):
     """A text that is learned whole."""
 
     text: str
 
+    @property
+    def texts(self) -> list[str]:
+        return [self.text]
+
+    @property
+    def given(self) -> str:
+        return self.text
+
+    def prompt(self, beginning: int) -> PromptAndTarget:
+        return PromptAndTarget(self.text[:beginning], "", self.text[beginning:], plain=True)
+
 
 @dataclass(frozen=True)
-class Labelled:
+class Labelled(Example):
     """A text, or a pair of texts, and the name of its class."""
 
     text: str
     label: str
     pair: str | None = None
 
+    @property
+    def texts(self) -> list[str]:
+        return [self.text] + ([self.pair] if self.pair else [])
+
+    @property
+    def given(self) -> str:
+        return f"{self.text}\0{self.pair or ''}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return (self.label,)
+
+    def with_classes(self, names: tuple[str, ...]) -> Labelled:
+        return Labelled(self.text, names[0], self.pair)
+
 
 @dataclass(frozen=True)
-class Tagged:
+class Tagged(Example):
     """Words and a tag for each."""
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...]
 
+    @property
+    def texts(self) -> list[str]:
+        return [" ".join(self.tokens)]
+
+    @property
+    def given(self) -> str:
+        return "\0".join(self.tokens)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.tags
+
+    def with_classes(self, names: tuple[str, ...]) -> Tagged:
+        return Tagged(self.tokens, names)
+
 
 @dataclass(frozen=True)
-class Span:
+class Span(Example):
     """A question, and where in its context the answers begin (characters)."""
 
     question: str
@@ -103,25 +216,58 @@ class Span:
     answers: tuple[str, ...]
     starts: tuple[int, ...]
 
+    @property
+    def texts(self) -> list[str]:
+        return [self.question, self.context]
+
+    @property
+    def given(self) -> str:
+        return f"{self.question}\0{self.context}"
+
+    @property
+    def problem(self) -> str | None:
+        for text, start in zip(self.answers, self.starts, strict=True):
+            if start < 0 or self.context[start : start + len(text)] != text:
+                return f"has the answer {shortened(text, 40)!r}, which is not at its start ({start})"
+        return None
+
 
 @dataclass(frozen=True)
-class SourceTarget:
+class SourceTarget(Example):
     """A text and what is written from it."""
 
     source: str
     target: str
 
+    @property
+    def texts(self) -> list[str]:
+        return [self.source, self.target]
+
+    @property
+    def given(self) -> str:
+        return self.source
+
+    def prompt(self, beginning: int) -> PromptAndTarget:
+        return PromptAndTarget(self.source, "", self.target)
+
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Example):
     """Tokens that were made elsewhere, and their labels; without any, every token is learned."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
 
+    @property
+    def texts(self) -> list[str]:
+        return []
 
-Example = Conversation | Text | Labelled | Tagged | Span | SourceTarget | Prepared
-KINDS: dict[str, type[Any]] = {
+    @property
+    def given(self) -> str:
+        return str([i for i, x in zip(self.input_ids, self.labels, strict=False) if x == IGNORED] or self)
+
+
+KINDS: dict[str, type[Example]] = {
     kind.__name__: kind for kind in (Conversation, Text, Labelled, Tagged, Span, SourceTarget, Prepared)
 }
 
@@ -132,141 +278,12 @@ def conversation(instruction: str, output: str, input: str = "", system: str = "
     return Conversation((*start, Message("user", instruction, input), Message("assistant", output)))
 
 
-def texts(example: Example) -> list[str]:
-    """Every text in an example, for whoever looks for damage."""
-    match example:
-        case Conversation():
-            return [part for m in example.messages for part in (m.content, m.input, m.reasoning) if part]
-        case Text():
-            return [example.text]
-        case Labelled():
-            return [example.text] + ([example.pair] if example.pair else [])
-        case Tagged():
-            return [" ".join(example.tokens)]
-        case Span():
-            return [example.question, example.context]
-        case SourceTarget():
-            return [example.source, example.target]
-        case Prepared():
-            return []
-
-
 def to_json(example: Example) -> str:
     """An example as one line of JSON, its kind with it."""
-    values = dict(vars(example))  # dataclasses.asdict copies deeply, which takes longer than all the rest
-    if isinstance(example, Conversation):
-        values["messages"] = [{**vars(m), "calls": [vars(c) for c in m.calls]} for m in example.messages]
-    return json.dumps([type(example).__name__, values], ensure_ascii=False)
+    return json.dumps([type(example).__name__, example.values()], ensure_ascii=False)
 
 
 def from_json(line: str) -> Example:
     """The example that `to_json` wrote."""
     kind, values = json.loads(line)
-    if kind == "Conversation":
-        messages = tuple(Message(**{**m, "calls": tuple(Call(**c) for c in m["calls"])}) for m in values["messages"])
-        return Conversation(messages, values["tools"])
-    return KINDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-SHOWN_BAD_ROWS = 5
-
-
-def bad_rows_message(bad: list[str]) -> str:
-    """The first few bad rows, and how to go on without them."""
-    more = f"; and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
-    rows = "1 row is bad" if len(bad) == 1 else f"{len(bad):,} rows are bad"
-    return (
-        f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
-    )
-
-
-class ExampleSet(Sequence[Example]):
-    """Examples in order, each with the place of its row."""
-
-    def __init__(self, table: Dataset, spilled: Sequence[_Spilled] = ()) -> None:
-        self.table = table  # columns: example (JSON), where
-        self._spilled = tuple(spilled)  # held as long as the rows are
-
-    @classmethod
-    def build(cls, items: Iterable[tuple[str, Example]]) -> ExampleSet:
-        """From (place, example); what is more than memory should hold goes to files, which go away with the rows."""
-        from datasets import Dataset, concatenate_datasets
-
-        parts: list[Dataset] = []
-        spilled: list[_Spilled] = []
-        lines: list[str] = []
-        places: list[str] = []
-        held = 0
-        for where, example in items:
-            line = to_json(example)
-            lines.append(line)
-            places.append(where)
-            held += len(line)
-            if held > SPILL_BYTES:
-                spilled.append(_Spilled())
-                parts.append(spilled[-1].write(lines, places))
-                lines, places, held = [], [], 0
-        if lines or not parts:
-            parts.append(Dataset.from_dict({"example": lines, "where": places}) if lines else _nothing())
-        return cls(parts[0] if len(parts) == 1 else concatenate_datasets(parts), spilled)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, i: int) -> Example: ...
-    @overload
-    def __getitem__(self, i: slice) -> ExampleSet: ...
-    def __getitem__(self, i: int | slice) -> Example | ExampleSet:
-        if isinstance(i, slice):
-            return self.select(range(*i.indices(len(self))))
-        return from_json(self.table[i]["example"])
-
-    def __iter__(self) -> Iterator[Example]:
-        for batch in self.table.iter(batch_size=1000):
-            yield from map(from_json, batch["example"])  # type: ignore[index]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def lines(self) -> Iterator[str]:
-        """The examples as JSON, for hashing."""
-        for batch in self.table.iter(batch_size=1000):
-            yield from batch["example"]  # type: ignore[index]
-
-    def where(self, i: int) -> str:
-        """The place of example `i`."""
-        return self.table[i]["where"]
-
-    def select(self, rows: Iterable[int]) -> ExampleSet:
-        """Some of the examples, in the order of `rows`; a row may come twice."""
-        return ExampleSet(self.table.select(rows), self._spilled)
-
-
-def _nothing() -> Dataset:
-    from datasets import Dataset, Features, Value
-
-    return Dataset.from_dict(
-        {"example": [], "where": []}, features=Features({"example": Value("string"), "where": Value("string")})
-    )
-
-
-class _Spilled:
-    """A folder in the cache with a file of rows, removed when nobody holds them any more, or when the process ends."""
-
-    def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix=SPILLED, dir=cache_folder()))
-        self._end = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        prune(cache_folder(), SPILLED)  # of processes that were killed
-
-    def write(self, lines: list[str], places: list[str]) -> Dataset:
-        import pyarrow as pa
-        from datasets import Dataset
-
-        path = self._folder / "rows.arrow"
-        table = pa.table({"example": pa.array(lines, pa.string()), "where": pa.array(places, pa.string())})
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table, max_chunksize=1000)
-        return Dataset.from_file(str(path))
+    return KINDS[kind].from_values(values)

@@ -11,7 +11,6 @@ from siliang.data.cells import BLANKS, SEVERAL, BadRow, Result, Values, as_text,
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Labelled, Prepared, SourceTarget, Span, Tagged, Text
 from siliang.data.turns import read_messages, read_pair
-from siliang.secrets import shortened
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,6 @@ def _squad(values: Values, c: Columns) -> Result:
     if not all(type(s) is int for s in starts) or not all(isinstance(t, str) for t in found):
         return f"must hold texts and whole numbers in {c.answers!r}"
     return Span(question, context, tuple(map(str, found)), tuple(s for s in starts if isinstance(s, int)))
-
-
-def misplaced(example: Span) -> str | None:
-    """What is wrong with an answer's start; None if nothing is."""
-    for text, start in zip(example.answers, example.starts, strict=True):
-        if start < 0 or example.context[start : start + len(text)] != text:
-            return f"has the answer {shortened(text, 40)!r}, which does not stand at its start ({start})"
-    return None
 
 
 def _source_target(values: Values, c: Columns) -> Result:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from siliang.data.entries import BAD
-from siliang.data.examples import Example, texts
+from siliang.data.examples import Example
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Judge:
         if self.unknown is None or self.unknown not in ids:
             return None
         words = ids
-        if parts := texts(example):  # what the template adds is not the row's
+        if parts := example.texts:  # what the template adds is not the row's
             coded = self.tokenizer(parts, add_special_tokens=False, split_special_tokens=True, verbose=False)
             words = [token for part in coded["input_ids"] for token in part]
         n = words.count(self.unknown)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
-from siliang.data.examples import Example, ExampleSet, Labelled, Span, Tagged, bad_rows_message
-from siliang.data.formats import Format, misplaced
+from siliang.data.example_set import ExampleSet, bad_rows_message
+from siliang.data.examples import Example
+from siliang.data.formats import Format
 from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
 from siliang.data.layouts import find_format, second_text
 from siliang.data.not_used import Aside
@@ -287,9 +288,11 @@ class _Reader:
             made = layout.example(row.values, columns)
             if self.spec.adapt is not None and not isinstance(made, str):
                 made = self.spec.adapt(made)
-            if self.data.skip_bad_rows and isinstance(made, Span):  # otherwise SL018 names them all
-                made = misplaced(made) or made
-            return made if isinstance(made, str) or self.labels is None else _known(made, self.labels, fixed)
+            if self.data.skip_bad_rows and not isinstance(made, str):  # otherwise SL018 names them all
+                made = made.problem or made
+            if isinstance(made, str) or self.labels is None or self.spec.named is None:
+                return made
+            return _known(made, self.labels, fixed, "label" if self.spec.named == "label" else "tag")
 
         return make
 
@@ -326,7 +329,7 @@ class _Reader:
             return
         found: set[str] = set()
         for example in train:
-            found.update(example.tags if isinstance(example, Tagged) else [example.label])  # type: ignore[union-attr]
+            found.update(example.classes)
         column = f"{self.data.train_sources[0].path}: column {getattr(self.columns, part)!r}"
         if problem := no_classes(found, len(train)) if part == "label" else None:
             raise DataError(f"{column} {problem}")
@@ -341,7 +344,7 @@ class _Reader:
         if self.spec.named != "label" or self.labels is None:
             return None
         numbers = {name: i for i, name in enumerate(self.labels)}
-        return [numbers[e.label] for e in train if isinstance(e, Labelled)]
+        return [numbers[example.classes[0]] for example in train]
 
 
 def sort_labels(found: set[str]) -> list[str]:
@@ -361,27 +364,18 @@ def _nothing(source: str, bad: list[tuple[str, str]]) -> str:
     return f"{source}: not one row can be used. {bad_rows_message([f'{where} {reason}' for where, reason in bad])}"
 
 
-def _known(made: Example, labels: list[str], by_number: bool) -> Example | str:
-    """The example, with numbers turned into names where that is how the data says its classes; or what is wrong."""
-    if isinstance(made, Labelled):
-        names, what = [made.label], "label"
-    elif isinstance(made, Tagged):
-        names, what = list(made.tags), "tag"
-    else:
-        return made
-    if by_number and all(is_whole(n) and 0 <= int(n) < len(labels) for n in names):
-        names = [labels[int(n)] for n in names]
-        if isinstance(made, Labelled):
-            return Labelled(made.text, names[0], made.pair)
-        return Tagged(made.tokens, tuple(names))
-    names = [name if name in labels else _as_written(name, labels) for name in names]
+def _known(made: Example, labels: list[str], by_number: bool, what: str) -> Example | str:
+    """The example, with numbers turned into names where that is how the data writes its classes; or what is wrong."""
+    if by_number and all(is_whole(n) and 0 <= int(n) < len(labels) for n in made.classes):
+        return made.with_classes(tuple(labels[int(n)] for n in made.classes))
+    names = [name if name in labels else _as_written(name, labels) for name in made.classes]
     for name in names:
         if name not in labels:
             near = next((known for known in labels if alike_key(known) == alike_key(name)), None)
             hint = "" if near is None else f"; it looks like {near!r}"
             shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "")
             return f"has the {what} {name!r}, which is not one of {shown}{hint}"
-    return replace(made, label=names[0]) if isinstance(made, Labelled) else replace(made, tags=tuple(names))
+    return made.with_classes(tuple(names))
 
 
 def _as_written(name: str, labels: list[str]) -> str:

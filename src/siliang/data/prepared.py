@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from siliang.config import DataConfig
-from siliang.data.examples import Example, ExampleSet, Span, bad_rows_message
+from siliang.data.example_set import ExampleSet, bad_rows_message
+from siliang.data.examples import Example, Span
 from siliang.data.spec import DataSpec
 from siliang.types import DataError
 

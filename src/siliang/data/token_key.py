@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.config import DataConfig
-from siliang.data.examples import ExampleSet
+from siliang.data.example_set import ExampleSet
 from siliang.data.spec import DataSpec
 from siliang.data.templates import find_template
 

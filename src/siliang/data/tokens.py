@@ -18,7 +18,8 @@ from siliang.config import DataConfig
 from siliang.data.cache import cache_folder, prune, used
 from siliang.data.encode import IGNORED
 from siliang.data.entries import BAD, Rows, bad_row, is_bad, number_of_bad
-from siliang.data.examples import Example, ExampleSet, bad_rows_message, from_json, texts
+from siliang.data.example_set import ExampleSet, bad_rows_message
+from siliang.data.examples import Example, from_json
 from siliang.data.judge import Judge
 from siliang.data.small_table import SmallTable
 from siliang.data.spec import DataSpec, Encode
@@ -295,7 +296,7 @@ def _in_time(work: Encode, examples: Sequence[Any]) -> list[Rows]:
     Raises:
         ModelError: The tokenizer takes too long for them, or gives up.
     """
-    characters = sum(len(part) for example in examples for part in texts(example))
+    characters = sum(len(part) for example in examples for part in example.texts)
     try:
         return in_time(partial(work, examples), SECONDS + characters / CHARACTERS_A_SECOND)
     except RefusedError as error:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from siliang.data.examples import Conversation, Example, SourceTarget, Text
 from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
 from siliang.secrets import part
@@ -78,9 +77,9 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         given = generate(opened, prompt, up_to=max_new_tokens, base=base)
         found.prompts.append(Answer(asked=prompt, given=given))
     for number in sample(len(run.examples.eval), WRITTEN_ROWS):
-        if (asked := _question(run.examples.eval[number])) is None:
+        if (asked := run.examples.eval[number].prompt(BEGINNING)) is None:
             continue
-        instruction, input, right, plain = asked
+        instruction, input, right, plain = asked.instruction, asked.input, asked.target, asked.plain
         given = generate(opened, instruction, input, up_to=max_new_tokens, base=base, plain=plain)
         place, shown = run.examples.eval.where(number), f"{instruction}\n{input}".strip()
         if plain:  # a text that was cut in two, perhaps within a secret
@@ -92,20 +91,3 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         with run.model.disable_adapter() if base else nullcontext():
             found.figures |= figures_of_texts(opened, run.eval_rows)
     return found
-
-
-def _question(example: Example) -> tuple[str, str, str, bool] | None:
-    """(instruction, input, right answer, whether it is a text to be continued); None where a line does not show it."""
-    match example:
-        case Conversation():
-            asked = [m for m in example.messages if m.role == "user"]
-            answered = [m for m in example.messages if m.role == "assistant"]
-            if len(asked) != 1 or len(answered) != 1 or answered[0].calls:
-                return None
-            return asked[0].content, asked[0].input, answered[0].text, False
-        case SourceTarget():
-            return example.source, "", example.target, False
-        case Text():
-            return example.text[:BEGINNING], "", example.text[BEGINNING:], True
-        case _:
-            return None

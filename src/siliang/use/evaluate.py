@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 
 from siliang.data.collate import PadCollator
-from siliang.data.examples import SourceTarget, bad_rows_message
+from siliang.data.example_set import bad_rows_message
+from siliang.data.examples import SourceTarget
 from siliang.data.load import Layout, load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet, tokenize, usable

@@ -1,0 +1,121 @@
+"""Many examples in an Arrow table: in memory while they are few, in a mapped file when they are many."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from siliang.data.cache import cache_folder, prune
+from siliang.data.examples import Example, from_json, to_json
+
+if TYPE_CHECKING:  # half a second of importing that a plan without data does not need
+    from datasets import Dataset
+
+SPILLED = "rows-"
+SPILL_BYTES = 64 * 2**20  # examples beyond this are in a file
+SHOWN_BAD_ROWS = 5
+
+
+def bad_rows_message(bad: list[str]) -> str:
+    """The first few bad rows, and how to go on without them."""
+    more = f"; and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
+    rows = "1 row is bad" if len(bad) == 1 else f"{len(bad):,} rows are bad"
+    return (
+        f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
+    )
+
+
+class ExampleSet(Sequence[Example]):
+    """Examples in order, each with the place of its row."""
+
+    def __init__(self, table: Dataset, spilled: Sequence[_Spilled] = ()) -> None:
+        self.table = table  # columns: example (JSON), where
+        self._spilled = tuple(spilled)  # held as long as the rows are
+
+    @classmethod
+    def build(cls, items: Iterable[tuple[str, Example]]) -> ExampleSet:
+        """From (place, example); what is more than memory should hold goes to files, which go away with the rows."""
+        from datasets import Dataset, concatenate_datasets
+
+        parts: list[Dataset] = []
+        spilled: list[_Spilled] = []
+        lines: list[str] = []
+        places: list[str] = []
+        held = 0
+        for where, example in items:
+            line = to_json(example)
+            lines.append(line)
+            places.append(where)
+            held += len(line)
+            if held > SPILL_BYTES:
+                spilled.append(_Spilled())
+                parts.append(spilled[-1].write(lines, places))
+                lines, places, held = [], [], 0
+        if lines or not parts:
+            parts.append(Dataset.from_dict({"example": lines, "where": places}) if lines else _nothing())
+        return cls(parts[0] if len(parts) == 1 else concatenate_datasets(parts), spilled)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> ExampleSet: ...
+    def __getitem__(self, i: int | slice) -> Example | ExampleSet:
+        if isinstance(i, slice):
+            return self.select(range(*i.indices(len(self))))
+        return from_json(self.table[i]["example"])
+
+    def __iter__(self) -> Iterator[Example]:
+        for batch in self.table.iter(batch_size=1000):
+            yield from map(from_json, batch["example"])  # type: ignore[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def lines(self) -> Iterator[str]:
+        """The examples as JSON, for hashing."""
+        for batch in self.table.iter(batch_size=1000):
+            yield from batch["example"]  # type: ignore[index]
+
+    def where(self, i: int) -> str:
+        """The place of example `i`."""
+        return self.table[i]["where"]
+
+    def select(self, rows: Iterable[int]) -> ExampleSet:
+        """Some of the examples, in the order of `rows`; a row may come twice."""
+        return ExampleSet(self.table.select(rows), self._spilled)
+
+
+def _nothing() -> Dataset:
+    from datasets import Dataset, Features, Value
+
+    return Dataset.from_dict(
+        {"example": [], "where": []}, features=Features({"example": Value("string"), "where": Value("string")})
+    )
+
+
+class _Spilled:
+    """A folder in the cache with a file of rows, removed when nobody holds them any more, or when the process ends."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix=SPILLED, dir=cache_folder()))
+        self._end = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        prune(cache_folder(), SPILLED)  # of processes that were killed
+
+    def write(self, lines: list[str], places: list[str]) -> Dataset:
+        import pyarrow as pa
+        from datasets import Dataset
+
+        path = self._folder / "rows.arrow"
+        table = pa.table({"example": pa.array(lines, pa.string()), "where": pa.array(places, pa.string())})
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+        return Dataset.from_file(str(path))
