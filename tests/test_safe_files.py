@@ -103,7 +103,7 @@ STRANGE_JSON = [
 STRANGE_AND_OURS = [
     ('{"a": NaN}', "no number of JSON: NaN"),
     ('{"a": -Infinity}', "no number of JSON: -Infinity"),
-    ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice in one object"),
+    ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice in one object"),
 ]
 
 

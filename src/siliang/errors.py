@@ -82,7 +82,7 @@ CATALOGUE: dict[str, Entry] = {
             "wants to run code of its own, a link in it leads elsewhere, or its files are not those that a run was "
             "trained on.",
             "Look at the name and the network, download the model again, or take one that transformers knows by "
-            "itself. Of a run: put its base model back, name its place with --base, or go on with --force.",
+            "itself. Of a run: put its base model back, name its place with --base, or continue with --force.",
         ),
         Page(
             "基座模型无法加载",
@@ -155,7 +155,7 @@ CATALOGUE: dict[str, Entry] = {
         Page(
             "the output folder cannot be used",
             "It holds something already, was removed, may not be written to, or the disk is full.",
-            "Choose another with --output, make room, or go on with an interrupted run by --resume. What was saved "
+            "Choose another with --output, make room, or continue with an interrupted run by --resume. What was saved "
             "before "
             "is whole.",
         ),
@@ -197,7 +197,7 @@ CATALOGUE: dict[str, Entry] = {
             "a process of the training is gone",
             "A training on several devices needs all of its processes. One was killed (often because memory was full), "
             "crashed, or can no longer be reached; the others ended with it.",
-            "Checkpoints are whole: go on with `siliang train --resume RUN`, with the same number of devices or "
+            "Checkpoints are whole: continue with `siliang train --resume RUN`, with the same number of devices or "
             "another. Where it happens again, look at that machine's memory and network. With `torchrun "
             "--max-restarts 3` the run goes on by itself.",
         ),

@@ -96,7 +96,7 @@ def test_no_more_than_a_run_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_what_no_run_says(message: Any) -> None:
     found = checked(message)
-    assert found["kind"] == "failed" and "what no run says" in found["error"]
+    assert found["kind"] == "failed" and "sent an unknown message" in found["error"]
 
 
 def test_what_a_run_says() -> None:

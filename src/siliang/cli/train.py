@@ -71,7 +71,7 @@ def train(
     elif settings is not None and settings.is_dir():
         raise ConfigError(
             Bilingual(
-                f"{settings} is a folder: give a settings file, or --resume to go on with the run in it.",
+                f"{settings} is a folder: give a settings file, or --resume to continue with the run in it.",
                 f"{settings} 是文件夹：请给出配置文件，或用 --resume 继续其中的训练。",
             )
         )

@@ -1,4 +1,4 @@
-"""The base model of many runs: loaded once, lent to one run after another, and kept if it comes back unchanged."""
+"""The base model of many runs: loaded once, used by one run after another, and kept while it is unchanged."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from siliang.tasks import TASKS
 
 
 class KeptBase:
-    """Returns base models as `load_base` does, and keeps the one that comes back.
+    """Returns base models as `load_base` does, and keeps the one that is given back.
 
-    What a run gets is the same, bit for bit, as if it had loaded the model itself. A model that has changed, such as a
+    A run gets the same model, bit for bit, as if it had loaded it itself. A model that has changed, such as a
     fully tuned one, is not kept. One with a new head is loaded again for another seed, which draws another head.
 
     Attributes:
@@ -76,7 +76,7 @@ class KeptBase:
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """A number for each parameter and buffer, which changes if one of its bits does."""
+    """A checksum for each parameter and buffer, by name."""
     return {name: _sum(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 

@@ -37,9 +37,9 @@ from siliang.compare import join  # noqa: E402
 from siliang.compare.host import VERSIONS, Host, version  # noqa: E402
 
 SAY_WAITING_S = 15.0
-EXTRA_BYTES = 2**30  # for what in a run's folder is not a weight
-UNKNOWN_BYTES = 2**40  # that a run's folder may have where the base model's size is not known here
-CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", ALLOWED_CODE)  # to the workers, where they are set
+EXTRA_BYTES = 2**30  # for the files of a run's folder other than weights
+UNKNOWN_BYTES = 2**40  # limit of a run's folder if the base model's size is not known here
+CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", ALLOWED_CODE)  # passed to the workers, if set
 
 
 class Cluster:
@@ -48,13 +48,13 @@ class Cluster:
     Args:
         address: Of the cluster, or `local`.
         jobs: Runs at the same time on each machine. On the CPU each has its share of as many threads as this machine
-            has, so that figures are those of `Pool` with as many jobs.
+            has, so that results are those of `Pool` with as many jobs.
         logs: Folder for what the workers' libraries print.
-        say: Called with what the user should know.
+        say: Called with each line for the user.
 
     Attributes:
         marker: A file in the comparison's folder. A machine that sees it shares that disk with this one.
-        machines: How many the cluster had at the beginning.
+        machines: How many the cluster had at the start.
 
     Raises:
         ClusterError: No cluster answers at that address.
@@ -70,10 +70,10 @@ class Cluster:
         self._threads = threads_each(jobs)
         self._lock = threading.Lock()
         self._packed: dict[tuple[str, ...], Packed] = {}
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
 
     def __enter__(self) -> Self:
-        self._ours = join.begin(self._address, self._jobs * self._threads)
+        self._ours = join.start(self._address, self._jobs * self._threads)
         self.logs.mkdir(exist_ok=True)  # a machine that sees it writes there
         self.marker.touch()
         self._choose_resources()
@@ -99,8 +99,8 @@ class Cluster:
         for event in share(requests, self.workers):
             if event.kind != "note":
                 yield event
-            elif (line := event.message["line"]) not in self._said:
-                self._said.add(line)
+            elif (line := event.message["line"]) not in self._shown:
+                self._shown.add(line)
                 self._say(line)
 
     def inputs(self, config: RunConfig) -> dict[str, list[Path]]:
@@ -118,7 +118,7 @@ class Cluster:
             return self._packed[key]
 
     def takes(self) -> str:
-        """What a run takes, in words."""
+        """The resources that a run needs, in words."""
         cpus = int(self.resources["num_cpus"])
         parts = [f"{cpus} processor{'s' * (cpus > 1)}"] if cpus else []
         parts += ["1 card"] * ("num_gpus" in self.resources)
@@ -126,7 +126,7 @@ class Cluster:
         return " and ".join(parts + [f"{show_bytes(memory)} of memory"] * (memory > 0))
 
     def _choose_resources(self) -> None:
-        """A run takes a card where there are any, or its share of a machine's processors."""
+        """A run gets a card if the cluster has any, otherwise its share of a machine's processors."""
         nodes = [node["Resources"] for node in _nodes()]
         self.machines = len(nodes)
         where = Bilingual("Ray on this machine", "本机的 Ray")
@@ -145,7 +145,7 @@ class Cluster:
             return
         cpus = min(self._threads, max(int(node.get("CPU", 0)) for node in nodes))
         if cpus == 0:
-            raise ClusterError("The cluster offers no processors: begin its machines without --num-cpus=0.")
+            raise ClusterError("The cluster offers no processors: start its machines without --num-cpus=0.")
         self.resources = {"num_cpus": cpus}
         runs = self._places()
         self._say(
@@ -187,10 +187,10 @@ class RemoteWorker:
     """Does requests as `Worker` does, in a Ray actor on a machine that has room."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.node = ""  # the machine's name, once the actor has begun
+        self.node = ""  # the machine's name, once the actor has started
         self._cluster = cluster
         self._host: Any = None
-        self._about: Message = {}  # what the actor says of its machine
+        self._about: Message = {}  # the actor's description of its machine
         self._avoided: set[str] = set()  # machines that lost a run
         self._closed = False
         self._idle = threading.Event()
@@ -212,7 +212,7 @@ class RemoteWorker:
                     if "resume" in request:
                         request = request | {"resume": can_resume(RunConfig.model_validate(request["config"]))}
                 else:
-                    tries = f"begun {attempt} times, and each time its process was lost; the last time: "
+                    tries = f"started {attempt} times, and each time its process was lost; the last time: "
                     yield {"kind": "died", "error": tries + why}
         finally:
             self._idle.set()
@@ -230,7 +230,7 @@ class RemoteWorker:
         self._idle.wait(2 * STOP_S)
 
     def rest(self) -> None:
-        """Gives the actor's place in the cluster back; the next request begins another."""
+        """Gives the actor's place in the cluster back; the next request starts another."""
         host, self._host, self.node = self._host, None, ""
         if host is not None:
             ray.kill(host)
@@ -245,7 +245,7 @@ class RemoteWorker:
             sweep(output.parent, re.escape(output.name))  # of a comparison that was killed
         inputs, incoming = self._cluster.inputs(config), None
         try:
-            if (problem := (yield from self._begin())) is not None:
+            if (problem := (yield from self._start())) is not None:
                 self.rest()
                 yield {"kind": "failed", "error": problem}
                 return None
@@ -266,8 +266,8 @@ class RemoteWorker:
         except RayTaskError as error:
             yield {"kind": "failed", "error": first_line(error.cause or error, kind=True)}
         except RayError as error:
-            not_begun = isinstance(error, RuntimeEnvSetupError) or getattr(error, "actor_init_failed", False)
-            if not not_begun:
+            not_started = isinstance(error, RuntimeEnvSetupError) or getattr(error, "actor_init_failed", False)
+            if not not_started:
                 return self._why_lost(error)
             yield {"kind": "failed", "error": str(error).strip().splitlines()[-1]}
         finally:
@@ -275,14 +275,14 @@ class RemoteWorker:
                 incoming.discard()
         return None
 
-    def _begin(self) -> Generator[Message, None, str | None]:
-        """Begins an actor, unless there is one; returns what is wrong with its machine."""
+    def _start(self) -> Generator[Message, None, str | None]:
+        """Starts an actor, unless there is one; returns what is wrong with its machine."""
         if self._host is not None:
             return None
         cluster = self._cluster
         carried = {name: os.environ[name] for name in CARRIED if name in os.environ}
         threads = {"OMP_NUM_THREADS": str(max(1, int(cluster.resources["num_cpus"])))}
-        # two at a time: `stop` is heard during `run`
+        # two at a time: `stop` must arrive during `run`
         options: Message = cluster.resources | {"max_concurrency": 2, "runtime_env": {"env_vars": carried | threads}}
         if self._avoided:
             elsewhere: Any = {"ray.io/node-id": NotIn(*self._avoided)}
@@ -301,14 +301,14 @@ class RemoteWorker:
                 continue
             if name == "siliang":
                 return f"{self.node} has siliang {there}, not {here}: install the same there"
-            line = f"warning    {self.node} has {name} {there}, this machine {here}: figures may differ"
+            line = f"warning    {self.node} has {name} {there}, this machine {here}: results may differ"
             yield {"kind": "note", "line": line}
         return None
 
     def _arguments(
         self, request: Message, config: RunConfig, inputs: dict[str, list[Path]]
     ) -> Generator[Message, None, tuple[Message, Packed | None, Packed | None]]:
-        """What the actor's `run` takes. On a machine that does not see the user's files, the run reads and writes
+        """The arguments of the actor's `run`. On a machine that does not see the user's files, the run reads and writes
         copies."""
         cluster = self._cluster
         states = {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in chain(*inputs.values())}
@@ -325,7 +325,7 @@ class RemoteWorker:
 
     def _why_lost(self, error: RayError) -> str:
         if not self.node:
-            return "it could not be begun"
+            return "it could not be started"
         why = "its process was killed"
         if isinstance(error, OutOfMemoryError):
             why = "Ray ended its process because the machine's memory was full"

@@ -24,7 +24,7 @@ from siliang.files import remove_tree
 
 PROGRESS_S = 0.2  # between two messages of progress: steps may be quicker than the network
 SOURCE = str(Path(__file__).resolve().parents[2])
-VERSIONS = ("siliang", "torch", "transformers")  # the packages that figures depend on
+VERSIONS = ("siliang", "torch", "transformers")  # the packages that results depend on
 
 
 class Host:

@@ -1,4 +1,4 @@
-"""Becomes part of a Ray cluster, or begins a Ray on this machine."""
+"""Joins a Ray cluster, or starts Ray on this machine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import ray
 from siliang.types import ClusterError, first_line
 
 LOCAL = "local"  # in place of an address: a Ray of our own on this machine
-PROBE_S = 45.0  # for a cluster to answer
-CONNECT_S = 5.0  # for its machine to
+PROBE_S = 45.0  # for a cluster to respond
+CONNECT_S = 5.0  # to connect to its machine
 STORE_BYTES = 2**27  # object store of a Ray of our own: few files go through it
 PROBE = """
 import logging, sys, ray
@@ -28,7 +28,7 @@ except Exception as error:
 
 
 def check(address: str) -> str:
-    """Returns the address to join, once a cluster has answered there.
+    """Returns the address to join, after a cluster has responded there.
 
     Raises:
         ClusterError: It cannot be joined.
@@ -40,15 +40,15 @@ def check(address: str) -> str:
     return address
 
 
-def begin(address: str, threads: int) -> bool:
-    """Joins the cluster, or begins a Ray without dashboard and telemetry; False where this process has joined one
-    before, which stays as it is.
+def start(address: str, threads: int) -> bool:
+    """Joins the cluster, or starts Ray without dashboard and telemetry. False if this process has joined a cluster
+    before; that one stays as it is.
 
     Args:
-        threads: Of a Ray of our own, where there is no card.
+        threads: Of Ray on this machine, if there is no card.
 
     Raises:
-        ClusterError: Ray says no.
+        ClusterError: Ray cannot be started or joined.
     """
     if ray.is_initialized():
         return False
@@ -60,11 +60,11 @@ def begin(address: str, threads: int) -> bool:
         if not torch.cuda.is_available():
             settings |= {"num_cpus": threads, "num_gpus": 0}
     try:
-        # Ray's processes import from a working_dir, or else from the folder at hand: this one is empty
+        # Ray's processes import from a working_dir, or else from the current folder: this one is empty
         with tempfile.TemporaryDirectory() as empty:
             ray.init(**settings, runtime_env={"working_dir": empty})
     except Exception as error:  # Ray raises kinds of its own for each thing that it lacks
-        where = "begun here" if address == LOCAL else f"used at {address}"
+        where = "started here" if address == LOCAL else f"used at {address}"
         raise ClusterError(f"Ray cannot be {where}: {first_line(error, kind=True)}") from error
     return True
 
@@ -87,7 +87,7 @@ def _probe(address: str) -> None:
             socket.create_connection((host, int(port)), CONNECT_S).close()
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S)
     except subprocess.TimeoutExpired:
-        why = f"what is there has not answered as Ray does within {PROBE_S:.0f} s."
+        why = f"no Ray cluster has responded within {PROBE_S:.0f} s."
     except OSError as error:
         why = f"{error.strerror or error}."
     else:
@@ -95,8 +95,8 @@ def _probe(address: str) -> None:
             return
         why = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
         if "InvalidAuthToken" in done.stderr:
-            why = "it asks for its token: copy ~/.ray/auth_token from the cluster's head to this machine."
+            why = "it requires its token: copy ~/.ray/auth_token from the cluster's head to this machine."
     raise ClusterError(
         f"--ray {address}: no Ray cluster can be joined there: {why}\n"
-        "Look at `ray status` on this machine; `--ray` alone begins a Ray here."
+        "Look at `ray status` on this machine; `--ray` alone starts Ray on this machine."
     )

@@ -28,7 +28,7 @@ from siliang.types import ClusterError
 
 PIECE_BYTES = 2**25
 LEFT_OUT = (".git", ".cache")  # of a downloaded folder
-FILES, RUN = "files", "run"  # what the names of the cache's folders begin with
+FILES, RUN = "files", "run"  # prefixes of the names of the cache's folders
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Packed:
 
 
 def files_of(name: str) -> list[Path]:
-    """The files that an absolute path stands for: a file, those of a folder, or those that fit a pattern. Any other
-    name, such as one on the hub, stands for none.
+    """The files of an absolute path: a file, those of a folder, or those that match a pattern. Any other name, such as
+    one on the hub, has none.
 
     Raises:
         ConfigError: It is a folder, and a link in it leads out of it: only what the user has named is sent.

@@ -134,7 +134,7 @@ class Pool:
 
 
 class Worker:
-    """One process; it begins with the first request.
+    """One process; it starts with the first request.
 
     Args:
         log: For what its libraries print.
@@ -218,7 +218,7 @@ class Worker:
                 text=True,
                 encoding="utf-8",
                 env=os.environ | self._environment(),
-                start_new_session=True,  # Ctrl-C is for the process that asks
+                start_new_session=True,  # Ctrl-C is for the parent process
             )
 
 

@@ -40,12 +40,12 @@ MESSAGES: dict[str, dict[str, type]] = {
 
 def checked(message: object) -> Message:
     """The message, if it is one of `MESSAGES`; otherwise one of the kind `failed`, which says so."""
-    wrong = {"kind": "failed", "error": "its machine sent what no run says: is its siliang the same as here?"}
+    wrong = {"kind": "failed", "error": "its machine sent an unknown message: is its siliang the same as here?"}
     found = as_message(message)
     if found is None:
         return wrong
-    figures = found["found"].items() if found["kind"] == "done" else ()
-    return found if all(isinstance(name, str) and isinstance(value, int | float) for name, value in figures) else wrong
+    metrics = found["found"].items() if found["kind"] == "done" else ()
+    return found if all(isinstance(name, str) and isinstance(value, int | float) for name, value in metrics) else wrong
 
 
 def as_message(message: object) -> Message | None:

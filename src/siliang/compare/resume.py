@@ -21,7 +21,7 @@ MAY_DIFFER = ("methods", "seeds", "search", "output")  # when a comparison is re
 
 
 def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
-    """The record of the comparison that was begun in a folder, or a new one.
+    """The record of the comparison that was started in a folder, or a new one.
 
     Raises:
         ConfigError: The folder holds a comparison with other settings.
@@ -46,15 +46,15 @@ def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
 
 
 def changed_files(config: CompareConfig, folder: Path, record: Comparison) -> Iterator[tuple[type[SiliangError], str]]:
-    """What has changed of the base model and the data since the comparison was begun: an error's class and a sentence
+    """Changes of the base model and the data since the comparison was started: an error's class and a sentence
     for each. Runs compare only if all are made on one base model and the same rows."""
     if record.data_files:
         for kind, what, how in what_changed(config.run, record.model_files, record.data_files):
-            yield kind, f"{what} has changed since {folder} was begun: {how}"
+            yield kind, f"{what} has changed since {folder} was started: {how}"
 
 
 def known_trial(trial: Trial, config: CompareConfig, folder: Path, record: Comparison) -> Trial:
-    """The trial as it stands in the comparison's record; complete only if its run is there, with these settings.
+    """The trial as it is in the comparison's record; complete only if its run is there, with these settings.
 
     Raises:
         ConfigError: A run of other settings is there.
@@ -71,7 +71,7 @@ def known_trial(trial: Trial, config: CompareConfig, folder: Path, record: Compa
             f"{path} is a run with another {name} ({was}, here {wanted}).\n"
             "Remove that folder, choose another with --output, or give the method a label of its own."
         )
-    # a run that was complete when the comparison was killed has no figures in its record
+    # a run that was complete when the comparison was killed has no metrics in the comparison's record
     figures = before.figures or figures_of(run)
     return before.model_copy(update={"status": "completed", "settings": trial.settings, "figures": figures})
 

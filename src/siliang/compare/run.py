@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from siliang.compare.cluster import Cluster
 
 CONFIG_NAME = "compare.yaml"
-BASE = "base"  # the folder of the base model's figures and answers
+BASE = "base"  # the folder of the base model's metrics and answers
 RATE_RULE = "SL042"  # a learning rate far from the method's own
 METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings about one method, which do not stop the others
 
@@ -41,7 +41,7 @@ class CompareListener:
     """Callbacks during a comparison. Only the command prints.
 
     Attributes:
-        say: One line about what is being done.
+        say: Called with one line about the present work.
         began: A trial, its number from 1, and how many trials there are.
         progress: After every step of a trial: its number, the step, the steps, the loss, the seconds to go.
         ended: A trial, and its record where it was completed.
@@ -68,13 +68,13 @@ def compare(
 
     Args:
         jobs: Runs at the same time, each with a base model of its own; with `ray`, on each machine.
-        force: Resume also where the base model or the data have changed since the comparison was begun.
+        force: Resume even if the base model or the data have changed since the comparison was started.
         ray: The address of a Ray cluster that does the runs, or `local`. None: processes of this machine do them.
 
     Raises:
         ClusterError: Ray is not installed, or there is no cluster at that address.
         ConfigError: The folder holds a comparison with other settings.
-        ModelError, DataError: It was begun with another base model or other data, and `force` is off.
+        ModelError, DataError: It was started with another base model or other data, and `force` is off.
         OutputError: The folder holds something else.
         DataError: `siliang check` finds an error in the data that all runs would meet.
         InterruptedRunError: Ctrl-C or SIGTERM came.
@@ -90,7 +90,7 @@ class _Comparing:
         self.config, self.listener, self.jobs, self.ray = config, listener, jobs, ray
         self.folder = Path(config.run.output)
         self.task = config.run.task
-        self.said: set[str] = set()
+        self.shown: set[str] = set()
         self.record = open_comparison(config, self.folder)
         self.pool: Pool | Cluster | None = None
 
@@ -110,7 +110,7 @@ class _Comparing:
                 self._do(test_trials(self.config, self.record.chosen))
         except KeyboardInterrupt:
             for trial in self.record.trials:
-                if trial.status == "running":  # the user stopped it: that is not an attempt that failed
+                if trial.status == "running":  # the user stopped it: this is not a failed attempt
                     trial.status, trial.attempts = "waiting", trial.attempts - 1
             self._save()
             done = sum(t.status == "completed" for t in self.record.trials)
@@ -165,15 +165,15 @@ class _Comparing:
             if not self.force:
                 raise kind(
                     f"{problem[0].upper()}{problem[1:]}. New runs would not compare with those that are there.\n"
-                    "Put it back, choose another folder with --output, or go on all the same with --force."
+                    "Put it back, choose another folder with --output, or continue anyway with --force."
                 )
             self.listener.say(both("warning    ", "警告       ") + local(problem))
         self.record.model_files, self.record.data_files = hashes(self.config.run)
 
     def _say(self, line: str) -> None:
         """Passes a warning on once: every run has it."""
-        if line.startswith(("warning", "警告")) and line not in self.said:
-            self.said.add(line)
+        if line.startswith(("warning", "警告")) and line not in self.shown:
+            self.shown.add(line)
             self.listener.say(line)
 
     def _save(self) -> None:
@@ -259,24 +259,24 @@ class _Comparing:
             self.listener.say(
                 both(f"resumed    {done} of {of} runs are there already", f"继续       {of} 次运行中已有 {done} 次完成")
             )
-        requests, asked = [], []
+        requests, requested = [], []
         for trial in todo:
             if trial.attempts >= MOST_ATTEMPTS and trial.status == "running":
                 trial.status = "failed"
-                trial.error = f"begun {trial.attempts} times, and each time the process was killed: out of memory?"
+                trial.error = f"started {trial.attempts} times, and each time the process was killed: out of memory?"
                 self.listener.ended(trial, None)
                 continue
             trial.status, trial.error = "waiting", None
             values = run_config(self.config, trial, self.folder, self.record.steps)
             requests.append(self._request("train", values) | {"resume": can_resume(values)})
-            asked.append(trial)
+            requested.append(trial)
         self._save()
-        begun: dict[int, int] = {}  # in which order the trials were begun
+        started: dict[int, int] = {}  # the number of each trial, in the order in which they were started
         for event in self._ask(requests):
-            trial = asked[event.number]
+            trial = requested[event.number]
             match event.kind:
                 case "began":
-                    number = begun.setdefault(event.number, len(trials) - len(asked) + len(begun) + 1)
+                    number = started.setdefault(event.number, len(trials) - len(requested) + len(started) + 1)
                     trial.status, trial.attempts = "running", trial.attempts + 1
                     self._save()
                     self.listener.began(trial, number, len(trials))
@@ -349,7 +349,7 @@ def _stopping() -> Iterator[None]:
 
 
 def untuned(run: RunConfig, output: Path) -> RunConfig:
-    """A run whose model answers as the base model does: LoRA begins at zero. Its targets are layers that every model
+    """A run whose model computes the base model's outputs: LoRA starts at zero. Its targets are layers that every model
     has, whatever the compared methods tune."""
     method = MethodConfig.model_validate({"name": "lora", "r": 1, "target_modules": "all-linear"})
     return run.model_copy(update={"output": str(output), "method": method})

@@ -1,4 +1,4 @@
-"""The process that trains: reads one request a line, answers in lines, keeps the base model between requests.
+"""The process that trains: reads one request a line, writes replies as lines, keeps the base model between requests.
 
 A process of its own, so that a run for which the memory was not enough takes nothing else down with it. Requests and
 replies are JSON; what libraries print goes to the log.
@@ -44,7 +44,7 @@ Reply = Callable[[Message], None]
 
 
 def main() -> None:
-    """Serves requests; ends at once when the process that asks is gone."""
+    """Serves requests; ends at once when the parent process is gone."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     cover()  # the log
@@ -61,11 +61,11 @@ def main() -> None:
 
     kept, planner = KeptBase(), Planner()
     while True:
-        answer(requests.get(), kept, planner, reply)
+        serve(requests.get(), kept, planner, reply)
 
 
-def answer(request: Message, kept: KeptBase, planner: Planner, reply: Reply) -> None:
-    """Does what one request asks, and replies with what was found or why it failed."""
+def serve(request: Message, kept: KeptBase, planner: Planner, reply: Reply) -> None:
+    """Does one request, and replies with its results or the error."""
     try:
         config = RunConfig.model_validate(request["config"])
         match request["kind"]:
@@ -154,7 +154,7 @@ def _why(error: BaseException) -> str:
 def _read(stdin: IO[str], requests: queue.SimpleQueue[Message]) -> None:
     for line in stdin:
         requests.put(json.loads(line))
-    os._exit(1)  # the process that asked is gone: nobody waits for this run
+    os._exit(1)  # the parent process is gone: nobody waits for this run
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The schema of everything that siliang writes down: runs, comparisons, answers, plans and verdicts.
-
-Reports are made of these alone.
-"""
+"""The schemas of all records: runs, comparisons, answers, plans and verdicts. Reports read nothing else."""
 
 from siliang.records.answers import ANSWERS_NAME, Answer, Answers
 from siliang.records.comparison import COMPARISON_NAME, Comparison, Trial, figures_of

@@ -1,4 +1,4 @@
-"""The schema of answers.json, which a run of a comparison keeps beside run.json."""
+"""The schema of answers.json. Each run of a comparison has one next to its run.json."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ ANSWERS_NAME = "answers.json"
 
 
 class Answer(Part):
-    """What a model says to one text."""
+    """The output of a model for one text."""
 
     where: str = ""
     """The held-out row, as file and line; empty for a prompt of the settings."""
     asked: str
     right: str | None = None
-    """What the data says; None for a prompt of the settings."""
+    """The reference from the data; None for a prompt of the settings."""
     given: str
     correct: bool | None = None
-    """Whether `given` counts as `right`; None where nothing judges it: a written text, a prompt of the settings."""
+    """Whether `given` counts as `right`. None for a written text and for a prompt of the settings."""
     probability: Share | None = None
     """Of the class; None for text and tags."""
 
 
 class Answers(Saved):
-    """answers.json: what a run's model answers to some of the held-out rows and to the prompts."""
+    """answers.json: a model's outputs for some of the held-out rows and for the prompts."""
 
     prompts: list[Answer] = Field(default_factory=list)
     """The same questions for every run of a comparison."""
@@ -37,4 +37,4 @@ class Answers(Saved):
     classes: Count | None = None
     """How many classes the data has."""
     figures: Figures = Field(default_factory=dict)
-    """Metrics on the held-out rows that take writing: rouge_l."""
+    """Metrics on the held-out rows for which the model must generate text: rouge_l."""

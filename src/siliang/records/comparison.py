@@ -29,15 +29,15 @@ class Trial(Part):
     purpose: Literal["search", "test"]
     """search: to choose settings, on the validation rows. test: for the table, on the held-out rows."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What the search gives or gave: learning_rate, or fields of the method's config."""
+    """The values from the search: learning_rate, or fields of the method's config."""
     folder: Name
     """The run's folder, seen from the comparison's."""
     status: Literal["waiting", "running", "completed", "failed"] = "waiting"
     error: str | None = None
     attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """How often it was started: more than once where the comparison was interrupted."""
+    """How often it was started: more than once if the comparison was interrupted."""
     figures: Figures = Field(default_factory=dict)
-    """Of its record when it was completed, by `figures_of`: whether they still agree can be seen."""
+    """The values of `figures_of` when the run was completed. The report checks that its record still agrees."""
 
 
 def figures_of(record: Record) -> dict[str, float]:
@@ -66,13 +66,13 @@ class Comparison(Saved):
     config: dict[str, Any]
     """The resolved compare.yaml."""
     given: dict[str, Any]
-    """The same without what is at its default."""
+    """The same without values that equal their default."""
     model_files: dict[Name, Sha256] = Field(default_factory=dict)
     """The SHA-256 of each file of the base model."""
     data_files: list[File] = Field(default_factory=list)
-    """The same for each source of the data."""
+    """The SHA-256 of each source of the data."""
     base: Figures = Field(default_factory=dict)
-    """What the untuned base model reaches on the held-out rows; empty where it has no head for the task."""
+    """Metrics of the untuned base model on the held-out rows; empty if it has no head for the task."""
     steps: dict[Name, Annotated[int, Field(ge=1, lt=2**31)]] = Field(default_factory=dict)
     """With a budget in minutes: the steps of each method that fit into it."""
     chosen: dict[Name, dict[str, Any]] = Field(default_factory=dict)
@@ -101,11 +101,11 @@ class Comparison(Saved):
         labels = {entry.label for entry in config.settings.methods}
         folders = [trial.folder for trial in self.trials]
         if twice := next((name for name in folders if folders.count(name) > 1), None):
-            raise ConfigError(f"trials: the folder {shortened(twice, 80)!r} stands twice.")
+            raise ConfigError(f"trials: the folder {shortened(twice, 80)!r} appears twice.")
         tested = [trial.method for trial in self.trials if trial.purpose == "test"]
-        if (strange := next((label for label in tested if label not in labels), None)) is not None:
+        if (unknown := next((label for label in tested if label not in labels), None)) is not None:
             raise ConfigError(
-                f"trials: {shortened(strange, 80)!r} is none of the methods: {', '.join(sorted(labels))}."
+                f"trials: {shortened(unknown, 80)!r} is not one of the methods: {', '.join(sorted(labels))}."
             )
         if "eval_loss" in self.base and "perplexity" not in self.base:
             raise ConfigError("base.perplexity is missing.")

@@ -1,4 +1,4 @@
-"""Figures of held-out rows, and their bounds."""
+"""Metrics on held-out rows, and their bounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from siliang.records.saved import Name, Number
 
-SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l")  # figures from 0 to 1
+SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l")  # metrics from 0 to 1
 LARGEST_LOSS = 1e30
 SLACK = 1e-6  # of rounding
 

@@ -13,12 +13,12 @@ SCHEMA_VERSION = 1
 Category = Literal["weights", "trained", "gradients", "optimizer", "activations", "logits", "workspace"]
 CATEGORIES: tuple[Category, ...] = (
     "weights",  # of the base model, frozen or not
-    "trained",  # what the method has added: adapters, prompts, heads that are saved with them
+    "trained",  # added by the method: adapters, prompts, and the heads that are saved with them
     "gradients",
     "optimizer",
     "activations",  # kept for the backward pass
-    "logits",  # whatever has a column for each token of the vocabulary, and its gradient
-    "workspace",  # everything that lives for a moment
+    "logits",  # tensors with a column for each token of the vocabulary, and their gradients
+    "workspace",  # short-lived tensors
 )
 
 
@@ -30,7 +30,7 @@ class Change(Part):
     before: str
     after: str
     price: Sentence
-    """What it costs, in time or in what is learned."""
+    """Its cost, in time or in quality."""
 
 
 class Fit(Part):
@@ -40,7 +40,7 @@ class Fit(Part):
     peak_bytes: int
     parts: dict[Category, int]
     time_factor: float
-    """Of the run's time, by the products that it adds; 1.0 where there are none."""
+    """Relative to the run's time, from the matrix products that it adds; 1.0 if it adds none."""
 
 
 class MethodPlan(Part):
@@ -54,7 +54,7 @@ class MethodPlan(Part):
     trained: int = 0
     total: int = 0
     adapter_bytes: int = 0
-    """On disk, once it is saved."""
+    """Size of the saved adapter on disk."""
     loaded_bytes: int = 0
     """The device's tensors before the first step."""
     loading_bytes: int = 0
@@ -62,33 +62,33 @@ class MethodPlan(Part):
     peak_bytes: int = 0
     """The most on the device in a step, everything included, with `recomputed_layers`."""
     parts: dict[Category, int] = Field(default_factory=dict)
-    """What the step's peak is made of, beside the overhead."""
+    """The parts of the step's peak, without the overhead."""
     activations_by_layer: list[int] = Field(default_factory=list)
     overhead_bytes: int = 0
     """The process (CPU) or the context and libraries (CUDA)."""
     evaluate_bytes: int = 0
     generate_bytes: int = 0
     merge_bytes: int = 0
-    """Peaks of these, overhead included; 0 where there is no such thing."""
+    """Peaks of evaluation, generation and merging, overhead included; 0 if the method or task has none."""
     host_bytes: int = 0
-    """The process's memory beside the device's, with the model in it where it is loaded there first."""
+    """The process's main memory, without the device's; includes the model if it is loaded there first."""
     baseline_bytes: int = 0
-    """The peak of the same step with PEFT and transformers.Trainer: padded, all logits; 0 where it was not asked."""
+    """The peak of the same step with PEFT and transformers.Trainer: padded, all logits; 0 if not requested."""
     layers: int = 0
     recomputed_layers: int = 0
-    """So many layers compute their activations twice, so that it fits."""
+    """The number of layers whose activations are recomputed, so that the run fits."""
     time_factor: float = 1.0
-    """What that costs, by the products that it adds."""
+    """The cost of that, relative to the run's time, from the matrix products that it adds."""
     fits: bool | None = None
-    """None where no limit is known."""
+    """None if no limit is known."""
     flops_per_token: float = 0.0
     tokens_per_s: float | None = None
     epoch_s: float | None = None
     fit: Fit | None = None
-    """How to make it fit, where it does not."""
+    """How to make it fit, if it does not."""
     batch_rows: int = 0
     batch_tokens: int = 0
-    """Of the heaviest batch, padding included where there is any."""
+    """Of the largest batch, padding included."""
     notes: list[Sentence] = Field(default_factory=list)
 
     @property
@@ -103,7 +103,7 @@ class MethodPlan(Part):
 
 
 class PlanRecord(Part):
-    """What a run will take."""
+    """The predicted memory and time of a run."""
 
     schema_version: int = SCHEMA_VERSION
     model: str
@@ -111,18 +111,18 @@ class PlanRecord(Part):
     device: str
     """cpu or cuda."""
     devices: int = 1
-    """Bytes are those of each; batches, of the one that has the heaviest."""
+    """Bytes are per device; batches are those of the device with the largest one."""
     memory_bytes: int | None
-    """What there is, or what the user gave."""
+    """The memory that is free, or that the user gave."""
     memory_source: Literal["free here", "as asked", "unknown"]
     precision: str
     quantization: str
     """none, 4-bit nf4, ..."""
     batch_rows: int
     batch_tokens: int
-    """Of the heaviest batch, padding included where there is any."""
+    """Of the largest batch, padding included."""
     batch_source: Literal["data", "max_length"]
     tokens_per_epoch: int | None = None
     rate: Sentence = ""
-    """Where tokens per second come from."""
+    """The source of tokens per second."""
     methods: list[MethodPlan] = Field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The schema of run.json: what every run writes down, and everything that reports reads."""
+"""The schema of run.json. Every run writes one, and reports read it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class StepMetrics(Part):
     """Mean training loss since the line before."""
     eval_loss: Number | None = None
     metrics: Figures = Field(default_factory=dict)
-    """The other figures of an evaluation on the held-out rows, by which train.best may choose: accuracy, f1, ..."""
+    """The other metrics of an evaluation on the held-out rows: accuracy, f1, ... train.best may choose by them."""
     learning_rate: Rate | None = None
     grad_norm: Number | None = None
     tokens_per_s: Number | None = None

@@ -27,7 +27,7 @@ from siliang.types import ConfigError, RecordError
 
 MAX_BYTES = 128 * 2**20  # about a million lines of the log
 
-# What the texts of a file stand for: JSON has no such numbers.
+# The values of these texts in a file: JSON has no such numbers.
 NO_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -105,7 +105,7 @@ class Saved(Part):
         return found
 
     def check(self) -> None:
-        """What no field alone can say.
+        """Checks that concern several fields.
 
         Raises:
             ConfigError: Two of them do not go together.

@@ -113,7 +113,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def _what_else(folder: Path) -> str:
-    """What a folder is that is not a run's."""
+    """Describes a folder that is not a run's."""
     if not folder.exists():
         others = [p.name for p in checkpoints(folder.parent).values()] if folder.parent.name == CHECKPOINTS else []
         names = ", ".join(others)

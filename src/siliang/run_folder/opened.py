@@ -1,4 +1,4 @@
-"""A trained run at work: found by its folder, checked against its record, and loaded."""
+"""A trained run: found by its folder, checked against its record, and loaded."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TrainedRun:
         model, was = self.config.model, self.record.model_files
         if Path(model).is_absolute() and not Path(model).is_dir():
             raise ModelError(
-                f"The base model of {self.folder} is not there any more: {model}. Say where it is with "
+                f"The base model of {self.folder} is not there any more: {model}. Name its place with "
                 "--base FOLDER_OR_NAME."
             )
         if (changed := changed_base(model, self.config.revision, was)) is None:
@@ -74,14 +74,14 @@ class TrainedRun:
         problem = f"{model} is not the base model that {self.folder} was trained on: {changed}."
         if not self.force:
             raise ModelError(
-                f"{problem}\nPut that one back, name its place with --base FOLDER_OR_NAME, or go on all the same with "
+                f"{problem}\nPut that one back, name its place with --base FOLDER_OR_NAME, or continue anyway with "
                 "--force."
             )
         if problem not in self.notes:
             self.notes.append(problem)
 
     def check_data(self) -> None:
-        """The held-out rows are those of the training, which hang on all rows where they were split off from them.
+        """Checks that the held-out rows are those of the training. A split depends on all rows.
 
         Raises:
             DataError: The data is missing or has changed, and `force` is off.
@@ -94,7 +94,7 @@ class TrainedRun:
         if not self.force:
             raise DataError(
                 f"{problem} since {self.folder} was trained: its held-out rows are not what they were.\n"
-                "Measure other rows with --data FILE, or these all the same with --force."
+                "Measure other rows with --data FILE, or these anyway with --force."
             )
         self.notes.append(f"{problem} since {self.folder} was trained")
 
@@ -132,8 +132,8 @@ def autocast(precision: Choice, device: torch.device) -> torch.autocast:
 
 
 def weight_dtype(method: Method, precision: Choice) -> torch.dtype:
-    """Of the base model: a frozen one may stand in half precision; weights that are trained themselves stay fp32 under
-    autocast."""
+    """The dtype of the base model's weights: half precision if they are frozen; fp32 under autocast if they are
+    trained."""
     return precision.dtype if precision.pure or method.freezes_the_base else torch.float32
 
 
@@ -142,11 +142,11 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
 
     Args:
         base: Where its base model is now: a folder, or a name on the hub.
-        force: Use it also where its base model or its data have changed since it was trained.
+        force: Use it even if its base model or its data have changed since it was trained.
 
     Raises:
-        ConfigError: The folder is not a run, a link in it leads out, the run was not finished, or run.yaml says what it
-            was not trained with.
+        ConfigError: The folder is not a run, a link in it leads out, the run was not finished, or run.yaml has a
+            setting that it was not trained with.
         ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
     """
@@ -166,7 +166,7 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     if weights is None:
         saved = list(checkpoints(run / CHECKPOINTS).values())
         instead = f", or use what was saved last: {saved[-1]}" if saved else ""
-        raise ConfigError(f"{run} was not finished (it is {record.status}): go on with `{resume}`{instead}.")
+        raise ConfigError(f"{run} was not finished (it is {record.status}): continue with `{resume}`{instead}.")
     if (problem := damage(weights)) is not None:
         again = f"`{resume}` makes it again from the last sound checkpoint, where there is one."
         raise AdapterError(f"{weights} is damaged: {problem}.\n{again}")
@@ -183,7 +183,7 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     if any(f.path == config.data.template for f in record.data_files):
         problem = changed_data([config.data.template], record.data_files)
         if problem is not None and not force:
-            raise DataError(f"{problem} since {folder} was trained: put it back, or go on all the same with --force.")
+            raise DataError(f"{problem} since {folder} was trained: put it back, or continue anyway with --force.")
         found.notes.extend([f"{problem} since {folder} was trained"] if problem else [])
     return found
 
@@ -201,7 +201,7 @@ def open_run(
 
     Args:
         base: Where its base model is now: a folder, or a name on the hub.
-        force: Open it also where its base model has changed since it was trained.
+        force: Open it even if its base model has changed since it was trained.
         dtype: As for `open_trained`, and so `device` and `quantized`.
 
     Raises:
@@ -252,10 +252,10 @@ def open_trained(
 
 
 def _check_finite(trained: TrainedRun, model: nn.Module) -> None:
-    """What was trained holds numbers: with a NaN in it, a model answers with an empty text, and measures nothing.
+    """Checks the trained weights: with a NaN, a model generates empty texts and its metrics mean nothing.
 
     Raises:
-        AdapterError: It does not.
+        AdapterError: A weight is not finite.
     """
     found = model.adapter_state("default").items() if isinstance(model, PeftModel) else model.named_parameters()
     for name, tensor in found:
@@ -267,7 +267,7 @@ def _check_finite(trained: TrainedRun, model: nn.Module) -> None:
 
 
 def load_run_tokenizer(trained: TrainedRun) -> Any:
-    """The tokenizer of a run's base model; of a model that was tuned whole and saved with one, its own."""
+    """The tokenizer of a run's base model; after full fine-tuning, the one saved with the model, if any."""
     config = trained.config
     if not trained.has_adapter and (trained.weights / "tokenizer_config.json").is_file():
         return load_tokenizer(str(trained.weights))

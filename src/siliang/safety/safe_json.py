@@ -144,7 +144,7 @@ class _Reader:
         if len(made) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise JsonError(f"{shortened(twice, SHOWN)!r} stands twice in one object")
+            raise JsonError(f"{shortened(twice, SHOWN)!r} appears twice in one object")
         return made
 
     def _wrong(self, text: str, why: str) -> JsonError:

@@ -261,5 +261,5 @@ def _see_name(inside: _Open, event: yaml.NodeEvent, line: int) -> None:
     if not isinstance(event, yaml.ScalarEvent):
         raise YamlError("a name in front of a colon must be a text", line)
     if event.value in inside.names:
-        raise YamlError(f"{shortened(event.value, SHOWN)} stands twice in one mapping", line)
+        raise YamlError(f"{shortened(event.value, SHOWN)} appears twice in one mapping", line)
     inside.names.add(event.value)

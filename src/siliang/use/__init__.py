@@ -1,1 +1,1 @@
-"""A trained run at work: predict, generate, evaluate, chat, and merge."""
+"""Using a trained run: predict, generate, evaluate, chat, and merge."""

@@ -1,4 +1,4 @@
-"""What a trained model says to the same questions and the same held-out rows as every other run's."""
+"""The outputs of a trained model for some prompts and held-out rows: the same for every run of a comparison."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from siliang.run_folder import OpenedRun
 from siliang.secrets import part
 from siliang.tasks import TASKS
 from siliang.train.types import Run
-from siliang.use.evaluate import engine_of, figures_of_texts, sums_of
+from siliang.use.evaluate import engine_of, metrics_of_texts, sums_of
 from siliang.use.generate import generate
 from siliang.use.predict import predict
 
-ROWS = 500  # held-out rows whose answers are kept, where an answer takes one forward pass
-WRITTEN_ROWS = 4  # ... and where it is written word by word
-BEGINNING = 60  # characters of a text without a question, which is then continued
+ROWS = 500  # held-out rows whose predictions are kept, for tasks that need one forward pass
+WRITTEN_ROWS = 4  # ... and for tasks that generate text
+PREFIX = 60  # first characters of a plain text, which the model continues
 
 
 def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = False) -> Answers:
-    """What the run's model says.
+    """Collects the outputs of the run's model.
 
     Args:
         prompts: Texts to classify, or instructions, as the user gave them.
-        base: Ask the base model, without the adapter.
+        base: Use the base model, without the adapter.
     """
     opened = OpenedRun(run.folder, run.config, run.record, run.model.eval(), run.tokenizer, precision=run.precision)
     if TASKS[run.config.task].writes:
@@ -36,7 +36,7 @@ def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = F
 
 
 def sample(n: int, size: int) -> list[int]:
-    """Numbers of some of `n` rows, the same each time, in order."""
+    """The indices of `size` of `n` rows, sorted; the same for each call."""
     return sorted(random.Random(0).sample(range(n), min(size, n)))
 
 
@@ -63,9 +63,9 @@ def _predictions(run: Run, opened: OpenedRun, prompts: list[str]) -> Answers:
     ]
     answers = Answers(rows=rows)
     if task.example_prompt is not None:
-        for said in predict(opened, prompts):
-            probability = None if said.probability is None else round(said.probability, 4)
-            answers.prompts.append(Answer(asked=said.asked[0], given=said.given, probability=probability))
+        for predicted in predict(opened, prompts):
+            probability = None if predicted.probability is None else round(predicted.probability, 4)
+            answers.prompts.append(Answer(asked=predicted.asked[0], given=predicted.given, probability=probability))
     if task.majority is not None:
         answers.majority, answers.classes = task.majority(run.eval_rows), len(run.examples.labels or [])
     return answers
@@ -77,9 +77,9 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         given = generate(opened, prompt, up_to=max_new_tokens, base=base)
         found.prompts.append(Answer(asked=prompt, given=given))
     for number in sample(len(run.examples.eval), WRITTEN_ROWS):
-        if (asked := run.examples.eval[number].prompt(BEGINNING)) is None:
+        if (question := run.examples.eval[number].prompt(PREFIX)) is None:
             continue
-        instruction, input, right, plain = asked.instruction, asked.input, asked.target, asked.plain
+        instruction, input, right, plain = question.instruction, question.input, question.target, question.plain
         given = generate(opened, instruction, input, up_to=max_new_tokens, base=base, plain=plain)
         place, shown = run.examples.eval.where(number), f"{instruction}\n{input}".strip()
         if plain:  # a text that was cut in two, perhaps within a secret
@@ -89,5 +89,5 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         found.rows.append(Answer(where=place, asked=shown, right=right, given=given))
     if TASKS[run.config.task].of_texts is not None:
         with run.model.disable_adapter() if base else nullcontext():
-            found.figures |= figures_of_texts(opened, run.eval_rows)
+            found.figures |= metrics_of_texts(opened, run.eval_rows)
     return found

@@ -1,4 +1,5 @@
-"""The base model and any number of runs, asked the same: one base model in memory, adapters come and go on it."""
+"""The base model and any number of runs get the same prompt. One base model stays in memory; adapters are attached in
+turn."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ class Chat:
     """Runs side by side.
 
     Attributes:
-        names: Who answers, in order: each base, unless its head would be new, and the runs.
-        writes: They write text; otherwise they say a class.
-        notes: What is not as it was in training, and was passed over by `force`.
+        names: The models, in order: each base, unless its head would be new, and the runs.
+        writes: They generate text; otherwise they predict a class.
+        notes: Changes since training that `force` accepted.
     """
 
     def __init__(
@@ -36,18 +37,18 @@ class Chat:
 
         Args:
             base: Where the runs' base model is now: a folder, or a name on the hub.
-            force: Go on also where a base model has changed since the training.
+            force: Continue even if a base model has changed since the training.
 
         Raises:
-            ConfigError: A folder is not a finished run, or the runs do different things.
-            ModelError: A base model is gone, or another by now.
+            ConfigError: A folder is not a finished run, or the runs have different tasks.
+            ModelError: A base model is missing or has changed.
         """
         self._device = device
         self._runs = [_Closed(folder, base, force) for folder in folders]
         for folder, run in zip(folders, self._runs, strict=True):
             task = TASKS[run.config.task]
             if task.example_prompt is None:
-                raise ConfigError(f"{folder} was trained for {task.title}, which is not a chat: use `siliang eval`.")
+                raise ConfigError(f"{folder} was trained for {task.title}: it cannot chat. Use `siliang eval`.")
         self.notes = [note for run in self._runs for note in run.trained.notes]
         tasks = {run.config.task for run in self._runs}
         writing = {TASKS[task].writes for task in tasks}
@@ -79,7 +80,7 @@ class Chat:
     def answer(
         self, name: str, prompt: str, on_text: Callable[[str], None], *, max_new_tokens: int | None, temperature: float
     ) -> str:
-        """What one of them answers; `on_text` hears it while it is written.
+        """The output of one model; `on_text` is called with each piece while it is generated.
 
         Raises:
             SiliangError: The prompt is longer than the model can read.
@@ -96,14 +97,15 @@ class Chat:
                     base=of_base,
                     on_text=on_text,
                 )
-            said = next(predict(run, [prompt]))
-        text = said.given if said.probability is None else f"{said.given} ({said.probability:.2f})"
+            predicted = next(predict(run, [prompt]))
+        probability = predicted.probability
+        text = predicted.given if probability is None else f"{predicted.given} ({probability:.2f})"
         on_text(text)
         return text
 
     @contextmanager
     def _open(self, run: _Closed) -> Iterator[OpenedRun]:
-        """The run, ready to use within the block; its adapter is taken off again behind it."""
+        """The run, ready to use within the block; its adapter is detached at the end."""
         base = self._base(run)
         model: Any = PeftModel.from_pretrained(base, run.trained.weights) if run.has_adapter else base
         if not run.config.quantization:

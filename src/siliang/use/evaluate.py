@@ -1,4 +1,4 @@
-"""The figures of a trained run on rows, as they are measured in training."""
+"""The metrics of a trained run on rows, computed as in training."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
 
     Args:
         data: A file, or a name on the hub. None: the held-out rows, or, where the run has none, its training rows.
-        batch_size: Rows that go through the model at once, which no figure depends on but for rounding; None for the
-            run's own.
+        batch_size: Rows that go through the model at once; metrics depend on it by rounding only. None: the run's
+            own.
 
     Returns:
         rows; loss (mean over rows for classes and answers, over labelled tokens for text and tags); and the task's own
-        figures: accuracy and f1; f1, precision and recall over spans; perplexity; rouge_l; exact_match and f1.
+        metrics: accuracy and f1; f1, precision and recall over spans; perplexity; rouge_l; exact_match and f1.
         `dropped`, where data.too_long = "drop" left out rows.
 
     Raises:
@@ -45,16 +45,16 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
     task, rows = TASKS[run.config.task], eval_rows(run, data)
     with engine_of(run) as engine:
         sums = sums_of(run, engine, rows.tokens, task.read, batch_size)
-    figures = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
-    figures |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
-    figures |= figures_of(task, sums, rows)
-    figures |= task.of_loss(figures["loss"])
-    return figures | figures_of_texts(run, rows, batch_size=batch_size)
+    metrics = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
+    metrics |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
+    metrics |= figures_of(task, sums, rows)
+    metrics |= task.of_loss(metrics["loss"])
+    return metrics | metrics_of_texts(run, rows, batch_size=batch_size)
 
 
 @contextmanager
 def engine_of(run: OpenedRun) -> Iterator[Engine]:
-    """The engine with which the run measured in training; off the model again behind the block."""
+    """The engine that measured the run in training; removed from the model at the end of the block."""
     # outside of autocast, as in training: what it tries has to come to the same decisions
     engine = Engine(run.model, TASKS[run.config.task], packing=run.config.train.packing)
     try:
@@ -66,7 +66,7 @@ def engine_of(run: OpenedRun) -> Iterator[Engine]:
 def sums_of(
     run: OpenedRun, engine: Engine, tokens: TokenSet, reader: Reader | None = None, batch_size: int | None = None
 ) -> Sums:
-    """What an evaluation in training adds up, in the same batches."""
+    """The sums of an evaluation in training, over the same batches."""
     t, device = run.config.train, run.model.device
     collator = StepCollator(
         PadCollator(run.tokenizer.pad_token_id),
@@ -79,15 +79,15 @@ def sums_of(
     return measure(run.model, engine, tokens, collator, reader=reader, autocast=computing)
 
 
-def figures_of_texts(run: OpenedRun, rows: EvalRows, *, batch_size: int | None = None) -> dict[str, float]:
-    """The figures of what the model writes for the rows' sources, beside their targets; none for a task that does not
+def metrics_of_texts(run: OpenedRun, rows: EvalRows, *, batch_size: int | None = None) -> dict[str, float]:
+    """Metrics of the generated texts for the rows' sources, compared with their targets; empty for a task that does not
     measure texts."""
     task = TASKS[run.config.task]
     if task.of_texts is None:
         return {}
     collate = PadCollator(run.tokenizer.pad_token_id)
     written: list[str] = []
-    # rows of like length side by side: less padding, and the longest first shows at once what does not fit
+    # rows of similar length together: less padding. The longest come first, so that a lack of memory shows at once
     order = np.argsort(-rows.tokens.lengths, kind="stable").tolist()
     with run.computing():
         for some in in_steps(order, batch_size or run.config.train.batch_size):

@@ -16,7 +16,7 @@ from siliang.tasks import TASKS
 from siliang.types import ConfigError, ModelError, first_line
 from siliang.use.positions import positions_of
 
-NEW_TOKENS = 128  # of an answer, where nobody says how long it may be
+NEW_TOKENS = 128  # the default length of an answer
 MOST_BEAMS = 64
 
 
@@ -32,14 +32,14 @@ def generate(
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """What the model answers to an instruction, in the run's own template.
+    """The model's answer to an instruction, in the run's own template.
 
     Args:
         max_new_tokens: So many tokens may be written. None: `up_to`, or fewer where the model has no more positions.
         temperature: 0 for the most probable token each time, higher for more varied text.
         plain: The instruction is the beginning of a text, to be continued without a template.
         base: Ask the base model, without the adapter.
-        on_text: Hears the answer piece by piece while it is written.
+        on_text: Called with each piece of the answer while it is generated.
 
     Raises:
         ConfigError: The run is a classifier, or the base of a fully tuned model was asked for; or the prompt, with the
@@ -52,7 +52,7 @@ def generate(
         raise ConfigError(f"{run.folder} was fully tuned: its base model is not inside it any more.")
     ids, stop = task.prompt(tokenizer, run.config.data.template, instruction, input, plain)
     if not ids:
-        raise ConfigError("the tokenizer makes nothing of this text: there is nothing to answer.")
+        raise ConfigError("the tokenizer makes no tokens of this text: there is nothing to answer.")
     max_new_tokens = _room(run, len(ids), max_new_tokens, up_to, base=base)
     input_ids = torch.tensor([ids], device=run.model.device)
     settings: dict[str, Any] = {
@@ -80,10 +80,10 @@ def generate(
     try:
         with run.computing(), run.model.disable_adapter() if base else nullcontext():
             written = run.model.generate(input_ids=input_ids, **settings)
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # of a stranger's values
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # of untrusted values
         raise ModelError(
             f"{run.config.model} cannot write: {first_line(error)}\n"
-            "Look at its generation_config.json, which says how it writes."
+            "See its generation_config.json: it sets how the model generates text."
         ) from error
     answer = written[0] if task.has_encoder else written[0, len(ids) :]
     text = tokenizer.decode(answer, skip_special_tokens=True)
@@ -92,8 +92,8 @@ def generate(
     return text
 
 
-# What a base model's generation_config may ask for and does not get: several answers, figures beside them, and ways of
-# searching that transformers fetches as code from the hub.
+# Options of a base model's generation_config that are overridden: several answers, scores in addition to the text, and
+# search methods that transformers downloads as code from the hub.
 ONE_PLAIN_ANSWER: dict[str, Any] = {
     "num_return_sequences": 1,
     "return_dict_in_generate": False,
@@ -145,13 +145,13 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
 
 
 def one_plain_answer(run: OpenedRun) -> dict[str, Any]:
-    """Settings of generate by which the model writes one answer, whatever its generation_config asks for."""
+    """Settings of generate with which the model writes one plain answer, whatever its generation_config says."""
     wanted = run.model.generation_config
     return {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(wanted, name)}
 
 
 class _Pieces(TextStreamer):
-    """Hands on an answer as soon as its next words are whole."""
+    """Passes on each piece of an answer as soon as its words are complete."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Whether one run has learned anything, as a comparison says it of each of its own."""
+"""Whether a run has learned anything: the verdict that a comparison has for each of its runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from siliang.train.types import Run
 from siliang.use.answers import collect, sample
 from siliang.use.evaluate import engine_of, sums_of
 
-ROWS = 32  # held-out rows on which a model that writes is measured beside its base
+ROWS = 32  # held-out rows on which a model that generates text is compared with its base
 
 
 def what_is_wrong(run: Run) -> Verdict | None:
-    """Why a run whose model is still there has learned nothing; None where it has, or where it cannot be checked:
-    without held-out rows, on several devices, or after full fine-tuning of a model that writes, whose base is gone.
+    """Why a run whose model is still loaded has learned nothing. None if it has learned, or if it cannot be checked:
+    without held-out rows, on several devices, or after full fine-tuning of a model that generates text.
 
-    A model that writes is measured on a few held-out rows, with and without its adapter.
+    A model that generates text is measured on a few held-out rows, with and without its adapter.
     """
     task, final = run.config.task, run.record.final
     if run.ranks.size > 1 or not len(run.eval_set):

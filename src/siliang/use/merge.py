@@ -1,4 +1,4 @@
-"""A plain model from a run, proved to answer as the run does."""
+"""Merges a run into a plain model, and proves that both compute the same outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
 
     Raises:
         ConfigError: The run has no adapter.
-        MergeError: The merged model does not answer as the unmerged one; nothing is left behind, unless `force`.
+        MergeError: The outputs of the merged and the unmerged model differ; nothing is written, unless `force`.
         OutputError: The output folder is not empty.
     """
     if not isinstance(run.model, PeftModel):
@@ -44,7 +44,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
     except DataError as error:
         if data is not None:
             raise
-        raise DataError(f"{error}\nThe proof needs some rows, whichever: give them with --data FILE.") from None
+        raise DataError(f"{error}\nThe proof needs some rows, any will do: give them with --data FILE.") from None
     samples = list(_samples(run, tokens))
     new = claim(output)
     try:
@@ -52,7 +52,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
         if not proof.holds and not force:
             raise MergeError(
                 f"The merged model does not answer as the adapter does: {proof}.\n"
-                "Nothing was written. Merge in a wider --dtype, or keep it all the same with --force."
+                "Nothing was written. Merge in a wider --dtype, or keep it anyway with --force."
             )
         with filling(output) as temporary:
             save_model(temporary, merged, served_tokenizer(run)[0])
@@ -72,7 +72,7 @@ def served_tokenizer(run: OpenedRun) -> tuple[Any, str]:
 
 
 def _samples(run: OpenedRun, tokens: TokenSet) -> Iterator[dict[str, Tensor]]:
-    """What the model is called with, one entry at a time."""
+    """The model's inputs, one entry at a time."""
     collate, task = PadCollator(run.tokenizer.pad_token_id), TASKS[run.config.task]
     left_out = () if task.has_encoder else task.data.targets  # a decoder reads the labels
     for i in range(min(PROOF_SAMPLES, len(tokens))):

@@ -1,4 +1,4 @@
-"""What a trained run predicts: of texts their classes or their tags, of questions their answers."""
+"""The predictions of a trained run: classes or tags of texts, answers to questions."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def predict(run: OpenedRun, asked: Iterable[Any], *, batch_size: int | None = No
     `tasks.token_cls.TaggedWords` or `tasks.question_ans.Answer`.
 
     Args:
-        asked: What the task's own `predict` takes; read while it is predicted.
+        asked: Inputs of the task's own `predict`; read lazily.
         batch_size: Rows that go through the model at once; None for the run's own.
 
     Raises:
         ConfigError: The run writes text.
-        DataError: A text lacks what the task asks for, or is longer than the model can read.
+        DataError: A text lacks a part that the task needs, or is longer than the model can read.
     """
     check_predicts(run)
     make = TASKS[run.config.task].predict
@@ -59,7 +59,7 @@ def check_predicts(run: OpenedRun) -> None:
 def _read(
     run: OpenedRun, examples: Iterable[Example], batch_size: int | None
 ) -> Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]:
-    """(examples, their tokens, what the model says of each entry), some examples at a time."""
+    """(examples, their tokens, the model's output for each entry), some examples at a time."""
     task, data = TASKS[run.config.task], run.config.data.model_copy(update={"too_long": "cut", "skip_bad_rows": False})
     waiting = iter(examples)
     with engine_of(run) as engine:
