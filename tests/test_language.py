@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from siliang.check import RULES
+from siliang.cli.help_page import COMMANDS_ZH
 from siliang.config import RunConfig, Setting, describe
 from siliang.config.comparison import MethodEntry, describe_settings
 from siliang.config.data import Source
@@ -109,6 +113,24 @@ def test_meanings_of_settings(setting: Setting) -> None:
     # settings, values and numbers are the same
     words = re.compile(r"`[^`]+`|\w+_\w+|\d[\d,.:]*\d|\d|SL\d+|--\w+|\{.*?\}", re.ASCII)
     assert set(words.findall(en)) == set(words.findall(zh))
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS_ZH if name != "siliang")], ids=" ".join)
+def test_help(words: list[str]) -> None:
+    """In Chinese: only names, and no line that is too wide."""
+    code = f"import sys; sys.argv[1:] = {[*words, '--help']}; from siliang.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"SILIANG_LANG": "zh", "PYTHONUTF8": "1", "COLUMNS": "80"},
+        check=True,
+    )
+    page = done.stdout
+    assert page.startswith("用法：siliang") and "选项：" in page and "显示本说明并退出。" in page
+    page.encode("gbk")
+    assert not TYPEWRITTEN.search(page) and all(width(line) <= 80 for line in page.splitlines())
+    assert not re.search("[a-z]+ (a|the|of|is) [a-z]+|Usage|default:|required", page)
 
 
 def test_lines_of_two_languages() -> None:

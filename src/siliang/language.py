@@ -73,7 +73,7 @@ def filled(text: str, columns: int, indent: str = "") -> str:
     """The text in lines of so many columns; between Chinese characters a line may end anywhere."""
     lines, line = [], indent
     # a mark stays with what is in front of it, and an opening one with what is behind it
-    for part in re.findall(rf" +|[“（《]*(?:[一-鿿]|[^ 一-鿿“”（《，。；：、）？！]+){MARKS}*|.", text):
+    for part in re.findall(rf" +|[“（《\[]*(?:[一-鿿]|[^ 一-鿿“”（《，。；：、）？！]+){MARKS}*\]*|.", text):
         if line.strip() and width(line + part.rstrip()) > columns:
             lines.append(line.rstrip())
             line = indent + part.lstrip()

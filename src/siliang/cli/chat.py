@@ -12,6 +12,7 @@ import typer
 from siliang.cli.console import as_text, input_lines, rich_console
 from siliang.cli.used_run import Base, Force, show_notes
 from siliang.environment import importing
+from siliang.language import both
 from siliang.terminal import Pieces, bare, cover, one_line
 
 if TYPE_CHECKING:
@@ -22,11 +23,23 @@ NARROWEST = 28  # characters of a column
 
 
 def chat(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of their checkpoints.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help=both("Folders of runs, or of their checkpoints.", "运行的文件夹，或其中检查点的文件夹。")),
+    ],
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of an answer: 128, or what the model has positions for.")
+        int | None,
+        typer.Option(
+            min=1,
+            help=both(
+                "Most tokens of an answer: 128, or what the model has positions for.",
+                "每个回答最多的词元数：128，或模型的位置所允许的个数。",
+            ),
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help=both("0: always the most probable token.", "0：总是取概率最大的词元。"))
+    ] = 0.0,
     base: Base = None,
     force: Force = False,
 ) -> None:

@@ -46,20 +46,49 @@ NAMES = {
 
 
 def check(
-    settings: Annotated[Path | None, typer.Argument(help="run.yaml, as for `siliang train`.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: a folder, or a name on the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training data.")] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Argument(help=both("run.yaml, as for `siliang train`.", "run.yaml，与 `siliang train` 相同。")),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 hub 上的名字。")),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=both("Training data.", "训练数据。"))] = None,
     task: Annotated[
-        str | None, typer.Option(help="causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.")
+        str | None,
+        typer.Option(
+            help=both(
+                "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
+                "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
+            )
+        ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="What is tuned: see `siliang methods`.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=both("What is tuned: see `siliang methods`.", "微调方法：见 `siliang methods`。"))
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting by name: --set data.template=chat")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help=both(
+                "Any setting by name: --set data.template=chat", "按名字设置任何配置项：--set data.template=chat"
+            ),
+        ),
     ] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Examples to show.")] = 2,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
-    explain: Annotated[str | None, typer.Option(help="Print the page of a rule, such as SL007, or `all`.")] = None,
+    examples: Annotated[int, typer.Option(min=0, help=both("Examples to show.", "显示的示例个数。"))] = 2,
+    json: Annotated[bool, typer.Option("--json", help=both("One JSON object.", "输出一个 JSON 对象。"))] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help=both("Warnings count as errors.", "把警告当作错误。"))
+    ] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            help=both(
+                "Print the page of a rule, such as SL007, or `all`.", "显示一条规则的说明，如 SL007；`all` 显示全部。"
+            )
+        ),
+    ] = None,
 ) -> None:
     """Look at data, template and settings without training: the tokens that are learned, and every known trap.
 

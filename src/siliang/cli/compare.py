@@ -44,34 +44,88 @@ def compare(
     settings: Annotated[
         Path | None,
         typer.Argument(
-            help="compare.yaml: run.yaml without `method`, with `methods`, `seeds`, `search`, `minutes` ..."
+            help=both(
+                "compare.yaml: run.yaml without `method`, with `methods`, `seeds`, `search`, `minutes` ...",
+                "compare.yaml：即没有 `method` 的 run.yaml，另有 `methods`、`seeds`、`search`、`minutes` 等。",
+            )
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: a folder, or a name on the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training data.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 hub 上的名字。")),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=both("Training data.", "训练数据。"))] = None,
     task: Annotated[
-        str | None, typer.Option(help="causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.")
+        str | None,
+        typer.Option(
+            help=both(
+                "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
+                "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
+            )
+        ),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="The methods, with commas: full,bitfit,lora,ia3,prompt,p-tuning,prefix.")
+        str | None,
+        typer.Option(
+            help=both(
+                "The methods, with commas: full,bitfit,lora,ia3,prompt,p-tuning,prefix.",
+                "各种方法，用逗号分隔：full,bitfit,lora,ia3,prompt,p-tuning,prefix。",
+            )
+        ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
-    output: Annotated[str | None, typer.Option(help="The comparison's folder; one that was begun goes on.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting by name: --set train.epochs=1")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help=both("How many seeds.", "种子的个数。"))] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help=both("The comparison's folder; one that was begun goes on.", "比较的文件夹；已经开始的比较会继续。")
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help=both("Any setting by name: --set train.epochs=1", "按名字设置任何配置项：--set train.epochs=1"),
+        ),
+    ] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at the same time on a machine, each with its card or its threads.")
+        int,
+        typer.Option(
+            min=1,
+            help=both(
+                "Runs at the same time on a machine, each with its card or its threads.",
+                "一台机器上同时进行的运行个数，每个运行有自己的卡或线程。",
+            ),
+        ),
     ] = 1,
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="[ADDRESS]",
-            help="Share the runs out over a Ray cluster: HOST:PORT or auto; without an address, over a Ray begun here.",
+            help=both(
+                "Share the runs out over a Ray cluster: HOST:PORT or auto; without an address, over a Ray begun here.",
+                "把各次运行分配到 Ray 集群：HOST:PORT 或 auto；不给地址时，在这里启动 Ray。",
+            ),
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Go on where the base model or the data have changed since it was begun.")
+        bool,
+        typer.Option(
+            "--force",
+            help=both(
+                "Go on where the base model or the data have changed since it was begun.",
+                "即使基座模型或数据在比较开始之后有变化也继续。",
+            ),
+        ),
     ] = False,
-    lang: Annotated[str | None, typer.Option(help="The report's language: en or zh. Default: SILIANG_LANG's.")] = None,
+    lang: Annotated[
+        str | None,
+        typer.Option(
+            help=both(
+                "The report's language: en or zh. Default: SILIANG_LANG's.",
+                "报告的语言：en 或 zh。默认由 SILIANG_LANG 决定。",
+            )
+        ),
+    ] = None,
 ) -> None:
     """Train several methods with several seeds on the same rows, and say which is best: one table, one page.
 

@@ -13,10 +13,24 @@ from siliang.language import both, language
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the runs; a number is added where it exists.")] = Path(
-        "siliang-demo"
-    ),
-    lang: Annotated[str | None, typer.Option(help="The report's language: en or zh. Default: SILIANG_LANG's.")] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help=both(
+                "Folder for the runs; a number is added where it exists.",
+                "存放运行的文件夹；已存在时在名字后加上编号。",
+            )
+        ),
+    ] = Path("siliang-demo"),
+    lang: Annotated[
+        str | None,
+        typer.Option(
+            help=both(
+                "The report's language: en or zh. Default: SILIANG_LANG's.",
+                "报告的语言：en 或 zh。默认由 SILIANG_LANG 决定。",
+            )
+        ),
+    ] = None,
 ) -> None:
     """Compare five methods on reviews that come along: a table and a page in under 5 minutes, no network, no GPU."""
     from siliang.cli.compare import run

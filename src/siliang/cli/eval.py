@@ -15,8 +15,11 @@ from siliang.types import ConfigError
 
 def evaluate(
     run: Run,
-    data: Annotated[str | None, typer.Option(help="Other data than the run's held-out rows.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help=both("Other data than the run's held-out rows.", "代替运行的留出样本的其他数据。")),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help=both("One JSON object.", "输出一个 JSON 对象。"))] = False,
     base: Base = None,
     force: Force = False,
 ) -> None:

@@ -6,9 +6,19 @@ from typing import Annotated
 
 import typer
 
+from siliang.language import both
+
 
 def explain(
-    code: Annotated[str, typer.Argument(help="Of an error, such as SLE03, or of a finding of `siliang check`, SL007.")],
+    code: Annotated[
+        str,
+        typer.Argument(
+            help=both(
+                "Of an error, such as SLE03, or of a finding of `siliang check`, SL007.",
+                "错误的编号，如 SLE03；或 `siliang check` 的发现的编号，如 SL007。",
+            )
+        ),
+    ],
 ) -> None:
     """Say what an error or a finding means, why it happens, and what to do."""
     from siliang.errors import explain as explain_error

@@ -14,19 +14,41 @@ from siliang.language import both
 
 def generate(
     run: Run,
-    instruction: Annotated[str, typer.Argument(help="What to ask, put into the run's own template.")],
-    input: Annotated[str, typer.Option(help="What the instruction is about.")] = "",
-    plain: Annotated[bool, typer.Option("--plain", help="Continue the text as it is, without a template.")] = False,
+    instruction: Annotated[
+        str,
+        typer.Argument(
+            help=both("What to ask, put into the run's own template.", "要问的内容，会放入运行自己的模板。")
+        ),
+    ],
+    input: Annotated[str, typer.Option(help=both("What the instruction is about.", "指令所针对的内容。"))] = "",
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain", help=both("Continue the text as it is, without a template.", "不用模板，直接续写文本。")
+        ),
+    ] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens to write: 128, or what the model has positions for.")
+        int | None,
+        typer.Option(
+            min=1,
+            help=both(
+                "Most tokens to write: 128, or what the model has positions for.",
+                "最多生成的词元数：128，或模型的位置所允许的个数。",
+            ),
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help=both("0: always the most probable token.", "0：总是取概率最大的词元。"))
+    ] = 0.0,
     base: Annotated[
         list[str] | None,
         typer.Option(
             "--base",
             metavar="[FOLDER_OR_NAME]",
-            help="Alone: show the base model's answer before the tuned one. With a name: where the base model is now.",
+            help=both(
+                "Alone: show the base model's answer before the tuned one. With a name: where the base model is now.",
+                "单独使用：先显示基座模型的回答，再显示微调后的回答。带名字：基座模型现在的位置。",
+            ),
         ),
     ] = None,
     force: Force = False,

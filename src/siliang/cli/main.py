@@ -36,6 +36,7 @@ from siliang.cli import (
     used_run,
 )
 from siliang.cli.console import prepared_console
+from siliang.cli.help_page import in_the_readers_language
 from siliang.cli.own_code import may_run
 from siliang.environment import bound_kernel_caches, quieten_libraries
 from siliang.language import Bilingual, both, language, local
@@ -54,7 +55,10 @@ from siliang.types import (
 
 app = typer.Typer(
     name="siliang",
-    help="Parameter-efficient fine-tuning of transformers on the machine you have.",
+    help=both(
+        "Parameter-efficient fine-tuning of transformers on the machine you have.",
+        "在自己的机器上对 transformers 模型进行参数高效微调。",
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -113,15 +117,26 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+    debug: bool = typer.Option(
+        False, "--debug", help=both("Show the whole traceback of an error.", "显示错误的完整调用栈。")
+    ),
     allow_code: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow-code", metavar="SHA256", help="Let the model's own code of this hash run; the error gives it."
+            "--allow-code",
+            metavar="SHA256",
+            help=both(
+                "Let the model's own code of this hash run; the error gives it.",
+                "允许具有此哈希值的模型自带代码运行；错误信息会给出该值。",
+            ),
         ),
     ] = None,
     version: bool = typer.Option(
-        False, "--version", help="Show the versions of siliang and what it stands on.", callback=_version, is_eager=True
+        False,
+        "--version",
+        help=both("Show the versions of siliang and what it stands on.", "显示 siliang 及其所依赖的库的版本。"),
+        callback=_version,
+        is_eager=True,
     ),
 ) -> None:
     """Parameter-efficient fine-tuning of transformers on the machine you have.
@@ -163,7 +178,7 @@ def _options_first(words: list[str]) -> list[str]:
 def _run(words: list[str], *, debug: bool) -> int:
     """Runs a command and returns its exit code."""
     try:
-        code = get_command(app).main(words, prog_name="siliang", standalone_mode=False)
+        code = in_the_readers_language(get_command(app)).main(words, prog_name="siliang", standalone_mode=False)
     except OwnCodeError as error:
         return _run(words, debug=debug) if may_run(error) else _tell(error)
     except KeyboardInterrupt:

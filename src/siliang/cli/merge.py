@@ -23,18 +23,38 @@ class Dtype(StrEnum):
 
 def merge(
     run: Run,
-    output: Annotated[Path, typer.Option(help="Folder for the merged model; must not hold anything yet.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help=both(
+                "Folder for the merged model; must not hold anything yet.", "合并后模型的文件夹；事先不能有任何内容。"
+            )
+        ),
+    ],
     dtype: Annotated[
-        Dtype, typer.Option(help="Number format to save, in which the proof is made too.")
+        Dtype,
+        typer.Option(
+            help=both(
+                "Number format to save, in which the proof is made too.", "保存的数值格式，验证也用这种格式进行。"
+            )
+        ),
     ] = Dtype.FLOAT32,
-    data: Annotated[str | None, typer.Option(help="Rows for the proof, in place of the run's own data.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=both("Rows for the proof, in place of the run's own data.", "用于验证的样本，代替运行自己的数据。")
+        ),
+    ] = None,
     base: Base = None,
     force: Annotated[
         bool,
         typer.Option(
             "--force",
-            help="Keep the model even if it does not answer alike, and go on where the base model or the data have "
-            "changed since the training.",
+            help=both(
+                "Keep the model even if it does not answer alike, and go on where the base model or the data have "
+                "changed since the training.",
+                "即使输出不一致也保留模型；即使基座模型或数据在训练之后有变化也继续。",
+            ),
         ),
     ] = False,
 ) -> None:

@@ -27,35 +27,106 @@ NO_DATA = "(no data)"  # stands where a run's data would; nothing reads it
 
 def plan(
     settings: Annotated[
-        Path | None, typer.Argument(help="run.yaml, as for `siliang train`, or compare.yaml, for each of its methods.")
+        Path | None,
+        typer.Argument(
+            help=both(
+                "run.yaml, as for `siliang train`, or compare.yaml, for each of its methods.",
+                "run.yaml，与 `siliang train` 相同；或 compare.yaml，对其中每种方法规划。",
+            )
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A folder, a name on the hub, or a shape by name: `--model list` shows those.")
+        str | None,
+        typer.Option(
+            help=both(
+                "A folder, a name on the hub, or a shape by name: `--model list` shows those.",
+                "文件夹、hub 上的名字，或一种已知模型结构的名字：`--model list` 列出这些结构。",
+            )
+        ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Training data: the plan is then for its longest batch.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=both(
+                "Training data: the plan is then for its longest batch.", "训练数据：给出时按其中最长的批次规划。"
+            )
+        ),
+    ] = None,
     task: Annotated[
-        str | None, typer.Option(help="causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.")
+        str | None,
+        typer.Option(
+            help=both(
+                "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
+                "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
+            )
+        ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="A method, several with commas, or all.")] = None,
-    memory: Annotated[str | None, typer.Option(help="What there is: 8GB. Without it, what is free here.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda, which need not be here.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=both("A method, several with commas, or all.", "一种方法，用逗号分隔的几种，或 all。")),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help=both(
+                "What there is: 8GB. Without it, what is free here.", "可用的内存，如 8GB。没有给出时为这里的空闲内存。"
+            )
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help=both("cpu or cuda, which need not be here.", "cpu 或 cuda；这里不必有该设备。"))
+    ] = None,
     devices: Annotated[
-        int, typer.Option(min=1, help="Of how many devices; the plan is of each, and --memory is what each has.")
+        int,
+        typer.Option(
+            min=1,
+            help=both(
+                "Of how many devices; the plan is of each, and --memory is what each has.",
+                "设备的个数；规划针对其中每一个，--memory 是每个设备的内存。",
+            ),
+        ),
     ] = 1,
     strategy: Annotated[
-        str | None, typer.Option(help="How they share the model: ddp, fsdp, or auto (distributed.strategy).")
+        str | None,
+        typer.Option(
+            help=both(
+                "How they share the model: ddp, fsdp, or auto (distributed.strategy).",
+                "多个设备如何共用模型：ddp、fsdp 或 auto（distributed.strategy）。",
+            )
+        ),
     ] = None,
     flops: Annotated[
-        float | None, typer.Option(help="What the device computes in a second, such as 65e12, for the times.")
+        float | None,
+        typer.Option(
+            help=both(
+                "What the device computes in a second, such as 65e12, for the times.",
+                "设备每秒的计算量，如 65e12，用于估计时间。",
+            )
+        ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting by name: --set train.batch_size=4")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help=both(
+                "Any setting by name: --set train.batch_size=4", "按名字设置任何配置项：--set train.batch_size=4"
+            ),
+        ),
     ] = None,
     baseline: Annotated[
-        bool, typer.Option("--baseline", help="Also what PEFT with transformers.Trainer would need.")
+        bool,
+        typer.Option(
+            "--baseline",
+            help=both(
+                "Also what PEFT with transformers.Trainer would need.",
+                "同时给出使用 PEFT 和 transformers.Trainer 时的需求。",
+            ),
+        ),
     ] = False,
-    write: Annotated[Path | None, typer.Option(help="Write a run.yaml that fits.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(help=both("Write a run.yaml that fits.", "写出一个放得下的 run.yaml。"))
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help=both("One JSON object.", "输出一个 JSON 对象。"))] = False,
 ) -> None:
     """Say what memory and time a run will take, by method, and the smallest changes with which it fits.
 

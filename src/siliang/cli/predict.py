@@ -11,7 +11,7 @@ import typer
 from siliang.cli.console import as_text, command_line, input_lines, print_json
 from siliang.cli.used_run import Base, Force, Run, show_notes
 from siliang.environment import importing
-from siliang.language import Bilingual
+from siliang.language import Bilingual, both
 from siliang.terminal import one_line
 
 if TYPE_CHECKING:
@@ -25,13 +25,24 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Texts, or files of data (.csv, .jsonl, ...); without any, a text a line from standard input."
+            help=both(
+                "Texts, or files of data (.csv, .jsonl, ...); without any, a text a line from standard input.",
+                "文本，或数据文件（.csv、.jsonl ……）；都没有给出时，从标准输入读取，每行一条文本。",
+            )
         ),
     ] = None,
     context: Annotated[
-        str | None, typer.Option(help="Of a run that answers questions: what all the questions given are about.")
+        str | None,
+        typer.Option(
+            help=both(
+                "Of a run that answers questions: what all the questions given are about.",
+                "用于问答任务的运行：给出的所有问题所针对的段落。",
+            )
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help=both("One JSON object a line.", "每行输出一个 JSON 对象。"))
+    ] = False,
     base: Base = None,
     force: Force = False,
 ) -> None:

@@ -11,11 +11,22 @@ from siliang.language import both, language
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of a comparison.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help=both("Folders of runs, or of a comparison.", "运行的文件夹，或比较的文件夹。"))
+    ],
     output: Annotated[
-        Path | None, typer.Option(help="The page. Default: report.html in a comparison's folder, or here.")
+        Path | None,
+        typer.Option(
+            help=both(
+                "The page. Default: report.html in a comparison's folder, or here.",
+                "页面的文件。默认：比较的文件夹中的 report.html；否则在当前文件夹。",
+            )
+        ),
     ] = None,
-    lang: Annotated[str | None, typer.Option(help="en or zh. Default: SILIANG_LANG's.")] = None,
+    lang: Annotated[
+        str | None,
+        typer.Option(help=both("en or zh. Default: SILIANG_LANG's.", "en 或 zh。默认由 SILIANG_LANG 决定。")),
+    ] = None,
 ) -> None:
     """Make the table and the page of a comparison, or of any runs on the same data, from their records."""
     from siliang.cli.compare import show

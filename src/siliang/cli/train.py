@@ -20,40 +20,91 @@ if TYPE_CHECKING:
 def train(
     settings: Annotated[
         Path | None,
-        typer.Argument(help="run.yaml; `siliang config` lists what it may hold. With --resume: the run's folder."),
+        typer.Argument(
+            help=both(
+                "run.yaml; `siliang config` lists what it may hold. With --resume: the run's folder.",
+                "run.yaml，`siliang config` 列出它可以包含的配置项。与 --resume 一起时：运行的文件夹。",
+            )
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: a folder, or a name on the hub.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 hub 上的名字。")),
+    ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Training data: .json, .jsonl, .csv, .tsv, a saved data set.")
+        str | None,
+        typer.Option(
+            help=both(
+                "Training data: .json, .jsonl, .csv, .tsv, a saved data set.",
+                "训练数据：.json、.jsonl、.csv、.tsv，或保存的数据集。",
+            )
+        ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.")
+        str | None,
+        typer.Option(
+            help=both(
+                "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
+                "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
+            )
+        ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="What is tuned: see `siliang methods`.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=both("What is tuned: see `siliang methods`.", "微调方法：见 `siliang methods`。"))
+    ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Train this further: a run, a checkpoint of one, or an adapter folder; its config is the method."
+            help=both(
+                "Train this further: a run, a checkpoint of one, or an adapter folder; its config is the method.",
+                "继续训练的适配器：一次运行、其中的检查点，或适配器文件夹；方法就是它的配置。",
+            )
         ),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="The run's folder; must not hold anything yet.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help=both("The run's folder; must not hold anything yet.", "运行的文件夹；事先不能有任何内容。")),
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting by name: --set train.learning_rate=1e-3")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help=both(
+                "Any setting by name: --set train.learning_rate=1e-3",
+                "按名字设置任何配置项：--set train.learning_rate=1e-3",
+            ),
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run: siliang train RUN --resume")
+        bool,
+        typer.Option(
+            "--resume",
+            help=both(
+                "Go on with an interrupted run: siliang train RUN --resume",
+                "继续中断的运行：siliang train RUN --resume",
+            ),
+        ),
     ] = False,
     force: Annotated[
         bool,
         typer.Option(
             "--force",
-            help="With --resume or --adapter: go on where the base model has changed since then; with --resume also "
-            "where the data has.",
+            help=both(
+                "With --resume or --adapter: go on where the base model has changed since then; with --resume also "
+                "where the data has.",
+                "与 --resume 或 --adapter 一起：即使基座模型此后有变化也继续；与 --resume 一起时，数据有变化也继续。",
+            ),
         ),
     ] = False,
     devices: Annotated[
         int,
-        typer.Option(min=1, help="Processes that train together: one a card, or shares of the CPU."),
+        typer.Option(
+            min=1,
+            help=both(
+                "Processes that train together: one a card, or shares of the CPU.",
+                "共同训练的进程数：每张卡一个，或分用 CPU。",
+            ),
+        ),
     ] = 1,
 ) -> None:
     """Train: attach a method to a base model, tune it on your data, and keep the result in a run folder."""

@@ -16,13 +16,27 @@ from siliang.language import both, local
 if TYPE_CHECKING:
     from typer._click import Context
 
-Run = Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.")]
+Run = Annotated[
+    Path,
+    typer.Argument(help=both("The run's folder, or one of its checkpoints.", "运行的文件夹，或其中的一个检查点。")),
+]
 Base = Annotated[
     str | None,
-    typer.Option("--base", metavar="FOLDER_OR_NAME", help="Where the run's base model is now, if it was moved."),
+    typer.Option(
+        "--base",
+        metavar="FOLDER_OR_NAME",
+        help=both("Where the run's base model is now, if it was moved.", "基座模型移动过时，它现在的位置。"),
+    ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Go on where the base model or the data have changed since the training.")
+    bool,
+    typer.Option(
+        "--force",
+        help=both(
+            "Go on where the base model or the data have changed since the training.",
+            "即使基座模型或数据在训练之后有变化也继续。",
+        ),
+    ),
 ]
 
 
