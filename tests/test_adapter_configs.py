@@ -223,7 +223,7 @@ def test_layers_of_a_list_in_a_list_and_of_a_list_at_the_root() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:You have passed exclude_modules", "ignore:The following .* keys did not match")
-def test_what_matches_nothing_says_so(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_targets_that_match_nothing_are_errors(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = make("llama")
     before = [n for n, _ in model.named_modules()]
     with pytest.raises(TargetError, match=message):
@@ -242,7 +242,7 @@ def test_feedforward_modules_that_are_not_there() -> None:
         siliang.get_peft_model(make("llama"), config)
 
 
-def test_a_rank_that_no_layer_has_is_no_matter(tmp_path: Path) -> None:
+def test_a_rank_pattern_of_a_file_may_match_no_layer(tmp_path: Path) -> None:
     config = siliang.LoraConfig(r=512, rank_pattern={"q_proj": 2, "v_proj": 3}, init_lora_weights=False)
     model = siliang.get_peft_model(make("llama"), config).eval()
     model.save_pretrained(tmp_path)
@@ -263,7 +263,7 @@ class Unknown(nn.Module):
         self.some, self.other, self.norm = nn.Linear(2, 2), nn.Linear(2, 2), nn.LayerNorm(2)
 
 
-def test_every_model_type_has_default_targets_or_is_told_of_all_linear() -> None:
+def test_every_model_type_has_default_targets_or_an_error_that_names_all_linear() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     from siliang.methods.targets import IA3_TARGETS, LN_TARGETS, LORA_TARGETS
@@ -438,7 +438,7 @@ SPARSE: dict[str, Any] = {
 }
 
 
-def test_all_linear_says_which_experts_it_leaves_out() -> None:
+def test_all_linear_warns_which_experts_it_leaves_out() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     few: dict[str, Any] = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}

@@ -1,4 +1,4 @@
-"""Attaching: what is found, what is trained, and that it all comes off again."""
+"""Attaching: what is found, what is trained, and that all of it is removed again."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 from siliang import BitFitConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from siliang.adapters import attachments
-from siliang.adapters.parameter_override import sites_of
+from siliang.adapters.parameter_override import places_of
 from siliang.methods import HeadConfig
 from siliang.methods.bitfit import is_bias
 from siliang.types import ConfigError, TargetError
@@ -66,7 +66,7 @@ def test_bitfit_trains_every_bias_and_nothing_else() -> None:
 def test_the_model_is_searched_once_for_all_biases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a parameter is held was looked up for each bias, through all modules of the model."""
     searched: list[nn.Module] = []
-    monkeypatch.setattr(attachments, "sites_of", lambda model: searched.append(model) or sites_of(model))
+    monkeypatch.setattr(attachments, "places_of", lambda model: searched.append(model) or places_of(model))
     model = get_peft_model(make("bloom"), BitFitConfig())
     assert len(searched) == 1 and sum(p.requires_grad for p in model.parameters()) > 10
 

@@ -1,4 +1,4 @@
-"""Several adapters on one model: none sees another, and what computes follows from what was asked for last."""
+"""Several adapters on one model: none sees another, and the last call decides what computes."""
 
 import copy
 import io
@@ -62,7 +62,7 @@ def answer(model: Any, ids: torch.Tensor = IDS, **more: Any) -> torch.Tensor:
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, share: float = 1e-4) -> bool:
-    """Alike within `share` of how far the expected values spread."""
+    """Close within `share` of the spread of the expected values."""
     scale = expected.detach().abs().max().item()
     return found.shape == expected.shape and (found - expected).detach().abs().max().item() <= share * scale
 
@@ -85,7 +85,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def is_base(plain: Any, fresh: Any) -> bool:
-    """Bit for bit the same parameters under the same names, of the same classes, asking for gradients as before."""
+    """Bit for bit the same parameters under the same names, of the same classes, with `requires_grad` as before."""
     return (
         same(dict(plain.state_dict()), dict(fresh.state_dict()))
         and [(n, type(m)) for n, m in plain.named_modules()] == [(n, type(m)) for n, m in fresh.named_modules()]
@@ -286,7 +286,7 @@ def test_two_that_take_out_of_the_weight_add_up(init: str) -> None:
 # ---- an inactive adapter trains nothing ----
 
 
-def test_what_asks_for_gradients(tmp_path: Path) -> None:
+def test_what_requires_gradients(tmp_path: Path) -> None:
     config = Lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
     siliang.get_peft_model(causal(), config).save_pretrained(tmp_path)
     model: Any = siliang.get_peft_model(causal(), config, adapter_name="a")
@@ -541,7 +541,7 @@ TOGETHER: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("what", TOGETHER)
-def test_adapters_that_cannot_be_at_work_together(what: str) -> None:
+def test_adapters_that_cannot_be_active_together(what: str) -> None:
     model: Any = siliang.get_peft_model(bert(), TOGETHER[what], adapter_name="a").eval()
     shake(model)
     model.add_adapter("b", TOGETHER[what])
@@ -562,7 +562,7 @@ def test_adapters_that_cannot_be_at_work_together(what: str) -> None:
     assert same(before, state(model))
 
 
-def test_prompts_are_not_at_work_together() -> None:
+def test_prompts_are_not_active_together() -> None:
     config = siliang.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")  # type: ignore[arg-type]
     model: Any = siliang.get_peft_model(causal(), config, adapter_name="a").eval()
     model.add_adapter("b", config)
@@ -705,7 +705,7 @@ def test_a_saved_module_is_called_as_the_model_calls_it() -> None:
     torch.testing.assert_close(mixed - model(x), torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None].expand(4, 3))
 
 
-def test_nothing_is_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_attribute_does_not_recurse(monkeypatch: pytest.MonkeyPatch) -> None:
     made = siliang.PeftModel.__new__(siliang.PeftModel)
     assert not hasattr(made, "anything")
     inner = Injection.__new__(Injection)
@@ -884,7 +884,7 @@ def test_biases_that_are_tied_are_one() -> None:
     assert near(answer(model), tuned, 1e-6)
 
 
-def test_moving_takes_what_is_aside_along() -> None:
+def test_parked_parameters_move_with_the_model() -> None:
     model: Any = siliang.get_peft_model(bert(), BitFit(), adapter_name="a")
     model.add_adapter("b", Lora(target_modules=["query"], init_lora_weights="pissa"))
     model.merge_adapter(["b"])
@@ -946,7 +946,7 @@ def test_the_base_model_itself_is_resized() -> None:
         tuned.resize_token_embeddings(68)
 
 
-def test_the_base_asks_for_gradients_as_before() -> None:
+def test_the_base_requires_gradients_as_before() -> None:
     for end in ("unload", "merge_and_unload"):
         base = causal()
         base.model.norm.weight.requires_grad_(False)
@@ -977,12 +977,12 @@ def test_the_base_asks_for_gradients_as_before() -> None:
         (Lora(target_modules=".*"), r"the whole model is a LlamaForCausalLM, which LORA cannot wrap\. End the pattern"),
     ],
 )
-def test_what_is_said_of_a_config_that_cannot_work(config: Any, message: str) -> None:
+def test_errors_of_configs_that_cannot_work(config: Any, message: str) -> None:
     with pytest.raises((ConfigError, TargetError), match=message):
         siliang.get_peft_model(causal(), config)
 
 
-def test_peft_stands_on_the_model_already() -> None:
+def test_the_model_has_adapters_of_peft_already() -> None:
     with pytest.raises(ConfigError, match=r"adapters of peft on it: take them off first, with its unload"):
         siliang.get_peft_model(peft.get_peft_model(causal(), peft.LoraConfig(target_modules=["q_proj"])), Lora())
     with pytest.raises(AdapterError, match=r"peft_type 'lora' is not a method of siliang .* Write 'LORA'\."):

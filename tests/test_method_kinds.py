@@ -1,5 +1,5 @@
-"""What a method can tune beside linear layers, shown by methods that the project does not have: rows of an embedding
-table, also of a tied one; parameters computed from others; experts' weights, which are not modules.
+"""What a method can tune other than linear layers, shown by methods that the project does not have: rows of an
+embedding table, also of a tied one; parameters computed from others; experts' weights, which are not modules.
 """
 
 from __future__ import annotations

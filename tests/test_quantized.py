@@ -71,7 +71,7 @@ def test_every_method_trains(method: str, bits: int, dtype: torch.dtype, folders
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
-def test_an_adapter_computes_as_on_the_weights_that_the_bits_stand_for(method: str, folders: dict[str, Path]) -> None:
+def test_an_adapter_computes_as_on_the_dequantized_weights(method: str, folders: dict[str, Path]) -> None:
     """The same base with its linear layers replaced by what 4 bits give back: same outputs, same gradients."""
     four: Any = load(folders["llama"], compute_dtype="fp32")
     plain: Any = make("llama")

@@ -27,7 +27,7 @@ from siliang import (
     PromptTuningConfig,
     get_peft_model,
 )
-from siliang.adapters.file_sizes import SPARE_NUMBERS, FileSizes, check_sizes
+from siliang.adapters.file_sizes import SPARE_ELEMENTS, FileSizes, check_sizes
 from siliang.adapters.files import read_adapter
 from siliang.methods.config import PeftConfig
 from siliang.methods.prompt import PromptConfig
@@ -67,10 +67,10 @@ def test_what_is_made_is_counted_before(name: str) -> None:
         assert config.rows * config.width == model.injection.adapters["default"].tensors()["prompt_embeddings"].numel()
         return
     adapter = model.injection.adapters["default"]
-    base, file = make("llama"), FileSizes("a file", numbers=0, largest=2**31)
+    base, file = make("llama"), FileSizes("a file", elements=0, largest=2**31)
     assert adapter.parts.layers
     with pytest.raises(AdapterError, match=f"it has {sum(p.numel() for p in adapter.parameters()):,} numbers"):
-        check_sizes(base, config, adapter.parts, dataclasses.replace(file, numbers=-SPARE_NUMBERS))
+        check_sizes(base, config, adapter.parts, dataclasses.replace(file, elements=-SPARE_ELEMENTS))
 
 
 HUGE = 40_000_000
@@ -126,7 +126,7 @@ def test_many_numbers_of_small_sides(tmp_path: Path) -> None:
     """The rank is that of a tensor of the file, and there are many layers."""
     model = make("llama")
     layers = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
-    rank = SPARE_NUMBERS // 32
+    rank = SPARE_ELEMENTS // 32
     get_peft_model(make("llama"), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": rank}))

@@ -1,4 +1,4 @@
-"""Merging an adapter into its base model, and the proof that the merged model answers as the unmerged one did."""
+"""Merging an adapter into its base model, and the proof that the merged model computes what the unmerged one did."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAST_POSITIONS = 32
 
 @dataclass(frozen=True)
 class MergeProof:
-    """How near the merged model is to the unmerged one.
+    """How close the merged model is to the unmerged one.
 
     Attributes:
         samples: Texts compared.
@@ -40,7 +40,7 @@ class MergeProof:
 
     @property
     def holds(self) -> bool:
-        """Whether the two answer alike, within what rounding explains."""
+        """Whether the two have the same outputs, within what rounding explains."""
         limit = TOLERANCE[getattr(torch, self.dtype)] * max(self.spread, 1e-6)
         return self.largest_difference <= limit and self.top1_agreement >= LEAST_AGREEMENT
 
@@ -67,7 +67,7 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
         samples: Inputs of one text of the run's data each: `input_ids` and `attention_mask` of shape (1, length).
 
     Returns:
-        The plain merged base model, and the proof, which may say that it does not hold.
+        The plain merged base model, and the proof, which may not hold.
 
     Raises:
         MergeError: There are no samples to prove it on.

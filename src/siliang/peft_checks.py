@@ -26,7 +26,7 @@ _MODEL, _CONFIG, _LAYER = (
 
 
 def refresh() -> None:
-    """Replaces what is asked, in every module of `_REPLACED` that is imported and was not replaced yet."""
+    """Replaces the names, in every module of `_REPLACED` that is imported and was not replaced yet."""
     for module, names in _REPLACED.items():
         there = vars(sys.modules[module]) if module in sys.modules else {}
         for name, replacement in names.items():

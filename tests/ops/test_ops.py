@@ -289,7 +289,7 @@ def test_packing_and_back(lengths: tuple[int, ...]) -> None:
 
 
 def test_a_plan_for_cuda_does_not_keep_what_only_a_cpu_would() -> None:
-    """Scores written down are kept for the backward pass; flash attention on CUDA keeps none."""
+    """Scores that are tensors are kept for the backward pass; flash attention on CUDA keeps none."""
 
     def kept() -> int:
         q, k, v = (heads(64, 4, 8).bfloat16().requires_grad_() for _ in range(3))

@@ -1,4 +1,4 @@
-"""Random sequences of what can be done to several adapters on one model, beside live peft and each adapter alone."""
+"""Random sequences of calls on several adapters of one model, compared with live peft and with each adapter alone."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ STEPS = 14
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Both libraries say that merged adapters are unmerged, and which adapter is active after a deletion."""
+    """Both libraries warn that merged adapters are unmerged, and which adapter is active after a deletion."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
@@ -197,7 +197,7 @@ MIXED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Each adapter, trained and saved alone, and what it answers."""
+    """Each adapter, trained and saved alone, and its outputs."""
     folder, answers = tmp_path_factory.mktemp("alone"), {"__base__": answer(bert())}
     for seed, (name, config) in enumerate(MIXED.items()):
         model = siliang.get_peft_model(bert(), config, adapter_name=name)
@@ -210,7 +210,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
 
 @pytest.mark.parametrize("seed", range(12))
 def test_as_each_alone(seed: int, alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
-    """Whatever was done before, an adapter answers and is saved as if it were alone; errors change nothing."""
+    """After any sequence an adapter computes and is saved as if it were alone; errors change nothing."""
     folder, answers = alone
     choose = random.Random(100 + seed)
     first = choose.choice(list(MIXED))
@@ -218,7 +218,7 @@ def test_as_each_alone(seed: int, alone: tuple[Path, dict[str, torch.Tensor]], t
     done = [first]
 
     def right(names: list[str], share: float = 1e-4) -> None:
-        """The model answers as it should with these at work, where that is known."""
+        """The model's outputs with these active are the expected ones, where those are known."""
         if len(names) == 1:
             assert near(answer(model), answers[names[0]], share), done
 

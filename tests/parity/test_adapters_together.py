@@ -74,7 +74,7 @@ def test_dora_with_a_bias_of_b_is_refused_as_in_peft() -> None:
         siliang.LoraConfig(use_dora=True, lora_bias=True)
 
 
-def test_a_bias_that_has_no_place_says_why_it_is_not_merged() -> None:
+def test_merging_a_bias_into_a_layer_without_one_is_an_error() -> None:
     ours = together(siliang, "llama", BIASED, BIASED, ["q_proj"])
     inputs = {"input_ids": batch("llama")["input_ids"]}
     before = ours(**inputs).logits

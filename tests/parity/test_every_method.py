@@ -1,5 +1,5 @@
-"""Every method on every kind of model beside the live `peft`, on the same weights: names, forward, gradients, five
-steps, generation, bf16, and files both ways.
+"""Every method on every kind of model, compared with the live `peft`, on the same weights: names, forward, gradients,
+five steps, generation, bf16, and files both ways.
 """
 
 import copy
@@ -154,7 +154,7 @@ def test_generation(method: str, name: str) -> None:
 
 @torch.no_grad()
 def many_logits(model: Any, name: str) -> torch.Tensor:
-    """Logits enough for a mean: three rows of a classifier would be nine numbers, each rounded to the format."""
+    """Logits enough for a mean: three rows of a classifier would be nine numbers, each rounded to the dtype."""
     if TASK[name] != "SEQ_CLS":
         return loss_and_logits(model, name)[1]
     ids = torch.randint(3, VOCABULARY, (64, 11), generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""LoRA beside the live `peft`, on the same weights: forward, gradients, steps, files both ways, merging."""
+"""LoRA compared with the live `peft`, on the same weights: forward, gradients, steps, files both ways, merging."""
 
 import copy
 from pathlib import Path

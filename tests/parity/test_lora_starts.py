@@ -1,4 +1,4 @@
-"""LoRA's other starts and the embedding, beside the live `peft`: PiSSA, OLoRA, LoftQ."""
+"""LoRA's other starts and the embedding, compared with the live `peft`: PiSSA, OLoRA, LoftQ."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from closeness import assert_all_close, assert_close
 from tiny import TASK, batch, make
 
 import siliang
-from siliang.methods.lora_init import start
+from siliang.methods.lora_init import initialize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*save_embedding_layers.*")
 
@@ -59,23 +59,23 @@ def test_pissa_with_few_iterations_is_nearly_pissa() -> None:
     U, _, Vh = torch.linalg.svd(torch.randn(48, 32), full_matrices=False)
     W = U * torch.tensor([9.0, 7.0, 5.0, 3.0] + [0.05] * 28) @ Vh
     settings = {"r": 4, "scaling": 2.0, "bits": 4, "iterations": 1}
-    exact, quick = start("pissa", W, **settings), start("pissa_niter_8", W, **settings)
+    exact, quick = initialize("pissa", W, **settings), initialize("pissa_niter_8", W, **settings)
     torch.testing.assert_close(quick[1] @ quick[0], exact[1] @ exact[0], rtol=1e-2, atol=1e-2)
     for A, B, rest in (exact, quick):
         assert_close(rest + 2.0 * (B @ A), W)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_loftq_makes_up_for_rounding(bits: int) -> None:
+def test_loftq_corrects_the_error_of_quantization(bits: int) -> None:
     """PEFT's own needs CUDA. With the factors the rounded weight is nearer to W than alone; more rounds help."""
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     W = torch.randn(64, 64) @ torch.diag(torch.linspace(3, 0.1, 64)) @ torch.randn(64, 64)
     distances = []
     for rounds in (1, 5):
-        A, B, rounded = start("loftq", W, r=8, scaling=1.0, bits=bits, iterations=rounds)
+        A, B, rounded = initialize("loftq", W, r=8, scaling=1.0, bits=bits, iterations=rounds)
         distances.append(((W - rounded - B @ A).norm() / W.norm()).item())
-    alone = start("loftq", W, r=8, scaling=1.0, bits=bits, iterations=1)[2]
+    alone = initialize("loftq", W, r=8, scaling=1.0, bits=bits, iterations=1)[2]
     assert distances[0] < (W - alone).norm().item() / W.norm().item()
     assert distances[1] < distances[0]
 
@@ -102,8 +102,8 @@ def test_lora_on_an_embedding(name: str, target: str, settings: dict[str, Any], 
     assert_close(logits(there, name), results[1][0].detach())
 
 
-def test_embeddings_that_grew_come_along(tmp_path: Path) -> None:
-    """PEFT saves resized embeddings beside the adapter; they are the adapter's, and go with it."""
+def test_resized_embeddings_are_saved_with_the_adapter(tmp_path: Path) -> None:
+    """PEFT saves resized embeddings with the adapter; they belong to it."""
     theirs_base: Any = make("llama")
     theirs_base.resize_token_embeddings(124, mean_resizing=False)
     theirs: Any = peft.get_peft_model(theirs_base, peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM"))
@@ -118,7 +118,7 @@ def test_embeddings_that_grew_come_along(tmp_path: Path) -> None:
     assert all(torch.equal(v, before[k]) for k, v in ours.unload().state_dict().items())
 
 
-def test_what_siliang_names_and_peft_lets_pass() -> None:
+def test_a_wrong_name_among_several_targets_is_an_error() -> None:
     """PEFT #1959: of several target names a wrong one passes silently there."""
     targets = ["q_proj", "v_porj"]
     peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=targets))  # type: ignore[arg-type]

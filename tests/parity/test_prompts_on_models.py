@@ -1,4 +1,4 @@
-"""Virtual tokens on models of many makes: as in the live `peft` where that runs, or one clear line."""
+"""Virtual tokens on models of many families: as in the live `peft` where that runs, or one clear line."""
 
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +83,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Deaf(t.LlamaForCausalLM):
-    """It computes its answer from the tokens' own numbers alone."""
+    """It computes its output from the token ids alone."""
 
     def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         size = (inputs_embeds if input_ids is None else input_ids).shape[:2]
@@ -189,7 +189,7 @@ def test_where_peft_does_not_run(name: str, kind: str, heads: int | None, tmp_pa
         ("t5gemma2-like", "prompt", "The virtual tokens of PROMPT_TUNING do not reach the output of Deaf"),
     ],
 )
-def test_where_it_cannot_be_one_line_says_so(name: str, kind: str, message: str) -> None:
+def test_models_without_a_place_for_a_prompt_give_one_line(name: str, kind: str, message: str) -> None:
     model: nn.Module = base(name)
     # on meta the check of a run tries it; there a mixture of experts cannot be computed
     for device in ("cpu",) if "deepseek" in name else ("cpu", "meta"):
@@ -228,7 +228,7 @@ WINDOWED: dict[str, Callable[[], Any]] = {
     [*((name, "eager") for name in WINDOWED), *((name, "sdpa") for name in WINDOWED if name != "gemma2")],
 )
 def test_a_prefix_leaves_a_sliding_window_as_in_peft(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BioGPT has no window, but numbers its padding."""
+    """BioGPT has no window, but counts positions over its padding."""
     monkeypatch.setitem(MODELS, name, WINDOWED[name])
     ours, theirs = (prompted(library, name, "prefix") for library in (siliang, peft))
     for model in (ours, theirs):

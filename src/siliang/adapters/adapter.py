@@ -72,7 +72,7 @@ class AttachedAdapter(Adapter[PeftConfig]):
             p.requires_grad_(wanted and (p.is_floating_point() or p.is_complex()))
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a resumed training needs beside the adapter's file: the encoder of a prompt, what a method remembers."""
+        """What a resumed training needs in addition to the adapter's file: a prompt's encoder, a method's state."""
         prompt = {} if self.prompt is None or self.prompt.flat else self.prompt.state_dict()
         return {**prompt, **self.state}
 

@@ -111,7 +111,7 @@ def _vocabulary_of(folder: str | None) -> int | None:
 
 
 def embedding_parameters(base: nn.Module) -> list[str]:
-    """The paths of the weights of the base model's embeddings and head, which PEFT saves along when they are tuned or
+    """The paths of the weights of the base model's embeddings and head, which PEFT saves too when they are tuned or
     were resized.
     """
     modules = {id(module) for module in (word_embeddings(base), output_layer(base)) if module is not None}

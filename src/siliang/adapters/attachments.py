@@ -235,7 +235,7 @@ class Attachments:
         """Resizes the base model's embeddings, and every adapter's copy of them. The base model must be bare.
 
         Raises:
-            ConfigError: An adapter has parameters of the old size beside the embeddings or the head. Nothing has been
+            ConfigError: An adapter has parameters of the old size for the embeddings or the head. Nothing has been
                 changed then.
         """
         base = self.model

@@ -1,4 +1,4 @@
-"""Whether what a method asks for can be made on a model, and whether adapters can be active together."""
+"""Checks that the parts of a method can be made on a model, and that adapters can be active together."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from siliang.types import OTHER_HEADS, TASK_HEADS, TargetError, TaskType, neares
 
 
 def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str], nested: bool = True) -> list[str]:
-    """The outermost modules whose path ends in one of `names`, dot or no dot: PEFT's rule (`head` means lm_head too).
+    """The outermost modules whose path ends in one of `names`, PEFT's rule: `head` means lm_head too.
 
     Args:
         nested: Matches within a match are left to the outer one. PEFT trains that one, and writes the inner one.
@@ -49,9 +49,9 @@ def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str
 def names_of_saved(config: PeftConfig, names: Iterable[str], saved: list[str], paths: list[str]) -> list[str]:
     """The names of modules_to_save to write, so that PEFT finds the modules `saved` by them, and no target in these.
 
-    PEFT puts one wrapper into another where names match within a match, and cannot read what comes of it: such names
-    are left out. It keeps targets out of the modules that a whole step of the path names, and no others: where a target
-    is in another one, that one's path is named too.
+    Where names match within a match, PEFT puts one wrapper into another, and cannot read the file that it writes then:
+    such names are left out. PEFT tunes no targets in a module that a whole part of its path names, and in no others:
+    where a target is in another module, the path of that module is named too.
     """
     found = [n for n in names if not (hits := [p for p in paths if _ends_in(p, n)]) or any(p in saved for p in hits)]
     wanted = getattr(config, "target_modules", None) or []
@@ -64,7 +64,7 @@ def names_of_saved(config: PeftConfig, names: Iterable[str], saved: list[str], p
 
 
 def _ends_in(path: str, name: str) -> bool:
-    """Whether PEFT takes `path` for one that `name` of modules_to_save means."""
+    """Whether `name` of modules_to_save means `path` in PEFT."""
     return ("base_model.model." + path).endswith(name)
 
 
@@ -72,7 +72,7 @@ def choose_saved_modules(model: nn.Module, config: PeftConfig, *, lenient: bool)
     """The paths of the modules that an adapter trains and saves whole; their names go into the config.
 
     Args:
-        lenient: The config is a file's, which says what it holds.
+        lenient: The config is a file's, which names what the file holds.
 
     Raises:
         TargetError: As `find_saved_modules`.
@@ -93,7 +93,7 @@ def choose_saved_modules(model: nn.Module, config: PeftConfig, *, lenient: bool)
     if lenient and (lacking := [path for path in invented if not inside(path, found)]):
         warnings.warn(
             f"The base model's files lack {', '.join(lacking)}, and the adapter's do not hold it either: it is new "
-            "and random here, so the adapter does not answer as it did where it was trained.",
+            "and random here, so the adapter does not compute what it did where it was trained.",
             stacklevel=5,
         )
     return found

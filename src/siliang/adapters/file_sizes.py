@@ -1,4 +1,4 @@
-"""What the files of an adapter hold: its config may ask for no more, or a small file could fill the memory."""
+"""What the files of an adapter hold: its config may need no more, or a small file could fill the memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from siliang.methods.layer import MakeAdapter
 from siliang.methods.method import Parts
 from siliang.types import AdapterError, first_line
 
-SPARE_NUMBERS = 2**25  # that an adapter may lack in its file: what is missing by name is said of tensors, one by one
+SPARE_ELEMENTS = 2**25  # that an adapter may lack in its file: missing tensors are reported by name later
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class FileSizes:
 
     Attributes:
         source: Their folder.
-        numbers: Of all tensors.
+        elements: Of all tensors.
         largest: The most rows or columns of a tensor.
-        training: The numbers of what made a prompt; None where nothing more than the prompt is there.
+        training: Elements of what made a prompt; None where the files hold the prompt alone.
     """
 
     source: str
-    numbers: int
+    elements: int
     largest: int
     training: int | None = None
 
@@ -41,17 +41,17 @@ class FileSizes:
         """Of the tensors that were read from a folder."""
         return cls(
             str(folder),
-            numbers=sum(t.numel() for t in tensors.values()),
+            elements=sum(t.numel() for t in tensors.values()),
             largest=max((n for t in tensors.values() if t.numel() for n in t.shape), default=0),
             training=None if training is None else sum(t.numel() for t in training.values()),
         )
 
 
 def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSizes) -> None:
-    """Whether all that an adapter asks for can be in its files. Called before any of it is made.
+    """Checks that an adapter needs no more than its files hold, before any of it is made.
 
     Raises:
-        AdapterError: It asks for more.
+        AdapterError: It needs more.
     """
     wanted: dict[str, int] = {}
     total = 0
@@ -84,10 +84,10 @@ def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSi
             )
     total += sum(model.get_parameter(path).numel() for path in parts.parameters)
     total += sum(t.numel() for path in parts.modules for t in model.get_submodule(path).state_dict().values())
-    if total > file.numbers + SPARE_NUMBERS:
+    if total > file.elements + SPARE_ELEMENTS:
         raise AdapterError(
             f"{file.source}: by {CONFIG_NAME} it has {total:,} numbers on this model, and in its file "
-            f"{file.numbers:,}: is it an adapter of another base model, or was {CONFIG_NAME} changed?"
+            f"{file.elements:,}: is it an adapter of another base model, or was {CONFIG_NAME} changed?"
         )
 
 

@@ -89,7 +89,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def read_training(folder: Path) -> dict[str, Tensor] | None:
-    """What a resumed training needs beside the adapter of a folder, on the CPU; None where there is nothing.
+    """What a resumed training needs in addition to the adapter of a folder, on the CPU; None where there is nothing.
 
     That is what makes a prompt, or what a method remembers between steps.
 
@@ -177,7 +177,7 @@ def load_tensors(
     ):
         raise AdapterError(
             f"{source}: {stray} is tied to another weight of the base model, and nothing in {CONFIG_NAME} names it: "
-            "add it to modules_to_save there, or tell where the file is from."
+            "add it to modules_to_save there, or make the file again."
         )
     tensors = _respelled(tensors, own, embeddings, again)
     embeddings = {key: path for key, path in embeddings.items() if key in tensors and key not in own}

@@ -1,9 +1,9 @@
-"""Attaches adapters to a base model, freezes the rest, and can undo it all. What an adapter consists of is said by its
-method (`Method.attach`); attachments.py puts it into the model's modules.
+"""Attaches adapters to a base model, freezes the rest, and can undo it all. Its method says what an adapter
+consists of (`Method.attach`); attachments.py puts it into the model's modules.
 
-Two rules keep several adapters apart. Whatever is asked of the base model (where a target is, what a copy starts from)
-is asked while the model is bare, so that no adapter sees another. And what computes follows from the state alone (the
-active, merged and disabled adapters, the rows of a batch): each function checks, changes the state, then calls
+Two rules keep several adapters independent. Whatever is read from the base model (where a target is, what a copy starts
+from) is read while the model is bare, so that no adapter sees another. And what computes follows from the state alone
+(the active, merged and disabled adapters, the rows of a batch): each function checks, changes the state, then calls
 `_apply_state`.
 """
 
@@ -43,7 +43,7 @@ class Injection(nn.Module):
 
     It is between PeftModel and the base model, so that parameters are called `base_model.model.<path>` as in PEFT.
     Where the first adapter is a prompt PEFT leaves that step out; then PeftModel holds the base model itself, and this
-    object beside it.
+    object as an attribute.
 
     Attributes:
         model: The base model.
@@ -136,7 +136,7 @@ class Injection(nn.Module):
         Raises:
             TargetError: The targets are not in the model. Nothing has been changed then.
             ConfigError: The method cannot work on this model. Nothing has been changed then.
-            AdapterError: The config asks for more than is in the files. Nothing has been made then.
+            AdapterError: The config needs more than the files hold. Nothing has been made then.
         """
         with self.bare():
             saved = choose_saved_modules(self.model, config, lenient=file is not None)
@@ -295,14 +295,14 @@ class Injection(nn.Module):
     # ---- merging ----
 
     def merge(self, *names: str, safe: bool = False) -> None:
-        """Merges adapters into the base layers' weights, beside those that are merged already.
+        """Merges adapters into the base layers' weights, in addition to those that are merged already.
 
         Args:
             safe: Refuse where a merged weight is not finite.
 
         Raises:
             MergeError: An adapter is of a method that does not merge, is broken, its base is quantized, or it cannot be
-                active beside the others. Nothing has been changed then.
+                active together with the others. Nothing has been changed then.
         """
         merged = self._to_merge(names)
         try:
@@ -371,7 +371,7 @@ class Injection(nn.Module):
             The input embeddings.
 
         Raises:
-            ConfigError: An adapter has parameters of the old size beside the embeddings or the head. Nothing has been
+            ConfigError: An adapter has parameters of the old size for the embeddings or the head. Nothing has been
                 changed then.
         """
         with self.bare():

@@ -107,7 +107,7 @@ def _uncast(attribute: str, module: nn.Module, args: object, output: object) -> 
 
 
 def places_of(model: nn.Module) -> Callable[[nn.Parameter], Places]:
-    """A function that says where each parameter of `model` is held. The modules are looked through once."""
+    """A function from a parameter of `model` to the modules that hold it. The modules are searched once."""
     found: dict[int, Places] = {}
     for module in model.modules():
         for attribute, p in module.named_parameters(recurse=False, remove_duplicate=False):

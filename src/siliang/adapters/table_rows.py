@@ -94,7 +94,7 @@ def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], othe
 
     Args:
         model: The base model, nothing attached to it.
-        others: The paths of the layers and modules that the adapter tunes beside them.
+        others: The paths of the layers and modules that the adapter also tunes.
 
     Raises:
         ConfigError: Rows cannot be trained there.
@@ -108,8 +108,8 @@ def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], othe
             raise ConfigError(f"{path} is tuned otherwise by the same adapter: leave it out there, or train no rows.")
         if not rows.indices or len(set(rows.indices)) < len(rows.indices):
             raise ConfigError(f"The rows of {path} to train must be at least one, each named once.")
-        if strange := [i for i in rows.indices if not 0 <= i < len(table.weight)]:
-            raise ConfigError(f"{path} has no row {strange[0]}: it has {len(table.weight):,} rows, from 0 on.")
+        if missing := [i for i in rows.indices if not 0 <= i < len(table.weight)]:
+            raise ConfigError(f"{path} has no row {missing[0]}: it has {len(table.weight):,} rows, from 0 on.")
         for other in tied_layers(model, path):
             if not isinstance(model.get_submodule(other), nn.Embedding | nn.Linear):
                 kind = type(model.get_submodule(other)).__name__

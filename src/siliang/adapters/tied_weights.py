@@ -23,7 +23,7 @@ def replace_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> N
 
 def retie_or_untie(model: nn.Module) -> None:
     """After a merge into weights that were tied: where they are equal they are one parameter again; otherwise each
-    place has a weight of its own, and the config says so.
+    place has a weight of its own, and the config is changed accordingly.
 
     Without the latter saving would leave out those that still are one, and loading would tie them to another, or
     initialize them at random. Some configs (T5's) read `tie_word_embeddings` as something else and always tie; loading

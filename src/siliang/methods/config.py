@@ -1,4 +1,4 @@
-"""The config that is saved beside an adapter: what is common to every method's, and to those that work on layers."""
+"""The config in an adapter's folder: what is common to every method's, and to those that work on layers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class PeftConfig:
     """What is common to every method's config; the names and defaults are those of PEFT.
 
     Attributes:
-        task_type: What the base model does; decides which head is trained and saved along. None: any nn.Module.
+        task_type: What the base model does; decides which head is trained and saved too. None: any nn.Module.
         base_model_name_or_path: The base model's folder or hub name; filled in when attaching.
         revision: The base model's revision on the hub.
         inference_mode: The adapter is not to be trained. Always true in a saved file.
         auto_mapping: With task_type None, the base model's class and library; filled in when attaching.
-        modules_to_save: Endings of the names of modules trained and saved whole, beside the adapter (heads,
+        modules_to_save: Endings of the names of modules trained and saved whole with the adapter (heads,
             embeddings). As in PEFT any ending: `head` means lm_head too.
     """
 

@@ -26,7 +26,7 @@ from siliang.ops.lora_linear import lora_linear
 
 
 class DoraLinear(LowRankLinear):
-    """LoRA with the weight's magnitude apart from its direction: A and B, and `lora_magnitude_vector.<adapter>.weight`
+    """LoRA with a magnitude for each output: A and B, and `lora_magnitude_vector.<adapter>.weight`
     (O,), which the file calls `lora_magnitude_vector`.
     """
 

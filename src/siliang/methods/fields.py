@@ -22,7 +22,7 @@ from siliang.types import ConfigError, nearest
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-SEVERAL: dict[object, str] = {int: "whole numbers", float: "numbers", str: "names"}  # as a message says it
+SEVERAL: dict[object, str] = {int: "whole numbers", float: "numbers", str: "names"}  # in a message
 MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many layers, experts counted
 
 
@@ -69,7 +69,7 @@ def _as_field(kind: object, value: object) -> object:
     if isinstance(value, set | frozenset):
         try:
             return sorted(value)
-        except TypeError:  # of different kinds: the check says which are allowed
+        except TypeError:  # of different types: the check reports which are allowed
             return list(value)
     if isinstance(value, tuple | range):
         return list(value)
@@ -87,7 +87,7 @@ def _members(kind: enum.EnumType) -> list[enum.Enum]:
 
 
 def _in_words(kind: object) -> str:
-    """What a type allows, as a message says it."""
+    """What a type allows, in the words of a message."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if kind in words:
         return words[kind]
@@ -107,7 +107,7 @@ def _in_words(kind: object) -> str:
 
 
 def _near(value: object, kind: object) -> str:
-    """The near words of an enum or a literal."""
+    """Which words of an enum or a literal are similar."""
     words = [str(m.value) for m in _members(kind)] if isinstance(kind, enum.EnumType) else get_args(kind)
     return nearest(value, words) if isinstance(value, str) and all(isinstance(w, str) for w in words) else ""
 

@@ -1,4 +1,4 @@
-"""Which layers of a base model a config means, and errors with near names where it means none."""
+"""Which layers of a base model a config names, and errors with similar names where it names none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def find_targets(
     blocks: Blocks = ALL_BLOCKS,
     also_named: Mapping[str, Sequence[str] | str | None] | None = None,
 ) -> list[str]:
-    """The paths of the layers that `config` means; fills in its `target_modules` where it is None.
+    """The paths of the layers that `config` names; fills in its `target_modules` where it is None.
 
     Args:
         supports: Whether the method can work on a layer.
@@ -63,9 +63,9 @@ def find_targets(
         TargetError: A name or the regex matches nothing, or a match is not a layer that the method can wrap.
     """
     modules = dict(plain_modules(model))
-    fitting = [p for p, m in modules.items() if supports(m) and not inside(p, outside)]
+    supported = [p for p, m in modules.items() if supports(m) and not inside(p, outside)]
     if config.target_modules is None:
-        config.target_modules = _default_targets(model, config, fitting, defaults)
+        config.target_modules = _default_targets(model, config, supported, defaults)
     if not lenient:
         _check_named({"exclude_modules": config.exclude_modules, **(also_named or {})}, list(modules))
     wanted = config.target_modules
@@ -73,23 +73,25 @@ def find_targets(
         raise TargetError("target_modules is empty: name layers, or leave it out for the usual ones of the model.")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         head = output_layer(model)
-        found = [p for p in fitting if modules[p] is not head and is_linear(modules[p])]
+        found = [p for p in supported if modules[p] is not head and is_linear(modules[p])]
         if experts := _experts(modules):
             warnings.warn(
                 f"target_modules='all-linear' leaves out {', '.join(experts)}: these hold weights, and are no linear "
                 "layers. PEFT tunes them on some models (target_parameters), siliang does not.",
-                stacklevel=2,  # one place, and so once
+                stacklevel=2,  # one place, so that it is shown once
             )
-        # PEFT saves the names themselves, so that the file means the same on a model with other linear layers
+        # as in PEFT the file has the names, so that it means the same on a model with other linear layers
         config.target_modules = _names_of([p for p in found if not inside(p, outside)], modules, outside)
     elif isinstance(wanted, str):
         found = meant("target_modules", list(modules), wanted)
         if not found:
-            raise TargetError(f"target_modules = {wanted!r} matches no module. The names are like {samples(fitting)}.")
+            raise TargetError(
+                f"target_modules = {wanted!r} matches no module. The names are like {samples(supported)}."
+            )
     else:
         missing = [name for name in wanted if not any(ends(p, name) for p in modules)]
         if missing and not (lenient and len(missing) < len(wanted)):
-            endings = {p.rpartition(".")[2] for p in fitting}
+            endings = {p.rpartition(".")[2] for p in supported}
             hint = nearest(missing[0], endings)
             raise TargetError(
                 f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}.{hint} "
@@ -101,18 +103,18 @@ def find_targets(
     found = [p for p in found if p not in excluded]
     if chosen is not None:
         found = [p for p, number in zip(found, _block_numbers(found, blocks), strict=True) if number in chosen]
-    saved = found if found else outside if config.target_modules == [] else []  # all-linear looks outside of them alone
+    saved = found if found else outside if config.target_modules == [] else []  # all-linear does not search in them
     found = [p for p in found if not inside(p, outside)]
     if saved and not found:
         raise TargetError(f"modules_to_save ({', '.join(outside[:3])}) holds all that target_modules matches.")
     if not found:
         raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
-    if strange := [p for p in found if p not in fitting]:
-        module = modules[strange[0]]
+    if unsupported := [p for p in found if p not in supported]:
+        module = modules[unsupported[0]]
         kind = type(module).__name__
         if next(module.children(), None) is None and hasattr(module, "weight"):
             kind += " and no linear layer"
-        what = f"{strange[0]!r} is" if strange[0] else "the whole model is"
+        what = f"{unsupported[0]!r} is" if unsupported[0] else "the whole model is"
         way = ""
         if isinstance(wanted, str):
             way = " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear."
@@ -126,7 +128,7 @@ def samples(paths: Sequence[str]) -> str:
 
 
 def _experts(modules: dict[str, nn.Module]) -> list[str]:
-    """The weights of experts that stand in one tensor, and of the routers to them, by the ends of their names."""
+    """The weights of experts that are one tensor, and of their routers, by the ends of their names."""
     own = {p: m for p, m in modules.items() if not type(m).__module__.startswith("torch.")}
     sizes = {
         f"{path.rpartition('.')[2]}.{name}": (p.dim(), type(module).__name__)
@@ -140,7 +142,7 @@ def _experts(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _names_of(found: list[str], modules: Iterable[str], outside: Sequence[str]) -> list[str] | str:
-    """Names that mean just the layers of `found`: their last part where it means no other, otherwise the whole."""
+    """Names that match the layers of `found` alone: their last part where no other has it, otherwise the whole path."""
     chosen = set(found)
     others = [p for p in modules if p not in chosen and not inside(p, outside)]
 
@@ -154,14 +156,14 @@ def _names_of(found: list[str], modules: Iterable[str], outside: Sequence[str]) 
 
 
 def _default_targets(
-    model: nn.Module, config: LayerConfig, fitting: list[str], defaults: Mapping[str, tuple[str, ...]]
+    model: nn.Module, config: LayerConfig, supported: list[str], defaults: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
-    """The usual targets for the model's type, and an error that lists what there is where the type is unknown."""
+    """The usual targets for the model's type, or an error that lists the layers where the type is unknown."""
     model_type: str | None = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is not None and model_type in defaults:
         return list(defaults[model_type])
-    endings = sorted({p.rpartition(".")[2] for p in fitting})
-    linear = any(is_linear(model.get_submodule(p)) for p in fitting)
+    endings = sorted({p.rpartition(".")[2] for p in supported})
+    linear = any(is_linear(model.get_submodule(p)) for p in supported)
     way = "set target_modules: all-linear, or name some" if linear else "name them in target_modules"
     raise TargetError(
         f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: {way}. "
@@ -170,7 +172,7 @@ def _default_targets(
 
 
 def _check_named(named: Mapping[str, Sequence[str] | str | None], paths: list[str]) -> None:
-    """What is named beside the targets must be there, or it would have no effect.
+    """Checks that settings other than the targets name modules of the model: they would have no effect otherwise.
 
     Args:
         named: Endings, or a regular expression, by the setting that names them.
@@ -202,15 +204,15 @@ def _chosen_blocks(blocks: Blocks, paths: list[str], *, lenient: bool) -> frozen
             hint = nearest(pattern, lists) or f" There are {', '.join(sorted(lists)) or 'none'}."
             raise TargetError(f"layers_pattern: {pattern!r} is the name of no list of layers in this model.{hint}")
     there = {number for number in _block_numbers(paths, blocks) if number is not None}
-    if strange := sorted(blocks.numbers - there):
+    if missing := sorted(blocks.numbers - there):
         known = f"they go from {min(there)} to {max(there)}" if there else "its layers have no numbers"
-        raise TargetError(f"layers_to_transform: the model has no layer {', '.join(map(str, strange))}: {known}.")
+        raise TargetError(f"layers_to_transform: the model has no layer {', '.join(map(str, missing))}: {known}.")
     return blocks.numbers
 
 
 def _block_numbers(paths: list[str], blocks: Blocks) -> list[int | None]:
-    """The number of the model's layer that each path lies in: the first in it, for those further in count experts and
-    the like; with layers_pattern the first after the pattern's name.
+    """The number of the model's layer that each path is in: the first number of the path, because later ones count
+    experts and similar parts; with layers_pattern the first after the pattern's name.
     """
     found = _numbers(blocks.lists or [r"[^.]*"], paths)
     return [next((number for number in of_path if number is not None), None) for of_path in zip(*found, strict=True)]

@@ -22,7 +22,7 @@ class HeadConfig(PeftConfig):
 
 
 class Head(Method[HeadConfig]):
-    """The modules that are saved whole, and nothing beside them."""
+    """The modules that are saved whole, and nothing else."""
 
     name = "head"
     config = HeadConfig

@@ -50,8 +50,8 @@ class IA3Config(LayerConfig):
         super().__post_init__()
         feedforward, targets = self.feedforward_modules, self.target_modules
         if isinstance(feedforward, list) and isinstance(targets, list) and not set(feedforward) <= set(targets):
-            strange = sorted(set(feedforward) - set(targets))
-            raise ConfigError(f"feedforward_modules: {', '.join(strange)} is not among target_modules.")
+            unknown = sorted(set(feedforward) - set(targets))
+            raise ConfigError(f"feedforward_modules: {', '.join(unknown)} is not among target_modules.")
 
 
 class IA3(Method[IA3Config]):

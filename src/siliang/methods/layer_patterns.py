@@ -39,11 +39,11 @@ class LayerPatterns(Generic[T]):
         Raises:
             TargetError: A key matches none of the layers.
         """
-        idle = next((key for key, hits in self._hits.items() if not hits), None)
-        if idle is not None:
-            hint = nearest(idle, {p.rpartition(".")[2] for p in self._paths}) or nearest(idle, self._paths)
+        unused = next((key for key, hits in self._hits.items() if not hits), None)
+        if unused is not None:
+            hint = nearest(unused, {p.rpartition(".")[2] for p in self._paths}) or nearest(unused, self._paths)
             raise TargetError(
-                f"{self._field}: {idle!r} matches none of the layers that are tuned.{hint} "
+                f"{self._field}: {unused!r} matches none of the layers that are tuned.{hint} "
                 f"They are like {samples(self._paths)}."
             )
 
@@ -53,7 +53,7 @@ class LayerPatterns(Generic[T]):
         return self._in_order(self._patterns)
 
     def in_any_order(self) -> dict[str, T]:
-        """Patterns that say the same whichever comes first in the file: its keys are sorted, by PEFT as well.
+        """Patterns that have the same effect in any order: siliang and PEFT sort the keys of the file.
 
         Where several match one layer and sorting changes which is the first, each layer has a key of its own.
         """

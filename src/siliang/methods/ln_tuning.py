@@ -1,7 +1,7 @@
 """LN tuning: Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning (Zhao et al., 2023,
 arXiv:2312.11420).
 
-    y = g * norm(x) + b        g (and b, where the norm has one) are trained, as a copy beside the base model's own
+    y = g * norm(x) + b        g (and b, where the norm has one) are trained, as a copy of the base model's
 
 Shapes: g, b (D,).
 """
@@ -66,7 +66,7 @@ class TunedNorm(LayerAdapter):
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         norm = self.module("ln_tuning_layers", nn.Module)
         wide = next(norm.parameters()).dtype
-        # beside a half-precision model the copy is in fp32: the few numbers of a norm, computed there and cast back
+        # the copy is in fp32 also on a half-precision model: the input is cast to it and the output back
         return base_forward.through(norm, x.to(wide) if x.dtype.itemsize < wide.itemsize else x).to(x.dtype)
 
     def merged(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
     y = W x + s B A x        s = alpha / r,  A ~ U(kaiming), B = 0: at the start y = W x exactly
 
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
-Files beside this one: dora.py (the magnitude apart from the direction), lora_embedding.py (on an embedding),
+Other files of it: dora.py (magnitude and direction), lora_embedding.py (on an embedding),
 lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
@@ -84,13 +84,13 @@ class LoraConfig(LayerConfig):
         lora_alpha: Numerator of the scaling.
         lora_dropout: Probability of zeroing an input of A during training.
         fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: Base biases trained along: none, all, or those of the wrapped layers.
+        bias: Base biases that are trained too: none, all, or those of the wrapped layers.
         use_rslora: Scale by alpha / sqrt(r).
-        use_dora: Train the weight's magnitude apart from its direction.
+        use_dora: Train the weight's magnitude separately from its direction.
         lora_bias: Give B a bias of its own.
         init_lora_weights: True: A kaiming uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
             random, for tests. "pissa" (or "pissa_niter_4", faster), "olora": A and B take the weight's main directions,
-            and the base weight keeps the rest. "loftq": the base weight is rounded to few bits, A and B make up for it.
+            and the base weight keeps the rest. "loftq": the base weight is quantized, A and B correct the error.
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         layers_to_transform: Indices of the blocks to tune; None for all.
         layers_pattern: Name of the list that the indices count in ("layers", "h"); None for any.
@@ -169,7 +169,7 @@ class LoraConfig(LayerConfig):
         if self.use_dora and self.lora_bias:
             raise ConfigError("use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern is set without layers_to_transform: say which layers, or leave both out.")
+            raise ConfigError("layers_pattern is set without layers_to_transform: name the layers, or leave both out.")
         targets = self.target_modules
         if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
             raise ConfigError(
@@ -210,7 +210,7 @@ class LoraConfig(LayerConfig):
 
 
 class Lora(Method[LoraConfig]):
-    """Low-rank updates of linear layers and embeddings, and base biases where `bias` says so."""
+    """Low-rank updates of linear layers and embeddings, and base biases as `bias` has it."""
 
     name = "lora"
     config = LoraConfig
@@ -254,7 +254,7 @@ class Lora(Method[LoraConfig]):
             of_lora = f".lora_{side}." in key or key.endswith(f".lora_embedding_{side}")
             if of_lora and len(found) == len(needed) == 2 and found[1 - rank] == needed[1 - rank]:
                 return (
-                    f"The file's rank is {found[rank]}, and its {CONFIG_NAME} says {needed[rank]} for this layer: "
+                    f"The file's rank is {found[rank]}, and its {CONFIG_NAME} has {needed[rank]} for this layer: "
                     "were r or rank_pattern changed there, or their order?"
                 )
         return ""
@@ -276,7 +276,7 @@ def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float) -> Lora
 
 
 def _biases(model: nn.Module, config: LoraConfig, layers: list[str], saved: Sequence[str]) -> list[str]:
-    """The base biases that `bias` trains along."""
+    """The base biases that `bias` names."""
     if config.bias == "none":
         return []
     everywhere = bias_paths(model, outside=saved)

@@ -1,4 +1,4 @@
-"""An adapter that took something out of the base weight (PiSSA, OLoRA), as LoRA beside the base weight as it was."""
+"""An adapter whose start changed the base weight (PiSSA, OLoRA), as LoRA on the original base weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def as_plain_lora(
         config: The adapter's.
         tensors: The adapter's, by their keys in the file.
         start: Reads the adapter as it was before training.
-        source: Where that is read from, for an error.
+        source: Where `start` reads it from, for an error.
 
     Raises:
         ConfigError: The adapter cannot be converted.

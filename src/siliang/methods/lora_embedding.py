@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliang.methods.layer import BaseForward, Layer, trained_dtype
-from siliang.methods.lora_init import start
+from siliang.methods.lora_init import initialize
 from siliang.methods.low_rank import LoraSpec, LowRank
 
 
@@ -30,7 +30,7 @@ class LoraEmbedding(LowRank):
         elif spec.init == "loftq" and weight.device.type != "meta":
             # (V, D) is this layer's (O, I): the factors change places
             W = layer.base_parameter("weight")
-            B_right, A_right, residual = start(
+            B_right, A_right, residual = initialize(
                 "loftq", W, r=spec.r, scaling=spec.scaling, bits=spec.bits, iterations=spec.iterations
             )
             A, B = A_right.T.contiguous(), B_right.T.contiguous()

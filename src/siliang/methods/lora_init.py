@@ -1,8 +1,9 @@
-"""Starts of LoRA that take something out of the base weight: W = W' + s B A (or nearly), and W' is what stays in place.
+"""Starts of LoRA that change the base weight: W = W' + s B A (or nearly), and W' replaces W in the base layer.
 
 PiSSA (Meng et al., 2024, arXiv:2404.02948): W = U S V^T, A = sqrt(S_R / s) V_R^T, B = U_R sqrt(S_R / s).
 OLoRA (Buyukakyuz, 2024, arXiv:2406.01775): W = Q R, A = R_R, B = Q_R.
-LoftQ (Li et al., 2023, arXiv:2310.08659): W' = rounded(W - B A), B A = the best rank R of W - W', in turn.
+LoftQ (Li et al., 2023, arXiv:2310.08659): W' = quantized(W - B A), B A = the best approximation of W - W' of rank R,
+alternately.
 
 Shapes: W (O, I), A (R, I), B (O, R).
 """
@@ -19,15 +20,15 @@ FACTORS = (".lora_A.weight", ".lora_embedding_A", ".lora_B.weight", ".lora_embed
 
 
 @torch.no_grad()
-def start(
+def initialize(
     init: str, W_OI: Tensor, *, r: int, scaling: float, bits: int, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and the weight that stays in the base layer, in fp32.
+    """A, B and the weight that replaces the base layer's, in fp32.
 
     Args:
         init: "pissa", "pissa_niter_N", "olora" or "loftq".
         scaling: s.
-        bits, iterations: LoftQ's 4 (NF4) or 8 (int8), and its rounds.
+        bits, iterations: LoftQ's 4 (NF4) or 8 (int8), and its iterations.
 
     Raises:
         ConfigError: The weight is quantized already, or bitsandbytes is not there for LoftQ.
@@ -56,21 +57,21 @@ def start(
 
 def _loftq(W_OI: Tensor, r: int, bits: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     A, B = W_OI.new_zeros(r, W_OI.shape[1]), W_OI.new_zeros(W_OI.shape[0], r)
-    rounded = W_OI
+    quantized = W_OI
     for _ in range(iterations):
-        rounded = _rounded(W_OI - B @ A, bits)
-        U, S, Vh = torch.linalg.svd(W_OI - rounded, full_matrices=False)
+        quantized = _quantized(W_OI - B @ A, bits)
+        U, S, Vh = torch.linalg.svd(W_OI - quantized, full_matrices=False)
         A, B = S[:r, None].sqrt() * Vh[:r], U[:, :r] * S[:r].sqrt()
-    return A.contiguous(), B.contiguous(), rounded
+    return A.contiguous(), B.contiguous(), quantized
 
 
-def _rounded(W: Tensor, bits: int) -> Tensor:
-    """W as it comes back from NF4 or int8."""
+def _quantized(W: Tensor, bits: int) -> Tensor:
+    """W quantized to NF4 or int8 and dequantized."""
     try:
         from bitsandbytes import functional
     except ImportError:
         raise ConfigError(
-            "init_lora_weights = 'loftq' rounds with bitsandbytes, which is not installed: pip install 'siliang[cuda]'."
+            "init_lora_weights = 'loftq' needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'."
         ) from None
     if bits == 4:
         return functional.dequantize_4bit(*functional.quantize_4bit(W.contiguous(), quant_type="nf4"))
@@ -79,17 +80,17 @@ def _rounded(W: Tensor, bits: int) -> Tensor:
 
 
 def twice_the_rank(tensors: dict[str, Tensor], start: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """A trained PiSSA or OLoRA adapter as LoRA of twice the rank, beside the base weight as it was.
+    """A trained PiSSA or OLoRA adapter as LoRA of twice the rank, on the original base weight.
 
         W - s B0 A0 + s B A = W + s [B | -B0] [A ; A0]
 
     Args:
         tensors: The adapter's, by their keys in the file.
-        start: Those that it started from.
-        source: Where these are, for the error.
+        start: Its tensors before training.
+        source: Where `start` is from, for the error.
 
     Raises:
-        AdapterError: They are of another adapter.
+        AdapterError: `start` is of another adapter.
     """
     found = {}
     for key, tensor in tensors.items():

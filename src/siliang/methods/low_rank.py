@@ -1,4 +1,4 @@
-"""What LoRA and its variants share: s B A beside a layer, and starts that take a part of the base weight into B A.
+"""What LoRA and its variants share: s B A on a layer, and starts that move a part of the base weight into B A.
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); I in, O out, R rank.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.methods.layer import Layer, LayerAdapter, trained_dtype
-from siliang.methods.lora_init import RESIDUAL_STARTS, start
+from siliang.methods.lora_init import RESIDUAL_STARTS, initialize
 from siliang.models.introspect import as_stored, features, is_linear, out_by_in
 from siliang.models.quantized import float_weight
 from siliang.types import ConfigError
@@ -45,7 +45,7 @@ class LoraSpec:
 
     @property
     def has_residual(self) -> bool:
-        """Whether the start takes something out of the base weight."""
+        """Whether the start changes the base weight."""
         return isinstance(self.init, str) and self.init.startswith(RESIDUAL_STARTS)
 
     def make(self, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LowRank:
@@ -58,8 +58,7 @@ class LowRank(LayerAdapter):
 
     Attributes:
         s: The scaling.
-        residual: The base weight that goes with A and B, less what the start took out of it; None where that is the
-            base model's own.
+        residual: The base weight less what the start moved into B A; None where the start leaves it unchanged.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class LowRankLinear(LowRank):
         self.dropout_p = spec.dropout_p
         if spec.has_residual and weight.device.type != "meta":
             W_OI = out_by_in(base, layer.base_parameter("weight"))
-            A.weight.data, B.weight.data, residual = start(
+            A.weight.data, B.weight.data, residual = initialize(
                 str(spec.init), W_OI, r=r, scaling=spec.scaling, bits=spec.bits, iterations=spec.iterations
             )
             self._keep_residual(as_stored(base, residual))

@@ -30,7 +30,7 @@ class SharedSpec:
 
     Attributes:
         shape: Its shape.
-        make: Makes it on a device, from the seed or the distribution that the method says.
+        make: Makes it on a device, from the method's seed or distribution.
         trained: It is a parameter; otherwise a buffer.
         saved: The file holds it; otherwise `make` gives the same again.
     """
@@ -66,12 +66,12 @@ class Parts:
     """What an adapter will have on a base model, by the base model's own paths. Nothing has been made yet.
 
     Attributes:
-        layers: For each layer, a function that makes the adapter there. Its tensors must have the shapes that the
-            config says, because they are counted before they are made.
+        layers: For each layer, a function that makes the adapter there. Its tensors must have the shapes that
+            follow from the config, because they are counted before they are made.
         table_rows: For embedding tables, the rows that it trains copies of.
         parameters: Parameters of the base model that it trains copies of.
-        modules: Modules of the base model that it trains copies of, beside those that are saved whole for the task or
-            by `modules_to_save`.
+        modules: Modules of the base model that it trains copies of, in addition to those that are saved
+            whole for the task or by `modules_to_save`.
         shared: Tensors that its layers share, by the names that PEFT has for them, such as `vera_A`.
         prompt: Its virtual tokens.
     """
@@ -95,7 +95,7 @@ class Adapter(Generic[C]):
         layers: The adapter on each layer, by path.
         shared: The tensors that its layers share.
         prompt: Its virtual tokens.
-        state: What the method remembers between steps, such as moving averages. It is saved beside a checkpoint's
+        state: What the method keeps between steps, such as moving averages. It is saved with a checkpoint's
             adapter, and loaded when training is resumed.
     """
 
@@ -109,7 +109,7 @@ class Adapter(Generic[C]):
 
 
 class Method(ABC, Generic[C]):
-    """One way of tuning a base model. It has no state: what an adapter remembers is in `Adapter.state`.
+    """One way of tuning a base model. It has no state: what an adapter keeps between steps is in `Adapter.state`.
 
     Attributes:
         name: What the user writes in `method:`.
@@ -119,7 +119,7 @@ class Method(ABC, Generic[C]):
         trains: What it trains, in a few words; bilingual, as the source of the rate is.
         freezes_the_base: The base model's own parameters stay as they are, and so may be stored in half precision.
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
-        tunes: What it must find in the model; a finding of `siliang check` says that there are none.
+        tunes: What it must find in the model; `siliang check` reports where there are none.
         is_baseline: The others are measured against it; it is not offered as a choice.
         default_targets: The usual layers by the base model's model_type, for a method that works on layers.
     """
@@ -162,7 +162,7 @@ class Method(ABC, Generic[C]):
         """
 
     def add_hooks(self, model: nn.Module, adapter: Adapter[C]) -> Callable[[], None] | None:
-        """Adds what the model's forward needs beside the layers while the adapter is active, such as a router.
+        """Adds what the model's forward needs outside of the layers while the adapter is active, such as a router.
 
         Returns:
             A function that removes it; None for nothing.

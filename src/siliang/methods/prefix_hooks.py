@@ -1,10 +1,10 @@
 """Keys and values in front of those of every attention: [P_k ; K], [P_v ; V]. Prefix tuning.
 
 PEFT gives the model the prefix as a cache of past tokens. But transformers drops caches under gradient checkpointing,
-and models without one have no place for them. Every attention asks its cache for the keys and values to attend to. So
-each attention module gets a cache of its own in each call. It returns the prefix, followed by the module's own keys and
-values (or those of the real cache, in generation). This is inside the block, so recomputing the block repeats it, and
-it needs no attention interface: BLOOM has caches too. DeBERTa has none: see disentangled_prefix.py.
+and models without one have no place for them. Every attention gets the keys and values that it attends to from its
+cache. So each attention module gets a cache of its own in each call. It returns the prefix, followed by the module's
+own keys and values (or those of the real cache, in generation). This is inside the block, so recomputing the block
+repeats it, and it needs no attention interface: BLOOM has caches too. DeBERTa has none: see disentangled_prefix.py.
 
 Positions count on from the virtual tokens, as in PEFT.
 

@@ -85,7 +85,7 @@ class PromptSpec:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that the config asks for by their fields, none of which is larger than the largest in a file."""
+        """The sizes in the config by their fields: none may be larger than the largest size in a file."""
         c = self.config
         given = {"num_virtual_tokens": c.num_virtual_tokens, "token_dim": c.token_dim}
         return {name: size for name, size in given.items() if size is not None}

@@ -1,5 +1,5 @@
 """Which layers a method tunes when the user names none, by the base model's `model_type`: the choices of PEFT 0.21, and
-ours for the types that it leaves out (chatglm, glm, and the norms of BERT and its kin).
+ours for the types that it leaves out (chatglm, glm, and the norms of BERT and similar models).
 """
 
 from __future__ import annotations

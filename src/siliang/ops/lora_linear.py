@@ -1,9 +1,10 @@
-"""What LoRA adds to a linear layer's output, in one step that keeps little for the backward pass.
+"""What LoRA adds to a linear layer's output, in one step that saves few tensors for the backward pass.
 
     y' = y + s (m * x) A^T B^T + s b        m: dropout's mask, 1/(1-p) or 0
 
-Kept are x (which q, k and v share when they read the same), A x^T, and one byte for each element of a mask. Products
-with the rank for a side have it for their rows: on a CPU they are up to twice as fast as with so few columns.
+Saved are x (which q, k and v share when they read the same), A x^T, and one byte for each element of a mask. In
+products of which one side is the rank, it is the number of rows: on a CPU they are up to twice as fast as with so few
+columns.
 
 Shapes: T tokens (any leading dimensions), I features in, O features out, R rank.
 """
@@ -39,12 +40,12 @@ def lora_linear(
 ) -> Tensor:
     """Adds the low-rank update of `x_TI` to the base layer's output `y_TO`.
 
-    A and B may be wider than x (fp32 beside bf16): they are cast down, which touches R * (I + O) numbers, rather
+    A and B may be wider than x (fp32 and bf16): they are cast down, which touches R * (I + O) numbers, rather
     than x up, which would copy every activation (PEFT issue 2421).
 
     Args:
         impl: reference is the plain expression, which autograd differentiates. fused cannot be differentiated twice.
-            peft is what PEFT computes, which copies x to the format of A. None: what `lora_linear_as` says, or fused.
+            peft is what PEFT computes, which copies x to the format of A. None: that of `lora_linear_as`, or fused.
 
     Returns:
         (..., O), in the dtype of `y_TO`.

@@ -7,8 +7,8 @@ large as h, and never a tensor of (tokens, V). The idea is that of Liger's fused
 cut cross-entropy (Wijmans et al. 2024), in plain torch.
 
 The sum is returned, not the mean: the caller divides by the labelled tokens of the whole optimizer step, which is the
-only way in which accumulated steps equal whole ones. It also keeps the kept gradient of the order of 1, so that it
-does not underflow in fp16.
+only way in which accumulated steps equal whole ones. The saved gradient is then of the order of 1, and does not
+underflow in fp16.
 
 Shapes: N labelled rows, D hidden, V vocabulary.
 """
@@ -60,7 +60,9 @@ def masked_cross_entropy(
     """
 
     def finish(logits: Tensor) -> Tensor:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp64 stays: the tests' truth
+        logits = logits.to(
+            torch.promote_types(logits.dtype, torch.float32)
+        )  # fp64 stays fp64, for the tests' reference
         logits = logits * scale if scale != 1.0 else logits
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
@@ -72,7 +74,7 @@ def masked_cross_entropy(
         return found
     vocabulary, trained = (len(head.weight), own) if plain else _try_head(head, hidden_ND, own)
     if not len(labels_N):
-        # nothing to learn, and still a graph: backward gives zeros, for which other ranks may wait
+        # no labels, but still a graph: other ranks may wait for the gradients, which are zero
         return torch.stack([x.sum() * 0.0 for x in (hidden_ND, *trained)]).sum().float()
 
     def loss_of(rows_ND: Tensor, labels: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """The kind of device that an operator works for, where the ways to compute differ: its tensors' own or, while a run is
-planned on fake tensors (which say "cpu"), the plan's."""
+planned on fake tensors (whose device is "cpu"), the plan's."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, *, impl: Literal["fused", "r
         (..., D), in the format that x and w have in common.
     """
     if impl == "reference":
-        x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))  # fp64 stays: the tests' truth
+        x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))  # fp64 stays fp64, for the tests' reference
         return w_D * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
     return _RmsNorm.apply(x_TD, w_D, eps)
 

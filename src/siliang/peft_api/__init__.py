@@ -1,1 +1,1 @@
-"""The names of Hugging Face PEFT: `PeftModel`, and the functions beside it. Thin: adapters/ does the work."""
+"""The names of Hugging Face PEFT: `PeftModel` and functions. Thin: adapters/ does the work."""

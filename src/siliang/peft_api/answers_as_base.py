@@ -1,6 +1,6 @@
-"""A PreTrainedModel that answers as another model does: the face that PeftModel shows to transformers."""
+"""What transformers calls on a PeftModel as on any PreTrainedModel. Most of it is passed on to the base model."""
 
-# Class attributes of PreTrainedModel are properties here, because the base model answers; `peft_config` is PEFT's.
+# Class attributes of PreTrainedModel are properties here, because they are the base model's; `peft_config` is PEFT's.
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from siliang.types import ConfigError
 
 
 class AnswersAsBase(PreTrainedModel):
-    """What PreTrainedModel defines and the base model must answer, its forward and `generate` among them.
+    """A PreTrainedModel whose forward, `generate` and properties are those of the base model.
 
     It is a PreTrainedModel so that the stock Trainer saves it through `save_pretrained`, which makes its checkpoints
     adapter folders: the Trainer does so only for that class and for peft's own. It has no config or generation code of
@@ -40,7 +40,7 @@ class AnswersAsBase(PreTrainedModel):
         return self.injection.model
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnswersAsBase:
-        """Moves the parameters that are not in the model now along with it."""
+        """Moves the parameters that are not in the model now together with it."""
         super()._apply(fn, recurse)
         for p in {id(p): p for p in self.injection.parked_parameters()}.values():
             p.data = fn(p.data)
@@ -121,13 +121,13 @@ class AnswersAsBase(PreTrainedModel):
             )
         return self.injection.resize_token_embeddings(*args, **kwargs)
 
-    # ---- what transformers asks a model ----
+    # ---- what transformers reads of a model ----
 
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base model's loss takes the Trainer's count of labelled tokens.
 
-        A Trainer asks for it when it is made, also one that was imported after the model was made.
+        A Trainer reads it when it is made, also one that was imported after the model was made.
         """
         refresh()
         base = self.get_base_model()

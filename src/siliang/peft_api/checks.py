@@ -65,7 +65,7 @@ def check_known(name: str, names: Collection[str]) -> None:
 
 
 def config_for(base: nn.Module, peft_config: PeftConfig) -> PeftConfig:
-    """A copy of a config for a new adapter on `base`, checked again, which says what the base model is.
+    """A copy of a config for a new adapter on `base`, checked again, and completed with the name of the base model.
 
     Raises:
         ConfigError: A field is not allowed.

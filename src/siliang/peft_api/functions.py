@@ -1,4 +1,4 @@
-"""Functions of Hugging Face PEFT beside its classes, under their names."""
+"""The functions of Hugging Face PEFT, under their names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def get_peft_model_state_dict(
         state_dict: The whole model's, to take the values from, such as one that was gathered from several devices.
         unwrap_compiled: The model may be one that torch.compile gave.
         save_embedding_layers: The embeddings and the head too. "auto": where the adapter has others than the base, or
-            they have another size than the base model's folder says.
+            they have another size than in the config of the base model's folder.
 
     Raises:
         ConfigError: The adapter is not there.

@@ -324,6 +324,6 @@ class PeftModel(AnswersAsBase):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
 
-# PEFT has a class a task. Here one serves all, and answers to their names, so that scripts port.
+# PEFT has a class for each task. Here one class serves all and has their names too, so that scripts can be ported.
 PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
 PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel

@@ -26,7 +26,7 @@ class SavedAdapter:
         folder: The folder.
         config: Its config.
         tensors: What it consists of, on the CPU.
-        training: What only training needs beside it; None where the folder has nothing.
+        training: What only training needs; None where the folder has nothing.
     """
 
     folder: Path
