@@ -335,7 +335,7 @@ def test_a_rank_that_was_changed_in_the_file_is_named(tmp_path: Path) -> None:
     siliang.get_peft_model(make("llama"), siliang.LoraConfig(r=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"layers.1.self_attn.q_proj": 2}}))
-    with pytest.raises(AdapterError, match=r"rank is 4, and its adapter_config.json says 2 .*rank_pattern changed"):
+    with pytest.raises(AdapterError, match=r"rank is 4, and its adapter_config.json has 2 .*rank_pattern changed"):
         siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
 
 
