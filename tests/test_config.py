@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from siliang.config import LAYOUTS, RunConfig, TrainConfig, assign, describe
-from siliang.data.formats import FORMATS
+from siliang.config import LAYOUT_NAMES, RunConfig, TrainConfig, assign, describe
+from siliang.data.layouts import LAYOUTS
 from siliang.safety.safe_yaml import parse_yaml, read_yaml
 from siliang.types import ConfigError
 
@@ -220,9 +220,9 @@ def test_what_is_no_time(value: object) -> None:
 
 
 def test_every_layout_is_read_and_there_is_one_list_of_them() -> None:
-    assert set(FORMATS) == set(LAYOUTS)
-    for layout in ("auto", *LAYOUTS):
-        RunConfig.build(changed(f"data.format={layout}"))
+    assert set(LAYOUTS) == set(LAYOUT_NAMES)
+    for layout in ("auto", *LAYOUT_NAMES):
+        RunConfig.build(changed(f"data.layout={layout}"))
 
 
 def test_what_is_no_number_of_layers() -> None:

@@ -32,6 +32,18 @@ REPORTS: dict[tuple[str, str], str] = {
     ("report/gather.py", "tasks/verdict.py"): JUDGED,
 }
 
+# Public classes of one name in several files: a reader, and a search, cannot tell them apart. May only shrink.
+SAME_NAMES: dict[str, tuple[str, ...]] = {
+    "Answer": ("records/answers.py", "report/summary.py"),
+    "Asked": ("compare/pool.py", "report/page.py"),
+    "Device": ("plan/device.py", "records/run.py"),
+    "Figure": ("report/page.py", "tasks/task.py"),
+    "Finding": ("capabilities.py", "check/finding.py"),
+    "LimitError": ("safety/limited/refused.py", "safety/limits.py"),
+    "Rows": ("methods/rows.py", "records/run.py"),
+    "Tracker": ("memory/track.py", "safety/limited/templates.py"),
+}
+
 
 @cache
 def file_map() -> list[list[str]]:
@@ -162,6 +174,15 @@ def test_reports_read_records_alone() -> None:
         if not other.startswith(FOR_REPORTS)
     }
     assert found == set(REPORTS)
+
+
+def test_no_name_of_a_class_is_used_twice() -> None:
+    found: dict[str, list[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(path.relative_to(SOURCE).as_posix())
+    assert {name: tuple(files) for name, files in found.items() if len(files) > 1} == SAME_NAMES
 
 
 def test_a_file_that_imports_downward_is_found(tmp_path: Path) -> None:

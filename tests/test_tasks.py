@@ -19,9 +19,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from siliang.config import DataConfig
 from siliang.data.collate import PadCollator
 from siliang.data.examples import Labelled
-from siliang.data.formats import FORMATS
+from siliang.data.layouts import LAYOUTS
 from siliang.data.prepared import EvalRows
-from siliang.data.spec import NUMBERS, Column
+from siliang.data.spec import NUMBERS, TokenColumn
 from siliang.data.tokens import tokenize
 from siliang.engine.batches import StepCollator
 from siliang.engine.evaluate import evaluate, figures_of
@@ -55,7 +55,7 @@ def test_who_asks_for_a_task_by_its_name() -> None:
 
 def test_each_task_is_a_row() -> None:
     assert set(TASKS) == set(TRAINED_TASKS)
-    assert {layout for task in TASKS.values() for layout in task.data.layouts} == set(FORMATS)
+    assert {layout for task in TASKS.values() for layout in task.data.layouts} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.title)
@@ -138,7 +138,7 @@ def test_labels_that_are_lists(example: ModuleType) -> None:
         logits, labels = output.logits.float(), batch.inputs["labels"]
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1).sum()
 
-    columns = {"input_ids": NUMBERS, "labels": Column(kind="float32", target=True)}
+    columns = {"input_ids": NUMBERS, "labels": TokenColumn(kind="float32", target=True)}
     task = replace(example.REGRESSION, loss=loss, data=replace(example.REGRESSION.data, columns=columns))
     rows = [{"input_ids": [5 + i] * (3 + i), "labels": [0.0, 1.0, float(i % 2)]} for i in range(4)]
     model = model_of(3)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from siliang.config import Columns, DataConfig
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Call, Conversation, Message, Prepared
-from siliang.data.layouts import find_format
+from siliang.data.find_layout import find_layout
 from siliang.data.load import load_examples
 from siliang.data.spec import DataSpec
 from siliang.data.tokens import tokenize
@@ -29,7 +29,7 @@ TALK = [
 
 
 def read(values: dict[str, Any], task: DataSpec = CAUSAL) -> Any:
-    layout, columns = find_format("auto", values, task, Columns(), "rows")
+    layout, columns = find_layout("auto", values, task, Columns(), "rows")
     return layout.example(values, columns)
 
 
@@ -118,7 +118,7 @@ def test_what_says_nothing_is_no_hindrance(values: dict[str, Any]) -> None:
 
 def test_a_pairs_better_answer_is_learned_where_the_user_names_it() -> None:
     values = {"prompt": "hello", "chosen": "yes", "rejected": "no"}
-    layout, columns = find_format("auto", values, CAUSAL, Columns(completion="chosen"), "rows")
+    layout, columns = find_layout("auto", values, CAUSAL, Columns(completion="chosen"), "rows")
     assert layout.example(values, columns) == Conversation((Message("user", "hello"), Message("assistant", "yes")))
 
 

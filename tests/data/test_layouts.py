@@ -17,7 +17,7 @@ from siliang.data.cache import prune, used
 from siliang.data.example_set import ExampleSet
 from siliang.data.examples import Labelled, Text
 from siliang.data.labels import alike, joined, strange
-from siliang.data.load import Examples, Layout, load_examples, load_rows
+from siliang.data.load import Examples, RunLayout, load_examples, load_rows
 from siliang.data.numbers import as_number, is_whole
 from siliang.data.spec import DataSpec
 from siliang.tasks import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TASKS
@@ -195,7 +195,7 @@ def test_a_question_and_a_text_are_a_pair(header: str, texts: tuple[str, str], t
     rows = [{name: f"{name} {i}" for name in names} | {"label": "xy"[i]} for i in (0, 1)]
     found = load(write_jsonl(tmp_path / "d.jsonl", rows))
     assert list(found.train) == [Labelled(f"{texts[0]} {i}", "xy"[i], f"{texts[1]} {i}") for i in (0, 1)]
-    alone = load(tmp_path / "d.jsonl", format="text-label")
+    alone = load(tmp_path / "d.jsonl", layout="text-label")
     assert [e.pair for e in alone.train] == [None, None]  # type: ignore[union-attr]
 
 
@@ -267,7 +267,7 @@ def test_pairs_among_single_texts(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"d.jsonl:2 has a second text in '{name}', and the first row has none"):
             load(path)
         assert len(load(path, skip_bad_rows=True).train) == 2
-        assert len(load(path, format="text-label").train) == 3
+        assert len(load(path, layout="text-label").train) == 3
         with pytest.raises(DataError, match=r"d.jsonl:2 has no field"):
             load(write_jsonl(tmp_path / "d.jsonl", [rows[1], rows[0], rows[2]]))
     rows = [{"text": "a", "label": "x"}, {"text": "b", "text_pair": None, "label": "y"}]
@@ -275,14 +275,14 @@ def test_pairs_among_single_texts(tmp_path: Path) -> None:
 
 
 def test_other_data_is_read_as_the_runs_own(tmp_path: Path) -> None:
-    like = Layout("sentence-pair", {"text": "sentence1", "text_pair": "sentence2", "label": "label"})
+    like = RunLayout("sentence-pair", {"text": "sentence1", "text_pair": "sentence2", "label": "label"})
     data = DataConfig(train="gone", labels=["x", "y"])
     pair = write_jsonl(tmp_path / "p.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "x"}])
     assert list(load_rows(data, CLASSES, str(pair), like).eval) == [Labelled("a", "x", "b")]
     one = write_jsonl(tmp_path / "o.jsonl", [{"sentence1": "a", "label": "y"}])
     with pytest.raises(DataError, match=r"o.jsonl has no column 'sentence2', which the run was trained on"):
         load_rows(data, CLASSES, str(one), like)
-    like = Layout("text-label", {"text": "review", "label": "label"})
+    like = RunLayout("text-label", {"text": "review", "label": "label"})
     both = write_jsonl(tmp_path / "b.jsonl", [{"text": "a", "review": "b", "label": "y"}])
     assert list(load_rows(data, CLASSES, str(both), like).eval) == [Labelled("b", "y")]
 

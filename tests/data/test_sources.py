@@ -18,7 +18,7 @@ from siliang.config import Columns, DataConfig
 from siliang.data import json_stream
 from siliang.data.examples import Labelled, Tagged, Text, conversation
 from siliang.data.load import Examples, load_examples
-from siliang.data.reading import Reading, Row
+from siliang.data.reading import DataRow, Reading
 from siliang.data.sources import open_source
 from siliang.data.spec import DataSpec
 from siliang.tasks import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
@@ -328,7 +328,7 @@ def test_half_a_character(name: str, around: str, tmp_path: Path) -> None:
     assert read_rows(str(tmp_path / name))[0].problem == "holds half of a character, \\ud83d"
 
 
-def tagged_rows(path: Path, content: str) -> tuple[list[Row], list[str]]:
+def tagged_rows(path: Path, content: str) -> tuple[list[DataRow], list[str]]:
     path.write_text(content)
     reading = Reading(tagged=True)
     return list(open_source(str(path), reading).rows("", reading)), reading.notes

@@ -159,7 +159,7 @@ def test_names_twice_in_an_object(tmp_path: Path) -> None:
 )
 def test_lists_that_are_no_json(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        load(tmp_path / "d.json", content, format="text-label", columns={"label": "text"})
+        load(tmp_path / "d.json", content, layout="text-label", columns={"label": "text"})
 
 
 def test_kinds_of_json_that_are_named_as_the_other(tmp_path: Path) -> None:

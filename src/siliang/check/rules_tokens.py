@@ -140,14 +140,14 @@ def nothing_varies(s: Subject) -> Iterator[Found]:
     Cause: Every token is the same one, or every tag, or no row has an answer: the loss falls to 0, and the model's
     output does not depend on the input. If every answer is the same, this is a warning.
 
-    Fix: Check the columns (data.columns, data.format), the labels, and the model's tokenizer.
+    Fix: Check the columns (data.columns, data.layout), the labels, and the model's tokenizer.
 
     所有样本要学的内容都一样
 
     原因：所有词元都是同一个，或所有标注都相同，或没有一条样本有答案：损失会降到 0，而模型的输出与输入无关。所有答案都相
     同时，此项为警告。
 
-    办法：检查列的设置（data.columns、data.format）、标签，以及模型的分词器。
+    办法：检查列的设置（data.columns、data.layout）、标签，以及模型的分词器。
     """
     n = len(s.train)
     words = {int(t) for ids in s.train.lists("input_ids") for t in np.unique(ids)} - set(s.tokenizer.all_special_ids)

@@ -16,7 +16,7 @@ from siliang.terminal import one_line
 
 if TYPE_CHECKING:
     from siliang.run_folder import OpenedRun
-    from siliang.tasks import Predicted, Task
+    from siliang.tasks import Prediction, Task
     from siliang.use.predict import Asked
 
 
@@ -99,7 +99,7 @@ def _given(run: OpenedRun, arguments: list[str]) -> list[Asked]:
     return found
 
 
-def _show(p: Predicted | None, task: Task, *, as_json: bool) -> None:
+def _show(p: Prediction | None, task: Task, *, as_json: bool) -> None:
     """One line; of an empty text an empty one."""
     if as_json:
         print_json(dict(task.blank) if p is None else p.values())

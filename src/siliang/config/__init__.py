@@ -3,7 +3,7 @@
 Settings are parsed once, strictly. After parsing, a number is a number, a size is in bytes and a time in seconds.
 """
 
-from siliang.config.data import LAYOUTS, Columns, DataConfig, LayoutName, Source
+from siliang.config.data import LAYOUT_NAMES, Columns, DataConfig, LayoutName, Source
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
 from siliang.config.names import OWN_FIELDS, assign, differences, name_here
@@ -12,7 +12,7 @@ from siliang.config.section import Section, Seed, Settings
 from siliang.config.train import Bytes, Seconds, TrainConfig
 
 __all__ = [
-    "LAYOUTS",
+    "LAYOUT_NAMES",
     "METHOD_FOLDERS",
     "OWN_FIELDS",
     "Bytes",

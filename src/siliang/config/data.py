@@ -25,7 +25,7 @@ LayoutName = Literal[
     "source-target",
     "prepared",
 ]
-LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)  # how rows may be laid out; data/formats.py reads each
+LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)  # how rows may be laid out; data/layouts.py reads each
 
 
 def _template(value: Any, info: ValidationInfo) -> Any:
@@ -186,7 +186,7 @@ class DataConfig(Section):
     """Hold out the same share of every class. Off, the split is that of Dataset.train_test_split.
 
     每个类别按相同比例留出。关闭时与 Dataset.train_test_split 的划分相同。"""
-    format: Literal["auto"] | LayoutName = "auto"
+    layout: Literal["auto"] | LayoutName = "auto"
     """How the rows are laid out. auto: by their columns.
 
     样本的格式。auto：根据列名判断。"""

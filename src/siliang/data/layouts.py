@@ -1,203 +1,159 @@
-"""Which layout rows have, by their columns: other names of columns in published data, and the error where none fits."""
+"""The layouts of rows: a table of layouts, and a function that reads each."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
-from siliang.config import Columns
-from siliang.data.cells import REGRESSION, SEVERAL, is_number
-from siliang.data.formats import FORMATS, Format
-from siliang.data.spec import DataSpec
-from siliang.types import DataError, near
-
-# Other names of a column in published data sets; used only if the usual name is missing.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "messages": ("conversation",),
-    "prompt": ("question", "query"),
-    "completion": ("response", "answer"),
-    "tags": ("ner_tags", "pos_tags", "labels"),
-    "source": ("document", "article"),
-    "target": ("summary", "title", "highlights"),
-}
-# of columns that a layout has a use for and does not need
-BESIDE: dict[str, tuple[str, ...]] = {"system": ("system_prompt",), "input": ("context",)}
-FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
-SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
-# whose names say that they are one: what is asked, and a text that answers it or not
-QUESTIONS, ANSWERED = ("question", "query"), ("sentence", "text")
-# other names of the text column of a classification: used if exactly one of them is there
-TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "document", "评论", "内容", "文本")
-# other names of the label column: proposed in the error, not used
-CLASSES_NAMED = ("labels", "class", "category", "cat", "sentiment", "target", "intent", "topic", "标签", "类别")
-NUMBERS_NAMED = ("score", "rating", "stars", "similarity", "similarity_score", "value")
+from siliang.config import Columns, LayoutName
+from siliang.data.cells import BLANKS, SEVERAL, BadRow, Result, Values, as_text, filled
+from siliang.data.encode import IGNORED
+from siliang.data.examples import Labelled, Prepared, SourceTarget, Span, Tagged, Text
+from siliang.data.turns import read_messages, read_pair
 
 
-def find_format(
-    name: str, found: Collection[str], spec: DataSpec, columns: Columns, source: str
-) -> tuple[Format, Columns]:
-    """The layout of rows that have the columns `found`, and the columns' names with aliases put in.
+@dataclass(frozen=True)
+class RowLayout:
+    """One layout.
 
-    Args:
-        found: The columns' names; as a mapping, with the cells of the first row.
-        spec: Of the task, which says what layouts it reads.
-
-    Raises:
-        DataError: None fits, or the one that was named does not.
+    Attributes:
+        needs: The required columns, by their names in `Columns`.
+        read: A row's values to an example, or to what is wrong with it.
+        fixed: Required columns that the user cannot rename.
+        optional: Columns that are read if the row has them, by their names in `Columns`.
+        beside: Optional columns that the user cannot rename.
     """
-    suited = [FORMATS[layout] for layout in spec.layouts]
-    if name != "auto":
-        wanted = FORMATS[name]
-        if wanted not in suited:
-            raise DataError(
-                f"data.format = {name!r} is not for {spec.name}; allowed: {', '.join(f.name for f in suited)}."
-            )
-        suited = [wanted]
-    for layout in suited:
-        named = _resolve(layout, found, columns)
-        if named is not None:
-            return layout, named
-    raise DataError(_no_format(suited, found, columns, source))
+
+    name: LayoutName
+    needs: tuple[str, ...]
+    read: Callable[[Values, Columns], Result]
+    fixed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    def example(self, values: Values, columns: Columns) -> Result:
+        """A row's values as an example, or what is wrong with the row."""
+        try:
+            return self.read(values, columns)
+        except BadRow as problem:
+            return str(problem)
+
+    def taken(self, columns: Columns) -> dict[str, str]:
+        """The column's name for each part of the layout; the rows may lack the optional ones."""
+        named = {need: getattr(columns, need) for need in (*self.needs, *self.optional)}
+        return named | {name: name for name in (*self.fixed, *self.beside)}
 
 
-def _resolve(layout: Format, found: Collection[str], columns: Columns) -> Columns | None:
-    if any(name not in found for name in layout.fixed):
-        return None
-    changes: dict[str, str] = {}
-    if layout.name == "sentence-pair" and (pair := _question_and_text(found, columns)):
-        changes = dict(zip(("text", "text_pair"), pair, strict=True))
-    for need in (n for n in layout.needs if n not in changes):
-        name = getattr(columns, need)
-        if name in found:
+def _text(values: Values, c: Columns) -> Result:
+    return Text(filled(values, c.text))
+
+
+def _label(values: Values, name: str) -> str:
+    if isinstance(values.get(name), list | tuple):
+        raise BadRow(f"has a list in {name!r}: {SEVERAL}")
+    return filled(values, name)
+
+
+def _labelled(values: Values, c: Columns) -> Result:
+    return Labelled(filled(values, c.text), _label(values, c.label))
+
+
+def _sentence_pair(values: Values, c: Columns) -> Result:
+    return Labelled(filled(values, c.text), _label(values, c.label), filled(values, c.text_pair))
+
+
+def _tagged(values: Values, c: Columns) -> Result:
+    tokens, tags = values.get(c.tokens), values.get(c.tags)
+    if not isinstance(tokens, list) or not isinstance(tags, list):
+        written = any(isinstance(value, str) for value in (tokens, tags))
+        how = ", and holds text: write .jsonl, or a word and its tag a line (.conll)" if written else ""
+        return f"must hold lists in {c.tokens!r} and {c.tags!r}{how}"
+    if not tokens:
+        return f"has an empty {c.tokens!r}"
+    if len(tokens) != len(tags):
+        return f"has {len(tokens)} tokens and {len(tags)} tags"
+    if None in tokens:
+        return f"has null in {c.tokens!r}"
+    made = Tagged(tuple(as_text(t, c.tokens) for t in tokens), tuple(as_text(t, c.tags) for t in tags))
+    return made if all(tag.strip(BLANKS) for tag in made.tags) else f"has an empty tag in {c.tags!r}"
+
+
+def _squad(values: Values, c: Columns) -> Result:
+    context, question, answers = filled(values, c.context), filled(values, c.question), values.get(c.answers)
+    if isinstance(answers, list):  # the original files: [{text, answer_start}]
+        answers = {key: [a.get(key) for a in answers if isinstance(a, dict)] for key in ("text", "answer_start")}
+    if not isinstance(answers, dict) or "text" not in answers or "answer_start" not in answers:
+        return f"must hold text and answer_start in {c.answers!r}"
+    found, starts = answers["text"], answers["answer_start"]
+    if not isinstance(found, list) or not isinstance(starts, list) or len(found) != len(starts):
+        return f"must hold as many texts as starts in {c.answers!r}"
+    if not all(type(s) is int for s in starts) or not all(isinstance(t, str) for t in found):
+        return f"must hold texts and whole numbers in {c.answers!r}"
+    return Span(question, context, tuple(map(str, found)), tuple(s for s in starts if isinstance(s, int)))
+
+
+def _source_target(values: Values, c: Columns) -> Result:
+    return SourceTarget(filled(values, c.source), filled(values, c.target))
+
+
+LEARNED_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # TRL's; 1 is learned
+
+
+def _prepared(values: Values, c: Columns) -> Result:
+    ids, labels = values.get("input_ids"), values.get("labels")
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        return "must hold a list of whole numbers in 'input_ids'"
+    if labels is not None and not (isinstance(labels, list) and len(labels) == len(ids)):
+        return f"must hold a list of {len(ids)} whole numbers in 'labels'"
+    labels = labels or []
+    if not all(type(i) is int for i in labels):
+        return "must hold whole numbers in 'labels'"
+    if any(label != IGNORED and label < 0 for label in labels):
+        return f"must hold the numbers of tokens, or {IGNORED}, in 'labels'"
+    if isinstance(places := values.get("position_ids"), list) and any(b <= a for a, b in pairwise(places)):
+        return "has 'position_ids' that begin anew: several texts in one row, which siliang would learn as one"
+    for name in LEARNED_MASKS:
+        if (learned := values.get(name)) is None:
             continue
-        usual = name == Columns.model_fields[need].default
-        other = next((a for a in _aliases(layout, need) if usual and a in found), None)
-        if other is None and layout.name == "text-label" and need == "text" and usual:
-            other = _text_beside(found, columns)
-        if other is None:
-            return None
-        changes[need] = other
-    for part in layout.optional:
-        name = getattr(columns, part)
-        if name not in found and name == Columns.model_fields[part].default:
-            other = next((a for a in BESIDE.get(part, ()) if a in found), None)
-            changes |= {part: other} if other else {}
-    return columns.model_copy(update=changes)
+        if not isinstance(learned, list) or len(learned) != len(ids) or any(x not in (0, 1) for x in learned):
+            return f"must hold a list of {len(ids)} zeros and ones in {name!r}"
+        labels = [x if on else IGNORED for x, on in zip(labels or ids, learned, strict=True)]
+    mask = values.get("attention_mask")
+    if isinstance(mask, list) and len(mask) == len(ids):  # padding is removed
+        kept = [i for i, on in enumerate(mask) if on]
+        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept] if labels else []
+    return Prepared(tuple(ids), tuple(labels))
 
 
-def second_text(found: Collection[str], columns: Columns) -> str | None:
-    """The column of a second text that these columns have, where they can be read as pairs of texts."""
-    named = _resolve(FORMATS["sentence-pair"], found, columns)
-    if named is None:
-        return None
-    return named.text if named.text_pair == columns.text else named.text_pair
+def _asked(name: LayoutName, instruction: str, output: str) -> RowLayout:
+    more = ("system",) if instruction == "input" else ("input", "system")
+    read = read_pair(instruction, output)
+    return RowLayout(name, (instruction, output), read, optional=more, beside=("history", "tools"))
 
 
-def _question_and_text(found: Collection[str], columns: Columns) -> tuple[str, str] | None:
-    """The two columns of a question and a text, where each is there once and nobody named others."""
-    usual = all(getattr(columns, n) == Columns.model_fields[n].default for n in ("text", "text_pair"))
-    if not usual or columns.text_pair in found or any(n in found for n in (*FIRST_OF_PAIR, *SECOND_OF_PAIR)):
-        return None
-    asked, texts = ([c for c in names if c in found and c != columns.label] for names in (QUESTIONS, ANSWERED))
-    if len(asked) != 1 or len(texts) != 1:
-        return None
-    value = found[asked[0]] if isinstance(found, Mapping) else ""
-    return (asked[0], texts[0]) if isinstance(value, str) and not is_number(value) else None
-
-
-def _aliases(layout: Format, need: str) -> tuple[str, ...]:
-    if layout.name == "sentence-pair":
-        return {"text": FIRST_OF_PAIR, "text_pair": SECOND_OF_PAIR}.get(need, ())
-    return ALIASES.get(need, ())
-
-
-def _text_beside(found: Collection[str], columns: Columns) -> str | None:
-    """The text column, if it is certain: the one with a usual name, or the only one beside the label."""
-    rest = [c for c in found if c != columns.label]
-    usual = [c for c in rest if c.lower() in TEXTS]
-    if len(usual) == 1:
-        return usual[0]
-    if len(rest) != 1 or len(found) != 2:
-        return None
-    value = found[rest[0]] if isinstance(found, Mapping) else ""
-    return None if is_number(value) else rest[0]
-
-
-def _no_format(suited: list[Format], found: Collection[str], columns: Columns, source: str) -> str:
-    there = ", ".join(map(repr, found))
-
-    # the error speaks of one layout only: the one most of whose columns are there
-    def share(layout: Format) -> float:
-        names = [getattr(columns, n) for n in layout.needs] + list(layout.fixed)
-        return sum(n in found for n in names) / len(names)
-
-    best = max(suited, key=lambda f: (share(f), not f.fixed, -len(f.needs)))
-    keys = {getattr(columns, n): n for n in best.needs} | dict.fromkeys(best.fixed, "")
-    missing = [n for n in keys if n not in found]
-    free = [c for c in found if c not in keys]
-    pair = _numbered_pair(free, found) if "label" in best.needs else None
-    if pair is not None:
-        missing = [columns.text, columns.text_pair, *([columns.label] if columns.label in missing else [])]
-        best, keys = FORMATS["sentence-pair"], {getattr(columns, n): n for n in FORMATS["sentence-pair"].needs}
-    other = _no_classes(free, found) if "label" in best.needs and columns.label in missing else ""
-    said = f"{source} has no column {(columns.label if other else missing[0])!r}; it has {there}.{other}"
-    spans = [c for c in free if isinstance(found, Mapping) and _are_spans(found[c])]
-    if spans and best.name == "tokens-tags":
-        return (
-            f"{said} {spans[0]!r} holds spans of a text: token_cls learns a tag for each word, so write tokens and "
-            'tags, such as {"tokens": ["hello", "Bob"], "tags": ["O", "B-PER"]}.'
-        )
-    if odd := next((c for c in found if any(mark in c for mark in ";|\t")), None):
-        mark = next(m for m in ";|\t" if m in odd)
-        return f"{said}\nWhere {mark!r} separates its columns, say so: data.separator={mark!r}."
-    meant = {name: _meant(keys[name], name, free) for name in missing if keys[name]}
-    if pair is not None:
-        left = [c for c in free if c not in pair and not c.lower().endswith(("id", "id1", "id2", "index", "idx"))]
-        meant.update(zip(missing, pair, strict=False))
-        if meant.get(columns.label) == "NAME" and len(left) == 1 and not other:
-            meant[columns.label] = left[0]
-    named = " ".join(f"data.columns.{keys[name]}={column}" for name, column in meant.items())
-    how = f"Say which is which with {named}" if named else f"{best.name} needs {', '.join(map(repr, missing))}"
-    return (
-        f"{said}\n{how}; or name the columns with data.header where the file has no header line. Layouts for this "
-        f"task: {', '.join(f.name for f in suited)}."
+BESIDE_TURNS = ("system", "tools")
+PREPARED_TOO = ("labels", "attention_mask", "position_ids", *LEARNED_MASKS)
+LAYOUTS: dict[str, RowLayout] = {
+    layout.name: layout
+    for layout in (
+        RowLayout("prepared", (), _prepared, fixed=("input_ids",), beside=PREPARED_TOO),
+        RowLayout("messages", ("messages",), lambda v, c: read_messages(v, c, c.messages), optional=BESIDE_TURNS),
+        RowLayout(
+            "sharegpt",
+            (),
+            lambda v, c: read_messages(v, c, "conversations"),
+            fixed=("conversations",),
+            optional=BESIDE_TURNS,
+        ),
+        _asked("alpaca", "instruction", "output"),
+        _asked("prompt-completion", "prompt", "completion"),
+        _asked("input-output", "input", "output"),
+        RowLayout("source-target", ("source", "target"), _source_target),
+        RowLayout("sentence-pair", ("text", "text_pair", "label"), _sentence_pair),
+        RowLayout("text-label", ("text", "label"), _labelled),
+        RowLayout("tokens-tags", ("tokens", "tags"), _tagged),
+        RowLayout("squad", ("context", "question", "answers"), _squad),
+        RowLayout("text", ("text",), _text),
     )
-
-
-def _numbered_pair(free: list[str], found: Collection[str]) -> tuple[str, str] | None:
-    """Two columns of texts whose names differ in what they end with alone: text1 and text2, question_a and question_b;
-    or that usual pairs have."""
-    for one in free:
-        value = found[one] if isinstance(found, Mapping) else ""
-        if not isinstance(value, str) or is_number(value):
-            continue
-        others = [one[:-1] + {"1": "2", "a": "b", "A": "B"}.get(one[-1:], "")]
-        others += [two for first, two in zip(FIRST_OF_PAIR, SECOND_OF_PAIR, strict=True) if one == first]
-        if other := next((c for c in others if c in free and c != one), None):
-            return one, other
-    return None
-
-
-def _are_spans(value: Any) -> bool:
-    """Places in a text with their kind, as annotation tools write them."""
-    return isinstance(value, list) and bool(value) and all(isinstance(held, list | tuple | dict) for held in value)
-
-
-def _no_classes(free: list[str], found: Collection[str]) -> str:
-    """Says which column looks like the label but holds lists or numbers; nothing if none does."""
-    for column in free:
-        value = found[column] if isinstance(found, Mapping) else None
-        if isinstance(value, list):
-            return f" {column!r} holds lists: {SEVERAL}."
-        if column.lower() in NUMBERS_NAMED and is_number(value):
-            return f" {column!r} holds numbers such as {value}: {REGRESSION}."
-    return ""
-
-
-def _meant(need: str, name: str, free: list[str]) -> str:
-    """The column that the user may mean by `name`, or the word NAME."""
-    usual = {"text": TEXTS, "label": CLASSES_NAMED, "output": ("response", "answer", "completion")}.get(
-        need, ALIASES.get(need, ())
-    )
-    known = [c for c in free if c.strip().lower() in usual]
-    return next(iter([*near(name, free), *known]), "NAME")
+}

@@ -9,13 +9,13 @@ from itertools import chain
 from siliang.config import Columns, DataConfig, Source
 from siliang.data.example_set import ExampleSet, bad_rows_message
 from siliang.data.examples import Example
-from siliang.data.formats import Format
+from siliang.data.find_layout import find_layout, second_text
 from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
-from siliang.data.layouts import find_format, second_text
+from siliang.data.layouts import RowLayout
 from siliang.data.not_used import Aside
 from siliang.data.numbers import is_whole
-from siliang.data.reading import Reading, Row, columns_in_words
-from siliang.data.sources import Opened, open_source
+from siliang.data.reading import DataRow, Reading, columns_in_words
+from siliang.data.sources import OpenedSource, open_source
 from siliang.data.spec import DataSpec
 from siliang.data.splitting import split, weighted
 from siliang.data.turns import unused_fields
@@ -23,7 +23,7 @@ from siliang.language import Bilingual
 from siliang.secrets import without_secrets
 from siliang.types import DataError
 
-SINGLE = "all rows need one, or data.format=text-label, which does not read it"
+SINGLE = "all rows need one, or data.layout=text-label, which does not read it"
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Examples:
     Attributes:
         labels: The classes' (or tags') names by number; None where the task has none.
         skipped: The rows left out, with place and reason.
-        layout: How the rows are laid out: a name of `formats.FORMATS`.
+        layout: How the rows are laid out: a name of `layouts.LAYOUTS`.
         columns: The data's column of each part of the layout (text, label, ...), of those that are there.
         unused: Columns that the layout has no use for, and fields of turns, as messages[].name.
         notes: How the data was read where that was not plain from the settings, a line each.
@@ -73,7 +73,7 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
             bad and `skip_bad_rows` is off.
     """
     seed = seed if data.seed is None else data.seed
-    reader = _Reader(data, spec)
+    reader = _ExampleReader(data, spec)
     sizes: list[int] = []
     train = ExampleSet.build(_counted(data.train_sources, reader, sizes))
     stops = not data.skip_bad_rows and not keep_going
@@ -106,11 +106,11 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
 
 
 @dataclass(frozen=True)
-class Layout:
+class RunLayout:
     """How the rows of a run were laid out.
 
     Attributes:
-        layout: A name of `formats.FORMATS`.
+        layout: A name of `layouts.LAYOUTS`.
         columns: The column of each part.
     """
 
@@ -118,7 +118,7 @@ class Layout:
     columns: dict[str, str]
 
 
-def load_rows(data: DataConfig, spec: DataSpec, source: str, like: Layout | None = None) -> Examples:
+def load_rows(data: DataConfig, spec: DataSpec, source: str, like: RunLayout | None = None) -> Examples:
     """Rows to be evaluated on, as `eval` of the result: what a folder of several parts holds out, or all of them.
 
     Args:
@@ -128,34 +128,34 @@ def load_rows(data: DataConfig, spec: DataSpec, source: str, like: Layout | None
     Raises:
         DataError: As `load_examples` does.
     """
-    reader = _Reader(data, spec, like)
+    reader = _ExampleReader(data, spec, like)
     rows = reader.evaluated([Source(path=source)])
     if reader.bad and not data.skip_bad_rows:
         raise DataError(bad_rows_message(reader.skipped))
     return reader.examples(rows[:0], rows)
 
 
-class _Reader:
+class _ExampleReader:
     """Rows to examples, for one run: the layout is found on the first good row, the labels after the training rows."""
 
-    def __init__(self, data: DataConfig, spec: DataSpec, like: Layout | None = None) -> None:
+    def __init__(self, data: DataConfig, spec: DataSpec, like: RunLayout | None = None) -> None:
         self.data, self.spec, self.like = data, spec, like
         self.reading = Reading(data.header, data.encoding, data.separator, tagged="tokens-tags" in spec.layouts)
         self.bad: list[tuple[str, str]] = []  # place, reason
         self.labels: list[str] | None = data.labels
-        self.layout: Format | None = None
+        self.layout: RowLayout | None = None
         self.columns = data.columns
         self._seen: dict[str, None] = {}  # the columns of all rows
         self._fields: set[str] = set()  # of turns, that nothing is made of
         self._aside = Aside()
-        self._opened: dict[str, Opened] = {}
+        self._opened: dict[str, OpenedSource] = {}
         self._read: set[tuple[str, str]] = set()  # (source, part)
 
     @property
     def skipped(self) -> list[str]:
         return [f"{where} {reason}" for where, reason in self.bad]
 
-    def open(self, source: Source) -> Opened:
+    def open(self, source: Source) -> OpenedSource:
         """The source's files, found once."""
         if source.path not in self._opened:
             self._opened[source.path] = open_source(source.path, self.reading)
@@ -271,7 +271,7 @@ class _Reader:
     def _taken(self) -> dict[str, str]:
         return {} if self.layout is None else self.layout.taken(self.columns)
 
-    def _maker(self, row: Row, source: Source) -> Callable[[Row], Example | str]:
+    def _maker(self, row: DataRow, source: Source) -> Callable[[DataRow], Example | str]:
         layout, columns = self._layout(row, source)
         if self.layout is None:
             self.layout, self.columns = layout, columns
@@ -279,9 +279,9 @@ class _Reader:
             raise DataError(f"{source.path} is laid out as {layout.name}, the data before it as {self.layout.name}.")
         fixed = self._labels_are_numbers()
         # chosen by the first row, which has no second text
-        single = layout.name == "text-label" and self.data.format == "auto" and self.like is None
+        single = layout.name == "text-label" and self.data.layout == "auto" and self.like is None
 
-        def make(row: Row) -> Example | str:
+        def make(row: DataRow) -> Example | str:
             pair = second_text(row.values, self.data.columns) if single else None
             if pair is not None and row.values[pair] not in (None, ""):
                 return f"has a second text in {pair!r}, and the first row has none: {SINGLE}"
@@ -296,18 +296,18 @@ class _Reader:
 
         return make
 
-    def _layout(self, row: Row, source: Source) -> tuple[Format, Columns]:
+    def _layout(self, row: DataRow, source: Source) -> tuple[RowLayout, Columns]:
         """The layout of a source's rows, and its columns: those of the run that is evaluated, where they are there."""
         columns, like = self.data.columns, self.like
         if like is None:
-            return find_format(self.data.format, row.values, self.spec, columns, source.path)
+            return find_layout(self.data.layout, row.values, self.spec, columns, source.path)
         own = columns.model_copy(update={k: v for k, v in like.columns.items() if k in Columns.model_fields})
         try:
-            return find_format(like.layout, row.values, self.spec, own, source.path)
+            return find_layout(like.layout, row.values, self.spec, own, source.path)
         except DataError:
             pass
         try:
-            return find_format(like.layout, row.values, self.spec, columns, source.path)
+            return find_layout(like.layout, row.values, self.spec, columns, source.path)
         except DataError:
             missing = next((name for name in like.columns.values() if name not in row.values), "")
             there = ", ".join(map(repr, row.values))
@@ -384,7 +384,7 @@ def _as_written(name: str, labels: list[str]) -> str:
     return hidden if labels.count(hidden) == 1 else name
 
 
-def _counted(sources: list[Source], reader: _Reader, sizes: list[int]) -> Iterator[tuple[str, Example]]:
+def _counted(sources: list[Source], reader: _ExampleReader, sizes: list[int]) -> Iterator[tuple[str, Example]]:
     for source in sources:
         n = 0
         for item in reader.read(source):

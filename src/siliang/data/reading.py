@@ -9,7 +9,7 @@ from siliang.language import Bilingual
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One row of the data.
 
     Attributes:

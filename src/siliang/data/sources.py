@@ -14,7 +14,7 @@ from typing import Any
 
 from siliang.data.description import by_name, check_hub, check_saved, described
 from siliang.data.json_stream import is_lines, json_lines, json_list
-from siliang.data.reading import Reading, Row
+from siliang.data.reading import DataRow, Reading
 from siliang.data.tables import clean_header, table_fields, whole_quoted
 from siliang.data.tagged_words import tagged_rows
 from siliang.data.text_files import COLUMN_FILES, FILE_KINDS, TextFile, find_text, kind_of
@@ -30,7 +30,7 @@ HELD_OUT = ("test", "testing", "validation", "valid", "val", "dev", "eval", "eva
 
 
 @dataclass
-class Opened:
+class OpenedSource:
     """A source whose files are known.
 
     Attributes:
@@ -68,7 +68,7 @@ class Opened:
         """The parts that are for evaluation, the most suited first."""
         return [name for name in HELD_OUT if name in self.parts]
 
-    def rows(self, part: str, reading: Reading) -> Iterator[Row]:
+    def rows(self, part: str, reading: Reading) -> Iterator[DataRow]:
         """The rows of a part, in order; an unreadable one comes with its problem.
 
         Raises:
@@ -89,7 +89,7 @@ class Opened:
                 yield row
 
 
-def open_source(source: str, reading: Reading | None = None) -> Opened:
+def open_source(source: str, reading: Reading | None = None) -> OpenedSource:
     """Finds the files of a source.
 
     Args:
@@ -102,11 +102,11 @@ def open_source(source: str, reading: Reading | None = None) -> Opened:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return Opened(source, {"": [path]})
+        return OpenedSource(source, {"": [path]})
     if path.is_dir():
         return _folder(path, source, reading or Reading())
     if is_pattern(source) and (found := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 (absolute patterns)
-        return Opened(source, {"": [Path(name) for name in found if Path(name).is_file()]})
+        return OpenedSource(source, {"": [Path(name) for name in found if Path(name).is_file()]})
     if kind_of(path) in FILE_KINDS or source.startswith((".", "/", "~")) or source.strip("/").count("/") != 1:
         near = near_names(path)
         raise DataError(
@@ -118,7 +118,7 @@ def open_source(source: str, reading: Reading | None = None) -> Opened:
 # ---- files ----
 
 
-def _file(path: Path, name: str, reading: Reading) -> Iterator[Row]:
+def _file(path: Path, name: str, reading: Reading) -> Iterator[DataRow]:
     kind = kind_of(path)
     if kind not in FILE_KINDS:
         hint = " Save the sheet as .csv." if kind in (".xlsx", ".xls", ".ods") else ""
@@ -145,7 +145,7 @@ def _file(path: Path, name: str, reading: Reading) -> Iterator[Row]:
         elif kind == ".txt":
             for n, line in text.lines():
                 if reading.keeps_empty or line.strip():
-                    yield Row({"text": line.rstrip("\r\n")}, f"{name}:{n}")
+                    yield DataRow({"text": line.rstrip("\r\n")}, f"{name}:{n}")
         else:
             # a file of the hub cannot be renamed
             lines = kind == ".jsonl" or (name != str(path) and is_lines(text))
@@ -154,20 +154,20 @@ def _file(path: Path, name: str, reading: Reading) -> Iterator[Row]:
                     problem = f"must be an object with named fields, not {type(value).__name__}"
                 elif problem is None and not value:
                     problem = "is empty: it has no fields"
-                yield Row(value if problem is None else {}, where, problem)
+                yield DataRow(value if problem is None else {}, where, problem)
     except (OSError, EOFError) as error:
         raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except UnicodeDecodeError:  # the file has been changed since it was looked through
         raise DataError(f"{name} cannot be read: it is being written to.") from None
 
 
-def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[Row]:
+def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[DataRow]:
     names = reading.header
     quoted = 0
     for line, fields, problem in table_fields(file, kind, names, reading.separator, name, reading.note):
         where = f"{name}:{line}"
         if problem is not None:
-            yield Row({}, where, problem)
+            yield DataRow({}, where, problem)
         elif names is None:
             if said := _is_no_header(fields):
                 raise DataError(f"{where}: {said}")
@@ -179,10 +179,10 @@ def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[R
             has = f"has {len(fields)} column{'s' if len(fields) != 1 else ''}, not {len(names)} ({wanted})"
             if kind == ".csv" and len(fields) > len(names):
                 has += "; a cell with a comma, or whatever separates the columns, needs quotes"
-            yield Row({}, where, has)
+            yield DataRow({}, where, has)
         else:
             quoted += kind == ".tsv" and any(map(whole_quoted, fields))
-            yield Row(dict(zip(names, fields, strict=True)), where)
+            yield DataRow(dict(zip(names, fields, strict=True)), where)
     if quoted:
         reading.doubts.append(
             Bilingual(
@@ -202,7 +202,7 @@ def _is_no_header(fields: list[str]) -> str | None:
     return None
 
 
-def _arrow(path: Path, name: str, kind: str) -> Iterator[Row]:
+def _arrow(path: Path, name: str, kind: str) -> Iterator[DataRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -218,7 +218,7 @@ def _arrow(path: Path, name: str, kind: str) -> Iterator[Row]:
             schema, batches = _arrow_batches(path)
         rows = rows_of(batches, changes(schema, name), name, path.stat().st_size)
         for number, values in enumerate(rows, start=1):
-            yield Row(values, f"{name}, row {number}")
+            yield DataRow(values, f"{name}, row {number}")
     except pa.ArrowException as error:
         raise DataError(f"{name} is not a readable {kind[1:]} file: {first_line(error)}") from None
 
@@ -239,7 +239,7 @@ def _arrow_batches(path: Path) -> tuple[Any, Iterator[Any]]:
 # ---- folders and the hub ----
 
 
-def _folder(path: Path, source: str, reading: Reading) -> Opened:
+def _folder(path: Path, source: str, reading: Reading) -> OpenedSource:
     """What Dataset.save_to_disk wrote, or files of data whose names, or whose README, say their part."""
     from datasets import load_from_disk
 
@@ -249,9 +249,9 @@ def _folder(path: Path, source: str, reading: Reading) -> Opened:
         if any((path / name).is_file() for name in saved):
             check_saved(path)
             loaded: Any = load_from_disk(str(path))
-            return Opened(source, dict(loaded) if isinstance(loaded, dict) else {"": loaded})
+            return OpenedSource(source, dict(loaded) if isinstance(loaded, dict) else {"": loaded})
         parts, features = described(path)
-        return _only_ours(Opened(source, parts or by_name(path), features=features), path, reading)
+        return _only_ours(OpenedSource(source, parts or by_name(path), features=features), path, reading)
     except DataError:
         raise
     except Exception as error:  # `datasets` raises kinds of its own
@@ -261,7 +261,7 @@ def _folder(path: Path, source: str, reading: Reading) -> Opened:
         ) from None
 
 
-def _only_ours(opened: Opened, path: Path, reading: Reading) -> Opened:
+def _only_ours(opened: OpenedSource, path: Path, reading: Reading) -> OpenedSource:
     """Names the files of data that no part holds.
 
     Raises:
@@ -287,7 +287,7 @@ def _only_ours(opened: Opened, path: Path, reading: Reading) -> Opened:
     return opened
 
 
-def _hub(source: str) -> Opened:
+def _hub(source: str) -> OpenedSource:
     from datasets import load_dataset_builder
     from datasets.config import HF_HUB_OFFLINE
     from datasets.packaged_modules.cache.cache import Cache
@@ -305,7 +305,7 @@ def _hub(source: str) -> Opened:
         if not builder.config.data_files:  # without a network, from what `datasets` made of it before
             builder.download_and_prepare()
             made: Any = builder.as_dataset()
-            return Opened(source, dict(made))
+            return OpenedSource(source, dict(made))
         parts, named = {}, {}
         for part, files in builder.config.data_files.items():
             parts[str(part)] = [_fetch(str(file), name) for file in files]
@@ -313,7 +313,7 @@ def _hub(source: str) -> Opened:
                 path: f"{name}/{str(file).rpartition('@')[2].partition('/')[2] if '@' in str(file) else path.name}"
                 for path, file in zip(parts[str(part)], files, strict=True)
             }
-        return Opened(source, parts, named, builder.info.features)
+        return OpenedSource(source, parts, named, builder.info.features)
     except DataError:
         raise
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
@@ -350,11 +350,11 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _saved(table: Any, source: str) -> Iterator[Row]:
+def _saved(table: Any, source: str) -> Iterator[DataRow]:
     """The rows of a table from Dataset.save_to_disk."""
     from siliang.data.arrow_rows import changes, rows_of
 
     change, batches = changes(table.features.arrow_schema, source), table.with_format("arrow").iter(batch_size=1000)
     nbytes = sum(Path(file["filename"]).stat().st_size for file in table.cache_files)
     for number, values in enumerate(rows_of(batches, change, source, nbytes), start=1):
-        yield Row(values, f"{source}, row {number}")
+        yield DataRow(values, f"{source}, row {number}")

@@ -17,7 +17,7 @@ Encode = Callable[[Sequence[Any]], list[Rows]]  # for each example its entries
 
 
 @dataclass(frozen=True)
-class Column:
+class TokenColumn:
     """A column of the table of tokens.
 
     Attributes:
@@ -33,8 +33,8 @@ class Column:
     target: bool = False
 
 
-NUMBERS = Column()
-LABEL, LABELS = Column(many=False, target=True), Column(target=True)
+NUMBERS = TokenColumn()
+LABEL, LABELS = TokenColumn(many=False, target=True), TokenColumn(target=True)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DataSpec:
 
     Attributes:
         name: The task's, as users write it.
-        layouts: Names of `formats.FORMATS` that the task can be trained on; the first that fits is taken.
+        layouts: Names of `layouts.LAYOUTS` that the task can be trained on; the first that fits is taken.
         columns: Of the table of tokens, `input_ids` among them. `row`, `lost`, `lost_answer`, and, where an entry is
             several sequences, `sequences` come by themselves.
         encoder: Makes, from (tokenizer, settings, names of the labels), the function that turns examples into entries.
@@ -60,7 +60,7 @@ class DataSpec:
 
     name: str
     layouts: tuple[str, ...]
-    columns: Mapping[str, Column]
+    columns: Mapping[str, TokenColumn]
     encoder: Callable[[Any, DataConfig, list[str]], Encode]
     named: Literal["label", "tags"] | None = None
     label_per_token: bool = False
@@ -71,7 +71,7 @@ class DataSpec:
     adapt: Callable[[Example], Example | str] | None = None
 
     @property
-    def table(self) -> dict[str, Column]:
+    def table(self) -> dict[str, TokenColumn]:
         """The columns of the table, with that of the sequences."""
         return {**self.columns, **({"sequences": NUMBERS} if self.sequences else {})}
 

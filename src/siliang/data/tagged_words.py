@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 
-from siliang.data.reading import Reading, Row
+from siliang.data.reading import DataRow, Reading
 from siliang.data.text_files import TextFile
 from siliang.language import Bilingual
 from siliang.secrets import shortened
@@ -19,7 +19,7 @@ NUMBERED_SENTENCES = 50  # looked at to know whether words are numbered
 MANY_COLUMNS = 8  # behind a word's number: CoNLL-U and its kind, whose last column is not a tag
 
 
-def tagged_rows(file: TextFile, name: str, reading: Reading) -> Iterator[Row]:
+def tagged_rows(file: TextFile, name: str, reading: Reading) -> Iterator[DataRow]:
     """Sentences of one word and its tag a line, with an empty line between two: CoNLL, BIO, BMES."""
     first = _first_word_column(file, name)
     if first:
@@ -35,7 +35,7 @@ def tagged_rows(file: TextFile, name: str, reading: Reading) -> Iterator[Row]:
     for number, line in chain(_column_lines(file), [(0, "")]):
         if not line.strip():
             if tokens or problem:
-                yield Row({"tokens": tokens, "tags": tags}, f"{name}:{start}", problem)
+                yield DataRow({"tokens": tokens, "tags": tags}, f"{name}:{start}", problem)
             tokens, tags, start, problem = [], [], number + 1, None
             continue
         fields = _line_fields(line)

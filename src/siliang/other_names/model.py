@@ -155,7 +155,7 @@ ROWS: tuple[Row, ...] = (
         },
         note="`chat` is the tokenizer's own template.",
     ),
-    row("data.format", "dataset_format data_format conversation_format formatting", "sharegpt"),
+    row("data.layout", "format dataset_format data_format conversation_format formatting", "sharegpt"),
     row(
         "data.train_on",
         "mask_history",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from siliang.config import LAYOUTS, RunConfig, Seed, differences
+from siliang.config import LAYOUT_NAMES, RunConfig, Seed, differences
 from siliang.language import Bilingual
 from siliang.records.figures import Figures
 from siliang.records.saved import Count, Date, Name, Number, Part, Positive, Rate, Saved, Sha256
@@ -174,7 +174,7 @@ class Record(Saved):
     """Over the adapter whose weights the training began with (`adapter` in the config)."""
     labels: list[str] | None = None
     layout: str = ""
-    """How the rows were laid out: a name that data.format knows."""
+    """How the rows were laid out: a name that data.layout knows."""
     columns: dict[Name, Name] = Field(default_factory=dict)
     """The data's column of each part of the layout: {text: review, label: label}."""
     unanswered: bool = False
@@ -211,8 +211,8 @@ class Record(Saved):
             raise ConfigError(f"labels must be a list of names: its task is {config.task.lower()}.")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ConfigError("labels holds a name twice.")
-        if self.layout and self.layout not in LAYOUTS:
-            raise ConfigError(f"layout = {shortened(self.layout, SHOWN)!r}: must be one of {', '.join(LAYOUTS)}.")
+        if self.layout and self.layout not in LAYOUT_NAMES:
+            raise ConfigError(f"layout = {shortened(self.layout, SHOWN)!r}: must be one of {', '.join(LAYOUT_NAMES)}.")
         if self.parameters.trained > self.parameters.total:
             raise ConfigError(
                 f"parameters.trained = {self.parameters.trained:,}: must be at most the total, "

@@ -15,7 +15,7 @@ import numpy as np
 
 from siliang.data.examples import Span
 from siliang.data.prepared import EvalRows
-from siliang.data.spec import LABEL, NUMBERS, Column, DataSpec
+from siliang.data.spec import LABEL, NUMBERS, DataSpec, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
@@ -38,7 +38,7 @@ AROUND = 60  # characters of a context that are shown on both sides of an answer
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnsweredQuestion:
     """The answer to a question; its text is empty where the context has none.
 
     Attributes:
@@ -222,7 +222,7 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | 
 # ---- use ----
 
 
-def predict(run: Trained, questions: Iterable[str | tuple[str, str]]) -> Iterator[Answer]:
+def predict(run: Trained, questions: Iterable[str | tuple[str, str]]) -> Iterator[AnsweredQuestion]:
     """The words of its context that answer each question, in order; or that there is no answer, where the run has
     learned from questions without one.
 
@@ -236,7 +236,7 @@ def predict(run: Trained, questions: Iterable[str | tuple[str, str]]) -> Iterato
         rows = EvalRows(tokens, examples, unanswered=run.unanswered)
         for example, a in zip(examples, best_answers(found, rows), strict=True):
             assert isinstance(example, Span)
-            yield Answer(example.question, example.context, a.text, a.begin, a.end, a.probability)
+            yield AnsweredQuestion(example.question, example.context, a.text, a.begin, a.end, a.probability)
 
 
 def _example(run: Trained, asked: str | tuple[str, str]) -> Span:
@@ -260,7 +260,9 @@ QUESTION_ANS = Task(
             "token_type_ids": NUMBERS,
             "start_positions": LABEL,
             "end_positions": LABEL,
-            "offsets": Column(hidden=True),  # two a token: where it begins and ends in the context; -1 outside of it
+            "offsets": TokenColumn(
+                hidden=True
+            ),  # two a token: where it begins and ends in the context; -1 outside of it
         },
         encoder=encoder,
         windows=True,

@@ -35,7 +35,7 @@ SLACK = 1e-9  # of figures that are equal but for rounding
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictedClass:
     """The class of a text, and how sure the model is of it."""
 
     text: str
@@ -137,7 +137,7 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | 
 # ---- use ----
 
 
-def predict(run: Trained, texts: Iterable[str | tuple[str, str]]) -> Iterator[Prediction]:
+def predict(run: Trained, texts: Iterable[str | tuple[str, str]]) -> Iterator[PredictedClass]:
     """The most probable class of each text, in order.
 
     Args:
@@ -149,7 +149,7 @@ def predict(run: Trained, texts: Iterable[str | tuple[str, str]]) -> Iterator[Pr
     for examples, _, found in run.read(_example(run, text) for text in texts):
         for example, (number, probability) in zip(examples, found.values(), strict=True):
             assert isinstance(example, Labelled)
-            yield Prediction(example.text, run.labels[number], probability, example.pair)
+            yield PredictedClass(example.text, run.labels[number], probability, example.pair)
 
 
 def _example(run: Trained, text: str | tuple[str, str]) -> Labelled:

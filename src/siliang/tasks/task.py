@@ -139,7 +139,7 @@ class Shown:
     target: str | Sequence[int] | None = None
 
 
-class Predicted(Protocol):
+class Prediction(Protocol):
     """A prediction: what was asked, what the model says, and how sure it is."""
 
     @property
@@ -169,7 +169,7 @@ class Trained:
     Attributes:
         name: Of its run, for errors.
         labels: The names of classes or tags, by number.
-        layout: Of the rows that it was trained on: a name of `formats.FORMATS`.
+        layout: Of the rows that it was trained on: a name of `layouts.LAYOUTS`.
         columns: The data's column of each part of the layout.
         unanswered: Some of its training questions had no answer in their context.
         read: Runs examples through the model, some at a time: (examples, their tokens, what the task's `read` keeps of
@@ -259,7 +259,7 @@ class Task:
     majority: Callable[[EvalRows], float | None] | None = None
 
     asks: tuple[str, ...] = ()
-    predict: Callable[[Trained, Iterable[Any]], Iterator[Predicted]] | None = None
+    predict: Callable[[Trained, Iterable[Any]], Iterator[Prediction]] | None = None
     blank: Mapping[str, Any] = field(default_factory=dict[str, Any])
     prompt: Callable[[Any, str, str, str, bool], tuple[list[int], list[int]]] | None = None
     example_prompt: str | None = None

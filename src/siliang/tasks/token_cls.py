@@ -18,7 +18,7 @@ from siliang.data.encode import IGNORED
 from siliang.data.entries import Rows, dropped
 from siliang.data.examples import Tagged
 from siliang.data.prepared import EvalRows
-from siliang.data.spec import LABELS, NUMBERS, Column, DataSpec, Encode
+from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.data.words import cut_into_words, join_words
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
@@ -262,7 +262,7 @@ TOKEN_CLS = Task(
         columns={
             "input_ids": NUMBERS,
             "labels": LABELS,
-            "words": Column(hidden=True),  # the number of the word of each token that has a tag
+            "words": TokenColumn(hidden=True),  # the number of the word of each token that has a tag
         },
         encoder=encoder,
         named="tags",

@@ -9,13 +9,13 @@ from typing import Any
 
 from siliang.data.cells import BadRow, as_text
 from siliang.data.examples import Example
-from siliang.data.formats import FORMATS
+from siliang.data.layouts import LAYOUTS
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
 from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.run_folder import OpenedRun
-from siliang.tasks import TASKS, Predicted, Trained
+from siliang.tasks import TASKS, Prediction, Trained
 from siliang.types import ConfigError, DataError
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
@@ -24,9 +24,9 @@ AT_ONCE = 256  # texts that are tokenized together
 Asked = str | tuple[str, str] | tuple[str, ...]  # a text, a pair of texts, or words
 
 
-def predict(run: OpenedRun, asked: Iterable[Any], *, batch_size: int | None = None) -> Iterator[Predicted]:
-    """A prediction for each text, in order, of the kind of the run's task: `tasks.seq_cls.Prediction`,
-    `tasks.token_cls.TaggedWords` or `tasks.question_ans.Answer`.
+def predict(run: OpenedRun, asked: Iterable[Any], *, batch_size: int | None = None) -> Iterator[Prediction]:
+    """A prediction for each text, in order, of the kind of the run's task: `tasks.seq_cls.PredictedClass`,
+    `tasks.token_cls.TaggedWords` or `tasks.question_ans.AnsweredQuestion`.
 
     Args:
         asked: Inputs of the task's own `predict`; read lazily.
@@ -78,7 +78,7 @@ def read_texts(run: OpenedRun, source: str) -> list[Asked]:
     """
     data, record, asks = run.config.data, run.record, TASKS[run.config.task].asks
     reading = Reading(data.header, "auto", data.separator, keeps_empty=True)
-    needed = FORMATS[record.layout].needs if record.layout else asks
+    needed = LAYOUTS[record.layout].needs if record.layout else asks
     names = [record.columns.get(part, part) for part in asks if part in needed]
     if kind_of(Path(source)) == ".txt":
         names = ["text"]

@@ -1,0 +1,203 @@
+"""Which layout rows have, by their columns: other names of columns in published data, and the error where none fits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from siliang.config import Columns
+from siliang.data.cells import REGRESSION, SEVERAL, is_number
+from siliang.data.layouts import LAYOUTS, RowLayout
+from siliang.data.spec import DataSpec
+from siliang.types import DataError, near
+
+# Other names of a column in published data sets; used only if the usual name is missing.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "messages": ("conversation",),
+    "prompt": ("question", "query"),
+    "completion": ("response", "answer"),
+    "tags": ("ner_tags", "pos_tags", "labels"),
+    "source": ("document", "article"),
+    "target": ("summary", "title", "highlights"),
+}
+# of columns that a layout has a use for and does not need
+BESIDE: dict[str, tuple[str, ...]] = {"system": ("system_prompt",), "input": ("context",)}
+FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
+SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
+# whose names say that they are one: what is asked, and a text that answers it or not
+QUESTIONS, ANSWERED = ("question", "query"), ("sentence", "text")
+# other names of the text column of a classification: used if exactly one of them is there
+TEXTS = ("review", "sentence", "content", "comment", "tweet", "utterance", "document", "评论", "内容", "文本")
+# other names of the label column: proposed in the error, not used
+CLASSES_NAMED = ("labels", "class", "category", "cat", "sentiment", "target", "intent", "topic", "标签", "类别")
+NUMBERS_NAMED = ("score", "rating", "stars", "similarity", "similarity_score", "value")
+
+
+def find_layout(
+    name: str, found: Collection[str], spec: DataSpec, columns: Columns, source: str
+) -> tuple[RowLayout, Columns]:
+    """The layout of rows that have the columns `found`, and the columns' names with aliases put in.
+
+    Args:
+        found: The columns' names; as a mapping, with the cells of the first row.
+        spec: Of the task, which says what layouts it reads.
+
+    Raises:
+        DataError: None fits, or the one that was named does not.
+    """
+    suited = [LAYOUTS[layout] for layout in spec.layouts]
+    if name != "auto":
+        wanted = LAYOUTS[name]
+        if wanted not in suited:
+            raise DataError(
+                f"data.layout = {name!r} is not for {spec.name}; allowed: {', '.join(f.name for f in suited)}."
+            )
+        suited = [wanted]
+    for layout in suited:
+        named = _resolve(layout, found, columns)
+        if named is not None:
+            return layout, named
+    raise DataError(_no_layout(suited, found, columns, source))
+
+
+def _resolve(layout: RowLayout, found: Collection[str], columns: Columns) -> Columns | None:
+    if any(name not in found for name in layout.fixed):
+        return None
+    changes: dict[str, str] = {}
+    if layout.name == "sentence-pair" and (pair := _question_and_text(found, columns)):
+        changes = dict(zip(("text", "text_pair"), pair, strict=True))
+    for need in (n for n in layout.needs if n not in changes):
+        name = getattr(columns, need)
+        if name in found:
+            continue
+        usual = name == Columns.model_fields[need].default
+        other = next((a for a in _aliases(layout, need) if usual and a in found), None)
+        if other is None and layout.name == "text-label" and need == "text" and usual:
+            other = _text_beside(found, columns)
+        if other is None:
+            return None
+        changes[need] = other
+    for part in layout.optional:
+        name = getattr(columns, part)
+        if name not in found and name == Columns.model_fields[part].default:
+            other = next((a for a in BESIDE.get(part, ()) if a in found), None)
+            changes |= {part: other} if other else {}
+    return columns.model_copy(update=changes)
+
+
+def second_text(found: Collection[str], columns: Columns) -> str | None:
+    """The column of a second text that these columns have, where they can be read as pairs of texts."""
+    named = _resolve(LAYOUTS["sentence-pair"], found, columns)
+    if named is None:
+        return None
+    return named.text if named.text_pair == columns.text else named.text_pair
+
+
+def _question_and_text(found: Collection[str], columns: Columns) -> tuple[str, str] | None:
+    """The two columns of a question and a text, where each is there once and nobody named others."""
+    usual = all(getattr(columns, n) == Columns.model_fields[n].default for n in ("text", "text_pair"))
+    if not usual or columns.text_pair in found or any(n in found for n in (*FIRST_OF_PAIR, *SECOND_OF_PAIR)):
+        return None
+    asked, texts = ([c for c in names if c in found and c != columns.label] for names in (QUESTIONS, ANSWERED))
+    if len(asked) != 1 or len(texts) != 1:
+        return None
+    value = found[asked[0]] if isinstance(found, Mapping) else ""
+    return (asked[0], texts[0]) if isinstance(value, str) and not is_number(value) else None
+
+
+def _aliases(layout: RowLayout, need: str) -> tuple[str, ...]:
+    if layout.name == "sentence-pair":
+        return {"text": FIRST_OF_PAIR, "text_pair": SECOND_OF_PAIR}.get(need, ())
+    return ALIASES.get(need, ())
+
+
+def _text_beside(found: Collection[str], columns: Columns) -> str | None:
+    """The text column, if it is certain: the one with a usual name, or the only one beside the label."""
+    rest = [c for c in found if c != columns.label]
+    usual = [c for c in rest if c.lower() in TEXTS]
+    if len(usual) == 1:
+        return usual[0]
+    if len(rest) != 1 or len(found) != 2:
+        return None
+    value = found[rest[0]] if isinstance(found, Mapping) else ""
+    return None if is_number(value) else rest[0]
+
+
+def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns, source: str) -> str:
+    there = ", ".join(map(repr, found))
+
+    # the error speaks of one layout only: the one most of whose columns are there
+    def share(layout: RowLayout) -> float:
+        names = [getattr(columns, n) for n in layout.needs] + list(layout.fixed)
+        return sum(n in found for n in names) / len(names)
+
+    best = max(suited, key=lambda f: (share(f), not f.fixed, -len(f.needs)))
+    keys = {getattr(columns, n): n for n in best.needs} | dict.fromkeys(best.fixed, "")
+    missing = [n for n in keys if n not in found]
+    free = [c for c in found if c not in keys]
+    pair = _numbered_pair(free, found) if "label" in best.needs else None
+    if pair is not None:
+        missing = [columns.text, columns.text_pair, *([columns.label] if columns.label in missing else [])]
+        best, keys = LAYOUTS["sentence-pair"], {getattr(columns, n): n for n in LAYOUTS["sentence-pair"].needs}
+    other = _no_classes(free, found) if "label" in best.needs and columns.label in missing else ""
+    said = f"{source} has no column {(columns.label if other else missing[0])!r}; it has {there}.{other}"
+    spans = [c for c in free if isinstance(found, Mapping) and _are_spans(found[c])]
+    if spans and best.name == "tokens-tags":
+        return (
+            f"{said} {spans[0]!r} holds spans of a text: token_cls learns a tag for each word, so write tokens and "
+            'tags, such as {"tokens": ["hello", "Bob"], "tags": ["O", "B-PER"]}.'
+        )
+    if odd := next((c for c in found if any(mark in c for mark in ";|\t")), None):
+        mark = next(m for m in ";|\t" if m in odd)
+        return f"{said}\nWhere {mark!r} separates its columns, say so: data.separator={mark!r}."
+    meant = {name: _meant(keys[name], name, free) for name in missing if keys[name]}
+    if pair is not None:
+        left = [c for c in free if c not in pair and not c.lower().endswith(("id", "id1", "id2", "index", "idx"))]
+        meant.update(zip(missing, pair, strict=False))
+        if meant.get(columns.label) == "NAME" and len(left) == 1 and not other:
+            meant[columns.label] = left[0]
+    named = " ".join(f"data.columns.{keys[name]}={column}" for name, column in meant.items())
+    how = f"Say which is which with {named}" if named else f"{best.name} needs {', '.join(map(repr, missing))}"
+    return (
+        f"{said}\n{how}; or name the columns with data.header where the file has no header line. Layouts for this "
+        f"task: {', '.join(f.name for f in suited)}."
+    )
+
+
+def _numbered_pair(free: list[str], found: Collection[str]) -> tuple[str, str] | None:
+    """Two columns of texts whose names differ in what they end with alone: text1 and text2, question_a and question_b;
+    or that usual pairs have."""
+    for one in free:
+        value = found[one] if isinstance(found, Mapping) else ""
+        if not isinstance(value, str) or is_number(value):
+            continue
+        others = [one[:-1] + {"1": "2", "a": "b", "A": "B"}.get(one[-1:], "")]
+        others += [two for first, two in zip(FIRST_OF_PAIR, SECOND_OF_PAIR, strict=True) if one == first]
+        if other := next((c for c in others if c in free and c != one), None):
+            return one, other
+    return None
+
+
+def _are_spans(value: Any) -> bool:
+    """Places in a text with their kind, as annotation tools write them."""
+    return isinstance(value, list) and bool(value) and all(isinstance(held, list | tuple | dict) for held in value)
+
+
+def _no_classes(free: list[str], found: Collection[str]) -> str:
+    """Says which column looks like the label but holds lists or numbers; nothing if none does."""
+    for column in free:
+        value = found[column] if isinstance(found, Mapping) else None
+        if isinstance(value, list):
+            return f" {column!r} holds lists: {SEVERAL}."
+        if column.lower() in NUMBERS_NAMED and is_number(value):
+            return f" {column!r} holds numbers such as {value}: {REGRESSION}."
+    return ""
+
+
+def _meant(need: str, name: str, free: list[str]) -> str:
+    """The column that the user may mean by `name`, or the word NAME."""
+    usual = {"text": TEXTS, "label": CLASSES_NAMED, "output": ("response", "answer", "completion")}.get(
+        need, ALIASES.get(need, ())
+    )
+    known = [c for c in free if c.strip().lower() in usual]
+    return next(iter([*near(name, free), *known]), "NAME")
