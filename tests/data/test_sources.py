@@ -346,7 +346,7 @@ def test_comments_and_numbers_of_words_are_no_words(tmp_path: Path) -> None:
     rows, _ = tagged_rows(tmp_path / "a.conll", "1\tx\tO\n2\tx\tO\n\nEU\tx\tO\n")
     assert [r.values["tokens"] for r in rows] == [["1", "2"], ["EU"]]
     full = "1\tEU\teu\tPROPN\t_\t_\t2\tnsubj\t_\t_\n2\trejects\treject\tVERB\t_\t_\t0\troot\t_\t_\n"
-    with pytest.raises(DataError, match=r"10 columns that begin with a word's number, .* \(of CoNLL-U 2 and 4"):
+    with pytest.raises(DataError, match=r"10 columns that start with a word's number, .* \(of CoNLL-U 2 and 4"):
         tagged_rows(tmp_path / "a.conll", head + full)
     with pytest.raises(DataError, match=r"its first column numbers the words, and no other holds them"):
         tagged_rows(tmp_path / "a.bio", "1\tO\n2\tB-X\n")

@@ -39,7 +39,7 @@ def test_chinese_that_is_not_utf8_is_read_and_said(name: str, tmp_path: Path) ->
     }
     found = load(tmp_path / name, contents[name].encode("gbk"))
     assert list(found.train) == READ
-    assert found.notes == [f"{tmp_path / name}: not UTF-8; read as gb18030 (data.encoding says another)"]
+    assert found.notes == [f"{tmp_path / name}: not UTF-8; read as gb18030 (data.encoding sets another)"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_utf8_is_not_read_as_what_a_setting_says(tmp_path: Path) -> None:
 def test_separators(name: str, content: str, separator: str, tmp_path: Path) -> None:
     found = load(tmp_path / name, content)
     assert list(found.train) == SIMPLE
-    assert found.notes == [f"{tmp_path / name}: its columns are separated by {separator} (data.separator says another)"]
+    assert found.notes == [f"{tmp_path / name}: its columns are separated by {separator} (data.separator sets another)"]
 
 
 def test_a_separator_that_is_given(tmp_path: Path) -> None:
