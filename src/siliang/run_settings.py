@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from siliang.config import RunConfig, differences
 from siliang.language import Bilingual
 from siliang.other_names import written
@@ -48,7 +46,7 @@ def as_adjusted(config: RunConfig, record: Record) -> RunConfig:
     return RunConfig.build(values)
 
 
-def changed_settings(config: RunConfig, record: Record) -> dict[str, tuple[Any, Any]]:
+def changed_settings(config: RunConfig, record: Record) -> dict[str, tuple[object, object]]:
     """Settings whose value is another now, by dotted name: what it was and what it is. What files and folders are
     called makes no difference, and neither does what the launcher says."""
     found = differences(record.config, plain(config.resolved().model_dump(mode="json")))
@@ -58,7 +56,7 @@ def changed_settings(config: RunConfig, record: Record) -> dict[str, tuple[Any, 
     return found
 
 
-def misplaced_settings(config: RunConfig, record: Record) -> dict[str, tuple[Any, Any]]:
+def misplaced_settings(config: RunConfig, record: Record) -> dict[str, tuple[object, object]]:
     """Settings that shaped a trained run (its data, model, method, task) and whose value is another now."""
     found = changed_settings(as_adjusted(config, record), record)
     may = (*MAY_CHANGE, *HARMLESS)
@@ -70,7 +68,7 @@ def has_template_file(config: RunConfig) -> bool:
     return config.data.template.endswith((".yaml", ".yml"))
 
 
-def in_words(name: str, values: tuple[Any, Any]) -> Bilingual:
+def in_words(name: str, values: tuple[object, object]) -> Bilingual:
     """A setting that was changed, and what it was."""
     was, now = map(written, values)
     return Bilingual(f"{name} = {now} (it was {was})", f"{name} = {now}（原来是 {was}）")

@@ -155,11 +155,11 @@ def _secrets_among(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     return tuple(sorted({form for secret in found if len(secret) >= LEAST for form in _forms(secret)}, key=_longest))
 
 
-def _redacted(value: Any, own: tuple[str, ...]) -> Any:
+def _redacted(value: object, own: tuple[str, ...]) -> Any:
     if isinstance(value, str):
         return _hidden(value, own)
     if isinstance(value, dict):
-        found: dict[Any, Any] = {}
+        found: dict[object, object] = {}
         for key, inner in value.items():
             name = _hidden(key, own) if isinstance(key, str) else key
             shown, n = name, 2

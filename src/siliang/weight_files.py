@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ def check_weights(path: Path, *, older: bool = False) -> None:
         _check_safetensors(path)
 
 
-def check_tensors(tensors: Any, file_bytes: int) -> None:
+def check_tensors(tensors: object, file_bytes: int) -> None:
     """Whether what a `.bin` gave are plain tensors whose numbers were all in the file.
 
     Raises:

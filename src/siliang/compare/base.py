@@ -31,7 +31,7 @@ class KeptBase:
     def __init__(self) -> None:
         self.loads = self.loading_bytes = 0
         self._model: nn.Module | None = None
-        self._key: tuple[Any, ...] = ()
+        self._key: tuple[object, ...] = ()
         self._checksums: dict[str, int] = {}
 
     def __call__(
@@ -85,7 +85,7 @@ def _sum(tensor: torch.Tensor) -> int:
     return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64)) if tensor.numel() else 0
 
 
-def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[Any, ...]:
+def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[object, ...]:
     quantized = config.quantization.model_dump_json() if config.quantization else None
     # a new head is drawn by the seed of the run
     seed = config.train.seed if TASKS[config.task].model.heads else None

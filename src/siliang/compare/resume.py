@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from siliang.compare.trials import PLACES, run_config
 from siliang.config import RunConfig, differences
@@ -90,7 +89,7 @@ def can_resume(config: RunConfig) -> bool:
     return False
 
 
-def other_settings(record: Record, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+def other_settings(record: Record, config: RunConfig) -> dict[str, tuple[object, object]]:
     """The settings in which the run of a record was asked for otherwise than by `config`: what it was, what it is. The
     places of its files do not count: the comparison has looked at the files."""
     found = differences(record.asked(), plain(config.resolved().model_dump(mode="json")))

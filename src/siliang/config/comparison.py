@@ -62,7 +62,7 @@ class MethodEntry(BaseModel):
         return self
 
 
-def _entries(value: Any) -> Any:
+def _entries(value: object) -> object:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
@@ -28,7 +28,7 @@ LayoutName = Literal[
 LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)  # how rows may be laid out; data/layouts.py reads each
 
 
-def _template(value: Any, info: ValidationInfo) -> Any:
+def _template(value: object, info: ValidationInfo) -> object:
     from siliang.data.templates import find_template
 
     if isinstance(value, str) and not (is_recorded(info) and value.endswith((".yaml", ".yml"))):
@@ -37,7 +37,7 @@ def _template(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _encoding(value: Any) -> Any:
+def _encoding(value: object) -> object:
     if isinstance(value, str) and value != "auto":
         try:
             known = codecs.lookup(value)
@@ -49,7 +49,7 @@ def _encoding(value: Any) -> Any:
     return value
 
 
-def _separator(value: Any) -> Any:
+def _separator(value: object) -> object:
     if not isinstance(value, str) or value == "auto":
         return value
     named = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}.get(value, value)

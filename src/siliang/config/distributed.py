@@ -38,7 +38,7 @@ SET_BY: dict[str, str] = {
 }
 
 
-def _settings(value: Any, info: ValidationInfo) -> Any:
+def _settings(value: object, info: ValidationInfo) -> object:
     return value if is_recorded(info) and isinstance(value, str) else deepspeed_settings(value)
 
 
@@ -92,7 +92,7 @@ class DistributedConfig(Section):
         return self
 
 
-def deepspeed_settings(value: Any) -> Any:
+def deepspeed_settings(value: object) -> object:
     """A DeepSpeed configuration, or the one in the .json file of that name, checked: nothing in it contradicts the run.
 
     Raises:
@@ -133,7 +133,7 @@ def deepspeed_settings(value: Any) -> Any:
     return value
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     try:
         return read_json(path, most_bytes=2**20)
     except JsonError as error:

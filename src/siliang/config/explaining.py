@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -54,7 +52,7 @@ def explain_value(found: ErrorDetails, path: str) -> str:
     return f"{path} = {shown}: {found['msg'][0].lower()}{found['msg'][1:]}.{hint}"
 
 
-def undecodable(value: Any, where: str = "") -> str | None:
+def undecodable(value: object, where: str = "") -> str | None:
     """The first setting that holds bytes which are not text, as the command line's may; None where none does."""
     if isinstance(value, dict):
         parts = [(f"{where}.{key}".lstrip("."), inner) for key, inner in value.items()]
@@ -66,14 +64,14 @@ def undecodable(value: Any, where: str = "") -> str | None:
     return None
 
 
-def _section_for(path: str, value: Any) -> str:
+def _section_for(path: str, value: object) -> str:
     """What was meant where a section got a value of its own."""
     if path in ("data", "train") and isinstance(value, str) and value:
         return f" Here that is {quoted([f'data.train={value}'])}."
     return f" {path} is a section: set its fields, as in {path}.field=value."
 
 
-def _unknown(place: tuple[int | str, ...], value: Any, schema: type[Settings], *, guess: bool = True) -> str:
+def _unknown(place: tuple[int | str, ...], value: object, schema: type[Settings], *, guess: bool = True) -> str:
     """What an unknown key is here, or the names near it."""
     *sections, own = map(str, place)
     if hint := name_here(own, schema, value, section=".".join(sections)):

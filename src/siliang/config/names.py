@@ -20,7 +20,7 @@ from siliang.types import ConfigError
 # Fields of a PEFT config that the run itself sets.
 OWN_FIELDS = {"task_type", "base_model_name_or_path", "inference_mode", "auto_mapping"}
 
-NOT_GIVEN: Any = object()
+NOT_GIVEN: object = object()
 SHELL = re.compile(r"[$`\\;|&<>\x00-\x1f\x7f]")
 
 
@@ -56,9 +56,9 @@ def assign(values: dict[str, Any], assignment: str, schema: type[Settings]) -> N
     values[last] = text.strip() if isinstance(value, int | float) and _is_text(key.strip(), schema) else value
 
 
-def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[object, object]]:
     """The settings in which two dumped configs differ, by their dotted names: (what it was, what it is now)."""
-    found: dict[str, tuple[Any, Any]] = {}
+    found: dict[str, tuple[object, object]] = {}
     for key in (*now, *(k for k in was if k not in now)):
         a, b = was.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -71,7 +71,7 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any
 def name_here(
     name: str,
     schema: type[Settings],
-    value: Any = NOT_GIVEN,
+    value: object = NOT_GIVEN,
     *,
     section: str = "",
     fields: Iterable[str] | None = None,

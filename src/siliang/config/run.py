@@ -92,21 +92,21 @@ LISTS = {
 }
 
 
-def _method(value: Any) -> Any:
+def _method(value: object) -> object:
     name = value.get("name") if isinstance(value, dict) else value
     if isinstance(name, str) and (here := other_names.METHOD_VALUES.get(other_names.plain(name))):
         raise ConfigError(f"method = {name!r}: here that is {quoted(here.split())}.")
     return {"name": value} if isinstance(value, str) else value
 
 
-def _adapter(value: Any) -> Any:
+def _adapter(value: object) -> object:
     if isinstance(value, str) and other_names.is_method(value) and not Path(value).exists():
         here = other_names.METHOD_VALUES.get(other_names.plain(value), f"method={other_names.plain(value)}")
         raise ConfigError(f"adapter = {value!r} is not an adapter: here that is {quoted(here.split())}.")
     return value
 
 
-def _task(value: Any) -> Any:
+def _task(value: object) -> object:
     if not isinstance(value, str):
         return value
     if (here := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
@@ -119,7 +119,7 @@ def _task(value: Any) -> Any:
     raise ConfigError(f"task = {value!r}: must be one of {', '.join(allowed)}.{nearest(name, allowed)}")
 
 
-def _quantization(value: Any) -> Any:
+def _quantization(value: object) -> object:
     if value is None or isinstance(value, dict | QuantizationConfig):
         return value
     raise ConfigError(f"quantization = {value!r} is not a section.{name_here('quantization', RunConfig, value)}")

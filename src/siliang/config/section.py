@@ -50,7 +50,7 @@ def as_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def as_name(value: Any) -> Any:
+def as_name(value: object) -> object:
     """A file, a folder, or a name on the hub.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal, NewType
+from typing import Annotated, Literal, NewType
 
 from pydantic import BeforeValidator, Field
 
@@ -19,7 +19,7 @@ Seconds = NewType("Seconds", float)  # written as 8h
 PROJECT = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # a name for each of the trackers
 
 
-def _budget(value: Any) -> Any:
+def _budget(value: object) -> object:
     """In bytes, whatever was written."""
     if value is None or value == "auto":
         return value
@@ -36,7 +36,7 @@ def _budget(value: Any) -> Any:
     return found
 
 
-def _seconds(value: Any) -> Any:
+def _seconds(value: object) -> object:
     """In seconds, whatever was written."""
     if value is None:
         return value
@@ -49,7 +49,7 @@ def _seconds(value: Any) -> Any:
     return float(found)
 
 
-def _on_nan(value: Any) -> Any:
+def _on_nan(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"stop|skip [1-9]\d{0,8}", value):
         raise ConfigError(f"train.on_nan = {value!r}: must be `stop`, or `skip` and a number of steps, as in `skip 5`.")
     return value

@@ -8,7 +8,6 @@ here, by `python -m siliang.other_names`.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from siliang.other_names import missing, model, training
 from siliang.other_names.row import Row
@@ -49,7 +48,7 @@ def is_method(name: str) -> bool:
     return plain(name) in METHOD_VALUES or plain(name) == "lora"
 
 
-def assignments(row: Row, value: Any) -> list[str] | None:
+def assignments(row: Row, value: object) -> list[str] | None:
     """How the row's setting is written with `value`, as for --set; empty where nothing has to be set, None where the
     value has no counterpart."""
     text = written(value)
@@ -63,7 +62,7 @@ def assignments(row: Row, value: Any) -> list[str] | None:
     return [f"{row.setting}={text}"]
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """A value as --set takes it."""
     if isinstance(value, bool):
         return str(value).lower()

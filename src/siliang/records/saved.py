@@ -31,7 +31,7 @@ MAX_BYTES = 128 * 2**20  # about a million lines of the log
 NO_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     return NO_NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
@@ -124,7 +124,7 @@ def explained(error: ValidationError) -> str:
     return f"{field} = {short_repr(first['input'])}: {message[:1].lower()}{message[1:]}"
 
 
-def _check_version(version: Any, newest: int, path: Path) -> None:
+def _check_version(version: object, newest: int, path: Path) -> None:
     if type(version) is int and version > newest:
         raise RecordError(
             f"{path} was written by a later siliang: its schema_version is {short_repr(version)}, and this one reads "
@@ -139,7 +139,7 @@ def plain(value: Any) -> Any:
     return redacted(_finite(value))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

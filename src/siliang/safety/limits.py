@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -62,7 +62,7 @@ class LimitedProcess:
         self.templates: set[str] = set()
         self.tokenizers: set[str] = set()
 
-    def call(self, name: str, *arguments: Any, seconds: float | None = None) -> Any:
+    def call(self, name: str, *arguments: object, seconds: float | None = None) -> Any:
         """The function's result.
 
         Args:
@@ -166,7 +166,7 @@ def _hung_up(process: subprocess.Popen[bytes]) -> bool:
     return bool(poll.poll(0))
 
 
-def _send(process: subprocess.Popen[bytes], message: Any, until: float) -> None:
+def _send(process: subprocess.Popen[bytes], message: object, until: float) -> None:
     assert process.stdin is not None
     data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     data = memoryview(len(data).to_bytes(4, "big") + data)
@@ -232,7 +232,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_PROCESS.forget)
 
 
-def render(template: str, names: dict[str, Any], jobs: Sequence[tuple[Any, Any, bool, bool]]) -> list[Any]:
+def render(template: str, names: Mapping[str, object], jobs: Sequence[tuple[object, object, bool, bool]]) -> list[Any]:
     """Texts of a chat template; see limited/templates.py.
 
     Raises:

@@ -11,7 +11,7 @@ import re
 import stat
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from siliang.secrets import redacted, shortened
 from siliang.terminal import json_escaped
@@ -136,10 +136,10 @@ class _Reader:
             raise self._wrong(text, "beyond the range of numbers")
         return number
 
-    def constant(self, text: str) -> Any:
+    def constant(self, text: str) -> NoReturn:
         raise self._wrong(text, "no number of JSON")
 
-    def mapping(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def mapping(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) != len(pairs):
             seen: set[str] = set()
@@ -152,7 +152,7 @@ class _Reader:
         return JsonError(f"{why}: {shown}", self._text.count("\n", 0, self._text.find(text)) + 1)
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: object) -> None:
     level = [value] if isinstance(value, dict | list) else []
     depth = 0
     while level:
@@ -162,7 +162,7 @@ def _check_depth(value: Any) -> None:
         level = [v for v in inner if isinstance(v, dict | list)]
 
 
-def dump_json(values: Any, *, indent: int | None = None, sort_keys: bool = False, ascii_only: bool = False) -> str:
+def dump_json(values: object, *, indent: int | None = None, sort_keys: bool = False, ascii_only: bool = False) -> str:
     """A JSON text of values; readers get back the very texts, but for secrets.
 
     Args:

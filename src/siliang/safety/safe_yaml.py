@@ -197,7 +197,7 @@ def check_yaml(text: str) -> None:
         raise YamlError(first_line(error)) from None
 
 
-def dump_yaml(values: Any) -> str:
+def dump_yaml(values: object) -> str:
     """A yaml text, in the values' own order, that `parse_yaml` reads as the same values, but for their secrets."""
     return yaml.dump(redacted(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 

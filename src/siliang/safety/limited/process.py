@@ -29,7 +29,7 @@ from siliang.safety.limited.tokenizer_rules import look_at_tokenizer
 EXTRA_BYTES = 900 * 2**20  # of address space, beyond what the process has when it begins
 
 
-def match(patterns: list[str], texts: list[str], whole: bool) -> list[Any]:
+def match(patterns: list[str], texts: list[str], whole: bool) -> list[list[bool] | str]:
     """For each pattern a text, why it is none; or a list with, for each text, its groups, None without a match.
 
     Args:
@@ -95,7 +95,7 @@ def _read(length: int) -> bytes:
     return bytes(parts)
 
 
-def _write(answer: Any) -> None:
+def _write(answer: object) -> None:
     data = json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass")
     data = memoryview(len(data).to_bytes(4, "big") + data)
     while data:

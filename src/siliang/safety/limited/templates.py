@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ def render(
     key: str,
     template: str | None,
     names: dict[str, Any],
-    jobs: list[tuple[Any, Any, bool, bool]],
+    jobs: list[tuple[list[Any], object, bool, bool]],
     *,
     kept: dict[str, Any],
 ) -> list[Any] | None:
@@ -55,7 +56,7 @@ def render(
     return out
 
 
-def _written(compiled: Any, values: dict[str, Any], marked: bool, most: int) -> list[Any]:
+def _written(compiled: Any, values: Mapping[str, object], marked: bool, most: int) -> list[Any]:
     blocks: list[str] = []
     spans: list[tuple[int, int]] = []
     length = 0
@@ -124,7 +125,7 @@ def compiled_template(text: str) -> Any:
                 self._blocks = None
 
     class Dict:
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def __call__(self, *args: object, **kwargs: object) -> Any:
             return dict(*args, **kwargs)
 
         def fromkeys(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,18 +134,18 @@ def compiled_template(text: str) -> Any:
     class Namespace(jinja2.utils.Namespace):
         """Takes no name that leads to Python's insides."""
 
-        def __init__(*args: Any, **kwargs: Any) -> None:
+        def __init__(*args: object, **kwargs: object) -> None:
             self, args = args[0], args[1:]
             values = dict(*args, **kwargs)
             for name in values:
                 check(name)
             jinja2.utils.Namespace.__init__(self, values)
 
-        def __setitem__(self, name: str, value: Any) -> None:
+        def __setitem__(self, name: str, value: object) -> None:
             check(name)
             super().__setitem__(name, value)
 
-    def check(name: Any) -> None:
+    def check(name: object) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}, which begins with an underscore")
 
@@ -152,7 +153,11 @@ def compiled_template(text: str) -> Any:
         raise jinja2.exceptions.TemplateError(message)
 
     def tojson(
-        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+        x: object,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
     ) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
