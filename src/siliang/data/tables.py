@@ -37,7 +37,7 @@ def table_fields(
     found = separator if separator != "auto" else _separator(file, own, header)
     marks = separator != "auto" or found == ","
     if separator == "auto" and found != own:
-        note(f"{name}: its columns are separated by {SEPARATORS[found]} (data.separator says another)")
+        note(f"{name}: its columns are separated by {SEPARATORS[found]} (data.separator sets another)")
         marks = True
     elif not marks:
         marks = _quotes_are_marks(file, found)
