@@ -236,8 +236,8 @@ def test_a_base_model_that_was_replaced_is_an_error(
         assert name != "merge" or not Path("merged").exists()
         assert "warning: " in run(name, "run", *more, "--force", stdin="say one\n")
     error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
-    assert "has changed since the run began: model.safetensors is another file" in error and "--force" in error
-    assert "It goes on, but not as it would have" in run(
+    assert "has changed since the run started: model.safetensors is another file" in error and "--force" in error
+    assert "The run continues, with another result" in run(
         "train", "--resume", "run", "--set", "train.max_steps=8", "--force"
     )
     assert "from step 7 on: the base model" in world.record().changed[-1]
@@ -273,13 +273,13 @@ def test_a_base_model_that_was_moved(world: World, run: Command, monkeypatch: py
     world.base.rename("moved")
     for name, *more in USES:
         error = run(name, "run", *more, code=2)
-        assert f"The base model of run is not there any more: {world.base}. Say where it is with --base" in error
+        assert f"The base model of run is not there any more: {world.base}. Name its place with --base" in error
         assert error.count("\n") == 1
         assert name != "merge" or not Path("merged").exists()
         assert "warning" not in run(name, "run", *more, "--base", "moved", stdin="say one\n")
     assert run("eval", "run", "--json", "--base", "moved") == expected
     error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
-    assert "Say where it is with --model" in error
+    assert "Name its place with --model" in error
     run("train", "--resume", "run", "--set", "train.max_steps=8", "--model", "moved")
     assert world.record().config["model"] == str(world.folder / "moved")
     (Path("moved") / "config.json").write_text((Path("moved") / "config.json").read_text() + " ")
@@ -307,7 +307,7 @@ def test_data_that_has_changed(world: World, run: Command, monkeypatch: pytest.M
     assert "warning: " in run("eval", "run", "--force")
     assert "rows 25" in run("eval", "run", "--data", "data.jsonl")
     error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
-    assert "data has changed since the run began" in error and "--force" in error
+    assert "data has changed since the run started" in error and "--force" in error
     assert "proved" in run("merge", "run", "--output", "merged")  # whose proof takes any rows
     world.data.unlink()
     assert f"{world.data} is gone since run was trained" in run("eval", "run", code=2)
@@ -360,7 +360,7 @@ def test_settings_that_are_changed_before_a_resume(world: World, run: Command, m
         assert old in text
         settings.write_text(text.replace(old, new))
         error = run("train", "--resume", "run", code=2)
-        assert f"run was begun with another setting: {name}" in error and "--adapter run" in error
+        assert f"run was started with another setting: {name}" in error and "--adapter run" in error
     settings.write_text(text.replace("save_every: 2", "save_every: 5"))
     assert "train.save_every = 5 (it was 2) has no effect any more" in run("train", "--resume", "run", code=2)
     assert (world.run / "adapter" / "adapter_model.safetensors").read_bytes() == before
@@ -387,7 +387,7 @@ def test_what_resume_says(world: World, run: Command, monkeypatch: pytest.Monkey
         assert finished in run("train", *way, "--resume")
     assert world.record().seconds.train == time
     assert "nothing to resume" in run("train", "own.yaml", "--resume", "--output", "none", code=2)
-    assert "say which" in run("train", "--resume", code=2)
+    assert "name its folder" in run("train", "--resume", code=2)
     assert "leave out --output" in run("train", "run", "--resume", "--output", "other", code=2)
     assert "it holds a finished run" in run("train", "own.yaml", "--output", "run", code=2)
     assert "it holds a finished run" in run("merge", "run", "--output", "run", code=2)
@@ -403,7 +403,7 @@ def test_what_resume_says(world: World, run: Command, monkeypatch: pytest.Monkey
     assert "Choose another" in run("merge", "run", "--output", "run", code=2)
     assert "was not finished (it is running)" in run("eval", "run", code=2)
     out = run("train", "run", "--resume")
-    assert "no checkpoint was saved to resume from: the run begins again with its first step" in out
+    assert "no checkpoint was saved to resume from: the run starts again from its first step" in out
     assert world.record().status == "completed"
 
 

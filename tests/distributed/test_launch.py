@@ -47,8 +47,8 @@ def settings(place: Place, folder: Path, method: str = "lora", **train: object) 
 @pytest.mark.parametrize("start", STARTS)
 def test_the_same_from_every_launcher(start: str, still_place: Place, tmp_path: Path) -> None:
     """In full under FSDP, where the first rank's plan has made the same operations on paper before."""
-    dealt = start == "accelerate"
-    method, weights = ("full", "model/model") if dealt else ("lora", "adapter/adapter_model")
+    sharded = start == "accelerate"
+    method, weights = ("full", "model/model") if sharded else ("lora", "adapter/adapter_model")
     (tmp_path / "one").mkdir()
     alone = [sys.executable, *STARTS["--devices"], *settings(still_place, tmp_path / "one", method)]
     assert subprocess.run(alone, env=ENV, capture_output=True).returncode == 0
@@ -60,7 +60,7 @@ def test_the_same_from_every_launcher(start: str, still_place: Place, tmp_path: 
     assert len(re.findall("^done ", done.stdout, re.MULTILINE)) == 1
     found, expected = Record.read(tmp_path / "run"), Record.read(tmp_path / "one" / "run")
     assert len(found.memory.peak_bytes_by_rank) == 2
-    assert found.config["distributed"]["strategy"] == ("fsdp" if dealt else "ddp")
+    assert found.config["distributed"]["strategy"] == ("fsdp" if sharded else "ddp")
     assert found.final == pytest.approx(expected.final, abs=1e-4)
     mine, its = (load_file(folder / "run" / f"{weights}.safetensors") for folder in (tmp_path, tmp_path / "one"))
     assert mine.keys() == its.keys() and mine

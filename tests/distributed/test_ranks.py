@@ -35,7 +35,7 @@ def alone(still_place: Place, tmp_path_factory: pytest.TempPathFactory) -> Calla
     """Trains on one rank, what was asked for before not again."""
 
     @cache
-    def train_alone(method: str = "lora", **train: int) -> RunConfig:
+    def train_alone(method: str = "lora", **train: float) -> RunConfig:
         config = configured(still_place, tmp_path_factory.mktemp("one") / "run", method, **train)
         assert run(config).code == 0
         return config
@@ -46,8 +46,8 @@ def alone(still_place: Place, tmp_path_factory: pytest.TempPathFactory) -> Calla
 @pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
 @pytest.mark.parametrize("method", ARGUMENTS)
 def test_as_one(method: str, strategy: str, size: int, alone: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """A step has 4 rows of unlike length, the last of an epoch fewer than there are ranks."""
-    one = alone(method, tokens_at_once=16)
+    """A step has 4 rows of unlike length, the last of an epoch fewer than ranks. LoRA's labels are smoothed."""
+    one = alone(method, tokens_at_once=16, label_smoothing=0.1 if method == "lora" else 0.0)
     endings = train_on(changed(one, tmp_path / "several", strategy), size)
     assert [e.code for e in endings] == [0] * size, endings[0].said + endings[-1].said
     assert_same(Path(one.output), tmp_path / "several")
@@ -83,7 +83,7 @@ def test_ranks_drop_out_on_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_that_is_killed(strategy: str, still_place: Place, tmp_path: Path) -> None:
-    """The other says so and ends; what was saved is whole, and goes on."""
+    """The other one reports it and ends; the checkpoint is complete, and training resumes from it."""
     config = configured(still_place, tmp_path / "one", save_every=3)
     assert run(config).code == 0
     two = changed(config, tmp_path / "two", strategy)

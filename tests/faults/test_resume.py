@@ -182,7 +182,7 @@ def test_the_data_has_changed(place: Place, tmp_path: Path) -> None:
     child.end()
     data.write_text(data.read_text().replace("w1", "w2"))
     ending = run(config, resume=True)
-    assert ending.code == 2 and "The data has changed since the run began" in ending.said
+    assert ending.code == 2 and "The data has changed since the run started" in ending.said
 
 
 def test_half_a_folder_is_never_there(tmp_path: Path) -> None:

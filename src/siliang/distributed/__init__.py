@@ -1,1 +1,1 @@
-"""One training on several devices: its processes, what they tell each other, and how they are started."""
+"""One training on several devices: its processes, their exchange, and how they are started."""

@@ -27,7 +27,7 @@ def accelerate_strategy() -> dict[str, object]:
     for other in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if other in switched_on:
             raise ConfigError(
-                f"accelerate's configuration asks for {other.lower()}, which siliang does not use. "
+                f"accelerate's configuration has {other.lower()}, which siliang does not use. "
                 "Allowed there: MULTI_GPU, MULTI_CPU, FSDP, DEEPSPEED."
             )
     if "FSDP" in switched_on:

@@ -32,7 +32,7 @@ def rank_mesh(device: torch.device) -> DeviceMesh:
 
 
 # The name makes a fake mesh differ from the real one. DTensor caches what it knows of an operator by mesh, the mesh
-# itself included: a planned step would otherwise lend its fake mesh, which waits for nobody, to the real steps.
+# itself included: a planned step would otherwise pass its fake mesh, which never waits, to the real steps.
 FAKE = ("fake",)
 
 

@@ -29,7 +29,7 @@ def attach(
         for p in model.parameters():
             p.requires_grad_(True)
     else:
-        # a copy: attaching completes the config, and the resolved run.yaml keeps what the user said
+        # a copy: attaching completes the config, and the resolved run.yaml keeps what the user gave
         arguments = dict(config.method.arguments)
         if config.data.add_tokens:  # new tokens are learned only where their embeddings are
             named = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]

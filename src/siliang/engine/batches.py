@@ -30,8 +30,8 @@ def in_steps(rows: Sequence[int], step: int) -> list[Sequence[int]]:
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def most_tokens(asked: int | None, device_type: str, dtype: torch.dtype) -> int | None:
-    """The limit of tokens of a batch, on a CPU where none is asked for too.
+def most_tokens(limit: int | None, device_type: str, dtype: torch.dtype) -> int | None:
+    """The limit of tokens of a batch, with a default on a CPU.
 
     glibc gets blocks above 32 MB from the system anew each time, zeroed page by page: two batches of 4,096 tokens take
     a tenth less time than one of 8,192 in bf16 (docs/log.md), and half the memory.
@@ -40,7 +40,7 @@ def most_tokens(asked: int | None, device_type: str, dtype: torch.dtype) -> int 
         device_type: As of `torch.device.type`.
         dtype: Of the computation.
     """
-    return asked or (CPU_TOKEN_BYTES // dtype.itemsize if device_type == "cpu" else None)
+    return limit or (CPU_TOKEN_BYTES // dtype.itemsize if device_type == "cpu" else None)
 
 
 @dataclass
@@ -93,7 +93,7 @@ class StepCollator:
 
     def split(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """The rows of a step as those of its batches."""
-        # the longest first: what does not fit shows at once, and rows of one length stand together
+        # the longest first: what does not fit shows at once, and rows of one length are together
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         parts: list[list[dict[str, Any]]] = [[]]
         tokens = sequences = longest = 0  # of the batch at hand

@@ -1,6 +1,6 @@
 """The one evaluation: in training, for `siliang eval`, for predictions and comparisons.
 
-Losses are summed, and divided once by what all rows count: no figure depends on the batches in which rows meet, or on
+Losses are summed, and divided once by what all rows count: no metric depends on the batches in which rows meet, or on
 the number of processes that share them. Rows go through the engine, so that nothing is padded or computed that need not
 be, and in the format that the caller's `autocast` gives.
 """
@@ -33,7 +33,7 @@ class Sums:
     Attributes:
         loss: Summed over what `weight` counts; 0 where the loss is one of whole steps, which is formed at the end.
         weight: Labelled tokens, or rows where each has one label.
-        found: The model's predictions by the entry's number in the token set; empty where only the loss is asked for.
+        found: The model's predictions by the entry's number in the token set; empty if only the loss is computed.
     """
 
     loss: float = 0.0
@@ -49,7 +49,7 @@ class Sums:
     def of(cls, parts: Iterable[Sums]) -> Sums:
         """Several ranks' in one, in the order of the entries."""
         parts = list(parts)
-        found = {entry: said for part in parts for entry, said in part.found.items()}
+        found = {entry: prediction for part in parts for entry, prediction in part.found.items()}
         return cls(
             math.fsum(part.loss for part in parts),
             sum(part.weight for part in parts),
@@ -122,7 +122,7 @@ def mean_of_steps(whole: StepLoss, found: Mapping[int, EntryValues], step: int) 
 
 
 def figures_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
-    """The mean loss, and the task's own figures.
+    """The mean loss, and the task's own metrics.
 
     Raises:
         DataError: Nothing in the rows has a label.

@@ -29,9 +29,9 @@ from siliang.data.cache import cache_folder
 from siliang.engine.patches import Undo, replace_forward
 from siliang.models.introspect import backbone
 
-MEMORY_SHARE = 0.25  # of the free memory that the cache takes before it goes on in a file
+MEMORY_SHARE = 0.25  # of the free memory that the cache takes before it continues in a file
 DISK_SHARE = 0.25  # of the free disk
-IN_MEMORY = ("tmpfs", "ramfs")  # file systems that are no disk
+IN_MEMORY = ("tmpfs", "ramfs")  # file systems in memory
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class StateStore:
 
 
 def disk_folder() -> Path | None:
-    """A folder for temporary files that is on a disk; None where there is none. The usual one is often in memory."""
+    """A folder for temporary files that is on a disk; None if there is none. The default one is often in memory."""
     for folder in (Path(tempfile.gettempdir()), cache_folder()):
         parts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
         kind = max(parts, key=lambda part: len(part.mountpoint)).fstype if parts else ""

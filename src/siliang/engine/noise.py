@@ -2,7 +2,7 @@
 
     x' = x + alpha / sqrt(n D) u,   u ~ U(-1, 1)
 
-n is the row's own number of tokens: no figure depends on the padding of a batch. Where no row of a batch is padded,
+n is the row's own number of tokens: nothing depends on the padding of a batch. Where no row of a batch is padded,
 this is what transformers' Trainer adds.
 
 Shapes: S rows, W columns of the padded batch, D hidden.

@@ -37,7 +37,7 @@ class Order(Sampler[int]):
 
     @classmethod
     def of(cls, config: RunConfig, lengths: Sequence[int]) -> Order:
-        """As the config asks for it."""
+        """The order of a run's config."""
         t = config.train
         # where the loss is a mean over tokens, those in a step of short rows would weigh more
         by_length = TASKS[config.task].counts_rows if t.group_by_length is None else t.group_by_length
@@ -76,7 +76,7 @@ def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list
 
 
 def shared_steps(rows: Iterable[int], lengths: Sequence[int], step: int, ranks: int) -> Iterator[list[list[int]]]:
-    """The rows of each step by rank. Every rank knows those of the others, so that none has to ask.
+    """The rows of each step by rank. Every rank knows those of the others, so that nothing is exchanged.
 
     Args:
         rows: In the order of the training.

@@ -73,7 +73,7 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 
 @contextmanager
 def attention_implementation(config: Any, name: str) -> Iterator[None]:
-    """Within the block a model's attentions call the function of this name; they ask its config for it at each call."""
+    """Within the block a model's attentions call the function of this name, which each call looks up in the config."""
     before = config._attn_implementation
     config._attn_implementation = name
     try:

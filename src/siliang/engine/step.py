@@ -277,9 +277,9 @@ class Engine:
         return loss if batch.weight else loss * 0.0  # a dummy batch counts nothing
 
     def _rows(self, states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
-        """Where the state that predicts each target stands in the flattened states, packed or not."""
+        """Where the state that predicts each target is in the flattened states, packed or not."""
         assert batch.targets is not None
-        if self.task.has_encoder:  # the decoder's states, in front of which no virtual tokens stand
+        if self.task.has_encoder:  # the decoder's states, without virtual tokens in front
             return batch.targets[1] * states.shape[1] + batch.targets[2]
         if layout is not None:
             virtual, starts = layout.width - batch.width, layout.starts

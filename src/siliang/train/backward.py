@@ -71,8 +71,8 @@ class Backward:
         return loss
 
     def _weight(self, shares: list[list[int]], batches: list[Batch]) -> float:
-        """What this rank divides its summed loss by, so that the mean of the ranks' gradients is that of all labelled
-        tokens. No rank asks for the counts of the others: it knows their rows."""
+        """The divisor of this rank's summed loss: with it the mean of the ranks' gradients is that of all
+        labelled tokens. Each rank computes the counts of the others from their rows."""
         counts = [own := sum(batch.weight for batch in batches)]
         if self._labelled is not None:
             counts = [sum(int(self._labelled[i]) for i in share if i >= 0) for share in shares]
@@ -110,11 +110,11 @@ class Backward:
     def _smaller(self, model: nn.Module, batches: list[Batch], step: int) -> list[Batch]:
         """A step's rows in smaller batches, or the same with every layer recomputed; so are those of the steps to come.
 
-        With several ranks there is neither: the others are in the middle of this step, and would wait for ever for a
-        rank that begins it again.
+        With several ranks neither is possible: the others are in the middle of this step, and would wait forever for a
+        rank that starts it again.
 
         Raises:
-            DeviceMemoryError: It is not wanted, or there is no smaller.
+            DeviceMemoryError: train.fit is off, or no smaller batch exists.
         """
         run = self._run
         model.zero_grad()
@@ -128,7 +128,7 @@ class Backward:
             at_once = self._collator.tokens_at_once
             run.listener.say(
                 both(
-                    f"memory     step {step:,} did not fit in batches of up to {tokens:,} tokens: from now on up to "
+                    f"memory     step {step:,} did not fit in batches of up to {tokens:,} tokens: from now on, up to "
                     f"{at_once:,}, with the same result",
                     f"内存       第 {step:,} 步放不下 {tokens:,} 个词元的批次：此后每批最多 {at_once:,} 个，结果不变",
                 )

@@ -1,4 +1,4 @@
-"""What follows a step of the training loop, and who asks for it."""
+"""What the training loop does after a step, and why."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Due:
-    """What follows a step."""
+    """What is done after a step, by the settings."""
 
     log: bool
     evaluate: bool
@@ -16,7 +16,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What does not come from the settings: a checkpoint by the clock, an end by a signal, an end by the clock."""
+    """What is done after a step by the clock and signals: a checkpoint, a stop by a signal, a stop by the clock."""
 
     save: bool
     stop: bool

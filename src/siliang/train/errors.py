@@ -42,7 +42,7 @@ def _places(run: Run, bad: BadStep) -> str:
 
 
 def _cause(run: Run, bad: BadStep) -> str:
-    rate, usual = run.record.learning_rate, run.method.learning_rate
+    rate, default = run.record.learning_rate, run.method.learning_rate
     quantized = {f"{name}.weight" for name, m in run.model.named_modules() if hasattr(m, "quant_state")}
     frozen = (
         (n, p)
@@ -51,10 +51,9 @@ def _cause(run: Run, bad: BadStep) -> str:
     )
     if (broken := next((n for n, p in frozen if not torch.isfinite(p).all()), None)) is not None:
         return f"the base model's {broken} holds nan or inf. Load sound weights"
-    if rate >= RATE_FACTOR * usual:
-        return (
-            f"train.learning_rate = {rate:g} is {rate / usual:,.3g} times {run.method.name}'s own {usual:g}. Lower it"
-        )
+    if rate >= RATE_FACTOR * default:
+        factor = f"{rate / default:,.3g}"
+        return f"train.learning_rate = {rate:g} is {factor} times {run.method.name}'s own {default:g}. Lower it"
     if bad.value == 0:
         return "no label of these rows reaches what is trained. `siliang check` shows what is learned"
     if run.precision.compute == "fp16":

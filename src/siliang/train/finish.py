@@ -1,4 +1,4 @@
-"""The end of a run: its final figures, with the weights of the best step where it chooses one, and what it saves."""
+"""The end of a run: its final metrics, with the weights of the best step where it chooses one, and what it saves."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from siliang.train.types import Run
 
 
 def measure(training: Training, memory: PeakMemory) -> None:
-    """Writes the final figures into the record. Where an earlier step was the best, the model is as it was then."""
+    """Writes the final metrics into the record. Where an earlier step was the best, the model is as it was then."""
     run, started = training.prepared, time.perf_counter()
     record = run.record
     if len(run.eval_set):
-        record.final = _named(_figures_of_best(training), TASKS[run.config.task])
+        record.final = _named(_best_metrics(training), TASKS[run.config.task])
         record.seconds.eval = round(time.perf_counter() - started, 3)
     write_peak(record, memory)
     if run.ranks.size > 1:
@@ -47,16 +47,16 @@ def write_peak(record: Record, memory: PeakMemory) -> None:
     record.memory.peak_bytes = max(record.memory.loading_bytes, record.memory.steps_bytes)
 
 
-def _figures_of_best(training: Training) -> dict[str, float]:
-    """The figures of the last step; where an earlier one was better and the run chooses, that one's weights and its
-    figures."""
+def _best_metrics(training: Training) -> dict[str, float]:
+    """The metrics of the last step. If the run chooses its best step and an earlier one was better, the model gets that
+    one's weights, and the metrics are theirs."""
     run = training.prepared
-    figures, best = training.figures_now(), training.best
+    metrics, best = training.current_metrics(), training.best
     if best is None or run.config.train.best is None:
-        return figures
+        return metrics
     run.record.best_step = best.step
     if best.step == training.step:
-        return figures
+        return metrics
     saved = checkpoints(run.folder / CHECKPOINTS).get(best.step)
     if saved is None or damage(saved) is not None:
         run.listener.say(
@@ -66,17 +66,17 @@ def _figures_of_best(training: Training) -> dict[str, float]:
             )
         )
         run.record.best_step = training.step
-        return figures
+        return metrics
     read_weights(saved, run.model)
-    figures = training.measure()
-    training.log.show(training.moment, measured=figures)  # the log has them already, at their own step
-    return figures
+    metrics = training.measure()
+    training.log.show(training.moment, measured=metrics)  # the log has them already, at their own step
+    return metrics
 
 
-def _named(figures: dict[str, float], task: Task) -> dict[str, float]:
-    """The last evaluation's figures, as the record names them."""
-    others = {name: value for name, value in figures.items() if name != "loss"}
-    final = {"eval_loss": figures["loss"]} | others
+def _named(metrics: dict[str, float], task: Task) -> dict[str, float]:
+    """The last evaluation's metrics under the names of the record."""
+    others = {name: value for name, value in metrics.items() if name != "loss"}
+    final = {"eval_loss": metrics["loss"]} | others
     return final | task.of_loss(final["eval_loss"])
 
 

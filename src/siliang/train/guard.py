@@ -2,7 +2,7 @@
 for long: nothing is learned from there on. Where the user allows it (`train.on_nan: skip N`), a few non-finite steps
 are skipped before they touch a weight.
 
-The figures stay on the device. They are read when something else waits for the device anyhow (a line of the log, a
+Losses and norms stay on the device. They are read when something else waits for the device anyhow (a line of the log, a
 checkpoint), so that a GPU need not wait at every step. On the CPU they are read at every step.
 """
 
@@ -102,9 +102,9 @@ class Guard:
         """What has gone wrong since the last check. Waits for the device."""
         if not self._unread:
             return None
-        figures = torch.stack([torch.stack((s.loss, s.grad_norm)) for s in self._unread]).tolist()
+        values = torch.stack([torch.stack((s.loss, s.grad_norm)) for s in self._unread]).tolist()
         steps, self._unread = list(self._unread), deque()
-        for s, (loss, norm) in zip(steps, figures, strict=True):
+        for s, (loss, norm) in zip(steps, values, strict=True):
             self._steps, self._last_rows = self._steps + 1, s.rows
             if not math.isfinite(loss):
                 return BadStep("loss", loss, s.step, s.rows)

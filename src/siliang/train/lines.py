@@ -62,7 +62,7 @@ def say_model(
         say(
             both(
                 f"           Adam's eps is {precision.adam_eps:g}, at some cost of stability: "
-                f"the usual {ADAM_EPS:g} is 0 in fp16, and would divide by zero",
+                f"the default {ADAM_EPS:g} is 0 in fp16, and would divide by zero",
                 f"           Adam 的 eps 设为 {precision.adam_eps:g}，会损失一些稳定性："
                 f"通常的 {ADAM_EPS:g} 在 fp16 中为 0，会导致除以零",
             )

@@ -18,7 +18,7 @@ class Progress:
 
     Attributes:
         logged: The loss is news: a line of the log, not only another step.
-        measured: The figures of an evaluation in this step; None where there was none.
+        measured: The metrics of an evaluation in this step; None where there was none.
     """
 
     step: int
@@ -103,11 +103,11 @@ class Log:
         self._loss, self._rate = loss, learning_rate
         self.show(at, logged=True)
 
-    def add_evaluation(self, at: Moment, figures: dict[str, float]) -> None:
-        """A line with the figures of an evaluation, `loss` among them."""
-        others = {name: value for name, value in figures.items() if name != "loss"}
-        self._add(StepMetrics(step=at.step, epoch=round(at.epoch, 4), eval_loss=figures["loss"], metrics=others))
-        self.show(at, measured=figures)
+    def add_evaluation(self, at: Moment, metrics: dict[str, float]) -> None:
+        """A line with the metrics of an evaluation, `loss` among them."""
+        others = {name: value for name, value in metrics.items() if name != "loss"}
+        self._add(StepMetrics(step=at.step, epoch=round(at.epoch, 4), eval_loss=metrics["loss"], metrics=others))
+        self.show(at, measured=metrics)
 
     def _add(self, line: StepMetrics) -> None:
         self.lines.append(line)

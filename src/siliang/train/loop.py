@@ -56,8 +56,8 @@ class Training:
     """The training of a prepared run.
 
     Args:
-        timer: Says when to save and to stop by the clock.
-        stop: Set by whoever wants the training to stop after the step at hand.
+        timer: Determines when to save and to stop by the clock.
+        stop: When it is set, the training stops after the current step.
         on_step: Called after each step.
 
     Attributes:
@@ -95,7 +95,7 @@ class Training:
         self.best: Best | None = None
         self._loss_since_log = torch.zeros((), device=run.device)
         self._no_better = 0  # evaluations since the best one
-        self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, its figures
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, its metrics
         self._evaluation_due = False  # that of the last step was put off when the run was stopped
         self._saved_random: dict[str, Any] | None = None
         self.model: nn.Module = run.model
@@ -103,7 +103,7 @@ class Training:
         self.schedule: LRScheduler
 
     def run(self, checkpoint: Path | None = None) -> None:
-        """Makes the steps that are left.
+        """Makes the remaining steps.
 
         Args:
             checkpoint: To resume from.
@@ -132,7 +132,7 @@ class Training:
 
     @property
     def ended_early(self) -> bool:
-        """Whether so many evaluations were no better that the run ends here (train.patience)."""
+        """Whether train.patience evaluations in a row were not better than the best one."""
         patience = self.prepared.config.train.patience
         return patience is not None and self._no_better >= patience
 
@@ -165,7 +165,7 @@ class Training:
     # ---- the steps ----
 
     def _epoch(self) -> Iterator[tuple[list[list[int]], dict[str, Any]]]:
-        """The steps that are left of the epoch at hand: their rows by rank, and this rank's batches and row numbers."""
+        """The remaining steps of the current epoch: their rows by rank, and this rank's batches and row numbers."""
         epoch, done = divmod(self.step, self.prepared.steps_per_epoch)
         steps = self.steps_of(epoch)[done:]
         if not done:  # a checkpoint between two epochs was made before the loader drew
@@ -243,7 +243,7 @@ class Training:
             self.save()
 
     def _due(self) -> Due:
-        """What the settings ask for after this step."""
+        """What the settings require after this step."""
         t, last = self.prepared.config.train, self.step == self.prepared.steps
         evaluates = t.eval_every if len(self.prepared.eval_set) else None
         return Due(
@@ -253,7 +253,7 @@ class Training:
         )
 
     def _wanted(self) -> Wanted:
-        """What the clock and signals ask for after this step. What one rank wants, all do."""
+        """What the clock and signals require after this step, on any rank."""
         self._timer.step_ended()
         wanted = self._timer.save_is_due, self._stop.is_set(), self._timer.time_is_over
         return Wanted(*map(any, zip(*self.prepared.ranks.gather_ints(*wanted), strict=True)))
@@ -272,27 +272,27 @@ class Training:
     # ---- evaluate ----
 
     def evaluate(self) -> dict[str, float]:
-        """The figures of the held-out rows, `loss` among them: they go into the log, and may be the best so far."""
-        figures = self.measure()
-        self._evaluated = (self.step, figures)
-        self.log.add_evaluation(self.moment, figures)
+        """The metrics of the held-out rows, with `loss`. They are logged, and may be the best so far."""
+        metrics = self.measure()
+        self._evaluated = (self.step, metrics)
+        self.log.add_evaluation(self.moment, metrics)
         t = self.prepared.config.train
         name = t.best or ("loss" if t.patience else None)
         name = "loss" if name == "perplexity" else name  # the same step is the best
-        if name is not None and find_figure(name).better(figures[name], self.best.value if self.best else None):
-            self.best, self._no_better = Best(self.step, figures[name]), 0
+        if name is not None and find_figure(name).better(metrics[name], self.best.value if self.best else None):
+            self.best, self._no_better = Best(self.step, metrics[name]), 0
         elif name is not None:
             self._no_better += 1
-        return figures
+        return metrics
 
-    def figures_now(self) -> dict[str, float]:
-        """Of the held-out rows with the weights of the last step, which may have been evaluated already."""
-        step, figures = self._evaluated
-        return figures if step == self.step else self.evaluate()
+    def current_metrics(self) -> dict[str, float]:
+        """The metrics of the held-out rows with the current weights; they are not computed twice for one step."""
+        step, metrics = self._evaluated
+        return metrics if step == self.step else self.evaluate()
 
     def measure(self) -> dict[str, float]:
-        """The figures of the held-out rows, whatever batches and ranks they meet in. The training does not notice it:
-        the random states are put back."""
+        """The metrics of the held-out rows; they do not depend on batches and ranks. The random states are restored, so
+        that the training does not change."""
         run, task = self.prepared, self.engine.task
         ranks, lengths = run.ranks, run.eval_set.lengths.tolist()
         steps = shared_steps(range(len(lengths)), lengths, self._order.step, ranks.size)
@@ -335,7 +335,7 @@ class Training:
         self._timer.saved(time.perf_counter() - started)
 
     def _state(self) -> dict[str, Any]:
-        """All that a resumed run has to know; state.py is its schema."""
+        """The state that a resumed run needs; state.py is its schema."""
         scaler = self.accelerator.scaler
         return {
             "step": self.step,

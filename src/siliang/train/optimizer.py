@@ -46,7 +46,7 @@ class OptimizerSpec:
         package: That it needs and siliang does not install; None for none.
         without_cuda: The one to use where there is no GPU, if it needs one.
         sharded: Its step is right on weights that FSDP shards.
-        on_fake: It runs on fake tensors; where not, the plan has a stand-in with the same state.
+        on_fake: It runs on fake tensors; where not, the plan uses a substitute with the same state.
     """
 
     name: str
@@ -60,7 +60,7 @@ class OptimizerSpec:
 
 
 def make_optimizer(model: nn.Module, settings: TrainConfig, *, learning_rate: float, eps: float) -> Optimizer:
-    """The optimizer that the settings ask for, over all that is trained.
+    """The optimizer of the settings, over all trained parameters.
 
     Args:
         learning_rate: The peak.
@@ -120,7 +120,7 @@ def rate_factors(model: nn.Module, settings: TrainConfig) -> dict[str, float]:
     """What the learning rate of a parameter is multiplied by, by its name; 1 for those that are left out.
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354) trains LoRA's B faster than A. Layer-wise decay (Howard and Ruder 2018,
-    arXiv:1801.06146) multiplies the rate once more for each layer below the last one; embeddings stand below the first.
+    arXiv:1801.06146) multiplies the rate once more for each layer below the last one; embeddings are below the first.
     """
     factors: dict[str, float] = {}
     if (decay := settings.layerwise_decay) is not None:

@@ -1,5 +1,5 @@
-"""What stands between a run that was begun and going on with it: its settings, its base model and its data, each as it
-was, or changed in a way that is said and recorded."""
+"""The checks before a run is resumed: its settings, base model and data are unchanged, or a change is allowed, printed
+and recorded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OWN_NAMES = r"run\.yaml|run\.json|answers\.json|adapter|model"  # that a run wri
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that goes on.
+    """A run that is resumed.
 
     Attributes:
-        config: Its settings, with what the run itself had changed.
-        record: As it was written last; None where there is none.
-        checkpoint: The last sound one; None where the run begins again.
-        changed: The settings that were changed since, each in a line.
+        config: Its settings, with the run's own adjustments.
+        record: The last one written; None if it is missing or damaged.
+        checkpoint: The last undamaged one; None if the run starts again.
+        changed: Settings and files that have changed since, one line each.
         finished: Nothing is left to do.
     """
 
@@ -43,7 +43,7 @@ class Resumed:
 
 
 def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *, force: bool) -> Resumed:
-    """Looks at the run in `folder`, which is to go on with the settings of `config`.
+    """Checks that the run in `folder` can be resumed with the settings of `config`.
 
     Raises:
         ConfigError: `folder` is not a run, a link in it leads out, or a setting has changed that has already shaped the
@@ -54,7 +54,7 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
     if not (folder / CONFIG_NAME).is_file():
         raise ConfigError(
             Bilingual(
-                f"{folder} is not a run's folder, so there is nothing to resume: leave out --resume to begin.",
+                f"{folder} is not a run's folder, so there is nothing to resume: leave out --resume to start a run.",
                 f"{folder} 不是训练目录，没有可以继续的训练：去掉 --resume 即可从头开始。",
             )
         )
@@ -65,7 +65,7 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
     if record is not None:
         config = as_adjusted(config, record)
         found = changed_settings(config, record)
-        _refuse(found, folder)
+        _check_settings(found, folder)
     checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(both("warning    ", "警告       ") + local(line)))
     whole = next(
         (part for part in (ADAPTER, MODEL) if (folder / part).is_dir() and damage(folder / part) is None), None
@@ -83,18 +83,18 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
         forced = _check_files(config, record, folder, say, force=force)
         if checkpoint is None and config.adapter and find_start_adapter(config.adapter).sha256 != record.adapter_sha256:
             raise AdapterError(
-                f"{config.adapter} is another adapter than the one that {folder} began with: put it back."
+                f"{config.adapter} is another adapter than the one that {folder} started from: put it back."
             )
     if checkpoint is None and finished:
         raise ConfigError(
-            f"{folder} is finished, and none of its checkpoints is left to go on from: "
+            f"{folder} is finished, and none of its checkpoints is left to resume from: "
             f"{in_words(*next(iter(found.items())))} cannot take effect.\n"
             f"Train it further as a run of its own: {_further(folder)}"
         )
     if checkpoint is None:
         say(
             both(
-                "begins     no checkpoint was saved to resume from: the run begins again with its first step",
+                "begins     no checkpoint was saved to resume from: the run starts again from its first step",
                 "从头开始   没有可以恢复的检查点：从第一步重新开始训练",
             )
         )
@@ -126,11 +126,11 @@ def _read(folder: Path, say: Callable[[str], None]) -> Record | None:
         return None
 
 
-def _refuse(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
+def _check_settings(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
     for name, values in found.items():
         if name not in MAY_CHANGE:
             raise ConfigError(
-                f"{folder} was begun with another setting: {in_words(name, values)}. A run that goes on keeps it.\n"
+                f"{folder} was started with another setting: {in_words(name, values)}. A resumed run keeps it.\n"
                 f"Put it back, or train what is there further as a run of its own: {_further(folder)}"
             )
 
@@ -142,22 +142,22 @@ def _further(folder: Path) -> str:
 def _check_files(
     config: RunConfig, record: Record, folder: Path, say: Callable[[str], None], *, force: bool
 ) -> list[str]:
-    """What of the base model and the data is not what the run began with, where `force` passes over it."""
+    """The changes of the base model and the data since the run started, which `force` allows."""
     model = config.model
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ModelError(
-            f"The base model of {folder} is not there any more: {model}. Say where it is with --model FOLDER_OR_NAME."
+            f"The base model of {folder} is not there any more: {model}. Name its place with --model FOLDER_OR_NAME."
         )
     forced = []
     for kind, what, how in what_changed(config, record.model_files, record.data_files):
         if not force:
             raise kind(
-                f"{what[0].upper()}{what[1:]} has changed since the run began: {how}.\n"
-                "Put it back, or go on with what is there now by --force: the run will not be what it would have been."
+                f"{what[0].upper()}{what[1:]} has changed since the run started: {how}.\n"
+                "Put it back, or continue with the changed files by --force: the result will be another one."
             )
         say(
             both(
-                f"warning    {what} has changed since the run began: {how}. It goes on, but not as it would have",
+                f"warning    {what} has changed since the run started: {how}. The run continues, with another result",
                 f"警告       {local(what)} 在训练开始之后变过：{local(how)}。训练会继续，但结果与原来不同",
             )
         )

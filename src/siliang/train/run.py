@@ -1,4 +1,4 @@
-"""One run, from config to record: prepare, train, finish, and what is left behind where one of them fails."""
+"""One run, from config to record: prepare, train, finish; and which files are removed after a failure."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def train(
     """Trains as `config` says and leaves a run folder.
 
     Args:
-        resume: Go on from the last checkpoint in the output folder. A run that is finished is left as it is.
-        force: Go on also where the base model or the data have changed since the run began.
-        base: What gives the base model, called as `load_base` is, for whoever has it loaded already.
-        planner: Asked before the model is loaded; None for no plan.
+        resume: Continue from the last checkpoint in the output folder. A finished run is not changed.
+        force: Continue also if the base model or the data have changed since the run started.
+        base: Gives the base model; called as `load_base` is. For callers that have it loaded already.
+        planner: Plans the run before the model is loaded; None for no plan.
 
     Raises:
-        SiliangError: Something that the user can mend; nothing is left behind then if no step was made.
+        SiliangError: Something that the user can correct. If no step was made, no files are left.
         InterruptedRunError: Ctrl-C or SIGTERM came, or train.max_time is over; a checkpoint was saved.
     """
     started = time.monotonic()
@@ -128,7 +128,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
     ):
         training = Training(run, log=Log(run.listener.progress, memory, trackers), timer=timer, stop=stop)
         training.run(checkpoint)
-        _write_down(training, memory)
+        _record_steps(training, memory)
         if training.stopped:
             record.status = "interrupted"
             run.write_record()
@@ -145,8 +145,8 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
     return record
 
 
-def _write_down(training: Training, memory: PeakMemory) -> None:
-    """What the steps were, into the record."""
+def _record_steps(training: Training, memory: PeakMemory) -> None:
+    """Writes the steps into the record."""
     record = training.prepared.record
     record.seconds.train = round(training.log.train_s, 3)
     record.steps, record.tokens_trained = training.log.lines, training.tokens_trained

@@ -67,7 +67,7 @@ def save_checkpoint(
 
 
 def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is as it was written; damaged ones are set aside, each with a warning.
+    """The newest checkpoint that is as it was written; damaged ones are renamed, each with a warning.
 
     Raises:
         ConfigError: The folder is a link.
@@ -82,11 +82,11 @@ def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
     for path in reversed(found.values()):
         if (problem := damage(path)) is None:
             return path
-        aside = path.with_name(f"damaged-{path.name}")
+        renamed = path.with_name(f"damaged-{path.name}")
         with suppress(OSError):
-            remove(aside)
-            path.rename(aside)
-        warn(f"{path} is damaged ({problem}) and passed over for the one before; it is now {aside.name}")
+            remove(renamed)
+            path.rename(renamed)
+        warn(f"{path} is damaged ({problem}): the one before is used; it is now {renamed.name}")
     if found:
         warn(f"no sound checkpoint is left in {folder}")
     return None

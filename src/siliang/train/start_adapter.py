@@ -40,8 +40,8 @@ class StartAdapter:
     @property
     def method(self) -> dict[str, Any]:
         """The method, as `method:` takes it."""
-        now, usual = self.config.to_dict(), type(self.config)().to_dict()
-        own = {key: value for key, value in now.items() if key not in HUB_FIELDS and value != usual[key]}
+        now, defaults = self.config.to_dict(), type(self.config)().to_dict()
+        own = {key: value for key, value in now.items() if key not in HUB_FIELDS and value != defaults[key]}
         heads = (*TASK_HEADS.get(TaskType(self.config.task_type), ()), *OTHER_HEADS) if self.config.task_type else ()
         if saved := own.pop("modules_to_save", None):  # a task's head is saved without being named
             own |= {"modules_to_save": named} if (named := [name for name in saved if name not in heads]) else {}

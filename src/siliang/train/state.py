@@ -90,9 +90,9 @@ def check_state(state: Any, step: int, path: Path) -> None:
             np.random.RandomState().set_state(one["numpy"])
             torch.Generator().set_state(one["torch"])
         except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError):
-            raise RecordError(f"{path} is damaged: random.{i} is not a state of random numbers.") from None
+            raise RecordError(f"{path} is damaged: random.{i} is not a random state.") from None
         if not all(isinstance(device, Tensor) for device in one["cuda"]):
-            raise RecordError(f"{path} is damaged: random.{i}.cuda is not a state of random numbers.")
+            raise RecordError(f"{path} is damaged: random.{i}.cuda is not a random state.")
 
 
 def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The figures of held-out rows are those of one process, whatever the number of ranks that share them."""
+"""The metrics of held-out rows are those of one process, whatever the number of ranks that share them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_figures_on_several_ranks(task: str, models: dict[str, Path], tmp_path: Path) -> None:
+def test_metrics_on_several_ranks(task: str, models: dict[str, Path], tmp_path: Path) -> None:
     """12 held-out rows of unlike length in steps of 5: the last step has fewer rows than there are ranks."""
     config = configured(task, models, tmp_path, max_steps=1, batch_size=5, learning_rate=1e-5)
     assert run(config).code == 0
