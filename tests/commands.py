@@ -11,6 +11,6 @@ def refused(*arguments: object, code: int = 2) -> str:
     """Runs a command that must be refused, in one or two lines; returns them."""
     ended = run(*arguments)
     assert ended.code == code, ended
-    assert "Traceback" not in ended.err and "a fault of siliang" not in ended.err, ended.err
+    assert "Traceback" not in ended.err and "a bug in siliang" not in ended.err, ended.err
     assert 1 <= len(ended.err.strip().splitlines()) <= 2, ended.err
     return ended.err

@@ -62,7 +62,7 @@ def test_every_command_on_every_terminal(
     ]:
         ended = run(*words, encoding=encoding, terminal=terminal)
         assert ended.code == code, (words, ended)
-        assert "Traceback" not in ended.err and "a fault of siliang" not in ended.err
+        assert "Traceback" not in ended.err and "a bug in siliang" not in ended.err
         assert ended.out if code == 0 else ended.err
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from siliang.check import RULES
 from siliang.cli.help_page import COMMANDS_ZH
+from siliang.cli.main import app
 from siliang.config import RunConfig, Setting, describe
 from siliang.config.comparison import MethodEntry, describe_settings
 from siliang.config.data import Source
@@ -92,9 +93,8 @@ def test_pages_of_rules(code: str) -> None:
     assert not rule.title.zh.endswith("。") and rule.fix.zh.endswith("。") and rule.cause.zh.endswith("。")
 
 
-OTHERS = [
-    setting for section in (MethodEntry, MethodConfig, QuantizationConfig, Source) for setting in describe(section)
-]
+def test_every_command_is_in_chinese() -> None:
+    assert set(COMMANDS_ZH) == {"siliang", *(command.name for command in app.registered_commands)}
 
 
 SECTIONS = (MethodEntry, MethodConfig, QuantizationConfig, Source)  # not listed, or listed as one value

@@ -218,7 +218,7 @@ class Watched:
     def run(self, *words: object, code: int | None = 0, stdin: bytes = b"", terminal: bool = False) -> Ended:
         ended = run(*words, stdin=stdin, terminal=terminal)
         assert code is None or ended.code == code, (words, ended)
-        assert "a fault of siliang" not in ended.err, ended.err
+        assert "a bug in siliang" not in ended.err, ended.err
         self.look(ended.out, f"printed by {words}")
         self.look(ended.err, f"said by {words}")
         return ended

@@ -53,7 +53,7 @@ RICH = re.compile(r"\x1b\[(?:[0-9;]*m|\?25[lh]|[0-9]*[AK])|\r")  # what Rich dra
 def check_clean(ended: Ended, *, drawn: bool = False) -> str:
     """The text of a command, without what Rich draws with; nothing hostile is in it."""
     text = ended.out + ended.err
-    assert "\x1b[5;35m" not in text and "a fault of siliang" not in text, text
+    assert "\x1b[5;35m" not in text and "a bug in siliang" not in text, text
     text = RICH.sub("", text) if drawn else text
     assert not OBEYED.search(text) and not UNSEEN.search(text), ascii(text)
     return text

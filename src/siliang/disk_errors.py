@@ -8,19 +8,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from siliang.language import Bilingual, together
 from siliang.types import OutputError
 
+NOT_PERMITTED = Bilingual(
+    "permission denied. Choose a folder of your own with --output", "没有权限。请用 --output 选择你自己的文件夹"
+)
 # What the user can do about an error of the disk, by its number.
 DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full. Make room, or choose another disk with --output",
-    errno.EDQUOT: "your quota on that disk is used up. Make room, or choose another disk with --output",
-    errno.EROFS: "the disk is read-only. Choose another with --output",
-    errno.EACCES: "permission denied. Choose a folder of your own with --output",
-    errno.EPERM: "permission denied. Choose a folder of your own with --output",
-    errno.ENOENT: "the folder is gone: somebody removed or renamed it. Begin again with another --output",
-    errno.EIO: "the disk does not answer rightly. Look at its health, and choose another with --output",
-    errno.EFBIG: "a file would be larger than that disk's file system allows. Choose another disk with --output",
+    errno.ENOSPC: Bilingual(
+        "the disk is full. Make room, or choose another disk with --output",
+        "磁盘已满。请清理空间，或用 --output 换一个磁盘",
+    ),
+    errno.EDQUOT: Bilingual(
+        "your quota on that disk is used up. Make room, or choose another disk with --output",
+        "你在该磁盘上的配额已用完。请清理空间，或用 --output 换一个磁盘",
+    ),
+    errno.EROFS: Bilingual(
+        "the disk is read-only. Choose another with --output", "磁盘是只读的。请用 --output 换一个磁盘"
+    ),
+    errno.EACCES: NOT_PERMITTED,
+    errno.EPERM: NOT_PERMITTED,
+    errno.ENOENT: Bilingual(
+        "the folder was removed or renamed. Start again with another --output",
+        "文件夹已被删除或改名。请用另一个 --output 重新开始",
+    ),
+    errno.EIO: Bilingual(
+        "the disk reports an input/output error. Check the disk, and choose another with --output",
+        "磁盘读写出错。请检查磁盘，并用 --output 换一个磁盘",
+    ),
+    errno.EFBIG: Bilingual(
+        "a file would be larger than that disk's file system allows. Choose another disk with --output",
+        "文件超过该磁盘文件系统允许的大小。请用 --output 换一个磁盘",
+    ),
 }
+SAVED_BEFORE = Bilingual(". Everything saved before is intact.", "。此前保存的内容是完整的。")
 
 
 @contextmanager
@@ -33,11 +55,11 @@ def translate_disk_errors(folder: Path) -> Iterator[None]:
         elsewhere = isinstance(error, FileNotFoundError) and folder.is_dir()
         if isinstance(error, OutputError) or message is None or elsewhere:
             raise
-        raise OutputError(f"{folder}: {message}. What was saved before is whole.") from error
+        raise OutputError(together(str(folder), Bilingual(": ", "："), message, SAVED_BEFORE)) from error
 
 
-def disk_error(error: BaseException) -> str | None:
-    """What happened on the disk and what to do; None where it was something else."""
+def disk_error(error: BaseException) -> Bilingual | None:
+    """What happened on the disk and what to do; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors' own class
         number = int(found[1])

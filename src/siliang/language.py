@@ -53,6 +53,11 @@ def both(en: str, zh: str) -> str:
     return zh if language() == "zh" else en
 
 
+def together(*parts: str) -> Bilingual:
+    """Texts one after the other, in both languages; a part in one language is the same in both."""
+    return Bilingual("".join(parts), "".join(local(part, "zh") for part in parts))
+
+
 def joined(text: str) -> str:
     """A text of several lines in one; between Chinese characters a line's end is not a blank."""
     text = " ".join(text.split())

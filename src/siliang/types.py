@@ -238,7 +238,12 @@ def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
 
 def nearest(word: str, words: Iterable[str], n: int = 3) -> Bilingual:
     """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing if none does."""
-    names = [repr(name) for name in near(word, words, n)]
+    return did_you_mean(near(word, words, n))
+
+
+def did_you_mean(found: Iterable[str]) -> Bilingual:
+    """Proposes names; nothing where there are none."""
+    names = [repr(name) for name in found]
     if not names:
         return Bilingual("", "")
     return Bilingual(f" Did you mean {' or '.join(names)}?", f"是不是 {' 或 '.join(names)}？")

@@ -1,9 +1,10 @@
-"""Sizes of memory, and stretches of time, as people write them."""
+"""Sizes of memory, and durations, as people write them."""
 
 from __future__ import annotations
 
 import re
 
+from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -17,7 +18,12 @@ def parse_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
     if not found or not re.fullmatch(r"\d{1,18}(\.\d{1,18})?", found[1], re.ASCII):
-        raise ConfigError(f"{text!r} is not a size of memory: write it as 12GB or 800MB, or auto.")
+        raise ConfigError(
+            Bilingual(
+                f"{text!r} is not a size of memory: write it as 12GB or 800MB, or auto.",
+                f"{text!r} 不是内存大小：应写成 12GB 或 800MB，或 auto。",
+            )
+        )
     unit = UNITS[found[2].upper()]
     if found[3]:
         unit = 1024 ** list(UNITS).index(found[2].upper())
@@ -39,7 +45,7 @@ def parse_duration(text: str) -> float:
     """ "8h", "90m", "45s", "1h30m" or "1:30:00" in seconds.
 
     Raises:
-        ConfigError: It is not a stretch of time.
+        ConfigError: It is not a duration.
     """
     number = r"(\d{1,9}(?:\.\d{1,9})?)"
     words = re.fullmatch(rf"\s*(?:{number}d)?\s*(?:{number}h)?\s*(?:{number}m)?\s*(?:{number}s)?\s*", text, re.ASCII)
@@ -49,5 +55,10 @@ def parse_duration(text: str) -> float:
         sum(float(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True)) if found else 0
     )
     if not seconds:
-        raise ConfigError(f"{text!r} is not a stretch of time: write it as 8h, 90m, 1h30m or 1:30:00.")
+        raise ConfigError(
+            Bilingual(
+                f"{text!r} is not a duration: write it as 8h, 90m, 1h30m or 1:30:00.",
+                f"{text!r} 不是时长：应写成 8h、90m、1h30m 或 1:30:00。",
+            )
+        )
     return seconds

@@ -295,7 +295,7 @@ def padding_learned(s: Subject) -> Iterator[Found]:
     Cause: Where the pad token is the end of sequence, a mask by the token's number masks the end too, and without a
     mask the model learns to repeat the end. siliang masks by position; this rule checks it on a batch of your rows.
 
-    Fix: Report it: this is a fault of siliang.
+    Fix: Report it: this is a bug in siliang.
 
     填充会被学习，或结束符被一同屏蔽
 

@@ -1,4 +1,4 @@
-"""`siliang`: the commands in one table, and what becomes of errors. Imports of torch stay inside the commands."""
+"""`siliang`: the commands in one table, and how errors are shown. Imports of torch stay inside the commands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from siliang.cli.console import prepared_console
 from siliang.cli.help_page import in_the_readers_language
 from siliang.cli.own_code import may_run
 from siliang.environment import bound_kernel_caches, quieten_libraries
-from siliang.language import Bilingual, both, language, local
+from siliang.language import Bilingual, both, language, local, together
 from siliang.secrets import shortened
 from siliang.terminal import shown
 from siliang.types import (
@@ -80,6 +80,15 @@ app.command("config")(config.config)
 app.command("explain")(explain.explain)
 
 
+# what the parser says in Chinese
+USAGE_ZH = {
+    "Missing argument '(.+)'": "缺少参数 '{}'",
+    "Missing option '(.+)'": "缺少选项 '{}'",
+    r"Got unexpected extra arguments? \((.+)\)": "多余的参数：{}",
+    "Option '(.+)' requires an argument": "选项 '{}' 后面缺少值",
+    "Option '(.+)' does not take a value": "选项 '{}' 不带值",
+    "(.+) is not a value for '(.+?)': .*": "{} 不能作为 '{}' 的值",
+}
 # What other tools call these commands.
 OTHER_COMMANDS = {
     "sft": "train",
@@ -134,14 +143,16 @@ def options(
     version: bool = typer.Option(
         False,
         "--version",
-        help=both("Show the versions of siliang and what it stands on.", "显示 siliang 及其所依赖的库的版本。"),
+        help=both(
+            "Show the versions of siliang and of the libraries that it needs.", "显示 siliang 及其所依赖的库的版本。"
+        ),
         callback=_version,
         is_eager=True,
     ),
 ) -> None:
     """Parameter-efficient fine-tuning of transformers on the machine you have.
 
-    --allow-code and --debug may stand behind a command, too.
+    --allow-code and --debug may also follow the command.
     """
     from siliang.safety.permissions import allow_code as allow
 
@@ -180,9 +191,9 @@ def _run(words: list[str], *, debug: bool) -> int:
     try:
         code = in_the_readers_language(get_command(app)).main(words, prog_name="siliang", standalone_mode=False)
     except OwnCodeError as error:
-        return _run(words, debug=debug) if may_run(error) else _tell(error)
+        return _run(words, debug=debug) if may_run(error) else _print_siliang_error(error)
     except KeyboardInterrupt:
-        code = _say(both("Stopped.", "已停止。"), 130)
+        code = _print_error(both("Stopped.", "已停止。"), 130)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -193,60 +204,63 @@ def _run(words: list[str], *, debug: bool) -> int:
             print(getattr(error, "message", ""))
             code = 2
         elif type(error).__name__ == "Abort":
-            code = _say(both("Stopped.", "已停止。"), 130)
+            code = _print_error(both("Stopped.", "已停止。"), 130)
         elif (known := error if isinstance(error, SiliangError) else _as_ours(error, words)) is not None:
-            code = _tell(known)
+            code = _print_siliang_error(known)
         else:
             code = _unexpected(error)
     return code if isinstance(code, int) else 0
 
 
 def _unexpected(error: Exception) -> int:
-    """A fault of siliang's own: one line, and the traceback where a report can take it from."""
-    kept = "siliang --debug shows the traceback"
+    """A bug in siliang: one line, and the traceback in a file that a report can include."""
+    kept = Bilingual("siliang --debug shows the traceback", "siliang --debug 显示调用栈")
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="siliang-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
         ) as file:
             file.write(shown(traceback.format_exc()))
-            kept = f"the traceback is in {file.name}"
+            kept = Bilingual(f"the traceback is in {file.name}", f"调用栈在 {file.name} 中")
     except OSError:
         pass
     where = traceback.extract_tb(error.__traceback__)[-1]
     text = shortened(" ".join(str(error).split()), 300)
-    return _say(
-        f"error: internal error: {type(error).__name__}: {text} "
-        f"({Path(where.filename).name}:{where.lineno}).\nThis is a fault of siliang; {kept}. Please report it.",
+    what = f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
+    return _print_error(
+        both(
+            f"error: internal error: {what}.\nThis is a bug in siliang; {kept}. Please report it.",
+            f"错误：内部错误：{what}。\n这是 siliang 的缺陷；{kept.zh}。请反馈给我们。",
+        ),
         1,
     )
 
 
-def _say(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     print(message, file=sys.stderr)
     return code
 
 
-def _tell(error: SiliangError) -> int:
+def _print_siliang_error(error: SiliangError) -> int:
     from siliang.errors import as_shown
 
     alone = isinstance(error, RankError | DeviceMemoryError)  # not every rank may have it
     if os.environ.get("RANK", "0") != "0" and not alone:
         return error.exit_code
     stopped = isinstance(error, InterruptedRunError)  # the user asked for it: not shown as an error
-    return _say(local(error.text) if stopped else as_shown(error, language()), error.exit_code)
+    return _print_error(local(error.text) if stopped else as_shown(error, language()), error.exit_code)
 
 
 def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
-    """An error that is the machine's or the command line's and not the program's, in our words."""
-    from siliang.disk_errors import disk_error
+    """An error of the machine or of the command line, as one of siliang's; None for a bug."""
+    from siliang.disk_errors import SAVED_BEFORE, disk_error
 
     if hasattr(error, "format_message"):  # of typer's parser
         return _of_usage(error, words)
     name = _short(getattr(error, "filename", None))
     if isinstance(error, PermissionError):
-        return OutputError(f"{name}: permission denied.")
+        return OutputError(Bilingual(f"{name}: permission denied.", f"{name}：没有权限。"))
     if not isinstance(error, FileNotFoundError) and (message := disk_error(error)) is not None:
-        return OutputError(f"{message}. What was saved before is whole.")
+        return OutputError(together(message, SAVED_BEFORE))
     if isinstance(error, OSError) and name and not isinstance(error, FileNotFoundError):
         # a folder for a file, a name that is too long, a link to itself
         reason = error.strerror or str(error)
@@ -257,9 +271,18 @@ def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
             "set PYTHONUTF8=1, or choose other letters."
         )
     if isinstance(error, ValueError) and "null byte" in str(error):
-        return ConfigError("a name holds a NUL byte, which no file's name can hold.")
+        return ConfigError(
+            Bilingual(
+                "a name holds a NUL byte, which no file's name can hold.", "名字中含有 NUL 字节，文件名不能含有它。"
+            )
+        )
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return DeviceMemoryError("the memory is full. `siliang explain SLE08` says what to change.")
+        return DeviceMemoryError(
+            Bilingual(
+                "the memory is full. `siliang explain SLE08` lists what to change.",
+                "内存已满。`siliang explain SLE08` 说明应如何修改。",
+            )
+        )
     return None
 
 
@@ -275,7 +298,13 @@ def _of_usage(error: Any, words: list[str]) -> ConfigError:
     message = " ".join(str(error.format_message()).split())
     message = shortened(message, 300, " ...")
     if (option := getattr(error, "option_name", None)) and message.startswith("No such option"):
-        return ConfigError(f"{path}: {_no_option(option, error, words)} `{path} --help` lists its options.")
+        wrong = _no_option(option, error, words)
+        return ConfigError(
+            Bilingual(
+                f"{path}: {wrong} `{path} --help` lists its options.",
+                f"{path}：{wrong.zh}`{path} --help` 列出全部选项。",
+            )
+        )
     if message.startswith("No such command"):
         name = next((word for word in words if not word.startswith("-")), "")
         names = [command.name or "" for command in app.registered_commands]
@@ -290,25 +319,40 @@ def _of_usage(error: Any, words: list[str]) -> ConfigError:
             )
         )
     value = _given(getattr(getattr(error, "param", None), "opts", ()), words)
-    if message.startswith("Invalid value") and value is not None and value not in message:
+    if message.startswith("Invalid value") and value is not None and repr(value) not in message:
         message = message.replace("Invalid value for", f"{_short(value)!r} is not a value for", 1)
-    return ConfigError(f"{path}: {message.rstrip('.')}. `{path} --help` says what it takes.")
+    message = message.rstrip(".")
+    message_zh = _usage_zh(message)
+    return ConfigError(
+        Bilingual(
+            f"{path}: {message}. `{path} --help` lists what it takes.",
+            f"{path}：{message_zh}。用法见 `{path} --help`。",
+        )
+    )
+
+
+def _usage_zh(message: str) -> str:
+    for pattern, chinese in USAGE_ZH.items():
+        if found := re.fullmatch(pattern, message):
+            return chinese.format(*found.groups())
+    return message
 
 
 def _given(options: Sequence[str], words: list[str]) -> str | None:
-    """What the command line gives for an option; None where it is not there, or has nothing behind it."""
+    """The value of an option in the command line; None without the option, or without a value."""
     for i, word in enumerate(words):
         if word.partition("=")[0] in options:
             return word.partition("=")[2] if "=" in word else next(iter(words[i + 1 : i + 2]), None)
     return None
 
 
-def _no_option(option: str, error: Any, words: list[str]) -> str:
-    """An option that is not there: its name here, where it is another tool's or a setting's, or near names."""
+def _no_option(option: str, error: Any, words: list[str]) -> Bilingual:
+    """The message for an unknown option: what another tool's option or a setting is here, or similar names."""
     from siliang.config import RunConfig, name_here
     from siliang.safety.safe_yaml import YamlError, parse_yaml
 
-    said = f"No such option: {_short(option)}."
+    name = _short(option)
+    wrong = Bilingual(f"No such option: {name}.", f"没有选项 {name}。")
     given = _given([option], words)
     # `--bf16` alone is `--bf16 true`
     value: object = "true" if given is None or given.startswith("--") else given
@@ -316,17 +360,18 @@ def _no_option(option: str, error: Any, words: list[str]) -> str:
         value = parse_yaml(value)
     takes_settings = any("--set" in getattr(p, "opts", ()) for p in error.ctx.command.params)
     if takes_settings and (found := name_here(option.lstrip("-"), RunConfig, value)):
-        return said + re.sub(r"`(?=[\w.]+=)", "`--set ", found)
+        as_option = [re.sub(r"`(?=[\w.]+=)", "`--set ", text) for text in (found, local(found, "zh"))]
+        return together(wrong, Bilingual(as_option[0], as_option[1]))
     options = [name for p in error.ctx.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]
-    return said + nearest(option, options)
+    return together(wrong, nearest(option, options))
 
 
 def _quieten_libraries() -> None:
-    """Libraries' chatter off, unless the user turned it on: what matters we say ourselves. And no telemetry."""
+    """Libraries' messages off, unless the user turned them on: siliang prints what matters. And no telemetry."""
     quieten_libraries()
     # that a kernel of the hub's is not installed, which 4-bit training would not use (models/quantized.py)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # the traceback of a step that cannot be made on paper, of which the plan says what there is to say
+    # the traceback of a step that cannot run on fake tensors: the plan has its own message for it
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

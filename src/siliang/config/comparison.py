@@ -17,6 +17,7 @@ from siliang.config.explaining import explain_value
 from siliang.config.names import OWN_FIELDS, name_here
 from siliang.config.run import MethodConfig, RunConfig
 from siliang.config.section import Section, Seed
+from siliang.language import Bilingual, local, together
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.secrets import redacted
 from siliang.terminal import one_line
@@ -166,11 +167,20 @@ class CompareConfig:
         own = set(CompareSettings.model_fields)
         of_a_run = set(RunConfig.model_fields) - {"method", "adapter"}
         if "method" in values:
-            raise ConfigError(f"{source}: a comparison has `methods`, a list, and no `method`.")
+            raise ConfigError(
+                Bilingual(
+                    f"{source}: a comparison has `methods`, a list, and no `method`.",
+                    f"{local(source, 'zh')}：比较用 `methods`（列表），不用 `method`。",
+                )
+            )
         for key in values:
             if key not in own | of_a_run:
                 hint = name_here(key, RunConfig, values[key]) or nearest(key, own | of_a_run)
-                raise ConfigError(f"{source}: {key} is not a setting.{hint} `siliang config` lists them all.")
+                wrong = Bilingual(
+                    f": {key} is not a setting.{hint} `siliang config` lists them all.",
+                    f"：没有 {key} 这个配置项。{local(hint, 'zh')}`siliang config` 列出全部配置项。",
+                )
+                raise ConfigError(together(source, wrong))
         run = build({k: v for k, v in values.items() if k in of_a_run}, source=source)
         if run.data.validation_size is not None:
             raise ConfigError(f"{source}: data.validation_size is the search's own: use validation_size.")
@@ -182,7 +192,7 @@ class CompareConfig:
         try:
             settings = CompareSettings.model_validate({k: v for k, v in values.items() if k in own})
         except ValidationError as error:
-            raise ConfigError(f"{source}: {_explain(error)}") from None
+            raise ConfigError(together(source, Bilingual(": ", "："), _explain(error))) from None
         return cls(run, settings)
 
     @property
@@ -245,7 +255,7 @@ def _short(entry: MethodEntry) -> dict[str, Any]:
     return entry.model_dump(mode="json", exclude_none=True)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError) -> Bilingual:
     first = error.errors()[0]
     # without the parts by which pydantic names the kinds that a value may be of
     path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "int")))

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 
 from siliang.config.section import Name, Names, Section, Seed, as_name, is_recorded
 from siliang.files import found_again
+from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 LayoutName = Literal[
@@ -44,7 +45,11 @@ def _encoding(value: object) -> object:
             "a".encode(known.name)
         except (LookupError, UnicodeError, TypeError):
             raise ConfigError(
-                f"data.encoding = {value!r} is not a text encoding. Use auto, utf-8, utf-16, gb18030, big5, cp1252 ..."
+                Bilingual(
+                    f"data.encoding = {value!r} is not a text encoding. Use auto, utf-8, utf-16, gb18030, big5, "
+                    "cp1252 ...",
+                    f"data.encoding = {value!r} 不是文本编码。可用 auto、utf-8、utf-16、gb18030、big5、cp1252 等。",
+                )
             ) from None
     return value
 
@@ -54,7 +59,12 @@ def _separator(value: object) -> object:
         return value
     named = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}.get(value, value)
     if len(named) != 1 or named in '"\r\n':
-        raise ConfigError(f"data.separator = {value!r}: must be one character, such as ';', or tab, or auto.")
+        raise ConfigError(
+            Bilingual(
+                f"data.separator = {value!r}: must be one character, such as ';', or tab, or auto.",
+                f"data.separator = {value!r}：应为一个字符（如 ';'）、tab 或 auto。",
+            )
+        )
     return named
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from siliang import other_names
 from siliang.config.describing import describe
 from siliang.config.section import Settings
+from siliang.language import Bilingual, local, together
 from siliang.safety.safe_yaml import YamlError, parse_yaml
 from siliang.terminal import pasted
 from siliang.types import ConfigError
@@ -38,7 +39,10 @@ def assign(values: dict[str, Any], assignment: str, schema: type[Settings]) -> N
     if not equals or not key.strip():
         hint = name_here(key, schema) if key.strip() else ""
         raise ConfigError(
-            f"--set {assignment!r}: write it as section.field=value, such as train.learning_rate=1e-3.{hint}"
+            Bilingual(
+                f"--set {assignment!r}: write it as section.field=value, such as train.learning_rate=1e-3.{hint}",
+                f"--set {assignment!r}：应写成 section.field=value，如 train.learning_rate=1e-3。{local(hint, 'zh')}",
+            )
         )
     *sections, last = key.strip().split(".")
     for section in sections:
@@ -46,7 +50,12 @@ def assign(values: dict[str, Any], assignment: str, schema: type[Settings]) -> N
         if isinstance(inner, str) and section == "method":
             inner = values["method"] = {"name": inner}
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {assignment!r}: {section} is a single value, not a section.")
+            raise ConfigError(
+                Bilingual(
+                    f"--set {assignment!r}: {section} is a single value, not a section.",
+                    f"--set {assignment!r}：{section} 是单个值，不是一组配置项。",
+                )
+            )
         values = inner
     try:
         value = parse_yaml(text)
@@ -88,25 +97,38 @@ def name_here(
     row = other_names.find(name) or _own(name, schema)
     if row is None:
         return ""
-    note = f" {row.note}" if row.note else ""
+    note = Bilingual(f" {row.note}", f"{local(row.note, 'zh')}") if row.note else Bilingual("", "")
     if not row.setting:
-        return f" {row.note}"
+        return note
     field = row.setting.removeprefix("method.")
     if row.setting == f"{section}.{name}" or (fields is not None and field != row.setting and field not in fields):
         return ""
     if value is not NOT_GIVEN and (lacking := row.lacks.get(other_names.written(value).lower())) is not None:
-        return f" {other_names.written(value)}: {lacking}"
+        shown = other_names.written(value)
+        return Bilingual(f" {shown}: {lacking}", f"{shown}：{local(lacking, 'zh')}")
     found = None if value is NOT_GIVEN else other_names.assignments(row, value)
     if found == []:
-        return f" Nothing has to be set for that here: leave it out.{note}"
+        return Bilingual(
+            f" Nothing has to be set for that here: leave it out.{note}", f"这里不需要设置，请去掉。{note.zh}"
+        )
     if found is not None and _is_valid(found, schema):
-        return f" Here that is {quoted(found)}.{note}"
-    return f" Here that is {row.setting}, as in `{row.setting}={row.example}`.{note}"
+        return together(here_it_is(found), note)
+    return Bilingual(
+        f" Here that is {row.setting}, as in `{row.setting}={row.example}`.{note}",
+        f"这里写作 {row.setting}，如 `{row.setting}={row.example}`。{note.zh}",
+    )
 
 
-def quoted(assignments: Iterable[str]) -> str:
+def here_it_is(assignments: Iterable[str]) -> Bilingual:
+    """A sentence that says how something is written here."""
+    shown = quoted(assignments)
+    return Bilingual(f" Here that is {shown}.", f"这里写作 {shown.zh}。")
+
+
+def quoted(assignments: Iterable[str]) -> Bilingual:
     """Settings as they may be pasted: what a shell would run or expand is in quotes."""
-    return " and ".join(f"`{pasted(a) if SHELL.search(a) else a}`" for a in assignments)
+    shown = [f"`{pasted(a) if SHELL.search(a) else a}`" for a in assignments]
+    return Bilingual(" and ".join(shown), " 和 ".join(shown))
 
 
 def _is_text(name: str, schema: type[BaseModel]) -> bool:

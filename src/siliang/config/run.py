@@ -18,7 +18,7 @@ from siliang.config.names import OWN_FIELDS, name_here, quoted
 from siliang.config.section import RECORDED, Name, Names, Section, Settings, as_list
 from siliang.config.train import TrainConfig
 from siliang.files import absolute
-from siliang.language import Bilingual, local
+from siliang.language import Bilingual, local, together
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.secrets import shortened
 from siliang.types import TRAINED_TASKS, ConfigError, TaskType, nearest
@@ -63,9 +63,19 @@ class MethodConfig(BaseModel):
             if key not in fields:
                 hint = name_here(key, RunConfig, value, section="method", fields=fields) or nearest(key, fields)
                 allowed = ", ".join(sorted(fields)) or "none"
-                raise ConfigError(f"method.{key} is not a setting of {self.name}.{hint} Allowed: {allowed}.")
+                raise ConfigError(
+                    Bilingual(
+                        f"method.{key} is not a setting of {self.name}.{hint} Allowed: {allowed}.",
+                        f"{self.name} 没有 method.{key} 这个配置项。{local(hint, 'zh')}可用：{allowed}。",
+                    )
+                )
             if isinstance(value, int) and abs(value) >= 2**31:
-                raise ConfigError(f"method.{key} = {shortened(value, 40)}: no such number is of use here.")
+                shown = shortened(value, 40)
+                raise ConfigError(
+                    Bilingual(
+                        f"method.{key} = {shown}: the number is too large.", f"method.{key} = {shown}：数字过大。"
+                    )
+                )
             if isinstance(value, str) and key in LISTS and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
                 assert self.model_extra is not None
                 names = as_list(value)
@@ -75,7 +85,7 @@ class MethodConfig(BaseModel):
             try:
                 config(**self.arguments)
             except ConfigError as error:
-                raise ConfigError(f"method.{error}") from None
+                raise ConfigError(together("method.", error.text)) from None
         return self
 
 
@@ -95,34 +105,52 @@ LISTS = {
 def _method(value: object) -> object:
     name = value.get("name") if isinstance(value, dict) else value
     if isinstance(name, str) and (here := other_names.METHOD_VALUES.get(other_names.plain(name))):
-        raise ConfigError(f"method = {name!r}: here that is {quoted(here.split())}.")
+        raise ConfigError(_written_here(f"method = {name!r}", here.split()))
     return {"name": value} if isinstance(value, str) else value
 
 
 def _adapter(value: object) -> object:
     if isinstance(value, str) and other_names.is_method(value) and not Path(value).exists():
         here = other_names.METHOD_VALUES.get(other_names.plain(value), f"method={other_names.plain(value)}")
-        raise ConfigError(f"adapter = {value!r} is not an adapter: here that is {quoted(here.split())}.")
+        raise ConfigError(_written_here(f"adapter = {value!r} is not an adapter", here.split()))
     return value
+
+
+def _written_here(what: str, assignments: list[str]) -> Bilingual:
+    shown = quoted(assignments)
+    return Bilingual(f"{what}: here that is {shown}.", f"{what}：这里写作 {local(shown, 'zh')}。")
 
 
 def _task(value: object) -> object:
     if not isinstance(value, str):
         return value
     if (here := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
-        raise ConfigError(f"task = {value!r}: here that is `task={here}`.")
+        raise ConfigError(
+            Bilingual(f"task = {value!r}: here that is `task={here}`.", f"task = {value!r}：这里写作 `task={here}`。")
+        )
     name = value.lower().replace("-", "_")
     for task in TRAINED_TASKS:
         if task.lower() == name:
             return task
     allowed = [task.lower() for task in TRAINED_TASKS]
-    raise ConfigError(f"task = {value!r}: must be one of {', '.join(allowed)}.{nearest(name, allowed)}")
+    tasks, alike = ", ".join(allowed), nearest(name, allowed)
+    raise ConfigError(
+        Bilingual(
+            f"task = {value!r}: must be one of {tasks}.{alike}", f"task = {value!r}：只能是 {tasks} 之一。{alike.zh}"
+        )
+    )
 
 
 def _quantization(value: object) -> object:
     if value is None or isinstance(value, dict | QuantizationConfig):
         return value
-    raise ConfigError(f"quantization = {value!r} is not a section.{name_here('quantization', RunConfig, value)}")
+    hint = name_here("quantization", RunConfig, value)
+    raise ConfigError(
+        Bilingual(
+            f"quantization = {value!r} is not a section.{hint}",
+            f"quantization = {value!r} 不是一组配置项。{local(hint, 'zh')}",
+        )
+    )
 
 
 class QuantizationConfig(Section):
@@ -235,12 +263,16 @@ class RunConfig(Settings):
             ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
         """
         if (strange := undecodable(values)) is not None:
-            raise ConfigError(f"{source}: {strange} holds bytes that are not UTF-8: rename it.")
+            raise ConfigError(
+                Bilingual(
+                    f"{source}: {strange} holds bytes that are not UTF-8: rename it.",
+                    f"{local(source, 'zh')}：{strange} 含有不是 UTF-8 的字节：请改名。",
+                )
+            )
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            wrong = explain(error, cls)
-            raise ConfigError(Bilingual(f"{source}: {wrong}", f"{local(source, 'zh')}：{local(wrong, 'zh')}")) from None
+            raise ConfigError(together(source, Bilingual(": ", "："), explain(error, cls))) from None
         except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
             raise ConfigError(f"{source}: a value is of the wrong kind: {error}.") from None
 
@@ -254,7 +286,7 @@ class RunConfig(Settings):
         try:
             return cls.model_validate(values, context=RECORDED)
         except ValidationError as error:
-            raise ConfigError(f"config: {explain(error, cls)}") from None
+            raise ConfigError(together("config", Bilingual(": ", "："), explain(error, cls))) from None
         except (TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"config: a value is of the wrong kind: {error}.") from None
 

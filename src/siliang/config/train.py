@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NewType
 from pydantic import BeforeValidator, Field
 
 from siliang.config.section import Section, Seed, as_list
+from siliang.language import Bilingual, together
 from siliang.types import ConfigError
 from siliang.units import parse_bytes, parse_duration
 
@@ -26,12 +27,15 @@ def _budget(value: object) -> object:
     try:
         found = parse_bytes(value) if isinstance(value, str) else value
     except ConfigError as error:
-        raise ConfigError(f"train.memory_budget: {error}") from None
+        raise ConfigError(together("train.memory_budget", Bilingual(": ", "："), error.text)) from None
     if isinstance(found, float) and found.is_integer():  # 4e9
         found = int(found)
     if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
         raise ConfigError(
-            f"train.memory_budget = {value!r}: write it as 12GB or 800MB (a bare number is bytes), auto, or null."
+            Bilingual(
+                f"train.memory_budget = {value!r}: write it as 12GB or 800MB (a bare number is bytes), auto, or null.",
+                f"train.memory_budget = {value!r}：应写成 12GB 或 800MB（只写数字则单位是字节）、auto 或 null。",
+            )
         )
     return found
 
@@ -43,15 +47,25 @@ def _seconds(value: object) -> object:
     try:
         found = parse_duration(value) if isinstance(value, str) else value
     except ConfigError as error:
-        raise ConfigError(f"train.max_time: {error}") from None
+        raise ConfigError(together("train.max_time", Bilingual(": ", "："), error.text)) from None
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
-        raise ConfigError(f"train.max_time = {value!r}: write it as 8h, 90m or 1:30:00 (a bare number is seconds).")
+        raise ConfigError(
+            Bilingual(
+                f"train.max_time = {value!r}: write it as 8h, 90m or 1:30:00 (a bare number is seconds).",
+                f"train.max_time = {value!r}：应写成 8h、90m 或 1:30:00（只写数字则单位是秒）。",
+            )
+        )
     return float(found)
 
 
 def _on_nan(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"stop|skip [1-9]\d{0,8}", value):
-        raise ConfigError(f"train.on_nan = {value!r}: must be `stop`, or `skip` and a number of steps, as in `skip 5`.")
+        raise ConfigError(
+            Bilingual(
+                f"train.on_nan = {value!r}: must be `stop`, or `skip` and a number of steps, as in `skip 5`.",
+                f"train.on_nan = {value!r}：应为 `stop`，或 `skip` 加步数，如 `skip 5`。",
+            )
+        )
     return value
 
 
