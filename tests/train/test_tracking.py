@@ -27,6 +27,7 @@ from siliang.types import ConfigError
 
 Figures = dict[str, list[tuple[int, float]]]  # of each metric, its values by step
 WHY = {
+    "swanlab": "swanlab wants protobuf<7, and the pins have 7: CONTRIBUTING.md says how it is tested",
     "wandb": "wandb is not installed: CONTRIBUTING.md says how it is tested",
 }
 TOKEN = "hf_" + "Tq7" * 12

@@ -68,11 +68,12 @@ def masked_cross_entropy(
 
     if impl == "reference":
         return F.cross_entropy(finish(head(hidden_ND)), labels_N, reduction="sum", label_smoothing=label_smoothing)
-    plain, own = type(head) is nn.Linear, [p for p in head.parameters() if p.requires_grad]
-    if plain and not own and not softcap and len(labels_N):
-        found: Tensor = _Frozen.apply(hidden_ND, head.weight, head.bias, labels_N, scale, label_smoothing)
+    linear = head if isinstance(head, nn.Linear) and type(head) is nn.Linear else None
+    own = [p for p in head.parameters() if p.requires_grad]
+    if linear and not own and not softcap and len(labels_N):
+        found: Tensor = _Frozen.apply(hidden_ND, linear.weight, linear.bias, labels_N, scale, label_smoothing)
         return found
-    vocabulary, trained = (len(head.weight), own) if plain else _try_head(head, hidden_ND, own)
+    vocabulary, trained = (linear.out_features, own) if linear else _try_head(head, hidden_ND, own)
     if not len(labels_N):
         # no labels, but still a graph: other ranks may wait for the gradients, which are zero
         return torch.stack([x.sum() * 0.0 for x in (hidden_ND, *trained)]).sum().float()
