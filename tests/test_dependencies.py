@@ -36,7 +36,9 @@ def imported() -> set[str]:
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - {"siliang"}
+    return (
+        found - set(sys.stdlib_module_names) - {"siliang", "_typeshed"}
+    )  # the latter: what type checkers have of Python
 
 
 def test_what_is_imported_is_declared() -> None:
