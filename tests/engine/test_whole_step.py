@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from siliang import LoraConfig, TaskType, get_peft_model
+from siliang.config import TrainConfig
 from siliang.data.batch import Batch
 from siliang.data.collate import PadCollator
 from siliang.data.spec import LABELS, NUMBERS
@@ -198,3 +199,10 @@ def test_dpo_is_the_formula() -> None:
 def test_a_reference_needs_an_adapter() -> None:
     with pytest.raises(ConfigError, match="choose another method"):
         Engine(llama(), DPO)
+
+
+@pytest.mark.parametrize("task", [DPO, CONTRAST])
+def test_labels_are_not_smoothed(task: Task) -> None:
+    with pytest.raises(ConfigError, match=r"train\.label_smoothing = 0\.1: .* does not smooth"):
+        task.check_settings(TrainConfig(label_smoothing=0.1))
+    task.check_settings(TrainConfig())

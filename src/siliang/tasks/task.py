@@ -207,7 +207,8 @@ class Task:
         has_encoder: An encoder reads, and a decoder writes the labels.
         loss: The summed loss of a batch from the model's output and the batch; None for a model that writes.
         smooths_labels: The loss takes `label_smoothing`, as that of a model that writes does.
-        step_loss: The loss of a whole step, in the place of any other, where rows are compared with each other.
+        step_loss: The loss of a whole step, in the place of any other, where rows are compared with each other. It
+            does not take `label_smoothing`.
         counts_rows: The loss is a mean over rows that do not depend on each other: a step's rows may be chosen by
             length.
 
@@ -280,7 +281,8 @@ class Task:
         Raises:
             ConfigError: There is one.
         """
-        if train.label_smoothing and not (self.writes or self.smooths_labels):
+        smooths = self.step_loss is None and (self.writes or self.smooths_labels)
+        if train.label_smoothing and not smooths:
             raise ConfigError(
                 f"train.label_smoothing = {train.label_smoothing:g}: {self.title} does not smooth its labels; leave it "
                 "at 0."
