@@ -102,7 +102,7 @@ def average_gradients(model: nn.Module) -> None:
     for p in trained:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    for dtype in {p.dtype for p in trained}:
+    for dtype in dict.fromkeys(p.dtype for p in trained):  # in the same order on every rank, unlike a set
         grads: list[Tensor] = [p.grad for p in trained if p.grad is not None and p.dtype == dtype]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)

@@ -176,8 +176,8 @@ class Engine:
 
         A model that writes gives no output: its logits, one for each token of the vocabulary, are not formed.
         """
-        smoothing = self.label_smoothing if model.training else 0.0
-        with self._running(model, batch):
+        smoothing = self.label_smoothing if self._training else 0.0
+        with self._running(batch):
             if batch.targets is None:
                 output = model(**self._inputs(batch))
                 yield self._loss_of(output, batch, smoothing), output
@@ -194,7 +194,7 @@ class Engine:
         block."""
         step = self.task.step_loss
         assert step is not None
-        with self._running(model, batch):
+        with self._running(batch):
             if batch.targets is None:
                 output = model(**self._inputs(batch))
             elif self._head is None:
@@ -217,16 +217,21 @@ class Engine:
             self._peft.train(training)
 
     @property
+    def _training(self) -> bool:
+        """Asked of the base model: `reference` does not reach the flag of what a strategy wraps around it."""
+        return self._base.training  # type: ignore[no-any-return]
+
+    @property
     def _keeps_packed(self) -> bool:
         """The output layer reads packed states."""
         return self.padding is not None and self.padding.head_takes_packed and self._head is not None
 
     @contextmanager
-    def _running(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+    def _running(self, batch: Batch) -> Iterator[None]:
         """All that saves work on this batch, on within the block."""
         padding = self.padding
-        frozen = padding.frozen if padding and model.training else None
-        noise = self._noise if model.training else None
+        frozen = padding.frozen if padding and self._training else None
+        noise = self._noise if self._training else None
         tokens = batch.tokens if padding else batch.width * len(batch.lengths)
         with (
             self._fused.on(),

@@ -1,0 +1,76 @@
+"""The engine on a model that DistributedDataParallel wraps, whose own `training` flag nothing turns off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import VOCABULARY, make, without_dropout
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from siliang import LoraConfig, TaskType, get_peft_model
+from siliang.data.collate import PadCollator
+from siliang.distributed.sharding import average_gradients
+from siliang.engine.batches import StepCollator
+from siliang.engine.step import Engine
+from siliang.tasks import CAUSAL_LM
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("setting", [{"label_smoothing": 0.2}, {"neftune_alpha": 40.0}])
+def test_the_reference_has_neither_noise_nor_smoothing(setting: dict[str, Any]) -> None:
+    model: Any = get_peft_model(make("llama"), LoraConfig(task_type=TaskType.CAUSAL_LM, r=2))
+    without_dropout(model)
+    model.train()
+    wrapped = DistributedDataParallel(model)
+    rows = [{"input_ids": [5 + (7 * i + j) % (VOCABULARY - 5) for j in range(6)]} for i in range(3)]
+    collate = StepCollator(PadCollator(0), CAUSAL_LM, len(rows), packed=False)
+    (batch,) = collate([row | {"labels": row["input_ids"]} for row in rows])["batches"]
+
+    def loss(engine: Engine, called: Any) -> Tensor:
+        with engine.loss(called, batch) as found:
+            return found.detach()
+
+    plain = Engine(model, CAUSAL_LM, packing=False)
+    expected = loss(plain, model)
+    plain.close()
+    engine = Engine(model, CAUSAL_LM, packing=False, **setting)
+    torch.manual_seed(3)
+    assert (loss(engine, wrapped) - expected).abs() > 1e-3
+    with engine.reference():
+        assert wrapped.training and not model.training
+        assert torch.equal(loss(engine, wrapped), expected)
+    engine.close()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_gradients_of_several_dtypes_are_sent_in_the_order_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank must send the same message at the same time, and the order of a set may differ between processes."""
+    sent: list[torch.dtype] = []
+    send = dist.all_reduce
+
+    def recorded(tensor: Tensor) -> Any:
+        sent.append(tensor.dtype)
+        return send(tensor)
+
+    monkeypatch.setattr(dist, "all_reduce", recorded)
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+    for first in range(len(dtypes)):
+        wanted = dtypes[first:] + dtypes[:first]
+        sent.clear()
+        average_gradients(torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2, dtype=d)) for d in wanted]))
+        assert sent == wanted
