@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from siliang.models.invented import invented_modules
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import load_base
 from siliang.tasks import TASKS
+
+CHUNK = 2**18  # integers of one sum: their products, 2 MB, stay in the cache
+ODD = 0x9E3779B97F4A7C15  # what a chunk's sum is multiplied by for each chunk that follows
 
 
 class KeptBase:
@@ -76,13 +80,37 @@ class KeptBase:
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """A checksum for each parameter and buffer, by name."""
-    return {name: _sum(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    """A checksum for each parameter and buffer, by name: of its bits and their order."""
+    return {name: _checksum(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _sum(tensor: torch.Tensor) -> int:
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64)) if tensor.numel() else 0
+def _checksum(tensor: torch.Tensor) -> int:
+    """A weighted sum of the tensor's bits, as integers, modulo 2^64, computed where the tensor is.
+
+    Every weight is odd, so one changed integer always changes the sum; the weights are random, so a change of several,
+    such as another order, leaves it the same with a probability of 2^-32 or less.
+    """
+    if not tensor.numel():
+        return 0
+    size = tensor.element_size()
+    flat = tensor.detach().as_subclass(torch.Tensor).contiguous().flatten()
+    # 8 bytes at a time where they can be: fewer products
+    wide = tensor.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
+    ints = flat.view(torch.int64 if wide else {1: torch.uint8, 2: torch.int16, 4: torch.int32}[size])
+    weights, total = _weights(ints.device), 0
+    for part in ints.split(CHUNK):
+        part = part.long()
+        # a product takes no bit downwards: the upper half, which holds signs and exponents, is mixed into the lower one
+        part = part ^ ((part >> 32) & 0xFFFFFFFF)
+        total = (total * ODD + int((part * weights[: len(part)]).sum())) % 2**64
+    return total
+
+
+@cache
+def _weights(device: torch.device) -> torch.Tensor:
+    """Odd random int64 weights (CHUNK,), always the same."""
+    generator = torch.Generator().manual_seed(0)  # not the global one, from which a run draws
+    return (torch.randint(-(2**62), 2**62, (CHUNK,), generator=generator) * 2 + 1).to(device)
 
 
 def _key(config: RunConfig, labels: list[str] | None, dtype: torch.dtype) -> tuple[object, ...]:
