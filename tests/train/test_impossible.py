@@ -1,31 +1,37 @@
 """What cannot be learned, read or answered is said before anything is computed, or does not end as success."""
 
 import json
+import math
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import WORDS, make, word_tokenizer, write_jsonl
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from siliang.check import find, look_at
 from siliang.cli.main import main
 from siliang.config import RunConfig
+from siliang.data.batch import Batch
 from siliang.data.examples import conversation
 from siliang.data.templates import TEMPLATES
 from siliang.engine.step import Engine
 from siliang.models.tokenizers import load_tokenizer
 from siliang.run_folder import open_run
-from siliang.tasks import QUESTION_ANS, SEQ_CLS
+from siliang.tasks import CAUSAL_LM, QUESTION_ANS, SEQ_CLS, TASKS, StepLoss
 from siliang.train.guard import Guard
 from siliang.train.run import train
 from siliang.train.types import Listener
-from siliang.types import ConfigError, DataError, ModelError
+from siliang.types import ConfigError, DataError, ModelError, TaskType
 from siliang.use.evaluate import evaluate
 from siliang.use.generate import generate
-from siliang.use.learned import losses
+from siliang.use.learned import losses, what_is_wrong
 from siliang.use.merge import merge
 from siliang.use.predict import predict
 
@@ -208,6 +214,31 @@ def test_what_is_held_against_the_base_is_the_one_evaluation(
     ((tuned, base),) = found
     assert tuned == record.final["eval_loss"]
     assert base == pytest.approx(record_of_base.final["eval_loss"], rel=1e-5) and base != tuned
+
+
+def of_sequences(output: Tensor, batch: Batch) -> Tensor:
+    """The log-probability of each sequence's labelled tokens, (S,)."""
+    assert batch.targets is not None
+    return output.new_zeros(len(batch.lengths)).index_add(0, batch.targets[1], output)
+
+
+def above_the_base(values: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """-log sigmoid of the log ratio: log 2 an entry where the model is the base."""
+    return -logsigmoid(torch.cat(list(values)) - torch.cat(list(reference))).sum()
+
+
+@pytest.mark.parametrize(("rate", "verdict"), [(1e-2, None), (1e-30, "not below the base")])
+def test_a_loss_of_whole_steps_is_compared_with_the_base(
+    rate: float, verdict: str | None, model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = replace(CAUSAL_LM, step_loss=StepLoss(of_sequences, above_the_base, reference=True))
+    monkeypatch.setitem(TASKS, TaskType.CAUSAL_LM, row)
+    found = list[tuple[tuple[float, float], str | None]]()
+    training = {"learning_rate": rate, "max_steps": 4}
+    config = settings(model_folders["llama"], ASKED, tmp_path / "run", data={"test_size": 0.5}, train=training)
+    record = train(config, Listener(trained=lambda run: found.append((losses(run), what_is_wrong(run)))))
+    (((tuned, base), said),) = found
+    assert tuned == record.final["eval_loss"] and base == pytest.approx(math.log(2)) and said == verdict
 
 
 def test_a_merged_model_writes_conversations_as_training_did(model_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ class Sums:
     """What an evaluation adds up.
 
     Attributes:
-        loss: Summed over what `weight` counts; 0 where the loss is one of whole steps, which is formed at the end.
+        loss: Summed over what `weight` counts; nan where the loss is one of whole steps, which `mean_loss` forms of
+            `found`.
         weight: Labelled tokens, or rows where each has one label.
         found: The model's predictions by the entry's number in the token set; empty if only the loss is computed.
     """
@@ -39,11 +40,6 @@ class Sums:
     loss: float = 0.0
     weight: int = 0
     found: dict[int, Any] = field(default_factory=dict[int, Any])
-
-    @property
-    def mean(self) -> float:
-        """The mean loss; nan where nothing has a label."""
-        return self.loss / self.weight if self.weight else math.nan
 
     @classmethod
     def of(cls, parts: Iterable[Sums]) -> Sums:
@@ -97,7 +93,10 @@ def evaluate(
                     losses.append(loss)
                     if reader is not None and batch.entries:
                         sums.found.update(zip(batch.entries, reader(output, batch, tokens), strict=True))
-    sums.loss = math.fsum(torch.stack(losses).tolist()) if losses else 0.0
+    if engine.task.step_loss is not None:
+        sums.loss = math.nan
+    else:
+        sums.loss = math.fsum(torch.stack(losses).tolist()) if losses else 0.0
     sums.found = dict(sorted(sums.found.items()))
     return sums
 
@@ -115,8 +114,19 @@ def _values(
         return {i: on(kept, torch.device("cpu")) for i, kept in by_entry(batch, values, reference).items()}
 
 
-def mean_of_steps(whole: StepLoss, found: Mapping[int, EntryValues], step: int) -> float:
-    """The mean loss of a data set's entries in their order, so many a step, as in training."""
+def mean_loss(task: Task, sums: Sums, step: int) -> float:
+    """The mean loss; nan where nothing has a label.
+
+    Args:
+        step: Entries of an optimizer step, as in training, where the loss is one of whole steps.
+    """
+    if not sums.weight:
+        return math.nan
+    return sums.loss / sums.weight if task.step_loss is None else _mean_of_steps(task.step_loss, sums.found, step)
+
+
+def _mean_of_steps(whole: StepLoss, found: Mapping[int, EntryValues], step: int) -> float:
+    """The mean loss of a data set's entries in their order, so many a step."""
     parts = in_steps(sorted(found), step)
     return math.fsum(float(loss_of(whole, {i: found[i] for i in part})) for part in parts) / len(found)
 
@@ -133,5 +143,5 @@ def figures_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
             "The rows need an answer, a target or tags within data.max_length tokens; `siliang check` shows their "
             "labels."
         )
-    found = {"loss": sums.mean if task.step_loss is None else mean_of_steps(task.step_loss, sums.found, rows.step)}
+    found = {"loss": mean_loss(task, sums, rows.step)}
     return found | task.measure(sums.found, rows) if task.measure else found

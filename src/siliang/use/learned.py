@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from siliang.engine.evaluate import mean_loss
 from siliang.peft_api.model import PeftModel
 from siliang.records import Verdict
 from siliang.run_folder import OpenedRun
@@ -40,10 +41,11 @@ def what_is_wrong(run: Run) -> Verdict | None:
 
 
 def losses(run: Run) -> tuple[float, float]:
-    """The mean loss over the labelled tokens of some held-out rows, with and without the run's adapter."""
+    """The mean loss of some held-out rows, with and without the run's adapter."""
     opened = OpenedRun(run.folder, run.config, run.record, run.model, run.tokenizer, precision=run.precision)
     rows = run.eval_set.select(sample(len(run.eval_set), ROWS))
+    step = run.eval_rows.step
     with engine_of(opened) as engine:
-        tuned = sums_of(opened, engine, rows).mean
+        tuned = mean_loss(engine.task, sums_of(opened, engine, rows), step)
         with run.model.disable_adapter():
-            return tuned, sums_of(opened, engine, rows).mean
+            return tuned, mean_loss(engine.task, sums_of(opened, engine, rows), step)
