@@ -79,7 +79,7 @@ def test_marks_reach_the_labels(words: PreTrainedTokenizerFast) -> None:
         ({"messages": TALK, "images": ["a.png"]}, "has 'images'"),
         ({"messages": TALK, "rejected_response": "no"}, "a better and a worse answer"),
         ({"conversations": TALK, "chosen": TALK[1], "rejected": TALK[3]}, "a better and a worse answer"),
-        ({"prompt": "hello", "completion": "yes", "label": False}, "has 'label': False, which says"),
+        ({"prompt": "hello", "completion": "yes", "label": False}, "has 'label': False, which marks"),
         ({"prompt": "hello", "completion": "yes", "label": "false"}, "has 'label': 'false'"),
         ({"messages": TALK, "kto_tag": False}, "has 'kto_tag'"),
         ({"instruction": "hello", "output": ["yes", "no"]}, "has a list of texts in 'output': one text belongs there"),

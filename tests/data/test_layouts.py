@@ -177,7 +177,7 @@ def test_columns_that_are_not_there(header: str, message: str, tmp_path: Path) -
 )
 def test_both_texts_of_a_pair_are_named(header: str, message: str, tmp_path: Path) -> None:
     cells = ["1" if name.startswith(("id", "qid", "score")) else "one two" for name in header.split(",")]
-    with pytest.raises(DataError, match=re.escape(f"Say which is which with {message}")):
+    with pytest.raises(DataError, match=re.escape(f"Name the columns with {message}")):
         load(tmp_path / "d.csv", f"{header}\n{','.join(cells)}\n")
 
 
@@ -255,7 +255,7 @@ def test_an_answer_by_another_name_is_proposed(tmp_path: Path) -> None:
 def test_sources_of_two_layouts(tmp_path: Path) -> None:
     pair = write_jsonl(tmp_path / "p.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "x"}])
     one = write_jsonl(tmp_path / "o.jsonl", [{"text": "a", "label": "y"}])
-    with pytest.raises(DataError, match=r"o.jsonl is laid out as text-label, the data before it as sentence-pair"):
+    with pytest.raises(DataError, match=r"o.jsonl has the layout text-label, and the data before it sentence-pair"):
         load(pair, train=[str(pair), str(one)])
 
 

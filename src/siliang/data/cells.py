@@ -13,18 +13,32 @@ from siliang.data.examples import Example
 from siliang.data.json_stream import WrittenFloat
 from siliang.data.numbers import as_number
 from siliang.data.text_files import INVISIBLE
+from siliang.language import Bilingual, local
 from siliang.secrets import shortened
 
 Values = dict[str, Any]
 Result = Example | str  # an example, or what is wrong with the row
 
 BLANKS = " \t\r\n\v\f\xa0\u3000" + INVISIBLE
-REGRESSION = "a number to be estimated is a regression, and seq_cls learns classes"
-SEVERAL = "several labels for one text, and seq_cls learns one class for each"
+REGRESSION = Bilingual(
+    "a number to be estimated is a regression, and seq_cls learns classes", "估计一个数是回归，而 seq_cls 学习类别"
+)
+SEVERAL = Bilingual(
+    "several labels for one text, and seq_cls learns one class for each",
+    "一段文本有多个标签，而 seq_cls 为每段文本学习一个类别",
+)
 
 
 class BadRow(Exception):  # noqa: N818  # about a row: who reads it catches this, and says where it stands
-    """A row that cannot be used; its text says what is wrong with it."""
+    """A row that cannot be used.
+
+    Attributes:
+        text: What is wrong with it, without the place.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
 
 
 def as_text(value: Any, name: str = "") -> str:
@@ -42,12 +56,17 @@ def as_text(value: Any, name: str = "") -> str:
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    what = {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}.get(type(value))
+    listed = Bilingual("a list", "列表")
+    kinds = {list: listed, tuple: listed, dict: Bilingual("an object", "对象"), bytes: Bilingual("bytes", "字节")}
+    what: str | None = kinds.get(type(value))
     if isinstance(value, float) and not math.isfinite(value):
-        what = "NaN" if math.isnan(value) else "an infinite number"
+        what = "NaN" if math.isnan(value) else Bilingual("an infinite number", "无穷大")
     if what is None:
         return str(value)
-    raise BadRow(f"has {what} in {name!r}" if name else f"has {what} where text belongs")
+    what_zh = local(what, "zh")
+    if name:
+        raise BadRow(Bilingual(f"has {what} in {name!r}", f"的 {name!r} 是{what_zh}"))
+    raise BadRow(Bilingual(f"has {what} where text belongs", f"应为文本处是{what_zh}"))
 
 
 def cell(values: Values, column: str) -> str:
@@ -64,7 +83,12 @@ def as_json(value: Any) -> str:
     try:
         text = json.dumps(_with_marks(value), ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError):
-        raise BadRow(f"holds what is not JSON (NaN, bytes ...): {short(value)}") from None
+        shown = short(value)
+        raise BadRow(
+            Bilingual(
+                f"holds what is not JSON (NaN, bytes ...): {shown}", f"含有 JSON 无法表示的值（NaN、字节等）：{shown}"
+            )
+        ) from None
     return MARKED.sub(r"\1", text)
 
 
@@ -99,10 +123,10 @@ def filled(values: Values, name: str) -> str:
         BadRow: It is not there, holds something else, or is empty.
     """
     if name not in values:
-        raise BadRow(f"has no field {name!r}")
+        raise BadRow(Bilingual(f"has no field {name!r}", f"缺少字段 {name!r}"))
     text = as_text(values[name], name)
     if not text.strip(BLANKS):
-        raise BadRow(f"has an empty {name!r}")
+        raise BadRow(Bilingual(f"has an empty {name!r}", f"的 {name!r} 为空"))
     return text
 
 

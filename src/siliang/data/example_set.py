@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, overload
 
 from siliang.data.cache import cache_folder, prune
 from siliang.data.examples import Example, from_json, to_json
+from siliang.language import Bilingual, local, together
 
 if TYPE_CHECKING:  # half a second of importing that a plan without data does not need
     from datasets import Dataset
@@ -20,13 +21,34 @@ SPILL_BYTES = 64 * 2**20  # examples beyond this are in a file
 SHOWN_BAD_ROWS = 5
 
 
-def bad_rows_message(bad: list[str]) -> str:
+def bad_rows_message(bad: list[str]) -> Bilingual:
     """The first few bad rows, and how to go on without them."""
-    more = f"; and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
-    rows = "1 row is bad" if len(bad) == 1 else f"{len(bad):,} rows are bad"
-    return (
-        f"{rows}: {'; '.join(bad[:SHOWN_BAD_ROWS])}{more}.\nMend them, or leave them out with data.skip_bad_rows=true."
+    n, left = len(bad), len(bad) - SHOWN_BAD_ROWS
+    more, more_zh = (f"; and {left:,} more", f"；另有 {left:,} 条") if left > 0 else ("", "")
+    rows = "1 row is bad" if n == 1 else f"{n:,} rows are bad"
+    rows_zh = f"{n:,} 条样本有问题"
+    shown, shown_zh = "; ".join(bad[:SHOWN_BAD_ROWS]), "；".join(local(row, "zh") for row in bad[:SHOWN_BAD_ROWS])
+    return Bilingual(
+        f"{rows}: {shown}{more}.\nCorrect them, or leave them out with data.skip_bad_rows=true.",
+        f"{rows_zh}：{shown_zh}{more_zh}。\n请改正，或用 data.skip_bad_rows=true 跳过。",
     )
+
+
+def nothing_usable(source: str, bad: list[tuple[str, str]]) -> Bilingual:
+    """Says that not one row can be used: in one line where all are bad in one way."""
+    if len({reason for _, reason in bad}) == 1:
+        n, row = len(bad), bad_row(*bad[0])
+        every, every_zh = (f", and so does each of the {n:,}", f"，{n:,} 条都如此") if n > 1 else ("", "")
+        return Bilingual(
+            f"{source}: not one row can be used: {row}{every}.", f"{source}：没有一条样本可用：{row.zh}{every_zh}。"
+        )
+    rows = bad_rows_message([bad_row(where, reason) for where, reason in bad])
+    return Bilingual(f"{source}: not one row can be used. {rows}", f"{source}：没有一条样本可用。{rows.zh}")
+
+
+def bad_row(where: str, reason: str) -> Bilingual:
+    """A bad row's place and what is wrong with it."""
+    return together(where, " ", reason)
 
 
 class ExampleSet(Sequence[Example]):

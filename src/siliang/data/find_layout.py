@@ -9,6 +9,7 @@ from siliang.config import Columns
 from siliang.data.cells import REGRESSION, SEVERAL, is_number
 from siliang.data.layouts import LAYOUTS, RowLayout
 from siliang.data.spec import DataSpec
+from siliang.language import Bilingual, local, together
 from siliang.types import DataError, near
 
 # Other names of a column in published data sets; used only if the usual name is missing.
@@ -49,8 +50,12 @@ def find_layout(
     if name != "auto":
         wanted = LAYOUTS[name]
         if wanted not in suited:
+            allowed = ", ".join(f.name for f in suited)
             raise DataError(
-                f"data.layout = {name!r} is not for {spec.name}; allowed: {', '.join(f.name for f in suited)}."
+                Bilingual(
+                    f"data.layout = {name!r} is not for {spec.name}; allowed: {allowed}.",
+                    f"data.layout = {name!r} 不适用于 {spec.name}；可用：{allowed}。",
+                )
             )
         suited = [wanted]
     for layout in suited:
@@ -123,7 +128,7 @@ def _text_beside(found: Collection[str], columns: Columns) -> str | None:
     return None if is_number(value) else rest[0]
 
 
-def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns, source: str) -> str:
+def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns, source: str) -> Bilingual:
     there = ", ".join(map(repr, found))
 
     # the error speaks of one layout only: the one most of whose columns are there
@@ -140,16 +145,31 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
         missing = [columns.text, columns.text_pair, *([columns.label] if columns.label in missing else [])]
         best, keys = LAYOUTS["sentence-pair"], {getattr(columns, n): n for n in LAYOUTS["sentence-pair"].needs}
     other = _no_classes(free, found) if "label" in best.needs and columns.label in missing else ""
-    said = f"{source} has no column {(columns.label if other else missing[0])!r}; it has {there}.{other}"
+    lacking = columns.label if other else missing[0]
+    wrong = Bilingual(
+        f"{source} has no column {lacking!r}; it has {there}.{other}",
+        f"{source} 没有列 {lacking!r}；它有 {there}。{local(other, 'zh')}",
+    )
     spans = [c for c in free if isinstance(found, Mapping) and _are_spans(found[c])]
     if spans and best.name == "tokens-tags":
-        return (
-            f"{said} {spans[0]!r} holds spans of a text: token_cls learns a tag for each word, so write tokens and "
-            'tags, such as {"tokens": ["hello", "Bob"], "tags": ["O", "B-PER"]}.'
+        example = '{"tokens": ["hello", "Bob"], "tags": ["O", "B-PER"]}'
+        return together(
+            wrong,
+            Bilingual(
+                f" {spans[0]!r} holds spans of a text: token_cls learns a tag for each word, so write tokens and "
+                f"tags, such as {example}.",
+                f"{spans[0]!r} 是文本中的片段：token_cls 为每个词学习一个标注，请写成词和标注，如 {example}。",
+            ),
         )
     if odd := next((c for c in found if any(mark in c for mark in ";|\t")), None):
         mark = next(m for m in ";|\t" if m in odd)
-        return f"{said}\nWhere {mark!r} separates its columns, say so: data.separator={mark!r}."
+        return together(
+            wrong,
+            Bilingual(
+                f"\nWhere {mark!r} separates its columns, set data.separator={mark!r}.",
+                f"\n如果 {mark!r} 是列之间的分隔符，请设置 data.separator={mark!r}。",
+            ),
+        )
     meant = {name: _meant(keys[name], name, free) for name in missing if keys[name]}
     if pair is not None:
         left = [c for c in free if c not in pair and not c.lower().endswith(("id", "id1", "id2", "index", "idx"))]
@@ -157,10 +177,17 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
         if meant.get(columns.label) == "NAME" and len(left) == 1 and not other:
             meant[columns.label] = left[0]
     named = " ".join(f"data.columns.{keys[name]}={column}" for name, column in meant.items())
-    how = f"Say which is which with {named}" if named else f"{best.name} needs {', '.join(map(repr, missing))}"
-    return (
-        f"{said}\n{how}; or name the columns with data.header where the file has no header line. Layouts for this "
-        f"task: {', '.join(f.name for f in suited)}."
+    lacks = ", ".join(map(repr, missing))
+    how = Bilingual(f"{best.name} needs {lacks}", f"{best.name} 需要 {lacks}")
+    if named:
+        how = Bilingual(f"Name the columns with {named}", f"请用 {named} 指定各列")
+    layouts = ", ".join(f.name for f in suited)
+    return together(
+        wrong,
+        Bilingual(
+            f"\n{how}; or with data.header where the file has no header line. Layouts for this task: {layouts}.",
+            f"\n{how.zh}；如果文件没有标题行，请用 data.header 给出列名。此任务可用的格式：{layouts}。",
+        ),
     )
 
 
@@ -188,9 +215,12 @@ def _no_classes(free: list[str], found: Collection[str]) -> str:
     for column in free:
         value = found[column] if isinstance(found, Mapping) else None
         if isinstance(value, list):
-            return f" {column!r} holds lists: {SEVERAL}."
+            return Bilingual(f" {column!r} holds lists: {SEVERAL}.", f"{column!r} 是列表：{local(SEVERAL, 'zh')}。")
         if column.lower() in NUMBERS_NAMED and is_number(value):
-            return f" {column!r} holds numbers such as {value}: {REGRESSION}."
+            return Bilingual(
+                f" {column!r} holds numbers such as {value}: {REGRESSION}.",
+                f"{column!r} 是 {value} 这样的数：{local(REGRESSION, 'zh')}。",
+            )
     return ""
 
 

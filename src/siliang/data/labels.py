@@ -7,8 +7,11 @@ import unicodedata
 from collections.abc import Collection, Iterable
 
 from siliang.data.cells import REGRESSION, SEVERAL
+from siliang.data.examples import Example
 from siliang.data.numbers import as_number, is_whole
 from siliang.data.text_files import INVISIBLE
+from siliang.language import Bilingual, local
+from siliang.secrets import without_secrets
 
 MOST_CLASSES = 1000
 FEW_ROWS = 20  # below, a class for every other row says nothing
@@ -61,14 +64,23 @@ def no_classes(found: Collection[str], rows: int) -> str | None:
     broken = [name for name, n in zip(found, numbers, strict=True) if n is not None and not n.is_integer()]
     if broken and None not in numbers:
         shown = ", ".join(sorted(broken)[:3])
-        return f"holds numbers such as {shown}: {REGRESSION}. Where they are classes, list them in data.labels."
+        return Bilingual(
+            f"holds numbers such as {shown}: {REGRESSION}. Where they are classes, list them in data.labels.",
+            f"是 {shown} 这样的数：{local(REGRESSION, 'zh')}。如果它们是类别，请在 data.labels 中列出。",
+        )
     lists = [name for name in found if _is_list(name)]
     if len(lists) * 2 > len(found):
-        return f"holds lists such as {min(lists)!r}: {SEVERAL}."
+        shown = min(lists)
+        return Bilingual(
+            f"holds lists such as {shown!r}: {SEVERAL}.", f"是 {shown!r} 这样的列表：{local(SEVERAL, 'zh')}。"
+        )
     if rows >= FEW_ROWS and len(found) * 2 > rows:
-        return (
-            f"has {len(found):,} different values in {rows:,} rows, such as {', '.join(map(repr, sorted(found)[:3]))}: "
-            "these are not classes. Name the right column with data.columns.label."
+        shown = ", ".join(map(repr, sorted(found)[:3]))
+        return Bilingual(
+            f"has {len(found):,} different values in {rows:,} rows, such as {shown}: these are not classes. Name the "
+            "right column with data.columns.label.",
+            f"在 {rows:,} 条样本中有 {len(found):,} 个不同的值，如 {shown}：这不是类别。请用 data.columns.label "
+            "指定正确的列。",
         )
     return None
 
@@ -97,3 +109,28 @@ def _is_list(name: str) -> bool:
         return isinstance(ast.literal_eval(name), list)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return False
+
+
+def known_class(made: Example, labels: list[str], by_number: bool, what: str) -> Example | str:
+    """The example, with numbers turned into names where that is how the data writes its classes; or what is wrong."""
+    if by_number and all(is_whole(n) and 0 <= int(n) < len(labels) for n in made.classes):
+        return made.with_classes(tuple(labels[int(n)] for n in made.classes))
+    names = [name if name in labels else _as_written(name, labels) for name in made.classes]
+    for name in names:
+        if name not in labels:
+            near = next((known for known in labels if alike_key(known) == alike_key(name)), None)
+            hint = "" if near is None else f"; it looks like {near!r}"
+            shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "")
+            hint_zh = "" if near is None else f"；与 {near!r} 相似"
+            what_zh = {"label": "标签", "tag": "标注"}[what]
+            return Bilingual(
+                f"has the {what} {name!r}, which is not one of {shown}{hint}",
+                f"的{what_zh} {name!r} 不是 {shown} 之一{hint_zh}",
+            )
+    return made.with_classes(tuple(names))
+
+
+def _as_written(name: str, labels: list[str]) -> str:
+    """A class that is a secret, as the labels of a run's record have it."""
+    hidden = without_secrets(name)
+    return hidden if labels.count(hidden) == 1 else name

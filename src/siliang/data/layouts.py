@@ -11,6 +11,7 @@ from siliang.data.cells import BLANKS, SEVERAL, BadRow, Result, Values, as_text,
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Labelled, Prepared, SourceTarget, Span, Tagged, Text
 from siliang.data.turns import read_messages, read_pair
+from siliang.language import Bilingual, local
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RowLayout:
         try:
             return self.read(values, columns)
         except BadRow as problem:
-            return str(problem)
+            return problem.text
 
     def taken(self, columns: Columns) -> dict[str, str]:
         """The column's name for each part of the layout; the rows may lack the optional ones."""
@@ -51,7 +52,7 @@ def _text(values: Values, c: Columns) -> Result:
 
 def _label(values: Values, name: str) -> str:
     if isinstance(values.get(name), list | tuple):
-        raise BadRow(f"has a list in {name!r}: {SEVERAL}")
+        raise BadRow(Bilingual(f"has a list in {name!r}: {SEVERAL}", f"的 {name!r} 是列表：{local(SEVERAL, 'zh')}"))
     return filled(values, name)
 
 
@@ -67,16 +68,25 @@ def _tagged(values: Values, c: Columns) -> Result:
     tokens, tags = values.get(c.tokens), values.get(c.tags)
     if not isinstance(tokens, list) or not isinstance(tags, list):
         written = any(isinstance(value, str) for value in (tokens, tags))
-        how = ", and holds text: write .jsonl, or a word and its tag a line (.conll)" if written else ""
-        return f"must hold lists in {c.tokens!r} and {c.tags!r}{how}"
+        how, how_zh = "", ""
+        if written:
+            how = ", and holds text: write .jsonl, or a word and its tag a line (.conll)"
+            how_zh = "，而这里是文本：请写成 .jsonl，或每行一个词和它的标注（.conll）"
+        return Bilingual(
+            f"must hold lists in {c.tokens!r} and {c.tags!r}{how}", f"的 {c.tokens!r} 和 {c.tags!r} 应为列表{how_zh}"
+        )
     if not tokens:
-        return f"has an empty {c.tokens!r}"
+        return Bilingual(f"has an empty {c.tokens!r}", f"的 {c.tokens!r} 为空")
     if len(tokens) != len(tags):
-        return f"has {len(tokens)} tokens and {len(tags)} tags"
+        return Bilingual(
+            f"has {len(tokens)} tokens and {len(tags)} tags", f"有 {len(tokens)} 个词，却有 {len(tags)} 个标注"
+        )
     if None in tokens:
-        return f"has null in {c.tokens!r}"
+        return Bilingual(f"has null in {c.tokens!r}", f"的 {c.tokens!r} 中有 null")
     made = Tagged(tuple(as_text(t, c.tokens) for t in tokens), tuple(as_text(t, c.tags) for t in tags))
-    return made if all(tag.strip(BLANKS) for tag in made.tags) else f"has an empty tag in {c.tags!r}"
+    if all(tag.strip(BLANKS) for tag in made.tags):
+        return made
+    return Bilingual(f"has an empty tag in {c.tags!r}", f"的 {c.tags!r} 中有空的标注")
 
 
 def _squad(values: Values, c: Columns) -> Result:
@@ -84,12 +94,16 @@ def _squad(values: Values, c: Columns) -> Result:
     if isinstance(answers, list):  # the original files: [{text, answer_start}]
         answers = {key: [a.get(key) for a in answers if isinstance(a, dict)] for key in ("text", "answer_start")}
     if not isinstance(answers, dict) or "text" not in answers or "answer_start" not in answers:
-        return f"must hold text and answer_start in {c.answers!r}"
+        return Bilingual(
+            f"must hold text and answer_start in {c.answers!r}", f"的 {c.answers!r} 应含 text 和 answer_start"
+        )
     found, starts = answers["text"], answers["answer_start"]
     if not isinstance(found, list) or not isinstance(starts, list) or len(found) != len(starts):
-        return f"must hold as many texts as starts in {c.answers!r}"
+        return Bilingual(
+            f"must hold as many texts as starts in {c.answers!r}", f"的 {c.answers!r} 中文本与起点的数目应相同"
+        )
     if not all(type(s) is int for s in starts) or not all(isinstance(t, str) for t in found):
-        return f"must hold texts and whole numbers in {c.answers!r}"
+        return Bilingual(f"must hold texts and whole numbers in {c.answers!r}", f"的 {c.answers!r} 应为文本和整数")
     return Span(question, context, tuple(map(str, found)), tuple(s for s in starts if isinstance(s, int)))
 
 
@@ -103,7 +117,7 @@ LEARNED_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_m
 def _prepared(values: Values, c: Columns) -> Result:
     ids, labels = values.get("input_ids"), values.get("labels")
     if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-        return "must hold a list of whole numbers in 'input_ids'"
+        return Bilingual("must hold a list of whole numbers in 'input_ids'", "的 'input_ids' 应为整数列表")
     if labels is not None and not (isinstance(labels, list) and len(labels) == len(ids)):
         return f"must hold a list of {len(ids)} whole numbers in 'labels'"
     labels = labels or []

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from siliang.config import Columns, DataConfig, Source
-from siliang.data.example_set import ExampleSet, bad_rows_message
+from siliang.data.example_set import ExampleSet, bad_row, bad_rows_message, nothing_usable
 from siliang.data.examples import Example
 from siliang.data.find_layout import find_layout, second_text
-from siliang.data.labels import MOST_CLASSES, alike_key, no_classes
+from siliang.data.labels import MOST_CLASSES, known_class, no_classes
 from siliang.data.layouts import RowLayout
 from siliang.data.not_used import Aside
 from siliang.data.numbers import is_whole
@@ -19,11 +19,13 @@ from siliang.data.sources import OpenedSource, open_source
 from siliang.data.spec import DataSpec
 from siliang.data.splitting import split, weighted
 from siliang.data.turns import unused_fields
-from siliang.language import Bilingual
-from siliang.secrets import without_secrets
+from siliang.language import Bilingual, local, together
 from siliang.types import DataError
 
-SINGLE = "all rows need one, or data.layout=text-label, which does not read it"
+SINGLE = Bilingual(
+    "all rows need one, or data.layout=text-label, which does not read it",
+    "所有样本都要有，或设置 data.layout=text-label，不读取它",
+)
 
 
 @dataclass
@@ -153,7 +155,7 @@ class _ExampleReader:
 
     @property
     def skipped(self) -> list[str]:
-        return [f"{where} {reason}" for where, reason in self.bad]
+        return [bad_row(where, reason) for where, reason in self.bad]
 
     def open(self, source: Source) -> OpenedSource:
         """The source's files, found once."""
@@ -187,9 +189,9 @@ class _ExampleReader:
             else:
                 yield row.where, made
         if not some:
-            raise DataError(f"{source.path} holds no rows.")
+            raise DataError(Bilingual(f"{source.path} holds no rows.", f"{source.path} 中没有样本。"))
         if make is None:
-            raise DataError(_nothing(source.path, self.bad[before:]))
+            raise DataError(nothing_usable(source.path, self.bad[before:]))
 
     def held_out(self) -> ExampleSet | None:
         """The rows of data.eval, or of the held-out part of the training data's own folder; None where there is
@@ -239,7 +241,7 @@ class _ExampleReader:
 
     def nothing(self, sources: list[Source]) -> str:
         """Says that not one row of these sources can be used."""
-        return _nothing(", ".join(s.path for s in sources), self.bad)
+        return nothing_usable(", ".join(s.path for s in sources), self.bad)
 
     def examples(self, train: ExampleSet, held_out: ExampleSet) -> Examples:
         """The result."""
@@ -276,7 +278,13 @@ class _ExampleReader:
         if self.layout is None:
             self.layout, self.columns = layout, columns
         elif layout is not self.layout and self.spec.one_layout:
-            raise DataError(f"{source.path} is laid out as {layout.name}, the data before it as {self.layout.name}.")
+            before = self.layout.name
+            raise DataError(
+                Bilingual(
+                    f"{source.path} has the layout {layout.name}, and the data before it {before}.",
+                    f"{source.path} 的格式是 {layout.name}，它之前的数据是 {before}。",
+                )
+            )
         fixed = self._labels_are_numbers()
         # chosen by the first row, which has no second text
         single = layout.name == "text-label" and self.data.layout == "auto" and self.like is None
@@ -284,7 +292,10 @@ class _ExampleReader:
         def make(row: DataRow) -> Example | str:
             pair = second_text(row.values, self.data.columns) if single else None
             if pair is not None and row.values[pair] not in (None, ""):
-                return f"has a second text in {pair!r}, and the first row has none: {SINGLE}"
+                return Bilingual(
+                    f"has a second text in {pair!r}, and the first row has none: {SINGLE}",
+                    f"的 {pair!r} 中有第二段文本，而第一条样本没有：{local(SINGLE, 'zh')}",
+                )
             made = layout.example(row.values, columns)
             if self.spec.adapt is not None and not isinstance(made, str):
                 made = self.spec.adapt(made)
@@ -292,7 +303,7 @@ class _ExampleReader:
                 made = made.problem or made
             if isinstance(made, str) or self.labels is None or self.spec.named is None:
                 return made
-            return _known(made, self.labels, fixed, "label" if self.spec.named == "label" else "tag")
+            return known_class(made, self.labels, fixed, "label" if self.spec.named == "label" else "tag")
 
         return make
 
@@ -312,7 +323,10 @@ class _ExampleReader:
             missing = next((name for name in like.columns.values() if name not in row.values), "")
             there = ", ".join(map(repr, row.values))
             raise DataError(
-                f"{source.path} has no column {missing!r}, which the run was trained on; it has {there}."
+                Bilingual(
+                    f"{source.path} has no column {missing!r}, which the run was trained on; it has {there}.",
+                    f"{source.path} 没有训练时所用的列 {missing!r}；它有 {there}。",
+                )
             ) from None
 
     def _labels_are_numbers(self) -> bool:
@@ -330,13 +344,27 @@ class _ExampleReader:
         found: set[str] = set()
         for example in train:
             found.update(example.classes)
-        column = f"{self.data.train_sources[0].path}: column {getattr(self.columns, part)!r}"
+        path, name, n = self.data.train_sources[0].path, getattr(self.columns, part), len(found)
+        column = Bilingual(f"{path}: column {name!r} ", f"{path}：列 {name!r} ")
         if problem := no_classes(found, len(train)) if part == "label" else None:
-            raise DataError(f"{column} {problem}")
-        if len(found) > MOST_CLASSES:
-            raise DataError(f"{column} has {len(found):,} different values: these are not classes.")
-        if len(found) < least:
-            raise DataError(f"{column} has one class only, {sorted(found)}: nothing to learn.")
+            raise DataError(together(column, problem))
+        if n > MOST_CLASSES:
+            raise DataError(
+                together(
+                    column,
+                    Bilingual(
+                        f"has {n:,} different values: these are not classes.", f"有 {n:,} 个不同的值：这不是类别。"
+                    ),
+                )
+            )
+        if n < least:
+            only = sorted(found)
+            raise DataError(
+                together(
+                    column,
+                    Bilingual(f"has one class only, {only}: nothing to learn.", f"只有一个类别 {only}：无可学习。"),
+                )
+            )
         self.labels = sort_labels(found)
 
     def classes(self, train: ExampleSet) -> list[int] | None:
@@ -354,34 +382,6 @@ def sort_labels(found: set[str]) -> list[str]:
         return (-1, 0, "") if name == "O" else (0, int(name), name) if is_whole(name) else (1, 0, name)
 
     return sorted(found, key=key)
-
-
-def _nothing(source: str, bad: list[tuple[str, str]]) -> str:
-    """Says that not one row can be used: in one line where all are bad in one way."""
-    if len({reason for _, reason in bad}) == 1:
-        every = f", and so does each of the {len(bad):,}" if len(bad) > 1 else ""
-        return f"{source}: not one row can be used: {bad[0][0]} {bad[0][1]}{every}."
-    return f"{source}: not one row can be used. {bad_rows_message([f'{where} {reason}' for where, reason in bad])}"
-
-
-def _known(made: Example, labels: list[str], by_number: bool, what: str) -> Example | str:
-    """The example, with numbers turned into names where that is how the data writes its classes; or what is wrong."""
-    if by_number and all(is_whole(n) and 0 <= int(n) < len(labels) for n in made.classes):
-        return made.with_classes(tuple(labels[int(n)] for n in made.classes))
-    names = [name if name in labels else _as_written(name, labels) for name in made.classes]
-    for name in names:
-        if name not in labels:
-            near = next((known for known in labels if alike_key(known) == alike_key(name)), None)
-            hint = "" if near is None else f"; it looks like {near!r}"
-            shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "")
-            return f"has the {what} {name!r}, which is not one of {shown}{hint}"
-    return made.with_classes(tuple(names))
-
-
-def _as_written(name: str, labels: list[str]) -> str:
-    """A class that is a secret, as the labels of a run's record have it."""
-    hidden = without_secrets(name)
-    return hidden if labels.count(hidden) == 1 else name
 
 
 def _counted(sources: list[Source], reader: _ExampleReader, sizes: list[int]) -> Iterator[tuple[str, Example]]:

@@ -11,6 +11,7 @@ from siliang.config import DataConfig
 from siliang.data.example_set import ExampleSet, bad_rows_message
 from siliang.data.examples import Example, Span
 from siliang.data.spec import DataSpec
+from siliang.language import Bilingual
 from siliang.types import DataError
 
 if TYPE_CHECKING:  # slow to import
@@ -74,7 +75,10 @@ class PreparedData:
         self.examples.train, tokens = self._tokens(self.examples.train)
         if not len(tokens) and tokens.skipped:
             source = self.settings.train_sources[0].path
-            raise DataError(f"{source}: not one row can be used. {bad_rows_message(tokens.skipped)}")
+            rows = bad_rows_message(tokens.skipped)
+            raise DataError(
+                Bilingual(f"{source}: not one row can be used. {rows}", f"{source}：没有一条样本可用。{rows.zh}")
+            )
         return tokens
 
     @cached_property

@@ -6,6 +6,7 @@ from typing import Any
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Values, given
+from siliang.language import Bilingual
 
 PREFERENCES = ("rejected", "chosen", "rejected_response", "rejected_responses", "rejected_messages")
 WANTED = ("label", "kto_tag")  # KTO: false marks a wrong answer
@@ -26,8 +27,12 @@ def refuse_other_lessons(values: Values, c: Columns, columns: tuple[str, ...]) -
         for name in PREFERENCES:
             if given(values.get(name)):
                 raise BadRow(
-                    f"has {name!r}: a better and a worse answer, and siliang learns answers, not preferences; "
-                    "name the column of the answer to learn with data.columns, or take the other out"
+                    Bilingual(
+                        f"has {name!r}: a better and a worse answer, and siliang learns answers, not preferences; "
+                        "name the column of the answer to learn with data.columns, or remove the other",
+                        f"有 {name!r}：较好和较差的答案，而 siliang 学习答案，不学习偏好；"
+                        "请用 data.columns 指定要学习的答案列，或去掉另一列",
+                    )
                 )
     for name in WANTED:
         value = values.get(name)
@@ -35,12 +40,20 @@ def refuse_other_lessons(values: Values, c: Columns, columns: tuple[str, ...]) -
             continue  # the user has named another column as the label
         if (isinstance(value, int | float) and value == 0) or as_word(value) in ("false", "0"):
             raise BadRow(
-                f"has {name!r}: {value!r}, which says that its answer is not to be given (KTO), and siliang learns "
-                f"every answer as right; where {name!r} means something else, rename it"
+                Bilingual(
+                    f"has {name!r}: {value!r}, which marks its answer as wrong (KTO), and siliang learns every answer "
+                    f"as right; where {name!r} means something else, rename it",
+                    f"有 {name!r}: {value!r}，表示其答案是错的（KTO），而 siliang 把每个答案都当作正确的来学习；"
+                    f"若 {name!r} 另有含义，请改名",
+                )
             )
     for name in MEDIA:
         if name not in columns and given(values.get(name)):
-            raise BadRow(f"has {name!r}: siliang trains on text alone")
+            raise BadRow(text_only(name))
+
+
+def text_only(name: str) -> Bilingual:
+    return Bilingual(f"has {name!r}: siliang trains on text alone", f"有 {name!r}：siliang 只用文本训练")
 
 
 def as_word(value: Any) -> str:

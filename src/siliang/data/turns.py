@@ -9,7 +9,8 @@ from typing import Any
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, short
 from siliang.data.examples import Call, Conversation, Message, Role
-from siliang.data.refused import MEDIA, media_in, refuse_other_lessons
+from siliang.data.refused import MEDIA, media_in, refuse_other_lessons, text_only
+from siliang.language import Bilingual, local
 from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
 
@@ -85,31 +86,45 @@ def _listed(turns: Any) -> Any:
 def turns_of(turns: Any, column: str) -> list[Message]:
     turns = _listed(turns)
     if isinstance(turns, list | tuple) and turns and all(isinstance(turn, str) for turn in turns):
-        raise BadRow(f"has a list of texts in {column!r}: one text belongs there, or a list of turns {{role, content}}")
+        raise BadRow(
+            Bilingual(
+                f"has a list of texts in {column!r}: one text belongs there, or a list of turns {{role, content}}",
+                f"的 {column!r} 是文本的列表：应为一段文本，或由 {{role, content}} 组成的列表",
+            )
+        )
     if not isinstance(turns, list | tuple) or not turns:
-        raise BadRow(f"has no list of turns in {column!r}")
+        raise BadRow(Bilingual(f"has no list of turns in {column!r}", f"的 {column!r} 不是对话的列表"))
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
         try:
             messages.append(_message(turn))
         except BadRow as problem:
-            raise BadRow(f"turn {number} of {column!r} {problem}") from None
+            wrong = problem.text
+            raise BadRow(
+                Bilingual(f"turn {number} of {column!r} {wrong}", f"{column!r} 的第 {number} 轮{local(wrong, 'zh')}")
+            ) from None
     return messages
 
 
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow("is not an object")
+        raise BadRow(Bilingual("is not an object", "不是对象"))
     named = str(_first(turn, "role", "from")).lower()
     role = ROLES.get(named)
     if role is None:
-        raise BadRow(f"has the role {_first(turn, 'role', 'from')!r}, which is not one of {', '.join(ROLES)}")
+        given_role, roles = _first(turn, "role", "from"), ", ".join(ROLES)
+        raise BadRow(
+            Bilingual(
+                f"has the role {given_role!r}, which is not one of {roles}",
+                f"的角色 {given_role!r} 不是 {roles} 之一",
+            )
+        )
     for name in MEDIA:
         if given(turn.get(name)):
-            raise BadRow(f"has {name!r}: siliang trains on text alone")
+            raise BadRow(text_only(name))
     content, reasoning = _content(_first(turn, "content", "value"), role)
     if role == "user" and (mark := media_in(content)):
-        raise BadRow(f"holds {mark}, the place of something that is not text: siliang trains on text alone")
+        raise BadRow(_not_text(mark))
     reasoning = _reasoning(turn, role) or reasoning
     trained = _trained(turn, role)
     if named in CALLING:
@@ -206,21 +221,33 @@ def _call(value: Any) -> Call | None:
     return Call(function["name"], arguments, as_text(value.get("id")))
 
 
+def _not_text(mark: str) -> Bilingual:
+    return Bilingual(
+        f"holds {mark}, the place of something that is not text: siliang trains on text alone",
+        f"含有 {mark}，这里不是文本：siliang 只用文本训练",
+    )
+
+
 def as_conversation(messages: list[Message], tools: str | None = None) -> Result:
     talk = [m for m in messages if m.role != "system"]
     if not any(m.role == "assistant" for m in talk):
-        return "has no turn of the assistant: there is nothing to learn"
+        return Bilingual("has no turn of the assistant: there is nothing to learn", "没有 assistant 的发言，无可学习")
     if talk[0].role != "user":
-        return f"begins with the {talk[0].role}, not with the user"
+        first = talk[0].role
+        return Bilingual(f"begins with the {first}, not with the user", f"以 {first} 开头，而不是 user")
     for number, m in enumerate(messages, start=1):
         if m.role == "assistant" and not m.content.strip() and not m.calls:
-            return f"has an empty answer in turn {number}"
+            return Bilingual(f"has an empty answer in turn {number}", f"第 {number} 轮的回答为空")
         if m.role == "user" and not m.text.strip():
-            return f"has an empty question in turn {number}"
+            return Bilingual(f"has an empty question in turn {number}", f"第 {number} 轮的问题为空")
     if talk[-1].role != "assistant":
-        return f"ends with the {talk[-1].role}, whom nobody answers"
+        last = talk[-1].role
+        return Bilingual(f"ends with the {last}, without an answer", f"以 {last} 结尾，没有回答")
     if not any(m.trained for m in talk if m.role == "assistant"):
-        return "marks every answer as one that is not learned: there is nothing to learn"
+        return Bilingual(
+            "marks every answer as one that is not learned: there is nothing to learn",
+            "的所有回答都标记为不学习，无可学习",
+        )
     return Conversation(tuple(messages), (tools or "").strip())
 
 
@@ -233,11 +260,11 @@ def read_pair(instruction: str, output: str) -> Callable[[Values, Columns], Resu
         about = "" if c.input == asked else cell(values, c.input)
         question, answer = cell(values, asked), cell(values, answered)
         if not answer.strip():
-            return f"has an empty {answered!r}"
+            return Bilingual(f"has an empty {answered!r}", f"的 {answered!r} 为空")
         if not question.strip() and not about.strip():
-            return f"has an empty {asked!r}"
+            return Bilingual(f"has an empty {asked!r}", f"的 {asked!r} 为空")
         if mark := media_in(f"{question}\n{about}"):
-            return f"holds {mark}, the place of something that is not text: siliang trains on text alone"
+            return _not_text(mark)
         messages = [Message("user", question, about), Message("assistant", answer)]
         if system := cell(values, c.system).strip():
             messages.insert(0, Message("system", system))
