@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,10 @@ from torch.optim import AdamW, Optimizer
 from transformers import Trainer, TrainingArguments
 
 from siliang import LoraConfig, get_peft_model
-from siliang.config import TrainConfig
+from siliang.config import RunConfig, TrainConfig
+from siliang.methods import METHODS, HeadConfig
+from siliang.tasks import SEQ_CLS
+from siliang.train.checks import check_layerwise, check_loraplus
 from siliang.train.optimizer import OPTIMIZERS, Lion, check_optimizer_runs, make_optimizer, make_schedule
 from siliang.types import ConfigError
 
@@ -26,8 +30,8 @@ def model_of(kind: str, tuned: str) -> Any:
     return model
 
 
-def our_optimizer(model: torch.nn.Module, **settings: Any) -> Optimizer:
-    return make_optimizer(model, TrainConfig(**settings), learning_rate=3e-3, eps=1e-8)
+def our_optimizer(model: torch.nn.Module, heads: Sequence[str] = (), **settings: Any) -> Optimizer:
+    return make_optimizer(model, TrainConfig(**settings), heads=heads, learning_rate=3e-3, eps=1e-8)
 
 
 def the_trainers(model: torch.nn.Module, folder: Path, **more: Any) -> Trainer:
@@ -188,3 +192,57 @@ def test_lion_has_one_moment() -> None:
     optimizer = Lion([{"params": list(model.parameters())}], lr=1e-3)
     steps(model, optimizer, 1)
     assert all(list(state) == ["exp_avg"] for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize(("kind", "tuned"), [("bert", "full"), ("bert", "lora"), ("llama", "lora")])
+def test_muon_is_not_for_heads_and_embeddings(kind: str, tuned: str) -> None:
+    model: Any = make(kind)
+    heads = SEQ_CLS.model.heads if kind == "bert" else ()
+    if tuned == "lora":
+        embeddings = "word_embeddings" if kind == "bert" else "embed_tokens"
+        inside = ["query", "value"] if kind == "bert" else ["q_proj", "lm_head"]
+        task_type = SEQ_CLS.adapter_type if kind == "bert" else None
+        model = get_peft_model(model, LoraConfig(task_type=task_type, r=2, target_modules=[embeddings, *inside]))
+    optimizer = our_optimizer(model, heads, optimizer="muon")
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[id(p)] for g in optimizer.param_groups if "ns_steps" in g for p in g["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    apart = ("embed", "classifier", "lm_head")
+    assert by_muon == {n for n, p in trained.items() if p.ndim == 2 and not any(word in n for word in apart)}
+    assert by_muon and {n for n, p in trained.items() if p.ndim == 2} - by_muon
+
+
+def test_layers_further_down_have_smaller_rates_of_their_factors() -> None:
+    model: Any = get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    found = rates(model, our_optimizer(model, layerwise_decay=0.5))
+    for where, rate in (("embed_tokens", 0.375e-3), ("layers.0.", 0.75e-3), ("layers.1.", 1.5e-3)):
+        assert [found[name] for name in found if where in name] == pytest.approx([rate, rate])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"lora"}))
+def test_loraplus_needs_a_b(name: str) -> None:
+    config = RunConfig.build(
+        {
+            "model": "m",
+            "task": "seq_cls",
+            "method": name,
+            "data": {"train": "t.jsonl"},
+            "train": {"loraplus_ratio": 16},
+            "output": "o",
+        }
+    )
+    message = rf"train\.loraplus_ratio = 16: {name} has no B that would train faster; leave it out"
+    with pytest.raises(ConfigError, match=message):
+        check_loraplus(config, METHODS[name])
+    check_loraplus(config, METHODS["lora"])
+
+
+def test_a_decay_of_the_rate_that_reaches_nothing_is_refused() -> None:
+    settings = TrainConfig(layerwise_decay=0.9, loraplus_ratio=16)
+    model: Any = get_peft_model(make("bert"), HeadConfig(task_type=SEQ_CLS.adapter_type))
+    message = r"train\.layerwise_decay = 0\.9: what head trains is above all layers"
+    with pytest.raises(ConfigError, match=message):
+        check_layerwise(model, settings, METHODS["head"])
+    check_layerwise(model, TrainConfig(), METHODS["head"])
+    check_layerwise(model_of("bert", "lora"), settings, METHODS["lora"])
+    check_layerwise(make("bert"), settings, METHODS["full"])

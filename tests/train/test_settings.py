@@ -85,6 +85,14 @@ def test_patience_ends_a_run_that_gets_no_better(place: Place, tmp_path: Path) -
         train(configured(place, tmp_path / "other", patience=2, eval_every=None))
 
 
+def test_learning_rates_that_no_parameter_has_are_refused(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.loraplus_ratio = 16: bitfit has no B that would train faster"):
+        train(configured(place, tmp_path / "bitfit", "bitfit", loraplus_ratio=16))
+    with pytest.raises(ConfigError, match=r"train\.layerwise_decay = 0\.9: what head trains is above all layers"):
+        head = configured(place, tmp_path / "head", "head", layerwise_decay=0.9).model_dump(mode="json")
+        train(RunConfig.build(head | {"method": {"name": "head", "modules_to_save": ["lm_head"]}}))
+
+
 def test_noise_and_smoothing_change_the_training_and_no_evaluation(place: Place, tmp_path: Path) -> None:
     first = {}
     for name in ("plain", "neftune", "label smoothing"):

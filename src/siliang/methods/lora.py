@@ -221,6 +221,7 @@ class Lora(Method[LoraConfig]):
     )
     trains = Bilingual("low-rank updates of chosen linear layers", "所选线性层的低秩更新")
     default_targets = LORA_TARGETS
+    has_lora_factors = True
 
     def attach(self, model: nn.Module, config: LoraConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         kinds: tuple[type[LowRank], ...] = (DoraLinear if config.use_dora else LoraLinear, LoraEmbedding)

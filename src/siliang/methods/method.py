@@ -121,6 +121,7 @@ class Method(ABC, Generic[C]):
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
         tunes: What it must find in the model; `siliang check` reports where there are none.
         is_baseline: The others are measured against it; it is not offered as a choice.
+        has_lora_factors: Its layers have LoRA's A and B, by these names: LoRA+ gives B a learning rate of its own.
         default_targets: The usual layers by the base model's model_type, for a method that works on layers.
     """
 
@@ -133,6 +134,7 @@ class Method(ABC, Generic[C]):
     why_not_mergeable: ClassVar[str | None] = None
     tunes: ClassVar[Literal["layers", "biases"]] = "layers"
     is_baseline: ClassVar[bool] = False
+    has_lora_factors: ClassVar[bool] = False
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property

@@ -136,7 +136,7 @@ def is_cached_attention(module: nn.Module) -> bool:
     if layer_number(module) is None or any(isinstance(child, nn.Conv1d) for child in module.children()):
         return False  # a state-space mixer, as Mamba's, has a convolution
     parameters = parameters_of(module)
-    has_projections = any(is_linear(_unwrapped(child)) for child in module.children())
+    has_projections = any(is_linear(unwrapped(child)) for child in module.children())
     return has_projections and not set(CACHES).isdisjoint(parameters) and "hidden_states" in parameters
 
 
@@ -276,7 +276,7 @@ def as_stored(layer: nn.Module, weight_OI: Tensor) -> Tensor:
     return weight_OI.T.contiguous() if is_transposed(layer) else weight_OI
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The base model's own layer below the methods that wrap it."""
     while isinstance(base := getattr(module, "base_layer", None), nn.Module):
         module = base

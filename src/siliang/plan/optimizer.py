@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -15,16 +15,17 @@ from siliang.train.optimizer import OPTIMIZERS, Groups, make_optimizer, paramete
 SMALL_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: fewer numbers stay in 32 bits; numbers that share a scale
 
 
-def make_planned_optimizer(model: nn.Module, settings: TrainConfig) -> Optimizer:
+def make_planned_optimizer(model: nn.Module, settings: TrainConfig, heads: Sequence[str]) -> Optimizer:
     """An optimizer that keeps what the run's own would keep.
 
     Args:
         model: Its tensors may be fake or real.
+        heads: Names of the modules that are the task's head.
     """
     is_fake = any(isinstance(p, FakeTensor) for p in model.parameters())
     if is_fake and not OPTIMIZERS[settings.optimizer].on_fake:
         return Moments8bit(parameter_groups(model, settings, 0.0))
-    return make_optimizer(model, settings, learning_rate=0.0, eps=1e-8)
+    return make_optimizer(model, settings, heads=heads, learning_rate=0.0, eps=1e-8)
 
 
 class Moments8bit(Optimizer):

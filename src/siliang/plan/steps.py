@@ -88,7 +88,7 @@ def measure(
             tracker.hold(_tensors(batch), "workspace")
         peaks["loaded"] = tracker.peak()
         if "train" in phases:
-            optimizer = make_planned_optimizer(model, settings)
+            optimizer = make_planned_optimizer(model, settings, engine.task.model.heads)
             for p in trained:
                 p.grad = torch.zeros_like(p)
             optimizer.step()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from siliang.config import RunConfig
+from siliang.config import RunConfig, TrainConfig
 from siliang.methods import Method
 from siliang.tasks import TASKS
+from siliang.train.optimizer import rate_factors
 from siliang.types import ConfigError, OutputError, nearest
 
 
@@ -47,6 +48,32 @@ def check_terms(method: Method, *, sharded: bool) -> None:
         raise ConfigError(
             f"{method.name} adds a term to the loss, which FSDP and DeepSpeed do not support: set "
             "distributed.strategy=ddp."
+        )
+
+
+def check_loraplus(config: RunConfig, method: Method) -> None:
+    """Raises ConfigError where the ratio of LoRA+ would change no learning rate."""
+    ratio = config.train.loraplus_ratio
+    if ratio is not None and not method.has_lora_factors:
+        raise ConfigError(
+            f"train.loraplus_ratio = {ratio:g}: {method.name} has no B that would train faster; leave it out."
+        )
+
+
+def check_layerwise(model: nn.Module, settings: TrainConfig, method: Method) -> None:
+    """Raises ConfigError where train.layerwise_decay would change no learning rate.
+
+    Args:
+        model: With the method on it.
+    """
+    decay = settings.layerwise_decay
+    if decay is None:
+        return
+    lowered = rate_factors(model, settings.model_copy(update={"loraplus_ratio": None}))
+    if not any(p.requires_grad and name in lowered for name, p in model.named_parameters()):
+        raise ConfigError(
+            f"train.layerwise_decay = {decay:g}: what {method.name} trains is above all layers, at the peak rate; "
+            "leave it out."
         )
 
 

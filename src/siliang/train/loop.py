@@ -150,7 +150,8 @@ class Training:
         """The optimizer and the schedule, and what a strategy wraps around the model."""
         run, t, accelerator = self.prepared, self.prepared.config.train, self.accelerator
         reshard(run.model)  # the engine's trials leave embeddings and output layer gathered: the optimizer needs shards
-        optimizer = make_optimizer(run.model, t, learning_rate=run.record.learning_rate, eps=run.precision.adam_eps)
+        rate, eps, heads = run.record.learning_rate, run.precision.adam_eps, self.engine.task.model.heads
+        optimizer = make_optimizer(run.model, t, heads=heads, learning_rate=rate, eps=eps)
         # DeepSpeed puts parts of its own in the place of these
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         if is_sharded(run.model):  # it is ready: accelerate knows no FSDP on CPUs, and would wrap it in DDP

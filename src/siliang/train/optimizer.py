@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -19,8 +19,9 @@ from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import get_parameter_names
 
 from siliang.config import TrainConfig
-from siliang.models.introspect import checkpointed_layers
-from siliang.types import ConfigError
+from siliang.models.introspect import checkpointed_layers, output_layer, unwrapped
+from siliang.peft_api.model import PeftModel
+from siliang.types import OTHER_HEADS, ConfigError
 
 BETAS = (0.9, 0.999)  # of Adam's moments, torch's own
 LION_BETAS = (0.9, 0.99)  # of the paper
@@ -30,8 +31,8 @@ DECAY_SHARE = 0.1  # of the steps, at the end of warmup_stable_decay
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 Groups = list[dict[str, Any]]
-# an optimizer of (the model, its groups, the peak learning rate, Adam's eps)
-Make = Callable[[nn.Module, Groups, float, float], Optimizer]
+# an optimizer of (the model, its groups, the names of the task's heads, the peak learning rate, Adam's eps)
+Make = Callable[[nn.Module, Groups, Sequence[str], float, float], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,18 @@ class OptimizerSpec:
     on_fake: bool = True
 
 
-def make_optimizer(model: nn.Module, settings: TrainConfig, *, learning_rate: float, eps: float) -> Optimizer:
+def make_optimizer(
+    model: nn.Module, settings: TrainConfig, *, heads: Sequence[str], learning_rate: float, eps: float
+) -> Optimizer:
     """The optimizer of the settings, over all trained parameters.
 
     Args:
+        heads: Names of the modules that are the task's head.
         learning_rate: The peak.
         eps: Of Adam.
     """
     groups = parameter_groups(model, settings, learning_rate)
-    return OPTIMIZERS[settings.optimizer].make(model, groups, learning_rate, eps)
+    return OPTIMIZERS[settings.optimizer].make(model, groups, heads, learning_rate, eps)
 
 
 def check_optimizer_runs(settings: TrainConfig, device: torch.device, *, sharded: bool) -> None:
@@ -140,34 +144,37 @@ def rate_factors(model: nn.Module, settings: TrainConfig) -> dict[str, float]:
 
 
 def _embedding_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of embeddings, copies of them that are trained included."""
-    return [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+    """The weights of embeddings, with what adapters train of them: copies, rows, and LoRA's factors."""
+    return [p for m in model.modules() if isinstance(unwrapped(m), nn.Embedding) for p in m.parameters()]
 
 
-def _tables(model: nn.Module) -> set[int]:
-    """The ids of the weights that have a row for each word or position: Muon is not for these."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    return {id(p) for p in chain(_embedding_weights(model), head.parameters() if head is not None else ())}
+def _not_for_muon(model: nn.Module, heads: Sequence[str]) -> set[int]:
+    """The ids of the weights with a row for each word, position or class: those of embeddings and output layers."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    outputs = [child for name, child in base.named_children() if name in (*heads, *OTHER_HEADS)]
+    if (output := output_layer(base)) is not None:
+        outputs.append(output)
+    return {id(p) for p in chain(_embedding_weights(model), *(module.parameters() for module in outputs))}
 
 
-def _adamw(model: nn.Module, groups: Groups, learning_rate: float, eps: float) -> Optimizer:
+def _adamw(model: nn.Module, groups: Groups, heads: Sequence[str], learning_rate: float, eps: float) -> Optimizer:
     return AdamW(groups, lr=learning_rate, betas=BETAS, eps=eps, fused=True)
 
 
-def _adafactor(model: nn.Module, groups: Groups, learning_rate: float, eps: float) -> Optimizer:
+def _adafactor(model: nn.Module, groups: Groups, heads: Sequence[str], learning_rate: float, eps: float) -> Optimizer:
     return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
 
 
-def _lion(model: nn.Module, groups: Groups, learning_rate: float, eps: float) -> Optimizer:
+def _lion(model: nn.Module, groups: Groups, heads: Sequence[str], learning_rate: float, eps: float) -> Optimizer:
     return Lion(groups, lr=learning_rate)
 
 
-def _muon(model: nn.Module, groups: Groups, learning_rate: float, eps: float) -> Optimizer:
-    return MuonAndAdamW(groups, _tables(model), lr=learning_rate, eps=eps)
+def _muon(model: nn.Module, groups: Groups, heads: Sequence[str], learning_rate: float, eps: float) -> Optimizer:
+    return MuonAndAdamW(groups, _not_for_muon(model, heads), lr=learning_rate, eps=eps)
 
 
 def _adamw_8bit(
-    model: nn.Module, groups: Groups, learning_rate: float, eps: float, *, paged: bool = False
+    model: nn.Module, groups: Groups, heads: Sequence[str], learning_rate: float, eps: float, *, paged: bool = False
 ) -> Optimizer:
     """bitsandbytes' AdamW with moments of 8 bits; those of embeddings stay in 32, as in transformers' Trainer."""
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit

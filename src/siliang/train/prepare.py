@@ -34,7 +34,15 @@ from siliang.peft_api.model import PeftModel
 from siliang.records import Counts, Device, Predicted, Record, Rows, Seconds
 from siliang.run_folder import changed_base, hashes, load_base, sources_of, weight_dtype
 from siliang.tasks.prepare import prepare_data
-from siliang.train.checks import check_best, check_patience, check_quantization, check_space, check_terms
+from siliang.train.checks import (
+    check_best,
+    check_layerwise,
+    check_loraplus,
+    check_patience,
+    check_quantization,
+    check_space,
+    check_terms,
+)
 from siliang.train.lines import say_data, say_model
 from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Resumed
@@ -83,6 +91,7 @@ def prepare(
     check_best(config, len(data.eval))
     check_patience(config, len(data.eval))
     check_quantization(config, method)
+    check_loraplus(config, method)
     config, predicted = _plan(planner, config, subject, ranks, listener)
     mesh = rank_mesh(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
     check_optimizer_runs(config.train, device, sharded=mesh is not None and method.config is None)
@@ -91,6 +100,7 @@ def prepare(
     with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         model = _load(base, config, method, precision, data, device)
         model, trained, total = attach(model, method, config, precision, start=start)
+        check_layerwise(model, config.train, method)
         if mesh is not None:
             _shard(model, mesh, device)
     if config.adapter and resumed is None:
