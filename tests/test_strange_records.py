@@ -174,7 +174,7 @@ STATE: list[tuple[str, Any]] = [
     ("random.0.cuda", [3]),
     ("random", []),
     ("since_log.loss", [1]),
-    ("since_log.step", -1),
+    ("since_log.steps", -1),
     ("tokens_trained", 10**30),
     ("guard.runs", {"dict": [["other", 1]]}),
     ("guard.skipped", "all"),

@@ -11,8 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny import make, word_tokenizer
 
 from siliang.config import RunConfig
+from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.train.guard import USELESS_STEPS, BadStep, Guard
+from siliang.train.log import Log, Progress
+from siliang.train.loop import Training
+from siliang.train.prepare import prepare
 from siliang.train.run import train
+from siliang.train.types import Listener
 from siliang.types import TrainingError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
@@ -83,3 +88,38 @@ def test_broken_base_weights(instruction_file: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"(?s)Step 1: the loss is nan.*up_proj.weight holds nan.*no checkpoint"):
         train(settings(folder, instruction_file, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_are_left_out_are_not_in_the_logged_loss(
+    model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    """Also where a checkpoint was made between such a step and the line."""
+
+    def logged(bad: int, log_every: int, checkpoint: Path | None = None) -> tuple[list[float | None], list[Progress]]:
+        seen: list[Progress] = []
+        more: dict[str, Any] = {"max_steps": 3, "log_every": log_every, "on_nan": "skip 1", "learning_rate": 1e-3}
+        config = settings(model_folders["llama"], instruction_file, tmp_path / "run", **more)
+        folder = tmp_path / f"bad-{bad}-every-{log_every}-{'new' if checkpoint is None else 'resumed'}"
+        folder.mkdir()
+        run = prepare(config, Listener(), folder)
+        norm = run.model.get_base_model().model.norm.weight
+        sound = norm.detach().clone()
+
+        def spoil(step: int) -> None:
+            with torch.no_grad():
+                norm.copy_(sound * float("nan") if step + 1 == bad else sound)
+
+        training = Training(run, log=Log(seen.append), on_step=lambda training: spoil(training.step))
+        spoil(training.step if checkpoint is None else 2)
+        training.run(checkpoint)
+        assert training.guard.skipped == [bad]
+        return [line.loss for line in training.log.lines], seen
+
+    (one, two, three), _ = logged(2, log_every=1)
+    assert one is not None and two is None and three is not None
+    (mean,), _ = logged(2, log_every=3)
+    assert mean == pytest.approx((one + three) / 2, rel=1e-6)
+    checkpoint = checkpoints(tmp_path / "bad-2-every-3-new" / CHECKPOINTS)[2]
+    assert logged(2, 3, checkpoint)[0] == [mean]
+    _, seen = logged(1, log_every=3)
+    assert [p.loss is None for p in seen] == [True, True, True, False]

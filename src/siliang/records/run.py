@@ -120,7 +120,7 @@ class StepMetrics(Part):
     step: Count
     epoch: Positive
     loss: Number | None = None
-    """Mean training loss since the line before."""
+    """Mean training loss since the line before, without the steps that were left out (train.on_nan)."""
     eval_loss: Number | None = None
     metrics: Figures = Field(default_factory=dict)
     """The other metrics of an evaluation on the held-out rows: accuracy, f1, ... train.best may choose by them."""

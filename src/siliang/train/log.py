@@ -86,8 +86,8 @@ class Log:
         self._started = self._last_time = time.perf_counter()
         self._first, self._last_tokens = at, at.tokens
 
-    def add_loss(self, at: Moment, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """A line with the mean loss of the steps since the last one."""
+    def add_loss(self, at: Moment, loss: float | None, learning_rate: float, grad_norm: float) -> None:
+        """A line with the mean loss of the steps since the last one; None where all of them were left out."""
         now = time.perf_counter()
         tokens_per_s = (at.tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
         line = StepMetrics(
@@ -113,7 +113,7 @@ class Log:
         self.lines.append(line)
         self._trackers.log(line, self._memory.update() if self._memory else 0)
 
-    def show_first(self, at: Moment, loss: float, learning_rate: float) -> None:
+    def show_first(self, at: Moment, loss: float | None, learning_rate: float) -> None:
         """Shows the loss of the first step at once; its line comes with those of the steps after it."""
         self._loss, self._rate = loss, learning_rate
         self.show(at, logged=True)

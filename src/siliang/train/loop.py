@@ -90,10 +90,11 @@ class Training:
         self._lengths = run.train_set.lengths.tolist()
         self._order = Order.of(run.config, self._lengths)
         self.guard = Guard(scaled=run.precision.precision == "fp16", skips=t.nan_skips)
-        self.step = self.tokens_trained = self._logged_step = 0
+        self.step = self.tokens_trained = 0
         self.stopped: Literal["stopped", "out of time"] | None = None
         self.best: Best | None = None
-        self._loss_since_log = torch.zeros((), device=run.device)
+        self._loss_since_log = torch.zeros((), device=run.device)  # of so many steps; those left out are not among them
+        self._steps_since_log = 0
         self._no_better = 0  # evaluations since the best one
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, its metrics
         self._evaluation_due = False  # that of the last step was put off when the run was stopped
@@ -200,6 +201,8 @@ class Training:
             self.prepared.listener.say(self.guard.in_words(bad))
         else:
             self.guard.record(step, loss, norm, rows)
+            self._loss_since_log += loss
+            self._steps_since_log += 1
         self.optimizer.step()
         learning_rate = float(self.schedule.get_last_lr()[0])
         if not self.accelerator.optimizer_step_was_skipped:
@@ -207,9 +210,6 @@ class Training:
             if not bad:
                 after_step(self.model, step)
         self.model.zero_grad()
-        if t.nan_skips and not torch.isfinite(loss):  # the log's mean stays a number
-            loss = self._loss_since_log / (step - self._logged_step)
-        self._loss_since_log += loss
         self.tokens_trained += sum(self._lengths[i] for share in shares for i in share if i >= 0)
         self.step = step
         return norm, learning_rate
@@ -222,16 +222,15 @@ class Training:
         if (wanted.stop or wanted.time_is_over) and not last:
             self._stop_here(due, "stopped" if wanted.stop else "out of time")
         if self.step == 1 and not due.log:  # seen at once; the log has it among its first steps
-            self.log.show_first(self.moment, float(self._loss_since_log), float(self.schedule.get_last_lr()[0]))
+            self.log.show_first(self.moment, self._mean_loss, float(self.schedule.get_last_lr()[0]))
         else:
             self.log.show(self.moment)
         self._on_step(self)
         if due.log or due.evaluate or due.save or self.prepared.device.type == "cpu":
             self._check()
         if due.log:
-            loss = float(self._loss_since_log) / (self.step - self._logged_step)
-            self._loss_since_log, self._logged_step = torch.zeros_like(self._loss_since_log), self.step
-            self.log.add_loss(self.moment, loss, learning_rate, float(grad_norm))
+            self.log.add_loss(self.moment, self._mean_loss, learning_rate, float(grad_norm))
+            self._loss_since_log, self._steps_since_log = torch.zeros_like(self._loss_since_log), 0
         if due.evaluate:
             self.evaluate()
             chooses = self.prepared.config.train.best is not None
@@ -242,6 +241,11 @@ class Training:
                 due.save = due.save or bool(self.prepared.config.train.save_every)
         if due.save:
             self.save()
+
+    @property
+    def _mean_loss(self) -> float | None:
+        """Of the steps since the last line of the log; None where all were left out."""
+        return float(self._loss_since_log) / self._steps_since_log if self._steps_since_log else None
 
     def _due(self) -> Due:
         """What the settings require after this step."""
@@ -346,7 +350,7 @@ class Training:
             "scheduler": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": self.prepared.ranks.gather(random_state()),
-            "since_log": {"loss": float(self._loss_since_log), "step": self._logged_step},
+            "since_log": {"loss": float(self._loss_since_log), "steps": self._steps_since_log},
             "tokens_trained": self.tokens_trained,
             "guard": self.guard.state_dict(),
             "evaluation_due": self._evaluation_due,
@@ -368,7 +372,7 @@ class Training:
         self.best = Best(**state["best"]) if state["best"] else None
         self._no_better = state["no_better"]
         self._loss_since_log += state["since_log"]["loss"]
-        self._logged_step = state["since_log"]["step"]
+        self._steps_since_log = state["since_log"]["steps"]
         self.guard.load_state_dict(state["guard"])
         self.log.load_state_dict(state["log"])
         self._evaluation_due = state["evaluation_due"] and len(self.prepared.eval_set) > 0

@@ -37,7 +37,7 @@ class _Best(Part):
 
 class _SinceLog(Part):
     loss: Number
-    step: Count
+    steps: Count
 
 
 class _Guard(Part):

@@ -131,7 +131,7 @@ class Trackers:
         """
         if self._opened:
             values = values_of(line)
-            if memory_bytes and line.loss is not None:
+            if memory_bytes and line.learning_rate is not None:
                 values["train/memory_bytes"] = float(memory_bytes)
             self._send(values, line.step)
 
@@ -186,7 +186,7 @@ def values_of(line: StepMetrics) -> dict[str, float]:
     """What trackers get of a line of the log, by the names that they show."""
     found: dict[str, float | None] = {f"eval/{name}": value for name, value in line.metrics.items()}
     found["eval/loss"] = line.eval_loss
-    if line.loss is not None:
+    if line.learning_rate is not None:  # not a line of an evaluation
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "epoch"):
             found[f"train/{name}"] = getattr(line, name)
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
