@@ -108,7 +108,7 @@ def test_a_task_of_the_page(place: Callable[[str, str], Place], task: str, metri
     here = place(task, metric)
     steps = ("train.batch_size=4", "train.gradient_accumulation=2", "train.save_every=3", "train.eval_every=3")
     settings = here.settings(task, *steps)
-    check, plan, _, _, _, evaluated, predicted, compared = here.run(
+    check, plan, _, _, _, evaluated, predicted, merged, compared = here.run(
         ("check", *settings),
         ("plan", *settings),
         ("train", *settings, "--set", "train.max_steps=6", "--output", "whole"),
@@ -116,6 +116,7 @@ def test_a_task_of_the_page(place: Callable[[str, str], Place], task: str, metri
         ("train", "--resume", "part", "--set", "train.max_steps=6"),
         ("eval", "part"),
         ("predict", "part", asked, "--json"),
+        ("merge", "part", "--output", "merged"),
         (
             "compare",
             *settings,
@@ -133,6 +134,7 @@ def test_a_task_of_the_page(place: Callable[[str, str], Place], task: str, metri
     assert "lora" in plan.lower()
     assert metric in evaluated and metric.split("_")[0] in compared.lower()
     assert asked.split("\t")[0] in json.loads(predicted).values()
+    assert "difference" in merged and (here.folder / "merged" / "config.json").is_file()
     whole, part = here.weights("whole"), here.weights("part")
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
     final = [json.loads((here.folder / run / "run.json").read_text())["final"] for run in ("whole", "part")]

@@ -24,10 +24,10 @@ class MergeProof:
 
     Attributes:
         samples: Texts compared.
-        positions: Predictions compared: tokens, or texts for a classifier.
-        largest_difference: Of any logit.
-        spread: Standard deviation of the unmerged model's logits, the measure of what is large.
-        top1_agreement: Share of predictions with the same first choice.
+        positions: Outputs compared: of tokens, or of texts for a classifier.
+        largest_difference: Of any logit, or of any number of the last hidden states where the model has no logits.
+        spread: Standard deviation of the unmerged model's, the measure of what is large.
+        top1_agreement: Share of predictions with the same first choice; None for hidden states, which choose nothing.
         dtype: The dtype that is saved, in which both were computed.
     """
 
@@ -35,20 +35,28 @@ class MergeProof:
     positions: int
     largest_difference: float
     spread: float
-    top1_agreement: float
+    top1_agreement: float | None
     dtype: str
 
     @property
     def holds(self) -> bool:
         """Whether the two have the same outputs, within what rounding explains."""
         limit = TOLERANCE[getattr(torch, self.dtype)] * max(self.spread, 1e-6)
-        return self.largest_difference <= limit and self.top1_agreement >= LEAST_AGREEMENT
+        agrees = self.top1_agreement is None or self.top1_agreement >= LEAST_AGREEMENT
+        return self.largest_difference <= limit and agrees
 
     def __str__(self) -> str:
         return str(self.in_words)
 
     @property
     def in_words(self) -> Bilingual:
+        if self.top1_agreement is None:
+            return Bilingual(
+                f"largest difference of the last hidden states {self.largest_difference:.2e} (their spread "
+                f"{self.spread:.2f}), at {self.positions:,} positions on {self.samples} samples, in {self.dtype}",
+                f"最后一层隐藏状态的最大差异 {self.largest_difference:.2e}（标准差 {self.spread:.2f}），"
+                f"{self.samples} 条样本、{self.positions:,} 个位置，精度 {self.dtype}",
+            )
         share = 100 * self.top1_agreement
         return Bilingual(
             f"largest logit difference {self.largest_difference:.2e} (spread of the logits {self.spread:.2f}), "
@@ -76,29 +84,32 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
         raise MergeError("A merge is proved on samples of the data, and there are none.")
     model.eval()
     dtype = next(p.dtype for p in model.get_base_model().parameters() if p.is_floating_point())
-    before = [_last(model(**sample)) for sample in samples]
+    kept = [_last(model(**sample)) for sample in samples]
+    before, chooses = [output for output, _ in kept], all(chooses for _, chooses in kept)
     merged = model.merge_and_unload().to(dtype).eval()  # saved heads were trained in fp32
-    after = [_last(merged(**sample)) for sample in samples]
+    after = [_last(merged(**sample))[0] for sample in samples]
     pairs = list(zip(before, after, strict=True))
     agreeing = sum(int((b.argmax(-1) == a.argmax(-1)).sum()) for b, a in pairs)
-    positions = sum(b.argmax(-1).numel() for b in before)
+    positions = sum(b[..., 0].numel() for b in before)
     proof = MergeProof(
         samples=len(samples),
         positions=positions,
         largest_difference=_nan_is_worst(max((float((b - a).abs().max()) for b, a in pairs), default=0.0)),
         spread=float(torch.cat([b.flatten() for b in before]).std()),
-        top1_agreement=agreeing / positions,
+        top1_agreement=agreeing / positions if chooses else None,
         dtype=str(dtype).removeprefix("torch."),
     )
     return merged, proof
 
 
-def _last(output: Mapping[str, Tensor]) -> Tensor:
-    """The logits of a classifier, or of the last positions of a text: those of all positions would not fit."""
+def _last(output: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+    """What is compared, and whether it chooses among classes or tokens: the logits of a classifier, or of the last
+    positions of a text (those of all positions would not fit); the last hidden states of a model without logits."""
     if "start_logits" in output:
-        return torch.stack([output["start_logits"], output["end_logits"]], 1).float()
-    logits = output["logits"]
-    return (logits[:, -LAST_POSITIONS:] if logits.dim() == 3 else logits).float()
+        return torch.stack([output["start_logits"], output["end_logits"]], 1).float(), True
+    chooses = "logits" in output
+    found = output["logits"] if chooses else output["last_hidden_state"]
+    return (found[:, -LAST_POSITIONS:] if found.dim() == 3 else found).float(), chooses
 
 
 def _nan_is_worst(value: float) -> float:
