@@ -101,7 +101,17 @@ def test_tasks_of_other_names(name: str, ours: str) -> None:
         ("metric_for_best_model=eval_loss", "`train.best=loss`"),
         ("metric_for_best_model=eval_accuracy", "`train.best=accuracy`"),
         ("metric_for_best_model=eval_bleu", "train.best, as in `train.best=loss`"),
-        ("logging_dir=logs", "`siliang report RUN`"),
+        ("logging_dir=logs", "trackers write into `trackers` in the run's folder"),
+        ("report_to=tensorboard", "`train.trackers=tensorboard`"),
+        ("report_to=[wandb, mlflow]", "`train.trackers=[wandb, mlflow]`"),
+        ("report_to=none", "leave it out"),
+        ("report_to=all", "siliang takes trackers by name"),
+        ("report_to=comet_ml", "siliang does not have it; train.trackers takes tensorboard"),
+        ("use_swanlab=true", "`train.trackers=swanlab`"),
+        ("wandb_project=reviews", "`train.tracker_project=reviews`"),
+        ("swanlab_project=a/b", "train.tracker_project, as in `train.tracker_project=siliang`"),
+        ("run_name=first", "after its folder"),
+        ("wandb_mode=online", "the environment may: WANDB_MODE"),
         ("lr_scheduler_type=rex", "siliang does not have it; `siliang config` lists those of train.schedule"),
         ("lr_scheduler_type=constant", "`train.schedule=constant` and `train.warmup_fraction=0`"),
         ("lr_scheduler_type=constant_with_warmup", "`train.schedule=constant`."),
@@ -152,6 +162,36 @@ def test_names_in_the_settings(given: str, here: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(given)
     assert here in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "here"),
+    [
+        ("train.optimizer=adamw_torch", "Here that is `train.optimizer=adamw`."),
+        ("train.optimizer=AdamW", "Here that is `train.optimizer=adamw`."),
+        ("train.optimizer=adamw_bnb_8bit", "Here that is `train.optimizer=adamw_8bit`."),
+        ("train.optimizer=sgd", "sgd: siliang does not have it;"),
+        ("train.optimizer=lion_8bit", "lion_8bit: siliang does not have it;"),
+        ("train.schedule=wsd", "Here that is `train.schedule=warmup_stable_decay`."),
+        ("train.schedule=rex", "rex: siliang does not have it;"),
+        ("train.precision=bfloat16", "Here that is `train.precision=bf16`."),
+        ("train.trackers=all", "siliang takes trackers by name"),
+        ("train.trackers=none", "Nothing has to be set for that here: leave it out."),
+        ("train.trackers=[comet_ml]", "comet_ml: siliang does not have it;"),
+        ("distributed.strategy=full_shard", "Here that is `distributed.strategy=fsdp`."),
+    ],
+)
+def test_values_of_other_tools_under_our_own_name(given: str, here: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(given)
+    assert here in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["train.precision=true", "train.optimizer=fast", "train.schedule=7"])
+def test_a_value_of_no_other_tool_or_of_several_meanings_gets_no_proposal(given: str) -> None:
+    with pytest.raises(ConfigError, match="input should be") as caught:
+        build(given)
+    assert "Here that" not in str(caught.value) and "siliang does not" not in str(caught.value)
 
 
 def test_no_nonsense() -> None:

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from siliang.config.describing import NO_MEANING, describe
-from siliang.config.names import here_it_is, name_here
+from siliang.config.names import here_it_is, name_here, value_here
 from siliang.config.section import Settings
 from siliang.language import Bilingual, local, together
 from siliang.secrets import short_repr
@@ -58,11 +58,12 @@ def explain(error: ValidationError, schema: type[Settings]) -> Bilingual:
     if first["type"] == "missing":
         meaning = next((s.meaning for s in describe(schema) if s.name == path), NO_MEANING)
         return Bilingual(f"{path} is missing.{more} {meaning}".rstrip(), f"缺少 {path}。{more_zh}{meaning.zh}")
-    return together(explain_value(first, path), Bilingual(more, more_zh))
+    return together(explain_value(first, path, schema), Bilingual(more, more_zh))
 
 
-def explain_value(found: ErrorDetails, path: str) -> Bilingual:
-    """What is wrong with the value of a setting, in one line."""
+def explain_value(found: ErrorDetails, path: str, schema: type[Settings] | None = None) -> Bilingual:
+    """What is wrong with the value of a setting, in one line; of a setting of `schema`, what another tool's value is
+    here."""
     inner = found.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
         named = path.split(".")[0] in str(inner)
@@ -71,6 +72,8 @@ def explain_value(found: ErrorDetails, path: str) -> Bilingual:
     hint = _section_for(path, found["input"]) if found["type"] in ("model_type", "dict_type") else ""
     if found["type"] == "list_type":
         hint = Bilingual(f" Write a list: {path}=[a, b].", f"写成列表：{path}=[a, b]。")
+    if found["type"] == "literal_error" and schema is not None:
+        hint = value_here(path.rstrip(".0123456789"), found["input"], schema)  # train.trackers.0
     wrong = _wrong(found)
     return Bilingual(
         f"{path} = {shown}: {wrong}.{hint}", f"{path} = {shown}：{local(wrong, 'zh')}。{local(hint, 'zh')}"

@@ -119,6 +119,25 @@ def name_here(
     )
 
 
+def value_here(setting: str, value: object, schema: type[Settings]) -> str:
+    """What another tool's value of one of our settings is here, as a sentence; empty where it is none, or where other
+    tools mean several things by it."""
+    rows = [row for row in other_names.TABLE if row.setting == setting]
+    shown = other_names.written(value)
+    text = shown.lower()
+    if lacking := next((row.lacks[text] for row in rows if text in row.lacks), ""):
+        return Bilingual(f" {shown}: {lacking}", f"{shown}：{local(lacking, 'zh')}")
+    found = {row.values[text] for row in rows if text in row.values}
+    if not found and text != shown:
+        found = {f"{setting}={text}"}  # AdamW; a value as it was given is wrong, and trying it would ask here again
+    if len(found) != 1:
+        return ""
+    if (here := found.pop()) is None:
+        return Bilingual(" Nothing has to be set for that here: leave it out.", "这里不需要设置，请去掉。")
+    assignments = other_names.split(here)
+    return here_it_is(assignments) if _is_valid(assignments, schema) else ""
+
+
 def here_it_is(assignments: Iterable[str]) -> Bilingual:
     """A sentence that says how something is written here."""
     shown = quoted(assignments)

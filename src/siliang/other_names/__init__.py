@@ -26,6 +26,7 @@ __all__ = [
     "find",
     "is_method",
     "plain",
+    "split",
     "written",
 ]
 
@@ -56,10 +57,15 @@ def assignments(row: Row, value: object) -> list[str] | None:
         return None
     if text.lower() in row.values:
         found = row.values[text.lower()]
-        return [] if found is None else re.split(r" (?=[a-z_.]+=)", found)
+        return [] if found is None else split(found)
     if not row.any_value or not row.setting:
         return None
     return [f"{row.setting}={text}"]
+
+
+def split(assignments: str) -> list[str]:
+    """`a.b=1 c=2` as [a.b=1, c=2]."""
+    return re.split(r" (?=[a-z_.]+=)", assignments)
 
 
 def written(value: object) -> str:
@@ -90,8 +96,7 @@ def as_markdown() -> str:
     for row in TABLE:
         if row.setting:
             other = "; ".join(
-                f"{theirs}: "
-                + (", ".join(f"`{a}`" for a in re.split(r" (?=[a-z_.]+=)", ours)) if ours else "leave it out")
+                f"{theirs}: " + (", ".join(f"`{a}`" for a in split(ours)) if ours else "leave it out")
                 for theirs, ours in row.values.items()
             )
             lacking = "; ".join(f"{theirs}: {said.rstrip('.')}" for theirs, said in row.lacks.items())

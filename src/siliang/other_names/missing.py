@@ -38,10 +38,53 @@ ROWS: tuple[Row, ...] = (
         "torch_compile",
         "siliang chooses its fast paths by itself, with the same result; leave it out.",
     ),
-    nothing(
-        "report_to wandb_project wandb_run_name run_name swanlab_project use_swanlab plot_loss tensorboard logging_dir",
-        "run.json in the run's folder holds every figure, and `siliang report RUN` shows them; leave it out.",
+    row(
+        "train.trackers",
+        "report_to log_with logger loggers",
+        "tensorboard",
+        values={"none": None, "null": None, "[]": None},
+        lacks={"all": "siliang takes trackers by name: train.trackers=[tensorboard, wandb]."}
+        | dict.fromkeys(
+            ("comet_ml", "neptune", "clearml", "azure_ml", "codecarbon", "dagshub", "dvclive", "flyte"),
+            "siliang does not have it; train.trackers takes tensorboard, wandb, swanlab, mlflow, trackio.",
+        ),
     ),
+    *(
+        row(
+            "train.trackers",
+            names,
+            tracker,
+            values={"true": f"train.trackers={tracker}", "false": None},
+            any_value=False,
+        )
+        for tracker, names in (
+            ("tensorboard", "tensorboard use_tensorboard"),
+            ("wandb", "wandb use_wandb"),
+            ("swanlab", "swanlab use_swanlab"),
+            ("mlflow", "mlflow use_mlflow"),
+            ("trackio", "trackio use_trackio"),
+        )
+    ),
+    row(
+        "train.tracker_project",
+        "wandb_project swanlab_project trackio_project mlflow_experiment_name project",
+        "siliang",
+        note="It needs train.trackers.",
+    ),
+    nothing(
+        "run_name wandb_run_name wandb_name swanlab_run_name",
+        "trackers name a run after its folder, which is `output`; leave it out.",
+    ),
+    nothing(
+        "logging_dir swanlab_logdir",
+        "trackers write into `trackers` in the run's folder; leave it out.",
+    ),
+    nothing(
+        "wandb_entity wandb_mode swanlab_mode swanlab_workspace mlflow_tracking_uri trackio_space_id",
+        "no setting names a server; the environment may: WANDB_MODE, SWANLAB_MODE, MLFLOW_TRACKING_URI "
+        "(docs/tracking.md).",
+    ),
+    nothing("plot_loss", "`siliang report RUN` shows the loss; leave it out."),
     nothing(
         "overwrite_output_dir overwrite_cache overwrite_output",
         "siliang overwrites nothing: choose another folder with --output.",
@@ -120,7 +163,7 @@ ROWS: tuple[Row, ...] = (
     ),
     nothing(
         "push_to_hub hub_model_id hub_strategy hub_token",
-        "siliang sends nothing anywhere: upload the run's adapter folder yourself.",
+        "siliang uploads no adapter: upload the run's adapter folder yourself.",
     ),
     nothing("merge_lora merge_and_unload export_dir", "`siliang merge RUN --output DIR` merges."),
     nothing("early_stopping_threshold", "train.patience counts evaluations that are no better at all; leave it out."),
