@@ -303,8 +303,8 @@ def as_markdown() -> str:
     parts = [
         "# Errors\n\nMade by `make docs` from `src/siliang/errors.py`. Each error has a class, which code can "
         "catch, and a "
-        "code, which `siliang explain CODE` explains; `SILIANG_LANG=zh`, or a Chinese locale, shows them in "
-        "Chinese.\n"
+        "code, which `siliang explain CODE` explains; `SILIANG_LANG=zh`, or a Chinese locale, shows the title and the "
+        "remedy in Chinese.\n"
     ]
     classes = {kind.code: kind for kind in _classes(SiliangError)}
     for code, entry in CATALOGUE.items():

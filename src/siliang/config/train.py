@@ -193,10 +193,10 @@ class TrainConfig(Section):
     每隔多少步写一行日志。"""
     trackers: Annotated[list[TrackerName], BeforeValidator(as_list)] = Field(default_factory=list)
     """Experiment trackers that get the log as it is written: tensorboard, wandb, swanlab, mlflow, trackio. They write
-    into `trackers` in the run's folder, and nothing is sent (docs/tracking.md).
+    into `trackers` in the run's folder, and nothing is sent unless your environment names a server (docs/tracking.md).
 
-    随写随收日志的实验跟踪工具：tensorboard、wandb、swanlab、mlflow、trackio。它们写入运行文件夹中的 `trackers`，不向外
-    发送任何内容（docs/tracking.md）。"""
+    实时接收日志的实验跟踪工具：tensorboard、wandb、swanlab、mlflow、trackio。它们写入运行文件夹中的 `trackers`；除非
+    环境变量指定了服务器，否则不向外发送任何内容（docs/tracking.md）。"""
     tracker_project: Annotated[str, Field(pattern=PROJECT)] = "siliang"
     """The project, MLflow's experiment, under which trackers list the run. The run is named after its folder.
 

@@ -1,9 +1,9 @@
 """What the training step replaces in transformers' objects, and puts back: the forwards of modules, the function that
 computes attention, and the settings of gradient checkpointing.
 
-Nothing else of the engine sets an attribute of a model or a config. Other rooms replace one thing each, in one file:
-models/weights.py, models/quantized.py, memory/track.py, plan/fake.py, distributed/. What all of them need of the
-installed libraries is listed in capabilities.py; where it is missing, the trick is off, with a reason.
+recompute.py alone sets something else of a model, the checkpointing of each layer. Other rooms replace one thing each,
+in one file: models/weights.py, models/quantized.py, memory/track.py, plan/fake.py, distributed/. What all of them need
+of the installed libraries is listed in capabilities.py; where it is missing, the trick is off, with a reason.
 
 Shapes: H heads, T tokens, K head size, D hidden.
 """

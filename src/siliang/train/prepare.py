@@ -163,7 +163,7 @@ def _check_data(config: RunConfig, ranks: Ranks, listener: Listener) -> Subject:
     """The run's data, checked as by `siliang check`; its warnings are printed.
 
     Raises:
-        CheckError: An error was found.
+        DataError: An error was found.
     """
     with ranks.main_first():
         subject = look_at(config, machine(), prepare_data(config))
