@@ -233,10 +233,9 @@ class Training:
             self._loss_since_log, self._steps_since_log = torch.zeros_like(self._loss_since_log), 0
         if due.evaluate:
             self.evaluate()
-            chooses = self.prepared.config.train.best is not None
-            due.save = due.save or (chooses and self.best is not None and self.best.step == self.step)
+            best = self.best.step if self.best else 0
+            due.save = due.save or (self.prepared.config.train.best is not None and best == self.step)
             if self.ended_early and not last:
-                best = self.best.step if self.best else 0
                 self.prepared.listener.say(no_better(self.step, self._no_better, best))
                 due.save = due.save or bool(self.prepared.config.train.save_every)
         if due.save:
