@@ -62,7 +62,7 @@ def test_a_comparison_goes_on_from_anywhere_and_notices_other_data(
     assert command("eval", "moved/runs/bitfit/seed-42")
     write_jsonl(tmp_path / "data.jsonl", [{"text": f"the film was {w}", "label": w} for w in ("good", "bad") * 20])
     error = command("compare", "moved/compare.yaml", code=2)
-    assert "The data has changed since moved was begun" in error and "--force" in error
+    assert "The data has changed since moved was started" in error and "--force" in error
     assert "warning    the data has changed" in command("compare", "moved/compare.yaml", "--force")
 
 

@@ -104,6 +104,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
         (Message("user", "X"), Message("assistant", "  \u0627"), Message("user", "X"), Message("assistant", "X"))
     )
 )
+@example(talk=Conversation((Message("user", "\u062d"), Message("assistant", "\u062d"))))
 @given(talk=conversations())
 def test_labels_are_the_assistants_words_and_the_end(name: str, template: str, talk: Conversation) -> None:
     tok = tokenizer(name)
@@ -112,6 +113,8 @@ def test_labels_are_the_assistants_words_and_the_end(name: str, template: str, t
     answers = [m.content for m in talk.messages if m.role == "assistant"]
     if template == "chat":
         assume(not any("think>" in a or "tool_response>" in a for a in answers))
+    words = [token for m in talk.messages for token in tok(m.content, add_special_tokens=False)["input_ids"]]
+    assume(tok.unk_token_id is None or any(token != tok.unk_token_id for token in words))  # else the row is refused
     ids, labels = row(talk, tok, template)
     ends = stop_tokens(tok, template=template)
     stretches = learned(labels)

@@ -151,7 +151,7 @@ def _open_mlflow(folder: Path, project: str, run: str, own_id: str | None) -> Op
         before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
         undo.callback(mlflow.set_tracking_uri, before)  # pyright: ignore[reportArgumentType]  # None: unset
         # a name of its own: MLflow keeps a connection to each file that the process has written
-        mlflow.set_tracking_uri(elsewhere or f"sqlite:///{folder / f'mlflow-{uuid4().hex[:8]}.db'}")
+        mlflow.set_tracking_uri(elsewhere or f"sqlite:///{folder / f'mlflow-{uuid4().hex}.db'}")
         artifacts = None if elsewhere else (folder / "artifacts").as_uri()
         run_id = own_id if elsewhere else None
         with changed_environment({} if elsewhere else dict.fromkeys(own)):
