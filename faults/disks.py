@@ -86,5 +86,5 @@ def _removed(seen: Seen, place: Place, folder: Path) -> None:
     shutil.rmtree(folder / "removed", ignore_errors=True)
     shutil.rmtree(folder / "removed", ignore_errors=True)  # what was being written at that moment
     ending = child.end()
-    seen.see("removed", ending.code == 2 and "the folder is gone" in ending.said, ending.said[-300:])
+    seen.see("removed", ending.code == 2 and "the folder was removed or renamed" in ending.said, ending.said[-300:])
     seen.see("removed: nothing is left", not (folder / "removed").exists())

@@ -94,7 +94,7 @@ def _memory(seen: Seen, place: Place, folder: Path, wanted: dict[str, Any]) -> N
     assert run(_config(place, folder / "roomy", "ia3")).code == 0
     wanted = outcome(folder / "roomy")
     for name, hook, words in (
-        ("split", partial(no_memory_for, 20), "from now on up to"),
+        ("split", partial(no_memory_for, 20), "from now on, up to"),
         ("recompute", partial(no_memory_for, 2), "every layer recomputes"),
     ):
         ending = run(_config(place, folder / name, "ia3", fit=True), hook=hook)
