@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+from datasets import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -135,6 +136,7 @@ def _sft_trainer(model: Any, rows: TokenSet, tokenizer: Any, config: RunConfig, 
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     table = rows.table.select_columns(["input_ids", "labels"])
+    assert isinstance(table, Dataset)  # the rows of a run are
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=table, processing_class=tokenizer)
     if job.setting.dtype == "fp32":
         for p in model.parameters():  # on a quantized base TRL turns the adapter to bf16, whatever was asked for

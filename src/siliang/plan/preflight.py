@@ -188,7 +188,7 @@ def in_words(changes: list[Change]) -> str:
 
 def _parts(found: MethodPlan) -> Bilingual:
     largest = sorted(found.parts, key=lambda name: -found.parts[name])[:3]
-    parts = [(name, show_bytes(found.parts[name])) for name in largest if found.parts[name]]
+    parts: list[tuple[Category, str]] = [(name, show_bytes(found.parts[name])) for name in largest if found.parts[name]]
     shown = ", ".join(f"{name} {size}" for name, size in parts)
     shown_zh = "、".join(f"{PARTS[name]} {size}" for name, size in parts)
     return Bilingual(shown, shown_zh)

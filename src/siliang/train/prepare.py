@@ -24,7 +24,7 @@ from siliang.distributed.ranks import Ranks, find_ranks
 from siliang.distributed.sharding import fake_mesh, rank_mesh, shard
 from siliang.engine.attach import attach
 from siliang.files import absolute
-from siliang.hardware import Choice, choose_precision, describe_device, find_device, machine, versions
+from siliang.hardware import Choice, Precision, choose_precision, describe_device, find_device, machine, versions
 from siliang.language import both, local
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
@@ -250,7 +250,7 @@ def _record(
     ranks: Ranks,
     *,
     device: Device,
-    precision: str,
+    precision: Precision,
     learning_rate: float,
     parameters: Counts,
 ) -> Record:

@@ -43,8 +43,9 @@ class StartAdapter:
         now, defaults = self.config.to_dict(), type(self.config)().to_dict()
         own = {key: value for key, value in now.items() if key not in HUB_FIELDS and value != defaults[key]}
         heads = (*TASK_HEADS.get(TaskType(self.config.task_type), ()), *OTHER_HEADS) if self.config.task_type else ()
-        if saved := own.pop("modules_to_save", None):  # a task's head is saved without being named
-            own |= {"modules_to_save": named} if (named := [name for name in saved if name not in heads]) else {}
+        if own.pop("modules_to_save", None):  # a task's head is saved without being named
+            named = [name for name in self.config.modules_to_save or () if name not in heads]
+            own |= {"modules_to_save": named} if named else {}
         return {"name": method_of(self.config).name, **own}
 
     @property
