@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_all_close, assert_close
+from stepping import gradients, padded, rows_for
 from tiny import TASK, VOCABULARY, make, without_dropout
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +25,7 @@ from siliang.engine.step import Engine
 from siliang.models.chatglm3 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.ops.packed_attention import Layout
-from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TASKS, Task
+from siliang.tasks import CAUSAL_LM, TASKS, Task
 from siliang.types import TaskType
 
 SHAPE: dict[str, Any] = {
@@ -75,23 +76,9 @@ def task_of(name: str) -> Task:
     return TASKS[TaskType(TASK.get(name, "CAUSAL_LM"))]
 
 
-def rows_for(task: Task, lengths: tuple[int, ...] = (9, 4, 6, 6, 2)) -> list[dict[str, Any]]:
-    g = torch.Generator().manual_seed(1)
-    rows: list[dict[str, Any]] = []
-    for i, n in enumerate(lengths):
-        ids = torch.randint(5, VOCABULARY, (n,), generator=g).tolist()
-        labels: Any = [-100] * (n // 2) + ids[n // 2 :]
-        if task is SEQ_CLS:
-            labels = i % 3
-        elif task is SEQ_2_SEQ_LM:
-            labels = ids[: 2 + n // 3]
-        rows.append({"input_ids": ids, "labels": labels, "row": i})
-    return rows
-
-
 def plain(model: nn.Module, task: Task) -> Tensor:
     """The mean loss as transformers computes it, of one padded batch."""
-    batch = PadCollator(0)([{k: v for k, v in row.items() if k != "row"} for row in rows_for(task)])
+    batch = padded(rows_for(task))
     return model(**batch).loss
 
 
@@ -109,12 +96,6 @@ def engine_step(model: nn.Module, task: Task, *, packing: bool, rows_at_once: in
     if engine.padding:
         engine.padding.close()
     return total, engine
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def compare(name: str, method: str, *, checkpointing: bool = False) -> tuple[Engine, Engine]:

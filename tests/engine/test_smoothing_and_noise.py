@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_all_close, assert_close
-from tiny import TASK, VOCABULARY, make, without_dropout
+from stepping import gradients, padded, rows_for
+from tiny import TASK, make, without_dropout
 from torch import Tensor, nn
 from transformers import BertForTokenClassification
 from transformers.integrations.neftune import neftune_post_forward_hook
@@ -15,30 +16,8 @@ from siliang.config import TrainConfig
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
 from siliang.engine.step import Engine
-from siliang.tasks import QUESTION_ANS, SEQ_2_SEQ_LM, SEQ_CLS, TASKS, TOKEN_CLS, Task
+from siliang.tasks import QUESTION_ANS, SEQ_2_SEQ_LM, TASKS, TOKEN_CLS, Task
 from siliang.types import ConfigError, TaskType
-
-
-def rows_for(task: Task, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
-    g = torch.Generator().manual_seed(1)
-    rows: list[dict[str, Any]] = []
-    for i, n in enumerate(lengths):
-        ids = torch.randint(5, VOCABULARY, (n,), generator=g).tolist()
-        labels: Any = [-100] * (n // 2) + ids[n // 2 :]
-        if task is SEQ_CLS:
-            labels = i % 3
-        elif task is TOKEN_CLS:
-            labels = [-100, *(j % 3 for j in range(n - 1))]
-        elif task is SEQ_2_SEQ_LM:
-            labels = ids[: 2 + n // 3]
-        rows.append({"input_ids": ids, "labels": labels})
-    return rows
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def step(engine: Engine, model: nn.Module, task: Task, rows: list[dict[str, Any]]) -> Tensor:
@@ -62,7 +41,7 @@ def test_label_smoothing_is_that_of_transformers(name: str, packing: bool) -> No
     without_dropout(model)
     model.train()
     rows = rows_for(task, (9, 4, 6, 6, 3))
-    batch = PadCollator(0)(rows_for(task, (9, 4, 6, 6, 3)))
+    batch = padded(rows)
     output = model(**batch)
     expected = LabelSmoother(0.2)(output, batch["labels"], shift_labels=task.decoder_only)
     expected.backward()
@@ -85,7 +64,7 @@ def test_the_noise_of_unpadded_rows_is_that_of_transformers(name: str, packing: 
     without_dropout(model)
     model.train()
     rows = rows_for(task, (6, 6, 6))
-    batch = PadCollator(0)(rows_for(task, (6, 6, 6)))
+    batch = padded(rows)
     embeddings: Any = model.get_input_embeddings()
     embeddings.neftune_noise_alpha = 40.0
     handle = embeddings.register_forward_hook(neftune_post_forward_hook)

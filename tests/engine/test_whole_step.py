@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_all_close
+from stepping import gradients
 from tiny import ENCODER, llama, without_dropout
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -95,12 +96,6 @@ def lora(base: nn.Module, task_type: TaskType, *, dropout: bool = False) -> Any:
 def batches(engine: Engine, task: Task, made: list[dict[str, Any]], rows_at_once: int) -> list[Batch]:
     collate = StepCollator(PadCollator(0), task, rows_at_once, packed=engine.padding is not None)
     return collate([dict(row) for row in made])["batches"]
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 @pytest.mark.parametrize("packing", [True, False])

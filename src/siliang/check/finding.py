@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from siliang.data.example_set import first_rows
 from siliang.language import Bilingual, both, joined, local
 
 if TYPE_CHECKING:
@@ -144,10 +147,19 @@ def not_usable(s: Subject, bad: list[str], what: Bilingual) -> Found:
         bad: Each row, with its reason.
         what: How many there are, in words.
     """
-    left = len(bad) - 3
-    shown, shown_zh = "; ".join(bad[:3]), "；".join(local(row, "zh") for row in bad[:3])
-    more, more_zh = (f"; and {left:,} more", f"；另有 {left:,} 条") if left > 0 else ("", "")
-    said = Bilingual(f"{what}: {shown}{more}", f"{what.zh}：{shown_zh}{more_zh}")
+    shown = first_rows(bad, 3)
+    said = Bilingual(f"{what}: {shown}", f"{what.zh}：{shown.zh}")
     skipped = Bilingual("Left out, as data.skip_bad_rows says.", "已按 data.skip_bad_rows 跳过。")
     fix, severity = (skipped, "warning") if s.data.skip_bad_rows else (None, None)
     return Found(said, tuple(bad[:6]), len(bad), fix, severity)
+
+
+def rows_with(s: Subject, pattern: re.Pattern[str]) -> tuple[Counter[str], list[int]]:
+    """What a pattern finds in the texts of the training rows, counted, and the numbers of the rows that have it."""
+    found: Counter[str] = Counter()
+    rows: list[int] = []
+    for i, line in enumerate(s.examples.train.lines()):
+        if here := pattern.findall(line):
+            found.update(here)
+            rows.append(i)
+    return found, rows

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
-from siliang.check.finding import PARTS, Found, not_usable
+from siliang.check.finding import PARTS, Found, not_usable, rows_with
 from siliang.check.subject import Subject
 from siliang.language import Bilingual
 
@@ -244,12 +243,7 @@ def placeholders(s: Subject) -> Iterator[Found]:
     """
     if not s.task.writes:
         return
-    names: Counter[str] = Counter()
-    rows: list[int] = []
-    for i, line in enumerate(s.examples.train.lines()):
-        if found := PLACEHOLDER.findall(line):
-            names.update(found)
-            rows.append(i)
+    names, rows = rows_with(s, PLACEHOLDER)
     if rows:
         named = ", ".join(name for name, _ in names.most_common(3))
         said = Bilingual(

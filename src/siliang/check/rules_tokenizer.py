@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from siliang.check.finding import Found
+from siliang.check.finding import Found, rows_with
 from siliang.check.subject import Subject
 from siliang.data.templates import CHAT, find_template
 from siliang.language import Bilingual
@@ -118,12 +118,7 @@ def special_words(s: Subject) -> Iterator[Found]:
     if not named:
         return
     pattern = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
-    counts: Counter[str] = Counter()
-    rows = []
-    for i, line in enumerate(s.examples.train.lines()):
-        if found := pattern.findall(line):
-            counts.update(found)
-            rows.append(i)
+    counts, rows = rows_with(s, pattern)
     if rows:
         words = ", ".join(w for w, _ in counts.most_common(5))
         said = Bilingual(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siliang.cli.console import as_text, input_lines, rich_console
+from siliang.cli.options import Temperature
 from siliang.cli.used_run import Base, Force, show_notes
 from siliang.environment import importing
 from siliang.language import both
@@ -37,9 +38,7 @@ def chat(
             ),
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help=both("0: always the most probable token.", "0：总是取概率最大的词元。"))
-    ] = 0.0,
+    temperature: Temperature = 0.0,
     base: Base = None,
     force: Force = False,
 ) -> None:

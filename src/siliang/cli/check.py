@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siliang.cli.console import named, print_json, rich_console
+from siliang.cli.options import Data, Json, Method, Model, Task
 from siliang.language import Bilingual, both, local, padded
 from siliang.terminal import shown
 
@@ -50,23 +51,10 @@ def check(
         Path | None,
         typer.Argument(help=both("run.yaml, as for `siliang train`.", "run.yaml，与 `siliang train` 相同。")),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 hub 上的名字。")),
-    ] = None,
-    data: Annotated[str | None, typer.Option(help=both("Training data.", "训练数据。"))] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help=both(
-                "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
-                "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
-            )
-        ),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help=both("What is tuned: see `siliang methods`.", "微调方法：见 `siliang methods`。"))
-    ] = None,
+    model: Model = None,
+    data: Data = None,
+    task: Task = None,
+    method: Method = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,7 +65,7 @@ def check(
         ),
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help=both("Examples to show.", "显示的示例个数。"))] = 2,
-    json: Annotated[bool, typer.Option("--json", help=both("One JSON object.", "输出一个 JSON 对象。"))] = False,
+    json: Json = False,
     strict: Annotated[
         bool, typer.Option("--strict", help=both("Warnings count as errors.", "把警告当作错误。"))
     ] = False,

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from siliang.cli.console import named, rich_console
+from siliang.cli.options import Data, Lang, Model, Task
 from siliang.language import both, language
 from siliang.terminal import bare, one_line
 
@@ -50,20 +51,9 @@ def compare(
             )
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 hub 上的名字。")),
-    ] = None,
-    data: Annotated[str | None, typer.Option(help=both("Training data.", "训练数据。"))] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help=both(
-                "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
-                "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
-            )
-        ),
-    ] = None,
+    model: Model = None,
+    data: Data = None,
+    task: Task = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -117,15 +107,7 @@ def compare(
             ),
         ),
     ] = False,
-    lang: Annotated[
-        str | None,
-        typer.Option(
-            help=both(
-                "The report's language: en or zh. Default: SILIANG_LANG's.",
-                "报告的语言：en 或 zh。默认由 SILIANG_LANG 决定。",
-            )
-        ),
-    ] = None,
+    lang: Lang = None,
 ) -> None:
     """Train several methods with several seeds on the same rows, and say which is best: one table, one page.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from siliang.cli.console import command_line
+from siliang.cli.options import Lang
 from siliang.language import both, language
 
 
@@ -22,15 +23,7 @@ def demo(
             )
         ),
     ] = Path("siliang-demo"),
-    lang: Annotated[
-        str | None,
-        typer.Option(
-            help=both(
-                "The report's language: en or zh. Default: SILIANG_LANG's.",
-                "报告的语言：en 或 zh。默认由 SILIANG_LANG 决定。",
-            )
-        ),
-    ] = None,
+    lang: Lang = None,
 ) -> None:
     """Compare five methods on reviews that come along: a table and a page in under 5 minutes, no network, no GPU."""
     from siliang.cli.compare import run

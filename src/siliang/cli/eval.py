@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from siliang.cli.console import print_json
+from siliang.cli.options import Json
 from siliang.cli.used_run import Base, Force, Run, show_notes
 from siliang.environment import importing
 from siliang.language import both
@@ -19,7 +20,7 @@ def evaluate(
         str | None,
         typer.Option(help=both("Other data than the run's held-out rows.", "代替运行的留出样本的其他数据。")),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help=both("One JSON object.", "输出一个 JSON 对象。"))] = False,
+    json: Json = False,
     base: Base = None,
     force: Force = False,
 ) -> None:

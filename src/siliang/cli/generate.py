@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from siliang.cli.console import as_text, print_product
+from siliang.cli.options import Temperature
 from siliang.cli.used_run import Force, Run, show_notes
 from siliang.environment import importing
 from siliang.language import both
@@ -37,9 +38,7 @@ def generate(
             ),
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help=both("0: always the most probable token.", "0：总是取概率最大的词元。"))
-    ] = 0.0,
+    temperature: Temperature = 0.0,
     base: Annotated[
         list[str] | None,
         typer.Option(

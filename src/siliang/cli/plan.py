@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siliang.cli.console import command_line, named, print_json
+from siliang.cli.options import Json, Task
 from siliang.environment import importing
 from siliang.language import Bilingual, both, local
 from siliang.terminal import bare, one_line
@@ -52,15 +53,7 @@ def plan(
             )
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help=both(
-                "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
-                "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
-            )
-        ),
-    ] = None,
+    task: Task = None,
     method: Annotated[
         str | None,
         typer.Option(help=both("A method, several with commas, or all.", "一种方法，用逗号分隔的几种，或 all。")),
@@ -126,7 +119,7 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help=both("Write a run.yaml that fits.", "写出一个放得下的 run.yaml。"))
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help=both("One JSON object.", "输出一个 JSON 对象。"))] = False,
+    json: Json = False,
 ) -> None:
     """Say what memory and time a run will take, by method, and the smallest changes with which it fits.
 

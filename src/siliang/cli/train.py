@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siliang.cli.console import command_line, named
+from siliang.cli.options import Method, Model, Task
 from siliang.language import Bilingual, both, language
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ def train(
             )
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 hub 上的名字。")),
-    ] = None,
+    model: Model = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -40,18 +38,8 @@ def train(
             )
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help=both(
-                "causal_lm, seq_cls, token_cls, seq_2_seq_lm or question_ans.",
-                "causal_lm、seq_cls、token_cls、seq_2_seq_lm 或 question_ans。",
-            )
-        ),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help=both("What is tuned: see `siliang methods`.", "微调方法：见 `siliang methods`。"))
-    ] = None,
+    task: Task = None,
+    method: Method = None,
     adapter: Annotated[
         str | None,
         typer.Option(

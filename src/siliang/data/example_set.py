@@ -23,15 +23,20 @@ SHOWN_BAD_ROWS = 5
 
 def bad_rows_message(bad: list[str]) -> Bilingual:
     """The first few bad rows, and how to go on without them."""
-    n, left = len(bad), len(bad) - SHOWN_BAD_ROWS
-    more, more_zh = (f"; and {left:,} more", f"；另有 {left:,} 条") if left > 0 else ("", "")
+    n, shown = len(bad), first_rows(bad, SHOWN_BAD_ROWS)
     rows = "1 row is bad" if n == 1 else f"{n:,} rows are bad"
     rows_zh = f"{n:,} 条样本有问题"
-    shown, shown_zh = "; ".join(bad[:SHOWN_BAD_ROWS]), "；".join(local(row, "zh") for row in bad[:SHOWN_BAD_ROWS])
     return Bilingual(
-        f"{rows}: {shown}{more}.\nCorrect them, or leave them out with data.skip_bad_rows=true.",
-        f"{rows_zh}：{shown_zh}{more_zh}。\n请改正，或用 data.skip_bad_rows=true 跳过。",
+        f"{rows}: {shown}.\nCorrect them, or leave them out with data.skip_bad_rows=true.",
+        f"{rows_zh}：{shown.zh}。\n请改正，或用 data.skip_bad_rows=true 跳过。",
     )
+
+
+def first_rows(bad: list[str], most: int) -> Bilingual:
+    """The first bad rows, each with its reason, and how many more there are."""
+    left = len(bad) - most
+    more, more_zh = (f"; and {left:,} more", f"；另有 {left:,} 条") if left > 0 else ("", "")
+    return Bilingual("; ".join(bad[:most]) + more, "；".join(local(row, "zh") for row in bad[:most]) + more_zh)
 
 
 def nothing_usable(source: str, bad: list[tuple[str, str]]) -> Bilingual:

@@ -18,9 +18,9 @@ from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
 from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
 from siliang.engine.whole_step import Gather, alone, log_probabilities, run_step
-from siliang.language import Bilingual, local
+from siliang.language import Bilingual, together
 from siliang.models.introspect import is_encoder_decoder
-from siliang.ops.masked_ce import masked_cross_entropy
+from siliang.ops.masked_ce import head_logits, masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import Task
@@ -79,7 +79,7 @@ class Engine:
             except NotPackableError as error:
                 reason = str(error)
             if reason is not None:
-                self.notes.append(Bilingual(f"packing is off: {reason}", f"未启用无填充计算：{local(reason, 'zh')}"))
+                self.notes.append(together(Bilingual("packing is off: ", "未启用无填充计算："), reason))
                 if self.padding is not None:
                     self.padding.close()
                     self.padding = None
@@ -91,13 +91,8 @@ class Engine:
             if frozen.count:
                 self.padding.frozen = FrozenCache(self.padding.layers, frozen.count, StateStore.of_free())
             elif frozen.why_not:
-                reason = frozen.why_not
-                self.notes.append(
-                    Bilingual(
-                        f"the frozen layers are computed in every epoch: {reason}",
-                        f"冻结的层每个 epoch 都要计算：{local(reason, 'zh')}",
-                    )
-                )
+                what = Bilingual("the frozen layers are computed in every epoch: ", "冻结的层每个 epoch 都要计算：")
+                self.notes.append(together(what, frozen.why_not))
         self._fused = FusedModules(self._base)
         self.recompute = Recompute(model, memory_budget, always=checkpointing, memory_share=memory_share)
         has_head = task.writes and self._base.get_output_embeddings() is not None
@@ -105,9 +100,7 @@ class Engine:
             has_head = has_head and hasattr(self._base, "prepare_decoder_input_ids_from_labels")
         self._head = HeadLoss(self._base) if has_head else None
         if self._head and (reason := all_logits or (self._head.differs(model, vocabulary) if comparing else None)):
-            self.notes.append(
-                Bilingual(f"the loss takes all logits: {reason}", f"计算损失时使用全部 logits：{local(reason, 'zh')}")
-            )
+            self.notes.append(together(Bilingual("the loss takes all logits: ", "计算损失时使用全部 logits："), reason))
             self._head = None
 
     def run(
@@ -346,8 +339,8 @@ class HeadLoss:
 
     def logits(self, states: Tensor, rows: Tensor) -> Tensor:
         """Of the labelled rows, (N, V), in fp32."""
-        logits = self._head(states.flatten(0, -2).index_select(0, rows)).float() * self._scale
-        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+        hidden_ND = states.flatten(0, -2).index_select(0, rows)
+        return head_logits(hidden_ND, self._head, softcap=self._softcap, scale=self._scale)
 
     @torch.no_grad()
     def differs(self, model: nn.Module, vocabulary: int) -> str | None:

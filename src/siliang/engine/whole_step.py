@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from siliang.data.batch import Batch
+from siliang.engine.random_state import random_state, set_random_state
 from siliang.tasks import EntryValues, StepLoss
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -66,10 +68,10 @@ def run_step(
                 loss = loss_of(step, by_entry(batch, values, reference)) / weight
             backward(loss)
         return loss.detach()
-    states: list[list[Tensor]] = []
+    states: list[dict[str, Any]] = []  # from which the dropout of each batch is drawn, twice
     own: ByEntry = {}
     for batch in batches:
-        states.append(_random_state(batch))
+        states.append(random_state())
         with torch.no_grad(), autocast(), engine.values(model, batch) as values:
             own |= by_entry(batch, values.detach(), reference)
     for kept in own.values():
@@ -81,7 +83,7 @@ def run_step(
     wanted = [kept.values for kept in own.values()]
     gradients = dict(zip(own, torch.autograd.grad(loss, wanted), strict=True)) if own else {}
     for number, (batch, state) in enumerate(zip(batches, states, strict=True)):
-        _set_random_state(state)
+        set_random_state(state)
         with (
             nullcontext() if number == len(batches) - 1 else no_sync(),
             autocast(),
@@ -135,7 +137,7 @@ def _of_entries(batch: Batch, values: Tensor) -> Sequence[Tensor]:
 
 def _firsts(batches: Sequence[Batch]) -> list[int]:
     """The number of each batch's first entry, counted through the step."""
-    return [sum(map(len, batches[:i])) for i in range(len(batches))]
+    return list(accumulate(map(len, batches), initial=0))[:-1]
 
 
 def _numbered(batch: Batch, first: int) -> Batch:
@@ -151,15 +153,3 @@ def on(kept: EntryValues, device: torch.device) -> EntryValues:
 
 def _on_cpu(kept: EntryValues) -> EntryValues:
     return on(EntryValues(kept.values.detach(), kept.reference), torch.device("cpu"))
-
-
-def _random_state(batch: Batch) -> list[Tensor]:
-    """From which the dropout of a batch is drawn, which is drawn twice."""
-    device = batch.inputs["input_ids"].device
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1])

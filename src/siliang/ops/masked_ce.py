@@ -59,16 +59,13 @@ def masked_cross_entropy(
         the head is trained. It cannot be differentiated twice.
     """
 
-    def finish(logits: Tensor) -> Tensor:
-        logits = logits.to(
-            torch.promote_types(logits.dtype, torch.float32)
-        )  # fp64 stays fp64, for the tests' reference
-        logits = logits * scale if scale != 1.0 else logits
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
+    def loss_of(rows_ND: Tensor, labels: Tensor) -> Tensor:
+        logits_NV = head_logits(rows_ND, head, softcap=softcap, scale=scale)
+        return F.cross_entropy(logits_NV, labels, reduction="sum", label_smoothing=label_smoothing)
 
     if impl == "reference":
-        return F.cross_entropy(finish(head(hidden_ND)), labels_N, reduction="sum", label_smoothing=label_smoothing)
-    linear = head if isinstance(head, nn.Linear) and type(head) is nn.Linear else None
+        return loss_of(hidden_ND, labels_N)
+    linear = head if type(head) is nn.Linear else None
     own = [p for p in head.parameters() if p.requires_grad]
     if linear and not own and not softcap and len(labels_N):
         found: Tensor = _Frozen.apply(hidden_ND, linear.weight, linear.bias, labels_N, scale, label_smoothing)
@@ -77,11 +74,15 @@ def masked_cross_entropy(
     if not len(labels_N):
         # no labels, but still a graph: other ranks may wait for the gradients, which are zero
         return torch.stack([x.sum() * 0.0 for x in (hidden_ND, *trained)]).sum().float()
-
-    def loss_of(rows_ND: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(finish(head(rows_ND)), labels, reduction="sum", label_smoothing=label_smoothing)
-
     return _AnyHead.apply(loss_of, _rows_at_once(vocabulary), labels_N, hidden_ND, *trained)  # type: ignore[no-any-return]
+
+
+def head_logits(hidden_ND: Tensor, head: nn.Module, *, softcap: float | None = None, scale: float = 1.0) -> Tensor:
+    """The logits of all rows, (N, V), in fp32, or in fp64 if the head's are; the arguments are those of the loss."""
+    logits_NV: Tensor = head(hidden_ND)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logits_NV = logits_NV * scale if scale != 1.0 else logits_NV
+    return softcap * torch.tanh(logits_NV / softcap) if softcap else logits_NV
 
 
 class _Frozen(torch.autograd.Function):

@@ -17,11 +17,11 @@ from siliang.distributed import deepspeed
 from siliang.distributed.sharding import average_gradients, is_sharded, no_sync
 from siliang.engine.batches import StepCollator
 from siliang.engine.method_hooks import extra_loss
+from siliang.engine.random_state import random_state, set_random_state
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import alone
 from siliang.language import both
 from siliang.train.errors import out_of_memory_error
-from siliang.train.saving import random_state, set_random_state
 from siliang.train.types import Run
 
 

@@ -28,6 +28,7 @@ from siliang.distributed.sharding import full_tensors, is_sharded, reshard
 from siliang.engine.evaluate import Sums, evaluate, figures_of
 from siliang.engine.method_hooks import after_step
 from siliang.engine.order import Order, WithDummies, shared_steps
+from siliang.engine.random_state import random_state, set_random_state
 from siliang.run_folder import CHECKPOINTS
 from siliang.tasks import find_figure
 from siliang.train.backward import Backward, with_dummies
@@ -38,14 +39,7 @@ from siliang.train.lines import no_better
 from siliang.train.log import Log, Moment
 from siliang.train.optimizer import make_optimizer, make_schedule
 from siliang.train.optimizer_state import load_optimizer_state, optimizer_state
-from siliang.train.saving import (
-    STATE_FILE,
-    random_state,
-    read_state,
-    read_weights,
-    save_checkpoint,
-    set_random_state,
-)
+from siliang.train.saving import STATE_FILE, read_state, read_weights, save_checkpoint
 from siliang.train.setup import make_accelerator, make_collator, make_engine
 from siliang.train.state import check_like
 from siliang.train.stopping import Timer
