@@ -1,5 +1,6 @@
 """What a method can tune other than linear layers, shown by methods that the project does not have: rows of an
-embedding table, also of a tied one; parameters computed from others; experts' weights, which are not modules.
+embedding table, also of a tied one; parameters computed from others; experts' weights, which are not modules; a prompt
+whose method keeps something between steps.
 """
 
 from __future__ import annotations
@@ -14,21 +15,27 @@ from typing import Any, ClassVar
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import batch, make
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import siliang
 from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.adapters.files import TRAINING_NAME, load_tensors, read_adapter
+from siliang.adapters.training_state import TrainingState
+from siliang.config import RunConfig
+from siliang.engine.method_hooks import after_step
 from siliang.methods import METHODS
 from siliang.methods.computed import ComputedParameters
 from siliang.methods.config import CONFIG_CLASSES, LayerConfig, PeftConfig
 from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import Layer, LayerAdapter
-from siliang.methods.method import Method, Parts, TableRows
+from siliang.methods.method import Adapter, Method, Parts, TableRows
+from siliang.methods.p_tuning import PromptEncoderConfig, PTuning
 from siliang.models.introspect import features, is_linear, word_embeddings
 from siliang.ops.masked_ce import masked_cross_entropy
+from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError
 
 CAUSAL: Any = "CAUSAL_LM"
@@ -136,7 +143,7 @@ class ExpertsLayer(ComputedParameters):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for method in (Tokens(), Scaled(), Experts()):
+    for method in (Tokens(), Scaled(), Experts(), Pulled()):
         monkeypatch.setitem(METHODS, method.name, method)
         monkeypatch.setitem(CONFIG_CLASSES, method.config.peft_type, method.config)
 
@@ -327,3 +334,110 @@ def test_a_computed_weight_on_a_quantized_layer() -> None:
     x = torch.randn(3, 64)
     expected = (base(x) - base.bias) * adapter.part("scaled_d") + base.bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- a prompt through an encoder, which is pulled towards where it has been ----
+
+
+@dataclass(kw_only=True)
+class PulledConfig(siliang.PromptEncoderConfig):
+    peft_type: ClassVar[str] = "PULLED"
+
+
+class Pulled(PTuning):
+    """The method keeps a moving average of E between steps, under the name that E has in the prompt."""
+
+    name = "pulled"
+    config = PulledConfig
+
+    @torch.no_grad()
+    def after_step(self, adapter: Adapter[PromptEncoderConfig], step: int) -> None:
+        assert adapter.prompt is not None
+        E = adapter.prompt.embedding.weight
+        mean = adapter.state.get("embedding.weight", torch.zeros_like(E)).lerp(E, 0.5)
+        adapter.state["embedding.weight"] = mean
+        E.lerp_(mean, 0.3)
+
+
+def pulled(model: Any, first: int, steps: int) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for step in range(first, first + steps):
+        model(**batch("llama")).loss.backward()
+        optimizer.step()
+        after_step(model, step)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_prompt_and_a_state_are_resumed(flat: bool, tmp_path: Path) -> None:
+    """To the same bits, also where PEFT's file gave the prompt alone."""
+    model: Any = siliang.get_peft_model(make("llama"), PulledConfig(task_type=CAUSAL, num_virtual_tokens=4))
+    if flat:
+        model.save_pretrained(tmp_path / "plain")
+        (tmp_path / "plain" / TRAINING_NAME).unlink()
+        model = siliang.PeftModel.from_pretrained(make("llama"), tmp_path / "plain", is_trainable=True)
+    pulled(model, 1, 2)
+    model.save_pretrained(tmp_path / "part")
+    again: Any = siliang.PeftModel.from_pretrained(make("llama"), tmp_path / "part", is_trainable=True)
+    for one in (model, again):
+        pulled(one, 3, 2)
+    ours, theirs = (one.injection.adapters["default"].training_state() for one in (model, again))
+    assert ours.state.keys() == theirs.state.keys() == {"embedding.weight"}
+    assert ours.prompt.keys() == theirs.prompt.keys() and bool(ours.prompt) is not flat
+    for own, other in ((ours.state, theirs.state), (ours.prompt, theirs.prompt)):
+        assert all(torch.equal(own[key], other[key]) for key in own)
+    assert torch.equal(logits(model.eval(), "llama"), logits(again.eval(), "llama"))
+    load_tensors(  # as a checkpoint is: what it does not have is forgotten
+        again.injection, "default", read_adapter(tmp_path / "part"), source="", training=TrainingState()
+    )
+    assert not again.injection.adapters["default"].state
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_a_run_with_a_prompt_and_a_state_is_resumed(
+    model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    def run(name: str, steps: int, *, resume: bool = False) -> dict[str, Tensor]:
+        train(
+            RunConfig.build(
+                {
+                    "model": str(model_folders["llama"]),
+                    "task": "causal_lm",
+                    "method": {"name": "pulled", "num_virtual_tokens": 4},
+                    "data": {"train": str(instruction_file), "test_size": 0.0, "max_length": 64},
+                    "train": {
+                        "max_steps": steps,
+                        "batch_size": 4,
+                        "save_every": 2,
+                        "warmup_fraction": 0,
+                        "schedule": "constant",
+                    },
+                    "output": str(tmp_path / name),
+                }
+            ),
+            resume=resume,
+        )
+        folder = tmp_path / name / "adapter"
+        return load_file(folder / "adapter_model.safetensors") | load_file(folder / TRAINING_NAME)
+
+    whole = run("whole", 4)
+    run("part", 2)
+    ended = run("part", 4, resume=True)
+    assert whole.keys() == ended.keys() and all(torch.equal(whole[key], ended[key]) for key in whole)
+
+
+@pytest.mark.parametrize("method", ["pulled", "scaled"])
+def test_a_training_file_with_unknown_keys_is_refused(method: str, tmp_path: Path) -> None:
+    config = PulledConfig(task_type=CAUSAL, num_virtual_tokens=4) if method == "pulled" else CASES["computed"][1]
+    model: Any = siliang.get_peft_model(make("llama"), config)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / TRAINING_NAME
+    held = load_file(path) if path.is_file() else {}
+    save_file({**held, "stray": torch.zeros(2)}, path)
+    with pytest.raises(AdapterError, match=r"siliang_training\.safetensors does not fit: .* has no place for stray"):
+        siliang.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
+    if method == "pulled":
+        held.pop("mlp_head.0.bias")
+        save_file({**held, "embedding.weight": torch.zeros(4, 64)}, path)
+        with pytest.raises(AdapterError, match=r"does not fit: mlp_head\.0\.bias, which makes the prompt, is missing"):
+            siliang.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)

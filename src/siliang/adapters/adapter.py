@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from siliang.adapters.adapted_layer import parts_of
 from siliang.adapters.attachments import Attachments
+from siliang.adapters.training_state import TrainingState
 from siliang.methods.config import PeftConfig
 from siliang.methods.method import Adapter
 
@@ -71,10 +72,10 @@ class AttachedAdapter(Adapter[PeftConfig]):
         for p in self.parameters():
             p.requires_grad_(wanted and (p.is_floating_point() or p.is_complex()))
 
-    def training_state(self) -> dict[str, Tensor]:
+    def training_state(self) -> TrainingState:
         """What a resumed training needs in addition to the adapter's file: a prompt's encoder, a method's state."""
         prompt = {} if self.prompt is None or self.prompt.flat else self.prompt.state_dict()
-        return {**prompt, **self.state}
+        return TrainingState(prompt, self.state)
 
 
 class SharedTensors(Mapping[str, Tensor]):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.adapters.training_state import TrainingState
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.layer import MakeAdapter
 from siliang.methods.method import Parts
@@ -37,13 +38,13 @@ class FileSizes:
     training: int | None = None
 
     @classmethod
-    def of(cls, folder: Path, tensors: dict[str, Tensor], training: dict[str, Tensor] | None) -> FileSizes:
+    def of(cls, folder: Path, tensors: dict[str, Tensor], training: TrainingState | None) -> FileSizes:
         """Of the tensors that were read from a folder."""
         return cls(
             str(folder),
             elements=sum(t.numel() for t in tensors.values()),
             largest=max((n for t in tensors.values() if t.numel() for n in t.shape), default=0),
-            training=None if training is None else sum(t.numel() for t in training.values()),
+            training=sum(t.numel() for t in training.prompt.values()) if training and training.prompt else None,
         )
 
 

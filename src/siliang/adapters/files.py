@@ -15,6 +15,7 @@ from torch import Tensor
 from siliang.adapters.adapter import PROMPT_KEY, AttachedAdapter
 from siliang.adapters.adapter_state import embedding_parameters
 from siliang.adapters.injection import Injection
+from siliang.adapters.training_state import TrainingState
 from siliang.files import replacing, write_text
 from siliang.hub import hub_is_off
 from siliang.methods import method_of
@@ -48,7 +49,7 @@ def save_adapter(
         pickled: As adapter_model.bin, which other programs load by running what is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    training = adapter.training_state()
+    training = adapter.training_state().for_file()
     if pickled:
         with replacing(folder / PICKLED_NAME) as temporary:
             torch.save({key: t.detach().cpu().clone() for key, t in tensors.items()}, temporary)
@@ -88,16 +89,14 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     raise AdapterError(f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.")
 
 
-def read_training(folder: Path) -> dict[str, Tensor] | None:
-    """What a resumed training needs in addition to the adapter of a folder, on the CPU; None where there is nothing.
-
-    That is what makes a prompt, or what a method remembers between steps.
+def read_training(folder: Path) -> TrainingState:
+    """What a resumed training needs in addition to the adapter of a folder, on the CPU; empty where it needs nothing.
 
     Raises:
         AdapterError: The file is damaged.
     """
     path = folder / TRAINING_NAME
-    return _read(path) if path.is_file() else None
+    return TrainingState.of_file(_read(path)) if path.is_file() else TrainingState()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -154,12 +153,13 @@ def load_tensors(
     tensors: dict[str, Tensor],
     *,
     source: str,
-    training: dict[str, Tensor] | None = None,
+    training: TrainingState | None = None,
 ) -> None:
     """Copies `tensors` into adapter `name`; nothing is copied unless all of it fits.
 
     Args:
-        training: From `read_training`: without it a prompt becomes a plain table.
+        training: From `read_training`, in place of what the adapter has; without what made it a prompt becomes a plain
+            table.
 
     Raises:
         AdapterError: Keys are missing or unexpected, or a shape differs.
@@ -197,11 +197,13 @@ def load_tensors(
                 f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(shape)}. "
                 f"{hint(key, tensors[key].shape, shape) or 'Is it an adapter of another base model?'}"
             )
-    if training is not None and adapter.prompt is None:
-        adapter.state.update(training)
+    if training is not None:
+        training.check(adapter.prompt, f"{source}/{TRAINING_NAME}")
+        adapter.state.clear()
+        adapter.state.update(training.state)
     for key, tensor in own.items():
         if adapter.prompt is not None and key == PROMPT_KEY:
-            _load_prompt(adapter.prompt, tensors[key], training, source)
+            _load_prompt(adapter.prompt, tensors[key], training)
         else:
             tensor.copy_(tensors[key])
     for key, path in embeddings.items():
@@ -233,14 +235,11 @@ def _respelled(
     return found
 
 
-def _load_prompt(prompt: Prompt, table: Tensor, training: dict[str, Tensor] | None, source: str) -> None:
-    if training is None or prompt.flat:
+def _load_prompt(prompt: Prompt, table: Tensor, training: TrainingState | None) -> None:
+    if training is None or not training.prompt or prompt.flat:
         prompt.flatten(table)
-        return
-    try:
-        prompt.load_state_dict(training)
-    except RuntimeError as error:
-        raise AdapterError(f"{source}: {TRAINING_NAME} does not fit: {str(error).splitlines()[-1].strip()}") from error
+    else:
+        prompt.load_state_dict(training.prompt)
 
 
 def adapter_folder(model_id: str | Path) -> Path:

@@ -13,6 +13,7 @@ from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.file_sizes import FileSizes
 from siliang.adapters.files import adapter_folder, load_tensors, read_adapter, read_training, save_adapter
 from siliang.adapters.injection import Injection
+from siliang.adapters.training_state import TrainingState
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.lora_conversion import as_plain_lora
 from siliang.types import ConfigError
@@ -26,13 +27,13 @@ class SavedAdapter:
         folder: The folder.
         config: Its config.
         tensors: What it consists of, on the CPU.
-        training: What only training needs; None where the folder has nothing.
+        training: What only training needs; None where it was not read.
     """
 
     folder: Path
     config: PeftConfig
     tensors: dict[str, Tensor]
-    training: dict[str, Tensor] | None
+    training: TrainingState | None
 
     @classmethod
     def read(
