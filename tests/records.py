@@ -20,7 +20,7 @@ from siliang.records import (
     Seconds,
     StepMetrics,
     Trial,
-    figures_of,
+    metrics_of,
 )
 
 MB = 1_000_000
@@ -91,7 +91,7 @@ def comparison(folder: Path, scores: dict[str, tuple[list[float], int, int]], **
                     purpose="test",
                     folder=str(run.relative_to(folder)),
                     status="completed",
-                    figures=figures_of(written),
+                    metrics=metrics_of(written),
                 )
             )
     trials.append(

@@ -81,7 +81,7 @@ def place(tmp_path: Path, model: Path) -> Callable[[str, str], Place]:
         edit(table, "from siliang.tasks.causal_lm", line + "from siliang.tasks.causal_lm")
         edit(table, "(CAUSAL_LM, ", f"(CAUSAL_LM, {name.upper()}, ")
         words = source / "report" / "words.py"
-        line = '    "no_figures": ("failed", "失败"),\n'
+        line = '    "no_metrics": ("failed", "失败"),\n'
         edit(words, line, f'{line}    "{metric}": ("{metric}", "{metric}"),\n')
         rows = [
             {"text": row["text"], "label": len(row["text"]) / 10}

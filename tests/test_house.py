@@ -37,7 +37,6 @@ SAME_NAMES: dict[str, tuple[str, ...]] = {
     "Answer": ("records/answers.py", "report/summary.py"),
     "Asked": ("compare/pool.py", "report/page.py"),
     "Device": ("plan/device.py", "records/run.py"),
-    "Figure": ("report/page.py", "tasks/task.py"),
     "Finding": ("capabilities.py", "check/finding.py"),
     "LimitError": ("safety/limited/refused.py", "safety/limits.py"),
     "Rows": ("methods/rows.py", "records/run.py"),

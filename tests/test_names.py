@@ -46,7 +46,7 @@ def test_every_row_of_the_table_holds(tmp_path: Path) -> None:
 
 
 def test_what_is_proposed_for_best_is_measured() -> None:
-    measured = {"loss", *(figure.name for task in TASKS.values() for figure in task.figures)}
+    measured = {"loss", *(metric.name for task in TASKS.values() for metric in task.metrics)}
     assert set(MEASURED) == measured
     proposed = [ours for row in TABLE if row.setting == "train.best" for ours in row.values.values() if ours]
     assert {ours.removeprefix("train.best=") for ours in proposed} == measured
@@ -96,8 +96,8 @@ def test_tasks_of_other_names(name: str, ours: str) -> None:
         ("fp32=false", "`train.precision=auto`"),
         ("fsdp=false", "`distributed.strategy=ddp`"),
         ("evals_per_epoch=4", "train.eval_every is a number of steps"),
-        ("per_device_eval_batch_size=64", "no figure depends on it; leave it out"),
-        ("eval_batch_size=64", "no figure depends on it; leave it out"),
+        ("per_device_eval_batch_size=64", "no metric depends on it; leave it out"),
+        ("eval_batch_size=64", "no metric depends on it; leave it out"),
         ("metric_for_best_model=eval_loss", "`train.best=loss`"),
         ("metric_for_best_model=eval_accuracy", "`train.best=accuracy`"),
         ("metric_for_best_model=eval_bleu", "train.best, as in `train.best=loss`"),

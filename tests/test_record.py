@@ -11,7 +11,7 @@ from siliang.records import Comparison, Record, plain
 from siliang.report.gather import gather
 from siliang.report.summary import lines
 from siliang.secrets import redacted
-from siliang.tasks import TASKS, find_figure
+from siliang.tasks import TASKS
 from siliang.tasks.task import LOSS
 from siliang.types import ConfigError, TaskType, first_line
 
@@ -41,11 +41,11 @@ def test_a_number_is_better_than_none() -> None:
     for task in (TaskType.SEQ_CLS, TaskType.CAUSAL_LM):
         assert TASKS[task].quality.better(0.5, math.nan) and not TASKS[task].quality.better(math.nan, 0.5)
     assert LOSS.better(0.5, math.nan) and not LOSS.better(math.nan, 0.5)
-    f1 = find_figure("f1")
+    f1 = TASKS[TaskType.SEQ_CLS].metric("f1")
     assert not f1.better(math.nan, math.nan) and f1.better(math.nan, None)
-    for name, higher in (("loss", False), ("eval_loss", False), ("perplexity", False), ("f1", True)):
-        figure = find_figure(name)
-        assert figure.better(0.5, 0.4) is higher and figure.better(0.4, 0.5) is not higher
+    for name, higher in (("loss", False), ("eval_loss", False), ("perplexity", False), ("rouge_l", True)):
+        metric = TASKS[TaskType.SEQ_2_SEQ_LM].metric(name)
+        assert metric.better(0.5, 0.4) is higher and metric.better(0.4, 0.5) is not higher
 
 
 def test_a_comparison_with_a_metric_that_is_no_number_is_shown(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ COMPARISON: list[tuple[str, Any]] = [
     ("trials.0.status", "gone"),
     ("trials.0.purpose", 1),
     ("trials.0.attempts", -1),
-    ("trials.0.figures", {"accuracy": "0.9"}),
+    ("trials.0.metrics", {"accuracy": "0.9"}),
     ("trials.0.method", "nobody"),
     ("trials.1.folder", "runs/full/seed-0"),
     ("config.task", "causal"),
@@ -148,7 +148,7 @@ ANSWERS: list[tuple[str, Any]] = [
     ("rows.0.correct", "yes"),
     ("rows.0.probability", 7),
     ("prompts", [[]]),
-    ("figures", {"rouge_l": 7}),
+    ("metrics", {"rouge_l": 7}),
     ("extra", None),
 ]
 STATE: list[tuple[str, Any]] = [

@@ -24,9 +24,9 @@ from siliang.data.prepared import EvalRows
 from siliang.data.spec import NUMBERS, TokenColumn
 from siliang.data.tokens import tokenize
 from siliang.engine.batches import StepCollator
-from siliang.engine.evaluate import evaluate, figures_of, mean_loss
+from siliang.engine.evaluate import evaluate, mean_loss, metrics_of
 from siliang.engine.step import Engine
-from siliang.tasks import FIGURES, TASKS, Task
+from siliang.tasks import TASKS, Task
 from siliang.tasks.task import EVAL_LOSS
 from siliang.types import TASK_HEADS, TRAINED_TASKS, DataError
 
@@ -66,8 +66,8 @@ def test_a_row_is_whole(task: Task) -> None:
     assert Path(str(sys.modules[data.encoder.__module__].__file__)).parent == SOURCE / "tasks"
     assert hasattr(transformers, model.auto_class)
     assert model.heads == TASK_HEADS.get(task.adapter_type, ())
-    assert task.quality is EVAL_LOSS or task.quality in task.figures
-    assert all(FIGURES[figure.name] == figure for figure in task.figures)
+    assert task.quality is EVAL_LOSS or task.quality in task.metrics
+    assert all(task.metric(metric.name) is metric for metric in task.metrics)
     # one loss, one use
     assert task.writes == (task.loss is None) == (task.prompt is not None) == (task.predict is None)
     assert task.writes or (task.read and task.measure and task.replies and task.asks and task.blank)
@@ -129,7 +129,7 @@ def test_labels_that_are_numbers(example: ModuleType) -> None:
         assert mean_loss(task, sums, 1) == pytest.approx(
             sum((a - b) ** 2 for a, b in zip(said, right, strict=True)) / 5, rel=1e-4
         )
-        found = figures_of(task, sums, EvalRows(tokens, rows_of(*"00000")))
+        found = metrics_of(task, sums, EvalRows(tokens, rows_of(*"00000")))
         assert found["mae"] == pytest.approx(sum(abs(a - b) for a, b in zip(said, right, strict=True)) / 5, rel=1e-4)
 
 

@@ -253,7 +253,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "a share above one": {"majority": 7.0},
     "a share of 10^400": {"majority": 10**400},
     "classes below zero": {"classes": -1},
-    "figures that are texts": {"figures": {"rouge_l": "x"}},
+    "figures that are texts": {"metrics": {"rouge_l": "x"}},
     "an answer of a million letters": {"rows/0/given": "x" * 1_000_000},
     "a further field": {"evil": 1},
     "prompts of a list": {"prompts": [[]]},

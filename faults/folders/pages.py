@@ -46,7 +46,7 @@ FIGURES: dict[str, tuple[str, dict[str, Any]]] = {
     "the answers' right words": (f"{LORA}/answers.json", {"rows/0/right": "good", "rows/0/correct": True}),
     "the share of the largest class": (f"{LORA}/answers.json", {"majority": 0.01}),
     "the number of classes": (f"{LORA}/answers.json", {"classes": 50}),
-    "the answers' figures": (f"{LORA}/answers.json", {"figures": {"accuracy": 1.0}}),
+    "the answers' figures": (f"{LORA}/answers.json", {"metrics": {"accuracy": 1.0}}),
 }
 # What the table, the page or an error has to say of them.
 SAID = re.compile(

@@ -68,10 +68,10 @@ def test_a_comparison_that_was_changed(folder: Path) -> None:
     path = folder / "comparison.json"
     values = json.loads(path.read_text())
     trial = next(t for t in values["trials"] if t["method"] == "lora" and t["seed"] == 2)
-    trial["figures"]["accuracy"] = 0.99
+    trial["metrics"]["accuracy"] = 0.99
     path.write_text(json.dumps(values))
     assert lines(folder) == ["lora, seed 2: accuracy is 0.99 in comparison.json and 0.91 in its run's record"]
-    trial["figures"] = {}
+    trial["metrics"] = {}
     path.write_text(json.dumps(values))
     assert len(lines(folder)) == 10  # each figure of the run has nothing to be held against
 

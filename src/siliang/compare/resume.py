@@ -11,7 +11,7 @@ from siliang.config import RunConfig, differences
 from siliang.config.comparison import CompareConfig
 from siliang.files import remove_tree, sweep
 from siliang.paths import check_links
-from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, figures_of, plain
+from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, metrics_of, plain
 from siliang.run_folder import CHECKPOINTS, checkpoints, what_changed
 from siliang.types import ConfigError, OutputError, SiliangError
 
@@ -71,8 +71,8 @@ def known_trial(trial: Trial, config: CompareConfig, folder: Path, record: Compa
             "Remove that folder, choose another with --output, or give the method a label of its own."
         )
     # a run that was complete when the comparison was killed has no metrics in the comparison's record
-    figures = before.figures or figures_of(run)
-    return before.model_copy(update={"status": "completed", "settings": trial.settings, "figures": figures})
+    metrics = before.metrics or metrics_of(run)
+    return before.model_copy(update={"status": "completed", "settings": trial.settings, "metrics": metrics})
 
 
 def can_resume(config: RunConfig) -> bool:

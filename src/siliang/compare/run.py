@@ -22,7 +22,7 @@ from siliang.config.comparison import CompareConfig
 from siliang.files import remove_tree, write_text
 from siliang.hardware import machine
 from siliang.language import Bilingual, both, local
-from siliang.records import COMPARISON_NAME, Comparison, Record, Trial, figures_of
+from siliang.records import COMPARISON_NAME, Comparison, Record, Trial, metrics_of
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes
 from siliang.tasks import TASKS
 from siliang.terminal import pasted
@@ -309,7 +309,7 @@ class _Comparing:
         for name in (CHECKPOINTS, *((ADAPTER, MODEL) if trial.purpose == "search" else ())):
             remove_tree(folder / name)
         record = Record.read(folder)
-        trial.figures = figures_of(record)
+        trial.metrics = metrics_of(record)
         self._save()
         self.listener.ended(trial, record)
 

@@ -119,7 +119,7 @@ def _measure_base(config: RunConfig, request: Message, kept: KeptBase) -> Messag
     found.save(run.folder / ANSWERS_NAME)
     kept.take_back(run.model, config)
     perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
-    return {"eval_loss": loss, "perplexity": perplexity, **found.figures}
+    return {"eval_loss": loss, "perplexity": perplexity, **found.metrics}
 
 
 def _measure_steps(config: RunConfig, request: Message, kept: KeptBase) -> Message:

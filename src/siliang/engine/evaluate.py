@@ -131,7 +131,7 @@ def _mean_of_steps(whole: StepLoss, found: Mapping[int, EntryValues], step: int)
     return math.fsum(float(loss_of(whole, {i: found[i] for i in part})) for part in parts) / len(found)
 
 
-def figures_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
+def metrics_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
     """The mean loss, and the task's own metrics.
 
     Raises:

@@ -99,7 +99,7 @@ ROWS: tuple[Row, ...] = (
     ),
     nothing(
         "per_device_eval_batch_size eval_batch_size",
-        "evaluations take batches of train.batch_size, and no figure depends on it; leave it out.",
+        "evaluations take batches of train.batch_size, and no metric depends on it; leave it out.",
     ),
     nothing(
         "dataset_dir",

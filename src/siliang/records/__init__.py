@@ -1,8 +1,8 @@
 """The schemas of all records: runs, comparisons, answers, plans and verdicts. Reports read nothing else."""
 
 from siliang.records.answers import ANSWERS_NAME, Answer, Answers
-from siliang.records.comparison import COMPARISON_NAME, Comparison, Trial, figures_of
-from siliang.records.figures import Figures
+from siliang.records.comparison import COMPARISON_NAME, Comparison, Trial, metrics_of
+from siliang.records.metrics import Metrics
 from siliang.records.plan import CATEGORIES, Category, Change, Fit, MethodPlan, PlanRecord
 from siliang.records.run import (
     RECORD_NAME,
@@ -32,11 +32,11 @@ __all__ = [
     "Comparison",
     "Counts",
     "Device",
-    "Figures",
     "File",
     "Fit",
     "Memory",
     "MethodPlan",
+    "Metrics",
     "Part",
     "PlanRecord",
     "Predicted",
@@ -48,6 +48,6 @@ __all__ = [
     "Trial",
     "Verdict",
     "explained",
-    "figures_of",
+    "metrics_of",
     "plain",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from siliang.records.figures import Figures
+from siliang.records.metrics import Metrics
 from siliang.records.saved import Count, Part, Saved, Share
 
 ANSWERS_NAME = "answers.json"
@@ -36,5 +36,5 @@ class Answers(Saved):
     """Share of the most frequent class among all held-out rows."""
     classes: Count | None = None
     """How many classes the data has."""
-    figures: Figures = Field(default_factory=dict)
+    metrics: Metrics = Field(default_factory=dict)
     """Metrics on the held-out rows for which the model must generate text: rouge_l."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from siliang.config import Seed
 from siliang.config.comparison import CompareConfig
 from siliang.paths import inside
-from siliang.records.figures import Figures
+from siliang.records.metrics import Metrics
 from siliang.records.run import File, Record
 from siliang.records.saved import Date, Name, Part, Saved, Sha256
 from siliang.secrets import shortened
@@ -36,11 +36,11 @@ class Trial(Part):
     error: str | None = None
     attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """How often it was started: more than once if the comparison was interrupted."""
-    figures: Figures = Field(default_factory=dict)
-    """The values of `figures_of` when the run was completed. The report checks that its record still agrees."""
+    metrics: Metrics = Field(default_factory=dict)
+    """The values of `metrics_of` when the run was completed. The report checks that its record still agrees."""
 
 
-def figures_of(record: Record) -> dict[str, float]:
+def metrics_of(record: Record) -> dict[str, float]:
     """What a comparison keeps of a run's record: its final metrics, parameters, memory and seconds."""
     return {
         **record.final,
@@ -71,7 +71,7 @@ class Comparison(Saved):
     """The SHA-256 of each file of the base model."""
     data_files: list[File] = Field(default_factory=list)
     """The SHA-256 of each source of the data."""
-    base: Figures = Field(default_factory=dict)
+    base: Metrics = Field(default_factory=dict)
     """Metrics of the untuned base model on the held-out rows; empty if it has no head for the task."""
     steps: dict[Name, Annotated[int, Field(ge=1, lt=2**31)]] = Field(default_factory=dict)
     """With a budget in minutes: the steps of each method that fit into it."""

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from siliang.config import LAYOUT_NAMES, RunConfig, Seed, differences
 from siliang.language import Bilingual
-from siliang.records.figures import Figures
+from siliang.records.metrics import Metrics
 from siliang.records.saved import Count, Date, Name, Number, Part, Positive, Rate, Saved, Sha256
 from siliang.secrets import HIDDEN, short_repr, shortened
 from siliang.types import ConfigError, TaskType
@@ -122,7 +122,7 @@ class StepMetrics(Part):
     loss: Number | None = None
     """Mean training loss since the line before, without the steps that were left out (train.on_nan)."""
     eval_loss: Number | None = None
-    metrics: Figures = Field(default_factory=dict)
+    metrics: Metrics = Field(default_factory=dict)
     """The other metrics of an evaluation on the held-out rows: accuracy, f1, ... train.best may choose by them."""
     learning_rate: Rate | None = None
     grad_norm: Number | None = None
@@ -190,7 +190,7 @@ class Record(Saved):
     """Steps that were not made because their loss or gradient was no number (train.on_nan)."""
     best_step: Count | None = None
     """The step whose weights were saved, where train.best chose."""
-    final: Figures = Field(default_factory=dict)
+    final: Metrics = Field(default_factory=dict)
     """Metrics at the end: eval_loss, accuracy or perplexity, base_eval_loss where measured."""
 
     def check(self) -> None:

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 from siliang.config import METHOD_FOLDERS, MethodConfig
 from siliang.config.comparison import CompareConfig
-from siliang.records import Answers, Comparison, Record, Trial, figures_of
+from siliang.records import Answers, Comparison, Record, Trial, metrics_of
 from siliang.secrets import shortened
 from siliang.types import ConfigError, first_line
 
-# Settings that all runs of a comparison have as it has them, and that figures hang on.
+# Settings that all runs of a comparison have as it has them, and that metrics hang on.
 SETTINGS = {
     "data": ("test_size", "validation_size", "seed", "stratify", "max_length", "max_target_length"),
     "train": ("epochs", "max_steps", "batch_size", "gradient_accumulation", "schedule", "weight_decay"),
@@ -27,7 +27,7 @@ class Differs:
 
     Attributes:
         label: The method's; None for the base.
-        what: The figure, a word of report/words.py behind `figure_`; "folder" for a run that is not there.
+        what: The metric, a word of report/words.py behind `field_`; "folder" for a run that is not there.
         here: What comparison.json says; None for nothing.
         there: What the run's record says.
     """
@@ -40,7 +40,7 @@ class Differs:
 
 
 def differences_of(comparison: Comparison, config: CompareConfig, trial: Trial, record: Record) -> list[Differs]:
-    """In what a finished trial and the record in its folder differ; figures are compared as they are written.
+    """In what a finished trial and the record in its folder differ; metrics are compared as they are written.
 
     Args:
         config: The comparison's settings, read once for all of its trials.
@@ -52,10 +52,10 @@ def differences_of(comparison: Comparison, config: CompareConfig, trial: Trial, 
 
 
 def base_differences(comparison: Comparison, answers: Answers | None) -> list[Differs]:
-    """In what the base model's figures and its answers' file differ."""
+    """In what the base model's metrics and its answers' file differ."""
     if answers is None:
         return []
-    pairs = ((name, comparison.base.get(name), figure) for name, figure in answers.figures.items())
+    pairs = ((name, comparison.base.get(name), metric) for name, metric in answers.metrics.items())
     return [Differs(None, None, name, here, there) for name, here, there in pairs if not _same(here, there)]
 
 
@@ -85,9 +85,9 @@ def _found(
         yield from _unequal("data", _hashes(comparison), _hashes(record))
     if comparison.model_files:
         yield from _unequal("model", sorted(comparison.model_files.items()), sorted(record.model_files.items()))
-    now = figures_of(record)
-    for name in dict.fromkeys((*now, *trial.figures)):
-        yield from _unequal(name, trial.figures.get(name), now.get(name))
+    now = metrics_of(record)
+    for name in dict.fromkeys((*now, *trial.metrics)):
+        yield from _unequal(name, trial.metrics.get(name), now.get(name))
 
 
 def _method(values: dict[str, object], source: str) -> MethodConfig:

@@ -120,7 +120,7 @@ def write_page(material: Material, path: Path, *, language: str = "en") -> None:
 def figures(found: list[Line], material: Material, w: dict[str, str]) -> list[Figure]:
     """The plots for which there are figures."""
     quality = TASKS[material.task].quality
-    metric, way = w[quality.name], w["up" if quality.higher else "down"]
+    metric, way = w.get(quality.name, quality.name), w["up" if quality.higher else "down"]
     costs: list[tuple[str, str, Callable[[Line], Mean | None], bool]] = []
     peaks = [line.peak.value for line in found if line.peak]
     unit, scale = ("GB", 1e9) if max(peaks, default=0) >= 1e9 else ("MB", 1e6)

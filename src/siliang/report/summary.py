@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from siliang.records import Record, Verdict
 from siliang.report.gather import Group, Material
-from siliang.tasks import TASKS, Figure
+from siliang.tasks import TASKS, Metric
 
 SAME_COST = 1.02  # costs that differ by less are the same: so much two runs of one method differ by
 GOOD_ENOUGH = 0.95  # of the best quality, for a method that is recommended because it is small
@@ -17,7 +17,7 @@ GOOD_ENOUGH = 0.95  # of the best quality, for a method that is recommended beca
 
 @dataclass(frozen=True)
 class Mean:
-    """A figure over seeds.
+    """A metric over seeds.
 
     Attributes:
         spread: The sample's standard deviation; None of one run.
@@ -37,13 +37,13 @@ class Mean:
 
 @dataclass(frozen=True)
 class Line:
-    """A method's line in the table; figures are means over its finished runs, None where there is none.
+    """A method's line in the table; metrics are means over its finished runs, None where there is none.
 
     Attributes:
         above: Peak memory in bytes above what was in use before the first step.
         train_speed: Tokens a second.
         eval_speed: Rows a second.
-        score: The figure that the task is judged by.
+        score: The metric that the task is judged by.
         verdicts: Why runs have learned nothing, one for each that has not.
         errors: Why runs failed, with their seed.
         on_front: No other method is both better and leaner in memory.
@@ -69,7 +69,7 @@ class Line:
 
     @property
     def learned(self) -> bool:
-        """It has figures, and at least half of its runs learned something."""
+        """It has metrics, and at least half of its runs learned something."""
         return self.score is not None and len(self.verdicts) * 2 <= self.score.n
 
     @property
@@ -105,7 +105,7 @@ def lines(material: Material) -> list[Line]:
     return [replace(line, on_front=line.label in front) for line in found]
 
 
-def pareto(found: list[Line], quality: Figure, cost: Callable[[Line], Mean | None]) -> list[Line]:
+def pareto(found: list[Line], quality: Metric, cost: Callable[[Line], Mean | None]) -> list[Line]:
     """The methods that learned something, and that no other beats in quality at the same cost or less."""
     usable = [(line, line.score.value, c.value) for line in found if line.learned and line.score and (c := cost(line))]
     return [
@@ -139,7 +139,7 @@ def answer(found: list[Line], material: Material) -> Answer:
     return Answer(best, tied, small, share, best.trained / max(small.trained, 1))
 
 
-def _share(line: Line, best: Line, material: Material, quality: Figure) -> float:
+def _share(line: Line, best: Line, material: Material, quality: Metric) -> float:
     """Of the best's quality; of a loss, of what the best took off the base's."""
     if quality.higher:
         return _value(line) / _value(best) if _value(best) else 0.0
@@ -162,7 +162,7 @@ def _cannot_tell(a: Line, b: Line) -> bool:
     return abs(a.score.value - b.score.value) <= math.hypot(a.score.spread, b.score.spread)
 
 
-def _line(group: Group, quality: Figure) -> Line:
+def _line(group: Group, quality: Metric) -> Line:
     records = [run.record for run in group.finished if run.record is not None]
     first = records[0] if records else None
 
@@ -171,9 +171,9 @@ def _line(group: Group, quality: Figure) -> Line:
 
     names = {name for record in records for name in record.final} - {"eval_loss", "train_loss", quality.name}
     others = {name: m for name in sorted(names) if (m := Mean.of(r.final[name] for r in records if name in r.final))}
-    written = [run.answers.figures for run in group.finished if run.answers is not None]
-    for name in sorted({key for figures in written for key in figures}):
-        if m := Mean.of(figures[name] for figures in written if name in figures):
+    written = [run.answers.metrics for run in group.finished if run.answers is not None]
+    for name in sorted({key for metrics in written for key in metrics}):
+        if m := Mean.of(metrics[name] for metrics in written if name in metrics):
             others[name] = m
     return Line(
         label=group.label,

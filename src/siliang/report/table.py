@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from siliang.report.gather import Material
 from siliang.report.summary import Answer, Line, Mean
-from siliang.tasks import TASKS, find_figure
+from siliang.tasks import TASKS
 from siliang.units import show_bytes
 
 STAR, MARK = "★", "⚠"
@@ -30,8 +30,8 @@ class Column:
     """A column.
 
     Attributes:
-        number: It holds figures, and stands to the right.
-        higher: Its best figures are the highest; None where neither end is the better one.
+        number: It holds metrics, and stands to the right.
+        higher: Its best metrics are the highest; None where neither end is the better one.
     """
 
     key: str
@@ -42,13 +42,14 @@ class Column:
 
 def table(found: list[Line], material: Material, w: dict[str, str]) -> tuple[list[Column], list[list[Cell]]]:
     """The columns, and a row of cells for each method."""
-    quality = TASKS[material.task].quality
-    names = {name for line in found for name in line.others}
-    extra = [name for name in ORDER if name in names and name != quality.name]
+    task = TASKS[material.task]
+    quality = task.quality
+    names = {name for line in found for name in line.others} - {quality.name}
+    extra = [name for name in ORDER if name in names] + sorted(names.difference(ORDER))
     columns = [
         Column("method", w["method"], number=False),
-        Column(quality.name, w[quality.name], higher=quality.higher),
-        *(Column(name, w[name], higher=find_figure(name).higher) for name in extra),
+        Column(quality.name, w.get(quality.name, quality.name), higher=quality.higher),
+        *(Column(name, w.get(name, name), higher=task.metric(name).higher) for name in extra),
         *([] if quality.name == "eval_loss" else [Column("loss", w["loss"], higher=False)]),
         Column("minutes", w["minutes"], higher=False),
         Column("peak", w["peak"], higher=False),
@@ -73,7 +74,7 @@ def _cell(key: str, line: Line, score: str, w: dict[str, str]) -> Cell:
             marked += f" {MARK}"
         return Cell(marked, line.label)
     if line.total == 0:  # nothing but failures
-        return Cell(w["no_figures"] if key == score else "–", None)
+        return Cell(w["no_metrics"] if key == score else "–", None)
     if key == score:
         return _mean(line.score, 4)
     if key in line.others:
@@ -122,7 +123,7 @@ def differences(material: Material, w: dict[str, str]) -> list[str]:
     found = []
     for one in material.differing:
         label = w["base"] if one.label is None else w["run"].format(label=one.label, seed=one.seed)
-        what = w.get(f"figure_{one.what}") or w.get(one.what) or one.what
+        what = w.get(f"field_{one.what}") or w.get(one.what) or one.what
         if one.what == "folder":
             found.append(w["folder_missing"].format(run=label, folder=one.there))
         elif one.here is None and one.there is None:

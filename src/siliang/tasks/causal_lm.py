@@ -1,6 +1,6 @@
 """Text from text: the model writes on, as in the answers of a conversation.
 
-Loss: cross-entropy of each learned token from the state of the one in front of it. Figure: perplexity.
+Loss: cross-entropy of each learned token from the state of the one in front of it. Metric: perplexity.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.metrics import perplexity
-from siliang.tasks.task import EVAL_LOSS, Figure, Said, Shown, Task
+from siliang.tasks.task import EVAL_LOSS, Metric, Said, Shown, Task
 from siliang.types import TaskType
 
-PERPLEXITY = Figure("perplexity", higher=False)
+PERPLEXITY = Metric("perplexity", higher=False)
 SLACK = 1e-9  # of losses that are equal but for rounding
 
 
@@ -86,7 +86,7 @@ CAUSAL_LM = Task(
     show=show,
     synthetic_row=synthetic_row,
     writes=True,
-    figures=(PERPLEXITY,),
+    metrics=(PERPLEXITY,),
     of_loss=of_loss,
     quality=EVAL_LOSS,
     verdict=verdict,

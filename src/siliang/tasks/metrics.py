@@ -1,4 +1,4 @@
-"""Figures of predictions beside what is right, each task's by its field's usual ones.
+"""Metrics of predictions beside what is right, each task's by its field's usual ones.
 
 Classes: accuracy and macro F1 (scikit-learn). Tags: precision, recall and F1 over whole spans (seqeval). Text from
 text: ROUGE-L (rouge-score), over characters where a language writes no spaces. Answers in a context: exact match and

@@ -1,6 +1,6 @@
 """The answer to a question: a span of its context, or that there is none.
 
-Loss: cross-entropy over the places of the answer's first and last token. Figures: exact match and F1, as SQuAD's.
+Loss: cross-entropy over the places of the answer's first and last token. Metrics: exact match and F1, as SQuAD's.
 A context that is too long is read in windows that overlap.
 """
 
@@ -23,7 +23,7 @@ from siliang.secrets import part, shortened
 from siliang.tasks.context_windows import encoder
 from siliang.tasks.losses import cross_entropy_of_ends
 from siliang.tasks.metrics import squad, squad_by_kind
-from siliang.tasks.task import Figure, Reply, Said, Shown, Task, Trained
+from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
 if TYPE_CHECKING:  # slow to import
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
     from siliang.data.tokens import TokenSet
 
-F1 = Figure("f1")
+F1 = Metric("f1")
 MAX_ANSWER_TOKENS = 30  # of a span that is taken for an answer, as in BERT's run_squad
 AROUND = 60  # characters of a context that are shown on both sides of an answer
 
@@ -91,7 +91,7 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     return Shown(row["input_ids"], learned=frozenset(range(first, last + 1)))
 
 
-# ---- figures ----
+# ---- metrics ----
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ QUESTION_ANS = Task(
     loss=cross_entropy_of_ends,
     counts_rows=True,
     read=read,
-    figures=(Figure("exact_match"), F1),
+    metrics=(Metric("exact_match"), F1),
     measure=measure,
     quality=F1,
     replies=replies,

@@ -1,6 +1,6 @@
 """Text from text, by an encoder that reads and a decoder that writes.
 
-Loss: cross-entropy of each token of the target. Figures: perplexity, and ROUGE-L of the texts that the model writes.
+Loss: cross-entropy of each token of the target. Metrics: perplexity, and ROUGE-L of the texts that the model writes.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ SEQ_2_SEQ_LM = Task(
     synthetic_row=synthetic_row,
     writes=True,
     has_encoder=True,
-    figures=(PERPLEXITY,),
+    metrics=(PERPLEXITY,),
     of_loss=of_loss,
     of_texts=of_texts,
     quality=EVAL_LOSS,

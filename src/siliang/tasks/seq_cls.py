@@ -1,6 +1,6 @@
 """A class for a text, or for a pair of texts.
 
-Loss: cross-entropy of a head on the model's summary of the text. Figures: accuracy, and F1 averaged over classes.
+Loss: cross-entropy of a head on the model's summary of the text. Metrics: accuracy, and F1 averaged over classes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from siliang.records import Verdict
 from siliang.secrets import shortened
 from siliang.tasks.losses import cross_entropy
 from siliang.tasks.metrics import classification
-from siliang.tasks.task import Figure, Reply, Said, Shown, Task, Trained
+from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
 
 if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
     from siliang.data.tokens import TokenSet
 
-ACCURACY, F1 = Figure("accuracy"), Figure("f1")
-SLACK = 1e-9  # of figures that are equal but for rounding
+ACCURACY, F1 = Metric("accuracy"), Metric("f1")
+SLACK = 1e-9  # of metrics that are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     return Shown(row["input_ids"], target=labels[row["labels"]])
 
 
-# ---- figures ----
+# ---- metrics ----
 
 
 def read(output: Any, batch: Batch, tokens: TokenSet) -> list[tuple[int, float]]:
@@ -193,7 +193,7 @@ SEQ_CLS = Task(
     smooths_labels=True,
     counts_rows=True,
     read=read,
-    figures=(ACCURACY, F1),
+    metrics=(ACCURACY, F1),
     measure=measure,
     quality=ACCURACY,
     majority=majority,

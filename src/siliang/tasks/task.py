@@ -31,8 +31,8 @@ Reader = Callable[[Any, "Batch", "TokenSet"], Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of a model on held-out rows.
+class Metric:
+    """A metric of a model on held-out rows.
 
     Attributes:
         name: Its key among a record's metrics.
@@ -49,7 +49,7 @@ class Figure:
         return new > old if self.higher else new < old
 
 
-LOSS, EVAL_LOSS = Figure("loss", higher=False), Figure("eval_loss", higher=False)
+LOSS, EVAL_LOSS = Metric("loss", higher=False), Metric("eval_loss", higher=False)
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ class Trained:
     read: Callable[[Iterable[Example]], Iterator[tuple[list[Example], TokenSet, dict[int, Any]]]]
 
 
-def no_figures(loss: float) -> dict[str, float]:
-    """The figures of a task that makes none of its loss."""
+def no_metrics(loss: float) -> dict[str, float]:
+    """The metrics of a task that makes none of its loss."""
     return {}
 
 
@@ -214,14 +214,14 @@ class Task:
 
         read: What is kept of the model's output. None: the loss says it all; with `step_loss`, its values are kept, an
             `EntryValues` an entry.
-        figures: Beside the loss, by which a run may choose its best step.
-        measure: The figures of what was kept, by entry.
-        of_loss: Figures that are made of the mean loss, at the end.
-        of_texts: The figures of written texts beside the right ones; None: texts are not measured.
-        quality: The figure that the task is judged by.
-        verdict: Why a run has learned nothing, from its figures, the base model's, and its answers; None where it has,
+        metrics: Beside the loss, by which a run may choose its best step.
+        measure: The metrics of what was kept, by entry.
+        of_loss: Metrics that are made of the mean loss, at the end.
+        of_texts: The metrics of written texts beside the right ones; None: texts are not measured.
+        quality: The metric that the task is judged by.
+        verdict: Why a run has learned nothing, from its metrics, the base model's, and its answers; None where it has,
             or where that cannot be seen.
-        judged_by: What the verdict needs beside the run's own figures.
+        judged_by: What the verdict needs beside the run's own metrics.
         replies: The answers to held-out rows in words, from what was kept, each with the number of its example.
         majority: The share of the rows that have the most frequent class; None where there are no classes.
 
@@ -240,9 +240,9 @@ class Task:
     legend: tuple[str, str]
     show: Callable[[Mapping[str, Any], list[str]], Shown]
     synthetic_row: Callable[[int, int], dict[str, Any]]
-    quality: Figure
+    quality: Metric
     verdict: Callable[[Mapping[str, float], Mapping[str, float], Said | None], Verdict | None]
-    judged_by: Literal["figures", "answers", "base"] = "figures"
+    judged_by: Literal["metrics", "answers", "base"] = "metrics"
 
     writes: bool = False
     has_encoder: bool = False
@@ -252,9 +252,9 @@ class Task:
     counts_rows: bool = False
 
     read: Reader | None = None
-    figures: tuple[Figure, ...] = ()
+    metrics: tuple[Metric, ...] = ()
     measure: Callable[[Mapping[int, Any], EvalRows], dict[str, float]] | None = None
-    of_loss: Callable[[float], dict[str, float]] = no_figures
+    of_loss: Callable[[float], dict[str, float]] = no_metrics
     of_texts: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
     replies: Callable[[Mapping[int, Any], EvalRows], Iterator[tuple[int, Reply]]] | None = None
     majority: Callable[[EvalRows], float | None] | None = None
@@ -274,6 +274,10 @@ class Task:
     def decoder_only(self) -> bool:
         """The model writes on from what it reads, without an encoder."""
         return self.writes and not self.has_encoder
+
+    def metric(self, name: str) -> Metric:
+        """The metric of that name. Of one that no run is chosen by, more is better."""
+        return next((metric for metric in (LOSS, EVAL_LOSS, *self.metrics) if metric.name == name), Metric(name))
 
     def check_settings(self, train: TrainConfig) -> None:
         """Refuses settings of training that the task cannot follow.

@@ -1,6 +1,6 @@
 """A tag for each word.
 
-Loss: cross-entropy of a head on the first token of each word. Figures: precision, recall and F1 over whole spans.
+Loss: cross-entropy of a head on the first token of each word. Metrics: precision, recall and F1 over whole spans.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.tasks.losses import cross_entropy
 from siliang.tasks.metrics import as_iobes, spans_of_tags
-from siliang.tasks.task import Figure, Reply, Said, Shown, Task, Trained
+from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
 from siliang.types import TASK_HEADS, TaskType
 
 if TYPE_CHECKING:  # slow to import
     from siliang.data.batch import Batch
     from siliang.data.tokens import TokenSet
 
-F1 = Figure("f1")
+F1 = Metric("f1")
 AT_ONCE = 256  # sentences that are predicted together
 
 
@@ -139,7 +139,7 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     return Shown(row["input_ids"], tags=[None if n == IGNORED else labels[n] for n in row["labels"]])
 
 
-# ---- figures ----
+# ---- metrics ----
 
 
 def read(output: Any, batch: Batch, tokens: TokenSet) -> list[np.ndarray]:
@@ -283,7 +283,7 @@ TOKEN_CLS = Task(
     loss=cross_entropy,
     smooths_labels=True,
     read=read,
-    figures=(F1, Figure("precision"), Figure("recall"), Figure("accuracy")),
+    metrics=(F1, Metric("precision"), Metric("recall"), Metric("accuracy")),
     measure=measure,
     quality=F1,
     replies=replies,

@@ -23,7 +23,7 @@ def check_quantization(config: RunConfig, method: Method) -> None:
 def check_best(config: RunConfig, held_out: int) -> None:
     """Raises ConfigError where the metric of train.best is never measured."""
     t, task = config.train, TASKS[config.task]
-    allowed = ("loss", *(figure.name for figure in task.figures))
+    allowed = ("loss", *(metric.name for metric in task.metrics))
     if t.best is None:
         return
     if t.best not in allowed:

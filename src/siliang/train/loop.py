@@ -25,12 +25,11 @@ from transformers import set_seed
 
 from siliang.data.batch import Batch
 from siliang.distributed.sharding import full_tensors, is_sharded, reshard
-from siliang.engine.evaluate import Sums, evaluate, figures_of
+from siliang.engine.evaluate import Sums, evaluate, metrics_of
 from siliang.engine.method_hooks import after_step
 from siliang.engine.order import Order, WithDummies, shared_steps
 from siliang.engine.random_state import random_state, set_random_state
 from siliang.run_folder import CHECKPOINTS
-from siliang.tasks import find_figure
 from siliang.train.backward import Backward, with_dummies
 from siliang.train.due import Best, Due, Wanted
 from siliang.train.errors import bad_step_error
@@ -277,7 +276,8 @@ class Training:
         t = self.prepared.config.train
         name = t.best or ("loss" if t.patience else None)
         name = "loss" if name == "perplexity" else name  # the same step is the best
-        if name is not None and find_figure(name).better(metrics[name], self.best.value if self.best else None):
+        best = self.best.value if self.best else None
+        if name is not None and self.prepared.task.metric(name).better(metrics[name], best):
             self.best, self._no_better = Best(self.step, metrics[name]), 0
         elif name is not None:
             self._no_better += 1
@@ -306,7 +306,7 @@ class Training:
                 autocast=lambda: self.accelerator.autocast(),
                 as_many=self._as_many,
             )
-            return figures_of(task, Sums.of(ranks.gather(own)), run.eval_rows)
+            return metrics_of(task, Sums.of(ranks.gather(own)), run.eval_rows)
         finally:
             set_random_state(before)
 

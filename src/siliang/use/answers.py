@@ -89,5 +89,5 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         found.rows.append(Answer(where=place, asked=shown, right=right, given=given))
     if TASKS[run.config.task].of_texts is not None:
         with run.model.disable_adapter() if base else nullcontext():
-            found.figures |= metrics_of_texts(opened, run.eval_rows)
+            found.metrics |= metrics_of_texts(opened, run.eval_rows)
     return found

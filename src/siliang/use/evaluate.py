@@ -15,7 +15,7 @@ from siliang.data.load import RunLayout, load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
 from siliang.data.tokens import TokenSet, tokenize, usable
 from siliang.engine.batches import StepCollator, in_steps, most_tokens
-from siliang.engine.evaluate import Sums, figures_of
+from siliang.engine.evaluate import Sums, metrics_of
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import Engine
 from siliang.run_folder import OpenedRun, autocast
@@ -47,7 +47,7 @@ def evaluate(run: OpenedRun, data: str | None = None, *, batch_size: int | None 
         sums = sums_of(run, engine, rows.tokens, task.read, batch_size)
     metrics = {"rows": float(len(rows.examples) - rows.tokens.dropped)}
     metrics |= {"dropped": float(rows.tokens.dropped)} if rows.tokens.dropped else {}
-    metrics |= figures_of(task, sums, rows)
+    metrics |= metrics_of(task, sums, rows)
     metrics |= task.of_loss(metrics["loss"])
     return metrics | metrics_of_texts(run, rows, batch_size=batch_size)
 

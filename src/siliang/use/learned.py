@@ -36,7 +36,7 @@ def what_is_wrong(run: Run) -> Verdict | None:
                 return None
             tuned, base = losses(run)
             return learned_nothing(task, {"eval_loss": tuned}, None, {"eval_loss": base})
-        case "figures":
+        case "metrics":
             return learned_nothing(task, final, None, {})
 
 

@@ -14,7 +14,7 @@ LARGEST_LOSS = 1e30
 SLACK = 1e-6  # of rounding
 
 
-def _figures(found: dict[str, float]) -> dict[str, float]:
+def _checked(found: dict[str, float]) -> dict[str, float]:
     for name, value in found.items():
         highest = 1.0 if name in SHARES else LARGEST_LOSS if "loss" in name else math.inf
         if math.isfinite(highest) and math.isfinite(value) and not -SLACK <= value <= highest + SLACK:
@@ -22,4 +22,4 @@ def _figures(found: dict[str, float]) -> dict[str, float]:
     return found
 
 
-Figures = Annotated[dict[Name, Number], Field(max_length=100), AfterValidator(_figures)]
+Metrics = Annotated[dict[Name, Number], Field(max_length=100), AfterValidator(_checked)]
