@@ -277,7 +277,7 @@ class Training:
         name = t.best or ("loss" if t.patience else None)
         name = "loss" if name == "perplexity" else name  # the same step is the best
         best = self.best.value if self.best else None
-        if name is not None and self.prepared.task.metric(name).better(metrics[name], best):
+        if name is not None and self.engine.task.metric(name).better(metrics[name], best):
             self.best, self._no_better = Best(self.step, metrics[name]), 0
         elif name is not None:
             self._no_better += 1
