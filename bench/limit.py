@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from bench.steps import own_name
-from siliang.check.subject import look_at
+from siliang.check.input import gather_input
 from siliang.hardware import machine
 from siliang.train.types import Run
 from siliang.types import TaskType
@@ -50,7 +50,7 @@ def products(run: Run, tokens: float) -> dict[Product, float]:
     learned = round(tokens * float(table.learned.sum()) / float(table.lengths.sum()))
     trained = {own_name(n): tuple(p.shape) for n, p in run.model.named_parameters() if p.requires_grad}
     below = config.method.name in ("full", "bitfit", "prompt_tuning", "p_tuning")
-    skeleton = look_at(config, machine()).skeleton()
+    skeleton = gather_input(config, machine()).skeleton()
     head = skeleton.get_output_embeddings()
     counts: Counter[Product] = Counter()
     for name, layer in skeleton.named_modules():

@@ -260,9 +260,9 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def damaged_parts(folder: Path) -> list[str]:
     """What in a run folder is not whole, after whatever happened to it."""
-    found = [f"{p.name}: {d}" for p in folder.glob("checkpoints/checkpoint-*") if (d := files.damage(p))]
+    found = [f"{p.name}: {d}" for p in folder.glob("checkpoints/checkpoint-*") if (d := files.find_damage(p))]
     parts = [p for p in (folder / "adapter", folder / "model") if p.is_dir()]
-    found += [f"{p.name}: {d}" for p in parts if (d := files.damage(p))]
+    found += [f"{p.name}: {d}" for p in parts if (d := files.find_damage(p))]
     try:
         Record.read(folder)
     except SiliangError as error:

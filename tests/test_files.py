@@ -11,7 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from siliang import files
-from siliang.files import append, filling, remove, remove_tree, replacing, replacing_folder, sweep, write_text
+from siliang.files import (
+    append,
+    creating_folder,
+    remove,
+    remove_stale,
+    remove_tree,
+    replacing,
+    replacing_folder,
+    write_text,
+)
 
 
 @pytest.fixture(params=[True, False], ids=["descriptors", "names"])
@@ -107,12 +116,12 @@ def test_the_name_that_the_user_knows_is_in_the_error(there: Path) -> None:
 
 
 def test_a_folder_that_is_filled(there: Path) -> None:
-    with filling(there / "a") as temporary:
+    with creating_folder(there / "a") as temporary:
         (temporary / "x").write_text("one")
-    with pytest.raises(OSError, match="not empty"), filling(there / "a") as temporary:
+    with pytest.raises(OSError, match="not empty"), creating_folder(there / "a") as temporary:
         (temporary / "x").write_text("two")
     (there / "b").symlink_to("a")
-    with filling(there / "b") as temporary:
+    with creating_folder(there / "b") as temporary:
         (temporary / "x").write_text("three")
     assert (there / "a" / "x").read_text() == "one" and (there / "b" / "x").read_text() == "three"
     assert names(there) == ["a", "b"]
@@ -138,7 +147,7 @@ def test_only_known_names_are_swept(there: Path) -> None:
         (there / name).write_text("x")
     (there / f".a.tmp-{'1' * 16}").symlink_to("kept")
     (there / f".a.tmp-{'2' * 16}").mkdir()
-    sweep(there, "a|c")
+    remove_stale(there, "a|c")
     assert names(there) == sorted([*left[1:], "kept"]) and names(there / "kept") == ["x"]
 
 

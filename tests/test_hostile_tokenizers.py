@@ -20,7 +20,7 @@ from siliang.data.examples import Text
 from siliang.data.tokens import tokenize
 from siliang.models.tokenizer_file import check_tokenizer
 from siliang.models.tokenizers import load_tokenizer, load_tokenizer_alone
-from siliang.safety.limits import RefusedError, in_time, look_at_tokenizer
+from siliang.safety.limits import RefusedError, check_tokenizer_rules, run_in_time
 from siliang.tasks import CAUSAL_LM
 from siliang.types import ModelError, TaskType
 
@@ -159,15 +159,15 @@ def test_settings_of_a_tokenizer(
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "1" * 100_000])
 def test_what_is_no_tokenizer(text: str) -> None:
     with pytest.raises(RefusedError):
-        look_at_tokenizer(text)
+        check_tokenizer_rules(text)
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("normalizer", ["NFKC", "NFKD", "BertNormalizer"])
 def test_usual_tokenizers_pass(normalizer: str, shared: Path) -> None:
     text = (shared / "tokenizers" / "minimind" / "tokenizer.json").read_text()
-    look_at_tokenizer(text)
-    look_at_tokenizer(
+    check_tokenizer_rules(text)
+    check_tokenizer_rules(
         json.dumps(json.loads(text) | {"normalizer": json.loads(getattr(normalizers, normalizer)().__getstate__())})
     )
 
@@ -190,9 +190,9 @@ def test_a_pattern_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_in_time() -> None:
-    assert in_time(lambda: 5, 60) == 5
+    assert run_in_time(lambda: 5, 60) == 5
     with pytest.raises(ZeroDivisionError):
-        in_time(lambda: 1 // 0, 60)
+        run_in_time(lambda: 1 // 0, 60)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_in_time() -> None:
     ],
 )
 def test_what_takes_too_long(work: str, said: str) -> None:
-    code = "import time\nfrom siliang.safety.limits import LimitError, in_time\n"
-    code += f"try:\n    in_time(lambda: {work}, 0.1)\nexcept LimitError as error:\n    print(error)"
+    code = "import time\nfrom siliang.safety.limits import LimitError, run_in_time\n"
+    code += f"try:\n    run_in_time(lambda: {work}, 0.1)\nexcept LimitError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
 

@@ -21,7 +21,7 @@ from tiny import WORDS, write_jsonl
 
 from siliang.cli.main import main
 from siliang.data.hashes import base_files
-from siliang.files import seal
+from siliang.files import write_manifest
 from siliang.records import Record
 from siliang.run_folder import changed_base, open_run
 from siliang.run_folder import opened as opening
@@ -439,7 +439,7 @@ def test_a_run_that_learned_no_number(
     name = next(name for name in weights if "lora_B" in name)
     weights[name].view(-1)[0] = value
     save_file(weights, file, metadata={"format": "pt"})
-    seal(world.run / "adapter")
+    write_manifest(world.run / "adapter")
     for command in (("generate", "run", "say film"), ("eval", "run"), ("merge", "run", "--output", "merged")):
         assert "is not finite" in run(*command, code=2)
 

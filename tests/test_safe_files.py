@@ -18,7 +18,7 @@ from siliang.config import DataConfig
 from siliang.config.distributed import deepspeed_settings
 from siliang.data.load import load_examples
 from siliang.distributed.launched import accelerate_strategy
-from siliang.files import damage
+from siliang.files import find_damage
 from siliang.models.base_config import load_config
 from siliang.plan.history import known_work, record_work
 from siliang.report.gather import gather
@@ -152,7 +152,7 @@ def test_configs_of_strangers_end_in_one_line(
     with pytest.raises(ConfigError, match=rf"zero\.json(:\d+)?: not readable as JSON: .*{message}"):
         deepspeed_settings(str(folder / "zero.json"))
     (folder / "manifest.json").write_text(text)
-    assert damage(folder) == "manifest.json is damaged"
+    assert find_damage(folder) == "manifest.json is damaged"
 
 
 def test_numbers_of_rows_that_nothing_can_be_computed_with(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from siliang.records import Record
 from siliang.run_folder import read_config
 from siliang.safety.safe_json import dump_json
 from siliang.safety.safe_yaml import dump_yaml, parse_yaml
-from siliang.secrets import HIDDEN, part, redacted, shortened, without_secrets
-from siliang.terminal import Pieces
+from siliang.secrets import HIDDEN, redacted, redacted_part, shortened, without_secrets
+from siliang.terminal import StreamedText
 
 ABC = "aB3dE5fG7hJ9kL1mN2pQ4rS6tU8vW0xY"  # 32 letters and digits
 OWN = """correct "horse"<b>'s & 100% battery"""  # a password that every encoding changes
@@ -160,8 +160,8 @@ def test_nothing_is_cut_before_it_is_hidden(kind: str) -> None:
     text = f"the token is {token}, and so on"
     for most in range(len(text)):
         assert token[:6] not in shortened(text, most)
-        assert token[:6] not in part(text, 0, most) and token[-6:] not in part(text, most)
-    assert part(text, 0) == f"the token is {HIDDEN}, and so on" and part(text, len(text) - 2) == "on"
+        assert token[:6] not in redacted_part(text, 0, most) and token[-6:] not in redacted_part(text, most)
+    assert redacted_part(text, 0) == f"the token is {HIDDEN}, and so on" and redacted_part(text, len(text) - 2) == "on"
 
 
 def test_messages_are_cut_by_one_function() -> None:
@@ -187,7 +187,7 @@ def test_secrets_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", OWN)
     text = f"说 {TOKENS[kind]}说 then {OWN}, and https://u:{ABC[:9]}@h Bearer {ABC[:16]} and the end {TOKENS[kind]}"
     for size in (1, 3, 7, 40):
-        pieces = Pieces()
+        pieces = StreamedText()
         said = [pieces.add(text[i : i + size]) for i in range(0, len(text), size)] + [pieces.end()]
         assert "".join(said) == without_secrets(text)
     assert sum(bool(piece) for piece in said) > 2  # it is not all held back
@@ -334,7 +334,7 @@ def test_every_setting_and_flag(
         secret = kinds[i % len(kinds)]
         for given in (secret, json.dumps([secret, 3]), json.dumps({secret: secret}), f"x{'y' * 190} {secret}"):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("siliang.check.look_at", _stop)
+                patch.setattr("siliang.check.gather_input", _stop)
                 watched.run("check", *flags, "--set", f"{name}={given}", code=2)
     commands = ("check", "train", "plan", "compare", "report", "eval", "predict", "generate", "chat", "merge", "x")
     for i, secret in enumerate(kinds):

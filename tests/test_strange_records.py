@@ -17,7 +17,7 @@ from records import SCORES, comparison, record
 from tiny import make, word_tokenizer, write_jsonl
 
 from siliang.config import RunConfig
-from siliang.files import seal
+from siliang.files import write_manifest
 from siliang.records import Answers, Comparison, Record
 from siliang.report.gather import gather
 from siliang.report.page import render
@@ -350,7 +350,7 @@ def test_a_strange_state_of_a_checkpoint(name: str, value: Any, folder: Path) ->
     checkpoint = interrupted(folder)
     path = checkpoint / "state.json"
     write(path, split(changed(joined(json.loads(path.read_text())), name, value)))
-    seal(checkpoint)
+    write_manifest(checkpoint)
     assert str(path) in refused("train", "--resume", folder)
 
 

@@ -22,7 +22,7 @@ from siliang.cli.console import HANDLER
 from siliang.cli.shown_console import ShownConsole, shown_text
 from siliang.next_steps import next_steps
 from siliang.safety.safe_yaml import dump_yaml
-from siliang.terminal import Pieces, Screen, as_product, one_line, pasted, shown
+from siliang.terminal import CleanStream, StreamedText, clean_output, one_line, shell_command, shown
 from siliang.types import TaskType
 
 # What a terminal would obey, or a reader would not see.
@@ -70,7 +70,7 @@ def test_characters_are_shown_as_escapes(kind: str) -> None:
         assert clean.isascii() and clean.encode("gbk", HANDLER) == clean.encode()
         if "\\" not in text:
             assert clean.encode().decode("unicode_escape") == text  # each can be told from every other
-    assert not OBEYED.search(as_product(HOSTILE[kind]))
+    assert not OBEYED.search(clean_output(HOSTILE[kind]))
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_lines_ends() -> None:
 def test_an_escape_in_two_pieces() -> None:
     text = f"one {ALL} two 👩\u200d👩\r\nthree\ry 说\u200b说 x\u200bx"
     for size in range(1, 9):
-        pieces = Pieces()
+        pieces = StreamedText()
         said = [pieces.add(text[i : i + size]) for i in range(0, len(text), size)]
         assert "".join(said) + pieces.end() == shown(text)
 
 
 def test_a_screen_lets_a_bar_draw_and_nobody_else() -> None:
     out = io.StringIO()
-    screen = Screen(out)
+    screen = CleanStream(out)
     for piece in ("\r 5%|#   |", "\r50%|##  |", "\n", "label:", "\rfake", "\n", "x\ry\n", "\rx\x1b[2J", "\n"):
         assert screen.write(piece) == len(piece)
     assert out.getvalue() == "\r 5%|#   |\r50%|##  |\nlabel:\\x0dfake\nx\\x0dy\n\rx\\x1b[2J\n"
@@ -278,12 +278,12 @@ NAMES = (
 def test_a_suggested_command_is_one_that_a_shell_takes(name: str, tmp_path: Path) -> None:
     for task, method in ((TaskType.SEQ_CLS, "lora"), (TaskType.CAUSAL_LM, "full")):
         for words in next_steps(Path(name), task, method).values():
-            line = pasted("siliang", *words)
+            line = shell_command("siliang", *words)
             assert shown(line) == line and "\n" not in line
             given = _as_bash_reads(line, tmp_path)
             assert given[0] == "siliang" and len(given) == len(words) + 1
             assert given[2] == (f"./{name}" if name.startswith("-") else name)
-    comment = f"true # {pasted(Path(name))}\nprintf done"
+    comment = f"true # {shell_command(Path(name))}\nprintf done"
     ended = subprocess.run(["bash", "-c", comment], cwd=tmp_path, capture_output=True, timeout=60, check=True)
     assert ended.stdout == b"done"
     assert not list(tmp_path.iterdir())
@@ -314,7 +314,7 @@ def test_suggestions_of_commands_are_quoted(
             assert (f"./{name}" if name.startswith("-") else name) in words
         assert run("report", f"./{name}", "--output", "page.html").code == 0
         page = (tmp_path / "page.html").read_text()
-        assert pasted(Path(name)).replace("'", "&#39;") in page
+        assert shell_command(Path(name)).replace("'", "&#39;") in page
     method = json.dumps([{"name": "lora", "label": "$(touch X)"}, {"name": "lora", "r": 4, "label": "b"}])
     flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls")
     ended = run("plan", *flags, "--set", f"methods={method}", "--memory", "1MB", "--device", "cpu")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from faults.folders.sandbox import Case, Expected, Site, Step
-from siliang.files import seal
+from siliang.files import write_manifest
 
 HELLO = ("generate", "evil", "w1", "--max-new-tokens", "2")
 USES: dict[str, Step] = {
@@ -100,7 +100,7 @@ def sealed(folder: Path) -> None:
     """With a manifest that fits what is there now: it is not signed."""
     if (folder / "manifest.json").exists() or (folder / "manifest.json").is_symlink():
         (folder / "manifest.json").unlink()
-        seal(folder)
+        write_manifest(folder)
 
 
 def link(path: Path, to: Path | str) -> None:

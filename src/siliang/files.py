@@ -80,14 +80,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     with _folder_beside(folder) as temporary:
         yield temporary
         _open_up(temporary)
-        seal(temporary)
+        write_manifest(temporary)
         remove(folder)
         temporary.rename(folder)
         _flush(folder.parent)
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
+def creating_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `folder`, which is empty or not there; it becomes `folder` only if the block
     succeeds and nobody has put anything there meanwhile.
     """
@@ -132,7 +132,7 @@ def remove_tree(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(parent: Path, names: str) -> None:
+def remove_stale(parent: Path, names: str) -> None:
     """Removes what this module left in `parent` when its process was killed.
 
     Args:
@@ -153,7 +153,7 @@ def temporary_name(name: str) -> str:
     return f".{kept}.tmp-{secrets.token_hex(8)}"
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Flushes every file of `folder` to the disk, and writes the manifest last."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
@@ -163,7 +163,7 @@ def seal(folder: Path) -> None:
     _flush(folder)
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder; None for nothing."""
     try:
         listed = read_json(folder / MANIFEST)["files"]
@@ -198,7 +198,7 @@ def is_pattern(name: str) -> bool:
     return any(c in name for c in "*?[") and HIDDEN not in name
 
 
-def found_again(name: str) -> str:
+def restore_name(name: str) -> str:
     """A name that was written with its secrets hidden, as run.yaml holds it, as it is on this disk; as it was written
     where nothing here, or more than one thing, could be meant."""
     if HIDDEN not in name:

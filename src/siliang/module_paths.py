@@ -38,12 +38,12 @@ def outermost(paths: Iterable[str]) -> list[str]:
     return [p for p in paths if not inside(p, [other for other in paths if other != p])]
 
 
-def ends(path: str, name: str) -> bool:
+def ends_with(path: str, name: str) -> bool:
     """Whether the last steps of a path are `name`."""
     return path == name or path.endswith("." + name)
 
 
-def meant(field: str, paths: Sequence[str], named: Sequence[str] | str | None) -> list[str]:
+def matching_paths(field: str, paths: Sequence[str], named: Sequence[str] | str | None) -> list[str]:
     """The paths that a list of endings, or a regular expression for the whole path, means.
 
     Args:
@@ -55,4 +55,4 @@ def meant(field: str, paths: Sequence[str], named: Sequence[str] | str | None) -
     if isinstance(named, str):
         (found,) = find(field, [named], paths, whole=True)
         return [path for path, groups in zip(paths, found, strict=True) if groups is not None]
-    return [path for path in paths if any(ends(path, name) for name in named or ())]
+    return [path for path in paths if any(ends_with(path, name) for name in named or ())]

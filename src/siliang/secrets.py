@@ -122,7 +122,7 @@ def short_repr(value: object, most: int = 80) -> str:
     return shortened(repr(redacted(value)), most, " ...")
 
 
-def part(text: str, start: int, end: int | None = None) -> str:
+def redacted_part(text: str, start: int, end: int | None = None) -> str:
     """`text[start:end]` to be shown, with what it holds of the whole text's secrets hidden."""
     end = len(text) if end is None else min(end, len(text))
     pieces, at = [], start

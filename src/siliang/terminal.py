@@ -65,13 +65,13 @@ def without_controls(text: str) -> str:
     return _BARE.sub(_escaped, _HOSTILE.sub(_escaped, text.replace("\r\n", "\n")))
 
 
-def as_product(text: str) -> str:
+def clean_output(text: str) -> str:
     """A text that is what a command was run for, on its way to a file or another program: without secrets, and without
     what a terminal obeys, for many of these programs show it on one. Marks of direction and joiners are part of it."""
     return _ONLY_OBEYED.sub(_escaped, without_secrets(text).replace("\r\n", "\n"))
 
 
-def pasted(*words: object) -> str:
+def shell_command(*words: object) -> str:
     """A command line as a shell takes it: names with blanks or quotes in quotes, control characters as escapes.
 
     Args:
@@ -112,7 +112,7 @@ def _json_escape(found: re.Match[str]) -> str:
     return "".join(f"\\u{encoded[i]:02x}{encoded[i + 1]:02x}" for i in range(0, len(encoded), 2))
 
 
-class Pieces:
+class StreamedText:
     """A text that comes in pieces, as a model writes it. What may be the first half of a secret, or of a line's end, is
     held back until more has come: words come as words."""
 
@@ -147,7 +147,7 @@ class Pieces:
         return next((first for first, last in secret_places(text) if first < end < last), end)
 
 
-class Screen(io.TextIOBase):
+class CleanStream(io.TextIOBase):
     """Standard output or error: every text that is printed to it is `shown`.
 
     A progress bar of a library begins its piece with a carriage return, which goes through where it draws over nothing
@@ -205,14 +205,14 @@ class Screen(io.TextIOBase):
         return self.stream.buffer  # type: ignore[return-value]
 
 
-def cover() -> None:
+def clean_standard_streams() -> None:
     """Makes standard output and error screens, also where Rich has just put its own stream in their place."""
-    if sys.stdout is not None and not isinstance(sys.stdout, Screen):
-        sys.stdout = Screen(sys.stdout)
-    if sys.stderr is not None and not isinstance(sys.stderr, Screen):
-        sys.stderr = Screen(sys.stderr)
+    if sys.stdout is not None and not isinstance(sys.stdout, CleanStream):
+        sys.stdout = CleanStream(sys.stdout)
+    if sys.stderr is not None and not isinstance(sys.stderr, CleanStream):
+        sys.stderr = CleanStream(sys.stderr)
 
 
-def bare(stream: TextIO) -> TextIO:
+def raw_stream(stream: TextIO) -> TextIO:
     """The stream behind a screen, for text that is clean and escapes that are ours."""
-    return stream.stream if isinstance(stream, Screen) else stream
+    return stream.stream if isinstance(stream, CleanStream) else stream

@@ -10,9 +10,9 @@ import torch
 from tiny import WORDS, make, word_tokenizer, write_jsonl
 from transformers import T5Config, T5ForConditionalGeneration
 
-from siliang.check import RULES, Finding, find, look_at, stop_on_errors
+from siliang.check import RULES, Finding, find, gather_input, stop_on_errors
 from siliang.check.counts import count
-from siliang.check.subject import Machine
+from siliang.check.input import Machine
 from siliang.config import RunConfig
 from siliang.types import ConfigError, DataError, ModelError
 
@@ -56,7 +56,7 @@ class Case:
             "output": str(self.folder / "out"),
             **settings,
         }
-        return find(look_at(RunConfig.build(values), machine))
+        return find(gather_input(RunConfig.build(values), machine))
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_a_missing_pad_token_and_a_wrong_collator(case: Case, monkeypatch: pytes
 
     data = {"train": str(write_jsonl(tmp_path / "d.jsonl", CLEAN)), "max_length": 64}
     values = {"model": str(case.models["llama"]), "task": "causal_lm", "data": data, "output": str(tmp_path / "o")}
-    subject = look_at(RunConfig.build(values))
+    subject = gather_input(RunConfig.build(values))
     assert not list(no_pad_token(subject)) and not list(rules_tokens.padding_learned(subject))
     subject.tokenizer._pad_token = None
     subject.tokenizer.pad_token = None
@@ -425,7 +425,7 @@ def test_counts_of_an_encoder_decoder(tmp_path: Path) -> None:
         "data": {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 64},
         "train": {"batch_size": 2, "log_every": 1},
     }
-    subject = look_at(RunConfig.build(values))
+    subject = gather_input(RunConfig.build(values))
     assert find(subject) == []
     assert count(subject)["rows"] == {"train": 18, "held_out": 2, "bad": 0}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from siliang.check import Finding, find, look_at
+from siliang.check import Finding, find, gather_input
 from siliang.check.counts import count
 from siliang.config import RunConfig
 
@@ -45,7 +45,7 @@ def look(model: Path, task: str, train: Path, **data: Any) -> tuple[dict[str, Fi
         "output": "never-made",
         "accept": ["SL019"],
     }
-    subject = look_at(RunConfig.build(values))
+    subject = gather_input(RunConfig.build(values))
     return {f.code: f for f in find(subject) if f.code != "SL019"}, count(subject)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from tiny import word_tokenizer, write_jsonl
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from siliang.check import look_at
+from siliang.check import gather_input
 from siliang.cli.check import grouped
 from siliang.cli.show_examples import HEAD, TAIL, show_examples
 from siliang.config import RunConfig
@@ -48,7 +48,7 @@ def shown(model: Path, task: str, rows: list[dict[str, Any]], folder: Path, *, c
         legacy_windows=False,
         soft_wrap=True,
     )
-    show_examples(console, look_at(RunConfig.build(values)), 2)
+    show_examples(console, gather_input(RunConfig.build(values)), 2)
     lines = out.getvalue().replace(str(path), "d.jsonl").splitlines()
     assert lines[0].startswith("Examples (")
     return lines[1:]

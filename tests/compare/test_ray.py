@@ -33,7 +33,7 @@ from siliang.compare.resume import can_resume
 from siliang.compare.run import CompareListener, compare
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
-from siliang.files import damage, seal
+from siliang.files import find_damage, write_manifest
 from siliang.records import Answers, Comparison, Record, Trial
 from siliang.report.gather import gather
 from siliang.report.summary import lines
@@ -386,10 +386,10 @@ def test_files_and_their_names(tmp_path: Path) -> None:
     ):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(text)
-    seal(run / "adapter")
+    write_manifest(run / "adapter")
     restore_paths(run, cache)
     values["model"] = given[0]
     assert (run / "run.yaml").read_text() == dump_yaml(values)
     assert (run / "run.json").read_text() == json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     assert json.loads((run / "adapter" / "adapter_config.json").read_text()) == values
-    assert damage(run / "adapter") is None
+    assert find_damage(run / "adapter") is None

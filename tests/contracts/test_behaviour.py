@@ -22,7 +22,7 @@ from siliang.distributed.sharding import fake_mesh, ignore_frozen_in_ddp
 from siliang.engine.fused import fused_form
 from siliang.engine.padding import NotPackableError, PaddingFree
 from siliang.engine.patches import attention_implementation, checkpoint_layers, register_attention
-from siliang.memory.track import resizes_seen
+from siliang.memory.track import on_storage_resize
 from siliang.models import introspect, weights
 from siliang.models.base_config import load_config
 from siliang.models.invented import invented_modules
@@ -239,7 +239,7 @@ def test_fsdp_frees_and_allocates_weights_by_resizing() -> None:
         model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         for part in (*model, model):
             fully_shard(part, mesh=mesh)
-        with resizes_seen(lambda storage: seen.append(storage.nbytes())):
+        with on_storage_resize(lambda storage: seen.append(storage.nbytes())):
             model(torch.randn(2, 8)).sum().backward()
     if not seen or 0 not in seen or max(seen) < 256:
         changed("torch", "FSDP frees no weights through UntypedStorage.resize_: the plan counts them as held")

@@ -210,7 +210,7 @@ def test_columns_beside_an_instruction_that_go_by_another_name(tmp_path: Path) -
     for row in rows:
         found = load(write_jsonl(tmp_path / "d.jsonl", [row]), task=CAUSAL_LM.data)
         said.append([(m.role, m.text) for m in found.train[0].messages])  # type: ignore[union-attr]
-        assert not found.texts_aside
+        assert not found.unused_texts
     assert said == [
         [("user", "who\na passage"), ("assistant", "me")],
         [("user", "who\na passage"), ("assistant", "me")],
@@ -244,7 +244,7 @@ def test_running_text_that_is_not_used(
 ) -> None:
     rows = [{name: cells[i] for name, cells in row.items()} for i in (0, 1)]
     found = load(write_jsonl(tmp_path / "d.jsonl", rows), task=TASKS[TaskType(task.upper())].data)
-    assert found.texts_aside == ([] if column is None else [column])
+    assert found.unused_texts == ([] if column is None else [column])
 
 
 def test_an_answer_by_another_name_is_proposed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from siliang.config import RunConfig
 from siliang.distributed.sharding import fake_mesh
 from siliang.engine.order import Order, shared_steps, shares
 from siliang.engine.step import Engine
-from siliang.plan import find_target, plan
+from siliang.plan import plan, target_device
 from siliang.plan.preflight import Planner
 from siliang.records import Record
 from siliang.train.loop import Training
@@ -114,7 +114,7 @@ def test_a_rank_without_a_row_gets_one_that_does_not_count() -> None:
 def test_what_is_too_large_for_one_is_sharded(still_place: Place, tmp_path: Path) -> None:
     """Between what a whole model takes and what a share does: one device is too small, on two auto takes FSDP."""
     config = configured(still_place, tmp_path / "run", "full", max_steps=2)
-    target = replace(find_target(config), beside_bytes=0, work_bytes=0)
+    target = replace(target_device(config), process_bytes=0, work_bytes=0)
     with fake_mesh(2) as mesh:
         whole, share = (
             plan(config.with_strategy(strategy), target, mesh=mesh, timed=False).methods[0].needed_bytes

@@ -16,13 +16,13 @@ from transformers import (
 )
 
 import siliang
-from siliang.check import find, look_at
+from siliang.check import find, gather_input
 from siliang.config import RunConfig
 from siliang.models.base_config import load_config
 from siliang.models.invented import invented_modules
 from siliang.models.load import invented_weights, load_model
 from siliang.plan import plan
-from siliang.plan.device import find_target
+from siliang.plan.device import target_device
 from siliang.run_folder import open_run
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
 from siliang.train.run import train
@@ -138,13 +138,13 @@ def test_check_says_what_is_new(folders: dict[str, Path], tmp_path: Path) -> Non
         "data": {"train": str(write_jsonl(tmp_path / "d.jsonl", rows))},
         "output": str(tmp_path / "run"),
     }
-    found = {f.code: f for f in find(look_at(RunConfig.build(values)))}
+    found = {f.code: f for f in find(gather_input(RunConfig.build(values)))}
     assert "does not hold bert.pooler: new weights, trained and saved along" in found["SL035"].message
     assert found["SL035"].severity == "warning"
     whole = tmp_path / "whole"
     make("bert").save_pretrained(whole)  # type: ignore[operator]
     word_tokenizer().save_pretrained(whole)
-    assert "SL035" not in {f.code for f in find(look_at(RunConfig.build(values | {"model": str(whole)})))}
+    assert "SL035" not in {f.code for f in find(gather_input(RunConfig.build(values | {"model": str(whole)})))}
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "full"])
@@ -162,7 +162,7 @@ def test_a_run_trains_saves_and_plans_what_is_new(method: str, folders: dict[str
     }
     config = RunConfig.build(values)
     record = train(config, Listener())
-    planned = plan(config, find_target(config)).methods[0]
+    planned = plan(config, target_device(config)).methods[0]
     assert (planned.trained, planned.total) == (record.parameters.trained, record.parameters.total)
     opened = open_run(tmp_path / "run")
     # what was trained is what answers, though the pooler is drawn anew at each loading

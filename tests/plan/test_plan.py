@@ -21,11 +21,11 @@ from siliang.distributed.sharding import fake_mesh
 from siliang.engine.batches import StepCollator
 from siliang.hardware import Choice
 from siliang.models.weights import PIECE_BYTES
-from siliang.plan import FakeRun, find_target, history, model_config, plan
+from siliang.plan import FakeRun, history, model_config, plan, target_device
 from siliang.plan.device import Device
 from siliang.plan.fit import MemoryLimit
 from siliang.plan.preflight import Planner, apply_plan, with_changes
-from siliang.plan.rows import heaviest, order, synthetic_rows
+from siliang.plan.rows import heaviest_step, order, synthetic_rows
 from siliang.plan.shapes import shape_name
 from siliang.records import Change, MethodPlan
 from siliang.tasks import SEQ_2_SEQ_LM, SEQ_CLS
@@ -71,7 +71,7 @@ def test_what_to_change_and_the_run_that_is_written(tmp_path: Path) -> None:
     t = values["train"]
     assert t["batch_size"] * t["gradient_accumulation"] == 16
     config = RunConfig.build(values)
-    found = plan(config, find_target(config, "cuda", memory_bytes=2 * 10**9), with_data=False).methods[0]
+    found = plan(config, target_device(config, "cuda", memory_bytes=2 * 10**9), with_data=False).methods[0]
     assert found.fits and found.peak_bytes <= 2e9
 
 
@@ -89,7 +89,7 @@ def test_a_batch_on_a_cpu_has_no_more_tokens_than_pays(kind: Any, precision: Any
 
 def test_the_parts_add_up() -> None:
     config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
-    device = find_target(config, "cuda", memory_bytes=10**11)
+    device = target_device(config, "cuda", memory_bytes=10**11)
     found = plan(config, device, with_data=False).methods[0]
     assert found.peak_bytes == sum(found.parts.values()) + found.overhead_bytes
     assert found.parts["weights"] == pytest.approx(124_439_808 * 2, rel=0.01)  # bf16, rounded up in blocks
@@ -169,7 +169,7 @@ def test_the_heaviest_step(reviews: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     run = prepare(reviews, Listener(), tmp_path / "run")
     collator = StepCollator(PadCollator(0), SEQ_CLS, reviews.train.batch_size)
-    found = heaviest(reviews, run.train_set, collator)
+    found = heaviest_step(reviews, run.train_set, collator)
     lengths = run.train_set.lengths
     brute = max(sum(lengths[i] for i in step) for step in order(reviews, lengths))
     assert sum(len(row["input_ids"]) for row in found.rows) == brute
@@ -292,7 +292,7 @@ def test_a_budget_of_a_number_is_planned_as_that_much_memory_is(four_layers: str
 
 def test_on_cuda_a_budget_does_not_count_the_context() -> None:
     config = RunConfig.build({"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"})
-    cuda, cpu = find_target(config, "cuda", memory_bytes=10**10), target(10**10)
+    cuda, cpu = target_device(config, "cuda", memory_bytes=10**10), target(10**10)
     assert cuda.budgeted_bytes == cuda.work_bytes < cuda.overhead_bytes and cpu.budgeted_bytes == cpu.overhead_bytes
 
 
@@ -361,11 +361,11 @@ def test_new_tokens_are_loaded_beside_the_old_ones(tmp_path: Path) -> None:
 
 
 def test_on_cuda_the_host_holds_what_is_loaded(tmp_path: Path) -> None:
-    config, device = large_words(tmp_path), find_target(large_words(tmp_path), "cuda", memory_bytes=10**10)
+    config, device = large_words(tmp_path), target_device(large_words(tmp_path), "cuda", memory_bytes=10**10)
     found = plan(config, device, with_data=False, timed=False).methods[0]
     weights = PARAMETERS * 2
     assert found.host_bytes > device.host_bytes + weights
-    assert found.loading_bytes == device.beside_bytes + found.loaded_bytes
+    assert found.loading_bytes == device.process_bytes + found.loaded_bytes
 
 
 def test_every_rank_loads_the_model_whole(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-from siliang.check import find, look_at
+from siliang.check import find, gather_input
 from siliang.cli.main import main
 from siliang.config import RunConfig
 from siliang.data.batch import Batch
@@ -90,14 +90,14 @@ def test_tokenizers_of_other_models(model_folders: dict[str, Path], tmp_path: Pa
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     config = settings(folder, [{"text": "the a the the a"}, {"text": "a the a the"}] * 6, tmp_path / "run")
-    found = next(f for f in find(look_at(config)) if f.code == "SL023")
+    found = next(f for f in find(gather_input(config)) if f.code == "SL023")
     assert found.severity == "error" and "another model's tokenizer" in found.message
     tok = word_tokenizer()
     tok.add_special_tokens({"pad_token": "<pad>"})
     model.resize_token_embeddings(len(tok) - 1)
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
-    found = next(f for f in find(look_at(settings(folder, rows, tmp_path / "run"))) if f.code == "SL023")
+    found = next(f for f in find(gather_input(settings(folder, rows, tmp_path / "run"))) if f.code == "SL023")
     assert found.severity == "error" and "its pad token is" in found.message
 
 

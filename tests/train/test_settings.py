@@ -107,12 +107,12 @@ def test_noise_and_smoothing_change_the_training_and_no_evaluation(place: Place,
 
 
 def test_a_plan_counts_the_noise(place: Place, tmp_path: Path) -> None:
-    from siliang.plan import find_target, plan
+    from siliang.plan import plan, target_device
 
     peaks = []
     for alpha in (None, 5.0):
         config = configured(place, tmp_path / "run", neftune_alpha=alpha, precision="fp32")
-        (found,) = plan(config, find_target(config), timed=False).methods
+        (found,) = plan(config, target_device(config), timed=False).methods
         assert found.error is None
         peaks.append(found.peak_bytes)
     assert peaks[1] >= peaks[0]
@@ -121,7 +121,7 @@ def test_a_plan_counts_the_noise(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "lion", "muon"])
 def test_a_plan_knows_the_state_of_each_optimizer(name: str, place: Place, tmp_path: Path) -> None:
     """Beside the bytes that a run's own optimizer holds after a step."""
-    from siliang.plan import find_target, plan
+    from siliang.plan import plan, target_device
 
     config = configured(place, tmp_path / "run", "full", optimizer=name, max_steps=1, precision="fp32")
     (tmp_path / "run").mkdir()
@@ -132,6 +132,6 @@ def test_a_plan_knows_the_state_of_each_optimizer(name: str, place: Place, tmp_p
     tensors = [t for t in state_tensors(inner.optimizer) if t.dim() > 0]
     codes = [t for t in tensors if t.numel() == 256 and t.dtype == torch.float32 and name == "adamw_8bit"]  # shared
     held = sum(t.nbytes for t in tensors) - sum(t.nbytes for t in codes)
-    found = plan(config, find_target(config), timed=False).methods[0]
+    found = plan(config, target_device(config), timed=False).methods[0]
     assert found.error is None
     assert found.parts["optimizer"] == pytest.approx(held, rel=0.05, abs=4096)

@@ -11,7 +11,7 @@ from torch import nn
 
 from siliang.methods.config import PeftConfig
 from siliang.models.invented import invented_modules
-from siliang.module_paths import inside, meant, outermost, plain_modules
+from siliang.module_paths import inside, matching_paths, outermost, plain_modules
 from siliang.types import OTHER_HEADS, TASK_HEADS, TargetError, TaskType, nearest
 
 
@@ -58,7 +58,7 @@ def names_of_saved(config: PeftConfig, names: Iterable[str], saved: list[str], p
     for path in saved:
         if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in found):
             continue
-        if meant("target_modules", [p for p in paths if inside(p, [path])], wanted):
+        if matching_paths("target_modules", [p for p in paths if inside(p, [path])], wanted):
             found.append(path)
     return sorted(found)
 

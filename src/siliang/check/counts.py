@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 from pydantic import JsonValue
 
-from siliang.check.subject import Subject
+from siliang.check.input import CheckInput
 
 
-def count(s: Subject) -> dict[str, JsonValue]:
+def count(s: CheckInput) -> dict[str, JsonValue]:
     """Counts by name; shares are between 0 and 1."""
     lengths, tokens = s.train.lengths, int(s.train.lengths.sum())
     counts: dict[str, JsonValue] = {

@@ -15,7 +15,7 @@ from siliang.language import Bilingual, both, joined, local
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-    from siliang.check.subject import Subject
+    from siliang.check.input import CheckInput
 
 Severity = Literal["error", "warning"]
 SHOWN_ROWS = 5
@@ -25,7 +25,7 @@ PARTS = {"train": Bilingual("training", "训练"), "eval": Bilingual("held-out",
 
 
 @dataclass(frozen=True)
-class Found:
+class Problem:
     """What a rule's function yields; its texts are English that carries its Chinese.
 
     Attributes:
@@ -50,14 +50,14 @@ class Rule:
     Attributes:
         reads: What it looks at: "rows" needs no tokens, and runs first.
         function: Its docstring is the rule's page, in six paragraphs: title, cause and fix, in English and in Chinese.
-        ends: An error of it ends the run in any case, and so cannot be accepted.
+        fatal: An error of it ends the run in any case, and so cannot be accepted.
     """
 
     code: str
     severity: Severity
-    function: Callable[[Subject], Iterable[Found]]
+    function: Callable[[CheckInput], Iterable[Problem]]
     reads: Literal["rows", "tokens", "model", "run"] = "tokens"
-    ends: bool = False
+    fatal: bool = False
 
     @property
     def paragraphs(self) -> list[str]:
@@ -114,10 +114,10 @@ class Finding:
         return both(f"{self.title}: {self.message}", f"{local(self.title, 'zh')}：{local(self.message, 'zh')}")
 
     @classmethod
-    def of(cls, rule: Rule, found: Found, accepted: bool) -> Finding:
+    def of(cls, rule: Rule, found: Problem, accepted: bool) -> Finding:
         severity = found.severity or rule.severity
         fix: str = found.fix or rule.fix
-        if accepted and rule.ends and severity == "error":
+        if accepted and rule.fatal and severity == "error":
             accepted = False
             fix = Bilingual(
                 f"{fix} It cannot be accepted: the run would end with an error.",
@@ -140,7 +140,7 @@ class Finding:
         return asdict(self)
 
 
-def not_usable(s: Subject, bad: list[str], what: Bilingual) -> Found:
+def not_usable(s: CheckInput, bad: list[str], what: Bilingual) -> Problem:
     """What is found where rows cannot be used: an error, or a warning where data.skip_bad_rows leaves them out.
 
     Args:
@@ -151,10 +151,10 @@ def not_usable(s: Subject, bad: list[str], what: Bilingual) -> Found:
     said = Bilingual(f"{what}: {shown}", f"{what.zh}：{shown.zh}")
     skipped = Bilingual("Left out, as data.skip_bad_rows says.", "已按 data.skip_bad_rows 跳过。")
     fix, severity = (skipped, "warning") if s.data.skip_bad_rows else (None, None)
-    return Found(said, tuple(bad[:6]), len(bad), fix, severity)
+    return Problem(said, tuple(bad[:6]), len(bad), fix, severity)
 
 
-def rows_with(s: Subject, pattern: re.Pattern[str]) -> tuple[Counter[str], list[int]]:
+def rows_with(s: CheckInput, pattern: re.Pattern[str]) -> tuple[Counter[str], list[int]]:
     """What a pattern finds in the texts of the training rows, counted, and the numbers of the rows that have it."""
     found: Counter[str] = Counter()
     rows: list[int] = []

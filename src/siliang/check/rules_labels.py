@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
-from siliang.check.finding import Found
-from siliang.check.subject import Subject
+from siliang.check.finding import Problem
+from siliang.check.input import CheckInput
 from siliang.data.labels import alike, joined, no_label, strange
 from siliang.data.numbers import as_number, is_whole
 from siliang.language import Bilingual
@@ -18,7 +18,7 @@ LARGEST_RATIO = 10.0
 MANY_NUMBERS = 10  # from where on numbers are more often measured than classes
 
 
-def missing_classes(s: Subject) -> Iterator[Found]:
+def missing_classes(s: CheckInput) -> Iterator[Problem]:
     """A class that training never sees.
 
     Cause: The training rows do not hold every class, and the model cannot learn a class without examples. A data.labels
@@ -40,7 +40,7 @@ def missing_classes(s: Subject) -> Iterator[Found]:
     if len(names) - len(missing) < 2:
         seen = [name for name in names if counts[name]]
         named = ", ".join(map(repr, seen))
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"the training rows have one class only, {named}: nothing to learn",
                 f"训练样本只有一个类别 {named}，没有可学的内容",
@@ -51,7 +51,7 @@ def missing_classes(s: Subject) -> Iterator[Found]:
         more, more_zh = (f" and {len(missing) - 10} more", " 等") if len(missing) > 10 else ("", "")
         # a random split often leaves a rare tag without rows, which is not an error; a class without rows is one
         severity = "warning" if s.task.data.named == "tags" else None
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{len(missing)} of {len(names)} classes have no training row: {shown}{more}",
                 f"{len(names)} 个类别中有 {len(missing)} 个没有训练样本：{shown}{more_zh}",
@@ -60,7 +60,7 @@ def missing_classes(s: Subject) -> Iterator[Found]:
         )
 
 
-def doubtful_labels(s: Subject) -> Iterator[Found]:
+def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
     """Labels that may be mistakes.
 
     Cause: Labels are compared letter by letter: "a" and "a " with a blank, "1" and "1.0", "Positive" and "positive" are
@@ -90,11 +90,11 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
         more, more_zh = (
             (f"; and {len(groups) - 5} more", f"；另有 {len(groups) - 5} 组") if len(groups) > 5 else ("", "")
         )
-        yield Found(
+        yield Problem(
             Bilingual(f"classes that look like one: {shown}{more}", f"看起来是同一类别的标签：{shown_zh}{more_zh}")
         )
     if (none := no_label(names)) is not None:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{counts[none]:,} rows have the label {none!r} beside numbers from 0: GLUE and others "
                 "write that where there is no label",
@@ -107,7 +107,7 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
         )
     if s.task.data.named == "label" and (mark := joined(names)):
         shown = shortened(", ".join(repr(name) for name in names if mark in name.strip()), 100)
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"several labels in one, separated by {mark!r}: {shown}; seq_cls learns one class for a text",
                 f"一个标签里有多个类别，以 {mark!r} 分隔：{shown}；seq_cls 每条文本只学一个类别",
@@ -120,7 +120,7 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
         severity = None if missing or blanks else "warning"
         shown = ", ".join(f"{name!r} ({counts[name]:,} rows)" for name in odd[:5])
         shown_zh = "、".join(f"{name!r}（{counts[name]:,} 条）" for name in odd[:5])
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"labels that may mean a missing label, or that hold invisible characters: {shown}",
                 f"可能表示缺失、或含有不可见字符的标签：{shown_zh}",
@@ -135,7 +135,7 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
         if pointed:
             shown = ", ".join(pointed[:3])
             what = Bilingual(f"numbers with a point ({shown})", f"带小数点的数字（{shown}）")
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"the labels are {what}: each is a class of its own; a regression is not learned",
                 f"标签是{what.zh}：每个数字各算一个类别，不会做回归",
@@ -144,7 +144,7 @@ def doubtful_labels(s: Subject) -> Iterator[Found]:
         )
 
 
-def imbalance(s: Subject) -> Iterator[Found]:
+def imbalance(s: CheckInput) -> Iterator[Problem]:
     """One class outweighs the others.
 
     Cause: A model that always predicts the largest class is right that often. Accuracy says little then, and a learning
@@ -165,7 +165,7 @@ def imbalance(s: Subject) -> Iterator[Found]:
     (large, most), (small, least) = counts.most_common()[0], counts.most_common()[-1]
     if len(counts) > 1 and (most / n >= LARGEST_SHARE or most / least >= LARGEST_RATIO):
         shares = 100 * most / n, 100 * least / n
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{large!r} has {shares[0]:.1f}% of the training rows, {small!r} {shares[1]:.1f}%",
                 f"{large!r} 占训练样本的 {shares[0]:.1f}%，{small!r} 只占 {shares[1]:.1f}%",
@@ -173,7 +173,7 @@ def imbalance(s: Subject) -> Iterator[Found]:
         )
 
 
-def contradictions(s: Subject) -> Iterator[Found]:
+def contradictions(s: CheckInput) -> Iterator[Problem]:
     """The same text with different labels.
 
     Cause: One of the labels is wrong, or the text does not determine the class: no model can get both right.
@@ -188,7 +188,7 @@ def contradictions(s: Subject) -> Iterator[Found]:
     """
     if s.task.data.named != "label":
         return
-    asked, whole = s.prints["train"]
+    asked, whole = s.fingerprints["train"]
     pairs = {int(a): int(w) for a, w in zip(asked[::-1], whole[::-1], strict=True)}  # the first of each
     rows = [i for i, (a, w) in enumerate(zip(asked.tolist(), whole.tolist(), strict=True)) if pairs[a] != w]
     if rows:
@@ -196,10 +196,10 @@ def contradictions(s: Subject) -> Iterator[Found]:
             f"{len(rows):,} training rows have another label than the same text before",
             f"{len(rows):,} 条训练样本与前面相同的文本标签不同",
         )
-        yield Found(said, s.places(rows), len(rows))
+        yield Problem(said, s.places(rows), len(rows))
 
 
-def broken_tags(s: Subject) -> Iterator[Found]:
+def broken_tags(s: CheckInput) -> Iterator[Problem]:
     """Tags that do not make spans.
 
     Cause: In BIO a span begins with B-; in BMES and BIOES it ends with E- or is a single S-. An I-, M- or E- that
@@ -229,10 +229,10 @@ def broken_tags(s: Subject) -> Iterator[Found]:
             f"{len(rows):,} sentences have tags out of place, such as {tag} after {before}",
             f"{len(rows):,} 个句子的标注位置有误，例如 {before} 之后出现 {tag}",
         )
-        yield Found(said, s.places(rows), len(rows))
+        yield Problem(said, s.places(rows), len(rows))
 
 
-def _class_counts(s: Subject, *parts: str) -> Counter[str]:
+def _class_counts(s: CheckInput, *parts: str) -> Counter[str]:
     """Rows of each class, in the training rows where no part is named."""
     counts: Counter[str] = Counter()
     for example in chain.from_iterable(getattr(s.examples, part) for part in parts or ("train",)):

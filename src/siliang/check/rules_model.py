@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from siliang.check.finding import Found
-from siliang.check.subject import Subject
+from siliang.check.finding import Problem
+from siliang.check.input import CheckInput
 from siliang.language import Bilingual
 from siliang.types import OTHER_HEADS, ConfigError, TargetError
 
 
-def no_pad_token(s: Subject) -> Iterator[Found]:
+def no_pad_token(s: CheckInput) -> Iterator[Problem]:
     """The tokenizer has no pad token.
 
     Cause: Rows of a batch are padded to one length, and the tokenizer has no token for it. siliang takes the end of
@@ -26,7 +26,7 @@ def no_pad_token(s: Subject) -> Iterator[Found]:
     办法：在模型的 tokenizer_config.json 中设置 pad_token。
     """
     if s.tokenizer.pad_token_id is None:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{s.config.model}: its tokenizer has no pad token, no end of sequence and no unknown token",
                 f"{s.config.model} 的分词器既没有填充词元，也没有结束符和未知词元",
@@ -34,7 +34,7 @@ def no_pad_token(s: Subject) -> Iterator[Found]:
         )
 
 
-def vocabulary(s: Subject) -> Iterator[Found]:
+def vocabulary(s: CheckInput) -> Iterator[Problem]:
     """Tokens without an embedding.
 
     Cause: The tokenizer knows more tokens than the embedding has rows. On the first such token the run ends in an index
@@ -58,7 +58,7 @@ def vocabulary(s: Subject) -> Iterator[Found]:
     beyond = [(name, token) for name, token in named.items() if token is not None and token >= rows]
     own = len(set(s.tokenizer.get_vocab().values()) - set(s.tokenizer.get_added_vocab().values()))
     if largest >= rows:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"the data holds token {largest:,}, and the embedding has {rows:,} rows",
                 f"数据中有词元 {largest:,}，而嵌入只有 {rows:,} 行",
@@ -71,21 +71,23 @@ def vocabulary(s: Subject) -> Iterator[Found]:
     )
     if beyond:
         name, token = beyond[0]
-        yield Found(Bilingual(f"{sizes}, and its {name} token is {token:,}", f"{sizes.zh}，其 {name} 词元是 {token:,}"))
+        yield Problem(
+            Bilingual(f"{sizes}, and its {name} token is {token:,}", f"{sizes.zh}，其 {name} 词元是 {token:,}")
+        )
     elif own > rows:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{sizes}, and {own:,} of them its own: it is another model's tokenizer",
                 f"{sizes.zh}，其中自有词元 {own:,} 个：这是另一个模型的分词器",
             )
         )
     elif len(s.tokenizer) > rows:
-        yield Found(
+        yield Problem(
             Bilingual(f"{sizes}; the data uses none beyond", f"{sizes.zh}；数据没有用到超出的词元"), severity="warning"
         )
 
 
-def targets(s: Subject) -> Iterator[Found]:
+def targets(s: CheckInput) -> Iterator[Problem]:
     """The method finds nothing to tune.
 
     Cause: method.target_modules names modules that this model does not have, all of them or some. PEFT silently skips
@@ -101,10 +103,10 @@ def targets(s: Subject) -> Iterator[Found]:
     """
     if s.method.tunes == "biases" or (problem := _attach(s)) is None:
         return
-    yield Found(problem)
+    yield Problem(problem)
 
 
-def no_biases(s: Subject) -> Iterator[Found]:
+def no_biases(s: CheckInput) -> Iterator[Problem]:
     """BitFit on a model without biases.
 
     Cause: BitFit trains the biases, and Llama and similar models have none: nothing would be learned.
@@ -118,10 +120,10 @@ def no_biases(s: Subject) -> Iterator[Found]:
     办法：改用 method=lora，或换一个有偏置的模型（BLOOM、BERT、GPT-2、Qwen2 的注意力层）。
     """
     if s.method.tunes == "biases" and (problem := _attach(s)) is not None:
-        yield Found(problem)
+        yield Problem(problem)
 
 
-def invented(s: Subject) -> Iterator[Found]:
+def invented(s: CheckInput) -> Iterator[Problem]:
     """Weights that the model's files do not hold.
 
     Cause: The model has parts beside the task's head that its files lack, such as the pooler of a BERT that was trained
@@ -141,7 +143,7 @@ def invented(s: Subject) -> Iterator[Found]:
     heads = (*s.task.model.heads, *OTHER_HEADS)
     if new := [path for path in s.invented if not any(head in path.split(".") for head in heads)]:
         names = ", ".join(new)
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{s.config.model} does not hold {names}: new weights, trained and saved along",
                 f"{s.config.model} 的文件中没有 {names}：这部分是新建的，会一同训练和保存",
@@ -149,7 +151,7 @@ def invented(s: Subject) -> Iterator[Found]:
         )
 
 
-def tied_embedding(s: Subject) -> Iterator[Found]:
+def tied_embedding(s: CheckInput) -> Iterator[Problem]:
     """An adapter on a tied embedding.
 
     Cause: The model's output head is its embedding. An adapter on one of them leaves the other unchanged, and a merge
@@ -175,7 +177,7 @@ def tied_embedding(s: Subject) -> Iterator[Found]:
     touched = [n for n in names if any(part in n for part in ("embed", "lm_head", "wte", "output_layer", "shared"))]
     if touched:
         named = ", ".join(touched)
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{named} is tied to the model's other end (tie_word_embeddings)",
                 f"{named} 的权重由嵌入和输出头共享（tie_word_embeddings）",
@@ -183,7 +185,7 @@ def tied_embedding(s: Subject) -> Iterator[Found]:
         )
 
 
-def too_many_positions(s: Subject) -> Iterator[Found]:
+def too_many_positions(s: CheckInput) -> Iterator[Problem]:
     """Rows longer than the model can read.
 
     Cause: The model has learned embeddings for a fixed number of positions: a longer row would end the run in an index
@@ -203,7 +205,7 @@ def too_many_positions(s: Subject) -> Iterator[Found]:
     longest = max(part.longest_sequence for part in (s.train, s.eval))
     if positions.reads is not None and longest > positions.reads:
         limit = positions.in_words(positions.reads)
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"a row has {longest:,} tokens, the model {limit}", f"有样本长 {longest:,} 个词元，而模型有 {limit.zh}"
             )
@@ -212,7 +214,7 @@ def too_many_positions(s: Subject) -> Iterator[Found]:
         longest = max(int(part.learned.max(initial=0)) for part in (s.train, s.eval))
         if positions.writes is not None and longest > positions.writes:
             limit = positions.in_words(positions.writes)
-            yield Found(
+            yield Problem(
                 Bilingual(
                     f"a target has {longest:,} tokens, the model's decoder {limit}",
                     f"有目标文本长 {longest:,} 个词元，而模型的解码器有 {limit.zh}",
@@ -222,7 +224,7 @@ def too_many_positions(s: Subject) -> Iterator[Found]:
         return
     trained = getattr(s.text_config, "max_position_embeddings", None)
     if positions.reads is None and trained and longest + positions.virtual > trained:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"a row has {longest:,} tokens, the model was trained for {trained:,}",
                 f"有样本长 {longest:,} 个词元，而模型是按 {trained:,} 个词元训练的",
@@ -231,7 +233,7 @@ def too_many_positions(s: Subject) -> Iterator[Found]:
         )
 
 
-def _attach(s: Subject) -> str | None:
+def _attach(s: CheckInput) -> str | None:
     """What goes wrong when the method is attached to the model's skeleton; None where nothing does."""
     if s.method.config is None:
         return None

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from siliang.check.finding import PARTS, Found, not_usable, rows_with
-from siliang.check.subject import Subject
+from siliang.check.finding import PARTS, Problem, not_usable, rows_with
+from siliang.check.input import CheckInput
 from siliang.language import Bilingual
 
 DAMAGE = re.compile("\ufffd|\ufeff|锟斤拷|Ã[\u0080-\u00bf]|â€|\\\\u0000")
 PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\[(?:YOUR|INSERT)[ _][A-Z _]+\]")
 
 
-def bad_rows(s: Subject) -> Iterator[Found]:
+def bad_rows(s: CheckInput) -> Iterator[Problem]:
     """Rows cannot be used.
 
     Cause: A line cannot be read, a field is empty or missing, or a label is not one of the classes. Such rows are never
@@ -37,7 +37,7 @@ def bad_rows(s: Subject) -> Iterator[Found]:
         yield not_usable(s, bad, Bilingual(rows, rows_zh))
 
 
-def duplicates(s: Subject) -> Iterator[Found]:
+def duplicates(s: CheckInput) -> Iterator[Problem]:
     """Training rows that occur more than once.
 
     Cause: A row that occurs twice weighs twice. Where one copy is held out, the evaluation looks better than it is.
@@ -50,14 +50,14 @@ def duplicates(s: Subject) -> Iterator[Found]:
 
     办法：删除重复的样本；如果有意如此加权，用 accept: [SL002] 接受此项。
     """
-    _, whole = s.prints["train"]
+    _, whole = s.fingerprints["train"]
     _, first, counts = np.unique(whole, return_index=True, return_counts=True)
     extra = len(whole) - len(first)
     weighted = any(source.weight > 1 for source in s.data.train_sources)
     if extra and not weighted:
         copies = np.setdiff1d(np.arange(len(whole)), first)
         most = int(counts.max())
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{extra:,} of {len(whole):,} training rows are copies of others (one of them occurs {most} times)",
                 f"{len(whole):,} 条训练样本中有 {extra:,} 条与其他样本重复（最多的一条出现 {most} 次）",
@@ -67,7 +67,7 @@ def duplicates(s: Subject) -> Iterator[Found]:
         )
 
 
-def overlap(s: Subject) -> Iterator[Found]:
+def overlap(s: CheckInput) -> Iterator[Problem]:
     """Held-out rows that are also trained.
 
     Cause: The model has seen these questions or texts in training, so the evaluation measures its memory.
@@ -80,7 +80,7 @@ def overlap(s: Subject) -> Iterator[Found]:
 
     办法：从其中一边删除，或在划分之前先去重（SL002）。
     """
-    seen, asked = s.prints["train"][0], s.prints["eval"][0]
+    seen, asked = s.fingerprints["train"][0], s.fingerprints["eval"][0]
     known = np.flatnonzero(np.isin(asked, seen))
     if len(known):
         share = 100 * len(known) / len(asked)
@@ -88,10 +88,10 @@ def overlap(s: Subject) -> Iterator[Found]:
             f"{len(known):,} of {len(asked):,} held-out rows ({share:.1f}%) have the question or text of a trained one",
             f"{len(asked):,} 条留出样本中有 {len(known):,} 条（{share:.1f}%）的问题或文本在训练集中出现过",
         )
-        yield Found(said, s.places(known, "eval"), len(known))
+        yield Problem(said, s.places(known, "eval"), len(known))
 
 
-def damaged_text(s: Subject) -> Iterator[Found]:
+def damaged_text(s: CheckInput) -> Iterator[Problem]:
     """Text that lost its encoding.
 
     Cause: The text holds NUL characters, replacement characters (U+FFFD), byte order marks, or UTF-8 that was read as
@@ -113,10 +113,10 @@ def damaged_text(s: Subject) -> Iterator[Found]:
                 f"{len(rows):,} {PARTS[part]} rows hold damaged characters",
                 f"{len(rows):,} 条{PARTS[part].zh}样本含有乱码",
             )
-            yield Found(said, s.places(rows, part), len(rows))
+            yield Problem(said, s.places(rows, part), len(rows))
 
 
-def quoted_cells(s: Subject) -> Iterator[Found]:
+def quoted_cells(s: CheckInput) -> Iterator[Problem]:
     """Cells in double quotes whose quotes are text.
 
     Cause: In a .tsv file quotes are text, unless the whole file can only have been written with quotes around its
@@ -133,10 +133,10 @@ def quoted_cells(s: Subject) -> Iterator[Found]:
     办法：如果引号不属于文本，设 data.separator=tab，按 csv 的规则读取；如果属于文本，用 accept: [SL029] 接受此项。
     """
     for line in s.examples.doubts:
-        yield Found(line)
+        yield Problem(line)
 
 
-def texts_not_used(s: Subject) -> Iterator[Found]:
+def texts_not_used(s: CheckInput) -> Iterator[Problem]:
     """A column of text that is not used.
 
     Cause: The layout of the rows has no place for a column of this name, so the model never sees it. It may be the
@@ -153,8 +153,8 @@ def texts_not_used(s: Subject) -> Iterator[Found]:
     """
     if s.examples.layout in ("prepared", "tokens-tags"):  # which have no place for any text
         return
-    for column in s.examples.texts_aside:
-        yield Found(
+    for column in s.examples.unused_texts:
+        yield Problem(
             Bilingual(
                 f"the column {column!r} holds running text, and is not used",
                 f"列 {column!r} 是成段的文本，但没有被使用",
@@ -163,7 +163,7 @@ def texts_not_used(s: Subject) -> Iterator[Found]:
         )
 
 
-def parts_not_used(s: Subject) -> Iterator[Found]:
+def parts_not_used(s: CheckInput) -> Iterator[Problem]:
     """A column that names parts of the data, and is not used.
 
     Cause: The rows themselves say which of them are for training and which for evaluation. siliang takes parts from
@@ -179,9 +179,9 @@ def parts_not_used(s: Subject) -> Iterator[Found]:
 
     办法：把各部分分别存成文件，用 data.train 和 data.eval 指定；或用 accept: [SL037] 接受此项。
     """
-    for column, parts in s.examples.parts_aside.items():
+    for column, parts in s.examples.unused_parts.items():
         named = ", ".join(map(repr, parts))
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"the column {column!r} says {named}, and is not used to split the rows",
                 f"列 {column!r} 的内容是 {named}，但没有用来划分数据",
@@ -189,7 +189,7 @@ def parts_not_used(s: Subject) -> Iterator[Found]:
         )
 
 
-def _place_of(column: str, taken: dict[str, str], s: Subject) -> Bilingual:
+def _place_of(column: str, taken: dict[str, str], s: CheckInput) -> Bilingual:
     """The settings that would use this column, for the layout of the rows."""
 
     def setting(part: str) -> str:
@@ -228,7 +228,7 @@ def _instead(setting: str, column: str) -> Bilingual:
     return Bilingual(f"{setting} uses it instead of {column!r}", f"{setting} 用它代替 {column!r}")
 
 
-def placeholders(s: Subject) -> Iterator[Found]:
+def placeholders(s: CheckInput) -> Iterator[Problem]:
     """Placeholders that were not filled in.
 
     Cause: Text such as {{name}} is meant to be replaced by a program; the model would learn it as it stands.
@@ -250,10 +250,10 @@ def placeholders(s: Subject) -> Iterator[Found]:
             f"{len(rows):,} training rows hold placeholders ({named})",
             f"{len(rows):,} 条训练样本含有占位符（{named}）",
         )
-        yield Found(said, s.places(rows), len(rows))
+        yield Problem(said, s.places(rows), len(rows))
 
 
-def misplaced_answers(s: Subject) -> Iterator[Found]:
+def misplaced_answers(s: CheckInput) -> Iterator[Problem]:
     """An answer that is not at its answer_start.
 
     Cause: answer_start counts characters of the context. Counted in bytes, in words, or in a text that was cleaned
@@ -275,10 +275,10 @@ def misplaced_answers(s: Subject) -> Iterator[Found]:
             f"{len(rows):,} training rows have an answer that is not at its answer_start",
             f"{len(rows):,} 条训练样本的答案不在 answer_start 处",
         )
-        yield Found(said, s.places(rows), len(rows))
+        yield Problem(said, s.places(rows), len(rows))
 
 
-def nothing_held_out(s: Subject) -> Iterator[Found]:
+def nothing_held_out(s: CheckInput) -> Iterator[Problem]:
     """Nothing is held out.
 
     Cause: Without rows that the model never sees, learning cannot be distinguished from memory, and nothing shows when
@@ -293,7 +293,7 @@ def nothing_held_out(s: Subject) -> Iterator[Found]:
     办法：设置 data.eval，或大于 0 的 data.test_size。
     """
     if not len(s.examples.eval):
-        yield Found(
+        yield Problem(
             Bilingual(
                 "data.eval is not set, and data.test_size holds nothing out",
                 "没有设置 data.eval，data.test_size 也没有留出样本",

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from siliang.check.finding import RATE_FACTOR, Found
-from siliang.check.subject import Subject
+from siliang.check.finding import RATE_FACTOR, Problem
+from siliang.check.input import CheckInput
 from siliang.hardware import FP16_ADAM_EPS
 from siliang.language import Bilingual, local
 from siliang.methods import METHODS
@@ -15,7 +15,7 @@ from siliang.models.quantized import count_parameters
 from siliang.types import ConfigError, ModelError, TargetError
 
 
-def pure_fp16(s: Subject) -> Iterator[Found]:
+def pure_fp16(s: CheckInput) -> Iterator[Problem]:
     """Everything in fp16.
 
     Cause: Adam divides by the root of the second moment plus 1e-8, and 1e-8 is 0 in fp16, whose smallest number is
@@ -32,7 +32,7 @@ def pure_fp16(s: Subject) -> Iterator[Found]:
     办法：precision=auto 会让参与训练的参数保持 fp32；硬件支持时用 precision=bf16。
     """
     if s.config.train.precision == "pure-fp16":
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"weights, gradients and Adam's moments are all fp16; eps is raised to {FP16_ADAM_EPS:g}",
                 f"权重、梯度和 Adam 的矩全部是 fp16；eps 提高到 {FP16_ADAM_EPS:g}",
@@ -40,7 +40,7 @@ def pure_fp16(s: Subject) -> Iterator[Found]:
         )
 
 
-def emulated_precision(s: Subject) -> Iterator[Found]:
+def emulated_precision(s: CheckInput) -> Iterator[Problem]:
     """A number format that this hardware emulates.
 
     Cause: Arithmetic that the processor does not have is done in another format and converted back and forth: fp16 on a
@@ -57,16 +57,18 @@ def emulated_precision(s: Subject) -> Iterator[Found]:
     """
     wanted, machine = s.config.train.precision.removeprefix("pure-"), s.machine
     if wanted == "fp16" and machine.kind == "cpu":
-        yield Found(Bilingual("fp16 on a CPU is emulated, and slower than fp32", "CPU 上的 fp16 是模拟的，比 fp32 慢"))
+        yield Problem(
+            Bilingual("fp16 on a CPU is emulated, and slower than fp32", "CPU 上的 fp16 是模拟的，比 fp32 慢")
+        )
     elif wanted == "bf16" and not machine.native_bf16:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"bf16 on this {machine.kind} is emulated, and slower than fp32",
                 f"这个 {machine.kind} 上的 bf16 是模拟的，比 fp32 慢",
             )
         )
     elif wanted == "fp16" and machine.native_bf16:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"fp16 is used where this {machine.kind} has bf16, which needs no loss scaling and does not overflow",
                 f"使用了 fp16，而这个 {machine.kind} 支持 bf16，后者不需要损失缩放，也不会溢出",
@@ -74,7 +76,7 @@ def emulated_precision(s: Subject) -> Iterator[Found]:
         )
 
 
-def wide_quantized_compute(s: Subject) -> Iterator[Found]:
+def wide_quantized_compute(s: CheckInput) -> Iterator[Problem]:
     """QLoRA that computes in fp32.
 
     Cause: Each 4-bit weight is converted to quantization.compute_dtype before it is multiplied, and fp32 is
@@ -97,7 +99,7 @@ def wide_quantized_compute(s: Subject) -> Iterator[Found]:
         and (machine.native_bf16 or machine.kind == "cuda")
     ):
         native = "bf16" if machine.native_bf16 else "fp16"
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"quantization.compute_dtype is fp32, and this {machine.kind} computes {native} several times faster",
                 f"quantization.compute_dtype 是 fp32，而这个 {machine.kind} 计算 {native} 要快数倍",
@@ -105,7 +107,7 @@ def wide_quantized_compute(s: Subject) -> Iterator[Found]:
         )
 
 
-def steps(s: Subject) -> Iterator[Found]:
+def steps(s: CheckInput) -> Iterator[Problem]:
     """Steps and warm-up that do not fit the data.
 
     Cause: The learning rate rises for train.warmup_fraction of the steps, in a run of few steps for most of it. With
@@ -123,14 +125,14 @@ def steps(s: Subject) -> Iterator[Found]:
     t = s.config.train
     effective = t.rows_per_step
     if effective > len(s.train):
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"one optimizer step takes {effective:,} rows, and there are {len(s.train):,}",
                 f"优化器每步需要 {effective:,} 条样本，而总共只有 {len(s.train):,} 条",
             )
         )
     elif s.steps < t.log_every:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"the run has {s.steps:,} steps, fewer than between two lines of the log ({t.log_every:,})",
                 f"训练共 {s.steps:,} 步，还不到两行日志之间的间隔（{t.log_every:,} 步）",
@@ -138,14 +140,14 @@ def steps(s: Subject) -> Iterator[Found]:
         )
     if t.warmup_fraction > 0.5:
         share = 100 * t.warmup_fraction
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"the learning rate rises for {share:.0f}% of the run and is at its full value for little of it",
                 f"学习率有 {share:.0f}% 的步数都在上升，很少处于设定值",
             )
         )
     if t.save_every and t.save_every > s.steps:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"train.save_every = {t.save_every:,} is more than the run's {s.steps:,} steps: "
                 "nothing is saved before the end",
@@ -154,7 +156,7 @@ def steps(s: Subject) -> Iterator[Found]:
         )
 
 
-def learning_rate(s: Subject) -> Iterator[Found]:
+def learning_rate(s: CheckInput) -> Iterator[Problem]:
     """A learning rate usual for another method.
 
     Cause: The methods differ by orders of magnitude. Full fine-tuning at LoRA's rate collapses to the largest class;
@@ -178,7 +180,7 @@ def learning_rate(s: Subject) -> Iterator[Found]:
     if near is not s.method and near.learning_rate / rate < 3:
         like, like_zh = f"; {rate:g} is usual for {near.name}", f"；{rate:g} 是 {near.name} 常用的学习率"
     source = s.method.learning_rate_source
-    yield Found(
+    yield Problem(
         Bilingual(
             f"{rate:g} for {s.method.name}, whose own is {usual:g} ({source}){like}",
             f"{s.method.name} 用了 {rate:g}，而它的默认值是 {usual:g}（{local(source, 'zh')}）{like_zh}",
@@ -186,7 +188,7 @@ def learning_rate(s: Subject) -> Iterator[Found]:
     )
 
 
-def disk(s: Subject) -> Iterator[Found]:
+def disk(s: CheckInput) -> Iterator[Problem]:
     """The checkpoints will not fit the disk.
 
     Cause: Each checkpoint holds the trained weights and Adam's two moments of each. A run that fills the disk ends
@@ -210,7 +212,7 @@ def disk(s: Subject) -> Iterator[Found]:
     free = shutil.disk_usage(folder).free
     if free < need:
         needed_mb, free_mb = need / 1e6, free / 1e6
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{needed_mb:,.0f} MB are needed in {folder}, and {free_mb:,.0f} MB are free on that disk",
                 f"{folder} 需要 {needed_mb:,.0f} MB，而该磁盘只剩 {free_mb:,.0f} MB",
@@ -218,7 +220,7 @@ def disk(s: Subject) -> Iterator[Found]:
         )
 
 
-def _trained_parameters(s: Subject) -> int | None:
+def _trained_parameters(s: CheckInput) -> int | None:
     try:
         if s.method.config is None:
             return count_parameters(s.skeleton())[1]

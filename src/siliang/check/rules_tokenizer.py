@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from siliang.check.finding import Found, rows_with
-from siliang.check.subject import Subject
+from siliang.check.finding import Problem, rows_with
+from siliang.check.input import CheckInput
 from siliang.data.templates import CHAT, find_template
 from siliang.language import Bilingual
 
@@ -17,7 +17,7 @@ UNKNOWN_SHARE = 0.001
 ROLE_WORD = re.compile(r"<\|?[\w ]+\|?>|\[g?MASK\]|\[(?:CLS|SEP)\]")
 
 
-def template_misfit(s: Subject) -> Iterator[Found]:
+def template_misfit(s: CheckInput) -> Iterator[Problem]:
     """The template is not this model's.
 
     Cause: A chat model was trained with one template. Another one, with role words that its tokenizer splits into
@@ -46,14 +46,14 @@ def template_misfit(s: Subject) -> Iterator[Found]:
     if split:
         n = len(s.encoder.text([split[0]])[0])
         named = ", ".join(split)
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{template.name}: this tokenizer has no token {named}; {split[0]} becomes {n} pieces",
                 f"{template.name}：这个分词器没有词元 {named}；{split[0]} 会被拆成 {n} 段",
             )
         )
     elif own and s.data.template != CHAT and not any(w in str(own) for w in words):
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{template.name} is used, while the tokenizer has a chat template of its own",
                 f"使用了 {template.name} 模板，而分词器自带对话模板",
@@ -61,7 +61,7 @@ def template_misfit(s: Subject) -> Iterator[Found]:
         )
 
 
-def unknown_tokens(s: Subject) -> Iterator[Found]:
+def unknown_tokens(s: CheckInput) -> Iterator[Problem]:
     """Text that the tokenizer does not know.
 
     Cause: Characters outside of the vocabulary all become one unknown token: the model cannot distinguish them.
@@ -93,10 +93,10 @@ def unknown_tokens(s: Subject) -> Iterator[Found]:
             f"{n:,} of {total:,} tokens ({share:.2f}%) are unknown{named}",
             f"{total:,} 个词元中有 {n:,} 个（{share:.2f}%）不在词表中{named_zh}",
         )
-        yield Found(said, s.entries(rows), len(rows))
+        yield Problem(said, s.entries(rows), len(rows))
 
 
-def special_words(s: Subject) -> Iterator[Found]:
+def special_words(s: CheckInput) -> Iterator[Problem]:
     """Special tokens in the text of the data.
 
     Cause: The text holds words that are special tokens of this tokenizer. siliang encodes them as plain text, so that
@@ -125,4 +125,4 @@ def special_words(s: Subject) -> Iterator[Found]:
             f"{len(rows):,} training rows hold {words} in their text",
             f"{len(rows):,} 条训练样本的文本中有 {words}",
         )
-        yield Found(said, s.places(rows), len(rows))
+        yield Problem(said, s.places(rows), len(rows))

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from siliang.check.finding import PARTS, Found, not_usable
-from siliang.check.subject import Subject
+from siliang.check.finding import PARTS, Problem, not_usable
+from siliang.check.input import CheckInput
 from siliang.data.collate import PadCollator
 from siliang.data.encode import IGNORED
 from siliang.data.examples import Prepared
 from siliang.language import Bilingual
 
 
-def rows_without_tokens(s: Subject) -> Iterator[Found]:
+def rows_without_tokens(s: CheckInput) -> Iterator[Problem]:
     """Rows cannot be made into tokens.
 
     Cause: The template cannot write them (roles that it has no place for, special tokens in the text), nothing of them
@@ -38,7 +38,7 @@ def rows_without_tokens(s: Subject) -> Iterator[Found]:
         yield not_usable(s, bad, Bilingual(rows, rows_zh))
 
 
-def end_not_learned(s: Subject) -> Iterator[Found]:
+def end_not_learned(s: CheckInput) -> Iterator[Problem]:
     """The end of sequence is not learned.
 
     Cause: An answer must end with the end-of-sequence token, and that token must carry a label; otherwise the model
@@ -81,10 +81,10 @@ def end_not_learned(s: Subject) -> Iterator[Found]:
         f"{len(rows):,} of {len(last):,} rows end their last answer without the end-of-sequence token{there}",
         f"{len(last):,} 条样本中有 {len(rows):,} 条的最后一个答案没有以结束符结尾{there_zh}",
     )
-    yield Found(said, s.entries(rows), len(rows))
+    yield Problem(said, s.entries(rows), len(rows))
 
 
-def all_masked(s: Subject) -> Iterator[Found]:
+def all_masked(s: CheckInput) -> Iterator[Problem]:
     """A row in which nothing is learned.
 
     Cause: Every label is masked (-100): the loss of such a row is 0, of a batch of them nan (0 divided by 0). For
@@ -102,7 +102,7 @@ def all_masked(s: Subject) -> Iterator[Found]:
     """
     if s.finds_spans:
         if len(s.train) and not (s.train.column("end_positions") > 0).any():
-            yield Found(
+            yield Problem(
                 Bilingual(
                     f"not one of {len(s.train):,} windows holds an answer: there is nothing to find",
                     f"{len(s.train):,} 个窗口都不包含答案，模型无从查找",
@@ -116,17 +116,17 @@ def all_masked(s: Subject) -> Iterator[Found]:
             f"{len(rows):,} of {len(s.train):,} rows carry no label at all{every}",
             f"{len(s.train):,} 条样本中有 {len(rows):,} 条{every_zh}没有任何标签",
         )
-        yield Found(said, s.entries(rows), len(rows))
+        yield Problem(said, s.entries(rows), len(rows))
     for part, tokens, examples in (("train", s.train, s.examples.train), ("eval", s.eval, s.examples.eval)):
         if len(examples) and not len(tokens):
-            yield Found(
+            yield Problem(
                 Bilingual(
                     f"not one of the {len(examples):,} {PARTS[part]} rows is left (data.too_long=drop)",
                     f"{len(examples):,} 条{PARTS[part].zh}样本一条也没有剩下（data.too_long=drop）",
                 )
             )
     if len(s.eval) and not s.eval.learned.sum():
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"not one of the {len(s.eval):,} held-out rows carries a label: there is nothing to measure",
                 f"{len(s.eval):,} 条留出样本都没有标签，无法评估",
@@ -134,7 +134,7 @@ def all_masked(s: Subject) -> Iterator[Found]:
         )
 
 
-def nothing_varies(s: Subject) -> Iterator[Found]:
+def nothing_varies(s: CheckInput) -> Iterator[Problem]:
     """All rows teach the same thing.
 
     Cause: Every token is the same one, or every tag, or no row has an answer: the loss falls to 0, and the model's
@@ -157,32 +157,34 @@ def nothing_varies(s: Subject) -> Iterator[Found]:
             word = repr(s.tokenizer.convert_ids_to_tokens(words.pop()))
             one = Bilingual(word, word)
         total = int(s.train.lengths.sum())
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"the {total:,} tokens of all rows are one and the same, {one}",
                 f"所有样本的 {total:,} 个词元都是同一个：{one.zh}",
             )
         )
     if s.finds_spans and n and not (s.train.column("end_positions") > 0).any():
-        yield Found(Bilingual(f"not one of {n:,} windows holds an answer", f"{n:,} 个窗口都不包含答案"))
+        yield Problem(Bilingual(f"not one of {n:,} windows holds an answer", f"{n:,} 个窗口都不包含答案"))
     if not s.task.data.label_per_token:
         return
     learned = {int(x) for labels in s.train.lists("labels") for x in np.unique(labels)} - {IGNORED}
     if s.task.data.named == "tags" and n and len(learned) == 1:
         tag = (s.examples.labels or [])[learned.pop()]
-        yield Found(Bilingual(f"all tags are {tag!r}", f"所有标注都是 {tag!r}"))
+        yield Problem(Bilingual(f"all tags are {tag!r}", f"所有标注都是 {tag!r}"))
     if not s.task.writes:
         return
     answers = {labels[labels != IGNORED].tobytes() for labels in s.train.lists("labels")}
     if learned and s.task.data.next_token and learned <= set(s.stops):
-        yield Found(Bilingual(f"nothing is learned of {n:,} rows but how they end", f"{n:,} 条样本只有结束符参与学习"))
+        yield Problem(
+            Bilingual(f"nothing is learned of {n:,} rows but how they end", f"{n:,} 条样本只有结束符参与学习")
+        )
     elif len(answers) == 1 and len({ids.tobytes() for ids in s.train.lists("input_ids")}) > 1:
-        yield Found(
+        yield Problem(
             Bilingual(f"all {n:,} rows have the same answer", f"{n:,} 条样本的答案全部相同"), severity="warning"
         )
 
 
-def truncated(s: Subject) -> Iterator[Found]:
+def truncated(s: CheckInput) -> Iterator[Problem]:
     """Rows that are cut.
 
     Cause: They are longer than data.max_length (a target: than data.max_target_length). Of a conversation the oldest
@@ -217,9 +219,9 @@ def truncated(s: Subject) -> Iterator[Found]:
             f"{n:,} 条样本中有 {len(rows):,} 条（{share:.1f}%）被截断到 {longest} 个词元，"
             f"共丢失 {tokens:,} 个词元{learned_zh}",
         )
-        yield Found(said, s.entries(rows), len(rows))
+        yield Problem(said, s.entries(rows), len(rows))
     if s.train.dropped:
-        yield Found(
+        yield Problem(
             Bilingual(
                 f"{s.train.dropped:,} rows are left out for their length (data.too_long=drop)",
                 f"{s.train.dropped:,} 条样本因过长被去掉（data.too_long=drop）",
@@ -227,7 +229,7 @@ def truncated(s: Subject) -> Iterator[Found]:
         )
 
 
-def prompt_learned(s: Subject) -> Iterator[Found]:
+def prompt_learned(s: CheckInput) -> Iterator[Problem]:
     """The question carries labels.
 
     Cause: Every token carries a label, the user's words included: the model learns to write questions, and their loss
@@ -253,10 +255,10 @@ def prompt_learned(s: Subject) -> Iterator[Found]:
             f"{len(rows):,} of {len(s.train):,} rows have a label on every token",
             f"{len(s.train):,} 条样本中有 {len(rows):,} 条的每个词元都有标签",
         )
-        yield Found(said, s.entries(rows), len(rows))
+        yield Problem(said, s.entries(rows), len(rows))
 
 
-def shifted_labels(s: Subject) -> Iterator[Found]:
+def shifted_labels(s: CheckInput) -> Iterator[Problem]:
     """Labels that are shifted already.
 
     Cause: transformers' models shift the labels themselves: label i belongs to token i. If they were shifted before,
@@ -286,10 +288,10 @@ def shifted_labels(s: Subject) -> Iterator[Found]:
             f"{len(rows):,} of {len(s.train):,} rows have labels of the token after",
             f"{len(s.train):,} 条样本中有 {len(rows):,} 条的标签是下一个词元",
         )
-        yield Found(said, s.entries(rows), len(rows))
+        yield Problem(said, s.entries(rows), len(rows))
 
 
-def padding_learned(s: Subject) -> Iterator[Found]:
+def padding_learned(s: CheckInput) -> Iterator[Problem]:
     """Padding would be learned, or the end masked with it.
 
     Cause: Where the pad token is the end of sequence, a mask by the token's number masks the end too, and without a
@@ -312,6 +314,6 @@ def padding_learned(s: Subject) -> Iterator[Found]:
     n = len(short["labels"])
     right = batch["labels"][0, :n].tolist() == short["labels"] and bool((batch["labels"][0, n:] == IGNORED).all())
     if not right or int(batch["attention_mask"][0].sum()) != len(short["input_ids"]):
-        yield Found(
+        yield Problem(
             Bilingual("a padded batch does not carry the labels of its rows", "填充后的批次与各样本的标签不一致")
         )

@@ -11,7 +11,7 @@ from siliang.check import rules_run as run
 from siliang.check import rules_tokenizer as tokenizer
 from siliang.check import rules_tokens as tokens
 from siliang.check.finding import Finding, Rule
-from siliang.check.subject import Subject
+from siliang.check.input import CheckInput
 from siliang.language import Bilingual, Language, local
 from siliang.types import ConfigError, DataError, nearest
 
@@ -40,11 +40,11 @@ RULES: dict[str, Rule] = {
         Rule("SL020", "error", labels.doubtful_labels, "rows"),
         Rule("SL021", "error", model.no_pad_token, "model"),
         Rule("SL022", "error", tokens.padding_learned),
-        Rule("SL023", "error", model.vocabulary, ends=True),
+        Rule("SL023", "error", model.vocabulary, fatal=True),
         Rule("SL024", "error", model.targets, "model"),
         Rule("SL025", "error", model.no_biases, "model"),
         Rule("SL026", "warning", model.tied_embedding, "model"),
-        Rule("SL028", "error", model.too_many_positions, ends=True),
+        Rule("SL028", "error", model.too_many_positions, fatal=True),
         Rule("SL029", "warning", rows.quoted_cells, "rows"),
         Rule("SL030", "error", tokens.rows_without_tokens),
         Rule("SL031", "warning", run.pure_fp16, "run"),
@@ -61,7 +61,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def find(subject: Subject, *, stop_early: bool = False) -> list[Finding]:
+def find(subject: CheckInput, *, stop_early: bool = False) -> list[Finding]:
     """What the rules find, by code.
 
     Args:
@@ -84,7 +84,7 @@ def find(subject: Subject, *, stop_early: bool = False) -> list[Finding]:
     return sorted(findings, key=lambda f: (f.severity, f.code))
 
 
-def _run(rule: Rule, subject: Subject, accepted: set[str]) -> Iterator[Finding]:
+def _run(rule: Rule, subject: CheckInput, accepted: set[str]) -> Iterator[Finding]:
     for found in rule.function(subject):
         yield Finding.of(rule, found, rule.code in accepted)
 

@@ -14,7 +14,7 @@ from siliang.cli.options import Temperature
 from siliang.cli.used_run import Base, Force, show_notes
 from siliang.environment import importing
 from siliang.language import both
-from siliang.terminal import Pieces, bare, cover, one_line
+from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw_stream
 
 if TYPE_CHECKING:
     from siliang.use.chat import Chat
@@ -81,9 +81,9 @@ def _one_by_one(opened: Chat, prompt: str, *, max_new_tokens: int | None, temper
     """Plain lines, each answer behind its name, for whoever reads them from a pipe."""
     for name in opened.names:
         _write(f"{one_line(name)}: ")
-        pieces = Pieces()
+        pieces = StreamedText()
 
-        def hear(text: str, pieces: Pieces = pieces) -> None:
+        def hear(text: str, pieces: StreamedText = pieces) -> None:
             _write(pieces.add(text))
 
         opened.answer(name, prompt, hear, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -93,7 +93,7 @@ def _one_by_one(opened: Chat, prompt: str, *, max_new_tokens: int | None, temper
 
 def _write(text: str) -> None:
     """A clean text."""
-    print(text, end="", file=bare(sys.stdout), flush=True)
+    print(text, end="", file=raw_stream(sys.stdout), flush=True)
 
 
 def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperature: float) -> None:
@@ -125,11 +125,11 @@ def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperatu
         return Segments([segment for line in lines for segment in (*line, Segment.line())])
 
     with Live(end_of_it(), console=console, refresh_per_second=10) as live:
-        cover()
+        clean_standard_streams()
         for name in opened.names:
-            pieces = Pieces()
+            pieces = StreamedText()
 
-            def hear(text: str, shown: Text = answers[name], pieces: Pieces = pieces) -> None:
+            def hear(text: str, shown: Text = answers[name], pieces: StreamedText = pieces) -> None:
                 shown.append(pieces.add(text))
                 live.update(end_of_it())
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
     from rich.console import Console
 
-    from siliang.check import Finding, Subject
+    from siliang.check import CheckInput, Finding
 
 # The names of counts.py.
 NAMES = {
@@ -96,11 +96,11 @@ def check(
     values.setdefault("output", "siliang-run")
     config = RunConfig.build(values, source=named(settings))
     quiet_loading()
-    from siliang.check import find, look_at
+    from siliang.check import find, gather_input
     from siliang.check.counts import count
     from siliang.hardware import machine
 
-    subject = look_at(config, machine())
+    subject = gather_input(config, machine())
     findings = find(subject)
     counts = count(subject)
     if json:
@@ -118,7 +118,7 @@ def _page(code: str) -> str:
     return "\n\n".join(rule.shown_page for rule in rules)
 
 
-def _show(subject: Subject, findings: list[Finding], counts: dict[str, JsonValue], examples: int) -> None:
+def _show(subject: CheckInput, findings: list[Finding], counts: dict[str, JsonValue], examples: int) -> None:
     from siliang.cli.show_examples import show_examples
 
     console = rich_console(soft_wrap=not sys.stdout.isatty())

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from siliang.cli.console import named, rich_console
 from siliang.cli.options import Data, Lang, Model, Task
 from siliang.language import both, language
-from siliang.terminal import bare, one_line
+from siliang.terminal import one_line, raw_stream
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,7 +177,7 @@ def show(material: Material, language: str) -> None:
         for cells in rows:
             grid.add_row(*(Text(one_line(cells[columns.index(column)].text)) for column in part))
         for line in _captured(console, grid):
-            print(line, file=bare(sys.stdout))
+            print(line, file=raw_stream(sys.stdout))
         print()
     for line in found:
         for note in notes(line, w):

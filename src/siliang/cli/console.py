@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from siliang.language import Bilingual
 from siliang.secrets import redacted, shortened
-from siliang.terminal import as_product, bare, cover, json_escaped, pasted, shown
+from siliang.terminal import clean_output, clean_standard_streams, json_escaped, raw_stream, shell_command, shown
 from siliang.types import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def prepared_console() -> Iterator[None]:
     for stream in before:
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors=HANDLER)
-    cover()
+    clean_standard_streams()
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ def rich_console(**settings: Any) -> Console:
     """A console of Rich's that writes its own escapes to standard output, and those of nobody else."""
     from siliang.cli.shown_console import ShownConsole
 
-    return ShownConsole(file=bare(sys.stdout), highlight=False, **settings)
+    return ShownConsole(file=raw_stream(sys.stdout), highlight=False, **settings)
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
@@ -74,12 +74,12 @@ def print_json(value: object, indent: int | None = None) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     if not unicode or any("\ud800" <= c <= "\udfff" for c in text):
         text = json.dumps(value, indent=indent)
-    print(json_escaped(text), file=bare(sys.stdout))
+    print(json_escaped(text), file=raw_stream(sys.stdout))
 
 
 def print_product(text: str) -> None:
-    """Prints a text that the command was run for: on a terminal as all others, into a file or a pipe `as_product`."""
-    print(shown(text) if sys.stdout.isatty() else as_product(text), file=bare(sys.stdout))
+    """Prints a text that the command was run for: on a terminal as all others, into a file or a pipe `clean_output`."""
+    print(shown(text) if sys.stdout.isatty() else clean_output(text), file=raw_stream(sys.stdout))
 
 
 def _finite(value: object) -> object:
@@ -134,4 +134,4 @@ def command_line(*words: object) -> str:
         program = (sys.executable, "-P", "-m", "siliang")  # -P: no module of the folder at hand
     else:
         program = (started if started.name == "siliang" and len(started.parts) > 1 else ".venv/bin/siliang",)
-    return pasted(*program, *words)
+    return shell_command(*program, *words)

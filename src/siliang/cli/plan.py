@@ -14,7 +14,7 @@ from siliang.cli.console import command_line, named, print_json
 from siliang.cli.options import Json, Task
 from siliang.environment import importing
 from siliang.language import Bilingual, both, local
-from siliang.terminal import bare, one_line
+from siliang.terminal import one_line, raw_stream
 from siliang.types import ConfigError
 
 if TYPE_CHECKING:
@@ -150,13 +150,13 @@ def plan(
         from siliang.cli.show import quiet_loading
         from siliang.cli.show_plan import show
         from siliang.distributed.sharding import fake_mesh
-        from siliang.plan import find_target
         from siliang.plan import plan as make
-        from siliang.plan.device import shared_by
+        from siliang.plan import target_device
+        from siliang.plan.device import share_memory
 
         quiet_loading()
     config, base_config = _config(values, source, with_data=with_data)
-    target = find_target(config, device, memory_bytes=memory_bytes, flops=flops)
+    target = target_device(config, device, memory_bytes=memory_bytes, flops=flops)
     runs = {"": (config, names)}
     if comparison:
         runs = _runs_of(values, comparison, names if method not in (None, "all") else None, source)
@@ -164,7 +164,7 @@ def plan(
         plans = {
             label: make(
                 run,
-                shared_by(target, devices),
+                share_memory(target, devices),
                 methods=methods,
                 with_data=with_data,
                 base_config=base_config,
@@ -337,7 +337,7 @@ class _Say:
         if self._on:
             name = one_line(local(what))
             line = both(f"planning {name} ...", f"正在预估：{name} ...") if what else ""
-            print(f"\r\033[K{line}", end="", file=bare(sys.stderr), flush=True)
+            print(f"\r\033[K{line}", end="", file=raw_stream(sys.stderr), flush=True)
 
 
 def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from siliang.cli.console import rich_console
 from siliang.language import both
-from siliang.terminal import cover
+from siliang.terminal import clean_standard_streams
 from siliang.units import show_bytes as size
 
 if TYPE_CHECKING:
@@ -109,6 +109,6 @@ class TrainingDisplay:
             self._bar = Bar(*columns, console=rich_console(), transient=False)
             self._task = self._bar.add_task("", total=p.steps, text="")
             self._bar.start()
-            cover()
+            clean_standard_streams()
         assert self._task is not None
         self._bar.update(self._task, completed=p.step, text=_moment(p))

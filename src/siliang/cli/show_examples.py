@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from siliang.check import Subject
+    from siliang.check import CheckInput
     from siliang.tasks import Shown
 
 MARK = "learned"  # of stretches, until they get their marks
@@ -21,7 +21,7 @@ AROUND = 100  # tokens of a secret that is looked for on both sides of a place
 HEAD, TAIL = 300, 100  # tokens shown of a long row: its end is where the end of sequence is learned or is not
 
 
-def show_examples(console: Console, subject: Subject, n: int) -> None:
+def show_examples(console: Console, subject: CheckInput, n: int) -> None:
     """Prints the first `n` training entries as the model sees them, special tokens visible."""
     tokens = subject.train
     n = min(n, len(tokens))

@@ -9,7 +9,7 @@ from siliang.cli.console import rich_console
 from siliang.cli.show import duration, size
 from siliang.language import Bilingual, both, local
 from siliang.records import Category, Fit, MethodPlan, PlanRecord
-from siliang.terminal import one_line, pasted
+from siliang.terminal import one_line, shell_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -167,7 +167,7 @@ def _show_changes(console: Console, record: PlanRecord) -> None:
                 markup=False,
             )
     if not alone and (left := [m.method for m in record.methods if m.fits is False]):
-        method = pasted("--method", left[0].replace(",", " ").split()[0])
+        method = shell_command("--method", left[0].replace(",", " ").split()[0])
         console.print(
             both(
                 f"\nwhat to change so that it fits: siliang plan ... {method}",

@@ -20,10 +20,10 @@ from siliang.compare.resume import can_resume
 from siliang.compare.trials import MOST_ATTEMPTS
 from siliang.config import RunConfig
 from siliang.environment import prepare_ray
-from siliang.files import sweep
+from siliang.files import remove_stale
 from siliang.language import Bilingual, both
 from siliang.plan import plan
-from siliang.plan.device import find_target
+from siliang.plan.device import target_device
 from siliang.safety.permissions import VARIABLE as ALLOWED_CODE
 from siliang.types import ClusterError, SiliangError, first_line
 from siliang.units import show_bytes
@@ -170,7 +170,7 @@ class Cluster:
         wanted = 0
         for run in each.values():
             with suppress(SiliangError):
-                target = find_target(run, "cuda" if "num_gpus" in self.resources else "cpu")
+                target = target_device(run, "cuda" if "num_gpus" in self.resources else "cpu")
                 found = plan(run, target, timed=False).methods[0]
                 wanted = max(wanted, 0 if found.error else found.host_bytes or found.needed_bytes)
         return min(wanted, max(int(node["Resources"].get("memory", 0)) for node in _nodes()))
@@ -242,7 +242,7 @@ class RemoteWorker:
         config = RunConfig.model_validate(request["config"])
         output = Path(config.output)
         if output.parent.is_dir():
-            sweep(output.parent, re.escape(output.name))  # of a comparison that was killed
+            remove_stale(output.parent, re.escape(output.name))  # of a comparison that was killed
         inputs, incoming = self._cluster.inputs(config), None
         try:
             if (problem := (yield from self._start())) is not None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.cache import prune, used
-from siliang.files import MANIFEST, append, filling, is_pattern, seal, write_text
+from siliang.files import MANIFEST, append, creating_folder, is_pattern, write_manifest, write_text
 from siliang.paths import check_links, inside
 from siliang.safety.safe_yaml import dump_yaml, parse_yaml
 from siliang.types import ClusterError
@@ -106,7 +106,7 @@ def unpack_once(packed: Packed, cache: Path, get: Callable[[Any], bytes]) -> Non
         if not folder.is_dir():
             prune(cache, FILES)
             prune(cache, RUN)
-            with filling(folder) as temporary:
+            with creating_folder(folder) as temporary:
                 unpack(packed, temporary, get)
         used(cache, packed.folder)
 
@@ -130,7 +130,7 @@ def restore_paths(folder: Path, cache: Path) -> None:
             changed.add(path.parent)
     for parent in changed:
         if (parent / MANIFEST).is_file():
-            seal(parent)
+            write_manifest(parent)
 
 
 def _users_paths(text: str, cache: Path) -> str:

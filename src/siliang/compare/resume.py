@@ -9,7 +9,7 @@ from pathlib import Path
 from siliang.compare.trials import PLACES, run_config
 from siliang.config import RunConfig, differences
 from siliang.config.comparison import CompareConfig
-from siliang.files import remove_tree, sweep
+from siliang.files import remove_stale, remove_tree
 from siliang.paths import check_links
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, metrics_of, plain
 from siliang.run_folder import CHECKPOINTS, checkpoints, what_changed
@@ -32,7 +32,7 @@ def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
             raise OutputError(f"output folder {folder} is not empty. Choose another with --output.")
         return Comparison(started_at=datetime.now(UTC).isoformat(timespec="seconds"), config=now, given=given)
     check_links(folder)
-    sweep(folder, OWN_FILES)
+    remove_stale(folder, OWN_FILES)
     record = Comparison.open(path)
     for name, (was, wanted) in differences(record.config, now).items():
         if name not in PLACES and name.partition(".")[0] not in MAY_DIFFER:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from siliang.check import find, look_at, stop_on_errors
+from siliang.check import find, gather_input, stop_on_errors
 from siliang.compare.pool import Event, Pool
 from siliang.compare.received import Message
 from siliang.compare.resume import can_resume, changed_files, known_trial, open_comparison
@@ -25,7 +25,7 @@ from siliang.language import Bilingual, both, local
 from siliang.records import COMPARISON_NAME, Comparison, Record, Trial, metrics_of
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL, hashes
 from siliang.tasks import TASKS
-from siliang.terminal import pasted
+from siliang.terminal import shell_command
 from siliang.types import ClusterError, ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class _Comparing:
                     trial.status, trial.attempts = "waiting", trial.attempts - 1
             self._save()
             done = sum(t.status == "completed" for t in self.record.trials)
-            of, command = len(self.record.trials), pasted("siliang", "compare", self.folder / CONFIG_NAME)
+            of, command = len(self.record.trials), shell_command("siliang", "compare", self.folder / CONFIG_NAME)
             raise InterruptedRunError(
                 Bilingual(
                     f"Stopped; {done} of {of} runs are done and kept.\nGo on with the same command, or: {command}",
@@ -140,7 +140,7 @@ class _Comparing:
     def _check(self) -> None:
         """Raises what every run would raise, before anything is written."""
         trial = test_trials(self.config, {})[0]
-        subject = look_at(run_config(self.config, trial, self.folder, {}), machine())
+        subject = gather_input(run_config(self.config, trial, self.folder, {}), machine())
         findings = [f for f in find(subject, stop_early=True) if f.code not in METHODS_OWN]
         stop_on_errors(findings)
         for finding in findings:

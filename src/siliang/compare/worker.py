@@ -29,7 +29,7 @@ from siliang.config import RunConfig
 from siliang.memory.free import free_memory
 from siliang.plan.preflight import Planner
 from siliang.records import ANSWERS_NAME
-from siliang.terminal import cover
+from siliang.terminal import clean_standard_streams
 from siliang.train.log import Progress
 from siliang.train.loop import Training
 from siliang.train.prepare import prepare
@@ -47,7 +47,7 @@ def main() -> None:
     """Serves requests; ends at once when the parent process is gone."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    cover()  # the log
+    clean_standard_streams()  # the log
     disable_progress_bar()
     for name in LIBRARIES:
         importlib.import_module(name)

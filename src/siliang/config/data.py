@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo
 
 from siliang.config.section import Name, Names, Section, Seed, as_name, is_recorded
-from siliang.files import found_again
+from siliang.files import restore_name
 from siliang.language import Bilingual
 from siliang.types import ConfigError
 
@@ -33,7 +33,7 @@ def _template(value: object, info: ValidationInfo) -> object:
     from siliang.data.templates import find_template
 
     if isinstance(value, str) and not (is_recorded(info) and value.endswith((".yaml", ".yml"))):
-        value = found_again(value)
+        value = restore_name(value)
         find_template(value)
     return value
 

@@ -15,7 +15,7 @@ from siliang.config.describing import describe
 from siliang.config.section import Settings
 from siliang.language import Bilingual, local, together
 from siliang.safety.safe_yaml import YamlError, parse_yaml
-from siliang.terminal import pasted
+from siliang.terminal import shell_command
 from siliang.types import ConfigError
 
 # Fields of a PEFT config that the run itself sets.
@@ -146,7 +146,7 @@ def here_it_is(assignments: Iterable[str]) -> Bilingual:
 
 def quoted(assignments: Iterable[str]) -> Bilingual:
     """Settings as they may be pasted: what a shell would run or expand is in quotes."""
-    shown = [f"`{pasted(a) if SHELL.search(a) else a}`" for a in assignments]
+    shown = [f"`{shell_command(a) if SHELL.search(a) else a}`" for a in assignments]
     return Bilingual(" and ".join(shown), " 和 ".join(shown))
 
 

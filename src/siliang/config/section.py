@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from siliang.files import found_again
+from siliang.files import restore_name
 from siliang.secrets import shortened
 from siliang.types import ConfigError
 
@@ -67,7 +67,7 @@ def as_name(value: object) -> object:
             "begins an escape: write a Windows path in single quotes, without quotes, or with forward slashes."
         )
     name = os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111
-    return found_again(name)
+    return restore_name(name)
 
 
 Name = Annotated[str, BeforeValidator(as_name)]

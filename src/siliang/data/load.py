@@ -40,8 +40,8 @@ class Examples:
         unused: Columns that the layout has no use for, and fields of turns, as messages[].name.
         notes: How the data was read where that was not plain from the settings, a line each.
         doubts: What may have been read otherwise than it was meant, a line each.
-        texts_aside: Unused columns that hold running text.
-        parts_aside: Unused columns that say which part a row belongs to, with the parts that they name.
+        unused_texts: Unused columns that hold running text.
+        unused_parts: Unused columns that say which part a row belongs to, with the parts that they name.
     """
 
     train: ExampleSet
@@ -53,8 +53,8 @@ class Examples:
     unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
-    texts_aside: list[str] = field(default_factory=list)
-    parts_aside: dict[str, list[str]] = field(default_factory=dict)
+    unused_texts: list[str] = field(default_factory=list)
+    unused_parts: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def says_columns(self) -> Bilingual:

@@ -24,7 +24,7 @@ from siliang.data.judge import Judge
 from siliang.data.small_table import SmallTable
 from siliang.data.spec import DataSpec, Encode
 from siliang.data.token_key import key_of
-from siliang.safety.limits import RefusedError, in_time
+from siliang.safety.limits import RefusedError, run_in_time
 from siliang.types import DataError, ModelError, first_line
 
 if TYPE_CHECKING:  # slow to import
@@ -298,7 +298,7 @@ def _in_time(work: Encode, examples: Sequence[Any]) -> list[Rows]:
     """
     characters = sum(len(part) for example in examples for part in example.texts)
     try:
-        return in_time(partial(work, examples), SECONDS + characters / CHARACTERS_A_SECOND)
+        return run_in_time(partial(work, examples), SECONDS + characters / CHARACTERS_A_SECOND)
     except RefusedError as error:
         where = (
             f"{len(examples)} texts of {characters:,} characters" if len(examples) > 1 else f"{characters:,} characters"

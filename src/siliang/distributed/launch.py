@@ -8,7 +8,7 @@ import sys
 import tempfile
 import uuid
 
-from siliang.terminal import pasted
+from siliang.terminal import shell_command
 from siliang.types import RankError
 
 REPORTED = (2, 130)  # exit codes of processes that have printed their error themselves
@@ -58,7 +58,7 @@ def launch(devices: int, arguments: list[str], folder: str) -> int:
             raise RankError(
                 f"Rank {rank} of {devices} {how} (process {failure.pid}), and the run ended with it. What was saved "
                 "before is whole.\nGo on, with as many devices as you like: "
-                + pasted("siliang", "train", "--resume", folder)
+                + shell_command("siliang", "train", "--resume", folder)
             ) from None
         except SignalException:
             return 130

@@ -41,7 +41,7 @@ CUDA_BLOCK_BYTES = 512  # the CUDA allocator rounds up to it
 
 
 @dataclass
-class Held:
+class TrackedStorage:
     """A storage.
 
     Attributes:
@@ -102,8 +102,8 @@ class Tracker(TorchDispatchMode):
     _peak_moment: int = 0
     _layer: int | None = None
     _layers: int = 0
-    _alive: dict[int, Held] = field(default_factory=dict)
-    _all: list[Held] = field(default_factory=list)
+    _alive: dict[int, TrackedStorage] = field(default_factory=dict)
+    _all: list[TrackedStorage] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Tracker(TorchDispatchMode):
         handles.append(model.register_forward_pre_hook(self._gathered))
         sharded = isinstance(model, FSDPModule)
         try:
-            resizes = resizes_seen(self._resized) if sharded else nullcontext()
+            resizes = on_storage_resize(self._resized) if sharded else nullcontext()
             with saved_tensors_hooks(self._saved, lambda x: x), self, resizes:
                 yield
         finally:
@@ -181,7 +181,7 @@ class Tracker(TorchDispatchMode):
             tuple((h.nbytes, h.category, *h.what) for h in there[:largest]),
         )
 
-    def _see(self, x: Tensor, func: Any) -> Held:
+    def _see(self, x: Tensor, func: Any) -> TrackedStorage:
         if isinstance(x, DTensor):
             x = x._local_tensor
         storage = x.untyped_storage()
@@ -191,7 +191,7 @@ class Tracker(TorchDispatchMode):
         self._moment += 1
         nbytes = self._rounded(storage)
         wide = self.vocabulary is not None and x.dim() > 1 and x.shape[-1] == self.vocabulary
-        held = Held(
+        held = TrackedStorage(
             nbytes, "logits" if wide else "workspace", self._layer, self._moment, (str(func or ""), tuple(x.shape))
         )
         held.ref = weakref.ref(storage, partial(self._lost, key))
@@ -201,7 +201,7 @@ class Tracker(TorchDispatchMode):
     def _rounded(self, storage: Any) -> int:
         return -(-storage.nbytes() // self.block_bytes) * self.block_bytes
 
-    def _take(self, key: int, held: Held) -> None:
+    def _take(self, key: int, held: TrackedStorage) -> None:
         self._alive[key] = held
         self._all.append(held)
         self.live_bytes += held.nbytes
@@ -212,7 +212,7 @@ class Tracker(TorchDispatchMode):
         """Counts what one operator allocates and frees."""
         if self.live_bytes + nbytes > self.peak_bytes:
             self._moment += 1
-            held = Held(nbytes, "workspace", self._layer, self._moment, (str(func), ()), self._moment + 1)
+            held = TrackedStorage(nbytes, "workspace", self._layer, self._moment, (str(func), ()), self._moment + 1)
             self._all.append(held)
             self.peak_bytes, self._peak_moment = self.live_bytes + nbytes, self._moment
             self._moment += 1
@@ -260,7 +260,7 @@ class Tracker(TorchDispatchMode):
 
 
 @contextmanager
-def resizes_seen(then: Callable[[Any], None]) -> Iterator[None]:
+def on_storage_resize(then: Callable[[Any], None]) -> Iterator[None]:
     """Within the block `then` is called with each storage that is resized, in the whole process.
 
     Resizing is not an operator, and FSDP frees and allocates a layer's weights with it: only here can it be seen.

@@ -11,7 +11,7 @@ from torch import nn
 
 from siliang.methods.config import LayerConfig
 from siliang.models.introspect import is_linear, output_layer
-from siliang.module_paths import ends, inside, meant, plain_modules
+from siliang.module_paths import ends_with, inside, matching_paths, plain_modules
 from siliang.safety.patterns import find
 from siliang.types import TargetError, nearest
 
@@ -83,13 +83,13 @@ def find_targets(
         # as in PEFT the file has the names, so that it means the same on a model with other linear layers
         config.target_modules = _names_of([p for p in found if not inside(p, outside)], modules, outside)
     elif isinstance(wanted, str):
-        found = meant("target_modules", list(modules), wanted)
+        found = matching_paths("target_modules", list(modules), wanted)
         if not found:
             raise TargetError(
                 f"target_modules = {wanted!r} matches no module. The names are like {samples(supported)}."
             )
     else:
-        missing = [name for name in wanted if not any(ends(p, name) for p in modules)]
+        missing = [name for name in wanted if not any(ends_with(p, name) for p in modules)]
         if missing and not (lenient and len(missing) < len(wanted)):
             endings = {p.rpartition(".")[2] for p in supported}
             hint = nearest(missing[0], endings)
@@ -97,9 +97,9 @@ def find_targets(
                 f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}.{hint} "
                 f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}."
             )
-        found = [p for p in modules if any(ends(p, name) for name in wanted)]
+        found = [p for p in modules if any(ends_with(p, name) for name in wanted)]
     chosen = _chosen_blocks(blocks, list(modules), lenient=lenient)
-    excluded = set(meant("exclude_modules", found, config.exclude_modules))
+    excluded = set(matching_paths("exclude_modules", found, config.exclude_modules))
     found = [p for p in found if p not in excluded]
     if chosen is not None:
         found = [p for p, number in zip(found, _block_numbers(found, blocks), strict=True) if number in chosen]
@@ -147,10 +147,10 @@ def _names_of(found: list[str], modules: Iterable[str], outside: Sequence[str]) 
     others = [p for p in modules if p not in chosen and not inside(p, outside)]
 
     def own(name: str) -> bool:
-        return not name.isdigit() and not any(ends(p, name) for p in others)
+        return not name.isdigit() and not any(ends_with(p, name) for p in others)
 
     names = sorted({last if own(last := path.rpartition(".")[2]) else path for path in found})
-    if any(ends(other, name) for other in others for name in names):  # "0" at the root is in every list
+    if any(ends_with(other, name) for other in others for name in names):  # "0" at the root is in every list
         return "|".join(re.escape(path) for path in found)
     return names
 
@@ -182,7 +182,7 @@ def _check_named(named: Mapping[str, Sequence[str] | str | None], paths: list[st
     """
     for field, value in named.items():
         for name in [value] if value and isinstance(value, str) else value or ():
-            if not meant(field, paths, name if isinstance(value, str) else [name]):
+            if not matching_paths(field, paths, name if isinstance(value, str) else [name]):
                 hint = nearest(name, {p.rpartition(".")[2] for p in paths})
                 raise TargetError(f"{field}: {name!r} matches no module of the model.{hint}")
 

@@ -25,7 +25,7 @@ from siliang.methods.method import Method, Parts
 from siliang.methods.targets import IA3_FEEDFORWARD, IA3_TARGETS
 from siliang.models.introspect import as_stored, features, is_linear
 from siliang.models.quantized import float_weight
-from siliang.module_paths import meant
+from siliang.module_paths import matching_paths
 from siliang.types import ConfigError, PeftType
 
 
@@ -81,7 +81,7 @@ class IA3(Method[IA3Config]):
         if config.feedforward_modules is None:
             model_type = getattr(getattr(model, "config", None), "model_type", None)
             config.feedforward_modules = list(IA3_FEEDFORWARD.get(model_type or "", ()))
-        feedforward = set(meant("feedforward_modules", layers, config.feedforward_modules))
+        feedforward = set(matching_paths("feedforward_modules", layers, config.feedforward_modules))
         ones = config.init_ia3_weights
         return Parts(layers={path: partial(_make, path in feedforward, ones) for path in layers})
 

@@ -21,7 +21,7 @@ from siliang.language import Bilingual
 from siliang.methods.embedding_hooks import EmbeddingHooks
 from siliang.methods.prompt import Prompt, PromptConfig
 from siliang.methods.prompt_method import PromptMethod
-from siliang.safety.limits import SECONDS, RefusedError, in_time
+from siliang.safety.limits import SECONDS, RefusedError, run_in_time
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, PeftType
 
@@ -104,7 +104,7 @@ class PromptTuningConfig(PromptConfig):
         assert self.tokenizer_name_or_path is not None
         tokenizer = load_tokenizer_alone(self.tokenizer_name_or_path, settings)
         try:
-            ids = in_time(partial(tokenizer, self.prompt_tuning_init_text), SECONDS)["input_ids"]
+            ids = run_in_time(partial(tokenizer, self.prompt_tuning_init_text), SECONDS)["input_ids"]
         except RefusedError as error:
             raise ConfigError(
                 f"{self.tokenizer_name_or_path}: its tokenizer makes no tokens of prompt_tuning_init_text: {error}."

@@ -7,7 +7,7 @@ from typing import Any
 
 from siliang.hub import find_file
 from siliang.safety.limited.tokenizer_rules import MOST_NUMBER
-from siliang.safety.limits import RefusedError, look_at_tokenizer
+from siliang.safety.limits import RefusedError, check_tokenizer_rules
 from siliang.safety.safe_json import JsonError, read_json
 from siliang.types import ModelError, first_line
 
@@ -58,7 +58,7 @@ def check_made(tokenizer: Any, name: str, revision: str | None = None) -> None:
     if core is None or find_file(name, "tokenizer.json", revision) is not None:
         return
     try:
-        look_at_tokenizer(core.to_str())
+        check_tokenizer_rules(core.to_str())
     except RefusedError as error:
         raise ModelError(f"{name}: its tokenizer cannot be used: {first_line(str(error))}.") from None
 
@@ -80,7 +80,7 @@ def _check_numbers(path: Path, most_bytes: int) -> None:
 
 def _try(path: Path) -> None:
     try:
-        look_at_tokenizer(path.read_text(encoding="utf-8"))
+        check_tokenizer_rules(path.read_text(encoding="utf-8"))
     except RefusedError as error:
         raise ModelError(f"{path} cannot be used: {first_line(str(error))}.") from None
     except UnicodeDecodeError:

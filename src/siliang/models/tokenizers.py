@@ -16,7 +16,7 @@ from siliang.models.folder import check_tokenizer_names, read_config
 from siliang.models.own_code import find_own_code, find_tokenizer_code
 from siliang.models.tokenizer_file import check_made, check_tokenizer
 from siliang.paths import check_links
-from siliang.safety.limits import SECONDS, in_time
+from siliang.safety.limits import SECONDS, run_in_time
 from siliang.secrets import short_repr
 from siliang.types import ModelError, first_line
 
@@ -62,7 +62,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
         # safe: batches mask padding by position, never by the token's number
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     try:
-        in_time(partial(tokenizer, "a 1 \uff01", verbose=False), SECONDS)
+        run_in_time(partial(tokenizer, "a 1 \uff01", verbose=False), SECONDS)
         tokenizer.convert_tokens_to_ids(
             "\uff01 no word \uff01"
         )  # which asks for the unknown word for ever, if it is none

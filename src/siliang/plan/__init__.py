@@ -1,7 +1,7 @@
 """The memory plan: the run's own training step on fake tensors, before anything is loaded, and what to change so that
 it fits."""
 
-from siliang.plan.device import Device, find_target
+from siliang.plan.device import Device, target_device
 from siliang.plan.fake_run import Baseline, FakeRun
 from siliang.plan.methods import plan
 from siliang.plan.shapes import SHAPES, model_config
@@ -16,7 +16,7 @@ __all__ = [
     "Fit",
     "MethodPlan",
     "PlanRecord",
-    "find_target",
     "model_config",
     "plan",
+    "target_device",
 ]

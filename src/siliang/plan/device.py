@@ -34,7 +34,7 @@ class Device:
         memory_bytes: What a run may take; None where that is not known.
         here: The device is in this machine.
         flops: What it computes in a second, as the user says.
-        beside_bytes: What is there before a tensor is: the process, or CUDA's context.
+        process_bytes: What is there before a tensor is: the process, or CUDA's context.
         work_bytes: What comes to it once there is work: kernels' own memory, the allocator's losses.
     """
 
@@ -42,7 +42,7 @@ class Device:
     memory_bytes: int | None
     memory_source: Literal["free here", "as asked", "unknown"]
     precision: Choice
-    beside_bytes: int
+    process_bytes: int
     work_bytes: int
     here: bool
     flops: float | None = None
@@ -50,7 +50,7 @@ class Device:
     @property
     def overhead_bytes(self) -> int:
         """Everything beside the tensors."""
-        return self.beside_bytes + self.work_bytes
+        return self.process_bytes + self.work_bytes
 
     @property
     def budgeted_bytes(self) -> int:
@@ -74,7 +74,7 @@ class Device:
         return CUDA_HOST_BYTES if self.kind == "cuda" else 0
 
 
-def find_target(
+def target_device(
     config: RunConfig, kind: str | None = None, *, memory_bytes: int | None = None, flops: float | None = None
 ) -> Device:
     """The device to plan for: the one that is here, or one that is not.
@@ -108,21 +108,21 @@ def find_target(
         memory_bytes=memory_bytes or free,
         memory_source="as asked" if memory_bytes else "free here" if free else "unknown",
         precision=precision,
-        beside_bytes=CUDA_CONTEXT_BYTES if kind == "cuda" else PROCESS_BYTES,
+        process_bytes=CUDA_CONTEXT_BYTES if kind == "cuda" else PROCESS_BYTES,
         work_bytes=_work_bytes(kind, here=here),
         here=here,
         flops=flops,
     )
 
 
-def shared_by(device: Device, processes: int) -> Device:
+def share_memory(device: Device, processes: int) -> Device:
     """The same, where so many processes are on one CPU; cards are not shared."""
     if device.kind != "cpu" or device.memory_source != "free here" or device.memory_bytes is None:
         return device
     return replace(device, memory_bytes=device.memory_bytes // processes)
 
 
-def in_this_process(device: Device) -> Device:
+def for_this_process(device: Device) -> Device:
     """The same for a run in this very process, whose memory counts as part of the plan."""
     if device.kind != "cpu":
         return device
@@ -130,7 +130,7 @@ def in_this_process(device: Device) -> Device:
     free = device.memory_bytes
     if device.memory_source == "free here" and free is not None:
         free += taken  # what is taken already is part of the plan
-    return replace(device, beside_bytes=taken, memory_bytes=free)
+    return replace(device, process_bytes=taken, memory_bytes=free)
 
 
 def _work_bytes(kind: str, *, here: bool) -> int:

@@ -21,7 +21,7 @@ from siliang.models.load import find_invented
 from siliang.plan.device import Device
 from siliang.plan.fake_run import FakeRun
 from siliang.plan.one_method import plan_method
-from siliang.plan.rows import heaviest, synthetic_rows
+from siliang.plan.rows import heaviest_step, synthetic_rows
 from siliang.plan.shapes import model_config
 from siliang.plan.speed import add_times
 from siliang.records import MethodPlan, PlanRecord
@@ -94,7 +94,7 @@ def plan(
     # every method's batches are those of the first, which is packed if any is
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
     collator = StepCollator(PadCollator(0), task, config.train.batch_size, most)
-    step = heaviest(config, data.train, collator, ranks) if with_data else synthetic_rows(config, ranks)
+    step = heaviest_step(config, data.train, collator, ranks) if with_data else synthetic_rows(config, ranks)
     step.windows = with_data and data.in_windows
     work = partial(
         plan_method,

@@ -74,7 +74,7 @@ def _plan_as(
         adapter_bytes=fake_run.adapter_bytes,
         loaded_bytes=measured.peaks["loaded"].nbytes,
         overhead_bytes=beside,
-        loading_bytes=device.beside_bytes + (measured.peaks["loaded"].nbytes if on_host else fake_run.loading_bytes),
+        loading_bytes=device.process_bytes + (measured.peaks["loaded"].nbytes if on_host else fake_run.loading_bytes),
         host_bytes=device.host_bytes + (fake_run.loading_bytes if on_host else 0),
         layers=fake_run.layers,
         recomputed_layers=always,

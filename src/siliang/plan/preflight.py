@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from siliang.check import Subject
+from siliang.check import CheckInput
 from siliang.config import RunConfig
 from siliang.language import Bilingual, both, local
-from siliang.plan.device import Device, find_target, in_this_process, shared_by
+from siliang.plan.device import Device, for_this_process, share_memory, target_device
 from siliang.plan.history import record_work
 from siliang.plan.methods import plan
 from siliang.records import Category, Change, MethodPlan, Predicted, Record
@@ -36,7 +36,7 @@ class Planner:
         self._known: dict[str, MethodPlan] = {}
 
     def __call__(
-        self, config: RunConfig, subject: Subject, say: Callable[[str], None], mesh: DeviceMesh | None = None
+        self, config: RunConfig, subject: CheckInput, say: Callable[[str], None], mesh: DeviceMesh | None = None
     ) -> tuple[RunConfig, Predicted]:
         """Says what the run will take.
 
@@ -53,10 +53,10 @@ class Planner:
             PlanError: The run will not fit.
         """
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        device = self.device or in_this_process(shared_by(find_target(config), processes))
+        device = self.device or for_this_process(share_memory(target_device(config), processes))
         # a card's context is there before its allocator counts
-        uncounted = device.beside_bytes if device.kind == "cuda" else 0
-        self._before_bytes, self.found = device.beside_bytes - uncounted, None
+        uncounted = device.process_bytes if device.kind == "cuda" else 0
+        self._before_bytes, self.found = device.process_bytes - uncounted, None
         key = config.model_dump_json(exclude={"output": True, "train": {"seed"}})
         found = self._known.get(key)
         if found is None or found.fits is False:

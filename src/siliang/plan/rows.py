@@ -43,7 +43,7 @@ class StepRows:
         return 0 if self.lengths is None else int((self.lengths > max_length).sum())
 
 
-def heaviest(config: RunConfig, tokens: TokenSet, collator: StepCollator, ranks: int = 1) -> StepRows:
+def heaviest_step(config: RunConfig, tokens: TokenSet, collator: StepCollator, ranks: int = 1) -> StepRows:
     """The step with the largest batch, of those that the run will make, in its order; of several ranks, the share of
     the one that has this batch.
 

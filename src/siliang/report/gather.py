@@ -11,7 +11,7 @@ from siliang.records import ANSWERS_NAME, COMPARISON_NAME, RECORD_NAME, Answers,
 from siliang.report.agree import Differs, base_differences, differences_of
 from siliang.safety.safe_yaml import dump_yaml
 from siliang.tasks.verdict import learned_nothing
-from siliang.terminal import one_line, pasted
+from siliang.terminal import one_line, shell_command
 from siliang.types import ConfigError, TaskType
 
 
@@ -118,14 +118,14 @@ def gather(folders: list[Path]) -> Material:
         ):
             if a != b:
                 raise ConfigError(f"the runs do not belong into one table: their {what} differ ({a}, {b}).")
-    paths = pasted(*folders)
+    paths = shell_command(*folders)
     settings = dump_yaml(first.config)
     return Material(
         TaskType(first.config["task"]),
         _grouped(found),
         folders[0],
         settings,
-        f"{pasted('siliang', 'train', folders[0] / 'run.yaml', '--output', 'NEW_FOLDER')}"
+        f"{shell_command('siliang', 'train', folders[0] / 'run.yaml', '--output', 'NEW_FOLDER')}"
         + (f"   # and so for each of: {paths}" if len(folders) > 1 else ""),
     )
 

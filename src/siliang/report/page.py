@@ -27,7 +27,7 @@ from siliang.report.table import differences, notes, sentences, table
 from siliang.report.words import words
 from siliang.secrets import shortened
 from siliang.tasks import TASKS
-from siliang.terminal import pasted, shown
+from siliang.terminal import shell_command, shown
 
 SHOWN_ROWS = 12  # on which methods disagree
 COLOURS = 10  # of the page
@@ -208,11 +208,11 @@ def commands(found: list[Line], material: Material, w: dict[str, str]) -> list[t
     steps = next_steps(run.folder, material.task, run.record.config["method"]["name"])
     steps["measure"] = (*steps["measure"], "--data", "other.csv")
     names = {"chat": "try", "use": "use", "measure": "measure", "merge": "merge"}
-    said = [(w[name], pasted("siliang", *steps[what])) for what, name in names.items() if what in steps]
+    said = [(w[name], shell_command("siliang", *steps[what])) for what, name in names.items() if what in steps]
     if material.is_comparison:
         n = len({r.seed for g in material.groups for r in g.runs})
         again = ("siliang", "compare", material.folder / "compare.yaml", "--seeds", max(5, n + 2))
-        said.append((w["more_seeds"], pasted(*again)))
+        said.append((w["more_seeds"], shell_command(*again)))
     return said
 
 

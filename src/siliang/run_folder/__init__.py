@@ -11,7 +11,7 @@ from siliang.run_folder.layout import (
     TRACKERS,
     check_empty,
     checkpoints,
-    claim,
+    create_output,
     read_config,
     write_config,
 )
@@ -41,7 +41,7 @@ __all__ = [
     "changed_data",
     "check_empty",
     "checkpoints",
-    "claim",
+    "create_output",
     "find_run",
     "hashes",
     "load_base",

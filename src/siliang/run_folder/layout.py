@@ -12,7 +12,7 @@ from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.paths import is_real_folder
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Record
 from siliang.safety.safe_yaml import dump_yaml, read_yaml
-from siliang.terminal import pasted
+from siliang.terminal import shell_command
 from siliang.types import ConfigError, OutputError
 
 CONFIG_NAME = "run.yaml"
@@ -30,7 +30,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
 
 
-def claim(folder: Path, *, for_run: bool = False) -> bool:
+def create_output(folder: Path, *, for_run: bool = False) -> bool:
     """Makes the output folder; returns whether it was new.
 
     Args:
@@ -73,7 +73,7 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
             )
         )
     if status and for_run:
-        command = pasted("siliang", "train", "--resume", folder)
+        command = shell_command("siliang", "train", "--resume", folder)
         raise OutputError(
             Bilingual(
                 f"output folder {folder} is not empty: it holds a run that is not finished. "

@@ -13,7 +13,7 @@ from torch import nn
 
 from siliang.config import RunConfig
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
-from siliang.files import damage
+from siliang.files import find_damage
 from siliang.hardware import Choice
 from siliang.methods import Method, find_method
 from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
@@ -27,7 +27,7 @@ from siliang.run_folder.layout import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, 
 from siliang.run_settings import in_words, misplaced_settings
 from siliang.secrets import shortened
 from siliang.tasks import TASKS
-from siliang.terminal import pasted
+from siliang.terminal import shell_command
 from siliang.types import AdapterError, ConfigError, DataError, ModelError
 
 FP32 = Choice("fp32", "as asked")
@@ -161,13 +161,13 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     if (run / CONFIG_NAME).is_file():
         check_links(run)
     config, record = read_config(run), Record.read(run)
-    resume = pasted("siliang", "train", "--resume", run)
+    resume = shell_command("siliang", "train", "--resume", run)
     weights = weights or next((run / part for part in (ADAPTER, MODEL) if (run / part).is_dir()), None)
     if weights is None:
         saved = list(checkpoints(run / CHECKPOINTS).values())
         instead = f", or use what was saved last: {saved[-1]}" if saved else ""
         raise ConfigError(f"{run} was not finished (it is {record.status}): continue with `{resume}`{instead}.")
-    if (problem := damage(weights)) is not None:
+    if (problem := find_damage(weights)) is not None:
         again = f"`{resume}` makes it again from the last sound checkpoint, where there is one."
         raise AdapterError(f"{weights} is damaged: {problem}.\n{again}")
     if changed := misplaced_settings(config, record):

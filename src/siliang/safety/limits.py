@@ -145,7 +145,7 @@ class LimitedProcess:
         with self._lock:
             self._end()
 
-    def forget(self) -> None:
+    def after_fork(self) -> None:
         """After a fork: the process is the parent's."""
         self._lock = threading.Lock()
         process, self._process = self._process, None
@@ -229,7 +229,7 @@ def _read(process: subprocess.Popen[bytes], length: int, until: float) -> bytes:
 _PROCESS = LimitedProcess()
 atexit.register(_PROCESS.close)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_PROCESS.forget)
+    os.register_at_fork(after_in_child=_PROCESS.after_fork)
 
 
 def render(template: str, names: Mapping[str, object], jobs: Sequence[tuple[object, object, bool, bool]]) -> list[Any]:
@@ -247,7 +247,7 @@ def render(template: str, names: Mapping[str, object], jobs: Sequence[tuple[obje
     return found
 
 
-def look_at_tokenizer(text: str) -> None:
+def check_tokenizer_rules(text: str) -> None:
     """Looks at a tokenizer.json and tries its rules; once for each text.
 
     Raises:
@@ -257,7 +257,7 @@ def look_at_tokenizer(text: str) -> None:
     key = hashlib.sha256(text.encode()).hexdigest()
     if key in _PROCESS.tokenizers:
         return
-    why = _PROCESS.call("look_at_tokenizer", text, seconds=SECONDS + len(text) / 2**20)
+    why = _PROCESS.call("check_tokenizer_rules", text, seconds=SECONDS + len(text) / 2**20)
     if len(text) > LARGE:
         _PROCESS.close()  # and gives its memory back
     if why is not None:
@@ -265,7 +265,7 @@ def look_at_tokenizer(text: str) -> None:
     _PROCESS.tokenizers.add(key)
 
 
-def in_time(function: Callable[[], T], seconds: float) -> T:
+def run_in_time(function: Callable[[], T], seconds: float) -> T:
     """The function's result, which may be a long time coming where it is a stranger's: a tokenizer's patterns.
 
     It runs in a thread that is left alone where it takes too long, and goes with this process.

@@ -19,7 +19,7 @@ from siliang.data.spec import LABEL, NUMBERS, DataSpec, TokenColumn
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
-from siliang.secrets import part, shortened
+from siliang.secrets import redacted_part, shortened
 from siliang.tasks.context_windows import encoder
 from siliang.tasks.losses import cross_entropy_of_ends
 from siliang.tasks.metrics import squad, squad_by_kind
@@ -210,7 +210,7 @@ def _surroundings(example: Span) -> str:
     at = example.starts[0] if example.starts else 0
     start = max(0, at - AROUND)
     end = at + (len(example.answers[0]) if example.answers else 0) + AROUND
-    shown = part(example.context, start, end)
+    shown = redacted_part(example.context, start, end)
     return f"{'…' if start else ''}{shown}{'…' if end < len(example.context) else ''}"
 
 

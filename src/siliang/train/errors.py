@@ -8,7 +8,7 @@ from siliang.check import RATE_FACTOR
 from siliang.engine.step import Engine
 from siliang.language import Bilingual
 from siliang.run_folder import CHECKPOINTS, checkpoints
-from siliang.terminal import pasted
+from siliang.terminal import shell_command
 from siliang.train.guard import USELESS_STEPS, BadStep
 from siliang.train.optimizer import OPTIMIZERS
 from siliang.train.types import Run
@@ -98,7 +98,7 @@ def interrupted_error(run: Run, why: str, step: int, steps: int) -> InterruptedR
     reason, reason_zh = (
         (": train.max_time is nearly over", "（train.max_time 即将用完）") if why == "out of time" else ("", "")
     )
-    command = pasted("siliang", "train", "--resume", run.folder)
+    command = shell_command("siliang", "train", "--resume", run.folder)
     return InterruptedRunError(
         Bilingual(
             f"Stopped at step {step} of {steps}{reason}; that step is saved.\nGo on with: {command}",

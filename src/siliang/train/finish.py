@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.jinja import with_chat_template
-from siliang.files import damage, replacing_folder
+from siliang.files import find_damage, replacing_folder
 from siliang.language import both
 from siliang.memory.peak import PeakMemory
 from siliang.models.save import save_model
@@ -58,7 +58,7 @@ def _best_metrics(training: Training) -> dict[str, float]:
     if best.step == training.step:
         return metrics
     saved = checkpoints(run.folder / CHECKPOINTS).get(best.step)
-    if saved is None or damage(saved) is not None:
+    if saved is None or find_damage(saved) is not None:
         run.listener.say(
             both(
                 f"warning    the best checkpoint, of step {best.step:,}, is gone or damaged: the last step is kept",

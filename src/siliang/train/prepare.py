@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import set_seed
 
 from siliang.capabilities import why_missing
-from siliang.check import Subject, find, look_at, stop_on_errors
+from siliang.check import CheckInput, find, gather_input, stop_on_errors
 from siliang.config import RunConfig, differences
 from siliang.data.hashes import joined, weights_sha256
 from siliang.data.prepared import PreparedData
@@ -159,14 +159,14 @@ def _with_accelerate_strategy(config: RunConfig, ranks: Ranks, listener: Listene
     return RunConfig.build(values, source="accelerate's configuration")
 
 
-def _check_data(config: RunConfig, ranks: Ranks, listener: Listener) -> Subject:
+def _check_data(config: RunConfig, ranks: Ranks, listener: Listener) -> CheckInput:
     """The run's data, checked as by `siliang check`; its warnings are printed.
 
     Raises:
         DataError: An error was found.
     """
     with ranks.main_first():
-        subject = look_at(config, machine(), prepare_data(config))
+        subject = gather_input(config, machine(), prepare_data(config))
         findings = find(subject, stop_early=True)
         stop_on_errors(findings)
     for finding in findings:
@@ -199,7 +199,7 @@ def _start_folder(config: RunConfig, resumed: Resumed | None, *, force: bool) ->
 
 
 def _plan(
-    planner: Planner | None, config: RunConfig, subject: Subject, ranks: Ranks, listener: Listener
+    planner: Planner | None, config: RunConfig, subject: CheckInput, ranks: Ranks, listener: Listener
 ) -> tuple[RunConfig, Predicted]:
     """What the planner of rank 0 returns. It does not change the random state."""
     if planner is None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from siliang.config import RunConfig
-from siliang.files import damage, sweep
+from siliang.files import find_damage, remove_stale
 from siliang.language import Bilingual, both, local
 from siliang.paths import check_links
 from siliang.records import RECORD_NAME, Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, what_changed
 from siliang.run_settings import LENGTH, MAY_CHANGE, as_adjusted, changed_settings, in_words
-from siliang.terminal import pasted
+from siliang.terminal import shell_command
 from siliang.train.saving import last_good
 from siliang.train.start_adapter import find_start_adapter
 from siliang.types import AdapterError, ConfigError, ModelError, RecordError
@@ -59,7 +59,7 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
             )
         )
     check_links(folder)
-    sweep(folder, OWN_NAMES)
+    remove_stale(folder, OWN_NAMES)
     record = _read(folder, say)
     found: dict[str, tuple[Any, Any]] = {}
     if record is not None:
@@ -68,7 +68,7 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
         _check_settings(found, folder)
     checkpoint = last_good(folder / CHECKPOINTS, lambda line: say(both("warning    ", "警告       ") + local(line)))
     whole = next(
-        (part for part in (ADAPTER, MODEL) if (folder / part).is_dir() and damage(folder / part) is None), None
+        (part for part in (ADAPTER, MODEL) if (folder / part).is_dir() and find_damage(folder / part) is None), None
     )
     finished = record is not None and record.status == "completed" and whole is not None
     if finished and not any(name in found for name in LENGTH):
@@ -136,7 +136,7 @@ def _check_settings(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
 
 
 def _further(folder: Path) -> str:
-    return f"siliang train ... {pasted('--adapter', folder)}"
+    return f"siliang train ... {shell_command('--adapter', folder)}"
 
 
 def _check_files(

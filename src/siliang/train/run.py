@@ -15,8 +15,8 @@ from siliang.files import remove_tree
 from siliang.language import Bilingual, both
 from siliang.memory.peak import PeakMemory
 from siliang.records import Record
-from siliang.run_folder import CHECKPOINTS, claim, load_base, write_config
-from siliang.terminal import pasted
+from siliang.run_folder import CHECKPOINTS, create_output, load_base, write_config
+from siliang.terminal import shell_command
 from siliang.train.errors import bad_step_error, interrupted_error
 from siliang.train.finish import measure, save, write_peak
 from siliang.train.log import Log
@@ -73,7 +73,7 @@ def train(
             )
             return resumed.record
         config = resumed.config
-    new = not resume and ranks.from_main(lambda: claim(folder, for_run=True))
+    new = not resume and ranks.from_main(lambda: create_output(folder, for_run=True))
     try:
         run = prepare(config, listener, folder, base=base, planner=planner, resumed=resumed, force=force)
         run.record.changed += resumed.changed if resumed else []
@@ -84,7 +84,7 @@ def train(
     try:
         with (
             translate_disk_errors(folder),
-            translate_rank_errors(f"What was saved is whole: {pasted('siliang', 'train', '--resume', folder)}"),
+            translate_rank_errors(f"What was saved is whole: {shell_command('siliang', 'train', '--resume', folder)}"),
         ):
             return _train(run, started, checkpoint=resumed.checkpoint if resumed else None)
     except InterruptedRunError:

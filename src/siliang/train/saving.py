@@ -27,7 +27,7 @@ from siliang.adapters.files import load_tensors, read_adapter, read_training
 from siliang.disk_errors import translate_disk_errors
 from siliang.distributed.deepspeed import gathered, is_partitioned, without_hooks
 from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard
-from siliang.files import damage, remove, replacing_folder, sweep
+from siliang.files import find_damage, remove, remove_stale, replacing_folder
 from siliang.models.save import save_config
 from siliang.paths import is_link
 from siliang.peft_api.model import PeftModel
@@ -75,10 +75,10 @@ def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
             f"{folder} is a link: put the folder itself there, in which checkpoints are made and removed."
         )
     if folder.is_dir():
-        sweep(folder, rf"(damaged-)?{PREFIX}[0-9]+")
+        remove_stale(folder, rf"(damaged-)?{PREFIX}[0-9]+")
     found = checkpoints(folder)
     for path in reversed(found.values()):
-        if (problem := damage(path)) is None:
+        if (problem := find_damage(path)) is None:
             return path
         renamed = path.with_name(f"damaged-{path.name}")
         with suppress(OSError):

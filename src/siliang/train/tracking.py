@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from siliang.environment import quieten_trackers
-from siliang.files import sweep, write_text
+from siliang.files import remove_stale, write_text
 from siliang.language import both
 from siliang.paths import is_link
 from siliang.records import StepMetrics
@@ -96,7 +96,7 @@ class Trackers:
             )
             return
         place.mkdir(exist_ok=True)
-        sweep(place, rf"{re.escape(IDS)}|{'|'.join(OPENERS)}")
+        remove_stale(place, rf"{re.escape(IDS)}|{'|'.join(OPENERS)}")
         ids = _read_ids(place / IDS) if lines else {}
         for name in self._names:
             with self._guarded(name):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from siliang.check import Subject
+from siliang.check import CheckInput
 from siliang.config import RunConfig
 from siliang.data.load import Examples
 from siliang.data.prepared import EvalRows, has_unanswered
@@ -23,7 +23,7 @@ from siliang.train.log import Progress
 
 # Predicts what a run takes, from its config and data, before its model is loaded. Returns the config, which it may have
 # changed, and the prediction. It is `plan.preflight.Planner`: plan/ imports train/, not the other way.
-Planner = Callable[[RunConfig, Subject, Callable[[str], None], DeviceMesh | None], tuple[RunConfig, Predicted]]
+Planner = Callable[[RunConfig, CheckInput, Callable[[str], None], DeviceMesh | None], tuple[RunConfig, Predicted]]
 
 
 @dataclass

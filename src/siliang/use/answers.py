@@ -10,7 +10,7 @@ import numpy as np
 
 from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
-from siliang.secrets import part
+from siliang.secrets import redacted_part
 from siliang.tasks import TASKS
 from siliang.train.types import Run
 from siliang.use.evaluate import engine_of, metrics_of_texts, sums_of
@@ -84,8 +84,8 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         place, shown = run.examples.eval.where(number), f"{instruction}\n{input}".strip()
         if plain:  # a text that was cut in two, perhaps within a secret
             at = len(instruction)
-            shown = part(instruction + right, 0, at).strip()
-            given, right = part(instruction + given, at), part(instruction + right, at)
+            shown = redacted_part(instruction + right, 0, at).strip()
+            given, right = redacted_part(instruction + given, at), redacted_part(instruction + right, at)
         found.rows.append(Answer(where=place, asked=shown, right=right, given=given))
     if TASKS[run.config.task].of_texts is not None:
         with run.model.disable_adapter() if base else nullcontext():

@@ -14,11 +14,11 @@ from siliang.data.collate import PadCollator
 from siliang.data.jinja import with_chat_template
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import sequences_of
-from siliang.files import filling
+from siliang.files import creating_folder
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
-from siliang.run_folder import OpenedRun, claim, find_run, open_trained
+from siliang.run_folder import OpenedRun, create_output, find_run, open_trained
 from siliang.tasks import TASKS
 from siliang.types import ConfigError, DataError, MergeError
 from siliang.use.evaluate import eval_rows
@@ -46,7 +46,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
             raise
         raise DataError(f"{error}\nThe proof needs some rows, any will do: give them with --data FILE.") from None
     samples = list(_samples(run, tokens))
-    new = claim(output)
+    new = create_output(output)
     try:
         merged, proof = merge_with_proof(run.model, samples)
         if not proof.holds and not force:
@@ -54,7 +54,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
                 f"The merged model does not answer as the adapter does: {proof}.\n"
                 "Nothing was written. Merge in a wider --dtype, or keep it anyway with --force."
             )
-        with filling(output) as temporary:
+        with creating_folder(output) as temporary:
             save_model(temporary, merged, served_tokenizer(run)[0])
     except BaseException:
         if new:

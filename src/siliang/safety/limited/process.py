@@ -22,9 +22,9 @@ from typing import Any
 if __name__ == "__main__":  # Python was started without a path: -I
     sys.path[:] = [path for path in sys.argv[1:] if Path(path).is_absolute()]
 
-from siliang.safety.limited.refused import LimitError, in_a_line
+from siliang.safety.limited.refused import LimitError, error_line
 from siliang.safety.limited.templates import compiled_template, render
-from siliang.safety.limited.tokenizer_rules import look_at_tokenizer
+from siliang.safety.limited.tokenizer_rules import check_tokenizer_rules
 
 EXTRA_BYTES = 900 * 2**20  # of address space, beyond what the process has when it begins
 
@@ -42,7 +42,7 @@ def _match(pattern: str, texts: list[str], whole: bool) -> Any:
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        return in_a_line(error)
+        return error_line(error)
     match_text = compiled.fullmatch if whole else compiled.match
     return [None if (found := match_text(text)) is None else found.groups() for text in texts]
 
@@ -105,7 +105,7 @@ def _write(answer: object) -> None:
 def main() -> None:
     _preload()
     _limit_the_process()
-    functions = {"render": partial(render, kept={}), "match": match, "look_at_tokenizer": look_at_tokenizer}
+    functions = {"render": partial(render, kept={}), "match": match, "check_tokenizer_rules": check_tokenizer_rules}
     _write(["result", None])
     while True:
         name, seconds, arguments = json.loads(_read(int.from_bytes(_read(4), "big")).decode("utf-8", "surrogatepass"))
@@ -117,7 +117,7 @@ def main() -> None:
         except MemoryError:
             answer = ["limit", f"it wants more than {EXTRA_BYTES // 2**20} MiB of memory"]
         except BaseException as error:  # tokenizers has one that is not an Exception
-            answer = ["error", in_a_line(error)]
+            answer = ["error", error_line(error)]
         _write(answer)
         if answer[0] == "limit":
             os._exit(0)  # what is left in the memory goes with the process

@@ -7,6 +7,6 @@ class LimitError(Exception):
     """More text, or more rules, than is allowed."""
 
 
-def in_a_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """The error's text, or its kind."""
     return (str(error) or type(error).__name__)[:1000]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from siliang.safety.limited.refused import LimitError, in_a_line
+from siliang.safety.limited.refused import LimitError, error_line
 
 KEPT_TEMPLATES = 16
 MOST_CHARACTERS = 2**20  # that a template writes beyond GROWTH times what it reads
@@ -52,7 +52,7 @@ def render(
         except (LimitError, MemoryError):
             raise
         except Exception as error:  # Jinja's kinds, Python's, and the template's own raise_exception
-            out.append(in_a_line(error))
+            out.append(error_line(error))
     return out
 
 

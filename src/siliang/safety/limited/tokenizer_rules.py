@@ -23,7 +23,7 @@ PROBES = tuple(
 )
 
 
-def look_at_tokenizer(text: str) -> str | None:
+def check_tokenizer_rules(text: str) -> str | None:
     """Why a tokenizer.json cannot be used; None where nothing is wrong with it.
 
     Its rules for text are counted, and tried on some text with a vocabulary of one word: what they do to a text, and

@@ -30,7 +30,7 @@ from siliang.tasks.prepare import prepare_data
 from siliang.types import ModelError, first_line
 
 
-class Subject:
+class CheckInput:
     """A run that has not been started.
 
     Attributes:
@@ -149,9 +149,9 @@ class Subject:
         return self.places(numbers[int(i)] for i, _ in zip(rows, range(6), strict=False))
 
     @cached_property
-    def prints(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def fingerprints(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For train and eval: (hash of what is asked, hash of the whole) of each example."""
-        return {part: _prints(getattr(self.examples, part)) for part in ("train", "eval")}
+        return {part: _fingerprints(getattr(self.examples, part)) for part in ("train", "eval")}
 
     @cached_property
     def last_labels(self) -> np.ndarray:
@@ -185,16 +185,16 @@ class Subject:
         return self.config.train.steps(len(self.train))
 
 
-def look_at(config: RunConfig, machine: Machine | None = None, data: PreparedData | None = None) -> Subject:
+def gather_input(config: RunConfig, machine: Machine | None = None, data: PreparedData | None = None) -> CheckInput:
     """What there is to see of a run before it starts; read when a rule asks for it.
 
     Args:
         data: The run's, where it is at hand.
     """
-    return Subject(config, machine or Machine(), data or prepare_data(config))
+    return CheckInput(config, machine or Machine(), data or prepare_data(config))
 
 
-def _prints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
+def _fingerprints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
     # Python's own hash of 64 bits: two different rows meet by chance once in a run of billions
     asked = np.fromiter((hash(e.given) for e in examples), dtype=np.int64, count=len(examples))
     whole = np.fromiter((hash(line) for line in examples.lines()), dtype=np.int64, count=len(examples))
