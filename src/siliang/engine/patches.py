@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.ops.packed_attention import Layout, packed_attention
@@ -87,7 +88,7 @@ def pack_bloom(attention: nn.Module) -> Undo:
     return replace_forward(attention, partial(_bloom_attention, attention, attention.forward))
 
 
-def checkpoint_layers(model: nn.Module) -> Undo:
+def checkpoint_layers(model: PreTrainedModel) -> Undo:
     """Turns gradient checkpointing on; the function that is returned restores the modules' settings, and removes the
     hooks that came with it."""
     modules = list(model.modules())

@@ -118,10 +118,12 @@ class PrefixHooks(PromptHooks):
         inner = cast(Cache | None, named.get(cache))
         if isinstance(inner, EncoderDecoderCache):
             inner = inner.self_attention_cache
-        seen = inner.get_seq_length(layer_number(module)) if inner is not None else 0
+        number = layer_number(module)
+        assert number is not None
+        seen = inner.get_seq_length(number) if inner is not None else 0
         named[cache] = PrefixedCache(self.layer, self.V, inner)
         # the cache of a sliding window keeps fewer tokens than it has seen
-        kept = inner.get_mask_sizes(1, layer_number(module))[0] - 1 if inner is not None and seen else 0
+        kept = inner.get_mask_sizes(1, number)[0] - 1 if inner is not None and seen else 0
         hidden_BND = tensor_in(named, "hidden_states")
         assert hidden_BND is not None
         named[mask] = self._mask(module, named.get(mask), hidden_BND, seen, kept)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -25,7 +24,7 @@ NEEDED = ("attention and kernels chosen by siliang alone", "adapters beside a mo
 MISFITS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 
 
-def load_config(name: str, *, revision: str | None = None) -> Any:
+def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     """A base model's config.
 
     Raises:
@@ -114,7 +113,7 @@ def why_not(name: str, error: Exception, what: str = "model") -> str:
     return f"{name}: its {what} cannot be loaded: {why}"
 
 
-def _read_config(name: str, revision: str | None) -> tuple[Any, OwnCode | None]:
+def _read_config(name: str, revision: str | None) -> tuple[PreTrainedConfig, OwnCode | None]:
     """The config, and the model's own code that it is made with."""
     code = find_own_code(name, revision)
     if code is None:
@@ -132,7 +131,7 @@ def _read_config(name: str, revision: str | None) -> tuple[Any, OwnCode | None]:
     return config, code
 
 
-def _parts(config: Any) -> Iterator[Any]:
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """A config and those inside of it."""
     yield config
     for value in vars(config).values():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def enable_checkpointing(model: Any, **settings: Any) -> None:
+def enable_checkpointing(model: PreTrainedModel, **settings: object) -> None:
     """Turns gradient checkpointing on, under the name that this transformers has for it (5.23 renamed it).
 
     Args:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from siliang.hub import cached_file, find_file
 from siliang.paths import inside
@@ -36,7 +35,7 @@ MODULE = re.compile(r"[\w.-]{1,200}", re.ASCII)
 MOST_MODULES = 10_000
 MOST_SPECIAL = 10_000  # special tokens of a tokenizer's settings, which transformers adds one by one
 # The fields of bitsandbytes' config, each with the values that it may have.
-BITS_AND_BYTES: dict[str, Any] = {
+BITS_AND_BYTES: dict[str, tuple[object, ...] | type[float]] = {
     "load_in_4bit": (True, False),
     "load_in_8bit": (True, False),
     "bnb_4bit_quant_type": ("nf4", "fp4"),
@@ -113,7 +112,7 @@ def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
 MOST_CONFIG_BYTES = 2**22  # it is read several times; those of known models have a tenth of it
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, object]:
     """The values of a config of a model's or a tokenizer's.
 
     Raises:
@@ -139,7 +138,7 @@ def check_index(path: Path) -> None:
             raise ModelError(f"{path} names {short_repr(name)}, which is not a file of weights (.safetensors or .bin).")
 
 
-def parts_of(index: Path) -> list[Any]:
+def parts_of(index: Path) -> list[object]:
     """The files that a list of weights names.
 
     Raises:
@@ -162,7 +161,7 @@ def weight_files(folder: Path) -> list[str]:
     return [first]
 
 
-def clean_quantization(source: str, values: Any) -> dict[str, Any]:
+def clean_quantization(source: str, values: object) -> dict[str, object]:
     """What a model's config says of its weights' few bits, with the fields that siliang knows.
 
     Raises:
@@ -179,7 +178,7 @@ def clean_quantization(source: str, values: Any) -> dict[str, Any]:
             f"{source}: its weights are quantized by {short_repr(kind)}, which siliang does not load. Allowed: "
             "bitsandbytes (nf4 or fp4 in 4 bits, or 8 bits). Take the model's plain weights, and set quantization."
         )
-    clean: dict[str, Any] = {"quant_method": kind}
+    clean: dict[str, object] = {"quant_method": kind}
     for key, allowed in BITS_AND_BYTES.items():
         if (value := values.get(key)) is None:
             continue
@@ -205,11 +204,11 @@ def _check_config(path: Path) -> None:
         )
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """The texts in a structure."""
     if isinstance(value, str):
         yield value

@@ -50,6 +50,11 @@ def encoder(model: nn.Module) -> nn.Module:
     return cast("PreTrainedModel", model).get_encoder()
 
 
+def decoder(model: nn.Module) -> nn.Module:
+    """The decoder of an encoder-decoder."""
+    return cast("PreTrainedModel", model).get_decoder()
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The model without its head; the model itself where it has none."""
     prefix = getattr(model, "base_model_prefix", "")
@@ -83,8 +88,9 @@ def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 def word_embeddings(model: nn.Module) -> nn.Embedding | None:
     """The embeddings of the input tokens; None where the model reads something else, as a vision model does."""
+    getter = getattr(model, "get_input_embeddings", None)
     try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
+        found = getter() if getter is not None else None
     except (AttributeError, NotImplementedError):
         return None
     weight = getattr(found, "weight", None)
@@ -100,12 +106,12 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 # ---- the arguments of a forward ----
 
 
-def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
+def parameters_of(module: object) -> Mapping[str, inspect.Parameter]:
     """The arguments of a module's forward by name; none of what is not a module."""
     return inspect.signature(module.forward).parameters if isinstance(module, nn.Module) else {}
 
 
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
     """The arguments of a call of `module`'s forward, all by name."""
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     return {k: v for k, v in bound.items() if k not in ("args", "kwargs")} | bound.get("kwargs", {})
@@ -116,7 +122,7 @@ def takes_tokens(module: nn.Module) -> bool:
     return not {"input_ids", "inputs_embeds"}.isdisjoint(parameters_of(module))
 
 
-def cached_tokens(named: dict[str, Any]) -> int:
+def cached_tokens(named: Mapping[str, Any]) -> int:
     """How many tokens the cache among a model's arguments holds."""
     cache = next((named[name] for name in CACHES if named.get(name) is not None), None)
     return int(cache.get_seq_length()) if cache is not None else 0
@@ -153,24 +159,24 @@ def mask_argument(attention: nn.Module) -> str:
     return "mask" if "mask" in parameters_of(attention) else "attention_mask"
 
 
-def is_cross_attention(named: dict[str, Any]) -> bool:
+def is_cross_attention(named: Mapping[str, object]) -> bool:
     """Whether a call of an attention, its arguments by name, looks at another text."""
     return any(named.get(name) is not None for name in CROSS_ATTENTION)
 
 
-def layer_number(attention: nn.Module) -> Any:
+def layer_number(attention: nn.Module) -> int | None:
     """The number of the layer that an attention belongs to; None for other modules. GPT-Neo has its own name for it."""
     return getattr(attention, "layer_idx", getattr(attention, "layer_id", None))
 
 
-def attention_kind(attention: Any) -> str | None:
+def attention_kind(attention: nn.Module) -> str | None:
     """What a config says of the layer's attention: sliding_attention, chunked_attention, ...; None where it says
     nothing."""
     number, kinds = layer_number(attention), getattr(getattr(attention, "config", None), "layer_types", None)
     return kinds[number] if kinds and isinstance(number, int) and number < len(kinds) else None
 
 
-def sliding_window(attention: Any) -> int | None:
+def sliding_window(attention: nn.Module) -> int | None:
     """How many tokens an attention looks back at, its own among them; None for all. Each family says it elsewhere."""
     config = getattr(attention, "config", None)
     if (kind := attention_kind(attention)) is not None:
@@ -180,12 +186,12 @@ def sliding_window(attention: Any) -> int | None:
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
 
 
-def attention_host(model: Any) -> tuple[nn.Module, list[nn.Module]]:
+def attention_host(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """The module that takes the tokens of a whole text and holds every cached attention, and those attentions.
 
     It is the innermost such module: BartForCausalLM and OPT's classes call it past the modules around it.
     """
-    host = model.get_decoder() if is_encoder_decoder(model) else backbone(model)
+    host = decoder(model) if is_encoder_decoder(model) else backbone(model)
     attentions = [m for m in host.modules() if is_cached_attention(m)]
     inside, found = True, host
     while attentions and inside:
@@ -205,9 +211,9 @@ def is_disentangled_attention(module: nn.Module) -> bool:
     return type(module).__name__ == "DisentangledSelfAttention"
 
 
-def relative_positions(attention: Any, hidden_BND: Tensor) -> Tensor:
+def relative_positions(attention: nn.Module, hidden_BND: Tensor) -> Tensor:
     """DeBERTa's relative positions of N tokens to one another, as the attention's own module builds them."""
-    build: Any = sys.modules[type(attention).__module__].build_relative_position  # type: ignore[attr-defined]
+    build = sys.modules[type(attention).__module__].build_relative_position
     wanted = inspect.signature(build).parameters
     settings = {
         "bucket_size": getattr(attention, "position_buckets", -1),
@@ -215,7 +221,7 @@ def relative_positions(attention: Any, hidden_BND: Tensor) -> Tensor:
         "device": hidden_BND.device,
     }
     found = build(hidden_BND, hidden_BND, **{k: v for k, v in settings.items() if k in wanted})
-    return found.to(hidden_BND.device)  # type: ignore[no-any-return]
+    return found.to(hidden_BND.device)
 
 
 def is_bloom_attention(module: nn.Module) -> bool:

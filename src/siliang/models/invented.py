@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 from torch import nn
 
 from siliang.module_paths import inside, outermost, parameter_paths
+
+READ = "_is_hf_initialized"  # transformers' mark on a parameter that was read from the files
 
 
 def invented_modules(model: nn.Module) -> list[str]:
     """The outermost modules whose weights the model's files do not hold, so that loading made them up: new heads, and
     whatever else stands between the layers and the head, such as the pooler of a BERT that was trained without one.
 
-    transformers marks what it has read (`_is_hf_initialized`). A model that was made from a config, or copied, has no
+    transformers marks what it has read (`READ`). A model that was made from a config, or copied, has no
     marks, and nothing is known of it; nor where blocks inside of it have none, as when their parameters were replaced.
     """
     parameters = dict(parameter_paths(model))
-    missing = {name for name, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)}
+    missing = {name for name, p in parameters.items() if not getattr(p, READ, False)}
     if len(missing) == len(parameters):
         return []
     missing -= (ends := embedding_weights(model))  # which may have been resized
@@ -31,7 +32,7 @@ def mark_invented(model: nn.Module, modules: list[str]) -> None:
     """Marks a model that was made from a config as if files had held all but `modules`."""
     for name, p in model.named_parameters():
         if modules and not inside(name, modules):
-            p._is_hf_initialized = True  # type: ignore[attr-defined]
+            setattr(p, READ, True)
 
 
 def may_be_invented(model: nn.Module, name: str, ends: set[str]) -> bool:
@@ -52,7 +53,7 @@ def may_be_invented(model: nn.Module, name: str, ends: set[str]) -> bool:
     return not any(part.isdigit() for part in modules) and modules[0] not in ("encoder", "decoder", "shared")
 
 
-def embedding_weights(model: Any) -> set[str]:
+def embedding_weights(model: nn.Module) -> set[str]:
     """The names of the weights of the input and output embeddings."""
     found = set()
     for end in ("input", "output"):

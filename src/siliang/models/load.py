@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging as hf_logging
 
 from siliang.config import QuantizationConfig
@@ -42,7 +42,7 @@ def load_model(
     quantization: QuantizationConfig | None = None,
     shardable: bool = False,
     device: torch.device | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """A base model in eval mode, with its weights on the CPU, or, quantized, on `device`.
 
     Args:
@@ -83,7 +83,7 @@ def load_model(
     return model.eval()
 
 
-def invented_weights(name: str, spec: ModelSpec, config: Any, *, revision: str | None = None) -> list[str]:
+def invented_weights(name: str, spec: ModelSpec, config: PreTrainedConfig, *, revision: str | None = None) -> list[str]:
     """The modules that `load_model` will have to make up, found without reading a weight.
 
     Args:
@@ -115,7 +115,7 @@ def find_invented(name: str, spec: ModelSpec, labels: list[str] | None, *, revis
         return []
 
 
-def model_from_config(config: Any, spec: ModelSpec, **settings: Any) -> Any:
+def model_from_config(config: PreTrainedConfig, spec: ModelSpec, **settings: object) -> PreTrainedModel:
     """A model of a config of `load_config`, with weights at random.
 
     Raises:
@@ -132,13 +132,15 @@ def kept_whole(spec: ModelSpec) -> list[str]:
     return [*spec.heads, *OTHER_HEADS, *BEFORE_HEADS, *OUTPUT_LAYERS]
 
 
-def _auto_class(spec: ModelSpec) -> Any:
+def _auto_class(spec: ModelSpec) -> type[_BaseAutoModelClass]:
     """The class of transformers that loads a model for the task."""
     return getattr(transformers, spec.auto_class)
 
 
-def _from_pretrained(name: str, spec: ModelSpec, config: Any, *, revision: str | None, **settings: Any) -> Any:
-    auto: Any = _auto_class(spec)
+def _from_pretrained(
+    name: str, spec: ModelSpec, config: PreTrainedConfig, *, revision: str | None, **settings: object
+) -> PreTrainedModel:
+    auto = _auto_class(spec)
     # transformers would put an adapter that lies beside the weights on the model: it looks where there is none
     cached = only_cached(name)
     elsewhere = {"subfolder": NO_ADAPTER, "local_files_only": cached}
@@ -173,21 +175,22 @@ def _from_pretrained(name: str, spec: ModelSpec, config: Any, *, revision: str |
 
 def _quantized(
     wanted: QuantizationConfig | None, spec: ModelSpec, device: torch.device, shardable: bool
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What from_pretrained needs to load quantized weights."""
     if wanted is None:
         return {}
     if find_spec("bitsandbytes") is None:
         raise ModelError("quantization needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'.")
     kept = kept_whole(spec)
-    settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_skip_modules": kept}
     if wanted.bits == 4:
-        settings = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": wanted.type,
-            "bnb_4bit_use_double_quant": wanted.double,
-            "bnb_4bit_compute_dtype": choose_precision(wanted.compute_dtype, device).dtype,
-            "bnb_4bit_quant_storage": SHARDABLE_STORAGE if shardable else torch.uint8,
-            "llm_int8_skip_modules": kept,
-        }
-    return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=wanted.type,
+            bnb_4bit_use_double_quant=wanted.double,
+            bnb_4bit_compute_dtype=choose_precision(wanted.compute_dtype, device).dtype,
+            bnb_4bit_quant_storage=SHARDABLE_STORAGE if shardable else torch.uint8,
+            llm_int8_skip_modules=kept,
+        )
+    else:
+        settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return {"quantization_config": settings, "device_map": {"": device}}

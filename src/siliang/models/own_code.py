@@ -21,6 +21,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -132,13 +133,13 @@ def find_tokenizer_code(name: str, revision: str | None = None) -> OwnCode | Non
     return read_own_code(name, folder)
 
 
-def code_of(config: Any) -> OwnCode | None:
+def code_of(config: object) -> OwnCode | None:
     """The code that a model's config is made with; None for one that transformers knows."""
     package = type(config).__module__.partition(".")[0]
     return _finder().known.get(package) if package.startswith(PACKAGE) else None
 
 
-def write_own_code(config: Any, folder: Path) -> None:
+def write_own_code(config: PreTrainedConfig, folder: Path) -> None:
     """Puts the code that a model was made with, if any, beside what is saved of it. To open that is to be allowed
     again: it is another folder.
     """
@@ -197,7 +198,7 @@ def _folder(name: str, revision: str | None) -> Path | None:
         raise ModelError(f"{name}: its code cannot be fetched: {first_line(error)}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     try:
         values = read_json(path, foreign=True)
     except (OSError, JsonError):
@@ -205,7 +206,7 @@ def _read(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _is_unknown(config: dict[str, Any]) -> bool:
+def _is_unknown(config: dict[str, object]) -> bool:
     code = config.get("auto_map")
     kind = config.get("model_type")
     return (

@@ -6,11 +6,11 @@ Models with rotary or relative positions have no table, and no such end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.models.introspect import decoder, encoder, is_encoder_decoder
 
 TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding", "positions_embed", "pos_encoding")
 
@@ -30,16 +30,16 @@ class Positions:
     virtual: int = 0
 
     @classmethod
-    def of(cls, model: Any, *, virtual: int = 0, prefix: bool = False) -> Positions:
+    def of(cls, model: nn.Module, *, virtual: int = 0, prefix: bool = False) -> Positions:
         """Of a base model, with or without its weights.
 
         Args:
             virtual: Virtual tokens in front of each row, which take positions too.
             prefix: They are a prefix: an encoder-decoder model has them in front of its target.
         """
-        if not getattr(model.config, "is_encoder_decoder", False):
+        if not is_encoder_decoder(model):
             return cls(_less(table_of_positions(model), virtual), None, virtual)
-        reads, writes = table_of_positions(model.get_encoder()), table_of_positions(model.get_decoder())
+        reads, writes = table_of_positions(encoder(model)), table_of_positions(decoder(model))
         return cls(_less(reads, 0 if prefix else virtual), _less(writes, virtual if prefix else 0), virtual)
 
     def in_words(self, limit: int) -> Bilingual:

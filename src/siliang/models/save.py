@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from siliang.files import write_text
 from siliang.models.own_code import write_own_code
@@ -17,19 +19,25 @@ TOKENIZER = "tokenizer_config.json"
 NAMES = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any, **settings: Any) -> None:
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
     """Writes a model and its tokenizer.
 
     Args:
-        settings: Of `save_pretrained`.
+        state_dict: The weights, where they are not those that the model holds.
     """
-    model.save_pretrained(folder, **settings)
+    model.save_pretrained(folder, state_dict=state_dict)
     write_own_code(model.config, folder)
     tokenizer.save_pretrained(folder)
     _hide_secrets(folder)
 
 
-def save_config(folder: Path, config: Any) -> None:
+def save_config(folder: Path, config: PreTrainedConfig) -> None:
     """Writes a model's config alone."""
     config.save_pretrained(folder)
     write_own_code(config, folder)

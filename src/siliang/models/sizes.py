@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedConfig
 
 from siliang.models.folder import INDEX, weight_files
 from siliang.types import ModelError
@@ -29,7 +30,7 @@ WIDE = "(hidden_size|n_embd|d_model)$"
 TALL = "(vocab_size|intermediate_size|ffn_dim|d_ff|n_inner)$"
 
 
-def check_counts(values: dict[str, Any], path: Path) -> None:
+def check_counts(values: Mapping[str, object], path: Path) -> None:
     """Whether a config.json asks for no more layers, columns or labels than any model has.
 
     Raises:
@@ -61,7 +62,7 @@ def check_files(folder: Path) -> None:
             raise ModelError(f"{path} is damaged: {error}.") from None
 
 
-def may_be_too_large(config: Any, folder: Path) -> bool:
+def may_be_too_large(config: PreTrainedConfig, folder: Path) -> bool:
     """Whether a config's matrices could have more numbers than are in the folder's files, by their bytes.
 
     A rough question: where it is so, the shapes are compared one by one.
@@ -80,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for name in weight_files(folder) if not name.endswith(INDEX) and (path := folder / name).is_file()]
 
 
-def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _parts(values: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """A config and those inside of it."""
     yield values
     for value in values.values():
@@ -88,6 +89,6 @@ def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _parts(value)
 
 
-def _largest(values: dict[str, Any], end: str) -> int:
+def _largest(values: Mapping[str, object], end: str) -> int:
     found = (v for name, v in values.items() if type(v) is int and re.search(end, name))
     return max(found, default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from siliang.hub import find_file
 from siliang.safety.limited.tokenizer_rules import MOST_NUMBER
@@ -11,6 +11,8 @@ from siliang.safety.limits import RefusedError, check_tokenizer_rules
 from siliang.safety.safe_json import JsonError, read_json
 from siliang.types import ModelError, first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 NUMBERED = ("vocab.json", "added_tokens.json")  # tokens and their numbers
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 NAMES = ("tokenizer.json", *SETTINGS, *NUMBERED)
@@ -47,7 +49,7 @@ def check_tokenizer(name: str, revision: str | None = None) -> None:
             _check_size(path, OTHERS)
 
 
-def check_made(tokenizer: Any, name: str, revision: str | None = None) -> None:
+def check_made(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None = None) -> None:
     """Whether the rules may be used that transformers made of other files than a tokenizer.json: a sentencepiece model
     has a table of what becomes of each character.
 

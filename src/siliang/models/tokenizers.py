@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, LlamaTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from siliang.hub import only_cached
 from siliang.models.base_config import check_folder, load_config, why_not
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
 )
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A base model's tokenizer, with a pad token.
 
     Raises:
@@ -73,7 +73,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def load_tokenizer_alone(name: str, settings: dict[str, Any]) -> Any:
+def load_tokenizer_alone(name: str, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer that an adapter's config names, whose folder need hold no model. It runs no code of its own.
 
     Args:

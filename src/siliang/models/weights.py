@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ from siliang.memory.free import trim_heap
 PIECE_BYTES = 16 * 2**20  # of the file, that are there beside what becomes of them, in each of transformers' threads
 QUANTIZING = {4: 12, 8: 8}  # bytes for each number of a weight that bitsandbytes takes on a CPU while it makes its bits
 LEAST_BYTES = 2**18  # smaller weights are not worth a look at the process's mappings
+
+
+class Stored(Protocol):
+    """A tensor, or a slice of safetensors, which is read once it is indexed."""
+
+    def __getitem__(self, index: EllipsisType, /) -> Tensor: ...
 
 
 def passing_bytes(largest: int, *, bits: int | None, itemsize: int, cuda: bool = False) -> int:
@@ -67,17 +74,16 @@ def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
 
 
 def _materialize(
-    copied: bool, tensor: Any, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+    copied: bool, tensor: Stored, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """A weight of the file on `device`, in `dtype`.
 
     Args:
         copied: It is to be memory of its own even where nothing is converted.
-        tensor: Or a slice of safetensors, which is one once it is indexed.
     """
     if copied:
         trim_heap()  # of what quantizing the weight before took, several times its bytes
-    mapped: Tensor = tensor[...]
+    mapped = tensor[...]
     there = mapped.device if device is None else torch.device(device)
     kind = mapped.dtype if dtype is None else dtype
     if there == mapped.device and kind == mapped.dtype and not copied:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from siliang.data.collate import PadCollator
 from siliang.data.jinja import with_chat_template
@@ -54,6 +55,7 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
                 f"The merged model does not answer as the adapter does: {proof}.\n"
                 "Nothing was written. Merge in a wider --dtype, or keep it anyway with --force."
             )
+        assert isinstance(merged, PreTrainedModel)  # as it was loaded
         with creating_folder(output) as temporary:
             save_model(temporary, merged, served_tokenizer(run)[0])
     except BaseException:

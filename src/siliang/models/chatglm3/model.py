@@ -100,9 +100,9 @@ class SelfAttention(nn.Module):
         self,
         hidden_states: Tensor,  # (B, L, C); of transformers' name, by which prefix tuning knows an attention
         rotary: tuple[Tensor, Tensor],
-        attention_mask: Any,
+        attention_mask: Tensor | None,
         cache: Cache | None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         """What attention adds to each token (B, L, C), and its weights, where the attention function gives them."""
         q, k, v = (
@@ -148,7 +148,7 @@ class GLMBlock(GradientCheckpointingLayer):
         self,
         x_BLC: Tensor,
         rotary: tuple[Tensor, Tensor],
-        attention_mask: Any = None,
+        attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -167,7 +167,7 @@ class GLMTransformer(nn.Module):
         self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, x_BLC: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x_BLC: Tensor, **kwargs: object) -> Tensor:
         for layer in self.layers:
             x_BLC = layer(x_BLC, **kwargs)
         return self.final_layernorm(x_BLC)
@@ -285,7 +285,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = ChatGLMModel(config, with_output_layer=True)
         if config.eos_token_id == 2 and config.padded_vocab_size > max(TURN_ENDS):
-            self.generation_config.eos_token_id = [2, *TURN_ENDS]  # type: ignore[union-attr]
+            self.generation_config.eos_token_id = [2, *TURN_ENDS]
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -338,7 +338,7 @@ class ChatGLMForSequenceClassification(GenericForSequenceClassification, ChatGLM
     base_model_prefix = "transformer"
 
 
-def _positions(x_BLC: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
+def _positions(x_BLC: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         # padding has no place in the text: every row counts from its own first token
         counted = attention_mask.to(x_BLC.device).long().cumsum(-1) - 1

@@ -25,8 +25,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from sentencepiece import SentencePieceProcessor
-from transformers import AddedToken, BatchEncoding, PythonBackend
+from torch import Tensor
+from transformers import AddedToken, BatchEncoding, PythonBackend, TensorType
+from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
+from transformers.utils.generic import PaddingStrategy
 
 from siliang.models.chatglm3.template import CHAT_TEMPLATE, PUBLISHED_TEMPLATE
 from siliang.types import ModelError
@@ -71,7 +74,7 @@ class ChatGLMTokenizer(PythonBackend):
         eos_token: str | AddedToken = "</s>",
         unk_token: str | AddedToken = "<unk>",
         pad_token: str | AddedToken = "<unk>",
-        chat_template: Any = None,
+        chat_template: str | dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         if not vocab_file:
@@ -98,7 +101,7 @@ class ChatGLMTokenizer(PythonBackend):
 
     # ---- texts to ids ----
 
-    def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """The pieces of a text.
 
         Args:
@@ -126,21 +129,21 @@ class ChatGLMTokenizer(PythonBackend):
     def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Any,
-        tools: list[Any] | None = None,
-        documents: list[dict[str, Any]] | None = None,
+        tools: list[dict[str, object] | Callable[..., object]] | None = None,
+        documents: list[dict[str, str]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
         tokenize: bool = True,
-        padding: Any = False,
-        truncation: Any = False,
+        padding: bool | str | PaddingStrategy = False,
+        truncation: bool | str | TruncationStrategy = False,
         max_length: int | None = None,
-        return_tensors: Any = None,
+        return_tensors: str | TensorType | None = None,
         return_dict: bool = True,
         return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> str | list[str] | list[int] | list[list[int]] | Tensor | BatchEncoding:
         """A conversation, or a list of them, to ids, as in transformers; special words in messages stay words.
 
         Args:
@@ -154,14 +157,14 @@ class ChatGLMTokenizer(PythonBackend):
             TypeError: A message holds something else than plain data.
         """
         kwargs.pop("sanitize_control_tokens", None)  # is always done
-        template = self.get_chat_template(chat_template, tools)
-        tools = None if tools is None else [t if isinstance(t, dict) else get_json_schema(t) for t in tools]
+        schemas = None if tools is None else [t if isinstance(t, dict) else get_json_schema(t) for t in tools]
+        template = self.get_chat_template(chat_template, schemas)
         if not conversation:
             raise ValueError("The conversation is empty.")
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
         chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
         chats = [[{key: v for key, v in message.items() if v is not None} for message in chat] for chat in chats]
-        data = {"chats": chats, "tools": tools, "documents": documents, "kwargs": kwargs}
+        data = {"chats": chats, "tools": schemas, "documents": documents, "kwargs": kwargs}
         put_back: Callable[[str], str] = str
         if tokenize:
             data, put_back = self._disguise(data)
@@ -196,7 +199,7 @@ class ChatGLMTokenizer(PythonBackend):
             rows.append(row)
         return self._batch(rows, batched, padding, max_length, return_tensors, return_dict)
 
-    def build_chat_input(self, query: str, history: list[dict[str, Any]] | None = None, role: str = "user") -> Any:
+    def build_chat_input(self, query: str, history: list[dict[str, object]] | None = None, role: str = "user") -> Any:
         """The prompt for one more message, as tensors: the published tokenizer's name for it."""
         messages = [*(history or []), {"role": role, "content": query}]
         return self.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
@@ -232,7 +235,7 @@ class ChatGLMTokenizer(PythonBackend):
         pieces = self.pieces.id_to_piece(list(range(len(self.pieces))))
         return {piece: i for i, piece in enumerate(pieces)} | self.commands | self._added_tokens_encoder
 
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:  # type: ignore[override]
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Writes tokenizer.model as it was read."""
         name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
         target = Path(save_directory) / name
@@ -299,11 +302,11 @@ class ChatGLMTokenizer(PythonBackend):
         self,
         rows: list[BatchEncoding],
         batched: bool,
-        padding: Any,
+        padding: bool | str | PaddingStrategy,
         max_length: int | None,
-        return_tensors: Any,
+        return_tensors: str | TensorType | None,
         return_dict: bool,
-    ) -> Any:
+    ) -> BatchEncoding | list[int] | list[list[int]] | Tensor:
         """Rows to what the caller asked for: padded, tensors or lists, with or without the other columns."""
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         masks = columns.pop("assistant_masks", None)
@@ -325,7 +328,7 @@ def _byte(piece: str) -> int | None:
     return int(piece[3:5], 16) if len(piece) == 6 and piece.startswith("<0x") and piece[5] == ">" else None
 
 
-def _strings(data: Any) -> Iterator[str]:
+def _strings(data: object) -> Iterator[str]:
     if isinstance(data, str):
         yield data
     elif isinstance(data, Mapping):
