@@ -80,7 +80,7 @@ def test_wrong_settings(assignment: str, message: str) -> None:
 
 
 def test_missing_settings() -> None:
-    with pytest.raises(ConfigError, match=r"model is missing. \(3 more\) The base model: a folder"):
+    with pytest.raises(ConfigError, match=r"model is missing\. The base model: .*\nAlso task is missing\. data is"):
         RunConfig.build({})
 
 
@@ -248,3 +248,37 @@ def test_what_a_run_writes_to_the_disk() -> None:
     """The adapter once, and each checkpoint with two moments of what is trained."""
     found = [TrainConfig(**settings).disk_bytes(1000) - 2**20 for settings in ({}, {"save_every": 1}, {"best": "f1"})]
     assert found == [4000 * 4, 4000 * 10, 4000 * 13]
+
+
+def test_all_wrong_settings_are_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.build(changed("train.epochs=-1", "train.batch_size=many", "data.labels=[1, 2]", "method.r=0"))
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("method.r = 0: must be at least 1.")
+    assert second.startswith("Also data.labels.0 = 1: ") and "labels.1" not in second
+    assert "train.epochs = -1: input should be greater than 0. train.batch_size = 'many'" in second
+    assert "train.epochs = -1：应大于 0.0。" in caught.value.text.zh.splitlines()[1]
+    with pytest.raises(ConfigError, match=r"\nAlso train\.epochs = -1: input should be greater than 0\.$"):
+        RunConfig.build(changed("train.foo=1", "train.epochs=-1"))
+    with pytest.raises(ConfigError, match=r"model is missing\. .*\nAlso output is missing\.$"):
+        RunConfig.build({"task": "seq_cls", "data": {"train": "d"}})
+    wrong = [f"train.{name}=0" for name in ("batch_size", "keep", "log_every", "save_every", "eval_every", "max_steps")]
+    with pytest.raises(ConfigError, match=r" And 1 more\.$"):
+        RunConfig.build(changed(*wrong))
+    with pytest.raises(ConfigError, match=r"data\.train = 3: input should be a valid string\.$"):  # of all its kinds
+        RunConfig.build({"model": "m", "task": "seq_cls", "data": {"train": 3}, "output": "o"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.patience=2"], r"train\.patience = 2 needs train\.eval_every: it counts evaluations\."),
+        (["train.best=loss"], r"train\.best = 'loss' needs train\.eval_every: it chooses among evaluations\."),
+        (["train.patience=2", "train.eval_every=5", "data.test_size=0.0"], r"train\.patience = 2 needs held-out rows"),
+    ],
+)
+def test_what_counts_evaluations_is_refused_before_anything_is_read(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.build(changed(*settings))
+    RunConfig.build(changed("train.patience=2", "train.best=loss", "train.eval_every=5"))
+    RunConfig.build(changed("train.patience=2", "train.eval_every=5", "data.test_size=0.0", "data.eval=e.csv"))

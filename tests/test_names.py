@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def build(*assignments: str, method: str = "lora", folder: Path | None = None) -> RunConfig:
     values: dict[str, Any] = {"model": "m", "task": "causal_lm", "data": {"train": "d.csv"}, "output": "o"}
-    values["method"] = {"name": method}
+    values |= {"method": {"name": method}, "train": {"eval_every": 5}}  # which train.best and train.patience need
     if folder is not None:  # DeepSpeed's settings go with its strategy alone
         (folder / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
         values["distributed"] = {"strategy": "deepspeed"}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from siliang import other_names
 from siliang.config.describing import Setting, describe
-from siliang.config.explaining import explain_value
+from siliang.config.explaining import also, explain_value, one_each, path_of
 from siliang.config.names import OWN_FIELDS, name_here
 from siliang.config.run import MethodConfig, RunConfig
 from siliang.config.section import Section, Seed
@@ -256,7 +256,5 @@ def _short(entry: MethodEntry) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> Bilingual:
-    first = error.errors()[0]
-    # without the parts by which pydantic names the kinds that a value may be of
-    path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[", "int")))
-    return explain_value(first, path)
+    first, *others = [explain_value(one, path_of(one)) for one in one_each(error, CompareSettings)]
+    return together(first, also([], others))

@@ -1,8 +1,10 @@
-"""What is wrong with settings, in a line or two for the user: of pydantic's findings, the first that helps."""
+"""What is wrong with settings, in a line or two for the user, from pydantic's findings."""
 
 from __future__ import annotations
 
-from pydantic import ValidationError
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from siliang.config.describing import NO_MEANING, describe
@@ -12,7 +14,9 @@ from siliang.language import Bilingual, local, together
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, did_you_mean, near, nearest
 
-MOST_ALSO = 20  # more of the wrong names that one message explains
+MOST_HINTS = 20  # more of the wrong names that one message explains
+MOST_ALSO = 4  # more of the wrong values that it names
+KINDS = ("constrained", "list[", "literal[", "union[")  # parts of a place by which pydantic names a kind of value
 # pydantic's kinds of errors in Chinese; their English is pydantic's own
 WRONG_ZH = {
     "bool_type": "应为 true 或 false",
@@ -36,29 +40,79 @@ WRONG_ZH = {
 
 
 def explain(error: ValidationError, schema: type[Settings]) -> Bilingual:
-    """The first finding in one line, with what an unknown key is here; unknown keys first, for they may be what is
-    missing."""
-    found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    first = found[0]
-    path = ".".join(str(part) for part in first["loc"])
-    n = error.error_count() - 1
-    more, more_zh = (f" ({n} more)", f"（另有 {n} 处）") if n else ("", "")
+    """The first finding in one line, and the others in a second one, with what unknown keys are here. Unknown keys come
+    first, for they may be what is missing."""
+    found = sorted(one_each(error, schema), key=lambda e: e["type"] != "extra_forbidden")
+    first, *others = found
     if first["type"] == "extra_forbidden":
-        others = [e for e in found[1:] if e["type"] == "extra_forbidden"]
-        hints = [(".".join(map(str, e["loc"])), _unknown(e["loc"], e["input"], schema, guess=False)) for e in others]
-        shown = [(name, hint) for name, hint in hints if hint][:MOST_ALSO]
-        also = " ".join(f"{name}:{hint.removeprefix(' Here that is')}" for name, hint in shown)
-        also_zh = "".join(f"{name}：{local(hint, 'zh').removeprefix('这里写作 ')}" for name, hint in shown)
-        also, also_zh = (f"\nAlso {also}", f"\n另外，{also_zh}") if also else ("", "")
-        hint = _unknown(first["loc"], first["input"], schema)
-        return Bilingual(
-            f"{path} is not a setting.{hint} `siliang config` lists them all.{more}{also}",
-            f"没有 {path} 这个配置项。{local(hint, 'zh').strip()}`siliang config` 列出全部配置项。{more_zh}{also_zh}",
+        others = [e for e in others if e["type"] != "missing"]
+    unknown = [e for e in others if e["type"] == "extra_forbidden"]
+    hints = [(path_of(e), _unknown(e["loc"], e["input"], schema, guess=False)) for e in unknown]
+    here = {name: hint for name, hint in hints if hint}
+    shown = [
+        Bilingual(
+            f"{name}:{hint.removeprefix(' Here that is')}", f"{name}：{local(hint, 'zh').removeprefix('这里写作 ')}"
         )
-    if first["type"] == "missing":
-        meaning = next((s.meaning for s in describe(schema) if s.name == path), NO_MEANING)
-        return Bilingual(f"{path} is missing.{more} {meaning}".rstrip(), f"缺少 {path}。{more_zh}{meaning.zh}")
-    return together(explain_value(first, path, schema), Bilingual(more, more_zh))
+        for name, hint in list(here.items())[:MOST_HINTS]
+    ]
+    rest = [_explained(e, schema, more=False) for e in others if path_of(e) not in here]
+    return together(_explained(first, schema, more=True), also(shown, rest))
+
+
+def one_each(error: ValidationError, schema: type[BaseModel]) -> list[ErrorDetails]:
+    """The findings, the first for each setting: pydantic has one for each kind that a value may be of, and for each
+    entry of a list."""
+    names = {setting.name for setting in describe(schema)}
+    found: dict[str, ErrorDetails] = {}
+    for one in error.errors():
+        path = path_of(one)
+        if one["type"] != "extra_forbidden":
+            parts = path.split(".")
+            path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in names), path)
+        found.setdefault(path, one)
+    return list(found.values())
+
+
+def path_of(found: ErrorDetails) -> str:
+    """The dotted name of what a finding is about, without the parts by which pydantic names the kinds that a value may
+    be of."""
+    parts = list(map(str, found["loc"]))
+    own = [parts.pop()] if found["type"] == "extra_forbidden" else []  # as the user wrote it
+    return ".".join([*(part for part in parts if part not in ("str", "int") and not part.startswith(KINDS)), *own])
+
+
+def also(hints: Sequence[Bilingual], wrong: Sequence[Bilingual]) -> Bilingual:
+    """What else is wrong, as a line of its own: all `hints`, and the first few of `wrong`; empty for nothing."""
+    shown = [*hints, *wrong[:MOST_ALSO]]
+    if not shown:
+        return Bilingual("", "")
+    left = len(wrong) - MOST_ALSO
+    more = Bilingual(f" And {left} more.", f"还有 {left} 处。") if left > 0 else Bilingual("", "")
+    return Bilingual(
+        f"\nAlso {' '.join(one.partition(chr(10))[0] for one in shown)}{more}",
+        f"\n另外，{''.join(one.zh.partition(chr(10))[0] for one in shown)}{more.zh}",
+    )
+
+
+def _explained(found: ErrorDetails, schema: type[Settings], *, more: bool) -> Bilingual:
+    """One finding.
+
+    Args:
+        more: With what helps to correct it: the names that there are, the setting's meaning.
+    """
+    path = path_of(found)
+    if found["type"] == "extra_forbidden":
+        if not more:
+            return Bilingual(f"{path} is not a setting.", f"没有 {path} 这个配置项。")
+        hint = _unknown(found["loc"], found["input"], schema)
+        return Bilingual(
+            f"{path} is not a setting.{hint} `siliang config` lists them all.",
+            f"没有 {path} 这个配置项。{local(hint, 'zh').strip()}`siliang config` 列出全部配置项。",
+        )
+    if found["type"] == "missing":
+        meaning = next((s.meaning for s in describe(schema) if s.name == path and more), NO_MEANING)
+        return Bilingual(f"{path} is missing. {meaning}".rstrip(), f"缺少 {path}。{meaning.zh}")
+    return explain_value(found, path, schema)
 
 
 def explain_value(found: ErrorDetails, path: str, schema: type[Settings] | None = None) -> Bilingual:

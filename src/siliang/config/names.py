@@ -181,7 +181,7 @@ def _is_valid(assignments: Iterable[str], schema: type[Settings]) -> bool:
     """Whether a run may be set so."""
     for method in ("lora", "prompt_tuning"):
         values: dict[str, Any] = {"model": "m", "task": "causal_lm", "data": {"train": "d"}, "output": "o"}
-        values["method"] = {"name": method}
+        values |= {"method": {"name": method}, "train": {"eval_every": 1}}  # which train.best and train.patience need
         try:
             for assignment in assignments:
                 assign(values, assignment, schema)

@@ -238,6 +238,36 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _with_evaluations(self) -> RunConfig:
+        data = self.data
+        self.check_evaluations(bool(data.eval) or data.test_size > 0 or data.validation_size is not None)
+        return self
+
+    def check_evaluations(self, held_out: bool) -> None:
+        """
+        Args:
+            held_out: There are held-out rows.
+
+        Raises:
+            ConfigError: train.patience or train.best has no evaluations to go by.
+        """
+        t = self.train
+        counts = Bilingual("it counts evaluations", "它按评估的次数计")
+        chooses = Bilingual("it chooses among evaluations", "它在各次评估中选取")
+        for name, value, why in (("patience", t.patience, counts), ("best", t.best, chooses)):
+            if value is not None and not (held_out and t.eval_every):
+                rows = Bilingual(
+                    "held-out rows (data.eval, or data.test_size)", "留出样本（data.eval 或 data.test_size）"
+                )
+                missing = rows if not held_out else Bilingual("train.eval_every", "设置 train.eval_every")
+                raise ConfigError(
+                    Bilingual(
+                        f"train.{name} = {value!r} needs {missing}: {why}.",
+                        f"train.{name} = {value!r} 需要{missing.zh}：{why.zh}。",
+                    )
+                )
+
+    @model_validator(mode="after")
     def _with_deepspeed(self) -> RunConfig:
         if self.distributed.strategy != "deepspeed":
             return self

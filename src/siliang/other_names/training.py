@@ -146,6 +146,7 @@ ROWS: tuple[Row, ...] = (
         "loss",
         values={before + name: f"train.best={name}" for name in MEASURED for before in ("", "eval_", "val_")},
         any_value=False,
+        note="It needs train.eval_every.",
     ),
     row(
         "train.best",

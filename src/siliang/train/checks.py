@@ -20,25 +20,15 @@ def check_quantization(config: RunConfig, method: Method) -> None:
         raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
 
 
-def check_best(config: RunConfig, held_out: int) -> None:
+def check_best(config: RunConfig) -> None:
     """Raises ConfigError where the metric of train.best is never measured."""
     t, task = config.train, TASKS[config.task]
     allowed = ("loss", *(metric.name for metric in task.metrics))
-    if t.best is None:
-        return
-    if t.best not in allowed:
+    if t.best is not None and t.best not in allowed:
         raise ConfigError(
             f"train.best = {t.best!r} is not measured for {task.title}.{nearest(t.best, allowed)} "
             f"Allowed: {', '.join(allowed)}."
         )
-    if missing := _missing_for_evaluations(config, held_out):
-        raise ConfigError(f"train.best = {t.best!r} needs {missing}: it chooses among evaluations.")
-
-
-def check_patience(config: RunConfig, held_out: int) -> None:
-    """Raises ConfigError where train.patience has no evaluations to count."""
-    if config.train.patience and (missing := _missing_for_evaluations(config, held_out)):
-        raise ConfigError(f"train.patience = {config.train.patience} needs {missing}: it counts evaluations.")
 
 
 def check_terms(method: Method, *, sharded: bool) -> None:
@@ -75,13 +65,6 @@ def check_layerwise(model: nn.Module, settings: TrainConfig, method: Method) -> 
             f"train.layerwise_decay = {decay:g}: what {method.name} trains is above all layers, at the peak rate; "
             "leave it out."
         )
-
-
-def _missing_for_evaluations(config: RunConfig, held_out: int) -> str | None:
-    """What is missing for evaluations during training; None if nothing is."""
-    if not held_out:
-        return "held-out rows (data.eval, or data.test_size)"
-    return None if config.train.eval_every else "train.eval_every"
 
 
 def check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:

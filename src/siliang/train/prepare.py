@@ -38,7 +38,6 @@ from siliang.train.checks import (
     check_best,
     check_layerwise,
     check_loraplus,
-    check_patience,
     check_quantization,
     check_space,
     check_terms,
@@ -80,6 +79,7 @@ def prepare(
     check_trackers(config.train.trackers)
     given, config = config, _with_accelerate_strategy(config, ranks, listener)
     set_seed(config.train.seed)
+    check_best(config)
     method = find_method(config.method.name)
     precision = choose_precision(config.train.precision, device)
     if zero_stage(config, ranks):
@@ -88,8 +88,7 @@ def prepare(
     data = subject.prepared
     start = _start_folder(config, resumed, force=force)
     say_data(data, listener.say)
-    check_best(config, len(data.eval))
-    check_patience(config, len(data.eval))
+    config.check_evaluations(held_out=len(data.eval) > 0)
     check_quantization(config, method)
     check_loraplus(config, method)
     config, predicted = _plan(planner, config, subject, ranks, listener)
