@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from siliang.config import LAYOUT_NAMES, RunConfig, TrainConfig, assign, describe
+from siliang.config.comparison import CompareConfig
 from siliang.data.layouts import LAYOUTS
 from siliang.safety.safe_yaml import parse_yaml, read_yaml
 from siliang.types import ConfigError
@@ -267,6 +268,11 @@ def test_all_wrong_settings_are_named() -> None:
         RunConfig.build(changed(*wrong))
     with pytest.raises(ConfigError, match=r"data\.train = 3: input should be a valid string\.$"):  # of all its kinds
         RunConfig.build({"model": "m", "task": "seq_cls", "data": {"train": 3}, "output": "o"})
+    run = {"model": "m", "task": "seq_cls", "data": {"train": "d"}, "output": "o"}
+    with pytest.raises(ConfigError, match=r"\nAlso max_new_tokens = 0: "):
+        CompareConfig.build({**run, "seeds": 0, "max_new_tokens": 0})
+    with pytest.raises(ConfigError, match=r"^config: .* = 0: input should be greater than or equal to 1\.$"):
+        CompareConfig.recorded({**run, "seeds": 0, "max_new_tokens": 0})  # an error of a record is one line
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -151,7 +151,7 @@ class CompareConfig:
         Raises:
             ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
         """
-        return cls._built(values, source, RunConfig.build)
+        return cls._built(values, source, recorded=False)
 
     @classmethod
     def recorded(cls, values: dict[str, Any]) -> CompareConfig:
@@ -160,10 +160,10 @@ class CompareConfig:
         Raises:
             ConfigError: A key is unknown or missing, or has a value that is not allowed.
         """
-        return cls._built(values, "config", lambda values, source: RunConfig.recorded(values))
+        return cls._built(values, "config", recorded=True)
 
     @classmethod
-    def _built(cls, values: dict[str, Any], source: str, build: Callable[..., RunConfig]) -> CompareConfig:
+    def _built(cls, values: dict[str, Any], source: str, *, recorded: bool) -> CompareConfig:
         own = set(CompareSettings.model_fields)
         of_a_run = set(RunConfig.model_fields) - {"method", "adapter"}
         if "method" in values:
@@ -181,7 +181,8 @@ class CompareConfig:
                     f"：没有 {key} 这个配置项。{local(hint, 'zh')}`siliang config` 列出全部配置项。",
                 )
                 raise ConfigError(together(source, wrong))
-        run = build({k: v for k, v in values.items() if k in of_a_run}, source=source)
+        of_the_runs = {k: v for k, v in values.items() if k in of_a_run}
+        run = RunConfig.recorded(of_the_runs) if recorded else RunConfig.build(of_the_runs, source=source)
         if run.data.validation_size is not None:
             raise ConfigError(f"{source}: data.validation_size is the search's own: use validation_size.")
         if run.train.trackers:
@@ -192,7 +193,8 @@ class CompareConfig:
         try:
             settings = CompareSettings.model_validate({k: v for k, v in values.items() if k in own})
         except ValidationError as error:
-            raise ConfigError(together(source, Bilingual(": ", "："), _explain(error))) from None
+            wrong = _explain(error, others_too=not recorded)
+            raise ConfigError(together(source, Bilingual(": ", "："), wrong)) from None
         return cls(run, settings)
 
     @property
@@ -255,6 +257,6 @@ def _short(entry: MethodEntry) -> dict[str, Any]:
     return entry.model_dump(mode="json", exclude_none=True)
 
 
-def _explain(error: ValidationError) -> Bilingual:
+def _explain(error: ValidationError, *, others_too: bool) -> Bilingual:
     first, *others = [explain_value(one, path_of(one)) for one in one_each(error, CompareSettings)]
-    return together(first, also([], others))
+    return together(first, also([], others if others_too else []))

@@ -39,11 +39,17 @@ WRONG_ZH = {
 }
 
 
-def explain(error: ValidationError, schema: type[Settings]) -> Bilingual:
+def explain(error: ValidationError, schema: type[Settings], *, others_too: bool = True) -> Bilingual:
     """The first finding in one line, and the others in a second one, with what unknown keys are here. Unknown keys come
-    first, for they may be what is missing."""
+    first, for they may be what is missing.
+
+    Args:
+        others_too: Also the second line.
+    """
     found = sorted(one_each(error, schema), key=lambda e: e["type"] != "extra_forbidden")
     first, *others = found
+    if not others_too:
+        return _explained(first, schema, more=True)
     if first["type"] == "extra_forbidden":
         others = [e for e in others if e["type"] != "missing"]
     unknown = [e for e in others if e["type"] == "extra_forbidden"]

@@ -316,7 +316,8 @@ class RunConfig(Settings):
         try:
             return cls.model_validate(values, context=RECORDED)
         except ValidationError as error:
-            raise ConfigError(together("config", Bilingual(": ", "："), explain(error, cls))) from None
+            wrong = explain(error, cls, others_too=False)
+            raise ConfigError(together("config", Bilingual(": ", "："), wrong)) from None
         except (TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"config: a value is of the wrong kind: {error}.") from None
 
