@@ -181,6 +181,7 @@ STATE: list[tuple[str, Any]] = [
     ("log.steps", [3]),
     ("log.train_s", -1.0),
     ("log.train_s", {"float": "nan"}),
+    ("log.steps_s", None),
     ("step", 10**9),
     ("step", 4),
     ("step", "2"),

@@ -40,7 +40,7 @@ def test_the_answer(tmp_path: Path) -> None:
     texts = {row[0].text: dict(zip((c.key for c in columns), (c.text for c in row), strict=True)) for row in cells}
     assert list(texts) == ["full ★", "lora ★", "ia3", "wide", "stuck ⚠", "gone ⚠"]
     assert texts["lora ★"]["accuracy"] == "0.9000 ± 0.0100" and texts["lora ★"]["above"] == "300 MB"
-    assert texts["lora ★"]["train_speed"] == "100" and texts["lora ★"]["eval_speed"] == "10"
+    assert texts["lora ★"]["train_speed"] == "200" and texts["lora ★"]["eval_speed"] == "10"
     assert texts["gone ⚠"]["accuracy"] == "failed"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from faults.runs import Place, make_place, run
 from siliang.config import RunConfig
 from siliang.records import Record
 from siliang.run_folder import CHECKPOINTS
+from siliang.train import loop
 from siliang.train.loop import Training
 from siliang.train.optimizer import state_tensors
 from siliang.train.prepare import prepare
@@ -135,3 +138,32 @@ def test_a_plan_knows_the_state_of_each_optimizer(name: str, place: Place, tmp_p
     found = plan(config, target_device(config), timed=False).methods[0]
     assert found.error is None
     assert found.parts["optimizer"] == pytest.approx(held, rel=0.05, abs=4096)
+
+
+def test_the_speed_of_training_is_that_of_its_steps(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations and checkpoints are slowed down here; a resume goes on with the sum."""
+
+    def slowed(what: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*args: Any, **settings: Any) -> Any:
+            time.sleep(0.6)
+            return what(*args, **settings)
+
+        return slow
+
+    for name in ("evaluate", "save_checkpoint"):
+        monkeypatch.setattr(loop, name, slowed(getattr(loop, name)))
+    shown: list[float] = []
+    more = {"eval_every": 2, "save_every": 2, "log_every": 2, "schedule": "constant"}
+    half = train(
+        configured(place, tmp_path / "run", max_steps=4, **more),
+        Listener(progress=lambda p: shown.append(p.tokens_per_s)),
+    )
+    assert half.seconds.train - half.seconds.steps > 4 * 0.6
+    whole = train(configured(place, tmp_path / "run", max_steps=8, **more), resume=True)
+    # the checkpoint that is resumed from was made before its own time was known
+    assert whole.seconds.train - whole.seconds.steps > 7 * 0.6 and whole.seconds.steps > half.seconds.steps
+    slow = whole.tokens_trained / whole.seconds.train
+    assert all(line.tokens_per_s > slow for line in whole.steps if line.tokens_per_s is not None)
+    assert shown[-1] == pytest.approx(half.tokens_trained / half.seconds.steps, rel=0.2)

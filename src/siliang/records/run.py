@@ -80,7 +80,9 @@ class Seconds(Part):
     load: Positive = 0.0
     """Data and model, up to the first step."""
     train: Positive = 0.0
-    """All steps, with the evaluations between them."""
+    """All steps, with the evaluations and checkpoints between them."""
+    steps: Positive = 0.0
+    """The steps alone; 0 where it was not measured."""
     eval: Positive = 0.0
     """The evaluation at the end."""
 

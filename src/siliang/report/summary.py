@@ -41,7 +41,7 @@ class Line:
 
     Attributes:
         above: Peak memory in bytes above what was in use before the first step.
-        train_speed: Tokens a second.
+        train_speed: Tokens a second of the steps, without evaluations and checkpoints.
         eval_speed: Rows a second.
         score: The metric that the task is judged by.
         verdicts: Why runs have learned nothing, one for each that has not.
@@ -183,7 +183,7 @@ def _line(group: Group, quality: Metric) -> Line:
         learning_rate=first.learning_rate if first else 0.0,
         peak=over(lambda r: r.memory.peak_bytes),
         above=over(lambda r: r.memory.above_bytes),
-        train_speed=over(lambda r: r.tokens_trained / r.seconds.train if r.seconds.train else math.nan),
+        train_speed=over(lambda r: r.tokens_trained / r.seconds.steps if r.seconds.steps else math.nan),
         eval_speed=over(lambda r: r.rows.eval / r.seconds.eval if r.seconds.eval else math.nan),
         minutes=over(lambda r: r.seconds.train / 60),
         loss=over(lambda r: r.final.get("eval_loss", math.nan)),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,25 +72,43 @@ class Log:
         self._loss: float | None = None
         self._rate: float | None = None
         self._before_s = 0.0  # of training, before a resume
-        self._started = self._last_time = time.perf_counter()
+        self._steps_s = 0.0  # of the steps that were made, up to the last pause
+        self._started = time.perf_counter()
+        self._since: float | None = self._started  # the steps go on since then; None during an evaluation or a save
         self._first = Moment(0, 0, 0.0, 0)
+        self._first_s = self._last_s = 0.0  # of the steps, when the training began, and at the last line
         self._last_tokens = 0
 
     @property
     def train_s(self) -> float:
-        """Seconds of training, those before a resume included."""
+        """Seconds of training, those before a resume and those of evaluations and checkpoints included."""
         return self._before_s + time.perf_counter() - self._started
+
+    @property
+    def steps_s(self) -> float:
+        """Seconds of the steps alone, those before a resume included."""
+        return self._steps_s + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block no step is made: an evaluation, or a checkpoint."""
+        self._steps_s, self._since = self.steps_s, None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
 
     def start(self, at: Moment) -> None:
         """The training begins, or resumes."""
         self._trackers.start(self.lines)
-        self._started = self._last_time = time.perf_counter()
+        self._started = self._since = time.perf_counter()
+        self._first_s = self._last_s = self._steps_s
         self._first, self._last_tokens = at, at.tokens
 
     def add_loss(self, at: Moment, loss: float | None, learning_rate: float, grad_norm: float) -> None:
         """A line with the mean loss of the steps since the last one; None where all of them were left out."""
-        now = time.perf_counter()
-        tokens_per_s = (at.tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
+        now = self.steps_s
+        tokens_per_s = (at.tokens - self._last_tokens) / max(now - self._last_s, 1e-9)
         line = StepMetrics(
             step=at.step,
             epoch=round(at.epoch, 4),
@@ -99,7 +118,7 @@ class Log:
             tokens_per_s=round(tokens_per_s, 1),
         )
         self._add(line)
-        self._last_time, self._last_tokens = now, at.tokens
+        self._last_s, self._last_tokens = now, at.tokens
         self._loss, self._rate = loss, learning_rate
         self.show(at, logged=True)
 
@@ -128,7 +147,7 @@ class Log:
                 steps=at.steps,
                 loss=self._loss,
                 learning_rate=self._rate,
-                tokens_per_s=(at.tokens - self._first.tokens) / elapsed,
+                tokens_per_s=(at.tokens - self._first.tokens) / max(self.steps_s - self._first_s, 1e-9),
                 memory_bytes=self._memory.update() if self._memory else 0,
                 eta_s=elapsed / done * (at.steps - at.step),
                 logged=logged,
@@ -139,9 +158,11 @@ class Log:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""
         lines = [line.model_dump() for line in self.lines]
-        return {"steps": lines, "train_s": self.train_s, "loss": self._loss, "rate": self._rate}
+        seconds = {"train_s": self.train_s, "steps_s": self.steps_s}
+        return {"steps": lines, **seconds, "loss": self._loss, "rate": self._rate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a `state_dict`."""
         self.lines[:] = [StepMetrics(**line) for line in state["steps"]]
-        self._before_s, self._loss, self._rate = state["train_s"], state["loss"], state["rate"]
+        self._before_s, self._steps_s = state["train_s"], state["steps_s"]
+        self._loss, self._rate = state["loss"], state["rate"]

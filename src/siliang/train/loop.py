@@ -270,7 +270,8 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """The metrics of the held-out rows, with `loss`. They are logged, and may be the best so far."""
-        metrics = self.measure()
+        with self.log.paused():
+            metrics = self.measure()
         self._evaluated = (self.step, metrics)
         self.log.add_evaluation(self.moment, metrics)
         t = self.prepared.config.train
@@ -321,15 +322,16 @@ class Training:
     def save(self) -> None:
         """Writes a checkpoint of this step; every rank must call this."""
         run, started = self.prepared, time.perf_counter()
-        save_checkpoint(
-            run.folder / CHECKPOINTS,
-            run.model,
-            full_tensors(self._state()),
-            keep=run.config.train.keep,
-            best=self.best.step if self.best and run.config.train.best else None,
-            is_main=run.ranks.is_main,
-        )
-        run.ranks.wait()
+        with self.log.paused():
+            save_checkpoint(
+                run.folder / CHECKPOINTS,
+                run.model,
+                full_tensors(self._state()),
+                keep=run.config.train.keep,
+                best=self.best.step if self.best and run.config.train.best else None,
+                is_main=run.ranks.is_main,
+            )
+            run.ranks.wait()
         self._timer.saved(time.perf_counter() - started)
 
     def _state(self) -> dict[str, Any]:

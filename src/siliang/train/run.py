@@ -148,7 +148,7 @@ def _train(run: Run, started: float, *, checkpoint: Path | None) -> Record:
 def _record_steps(training: Training, memory: PeakMemory) -> None:
     """Writes the steps into the record."""
     record = training.prepared.record
-    record.seconds.train = round(training.log.train_s, 3)
+    record.seconds.train, record.seconds.steps = round(training.log.train_s, 3), round(training.log.steps_s, 3)
     record.steps, record.tokens_trained = training.log.lines, training.tokens_trained
     record.passed_over = training.guard.skipped
     record.memory.loaded_bytes = memory.start_bytes

@@ -49,6 +49,7 @@ class _Guard(Part):
 class _Log(Part):
     steps: list[StepMetrics]
     train_s: Positive
+    steps_s: Positive
     loss: Number | None
     rate: Rate | None
 
