@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from siliang.methods.head import HeadConfig
     from siliang.methods.ia3 import IA3Config
     from siliang.methods.ln_tuning import LNTuningConfig
+    from siliang.methods.loha import LoHaConfig
     from siliang.methods.lora import LoraConfig
+    from siliang.methods.oft import OFTConfig
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -45,7 +47,9 @@ _HOME = {
     "HeadConfig": "siliang.methods.head",
     "IA3Config": "siliang.methods.ia3",
     "LNTuningConfig": "siliang.methods.ln_tuning",
+    "LoHaConfig": "siliang.methods.loha",
     "LoraConfig": "siliang.methods.lora",
+    "OFTConfig": "siliang.methods.oft",
     "PeftConfig": "siliang.methods.config",
     "PeftModel": "siliang.peft_api.model",
     "PeftModelForCausalLM": "siliang.peft_api.model",
@@ -75,7 +79,9 @@ __all__ = [
     "HeadConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LoHaConfig",
     "LoraConfig",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

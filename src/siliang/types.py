@@ -24,6 +24,8 @@ class PeftType(StrEnum):
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
+    LOHA = "LOHA"
+    OFT = "OFT"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

@@ -10,8 +10,10 @@ from siliang.methods.full import Full
 from siliang.methods.head import Head, HeadConfig
 from siliang.methods.ia3 import IA3, IA3Config
 from siliang.methods.ln_tuning import LNTuning, LNTuningConfig
+from siliang.methods.loha import LoHa, LoHaConfig
 from siliang.methods.lora import Lora, LoraConfig
 from siliang.methods.method import Method
+from siliang.methods.oft import OFT, OFTConfig
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
@@ -23,6 +25,8 @@ METHODS: dict[str, AnyMethod] = {
     method.name: method
     for method in (
         Lora(),
+        LoHa(),
+        OFT(),
         IA3(),
         LNTuning(),
         BitFit(),
@@ -77,8 +81,10 @@ __all__ = [
     "HeadConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LoHaConfig",
     "LoraConfig",
     "Method",
+    "OFTConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

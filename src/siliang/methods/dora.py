@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siliang.methods.layer import BaseForward, Layer
+from siliang.methods.layer import BaseForward, Layer, Weight
 from siliang.methods.low_rank import LoraSpec, LowRankLinear
 from siliang.models.introspect import as_stored, features, out_by_in
 from siliang.models.quantized import float_weight
@@ -32,7 +32,7 @@ class DoraLinear(LowRankLinear):
 
     def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         super().__init__(layer, name, spec)
-        self.add_part("lora_magnitude_vector", Magnitude(self._norm().to(self.A.dtype)))
+        self.add_part("lora_magnitude_vector", Weight(self._norm().to(self.A.dtype)))
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """y + (c - 1) (y - b_W) + c s B A x with c = m / |W + s B A|: section 4.3, as a difference,
@@ -66,7 +66,7 @@ class DoraLinear(LowRankLinear):
 
     @property
     def m(self) -> Tensor:
-        return self.module("lora_magnitude_vector", Magnitude).weight
+        return self.module("lora_magnitude_vector", Weight).weight
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {k.replace("vector.weight", "vector"): p for k, p in super().parameters().items()}
@@ -80,11 +80,3 @@ class DoraLinear(LowRankLinear):
         own = self.residual if self.residual is not None else self.layer.base_parameter("weight")
         W_OI = float_weight(base) if own is base.weight and self.residual is None else out_by_in(base, own)
         return torch.linalg.norm(W_OI.to(A.dtype) + self.delta(), dim=1)
-
-
-class Magnitude(nn.Module):
-    """m, (O,): a module, because PEFT calls the parameter `lora_magnitude_vector.<adapter>.weight`."""
-
-    def __init__(self, m: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(m)

@@ -153,6 +153,14 @@ class Layer(Protocol):
 MakeAdapter: TypeAlias = Callable[[Layer, str, Mapping[str, Tensor]], LayerAdapter]
 
 
+class Weight(nn.Module):
+    """A parameter that the file calls `<part>.weight`."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(start)
+
+
 def trained_dtype(reference: Tensor) -> torch.dtype:
     """The dtype to train with a base parameter: fp32 where that is in half precision, in which Adam's steps would
     vanish.

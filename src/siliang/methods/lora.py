@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.bitfit import bias_paths
-from siliang.methods.config import CONFIG_NAME, LayerConfig
+from siliang.methods.config import CONFIG_NAME
 from siliang.methods.dora import DoraLinear
 from siliang.methods.find_targets import Blocks, find_targets
 from siliang.methods.layer import BaseForward, MakeAdapter
+from siliang.methods.layer_method import BlocksConfig
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.low_rank import LoraSpec, LowRank, LowRankLinear
@@ -76,7 +77,7 @@ class LoraLinear(LowRankLinear):
 
 
 @dataclass(kw_only=True)
-class LoraConfig(LayerConfig):
+class LoraConfig(BlocksConfig):
     """LoRA's settings, with PEFT's names and defaults.
 
     Attributes:
@@ -92,8 +93,6 @@ class LoraConfig(LayerConfig):
             random, for tests. "pissa" (or "pissa_niter_4", faster), "olora": A and B take the weight's main directions,
             and the base weight keeps the rest. "loftq": the base weight is quantized, A and B correct the error.
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
-        layers_to_transform: Indices of the blocks to tune; None for all.
-        layers_pattern: Name of the list that the indices count in ("layers", "h"); None for any.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
         alpha_pattern: lora_alpha likewise.
     """
@@ -108,8 +107,6 @@ class LoraConfig(LayerConfig):
     lora_bias: bool = False
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = field(default_factory=dict)
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -168,14 +165,6 @@ class LoraConfig(LayerConfig):
                 )
         if self.use_dora and self.lora_bias:
             raise ConfigError("use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern is set without layers_to_transform: name the layers, or leave both out.")
-        targets = self.target_modules
-        if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
-            raise ConfigError(
-                "layers_to_transform is for target_modules by name: with a regular expression, as here, write the "
-                "layers' numbers into it."
-            )
 
     @classmethod
     def from_dict(cls, values: dict[str, object], *, source: str = CONFIG_NAME) -> Self:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -270,6 +271,25 @@ def features(layer: Any) -> tuple[int, int]:
     if is_transposed(layer):
         return layer.weight.shape[0], layer.weight.shape[1]
     return layer.in_features, layer.out_features
+
+
+def is_convolution(layer: nn.Module) -> bool:
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+    return isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def flat_features(layer: nn.Module) -> tuple[int, int]:
+    """(I, O) of the weight as a matrix: a convolution's I counts the places of its window too."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return layer.weight[0].numel(), layer.weight.shape[0]
+    return features(layer)
+
+
+def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What `layer` would give with another weight, (O, I) or a convolution's, and without its bias."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return F.linear(x, weight)
+    return type(layer)._conv_forward(layer, x, weight, None)  # pads as the layer does
 
 
 def out_by_in(layer: nn.Module, weight: Tensor) -> Tensor:

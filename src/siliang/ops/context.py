@@ -18,10 +18,15 @@ class Context(Protocol):
         """Keeps tensors, to be read from `saved_tensors`."""
 
 
-class LoraContext(Context, Protocol):
-    """Of `lora_linear`: the scaling, the probability of dropout, and the dtype of the bias."""
+class ScaledContext(Context, Protocol):
+    """Of a function with a scaling."""
 
     s: float
+
+
+class LoraContext(ScaledContext, Protocol):
+    """Of `lora_linear`: also the probability of dropout, and the dtype of the bias."""
+
     p: float
     bias: torch.dtype | None
 

@@ -1,0 +1,65 @@
+"""The family of methods that add to a layer's weight: y = (W + ΔW) x + b. A method writes ΔW.
+
+Shapes: W, ΔW (O, I), of a convolution as its weight is; x (T, I) with any leading dimensions; I in, O out.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siliang.methods.layer import BaseForward, LayerAdapter
+from siliang.models.introspect import apply_weight, as_stored, is_linear
+from siliang.models.quantized import float_weight, is_quantized
+
+
+class Additive(LayerAdapter):
+    """ΔW on a layer. A method writes `delta`, and `update` where ΔW x can be had without ΔW.
+
+    Attributes:
+        dropout_p: The probability of zeroing an input of ΔW during training.
+    """
+
+    dropout_p: float = 0.0
+
+    @abstractmethod
+    def delta(self) -> Tensor:
+        """ΔW, (O, I), or in the shape of a convolution's weight. In fp32 where the base weight is half."""
+
+    def update(self, x: Tensor) -> Tensor:
+        """ΔW x, (T, O), in the dtype of `x` (T, I)."""
+        return apply_weight(self.layer.base_layer, x, self.training_delta().to(x.dtype))
+
+    def training_delta(self) -> Tensor:
+        """`delta`, with the method's own dropout during training."""
+        return self.delta()
+
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        """y + ΔW x; where ΔW is formed anyway, (W + ΔW) x in one product."""
+        dropout_p = self.dropout_p if self.layer.training else 0.0
+        if self._forms_delta and not dropout_p and base_forward.is_base_layer and self._is_full_precision(x):
+            base = self.layer.base_layer
+            y = apply_weight(base, x, float_weight(base) + self.training_delta())
+            return y if base.bias is None else y + base.bias
+        y = base_forward(x)
+        return y + self.update(F.dropout(x, dropout_p)).to(y.dtype)
+
+    def merged(self) -> dict[str, Tensor]:
+        """W + ΔW, in fp32 where W is half: it is rounded once, at the end."""
+        base = self.layer.base_layer
+        W = float_weight(base)
+        return {"weight": as_stored(base, W.to(torch.promote_types(W.dtype, torch.float32)) + self.delta())}
+
+    @property
+    def _forms_delta(self) -> bool:
+        return type(self).update is Additive.update
+
+    def _is_full_precision(self, x: Tensor) -> bool:
+        """W + ΔW is as exact as W: in half precision a small ΔW would be rounded away."""
+        base = self.layer.base_layer
+        if not is_linear(base) or is_quantized(base) or torch.is_autocast_enabled(x.device.type):
+            return False
+        return x.dtype == base.weight.dtype and x.dtype in (torch.float32, torch.float64)

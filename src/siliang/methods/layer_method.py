@@ -1,0 +1,106 @@
+"""The methods that put an adapter on each of the layers that a config names. What a method of this kind adds is how one
+layer's adapter is made, and what the layers share.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from siliang.methods.config import LayerConfig
+from siliang.methods.find_targets import Blocks, find_targets
+from siliang.methods.layer import Layer, LayerAdapter, MakeAdapter
+from siliang.methods.layer_patterns import LayerPatterns
+from siliang.methods.method import Method, Parts, SharedSpec
+from siliang.methods.targets import LORA_TARGETS
+from siliang.models.introspect import is_linear
+from siliang.types import ConfigError
+
+
+@dataclass(kw_only=True)
+class BlocksConfig(LayerConfig):
+    """The config of a method that may work on some of the model's numbered layers (its blocks).
+
+    Attributes:
+        layers_to_transform: Indices of the blocks to tune; None for all.
+        layers_pattern: Name of the list that the indices count in ("layers", "h"); None for any.
+    """
+
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern is set without layers_to_transform: name the layers, or leave both out.")
+        targets = self.target_modules
+        if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
+            raise ConfigError(
+                "layers_to_transform is for target_modules by name: with a regular expression, as here, write the "
+                "layers' numbers into it."
+            )
+
+
+B = TypeVar("B", bound=LayerConfig)
+
+
+class LayerMethod(Method[B]):
+    """A method whose adapter on a layer follows from the config and the layer.
+
+    Attributes:
+        patterns: The settings that a layer may have a value of its own for, by the field that holds those by name, such
+            as {"rank_pattern": "r"}.
+    """
+
+    patterns: ClassVar[Mapping[str, str]] = {}
+    default_targets = LORA_TARGETS
+
+    @abstractmethod
+    def make(self, config: B, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LayerAdapter:
+        """Makes adapter `name` on a layer.
+
+        Args:
+            config: The layer's own: with the values that patterns have for it.
+            shared: The tensors of `shared`.
+        """
+
+    def supports(self, layer: nn.Module) -> bool:
+        """Whether the method works on layers of this kind."""
+        return is_linear(layer)
+
+    def shared(self, config: B, layers: Mapping[str, nn.Module]) -> Mapping[str, SharedSpec]:
+        """The tensors that all layers of an adapter share.
+
+        Args:
+            layers: The layers that it is on, by path.
+        """
+        return {}
+
+    def attach(self, model: nn.Module, config: B, *, saved: Sequence[str], from_file: bool) -> Parts:
+        blocks = Blocks.of(getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None))
+        paths = find_targets(
+            model,
+            config,
+            self.supports,
+            defaults=self.default_targets,
+            outside=saved,
+            lenient=from_file,
+            blocks=blocks,
+        )
+        own: dict[str, B] = dict.fromkeys(paths, config)
+        for field, setting in self.patterns.items():
+            found = LayerPatterns(field, getattr(config, field), paths)
+            if not from_file:
+                found.check_effect()
+            setattr(config, field, found.in_any_order())
+            for path, value in found.values.items():
+                own[path] = copy.copy(own[path])
+                setattr(own[path], setting, value)
+        layers: dict[str, MakeAdapter] = {path: partial(self.make, own[path]) for path in paths}
+        return Parts(layers=layers, shared=self.shared(config, {path: model.get_submodule(path) for path in paths}))

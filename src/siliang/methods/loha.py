@@ -1,0 +1,72 @@
+"""LoHa: FedPara, Low-Rank Hadamard Product for Communication-Efficient Federated Learning (Hyeon-Woo et al., 2022,
+arXiv:2108.06098).
+
+    y = W x + s (A1 B1 * A2 B2) x        s = alpha / r,  B2 = 0: at the start y = W x exactly
+
+The elementwise product of two matrices of rank R has rank up to R squared.
+
+Shapes: W (O, I), A1, A2 (O, R), B1, B2 (R, I); I in, O out, R = r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from siliang.language import Bilingual
+from siliang.methods.layer import Layer, trained_dtype
+from siliang.methods.layer_method import LayerMethod
+from siliang.methods.lycoris import LycorisAdapter, LycorisConfig
+from siliang.models.introspect import flat_features
+from siliang.ops.hadamard import low_rank_hadamard
+from siliang.types import PeftType
+
+
+@dataclass(kw_only=True)
+class LoHaConfig(LycorisConfig):
+    """LoHa's settings, with PEFT's names and defaults."""
+
+    peft_type: ClassVar[str] = PeftType.LOHA
+    UNSUPPORTED: ClassVar[dict[str, object]] = {"use_effective_conv2d": False}
+
+
+class LoHaLayer(LycorisAdapter):
+    """LoHa on a layer: `hada_w1_a.<adapter>` (O, R), `hada_w1_b` (R, I), and `hada_w2_a`, `hada_w2_b` likewise."""
+
+    def __init__(self, config: LoHaConfig, layer: Layer, name: str) -> None:
+        in_features, out_features = flat_features(layer.base_layer)
+        shapes = {"a": (out_features, config.r), "b": (config.r, in_features)}
+        weight = layer.base_layer.weight
+        parts: dict[str, nn.Module | nn.Parameter] = {}
+        for key in ("w1_a", "w1_b", "w2_a", "w2_b"):
+            start = torch.empty(shapes[key[-1]], device=weight.device, dtype=trained_dtype(weight))
+            if key == "w2_b" and config.init_weights:
+                nn.init.zeros_(start)
+            else:
+                nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+            parts[f"hada_{key}"] = nn.Parameter(start)
+        super().__init__(config, layer, name, parts)
+
+    def delta(self) -> Tensor:
+        """s (A1 B1 * A2 B2), in the shape of the layer's weight."""
+        A1, B1, A2, B2 = (self.part(f"hada_{key}") for key in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        return self.as_weight(low_rank_hadamard(A1, B1, A2, B2, self.s))
+
+
+class LoHa(LayerMethod[LoHaConfig]):
+    """Elementwise products of two low-rank updates."""
+
+    name = "loha"
+    config = LoHaConfig
+    learning_rate = 1e-3
+    learning_rate_source = Bilingual("not measured yet", "尚未实测")
+    trains = Bilingual("elementwise products of two low-rank updates", "两个低秩更新的逐元素乘积")
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+
+    def make(self, config: LoHaConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LoHaLayer:
+        return LoHaLayer(config, layer, name)

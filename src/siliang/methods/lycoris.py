@@ -1,0 +1,77 @@
+"""What LoHa and LoKr share: an addition to the weight with a rank, a scaling, and two kinds of dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from siliang.methods.additive import Additive
+from siliang.methods.layer import BaseForward, Layer
+from siliang.methods.layer_method import BlocksConfig
+from siliang.types import ConfigError
+
+
+@dataclass(kw_only=True)
+class LycorisConfig(BlocksConfig):
+    """The settings that LoHa and LoKr share.
+
+    Attributes:
+        r: Rank.
+        alpha: Numerator of the scaling alpha / r.
+        rank_dropout: Probability of zeroing a row of the update during training.
+        module_dropout: Probability of leaving a layer's whole update out during training.
+        init_weights: The update is zero at the start. False: random, for tests.
+        rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
+        alpha_pattern: alpha likewise.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    init_weights: bool = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank_dropout", "module_dropout"):
+            if not 0.0 <= (p := getattr(self, name)) < 1.0:
+                raise ConfigError(f"{name} = {p!r}: must be at least 0 and less than 1.")
+        if low := [key for key, r in self.rank_pattern.items() if not 1 <= r <= self.MOST]:
+            raise ConfigError(f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be 1 to {self.MOST:,}.")
+
+
+class LycorisAdapter(Additive):
+    """An update of the weight with scaling s."""
+
+    def __init__(
+        self, config: LycorisConfig, layer: Layer, name: str, parts: Mapping[str, nn.Module | nn.Parameter]
+    ) -> None:
+        super().__init__(layer, name, parts)
+        self.s = config.alpha / config.r
+        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+
+    def as_weight(self, delta: Tensor) -> Tensor:
+        """An update (O, I) in the shape of the layer's weight, which a convolution has with its window."""
+        base = self.layer.base_layer
+        return delta if delta.dim() == base.weight.dim() else delta.reshape(base.weight.shape)
+
+    def training_delta(self) -> Tensor:
+        """ΔW, of which `rank_dropout` zeroes rows; the others grow so that their mean stays."""
+        delta = self.delta()
+        if not (self.rank_dropout and self.layer.training):
+            return delta
+        kept = (torch.rand(len(delta), device=delta.device) > self.rank_dropout).to(delta.dtype)
+        return delta * (kept / kept.mean()).view(-1, *[1] * (delta.dim() - 1))
+
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        if self.module_dropout and self.layer.training and torch.rand(()) <= self.module_dropout:
+            return base_forward(x)
+        return super().forward(x, base_forward)

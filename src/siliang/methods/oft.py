@@ -1,0 +1,161 @@
+"""OFT: Orthogonal Finetuning (Qiu et al., 2023, arXiv:2306.07280), on the layer's input, with the Cayley-Neumann series
+of OFTv2 (Qiu et al., 2025, arXiv:2506.19847).
+
+    y = W (R x) + b        R = diag(R_1 ... R_n), R_i the Cayley transform of a skew-symmetric Q_i,
+                           as a series of k terms: 1 + 2 Q + ... + 2 Q^(k-2) + Q^(k-1)
+
+R turns x and leaves lengths and angles as they are. Q = 0 at the start, so R = 1.
+
+Shapes: x (T, I), R_i (S, S), the upper triangle of each Q_i in oft_R (N, S (S - 1) / 2); I = N S.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from siliang.language import Bilingual
+from siliang.methods.layer import Layer, Weight, trained_dtype
+from siliang.methods.layer_method import BlocksConfig, LayerMethod
+from siliang.methods.transforms import InputTransform
+from siliang.models.introspect import features
+from siliang.types import ConfigError, PeftType
+
+
+@dataclass(kw_only=True)
+class OFTConfig(BlocksConfig):
+    """OFT's settings, with PEFT's names and defaults.
+
+    Attributes:
+        r: Number of blocks; 0 where oft_block_size is set.
+        oft_block_size: Size of a block; 0 where r is set. The nearest size that divides I is taken.
+        module_dropout: Share of the blocks that do not turn during training.
+        fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
+        bias: "none", the one that siliang has.
+        init_weights: Start from R = 1. False: from random turns, for tests.
+        coft: Keep each Q within a norm of eps / sqrt(N).
+        eps: That bound.
+        block_share: One block for all places.
+        use_cayley_neumann: The series; False: the inverse itself, which is slower, and orthogonal to the last digit.
+        num_cayley_neumann_terms: k of the series.
+    """
+
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none"] = "none"
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    peft_type: ClassVar[str] = PeftType.OFT
+    AT_LEAST_1: ClassVar[tuple[str, ...]] = ("num_cayley_neumann_terms",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.r, self.oft_block_size) != 0 or max(self.r, self.oft_block_size) < 1:
+            raise ConfigError(
+                f"r = {self.r} and oft_block_size = {self.oft_block_size}: set one of them, and the other to 0 "
+                "(their product is the layer's width)."
+            )
+        if not 0.0 <= self.module_dropout < 1.0:
+            raise ConfigError(f"module_dropout = {self.module_dropout!r}: must be at least 0 and less than 1.")
+
+
+class OFTLayer(InputTransform):
+    """OFT on a linear layer: `oft_R.<adapter>.weight`, (N, S (S - 1) / 2), or (1, ...) where blocks are shared."""
+
+    def __init__(self, config: OFTConfig, layer: Layer, name: str) -> None:
+        in_features, _ = features(layer.base_layer)
+        wanted = config.r or config.oft_block_size
+        found = _nearest_divisor(in_features, wanted)
+        if found != wanted and layer.base_layer.weight.device.type != "meta":
+            key = "r" if config.r else "oft_block_size"
+            warnings.warn(f"{key} = {wanted} does not divide {in_features} inputs: {found} is taken.", stacklevel=2)
+        self.blocks, self.size = (found, in_features // found) if config.r else (in_features // found, found)
+        self.config = config
+        weight = layer.base_layer.weight
+        shape = (1 if config.block_share else self.blocks, self.size * (self.size - 1) // 2)
+        start = torch.zeros(shape, device=weight.device, dtype=trained_dtype(weight))
+        if not config.init_weights:
+            nn.init.normal_(start, std=0.1)
+        super().__init__(layer, name, {"oft_R": Weight(start)})
+
+    def transform(self, x_TI: Tensor) -> Tensor:
+        """R x, block by block."""
+        R_NSS = self.rotations().to(x_TI.dtype)
+        x_TNS = x_TI.reshape(*x_TI.shape[:-1], self.blocks, self.size)
+        return torch.einsum("...ns,nst->...nt", x_TNS, R_NSS.expand(self.blocks, -1, -1)).reshape(x_TI.shape)
+
+    def rotations(self) -> Tensor:
+        """The blocks of R, (N, S, S), or (1, S, S); rows are inputs."""
+        vectors = self.module("oft_R", Weight).weight
+        if self.config.coft:
+            with torch.no_grad():
+                vectors.copy_(self._within_bound(vectors))
+        Q_NSS = _skew_symmetric(vectors, self.size)
+        terms = self.config.num_cayley_neumann_terms if self.config.use_cayley_neumann else None
+        R_NSS = cayley(Q_NSS, terms)
+        dropped = int(self.config.module_dropout * len(R_NSS))
+        if self.layer.training and dropped and len(R_NSS) > 1:
+            still = torch.randperm(len(R_NSS), device=R_NSS.device)[:dropped]
+            R_NSS = R_NSS.index_copy(0, still, torch.eye(self.size).to(R_NSS).expand(dropped, -1, -1))
+        return R_NSS
+
+    def _within_bound(self, vectors: Tensor) -> Tensor:
+        """The nearest Q of a norm of at most eps / sqrt(N)."""
+        bound = self.config.eps / len(vectors) ** 0.5
+        norms = vectors.norm(dim=1, keepdim=True) * 2**0.5  # of Q, which has each number twice
+        return torch.where(norms <= bound, vectors, bound * vectors / norms)
+
+
+class OFT(LayerMethod[OFTConfig]):
+    """Rotations of the inputs of linear layers."""
+
+    name = "oft"
+    config = OFTConfig
+    learning_rate = 1e-3
+    learning_rate_source = Bilingual("not measured yet", "尚未实测")
+    trains = Bilingual("rotations of the inputs of chosen linear layers", "所选线性层输入的旋转")
+
+    def make(self, config: OFTConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> OFTLayer:
+        return OFTLayer(config, layer, name)
+
+
+def cayley(Q_NSS: Tensor, terms: int | None) -> Tensor:
+    """The orthogonal matrices of skew-symmetric ones, as PEFT has them: the first `terms` of (1 + Q)(1 - Q)^-1 as a
+    series, of which the last counts once and 3 are taken as 4; None for (1 - Q)(1 + Q)^-1 itself.
+    """
+    one = torch.eye(Q_NSS.shape[-1], dtype=Q_NSS.dtype, device=Q_NSS.device)
+    if terms is None:
+        return torch.linalg.solve(one + Q_NSS, one - Q_NSS, left=False)
+    if terms <= 2:
+        return one + 2 * Q_NSS if terms == 2 else one.expand_as(Q_NSS)
+    R_NSS, power_NSS = one + 2 * Q_NSS, Q_NSS
+    highest = max(terms, 4) - 1
+    for exponent in range(2, highest + 1):
+        power_NSS = power_NSS @ Q_NSS
+        R_NSS = R_NSS + (power_NSS if exponent == highest else 2 * power_NSS)
+    return R_NSS
+
+
+def _skew_symmetric(vectors: Tensor, size: int) -> Tensor:
+    """(N, S, S) from the numbers above the diagonals, (N, S (S - 1) / 2)."""
+    rows, columns = torch.triu_indices(size, size, 1, device=vectors.device)
+    above = vectors.new_zeros(len(vectors), size * size).index_copy(1, rows * size + columns, vectors)
+    above_NSS = above.view(-1, size, size)
+    return above_NSS - above_NSS.transpose(1, 2)
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`, of two the smaller."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
