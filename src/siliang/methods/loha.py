@@ -63,8 +63,8 @@ class LoHa(LayerMethod[LoHaConfig]):
 
     name = "loha"
     config = LoHaConfig
-    learning_rate = 1e-3
-    learning_rate_source = Bilingual("not measured yet", "尚未实测")
+    learning_rate = 5e-4
+    learning_rate_source = Bilingual("as LoRA, whose scaling it has; not measured yet", "同 LoRA（缩放相同）；尚未实测")
     trains = Bilingual("elementwise products of two low-rank updates", "两个低秩更新的逐元素乘积")
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 

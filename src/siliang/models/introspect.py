@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn.functional as F
@@ -289,7 +289,8 @@ def apply_weight(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """What `layer` would give with another weight, (O, I) or a convolution's, and without its bias."""
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return F.linear(x, weight)
-    return type(layer)._conv_forward(layer, x, weight, None)  # pads as the layer does
+    forward = cast(Callable[[Tensor, Tensor, None], Tensor], layer._conv_forward)  # pads as the layer does
+    return forward(x, weight, None)
 
 
 def out_by_in(layer: nn.Module, weight: Tensor) -> Tensor:

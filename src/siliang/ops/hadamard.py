@@ -32,7 +32,8 @@ class _Hadamard(torch.autograd.Function):
         return (A1 @ B1).mul_(A2 @ B2).mul_(s)
 
     @staticmethod
-    def backward(ctx: ScaledContext, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: ScaledContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = gradients
         A1, B1, A2, B2 = ctx.saved_tensors
         grad1 = (A2 @ B2).mul_(grad).mul_(ctx.s)
         grad_A1, grad_B1 = grad1 @ B1.T, A1.T @ grad1
