@@ -58,7 +58,7 @@ def values(node: ast.expr) -> set[str]:
     """The names of the values that a text shows; `more_zh`, the Chinese of `more`, is the same value."""
     found = [part for part in ast.walk(node) if isinstance(part, ast.FormattedValue)]
     names = {n.id for part in found for n in ast.walk(part.value) if isinstance(n, ast.Name)}
-    return {name.removesuffix("_zh") for name in names} - {"local", "len", "str"}
+    return {name.removesuffix("_zh") for name in names} - {"local", "len", "str", "message_of"}
 
 
 def test_pairs_say_the_same() -> None:

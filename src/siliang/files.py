@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from siliang.language import Bilingual, local
 from siliang.paths import inside, is_link, is_real_folder
 from siliang.safety.safe_json import read_json
 from siliang.secrets import HIDDEN, without_secrets
-from siliang.types import ConfigError
+from siliang.types import ConfigError, message_of
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -170,19 +171,24 @@ def find_damage(folder: Path) -> str | None:
         for name, wanted in listed.items():
             path = inside(folder, name, source=MANIFEST)
             if not path.is_file():
-                return f"{name} is missing"
+                return Bilingual(f"{name} is missing", f"缺少 {name}")
             if path.stat().st_size != wanted["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes, not {wanted['bytes']:,}"
+                size, was = path.stat().st_size, wanted["bytes"]
+                return Bilingual(
+                    f"{name} has {size:,} bytes, not {was:,}", f"{name} 有 {size:,} 字节，应为 {was:,} 字节"
+                )
             if sha256(path) != wanted["sha256"]:
-                return f"{name} has changed since it was written"
+                return Bilingual(f"{name} has changed since it was written", f"{name} 写成之后被改动过")
     except ConfigError as error:
-        return str(error).rstrip(".")
+        said = message_of(error)
+        return Bilingual(said.rstrip("."), local(said, "zh").rstrip(".。"))
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
+        return Bilingual(f"{MANIFEST} is missing", f"缺少 {MANIFEST}")
     except OSError as error:
-        return f"it cannot be read: {error.strerror or error}"
+        why = error.strerror or error
+        return Bilingual(f"it cannot be read: {why}", f"无法读取：{why}")
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
+        return Bilingual(f"{MANIFEST} is damaged", f"{MANIFEST} 已损坏")
     return None
 
 

@@ -81,7 +81,12 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
         MergeError: There are no samples to prove it on.
     """
     if not samples:
-        raise MergeError("A merge is proved on samples of the data, and there are none.")
+        raise MergeError(
+            Bilingual(
+                "A merge is proved on samples of the data, and there are none.",
+                "合并要用数据中的样本来验证，而这里没有样本。",
+            )
+        )
     model.eval()
     dtype = next(p.dtype for p in model.get_base_model().parameters() if p.is_floating_point())
     kept = [_last(model(**sample)) for sample in samples]

@@ -211,18 +211,31 @@ class RecordError(ConfigError):
         self.later = later
 
 
+def message_of(error: object) -> str:
+    """What an error says, or a text itself; with its Chinese where it has one, which str(error) loses."""
+    if isinstance(error, SiliangError):
+        return error.text
+    arguments = error.args if isinstance(error, BaseException) else (error,)
+    return arguments[0] if arguments and isinstance(arguments[0], Bilingual) else str(error)
+
+
 def first_line(error: object, *, kind: bool = False) -> str:
-    """What an error says, in a line; the name of its kind where it says nothing.
+    """What an error says, in a line, with its Chinese where it has one; the name of its kind where it says nothing.
 
     Args:
         error: Or its text.
         kind: With the name of its kind in front.
     """
-    said, _, more = str(error).strip().partition("\n")
-    if said.rstrip().endswith(":") and more:  # what is wrong stands in the next line
+    name, text = "" if isinstance(error, str) else type(error).__name__, message_of(error)
+    en = _first_line(str(text), name, kind=kind)
+    return Bilingual(en, _first_line(text.zh, name, kind=kind)) if isinstance(text, Bilingual) else en
+
+
+def _first_line(text: str, name: str, *, kind: bool) -> str:
+    said, _, more = text.strip().partition("\n")
+    if said.rstrip().endswith((":", "：")) and more:  # what is wrong stands in the next line
         said += f" {more.strip().splitlines()[0]}"
     said = said.rstrip()
-    name = "" if isinstance(error, str) else type(error).__name__
     return ": ".join(part for part in (name if kind or not said else "", said) if part)
 
 

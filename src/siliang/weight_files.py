@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from siliang.language import Bilingual
 from siliang.safety.safe_json import parse_json
 from siliang.secrets import shortened
 
@@ -49,14 +50,21 @@ def check_tensors(tensors: object, file_bytes: int) -> None:
         ValueError: They are not.
     """
     if not isinstance(tensors, dict):
-        raise ValueError("it holds no dictionary of tensors")
+        raise ValueError(Bilingual("it holds no dictionary of tensors", "其中没有张量的字典"))
     total = 0
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            raise ValueError(f"{shortened(name, 80)!r} is not a plain tensor")
+            raise ValueError(
+                Bilingual(f"{shortened(name, 80)!r} is not a plain tensor", f"{shortened(name, 80)!r} 不是普通张量")
+            )
         total += tensor.nbytes
         if tensor.device.type != "cpu" or tensor.is_quantized or total > file_bytes:
-            raise ValueError(f"{shortened(name, 80)!r} has more numbers than the file")
+            raise ValueError(
+                Bilingual(
+                    f"{shortened(name, 80)!r} has more numbers than the file",
+                    f"{shortened(name, 80)!r} 的元素比文件还多",
+                )
+            )
 
 
 def _check_safetensors(path: Path) -> None:
@@ -64,15 +72,19 @@ def _check_safetensors(path: Path) -> None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, MOST_HEADER_BYTES):
-            raise ValueError("its header is longer than the file, or than any model's")
+            raise ValueError(
+                Bilingual("its header is longer than the file, or than any model's", "文件头比文件或任何模型的都长")
+            )
         header = parse_json(file.read(length).decode("utf-8"), foreign=True)
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
-        raise ValueError("its header is not a table of tensors")
+        raise ValueError(Bilingual("its header is not a table of tensors", "文件头不是张量表"))
     # that shapes, types and places agree, and nothing overlaps, safetensors itself sees to
     for name, entry in header.items():
         shape = entry.get("shape", []) if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= size for n in shape):
-            raise ValueError(f"{shortened(name, 80)!r} is larger than the file")
+            raise ValueError(
+                Bilingual(f"{shortened(name, 80)!r} is larger than the file", f"{shortened(name, 80)!r} 比文件还大")
+            )
 
 
 def _check_zip(path: Path) -> None:
@@ -82,15 +94,23 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries):
-                raise ValueError("something in it is compressed, which torch does not do")
+                raise ValueError(
+                    Bilingual(
+                        "something in it is compressed, which torch does not do", "其中有压缩的内容，torch 不会压缩"
+                    )
+                )
             if sum(e.file_size for e in entries) > size or len({e.filename for e in entries}) != len(entries):
-                raise ValueError("what is in it overlaps")
+                raise ValueError(Bilingual("what is in it overlaps", "其中的内容相互重叠"))
             pickles = [e for e in entries if e.filename.endswith(("data.pkl", ".pickle"))]
             if len(pickles) != 1 or pickles[0].file_size > MOST_HEADER_BYTES:
-                raise ValueError("it holds no list of tensors, or one too long")
+                raise ValueError(
+                    Bilingual("it holds no list of tensors, or one too long", "其中没有张量列表，或列表过长")
+                )
             _check_pickle(archive.read(pickles[0]))
     except zipfile.BadZipFile:
-        raise ValueError("it is not torch's zip, as it has been written since torch 1.6") from None
+        raise ValueError(
+            Bilingual("it is not torch's zip, as it has been written since torch 1.6", "不是 torch 1.6 以来的 zip 格式")
+        ) from None
     except (NotImplementedError, RuntimeError, EOFError) as error:
         raise ValueError(str(error)) from None
 
@@ -98,10 +118,15 @@ def _check_zip(path: Path) -> None:
 def _check_pickle(data: bytes) -> None:
     for code, argument, _ in pickletools.genops(data):
         if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
-            raise ValueError("it names something else than tensors")
+            raise ValueError(Bilingual("it names something else than tensors", "其中不只有张量"))
         if code.name == "GLOBAL" and argument not in NAMES:
             home, _, name = str(argument).rpartition(" ")
             if home not in STORAGES or not (
                 name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
             ):
-                raise ValueError(f"it names {shortened(argument, 80)}, which is not a tensor")
+                raise ValueError(
+                    Bilingual(
+                        f"it names {shortened(argument, 80)}, which is not a tensor",
+                        f"其中有 {shortened(argument, 80)}，它不是张量",
+                    )
+                )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, LayerAdapter
 from siliang.methods.rows import Rows, by_row
 from siliang.models.quantized import is_quantized
@@ -150,8 +151,13 @@ class AdaptedLayer(nn.Module):
         here = [self._adapters[name] for name in names if name in self._adapters]
         if here and is_quantized(self.base_layer):
             raise MergeError(
-                "The base model is quantized, and rounding the merged weights to it again would change the answers: "
-                "load the base model in 16 bits, attach the adapter, and merge there (`siliang merge` does)."
+                Bilingual(
+                    "The base model is quantized, and rounding the merged weights to it again would change "
+                    "the answers: "
+                    "load the base model in 16 bits, attach the adapter, and merge there (`siliang merge` does).",
+                    "基座模型已量化，合并后的权重再次取整会改变输出：请以 16 位加载基座模型，"
+                    "接上适配器后再合并（`siliang merge` 就是这样做的）。",
+                )
             )
         for adapter in here:
             adapter.check_merge()
@@ -176,13 +182,23 @@ class AdaptedLayer(nn.Module):
             for name in here:
                 for key, value in self._adapters[name].merged().items():
                     if getattr(self.base_layer, key) is None:
-                        raise MergeError(f"Adapter {name!r} has a {key}, and the layer has none to merge it into.")
+                        raise MergeError(
+                            Bilingual(
+                                f"Adapter {name!r} has a {key}, and the layer has none to merge it into.",
+                                f"适配器 {name!r} 有 {key}，而该层没有可合并的位置。",
+                            )
+                        )
                     dtype = weight.dtype if isinstance(weight, Tensor) else self.base_parameter(key).dtype
                     # rounded once, at the end: the next adapter is merged in the wider dtype too
                     self._replace(key, nn.Parameter(value, requires_grad=False))
                     found[key] = nn.Parameter(value.to(dtype), requires_grad=False)
                     if safe and not torch.isfinite(found[key]).all():
-                        raise MergeError(f"Adapter {name!r} is broken: merged weights would not be finite.")
+                        raise MergeError(
+                            Bilingual(
+                                f"Adapter {name!r} is broken: merged weights would not be finite.",
+                                f"适配器 {name!r} 已损坏：合并后的权重会出现非有限值。",
+                            )
+                        )
         return found
 
     def set_merged(self, names: Sequence[str], parameters: dict[str, nn.Parameter]) -> None:

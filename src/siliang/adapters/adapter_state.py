@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from siliang.adapters.adapter import PROMPT_KEY, AttachedAdapter
 from siliang.adapters.injection import Injection
+from siliang.language import Bilingual
 from siliang.methods import method_of
 from siliang.methods.prompt import Prompt
 from siliang.models.introspect import output_layer, word_embeddings
@@ -48,7 +49,12 @@ def adapter_state(
             keys |= {id(t): key for key, t in tensors.items() if key == PROMPT_KEY}
             state_dict = {**state_dict, PROMPT_KEY: _prompt_of(adapter.prompt, name, state_dict)}
         if missing := [key for key, t in tensors.items() if keys.get(id(t), key) not in state_dict]:
-            raise AdapterError(f"state_dict lacks {len(missing)} tensors of adapter {name!r}, such as {missing[0]}.")
+            raise AdapterError(
+                Bilingual(
+                    f"state_dict lacks {len(missing)} tensors of adapter {name!r}, such as {missing[0]}.",
+                    f"state_dict 缺少适配器 {name!r} 的 {len(missing)} 个张量，例如 {missing[0]}。",
+                )
+            )
         tensors = {key: state_dict[keys.get(id(t), key)] for key, t in tensors.items()}
     tensors = method_of(adapter.config).to_file(adapter.config, tensors)
     return _with_embeddings(injection, adapter, tensors, wanted=embeddings)
@@ -59,7 +65,9 @@ def _prompt_of(prompt: Prompt, name: str, state_dict: dict[str, Tensor]) -> Tens
     start = f"prompt_encoder.{name}."
     own = {key.removeprefix(start): t for key, t in state_dict.items() if key.startswith(start)}
     if missing := sorted(prompt.state_dict().keys() - own.keys()):
-        raise AdapterError(f"state_dict lacks {start}{missing[0]}.")
+        raise AdapterError(
+            Bilingual(f"state_dict lacks {start}{missing[0]}.", f"state_dict 缺少 {start}{missing[0]}。")
+        )
     return functional_call(prompt, own, ())
 
 
@@ -76,7 +84,12 @@ def _with_embeddings(
         ConfigError: `wanted` is none of True, False and "auto".
     """
     if wanted not in (True, False, "auto"):
-        raise ConfigError(f"save_embedding_layers = {wanted!r}: must be True, False or 'auto'.")
+        raise ConfigError(
+            Bilingual(
+                f"save_embedding_layers = {wanted!r}: must be True, False or 'auto'.",
+                f"save_embedding_layers = {wanted!r}：只能是 True、False 或 'auto'。",
+            )
+        )
     with injection.bare() as base:
         ends = [path for path in embedding_parameters(base) if not inside(path, list(adapter.parts.modules))]
         keys = {adapter.parameter_key(path): base.get_parameter(path) for path in ends}

@@ -16,6 +16,7 @@ from siliang.adapters.modules_to_save import ModulesToSaveWrapper, resized_modul
 from siliang.adapters.parameter_override import ParameterOverride, Places, places_of, resized
 from siliang.adapters.table_rows import RowsAdapter, make_table_rows, tied_layers
 from siliang.adapters.tied_weights import replace_module
+from siliang.language import Bilingual
 from siliang.methods.method import TableRows
 from siliang.methods.rows import Rows
 from siliang.models.introspect import output_layer, word_embeddings
@@ -242,7 +243,12 @@ class Attachments:
         both_ends = (word_embeddings(base), output_layer(base))
         paths = [path for path, module in base.named_modules() if any(module is end for end in both_ends)]
         if path := next((path for path in paths if path in self.layers), None):
-            raise ConfigError(f"{path} carries an adapter of the present size: resize the embeddings before attaching.")
+            raise ConfigError(
+                Bilingual(
+                    f"{path} carries an adapter of the present size: resize the embeddings before attaching.",
+                    f"{path} 上有当前大小的适配器：请先调整嵌入的大小，再接上适配器。",
+                )
+            )
         changing = [path for path in self.overrides if path.rpartition(".")[0] in paths]
         assert isinstance(base, PreTrainedModel)
         # not the injection's, which is on the model

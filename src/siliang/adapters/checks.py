@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import combinations, permutations
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.choose_modules import names_of_saved
 from siliang.adapters.table_rows import check_table_rows
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.method import Parts
 from siliang.models.quantized import is_quantized
@@ -34,8 +35,11 @@ def checked_parts(
     """
     if parts.shared and for_prompts:
         raise ConfigError(
-            f"The layers of {config.peft_type} share tensors, and the model's first adapter is a prompt: "
-            "attach the prompt after it."
+            Bilingual(
+                f"The layers of {config.peft_type} share tensors, and the model's first adapter is a prompt: "
+                "attach the prompt after it.",
+                f"{config.peft_type} 的各层共用张量，而模型的第一个适配器是提示类方法：请在它之后再接提示类适配器。",
+            )
         )
     parts = dataclasses.replace(parts, modules=tuple(dict.fromkeys((*saved, *parts.modules))))
     if config.modules_to_save:
@@ -43,7 +47,12 @@ def checked_parts(
         config.modules_to_save = names_of_saved(config, config.modules_to_save, list(parts.modules), paths)
     for path in parts.modules:
         if any(is_quantized(m) for m in model.get_submodule(path).modules()):
-            raise ConfigError(f"modules_to_save: {path} is quantized, and a copy of it cannot be trained.")
+            raise ConfigError(
+                Bilingual(
+                    f"modules_to_save: {path} is quantized, and a copy of it cannot be trained.",
+                    f"modules_to_save：{path} 已量化，无法训练它的副本。",
+                )
+            )
     check_table_rows(model, parts.table_rows, (*parts.layers, *parts.modules))
     # a parameter that several layers share is trained once
     once = set({id(model.get_parameter(path)): path for path in reversed(parts.parameters)}.values())
@@ -81,3 +90,36 @@ def _replaced(a: AttachedAdapter, b: AttachedAdapter) -> str | None:
         if own is not None and (shared := set(own.indices) & set(rows.indices)):
             return f"row {min(shared)} of {path}"
     return None
+
+
+def check_rows(names: Sequence[str], *, merged: bool, alone: Collection[str]) -> None:
+    """
+    Args:
+        names: The adapter of each row of a batch.
+        merged: Adapters are merged into the weights.
+        alone: The adapters that a batch cannot mix with others: they replace the base model's own parameters.
+
+    Raises:
+        ConfigError: The rows cannot be computed so.
+    """
+    if merged:
+        raise ConfigError(
+            Bilingual(
+                "adapter_names is of no use while adapters are merged: call unmerge_adapter first.",
+                "适配器已合并时 adapter_names 不起作用：请先调用 unmerge_adapter。",
+            )
+        )
+    if not names:
+        raise ConfigError(
+            Bilingual(
+                "adapter_names is empty: name the adapter of each row, '__base__' for none.",
+                "adapter_names 为空：请写出每条样本的适配器，不用适配器的写 '__base__'。",
+            )
+        )
+    if len(set(names)) > 1 and alone:
+        raise ConfigError(
+            Bilingual(
+                "adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.",
+                "adapter_names 只能混用层内的适配器（LoRA、IA3、LN tuning），不能混用偏置或提示。",
+            )
+        )

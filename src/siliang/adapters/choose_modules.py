@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.models.invented import invented_modules
 from siliang.module_paths import inside, matching_paths, outermost, plain_modules
@@ -30,18 +31,31 @@ def find_saved_modules(model: nn.Module, names: list[str], *, required: list[str
     for name in required:
         if not any(_ends_in(p, name) for p in paths):
             hint = nearest(name, {p.rpartition(".")[2] for p in paths})
-            raise TargetError(f"modules_to_save: {name!r} matches no module of {type(model).__name__}.{hint}")
+            raise TargetError(
+                Bilingual(
+                    f"modules_to_save: {name!r} matches no module of {type(model).__name__}.{hint}",
+                    f"modules_to_save：{name!r} 与 {type(model).__name__} 的任何模块都不匹配。{hint.zh}",
+                )
+            )
     matches = [p for p in paths if any(_ends_in(p, name) for name in names)]
     found = outermost(matches)
     if not nested and (within := [p for p in matches if p not in found]):
         raise TargetError(
-            f"modules_to_save means {within[0]} and a module around it: PEFT trains the outer one and writes the inner "
-            "one, so the file lacks what was trained."
+            Bilingual(
+                f"modules_to_save means {within[0]} and a module around it: PEFT trains the outer one and "
+                "writes the inner "
+                "one, so the file lacks what was trained.",
+                f"modules_to_save 同时指向 {within[0]} 和包含它的模块：PEFT 训练外层却只写出内层，"
+                "文件里就缺了训练过的部分。",
+            )
         )
     for path in found:
         if isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
             raise TargetError(
-                f"modules_to_save: {path} is a list of modules, which does not compute: name what is in it."
+                Bilingual(
+                    f"modules_to_save: {path} is a list of modules, which does not compute: name what is in it.",
+                    f"modules_to_save：{path} 是模块列表，本身不参与计算：请写出其中的模块名。",
+                )
             )
     return found
 

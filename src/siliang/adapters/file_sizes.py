@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.training_state import TrainingState
+from siliang.language import Bilingual, local
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.layer import MakeAdapter
 from siliang.methods.method import Parts
@@ -62,8 +63,12 @@ def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSi
         made = parts.prompt.encoder_elements
         if file.training is not None and not config.inference_mode and made > file.training:
             raise AdapterError(
-                f"{file.source}: what made the prompt has {made:,} numbers by {CONFIG_NAME}, and "
-                f"{file.training:,} in the file."
+                Bilingual(
+                    f"{file.source}: what made the prompt has {made:,} numbers by {CONFIG_NAME}, and "
+                    f"{file.training:,} in the file.",
+                    f"{file.source}：按 {CONFIG_NAME}，生成提示的部分有 {made:,} 个数，"
+                    f"而文件中有 {file.training:,} 个。",
+                )
             )
     shared = {name: torch.empty(spec.shape, device="meta") for name, spec in parts.shared.items()}
     for path, make in parts.layers.items():
@@ -80,15 +85,24 @@ def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSi
     for name, value in wanted.items():
         if value > file.largest:
             raise AdapterError(
-                f"{file.source}: {name} would have {value:,} rows or columns by {CONFIG_NAME}, and the largest tensor "
-                f"of the file has {file.largest:,}."
+                Bilingual(
+                    f"{file.source}: {name} would have {value:,} rows or columns by {CONFIG_NAME}, and the "
+                    "largest tensor "
+                    f"of the file has {file.largest:,}.",
+                    f"{file.source}：按 {CONFIG_NAME}，{name} 应有 {value:,} 行或列，而文件中最大的张量只有 "
+                    f"{file.largest:,}。",
+                )
             )
     total += sum(model.get_parameter(path).numel() for path in parts.parameters)
     total += sum(t.numel() for path in parts.modules for t in model.get_submodule(path).state_dict().values())
     if total > file.elements + SPARE_ELEMENTS:
         raise AdapterError(
-            f"{file.source}: by {CONFIG_NAME} it has {total:,} numbers on this model, and in its file "
-            f"{file.elements:,}: is it an adapter of another base model, or was {CONFIG_NAME} changed?"
+            Bilingual(
+                f"{file.source}: by {CONFIG_NAME} it has {total:,} numbers on this model, and in its file "
+                f"{file.elements:,}: is it an adapter of another base model, or was {CONFIG_NAME} changed?",
+                f"{file.source}：按 {CONFIG_NAME}，它在这个模型上有 {total:,} 个数，"
+                f"而文件中有 {file.elements:,} 个：是别的基座模型的适配器，还是 {CONFIG_NAME} 被改过？",
+            )
         )
 
 
@@ -104,7 +118,12 @@ def _shapes(
         with torch.device("meta"):
             adapter = make(AdaptedLayer(_on_meta(base_layer)), "default", shared)
     except RuntimeError as error:
-        raise AdapterError(f"{source}: by {CONFIG_NAME} {path} is too large: {first_line(error)}") from None
+        raise AdapterError(
+            Bilingual(
+                f"{source}: by {CONFIG_NAME} {path} is too large: {first_line(error)}",
+                f"{source}：按 {CONFIG_NAME}，{path} 过大：{local(first_line(error), 'zh')}",
+            )
+        ) from None
     return {key: p.shape for key, p in adapter.parameters().items()}
 
 

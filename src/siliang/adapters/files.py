@@ -18,6 +18,7 @@ from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
 from siliang.files import replacing, write_text
 from siliang.hub import hub_is_off
+from siliang.language import Bilingual, local
 from siliang.methods import method_of
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.prompt import Prompt
@@ -86,7 +87,12 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     for file in (path, pickled):
         if file.is_file():
             return _read(file)
-    raise AdapterError(f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.")
+    raise AdapterError(
+        Bilingual(
+            f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.",
+            f"{folder} 中没有适配器权重：缺少 {WEIGHTS_NAME}。",
+        )
+    )
 
 
 def read_training(folder: Path) -> TrainingState:
@@ -126,10 +132,18 @@ def _read(path: Path) -> dict[str, Tensor]:
         OverflowError,
     ) as error:
         raise AdapterError(
-            f"{path} is damaged: {first_line(error).rstrip('.')}.\nDownload it, or train it, again."
+            Bilingual(
+                f"{path} is damaged: {first_line(error).rstrip('.')}.\nDownload it, or train it, again.",
+                f"{path} 已损坏：{local(first_line(error), 'zh').rstrip('.。')}。\n请重新下载或重新训练。",
+            )
         ) from error
     if (name := next((n for n, t in tensors.items() if t.is_complex()), None)) is not None:
-        raise AdapterError(f"{path}: {shortened(name, 80)} holds complex numbers, which no method has.")
+        raise AdapterError(
+            Bilingual(
+                f"{path}: {shortened(name, 80)} holds complex numbers, which no method has.",
+                f"{path}：{shortened(name, 80)} 是复数，没有方法使用复数。",
+            )
+        )
     return tensors
 
 
@@ -143,7 +157,12 @@ def size_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RecursionError, OverflowError) as error:
-        raise AdapterError(f"{folder} cannot be attached: {first_line(error, kind=True)}.") from error
+        raise AdapterError(
+            Bilingual(
+                f"{folder} cannot be attached: {first_line(error, kind=True)}.",
+                f"{folder} 无法接到模型上：{local(first_line(error, kind=True), 'zh')}。",
+            )
+        ) from error
 
 
 @torch.no_grad()
@@ -176,26 +195,50 @@ def load_tensors(
         (k for k, first in again.items() if k in tensors and not {k, first} & own.keys() and first not in tensors), None
     ):
         raise AdapterError(
-            f"{source}: {stray} is tied to another weight of the base model, and nothing in {CONFIG_NAME} names it: "
-            "add it to modules_to_save there, or make the file again."
+            Bilingual(
+                f"{source}: {stray} is tied to another weight of the base model, and nothing in {CONFIG_NAME} "
+                "names it: "
+                "add it to modules_to_save there, or make the file again.",
+                f"{source}：{stray} 与基座模型的另一个权重绑定，而 {CONFIG_NAME} 中没有写明："
+                "请在其中加入 modules_to_save，或重新生成该文件。",
+            )
         )
     tensors = _respelled(tensors, own, embeddings, again)
     embeddings = {key: path for key, path in embeddings.items() if key in tensors and key not in own}
     if missing := sorted(own.keys() - tensors.keys()):
-        raise AdapterError(f"{source}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}.")
+        raise AdapterError(
+            Bilingual(
+                f"{source}: {len(missing)} of {len(own)} tensors are missing, the first is {missing[0]}.",
+                f"{source}：{len(own)} 个张量缺了 {len(missing)} 个，第一个是 {missing[0]}。",
+            )
+        )
     if unexpected := sorted(tensors.keys() - own.keys() - embeddings.keys()):
         raise AdapterError(
-            f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}."
+            Bilingual(
+                f"{source}: {len(unexpected)} tensors have no place in the model, the first is {unexpected[0]}.",
+                f"{source}：有 {len(unexpected)} 个张量在模型中没有对应位置，第一个是 {unexpected[0]}。",
+            )
         )
     hint = method_of(adapter.config).shape_hint
     needed = {k: t.shape for k, t in own.items()} | {k: sizes[path].shape for k, path in embeddings.items()}
     for key, shape in needed.items():
         if tensors[key].is_complex():
-            raise AdapterError(f"{source}: {key} holds complex numbers, of which no weight is made.")
-        if shape != tensors[key].shape:
             raise AdapterError(
-                f"{source}: {key} has shape {tuple(tensors[key].shape)}, the model needs {tuple(shape)}. "
-                f"{hint(key, tensors[key].shape, shape) or 'Is it an adapter of another base model?'}"
+                Bilingual(
+                    f"{source}: {key} holds complex numbers, of which no weight is made.",
+                    f"{source}：{key} 是复数，不能用作权重。",
+                )
+            )
+        if shape != tensors[key].shape:
+            found = tuple(tensors[key].shape)
+            why = hint(key, found, shape) or Bilingual(
+                "Is it an adapter of another base model?", "它是不是别的基座模型的适配器？"
+            )
+            raise AdapterError(
+                Bilingual(
+                    f"{source}: {key} has shape {found}, the model needs {tuple(shape)}. {why}",
+                    f"{source}：{key} 的形状是 {found}，而模型需要 {tuple(shape)}。{local(why, 'zh')}",
+                )
             )
     if training is not None:
         training.check(adapter.prompt, f"{source}/{TRAINING_NAME}")
@@ -253,7 +296,7 @@ def adapter_folder(model_id: str | Path) -> Path:
         check_links(path, AdapterError)
         return path
     if path.is_absolute() or str(model_id).startswith(".") or str(model_id).count("/") != 1:
-        raise AdapterError(f"There is no adapter folder {model_id}.")
+        raise AdapterError(Bilingual(f"There is no adapter folder {model_id}.", f"找不到适配器文件夹 {model_id}。"))
     from huggingface_hub import snapshot_download
 
     off = hub_is_off()
@@ -262,7 +305,15 @@ def adapter_folder(model_id: str | Path) -> Path:
         return Path(snapshot_download(str(model_id), allow_patterns=wanted, local_files_only=off is not None))
     except (OSError, ValueError) as error:
         if off is not None:
-            raise AdapterError(f"{model_id} is neither a folder here nor in the hub's cache; {off}.") from None
+            raise AdapterError(
+                Bilingual(
+                    f"{model_id} is neither a folder here nor in the hub's cache; {off}.",
+                    f"{model_id} 既不是本机的文件夹，也不在 Hub 的缓存中；{local(off, 'zh')}。",
+                )
+            ) from None
         raise AdapterError(
-            f"{model_id} is not a folder here, and the hub did not give it: {first_line(error)}"
+            Bilingual(
+                f"{model_id} is not a folder here, and the hub did not give it: {first_line(error)}",
+                f"{model_id} 不是本机的文件夹，也无法从 Hub 取得：{local(first_line(error), 'zh')}",
+            )
         ) from error

@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from siliang.adapters.adapted_layer import AdaptedLayer, ByAdapter, delete_parts, parts_of
 from siliang.adapters.adapter import AttachedAdapter, SharedTensors
 from siliang.adapters.attachments import Attachments
-from siliang.adapters.checks import check_together, checked_parts
+from siliang.adapters.checks import check_rows, check_together, checked_parts
 from siliang.adapters.choose_modules import choose_saved_modules
 from siliang.adapters.file_sizes import FileSizes, check_sizes
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper
 from siliang.adapters.tied_weights import retie_or_untie
+from siliang.language import Bilingual
 from siliang.methods import method_of
 from siliang.methods.config import BASE, PeftConfig
 from siliang.methods.layer import LayerAdapter
@@ -59,7 +60,11 @@ class Injection(nn.Module):
         super().__init__()
         if model in _ATTACHED or any(isinstance(m, AdaptedLayer | ModulesToSaveWrapper) for m in model.modules()):
             raise ConfigError(
-                "This base model has adapters already: use the PeftModel that holds it, or unload() that one first."
+                Bilingual(
+                    "This base model has adapters already: use the PeftModel that holds it, or unload() that "
+                    "one first.",
+                    "这个基座模型已接有适配器：请使用持有它的 PeftModel，或先 unload()。",
+                )
             )
         self.model = model
         self.adapters: dict[str, AttachedAdapter] = {}
@@ -222,13 +227,9 @@ class Injection(nn.Module):
         if self._disabled:
             yield
             return
-        if self.merged:
-            raise ConfigError("adapter_names is of no use while adapters are merged: call unmerge_adapter first.")
-        if not names:
-            raise ConfigError("adapter_names is empty: name the adapter of each row, '__base__' for none.")
+        alone = {name for name in names if name in self.prompts or self.attachments.overridden_by(name)}
+        check_rows(names, merged=bool(self.merged), alone=alone)
         alike = len(set(names)) == 1
-        if not alike and any(name in self.prompts or self.attachments.overridden_by(name) for name in names):
-            raise ConfigError("adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.")
         before, rows = self.active, Rows(names)
         # where the model's rows begin; an encoder that is called by itself has not been multiplied yet
         hosts = [self.model, *([encoder(self.model)] if is_encoder_decoder(self.model) else [])]
@@ -257,7 +258,10 @@ class Injection(nn.Module):
         """
         if name in self.merged:
             raise ConfigError(
-                f"adapter {name!r} is merged into the weights: call unmerge_adapter before it is deleted."
+                Bilingual(
+                    f"adapter {name!r} is merged into the weights: call unmerge_adapter before it is deleted.",
+                    f"适配器 {name!r} 已合并到权重中：请先调用 unmerge_adapter，再删除。",
+                )
             )
         rest = tuple(n for n in self.active if n != name)
         others = [n for n in self.adapters if n != name]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, LayerAdapter, trained_dtype
 from siliang.methods.method import TableRows
 from siliang.models.quantized import is_quantized
@@ -103,17 +104,42 @@ def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], othe
     for path, rows in table_rows.items():
         table = model.get_submodule(path)
         if not isinstance(table, nn.Embedding) or is_quantized(table):
-            raise ConfigError(f"{path} is a {type(table).__name__}: rows can be trained of a plain embedding only.")
+            raise ConfigError(
+                Bilingual(
+                    f"{path} is a {type(table).__name__}: rows can be trained of a plain embedding only.",
+                    f"{path} 是 {type(table).__name__}：只有普通的嵌入层才能按行训练。",
+                )
+            )
         if inside(path, taken):
-            raise ConfigError(f"{path} is tuned otherwise by the same adapter: leave it out there, or train no rows.")
+            raise ConfigError(
+                Bilingual(
+                    f"{path} is tuned otherwise by the same adapter: leave it out there, or train no rows.",
+                    f"{path} 已由同一适配器以别的方式微调：请在那边去掉它，或不按行训练。",
+                )
+            )
         if not rows.indices or len(set(rows.indices)) < len(rows.indices):
-            raise ConfigError(f"The rows of {path} to train must be at least one, each named once.")
+            raise ConfigError(
+                Bilingual(
+                    f"The rows of {path} to train must be at least one, each named once.",
+                    f"{path} 要训练的行至少一行，且每行只写一次。",
+                )
+            )
         if missing := [i for i in rows.indices if not 0 <= i < len(table.weight)]:
-            raise ConfigError(f"{path} has no row {missing[0]}: it has {len(table.weight):,} rows, from 0 on.")
+            raise ConfigError(
+                Bilingual(
+                    f"{path} has no row {missing[0]}: it has {len(table.weight):,} rows, from 0 on.",
+                    f"{path} 没有第 {missing[0]} 行：共 {len(table.weight):,} 行，从 0 开始。",
+                )
+            )
         for other in tied_layers(model, path):
             if not isinstance(model.get_submodule(other), nn.Embedding | nn.Linear):
                 kind = type(model.get_submodule(other)).__name__
-                raise ConfigError(f"{path} is tied to {other}, a {kind}: its rows cannot be trained alone.")
+                raise ConfigError(
+                    Bilingual(
+                        f"{path} is tied to {other}, a {kind}: its rows cannot be trained alone.",
+                        f"{path} 与 {other}（{kind}）绑定：它的行不能单独训练。",
+                    )
+                )
 
 
 def tied_layers(model: nn.Module, path: str) -> list[str]:

@@ -19,6 +19,7 @@ from siliang.data.load import Examples
 from siliang.data.prepared import PreparedData
 from siliang.data.tokens import TokenSet
 from siliang.hardware import Machine
+from siliang.language import Bilingual, local
 from siliang.methods import Method, find_method
 from siliang.models.base_config import MISFITS, load_config
 from siliang.models.invented import mark_invented
@@ -121,7 +122,12 @@ class CheckInput:
                 model = model_from_config(config, self.task.model)
         except MISFITS as error:
             why = first_line(error, kind=not isinstance(error, ValueError))
-            raise ModelError(f"{self.config.model} cannot be trained for {self.task.title}: {why}") from None
+            raise ModelError(
+                Bilingual(
+                    f"{self.config.model} cannot be trained for {self.task.title}: {why}",
+                    f"{self.config.model} 无法用于 {self.task.title} 任务的训练：{local(why, 'zh')}",
+                )
+            ) from None
         mark_invented(model, self.invented)
         return model
 

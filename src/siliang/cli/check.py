@@ -92,7 +92,12 @@ def check(
 
     values = with_adapter(gather(settings, {"model": model, "task": task, "method": method}, data, set_ or []))
     if not values:
-        raise ConfigError("say what to look at: siliang check run.yaml, or --model, --data and --task.")
+        raise ConfigError(
+            Bilingual(
+                "say what to look at: siliang check run.yaml, or --model, --data and --task.",
+                "请指明要检查什么：siliang check run.yaml，或 --model、--data 和 --task。",
+            )
+        )
     values.setdefault("output", "siliang-run")
     config = RunConfig.build(values, source=named(settings))
     quiet_loading()

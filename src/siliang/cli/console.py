@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.secrets import redacted, shortened
 from siliang.terminal import clean_output, clean_standard_streams, json_escaped, raw_stream, shell_command, shown
 from siliang.types import ConfigError
@@ -103,8 +103,12 @@ def input_lines() -> Iterator[str]:
             yield as_text(line.rstrip("\r\n"), f"line {number} of standard input")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"standard input is not {error.encoding} after line {number}: convert it to UTF-8, "
-            "or say what it is with PYTHONIOENCODING, such as PYTHONIOENCODING=gbk."
+            Bilingual(
+                f"standard input is not {error.encoding} after line {number}: convert it to UTF-8, "
+                "or say what it is with PYTHONIOENCODING, such as PYTHONIOENCODING=gbk.",
+                f"标准输入在第 {number} 行之后不是 {error.encoding} 编码：请转换为 UTF-8，"
+                "或用 PYTHONIOENCODING 指明编码，例如 PYTHONIOENCODING=gbk。",
+            )
         ) from None
 
 
@@ -116,7 +120,12 @@ def as_text(text: str, what: str) -> str:
     """
     if any("\ud800" <= c <= "\udfff" for c in text):
         encoding = sys.getfilesystemencoding()
-        raise ConfigError(f"{what} holds bytes that are not {encoding}: {shortened(text, 80)!r}. Convert it to UTF-8.")
+        raise ConfigError(
+            Bilingual(
+                f"{what} holds bytes that are not {encoding}: {shortened(text, 80)!r}. Convert it to UTF-8.",
+                f"{local(what, 'zh')}含有不属于 {encoding} 的字节：{shortened(text, 80)!r}。请转换为 UTF-8。",
+            )
+        )
     return text
 
 

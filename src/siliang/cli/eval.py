@@ -10,7 +10,7 @@ from siliang.cli.console import print_json
 from siliang.cli.options import Json
 from siliang.cli.used_run import Base, Force, Run, show_notes
 from siliang.environment import importing
-from siliang.language import both
+from siliang.language import Bilingual, both
 from siliang.types import ConfigError
 
 
@@ -26,7 +26,12 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, and accuracy or perplexity, on its held-out rows or on --data."""
     if data is not None and (not data.strip() or "\0" in data):
-        raise ConfigError(f"--data {data!r}: name a file, a folder, or a data set on the hub.")
+        raise ConfigError(
+            Bilingual(
+                f"--data {data!r}: name a file, a folder, or a data set on the hub.",
+                f"--data {data!r}：请给出文件、文件夹或 Hub 上的数据集名。",
+            )
+        )
     with importing():
         from siliang.cli.show import figures, quiet_loading
         from siliang.hardware import find_device

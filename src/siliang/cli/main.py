@@ -264,11 +264,15 @@ def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
     if isinstance(error, OSError) and name and not isinstance(error, FileNotFoundError):
         # a folder for a file, a name that is too long, a link to itself
         reason = error.strerror or str(error)
-        return ConfigError(f"{name}: {reason[0].lower()}{reason[1:]}.")
+        return ConfigError(Bilingual(f"{name}: {reason[0].lower()}{reason[1:]}.", f"{name}：{local(reason, 'zh')}。"))
     if isinstance(error, UnicodeEncodeError) and error.encoding in (sys.getfilesystemencoding(), "utf-8"):
         return ConfigError(
-            f"{_short(error.object)!r} cannot be a name in this system's encoding, {sys.getfilesystemencoding()}: "
-            "set PYTHONUTF8=1, or choose other letters."
+            Bilingual(
+                f"{_short(error.object)!r} cannot be a name in this system's encoding, {sys.getfilesystemencoding()}: "
+                "set PYTHONUTF8=1, or choose other letters.",
+                f"{_short(error.object)!r} 无法用系统编码 {sys.getfilesystemencoding()} 表示为名称："
+                "请设置 PYTHONUTF8=1，或改用其他字符。",
+            )
         )
     if isinstance(error, ValueError) and "null byte" in str(error):
         return ConfigError(

@@ -68,12 +68,20 @@ def predict(
     given = _given(opened, [as_text(text, "a text") for text in texts]) if texts else list(input_lines())
     if context is not None:
         if "context" not in task.asks:
-            raise ConfigError("--context is for a run that answers questions, and this one does not.")
+            raise ConfigError(
+                Bilingual(
+                    "--context is for a run that answers questions, and this one does not.",
+                    "--context 只用于抽取式问答的运行，而这次运行不是。",
+                )
+            )
         given = [(text, context) if isinstance(text, str) and text.strip() else text for text in given]
     asked = [text for text in given if not isinstance(text, str) or text.strip()]
     if not asked:
         raise DataError(
-            f"no text given: {command_line('predict', run, 'a text')}, or one text a line on standard input."
+            Bilingual(
+                f"no text given: {command_line('predict', run, 'a text')}, or one text a line on standard input.",
+                f"没有给出文本：{command_line('predict', run, '一段文本')}，或从标准输入每行读入一段。",
+            )
         )
     found = make(opened, asked)
     for text in given:

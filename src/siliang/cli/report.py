@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from siliang.language import both, language
+from siliang.language import Bilingual, both, language
 
 
 def report(
@@ -37,7 +37,12 @@ def report(
     material = gather(runs)
     page = output or (runs[0] / "report.html" if material.is_comparison else Path("report.html"))
     if page.is_dir() or not page.parent.is_dir():
-        raise OutputError(f"--output {page}: name a file in a folder that is there, such as report.html.")
+        raise OutputError(
+            Bilingual(
+                f"--output {page}: name a file in a folder that is there, such as report.html.",
+                f"--output {page}：请给出已有文件夹中的文件名，例如 report.html。",
+            )
+        )
     lang = lang or language()
     show(material, lang)
     write_page(material, page, language=lang)

@@ -217,7 +217,12 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
         )
     check_links(folder)
     if flags["output"] is not None and Path(flags["output"]).absolute() != folder.absolute():
-        raise ConfigError(f"--resume goes on in {folder} itself: leave out --output {flags['output']}.")
+        raise ConfigError(
+            Bilingual(
+                f"--resume goes on in {folder} itself: leave out --output {flags['output']}.",
+                f"--resume 在 {folder} 中继续训练：请去掉 --output {flags['output']}。",
+            )
+        )
     return read_settings(own, flags | {"output": str(folder)}, data, sets)
 
 

@@ -145,7 +145,12 @@ class Cluster:
             return
         cpus = min(self._threads, max(int(node.get("CPU", 0)) for node in nodes))
         if cpus == 0:
-            raise ClusterError("The cluster offers no processors: start its machines without --num-cpus=0.")
+            raise ClusterError(
+                Bilingual(
+                    "The cluster offers no processors: start its machines without --num-cpus=0.",
+                    "集群没有可用的处理器：启动各机器时不要加 --num-cpus=0。",
+                )
+            )
         self.resources = {"num_cpus": cpus}
         runs = self._places()
         self._say(

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from siliang.language import Bilingual, local
 from siliang.types import ClusterError, first_line
 
 LOCAL = "local"  # in place of an address: a Ray of our own on this machine
@@ -64,8 +65,17 @@ def start(address: str, threads: int) -> bool:
         with tempfile.TemporaryDirectory() as empty:
             ray.init(**settings, runtime_env={"working_dir": empty})
     except Exception as error:  # Ray raises kinds of its own for each thing that it lacks
-        where = "started here" if address == LOCAL else f"used at {address}"
-        raise ClusterError(f"Ray cannot be {where}: {first_line(error, kind=True)}") from error
+        where = (
+            Bilingual("started here", "在本机启动 Ray")
+            if address == LOCAL
+            else Bilingual(f"used at {address}", f"使用 {address} 的 Ray")
+        )
+        raise ClusterError(
+            Bilingual(
+                f"Ray cannot be {where}: {first_line(error, kind=True)}",
+                f"无法{where.zh}：{local(first_line(error, kind=True), 'zh')}",
+            )
+        ) from error
     return True
 
 
@@ -77,8 +87,13 @@ def _probe(address: str) -> None:
     """
     if "://" in address:
         raise ClusterError(
-            f"--ray {address}: siliang does not work through a Ray client. Give HOST:PORT of the cluster's head, on a "
-            "machine that `ray start --address HOST:PORT` has made part of it."
+            Bilingual(
+                f"--ray {address}: siliang does not work through a Ray client. Give HOST:PORT of the "
+                "cluster's head, on a "
+                "machine that `ray start --address HOST:PORT` has made part of it.",
+                f"--ray {address}：siliang 不支持 Ray 客户端。请给出集群主节点的 HOST:PORT，"
+                "并在已用 `ray start --address HOST:PORT` 加入集群的机器上运行。",
+            )
         )
     command = [sys.executable, "-P", "-c", PROBE, address]
     host, _, port = address.rpartition(":")
@@ -87,16 +102,28 @@ def _probe(address: str) -> None:
             socket.create_connection((host, int(port)), CONNECT_S).close()
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S)
     except subprocess.TimeoutExpired:
-        why = f"no Ray cluster has responded within {PROBE_S:.0f} s."
+        why: str = Bilingual(
+            f"no Ray cluster has responded within {PROBE_S:.0f} s.", f"{PROBE_S:.0f} 秒内没有 Ray 集群应答。"
+        )
     except OSError as error:
         why = f"{error.strerror or error}."
     else:
         if done.returncode == 0:
             return
-        why = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        why = (
+            done.stderr.strip().splitlines()
+            or [Bilingual(f"it ended with code {done.returncode}", f"它以代码 {done.returncode} 结束")]
+        )[-1]
         if "InvalidAuthToken" in done.stderr:
-            why = "it requires its token: copy ~/.ray/auth_token from the cluster's head to this machine."
+            why = Bilingual(
+                "it requires its token: copy ~/.ray/auth_token from the cluster's head to this machine.",
+                "集群需要令牌：请把主节点的 ~/.ray/auth_token 复制到本机。",
+            )
     raise ClusterError(
-        f"--ray {address}: no Ray cluster can be joined there: {why}\n"
-        "Look at `ray status` on this machine; `--ray` alone starts Ray on this machine."
+        Bilingual(
+            f"--ray {address}: no Ray cluster can be joined there: {why}\n"
+            "Look at `ray status` on this machine; `--ray` alone starts Ray on this machine.",
+            f"--ray {address}：无法加入该处的 Ray 集群：{local(why, 'zh')}\n"
+            "请在本机查看 `ray status`；单独使用 `--ray` 则在本机启动 Ray。",
+        )
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.files import append, remove, remove_tree, temporary_name
+from siliang.language import Bilingual, local
 from siliang.paths import inside
 from siliang.secrets import short_repr
 from siliang.types import ClusterError
@@ -94,14 +95,23 @@ class Incoming:
             ClusterError: No run has a file of that name, or it is larger than a run's can be.
         """
         if not RUN_FILE.fullmatch(name):
-            raise self._wrong(f"a file {short_repr(name)}, which no run has")
+            raise self._wrong(
+                Bilingual(f"a file {short_repr(name)}, which no run has", f"运行中不会有的文件 {short_repr(name)}")
+            )
         self._bytes[name] = self._bytes.get(name, 0) + len(piece)
         if len(self._bytes) > MOST_FILES:
-            raise self._wrong(f"more than {MOST_FILES:,} files")
+            raise self._wrong(Bilingual(f"more than {MOST_FILES:,} files", f"超过 {MOST_FILES:,} 个文件"))
         if not name.endswith(WEIGHTS) and self._bytes[name] > MOST_TEXT_BYTES:
-            raise self._wrong(f"{name} with more than {MOST_TEXT_BYTES:,} bytes")
+            raise self._wrong(
+                Bilingual(f"{name} with more than {MOST_TEXT_BYTES:,} bytes", f"超过 {MOST_TEXT_BYTES:,} 字节的 {name}")
+            )
         if sum(self._bytes.values()) > self._most_bytes:
-            raise self._wrong(f"more than {self._most_bytes:,} bytes, which is more than this run can have")
+            raise self._wrong(
+                Bilingual(
+                    f"more than {self._most_bytes:,} bytes, which is more than this run can have",
+                    f"超过 {self._most_bytes:,} 字节的内容，多于这次运行可能有的",
+                )
+            )
         path = inside(self._begun(), name, kind=ClusterError)
         path.parent.mkdir(parents=True, exist_ok=True)
         with append(path) as opened:
@@ -132,4 +142,9 @@ class Incoming:
 
     def _wrong(self, what: str) -> ClusterError:
         self.discard()
-        return ClusterError(f"{self._node} sent {what}. Nothing of it was kept: look at what runs on that machine.")
+        return ClusterError(
+            Bilingual(
+                f"{self._node} sent {what}. Nothing of it was kept: look at what runs on that machine.",
+                f"{self._node} 发来了{local(what, 'zh')}。未保留任何内容：请检查那台机器上运行的程序。",
+            )
+        )

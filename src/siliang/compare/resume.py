@@ -10,6 +10,7 @@ from siliang.compare.trials import PLACES, run_config
 from siliang.config import RunConfig, differences
 from siliang.config.comparison import CompareConfig
 from siliang.files import remove_stale, remove_tree
+from siliang.language import Bilingual
 from siliang.paths import check_links
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, metrics_of, plain
 from siliang.run_folder import CHECKPOINTS, checkpoints, what_changed
@@ -29,7 +30,12 @@ def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
     path, now, given = folder / COMPARISON_NAME, plain(config.as_dict()), config.as_dict(defaults=False)
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise OutputError(f"output folder {folder} is not empty. Choose another with --output.")
+            raise OutputError(
+                Bilingual(
+                    f"output folder {folder} is not empty. Choose another with --output.",
+                    f"输出文件夹 {folder} 不是空的。请用 --output 换一个。",
+                )
+            )
         return Comparison(started_at=datetime.now(UTC).isoformat(timespec="seconds"), config=now, given=given)
     check_links(folder)
     remove_stale(folder, OWN_FILES)
@@ -37,8 +43,12 @@ def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
     for name, (was, wanted) in differences(record.config, now).items():
         if name not in PLACES and name.partition(".")[0] not in MAY_DIFFER:
             raise ConfigError(
-                f"{folder} holds a comparison with another {name} ({was}, here {wanted}).\n"
-                "Choose another folder with --output, or take the settings of its compare.yaml."
+                Bilingual(
+                    f"{folder} holds a comparison with another {name} ({was}, here {wanted}).\n"
+                    "Choose another folder with --output, or take the settings of its compare.yaml.",
+                    f"{folder} 中是另一次比较，{name} 不同（原来是 {was}，现在是 {wanted}）。\n"
+                    "请用 --output 换一个文件夹，或采用其中 compare.yaml 的设置。",
+                )
             )
     record.config, record.given, record.status = now, given, "running"
     return record
@@ -67,8 +77,12 @@ def known_trial(trial: Trial, config: CompareConfig, folder: Path, record: Compa
         return before.model_copy(update={"settings": trial.settings})
     for name, (was, wanted) in other_settings(run, run_config(config, trial, folder, record.steps)).items():
         raise ConfigError(
-            f"{path} is a run with another {name} ({was}, here {wanted}).\n"
-            "Remove that folder, choose another with --output, or give the method a label of its own."
+            Bilingual(
+                f"{path} is a run with another {name} ({was}, here {wanted}).\n"
+                "Remove that folder, choose another with --output, or give the method a label of its own.",
+                f"{path} 是另一次运行，{name} 不同（原来是 {was}，现在是 {wanted}）。\n"
+                "请删除该文件夹、用 --output 换一个，或给方法另取一个 label。",
+            )
         )
     # a run that was complete when the comparison was killed has no metrics in the comparison's record
     metrics = before.metrics or metrics_of(run)

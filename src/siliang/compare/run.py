@@ -130,7 +130,12 @@ class _Comparing:
         if self.ray is None:
             return Pool(self.jobs, self.folder / "logs")
         if find_spec("ray") is None:
-            raise ClusterError("--ray needs Ray, which is not installed: pip install 'siliang[cluster]'.")
+            raise ClusterError(
+                Bilingual(
+                    "--ray needs Ray, which is not installed: pip install 'siliang[cluster]'.",
+                    "--ray 需要 Ray，而它没有安装：pip install 'siliang[cluster]'。",
+                )
+            )
         from siliang.compare.cluster import Cluster  # imports Ray
 
         return Cluster(self.ray, self.jobs, self.folder / "logs", self.listener.say)
@@ -146,7 +151,12 @@ class _Comparing:
         for finding in findings:
             self._say(both("warning    ", "警告       ") + f"{finding.code} {finding.headline}")
         if not len(subject.eval):
-            raise ConfigError("a comparison needs held-out rows: give data.eval, or a data.test_size above 0.")
+            raise ConfigError(
+                Bilingual(
+                    "a comparison needs held-out rows: give data.eval, or a data.test_size above 0.",
+                    "比较需要验证集：请给出 data.eval，或把 data.test_size 设为大于 0。",
+                )
+            )
         rows, held_out, columns = len(subject.train), len(subject.eval), subject.examples.says_columns
         self.listener.say(
             both(
@@ -159,7 +169,12 @@ class _Comparing:
             self.listener.say(f"           {local(line)}")
         alone = [prompt for prompt in self.config.settings.prompts if len(prompt.split("\t")) != 2]
         if alone and subject.examples.layout == "sentence-pair":
-            raise ConfigError(f"prompts: {alone[0]!r} must be two texts with a tab between them, as those of the data.")
+            raise ConfigError(
+                Bilingual(
+                    f"prompts: {alone[0]!r} must be two texts with a tab between them, as those of the data.",
+                    f"prompts：{alone[0]!r} 应是用制表符隔开的两段文本，与数据一致。",
+                )
+            )
 
     def _check_files(self) -> None:
         for kind, problem in changed_files(self.config, self.folder, self.record):

@@ -109,20 +109,33 @@ class CompareSettings(Section):
     def _consistent(self) -> CompareSettings:
         labels = [slug(entry.label) for entry in self.methods]
         if twice := [label for label in labels if labels.count(label) > 1]:
-            raise ConfigError(f"methods holds {twice[0]!r} twice: give one of them a setting or a `label` of its own.")
+            raise ConfigError(
+                Bilingual(
+                    f"methods holds {twice[0]!r} twice: give one of them a setting or a `label` of its own.",
+                    f"methods 中 {twice[0]!r} 出现了两次：请给其中一个不同的设置或 `label`。",
+                )
+            )
         for key in self.search:
             if not any(key in settings_of(entry) for entry in self.methods):
                 known = sorted({name for entry in self.methods for name in settings_of(entry)})
                 hint = _in_a_search(key, known) or nearest(key, known)
                 raise ConfigError(
-                    f"search.{key} is a setting of none of the methods.{hint} Allowed: {', '.join(known)}."
+                    Bilingual(
+                        f"search.{key} is a setting of none of the methods.{hint} Allowed: {', '.join(known)}.",
+                        f"search.{key} 不是任何所选方法的设置。{hint.zh}可用：{'、'.join(known)}。",
+                    )
                 )
         for entry in self.methods:
             for key in entry.search or {}:
                 if key not in settings_of(entry):
                     own = settings_of(entry)
                     hint = _in_a_search(key, own) or nearest(key, own)
-                    raise ConfigError(f"search.{key} is not a setting of {entry.name}.{hint}")
+                    raise ConfigError(
+                        Bilingual(
+                            f"search.{key} is not a setting of {entry.name}.{hint}",
+                            f"search.{key} 不是 {entry.name} 的设置。{hint.zh}",
+                        )
+                    )
             for settings in self.choices(entry):
                 MethodConfig(name=entry.name, **(entry.arguments | _without_rate(settings)))
         return self
@@ -184,11 +197,20 @@ class CompareConfig:
         of_the_runs = {k: v for k, v in values.items() if k in of_a_run}
         run = RunConfig.recorded(of_the_runs) if recorded else RunConfig.build(of_the_runs, source=source)
         if run.data.validation_size is not None:
-            raise ConfigError(f"{source}: data.validation_size is the search's own: use validation_size.")
+            raise ConfigError(
+                Bilingual(
+                    f"{source}: data.validation_size is the search's own: use validation_size.",
+                    f"{source}：data.validation_size 由搜索自己设置：请改用 validation_size。",
+                )
+            )
         if run.train.trackers:
             raise ConfigError(
-                f"{source}: train.trackers is for a run: those of a comparison are not tracked. Leave it out; the page "
-                "shows the log of each."
+                Bilingual(
+                    f"{source}: train.trackers is for a run: those of a comparison are not tracked. Leave it "
+                    "out; the page "
+                    "shows the log of each.",
+                    f"{source}：train.trackers 只用于单次运行，比较中的运行不做跟踪。请去掉；网页里有每次运行的日志。",
+                )
             )
         try:
             settings = CompareSettings.model_validate({k: v for k, v in values.items() if k in own})
@@ -230,11 +252,13 @@ def settings_of(entry: MethodEntry) -> set[str]:
     return {"learning_rate"} | ({f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set())
 
 
-def _in_a_search(key: str, known: Iterable[str]) -> str:
+def _in_a_search(key: str, known: Iterable[str]) -> Bilingual:
     """What another tool's name is in a search, as a sentence; empty where it is none."""
     row = other_names.find(key)
     name = row.setting.rpartition(".")[2] if row is not None else ""
-    return f" Here that is `search.{name}`." if name in known else ""
+    if name not in known:
+        return Bilingual("", "")
+    return Bilingual(f" Here that is `search.{name}`.", f"这里写作 `search.{name}`。")
 
 
 def describe_settings() -> list[Setting]:

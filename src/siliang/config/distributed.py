@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from siliang.config.section import Section, is_recorded
+from siliang.language import Bilingual, local
 from siliang.safety.safe_json import JsonError, read_json
-from siliang.types import ConfigError, nearest
+from siliang.types import ConfigError, message_of, nearest
 
 # Of DeepSpeed's own configuration: what a run may set ...
 DEEPSPEED_KEYS = (
@@ -81,13 +82,19 @@ class DistributedConfig(Section):
         for name in ("zero_stage", "deepspeed"):
             if getattr(self, name) is not None and self.strategy != "deepspeed":
                 raise ConfigError(
-                    f"distributed.{name} has no effect with distributed.strategy = {self.strategy}: that has to be "
-                    "deepspeed."
+                    Bilingual(
+                        f"distributed.{name} has no effect with distributed.strategy = {self.strategy}: that has to be "
+                        "deepspeed.",
+                        f"distributed.{name} 在 distributed.strategy = {self.strategy} 时不起作用：只用于 deepspeed。",
+                    )
                 )
         stage = (self.deepspeed or {}).get("zero_optimization", {}).get("stage")
         if None not in (self.zero_stage, stage) and self.zero_stage != stage:
             raise ConfigError(
-                f"zero_stage is {self.zero_stage}, but distributed.deepspeed says stage {stage}: leave one out."
+                Bilingual(
+                    f"zero_stage is {self.zero_stage}, but distributed.deepspeed says stage {stage}: leave one out.",
+                    f"zero_stage 是 {self.zero_stage}，而 distributed.deepspeed 写的是 stage {stage}：请去掉其中一个。",
+                )
             )
         return self
 
@@ -104,32 +111,60 @@ def deepspeed_settings(value: object) -> object:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: must be a mapping, or the name of a .json file that holds one.")
+        raise ConfigError(
+            Bilingual(
+                f"{where}: must be a mapping, or the name of a .json file that holds one.",
+                f"{where}：应为映射，或一个 .json 文件的名称。",
+            )
+        )
     for key, inner in value.items():
         if key in SET_BY:
             if inner != "auto":
-                raise ConfigError(f'{where}: {key} = {inner!r}: {SET_BY[key]} says that. Leave it out, or "auto".')
+                raise ConfigError(
+                    Bilingual(
+                        f'{where}: {key} = {inner!r}: {SET_BY[key]} says that. Leave it out, or "auto".',
+                        f'{where}：{key} = {inner!r}：这由 {SET_BY[key]} 决定。请去掉，或写 "auto"。',
+                    )
+                )
         elif key not in DEEPSPEED_KEYS:
             allowed = ", ".join((*DEEPSPEED_KEYS, *SET_BY))
             raise ConfigError(
-                f"{where}: {key} is not supported.{nearest(str(key), DEEPSPEED_KEYS)} Allowed: {allowed}."
+                Bilingual(
+                    f"{where}: {key} is not supported.{nearest(str(key), DEEPSPEED_KEYS)} Allowed: {allowed}.",
+                    f"{where}：不支持 {key}。{nearest(str(key), DEEPSPEED_KEYS).zh}可用：{allowed}。",
+                )
             )
         elif key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler") and not isinstance(inner, dict):
-            raise ConfigError(f"{where}: {key} must be a mapping.")
+            raise ConfigError(Bilingual(f"{where}: {key} must be a mapping.", f"{where}：{key} 应为映射。"))
     for key in ("bf16", "fp16"):
         if (said := value.get(key, {}).get("enabled", "auto")) != "auto":
-            raise ConfigError(f'{where}: {key}.enabled = {said!r}: train.precision says that. Set it to "auto".')
+            raise ConfigError(
+                Bilingual(
+                    f'{where}: {key}.enabled = {said!r}: train.precision says that. Set it to "auto".',
+                    f'{where}：{key}.enabled = {said!r}：这由 train.precision 决定。请写 "auto"。',
+                )
+            )
     for key, instead in (("optimizer", "train.learning_rate, weight_decay"), ("scheduler", "train.schedule")):
         fixed = [name for name, said in value.get(key, {}).get("params", {}).items() if said != "auto"]
         kind = value.get(key, {}).get("type", "AdamW")
         if fixed or (key == "optimizer" and kind not in ("Adam", "AdamW")):
             raise ConfigError(
-                f"{where}: {key} is siliang's own ({instead}): AdamW, with the schedule of every run. Leave it out, or "
-                'all of its params "auto".'
+                Bilingual(
+                    f"{where}: {key} is siliang's own ({instead}): AdamW, with the schedule of every run. "
+                    "Leave it out, or "
+                    'all of its params "auto".',
+                    f"{where}：{key} 由 siliang 自己决定（{instead}）：AdamW，学习率调度与其他运行相同。"
+                    '请去掉，或把它的 params 都写成 "auto"。',
+                )
             )
     stage = value.get("zero_optimization", {}).get("stage", 2)
     if stage not in (1, 2, 3):
-        raise ConfigError(f"{where}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3.")
+        raise ConfigError(
+            Bilingual(
+                f"{where}: zero_optimization.stage = {stage!r}: must be 1, 2 or 3.",
+                f"{where}：zero_optimization.stage = {stage!r}：只能是 1、2 或 3。",
+            )
+        )
     return value
 
 
@@ -137,6 +172,16 @@ def _read_json(path: Path) -> object:
     try:
         return read_json(path, most_bytes=2**20)
     except JsonError as error:
-        raise ConfigError(f"distributed.deepspeed = {error.place(path)}: not readable as JSON: {error}.") from None
+        raise ConfigError(
+            Bilingual(
+                f"distributed.deepspeed = {error.place(path)}: not readable as JSON: {error}.",
+                f"distributed.deepspeed = {error.place(path)}：不是可读的 JSON：{local(message_of(error), 'zh')}。",
+            )
+        ) from None
     except OSError as error:
-        raise ConfigError(f"distributed.deepspeed = {path}: cannot be read: {error.strerror or error}.") from None
+        raise ConfigError(
+            Bilingual(
+                f"distributed.deepspeed = {path}: cannot be read: {error.strerror or error}.",
+                f"distributed.deepspeed = {path}：无法读取：{error.strerror or error}。",
+            )
+        ) from None

@@ -112,13 +112,17 @@ def _method(value: object) -> object:
 def _adapter(value: object) -> object:
     if isinstance(value, str) and other_names.is_method(value) and not Path(value).exists():
         here = other_names.METHOD_VALUES.get(other_names.plain(value), f"method={other_names.plain(value)}")
-        raise ConfigError(_written_here(f"adapter = {value!r} is not an adapter", here.split()))
+        raise ConfigError(
+            _written_here(
+                Bilingual(f"adapter = {value!r} is not an adapter", f"adapter = {value!r} 不是适配器"), here.split()
+            )
+        )
     return value
 
 
 def _written_here(what: str, assignments: list[str]) -> Bilingual:
     shown = quoted(assignments)
-    return Bilingual(f"{what}: here that is {shown}.", f"{what}：这里写作 {local(shown, 'zh')}。")
+    return Bilingual(f"{what}: here that is {shown}.", f"{local(what, 'zh')}：这里写作 {local(shown, 'zh')}。")
 
 
 def _task(value: object) -> object:
@@ -233,7 +237,10 @@ class RunConfig(Settings):
     def _of_the_adapter(self) -> RunConfig:
         if self.adapter is not None and "method" not in self.model_fields_set:
             raise ConfigError(
-                f"adapter = {self.adapter!r}: `method` has to be the adapter's: start_adapter.filled_in sets it."
+                Bilingual(
+                    f"adapter = {self.adapter!r}: `method` has to be the adapter's: start_adapter.filled_in sets it.",
+                    f"adapter = {self.adapter!r}：`method` 必须是该适配器的方法：由 start_adapter.filled_in 设置。",
+                )
             )
         return self
 
@@ -273,16 +280,38 @@ class RunConfig(Settings):
             return self
         pure = self.train.precision.startswith("pure-")
         reasons = {
-            "quantization": self.quantization and "DeepSpeed cannot shard quantized weights: use strategy ddp",
+            "quantization": self.quantization
+            and Bilingual(
+                "DeepSpeed cannot shard quantized weights: use strategy ddp",
+                "DeepSpeed 不能分片量化的权重：请用 strategy ddp",
+            ),
             "train.on_nan": self.train.nan_skips
-            and "DeepSpeed makes its step before the gradient can be seen: use stop",
-            "train.optimizer": self.train.optimizer != "adamw" and "siliang saves its state of AdamW alone: use adamw",
-            "train.fit": self.train.fit and "a step cannot be repeated under DeepSpeed: leave it off",
-            "train.precision": pure and "DeepSpeed keeps its weights in half precision as it is: use bf16 or fp16",
+            and Bilingual(
+                "DeepSpeed makes its step before the gradient can be seen: use stop",
+                "DeepSpeed 在能看到梯度之前就完成了这一步：请用 stop",
+            ),
+            "train.optimizer": self.train.optimizer != "adamw"
+            and Bilingual(
+                "siliang saves its state of AdamW alone: use adamw", "siliang 只保存它的 AdamW 状态：请用 adamw"
+            ),
+            "train.fit": self.train.fit
+            and Bilingual(
+                "a step cannot be repeated under DeepSpeed: leave it off", "DeepSpeed 下不能重做一步：请不要打开"
+            ),
+            "train.precision": pure
+            and Bilingual(
+                "DeepSpeed keeps its weights in half precision as it is: use bf16 or fp16",
+                "DeepSpeed 本来就以半精度保存权重：请用 bf16 或 fp16",
+            ),
         }
         for name, reason in reasons.items():
             if reason:
-                raise ConfigError(f"{name} and distributed.strategy = deepspeed: {reason}.")
+                raise ConfigError(
+                    Bilingual(
+                        f"{name} and distributed.strategy = deepspeed: {reason}.",
+                        f"{name} 与 distributed.strategy = deepspeed 不能同时使用：{local(reason, 'zh')}。",
+                    )
+                )
         return self
 
     @classmethod
@@ -304,7 +333,11 @@ class RunConfig(Settings):
         except ValidationError as error:
             raise ConfigError(together(source, Bilingual(": ", "："), explain(error, cls))) from None
         except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
-            raise ConfigError(f"{source}: a value is of the wrong kind: {error}.") from None
+            raise ConfigError(
+                Bilingual(
+                    f"{source}: a value is of the wrong kind: {error}.", f"{source}：有一个值的类型不对：{error}。"
+                )
+            ) from None
 
     @classmethod
     def recorded(cls, values: dict[str, Any]) -> RunConfig:
@@ -319,7 +352,9 @@ class RunConfig(Settings):
             wrong = explain(error, cls, others_too=False)
             raise ConfigError(together("config", Bilingual(": ", "："), wrong)) from None
         except (TypeError, OverflowError, RecursionError) as error:
-            raise ConfigError(f"config: a value is of the wrong kind: {error}.") from None
+            raise ConfigError(
+                Bilingual(f"config: a value is of the wrong kind: {error}.", f"config：有一个值的类型不对：{error}。")
+            ) from None
 
     def with_strategy(self, strategy: str) -> RunConfig:
         """The same run, by several devices that share its model so."""

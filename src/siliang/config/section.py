@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from siliang.files import restore_name
+from siliang.language import Bilingual
 from siliang.secrets import shortened
 from siliang.types import ConfigError
 
@@ -59,12 +60,17 @@ def as_name(value: object) -> object:
     if not isinstance(value, str):
         return value
     if not value.strip():
-        raise ConfigError("it is an empty name.")
+        raise ConfigError(Bilingual("it is an empty name.", "名称为空。"))
     if any(ord(c) < 32 or c == "\x7f" for c in value):
         # as of "C:\\new", with a line's end for the \\n
         raise ConfigError(
-            f"{shortened(value, 200)!r} is a name with a control character in it. In yaml's double quotes a backslash "
-            "begins an escape: write a Windows path in single quotes, without quotes, or with forward slashes."
+            Bilingual(
+                f"{shortened(value, 200)!r} is a name with a control character in it. In yaml's double quotes "
+                "a backslash "
+                "begins an escape: write a Windows path in single quotes, without quotes, or with forward slashes.",
+                f"{shortened(value, 200)!r} 这个名称含有控制字符。在 yaml 的双引号中反斜杠表示转义："
+                "Windows 路径请用单引号、不加引号，或用正斜杠。",
+            )
         )
     name = os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111
     return restore_name(name)

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from siliang.data.numbers import is_whole
 from siliang.data.text_files import MOST_COLUMNS, MOST_ROW
+from siliang.language import Bilingual, local
 from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
 from siliang.types import DataError, first_line
@@ -43,10 +44,17 @@ def rows_of(batches: Iterable[Any], change: dict[str, Change], name: object, nby
         try:
             batch.validate(full=True)  # of a mapped file nobody has looked whether its places are in it
         except pa.ArrowInvalid as error:
-            raise DataError(f"{name} is damaged: {first_line(error)}") from None
+            raise DataError(
+                Bilingual(f"{name} is damaged: {first_line(error)}", f"{name} 已损坏：{local(first_line(error), 'zh')}")
+            ) from None
         size += _size(batch.columns)
         if size > MOST_SMALL + MOST_GROWTH * nbytes:
-            raise DataError(f"{name}: its rows have more than {MOST_GROWTH:,} times the characters of the file.")
+            raise DataError(
+                Bilingual(
+                    f"{name}: its rows have more than {MOST_GROWTH:,} times the characters of the file.",
+                    f"{name}：展开后的样本超过文件字符数的 {MOST_GROWTH:,} 倍。",
+                )
+            )
         yield from _rows(batch, change, name)
 
 
@@ -54,7 +62,12 @@ def _rows(batch: Any, change: dict[str, Change], name: object) -> Iterator[dict[
     size = _size(batch.columns)
     if size > (MOST_AT_ONCE if batch.num_rows > 1 else MOST_ROW):
         if batch.num_rows == 1:
-            raise DataError(f"{name}: a row has {size:,} values and characters: at most {MOST_ROW:,} are read.")
+            raise DataError(
+                Bilingual(
+                    f"{name}: a row has {size:,} values and characters: at most {MOST_ROW:,} are read.",
+                    f"{name}：有一行含 {size:,} 个值和字符：最多读取 {MOST_ROW:,} 个。",
+                )
+            )
         half = batch.num_rows // 2
         yield from _rows(batch.slice(0, half), change, name)
         yield from _rows(batch.slice(half), change, name)
@@ -77,8 +90,11 @@ def rows_at_once(metadata: Any, path: Path, name: str) -> int:
     sizes = [group.column(i).total_uncompressed_size for group in groups for i in range(metadata.num_columns)]
     if sum(sizes) > SMALL_BYTES + MOST_UNPACKED * path.stat().st_size:
         raise DataError(
-            f"{name} unpacks to {sum(sizes):,} bytes, more than {MOST_UNPACKED} times its size: write it without "
-            "compression."
+            Bilingual(
+                f"{name} unpacks to {sum(sizes):,} bytes, more than {MOST_UNPACKED} times its size: write it without "
+                "compression.",
+                f"{name} 解压后有 {sum(sizes):,} 字节，超过自身大小的 {MOST_UNPACKED} 倍：请存为不压缩的文件。",
+            )
         )
     return min(MOST_ROWS, max(FEWEST_ROWS, UNPACKED_BYTES // max([1, *sizes])))
 
@@ -158,15 +174,28 @@ def changes(schema: pa.Schema, name: object) -> dict[str, Change]:
         DataError: Two columns have one name, there are too many, or one is of a type that is not read.
     """
     if len(schema) > MOST_COLUMNS:
-        raise DataError(f"{name} has {len(schema):,} columns: at most {MOST_COLUMNS:,} are read.")
+        raise DataError(
+            Bilingual(
+                f"{name} has {len(schema):,} columns: at most {MOST_COLUMNS:,} are read.",
+                f"{name} 有 {len(schema):,} 列：最多读取 {MOST_COLUMNS:,} 列。",
+            )
+        )
     seen: set[str] = set()
     for field in schema:
         if field.name in seen:
-            raise DataError(f"{name} has the column {shortened(field.name, 100)!r} twice; give each its own name.")
+            raise DataError(
+                Bilingual(
+                    f"{name} has the column {shortened(field.name, 100)!r} twice; give each its own name.",
+                    f"{name} 有两列都叫 {shortened(field.name, 100)!r}：请给各列不同的列名。",
+                )
+            )
         seen.add(field.name)
         if (kind := _not_read(field.type)) is not None:
             raise DataError(
-                f"{name}: the column {shortened(field.name, 100)!r} holds the type {kind}, which is not read."
+                Bilingual(
+                    f"{name}: the column {shortened(field.name, 100)!r} holds the type {kind}, which is not read.",
+                    f"{name}：列 {shortened(field.name, 100)!r} 的类型是 {kind}，无法读取。",
+                )
             )
     features = _features(schema)
     found = {field.name: _change(field.type, features.get(field.name)) for field in schema}

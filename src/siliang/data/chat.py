@@ -18,10 +18,11 @@ from siliang.data.chat_messages import CLOSE, OPEN, TalkWithPlaces
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
+from siliang.language import Bilingual, local
 from siliang.safety.limits import LimitError, RefusedError, render
 from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
-from siliang.types import DataError, ModelError, first_line
+from siliang.types import DataError, ModelError, first_line, message_of
 
 PLACE = re.compile(f"{OPEN}(\\d+){CLOSE}")
 AT_ONCE = 200_000  # characters of conversations that are written in one request
@@ -39,7 +40,10 @@ class ChatTemplate:
     def __init__(self, encoder: Encoder) -> None:
         if not getattr(encoder.tokenizer, "chat_template", None):
             raise DataError(
-                "The tokenizer has no chat template: use a named one, such as data.template=human-assistant."
+                Bilingual(
+                    "The tokenizer has no chat template: use a named one, such as data.template=human-assistant.",
+                    "分词器没有对话模板：请用一个内置模板，例如 data.template=human-assistant。",
+                )
             )
         self._encoder = encoder
         template = _template(encoder)
@@ -86,8 +90,12 @@ class ChatTemplate:
         found = next((name for name in ("reasoning_content", "thinking", "reasoning") if name in self._template), None)
         if found is None:
             raise DataError(
-                "has reasoning beside an answer, for which the model's chat template has no place: use a model that "
-                "reasons, or leave it out"
+                Bilingual(
+                    "has reasoning beside an answer, for which the model's chat template has no place: use a "
+                    "model that "
+                    "reasons, or leave it out",
+                    "的答案带有思考过程，而模型的对话模板没有放它的位置：请用会思考的模型，或去掉思考过程",
+                )
             )
         return found
 
@@ -112,12 +120,17 @@ class ChatTemplate:
         """The template's text for these messages, cut at the borders of learned spans and at placeholders."""
         whole, spans = self._spans(messages, written, tools, prompt)
         if messages is written.holders and any(f"{OPEN}{n}{CLOSE}" not in whole for n in written.needed):
-            raise DataError("is not written whole")
+            raise DataError(Bilingual("is not written whole", "没有被完整写出"))
         if len(spans) != len(learned):
             if len(set(learned)) > 1 and not prompt:
                 raise DataError(
-                    f"has {len(learned)} answers, of which some are not learned, and the model's chat template marks "
-                    f"{len(spans)} stretches as answers: use a named template, such as data.template=chatml"
+                    Bilingual(
+                        f"has {len(learned)} answers, of which some are not learned, and the model's chat "
+                        "template marks "
+                        f"{len(spans)} stretches as answers: use a named template, such as data.template=chatml",
+                        f"有 {len(learned)} 个答案，其中有的不学习，而模型的对话模板标出了 {len(spans)} 段答案："
+                        "请用内置模板，例如 data.template=chatml",
+                    )
                 )
             learned = [any(learned)] * len(spans)
         pieces: list[Piece] = []
@@ -165,8 +178,12 @@ class ChatTemplate:
                 end = -1
             if end < start:
                 raise DataError(
-                    "The tokenizer's chat template does not continue its own prompt, so the answers cannot be told "
-                    "from the rest: use a named template, such as data.template=chatml."
+                    Bilingual(
+                        "The tokenizer's chat template does not continue its own prompt, so the answers cannot be told "
+                        "from the rest: use a named template, such as data.template=chatml.",
+                        "分词器的对话模板没有接着自己的提示写下去，无法区分答案与其余部分：请用内置模板，"
+                        "例如 data.template=chatml。",
+                    )
                 )
             spans.append((start, end))
         return whole, spans
@@ -200,15 +217,24 @@ class ChatTemplate:
         for text in written.words:
             if found := self._encoder.reserved_in(text):
                 raise DataError(
-                    f"holds the special token {found[0]!r} in its text, where this chat template cannot keep it from "
-                    "acting as one"
+                    Bilingual(
+                        f"holds the special token {found[0]!r} in its text, where this chat template cannot "
+                        "keep it from "
+                        "acting as one",
+                        f"的文本中含有特殊词元 {found[0]!r}，这个对话模板无法避免它起作用",
+                    )
                 )
         (held,) = self._texts([(written.holders, tools, prompt)])
         for turn, numbers in enumerate(written.numbers, start=1):
             if any(n in written.needed and f"{OPEN}{n}{CLOSE}" not in held for n in numbers):
                 raise DataError(
-                    f"loses its turn {turn} ({written.messages[turn - 1]['role']}), which the model's chat template "
-                    "does not write: use a named template, or take the turn out"
+                    Bilingual(
+                        f"loses its turn {turn} ({written.messages[turn - 1]['role']}), which the model's "
+                        "chat template "
+                        "does not write: use a named template, or take the turn out",
+                        f"的第 {turn} 轮（{written.messages[turn - 1]['role']}）丢失了，模型的对话模板没有写出它："
+                        "请用内置模板，或去掉这一轮",
+                    )
                 )
         return self._pieces(written.messages, written, tools, learned, prompt)
 
@@ -231,7 +257,11 @@ class ChatTemplate:
         out: list[tuple[str, list[tuple[int, int]]]] = []
         for part in _portions(jobs):
             if any(not messages for messages, _, _ in part):
-                raise DataError("is refused by the chat template: it begins with an answer")
+                raise DataError(
+                    Bilingual(
+                        "is refused by the chat template: it begins with an answer", "被对话模板拒绝：对话以答案开头"
+                    )
+                )
             template = _template(self._encoder, part[0][1])
             try:
                 found = render(template, names, [(*job, marked) for job in part])
@@ -274,12 +304,21 @@ def _template(encoder: Encoder, tools: Any = None) -> str:
 
 def _unusable(why: str) -> ModelError:
     return ModelError(
-        f"the model's chat template cannot be used: {first_line(why).rstrip('.')}. Take a named one with data.template."
+        Bilingual(
+            f"the model's chat template cannot be used: {first_line(why).rstrip('.')}. Take a named one with "
+            "data.template.",
+            f"模型的对话模板无法使用：{local(first_line(why), 'zh').rstrip('.。')}。"
+            "请用 data.template 指定一个内置模板。",
+        )
     )
 
 
 def _refusal(why: str) -> DataError:
-    return DataError(f"is refused by the chat template: {first_line(why)}")
+    return DataError(
+        Bilingual(
+            f"is refused by the chat template: {first_line(why)}", f"被对话模板拒绝：{local(first_line(why), 'zh')}"
+        )
+    )
 
 
 def _learned(talk: Conversation, train_on: str) -> list[bool]:
@@ -301,7 +340,12 @@ def _tools(text: str) -> Any:
     try:
         tools = parse_json(text, foreign=True)
     except JsonError as error:
-        raise DataError(f"has tools that are not JSON: {shortened(text, 60)!r} ({error})") from None
+        raise DataError(
+            Bilingual(
+                f"has tools that are not JSON: {shortened(text, 60)!r} ({error})",
+                f"的工具不是 JSON：{shortened(text, 60)!r}（{local(message_of(error), 'zh')}）",
+            )
+        ) from None
     tools = tools if isinstance(tools, list) else [tools]
     return [
         t if isinstance(t, dict) and "function" in t else {"type": "function", "function": t} for t in tools

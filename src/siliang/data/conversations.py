@@ -11,6 +11,7 @@ from siliang.data.encode import IGNORED, Encoder
 from siliang.data.entries import Rows, dropped
 from siliang.data.examples import Conversation, Example, Message, Prepared, Text
 from siliang.data.templates import Piece, Template, find_template
+from siliang.language import Bilingual
 from siliang.types import DataError
 
 
@@ -96,7 +97,12 @@ def _write(examples: Sequence[Example], write: Template | ChatTemplate, data: Da
     for talk in talks:
         answers = (m for m in reversed(talk.messages) if m.role == "assistant")
         if data.train_on == "last" and not next(answers).trained:
-            raise DataError("marks its last answer as one that is not learned, and data.train_on=last learns only that")
+            raise DataError(
+                Bilingual(
+                    "marks its last answer as one that is not learned, and data.train_on=last learns only that",
+                    "的最后一个答案标为不学习，而 data.train_on=last 只学习它",
+                )
+            )
     if isinstance(write, ChatTemplate):
         written = iter(write.pieces_of_all(talks, train_on=data.train_on))
     else:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from siliang.data.text_files import FILE_KINDS
+from siliang.language import Bilingual, local
 from siliang.paths import inside
 from siliang.safety.safe_json import read_json
 from siliang.safety.safe_yaml import YamlError, check_yaml
@@ -30,7 +31,12 @@ def described(path: Path) -> tuple[dict[str, Any], Any]:
     from huggingface_hub import DatasetCardData
 
     if (path / STANDALONE).exists():
-        raise DataError(f"{path / STANDALONE} is not read: write into README.md what it says.")
+        raise DataError(
+            Bilingual(
+                f"{path / STANDALONE} is not read: write into README.md what it says.",
+                f"不读取 {path / STANDALONE}：请把其中的内容写进 README.md。",
+            )
+        )
     readme = path / "README.md"
     said = _header(readme)
     _check_header(path, said, str(readme))
@@ -42,7 +48,10 @@ def described(path: Path) -> tuple[dict[str, Any], Any]:
     name = configs.get_default_config_name() or next(iter(configs if configs else infos), "default")
     if len(configs) > 1 and not configs.get_default_config_name():
         raise DataError(
-            f"{readme} describes several data sets, and says of none that it is the default: {', '.join(configs)}."
+            Bilingual(
+                f"{readme} describes several data sets, and says of none that it is the default: {', '.join(configs)}.",
+                f"{readme} 描述了几个数据集，却没有说哪个是默认的：{'、'.join(configs)}。",
+            )
         )
     features = infos[name].features if name in infos else None
     config = configs.get(name, {})
@@ -53,7 +62,12 @@ def described(path: Path) -> tuple[dict[str, Any], Any]:
     patterns = sanitize_patterns(config["data_files"]) if config.get("data_files") else get_data_patterns(str(root))
     parts = _matching(path, patterns, root, str(readme))
     if config.get("data_files") and not any(parts.values()):
-        raise DataError(f"{readme}: of the files that it names none is there that can be read.")
+        raise DataError(
+            Bilingual(
+                f"{readme}: of the files that it names none is there that can be read.",
+                f"{readme}：其中写明的文件没有一个存在且可读。",
+            )
+        )
     return parts, features
 
 
@@ -77,14 +91,19 @@ def check_saved(path: Path) -> None:
     """
     for file in path.rglob("dataset_info.json"):
         if (size := file.stat().st_size) > MOST_STATE_BYTES:
-            raise DataError(f"{file} has {size:,} bytes: at most {MOST_STATE_BYTES:,} are read.")
+            raise DataError(
+                Bilingual(
+                    f"{file} has {size:,} bytes: at most {MOST_STATE_BYTES:,} are read.",
+                    f"{file} 有 {size:,} 字节：最多读取 {MOST_STATE_BYTES:,} 字节。",
+                )
+            )
     for file in (*path.glob("dataset_dict.json"), *path.rglob("state.json")):
         try:
             values = read_json(file, most_bytes=MOST_STATE_BYTES, foreign=True)
             listed = values.get("splits") or [entry["filename"] for entry in values.get("_data_files") or []]
             names = list(listed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{file} is damaged.") from None
+            raise DataError(Bilingual(f"{file} is damaged.", f"{file} 已损坏。")) from None
         for name in names:
             _check_file(file.parent, name, str(file))
 
@@ -100,7 +119,9 @@ def check_hub(name: str) -> None:
         except Exception:  # there is none, or the hub does not give it
             continue
         if file == STANDALONE:
-            raise DataError(f"{name} has a {STANDALONE}, which is not read.")
+            raise DataError(
+                Bilingual(f"{name} has a {STANDALONE}, which is not read.", f"{name} 有 {STANDALONE}，不会读取它。")
+            )
         _check_header(path.parent, _header(path), f"{name}/{file}", own=own)
 
 
@@ -121,7 +142,12 @@ def _header(readme: Path) -> dict[str, Any]:
     except (YamlError, yaml.YAMLError, ValueError) as error:
         line = error.line if isinstance(error, YamlError) else None
         where = f"{readme}:{line + 1}" if line else str(readme)
-        raise DataError(f"{where}: its description cannot be read: {first_line(error)}.") from None
+        raise DataError(
+            Bilingual(
+                f"{where}: its description cannot be read: {first_line(error)}.",
+                f"{where}：无法读取数据集的描述：{local(first_line(error), 'zh')}。",
+            )
+        ) from None
     return values if isinstance(values, dict) else {}
 
 
@@ -138,7 +164,9 @@ def _check_header(folder: Path, header: dict[str, Any], source: str, *, own: str
     configs = header.get("configs") or []
     for config in configs if isinstance(configs, list) else [configs]:
         if not isinstance(config, dict):
-            raise DataError(f"{source}: `configs` is not a list of mappings.")
+            raise DataError(
+                Bilingual(f"{source}: `configs` is not a list of mappings.", f"{source}：`configs` 不是映射的列表。")
+            )
         for name in (*_named_files(config.get("data_files")), *_named_files(config.get("data_dir"))):
             _check_file(folder, name.removeprefix(own) if own and isinstance(name, str) else name, source)
 
@@ -164,7 +192,12 @@ def _check_file(folder: Path, name: str, source: str) -> None:
     """
     inside(folder, name, kind=DataError, source=source)
     if any(part.startswith((".", "cache-")) and part != "." for part in name.split("/")):
-        raise DataError(f"{source} names {name}, which is hidden: such files are not read. Rename it.")
+        raise DataError(
+            Bilingual(
+                f"{source} names {name}, which is hidden: such files are not read. Rename it.",
+                f"{source} 写有隐藏文件 {name}：不读取隐藏文件。请改名。",
+            )
+        )
 
 
 def _matching(folder: Path, patterns: Any, root: Path, source: str) -> dict[str, Any]:
@@ -182,5 +215,10 @@ def _stay_inside(folder: Path, files: list[Path], source: str) -> None:
     root = folder.resolve()
     for file in files:
         if not file.is_relative_to(root):
-            raise DataError(f"{source} names {file}, which is not inside of it: only files in {folder} are read.")
+            raise DataError(
+                Bilingual(
+                    f"{source} names {file}, which is not inside of it: only files in {folder} are read.",
+                    f"{source} 写有 {file}，它不在文件夹之内：只读取 {folder} 中的文件。",
+                )
+            )
         _check_file(folder, file.relative_to(root).as_posix(), source)

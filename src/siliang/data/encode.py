@@ -12,6 +12,7 @@ from typing import Any
 
 from siliang.data.examples import IGNORED
 from siliang.data.templates import Piece
+from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 
@@ -47,8 +48,12 @@ class Encoder:
         """
         if self.eos is None:
             raise ConfigError(
-                "the tokenizer has no end-of-sequence token, so a model could not learn to stop: add one with "
-                "data.add_tokens and name it in tokenizer_config.json (eos_token)."
+                Bilingual(
+                    "the tokenizer has no end-of-sequence token, so a model could not learn to stop: add one with "
+                    "data.add_tokens and name it in tokenizer_config.json (eos_token).",
+                    "分词器没有结束符，模型学不会停止：请用 data.add_tokens 添加一个，"
+                    "并在 tokenizer_config.json 中指明（eos_token）。",
+                )
             )
         return self.eos
 

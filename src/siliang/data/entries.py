@@ -8,9 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from siliang.language import Bilingual
+
 Rows = list[dict[str, Any]]
 DROPPED = -1  # left out for its length
+BETWEEN = "\x1f"  # the languages of a reason in that column
 BAD = "bad"  # the column for what is wrong with an example; its `row` is `bad_row(number)`
+
+
+def stored(reason: str) -> str:
+    """A reason as the column `bad` keeps it, in both languages; tokens are kept for readers of either."""
+    return f"{reason}{BETWEEN}{reason.zh}" if isinstance(reason, Bilingual) else reason
+
+
+def reason_of(kept: str) -> str:
+    """The reason that was `stored`."""
+    en, between, zh = kept.partition(BETWEEN)
+    return Bilingual(en, zh) if between else en
 
 
 def bad_row(number: int) -> int:

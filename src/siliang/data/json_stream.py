@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from siliang.data.text_files import MOST_ROW, TextFile
+from siliang.language import Bilingual, local
 from siliang.secrets import shortened
-from siliang.types import DataError
+from siliang.types import DataError, message_of
 
 CHUNK_BYTES = 4 * 2**20
 MOST_WHOLE = 2**28  # characters of a file that is one object, and is read whole
@@ -57,14 +58,18 @@ class TwiceError(ValueError):
 
 def _whole_number(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise NumberError(f"a number has more than {MAX_DIGITS} digits")
+        raise NumberError(Bilingual(f"a number has more than {MAX_DIGITS} digits", f"有一个数超过 {MAX_DIGITS} 位"))
     return int(text)
 
 
 def _number(text: str) -> WrittenFloat:
     number = WrittenFloat(text)
     if math.isinf(number):
-        raise NumberError(f"{shortened(text, SHOWN)} is beyond the range of numbers")
+        raise NumberError(
+            Bilingual(
+                f"{shortened(text, SHOWN)} is beyond the range of numbers", f"{shortened(text, SHOWN)} 超出数的范围"
+            )
+        )
     return number
 
 
@@ -90,17 +95,27 @@ def json_lines(file: TextFile, name: str | Path) -> Iterator[Item]:
             continue
         if first and line.strip(BLANK).startswith("["):
             raise DataError(
-                f"{name} begins with a list, as a .json file does: name it .json (a .jsonl file is one object a line)."
+                Bilingual(
+                    f"{name} begins with a list, as a .json file does: name it .json (a .jsonl file is one "
+                    "object a line).",
+                    f"{name} 以列表开头，像 .json 文件：请改名为 .json（.jsonl 文件每行一个对象）。",
+                )
             )
         if first and line.strip(BLANK) == "{":
-            raise DataError(f"{name}: its objects go over several lines; a .jsonl file holds one object a line.")
+            raise DataError(
+                Bilingual(
+                    f"{name}: its objects go over several lines; a .jsonl file holds one object a line.",
+                    f"{name}：对象跨了多行；.jsonl 文件每行一个对象。",
+                )
+            )
         first = False
         where = f"{name}:{number}"
         try:
             value = DECODER.decode(line.strip(BLANK))
             yield where, value, _half_a_character(value) if _may_be_half(line) else None
         except (ValueError, RecursionError) as error:
-            yield where, None, f"not valid JSON: {_reason(error)}"
+            why = _reason(error)
+            yield where, None, Bilingual(f"not valid JSON: {why}", f"不是有效的 JSON：{local(why, 'zh')}")
 
 
 def is_lines(file: TextFile) -> bool:
@@ -139,9 +154,19 @@ def _items(text: _Text, name: str | Path) -> Iterator[Item]:
         try:
             value, suspect = text.decode()
         except json.JSONDecodeError as error:
-            raise DataError(f"{name}:{line + error.lineno - 1}: not valid JSON: {error.msg}.") from None
+            raise DataError(
+                Bilingual(
+                    f"{name}:{line + error.lineno - 1}: not valid JSON: {error.msg}.",
+                    f"{name}:{line + error.lineno - 1}：不是有效的 JSON：{error.msg}。",
+                )
+            ) from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}:{line}: not valid JSON: {_reason(error)}.") from None
+            raise DataError(
+                Bilingual(
+                    f"{name}:{line}: not valid JSON: {_reason(error)}.",
+                    f"{name}:{line}：不是有效的 JSON：{local(_reason(error), 'zh')}。",
+                )
+            ) from None
         number += 1
         problem = _half_a_character(value) if suspect else None
         yield f"{name}:{line}" if line > ended_on else f"{name}, row {number}", value, problem
@@ -151,14 +176,33 @@ def _items(text: _Text, name: str | Path) -> Iterator[Item]:
             text.position += 1
             text.skip()
             if text.peek() == "]":
-                raise DataError(f"{name}:{text.line}: not valid JSON: a comma with nothing after it.")
+                raise DataError(
+                    Bilingual(
+                        f"{name}:{text.line}: not valid JSON: a comma with nothing after it.",
+                        f"{name}:{text.line}：不是有效的 JSON：逗号之后没有内容。",
+                    )
+                )
         elif text.peek() != "]":
-            missing = "a comma is missing between two items" if text.peek() else "the list does not end"
-            raise DataError(f"{name}:{text.line}: not valid JSON: {missing}.")
+            missing = (
+                Bilingual("a comma is missing between two items", "两项之间缺少逗号")
+                if text.peek()
+                else Bilingual("the list does not end", "列表没有结束")
+            )
+            raise DataError(
+                Bilingual(
+                    f"{name}:{text.line}: not valid JSON: {missing}.",
+                    f"{name}:{text.line}：不是有效的 JSON：{local(missing, 'zh')}。",
+                )
+            )
     text.position += 1
     text.skip()
     if text.peek():
-        raise DataError(f"{name}:{text.line}: not valid JSON: there is more after the end of the list.")
+        raise DataError(
+            Bilingual(
+                f"{name}:{text.line}: not valid JSON: there is more after the end of the list.",
+                f"{name}:{text.line}：不是有效的 JSON：列表结束之后还有内容。",
+            )
+        )
 
 
 def _whole(file: TextFile, name: str | Path) -> Iterator[Item]:
@@ -167,22 +211,52 @@ def _whole(file: TextFile, name: str | Path) -> Iterator[Item]:
         content = opened.read(MOST_WHOLE + 1)
     if len(content) > MOST_WHOLE:
         raise DataError(
-            f"{name} is one object of more than {MOST_WHOLE:,} characters: write a list of objects, or one a line."
+            Bilingual(
+                f"{name} is one object of more than {MOST_WHOLE:,} characters: write a list of objects, or one a line.",
+                f"{name} 是一个超过 {MOST_WHOLE:,} 个字符的对象：请写成对象的列表，或每行一个对象。",
+            )
         )
     try:
         value = DECODER.decode(content)
     except json.JSONDecodeError as error:
-        hint = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
-        raise DataError(f"{name}:{error.lineno}: not valid JSON: {error.msg}.{hint}") from None
+        hint = Bilingual("", "")
+        if error.msg == "Extra data":
+            hint = Bilingual(
+                " It looks like one object a line: name it .jsonl.", "它像是每行一个对象：请改名为 .jsonl。"
+            )
+        raise DataError(
+            Bilingual(
+                f"{name}:{error.lineno}: not valid JSON: {error.msg}.{hint}",
+                f"{name}:{error.lineno}：不是有效的 JSON：{error.msg}。{hint.zh}",
+            )
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: not valid JSON: {_reason(error)}.") from None
+        raise DataError(
+            Bilingual(
+                f"{name}: not valid JSON: {_reason(error)}.",
+                f"{name}：不是有效的 JSON：{local(_reason(error), 'zh')}。",
+            )
+        ) from None
     items = value.get("data") if isinstance(value, dict) else None
     if not isinstance(items, list):
         lists = [key for key, held in value.items() if isinstance(held, list)] if isinstance(value, dict) else []
-        found = f" It holds one object, with a list under {', '.join(map(repr, lists))}." if lists else ""
+        found = Bilingual("", "")
+        if lists:
+            found = Bilingual(
+                f" It holds one object, with a list under {', '.join(map(repr, lists))}.",
+                f"它是一个对象，{'、'.join(map(repr, lists))} 下有列表。",
+            )
         if isinstance(value, dict) and value and all(isinstance(held, dict) for held in value.values()):
-            found = ' It holds columns, as pandas writes them: df.to_json(path, orient="records") writes rows.'
-        raise DataError(f"{name} must hold a list of objects: [{{...}}, {{...}}].{found}")
+            found = Bilingual(
+                ' It holds columns, as pandas writes them: df.to_json(path, orient="records") writes rows.',
+                '它按列存放，像 pandas 写的那样：df.to_json(path, orient="records") 按行写。',
+            )
+        raise DataError(
+            Bilingual(
+                f"{name} must hold a list of objects: [{{...}}, {{...}}].{found}",
+                f"{name} 应为对象的列表：[{{...}}, {{...}}]。{found.zh}",
+            )
+        )
     number = 0
     for item in items:
         try:
@@ -206,14 +280,15 @@ def _half_a_character(value: Any) -> str | None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return f"holds half of a character, \\u{ord(error.object[error.start]):04x}"
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        return Bilingual(f"holds half of a character, {half}", f"含有半个字符 {half}")
     return None
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return getattr(error, "msg", str(error))
+        return Bilingual("nested too deeply", "嵌套过深")
+    return getattr(error, "msg", message_of(error))
 
 
 def _squad(article: dict[str, Any]) -> list[dict[str, Any]]:
@@ -248,7 +323,12 @@ class _Text:
                 self._more()  # a number at the end of what was read may go on
             except json.JSONDecodeError as error:
                 if len(self._text) - self.position > MOST_ROW:
-                    raise ValueError(f"an item does not end within {MOST_ROW:,} characters") from None
+                    raise ValueError(
+                        Bilingual(
+                            f"an item does not end within {MOST_ROW:,} characters",
+                            f"有一项超过 {MOST_ROW:,} 个字符仍未结束",
+                        )
+                    ) from None
                 if not self._more():
                     rest = self._text[self.position :]
                     raise json.JSONDecodeError(error.msg, rest, min(error.pos - self.position, len(rest))) from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from siliang.data.entries import BAD
 from siliang.data.examples import Example
+from siliang.language import Bilingual
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ class Judge:
             return None
         ids = [token for entry in entries for token in entry["input_ids"]]
         if self.predicts and len(ids) < 2:
-            return (
-                f"becomes {len(ids)} token{'' if len(ids) == 1 else 's'}, and a token is learned from those before it"
+            return Bilingual(
+                f"becomes {len(ids)} token{'' if len(ids) == 1 else 's'}, and a token is learned from those before it",
+                f"只有 {len(ids)} 个词元，而每个词元要根据前面的词元来学",
             )
         if not self.predicts and self.special.issuperset(ids):
-            return "becomes no token but special ones: the tokenizer makes nothing of its text"
+            return Bilingual(
+                "becomes no token but special ones: the tokenizer makes nothing of its text",
+                "除特殊词元外没有词元：分词器从它的文本得不到任何词元",
+            )
         if self.unknown is None or self.unknown not in ids:
             return None
         words = ids
@@ -52,7 +57,10 @@ class Judge:
             words = [token for part in coded["input_ids"] for token in part]
         n = words.count(self.unknown)
         if n == len(words) or (self._mostly_unknown(ids) and self._mostly_unknown(words)):
-            return f"is not in the tokenizer's vocabulary: {n:,} of its {len(words):,} tokens are unknown"
+            return Bilingual(
+                f"is not in the tokenizer's vocabulary: {n:,} of its {len(words):,} tokens are unknown",
+                f"不在分词器的词表中：{len(words):,} 个词元中有 {n:,} 个未知",
+            )
         return None
 
     def _mostly_unknown(self, ids: list[int]) -> bool:

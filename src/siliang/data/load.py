@@ -237,7 +237,12 @@ class _ExampleReader:
                 return
             reason = self.bad[before][1]
             del self.bad[before:]  # public test sets hide their classes
-            self.reading.note(f"{source.path}: not one row of its part {part!r} can be used (each {reason})")
+            self.reading.note(
+                Bilingual(
+                    f"{source.path}: not one row of its part {part!r} can be used (each {reason})",
+                    f"{source.path}：{part!r} 部分没有一条样本可用（每条都{local(reason, 'zh')}）",
+                )
+            )
 
     def nothing(self, sources: list[Source]) -> str:
         """Says that not one row of these sources can be used."""

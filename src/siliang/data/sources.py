@@ -5,7 +5,6 @@ named and a file larger than memory can be read. A kind of file has one reader, 
 from __future__ import annotations
 
 import glob
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.description import by_name, check_hub, check_saved, described
-from siliang.data.json_stream import is_lines, json_lines, json_list
+from siliang.data.file_rows import rows_of_file
 from siliang.data.reading import DataRow, Reading
-from siliang.data.tables import clean_header, table_fields, whole_quoted
-from siliang.data.tagged_words import tagged_rows
-from siliang.data.text_files import COLUMN_FILES, FILE_KINDS, TextFile, find_text, kind_of
+from siliang.data.text_files import FILE_KINDS, kind_of
 from siliang.files import is_pattern
 from siliang.hub import unreachable
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.paths import check_links, near_names
-from siliang.secrets import shortened
 from siliang.types import DataError, first_line
 
 TRAINED = ("train", "training")
@@ -55,12 +51,24 @@ class OpenedSource:
         names = {"train": TRAINED, "test": HELD_OUT}.get(split, ())
         found = [name for name in names if name in self.parts]
         if not found and not self.parts:
-            raise DataError(f"{self.source} holds no data: what it saved has no part.")
-        if not found:
-            apart = f" To read one of them, name its folder, such as {self.source}/{next(iter(self.parts))}."
-            saved = not any(isinstance(files, list) for files in self.parts.values())
             raise DataError(
-                f"{self.source} has no part {split!r}; it has {', '.join(self.parts)}.{apart if saved else ''}"
+                Bilingual(
+                    f"{self.source} holds no data: what it saved has no part.",
+                    f"{self.source} 没有数据：其中没有任何部分。",
+                )
+            )
+        if not found:
+            apart, one = Bilingual("", ""), f"{self.source}/{next(iter(self.parts))}"
+            if not any(isinstance(files, list) for files in self.parts.values()):
+                apart = Bilingual(
+                    f" To read one of them, name its folder, such as {one}.",
+                    f"要读取其中一个，请给出它的文件夹，例如 {one}。",
+                )
+            raise DataError(
+                Bilingual(
+                    f"{self.source} has no part {split!r}; it has {', '.join(self.parts)}.{apart}",
+                    f"{self.source} 没有 {split!r} 部分；它有 {'、'.join(self.parts)}。{apart.zh}",
+                )
             )
         return found[0]
 
@@ -82,7 +90,7 @@ class OpenedSource:
 
         changes = class_names(self.features)
         for file in held:
-            for row in _file(file, self.named.get(file, str(file)), reading):
+            for row in rows_of_file(file, self.named.get(file, str(file)), reading):
                 for name, change in changes.items():
                     if name in row.values:
                         row.values[name] = change(row.values[name])
@@ -115,127 +123,6 @@ def open_source(source: str, reading: Reading | None = None) -> OpenedSource:
     return _hub(source)
 
 
-# ---- files ----
-
-
-def _file(path: Path, name: str, reading: Reading) -> Iterator[DataRow]:
-    kind = kind_of(path)
-    if kind not in FILE_KINDS:
-        hint = " Save the sheet as .csv." if kind in (".xlsx", ".xls", ".ods") else ""
-        raise DataError(
-            f"{name}: {kind or 'no ending'} is not a kind of file that can be read.{hint} Allowed: "
-            f"{', '.join(FILE_KINDS)}, or a folder from Dataset.save_to_disk."
-        )
-    try:
-        if kind in (".parquet", ".arrow"):
-            yield from _arrow(path, name, kind)
-            return
-        text = find_text(path, reading.encoding)
-        if text.guessed:
-            reading.note(
-                Bilingual(
-                    f"{name}: not UTF-8; read as {text.encoding} (data.encoding sets another)",
-                    f"{name}：不是 UTF-8，按 {text.encoding} 读取（可用 data.encoding 指定）",
-                )
-            )
-        if kind in (".csv", ".tsv"):
-            yield from _table(text, kind, name, reading)
-        elif kind in COLUMN_FILES or (kind == ".txt" and reading.tagged):
-            yield from tagged_rows(text, name, reading)
-        elif kind == ".txt":
-            for n, line in text.lines():
-                if reading.keeps_empty or line.strip():
-                    yield DataRow({"text": line.rstrip("\r\n")}, f"{name}:{n}")
-        else:
-            # a file of the hub cannot be renamed
-            lines = kind == ".jsonl" or (name != str(path) and is_lines(text))
-            for where, value, problem in (json_lines if lines else json_list)(text, name):
-                if problem is None and not isinstance(value, dict):
-                    problem = f"must be an object with named fields, not {type(value).__name__}"
-                elif problem is None and not value:
-                    problem = "is empty: it has no fields"
-                yield DataRow(value if problem is None else {}, where, problem)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    except UnicodeDecodeError:  # the file has been changed since it was looked through
-        raise DataError(f"{name} cannot be read: it is being written to.") from None
-
-
-def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[DataRow]:
-    names = reading.header
-    quoted = 0
-    for line, fields, problem in table_fields(file, kind, names, reading.separator, name, reading.note):
-        where = f"{name}:{line}"
-        if problem is not None:
-            yield DataRow({}, where, problem)
-        elif names is None:
-            if said := _is_no_header(fields):
-                raise DataError(f"{where}: {said}")
-            names = clean_header(fields, where)
-        elif fields == names and names is reading.header and line == 1:
-            raise DataError(f"{where}: is the header line that data.header says is missing: leave data.header out.")
-        elif len(fields) != len(names):
-            wanted = shortened(", ".join(names), 200)
-            has = f"has {len(fields)} column{'s' if len(fields) != 1 else ''}, not {len(names)} ({wanted})"
-            if kind == ".csv" and len(fields) > len(names):
-                has += "; a cell with a comma, or whatever separates the columns, needs quotes"
-            yield DataRow({}, where, has)
-        else:
-            quoted += kind == ".tsv" and any(map(whole_quoted, fields))
-            yield DataRow(dict(zip(names, fields, strict=True)), where)
-    if quoted:
-        reading.doubts.append(
-            Bilingual(
-                f"{name}: {quoted:,} rows have a cell in double quotes, and the quotes are read as text",
-                f"{name}：{quoted:,} 行有带双引号的单元格，引号按文本读取",
-            )
-        )
-
-
-def _is_no_header(fields: list[str]) -> str | None:
-    """What the first line of a table is in place of a header, if it shows."""
-    first = fields[0].strip()
-    if re.match(r"sep=", first, re.IGNORECASE) and len(fields) < 3:
-        return "'sep=' is a mark of Excel's and no header line: take this line out; the separator is found without it."
-    if first.startswith("#") and (len(fields) == 1 or first.startswith("# ")):
-        return f"{shortened(first, 40)!r} is a comment and no header line: take it out."
-    return None
-
-
-def _arrow(path: Path, name: str, kind: str) -> Iterator[DataRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from siliang.data.arrow_rows import changes, rows_at_once, rows_of
-
-    try:
-        if kind == ".parquet":
-            file = pq.ParquetFile(path)
-            at_once = rows_at_once(file.metadata, path, name)
-            # few rows at once: threads would cost more than they save
-            schema, batches = file.schema_arrow, file.iter_batches(batch_size=at_once, use_threads=False)
-        else:
-            schema, batches = _arrow_batches(path)
-        rows = rows_of(batches, changes(schema, name), name, path.stat().st_size)
-        for number, values in enumerate(rows, start=1):
-            yield DataRow(values, f"{name}, row {number}")
-    except pa.ArrowException as error:
-        raise DataError(f"{name} is not a readable {kind[1:]} file: {first_line(error)}") from None
-
-
-def _arrow_batches(path: Path) -> tuple[Any, Iterator[Any]]:
-    """Arrow's streams, which `datasets` writes, and its files, which have their table of contents at the end."""
-    import pyarrow as pa
-
-    mapped = pa.memory_map(str(path))
-    try:
-        stream = pa.ipc.open_stream(mapped)
-        return stream.schema, iter(stream)
-    except pa.ArrowInvalid:
-        file = pa.ipc.open_file(mapped)
-        return file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
-
-
 # ---- folders and the hub ----
 
 
@@ -256,8 +143,14 @@ def _folder(path: Path, source: str, reading: Reading) -> OpenedSource:
         raise
     except Exception as error:  # `datasets` raises kinds of its own
         raise DataError(
-            f"{path} holds no data: {first_line(error)}\n"
-            "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl and test.jsonl."
+            Bilingual(
+                f"{path} holds no data: {first_line(error)}\n"
+                "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl "
+                "and test.jsonl.",
+                f"{path} 中没有数据：{local(first_line(error), 'zh')}\n"
+                "请给出其中的文件、Dataset.save_to_disk 写的文件夹，或含 train.jsonl、test.jsonl 这类文件"
+                "的文件夹。",
+            )
         ) from None
 
 
@@ -276,14 +169,25 @@ def _only_ours(opened: OpenedSource, path: Path, reading: Reading) -> OpenedSour
         opened.parts = {"train": ours}
     if not opened.parts:
         raise DataError(
-            f"{path} holds no data: no file of a kind that can be read ({', '.join(FILE_KINDS)}).\n"
-            "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl and test.jsonl."
+            Bilingual(
+                f"{path} holds no data: no file of a kind that can be read ({', '.join(FILE_KINDS)}).\n"
+                "Name a file in it, a folder from Dataset.save_to_disk, or one of files such as train.jsonl "
+                "and test.jsonl.",
+                f"{path} 中没有数据：没有可读取的文件（{'、'.join(FILE_KINDS)}）。\n"
+                "请给出其中的文件、Dataset.save_to_disk 写的文件夹，或含 train.jsonl、test.jsonl 这类文件"
+                "的文件夹。",
+            )
         )
     taken = {file for files in opened.parts.values() for file in files}
     left = [f.relative_to(path).as_posix() for f in ours if f not in taken]
     if left:
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        reading.note(f"{path}: not read, as their names say no part: {', '.join(left[:5])}{more}")
+        more, more_zh = (f" and {len(left) - 5} more", " 等") if len(left) > 5 else ("", "")
+        reading.note(
+            Bilingual(
+                f"{path}: not read, as their names say no part: {', '.join(left[:5])}{more}",
+                f"{path}：文件名看不出属于哪一部分，未读取：{'、'.join(left[:5])}{more_zh}",
+            )
+        )
     return opened
 
 
@@ -319,12 +223,20 @@ def _hub(source: str) -> OpenedSource:
     except Exception as error:  # the hub's client raises many kinds, all of which mean that the data is not to be had
         if off is not None:
             raise DataError(
-                f"{source} is not a file or folder here, and not in the cache of `datasets`; {off}.\n"
-                "Save the data to a file (.jsonl, .parquet) and name that."
+                Bilingual(
+                    f"{source} is not a file or folder here, and not in the cache of `datasets`; {off}.\n"
+                    "Save the data to a file (.jsonl, .parquet) and name that.",
+                    f"{source} 不是本机的文件或文件夹，也不在 `datasets` 的缓存中；{local(off, 'zh')}。\n"
+                    "请把数据存成文件（.jsonl、.parquet）并给出文件名。",
+                )
             ) from None
         raise DataError(
-            f"{source} is not a file or folder here, and the hub did not give it: {first_line(error)}\n"
-            "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that."
+            Bilingual(
+                f"{source} is not a file or folder here, and the hub did not give it: {first_line(error)}\n"
+                "Look at its name and at the network, or save the data to a file (.jsonl, .parquet) and name that.",
+                f"{source} 不是本机的文件或文件夹，也无法从 Hub 取得：{local(first_line(error), 'zh')}\n"
+                "请检查名称和网络，或把数据存成文件（.jsonl、.parquet）并给出文件名。",
+            )
         ) from None
 
 
@@ -333,10 +245,18 @@ def _fetch(file: str, name: str) -> Path:
     from huggingface_hub import HfFileSystem, hf_hub_download
 
     if not file.startswith("hf://datasets/") or "::" in file:
-        raise DataError(f"{name} names {file}, which is not in its repository.")
+        raise DataError(
+            Bilingual(
+                f"{name} names {file}, which is not in its repository.", f"{name} 写有 {file}，它不在自己的仓库中。"
+            )
+        )
     found: Any = HfFileSystem().resolve_path(file)
     if (found.repo_type, found.repo_id) != ("dataset", name):
-        raise DataError(f"{name} names {file}, which is not in its repository.")
+        raise DataError(
+            Bilingual(
+                f"{name} names {file}, which is not in its repository.", f"{name} 写有 {file}，它不在自己的仓库中。"
+            )
+        )
     return Path(hf_hub_download(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision))
 
 

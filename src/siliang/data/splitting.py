@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+from siliang.language import Bilingual
 from siliang.types import DataError
 
 
@@ -28,7 +29,12 @@ def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) 
     try:
         parts = rows.train_test_split(test_size, seed=seed, stratify_by_column=by)
     except ValueError as error:
-        raise DataError(f"data.test_size = {test_size} with data.stratify: {str(error).rstrip('.')}.") from None
+        raise DataError(
+            Bilingual(
+                f"data.test_size = {test_size} with data.stratify: {str(error).rstrip('.')}.",
+                f"data.test_size = {test_size} 与 data.stratify 不能同时满足：{str(error).rstrip('.')}。",
+            )
+        ) from None
     return parts["train"]["row"][:], parts["test"]["row"][:]
 
 

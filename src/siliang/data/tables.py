@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.text_files import INVISIBLE, MOST_COLUMNS, MOST_ROW, TextFile
+from siliang.language import Bilingual, local
 from siliang.secrets import shortened
 from siliang.types import DataError
 
-SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
+SEPARATORS = {
+    ",": Bilingual("a comma", "逗号"),
+    "\t": Bilingual("a tab", "制表符"),
+    ";": Bilingual("a semicolon", "分号"),
+    "|": Bilingual("a bar", "竖线"),
+}
 SAMPLE_LINES = 200
 CONSISTENT = 0.9  # of the first records: as many fields as the header, where a separator is certain
 
@@ -37,12 +43,23 @@ def table_fields(
     found = separator if separator != "auto" else _separator(file, own, header)
     marks = separator != "auto" or found == ","
     if separator == "auto" and found != own:
-        note(f"{name}: its columns are separated by {SEPARATORS[found]} (data.separator sets another)")
+        by = SEPARATORS[found]
+        note(
+            Bilingual(
+                f"{name}: its columns are separated by {by} (data.separator sets another)",
+                f"{name}：列以{by.zh}分隔（可用 data.separator 指定）",
+            )
+        )
         marks = True
     elif not marks:
         marks = _quotes_are_marks(file, found)
         if marks:
-            note(f"{name}: its cells are quoted as in a csv file, and are read so")
+            note(
+                Bilingual(
+                    f"{name}: its cells are quoted as in a csv file, and are read so",
+                    f"{name}：单元格像 csv 文件那样加了引号，按此读取",
+                )
+            )
     style: dict[str, Any] = {"delimiter": found} | ({} if marks else {"quoting": csv.QUOTE_NONE})
     reader = csv.reader((line for _, line in file.lines()), strict=True, **style)
     while True:
@@ -52,7 +69,12 @@ def table_fields(
         except StopIteration:
             return
         except csv.Error as error:
-            yield first, [], f"not readable as {kind[1:]}: {_reason(str(error), reader.line_num - first)}"
+            why = _reason(str(error), reader.line_num - first)
+            yield (
+                first,
+                [],
+                Bilingual(f"not readable as {kind[1:]}: {why}", f"不是可读的 {kind[1:]}：{local(why, 'zh')}"),
+            )
             continue
         if fields:
             yield first, fields, None
@@ -65,7 +87,12 @@ def clean_header(fields: list[str], where: str) -> list[str]:
         DataError: A name is there twice, or there are too many.
     """
     if len(fields) > MOST_COLUMNS:
-        raise DataError(f"{where}: the header has {len(fields):,} columns: at most {MOST_COLUMNS:,} are read.")
+        raise DataError(
+            Bilingual(
+                f"{where}: the header has {len(fields):,} columns: at most {MOST_COLUMNS:,} are read.",
+                f"{where}：标题行有 {len(fields):,} 列：最多读取 {MOST_COLUMNS:,} 列。",
+            )
+        )
     names = [field.strip(INVISIBLE + " \t\r\n\xa0\u3000") for field in fields]
     seen: set[str] = set()
     for i, name in enumerate(names):
@@ -73,7 +100,11 @@ def clean_header(fields: list[str], where: str) -> list[str]:
             names[i] = f"column {i + 1}"
         elif name and name in seen:
             raise DataError(
-                f"{where}: the header names the column {shortened(name, 100)!r} twice; give each column its own name."
+                Bilingual(
+                    f"{where}: the header names the column {shortened(name, 100)!r} twice; give each column "
+                    "its own name.",
+                    f"{where}：标题行有两列都叫 {shortened(name, 100)!r}：请给各列不同的列名。",
+                )
             )
         seen.add(names[i])
     return names
@@ -86,10 +117,12 @@ def whole_quoted(field: str) -> bool:
 
 def _reason(error: str, lines: int) -> str:
     if error == "unexpected end of data":
-        lost = f", and the {lines:,} lines behind it are lost with it" if lines else ""
-        return f"a quote that opens in this line closes nowhere{lost}"
+        lost, lost_zh = "", ""
+        if lines:
+            lost, lost_zh = f", and the {lines:,} lines behind it are lost with it", f"，后面的 {lines:,} 行也因此丢失"
+        return Bilingual(f"a quote that opens in this line closes nowhere{lost}", f"这一行打开的引号没有闭合{lost_zh}")
     if error.startswith("new-line character seen in unquoted field"):
-        return "a carriage return inside of a cell without quotes"
+        return Bilingual("a carriage return inside of a cell without quotes", "没有引号的单元格中有回车符")
     return error
 
 

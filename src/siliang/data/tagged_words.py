@@ -40,7 +40,10 @@ def tagged_rows(file: TextFile, name: str, reading: Reading) -> Iterator[DataRow
             continue
         fields = _line_fields(line)
         if len(fields) < 2 + first:
-            problem = problem or f"has no tag in line {number}: {shortened(line, 200)!r}"
+            problem = problem or Bilingual(
+                f"has no tag in line {number}: {shortened(line, 200)!r}",
+                f"的第 {number} 行没有标注：{shortened(line, 200)!r}",
+            )
             continue
         if first and not fields[0].isdecimal():
             continue
@@ -85,10 +88,19 @@ def _first_word_column(file: TextFile, name: str) -> int:
     if not several:
         return 0
     if fewest < 3:
-        raise DataError(f"{name}: its first column numbers the words, and no other holds them: write word and tag.")
+        raise DataError(
+            Bilingual(
+                f"{name}: its first column numbers the words, and no other holds them: write word and tag.",
+                f"{name}：第一列是词的编号，而没有词所在的列：请写出词和标注。",
+            )
+        )
     if most >= MANY_COLUMNS:
         raise DataError(
-            f"{name}: {most} columns that start with a word's number, as in CoNLL-U. The last is not a tag: keep "
-            "the columns of the word and of its tag (of CoNLL-U 2 and 4), and its empty lines."
+            Bilingual(
+                f"{name}: {most} columns that start with a word's number, as in CoNLL-U. The last is not a tag: keep "
+                "the columns of the word and of its tag (of CoNLL-U 2 and 4), and its empty lines.",
+                f"{name}：共 {most} 列，以词的编号开头，像 CoNLL-U。最后一列不是标注："
+                "请保留词和标注所在的列（CoNLL-U 的第 2 和第 4 列）以及空行。",
+            )
         )
     return 1

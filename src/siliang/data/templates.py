@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from siliang.data.examples import Call, Conversation, Message
+from siliang.language import Bilingual
 from siliang.safety.safe_json import JsonError, parse_json
 from siliang.safety.safe_yaml import read_yaml
 from siliang.types import ConfigError, DataError, nearest
@@ -134,13 +135,21 @@ class Template:
         first = next((i for i, role in enumerate(spoken) if role != "system"), len(spoken))
         if "system" in spoken[first:]:
             raise DataError(
-                f"has a system message in turn {spoken.index('system', first) + 1}, and the template {self.name} has a "
-                "place for it in front of the conversation only"
+                Bilingual(
+                    f"has a system message in turn {spoken.index('system', first) + 1}, and the template "
+                    f"{self.name} has a "
+                    "place for it in front of the conversation only",
+                    f"的第 {spoken.index('system', first) + 1} 轮是系统消息，而模板 {self.name} 只在对话开头有它的位置",
+                )
             )
         if not self.reasoning and any(m.reasoning for m in talk.messages):
             raise DataError(
-                f"has reasoning beside an answer, for which the template {self.name} has no place: use "
-                "data.template=chat with a model that reasons, or a template of your own with `reasoning`"
+                Bilingual(
+                    f"has reasoning beside an answer, for which the template {self.name} has no place: use "
+                    "data.template=chat with a model that reasons, or a template of your own with `reasoning`",
+                    f"的答案带有思考过程，而模板 {self.name} 没有放它的位置："
+                    "请用会思考的模型和 data.template=chat，或自己写含 `reasoning` 的模板",
+                )
             )
 
     def _system(self, talk: Conversation) -> tuple[str, list[Message]]:
@@ -303,7 +312,10 @@ def find_template(name: str) -> Template | None:
     if name not in TEMPLATES:
         allowed = ", ".join([*TEMPLATES, CHAT])
         raise ConfigError(
-            f"template {name!r} is not one of {allowed}, nor a .yaml file.{nearest(name, [*TEMPLATES, CHAT])}"
+            Bilingual(
+                f"template {name!r} is not one of {allowed}, nor a .yaml file.{nearest(name, [*TEMPLATES, CHAT])}",
+                f"模板 {name!r} 不是 {allowed} 之一，也不是 .yaml 文件。{nearest(name, [*TEMPLATES, CHAT]).zh}",
+            )
         )
     return TEMPLATES[name]
 
@@ -325,18 +337,34 @@ def _read_template(path: Path, stamp: int) -> Template:
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(
-                f"{path}: {key} is not part of a template.{nearest(key, fields)} Allowed: {', '.join(fields)}."
+                Bilingual(
+                    f"{path}: {key} is not part of a template.{nearest(key, fields)} Allowed: {', '.join(fields)}.",
+                    f"{path}：{key} 不是模板的字段。{nearest(key, fields).zh}可用：{'、'.join(fields)}。",
+                )
             )
         wanted = bool if fields[key].type == "bool" else str
         if not isinstance(value, wanted):
-            raise ConfigError(f"{path}: {key} = {value!r} must be {'true or false' if wanted is bool else 'text'}.")
+            raise ConfigError(
+                Bilingual(
+                    f"{path}: {key} = {value!r} must be {'true or false' if wanted is bool else 'text'}.",
+                    f"{path}：{key} = {value!r} 应为{'true 或 false' if wanted is bool else '文本'}。",
+                )
+            )
     for key in ("user", "assistant"):
         if key not in values:
             raise ConfigError(
-                f"{path}: {key} is missing. A template needs user: 'Q: {{content}}\\n' and assistant: 'A: '."
+                Bilingual(
+                    f"{path}: {key} is missing. A template needs user: 'Q: {{content}}\\n' and assistant: 'A: '.",
+                    f"{path}：缺少 {key}。模板需要 user: 'Q: {{content}}\\n' 和 assistant: 'A: '。",
+                )
             )
     places = {"user": "content", "system": "content", "tool": "content", "reasoning": "reasoning"}
     for key, place in places.items():
         if values.get(key) and f"{{{place}}}" not in values[key]:
-            raise ConfigError(f"{path}: {key} = {values[key]!r} must say where the words go, with {{{place}}}.")
+            raise ConfigError(
+                Bilingual(
+                    f"{path}: {key} = {values[key]!r} must say where the words go, with {{{place}}}.",
+                    f"{path}：{key} = {values[key]!r} 须用 {{{place}}} 指明文字的位置。",
+                )
+            )
     return Template(name=path.stem, **values)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
+from siliang.language import Bilingual
 from siliang.types import DataError
 
 # kinds of files of data, as `kind_of` says them
@@ -58,8 +59,12 @@ class TextFile:
         """
         if self.longest > MOST_ROW:
             raise DataError(
-                f"{self.path} has a line of {self.longest:,} characters: at most {MOST_ROW:,} are read. Break the text "
-                "into lines."
+                Bilingual(
+                    f"{self.path} has a line of {self.longest:,} characters: at most {MOST_ROW:,} are read. "
+                    "Break the text "
+                    "into lines.",
+                    f"{self.path} 有一行长 {self.longest:,} 个字符：最多读取 {MOST_ROW:,} 个。请给文本分行。",
+                )
             )
         with self.open(self.newline) as opened:
             yield from enumerate(opened, start=1)
@@ -90,11 +95,21 @@ def find_text(path: Path, encoding: str = "auto") -> TextFile:
             found = _through(path, name)
         except _UndecodableError as error:
             raise DataError(
-                f"{path}:{error.line}: not {encoding} text, which data.encoding says. Leave that setting out, or give "
-                "the encoding that the file was saved in."
+                Bilingual(
+                    f"{path}:{error.line}: not {encoding} text, which data.encoding says. Leave that setting "
+                    "out, or give "
+                    "the encoding that the file was saved in.",
+                    f"{path}:{error.line}：不是 data.encoding 所说的 {encoding} 文本。请去掉该设置，"
+                    "或给出文件保存时的编码。",
+                )
             ) from None
         if not name.startswith("utf") and _is_utf8(path):
-            raise DataError(f"{path} is UTF-8, and data.encoding says {encoding}: leave that setting out.")
+            raise DataError(
+                Bilingual(
+                    f"{path} is UTF-8, and data.encoding says {encoding}: leave that setting out.",
+                    f"{path} 是 UTF-8，而 data.encoding 写的是 {encoding}：请去掉该设置。",
+                )
+            )
         return found
     try:
         if marked is not None:
@@ -102,21 +117,32 @@ def find_text(path: Path, encoding: str = "auto") -> TextFile:
         if (count := head.count(0)) * 8 > len(head):
             order = "be" if head[0] == 0 else "le"
             raise DataError(
-                f"{path}: {count} of its first {len(head)} bytes are 0, as in UTF-16 without a byte order mark: say "
-                f"data.encoding=utf-16-{order}, or save the file as UTF-8."
+                Bilingual(
+                    f"{path}: {count} of its first {len(head)} bytes are 0, as in UTF-16 without a byte order "
+                    "mark: say "
+                    f"data.encoding=utf-16-{order}, or save the file as UTF-8.",
+                    f"{path}：前 {len(head)} 个字节中有 {count} 个是 0，像没有字节序标记的 UTF-16："
+                    f"请设置 data.encoding=utf-16-{order}，或把文件另存为 UTF-8。",
+                )
             )
         return _through(path, "utf-8")
     except _UndecodableError as error:
         line = error.line
-    wrong = f"{path}:{line}: not {'UTF-8' if marked is None else marked.removesuffix('-sig').upper()} text"
+    wanted = "UTF-8" if marked is None else marked.removesuffix("-sig").upper()
+    wrong = Bilingual(f"{path}:{line}: not {wanted} text", f"{path}:{line}：不是 {wanted} 文本")
     if marked is None:
         try:
             return _through(path, "gb18030", guessed=True)
         except _UndecodableError:
             pass
     raise DataError(
-        f"{wrong}. Say what it is with data.encoding (gb18030, big5, cp1252, shift_jis, utf-16 ...), or save the file "
-        "as UTF-8."
+        Bilingual(
+            f"{wrong}. Say what it is with data.encoding (gb18030, big5, cp1252, shift_jis, utf-16 ...), or "
+            "save the file "
+            "as UTF-8.",
+            f"{wrong.zh}。请用 data.encoding 指明编码（gb18030、big5、cp1252、shift_jis、"
+            "utf-16 等），或把文件另存为 UTF-8。",
+        )
     )
 
 
@@ -152,7 +178,12 @@ def _through(path: Path, encoding: str, *, guessed: bool = False) -> TextFile:
             raw = opened.read(CHUNK_BYTES)
             size += len(raw)
             if size > most:
-                raise DataError(f"{path} unpacks to more than {MOST_GROWTH} times its size: unpack it yourself.")
+                raise DataError(
+                    Bilingual(
+                        f"{path} unpacks to more than {MOST_GROWTH} times its size: unpack it yourself.",
+                        f"{path} 解压后超过自身大小的 {MOST_GROWTH} 倍：请自行解压。",
+                    )
+                )
             try:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:

@@ -17,15 +17,16 @@ import torch
 from siliang.config import DataConfig
 from siliang.data.cache import cache_folder, prune, used
 from siliang.data.encode import IGNORED
-from siliang.data.entries import BAD, Rows, bad_row, is_bad, number_of_bad
+from siliang.data.entries import BAD, Rows, bad_row, is_bad, number_of_bad, reason_of, stored
 from siliang.data.example_set import ExampleSet, bad_rows_message
 from siliang.data.examples import Example, from_json
 from siliang.data.judge import Judge
 from siliang.data.small_table import SmallTable
 from siliang.data.spec import DataSpec, Encode
 from siliang.data.token_key import key_of
+from siliang.language import Bilingual, local, together
 from siliang.safety.limits import RefusedError, run_in_time
-from siliang.types import DataError, ModelError, first_line
+from siliang.types import DataError, ModelError, first_line, message_of
 
 if TYPE_CHECKING:  # slow to import
     from datasets import Dataset, Features
@@ -197,7 +198,7 @@ def tokenize(
     work = spec.encoder(tokenizer, data, labels or [])
     judge = Judge.of(tokenizer, predicts=spec.next_token) if judged else None
     if not isinstance(examples, ExampleSet) and len(examples) > BATCH:
-        examples = ExampleSet.build((f"row {i}", e) for i, e in enumerate(examples, start=1))
+        examples = ExampleSet.build((_nth(i), e) for i, e in enumerate(examples, start=1))
     table: Table
     if isinstance(examples, ExampleSet) and len(examples):
         features = _features(spec)
@@ -207,11 +208,14 @@ def tokenize(
         table = _small_table(examples, work, judge, spec)
 
     def where(number: int) -> str:
-        return examples.where(number) if isinstance(examples, ExampleSet) else f"row {number + 1}"
+        return examples.where(number) if isinstance(examples, ExampleSet) else _nth(number + 1)
 
     rows = TokenSet(table, spec).column("row")
     unusable = table.select([i for i in np.flatnonzero(rows < 0).tolist() if is_bad(int(rows[i]))])
-    bad = [f"{where(number_of_bad(row))} {why}" for row, why in zip(unusable["row"], unusable[BAD], strict=True)]
+    reasons = map(reason_of, unusable[BAD])
+    bad: list[str] = [
+        together(where(number_of_bad(row)), " ", why) for row, why in zip(unusable["row"], reasons, strict=True)
+    ]
     table = table.remove_columns(BAD)
     kept = table.select(np.flatnonzero(rows >= 0).tolist()) if (rows < 0).any() else table
     too_long = len(table) - len(kept) - len(bad)
@@ -221,6 +225,10 @@ def tokenize(
     if bad and not (keep_going or (data.skip_bad_rows and len(kept))):
         raise DataError(bad_rows_message(bad))
     return TokenSet(kept, spec, too_long, skipped=bad)
+
+
+def _nth(number: int) -> str:
+    return f"row {number}"
 
 
 def _features(spec: DataSpec) -> Features:
@@ -240,7 +248,8 @@ def _without_labels(table: Table, spec: DataSpec, where: Callable[[int], str]) -
     if learned.all():
         return table, []
     numbers = TokenSet(table, spec).column("row")
-    bad = [f"{where(int(numbers[i]))} carries no label" for i in np.flatnonzero(learned == 0)]
+    none = Bilingual("carries no label", "没有标签")
+    bad: list[str] = [together(where(int(numbers[i])), " ", none) for i in np.flatnonzero(learned == 0)]
     return table.select(np.flatnonzero(learned).tolist()), bad
 
 
@@ -280,7 +289,7 @@ def _encode(
         made = [_alone(work, example) for example in examples]
     for number, example, entries in zip(numbers, examples, made, strict=True):
         if judge is not None and (problem := judge.problem(example, entries)):
-            entries = [{"input_ids": [], BAD: problem}]
+            entries = [{"input_ids": [], BAD: stored(problem)}]
         for entry in entries:
             row = {"row": number, "lost": 0, "lost_answer": 0} | entry
             if BAD in entry:
@@ -300,17 +309,22 @@ def _in_time(work: Encode, examples: Sequence[Any]) -> list[Rows]:
     try:
         return run_in_time(partial(work, examples), SECONDS + characters / CHARACTERS_A_SECOND)
     except RefusedError as error:
-        where = (
-            f"{len(examples)} texts of {characters:,} characters" if len(examples) > 1 else f"{characters:,} characters"
-        )
-        raise ModelError(f"the model's tokenizer cannot read {where}: {first_line(str(error))}.") from None
+        where = Bilingual(f"{characters:,} characters", f" {characters:,} 个字符")
+        if (n := len(examples)) > 1:
+            where = Bilingual(f"{n} texts of {characters:,} characters", f" {n} 段文本（{characters:,} 个字符）")
+        raise ModelError(
+            Bilingual(
+                f"the model's tokenizer cannot read {where}: {first_line(error)}.",
+                f"模型的分词器无法处理{where.zh}：{local(first_line(error), 'zh')}。",
+            )
+        ) from None
 
 
 def _alone(work: Encode, example: Any) -> list[dict[str, Any]]:
     try:
         return _in_time(work, [example])[0]
     except DataError as error:
-        return [{"input_ids": [], BAD: str(error)}]
+        return [{"input_ids": [], BAD: stored(message_of(error))}]
 
 
 def _map(examples: ExampleSet, function: Any, features: Features, key: str, data: DataConfig) -> Dataset:
@@ -339,8 +353,11 @@ def _map(examples: ExampleSet, function: Any, features: Features, key: str, data
         if "abruptly died" not in str(error):
             raise
         raise DataError(
-            f"one of {workers} processes that tokenize was killed, perhaps because memory was full.\n"
-            "Set data.workers=1, or a smaller number than that."
+            Bilingual(
+                f"one of {workers} processes that tokenize was killed, perhaps because memory was full.\n"
+                "Set data.workers=1, or a smaller number than that.",
+                f"{workers} 个分词进程中有一个被杀死，可能是内存已满。\n请设置 data.workers=1，或更小的数。",
+            )
         ) from None
 
 

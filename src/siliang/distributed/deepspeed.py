@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from siliang.config import RunConfig
 from siliang.config.distributed import SET_BY
+from siliang.language import Bilingual
 from siliang.models.introspect import checkpointed_layers
 from siliang.types import ConfigError
 
@@ -60,11 +61,22 @@ def require_deepspeed(device: torch.device, *, half: bool) -> None:
     """
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            "distributed.strategy = deepspeed needs DeepSpeed, which is not installed.\n"
-            "Use strategy=fsdp, which shards as much, or install it: DS_BUILD_OPS=0 pip install 'siliang[deepspeed]'"
+            Bilingual(
+                "distributed.strategy = deepspeed needs DeepSpeed, which is not installed.\n"
+                "Use strategy=fsdp, which shards as much, or install it: DS_BUILD_OPS=0 pip install "
+                "'siliang[deepspeed]'",
+                "distributed.strategy = deepspeed 需要 DeepSpeed，而它没有安装。\n"
+                "请用分片程度相同的 strategy=fsdp，或安装它："
+                "DS_BUILD_OPS=0 pip install 'siliang[deepspeed]'",
+            )
         )
     if half and device.type == "cpu":
-        raise ConfigError("distributed.strategy = deepspeed trains on the CPU in fp32 alone: set train.precision=fp32.")
+        raise ConfigError(
+            Bilingual(
+                "distributed.strategy = deepspeed trains on the CPU in fp32 alone: set train.precision=fp32.",
+                "distributed.strategy = deepspeed 在 CPU 上只能用 fp32 训练：请设置 train.precision=fp32。",
+            )
+        )
 
 
 def make_plugin(config: RunConfig, ranks: int) -> DeepSpeedPlugin:

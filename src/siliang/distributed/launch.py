@@ -8,6 +8,7 @@ import sys
 import tempfile
 import uuid
 
+from siliang.language import Bilingual
 from siliang.terminal import shell_command
 from siliang.types import RankError
 
@@ -54,11 +55,16 @@ def launch(devices: int, arguments: list[str], folder: str) -> int:
             rank, failure = error.get_first_failure()
             if failure.exitcode in REPORTED:
                 return failure.exitcode
-            how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else "crashed"
+            code, command = failure.exitcode, shell_command("siliang", "train", "--resume", folder)
+            killed = Bilingual(f"was killed by signal {-code}", f"被信号 {-code} 杀死")
+            how = killed if code < 0 else Bilingual("crashed", "出错退出")
             raise RankError(
-                f"Rank {rank} of {devices} {how} (process {failure.pid}), and the run ended with it. What was saved "
-                "before is whole.\nGo on, with as many devices as you like: "
-                + shell_command("siliang", "train", "--resume", folder)
+                Bilingual(
+                    f"Rank {rank} of {devices} {how} (process {failure.pid}), and the run ended with it. What was "
+                    f"saved before is whole.\nGo on, with as many devices as you like: {command}",
+                    f"第 {rank} 号进程（共 {devices} 个，进程号 {failure.pid}）{how.zh}，训练随之结束。此前保存的内容"
+                    f"是完整的。\n继续训练，设备数不限：{command}",
+                )
             ) from None
         except SignalException:
             return 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from siliang.language import Bilingual
 from siliang.secrets import short_repr
 from siliang.types import ConfigError
 
@@ -27,8 +28,12 @@ def accelerate_strategy() -> dict[str, object]:
     for other in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if other in switched_on:
             raise ConfigError(
-                f"accelerate's configuration has {other.lower()}, which siliang does not use. "
-                "Allowed there: MULTI_GPU, MULTI_CPU, FSDP, DEEPSPEED."
+                Bilingual(
+                    f"accelerate's configuration has {other.lower()}, which siliang does not use. "
+                    "Allowed there: MULTI_GPU, MULTI_CPU, FSDP, DEEPSPEED.",
+                    f"accelerate 的配置中有 {other.lower()}，siliang 不使用它。可用："
+                    "MULTI_GPU、MULTI_CPU、FSDP、DEEPSPEED。",
+                )
             )
     if "FSDP" in switched_on:
         return {"strategy": "fsdp"}
@@ -38,7 +43,12 @@ def accelerate_strategy() -> dict[str, object]:
         return {"strategy": "deepspeed", "deepspeed": file}
     stage = zero.get("ZERO_STAGE", "2")
     if stage not in ("0", "1", "2", "3"):
-        raise ConfigError(f"accelerate's configuration has zero_stage = {short_repr(stage)}: must be 1, 2 or 3.")
+        raise ConfigError(
+            Bilingual(
+                f"accelerate's configuration has zero_stage = {short_repr(stage)}: must be 1, 2 or 3.",
+                f"accelerate 的配置中 zero_stage = {short_repr(stage)}：只能是 1、2 或 3。",
+            )
+        )
     settings: dict[str, object] = {"stage": int(stage)}
     for name, key in (("OFFLOAD_OPTIMIZER_DEVICE", "offload_optimizer"), ("OFFLOAD_PARAM_DEVICE", "offload_param")):
         if (device := zero.get(name, "none")) != "none":

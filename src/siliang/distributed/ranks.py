@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from siliang.distributed.launched import accelerate_strategy
+from siliang.language import Bilingual, local
 from siliang.types import RankError, SiliangError, first_line
 
 T = TypeVar("T")
@@ -142,7 +143,12 @@ def _join() -> Ranks:
         try:
             dist.init_process_group(backend, store=_own_store(rank, size), rank=rank, world_size=size)
         except RuntimeError as error:
-            raise RankError(f"Rank {rank} of {size} has not met the others ({_reason(error)}).") from error
+            raise RankError(
+                Bilingual(
+                    f"Rank {rank} of {size} has not met the others ({_reason(error)}).",
+                    f"第 {rank} 号进程（共 {size} 个）没有与其他进程会合（{_reason(error)}）。",
+                )
+            ) from error
     state = PartialState(cpu=not torch.cuda.is_available())
     return Ranks(state.process_index, state.num_processes, state.local_process_index, local_size, settings)
 
@@ -197,9 +203,14 @@ def translate_rank_errors(advice: str) -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or CONNECTION_LOST.search(str(error))
         if known or not dist.is_initialized() or not lost:
             raise
+        rank, size = dist.get_rank(), dist.get_world_size()
         raise RankError(
-            f"Rank {dist.get_rank()} of {dist.get_world_size()} has lost another rank, which was killed or cannot be "
-            f"reached ({_reason(error)}).\n{advice}"
+            Bilingual(
+                f"Rank {rank} of {size} has lost another rank, which was killed or cannot be reached "
+                f"({_reason(error)}).\n{advice}",
+                f"第 {rank} 号进程（共 {size} 个）与另一个进程失去联系，它被杀死或网络不可达"
+                f"（{_reason(error)}）。\n{local(advice, 'zh')}",
+            )
         ) from error
 
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from siliang.capabilities import why_missing
+from siliang.language import Bilingual, local
 from siliang.models.introspect import checkpointed_layers
 from siliang.models.quantized import keep_states
 from siliang.types import ConfigError
@@ -48,7 +49,12 @@ def fake_mesh(ranks: int) -> Iterator[DeviceMesh | None]:
         yield None
         return
     if (missing := why_missing("ranks that do not exist")) is not None:
-        raise ConfigError(f"A run on several devices cannot be planned: {missing}.")
+        raise ConfigError(
+            Bilingual(
+                f"A run on several devices cannot be planned: {missing}.",
+                f"无法预算多设备的运行：{local(missing, 'zh')}。",
+            )
+        )
     from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend known
 
     if dist.is_initialized():

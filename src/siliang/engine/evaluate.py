@@ -22,6 +22,7 @@ from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator, in_steps
 from siliang.engine.step import Engine
 from siliang.engine.whole_step import by_entry, loss_of, on, reference_values
+from siliang.language import Bilingual
 from siliang.tasks import EntryValues, Reader, StepLoss, Task
 from siliang.types import DataError
 
@@ -139,9 +140,13 @@ def metrics_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
     """
     if not sums.weight:
         raise DataError(
-            f"nothing can be measured: of {len(rows.tokens):,} rows not one token has a label.\n"
-            "The rows need an answer, a target or tags within data.max_length tokens; `siliang check` shows their "
-            "labels."
+            Bilingual(
+                f"nothing can be measured: of {len(rows.tokens):,} rows not one token has a label.\n"
+                "The rows need an answer, a target or tags within data.max_length tokens; `siliang check` shows their "
+                "labels.",
+                f"没有可评估的内容：{len(rows.tokens):,} 条样本中没有一个词元有标签。\n"
+                "样本须在 data.max_length 个词元之内含有答案、目标或标注；`siliang check` 会显示标签。",
+            )
         )
     found = {"loss": mean_loss(task, sums, rows.step)}
     return found | task.measure(sums.found, rows) if task.measure else found

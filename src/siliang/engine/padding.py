@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from siliang.capabilities import why_missing
 from siliang.engine.frozen import FrozenCache
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
+from siliang.language import Bilingual
 from siliang.models.introspect import (
     NoLayerStackError,
     is_bloom_attention,
@@ -65,7 +66,12 @@ class PaddingFree:
             if (missing := why_missing(needed)) is not None:
                 raise NotPackableError(missing)
         if is_encoder_decoder(model):
-            raise NotPackableError("an encoder-decoder's cross-attention needs the padded rows")
+            raise NotPackableError(
+                Bilingual(
+                    "an encoder-decoder's cross-attention needs the padded rows",
+                    "编码器-解码器模型的交叉注意力需要填充后的行",
+                )
+            )
         self._config: Any = getattr(model, "config", None)
         try:
             self.layers = layer_stack(model)
@@ -208,12 +214,22 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers' attention modules call: (1, H, T, K) in, (1, T, H, K) out."""
     if not isinstance(attention_mask, Layout):
-        raise NotPackableError(f"{type(module).__name__} lost the layout on the way")
+        raise NotPackableError(
+            Bilingual(
+                f"{type(module).__name__} lost the layout on the way", f"{type(module).__name__} 中途丢失了打包布局"
+            )
+        )
     if wanted := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
-        raise NotPackableError(f"{type(module).__name__} wants {wanted[0]}")
+        raise NotPackableError(
+            Bilingual(f"{type(module).__name__} wants {wanted[0]}", f"{type(module).__name__} 需要 {wanted[0]}")
+        )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if sliding_window is not None and not causal:  # a window to both sides; a trial of short rows would not show it
-        raise NotPackableError(f"{type(module).__name__} has a window to both sides")
+        raise NotPackableError(
+            Bilingual(
+                f"{type(module).__name__} has a window to both sides", f"{type(module).__name__} 使用双向滑动窗口"
+            )
+        )
     out = packed_attention(
         query,
         key,

@@ -65,8 +65,12 @@ class Engine:
         self._peft = model if isinstance(model, PeftModel) else None
         if task.step_loss is not None and task.step_loss.reference and self._peft is None:
             raise ConfigError(
-                f"{task.title} compares the model with itself without its adapter, and full has none: choose another "
-                "method."
+                Bilingual(
+                    f"{task.title} compares the model with itself without its adapter, and full has none: "
+                    "choose another "
+                    "method.",
+                    f"{task.title} 要拿模型与去掉适配器的自己比较，而 full 没有适配器：请换一种方法。",
+                )
             )
         self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.padding: PaddingFree | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from siliang.language import Bilingual
 from siliang.methods.bitfit import BitFit, BitFitConfig
 from siliang.methods.config import CONFIG_CLASSES, PeftConfig, config_class
 from siliang.methods.full import Full
@@ -59,7 +60,12 @@ def find_method(name: str) -> AnyMethod:
     try:
         return METHODS[name]
     except KeyError:
-        raise ConfigError(f"method {name!r} is not one of {', '.join(METHODS)}." + nearest(name, METHODS)) from None
+        raise ConfigError(
+            Bilingual(
+                f"method {name!r} is not one of {', '.join(METHODS)}.{nearest(name, METHODS)}",
+                f"method {name!r} 不是 {'、'.join(METHODS)} 之一。{nearest(name, METHODS).zh}",
+            )
+        ) from None
 
 
 def method_of(config: PeftConfig) -> AnyMethod:
@@ -72,7 +78,12 @@ def method_of(config: PeftConfig) -> AnyMethod:
     for kind in type(config).__mro__:
         if kind in rows:
             return rows[kind]
-    raise ConfigError(f"{type(config).__name__} is not the config of a method: {', '.join(k.__name__ for k in rows)}.")
+    raise ConfigError(
+        Bilingual(
+            f"{type(config).__name__} is not the config of a method: {', '.join(k.__name__ for k in rows)}.",
+            f"{type(config).__name__} 不是任何方法的配置：{'、'.join(k.__name__ for k in rows)}。",
+        )
+    )
 
 
 __all__ = [

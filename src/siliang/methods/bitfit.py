@@ -48,8 +48,12 @@ class BitFit(Method[BitFitConfig]):
         if not biases:
             model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
             raise TargetError(
-                f"BitFit trains biases, and this model ({model_type}) has none. "
-                "Use LoRA instead: method: lora, or LoraConfig()."
+                Bilingual(
+                    f"BitFit trains biases, and this model ({model_type}) has none. "
+                    "Use LoRA instead: method: lora, or LoraConfig().",
+                    f"BitFit 训练偏置，而这个模型（{model_type}）没有偏置。请改用 LoRA：method: lora，"
+                    "或 LoraConfig()。",
+                )
             )
         return Parts(parameters=tuple(biases))
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from siliang.files import write_text
+from siliang.language import Bilingual, local
 from siliang.methods.fields import check_fields
 from siliang.peft_checks import refresh
 from siliang.safety.safe_json import dump_json, read_values
 from siliang.secrets import short_repr
-from siliang.types import AdapterError, ConfigError, TaskType
+from siliang.types import AdapterError, ConfigError, TaskType, message_of
 
 CONFIG_NAME = "adapter_config.json"
 BASE = "__base__"  # in adapter_names: no adapter
@@ -57,9 +58,16 @@ class PeftConfig:
         for name in self.AT_LEAST_1:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} = {value!r}: must be at least 1.")
+                raise ConfigError(
+                    Bilingual(f"{name} = {value!r}: must be at least 1.", f"{name} = {value!r}：至少为 1。")
+                )
             if value is not None and value > self.MOST:
-                raise ConfigError(f"{name} = {value!r}: must be at most {self.MOST:,}.")
+                raise ConfigError(
+                    Bilingual(
+                        f"{name} = {value!r}: must be at most {self.MOST:,}.",
+                        f"{name} = {value!r}：最大为 {self.MOST:,}。",
+                    )
+                )
 
     def to_dict(self) -> dict[str, object]:
         """The config as adapter_config.json has it: sets become sorted lists, enums their values."""
@@ -95,8 +103,12 @@ class PeftConfig:
         for key in sorted((own.keys() | others.keys()) - _OF_THE_BASE):
             if own.get(key) != others.get(key):
                 raise ConfigError(
-                    f"{source}: {key} = {short_repr(others.get(key))}, and adapter {name!r} of the model has "
-                    f"{short_repr(own.get(key))}: load it under another name, or delete_adapter({name!r}) first."
+                    Bilingual(
+                        f"{source}: {key} = {short_repr(others.get(key))}, and adapter {name!r} of the model has "
+                        f"{short_repr(own.get(key))}: load it under another name, or delete_adapter({name!r}) first.",
+                        f"{source}：{key} = {short_repr(others.get(key))}，而模型的适配器 {name!r} 中是 "
+                        f"{short_repr(own.get(key))}：请用另一个名字加载，或先调用 delete_adapter({name!r})。",
+                    )
                 )
 
     @classmethod
@@ -119,8 +131,12 @@ class PeftConfig:
                 # what is empty is off: an empty dict, or null, as older releases of PEFT wrote
                 if value and value != cls.UNSUPPORTED[key] and cls.has_effect(key, values):
                     raise AdapterError(
-                        f"{source}: {key} = {short_repr(value)} changes what {cls.peft_type} computes, and siliang "
-                        f"does not support it (only {cls.UNSUPPORTED[key]!r})."
+                        Bilingual(
+                            f"{source}: {key} = {short_repr(value)} changes what {cls.peft_type} computes, and siliang "
+                            f"does not support it (only {cls.UNSUPPORTED[key]!r}).",
+                            f"{source}：{key} = {short_repr(value)} 会改变 {cls.peft_type} 的计算，"
+                            f"siliang 不支持（只支持 {cls.UNSUPPORTED[key]!r}）。",
+                        )
                     )
             elif value not in (None, False, "", [], {}):
                 warnings.warn(f"{source}: unknown field {key} = {short_repr(value)} is ignored", stacklevel=3)
@@ -131,7 +147,7 @@ class PeftConfig:
         try:
             return cls(**kept)
         except ConfigError as error:
-            raise AdapterError(f"{source}: {error}") from None
+            raise AdapterError(Bilingual(f"{source}: {error}", f"{source}：{local(message_of(error), 'zh')}")) from None
 
     @classmethod
     def has_effect(cls, key: str, values: dict[str, object]) -> bool:
@@ -146,13 +162,28 @@ class PeftConfig:
             AdapterError: The file is missing, is not JSON, or names a method that siliang does not have.
         """
         path = Path(folder) / CONFIG_NAME
-        missing = AdapterError(f"{folder} holds no adapter: {CONFIG_NAME} is missing there.")
+        missing = AdapterError(
+            Bilingual(
+                f"{folder} holds no adapter: {CONFIG_NAME} is missing there.",
+                f"{folder} 中没有适配器：缺少 {CONFIG_NAME}。",
+            )
+        )
         values = read_values(path, AdapterError, "cannot be read", missing=missing, foreign=True)
         if not isinstance(values, dict):
-            raise AdapterError(f"{path} must hold a JSON object, not {type(values).__name__}.")
+            raise AdapterError(
+                Bilingual(
+                    f"{path} must hold a JSON object, not {type(values).__name__}.",
+                    f"{path} 应为一个 JSON 对象，而不是 {type(values).__name__}。",
+                )
+            )
         found = config_class(values.get("peft_type"), source=str(path))
         if not issubclass(found, cls):
-            raise AdapterError(f"{path} is a {found.peft_type} adapter, not {cls.__name__}.")
+            raise AdapterError(
+                Bilingual(
+                    f"{path} is a {found.peft_type} adapter, not {cls.__name__}.",
+                    f"{path} 是 {found.peft_type} 的适配器，不是 {cls.__name__}。",
+                )
+            )
         return found.from_dict(values, source=str(path))
 
 
@@ -186,7 +217,11 @@ def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
     if name not in CONFIG_CLASSES:
         hint = f" Write {name.upper()!r}." if name.upper() in CONFIG_CLASSES else ""
         raise AdapterError(
-            f"{source}: peft_type {peft_type!r} is not a method of siliang ({', '.join(CONFIG_CLASSES)}).{hint}"
+            Bilingual(
+                f"{source}: peft_type {peft_type!r} is not a method of siliang ({', '.join(CONFIG_CLASSES)}).{hint}",
+                f"{source}：siliang 没有 peft_type {peft_type!r} 这种方法（可用："
+                f"{'、'.join(CONFIG_CLASSES)}）。{local(hint, 'zh')}",
+            )
         )
     return CONFIG_CLASSES[name]
 

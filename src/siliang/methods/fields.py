@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast, get_args, get_origin, get_type_hints
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from siliang.language import Bilingual, local
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, nearest
 
@@ -37,12 +38,22 @@ def check_fields(config: DataclassInstance) -> None:
         value = _as_field(kind, getattr(config, name))
         setattr(config, name, value)
         if isinstance(value, list | dict) and len(value) > MOST_ENTRIES:
-            raise ConfigError(f"{name} has {len(value):,} entries: at most {MOST_ENTRIES:,} are read.")
+            raise ConfigError(
+                Bilingual(
+                    f"{name} has {len(value):,} entries: at most {MOST_ENTRIES:,} are read.",
+                    f"{name} 有 {len(value):,} 项：最多读取 {MOST_ENTRIES:,} 项。",
+                )
+            )
         try:
             check.validate_python(value)
         except ValidationError:
             hint = _near(value, kind) or _quoted(value)
-            raise ConfigError(f"{name} = {short_repr(value)}: must be {_in_words(kind)}.{hint}") from None
+            raise ConfigError(
+                Bilingual(
+                    f"{name} = {short_repr(value)}: must be {_in_words(kind)}.{hint}",
+                    f"{name} = {short_repr(value)}：应为 {_in_words(kind)}。{local(hint, 'zh')}",
+                )
+            ) from None
 
 
 @functools.cache

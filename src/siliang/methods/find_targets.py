@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from siliang.language import Bilingual, both, local
 from siliang.methods.config import LayerConfig
 from siliang.models.introspect import is_linear, output_layer
 from siliang.module_paths import ends_with, inside, matching_paths, plain_modules
@@ -70,14 +71,25 @@ def find_targets(
         _check_named({"exclude_modules": config.exclude_modules, **(also_named or {})}, list(modules))
     wanted = config.target_modules
     if not wanted:
-        raise TargetError("target_modules is empty: name layers, or leave it out for the usual ones of the model.")
+        raise TargetError(
+            Bilingual(
+                "target_modules is empty: name layers, or leave it out for the usual ones of the model.",
+                "target_modules 为空：请写出层名，或去掉它以使用该模型的常用设置。",
+            )
+        )
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         head = output_layer(model)
         found = [p for p in supported if modules[p] is not head and is_linear(modules[p])]
         if experts := _experts(modules):
             warnings.warn(
-                f"target_modules='all-linear' leaves out {', '.join(experts)}: these hold weights, and are no linear "
-                "layers. PEFT tunes them on some models (target_parameters), siliang does not.",
+                both(
+                    f"target_modules='all-linear' leaves out {', '.join(experts)}: these hold weights, and "
+                    "are no linear "
+                    "layers. PEFT tunes them on some models (target_parameters), siliang does not.",
+                    f"target_modules='all-linear' 不包括 {'、'.join(experts)}：它们含有权重，但不是线性层。"
+                    "PEFT 在一些模型上"
+                    "微调它们（target_parameters），siliang 不微调。",
+                ),
                 stacklevel=2,  # one place, so that it is shown once
             )
         # as in PEFT the file has the names, so that it means the same on a model with other linear layers
@@ -86,7 +98,10 @@ def find_targets(
         found = matching_paths("target_modules", list(modules), wanted)
         if not found:
             raise TargetError(
-                f"target_modules = {wanted!r} matches no module. The names are like {samples(supported)}."
+                Bilingual(
+                    f"target_modules = {wanted!r} matches no module. The names are like {samples(supported)}.",
+                    f"target_modules = {wanted!r} 没有匹配到任何模块。可用的名称形如 {samples(supported)}。",
+                )
             )
     else:
         missing = [name for name in wanted if not any(ends_with(p, name) for p in modules)]
@@ -94,8 +109,13 @@ def find_targets(
             endings = {p.rpartition(".")[2] for p in supported}
             hint = nearest(missing[0], endings)
             raise TargetError(
-                f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}.{hint} "
-                f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}."
+                Bilingual(
+                    f"target_modules: {', '.join(map(repr, missing))} matches no module of "
+                    f"{type(model).__name__}.{hint} "
+                    f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}.",
+                    f"target_modules：{'、'.join(map(repr, missing))} 与 {type(model).__name__} 的任何模块都不"
+                    f"匹配。{hint.zh}可以微调的层：{'、'.join(sorted(endings)) or '无'}。",
+                )
             )
         found = [p for p in modules if any(ends_with(p, name) for name in wanted)]
     chosen = _chosen_blocks(blocks, list(modules), lenient=lenient)
@@ -106,19 +126,37 @@ def find_targets(
     saved = found if found else outside if config.target_modules == [] else []  # all-linear does not search in them
     found = [p for p in found if not inside(p, outside)]
     if saved and not found:
-        raise TargetError(f"modules_to_save ({', '.join(outside[:3])}) holds all that target_modules matches.")
+        raise TargetError(
+            Bilingual(
+                f"modules_to_save ({', '.join(outside[:3])}) holds all that target_modules matches.",
+                f"target_modules 匹配到的层都在 modules_to_save（{'、'.join(outside[:3])}）之内。",
+            )
+        )
     if not found:
-        raise TargetError("target_modules match nothing once exclude_modules and layers_to_transform are applied.")
+        raise TargetError(
+            Bilingual(
+                "target_modules match nothing once exclude_modules and layers_to_transform are applied.",
+                "应用 exclude_modules 和 layers_to_transform 之后，target_modules 没有匹配到任何层。",
+            )
+        )
     if unsupported := [p for p in found if p not in supported]:
         module = modules[unsupported[0]]
-        kind = type(module).__name__
+        kind, plain = type(module).__name__, Bilingual("", "")
         if next(module.children(), None) is None and hasattr(module, "weight"):
-            kind += " and no linear layer"
-        what = f"{unsupported[0]!r} is" if unsupported[0] else "the whole model is"
-        way = ""
+            plain = Bilingual(" and no linear layer", "，不是线性层")
+        what = repr(unsupported[0]) if unsupported[0] else Bilingual("the whole model", "整个模型")
+        way = Bilingual("", "")
         if isinstance(wanted, str):
-            way = " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear."
-        raise TargetError(f"target_modules: {what} a {kind}, which {config.peft_type} cannot wrap.{way}")
+            way = Bilingual(
+                " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear.",
+                "请让表达式以层自己的名称结尾，如 .*(q_proj|v_proj)，或使用列表，或 all-linear。",
+            )
+        raise TargetError(
+            Bilingual(
+                f"target_modules: {what} is a {kind}{plain}, which {config.peft_type} cannot wrap.{way}",
+                f"target_modules：{local(what, 'zh')} 是 {kind}{plain.zh}，{config.peft_type} 不能用于它。{way.zh}",
+            )
+        )
     return found
 
 
@@ -164,10 +202,18 @@ def _default_targets(
         return list(defaults[model_type])
     endings = sorted({p.rpartition(".")[2] for p in supported})
     linear = any(is_linear(model.get_submodule(p)) for p in supported)
-    way = "set target_modules: all-linear, or name some" if linear else "name them in target_modules"
+    way = (
+        Bilingual("set target_modules: all-linear, or name some", "请设置 target_modules: all-linear，或写出层名")
+        if linear
+        else Bilingual("name them in target_modules", "请在 target_modules 中写出层名")
+    )
     raise TargetError(
-        f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: {way}. "
-        f"Layers that can be tuned: {', '.join(endings) or 'none'}."
+        Bilingual(
+            f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: {way}. "
+            f"Layers that can be tuned: {', '.join(endings) or 'none'}.",
+            f"{config.peft_type} 没有模型类型 {model_type!r} 的默认 target_modules：{way.zh}。"
+            f"可以微调的层：{'、'.join(endings) or '无'}。",
+        )
     )
 
 
@@ -184,7 +230,12 @@ def _check_named(named: Mapping[str, Sequence[str] | str | None], paths: list[st
         for name in [value] if value and isinstance(value, str) else value or ():
             if not matching_paths(field, paths, name if isinstance(value, str) else [name]):
                 hint = nearest(name, {p.rpartition(".")[2] for p in paths})
-                raise TargetError(f"{field}: {name!r} matches no module of the model.{hint}")
+                raise TargetError(
+                    Bilingual(
+                        f"{field}: {name!r} matches no module of the model.{hint}",
+                        f"{field}：{name!r} 与模型的任何模块都不匹配。{hint.zh}",
+                    )
+                )
 
 
 def _chosen_blocks(blocks: Blocks, paths: list[str], *, lenient: bool) -> frozenset[int] | None:
@@ -201,12 +252,29 @@ def _chosen_blocks(blocks: Blocks, paths: list[str], *, lenient: bool) -> frozen
     for pattern, found in zip(blocks.lists, by_list, strict=True):
         if all(number is None for number in found):
             lists = {path.split(".")[-2] for path in paths if path.rpartition(".")[2].isdigit() and "." in path}
-            hint = nearest(pattern, lists) or f" There are {', '.join(sorted(lists)) or 'none'}."
-            raise TargetError(f"layers_pattern: {pattern!r} is the name of no list of layers in this model.{hint}")
+            there_are = Bilingual(
+                f" There are {', '.join(sorted(lists)) or 'none'}.", f"现有：{'、'.join(sorted(lists)) or '无'}。"
+            )
+            hint = nearest(pattern, lists) or there_are
+            raise TargetError(
+                Bilingual(
+                    f"layers_pattern: {pattern!r} is the name of no list of layers in this model.{hint}",
+                    f"layers_pattern：{pattern!r} 不是这个模型中任何层列表的名称。{hint.zh}",
+                )
+            )
     there = {number for number in _block_numbers(paths, blocks) if number is not None}
     if missing := sorted(blocks.numbers - there):
-        known = f"they go from {min(there)} to {max(there)}" if there else "its layers have no numbers"
-        raise TargetError(f"layers_to_transform: the model has no layer {', '.join(map(str, missing))}: {known}.")
+        known = (
+            Bilingual(f"they go from {min(there)} to {max(there)}", f"层号从 {min(there)} 到 {max(there)}")
+            if there
+            else Bilingual("its layers have no numbers", "它的层没有编号")
+        )
+        raise TargetError(
+            Bilingual(
+                f"layers_to_transform: the model has no layer {', '.join(map(str, missing))}: {known}.",
+                f"layers_to_transform：模型没有第 {'、'.join(map(str, missing))} 层：{known.zh}。",
+            )
+        )
     return blocks.numbers
 
 

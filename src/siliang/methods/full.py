@@ -23,7 +23,10 @@ class Full(Method[PeftConfig]):
     )
     trains = Bilingual("every parameter", "全部参数")
     freezes_the_base = False
-    why_not_mergeable = "After full fine-tuning there is no adapter to merge: the run's model is the tuned one."
+    why_not_mergeable = Bilingual(
+        "After full fine-tuning there is no adapter to merge: the run's model is the tuned one.",
+        "全参数微调之后没有可合并的适配器：运行中的模型就是微调后的模型。",
+    )
 
     def attach(self, model: nn.Module, config: PeftConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         raise AssertionError("full fine-tuning attaches nothing")

@@ -37,5 +37,10 @@ class Head(Method[HeadConfig]):
 
     def attach(self, model: nn.Module, config: HeadConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         if not saved:
-            raise TargetError("Training the head alone needs a head: task SEQ_CLS, TOKEN_CLS or QUESTION_ANS.")
+            raise TargetError(
+                Bilingual(
+                    "Training the head alone needs a head: task SEQ_CLS, TOKEN_CLS or QUESTION_ANS.",
+                    "只训练任务头的方法需要任务头：任务须为 SEQ_CLS、TOKEN_CLS 或 QUESTION_ANS。",
+                )
+            )
         return Parts()

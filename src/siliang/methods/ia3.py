@@ -51,7 +51,12 @@ class IA3Config(LayerConfig):
         feedforward, targets = self.feedforward_modules, self.target_modules
         if isinstance(feedforward, list) and isinstance(targets, list) and not set(feedforward) <= set(targets):
             unknown = sorted(set(feedforward) - set(targets))
-            raise ConfigError(f"feedforward_modules: {', '.join(unknown)} is not among target_modules.")
+            raise ConfigError(
+                Bilingual(
+                    f"feedforward_modules: {', '.join(unknown)} is not among target_modules.",
+                    f"feedforward_modules：{'、'.join(unknown)} 不在 target_modules 之中。",
+                )
+            )
 
 
 class IA3(Method[IA3Config]):

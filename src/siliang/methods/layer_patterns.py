@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
+from siliang.language import Bilingual
 from siliang.methods.find_targets import samples
 from siliang.safety.patterns import find
 from siliang.types import TargetError, nearest
@@ -43,8 +44,11 @@ class LayerPatterns(Generic[T]):
         if unused is not None:
             hint = nearest(unused, {p.rpartition(".")[2] for p in self._paths}) or nearest(unused, self._paths)
             raise TargetError(
-                f"{self._field}: {unused!r} matches none of the layers that are tuned.{hint} "
-                f"They are like {samples(self._paths)}."
+                Bilingual(
+                    f"{self._field}: {unused!r} matches none of the layers that are tuned.{hint} "
+                    f"They are like {samples(self._paths)}.",
+                    f"{self._field}：{unused!r} 与所微调的层都不匹配。{hint.zh}层名形如 {samples(self._paths)}。",
+                )
             )
 
     @property

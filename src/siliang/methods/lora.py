@@ -71,8 +71,11 @@ class LoraLinear(LowRankLinear):
     def check_merge(self) -> None:
         if self.b is not None and self.layer.base_layer.bias is None:
             raise MergeError(
-                "The adapter's lora_bias cannot be merged: the base model's layer has no bias to add it to. "
-                "Keep the adapter, or train it without lora_bias."
+                Bilingual(
+                    "The adapter's lora_bias cannot be merged: the base model's layer has no bias to add it to. "
+                    "Keep the adapter, or train it without lora_bias.",
+                    "适配器的 lora_bias 无法合并：基座模型的层没有偏置可加。请保留适配器，或训练时不用 lora_bias。",
+                )
             )
 
 
@@ -137,34 +140,66 @@ class LoraConfig(BlocksConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.lora_dropout <= 1.0:
-            raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: must be at least 0 and less than 1.")
+            raise ConfigError(
+                Bilingual(
+                    f"lora_dropout = {self.lora_dropout!r}: must be at least 0 and less than 1.",
+                    f"lora_dropout = {self.lora_dropout!r}：须大于等于 0 且小于 1。",
+                )
+            )
         if low := [key for key, r in self.rank_pattern.items() if r < 1]:
-            raise ConfigError(f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be at least 1.")
+            raise ConfigError(
+                Bilingual(
+                    f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be at least 1.",
+                    f"rank_pattern：{low[0]!r} = {self.rank_pattern[low[0]]}：至少为 1。",
+                )
+            )
         if high := [key for key, r in self.rank_pattern.items() if r > self.MOST]:
             raise ConfigError(
-                f"rank_pattern: {high[0]!r} = {self.rank_pattern[high[0]]:,}: must be at most {self.MOST:,}."
+                Bilingual(
+                    f"rank_pattern: {high[0]!r} = {self.rank_pattern[high[0]]:,}: must be at most {self.MOST:,}.",
+                    f"rank_pattern：{high[0]!r} = {self.rank_pattern[high[0]]:,}：最大为 {self.MOST:,}。",
+                )
             )
         init = self.init_lora_weights
         if isinstance(init, str):
             init = self.init_lora_weights = init.lower()
             named = re.fullmatch(r"pissa_niter_(\d{1,9})", init, re.ASCII)
             if named is not None and int(named[1]) > MOST_ROUNDS:
-                raise ConfigError(f"init_lora_weights = {init!r}: must be at most {MOST_ROUNDS} iterations.")
+                raise ConfigError(
+                    Bilingual(
+                        f"init_lora_weights = {init!r}: must be at most {MOST_ROUNDS} iterations.",
+                        f"init_lora_weights = {init!r}：最多 {MOST_ROUNDS} 次迭代。",
+                    )
+                )
             if init not in INITS and named is None:
                 raise ConfigError(
-                    f"init_lora_weights = {short_repr(init)}: must be true, false, {', '.join(map(repr, INITS))} or "
-                    f"'pissa_niter_4'.{nearest(init, INITS)}"
+                    Bilingual(
+                        f"init_lora_weights = {short_repr(init)}: must be true, false, "
+                        f"{', '.join(map(repr, INITS))} or "
+                        f"'pissa_niter_4'.{nearest(init, INITS)}",
+                        f"init_lora_weights = {short_repr(init)}：只能是 true、false、"
+                        f"{'、'.join(map(repr, INITS))} 或 'pissa_niter_4'。{nearest(init, INITS).zh}",
+                    )
                 )
         if init == "loftq":
             self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
             bits, rounds = self.loftq_config["loftq_bits"], self.loftq_config["loftq_iter"]
             if bits not in (4, 8) or type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS:
                 raise ConfigError(
-                    f"loftq_config = {short_repr(self.loftq_config)}: loftq_bits is 4 or 8, loftq_iter 1 to "
-                    f"{MOST_ROUNDS}."
+                    Bilingual(
+                        f"loftq_config = {short_repr(self.loftq_config)}: loftq_bits is 4 or 8, loftq_iter 1 to "
+                        f"{MOST_ROUNDS}.",
+                        f"loftq_config = {short_repr(self.loftq_config)}：loftq_bits 为 4 或 8，loftq_iter 为 1 到"
+                        f" {MOST_ROUNDS}。",
+                    )
                 )
         if self.use_dora and self.lora_bias:
-            raise ConfigError("use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.")
+            raise ConfigError(
+                Bilingual(
+                    "use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.",
+                    "use_dora 与 lora_bias 不能同时使用：DoRA 缩放权重，不含 B 的偏置。",
+                )
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, object], *, source: str = CONFIG_NAME) -> Self:
@@ -178,8 +213,13 @@ class LoraConfig(BlocksConfig):
             values = values | {"init_lora_weights": True}
         elif init in STARTS_BY_DATA:
             raise AdapterError(
-                f"{source}: init_lora_weights = {init!r} changed the base model's weights by data that the file does "
-                "not hold. Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion=...)."
+                Bilingual(
+                    f"{source}: init_lora_weights = {init!r} changed the base model's weights by data that "
+                    "the file does "
+                    "not hold. Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion=...).",
+                    f"{source}：init_lora_weights = {init!r} 曾按数据改动基座模型的权重，而文件中没有这些数据"
+                    "。请用 PEFT 转换：save_pretrained(path_initial_model_for_weight_conversion=...)。",
+                )
             )
         return super().from_dict(values, source=source)
 
@@ -224,7 +264,12 @@ class Lora(Method[LoraConfig]):
             blocks=Blocks.of(config.layers_to_transform, config.layers_pattern),
         )
         if config.lora_dropout == 1.0 and not from_file:
-            raise ConfigError("lora_dropout = 1.0: must be less than 1, or nothing is trained.")
+            raise ConfigError(
+                Bilingual(
+                    "lora_dropout = 1.0: must be less than 1, or nothing is trained.",
+                    "lora_dropout = 1.0：须小于 1，否则什么也训练不了。",
+                )
+            )
         ranks = LayerPatterns("rank_pattern", config.rank_pattern, layers)
         alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, layers)
         if not from_file:
@@ -243,16 +288,23 @@ class Lora(Method[LoraConfig]):
         for side, rank in (("A", 0), ("B", 1)):
             of_lora = f".lora_{side}." in key or key.endswith(f".lora_embedding_{side}")
             if of_lora and len(found) == len(needed) == 2 and found[1 - rank] == needed[1 - rank]:
-                return (
+                return Bilingual(
                     f"The file's rank is {found[rank]}, and its {CONFIG_NAME} has {needed[rank]} for this layer: "
-                    "were r or rank_pattern changed there, or their order?"
+                    "were r or rank_pattern changed there, or their order?",
+                    f"文件中的秩是 {found[rank]}，而 {CONFIG_NAME} 中这一层是 {needed[rank]}："
+                    "是否改过其中的 r 或 rank_pattern，或它们的顺序？",
                 )
         return ""
 
 
 def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float) -> LoraSpec:
     if kind is LoraEmbedding and (config.use_dora or config.lora_bias):
-        raise ConfigError("use_dora and lora_bias are for linear layers: leave the embedding out of target_modules.")
+        raise ConfigError(
+            Bilingual(
+                "use_dora and lora_bias are for linear layers: leave the embedding out of target_modules.",
+                "use_dora 和 lora_bias 只用于线性层：请从 target_modules 中去掉嵌入层。",
+            )
+        )
     return LoraSpec(
         kind=kind,
         r=r,

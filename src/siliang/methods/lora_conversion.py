@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.lora import LoraConfig
 from siliang.methods.lora_init import twice_the_rank
@@ -30,14 +31,25 @@ def as_plain_lora(
         AdapterError: What was read is another adapter.
     """
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"Only LoRA can be converted to LoRA on the plain base model, not {config.peft_type}.")
+        raise ConfigError(
+            Bilingual(
+                f"Only LoRA can be converted to LoRA on the plain base model, not {config.peft_type}.",
+                f"只有 LoRA 能转换成普通基座模型上的 LoRA，{config.peft_type} 不能。",
+            )
+        )
     if config.use_dora or config.init_lora_weights == "loftq":
         raise ConfigError(
-            "With use_dora or init_lora_weights='loftq' the change of the weight is not a product of B and A."
+            Bilingual(
+                "With use_dora or init_lora_weights='loftq' the change of the weight is not a product of B and A.",
+                "使用 use_dora 或 init_lora_weights='loftq' 时，权重的变化不是 B 与 A 的乘积。",
+            )
         )
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ConfigError(
-            "use_rslora with rank_pattern or alpha_pattern cannot be converted to LoRA of twice the rank."
+            Bilingual(
+                "use_rslora with rank_pattern or alpha_pattern cannot be converted to LoRA of twice the rank.",
+                "use_rslora 与 rank_pattern 或 alpha_pattern 同时使用时，无法转换成两倍秩的 LoRA。",
+            )
         )
     found = twice_the_rank(tensors, start(), source)
     plain = dataclasses.replace(

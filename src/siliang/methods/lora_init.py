@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from siliang.language import Bilingual
 from siliang.types import AdapterError, ConfigError
 
 RESIDUAL_STARTS = ("pissa", "olora", "loftq")
@@ -35,7 +36,10 @@ def initialize(
     """
     if not W_OI.is_floating_point():
         raise ConfigError(
-            f"init_lora_weights = {init!r} starts from a base model in 16 or 32 bits, not a quantized one."
+            Bilingual(
+                f"init_lora_weights = {init!r} starts from a base model in 16 or 32 bits, not a quantized one.",
+                f"init_lora_weights = {init!r} 须从 16 位或 32 位的基座模型开始，不能是量化模型。",
+            )
         )
     W_OI = W_OI.detach().float()
     if init == "loftq":
@@ -71,7 +75,10 @@ def _quantized(W: Tensor, bits: int) -> Tensor:
         from bitsandbytes import functional
     except ImportError:
         raise ConfigError(
-            "init_lora_weights = 'loftq' needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'."
+            Bilingual(
+                "init_lora_weights = 'loftq' needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'.",
+                "init_lora_weights = 'loftq' 需要 bitsandbytes，而它没有安装：pip install 'siliang[cuda]'。",
+            )
         ) from None
     if bits == 4:
         return functional.dequantize_4bit(*functional.quantize_4bit(W.contiguous(), quant_type="nf4"))
@@ -99,7 +106,12 @@ def twice_the_rank(tensors: dict[str, Tensor], start: dict[str, Tensor], source:
             found[key] = tensor
             continue
         if key not in start or start[key].shape != tensor.shape:
-            raise AdapterError(f"{source} is not what this adapter started from: {key} is missing or of another shape.")
+            raise AdapterError(
+                Bilingual(
+                    f"{source} is not what this adapter started from: {key} is missing or of another shape.",
+                    f"{source} 不是这个适配器的起点：{key} 缺失或形状不同。",
+                )
+            )
         before = start[key].to(tensor)
         found[key] = torch.cat([tensor, before], 0) if "_A" in side else torch.cat([tensor, -before], 1)
     return found

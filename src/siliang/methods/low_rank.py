@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.layer import Layer, LayerAdapter, trained_dtype
 from siliang.methods.lora_init import RESIDUAL_STARTS, initialize
 from siliang.models.introspect import as_stored, features, is_linear, out_by_in
@@ -97,8 +98,12 @@ class LowRankLinear(LowRank):
         directions = min(in_features, out_features)
         if isinstance(spec.init, str) and spec.init.startswith("pissa_niter") and spec.r > directions:
             raise ConfigError(
-                f"init_lora_weights = {spec.init!r}: r = {spec.r}, and a layer has {directions} rows or columns. "
-                "Use a smaller r, or 'pissa'."
+                Bilingual(
+                    f"init_lora_weights = {spec.init!r}: r = {spec.r}, and a layer has {directions} rows or columns. "
+                    "Use a smaller r, or 'pissa'.",
+                    f"init_lora_weights = {spec.init!r}：r = {spec.r}，而有一层只有 {directions} 行或列。"
+                    "请用更小的 r，或 'pissa'。",
+                )
             )
         r = min(spec.r, directions) if spec.has_residual else spec.r  # a weight has no more directions to take
         place = {"device": weight.device, "dtype": trained_dtype(weight)}

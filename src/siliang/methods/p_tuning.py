@@ -55,9 +55,19 @@ class PromptEncoderConfig(PromptConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.encoder_num_layers > MOST_LAYERS:
-            raise ConfigError(f"encoder_num_layers = {self.encoder_num_layers:,}: must be at most {MOST_LAYERS}.")
+            raise ConfigError(
+                Bilingual(
+                    f"encoder_num_layers = {self.encoder_num_layers:,}: must be at most {MOST_LAYERS}.",
+                    f"encoder_num_layers = {self.encoder_num_layers:,}：最大为 {MOST_LAYERS}。",
+                )
+            )
         if not 0.0 <= self.encoder_dropout < 1.0:
-            raise ConfigError(f"encoder_dropout = {self.encoder_dropout!r}: must be at least 0 and less than 1.")
+            raise ConfigError(
+                Bilingual(
+                    f"encoder_dropout = {self.encoder_dropout!r}: must be at least 0 and less than 1.",
+                    f"encoder_dropout = {self.encoder_dropout!r}：须大于等于 0 且小于 1。",
+                )
+            )
 
     @property
     def encoder_elements(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.prefix_hooks import no_attention
 from siliang.methods.prompt_hooks import Arguments, first_output
 from siliang.models.introspect import (
@@ -50,8 +51,12 @@ def attention_heads(model: nn.Module) -> tuple[int, int] | None:
     if len({(k, v) for k, v in sizes if k != v} | {k for k, _ in sizes}) > 1:
         shown = "; ".join(f"{k[0]} x {k[1]} and {v[0]} x {v[1]}" for k, v in sorted(sizes))
         raise ConfigError(
-            f"A prefix has one size for the keys and values of all layers, and {type(model).__name__} has several "
-            f"({shown}, heads x size). Use prompt_tuning, p_tuning or lora on this model."
+            Bilingual(
+                f"A prefix has one size for the keys and values of all layers, and {type(model).__name__} has several "
+                f"({shown}, heads x size). Use prompt_tuning, p_tuning or lora on this model.",
+                f"前缀的键和值在各层大小必须一致，而 {type(model).__name__} 有几种（{shown}，"
+                "头数 x 大小）。这个模型请用 prompt_tuning、p_tuning 或 lora。",
+            )
         )
     return next(iter(sizes))[0] if sizes else None
 

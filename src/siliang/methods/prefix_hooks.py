@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 
+from siliang.language import Bilingual
 from siliang.methods.disentangled_prefix import DisentangledPrefix
 from siliang.methods.prompt_hooks import Arguments, PromptHooks, tensor_in
 from siliang.models.introspect import (
@@ -148,7 +149,12 @@ class PrefixHooks(PromptHooks):
         if isinstance(mask, Layout):
             return mask  # the attention to packed rows handles more keys than queries
         if mask is not None:
-            raise ConfigError(f"Prefix tuning cannot extend a {type(mask).__name__}: use attn_implementation='sdpa'.")
+            raise ConfigError(
+                Bilingual(
+                    f"Prefix tuning cannot extend a {type(mask).__name__}: use attn_implementation='sdpa'.",
+                    f"Prefix tuning 无法扩展 {type(mask).__name__}：请用 attn_implementation='sdpa'。",
+                )
+            )
         implementation = str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
         if "flash" in implementation or not getattr(module, "is_causal", False) or (N == 1 and window is None):
             return None
@@ -174,8 +180,12 @@ class PrefixHooks(PromptHooks):
 
         if alibi.dim() != 3:  # Falcon's are rounded to bf16, and a part of its mask
             raise ConfigError(
-                f"Prefix tuning cannot extend the positions (ALiBi) of {type(self.model).__name__}. "
-                "Use prompt_tuning, p_tuning or lora on this model."
+                Bilingual(
+                    f"Prefix tuning cannot extend the positions (ALiBi) of {type(self.model).__name__}. "
+                    "Use prompt_tuning, p_tuning or lora on this model.",
+                    f"Prefix tuning 无法扩展 {type(self.model).__name__} 的位置（ALiBi）。这个模型请用 "
+                    "prompt_tuning、p_tuning 或 lora。",
+                )
             )
         slopes = build_alibi_tensor(torch.ones(1, 2, device=alibi.device), heads, alibi.dtype)[:, 0, 1]
         before = slopes[:, None, None] * torch.arange(-self.V, 0, device=alibi.device, dtype=alibi.dtype)
@@ -230,8 +240,12 @@ def _window(attention: nn.Module) -> int | None:
     """
     if attention_kind(attention) == "chunked_attention":
         raise ConfigError(
-            f"Prefix tuning cannot be used with {type(attention).__name__}, which attends to chunks. "
-            "Use prompt_tuning, p_tuning or lora on this model."
+            Bilingual(
+                f"Prefix tuning cannot be used with {type(attention).__name__}, which attends to chunks. "
+                "Use prompt_tuning, p_tuning or lora on this model.",
+                f"Prefix tuning 不能用于分块注意力的 {type(attention).__name__}。这个模型请用 "
+                "prompt_tuning、p_tuning 或 lora。",
+            )
         )
     return sliding_window(attention)
 
@@ -239,6 +253,10 @@ def _window(attention: nn.Module) -> int | None:
 def no_attention(model: nn.Module) -> ConfigError:
     """Why a model cannot have a prefix at all."""
     return ConfigError(
-        f"Prefix tuning finds no attention in {type(model).__name__} that it can reach. "
-        "Use method p_tuning, prompt_tuning or lora on this model."
+        Bilingual(
+            f"Prefix tuning finds no attention in {type(model).__name__} that it can reach. "
+            "Use method p_tuning, prompt_tuning or lora on this model.",
+            f"Prefix tuning 在 {type(model).__name__} 中找不到可用的注意力。这个模型请用 p_tuning、"
+            "prompt_tuning 或 lora。",
+        )
     )

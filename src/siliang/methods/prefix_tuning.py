@@ -74,9 +74,14 @@ class PrefixTuningConfig(PromptConfig):
         own = self.num_attention_heads, self.token_dim // self.num_attention_heads
         if heads is not None and heads != own:
             raise ConfigError(
-                f"The prefix is made for {own[0]} key/value heads of {own[1]}, and {model} has {heads[0]} of "
-                f"{heads[1]}: train it for this model. In PEFT set token_dim={heads[0] * heads[1]} and "
-                f"num_attention_heads={heads[0]} there."
+                Bilingual(
+                    f"The prefix is made for {own[0]} key/value heads of {own[1]}, and {model} has {heads[0]} of "
+                    f"{heads[1]}: train it for this model. In PEFT set token_dim={heads[0] * heads[1]} and "
+                    f"num_attention_heads={heads[0]} there.",
+                    f"这个前缀用于 {own[0]} 个大小为 {own[1]} 的键/值头，而 {model} 有 {heads[0]} 个大小为 "
+                    f"{heads[1]} 的头：请为该模型训练前缀。在 PEFT 中请设置 token_dim={heads[0] * heads[1]} 和"
+                    f" num_attention_heads={heads[0]}。",
+                )
             )
 
     @property

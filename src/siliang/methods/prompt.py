@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.types import ConfigError, TaskType
 
@@ -65,20 +66,34 @@ class PromptConfig(PeftConfig):
         """
         if self.num_virtual_tokens is None:
             raise ConfigError(
-                f"{type(self).__name__} needs num_virtual_tokens (in a run: method.num_virtual_tokens), such as 20."
+                Bilingual(
+                    f"{type(self).__name__} needs num_virtual_tokens (in a run: method.num_virtual_tokens), "
+                    "such as 20.",
+                    f"{type(self).__name__} 需要 num_virtual_tokens（在运行中是 method.num_virtual_tokens），例如 20。",
+                )
             )
         if self.num_transformer_submodules is None:
             self.num_transformer_submodules = 2 if self.task_type is TaskType.SEQ_2_SEQ_LM else 1
         if self.token_dim is None:
             self.token_dim = width
         if width is not None and self.token_dim != width:
-            raise ConfigError(f"token_dim = {self.token_dim}: the model's word embeddings have {width} columns.")
+            raise ConfigError(
+                Bilingual(
+                    f"token_dim = {self.token_dim}: the model's word embeddings have {width} columns.",
+                    f"token_dim = {self.token_dim}：模型的词嵌入有 {width} 列。",
+                )
+            )
         for name, names in SHAPES.items():
             if getattr(self, name) is None:
                 setattr(self, name, config_number(model_config, names))
         for name in self.NEEDED:
             if getattr(self, name) is None:
-                raise ConfigError(f"{type(model_config).__name__} has no {name}: set it in {type(self).__name__}.")
+                raise ConfigError(
+                    Bilingual(
+                        f"{type(model_config).__name__} has no {name}: set it in {type(self).__name__}.",
+                        f"{type(model_config).__name__} 没有 {name}：请在 {type(self).__name__} 中设置。",
+                    )
+                )
 
     @property
     def rows(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from siliang.language import Bilingual, local
 from siliang.methods.prompt import Prompt, PromptConfig
 from siliang.models.introspect import is_encoder_decoder, named_arguments, parameters_of, word_embeddings
 from siliang.secrets import shortened
@@ -131,13 +132,19 @@ class PromptSpec:
                 return
             text = shortened(first_line(error, kind=True), 160)
             raise ConfigError(
-                f"{name} cannot take the virtual tokens of {config.peft_type} ({text}). {hooks.REMEDY}"
+                Bilingual(
+                    f"{name} cannot take the virtual tokens of {config.peft_type} ({text}). {hooks.REMEDY}",
+                    f"{name} 不能接受 {config.peft_type} 的虚拟词元（{text}）。{local(hooks.REMEDY, 'zh')}",
+                )
             ) from None
         finally:
             hooks.remove()
         if all(g is None for g in reached):
             raise ConfigError(
-                f"The virtual tokens of {config.peft_type} do not reach the output of {name}. {hooks.REMEDY}"
+                Bilingual(
+                    f"The virtual tokens of {config.peft_type} do not reach the output of {name}. {hooks.REMEDY}",
+                    f"{config.peft_type} 的虚拟词元传不到 {name} 的输出。{local(hooks.REMEDY, 'zh')}",
+                )
             )
 
 
@@ -150,8 +157,12 @@ def prompted_embeddings(model: nn.Module) -> nn.Embedding:
     found = word_embeddings(model)
     if found is None:
         raise ConfigError(
-            f"Virtual tokens need a transformers model with word embeddings, and {type(model).__name__} is none: "
-            "use a method that works on layers, such as lora."
+            Bilingual(
+                f"Virtual tokens need a transformers model with word embeddings, and {type(model).__name__} is none: "
+                "use a method that works on layers, such as lora.",
+                f"虚拟词元需要带词嵌入的 transformers 模型，而 {type(model).__name__} 不是："
+                "请用作用于各层的方法，例如 lora。",
+            )
         )
     return found
 

@@ -7,6 +7,7 @@ from typing import ClassVar, TypeVar
 
 from torch import nn
 
+from siliang.language import Bilingual
 from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.prompt import PromptConfig
 from siliang.methods.prompt_hooks import PromptHooks, PromptSpec, prompted_embeddings
@@ -22,7 +23,10 @@ class PromptMethod(Method[P]):
     """
 
     hooks: ClassVar[type[PromptHooks]]
-    why_not_mergeable = "A prompt is no change of the weights and cannot be merged into them: keep the adapter."
+    why_not_mergeable = Bilingual(
+        "A prompt is no change of the weights and cannot be merged into them: keep the adapter.",
+        "提示不改变权重，无法合并到权重中：请保留适配器。",
+    )
 
     def attach(self, model: nn.Module, config: P, *, saved: Sequence[str], from_file: bool) -> Parts:
         self.complete(model, config, from_file=from_file)

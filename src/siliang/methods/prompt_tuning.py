@@ -65,9 +65,19 @@ class PromptTuningConfig(PromptConfig):
         if self.prompt_tuning_init is PromptTuningInit.TEXT:
             for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 if not getattr(self, name):
-                    raise ConfigError(f"prompt_tuning_init = TEXT needs {name} as well.")
+                    raise ConfigError(
+                        Bilingual(
+                            f"prompt_tuning_init = TEXT needs {name} as well.",
+                            f"prompt_tuning_init = TEXT 还需要 {name}。",
+                        )
+                    )
         elif self.tokenizer_kwargs:
-            raise ConfigError("tokenizer_kwargs is for prompt_tuning_init = TEXT only.")
+            raise ConfigError(
+                Bilingual(
+                    "tokenizer_kwargs is for prompt_tuning_init = TEXT only.",
+                    "tokenizer_kwargs 只用于 prompt_tuning_init = TEXT。",
+                )
+            )
 
     def make_prompt(self, word_embeddings: nn.Embedding) -> SoftPrompt:
         """A new prompt.
@@ -98,8 +108,12 @@ class PromptTuningConfig(PromptConfig):
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
         if (unknown := next((key for key in settings if key not in TOKENIZER_SETTINGS), None)) is not None:
             raise ConfigError(
-                f"tokenizer_kwargs has {short_repr(unknown)}, which may name files elsewhere. Allowed: "
-                f"{', '.join(TOKENIZER_SETTINGS)}."
+                Bilingual(
+                    f"tokenizer_kwargs has {short_repr(unknown)}, which may name files elsewhere. Allowed: "
+                    f"{', '.join(TOKENIZER_SETTINGS)}.",
+                    f"tokenizer_kwargs 含有 {short_repr(unknown)}，它可能指向别处的文件。可用："
+                    f"{'、'.join(TOKENIZER_SETTINGS)}。",
+                )
             )
         assert self.tokenizer_name_or_path is not None
         tokenizer = load_tokenizer_alone(self.tokenizer_name_or_path, settings)
@@ -107,10 +121,19 @@ class PromptTuningConfig(PromptConfig):
             ids = run_in_time(partial(tokenizer, self.prompt_tuning_init_text), SECONDS)["input_ids"]
         except RefusedError as error:
             raise ConfigError(
-                f"{self.tokenizer_name_or_path}: its tokenizer makes no tokens of prompt_tuning_init_text: {error}."
+                Bilingual(
+                    f"{self.tokenizer_name_or_path}: its tokenizer makes no tokens of "
+                    f"prompt_tuning_init_text: {error}.",
+                    f"{self.tokenizer_name_or_path}：它的分词器无法处理 prompt_tuning_init_text：{error}。",
+                )
             ) from None
         if not ids:
-            raise ConfigError(f"prompt_tuning_init_text = {self.prompt_tuning_init_text!r} has no tokens.")
+            raise ConfigError(
+                Bilingual(
+                    f"prompt_tuning_init_text = {self.prompt_tuning_init_text!r} has no tokens.",
+                    f"prompt_tuning_init_text = {self.prompt_tuning_init_text!r} 没有词元。",
+                )
+            )
         return (ids * (self.rows // len(ids) + 1))[: self.rows]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 R = TypeVar("R")
@@ -39,7 +40,12 @@ class Rows:
             ConfigError: The batch is not a multiple of the names.
         """
         if batch % len(self.names):
-            raise ConfigError(f"adapter_names has {len(self.names)} names for a batch of {batch}: one for each row.")
+            raise ConfigError(
+                Bilingual(
+                    f"adapter_names has {len(self.names)} names for a batch of {batch}: one for each row.",
+                    f"adapter_names 有 {len(self.names)} 个名称，而批次有 {batch} 条样本：每条样本一个名称。",
+                )
+            )
         repeat = batch // len(self.names)
         self._now, self._tokens = tuple(n for n in self.names for _ in range(repeat)), tokens
 
@@ -54,8 +60,12 @@ class Rows:
         if x.dim() == 2 and len(x) in {len(self._now) * n for n in self._tokens}:
             return tuple(n for n in self._now for _ in range(len(x) // len(self._now)))
         raise ConfigError(
-            f"adapter_names: a layer reads {len(x)} rows where the batch has {len(self._now)}, and which adapter "
-            "each is for is unknown. Use set_adapter, one adapter at a time."
+            Bilingual(
+                f"adapter_names: a layer reads {len(x)} rows where the batch has {len(self._now)}, and which adapter "
+                "each is for is unknown. Use set_adapter, one adapter at a time.",
+                f"adapter_names：有一层读入 {len(x)} 行，而批次有 {len(self._now)} 条样本，"
+                "无法知道每行用哪个适配器。请用 set_adapter，一次一个适配器。",
+            )
         )
 
     @contextmanager
@@ -92,7 +102,12 @@ def by_row(
     leaves, tree = tree_flatten((args, kwargs))
     x = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
     if x is None:
-        raise ConfigError(f"adapter_names: {where} reads nothing that has rows.")
+        raise ConfigError(
+            Bilingual(
+                f"adapter_names: {where} reads nothing that has rows.",
+                f"adapter_names：{where} 没有读入任何带行的内容。",
+            )
+        )
     names = rows.of(x)
     copies = [copy_of(name) for name in names]
     parts: list[tuple[Tensor, R]] = []
@@ -109,15 +124,24 @@ def _rows_of(leaf: object, index: Tensor, rows: int, where: str) -> object:
         return leaf
     if not isinstance(leaf, Tensor):
         raise ConfigError(
-            f"adapter_names: {where} reads a {type(leaf).__name__}, which cannot be split into rows (for a cache: "
-            "use_cache=False). Use set_adapter, one adapter at a time."
+            Bilingual(
+                f"adapter_names: {where} reads a {type(leaf).__name__}, which cannot be split into rows (for a cache: "
+                "use_cache=False). Use set_adapter, one adapter at a time.",
+                f"adapter_names：{where} 读入 {type(leaf).__name__}，无法按行拆分（若是缓存："
+                "use_cache=False）。请用 set_adapter，一次一个适配器。",
+            )
         )
     if not leaf.dim() or len(leaf) == 1 != rows:
         return leaf
     if len(leaf) != rows:
         raise ConfigError(
-            f"adapter_names: {where} reads tensors of {rows} and of {len(leaf)} rows, and which adapter each is for "
-            "is unknown. Use set_adapter, one adapter at a time."
+            Bilingual(
+                f"adapter_names: {where} reads tensors of {rows} and of {len(leaf)} rows, and which adapter "
+                "each is for "
+                "is unknown. Use set_adapter, one adapter at a time.",
+                f"adapter_names：{where} 读入 {rows} 行和 {len(leaf)} 行的张量，无法知道每行用哪个适配器。"
+                "请用 set_adapter，一次一个适配器。",
+            )
         )
     return leaf[index]
 
@@ -133,7 +157,12 @@ def _joined(parts: list[tuple[Tensor, R]], rows: int, where: str) -> R:
         whole = leaves[0].new_empty((rows, *leaves[0].shape[1:]))
         for (index, _), leaf in zip(parts, leaves, strict=True):
             if not leaf.dim() or len(leaf) != len(index):
-                raise ConfigError(f"adapter_names: {where} gives something that has no rows.")
+                raise ConfigError(
+                    Bilingual(
+                        f"adapter_names: {where} gives something that has no rows.",
+                        f"adapter_names：{where} 的输出没有行。",
+                    )
+                )
             whole = whole.index_copy(0, index, leaf.to(whole.dtype))
         joined.append(whole)
     return tree_unflatten(joined, flat[0][1])  # pyright: ignore[reportReturnType], it has the outputs' own structure
@@ -167,6 +196,9 @@ def _begins(rows: Rows, repeated: bool, module: nn.Module, args: tuple[object, .
     batch = len(tokens[0])
     if batch != len(rows.names) and not repeated:
         raise ConfigError(
-            f"adapter_names has {len(rows.names)} names for a batch of {batch} rows: name the adapter of each row."
+            Bilingual(
+                f"adapter_names has {len(rows.names)} names for a batch of {batch} rows: name the adapter of each row.",
+                f"adapter_names 有 {len(rows.names)} 个名称，而批次有 {batch} 条样本：请写出每条样本的适配器。",
+            )
         )
     rows.begin(batch, {t.shape[1] for t in tokens if t.dim() > 1})

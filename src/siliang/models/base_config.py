@@ -34,7 +34,12 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
     check_folder(name, revision)
     for needed in NEEDED:
         if (missing := why_missing(needed)) is not None:
-            raise ModelError(f"{name} is not loaded: {missing}, and siliang needs it to keep code out of models.")
+            raise ModelError(
+                Bilingual(
+                    f"{name} is not loaded: {missing}, and siliang needs it to keep code out of models.",
+                    f"没有加载 {name}：{local(missing, 'zh')}，而 siliang 需要它来防止模型运行代码。",
+                )
+            )
     try:
         config, code = _read_config(name, revision)
     except ModelError:
@@ -66,11 +71,21 @@ def check_folder(name: str, revision: str | None = None) -> None:
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():
-            raise ModelError(f"{name} is a folder, but no model: config.json is missing there.")
+            raise ModelError(
+                Bilingual(
+                    f"{name} is a folder, but no model: config.json is missing there.",
+                    f"{name} 是文件夹，但不是模型：缺少 config.json。",
+                )
+            )
         check_links(path, ModelError)
         values = read_config(config)
         if not isinstance(values.get("model_type"), str):
-            raise ModelError(f"{config} names no model_type, so it is not a transformers model.")
+            raise ModelError(
+                Bilingual(
+                    f"{config} names no model_type, so it is not a transformers model.",
+                    f"{config} 没有写明 model_type，因此不是 transformers 模型。",
+                )
+            )
         make_known(values.get("model_type"))
         check_counts(values, config)
         if (generation := path / "generation_config.json").is_file():
@@ -103,14 +118,23 @@ def check_folder(name: str, revision: str | None = None) -> None:
             check_counts(values, found)
 
 
-def why_not(name: str, error: Exception, what: str = "model") -> str:
+def why_not(name: str, error: Exception, what: str | None = None) -> str:
     """The message for a model, or a part of it, that a library could not load."""
+    what = what or Bilingual("model", "模型")
     why = first_line(error, kind=isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError))
     if "weights_only" in why:  # torch would advise to run what is in the file
-        why = "a .bin file of its weights holds something else than tensors, or is damaged."
+        why = Bilingual(
+            "a .bin file of its weights holds something else than tensors, or is damaged.",
+            "权重的 .bin 文件中不只有张量，或已损坏。",
+        )
     if not Path(name).is_dir():
-        return f"{name} is not a folder here, and the hub did not give its {what}: {why}"
-    return f"{name}: its {what} cannot be loaded: {why}"
+        return Bilingual(
+            f"{name} is not a folder here, and the hub did not give its {what}: {why}",
+            f"{name} 不是本机的文件夹，也无法从 Hub 取得它的{local(what, 'zh')}：{local(why, 'zh')}",
+        )
+    return Bilingual(
+        f"{name}: its {what} cannot be loaded: {why}", f"{name}：无法加载它的{local(what, 'zh')}：{local(why, 'zh')}"
+    )
 
 
 def _read_config(name: str, revision: str | None) -> tuple[PreTrainedConfig, OwnCode | None]:

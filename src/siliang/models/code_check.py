@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import re
 
+from siliang.language import Bilingual, local
 from siliang.secrets import shortened
-from siliang.types import ModelError, first_line
+from siliang.types import ModelError, first_line, message_of
 
 # Modules that load, fetch or start other code.
 LOADERS = (
@@ -66,14 +67,24 @@ def reachable(name: str, roots: set[str], modules: dict[str, bytes]) -> dict[str
             continue
         file = f"{module.replace('.', '/')}.py"
         if module not in modules:
-            raise ModelError(f"{name}: its code needs {file}, which is not in its folder.")
+            raise ModelError(
+                Bilingual(
+                    f"{name}: its code needs {file}, which is not in its folder.",
+                    f"{name}：它的代码需要 {file}，而文件夹中没有。",
+                )
+            )
         found[module] = modules[module]
         try:
             waiting += sorted(_look_through(module, modules))
         except _RefusedError as error:
             raise ModelError(
-                f"{name}: its code {file} cannot be allowed: {error}. A hash stands for code that is all in the "
-                "model's folder.\nUse a model that transformers knows, or take that part out of the code."
+                Bilingual(
+                    f"{name}: its code {file} cannot be allowed: {error}. A hash stands for code that is all in the "
+                    "model's folder.\nUse a model that transformers knows, or take that part out of the code.",
+                    f"{name}：它的代码 {file} 不能授权：{local(message_of(error), 'zh')}。哈希只能代表全部位于"
+                    "模型文件夹中的代码。\n"
+                    "请改用 transformers 支持的模型，或去掉代码中的这一部分。",
+                )
             ) from None
     return found
 
@@ -92,7 +103,12 @@ def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
         tree = ast.parse(modules[module])
         nodes = list(ast.walk(tree))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _RefusedError(f"it is not readable as Python ({first_line(error)})") from None
+        raise _RefusedError(
+            Bilingual(
+                f"it is not readable as Python ({first_line(error)})",
+                f"不是可读的 Python（{local(first_line(error), 'zh')}）",
+            )
+        ) from None
     needed: set[str] = set()
     known: dict[str, str] = {}  # what names of this file stand for
     for node in nodes:
@@ -112,17 +128,31 @@ def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
     for node in nodes:
         if isinstance(node, ast.Name) and node.id not in known:
             if node.id in NAMES:
-                raise _RefusedError(f"line {node.lineno} says {node.id}")
+                raise _RefusedError(
+                    Bilingual(f"line {node.lineno} says {node.id}", f"第 {node.lineno} 行用了 {node.id}")
+                )
         elif isinstance(node, ast.Name | ast.Attribute):
             _check_name(node, _dotted(node, known))
         elif isinstance(node, ast.keyword) and node.arg in ARGUMENTS:
-            raise _RefusedError(f"line {node.value.lineno} says {node.arg}")
+            raise _RefusedError(
+                Bilingual(f"line {node.value.lineno} says {node.arg}", f"第 {node.value.lineno} 行用了 {node.arg}")
+            )
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             owner = _dotted(node.args[0], known).partition(".")[0] if node.args else ""
             if owner in ("os", "sys") or (len(node.args) > 1 and _says(node.args[1]) in NAMES | ATTRIBUTES):
-                raise _RefusedError(f"line {node.lineno} takes a name out of {owner or 'an object'} by its text")
+                raise _RefusedError(
+                    Bilingual(
+                        f"line {node.lineno} takes a name out of {owner or 'an object'} by its text",
+                        f"第 {node.lineno} 行用文本从{local(owner, 'zh') if owner else '对象'}中取名称",
+                    )
+                )
         elif isinstance(node, ast.Constant) and id(node) not in texts and _leads_elsewhere(_says(node)):
-            raise _RefusedError(f"line {node.lineno} names {shortened(_says(node), 100)!r}")
+            raise _RefusedError(
+                Bilingual(
+                    f"line {node.lineno} names {shortened(_says(node), 100)!r}",
+                    f"第 {node.lineno} 行写有 {shortened(_says(node), 100)!r}",
+                )
+            )
     return needed
 
 
@@ -130,7 +160,9 @@ def _imported(node: ast.ImportFrom, module: str, modules: dict[str, bytes]) -> s
     """The modules of the folder that `from .x import y` means in `module`."""
     above = module.split(".")[: -node.level]
     if node.level > len(module.split(".")):
-        raise _RefusedError(f"line {node.lineno} imports from outside of the folder")
+        raise _RefusedError(
+            Bilingual(f"line {node.lineno} imports from outside of the folder", f"第 {node.lineno} 行从文件夹之外导入")
+        )
     if node.module:
         return {".".join([*above, node.module])}
     return {".".join([*above, alias.name]) for alias in node.names}
@@ -141,7 +173,11 @@ def _check_name(node: ast.expr | ast.stmt, name: str) -> None:
     parts = name.split(".")
     refused = any(name == loader or name.startswith(f"{loader}.") for loader in LOADERS)
     if refused or not ATTRIBUTES.isdisjoint(parts) or parts[-1] == "*":
-        raise _RefusedError(f"line {node.lineno} says {shortened(name, 100)}")
+        raise _RefusedError(
+            Bilingual(
+                f"line {node.lineno} says {shortened(name, 100)}", f"第 {node.lineno} 行用了 {shortened(name, 100)}"
+            )
+        )
 
 
 def _dotted(node: ast.expr, known: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from siliang.hub import cached_file, find_file
+from siliang.language import Bilingual
 from siliang.paths import inside
 from siliang.safety.safe_json import read_json, read_values
 from siliang.secrets import short_repr
@@ -56,9 +57,18 @@ def check_names(folder: Path) -> None:
     """
     _check_config(folder / CONFIG)
     if (sharded := next((p.name for p in folder.iterdir() if SHARDED.fullmatch(p.name)), None)) is not None:
-        raise ModelError(f"{folder} holds a distributed checkpoint ({sharded}): save the model by save_pretrained.")
+        raise ModelError(
+            Bilingual(
+                f"{folder} holds a distributed checkpoint ({sharded}): save the model by save_pretrained.",
+                f"{folder} 是分布式检查点（{sharded}）：请用 save_pretrained 保存模型。",
+            )
+        )
     if (folder / NO_ADAPTER).exists():
-        raise ModelError(f"{folder / NO_ADAPTER} may not be there: remove it.")
+        raise ModelError(
+            Bilingual(
+                f"{folder / NO_ADAPTER} may not be there: remove it.", f"{folder / NO_ADAPTER} 不应存在：请删除。"
+            )
+        )
     for index in folder.glob(f"*{INDEX}"):
         check_index(index)
 
@@ -89,15 +99,28 @@ def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
         return {}
     values = read_config(path)
     if values.get("init_inputs"):
-        raise ModelError(f"{path} gives its tokenizer init_inputs, which siliang does not pass on: take them out.")
+        raise ModelError(
+            Bilingual(
+                f"{path} gives its tokenizer init_inputs, which siliang does not pass on: take them out.",
+                f"{path} 给分词器写了 init_inputs，siliang 不会传递它：请去掉。",
+            )
+        )
     for file in _listed(values.get("fast_tokenizer_files")):
         if not isinstance(file, str) or not VERSIONED.fullmatch(file):
             raise ModelError(
-                f"{path} names {short_repr(file)} among fast_tokenizer_files, which is not a file of its folder."
+                Bilingual(
+                    f"{path} names {short_repr(file)} among fast_tokenizer_files, which is not a file of its folder.",
+                    f"{path} 的 fast_tokenizer_files 中有 {short_repr(file)}，它不是该文件夹中的文件。",
+                )
             )
     for key in SPECIAL:
         if isinstance(tokens := values.get(key), dict | list) and len(tokens) > MOST_SPECIAL:
-            raise ModelError(f"{path} has {len(tokens):,} {key}: at most {MOST_SPECIAL:,} are allowed.")
+            raise ModelError(
+                Bilingual(
+                    f"{path} has {len(tokens):,} {key}: at most {MOST_SPECIAL:,} are allowed.",
+                    f"{path} 有 {len(tokens):,} 个 {key}：最多允许 {MOST_SPECIAL:,} 个。",
+                )
+            )
     aside: dict[str, None] = {}
     for key, value in values.items():
         if key in TEXTS or key.endswith(("_token", "_tokens")):
@@ -105,7 +128,12 @@ def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
         if isinstance(value, str) and (ELSEWHERE.fullmatch(value) or key.endswith("_file")):
             aside[key] = None
         elif (text := next((t for t in _texts(value) if ELSEWHERE.fullmatch(t)), None)) is not None:
-            raise ModelError(f"{path} names {short_repr(text)} in {key}, which is not in the model's folder.")
+            raise ModelError(
+                Bilingual(
+                    f"{path} names {short_repr(text)} in {key}, which is not in the model's folder.",
+                    f"{path} 的 {key} 中写有 {short_repr(text)}，它不在模型的文件夹中。",
+                )
+            )
     return aside
 
 
@@ -120,7 +148,7 @@ def read_config(path: Path) -> dict[str, object]:
     """
     values = read_values(path, ModelError, "cannot be read", most_bytes=MOST_CONFIG_BYTES, foreign=True)
     if not isinstance(values, dict):
-        raise ModelError(f"{path} holds no mapping.")
+        raise ModelError(Bilingual(f"{path} holds no mapping.", f"{path} 不是映射。"))
     return values
 
 
@@ -132,10 +160,20 @@ def check_index(path: Path) -> None:
     """
     for name in parts_of(path):
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{path} names {short_repr(name)}, which is not in the model's folder.")
+            raise ModelError(
+                Bilingual(
+                    f"{path} names {short_repr(name)}, which is not in the model's folder.",
+                    f"{path} 中写有 {short_repr(name)}，它不在模型的文件夹中。",
+                )
+            )
         inside(path.parent, name, kind=ModelError, source=str(path))
         if path.name in WEIGHT_FILES and not name.endswith((".safetensors", ".bin")):
-            raise ModelError(f"{path} names {short_repr(name)}, which is not a file of weights (.safetensors or .bin).")
+            raise ModelError(
+                Bilingual(
+                    f"{path} names {short_repr(name)}, which is not a file of weights (.safetensors or .bin).",
+                    f"{path} 中写有 {short_repr(name)}，它不是权重文件（.safetensors 或 .bin）。",
+                )
+            )
 
 
 def parts_of(index: Path) -> list[object]:
@@ -148,7 +186,7 @@ def parts_of(index: Path) -> list[object]:
         values = read_json(index, most_bytes=MOST_INDEX_BYTES, foreign=True)
         return sorted(set(values["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index} is damaged.") from None
+        raise ModelError(Bilingual(f"{index} is damaged.", f"{index} 已损坏。")) from None
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -168,15 +206,25 @@ def clean_quantization(source: str, values: object) -> dict[str, object]:
         ModelError: They are of a kind that siliang does not load, or a field has a value that is not allowed.
     """
     if not isinstance(values, dict):
-        raise ModelError(f"{source}: quantization_config in its config.json is not a mapping.")
+        raise ModelError(
+            Bilingual(
+                f"{source}: quantization_config in its config.json is not a mapping.",
+                f"{source}：config.json 中的 quantization_config 不是映射。",
+            )
+        )
     values = {key.removeprefix("_"): value for key, value in values.items() if isinstance(key, str)}
     kind = values.get("quant_method", "bitsandbytes")
     four, eight = (values.get(f"load_in_{bits}bit") is True for bits in (4, 8))
     if kind != "bitsandbytes" or four == eight:
         kind = kind if kind != "bitsandbytes" else "bitsandbytes without load_in_4bit or load_in_8bit"
         raise ModelError(
-            f"{source}: its weights are quantized by {short_repr(kind)}, which siliang does not load. Allowed: "
-            "bitsandbytes (nf4 or fp4 in 4 bits, or 8 bits). Take the model's plain weights, and set quantization."
+            Bilingual(
+                f"{source}: its weights are quantized by {short_repr(kind)}, which siliang does not load. Allowed: "
+                "bitsandbytes (nf4 or fp4 in 4 bits, or 8 bits). Take the model's plain weights, and set quantization.",
+                f"{source}：权重以 {short_repr(kind)} 量化，siliang 无法加载。可用："
+                "bitsandbytes（4 比特的 nf4 或 fp4，或 8 比特）。请用模型的原始权重，"
+                "并设置 quantization。",
+            )
         )
     clean: dict[str, object] = {"quant_method": kind}
     for key, allowed in BITS_AND_BYTES.items():
@@ -184,23 +232,42 @@ def clean_quantization(source: str, values: object) -> dict[str, object]:
             continue
         known = type(value) in (int, float) and 0 <= value <= 1000 if allowed is float else value in allowed
         if not known or (isinstance(value, int) and not isinstance(value, bool) and allowed is not float):
-            raise ModelError(f"{source}: {key} = {short_repr(value)} in its quantization_config. Allowed: {allowed}.")
+            raise ModelError(
+                Bilingual(
+                    f"{source}: {key} = {short_repr(value)} in its quantization_config. Allowed: {allowed}.",
+                    f"{source}：quantization_config 中 {key} = {short_repr(value)}。可用：{allowed}。",
+                )
+            )
         clean[key] = value
     skipped = _listed(values.get("llm_int8_skip_modules"))
     if len(skipped) > MOST_MODULES or not all(isinstance(s, str) and MODULE.fullmatch(s) for s in skipped):
-        raise ModelError(f"{source}: llm_int8_skip_modules in its quantization_config are no names of modules.")
+        raise ModelError(
+            Bilingual(
+                f"{source}: llm_int8_skip_modules in its quantization_config are no names of modules.",
+                f"{source}：quantization_config 中的 llm_int8_skip_modules 不是模块名。",
+            )
+        )
     return clean | ({"llm_int8_skip_modules": skipped} if skipped else {})
 
 
 def _check_config(path: Path) -> None:
     values = read_config(path)
     if values.get("configuration_files"):
-        raise ModelError(f"{path} names other configs (configuration_files), which siliang does not read: take it out.")
+        raise ModelError(
+            Bilingual(
+                f"{path} names other configs (configuration_files), which siliang does not read: take it out.",
+                f"{path} 指向其他配置文件（configuration_files），siliang 不会读取：请去掉。",
+            )
+        )
     weights = values.get("transformers_weights")
     if weights is not None and weights not in WEIGHT_FILES:
         raise ModelError(
-            f"{path} says that the weights are in {short_repr(weights)} (transformers_weights). siliang reads "
-            f"{', '.join(WEIGHT_FILES)} of the model's folder."
+            Bilingual(
+                f"{path} says that the weights are in {short_repr(weights)} (transformers_weights). siliang reads "
+                f"{', '.join(WEIGHT_FILES)} of the model's folder.",
+                f"{path} 写明权重在 {short_repr(weights)} 中（transformers_weights）。siliang 只读模型文件"
+                f"夹中的 {'、'.join(WEIGHT_FILES)}。",
+            )
         )
 
 

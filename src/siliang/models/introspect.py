@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -76,7 +78,12 @@ def layer_stack(model: nn.Module) -> list[nn.Module]:
         if isinstance(m, nn.ModuleList) and len(m) and all(isinstance(c, GradientCheckpointingLayer) for c in m)
     ]
     if len(stacks) != 1:
-        raise NoLayerStackError(f"{type(model).__name__} has {len(stacks)} stacks of layers, and one is wanted")
+        raise NoLayerStackError(
+            Bilingual(
+                f"{type(model).__name__} has {len(stacks)} stacks of layers, and one is wanted",
+                f"{type(model).__name__} 有 {len(stacks)} 组层，而这里只能有一组",
+            )
+        )
     return list(stacks[0])
 
 

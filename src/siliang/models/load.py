@@ -16,6 +16,7 @@ from siliang.config import QuantizationConfig
 from siliang.environment import bound_kernel_caches
 from siliang.hardware import choose_precision
 from siliang.hub import only_cached
+from siliang.language import Bilingual
 from siliang.models.base_config import load_config, why_not
 from siliang.models.folder import ADAPTER, NO_ADAPTER
 from siliang.models.invented import embedding_weights, invented_modules, may_be_invented
@@ -165,11 +166,21 @@ def _from_pretrained(
     except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
         raise ModelError(why_not(name, error)) from error
     if model._hf_peft_config_loaded:
-        raise ModelError(f"{name} holds an adapter in {NO_ADAPTER}, which is left aside everywhere: remove it.")
+        raise ModelError(
+            Bilingual(
+                f"{name} holds an adapter in {NO_ADAPTER}, which is left aside everywhere: remove it.",
+                f"{name} 的 {NO_ADAPTER} 中有一个适配器，它在哪里都不会被使用：请删除。",
+            )
+        )
     lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
     ends = embedding_weights(model) if lost else set()
     if lost := {key for key in lost if not may_be_invented(model, key, ends)}:
-        raise ModelError(f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.")
+        raise ModelError(
+            Bilingual(
+                f"{name}: {len(lost)} weights are missing or of another shape, the first is {min(lost)}.",
+                f"{name}：有 {len(lost)} 个权重缺失或形状不同，第一个是 {min(lost)}。",
+            )
+        )
     return model
 
 
@@ -180,7 +191,12 @@ def _quantized(
     if wanted is None:
         return {}
     if find_spec("bitsandbytes") is None:
-        raise ModelError("quantization needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'.")
+        raise ModelError(
+            Bilingual(
+                "quantization needs bitsandbytes, which is not installed: pip install 'siliang[cuda]'.",
+                "量化需要 bitsandbytes，而它没有安装：pip install 'siliang[cuda]'。",
+            )
+        )
     kept = kept_whole(spec)
     if wanted.bits == 4:
         settings = BitsAndBytesConfig(

@@ -26,6 +26,7 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from siliang.hub import cached_file, only_cached
+from siliang.language import Bilingual, local
 from siliang.models.code_check import reachable
 from siliang.models.extra import EXTRA
 from siliang.paths import check_links
@@ -79,7 +80,12 @@ class OwnCode:
         """
         self.check_allowed()
         if auto not in self.classes:
-            raise ModelError(f"{self.name}: its code names no class for {auto}, but for {', '.join(self.classes)}.")
+            raise ModelError(
+                Bilingual(
+                    f"{self.name}: its code names no class for {auto}, but for {', '.join(self.classes)}.",
+                    f"{self.name}：它的代码没有给出 {auto} 的类，只有 {'、'.join(self.classes)} 的。",
+                )
+            )
         module, _, name = self.classes[auto].rpartition(".")
         finder = _finder()
         finder.known[self.package] = self
@@ -87,10 +93,18 @@ class OwnCode:
             found = vars(importlib.import_module(f"{self.package}.{module}")).get(name)
         except Exception as error:  # a stranger's code raises whatever it likes
             raise ModelError(
-                f"{self.name}: its code {module}.py cannot be imported: {first_line(error, kind=True)}"
+                Bilingual(
+                    f"{self.name}: its code {module}.py cannot be imported: {first_line(error, kind=True)}",
+                    f"{self.name}：它的代码 {module}.py 无法导入：{local(first_line(error, kind=True), 'zh')}",
+                )
             ) from error
         if not isinstance(found, type):
-            raise ModelError(f"{self.name}: its code {module}.py holds no class {name}.")
+            raise ModelError(
+                Bilingual(
+                    f"{self.name}: its code {module}.py holds no class {name}.",
+                    f"{self.name}：它的代码 {module}.py 中没有类 {name}。",
+                )
+            )
         return add_generation_mixin_to_remote_model(found) if auto.startswith("AutoModel") else found
 
     def check_allowed(self) -> None:
@@ -101,11 +115,18 @@ class OwnCode:
         """
         if is_allowed(self.sha256):
             return
-        more = f" and {len(self.files) - 3} more" if len(self.files) > 3 else ""
+        more, more_zh = "", ""
+        if (left := len(self.files) - 3) > 0:
+            more, more_zh = f" and {left} more", f" 等 {len(self.files)} 个文件"
         error = OwnCodeError(
-            f"{self.name} wants to run code of its own ({', '.join(self.files[:3])}{more}), which may do anything that "
-            "you may do.\nUse a model that transformers knows; or, having read that code, add --allow-code "
-            f"{self.sha256}"
+            Bilingual(
+                f"{self.name} wants to run code of its own ({', '.join(self.files[:3])}{more}), which may do anything "
+                "that you may do.\nUse a model that transformers knows; or, having read that code, add --allow-code "
+                f"{self.sha256}",
+                f"{self.name} 要求运行自带的代码（{'、'.join(self.files[:3])}{more_zh}），它能做你能做的一切。"
+                "\n请改用 transformers 支持的模型；或阅读代码之后加上 --allow-code "
+                f"{self.sha256}",
+            )
         )
         error.model, error.folder, error.sha256 = self.name, str(self.folder), self.sha256
         error.files = tuple(self.files)
@@ -167,7 +188,12 @@ def read_own_code(name: str, folder: Path) -> OwnCode:
             if file.endswith(".py") or file in CONFIGS:
                 content = opened.read(MOST_BYTES + 1)
                 if len(content) > MOST_BYTES:
-                    raise ModelError(f"{name}: its {file} has more than {MOST_BYTES:,} bytes.")
+                    raise ModelError(
+                        Bilingual(
+                            f"{name}: its {file} has more than {MOST_BYTES:,} bytes.",
+                            f"{name}：它的 {file} 超过 {MOST_BYTES:,} 字节。",
+                        )
+                    )
                 (configs if file in CONFIGS else code)[file] = content
                 found = hashlib.sha256(content)
             else:
@@ -195,7 +221,12 @@ def _folder(name: str, revision: str | None) -> Path | None:
         )
         return Path(fetched)
     except Exception as error:  # of the hub's client, which raises many kinds
-        raise ModelError(f"{name}: its code cannot be fetched: {first_line(error)}") from None
+        raise ModelError(
+            Bilingual(
+                f"{name}: its code cannot be fetched: {first_line(error)}",
+                f"{name}：无法取得它的代码：{local(first_line(error), 'zh')}",
+            )
+        ) from None
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -230,15 +261,24 @@ def _classes(name: str, configs: dict[str, bytes]) -> Iterator[tuple[str, str]]:
         if isinstance(said, list):  # of tokenizers of long ago
             said = {"AutoTokenizer": said}
         if not isinstance(said, dict):
-            raise ModelError(f"{name}: auto_map in its {file} is not a mapping.")
+            raise ModelError(
+                Bilingual(
+                    f"{name}: auto_map in its {file} is not a mapping.", f"{name}：{file} 中的 auto_map 不是映射。"
+                )
+            )
         for auto, named in said.items():
             for value in named if isinstance(named, list) else [named]:
                 if value is None:
                     continue
                 if not isinstance(value, str) or not re.fullmatch(r"[^\W\d]\w*\.[^\W\d]\w*", value):
                     raise ModelError(
-                        f"{name}: auto_map in its {file} names {short_repr(value)}, which is not a class of a file in "
-                        "its own folder; code from elsewhere is never run."
+                        Bilingual(
+                            f"{name}: auto_map in its {file} names {short_repr(value)}, which is not a class "
+                            "of a file in "
+                            "its own folder; code from elsewhere is never run.",
+                            f"{name}：{file} 的 auto_map 中写有 {short_repr(value)}，它不是自己文件夹中的类；"
+                            "来自别处的代码一律不运行。",
+                        )
                     )
                 yield str(auto), value  # of a tokenizer's two, the fast one, which is the second
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.models.introspect import out_by_in
 from siliang.types import ModelError
 
@@ -62,8 +63,12 @@ def check_quantized(model: nn.Module, source: str) -> None:
     for path, module in model.named_modules():
         if type(module).__name__ in LAYERS and type(module.weight) is nn.Parameter:
             raise ModelError(
-                f"{source}: its config.json says that its weights are quantized, and {path} is not. Take "
-                "quantization_config out of it, or take the files that belong to it."
+                Bilingual(
+                    f"{source}: its config.json says that its weights are quantized, and {path} is not. Take "
+                    "quantization_config out of it, or take the files that belong to it.",
+                    f"{source}：config.json 说权重已量化，而 {path} 没有。请去掉其中的 quantization_config，"
+                    "或使用配套的文件。",
+                )
             )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from siliang.language import Bilingual, local
 from siliang.models.folder import INDEX, weight_files
-from siliang.types import ModelError
+from siliang.types import ModelError, message_of
 from siliang.weight_files import check_weights
 
 # what a name counts or measures, and the most of it that a model has; the largest known have 126 layers, 2,048 experts
@@ -39,14 +40,29 @@ def check_counts(values: Mapping[str, object], path: Path) -> None:
     for part in _parts(values):
         for name, value in part.items():
             if isinstance(value, list | dict) and len(value) > MOST_ENTRIES:
-                raise ModelError(f"{path}: {name} has {len(value):,} entries: at most {MOST_ENTRIES:,} are allowed.")
+                raise ModelError(
+                    Bilingual(
+                        f"{path}: {name} has {len(value):,} entries: at most {MOST_ENTRIES:,} are allowed.",
+                        f"{path}：{name} 有 {len(value):,} 项：最多允许 {MOST_ENTRIES:,} 项。",
+                    )
+                )
             most = next((most for pattern, most in LIMITS if pattern.search(name)), None)
             for number in value if isinstance(value, list) else [value]:
                 if most is not None and isinstance(number, int | float) and number > most:
-                    raise ModelError(f"{path}: {name} = {number:,}: at most {most:,} are allowed.")
+                    raise ModelError(
+                        Bilingual(
+                            f"{path}: {name} = {number:,}: at most {most:,} are allowed.",
+                            f"{path}：{name} = {number:,}：最大允许 {most:,}。",
+                        )
+                    )
         layers, experts = (_largest(part, end) for end in (DEPTH, "experts$"))
         if layers * experts > MOST_BLOCKS:
-            raise ModelError(f"{path}: {layers:,} layers of {experts:,} experts: at most {MOST_BLOCKS:,} are allowed.")
+            raise ModelError(
+                Bilingual(
+                    f"{path}: {layers:,} layers of {experts:,} experts: at most {MOST_BLOCKS:,} are allowed.",
+                    f"{path}：{layers:,} 层，每层 {experts:,} 个专家：总共最多允许 {MOST_BLOCKS:,} 个。",
+                )
+            )
 
 
 def check_files(folder: Path) -> None:
@@ -59,7 +75,9 @@ def check_files(folder: Path) -> None:
         try:
             check_weights(path, older=True)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{path} is damaged: {error}.") from None
+            raise ModelError(
+                Bilingual(f"{path} is damaged: {error}.", f"{path} 已损坏：{local(message_of(error), 'zh')}。")
+            ) from None
 
 
 def may_be_too_large(config: PreTrainedConfig, folder: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from siliang.hub import find_file
+from siliang.language import Bilingual, local
 from siliang.safety.limited.tokenizer_rules import MOST_NUMBER
 from siliang.safety.limits import RefusedError, check_tokenizer_rules
 from siliang.safety.safe_json import JsonError, read_json
@@ -62,12 +63,22 @@ def check_made(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | No
     try:
         check_tokenizer_rules(core.to_str())
     except RefusedError as error:
-        raise ModelError(f"{name}: its tokenizer cannot be used: {first_line(str(error))}.") from None
+        raise ModelError(
+            Bilingual(
+                f"{name}: its tokenizer cannot be used: {first_line(str(error))}.",
+                f"{name}：它的分词器无法使用：{local(first_line(error), 'zh')}。",
+            )
+        ) from None
 
 
 def _check_size(path: Path, most: int) -> None:
     if (size := path.stat().st_size) > most:
-        raise ModelError(f"{path} has {size:,} bytes: at most {most:,} are read.")
+        raise ModelError(
+            Bilingual(
+                f"{path} has {size:,} bytes: at most {most:,} are read.",
+                f"{path} 有 {size:,} 字节：最多读取 {most:,} 字节。",
+            )
+        )
 
 
 def _check_numbers(path: Path, most_bytes: int) -> None:
@@ -77,13 +88,25 @@ def _check_numbers(path: Path, most_bytes: int) -> None:
         return
     numbers = (n for n in values.values() if type(n) is int) if isinstance(values, dict) else ()
     if (largest := max(numbers, default=0)) > MOST_NUMBER:
-        raise ModelError(f"{path} gives a token the number {largest:,}: at most {MOST_NUMBER:,} are allowed.")
+        raise ModelError(
+            Bilingual(
+                f"{path} gives a token the number {largest:,}: at most {MOST_NUMBER:,} are allowed.",
+                f"{path} 中有词元的编号是 {largest:,}：最大允许 {MOST_NUMBER:,}。",
+            )
+        )
 
 
 def _try(path: Path) -> None:
     try:
         check_tokenizer_rules(path.read_text(encoding="utf-8"))
     except RefusedError as error:
-        raise ModelError(f"{path} cannot be used: {first_line(str(error))}.") from None
+        raise ModelError(
+            Bilingual(
+                f"{path} cannot be used: {first_line(str(error))}.",
+                f"{path} 无法使用：{local(first_line(error), 'zh')}。",
+            )
+        ) from None
     except UnicodeDecodeError:
-        raise ModelError(f"{path} cannot be used: it is not UTF-8.") from None
+        raise ModelError(
+            Bilingual(f"{path} cannot be used: it is not UTF-8.", f"{path} 无法使用：它不是 UTF-8 编码。")
+        ) from None

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from siliang.hub import only_cached
+from siliang.language import Bilingual, local
 from siliang.models.base_config import check_folder, load_config, why_not
 from siliang.models.extra import CHATGLM, make_known
 from siliang.models.folder import check_tokenizer_names, read_config
@@ -20,6 +21,7 @@ from siliang.safety.limits import SECONDS, run_in_time
 from siliang.secrets import short_repr
 from siliang.types import ModelError, first_line
 
+TOKENIZER = Bilingual("tokenizer", "分词器")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -48,7 +50,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise ModelError(_no_tokenizer(name, TOKENIZER_FILES)) from None
         load_config(name, revision=revision)  # which transformers reads as well, says what is wrong with itself
-        raise ModelError(why_not(name, error, what="tokenizer")) from error
+        raise ModelError(why_not(name, error, what=TOKENIZER)) from error
     # transformers makes one that knows no word where the files of its words are missing
     files = tuple(dict.fromkeys(tokenizer.vocab_files_names.values()))
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
@@ -56,7 +58,10 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         raise ModelError(_no_tokenizer(name, files))
     if type(longest := tokenizer.model_max_length) not in (int, float):
         raise ModelError(
-            f"{name}: model_max_length = {short_repr(longest)} in its tokenizer_config.json is not a number."
+            Bilingual(
+                f"{name}: model_max_length = {short_repr(longest)} in its tokenizer_config.json is not a number.",
+                f"{name}：tokenizer_config.json 中 model_max_length = {short_repr(longest)} 不是数。",
+            )
         )
     if tokenizer.pad_token_id is None:
         # safe: batches mask padding by position, never by the token's number
@@ -69,7 +74,12 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     except (
         Exception
     ) as error:  # the tokenizers library raises Exception itself, as where its unknown word is not a word
-        raise ModelError(f"{name}: its tokenizer makes no tokens of a text: {first_line(error)}") from None
+        raise ModelError(
+            Bilingual(
+                f"{name}: its tokenizer makes no tokens of a text: {first_line(error)}",
+                f"{name}：它的分词器不能把文本变成词元：{local(first_line(error), 'zh')}",
+            )
+        ) from None
     return tokenizer
 
 
@@ -102,7 +112,7 @@ def load_tokenizer_alone(name: str, settings: Mapping[str, Any]) -> PreTrainedTo
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(why_not(name, error, what="tokenizer")) from error
+        raise ModelError(why_not(name, error, what=TOKENIZER)) from error
 
 
 def _looked_at(name: str, revision: str | None, load: Callable[[], Any]) -> Any:
@@ -143,7 +153,9 @@ def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
 
 
 def _no_tokenizer(name: str, files: tuple[str, ...]) -> str:
-    return (
-        f"{name} has no tokenizer: of {', '.join(dict.fromkeys(('tokenizer.json', *files)))} none is there that holds "
-        "words.\nCopy the tokenizer's files of the model that it was made from beside config.json."
+    wanted = dict.fromkeys(("tokenizer.json", *files))
+    return Bilingual(
+        f"{name} has no tokenizer: of {', '.join(wanted)} none is there that holds "
+        "words.\nCopy the tokenizer's files of the model that it was made from beside config.json.",
+        f"{name} 没有分词器：{'、'.join(wanted)} 中没有一个含有词表。\n请把原模型的分词器文件复制到 config.json 旁边。",
     )

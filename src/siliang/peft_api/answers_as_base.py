@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from siliang.adapters.injection import Injection
+from siliang.language import Bilingual
 from siliang.methods.config import BASE, PeftConfig
 from siliang.peft_api.checks import check_known
 from siliang.peft_checks import refresh
@@ -92,7 +93,10 @@ class AnswersAsBase(PreTrainedModel):
         rows = next((len(x) for x in inputs if isinstance(x, Sized)), 1)
         if adapter_names is not None and len(adapter_names) != rows:
             raise ConfigError(
-                f"adapter_names has {len(adapter_names)} names for {rows} rows: name the adapter of each row."
+                Bilingual(
+                    f"adapter_names has {len(adapter_names)} names for {rows} rows: name the adapter of each row.",
+                    f"adapter_names 有 {len(adapter_names)} 个名称，而样本有 {rows} 条：请写出每条样本的适配器。",
+                )
             )
         with self._rows(adapter_names, repeated=True):
             return cast(Callable[..., object], self.get_base_model().generate)(*args, **kwargs)
@@ -101,12 +105,21 @@ class AnswersAsBase(PreTrainedModel):
         if names is None:
             return nullcontext()
         if isinstance(names, str):
-            raise ConfigError(f"adapter_names must be a list, the adapter of each row, not the string {names!r}.")
+            raise ConfigError(
+                Bilingual(
+                    f"adapter_names must be a list, the adapter of each row, not the string {names!r}.",
+                    f"adapter_names 应为列表，写出每条样本的适配器，而不是字符串 {names!r}。",
+                )
+            )
         for name in names:
             if name != BASE:
                 check_known(name, self.peft_config)
         if self.training:
-            raise ConfigError("adapter_names is for inference: call eval() first.")
+            raise ConfigError(
+                Bilingual(
+                    "adapter_names is for inference: call eval() first.", "adapter_names 只用于推理：请先调用 eval()。"
+                )
+            )
         return self.injection.by_rows(names, repeated=repeated)
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
@@ -117,7 +130,10 @@ class AnswersAsBase(PreTrainedModel):
         """
         if not isinstance(self.get_base_model(), PreTrainedModel):
             raise ConfigError(
-                f"{type(self.get_base_model()).__name__} has no embeddings that transformers could resize."
+                Bilingual(
+                    f"{type(self.get_base_model()).__name__} has no embeddings that transformers could resize.",
+                    f"{type(self.get_base_model()).__name__} 没有 transformers 能调整大小的嵌入。",
+                )
             )
         return self.injection.resize_token_embeddings(*args, **kwargs)
 

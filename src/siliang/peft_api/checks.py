@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from siliang.language import Bilingual, local
 from siliang.methods import METHODS
 from siliang.methods.config import BASE, PeftConfig
 from siliang.types import ConfigError, nearest
@@ -21,10 +22,19 @@ def check_config(peft_config: object) -> None:
         return
     name, package = type(peft_config).__name__, _package(peft_config)
     if package != "peft":
-        raise ConfigError(f"{name} is not a method's config of siliang, such as LoraConfig.")
+        raise ConfigError(
+            Bilingual(
+                f"{name} is not a method's config of siliang, such as LoraConfig.",
+                f"{name} 不是 siliang 的方法配置，例如 LoraConfig。",
+            )
+        )
     known = any(m.config is not None and m.config.__name__ == name for m in METHODS.values())
-    way = f"import siliang's: from siliang import {name}." if known else "siliang does not have that method."
-    raise ConfigError(f"This {name} is peft's class: {way}")
+    way = (
+        Bilingual(f"import siliang's: from siliang import {name}.", f"请导入 siliang 的：from siliang import {name}。")
+        if known
+        else Bilingual("siliang does not have that method.", "siliang 没有这种方法。")
+    )
+    raise ConfigError(Bilingual(f"This {name} is peft's class: {way}", f"这个 {name} 是 peft 的类：{local(way, 'zh')}"))
 
 
 def check_without_peft(model: nn.Module) -> None:
@@ -33,7 +43,12 @@ def check_without_peft(model: nn.Module) -> None:
         ConfigError: The model has adapters of Hugging Face PEFT.
     """
     if any(_package(module) == "peft" for module in model.modules()):
-        raise ConfigError("The model has adapters of peft on it: take them off first, with its unload().")
+        raise ConfigError(
+            Bilingual(
+                "The model has adapters of peft on it: take them off first, with its unload().",
+                "模型上有 peft 的适配器：请先用它的 unload() 取下。",
+            )
+        )
 
 
 def check_new_name(name: str, names: Collection[str]) -> None:
@@ -45,9 +60,19 @@ def check_new_name(name: str, names: Collection[str]) -> None:
         ConfigError: A new adapter cannot be called `name`.
     """
     if not name or any(c in name for c in "./\\") or name == BASE:
-        raise ConfigError(f"adapter name {name!r}: use letters, digits, '-' and '_', at least one.")
+        raise ConfigError(
+            Bilingual(
+                f"adapter name {name!r}: use letters, digits, '-' and '_', at least one.",
+                f"适配器名 {name!r}：只能用字母、数字、'-' 和 '_'，至少一个字符。",
+            )
+        )
     if name in names:
-        raise ConfigError(f"adapter {name!r} is there already: {', '.join(names)}.")
+        raise ConfigError(
+            Bilingual(
+                f"adapter {name!r} is there already: {', '.join(names)}.",
+                f"适配器 {name!r} 已存在：{'、'.join(names)}。",
+            )
+        )
 
 
 def check_known(name: str, names: Collection[str]) -> None:
@@ -60,7 +85,10 @@ def check_known(name: str, names: Collection[str]) -> None:
     """
     if name not in names:
         raise ConfigError(
-            f"adapter {name!r} is not there; there are {', '.join(names) or 'none'}." + nearest(name, names)
+            Bilingual(
+                f"adapter {name!r} is not there; there are {', '.join(names) or 'none'}.{nearest(name, names)}",
+                f"没有适配器 {name!r}；现有：{'、'.join(names) or '无'}。{nearest(name, names).zh}",
+            )
         )
 
 

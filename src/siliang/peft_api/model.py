@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from siliang.adapters.adapter_state import adapter_state
 from siliang.adapters.files import size_errors
 from siliang.adapters.injection import Injection
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.models.quantized import count_parameters, keep_as_stored
 from siliang.peft_api.answers_as_base import AnswersAsBase
@@ -56,7 +57,12 @@ class PeftModel(AnswersAsBase):
         refresh()
         nn.Module.__init__(self)  # PreTrainedModel's own would adjust the base model's config to this wrapper
         if isinstance(model, PeftModel):
-            raise ConfigError("The model has adapters already: call its add_adapter, or unload() it first.")
+            raise ConfigError(
+                Bilingual(
+                    "The model has adapters already: call its add_adapter, or unload() it first.",
+                    "模型上已有适配器：请调用它的 add_adapter，或先调用 unload()。",
+                )
+            )
         check_without_peft(model)
         check_config(peft_config)
         self.peft_config = {}
@@ -172,7 +178,12 @@ class PeftModel(AnswersAsBase):
     @property
     def active_peft_config(self) -> PeftConfig:
         if self.active_adapter is None:
-            raise ConfigError("No adapter is active: make one so with set_adapter.")
+            raise ConfigError(
+                Bilingual(
+                    "No adapter is active: make one so with set_adapter.",
+                    "没有激活的适配器：请用 set_adapter 激活一个。",
+                )
+            )
         return self.peft_config[self.active_adapter]
 
     @contextmanager

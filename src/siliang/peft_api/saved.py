@@ -14,6 +14,7 @@ from siliang.adapters.file_sizes import FileSizes
 from siliang.adapters.files import adapter_folder, load_tensors, read_adapter, read_training, save_adapter
 from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
+from siliang.language import Bilingual
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.lora_conversion import as_plain_lora
 from siliang.types import ConfigError
@@ -107,7 +108,12 @@ def check_save_directory(save_directory: str | Path) -> None:
         ConfigError: It is a file.
     """
     if Path(save_directory).is_file():
-        raise ConfigError(f"{save_directory} is a file, and adapters are saved into a folder.")
+        raise ConfigError(
+            Bilingual(
+                f"{save_directory} is a file, and adapters are saved into a folder.",
+                f"{save_directory} 是文件，而适配器保存在文件夹中。",
+            )
+        )
 
 
 def save_adapters(save_directory: str | Path, adapters: Mapping[str, AdapterToSave], *, pickled: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from siliang.config import RunConfig
 from siliang.hardware import Choice, choose_precision, describe_device
+from siliang.language import Bilingual
 from siliang.memory.track import CUDA_BLOCK_BYTES
 from siliang.plan.history import known_work
 from siliang.types import ConfigError
@@ -88,7 +89,7 @@ def target_device(
     has_cuda = torch.cuda.is_available()
     kind = kind or ("cuda" if has_cuda else "cpu")
     if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device {kind!r} is not one of cpu, cuda.")
+        raise ConfigError(Bilingual(f"device {kind!r} is not one of cpu, cuda.", f"设备 {kind!r} 不是 cpu 或 cuda。"))
     here = kind == "cpu" or has_cuda
     if here:
         precision = choose_precision(config.train.precision, torch.device(kind))

@@ -17,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from siliang.capabilities import why_missing
 from siliang.config import QuantizationConfig
 from siliang.data.batch import Batch
+from siliang.language import Bilingual, local
 from siliang.models.base_config import MISFITS
 from siliang.models.load import SHARDABLE_STORAGE, kept_whole, model_from_config
 from siliang.models.quantized import empty_quantized
@@ -44,7 +45,7 @@ def fake_mode() -> Iterator[FakeTensorMode]:
     """
     for needed in ("models without memory", "counting of live tensors"):
         if (missing := why_missing(needed)) is not None:
-            raise ConfigError(f"not planned: {missing}")
+            raise ConfigError(Bilingual(f"not planned: {missing}", f"无法预算：{local(missing, 'zh')}"))
     with warnings.catch_warnings():
         # torch's own deepcopy of a tensor asks for its address
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -79,7 +80,12 @@ def make_fake_base(
         model = model_from_config(config, spec, dtype=dtype, **chosen)
     except MISFITS as error:
         why = first_line(error, kind=True)
-        raise ModelError(f"a {config.model_type} cannot be made for {spec.task} from its config: {why}") from None
+        raise ModelError(
+            Bilingual(
+                f"a {config.model_type} cannot be made for {spec.task} from its config: {why}",
+                f"无法按配置为 {spec.task} 建立 {config.model_type}：{local(why, 'zh')}",
+            )
+        ) from None
     model.tie_weights()  # which transformers does with the initializing that is left out
     _keep_wide(model, dtype)
     if quantization is not None:

@@ -90,7 +90,9 @@ class FakeRun:
         self._device, self._baseline, self.precision = device, baseline, device.precision
         found = find_method(self._config.method.name)
         if quantization is not None and found.config is None:
-            raise ConfigError("Quantized weights cannot be trained themselves.")
+            raise ConfigError(
+                Bilingual("Quantized weights cannot be trained themselves.", "量化后的权重本身不能训练。")
+            )
         TASKS[config.task].check_settings(config.train)
         with fake_mode() as self._mode:
             dtype = weight_dtype(found, device.precision)
@@ -111,7 +113,10 @@ class FakeRun:
             positions = self._positions(base)
             if any(limit is not None and limit < 1 for limit in (positions.reads, positions.writes)):
                 raise ConfigError(
-                    f"method.num_virtual_tokens = {positions.virtual:,} leaves no position for a row: lower it."
+                    Bilingual(
+                        f"method.num_virtual_tokens = {positions.virtual:,} leaves no position for a row: lower it.",
+                        f"method.num_virtual_tokens = {positions.virtual:,} 没有给样本留下位置：请减小。",
+                    )
                 )
             self.model, self.trained, self.total = attach(base, found, self._config, device.precision)
             self.adapter_bytes = self._saved_bytes()

@@ -64,8 +64,12 @@ def plan(
     """
     if mesh is not None and config.distributed.strategy == "deepspeed":
         raise ConfigError(
-            "What each device holds under DeepSpeed is not planned. Plan strategy fsdp, which shards as much as its "
-            "stage 3, or ddp."
+            Bilingual(
+                "What each device holds under DeepSpeed is not planned. Plan strategy fsdp, which shards as "
+                "much as its "
+                "stage 3, or ddp.",
+                "不预算 DeepSpeed 下每个设备的占用。请改为预算 strategy fsdp（与它的第 3 阶段分片相同）或 ddp。",
+            )
         )
     data = data or prepare_data(config)
     base_config = base_config or model_config(config)

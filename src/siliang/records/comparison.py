@@ -9,6 +9,7 @@ from pydantic import Field
 
 from siliang.config import Seed
 from siliang.config.comparison import CompareConfig
+from siliang.language import Bilingual
 from siliang.paths import inside
 from siliang.records.metrics import Metrics
 from siliang.records.run import File, Record
@@ -101,11 +102,19 @@ class Comparison(Saved):
         labels = {entry.label for entry in config.settings.methods}
         folders = [trial.folder for trial in self.trials]
         if twice := next((name for name in folders if folders.count(name) > 1), None):
-            raise ConfigError(f"trials: the folder {shortened(twice, 80)!r} appears twice.")
+            raise ConfigError(
+                Bilingual(
+                    f"trials: the folder {shortened(twice, 80)!r} appears twice.",
+                    f"trials：文件夹 {shortened(twice, 80)!r} 出现了两次。",
+                )
+            )
         tested = [trial.method for trial in self.trials if trial.purpose == "test"]
         if (unknown := next((label for label in tested if label not in labels), None)) is not None:
             raise ConfigError(
-                f"trials: {shortened(unknown, 80)!r} is not one of the methods: {', '.join(sorted(labels))}."
+                Bilingual(
+                    f"trials: {shortened(unknown, 80)!r} is not one of the methods: {', '.join(sorted(labels))}.",
+                    f"trials：{shortened(unknown, 80)!r} 不是其中的方法：{'、'.join(sorted(labels))}。",
+                )
             )
         if "eval_loss" in self.base and "perplexity" not in self.base:
-            raise ConfigError("base.perplexity is missing.")
+            raise ConfigError(Bilingual("base.perplexity is missing.", "缺少 base.perplexity。"))

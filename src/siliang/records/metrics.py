@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from siliang.language import Bilingual
 from siliang.records.saved import Name, Number
 
 SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l")  # metrics from 0 to 1
@@ -18,7 +19,7 @@ def _checked(found: dict[str, float]) -> dict[str, float]:
     for name, value in found.items():
         highest = 1.0 if name in SHARES else LARGEST_LOSS if "loss" in name else math.inf
         if math.isfinite(highest) and math.isfinite(value) and not -SLACK <= value <= highest + SLACK:
-            raise ValueError(f"{name} must be from 0 to {highest:g}")
+            raise ValueError(Bilingual(f"{name} must be from 0 to {highest:g}", f"{name} 应在 0 到 {highest:g} 之间"))
     return found
 
 

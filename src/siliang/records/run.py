@@ -204,25 +204,50 @@ class Record(Saved):
         config = RunConfig.recorded(self.config)
         for name, (was, whole) in differences(self.config, config.model_dump(mode="json")).items():
             if HIDDEN not in str(was):  # a secret, for which the name was looked up here
-                raise ConfigError(f"config.{name} = {short_repr(was)}: a record has it as {short_repr(whole)}.")
+                raise ConfigError(
+                    Bilingual(
+                        f"config.{name} = {short_repr(was)}: a record has it as {short_repr(whole)}.",
+                        f"config.{name} = {short_repr(was)}：记录中应为 {short_repr(whole)}。",
+                    )
+                )
         for name, asked in self.adjusted.items():
             if "." not in name or name not in _names(self.config):
-                raise ConfigError(f"adjusted: {shortened(name, SHOWN)!r} is not a setting.")
+                raise ConfigError(
+                    Bilingual(
+                        f"adjusted: {shortened(name, SHOWN)!r} is not a setting.",
+                        f"adjusted：{shortened(name, SHOWN)!r} 不是设置。",
+                    )
+                )
             RunConfig.recorded(_with(self.config, name, asked))
         if config.task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) and not self.labels:
-            raise ConfigError(f"labels must be a list of names: its task is {config.task.lower()}.")
+            raise ConfigError(
+                Bilingual(
+                    f"labels must be a list of names: its task is {config.task.lower()}.",
+                    f"labels 应为名称的列表：任务是 {config.task.lower()}。",
+                )
+            )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            raise ConfigError("labels holds a name twice.")
+            raise ConfigError(Bilingual("labels holds a name twice.", "labels 中有重复的名称。"))
         if self.layout and self.layout not in LAYOUT_NAMES:
-            raise ConfigError(f"layout = {shortened(self.layout, SHOWN)!r}: must be one of {', '.join(LAYOUT_NAMES)}.")
+            raise ConfigError(
+                Bilingual(
+                    f"layout = {shortened(self.layout, SHOWN)!r}: must be one of {', '.join(LAYOUT_NAMES)}.",
+                    f"layout = {shortened(self.layout, SHOWN)!r}：只能是 {'、'.join(LAYOUT_NAMES)} 之一。",
+                )
+            )
         if self.parameters.trained > self.parameters.total:
             raise ConfigError(
-                f"parameters.trained = {self.parameters.trained:,}: must be at most the total, "
-                f"{self.parameters.total:,}."
+                Bilingual(
+                    f"parameters.trained = {self.parameters.trained:,}: must be at most the total, "
+                    f"{self.parameters.total:,}.",
+                    f"parameters.trained = {self.parameters.trained:,}：不能超过总数 {self.parameters.total:,}。",
+                )
             )
         for name, found in (("steps", [line.step for line in self.steps]), ("passed_over", self.passed_over)):
             if found != sorted(found):
-                raise ConfigError(f"{name} must be in order, the first step first.")
+                raise ConfigError(
+                    Bilingual(f"{name} must be in order, the first step first.", f"{name} 应按步数从小到大排列。")
+                )
 
     def asked(self) -> dict[str, Any]:
         """The config as it was asked for, before the run changed anything itself."""

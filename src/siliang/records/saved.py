@@ -19,11 +19,11 @@ from pydantic import (
 )
 
 from siliang.files import write_text
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.paths import inside
 from siliang.safety.safe_json import dump_json, read_values
 from siliang.secrets import redacted, short_repr, shortened
-from siliang.types import ConfigError, RecordError
+from siliang.types import ConfigError, RecordError, message_of
 
 MAX_BYTES = 128 * 2**20  # about a million lines of the log
 
@@ -39,7 +39,12 @@ def _date(value: str) -> str:
     try:
         datetime.fromisoformat(value)
     except ValueError:
-        raise ValueError("must be a date and a time, as 2026-01-31T12:00:00+00:00") from None
+        raise ValueError(
+            Bilingual(
+                "must be a date and a time, as 2026-01-31T12:00:00+00:00",
+                "应为日期和时间，例如 2026-01-31T12:00:00+00:00",
+            )
+        ) from None
     return value
 
 
@@ -89,7 +94,7 @@ class Saved(Part):
                 field, its value, and what is allowed; or a later siliang has written it.
         """
         inside(path.parent, path.name, kind=RecordError)
-        missing = ConfigError(f"{path.parent} holds no {path.name}.")
+        missing = ConfigError(Bilingual(f"{path.parent} holds no {path.name}.", f"{path.parent} 中没有 {path.name}。"))
         values = read_values(path, RecordError, missing=missing, most_bytes=MAX_BYTES)
         try:
             if isinstance(values, dict):
@@ -97,11 +102,17 @@ class Saved(Part):
             found = cls.model_validate(values, strict=True)
             found.check()
         except ValidationError as error:
-            raise RecordError(f"{path} is damaged: {explained(error)}.") from None
+            raise RecordError(
+                Bilingual(
+                    f"{path} is damaged: {explained(error)}.", f"{path} 已损坏：{local(explained(error), 'zh')}。"
+                )
+            ) from None
         except RecordError:
             raise
         except ConfigError as error:
-            raise RecordError(f"{path} is damaged: {error}") from None
+            raise RecordError(
+                Bilingual(f"{path} is damaged: {error}", f"{path} 已损坏：{local(message_of(error), 'zh')}")
+            ) from None
         return found
 
     def check(self) -> None:
@@ -127,8 +138,13 @@ def explained(error: ValidationError) -> str:
 def _check_version(version: object, newest: int, path: Path) -> None:
     if type(version) is int and version > newest:
         raise RecordError(
-            f"{path} was written by a later siliang: its schema_version is {short_repr(version)}, and this one reads "
-            f"up to {newest}. Update siliang.",
+            Bilingual(
+                f"{path} was written by a later siliang: its schema_version is {short_repr(version)}, and "
+                "this one reads "
+                f"up to {newest}. Update siliang.",
+                f"{path} 由更新版本的 siliang 写成：它的 schema_version 是 {short_repr(version)}，"
+                f"而这个版本最高读到 {newest}。请更新 siliang。",
+            ),
             later=True,
         )
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from siliang.config import METHOD_FOLDERS, MethodConfig
 from siliang.config.comparison import CompareConfig
+from siliang.language import Bilingual, local
 from siliang.records import Answers, Comparison, Record, Trial, metrics_of
 from siliang.secrets import shortened
 from siliang.types import ConfigError, first_line
@@ -100,7 +101,12 @@ def _method(values: dict[str, object], source: str) -> MethodConfig:
     except ValidationError as error:
         inner = error.errors()[0].get("ctx", {}).get("error")
         said = inner if isinstance(inner, ConfigError) else error.errors()[0]["msg"]
-        raise ConfigError(f"{source}: {shortened(first_line(str(said)), 300)}") from None
+        raise ConfigError(
+            Bilingual(
+                f"{source}: {shortened(first_line(str(said)), 300)}",
+                f"{source}：{local(shortened(first_line(str(said)), 300), 'zh')}",
+            )
+        ) from None
 
 
 def _unequal(what: str, here: object, there: object) -> Iterator[tuple[str, object, object]]:

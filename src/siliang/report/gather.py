@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from siliang.config.comparison import CompareConfig
+from siliang.language import Bilingual, local
 from siliang.paths import check_links, inside
 from siliang.records import ANSWERS_NAME, COMPARISON_NAME, RECORD_NAME, Answers, Comparison, Record, Verdict
 from siliang.report.agree import Differs, base_differences, differences_of
@@ -96,7 +97,9 @@ def gather(folders: list[Path]) -> Material:
     if len(folders) == 1 and (folders[0] / COMPARISON_NAME).is_file():
         return _of_comparison(folders[0])
     if not folders:
-        raise ConfigError("name at least one run's folder, or a comparison's.")
+        raise ConfigError(
+            Bilingual("name at least one run's folder, or a comparison's.", "请至少给出一个运行文件夹或比较文件夹。")
+        )
     found: list[tuple[str, RunFound]] = []
     for folder in folders:
         if (folder / COMPARISON_NAME).is_file():
@@ -109,7 +112,12 @@ def gather(folders: list[Path]) -> Material:
             found.append((_label(record), _run(folder, record.seed, record, {})))
     records = [run.record for _, run in found if run.record is not None]
     if not records:
-        raise ConfigError(f"{', '.join(map(str, folders))}: none of the runs was finished.")
+        raise ConfigError(
+            Bilingual(
+                f"{', '.join(map(str, folders))}: none of the runs was finished.",
+                f"{'、'.join(map(str, folders))}：没有一次运行已完成。",
+            )
+        )
     first = records[0]
     for record in records:
         for what, a, b in (
@@ -117,7 +125,12 @@ def gather(folders: list[Path]) -> Material:
             ("held-out rows", _split(first), _split(record)),
         ):
             if a != b:
-                raise ConfigError(f"the runs do not belong into one table: their {what} differ ({a}, {b}).")
+                raise ConfigError(
+                    Bilingual(
+                        f"the runs do not belong into one table: their {what} differ ({a}, {b}).",
+                        f"这些运行不能放进同一张表：它们的{local(what, 'zh')}不同（{a}，{b}）。",
+                    )
+                )
     paths = shell_command(*folders)
     settings = dump_yaml(first.config)
     return Material(

@@ -7,6 +7,7 @@ from pathlib import Path
 from siliang.config import RunConfig
 from siliang.data.hashes import base_files, is_loaded_beside, source_sha256
 from siliang.files import absolute, is_pattern
+from siliang.language import Bilingual
 from siliang.records import File
 from siliang.run_settings import has_template_file
 from siliang.types import DataError, ModelError
@@ -34,9 +35,11 @@ def changed_data(paths: list[str], was: list[File]) -> str | None:
         if (now := source_sha256(path)) == known.get(path) or not known:
             continue
         if path in known:
-            return f"{path} {'has changed' if _exists(path) else 'is gone'}"
+            if _exists(path):
+                return Bilingual(f"{path} has changed", f"{path} 变了")
+            return Bilingual(f"{path} is gone", f"{path} 已不存在")
         if now not in known.values():
-            return f"{path} is other data"
+            return Bilingual(f"{path} is other data", f"{path} 是别的数据")
     return None
 
 
@@ -58,12 +61,14 @@ def what_changed(
     of error, what has changed, and which part of it."""
     found: list[tuple[type[ModelError | DataError], str, str]] = []
     if (changed := changed_base(config.model, config.revision, model_files)) is not None:
-        found.append((ModelError, f"the base model {config.model}", changed))
-    now = hashes(config)[1]
+        found.append((ModelError, Bilingual(f"the base model {config.model}", f"基座模型 {config.model} "), changed))
+    now, data = hashes(config)[1], Bilingual("the data", "数据")
     if len(now) != len(data_files):
-        return [*found, (DataError, "the data", "there are other sources")]
+        return [*found, (DataError, data, Bilingual("there are other sources", "数据来源不同"))]
     other = next((new.path for new, was in zip(now, data_files, strict=True) if new.sha256 != was.sha256), None)
-    return [*found, (DataError, "the data", f"{other} is not what it was")] if other else found
+    if other is None:
+        return found
+    return [*found, (DataError, data, Bilingual(f"{other} is not what it was", f"{other} 与原来不同"))]
 
 
 def _exists(path: str) -> bool:

@@ -47,7 +47,12 @@ def create_output(folder: Path, *, for_run: bool = False) -> bool:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"output folder {folder} cannot be made: {error.strerror or error}.") from None
+        raise OutputError(
+            Bilingual(
+                f"output folder {folder} cannot be made: {error.strerror or error}.",
+                f"无法建立输出文件夹 {folder}：{error.strerror or error}。",
+            )
+        ) from None
     return True
 
 

@@ -15,6 +15,7 @@ from siliang.config import RunConfig
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import find_damage
 from siliang.hardware import Choice
+from siliang.language import Bilingual, local
 from siliang.methods import Method, find_method
 from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model
@@ -66,16 +67,25 @@ class TrainedRun:
         model, was = self.config.model, self.record.model_files
         if Path(model).is_absolute() and not Path(model).is_dir():
             raise ModelError(
-                f"The base model of {self.folder} is not there any more: {model}. Name its place with "
-                "--base FOLDER_OR_NAME."
+                Bilingual(
+                    f"The base model of {self.folder} is not there any more: {model}. Name its place with "
+                    "--base FOLDER_OR_NAME.",
+                    f"{self.folder} 的基座模型已不在原处：{model}。请用 --base 指明它的文件夹或名称。",
+                )
             )
         if (changed := changed_base(model, self.config.revision, was)) is None:
             return
-        problem = f"{model} is not the base model that {self.folder} was trained on: {changed}."
+        problem = Bilingual(
+            f"{model} is not the base model that {self.folder} was trained on: {changed}.",
+            f"{model} 不是训练 {self.folder} 时的基座模型：{local(changed, 'zh')}。",
+        )
         if not self.force:
             raise ModelError(
-                f"{problem}\nPut that one back, name its place with --base FOLDER_OR_NAME, or continue anyway with "
-                "--force."
+                Bilingual(
+                    f"{problem}\nPut that one back, name its place with --base FOLDER_OR_NAME, or continue anyway with "
+                    "--force.",
+                    f"{problem.zh}\n请放回原来的模型、用 --base 指明位置，或加 --force 继续。",
+                )
             )
         if problem not in self.notes:
             self.notes.append(problem)
@@ -93,10 +103,16 @@ class TrainedRun:
             return
         if not self.force:
             raise DataError(
-                f"{problem} since {self.folder} was trained: its held-out rows are not what they were.\n"
-                "Measure other rows with --data FILE, or these anyway with --force."
+                Bilingual(
+                    f"{problem} since {self.folder} was trained: its held-out rows are not what they were.\n"
+                    "Measure other rows with --data FILE, or these anyway with --force.",
+                    f"{self.folder} 训练之后，{local(problem, 'zh')}：验证集已不是原来的样本。\n"
+                    "请用 --data FILE 评估其他样本，或加 --force 照样评估这些。",
+                )
             )
-        self.notes.append(f"{problem} since {self.folder} was trained")
+        self.notes.append(
+            Bilingual(f"{problem} since {self.folder} was trained", f"{self.folder} 训练之后，{local(problem, 'zh')}")
+        )
 
 
 @dataclass
@@ -165,15 +181,31 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     weights = weights or next((run / part for part in (ADAPTER, MODEL) if (run / part).is_dir()), None)
     if weights is None:
         saved = list(checkpoints(run / CHECKPOINTS).values())
-        instead = f", or use what was saved last: {saved[-1]}" if saved else ""
-        raise ConfigError(f"{run} was not finished (it is {record.status}): continue with `{resume}`{instead}.")
+        instead, instead_zh = "", ""
+        if saved:
+            instead, instead_zh = f", or use what was saved last: {saved[-1]}", f"，或使用最后保存的 {saved[-1]}"
+        raise ConfigError(
+            Bilingual(
+                f"{run} was not finished (it is {record.status}): continue with `{resume}`{instead}.",
+                f"{run} 没有训练完（状态为 {record.status}）：请用 `{resume}` 继续{instead_zh}。",
+            )
+        )
     if (problem := find_damage(weights)) is not None:
-        again = f"`{resume}` makes it again from the last sound checkpoint, where there is one."
-        raise AdapterError(f"{weights} is damaged: {problem}.\n{again}")
+        raise AdapterError(
+            Bilingual(
+                f"{weights} is damaged: {problem}.\n"
+                f"`{resume}` makes it again from the last sound checkpoint, where there is one.",
+                f"{weights} 已损坏：{local(problem, 'zh')}。\n如果有完好的检查点，`{resume}` 会从最后一个重新生成它。",
+            )
+        )
     if changed := misplaced_settings(config, record):
         raise ConfigError(
-            f"{run} was trained with another setting: {in_words(*next(iter(changed.items())))}. Put it back in "
-            f"{run / CONFIG_NAME}: it has no effect on what was trained."
+            Bilingual(
+                f"{run} was trained with another setting: {in_words(*next(iter(changed.items())))}. Put it back in "
+                f"{run / CONFIG_NAME}: it has no effect on what was trained.",
+                f"{run} 训练时用的是另一个设置：{in_words(*next(iter(changed.items()))).zh}。"
+                f"请在 {run / CONFIG_NAME} 中改回：它不会影响训练好的结果。",
+            )
         )
     if base is not None:
         config = config.model_copy(update={"model": base, "revision": None})
@@ -183,7 +215,12 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     if any(f.path == config.data.template for f in record.data_files):
         problem = changed_data([config.data.template], record.data_files)
         if problem is not None and not force:
-            raise DataError(f"{problem} since {folder} was trained: put it back, or continue anyway with --force.")
+            raise DataError(
+                Bilingual(
+                    f"{problem} since {folder} was trained: put it back, or continue anyway with --force.",
+                    f"{folder} 训练之后，{local(problem, 'zh')}：请恢复原样，或加 --force 继续。",
+                )
+            )
         found.notes.extend([f"{problem} since {folder} was trained"] if problem else [])
     return found
 
@@ -261,8 +298,14 @@ def _check_finite(trained: TrainedRun, model: nn.Module) -> None:
     for name, tensor in found:
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
             raise AdapterError(
-                f"{trained.weights}: {shortened(name, 80)} is not finite (NaN or infinite): this model cannot answer."
-                "\nUse an earlier checkpoint of the run, or train again with a lower learning rate."
+                Bilingual(
+                    f"{trained.weights}: {shortened(name, 80)} is not finite (NaN or infinite): this model "
+                    "cannot answer."
+                    "\nUse an earlier checkpoint of the run, or train again with a lower learning rate.",
+                    f"{trained.weights}：{shortened(name, 80)} 不是有限值（NaN 或无穷大）：这个模型无法回答。"
+                    "\n"
+                    "请用这次运行较早的检查点，或降低学习率重新训练。",
+                )
             )
 
 

@@ -25,7 +25,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from siliang.language import Bilingual
+
 T = TypeVar("T")
+
+TOO_LONG = Bilingual("it runs for too long", "运行时间过长")
 
 SECONDS = 4.0  # of computing for one request
 PATTERN_SECONDS = 1.5  # for patterns of module names, which take milliseconds, and come in several requests
@@ -82,13 +86,13 @@ class LimitedProcess:
                 kind, value = _receive(process, until)
             except TimeoutError:
                 self._end()
-                raise TimeLimitError("it runs for too long") from None
+                raise TimeLimitError(TOO_LONG) from None
             except (OSError, EOFError, ValueError, RecursionError):
                 code = self._end()
                 late = code is not None and -code == getattr(signal, "SIGXCPU", None)
                 if late:
-                    raise TimeLimitError("it runs for too long") from None
-                raise LimitError("it wants too much memory") from None
+                    raise TimeLimitError(TOO_LONG) from None
+                raise LimitError(Bilingual("it wants too much memory", "占用内存过多")) from None
             except BaseException:  # Ctrl-C while an answer is on its way: the next would be taken for it
                 self._end()
                 raise
@@ -294,7 +298,7 @@ def run_in_time(function: Callable[[], T], seconds: float) -> T:
             break
         except queue.Empty:
             if time.process_time() > computed or time.monotonic() > until:
-                raise TimeLimitError("it takes too long") from None
+                raise TimeLimitError(Bilingual("it takes too long", "用时过长")) from None
     if error is not None and type(error).__name__ == "PanicException":
         raise RefusedError(str(error))
     if error is not None:

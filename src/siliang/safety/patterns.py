@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from siliang.language import Bilingual, local
 from siliang.safety.limits import LimitError, TimeLimitError, match
 from siliang.secrets import short_repr
 from siliang.types import TargetError
@@ -47,11 +48,25 @@ def find(
         if bad is not None:
             (alone,) = match([patterns[bad]], [], whole=whole)  # says where in the pattern itself
             why = alone if isinstance(alone, str) else found[bad]
-            raise TargetError(f"{field}: {short_repr(patterns[bad])} is not a regular expression: {why}.")
+            raise TargetError(
+                Bilingual(
+                    f"{field}: {short_repr(patterns[bad])} is not a regular expression: {why}.",
+                    f"{field}：{short_repr(patterns[bad])} 不是正则表达式：{local(why, 'zh')}。",
+                )
+            )
     except LimitError as error:
-        which = short_repr(patterns[0]) if len(patterns) == 1 else "a pattern"
-        why = "takes too long to match" if isinstance(error, TimeLimitError) else "takes too much memory"
-        raise TargetError(f"{field}: {which} {why}: write it more simply.") from None
+        which = short_repr(patterns[0]) if len(patterns) == 1 else Bilingual("a pattern", "有一个表达式")
+        why = (
+            Bilingual("takes too long to match", "匹配时间过长")
+            if isinstance(error, TimeLimitError)
+            else Bilingual("takes too much memory", "占用内存过多")
+        )
+        raise TargetError(
+            Bilingual(
+                f"{field}: {which} {why}: write it more simply.",
+                f"{field}：{local(which, 'zh')} {why.zh}：请写得简单些。",
+            )
+        ) from None
     return [[None if groups is None else tuple(groups) for groups in one] for one in found]
 
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from siliang.files import write_text
+from siliang.language import Bilingual
 from siliang.safety.safe_json import parse_json
 from siliang.secrets import shortened
 from siliang.types import ConfigError
@@ -37,8 +38,13 @@ def allow_code(sha256: str) -> None:
     """
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ConfigError(
-            f"--allow-code {shortened(sha256, 80)!r} is not a SHA-256 of a model's code. It has 64 hexadecimal digits; "
-            "the error for such a model shows it."
+            Bilingual(
+                f"--allow-code {shortened(sha256, 80)!r} is not a SHA-256 of a model's code. It has 64 "
+                "hexadecimal digits; "
+                "the error for such a model shows it.",
+                f"--allow-code {shortened(sha256, 80)!r} 不是模型代码的 SHA-256。它有 64 个十六进制数字，"
+                "见该模型的错误提示。",
+            )
         )
     given = os.environ.get(VARIABLE, "").split(",")
     os.environ[VARIABLE] = ",".join(dict.fromkeys([*filter(None, given), sha256.lower()]))
@@ -92,7 +98,11 @@ def _kept() -> dict[str, dict[str, str]]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise ConfigError(
+            Bilingual(
+                f"{path} cannot be read: {error.strerror or error}.", f"{path} 无法读取：{error.strerror or error}。"
+            )
+        ) from None
     with os.fdopen(number, "rb") as file:
         _check_owner(path.parent, folder)
         _check_owner(path, os.fstat(file.fileno()))
@@ -103,7 +113,11 @@ def _kept() -> dict[str, dict[str, str]]:
     except (ValueError, KeyError):
         known = None
     if not isinstance(known, dict) or not all(isinstance(value, dict) for value in known.values()):
-        raise ConfigError(f"{path} is damaged: remove it, and allow the code again.")
+        raise ConfigError(
+            Bilingual(
+                f"{path} is damaged: remove it, and allow the code again.", f"{path} 已损坏：请删除它，并重新授权代码。"
+            )
+        )
     return {str(name): {str(k): str(v) for k, v in value.items()} for name, value in known.items()}
 
 
@@ -116,8 +130,18 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
     if sys.platform == "win32":  # a user's own folder is closed to others
         return
     if found.st_uid != os.geteuid():
-        raise ConfigError(f"{path} allows models' code, and it is not yours: it belongs to user {found.st_uid}.")
+        raise ConfigError(
+            Bilingual(
+                f"{path} allows models' code, and it is not yours: it belongs to user {found.st_uid}.",
+                f"{path} 用来授权模型的代码，但它不属于你：它属于用户 {found.st_uid}。",
+            )
+        )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(f"{path} allows models' code, and others may write to it: chmod go-w it, and look into it.")
+        raise ConfigError(
+            Bilingual(
+                f"{path} allows models' code, and others may write to it: chmod go-w it, and look into it.",
+                f"{path} 用来授权模型的代码，但其他人可以写入：请运行 chmod go-w，并检查其内容。",
+            )
+        )
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-        raise ConfigError(f"{path} is not a plain file.")
+        raise ConfigError(Bilingual(f"{path} is not a plain file.", f"{path} 不是普通文件。"))

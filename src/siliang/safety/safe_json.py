@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from siliang.language import Bilingual, together
 from siliang.secrets import redacted, shortened
 from siliang.terminal import json_escaped
 from siliang.types import SiliangError, TextError
@@ -44,14 +45,16 @@ def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False)
     number = os.open(path, os.O_RDONLY | (0 if sys.platform == "win32" else os.O_NONBLOCK))
     with os.fdopen(number, "rb") as opened:
         if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise JsonError("it is not a plain file")
+            raise JsonError(Bilingual("it is not a plain file", "不是普通文件"))
         content = opened.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise JsonError(f"it has more than {most_bytes:,} bytes")
+        raise JsonError(Bilingual(f"it has more than {most_bytes:,} bytes", f"超过 {most_bytes:,} 字节"))
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise JsonError("it is not UTF-8", content.count(b"\n", 0, error.start) + 1) from None
+        raise JsonError(
+            Bilingual("it is not UTF-8", "不是 UTF-8 编码"), content.count(b"\n", 0, error.start) + 1
+        ) from None
     return parse_json(text, foreign=foreign)
 
 
@@ -109,13 +112,18 @@ def parse_json(text: str, *, foreign: bool = False) -> Any:
     except json.JSONDecodeError as error:
         raise JsonError(error.msg, error.lineno) from None
     except RecursionError:
-        raise JsonError(f"nested more than {MAX_DEPTH} deep") from None
+        raise JsonError(Bilingual(f"nested more than {MAX_DEPTH} deep", f"嵌套超过 {MAX_DEPTH} 层")) from None
     _check_depth(value)
     if HALF.search(text) is not None:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise JsonError(f"it holds half of a character, \\u{ord(error.object[error.start]):04x}") from None
+            raise JsonError(
+                Bilingual(
+                    f"it holds half of a character, \\u{ord(error.object[error.start]):04x}",
+                    f"含有半个字符 \\u{ord(error.object[error.start]):04x}",
+                )
+            ) from None
     return value
 
 
@@ -133,23 +141,30 @@ class _Reader:
     def number(self, text: str) -> float:
         number = float(text)
         if number in (float("inf"), float("-inf")):
-            raise self._wrong(text, "beyond the range of numbers")
+            raise self._wrong(text, Bilingual("beyond the range of numbers", "超出数的范围"))
         return number
 
     def constant(self, text: str) -> NoReturn:
-        raise self._wrong(text, "no number of JSON")
+        raise self._wrong(text, Bilingual("no number of JSON", "不是 JSON 的数"))
 
     def mapping(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise JsonError(f"{shortened(twice, SHOWN)!r} appears twice in one object")
+            raise JsonError(
+                Bilingual(
+                    f"{shortened(twice, SHOWN)!r} appears twice in one object",
+                    f"{shortened(twice, SHOWN)!r} 在同一对象中出现了两次",
+                )
+            )
         return made
 
     def _wrong(self, text: str, why: str) -> JsonError:
         shown = shortened(text, SHOWN, f"... ({len(text):,} characters)")
-        return JsonError(f"{why}: {shown}", self._text.count("\n", 0, self._text.find(text)) + 1)
+        return JsonError(
+            together(why, Bilingual(": ", "："), shown), self._text.count("\n", 0, self._text.find(text)) + 1
+        )
 
 
 def _check_depth(value: object) -> None:
@@ -157,7 +172,7 @@ def _check_depth(value: object) -> None:
     depth = 0
     while level:
         if (depth := depth + 1) > MAX_DEPTH:
-            raise JsonError(f"nested more than {MAX_DEPTH} deep")
+            raise JsonError(Bilingual(f"nested more than {MAX_DEPTH} deep", f"嵌套超过 {MAX_DEPTH} 层"))
         inner = (v for outer in level for v in (outer.values() if isinstance(outer, dict) else outer))
         level = [v for v in inner if isinstance(v, dict | list)]
 

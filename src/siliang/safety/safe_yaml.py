@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local, together
 from siliang.paths import near_names
 from siliang.secrets import redacted, shortened
-from siliang.types import ConfigError, TextError, first_line
+from siliang.types import ConfigError, TextError, first_line, message_of
 
 MAX_CHARACTERS = 1_000_000
 MOST_BYTES = 4 * MAX_CHARACTERS  # of UTF-8
@@ -72,7 +72,7 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
 def _decimal_number(loader: _Loader, node: yaml.ScalarNode) -> float:
     text = loader.construct_scalar(node)
     if DECIMAL.match(text) is None and WHOLE.match(text) is None:
-        raise _wrong(node, "is not a number")
+        raise _wrong(node, Bilingual("is not a number", "不是数"))
     if len(text) > LONGEST_NUMBER:
         raise _too_long(node.value, node.start_mark.line + 1)
     plain = text.replace("_", "")
@@ -80,16 +80,22 @@ def _decimal_number(loader: _Loader, node: yaml.ScalarNode) -> float:
         return float(int(plain, 0))
     number = float(plain.lstrip(".") if plain.lower() == ".nan" else plain.replace(".i", "i").replace(".I", "I"))
     if math.isinf(number) and "inf" not in plain.lower():
-        raise _wrong(node, "is beyond the range of numbers")
+        raise _wrong(node, Bilingual("is beyond the range of numbers", "超出数的范围"))
     return number
 
 
 def _wrong(node: yaml.ScalarNode, why: str) -> YamlError:
-    return YamlError(f"{_shown(node.value)} {why}", node.start_mark.line + 1)
+    return YamlError(together(_shown(node.value), " ", why), node.start_mark.line + 1)
 
 
 def _too_long(value: str, line: int) -> YamlError:
-    return YamlError(f"{_shown(value)} has more than {LONGEST_NUMBER} characters, too many for a number", line)
+    return YamlError(
+        Bilingual(
+            f"{_shown(value)} has more than {LONGEST_NUMBER} characters, too many for a number",
+            f"{_shown(value)} 超过 {LONGEST_NUMBER} 个字符，作为数太长",
+        ),
+        line,
+    )
 
 
 def _shown(value: str) -> str:
@@ -121,12 +127,18 @@ def read_text(path: Path) -> str:
     with path.open("rb") as opened:
         content = opened.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise YamlError(f"it has more than {MAX_CHARACTERS:,} characters")
+        raise YamlError(Bilingual(f"it has more than {MAX_CHARACTERS:,} characters", f"超过 {MAX_CHARACTERS:,} 个字符"))
     try:
         text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise YamlError("it is not UTF-8, in which settings are written: save it as UTF-8", line) from None
+        raise YamlError(
+            Bilingual(
+                "it is not UTF-8, in which settings are written: save it as UTF-8",
+                "不是 UTF-8 编码，而配置文件须为 UTF-8：请另存为 UTF-8",
+            ),
+            line,
+        ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -144,13 +156,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
             Bilingual(f"There is no settings file {path}.{near}", f"找不到配置文件 {path}。{near.zh}")
         ) from None
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder: give a settings file.") from None
+        raise ConfigError(
+            Bilingual(f"{path} is a folder: give a settings file.", f"{path} 是文件夹：请给出配置文件。")
+        ) from None
     except YamlError as error:
-        raise ConfigError(f"{error.place(path)}: not readable as yaml: {error}.") from None
+        raise ConfigError(
+            Bilingual(
+                f"{error.place(path)}: not readable as yaml: {error}.",
+                f"{error.place(path)}：不是可读的 yaml：{local(message_of(error), 'zh')}。",
+            )
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise ConfigError(
+            Bilingual(
+                f"{path} cannot be read: {error.strerror or error}.", f"{path} 无法读取：{error.strerror or error}。"
+            )
+        ) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path} must hold settings such as `model: ...`, one a line; `siliang config` lists them.")
+        raise ConfigError(
+            Bilingual(
+                f"{path} must hold settings such as `model: ...`, one a line; `siliang config` lists them.",
+                f"{path} 应每行写一个设置，例如 `model: ...`；`siliang config` 列出全部设置。",
+            )
+        )
     return values
 
 
@@ -162,22 +190,29 @@ def parse_yaml(text: str) -> Any:
             many digits, or a mapping has a name twice.
     """
     if len(text) > MAX_CHARACTERS:
-        raise YamlError(f"it has more than {MAX_CHARACTERS:,} characters")
+        raise YamlError(Bilingual(f"it has more than {MAX_CHARACTERS:,} characters", f"超过 {MAX_CHARACTERS:,} 个字符"))
     try:
         _measure(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or first_line(error)
+        problem: str = getattr(error, "problem", None) or first_line(error)
         if "unknown escape character" in problem:
-            problem += " (in double quotes a backslash begins an escape: write a Windows path in single quotes)"
+            problem = together(
+                problem,
+                Bilingual(
+                    " (in double quotes a backslash begins an escape: write a Windows path in single quotes)",
+                    "（双引号中反斜杠表示转义：Windows 路径请用单引号）",
+                ),
+            )
         elif "cannot start any token" in problem and "\t" in problem:
-            problem = "a tab, where yaml wants blanks"
+            problem = Bilingual("a tab, where yaml wants blanks", "有制表符，而 yaml 要用空格")
         raise YamlError(problem, mark.line + 1 if mark else None) from None
     except YamlError:
         raise
     except Exception as error:  # the loader raises whatever its conversions do: of `!!int x`, or of a 13th month
-        raise YamlError(f"a value cannot be read: {shortened(first_line(error, kind=True), 200)}") from None
+        why = shortened(first_line(error, kind=True), 200)
+        raise YamlError(Bilingual(f"a value cannot be read: {why}", f"有一个值无法读取：{why}")) from None
 
 
 def check_yaml(text: str) -> None:
@@ -187,7 +222,7 @@ def check_yaml(text: str) -> None:
         YamlError: It is not yaml, too long, too deep, unfolds to too much, or holds a number of too many digits.
     """
     if len(text) > MAX_CHARACTERS:
-        raise YamlError(f"it has more than {MAX_CHARACTERS:,} characters")
+        raise YamlError(Bilingual(f"it has more than {MAX_CHARACTERS:,} characters", f"超过 {MAX_CHARACTERS:,} 个字符"))
     try:
         _measure(text, most_values=MAX_VALUES_OF_OTHERS)
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
@@ -229,14 +264,20 @@ def _measure(text: str, most_values: int = MAX_VALUES) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             stack.append(_Open(event.anchor, names=set() if isinstance(event, yaml.MappingStartEvent) else None))
             if len(stack) > MAX_DEPTH:
-                raise YamlError(f"nested more than {MAX_DEPTH} deep", line)
+                raise YamlError(Bilingual(f"nested more than {MAX_DEPTH} deep", f"嵌套超过 {MAX_DEPTH} 层"), line)
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             closed = stack.pop()
             anchor, size = closed.anchor, closed.size
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in whole:
-                raise YamlError(f"*{event.anchor} stands inside of what it names, or before it", line)
+                raise YamlError(
+                    Bilingual(
+                        f"*{event.anchor} stands inside of what it names, or before it",
+                        f"*{event.anchor} 位于它所指的内容之中或之前",
+                    ),
+                    line,
+                )
             anchor, size = None, whole[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 1
@@ -248,7 +289,12 @@ def _measure(text: str, most_values: int = MAX_VALUES) -> None:
             stack[-1].size += size
             size = stack[-1].size
         if size > most_values:
-            raise YamlError(f"more than {most_values:,} values, aliases written out", line)
+            raise YamlError(
+                Bilingual(
+                    f"more than {most_values:,} values, aliases written out", f"展开别名后超过 {most_values:,} 个值"
+                ),
+                line,
+            )
 
 
 def _see_name(inside: _Open, event: yaml.NodeEvent, line: int) -> None:
@@ -259,7 +305,13 @@ def _see_name(inside: _Open, event: yaml.NodeEvent, line: int) -> None:
     if not inside.named:
         return
     if not isinstance(event, yaml.ScalarEvent):
-        raise YamlError("a name in front of a colon must be a text", line)
+        raise YamlError(Bilingual("a name in front of a colon must be a text", "冒号前的名称必须是文本"), line)
     if event.value in inside.names:
-        raise YamlError(f"{shortened(event.value, SHOWN)} appears twice in one mapping", line)
+        raise YamlError(
+            Bilingual(
+                f"{shortened(event.value, SHOWN)} appears twice in one mapping",
+                f"{shortened(event.value, SHOWN)} 在同一映射中出现了两次",
+            ),
+            line,
+        )
     inside.names.add(event.value)

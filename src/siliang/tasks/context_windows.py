@@ -10,6 +10,7 @@ from siliang.config import DataConfig
 from siliang.data.entries import Rows
 from siliang.data.examples import Span
 from siliang.data.spec import Encode
+from siliang.language import Bilingual
 from siliang.secrets import shortened
 from siliang.types import DataError
 
@@ -28,7 +29,10 @@ def encode(tokenizer: Any, data: DataConfig, examples: Sequence[Span]) -> list[R
     """
     if not tokenizer.is_fast:
         raise DataError(
-            "cannot be used: this tokenizer does not say where its tokens stand in the text (it is not fast)"
+            Bilingual(
+                "cannot be used: this tokenizer does not say where its tokens stand in the text (it is not fast)",
+                "无法使用：这个分词器不给出词元在文本中的位置（不是 fast 分词器）",
+            )
         )
     stride = min(data.stride, data.max_length // 2)
     rows: list[Rows] = [[] for _ in examples]
@@ -42,9 +46,15 @@ def encode(tokenizer: Any, data: DataConfig, examples: Sequence[Span]) -> list[R
         if example.answers and not any(row["end_positions"] for row in windows):
             answer = shortened(example.answers[0], 40)
             raise DataError(
-                f"has an answer that no window of {data.max_length} tokens holds ({answer!r} at "
-                f"{example.starts[0]}): it would be learned as no answer; look at its start, or raise data.max_length "
-                "or data.stride"
+                Bilingual(
+                    f"has an answer that no window of {data.max_length} tokens holds ({answer!r} at "
+                    f"{example.starts[0]}): it would be learned as no answer; look at its start, or raise "
+                    "data.max_length "
+                    "or data.stride",
+                    f"的答案在 {data.max_length} 个词元的任何窗口中都放不下（{answer!r}，"
+                    f"位于 {example.starts[0]}）：会被当作无答案学习；请检查起始位置，"
+                    "或增大 data.max_length 或 data.stride",
+                )
             )
     return rows
 
@@ -57,7 +67,11 @@ def _rooms(tokenizer: Any, limit: int, examples: Sequence[Span]) -> list[int]:
     for ids, room in zip(questions, rooms, strict=True):
         if room < 1:
             raise DataError(
-                f"has a question of {len(ids):,} tokens, and data.max_length = {limit} leaves no room for its context"
+                Bilingual(
+                    f"has a question of {len(ids):,} tokens, and data.max_length = {limit} leaves no room for "
+                    "its context",
+                    f"的问题有 {len(ids):,} 个词元，data.max_length = {limit} 没有给上下文留下位置",
+                )
             )
     return rooms
 
@@ -80,7 +94,9 @@ def _windows(
         number, owner = numbers[place], coded.sequence_ids(i)
         offsets = [o if s == 1 else (-1, -1) for o, s in zip(coded["offset_mapping"][i], owner, strict=True)]
         if all(a < 0 for a, _ in offsets):
-            raise DataError("has a context of which the tokenizer makes nothing")
+            raise DataError(
+                Bilingual("has a context of which the tokenizer makes nothing", "的上下文经分词器处理后没有词元")
+            )
         start, end = _place(examples[number], offsets)
         row = {"input_ids": coded["input_ids"][i], "offsets": [x for o in offsets for x in o]}
         if "token_type_ids" in coded:

@@ -243,8 +243,13 @@ def _example(run: Trained, asked: str | tuple[str, str]) -> Span:
     parts = asked.partition("\t")[::2] if isinstance(asked, str) else asked
     if not all(part.strip() for part in parts):
         raise DataError(
-            f"{run.name} answers questions on a context, and {shortened(asked, 60)!r} is not both.\nGive the "
-            "question and its context with a tab between them, the context with --context, or a file with both columns."
+            Bilingual(
+                f"{run.name} answers questions on a context, and {shortened(asked, 60)!r} is not both.\nGive the "
+                "question and its context with a tab between them, the context with --context, or a file "
+                "with both columns.",
+                f"{run.name} 要有问题和上下文，而 {shortened(asked, 60)!r} 只有其一。\n"
+                "请用制表符隔开问题和上下文、用 --context 给出上下文，或给出含这两列的文件。",
+            )
         )
     return Span(parts[0], parts[1], (), ())
 

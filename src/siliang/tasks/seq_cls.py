@@ -160,8 +160,14 @@ def _example(run: Trained, text: str | tuple[str, str]) -> Labelled:
         first, second = run.columns["text"], run.columns["text_pair"]
         given = shortened(text, 60)
         raise DataError(
-            f"{run.name} was trained on pairs of texts, {first!r} and {second!r}, and {given!r} has no "
-            f"{second!r}.\nGive both with a tab between them, or a file with both columns: siliang predict RUN a.csv."
+            Bilingual(
+                f"{run.name} was trained on pairs of texts, {first!r} and {second!r}, and {given!r} has no "
+                f"{second!r}.\nGive both with a tab between them, or a file with both columns: siliang "
+                "predict RUN a.csv.",
+                f"{run.name} 是用成对的文本 {first!r} 和 {second!r} 训练的，而 {given!r} 没有 {second!r}。"
+                "\n"
+                "请用制表符隔开两段文本，或给出含这两列的文件：siliang predict RUN a.csv。",
+            )
         )
     return Labelled(parts[0], "", parts[1])
 

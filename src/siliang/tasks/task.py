@@ -16,6 +16,7 @@ from siliang.config import TrainConfig
 from siliang.data.examples import Example
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import DataSpec
+from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.types import ConfigError, TaskType
@@ -288,11 +289,20 @@ class Task:
         smooths = self.step_loss is None and (self.writes or self.smooths_labels)
         if train.label_smoothing and not smooths:
             raise ConfigError(
-                f"train.label_smoothing = {train.label_smoothing:g}: {self.title} does not smooth its labels; leave it "
-                "at 0."
+                Bilingual(
+                    f"train.label_smoothing = {train.label_smoothing:g}: {self.title} does not smooth its "
+                    "labels; leave it "
+                    "at 0.",
+                    f"train.label_smoothing = {train.label_smoothing:g}：{self.title} 不做标签平滑；请保持 0。",
+                )
             )
         if train.neftune_alpha is not None and self.has_encoder:
             raise ConfigError(
-                f"train.neftune_alpha = {train.neftune_alpha:g}: not for {self.title}, whose model embeds two texts; "
-                "leave it out."
+                Bilingual(
+                    f"train.neftune_alpha = {train.neftune_alpha:g}: not for {self.title}, whose model embeds "
+                    "two texts; "
+                    "leave it out.",
+                    f"train.neftune_alpha = {train.neftune_alpha:g}：{self.title} 的模型要嵌入两段文本，"
+                    "不能使用；请去掉。",
+                )
             )

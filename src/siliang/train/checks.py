@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from siliang.config import RunConfig, TrainConfig
+from siliang.language import Bilingual
 from siliang.methods import Method
 from siliang.tasks import TASKS
 from siliang.train.optimizer import rate_factors
@@ -17,7 +18,12 @@ from siliang.types import ConfigError, OutputError, nearest
 def check_quantization(config: RunConfig, method: Method) -> None:
     """Raises ConfigError where quantized weights would be trained."""
     if config.quantization and not method.config:
-        raise ConfigError("quantization is for a base model that stays as it is: full fine-tuning needs all its bits.")
+        raise ConfigError(
+            Bilingual(
+                "quantization is for a base model that stays as it is: full fine-tuning needs all its bits.",
+                "量化用于保持不变的基座模型：全参数微调需要完整的权重。",
+            )
+        )
 
 
 def check_best(config: RunConfig) -> None:
@@ -26,8 +32,11 @@ def check_best(config: RunConfig) -> None:
     allowed = ("loss", *(metric.name for metric in task.metrics))
     if t.best is not None and t.best not in allowed:
         raise ConfigError(
-            f"train.best = {t.best!r} is not measured for {task.title}.{nearest(t.best, allowed)} "
-            f"Allowed: {', '.join(allowed)}."
+            Bilingual(
+                f"train.best = {t.best!r} is not measured for {task.title}.{nearest(t.best, allowed)} "
+                f"Allowed: {', '.join(allowed)}.",
+                f"{task.title} 不测 train.best = {t.best!r}。{nearest(t.best, allowed).zh}可用：{'、'.join(allowed)}。",
+            )
         )
 
 
@@ -36,8 +45,11 @@ def check_terms(method: Method, *, sharded: bool) -> None:
     its own."""
     if sharded and method.adds_to_the_loss:
         raise ConfigError(
-            f"{method.name} adds a term to the loss, which FSDP and DeepSpeed do not support: set "
-            "distributed.strategy=ddp."
+            Bilingual(
+                f"{method.name} adds a term to the loss, which FSDP and DeepSpeed do not support: set "
+                "distributed.strategy=ddp.",
+                f"{method.name} 在损失中加了一项，FSDP 和 DeepSpeed 不支持：请设置 distributed.strategy=ddp。",
+            )
         )
 
 
@@ -46,7 +58,10 @@ def check_loraplus(config: RunConfig, method: Method) -> None:
     ratio = config.train.loraplus_ratio
     if ratio is not None and not method.has_lora_factors:
         raise ConfigError(
-            f"train.loraplus_ratio = {ratio:g}: {method.name} has no B that would train faster; leave it out."
+            Bilingual(
+                f"train.loraplus_ratio = {ratio:g}: {method.name} has no B that would train faster; leave it out.",
+                f"train.loraplus_ratio = {ratio:g}：{method.name} 没有可以用更高学习率的 B；请去掉。",
+            )
         )
 
 
@@ -62,8 +77,11 @@ def check_layerwise(model: nn.Module, settings: TrainConfig, method: Method) -> 
     lowered = rate_factors(model, settings.model_copy(update={"loraplus_ratio": None}))
     if not any(p.requires_grad and name in lowered for name, p in model.named_parameters()):
         raise ConfigError(
-            f"train.layerwise_decay = {decay:g}: what {method.name} trains is above all layers, at the peak rate; "
-            "leave it out."
+            Bilingual(
+                f"train.layerwise_decay = {decay:g}: what {method.name} trains is above all layers, at the peak rate; "
+                "leave it out.",
+                f"train.layerwise_decay = {decay:g}：{method.name} 训练的部分在所有层之上，都用最高学习率；请去掉。",
+            )
         )
 
 
@@ -73,6 +91,11 @@ def check_space(folder: Path, model: nn.Module, config: RunConfig) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OutputError(
-            f"{folder}: {free / 1e6:,.0f} MB are free on that disk, and the run needs {need / 1e6:,.0f} MB for its "
-            "checkpoints.\nMake room, choose another disk with --output, or set train.keep=1."
+            Bilingual(
+                f"{folder}: {free / 1e6:,.0f} MB are free on that disk, and the run needs {need / 1e6:,.0f} MB for its "
+                "checkpoints.\nMake room, choose another disk with --output, or set train.keep=1.",
+                f"{folder}：该磁盘剩余 {free / 1e6:,.0f} MB，而这次运行的检查点需要 {need / 1e6:,.0f} MB。"
+                "\n"
+                "请腾出空间、用 --output 换一个磁盘，或设置 train.keep=1。",
+            )
         )

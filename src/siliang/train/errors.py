@@ -6,7 +6,7 @@ import torch
 
 from siliang.check import RATE_FACTOR
 from siliang.engine.step import Engine
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local, together
 from siliang.run_folder import CHECKPOINTS, checkpoints
 from siliang.terminal import shell_command
 from siliang.train.guard import USELESS_STEPS, BadStep
@@ -19,29 +19,40 @@ def bad_step_error(run: Run, bad: BadStep) -> TrainingError:
     """For a loss or gradient that is non-finite or zero: which step, which rows, the likely cause, what is left."""
     saved = list(checkpoints(run.folder / CHECKPOINTS).values())
     every = run.config.train.save_every
-    kept = (
-        f"{saved[-1]} is kept"
-        if saved
-        else "no checkpoint was made: train.save_every" + (f" is {every:,}" if every else " is not set")
-    )
-    since = ""
+    if saved:
+        kept = Bilingual(f"{saved[-1]} is kept", f"已保留 {saved[-1]}")
+    elif every:
+        kept = Bilingual(
+            f"no checkpoint was made: train.save_every is {every:,}", f"没有检查点：train.save_every 是 {every:,}"
+        )
+    else:
+        kept = Bilingual("no checkpoint was made: train.save_every is not set", "没有检查点：没有设置 train.save_every")
+    since = Bilingual("", "")
     if bad.value == 0:
-        over = run.record.steps and run.record.steps[-1].step < USELESS_STEPS  # the run is over, and was nothing else
-        since = " in every step" if over else f" in {USELESS_STEPS} steps one after the other"
+        since = Bilingual(f" in {USELESS_STEPS} steps one after the other", f"，已连续 {USELESS_STEPS} 步")
+        if run.record.steps and run.record.steps[-1].step < USELESS_STEPS:  # the run is over, and was nothing else
+            since = Bilingual(" in every step", "，每一步都如此")
+    places, cause = _places(run, bad), _cause(run, bad)
+    what = Bilingual(bad.what, {"loss": "损失", "gradient": "梯度"}[bad.what])
     return TrainingError(
-        f"Step {bad.step:,}: the {bad.what} is {bad.value:g}{since}, in a batch of {_places(run, bad)}.\n"
-        f"Likely {_cause(run, bad)}; {kept}."
+        Bilingual(
+            f"Step {bad.step:,}: the {what} is {bad.value:g}{since}, in a batch of {places}.\nLikely {cause}; {kept}.",
+            f"第 {bad.step:,} 步：{what.zh}为 {bad.value:g}{since.zh}，批次含 {places.zh}。\n"
+            f"可能的原因：{cause.zh}；{kept.zh}。",
+        )
     )
 
 
-def _places(run: Run, bad: BadStep) -> str:
+def _places(run: Run, bad: BadStep) -> Bilingual:
     """Files and lines of the step's first rows."""
     places = [run.examples.train.where(row).rpartition(":") for row in bad.rows[:3]]  # file, ":", line
     shown = ", ".join("".join(place[i > 0 and place[0] == places[0][0] :]) for i, place in enumerate(places))
-    return shown + (f" and {len(bad.rows) - 3:,} more" if len(bad.rows) > 3 else "")
+    if len(bad.rows) <= 3:
+        return Bilingual(shown, shown)
+    return Bilingual(f"{shown} and {len(bad.rows) - 3:,} more", f"{shown} 等 {len(bad.rows):,} 条样本")
 
 
-def _cause(run: Run, bad: BadStep) -> str:
+def _cause(run: Run, bad: BadStep) -> Bilingual:
     rate, default = run.record.learning_rate, run.method.learning_rate
     quantized = {f"{name}.weight" for name, m in run.model.named_modules() if hasattr(m, "quant_state")}
     frozen = (
@@ -50,15 +61,30 @@ def _cause(run: Run, bad: BadStep) -> str:
         if not p.requires_grad and p.is_floating_point() and n not in quantized
     )
     if (broken := next((n for n, p in frozen if not torch.isfinite(p).all()), None)) is not None:
-        return f"the base model's {broken} holds nan or inf. Load sound weights"
+        return Bilingual(
+            f"the base model's {broken} holds nan or inf. Load sound weights",
+            f"基座模型的 {broken} 含有 nan 或 inf。请加载完好的权重",
+        )
     if rate >= RATE_FACTOR * default:
         factor = f"{rate / default:,.3g}"
-        return f"train.learning_rate = {rate:g} is {factor} times {run.method.name}'s own {default:g}. Lower it"
+        return Bilingual(
+            f"train.learning_rate = {rate:g} is {factor} times {run.method.name}'s own {default:g}. Lower it",
+            f"train.learning_rate = {rate:g} 是 {run.method.name} 默认值 {default:g} 的 {factor} 倍。请降低学习率",
+        )
     if bad.value == 0:
-        return "no label of these rows reaches what is trained. `siliang check` shows what is learned"
+        return Bilingual(
+            "no label of these rows reaches what is trained. `siliang check` shows what is learned",
+            "这些样本的标签都传不到所训练的参数。`siliang check` 会显示学习哪些内容",
+        )
     if run.precision.compute == "fp16":
-        return "fp16 ends at 65,504. Use train.precision=bf16 where the hardware has it, or fp32"
-    return f"the steps are too large. Lower train.learning_rate = {rate:g}, or raise train.warmup_fraction"
+        return Bilingual(
+            "fp16 ends at 65,504. Use train.precision=bf16 where the hardware has it, or fp32",
+            "fp16 最大只到 65,504。硬件支持时请用 train.precision=bf16，否则用 fp32",
+        )
+    return Bilingual(
+        f"the steps are too large. Lower train.learning_rate = {rate:g}, or raise train.warmup_fraction",
+        f"步子太大。请降低 train.learning_rate = {rate:g}，或增大 train.warmup_fraction",
+    )
 
 
 def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> DeviceMemoryError:
@@ -74,22 +100,35 @@ def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> Dev
     optimizer = OPTIMIZERS[t.optimizer]
     taken = trained * (1 + optimizer.state_share)
     each = sum(engine.recompute.bytes_per_token)
-    batch = f", a batch of {tokens:,} tokens" + (f" about {each * tokens / 1e9:,.2f} GB" if each else "")
-    planned = sum(run.record.memory.predicted_parts.values())
-    batch += f"; {planned / 1e9:,.2f} GB were planned in all" if planned else ""
+    about, about_zh = (
+        (f" about {each * tokens / 1e9:,.2f} GB", f"约占 {each * tokens / 1e9:,.2f} GB") if each else ("", "")
+    )
+    batch: str = Bilingual(f", a batch of {tokens:,} tokens{about}", f"，{tokens:,} 个词元的批次{about_zh}")
+    if planned := sum(run.record.memory.predicted_parts.values()):
+        gb = f"{planned / 1e9:,.2f} GB"
+        batch = together(batch, Bilingual(f"; {gb} were planned in all", f"；预算总共 {gb}"))
     alone = run.ranks.size == 1
-    ways = ["train.fit=true (smaller batches, the same result)"] if alone and not t.fit else []
+    ways: list[str] = []
+    if alone and not t.fit:
+        ways = [Bilingual("train.fit=true (smaller batches, the same result)", "train.fit=true（拆分批次，结果不变）")]
     if not alone and t.batch_size > 1:  # in the middle of a step ranks cannot split it
         fewer = -(-t.batch_size // 2)
         more = t.gradient_accumulation * -(-t.batch_size // fewer)
-        ways = [f"train.batch_size={fewer} with train.gradient_accumulation={more} (the same result)"]
+        both_set = f"train.batch_size={fewer}", f"train.gradient_accumulation={more}"
+        ways = [Bilingual(" with ".join(both_set) + " (the same result)", " 和 ".join(both_set) + "（结果不变）")]
     ways += [] if t.gradient_checkpointing or (t.fit and alone) else ["train.gradient_checkpointing=true"]
     ways += [f"data.max_length={run.config.data.max_length // 2}"]
     ways += [] if run.config.quantization or not run.method.freezes_the_base else ["quantization.bits=4"]
+    ways_zh = [local(way, "zh") for way in ways]
     return DeviceMemoryError(
-        f"Step {step:,} does not fit the memory of this {device.kind} ({device.memory_bytes / 1e9:,.1f} GB): the "
-        f"weights take {held / 1e9:,.2f} GB, gradients and {optimizer.title} {taken / 1e9:,.2f} GB{batch}.\n"
-        f"Set {', or '.join(ways)}."
+        Bilingual(
+            f"Step {step:,} does not fit the memory of this {device.kind} ({device.memory_bytes / 1e9:,.1f} GB): the "
+            f"weights take {held / 1e9:,.2f} GB, gradients and {optimizer.title} {taken / 1e9:,.2f} GB{batch}.\n"
+            f"Set {', or '.join(ways)}.",
+            f"第 {step:,} 步超出这台设备（{device.kind}）的内存 {device.memory_bytes / 1e9:,.1f} GB：权重占 "
+            f"{held / 1e9:,.2f} GB，梯度和 {optimizer.title} 占 {taken / 1e9:,.2f} GB{local(batch, 'zh')}。\n"
+            f"请设置 {'，或 '.join(ways_zh)}。",
+        )
     )
 
 

@@ -19,6 +19,7 @@ from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import get_parameter_names
 
 from siliang.config import TrainConfig
+from siliang.language import Bilingual
 from siliang.models.introspect import checkpointed_layers, output_layer, unwrapped
 from siliang.peft_api.model import PeftModel
 from siliang.types import OTHER_HEADS, ConfigError
@@ -86,15 +87,27 @@ def check_optimizer_runs(settings: TrainConfig, device: torch.device, *, sharded
     spec = OPTIMIZERS[settings.optimizer]
     if spec.package is not None and find_spec(spec.package) is None:
         raise ConfigError(
-            f"train.optimizer = {spec.name} needs {spec.package}, which is not installed: pip install {spec.package}"
+            Bilingual(
+                f"train.optimizer = {spec.name} needs {spec.package}, which is not installed: pip install "
+                f"{spec.package}",
+                f"train.optimizer = {spec.name} 需要 {spec.package}，而它没有安装：pip install {spec.package}",
+            )
         )
     if spec.without_cuda is not None and device.type != "cuda":
         raise ConfigError(
-            f"train.optimizer = {spec.name} pages a GPU's memory, and there is none: use {spec.without_cuda}."
+            Bilingual(
+                f"train.optimizer = {spec.name} pages a GPU's memory, and there is none: use {spec.without_cuda}.",
+                f"train.optimizer = {spec.name} 使用分页显存，而这里没有 GPU：请用 {spec.without_cuda}。",
+            )
         )
     if sharded and not spec.sharded:
         usable = " or ".join(other.name for other in OPTIMIZERS.values() if other.sharded)
-        raise ConfigError(f"train.optimizer = {spec.name} does not train sharded weights (fsdp): use {usable}.")
+        raise ConfigError(
+            Bilingual(
+                f"train.optimizer = {spec.name} does not train sharded weights (fsdp): use {usable}.",
+                f"train.optimizer = {spec.name} 不能训练分片的权重（fsdp）：请用 {usable}。",
+            )
+        )
 
 
 def parameter_groups(model: nn.Module, settings: TrainConfig, learning_rate: float) -> Groups:

@@ -25,7 +25,7 @@ from siliang.distributed.sharding import fake_mesh, rank_mesh, shard
 from siliang.engine.attach import attach
 from siliang.files import absolute
 from siliang.hardware import Choice, Precision, choose_precision, describe_device, find_device, machine, versions
-from siliang.language import both, local
+from siliang.language import Bilingual, both, local
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
@@ -188,8 +188,12 @@ def _start_folder(config: RunConfig, resumed: Resumed | None, *, force: bool) ->
     changed = changed_base(config.model, config.revision, was)
     if changed is not None and not force:
         raise ModelError(
-            f"{config.model} is not the base model that {config.adapter} was trained on: {changed}.\n"
-            "Name that one with --model, or continue with --force."
+            Bilingual(
+                f"{config.model} is not the base model that {config.adapter} was trained on: {changed}.\n"
+                "Name that one with --model, or continue with --force.",
+                f"{config.model} 不是训练 {config.adapter} 时的基座模型：{local(changed, 'zh')}。\n"
+                "请用 --model 指明那个模型，或加 --force 继续。",
+            )
         )
     return found.folder
 

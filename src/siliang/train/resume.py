@@ -74,8 +74,12 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
     if finished and not any(name in found for name in LENGTH):
         if found:
             raise ConfigError(
-                f"{folder} is finished: {in_words(*next(iter(found.items())))} has no effect any more.\n"
-                f"Train it further as a run of its own: {_further(folder)}"
+                Bilingual(
+                    f"{folder} is finished: {in_words(*next(iter(found.items())))} has no effect any more.\n"
+                    f"Train it further as a run of its own: {_further(folder)}",
+                    f"{folder} 已训练完：{in_words(*next(iter(found.items()))).zh} 不再起作用。\n"
+                    f"请作为新的运行继续训练：{_further(folder)}",
+                )
             )
         return Resumed(config, record, None, [], finished=True)
     forced: list[str] = []
@@ -83,13 +87,21 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
         forced = _check_files(config, record, folder, say, force=force)
         if checkpoint is None and config.adapter and find_start_adapter(config.adapter).sha256 != record.adapter_sha256:
             raise AdapterError(
-                f"{config.adapter} is another adapter than the one that {folder} started from: put it back."
+                Bilingual(
+                    f"{config.adapter} is another adapter than the one that {folder} started from: put it back.",
+                    f"{config.adapter} 不是 {folder} 开始时用的适配器：请放回原来的。",
+                )
             )
     if checkpoint is None and finished:
         raise ConfigError(
-            f"{folder} is finished, and none of its checkpoints is left to resume from: "
-            f"{in_words(*next(iter(found.items())))} cannot take effect.\n"
-            f"Train it further as a run of its own: {_further(folder)}"
+            Bilingual(
+                f"{folder} is finished, and none of its checkpoints is left to resume from: "
+                f"{in_words(*next(iter(found.items())))} cannot take effect.\n"
+                f"Train it further as a run of its own: {_further(folder)}",
+                f"{folder} 已训练完，也没有可续训的检查点："
+                f"{in_words(*next(iter(found.items()))).zh} 无法生效。\n"
+                f"请作为新的运行继续训练：{_further(folder)}",
+            )
         )
     if checkpoint is None:
         say(
@@ -100,7 +112,12 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
         )
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if (most := config.train.max_steps) is not None and most < step:
-        raise ConfigError(f"train.max_steps = {most:,}, and {checkpoint} has made {step:,} steps already.")
+        raise ConfigError(
+            Bilingual(
+                f"train.max_steps = {most:,}, and {checkpoint} has made {step:,} steps already.",
+                f"train.max_steps = {most:,}，而 {checkpoint} 已训练 {step:,} 步。",
+            )
+        )
     for name, values in found.items():
         change, first = in_words(name, values), step + 1
         say(both(f"changed    {change}, from step {first:,} on", f"设置改变   {change.zh}，从第 {first:,} 步起"))
@@ -130,8 +147,13 @@ def _check_settings(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
     for name, values in found.items():
         if name not in MAY_CHANGE:
             raise ConfigError(
-                f"{folder} was started with another setting: {in_words(name, values)}. A resumed run keeps it.\n"
-                f"Put it back, or train what is there further as a run of its own: {_further(folder)}"
+                Bilingual(
+                    f"{folder} was started with another setting: {in_words(name, values)}. A resumed run keeps it.\n"
+                    f"Put it back, or train what is there further as a run of its own: {_further(folder)}",
+                    f"{folder} 开始训练时用的是另一个设置：{in_words(name, values).zh}。续训须保持原来的设置。"
+                    "\n"
+                    f"请改回，或作为新的运行继续训练：{_further(folder)}",
+                )
             )
 
 
@@ -146,7 +168,11 @@ def _check_files(
     model = config.model
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ModelError(
-            f"The base model of {folder} is not there any more: {model}. Name its place with --model FOLDER_OR_NAME."
+            Bilingual(
+                f"The base model of {folder} is not there any more: {model}. Name its place with --model "
+                "FOLDER_OR_NAME.",
+                f"{folder} 的基座模型已不在原处：{model}。请用 --model 指明它的文件夹或名称。",
+            )
         )
     forced = []
     for kind, what, how in what_changed(config, record.model_files, record.data_files):

@@ -84,7 +84,12 @@ def train(
     try:
         with (
             translate_disk_errors(folder),
-            translate_rank_errors(f"What was saved is whole: {shell_command('siliang', 'train', '--resume', folder)}"),
+            translate_rank_errors(
+                Bilingual(
+                    f"What was saved is whole: {shell_command('siliang', 'train', '--resume', folder)}",
+                    f"已保存的内容是完整的：{shell_command('siliang', 'train', '--resume', folder)}",
+                )
+            ),
         ):
             return _train(run, started, checkpoint=resumed.checkpoint if resumed else None)
     except InterruptedRunError:

@@ -28,6 +28,7 @@ from siliang.disk_errors import translate_disk_errors
 from siliang.distributed.deepspeed import gathered, is_partitioned, without_hooks
 from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard
 from siliang.files import find_damage, remove, remove_stale, replacing_folder
+from siliang.language import Bilingual
 from siliang.models.save import save_config
 from siliang.paths import is_link
 from siliang.peft_api.model import PeftModel
@@ -72,7 +73,10 @@ def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """
     if is_link(folder):
         raise ConfigError(
-            f"{folder} is a link: put the folder itself there, in which checkpoints are made and removed."
+            Bilingual(
+                f"{folder} is a link: put the folder itself there, in which checkpoints are made and removed.",
+                f"{folder} 是链接：请改成文件夹本身，检查点要在其中建立和删除。",
+            )
         )
     if folder.is_dir():
         remove_stale(folder, rf"(damaged-)?{PREFIX}[0-9]+")
@@ -188,9 +192,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = _join(tree, load_file(path.with_suffix(".safetensors")))
     except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise RecordError(
+            Bilingual(
+                f"{path} cannot be read: {error.strerror or error}.", f"{path} 无法读取：{error.strerror or error}。"
+            )
+        ) from None
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise RecordError(f"{path} is damaged: {shortened(first_line(error, kind=True), 200)}.") from None
+        raise RecordError(
+            Bilingual(
+                f"{path} is damaged: {shortened(first_line(error, kind=True), 200)}.",
+                f"{path} 已损坏：{shortened(first_line(error, kind=True), 200)}。",
+            )
+        ) from None
     check_state(state, int(folder.name.rpartition("-")[2]), path)
     return state
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from siliang.data.hashes import file_sha256, joined
+from siliang.language import Bilingual
 from siliang.methods import method_of
 from siliang.methods.config import PeftConfig
 from siliang.other_names import is_method
@@ -90,8 +91,13 @@ class StartAdapter:
                 value = whole_name(str(value))
             if value != wanted:
                 raise ConfigError(
-                    f"method.{key} = {value!r}, and the adapter in {self.folder} has {wanted!r}: it is trained further "
-                    "as it is. Leave `method` out."
+                    Bilingual(
+                        f"method.{key} = {value!r}, and the adapter in {self.folder} has {wanted!r}: it is "
+                        "trained further "
+                        "as it is. Leave `method` out.",
+                        f"method.{key} = {value!r}，而 {self.folder} 中的适配器是 {wanted!r}：继续训练时适配器保持"
+                        "原样。请去掉 `method`。",
+                    )
                 )
 
 
@@ -127,11 +133,22 @@ def find_start_adapter(name: str) -> StartAdapter:
     if run is not None and run == path:
         folder = path / ADAPTER
         if not folder.is_dir() and (path / MODEL).is_dir():
-            raise ConfigError(f"{path} was fully tuned and has no adapter: give its model, --model {path / MODEL}.")
+            raise ConfigError(
+                Bilingual(
+                    f"{path} was fully tuned and has no adapter: give its model, --model {path / MODEL}.",
+                    f"{path} 是全参数微调，没有适配器：请给出它的模型，--model {path / MODEL}。",
+                )
+            )
         if not folder.is_dir():
             saved = list(checkpoints(path / CHECKPOINTS).values())
-            instead = f": name one of its checkpoints, such as {saved[-1]}" if saved else ", and has no checkpoint"
-            raise ConfigError(f"{path} was not finished{instead}.")
+            instead = (
+                Bilingual(
+                    f": name one of its checkpoints, such as {saved[-1]}", f"：请给出它的一个检查点，例如 {saved[-1]}"
+                )
+                if saved
+                else Bilingual(", and has no checkpoint", "，也没有检查点")
+            )
+            raise ConfigError(Bilingual(f"{path} was not finished{instead}.", f"{path} 没有训练完{instead.zh}。"))
     elif path.is_dir():
         check_links(path, AdapterError)
         folder = path
@@ -152,5 +169,7 @@ def _is_run(folder: Path) -> bool:
 def _read_settings(run: Path) -> dict[str, Any]:
     values = read_yaml(run / CONFIG_NAME)
     if not isinstance(values.get("data"), dict):
-        raise AdapterError(f"{run / CONFIG_NAME} holds no settings of a run.")
+        raise AdapterError(
+            Bilingual(f"{run / CONFIG_NAME} holds no settings of a run.", f"{run / CONFIG_NAME} 不是一次运行的设置。")
+        )
     return values

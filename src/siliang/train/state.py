@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from siliang.language import Bilingual, local
 from siliang.records import Part, StepMetrics, explained
 from siliang.records.saved import Count, Number, Positive, Rate
 from siliang.secrets import short_repr, shortened
@@ -82,18 +83,35 @@ def check_state(state: Any, step: int, path: Path) -> None:
     try:
         _State.model_validate(state, strict=True)
     except ValidationError as error:
-        raise RecordError(f"{path} is damaged: {explained(error)}.") from None
+        raise RecordError(
+            Bilingual(f"{path} is damaged: {explained(error)}.", f"{path} 已损坏：{local(explained(error), 'zh')}。")
+        ) from None
     if state["step"] != step:
-        raise RecordError(f"{path} is damaged: step = {state['step']:,}: its folder says {step:,}.")
+        raise RecordError(
+            Bilingual(
+                f"{path} is damaged: step = {state['step']:,}: its folder says {step:,}.",
+                f"{path} 已损坏：step = {state['step']:,}，而文件夹写的是 {step:,}。",
+            )
+        )
     for i, one in enumerate(state["random"]):
         try:
             random.Random().setstate(one["python"])
             np.random.RandomState().set_state(one["numpy"])
             torch.Generator().set_state(one["torch"])
         except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, AttributeError):
-            raise RecordError(f"{path} is damaged: random.{i} is not a random state.") from None
+            raise RecordError(
+                Bilingual(
+                    f"{path} is damaged: random.{i} is not a random state.",
+                    f"{path} 已损坏：random.{i} 不是随机数状态。",
+                )
+            ) from None
         if not all(isinstance(device, Tensor) for device in one["cuda"]):
-            raise RecordError(f"{path} is damaged: random.{i}.cuda is not a random state.")
+            raise RecordError(
+                Bilingual(
+                    f"{path} is damaged: random.{i}.cuda is not a random state.",
+                    f"{path} 已损坏：random.{i}.cuda 不是随机数状态。",
+                )
+            )
 
 
 def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tensor], path: Path) -> None:
@@ -109,15 +127,25 @@ def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tens
     check_like({"groups": given.get("param_groups")}, {"groups": fresh["param_groups"]}, "optimizer", path)
     shapes, state = [tuple(p.shape) for p in parameters], given.get("state")
     if not isinstance(state, dict) or set(given) != {"state", "param_groups"}:
-        raise RecordError(f"{path} is damaged: optimizer.state is missing.")
+        raise RecordError(
+            Bilingual(f"{path} is damaged: optimizer.state is missing.", f"{path} 已损坏：缺少 optimizer.state。")
+        )
     for number, moments in state.items():
         if type(number) is not int or not 0 <= number < len(shapes) or not isinstance(moments, dict):
             raise RecordError(
-                f"{path} is damaged: optimizer.state has {short_repr(number)}, which is none of the parameters."
+                Bilingual(
+                    f"{path} is damaged: optimizer.state has {short_repr(number)}, which is none of the parameters.",
+                    f"{path} 已损坏：optimizer.state 中有 {short_repr(number)}，没有对应的参数。",
+                )
             )
         quantized = moments.get(QUANTIZED, {})
         if not isinstance(quantized, dict):
-            raise RecordError(f"{path} is damaged: optimizer.state.{number}.{QUANTIZED} must be a mapping.")
+            raise RecordError(
+                Bilingual(
+                    f"{path} is damaged: optimizer.state.{number}.{QUANTIZED} must be a mapping.",
+                    f"{path} 已损坏：optimizer.state.{number}.{QUANTIZED} 应为映射。",
+                )
+            )
         for name, moment in ({k: v for k, v in moments.items() if k != QUANTIZED} | quantized).items():
             if isinstance(moment, Tensor) and name in OF_PARAMETER:
                 fits = tuple(moment.shape) in (shapes[number], ()) and moment.is_floating_point()
@@ -127,8 +155,12 @@ def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tens
                 fits = name == "step" and type(moment) in (int, float) and math.isfinite(moment)
             if not fits:
                 raise RecordError(
-                    f"{path} is damaged: optimizer.state.{number}.{shortened(name, 40)} must have the parameter's "
-                    f"shape, {shapes[number]}."
+                    Bilingual(
+                        f"{path} is damaged: optimizer.state.{number}.{shortened(name, 40)} must have the parameter's "
+                        f"shape, {shapes[number]}.",
+                        f"{path} 已损坏：optimizer.state.{number}.{shortened(name, 40)} 的形状应与参数相同，"
+                        f"即 {shapes[number]}。",
+                    )
                 )
 
 
@@ -157,7 +189,10 @@ def check_like(given: Any, fresh: Any, name: str, path: Path) -> None:
         fits, inner = type(given) is type(fresh) and (fresh is None or given == fresh), []
     if not fits:
         raise RecordError(
-            f"{path} is damaged: {name} = {short_repr(given)}: must be as this run has it, {short_repr(fresh)}."
+            Bilingual(
+                f"{path} is damaged: {name} = {short_repr(given)}: must be as this run has it, {short_repr(fresh)}.",
+                f"{path} 已损坏：{name} = {short_repr(given)}：应与这次运行一致，即 {short_repr(fresh)}。",
+            )
         )
     for a, b, inner_name in inner:
         check_like(a, b, inner_name, path)

@@ -28,7 +28,7 @@ import numpy as np
 
 from siliang.environment import quieten_trackers
 from siliang.files import remove_stale, write_text
-from siliang.language import both
+from siliang.language import Bilingual, both
 from siliang.paths import is_link
 from siliang.records import StepMetrics
 from siliang.run_folder import TRACKERS
@@ -50,8 +50,13 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(
-                f"train.trackers: {name} is not installed. Install it by pip install 'siliang[{name}]', or leave it "
-                "out of train.trackers."
+                Bilingual(
+                    f"train.trackers: {name} is not installed. Install it by pip install 'siliang[{name}]', "
+                    "or leave it "
+                    "out of train.trackers.",
+                    f"train.trackers：{name} 没有安装。请运行 pip install 'siliang[{name}]'，"
+                    "或从 train.trackers 中去掉。",
+                )
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from siliang.language import Bilingual
 from siliang.models.load import load_model
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, find_run, load_base, load_run_tokenizer
@@ -48,14 +49,23 @@ class Chat:
         for folder, run in zip(folders, self._runs, strict=True):
             task = TASKS[run.config.task]
             if task.example_prompt is None:
-                raise ConfigError(f"{folder} was trained for {task.title}: it cannot chat. Use `siliang eval`.")
+                raise ConfigError(
+                    Bilingual(
+                        f"{folder} was trained for {task.title}: it cannot chat. Use `siliang eval`.",
+                        f"{folder} 的任务是 {task.title}：不能对话。请用 `siliang eval`。",
+                    )
+                )
         self.notes = [note for run in self._runs for note in run.trained.notes]
         tasks = {run.config.task for run in self._runs}
         writing = {TASKS[task].writes for task in tasks}
         if len(writing) > 1 or (False in writing and len(tasks) > 1):
             raise ConfigError(
-                f"the runs do different things: {', '.join(sorted(task.lower() for task in tasks))}. "
-                "Ask those that classify and those that write one after the other."
+                Bilingual(
+                    f"the runs do different things: {', '.join(sorted(task.lower() for task in tasks))}. "
+                    "Ask those that classify and those that write one after the other.",
+                    f"这些运行的任务不同：{'、'.join(sorted(task.lower() for task in tasks))}。请把分类的和生"
+                    "成文本的分开来问。",
+                )
             )
         self.writes = writing == {True}
         self._bases: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from siliang.engine.batches import StepCollator, in_steps, most_tokens
 from siliang.engine.evaluate import Sums, metrics_of
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import Engine
+from siliang.language import Bilingual, together
 from siliang.run_folder import OpenedRun, autocast
 from siliang.secrets import HIDDEN
 from siliang.tasks import TASKS, Reader
@@ -131,12 +132,19 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
     rows, tokens = usable(rows, tokenize(rows, run.tokenizer, settings, spec, labels=run.record.labels))
     if not len(tokens) and tokens.dropped:
         raise DataError(
-            f"there is nothing to measure: all {tokens.dropped:,} rows are longer than data.max_length = "
-            f'{settings.max_length:,}, and data.too_long = "drop" leaves them out.\n'
-            "Raise data.max_length, or set data.too_long=cut."
+            Bilingual(
+                f"there is nothing to measure: all {tokens.dropped:,} rows are longer than data.max_length = "
+                f'{settings.max_length:,}, and data.too_long = "drop" leaves them out.\n'
+                "Raise data.max_length, or set data.too_long=cut.",
+                f"没有可评估的样本：全部 {tokens.dropped:,} 条都超过 data.max_length = "
+                f'{settings.max_length:,}，而 data.too_long = "drop" 会丢弃它们。\n'
+                "请增大 data.max_length，或设置 data.too_long=cut。",
+            )
         )
     if not len(tokens):
-        raise DataError("not one row can be used." + (f" {bad_rows_message(tokens.skipped)}" if tokens.skipped else ""))
+        none = Bilingual("not one row can be used.", "没有一条样本可用。")
+        bad = together(Bilingual(" ", ""), bad_rows_message(tokens.skipped)) if tokens.skipped else ""
+        raise DataError(together(none, bad))
     check_positions(run, tokens, "a row")
     unanswered = run.record.unanswered or has_unanswered(rows)
     return EvalRows(tokens, rows, run.labels, unanswered, run.config.train.rows_per_step)

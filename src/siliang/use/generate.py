@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from siliang.language import Bilingual, local
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun
 from siliang.secrets import short_repr
@@ -47,12 +48,27 @@ def generate(
     """
     task, tokenizer = TASKS[run.config.task], run.tokenizer
     if task.prompt is None:
-        raise ConfigError(f"{run.folder} was trained to classify: use `siliang predict`.")
+        raise ConfigError(
+            Bilingual(
+                f"{run.folder} was trained to classify: use `siliang predict`.",
+                f"{run.folder} 是分类任务的运行：请用 `siliang predict`。",
+            )
+        )
     if base and not isinstance(run.model, PeftModel):
-        raise ConfigError(f"{run.folder} was fully tuned: its base model is not inside it any more.")
+        raise ConfigError(
+            Bilingual(
+                f"{run.folder} was fully tuned: its base model is not inside it any more.",
+                f"{run.folder} 是全参数微调：其中已没有基座模型。",
+            )
+        )
     ids, stop = task.prompt(tokenizer, run.config.data.template, instruction, input, plain)
     if not ids:
-        raise ConfigError("the tokenizer makes no tokens of this text: there is nothing to answer.")
+        raise ConfigError(
+            Bilingual(
+                "the tokenizer makes no tokens of this text: there is nothing to answer.",
+                "分词器没有从这段文本得到任何词元：没有可回答的内容。",
+            )
+        )
     max_new_tokens = _room(run, len(ids), max_new_tokens, up_to, base=base)
     input_ids = torch.tensor([ids], device=run.model.device)
     settings: dict[str, Any] = {
@@ -67,10 +83,20 @@ def generate(
     wanted = run.model.generation_config
     if not isinstance(wanted.num_beams or 1, int) or (wanted.num_beams or 1) > MOST_BEAMS:
         asked = short_repr(wanted.num_beams)
-        raise ModelError(f"{run.config.model} asks for num_beams = {asked}: at most {MOST_BEAMS}.")
+        raise ModelError(
+            Bilingual(
+                f"{run.config.model} asks for num_beams = {asked}: at most {MOST_BEAMS}.",
+                f"{run.config.model} 要求 num_beams = {asked}：最大为 {MOST_BEAMS}。",
+            )
+        )
     embeddings: Any = run.model.get_input_embeddings()
     if (most := int(embeddings.weight.shape[0])) <= max(ids):
-        raise ModelError(f"{run.config.model}: its tokenizer has a token {max(ids):,}, and its model {most:,} tokens.")
+        raise ModelError(
+            Bilingual(
+                f"{run.config.model}: its tokenizer has a token {max(ids):,}, and its model {most:,} tokens.",
+                f"{run.config.model}：分词器有编号 {max(ids):,} 的词元，而模型只有 {most:,} 个词元。",
+            )
+        )
     streams = (wanted.num_beams or 1) == 1  # beams are not known before the end
     if on_text is not None and streams:
         settings["streamer"] = _Pieces(tokenizer, on_text)
@@ -82,8 +108,12 @@ def generate(
             written = run.model.generate(input_ids=input_ids, **settings)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # of untrusted values
         raise ModelError(
-            f"{run.config.model} cannot write: {first_line(error)}\n"
-            "See its generation_config.json: it sets how the model generates text."
+            Bilingual(
+                f"{run.config.model} cannot write: {first_line(error)}\n"
+                "See its generation_config.json: it sets how the model generates text.",
+                f"{run.config.model} 无法生成：{local(first_line(error), 'zh')}\n"
+                "请查看它的 generation_config.json：其中规定了模型如何生成文本。",
+            )
         ) from error
     answer = written[0] if task.has_encoder else written[0, len(ids) :]
     text = tokenizer.decode(answer, skip_special_tokens=True)
@@ -125,12 +155,17 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
         ConfigError: The model has no positions for them, or fewer than one is wanted.
     """
     if wanted is not None and wanted < 1:
-        raise ConfigError(f"max_new_tokens = {wanted:,} must be 1 or more.")
+        raise ConfigError(
+            Bilingual(f"max_new_tokens = {wanted:,} must be 1 or more.", f"max_new_tokens = {wanted:,}：至少为 1。")
+        )
     task, positions = TASKS[run.config.task], positions_of(run, base=base)
     limit, room = positions.reads, None
     if limit is not None and tokens > limit - task.decoder_only:
         raise ConfigError(
-            f"the prompt has {tokens:,} tokens, and the model has {positions.in_words(limit)}: shorten it."
+            Bilingual(
+                f"the prompt has {tokens:,} tokens, and the model has {positions.in_words(limit)}: shorten it.",
+                f"提示有 {tokens:,} 个词元，而模型有{positions.in_words(limit).zh}：请缩短提示。",
+            )
         )
     if task.has_encoder:
         room = None if positions.writes is None else positions.writes - 1  # one begins the target
@@ -138,8 +173,12 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
         room = limit - tokens
     if room is not None and wanted is not None and wanted > room:
         raise ConfigError(
-            f"max_new_tokens = {wanted:,} behind a prompt of {tokens:,} tokens is more than the model's "
-            f"{positions.in_words(limit if limit is not None else room)}: at most {room:,} can be written."
+            Bilingual(
+                f"max_new_tokens = {wanted:,} behind a prompt of {tokens:,} tokens is more than the model's "
+                f"{positions.in_words(limit if limit is not None else room)}: at most {room:,} can be written.",
+                f"提示有 {tokens:,} 个词元，再加 max_new_tokens = {wanted:,} 就超出了模型的 "
+                f"{positions.in_words(limit if limit is not None else room).zh}：最多能生成 {room:,} 个。",
+            )
         )
     return wanted if wanted is not None else (up_to if room is None else min(up_to, room))
 

@@ -16,12 +16,13 @@ from siliang.data.jinja import with_chat_template
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import sequences_of
 from siliang.files import creating_folder
+from siliang.language import Bilingual, local
 from siliang.merge import MergeProof, merge_with_proof
 from siliang.models.save import save_model
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, create_output, find_run, open_trained
 from siliang.tasks import TASKS
-from siliang.types import ConfigError, DataError, MergeError
+from siliang.types import ConfigError, DataError, MergeError, message_of
 from siliang.use.evaluate import eval_rows
 
 PROOF_SAMPLES = 32
@@ -36,7 +37,12 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
         OutputError: The output folder is not empty.
     """
     if not isinstance(run.model, PeftModel):
-        raise ConfigError(f"{run.folder} was fully tuned: {run.folder / 'model'} is a plain model already.")
+        raise ConfigError(
+            Bilingual(
+                f"{run.folder} was fully tuned: {run.folder / 'model'} is a plain model already.",
+                f"{run.folder} 是全参数微调：{run.folder / 'model'} 已经是完整的模型。",
+            )
+        )
     if run.precision.compute != "fp32":  # which would round the sum
         trained = run.trained or find_run(run.folder, force=True)
         run = open_trained(trained, dtype=torch.float32, quantized=False)
@@ -45,15 +51,24 @@ def merge(run: OpenedRun, output: Path, *, data: str | None = None, force: bool 
     except DataError as error:
         if data is not None:
             raise
-        raise DataError(f"{error}\nThe proof needs some rows, any will do: give them with --data FILE.") from None
+        raise DataError(
+            Bilingual(
+                f"{error}\nThe proof needs some rows, any will do: give them with --data FILE.",
+                f"{local(message_of(error), 'zh')}\n验证需要一些样本，任何样本都可以：请用 --data FILE 给出。",
+            )
+        ) from None
     samples = list(_samples(run, tokens))
     new = create_output(output)
     try:
         merged, proof = merge_with_proof(run.model, samples)
         if not proof.holds and not force:
             raise MergeError(
-                f"The merged model does not answer as the adapter does: {proof}.\n"
-                "Nothing was written. Merge in a wider --dtype, or keep it anyway with --force."
+                Bilingual(
+                    f"The merged model does not answer as the adapter does: {proof}.\n"
+                    "Nothing was written. Merge in a wider --dtype, or keep it anyway with --force.",
+                    f"合并后的模型与接着适配器时输出不一致：{proof.in_words.zh}。\n"
+                    "没有写入任何内容。请用更宽的 --dtype 合并，或加 --force 照样保留。",
+                )
             )
         assert isinstance(merged, PreTrainedModel)  # as it was loaded
         with creating_folder(output) as temporary:

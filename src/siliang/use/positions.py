@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from siliang.data.tokens import TokenSet
+from siliang.language import Bilingual, local
 from siliang.models.positions import Positions
 from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun
@@ -29,13 +30,22 @@ def check_positions(run: OpenedRun, tokens: TokenSet, what: str) -> None:
     longest = tokens.longest_sequence
     if limit is not None and longest > limit:
         raise DataError(
-            f"{what} has {longest:,} tokens, and the model has {positions.in_words(limit)}: shorten it, or train with "
-            "no larger data.max_length."
+            Bilingual(
+                f"{what} has {longest:,} tokens, and the model has {positions.in_words(limit)}: shorten it, "
+                "or train with "
+                "no larger data.max_length.",
+                f"{local(what, 'zh')}有 {longest:,} 个词元，而模型有 {positions.in_words(limit).zh}："
+                "请缩短，或用不更大的 data.max_length 训练。",
+            )
         )
     if TASKS[run.config.task].has_encoder and positions.writes is not None:
         longest = int(tokens.learned.max(initial=0))
         if longest > positions.writes:
             raise DataError(
-                f"a target has {longest:,} tokens, and the model's decoder {positions.in_words(positions.writes)}: "
-                "shorten it, or train with no larger data.max_target_length."
+                Bilingual(
+                    f"a target has {longest:,} tokens, and the model's decoder {positions.in_words(positions.writes)}: "
+                    "shorten it, or train with no larger data.max_target_length.",
+                    f"有目标长 {longest:,} 个词元，而模型的解码器有 {positions.in_words(positions.writes).zh}"
+                    "：请缩短，或用不更大的 data.max_target_length 训练。",
+                )
             )

@@ -14,9 +14,10 @@ from siliang.data.reading import Reading
 from siliang.data.sources import open_source
 from siliang.data.text_files import kind_of
 from siliang.data.tokens import TokenSet, tokenize
+from siliang.language import Bilingual, local
 from siliang.run_folder import OpenedRun
 from siliang.tasks import TASKS, Prediction, Trained
-from siliang.types import ConfigError, DataError
+from siliang.types import ConfigError, DataError, message_of
 from siliang.use.evaluate import engine_of, sums_of
 from siliang.use.positions import check_positions
 
@@ -53,7 +54,12 @@ def check_predicts(run: OpenedRun) -> None:
         ConfigError: The run writes text.
     """
     if TASKS[run.config.task].predict is None:
-        raise ConfigError(f"{run.folder} was trained to write text: use `siliang generate`.")
+        raise ConfigError(
+            Bilingual(
+                f"{run.folder} was trained to write text: use `siliang generate`.",
+                f"{run.folder} 是生成文本的运行：请用 `siliang generate`。",
+            )
+        )
 
 
 def _read(
@@ -87,10 +93,15 @@ def read_texts(run: OpenedRun, source: str) -> list[Asked]:
     for row in opened.rows(next(iter(opened.parts)), reading):
         missing = [name for name in names if name not in row.values]
         if row.problem is not None:
-            raise DataError(f"{row.where} {row.problem}.")
+            raise DataError(Bilingual(f"{row.where} {row.problem}.", f"{row.where} {local(row.problem, 'zh')}。"))
         if missing:
             there = ", ".join(map(repr, row.values))
-            raise DataError(f"{row.where} has no column {missing[0]!r}, which the run was trained on; it has {there}.")
+            raise DataError(
+                Bilingual(
+                    f"{row.where} has no column {missing[0]!r}, which the run was trained on; it has {there}.",
+                    f"{row.where} 没有训练时使用的列 {missing[0]!r}；这里有 {there}。",
+                )
+            )
         values = [row.values[name] for name in names]
         if "tokens" in asks and isinstance(values[0], list):
             texts.append(tuple(map(str, values[0])))
@@ -98,6 +109,8 @@ def read_texts(run: OpenedRun, source: str) -> list[Asked]:
         try:
             cells = [as_text(value, name) for value, name in zip(values, names, strict=True)]
         except BadRow as problem:
-            raise DataError(f"{row.where} {problem}.") from None
+            raise DataError(
+                Bilingual(f"{row.where} {problem}.", f"{row.where} {local(message_of(problem), 'zh')}。")
+            ) from None
         texts.append((cells[0], cells[1]) if len(cells) > 1 and any(map(str.strip, cells)) else cells[0])
     return texts

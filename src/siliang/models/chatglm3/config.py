@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from siliang.language import Bilingual
 from siliang.types import ModelError
 
 
@@ -84,27 +85,49 @@ class ChatGLMConfig(PreTrainedConfig):
         for foreign in ("position_encoding_2d", "inner_hidden_size"):
             if hasattr(self, foreign):
                 raise ModelError(
-                    f"config.json: {foreign} belongs to the first ChatGLM-6B, which has another architecture. "
-                    "Supported are ChatGLM2 and ChatGLM3."
+                    Bilingual(
+                        f"config.json: {foreign} belongs to the first ChatGLM-6B, which has another architecture. "
+                        "Supported are ChatGLM2 and ChatGLM3.",
+                        f"config.json：{foreign} 属于第一代 ChatGLM-6B，其结构不同。支持 ChatGLM2 和 ChatGLM3。",
+                    )
                 )
         if getattr(self, "quantization_bit", 0):
             raise ModelError(
-                f"config.json: quantization_bit={self.quantization_bit} is ChatGLM's own quantization, which is not "
-                "supported. Load the fp16 weights; they can be quantized to 4 bits while loading."
+                Bilingual(
+                    f"config.json: quantization_bit={self.quantization_bit} is ChatGLM's own quantization, "
+                    "which is not "
+                    "supported. Load the fp16 weights; they can be quantized to 4 bits while loading.",
+                    f"config.json：quantization_bit={self.quantization_bit} 是 ChatGLM 自己的量化，不受支持。"
+                    "请加载 fp16 权重；加载时可以量化为 4 比特。",
+                )
             )
         if getattr(self, "pre_seq_len", None):
             raise ModelError(
-                f"config.json: pre_seq_len={self.pre_seq_len} asks for a P-tuning v2 prefix inside the model, which is "
-                "not supported. Remove it to open the base model; tune a prefix with method: prefix."
+                Bilingual(
+                    f"config.json: pre_seq_len={self.pre_seq_len} asks for a P-tuning v2 prefix inside the "
+                    "model, which is "
+                    "not supported. Remove it to open the base model; tune a prefix with method: prefix.",
+                    f"config.json：pre_seq_len={self.pre_seq_len} 要求模型内带 P-tuning v2 前缀，不受支持。"
+                    "请去掉它来打开基座模型；微调前缀请用 method: prefix。",
+                )
             )
         for name, only in SUPPORTED.items():
             value = getattr(self, name, only)
             if bool(value) != only:
-                raise ModelError(f"config.json: {name}={value!r} is not supported for ChatGLM; it can only be {only}.")
+                raise ModelError(
+                    Bilingual(
+                        f"config.json: {name}={value!r} is not supported for ChatGLM; it can only be {only}.",
+                        f"config.json：ChatGLM 不支持 {name}={value!r}，只能是 {only}。",
+                    )
+                )
         if self.num_attention_heads % self.multi_query_group_num or self.kv_channels % 4:
             raise ModelError(
-                f"config.json: num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"multi_query_group_num={self.multi_query_group_num}, and kv_channels={self.kv_channels} of 4."
+                Bilingual(
+                    f"config.json: num_attention_heads={self.num_attention_heads} must be a multiple of "
+                    f"multi_query_group_num={self.multi_query_group_num}, and kv_channels={self.kv_channels} of 4.",
+                    f"config.json：num_attention_heads={self.num_attention_heads} 须是 multi_query_group_num="
+                    f"{self.multi_query_group_num} 的倍数，kv_channels={self.kv_channels} 须是 4 的倍数。",
+                )
             )
 
 

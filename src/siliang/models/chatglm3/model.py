@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from siliang.language import Bilingual
 from siliang.models.chatglm3.config import ChatGLMConfig
 
 # <|user|> and <|observation|>: where a chat model hands over, it writes the next role in the place of </s>
@@ -248,7 +249,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             kwargs: Handed on to the attention function.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
+            raise ValueError(
+                Bilingual("Give either input_ids or inputs_embeds.", "请给出 input_ids 或 inputs_embeds 之一。")
+            )
         x_BLC = cast(Tensor, self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
         cache = kwargs.pop("past_key_values", cache)
         if use_cache and cache is None:

@@ -31,6 +31,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 from transformers.utils.generic import PaddingStrategy
 
+from siliang.language import Bilingual
 from siliang.models.chatglm3.template import CHAT_TEMPLATE, PUBLISHED_TEMPLATE
 from siliang.types import ModelError
 
@@ -78,12 +79,22 @@ class ChatGLMTokenizer(PythonBackend):
         **kwargs: Any,
     ) -> None:
         if not vocab_file:
-            raise ModelError("tokenizer.model is missing, the file that ChatGLM2 and ChatGLM3 keep their pieces in.")
+            raise ModelError(
+                Bilingual(
+                    "tokenizer.model is missing, the file that ChatGLM2 and ChatGLM3 keep their pieces in.",
+                    "缺少 tokenizer.model，ChatGLM2 和 ChatGLM3 的词片保存在该文件中。",
+                )
+            )
         self.vocab_file = vocab_file
         self.pieces = SentencePieceProcessor(model_file=vocab_file)
         self.commands = {word: len(self.pieces) + i for i, word in enumerate(COMMANDS)}
         if clash := [word for word in COMMANDS if self.pieces.piece_to_id(word) != self.pieces.unk_id()]:
-            raise ModelError(f"{vocab_file}: {clash[0]!r} is a piece, so it cannot also be a special token.")
+            raise ModelError(
+                Bilingual(
+                    f"{vocab_file}: {clash[0]!r} is a piece, so it cannot also be a special token.",
+                    f"{vocab_file}：{clash[0]!r} 是普通词片，不能同时是特殊词元。",
+                )
+            )
         # what may stand in published and older configs about tokens whose ids are fixed
         given = kwargs.pop("extra_special_tokens", None) or kwargs.pop("additional_special_tokens", None) or []
         added = kwargs.pop("added_tokens_decoder", {})
@@ -160,7 +171,7 @@ class ChatGLMTokenizer(PythonBackend):
         schemas = None if tools is None else [t if isinstance(t, dict) else get_json_schema(t) for t in tools]
         template = self.get_chat_template(chat_template, schemas)
         if not conversation:
-            raise ValueError("The conversation is empty.")
+            raise ValueError(Bilingual("The conversation is empty.", "对话是空的。"))
         batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
         chats = [getattr(chat, "messages", chat) for chat in (conversation if batched else [conversation])]
         chats = [[{key: v for key, v in message.items() if v is not None} for message in chat] for chat in chats]
@@ -339,7 +350,12 @@ def _strings(data: object) -> Iterator[str]:
         for value in data:
             yield from _strings(value)
     elif not (data is None or isinstance(data, (bool, int, float))):
-        raise TypeError(f"Messages must be plain data (dicts, lists, strings, numbers); {type(data).__name__} is not.")
+        raise TypeError(
+            Bilingual(
+                f"Messages must be plain data (dicts, lists, strings, numbers); {type(data).__name__} is not.",
+                f"消息只能是普通数据（字典、列表、字符串、数），不能是 {type(data).__name__}。",
+            )
+        )
 
 
 def _map_strings(data: Any, change: Callable[[str], str]) -> Any:
