@@ -185,6 +185,7 @@ def load_tensors(
     """
     adapter = injection.adapters[name]
     own = adapter.tensors()
+    tensors = method_of(adapter.config).from_file(adapter.config, tensors)
     with injection.bare() as base:
         embeddings = {adapter.parameter_key(path): path for path in embedding_parameters(base)}
         first = {id(p): path for path, p in base.named_parameters()}

@@ -41,7 +41,10 @@ METHODS: dict[str, AnyMethod] = {
 
 
 CONFIG_CLASSES |= {
-    str(method.config.peft_type): method.config for method in METHODS.values() if method.config is not None
+    str(name): config
+    for config in (method.config for method in METHODS.values())
+    if config is not None
+    for name in (config.peft_type, *config.FORMER_TYPES)
 }
 
 

@@ -51,6 +51,8 @@ class PeftConfig:
     UNSUPPORTED: ClassVar[dict[str, object]] = {}
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ()
     MOST: ClassVar[int] = 2**31  # of those numbers: no model has more of anything
+    PROBABILITIES: ClassVar[tuple[str, ...]] = ()  # of leaving something out during training
+    FORMER_TYPES: ClassVar[tuple[str, ...]] = ()  # names of the method in files of older releases of PEFT
 
     def __post_init__(self) -> None:
         refresh()  # TRL's trainers take it as peft_config
@@ -66,6 +68,14 @@ class PeftConfig:
                     Bilingual(
                         f"{name} = {value!r}: must be at most {self.MOST:,}.",
                         f"{name} = {value!r}：最大为 {self.MOST:,}。",
+                    )
+                )
+        for name in self.PROBABILITIES:
+            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+                raise ConfigError(
+                    Bilingual(
+                        f"{name} = {value!r}: must be at least 0 and less than 1.",
+                        f"{name} = {value!r}：必须不小于 0 且小于 1。",
                     )
                 )
 

@@ -38,12 +38,10 @@ class LycorisConfig(BlocksConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
+    PROBABILITIES: ClassVar[tuple[str, ...]] = ("rank_dropout", "module_dropout")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0.0 <= (p := getattr(self, name)) < 1.0:
-                raise ConfigError(f"{name} = {p!r}: must be at least 0 and less than 1.")
         if low := [key for key, r in self.rank_pattern.items() if not 1 <= r <= self.MOST]:
             raise ConfigError(f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be 1 to {self.MOST:,}.")
 

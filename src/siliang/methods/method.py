@@ -189,6 +189,10 @@ class Method(ABC, Generic[C]):
         """
         return tensors
 
+    def from_file(self, config: C, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The way back: the tensors of a file, by the keys that an adapter has."""
+        return tensors
+
     def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
         """Why a tensor of a file may have another shape than the config gives it, for the error; "" for no hint.
 

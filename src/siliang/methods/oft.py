@@ -59,6 +59,7 @@ class OFTConfig(BlocksConfig):
 
     peft_type: ClassVar[str] = PeftType.OFT
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("num_cayley_neumann_terms",)
+    PROBABILITIES: ClassVar[tuple[str, ...]] = ("module_dropout",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,8 +68,6 @@ class OFTConfig(BlocksConfig):
                 f"r = {self.r} and oft_block_size = {self.oft_block_size}: set one of them, and the other to 0 "
                 "(their product is the layer's width)."
             )
-        if not 0.0 <= self.module_dropout < 1.0:
-            raise ConfigError(f"module_dropout = {self.module_dropout!r}: must be at least 0 and less than 1.")
 
 
 class OFTLayer(InputTransform):
