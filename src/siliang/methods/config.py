@@ -75,7 +75,7 @@ class PeftConfig:
                 raise ConfigError(
                     Bilingual(
                         f"{name} = {value!r}: must be at least 0 and less than 1.",
-                        f"{name} = {value!r}：必须不小于 0 且小于 1。",
+                        f"{name} = {value!r}：须大于等于 0 且小于 1。",
                     )
                 )
 
