@@ -330,7 +330,7 @@ def test_a_computed_weight_on_a_quantized_layer() -> None:
     layer = AdaptedLayer(base)
     adapter = scaled(layer, "a", {})
     layer.add_adapter(adapter)
-    layer.activate(("a",), merged=False)
+    layer.activate(("a",), disabled=False)
     x = torch.randn(3, 64)
     expected = (base(x) - base.bias) * adapter.part("scaled_d") + base.bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)

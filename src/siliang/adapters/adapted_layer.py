@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from siliang.adapters.peft_layer import PeftLayer
 from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, LayerAdapter
 from siliang.methods.rows import Rows, by_row
@@ -16,7 +16,7 @@ from siliang.models.quantized import is_quantized
 from siliang.types import MergeError
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(PeftLayer):
     """A layer of the base model with named adapters on it, of one method or of several.
 
     It takes the base layer's place in the model and keeps it as `base_layer`. Nothing here depends on its kind, so
@@ -24,17 +24,17 @@ class AdaptedLayer(nn.Module):
     names, such as `lora_A.<adapter>`. Adapters are made while the base layer has its own parameters.
 
     Attributes:
-        active: The adapters that compute, the innermost first.
+        active: The active adapters, the innermost first.
+        disabled: None computes.
         merged: Those that are in the base layer's own parameters; the layer computes with these alone then, as in PEFT.
         rows: For a batch that mixes adapters, the one of each row; None otherwise.
     """
-
-    base_layer: Any  # nn.Linear or a quantized one, nn.Embedding, a norm, a module of experts ...
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.active: tuple[str, ...] = ()
+        self.disabled = False
         self.merged: tuple[str, ...] = ()
         self.rows: Rows | None = None
         # Dicts, so that nothing in them is listed a second time among the layer's parameters.
@@ -44,7 +44,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.rows is None:
-            return self._compute(() if self.merged else self.active, x, args, kwargs)
+            return self._compute(() if self.disabled or self.merged else self.active, x, args, kwargs)
 
         def run(name: str, part: Tensor, *args: object, **kwargs: object) -> Tensor:
             with self._with_overrides_of([name]):
@@ -86,11 +86,13 @@ class AdaptedLayer(nn.Module):
 
     # ---- which parameters the base layer has ----
 
-    def activate(self, names: tuple[str, ...], *, merged: bool) -> None:
-        """Makes `names` the adapters that compute, or puts the merged ones into the base layer's parameters."""
+    def activate(self, names: tuple[str, ...], *, disabled: bool) -> None:
+        """Makes `names` the active adapters; they compute, or the merged ones do, unless all are disabled."""
         self.restore_base()
-        self.active = names
-        for key, parameter in (self._merged if merged and self.merged else self._overrides_of(names)).items():
+        self.active, self.disabled = names, disabled
+        if disabled:
+            return
+        for key, parameter in (self._merged if self.merged else self._overrides_of(names)).items():
             self._replace(key, parameter)
 
     def restore_base(self) -> None:
@@ -204,16 +206,6 @@ class AdaptedLayer(nn.Module):
     def set_merged(self, names: Sequence[str], parameters: dict[str, nn.Parameter]) -> None:
         """Keeps what `merge` gave, for `activate`."""
         self.merged, self._merged = tuple(name for name in names if name in self._adapters), parameters
-
-    # ---- what other modules read of a layer, as of the plain one ----
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
 
 
 class ByAdapter(nn.Module):

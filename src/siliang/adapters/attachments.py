@@ -63,22 +63,27 @@ class Attachments:
             layer.restore_base()
         self._activate_overrides(())
 
-    def apply_state(self, active: tuple[str, ...], merged: tuple[str, ...], rows: Rows | None) -> None:
+    def apply_state(
+        self, active: tuple[str, ...], merged: tuple[str, ...], rows: Rows | None, *, disabled: bool
+    ) -> None:
         """Lets these adapters compute, and no others.
 
         Args:
             active: The active ones.
             merged: Those that are in the weights.
-            rows: For a batch that mixes adapters, the one of each row; none are active or merged then.
+            rows: For a batch that mixes adapters, the one of each row.
+            disabled: The base model computes alone.
         """
         for layer in self.layers.values():
             layer.restore_base()
-        self._activate_overrides((*merged, *active))
+        base_alone = disabled or rows is not None
+        self._activate_overrides(() if base_alone else (*merged, *active))
         for layer in self.layers.values():
-            layer.activate(active, merged=bool(merged))
+            layer.activate(active, disabled=base_alone)
             layer.rows = rows
+        computing = () if base_alone else active
         for wrapper in self.modules_to_save.values():
-            wrapper.active = next((n for n in active if n in wrapper.modules_to_save), None)
+            wrapper.active = next((n for n in computing if n in wrapper.modules_to_save), None)
             wrapper.rows = rows
 
     def _activate_overrides(self, names: Sequence[str]) -> None:

@@ -52,6 +52,7 @@ class Injection(nn.Module):
         prompts: Those of them that are virtual tokens.
         active: The adapters that were made the active ones, even while they are disabled.
         merged: The adapters that are in the base model's own weights.
+        switched_off: The model computes as the base model does, until adapters are switched on again.
     """
 
     prompts: nn.ModuleDict
@@ -70,6 +71,7 @@ class Injection(nn.Module):
         self.adapters: dict[str, AttachedAdapter] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        self.switched_off = False
         self.for_prompts = for_prompts
         self.attachments = Attachments(model)
         self._disabled = 0
@@ -112,11 +114,10 @@ class Injection(nn.Module):
 
     def _apply_state(self) -> None:
         """Makes the model compute what the present state says. No other function decides that."""
-        base_alone = bool(self._disabled) or self._rows is not None
-        active, merged = ((), ()) if base_alone else (self.active, self.merged)
+        disabled = bool(self._disabled) or self.switched_off
         self._take_hooks_off()
-        self.attachments.apply_state(active, merged, self._rows)
-        for name in active:
+        self.attachments.apply_state(self.active, self.merged, self._rows, disabled=disabled)
+        for name in () if disabled or self._rows is not None else self.active:
             if name in self.adapters:
                 adapter = self.adapters[name]
                 remove = method_of(adapter.config).add_hooks(self.model, adapter)
@@ -202,6 +203,11 @@ class Injection(nn.Module):
         self.active = names
         self._apply_state()
 
+    def switch(self, *, on: bool) -> None:
+        """Lets the model compute as the base model does, or with its adapters again."""
+        self.switched_off = not on
+        self._apply_state()
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as the base model does, merged adapters or not."""
@@ -224,7 +230,7 @@ class Injection(nn.Module):
             ConfigError: Adapters are merged, or are of a kind that replaces the base model's own parameters.
         """
         names = tuple(names)
-        if self._disabled:
+        if self._disabled or self.switched_off:
             yield
             return
         alone = {name for name in names if name in self.prompts or self.attachments.overridden_by(name)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -31,10 +32,19 @@ class LayerAdapter(ABC):
         layer: The layer that it is on.
         name: The adapter's name.
         parts: Its modules and parameters, in the order of the file.
+
+    Attributes:
+        s: The scaling that it computes with now, which scripts may change.
+        config_scaling: The scaling that follows from its config; None for a method without one.
+        settings: The settings that PEFT shows of a layer with it, such as {"r": 8}.
     """
 
     # No other adapter can be active on the layer together with it.
     EXCLUSIVE: ClassVar[bool] = False
+
+    s: float = 1.0
+    config_scaling: float | None = None
+    settings: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, layer: Layer, name: str, parts: Mapping[str, nn.Module | nn.Parameter]) -> None:
         self.layer, self.name = layer, name
@@ -59,6 +69,10 @@ class LayerAdapter(ABC):
         assert isinstance(found, kind)
         return found
 
+    def set_scaling(self, s: float) -> None:
+        """Makes `s` the scaling that follows from the config."""
+        self.s = self.config_scaling = s
+
     @abstractmethod
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """The layer's output.
@@ -71,6 +85,11 @@ class LayerAdapter(ABC):
     @abstractmethod
     def merged(self) -> dict[str, Tensor]:
         """The base layer's parameters, as they are now, with this adapter merged into them, by name."""
+
+    def delta_weight(self) -> Tensor:
+        """What merging adds to the layer's weight, in the form in which that is stored."""
+        merged = self.merged()["weight"]
+        return merged - self.layer.base_layer.weight.to(merged.dtype)
 
     def check_merge(self) -> None:  # noqa: B027, most methods have nothing to check
         """

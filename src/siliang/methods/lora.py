@@ -308,6 +308,7 @@ def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float) -> Lora
     return LoraSpec(
         kind=kind,
         r=r,
+        alpha=alpha,
         scaling=alpha / math.sqrt(r) if config.use_rslora else alpha / r,
         dropout_p=config.lora_dropout,
         init=config.init_lora_weights,

@@ -28,6 +28,7 @@ class LoraSpec:
     Attributes:
         kind: What computes it.
         r: R.
+        alpha: lora_alpha.
         scaling: s.
         dropout_p: Probability of zeroing an input of A during training.
         init: As `init_lora_weights`.
@@ -37,12 +38,18 @@ class LoraSpec:
 
     kind: type[LowRank]
     r: int
+    alpha: float
     scaling: float
     dropout_p: float = 0.0
     init: bool | str = True
     bias: bool = False
     bits: int = 4
     iterations: int = 1
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What PEFT shows of it on a layer."""
+        return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": nn.Dropout(self.dropout_p)}
 
     @property
     def has_residual(self) -> bool:
@@ -58,7 +65,6 @@ class LowRank(LayerAdapter):
     """s B A on one layer.
 
     Attributes:
-        s: The scaling.
         residual: The base weight less what the start moved into B A; None where the start leaves it unchanged.
     """
 
@@ -70,7 +76,8 @@ class LowRank(LayerAdapter):
         parts: Mapping[str, nn.Module | nn.Parameter] | None = None,
     ) -> None:
         super().__init__(layer, name, parts or {})
-        self.s = spec.scaling
+        self.set_scaling(spec.scaling)
+        self.settings = spec.settings
         self.residual: nn.Parameter | None = None
 
     @classmethod

@@ -53,7 +53,8 @@ class LycorisAdapter(Additive):
         self, config: LycorisConfig, layer: Layer, name: str, parts: Mapping[str, nn.Module | nn.Parameter]
     ) -> None:
         super().__init__(layer, name, parts)
-        self.s = config.alpha / config.r
+        self.set_scaling(config.alpha / config.r)
+        self.settings = {"r": config.r, "alpha": config.alpha}
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
 
     def as_weight(self, delta: Tensor) -> Tensor:

@@ -1,0 +1,125 @@
+"""What scripts read and set of a layer with adapters, under the names that PEFT's layers have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from siliang.methods.layer import LayerAdapter
+
+
+class PeftLayer(nn.Module):
+    """A layer with adapters, as PEFT shows it. Settings such as `r` are mappings of the adapters' names to values.
+
+    Attributes:
+        base_layer: The layer of the base model.
+        active: The adapters that were made the active ones, also while they are disabled.
+        disabled: The layer computes without adapters.
+        merged: The adapters that are in the base layer's own parameters.
+    """
+
+    base_layer: Any  # nn.Linear or a quantized one, nn.Embedding, a norm, a module of experts ...
+    active: tuple[str, ...]
+    disabled: bool
+    merged: tuple[str, ...]
+    _adapters: dict[str, LayerAdapter]
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer of the base model."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    # ---- the adapters ----
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, those too that this layer does not have."""
+        return list(self.active)
+
+    @property
+    def active_adapter(self) -> list[str] | str:
+        """The active adapter, or a list of several."""
+        return self.active[0] if len(self.active) == 1 else list(self.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(self.merged)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer computes without adapters."""
+        return self.disabled
+
+    # ---- scalings ----
+
+    @property
+    def scaling(self) -> MutableMapping[str, float]:
+        """The scalings of the adapters that have one; setting one changes what the layer computes."""
+        return _Scalings(self._adapters)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Makes the scaling of an adapter `scale` times what its config says."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._adapters[adapter].config_scaling
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scalings of the active adapters."""
+        for name in set(self.active) & set(self.scaling):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scalings of the active adapters; None: they are what their configs say again."""
+        for name in set(self.active) & set(self.scaling):
+            self.scaling[name] = self._adapters[name].config_scaling if scale is None else self.scaling[name] / scale
+
+    # ---- settings and updates ----
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging an adapter alone adds to the layer's weight, in the form in which that is stored."""
+        return self._adapters[adapter].delta_weight()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            adapters: Mapping[str, LayerAdapter] = self.__dict__.get("_adapters", {})
+            found = {key: adapter.settings[name] for key, adapter in adapters.items() if name in adapter.settings}
+            if not found:
+                raise
+            return found
+
+
+class _Scalings(MutableMapping[str, float]):
+    """The scalings of a layer's adapters by name, live."""
+
+    def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
+        self._adapters = {name: adapter for name, adapter in adapters.items() if adapter.config_scaling is not None}
+
+    def __getitem__(self, name: str) -> float:
+        return self._adapters[name].s
+
+    def __setitem__(self, name: str, value: float) -> None:
+        if name not in self._adapters:
+            raise KeyError(name)
+        self._adapters[name].s = float(value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("A scaling cannot be deleted: delete the adapter.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
