@@ -36,6 +36,15 @@ def test_a_listing_imports_nothing_heavy(command: str) -> None:
     assert found.stdout.splitlines()[-1] == "heavy:" and len(found.stdout.splitlines()) > 10
 
 
+@pytest.mark.parametrize("command", ["predict r text", "eval r", "generate r text", "chat r", "merge r --output o"])
+def test_a_folder_that_is_no_run_is_refused_before_anything_heavy_is_imported(command: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.argv[1:] = {command.split()!r}\nfrom siliang.cli.main import main\n"
+    code += f"try:\n    main()\nfinally:\n    print('heavy:', *[m for m in {HEAVY} if m in sys.modules])"
+    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 2 and found.stdout.split() == ["heavy:"]
+    assert "r is not a run's folder: it has no run.yaml. There is no such folder." in found.stderr
+
+
 def test_public_names() -> None:
     import siliang
 

@@ -12,6 +12,7 @@ from siliang.language import Bilingual
 from siliang.secrets import LONGEST, shortened, without_secrets
 
 MOST_CHARACTERS = 4000  # of an error
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
 ALIKE = 0.7  # share of two words' letters that agree
 
 

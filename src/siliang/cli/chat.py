@@ -11,7 +11,7 @@ import typer
 
 from siliang.cli.console import as_text, input_lines, rich_console
 from siliang.cli.options import Temperature
-from siliang.cli.used_run import Base, Force, show_notes
+from siliang.cli.used_run import Base, Force, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import both
 from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw_stream
@@ -46,6 +46,7 @@ def chat(
 
     One question a line, each on its own; from standard input where that is not a terminal. An empty line ends it.
     """
+    check_folders(*runs)
     with importing():
         from siliang.cli.show import quiet_loading
         from siliang.hardware import find_device

@@ -8,7 +8,7 @@ import typer
 
 from siliang.cli.console import print_json
 from siliang.cli.options import Json
-from siliang.cli.used_run import Base, Force, Run, show_notes
+from siliang.cli.used_run import Base, Force, Run, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
 from siliang.types import ConfigError
@@ -32,6 +32,7 @@ def evaluate(
                 f"--data {data!r}：请给出文件、文件夹或 Hub 上的数据集名。",
             )
         )
+    check_folders(run)
     with importing():
         from siliang.cli.show import figures, quiet_loading
         from siliang.hardware import find_device

@@ -8,7 +8,7 @@ import typer
 
 from siliang.cli.console import as_text, print_product
 from siliang.cli.options import Temperature
-from siliang.cli.used_run import Force, Run, show_notes
+from siliang.cli.used_run import Force, Run, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import both
 
@@ -54,6 +54,7 @@ def generate(
 ) -> None:
     """Write text with a trained run."""
     instruction, input = as_text(instruction, "the instruction"), as_text(input, "--input")
+    check_folders(run)
     with importing():
         from siliang.cli.show import quiet_loading
         from siliang.hardware import find_device

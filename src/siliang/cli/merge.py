@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from siliang.cli.used_run import Base, Run, show_notes
+from siliang.cli.used_run import Base, Run, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import both, local
 
@@ -59,6 +59,7 @@ def merge(
     ] = False,
 ) -> None:
     """Merge a run's adapter into its base model, prove that both answer alike, and save a plain model."""
+    check_folders(run)
     with importing():
         import torch
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siliang.cli.console import as_text, command_line, input_lines, print_json
-from siliang.cli.used_run import Base, Force, Run, show_notes
+from siliang.cli.used_run import Base, Force, Run, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
 from siliang.terminal import one_line
@@ -51,6 +51,7 @@ def predict(
     Of a file the columns are read that the run was trained on. Of pairs of texts, and of a question and its context,
     the two have a tab between them. An empty line, or a row without a text, keeps its place as an empty line.
     """
+    check_folders(run)
     with importing():
         from siliang.cli.show import quiet_loading
         from siliang.hardware import find_device

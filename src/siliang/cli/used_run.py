@@ -66,6 +66,18 @@ def _names_a_model(text: str) -> bool:
     )
 
 
+def check_folders(*runs: Path) -> None:
+    """Refuses what is no run's folder before torch and transformers are imported, which takes seconds.
+
+    Raises:
+        ConfigError: A folder is not a run's.
+    """
+    from siliang.run_place import find_place
+
+    for run in runs:
+        find_place(run)
+
+
 def show_notes(notes: Iterable[str]) -> None:
     """What --force accepted."""
     for note in notes:

@@ -15,9 +15,9 @@ from siliang.methods.fields import check_fields
 from siliang.peft_checks import refresh
 from siliang.safety.safe_json import dump_json, read_values
 from siliang.secrets import short_repr
-from siliang.types import AdapterError, ConfigError, TaskType, message_of
+from siliang.types import ADAPTER_CONFIG, AdapterError, ConfigError, TaskType, message_of
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = ADAPTER_CONFIG
 BASE = "__base__"  # in adapter_names: no adapter
 _OF_THE_BASE = frozenset({"base_model_name_or_path", "revision", "auto_mapping", "inference_mode"})
 PEFT_FORMAT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal

@@ -15,7 +15,6 @@ from siliang.secrets import short_repr
 from siliang.types import ModelError
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-ADAPTER = "adapter_config.json"
 NO_ADAPTER = "no-adapter-is-looked-for"  # in place of the folder where transformers looks for an adapter
 # transformers loads the first of these that a folder has
 WEIGHT_FILES = (

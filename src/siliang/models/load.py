@@ -18,14 +18,14 @@ from siliang.hardware import choose_precision
 from siliang.hub import only_cached
 from siliang.language import Bilingual
 from siliang.models.base_config import load_config, why_not
-from siliang.models.folder import ADAPTER, NO_ADAPTER
+from siliang.models.folder import NO_ADAPTER
 from siliang.models.invented import embedding_weights, invented_modules, may_be_invented
 from siliang.models.own_code import code_of
 from siliang.models.quantized import check_quantized, keep_as_stored
 from siliang.models.sizes import may_be_too_large
 from siliang.models.spec import ModelSpec
 from siliang.models.weights import piece_by_piece
-from siliang.types import OTHER_HEADS, ModelError
+from siliang.types import ADAPTER_CONFIG, OTHER_HEADS, ModelError
 
 BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantized: every token's probability depends on them
@@ -61,10 +61,10 @@ def load_model(
     """
     bound_kernel_caches()
     config = load_config(name, revision=revision)
-    if (Path(name) / ADAPTER).is_file():
+    if (Path(name) / ADAPTER_CONFIG).is_file():
         warnings.warn(
-            f"{name} holds an adapter beside the model ({ADAPTER}), which is left aside: to train it further, move it "
-            "into a folder of its own and name that as `adapter`.",
+            f"{name} holds an adapter beside the model ({ADAPTER_CONFIG}), which is left aside: to train it further, "
+            "move it into a folder of its own and name that as `adapter`.",
             stacklevel=2,
         )
     if labels is not None:

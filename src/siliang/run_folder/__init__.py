@@ -2,19 +2,7 @@
 folder."""
 
 from siliang.run_folder.changes import changed_base, changed_data, hashes, sources_of, what_changed
-from siliang.run_folder.layout import (
-    ADAPTER,
-    CHECKPOINTS,
-    CONFIG_NAME,
-    MODEL,
-    PREFIX,
-    TRACKERS,
-    check_empty,
-    checkpoints,
-    create_output,
-    read_config,
-    write_config,
-)
+from siliang.run_folder.layout import check_empty, create_output, read_config, write_config
 from siliang.run_folder.opened import (
     OpenedRun,
     TrainedRun,
@@ -26,6 +14,7 @@ from siliang.run_folder.opened import (
     open_trained,
     weight_dtype,
 )
+from siliang.run_place import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, PREFIX, TRACKERS, checkpoints
 
 __all__ = [
     "ADAPTER",

@@ -1,33 +1,17 @@
-"""What is where in a run's folder, and who may write into it."""
+"""A run's folder: who may write into it, and the settings that are there."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from siliang.config import RunConfig
 from siliang.files import write_text
-from siliang.language import Bilingual, local
-from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
-from siliang.paths import is_real_folder
-from siliang.records import COMPARISON_NAME, RECORD_NAME, Record
+from siliang.language import Bilingual
+from siliang.records import RECORD_NAME, Record
+from siliang.run_place import CONFIG_NAME, no_run_error
 from siliang.safety.safe_yaml import dump_yaml, read_yaml
 from siliang.terminal import shell_command
 from siliang.types import ConfigError, OutputError
-
-CONFIG_NAME = "run.yaml"
-ADAPTER = "adapter"  # the trained adapter
-MODEL = "model"  # the trained model, for full fine-tuning
-CHECKPOINTS = "checkpoints"
-TRACKERS = "trackers"  # what experiment trackers write (train/tracking.py)
-PREFIX = "checkpoint-"  # and the step
-
-
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints in `folder` by their step, the oldest first."""
-    found = (p for p in folder.glob(f"{PREFIX}*") if is_real_folder(p))
-    named = {p: re.fullmatch(rf"{PREFIX}([0-9]{{1,15}})", p.name) for p in found}
-    return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
 
 
 def create_output(folder: Path, *, for_run: bool = False) -> bool:
@@ -107,28 +91,5 @@ def read_config(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        what = _what_else(folder)
-        raise ConfigError(
-            Bilingual(
-                f"{folder} is not a run's folder: it has no {CONFIG_NAME}.{what}",
-                f"{folder} 不是训练目录：其中没有 {CONFIG_NAME}。{local(what, 'zh')}",
-            )
-        )
+        raise no_run_error(folder)
     return RunConfig.build(read_yaml(path), source=str(path))
-
-
-def _what_else(folder: Path) -> str:
-    """Describes a folder that is not a run's."""
-    if not folder.exists():
-        others = [p.name for p in checkpoints(folder.parent).values()] if folder.parent.name == CHECKPOINTS else []
-        names = ", ".join(others)
-        missing = Bilingual(" There is no such folder.", "这个文件夹不存在。")
-        return Bilingual(f" There is {names}.", f"那里有 {names}。") if others else missing
-    if (folder / COMPARISON_NAME).is_file():
-        run = next((p.parent for p in sorted(folder.glob(f"runs/*/*/{CONFIG_NAME}"))), folder / "runs" / "...")
-        return f" It holds a comparison: name one of its runs, such as {run}."
-    if (folder / ADAPTER_CONFIG).is_file():
-        return " It holds an adapter alone: train it further with siliang train --adapter, and use that run."
-    if folder.name == CHECKPOINTS and (found := checkpoints(folder)):
-        return f" Name one of its checkpoints, such as {list(found.values())[-1]}."
-    return ""

@@ -17,19 +17,19 @@ from siliang.files import find_damage
 from siliang.hardware import Choice
 from siliang.language import Bilingual, local
 from siliang.methods import Method, find_method
-from siliang.methods.config import CONFIG_NAME as ADAPTER_CONFIG
 from siliang.models.load import load_model
 from siliang.models.tokenizers import load_tokenizer
 from siliang.paths import check_links
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder.changes import changed_base, changed_data
-from siliang.run_folder.layout import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints, read_config
+from siliang.run_folder.layout import read_config
+from siliang.run_place import ADAPTER, CHECKPOINTS, CONFIG_NAME, MODEL, checkpoints, find_place
 from siliang.run_settings import in_words, misplaced_settings
 from siliang.secrets import shortened
 from siliang.tasks import TASKS
 from siliang.terminal import shell_command
-from siliang.types import AdapterError, ConfigError, DataError, ModelError
+from siliang.types import ADAPTER_CONFIG, AdapterError, ConfigError, DataError, ModelError
 
 FP32 = Choice("fp32", "as asked")
 
@@ -167,15 +167,8 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         AdapterError: Its adapter is damaged.
     """
     folder = Path(folder)
-    run, weights = folder, None
-    if not (folder / CONFIG_NAME).is_file():
-        place = folder.absolute()
-        if place.parent.name == CHECKPOINTS and (place.parent.parent / CONFIG_NAME).is_file() and place.is_dir():
-            run, weights = place.parent.parent, folder
-        elif place.name in (ADAPTER, MODEL) and (place.parent / CONFIG_NAME).is_file() and place.is_dir():
-            run, weights = place.parent, folder
-    if (run / CONFIG_NAME).is_file():
-        check_links(run)
+    run, weights = find_place(folder)
+    check_links(run)
     config, record = read_config(run), Record.read(run)
     resume = shell_command("siliang", "train", "--resume", run)
     weights = weights or next((run / part for part in (ADAPTER, MODEL) if (run / part).is_dir()), None)

@@ -1,0 +1,73 @@
+"""Where a run is: the names in its folder, and whether a folder is one, or a checkpoint or the adapter of one. Imports
+neither torch nor transformers: a wrong folder is to be refused at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from siliang.language import Bilingual, local
+from siliang.paths import is_real_folder
+from siliang.records import COMPARISON_NAME
+from siliang.types import ADAPTER_CONFIG, ConfigError
+
+CONFIG_NAME = "run.yaml"
+ADAPTER = "adapter"  # the trained adapter
+MODEL = "model"  # the trained model, for full fine-tuning
+CHECKPOINTS = "checkpoints"
+TRACKERS = "trackers"  # what experiment trackers write (train/tracking.py)
+PREFIX = "checkpoint-"  # and the step
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder` by their step, the oldest first."""
+    found = (p for p in folder.glob(f"{PREFIX}*") if is_real_folder(p))
+    named = {p: re.fullmatch(rf"{PREFIX}([0-9]{{1,15}})", p.name) for p in found}
+    return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
+
+
+def find_place(folder: Path) -> tuple[Path, Path | None]:
+    """A run's own folder, by that, by one of its checkpoints, or by its adapter or model.
+
+    Returns:
+        The run's folder; the checkpoint, the adapter or the model where that was named.
+
+    Raises:
+        ConfigError: The folder is none of these.
+    """
+    place = folder.absolute()
+    if (folder / CONFIG_NAME).is_file():
+        return folder, None
+    if place.parent.name == CHECKPOINTS and (place.parent.parent / CONFIG_NAME).is_file() and place.is_dir():
+        return place.parent.parent, folder
+    if place.name in (ADAPTER, MODEL) and (place.parent / CONFIG_NAME).is_file() and place.is_dir():
+        return place.parent, folder
+    raise no_run_error(folder)
+
+
+def no_run_error(folder: Path) -> ConfigError:
+    """The error of a folder that is not a run's."""
+    what = _what_else(folder)
+    return ConfigError(
+        Bilingual(
+            f"{folder} is not a run's folder: it has no {CONFIG_NAME}.{what}",
+            f"{folder} 不是训练目录：其中没有 {CONFIG_NAME}。{local(what, 'zh')}",
+        )
+    )
+
+
+def _what_else(folder: Path) -> str:
+    """Describes a folder that is not a run's."""
+    if not folder.exists():
+        others = [p.name for p in checkpoints(folder.parent).values()] if folder.parent.name == CHECKPOINTS else []
+        names = ", ".join(others)
+        missing = Bilingual(" There is no such folder.", "这个文件夹不存在。")
+        return Bilingual(f" There is {names}.", f"那里有 {names}。") if others else missing
+    if (folder / COMPARISON_NAME).is_file():
+        run = next((p.parent for p in sorted(folder.glob(f"runs/*/*/{CONFIG_NAME}"))), folder / "runs" / "...")
+        return f" It holds a comparison: name one of its runs, such as {run}."
+    if (folder / ADAPTER_CONFIG).is_file():
+        return " It holds an adapter alone: train it further with siliang train --adapter, and use that run."
+    if folder.name == CHECKPOINTS and (found := checkpoints(folder)):
+        return f" Name one of its checkpoints, such as {list(found.values())[-1]}."
+    return ""
