@@ -22,6 +22,8 @@ METHODS: dict[str, Any] = {
     "lora": siliang.LoraConfig(target_modules="all-linear", init_lora_weights=False),
     "dora": siliang.LoraConfig(use_dora=True, init_lora_weights=False),
     "ia3": siliang.IA3Config(init_ia3_weights=False),
+    "miss": siliang.MissConfig(init_weights=False, r=8),
+    "miss_bat": siliang.MissConfig(init_weights="bat", r=8),
     "ln_tuning": siliang.LNTuningConfig(),
     "prompt_tuning": siliang.PromptTuningConfig(num_virtual_tokens=4),
     "p_tuning": siliang.PromptEncoderConfig(num_virtual_tokens=4),

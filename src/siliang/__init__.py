@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.loha import LoHaConfig
     from siliang.methods.lora import LoraConfig
+    from siliang.methods.miss import MissConfig
     from siliang.methods.oft import OFTConfig
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from siliang.methods.prefix_tuning import PrefixTuningConfig
@@ -49,6 +50,7 @@ _HOME = {
     "LNTuningConfig": "siliang.methods.ln_tuning",
     "LoHaConfig": "siliang.methods.loha",
     "LoraConfig": "siliang.methods.lora",
+    "MissConfig": "siliang.methods.miss",
     "OFTConfig": "siliang.methods.oft",
     "PeftConfig": "siliang.methods.config",
     "PeftModel": "siliang.peft_api.model",
@@ -81,6 +83,7 @@ __all__ = [
     "LNTuningConfig",
     "LoHaConfig",
     "LoraConfig",
+    "MissConfig",
     "OFTConfig",
     "PeftConfig",
     "PeftModel",

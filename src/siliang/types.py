@@ -27,6 +27,7 @@ class PeftType(StrEnum):
     PREFIX_TUNING = "PREFIX_TUNING"
     LOHA = "LOHA"
     OFT = "OFT"
+    MISS = "MISS"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

@@ -22,6 +22,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft": ("OFTConfig", {"init_weights": False, "oft_block_size": 8}),
     "oft-inverse": ("OFTConfig", {"init_weights": False, "oft_block_size": 8, "use_cayley_neumann": False}),
     "oft-shared": ("OFTConfig", {"init_weights": False, "oft_block_size": 0, "r": 4, "block_share": True}),
+    "miss": ("MissConfig", {"init_weights": False, "r": 3}),
+    "miss-mini": ("MissConfig", {"init_weights": "mini", "r": 4, "mini_r": 8}),
+    "miss-bat": ("MissConfig", {"init_weights": "bat", "r": 8}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
@@ -45,7 +48,8 @@ TARGETS: dict[tuple[str, str], list[str]] = {
     ("ln", "plain"): ["norm"],
 } | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
-NOT_IN_PEFT = {("loha", "gpt2"), ("oft", "gpt2"), ("oft-inverse", "gpt2"), ("oft-shared", "gpt2")}
+LINEAR_ALONE = ("loha", "oft", "oft-inverse", "oft-shared", "miss", "miss-mini", "miss-bat")
+NOT_IN_PEFT = {(method, "gpt2") for method in LINEAR_ALONE}
 CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain") and (m, n) not in NOT_IN_PEFT]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fan_in_fan_out.*",

@@ -14,6 +14,7 @@ from siliang.methods.ln_tuning import LNTuning, LNTuningConfig
 from siliang.methods.loha import LoHa, LoHaConfig
 from siliang.methods.lora import Lora, LoraConfig
 from siliang.methods.method import Method
+from siliang.methods.miss import Miss, MissConfig
 from siliang.methods.oft import OFT, OFTConfig
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
@@ -28,6 +29,7 @@ METHODS: dict[str, AnyMethod] = {
         Lora(),
         LoHa(),
         OFT(),
+        Miss(),
         IA3(),
         LNTuning(),
         BitFit(),
@@ -98,6 +100,7 @@ __all__ = [
     "LoHaConfig",
     "LoraConfig",
     "Method",
+    "MissConfig",
     "OFTConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",

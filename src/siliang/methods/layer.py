@@ -11,6 +11,7 @@ carries the adapters of a layer is AdaptedLayer (siliang.adapters.adapted_layer)
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -185,3 +186,20 @@ def trained_dtype(reference: Tensor) -> torch.dtype:
     vanish.
     """
     return torch.float32 if not reference.is_floating_point() or reference.itemsize < 4 else reference.dtype
+
+
+def new_parameter(layer: Layer, *shape: int, start: Callable[[Tensor], object] = nn.init.zeros_) -> nn.Parameter:
+    """A parameter beside a layer's weight: on its device, in the dtype that is trained there.
+
+    Args:
+        start: Fills it.
+    """
+    weight = layer.base_layer.weight
+    values = torch.empty(shape, device=weight.device, dtype=trained_dtype(weight))
+    start(values)
+    return nn.Parameter(values)
+
+
+def kaiming(values: Tensor) -> None:
+    """Fills a tensor at random, as nn.Linear fills its weight."""
+    nn.init.kaiming_uniform_(values, a=math.sqrt(5))

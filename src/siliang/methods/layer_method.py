@@ -9,10 +9,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import Blocks, find_targets
 from siliang.methods.layer import Layer, LayerAdapter, MakeAdapter
@@ -21,6 +22,8 @@ from siliang.methods.method import Method, Parts, SharedSpec
 from siliang.methods.targets import LORA_TARGETS
 from siliang.models.introspect import is_linear
 from siliang.types import ConfigError
+
+SIDES_ZH = {"inputs": "输入", "outputs": "输出"}
 
 
 @dataclass(kw_only=True)
@@ -104,3 +107,38 @@ class LayerMethod(Method[B]):
                 setattr(own[path], setting, value)
         layers: dict[str, MakeAdapter] = {path: partial(self.make, own[path]) for path in paths}
         return Parts(layers=layers, shared=self.shared(config, {path: model.get_submodule(path) for path in paths}))
+
+
+def check_fits(key: str, value: int, size: int, side: Literal["inputs", "outputs"]) -> None:
+    """
+    Args:
+        key: A setting.
+        size: Of the layer's inputs or outputs, as `side` has it.
+
+    Raises:
+        ConfigError: The setting's value is more.
+    """
+    if value > size:
+        raise ConfigError(
+            Bilingual(
+                f"{key} = {value}: must be at most the {side} of each layer, and one has {size}. Choose less, or other "
+                "target_modules.",
+                f"{key} = {value}：至多为每层的{SIDES_ZH[side]}数，而有一层为 {size}。请减小，或另选 target_modules。",
+            )
+        )
+
+
+def check_divides(key: str, value: int, size: int, side: Literal["inputs", "outputs"]) -> None:
+    """As `check_fits`.
+
+    Raises:
+        ConfigError: The setting's value does not divide the size.
+    """
+    if size % value:
+        raise ConfigError(
+            Bilingual(
+                f"{key} = {value}: must divide the {side} of each layer, and one has {size}. Choose another number, or "
+                "other target_modules.",
+                f"{key} = {value}：须整除每层的{SIDES_ZH[side]}数，而有一层为 {size}。请另选数值或 target_modules。",
+            )
+        )
