@@ -23,12 +23,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from siliang.check import gather_input
 from siliang.config import DataConfig, RunConfig
 from siliang.data.examples import Span
 from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet, tokenize
 from siliang.data.vocabulary import grow_vocabulary
 from siliang.engine.batches import Batch
+from siliang.models.quantized import count_parameters
 from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.tasks import QUESTION_ANS, metrics
@@ -182,7 +184,11 @@ def test_a_grown_vocabulary_through_the_commands(model_folders: dict[str, Path],
         "output": str(tmp_path / "run"),
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    config = RunConfig.build(settings)
     assert "not planned" not in command("train", tmp_path / "run.yaml")
+    attached = gather_input(config).attached()  # as the run has it, grown and with the embeddings trained
+    counts = Record.read(tmp_path / "run").parameters
+    assert count_parameters(attached) == (counts.trained, counts.total)
     assert command("predict", tmp_path / "run", "<new> film").endswith("<new> film\n")
     assert "rows 2" in command("eval", tmp_path / "run")
 

@@ -18,6 +18,7 @@ from siliang.data.example_set import ExampleSet
 from siliang.data.load import Examples
 from siliang.data.prepared import PreparedData
 from siliang.data.tokens import TokenSet
+from siliang.data.vocabulary import fit_embeddings
 from siliang.hardware import Machine
 from siliang.language import Bilingual, local
 from siliang.methods import Method, find_method
@@ -27,6 +28,7 @@ from siliang.models.load import find_invented, model_from_config
 from siliang.models.positions import Positions
 from siliang.peft_api.model import PeftModel, get_peft_model
 from siliang.tasks import TASKS
+from siliang.tasks.adapter_config import adapter_config
 from siliang.tasks.prepare import prepare_data
 from siliang.types import ModelError, first_line
 
@@ -111,7 +113,7 @@ class CheckInput:
         return find_invented(self.config.model, self.task.model, self.examples.labels, revision=self.config.revision)
 
     def skeleton(self) -> PreTrainedModel:
-        """The base model without weights, which shows its modules; a new one each time.
+        """The base model without weights, which shows its modules; a new one each time. It has rows for new tokens.
 
         Raises:
             ModelError: transformers has no model of this kind for the task.
@@ -128,6 +130,8 @@ class CheckInput:
                     f"{self.config.model} 无法用于 {self.task.title} 任务的训练：{local(why, 'zh')}",
                 )
             ) from None
+        if self.data.add_tokens:
+            fit_embeddings(model, self.tokenizer, mean=False)
         mark_invented(model, self.invented)
         return model
 
@@ -138,9 +142,9 @@ class CheckInput:
             TargetError, ConfigError: It cannot be attached there.
         """
         assert self.method.config is not None
+        skeleton = self.skeleton()
         with torch.device("meta"):
-            config = self.method.config(task_type=self.task.adapter_type, **self.config.method.arguments)
-            return get_peft_model(self.skeleton(), config)
+            return get_peft_model(skeleton, adapter_config(self.config, skeleton))
 
     # ---- for many rules ----
 

@@ -31,18 +31,21 @@ def grow_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> int:
     return int(tokenizer.add_tokens(list(tokens))) if tokens else 0
 
 
-def fit_embeddings(model: Any, tokenizer: Any) -> list[str]:
+def fit_embeddings(model: Any, tokenizer: Any, *, mean: bool = True) -> list[str]:
     """Makes the embeddings as large as the vocabulary, never smaller.
 
     New rows start at the mean of the old ones, as transformers does it. The modules named must be trained and saved
     (`modules_to_save`), or the new tokens stay what they were at the start.
+
+    Args:
+        mean: Off for a model without values.
 
     Returns:
         The names of the modules that grew; empty where there was room already.
     """
     if model.get_input_embeddings().weight.shape[0] >= len(tokenizer):
         return []
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=mean)
     return embedding_modules(model)
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from siliang.config import RunConfig
-from siliang.data.vocabulary import embedding_modules
 from siliang.hardware import Choice
 from siliang.methods import Method
 from siliang.models.quantized import count_parameters
 from siliang.peft_api.model import PeftModel, get_peft_model
-from siliang.tasks import TASKS
+from siliang.tasks.adapter_config import adapter_config
 
 
 def attach(
@@ -29,12 +28,7 @@ def attach(
         for p in model.parameters():
             p.requires_grad_(True)
     else:
-        # a copy: attaching completes the config, and the resolved run.yaml keeps what the user gave
-        arguments = dict(config.method.arguments)
-        if config.data.add_tokens:  # new tokens are learned only where their embeddings are
-            named = [*(arguments.get("modules_to_save") or []), *embedding_modules(model)]
-            arguments["modules_to_save"] = list(dict.fromkeys(named))
-        model = get_peft_model(model, method.config(task_type=TASKS[config.task].adapter_type, **arguments))
+        model = get_peft_model(model, adapter_config(config, model))
     if precision.pure:
         for p in model.parameters():
             p.data = p.data.to(precision.dtype) if p.requires_grad else p.data
