@@ -17,6 +17,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from siliang.language import Bilingual
+
 
 @dataclass(frozen=True)
 class Capability:
@@ -211,22 +213,29 @@ def _lacks(need: str) -> str | None:
     path, _, arguments = path.rstrip(")").partition("(")
     library = module.partition(".")[0]
     if (found := _version(library)) is None:
-        return f"{library} is not installed"
+        return Bilingual(f"{library} is not installed", f"没有安装 {library}")
     try:
         target: Any = import_module(module)
         for part in path.split("."):
             target = getattr(target, part)
     except (ImportError, AttributeError):
-        return f"{library} {found} has no {module.removeprefix(library + '.')}.{path}"
+        part = f"{module.removeprefix(library + '.')}.{path}"
+        return Bilingual(f"{library} {found} has no {part}", f"{library} {found} 没有 {part}")
     wanted = [name.strip() for name in arguments.split(",") if name.strip()]
     if not wanted:
         return None
     try:
         taken = inspect.signature(target).parameters
     except (TypeError, ValueError):
-        return f"{library} {found}: what {path} takes cannot be found out"
+        return Bilingual(
+            f"{library} {found}: what {path} takes cannot be found out", f"{library} {found}：无法得知 {path} 的参数"
+        )
     lost = [name for name in wanted if name not in taken]
-    return f"{library} {found}: {path} takes no {', '.join(lost)}" if lost else None
+    if not lost:
+        return None
+    return Bilingual(
+        f"{library} {found}: {path} takes no {', '.join(lost)}", f"{library} {found}：{path} 没有参数 {'、'.join(lost)}"
+    )
 
 
 def _version(library: str) -> str | None:

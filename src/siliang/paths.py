@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from siliang.language import Bilingual
+from siliang.language import Bilingual, together
 from siliang.secrets import shortened
 from siliang.types import ConfigError, SiliangError, nearest
 
@@ -35,13 +35,20 @@ def inside(folder: Path, name: str, *, kind: type[SiliangError] = ConfigError, s
     where = source or str(folder)
     if not isinstance(name, str) or not _is_plain(name):
         raise kind(
-            f"{where} names {shortened(name, 200)!r}, which is not inside of it: only files in {folder} are read."
+            Bilingual(
+                f"{where} names {shortened(name, 200)!r}, which is not inside of it: only files in {folder} are read.",
+                f"{where} 写有 {shortened(name, 200)!r}，它不在文件夹之内：只读取 {folder} 中的文件。",
+            )
         )
     path = Path(folder) / name
     target = _resolved(path)
     if target is None or not _is_within(target, folder.resolve()):
         raise kind(
-            f"{where} names {shortened(name, 200)!r}, which a link leads out of {folder}: put the file itself there."
+            Bilingual(
+                f"{where} names {shortened(name, 200)!r}, which a link leads out of {folder}: put the file "
+                "itself there.",
+                f"{where} 写有 {shortened(name, 200)!r}，它是指向 {folder} 之外的链接：请放入文件本身。",
+            )
         )
     return path
 
@@ -55,7 +62,7 @@ def check_links(folder: Path, kind: type[SiliangError] = ConfigError) -> None:
         SiliangError: Of class `kind`: a link leads out, there is a pipe or a device, or a folder cannot be listed.
     """
     for path, problem in _strange(Path(folder)):
-        raise kind(f"{path} {problem}")
+        raise kind(together(f"{path} ", problem))
 
 
 def is_link(path: Path) -> bool:
@@ -105,21 +112,33 @@ def _strange(folder: Path) -> Iterator[tuple[Path, str]]:
         except FileNotFoundError:  # gone since it was seen
             continue
         except OSError as error:
-            yield shown, f"cannot be looked into: {error.strerror or error}."
+            why = error.strerror or error
+            yield shown, Bilingual(f"cannot be looked into: {why}.", f"无法查看：{why}。")
             continue
         for path in found:
             if is_link(path):
                 target = _resolved(path)
                 if target is None or not _is_within(target, root):
-                    where = f"out of {folder}, to {target}" if target else "nowhere"
-                    yield shown / path.name, f"is a link that leads {where}. Put the file itself there, or remove it."
+                    where = Bilingual("nowhere", "不存在的地方")
+                    if target:
+                        where = Bilingual(f"out of {folder}, to {target}", f" {folder} 之外的 {target}")
+                    yield (
+                        shown / path.name,
+                        Bilingual(
+                            f"is a link that leads {where}. Put the file itself there, or remove it.",
+                            f"是指向{where.zh}的链接。请放入文件本身，或删除它。",
+                        ),
+                    )
                 continue
             with suppress(FileNotFoundError):
                 mode = path.lstat().st_mode
                 if stat.S_ISDIR(mode):
                     waiting.append(path)
                 elif not stat.S_ISREG(mode):
-                    yield shown / path.name, "is neither a file nor a folder. Remove it."
+                    yield (
+                        shown / path.name,
+                        Bilingual("is neither a file nor a folder. Remove it.", "既不是文件也不是文件夹。请删除。"),
+                    )
 
 
 def near_names(path: Path) -> Bilingual:

@@ -67,14 +67,22 @@ def check_together(adapters: Sequence[AttachedAdapter], *, error: type[SiliangEr
     """
     for one, other in combinations(adapters, 2):
         if one.name == other.name:
-            raise error(f"adapter {one.name!r} is named twice.")
+            raise error(Bilingual(f"adapter {one.name!r} is named twice.", f"适配器 {one.name!r} 写了两次。"))
         if one.prompt is not None and other.prompt is not None:
-            raise error(f"Only one prompt can be active at a time, not {one.name}, {other.name}.")
+            raise error(
+                Bilingual(
+                    f"Only one prompt can be active at a time, not {one.name}, {other.name}.",
+                    f"同一时间只能激活一个提示类适配器，不能同时激活 {one.name} 和 {other.name}。",
+                )
+            )
         clash = next((path for a, b in permutations((one, other)) if (path := _replaced(a, b)) is not None), None)
         if clash is not None:
             raise error(
-                f"Adapters {one.name!r} and {other.name!r} cannot be active together: each has a {clash} of its own. "
-                "Make one of them active at a time."
+                Bilingual(
+                    f"Adapters {one.name!r} and {other.name!r} cannot be active together: each has a {clash} of its "
+                    "own. Make one of them active at a time.",
+                    f"适配器 {one.name!r} 和 {other.name!r} 不能同时激活：各自都有自己的 {clash}。请一次激活一个。",
+                )
             )
 
 

@@ -106,8 +106,12 @@ def choose_saved_modules(model: nn.Module, config: PeftConfig, *, lenient: bool)
     found = find_saved_modules(model, [*wanted, *heads], required=required, nested=not lenient)
     if lenient and (lacking := [path for path in invented if not inside(path, found)]):
         warnings.warn(
-            f"The base model's files lack {', '.join(lacking)}, and the adapter's do not hold it either: it is new "
-            "and random here, so the adapter does not compute what it did where it was trained.",
+            Bilingual(
+                f"The base model's files lack {', '.join(lacking)}, and the adapter's do not hold it either: it is new "
+                "and random here, so the adapter does not compute what it did where it was trained.",
+                f"基座模型的文件中没有 {'、'.join(lacking)}，适配器的文件中也没有：它在这里是新的随机权重，"
+                "因此适配器的计算结果与训练时不同。",
+            ),
             stacklevel=5,
         )
     return found

@@ -27,7 +27,7 @@ from siliang.adapters.choose_modules import choose_saved_modules
 from siliang.adapters.file_sizes import FileSizes, check_sizes
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper
 from siliang.adapters.tied_weights import retie_or_untie
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.methods import method_of
 from siliang.methods.config import BASE, PeftConfig
 from siliang.methods.layer import LayerAdapter
@@ -199,7 +199,9 @@ class Injection(nn.Module):
             ConfigError: They cannot be active together. Nothing has been changed then.
         """
         check_together([self.adapters[name] for name in names])
-        self.unmerge_with_warning("Other adapters are made active on")
+        self.unmerge_with_warning(
+            Bilingual("Other adapters are made active on", "在已合并适配器的模型上激活别的适配器")
+        )
         self.active = names
         self._apply_state()
 
@@ -273,7 +275,11 @@ class Injection(nn.Module):
         others = [n for n in self.adapters if n != name]
         if name in self.active and not rest and others:
             rest = (others[0] if name in self.prompts else min(others),)
-            warnings.warn(f"Adapter {name} was active: {rest[0]} is the active one now.", stacklevel=3)
+            said = Bilingual(
+                f"Adapter {name} was active: {rest[0]} is the active one now.",
+                f"适配器 {name} 原来是激活的：现在激活的是 {rest[0]}。",
+            )
+            warnings.warn(said, stacklevel=3)
         with self.bare():
             self._delete(name)
             self.active = rest
@@ -343,7 +349,11 @@ class Injection(nn.Module):
             what: What PEFT unmerges for, as the beginning of the warning.
         """
         if self.merged:
-            warnings.warn(f"{what} a model with merged adapters: these are unmerged first.", stacklevel=4)
+            said = Bilingual(
+                f"{what} a model with merged adapters: these are unmerged first.",
+                f"{local(what, 'zh')}：先取消合并。",
+            )
+            warnings.warn(said, stacklevel=4)
             self.unmerge()
 
     def merge_and_unload(self, *names: str, safe: bool = False, progress: bool = False) -> nn.Module:

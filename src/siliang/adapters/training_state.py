@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from siliang.language import Bilingual
 from siliang.methods.prompt import Prompt
 from siliang.secrets import shortened
 from siliang.types import AdapterError
@@ -47,19 +48,37 @@ class TrainingState:
         """
         if prompt is None and self.prompt:
             raise AdapterError(
-                f"{source} does not fit: the adapter has no place for {shortened(min(self.prompt), 80)}. What its "
-                f"method keeps between steps begins with {STATE_PREFIX!r}."
+                Bilingual(
+                    f"{source} does not fit: the adapter has no place for {shortened(min(self.prompt), 80)}. What its "
+                    f"method keeps between steps begins with {STATE_PREFIX!r}.",
+                    f"{source} 与适配器不符：适配器没有 {shortened(min(self.prompt), 80)} 的位置。"
+                    f"它的方法在各步之间保存的内容以 {STATE_PREFIX!r} 开头。",
+                )
             )
         if prompt is None or prompt.flat or not self.prompt:
             return
         own = prompt.state_dict()
         if unknown := sorted(self.prompt.keys() - own.keys()):
-            raise AdapterError(f"{source} does not fit: the prompt has no place for {shortened(unknown[0], 80)}.")
+            raise AdapterError(
+                Bilingual(
+                    f"{source} does not fit: the prompt has no place for {shortened(unknown[0], 80)}.",
+                    f"{source} 与适配器不符：提示没有 {shortened(unknown[0], 80)} 的位置。",
+                )
+            )
         if missing := sorted(own.keys() - self.prompt.keys()):
-            raise AdapterError(f"{source} does not fit: {missing[0]}, which makes the prompt, is missing.")
+            raise AdapterError(
+                Bilingual(
+                    f"{source} does not fit: {missing[0]}, which makes the prompt, is missing.",
+                    f"{source} 与适配器不符：缺少生成提示的 {missing[0]}。",
+                )
+            )
         for key, tensor in own.items():
             if self.prompt[key].shape != tensor.shape:
                 raise AdapterError(
-                    f"{source} does not fit: {key} has shape {tuple(self.prompt[key].shape)}, the prompt needs "
-                    f"{tuple(tensor.shape)}."
+                    Bilingual(
+                        f"{source} does not fit: {key} has shape {tuple(self.prompt[key].shape)}, the prompt needs "
+                        f"{tuple(tensor.shape)}.",
+                        f"{source} 与适配器不符：{key} 的形状是 {tuple(self.prompt[key].shape)}，而提示需要 "
+                        f"{tuple(tensor.shape)}。",
+                    )
                 )

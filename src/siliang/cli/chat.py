@@ -13,7 +13,7 @@ from siliang.cli.console import as_text, input_lines, rich_console
 from siliang.cli.options import Temperature
 from siliang.cli.used_run import Base, Force, check_folders, show_notes
 from siliang.environment import importing
-from siliang.language import both
+from siliang.language import Bilingual, both
 from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw_stream
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _prompts() -> Iterator[str]:
         return
     while True:
         try:
-            prompt = as_text(input("> ").strip(), "the question")
+            prompt = as_text(input("> ").strip(), Bilingual("the question", "问题"))
         except EOFError:
             print()
             return

@@ -100,7 +100,7 @@ def input_lines() -> Iterator[str]:
     try:
         for line in sys.stdin:
             number += 1
-            yield as_text(line.rstrip("\r\n"), f"line {number} of standard input")
+            yield as_text(line.rstrip("\r\n"), Bilingual(f"line {number} of standard input", f"标准输入第 {number} 行"))
     except UnicodeDecodeError as error:
         raise ConfigError(
             Bilingual(

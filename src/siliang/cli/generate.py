@@ -10,7 +10,7 @@ from siliang.cli.console import as_text, print_product
 from siliang.cli.options import Temperature
 from siliang.cli.used_run import Force, Run, check_folders, show_notes
 from siliang.environment import importing
-from siliang.language import both
+from siliang.language import Bilingual, both
 
 
 def generate(
@@ -53,7 +53,7 @@ def generate(
     force: Force = False,
 ) -> None:
     """Write text with a trained run."""
-    instruction, input = as_text(instruction, "the instruction"), as_text(input, "--input")
+    instruction, input = as_text(instruction, Bilingual("the instruction", "指令")), as_text(input, "--input")
     check_folders(run)
     with importing():
         from siliang.cli.show import quiet_loading

@@ -50,6 +50,7 @@ from siliang.types import (
     OwnCodeError,
     RankError,
     SiliangError,
+    message_of,
     nearest,
 )
 
@@ -383,4 +384,4 @@ def _quieten_libraries() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
-    print(f"{both('warning: ', '警告：')}{message}", file=sys.stderr)
+    print(f"{both('warning: ', '警告：')}{local(message_of(message))}", file=sys.stderr)

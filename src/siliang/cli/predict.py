@@ -66,7 +66,9 @@ def predict(
     show_notes(opened.trained.notes if opened.trained else ())
     check_predicts(opened)
     task = TASKS[opened.config.task]
-    given = _given(opened, [as_text(text, "a text") for text in texts]) if texts else list(input_lines())
+    given = (
+        _given(opened, [as_text(text, Bilingual("a text", "文本")) for text in texts]) if texts else list(input_lines())
+    )
     if context is not None:
         if "context" not in task.asks:
             raise ConfigError(

@@ -21,7 +21,7 @@ from siliang.compare.trials import MOST_ATTEMPTS
 from siliang.config import RunConfig
 from siliang.environment import prepare_ray
 from siliang.files import remove_stale
-from siliang.language import Bilingual, both
+from siliang.language import Bilingual, both, together
 from siliang.plan import plan
 from siliang.plan.device import target_device
 from siliang.safety.permissions import VARIABLE as ALLOWED_CODE
@@ -217,8 +217,11 @@ class RemoteWorker:
                     if "resume" in request:
                         request = request | {"resume": can_resume(RunConfig.model_validate(request["config"]))}
                 else:
-                    tries = f"started {attempt} times, and each time its process was lost; the last time: "
-                    yield {"kind": "died", "error": tries + why}
+                    tries = Bilingual(
+                        f"started {attempt} times, and each time its process was lost; the last time: ",
+                        f"启动了 {attempt} 次，每次都失去了进程；最后一次：",
+                    )
+                    yield {"kind": "died", "error": together(tries, why)}
         finally:
             self._idle.set()
 
@@ -263,7 +266,9 @@ class RemoteWorker:
                 elif message["kind"] == "died":
                     return f"{message['error']} on {self.node}"
                 elif message["kind"] == "done" and incoming.incomplete:
-                    return f"its files did not come back whole from {self.node}"
+                    return Bilingual(
+                        f"its files did not come back whole from {self.node}", f"它的文件没有从 {self.node} 完整传回"
+                    )
                 else:
                     if message["kind"] == "progress" and self._cluster.machines > 1:
                         message["progress"]["node"] = self.node
@@ -296,7 +301,13 @@ class RemoteWorker:
         described = self._host.describe.remote()
         ready, _ = ray.wait([described], timeout=SAY_WAITING_S)
         if not ready and not any(worker.node for worker in cluster.workers):
-            yield {"kind": "note", "line": f"waiting    for room in the cluster: a run takes {cluster.takes()}"}
+            yield {
+                "kind": "note",
+                "line": both(
+                    f"waiting    for room in the cluster: a run takes {cluster.takes()}",
+                    f"等待       集群腾出资源：一次运行需要 {cluster.takes()}",
+                ),
+            }
         self._about = checked(ray.get(described))
         if self._about["kind"] != "ready":
             return str(self._about["error"])
@@ -305,8 +316,14 @@ class RemoteWorker:
             if (there := self._about["versions"].get(name)) == (here := version(name)):
                 continue
             if name == "siliang":
-                return f"{self.node} has siliang {there}, not {here}: install the same there"
-            line = f"warning    {self.node} has {name} {there}, this machine {here}: results may differ"
+                return Bilingual(
+                    f"{self.node} has siliang {there}, not {here}: install the same there",
+                    f"{self.node} 上的 siliang 是 {there}，而不是 {here}：请在那里安装相同的版本",
+                )
+            line = both(
+                f"warning    {self.node} has {name} {there}, this machine {here}: results may differ",
+                f"警告       {self.node} 上的 {name} 是 {there}，本机是 {here}：结果可能不同",
+            )
             yield {"kind": "note", "line": line}
         return None
 
@@ -321,7 +338,13 @@ class RemoteWorker:
             return request, None, None
         for name, files in inputs.items():
             size = show_bytes(sum(path.stat().st_size for path in files))
-            yield {"kind": "note", "line": f"files      {name} goes to the machines that do not have it ({size})"}
+            yield {
+                "kind": "note",
+                "line": both(
+                    f"files      {name} goes to the machines that do not have it ({size})",
+                    f"文件       把 {name} 发送到没有它的机器（{size}）",
+                ),
+            }
         packed, cache = cluster.packed(inputs), self._about["cache"]
         output = f"{cache}/{RUN}-{uuid.uuid4().hex}{config.output}"
         there = config.with_files(lambda name: f"{cache}/{packed.folder}{name}" if name in inputs else name, output)
@@ -330,13 +353,15 @@ class RemoteWorker:
 
     def _why_lost(self, error: RayError) -> str:
         if not self.node:
-            return "it could not be started"
-        why = "its process was killed"
+            return Bilingual("it could not be started", "无法启动")
+        why = Bilingual("its process was killed", "它的进程被杀死")
         if isinstance(error, OutOfMemoryError):
-            why = "Ray ended its process because the machine's memory was full"
+            why = Bilingual(
+                "Ray ended its process because the machine's memory was full", "机器内存已满，Ray 结束了它的进程"
+            )
         elif self._about["node_id"] not in {node["NodeID"] for node in _nodes()}:
-            why = "its machine left the cluster"
-        return f"{why} on {self.node}"
+            why = Bilingual("its machine left the cluster", "它的机器离开了集群")
+        return Bilingual(f"{why} on {self.node}", f"{why.zh}（{self.node}）")
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import Protocol, Self
 
 from siliang.compare.received import Message, as_message
 from siliang.files import append
+from siliang.language import Bilingual
 from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import short_repr, shortened
 
@@ -170,8 +171,12 @@ class Worker:
             message = read_message(line)
             if message is None:
                 self._process.kill()
-                sent = f"it sent {short_repr(line.strip())}, which is not a message of a worker"
-                yield {"kind": "died", "error": f"{sent} (see {self._log})"}
+                sent = short_repr(line.strip())
+                said = Bilingual(
+                    f"it sent {sent}, which is not a message of a worker (see {self._log})",
+                    f"它发来了 {sent}，不是工作进程的消息（见 {self._log}）",
+                )
+                yield {"kind": "died", "error": said}
                 return
             yield message
             if message["kind"] in FINAL:
@@ -251,9 +256,15 @@ def threads_each(jobs: int) -> int:
 
 def _why_gone(code: int, log: Path) -> str:
     if code == -signal.SIGKILL:
-        return "the process was killed, most likely because the machine's memory was full"
+        return Bilingual(
+            "the process was killed, most likely because the machine's memory was full",
+            "进程被杀死，多半是因为机器内存已满",
+        )
     with suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if lines:
-            return f"the process ended with code {code}: {shortened(lines[-1], 200)} (see {log})"
-    return f"the process ended with code {code}"
+            said = shortened(lines[-1], 200)
+            return Bilingual(
+                f"the process ended with code {code}: {said} (see {log})", f"进程以代码 {code} 结束：{said}（见 {log}）"
+            )
+    return Bilingual(f"the process ended with code {code}", f"进程以代码 {code} 结束")

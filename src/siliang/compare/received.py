@@ -37,11 +37,15 @@ MESSAGES: dict[str, dict[str, type]] = {
     "failed": {"error": str},
     "died": {"error": str},
 }
+UNKNOWN = Bilingual(
+    "its machine sent an unknown message: is its siliang the same as here?",
+    "它的机器发来了未知的消息：那里的 siliang 与这里的相同吗？",
+)
 
 
 def checked(message: object) -> Message:
     """The message, if it is one of `MESSAGES`; otherwise one of the kind `failed`, which says so."""
-    wrong = {"kind": "failed", "error": "its machine sent an unknown message: is its siliang the same as here?"}
+    wrong = {"kind": "failed", "error": UNKNOWN}
     found = as_message(message)
     if found is None:
         return wrong

@@ -10,7 +10,7 @@ from siliang.compare.trials import PLACES, run_config
 from siliang.config import RunConfig, differences
 from siliang.config.comparison import CompareConfig
 from siliang.files import remove_stale, remove_tree
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.paths import check_links
 from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Trial, metrics_of, plain
 from siliang.run_folder import CHECKPOINTS, checkpoints, what_changed
@@ -59,7 +59,13 @@ def changed_files(config: CompareConfig, folder: Path, record: Comparison) -> It
     for each. Runs compare only if all are made on one base model and the same rows."""
     if record.data_files:
         for kind, what, how in what_changed(config.run, record.model_files, record.data_files):
-            yield kind, f"{what} has changed since {folder} was started: {how}"
+            yield (
+                kind,
+                Bilingual(
+                    f"{what} has changed since {folder} was started: {how}",
+                    f"{folder} 开始之后{local(what, 'zh').strip()} 变了：{local(how, 'zh')}",
+                ),
+            )
 
 
 def known_trial(trial: Trial, config: CompareConfig, folder: Path, record: Comparison) -> Trial:

@@ -180,8 +180,12 @@ class _Comparing:
         for kind, problem in changed_files(self.config, self.folder, self.record):
             if not self.force:
                 raise kind(
-                    f"{problem[0].upper()}{problem[1:]}. New runs would not compare with those that are there.\n"
-                    "Put it back, choose another folder with --output, or continue anyway with --force."
+                    Bilingual(
+                        f"{problem[0].upper()}{problem[1:]}. New runs would not compare with those that are there.\n"
+                        "Put it back, choose another folder with --output, or continue anyway with --force.",
+                        f"{local(problem, 'zh')}。新的运行无法与已有的比较。\n"
+                        "请恢复原样、用 --output 换一个文件夹，或加 --force 继续。",
+                    )
                 )
             self.listener.say(both("warning    ", "警告       ") + local(problem))
         self.record.model_files, self.record.data_files = hashes(self.config.run)
@@ -279,7 +283,10 @@ class _Comparing:
         for trial in todo:
             if trial.attempts >= MOST_ATTEMPTS and trial.status == "running":
                 trial.status = "failed"
-                trial.error = f"started {trial.attempts} times, and each time the process was killed: out of memory?"
+                trial.error = Bilingual(
+                    f"started {trial.attempts} times, and each time the process was killed: out of memory?",
+                    f"启动了 {trial.attempts} 次，每次进程都被杀死：是否内存不足？",
+                )
                 self.listener.ended(trial, None)
                 continue
             trial.status, trial.error = "waiting", None

@@ -134,13 +134,13 @@ def explain_value(found: ErrorDetails, path: str, schema: type[Settings] | None 
         hint = Bilingual(f" Write a list: {path}=[a, b].", f"写成列表：{path}=[a, b]。")
     if found["type"] == "literal_error" and schema is not None:
         hint = value_here(path.rstrip(".0123456789"), found["input"], schema)  # train.trackers.0
-    wrong = _wrong(found)
+    wrong = wrong_value(found)
     return Bilingual(
         f"{path} = {shown}: {wrong}.{hint}", f"{path} = {shown}：{local(wrong, 'zh')}。{local(hint, 'zh')}"
     )
 
 
-def _wrong(found: ErrorDetails) -> str:
+def wrong_value(found: ErrorDetails) -> str:
     """pydantic's own words, and the same in Chinese."""
     en = f"{found['msg'][0].lower()}{found['msg'][1:]}"
     zh = WRONG_ZH.get(found["type"])

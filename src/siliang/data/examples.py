@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from siliang.language import Bilingual
 from siliang.secrets import shortened
 
 IGNORED = -100  # the label of a token that is not learned
@@ -228,7 +229,11 @@ class Span(Example):
     def problem(self) -> str | None:
         for text, start in zip(self.answers, self.starts, strict=True):
             if start < 0 or self.context[start : start + len(text)] != text:
-                return f"has the answer {shortened(text, 40)!r}, which is not at its start ({start})"
+                said = shortened(text, 40)
+                return Bilingual(
+                    f"has the answer {said!r}, which is not at its start ({start})",
+                    f"的答案 {said!r} 不在标明的起始位置（{start}）",
+                )
         return None
 
 

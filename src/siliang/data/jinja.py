@@ -7,6 +7,7 @@ from typing import Any
 
 from siliang.data.encode import Encoder
 from siliang.data.templates import Template, find_template
+from siliang.language import Bilingual
 
 SERVED_LAYOUTS = ("text", "prepared")  # these were not written in a template
 
@@ -26,11 +27,14 @@ def with_chat_template(tokenizer: Any, template: str, layout: str) -> tuple[Any,
     if layout in SERVED_LAYOUTS:
         return tokenizer, ""
     if named is None:
-        return tokenizer, "the tokenizer's own, with which it was trained"
+        return tokenizer, Bilingual("the tokenizer's own, with which it was trained", "分词器自己的模板，与训练时相同")
     served = copy.deepcopy(tokenizer)
     served.chat_template = as_chat_template(named, Encoder(tokenizer))
-    apart = "; an instruction and its input go into one question there" if named.user_with_input else ""
-    return served, f"{named.name}, with which it was trained{apart}"
+    apart = Bilingual("", "")
+    if named.user_with_input:
+        apart = Bilingual("; an instruction and its input go into one question there", "；其中指令和输入合为一个问题")
+    name = named.name
+    return served, Bilingual(f"{name}, with which it was trained{apart}", f"{name}，与训练时相同{apart.zh}")
 
 
 def as_chat_template(template: Template, encoder: Encoder) -> str:

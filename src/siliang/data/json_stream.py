@@ -53,7 +53,7 @@ class TwiceError(ValueError):
     """An object that has a name twice: one of the two values would be lost."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"an object has the name {name!r} twice")
+        super().__init__(Bilingual(f"an object has the name {name!r} twice", f"有一个对象含有两个 {name!r}"))
 
 
 def _whole_number(text: str) -> int:

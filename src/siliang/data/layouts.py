@@ -119,19 +119,29 @@ def _prepared(values: Values, c: Columns) -> Result:
     if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
         return Bilingual("must hold a list of whole numbers in 'input_ids'", "的 'input_ids' 应为整数列表")
     if labels is not None and not (isinstance(labels, list) and len(labels) == len(ids)):
-        return f"must hold a list of {len(ids)} whole numbers in 'labels'"
+        return Bilingual(
+            f"must hold a list of {len(ids)} whole numbers in 'labels'", f"的 'labels' 应为 {len(ids)} 个整数的列表"
+        )
     labels = labels or []
     if not all(type(i) is int for i in labels):
-        return "must hold whole numbers in 'labels'"
+        return Bilingual("must hold whole numbers in 'labels'", "的 'labels' 应为整数")
     if any(label != IGNORED and label < 0 for label in labels):
-        return f"must hold the numbers of tokens, or {IGNORED}, in 'labels'"
+        return Bilingual(
+            f"must hold the numbers of tokens, or {IGNORED}, in 'labels'", f"的 'labels' 应为词元的编号或 {IGNORED}"
+        )
     if isinstance(places := values.get("position_ids"), list) and any(b <= a for a, b in pairwise(places)):
-        return "has 'position_ids' that begin anew: several texts in one row, which siliang would learn as one"
+        return Bilingual(
+            "has 'position_ids' that begin anew: several texts in one row, which siliang would learn as one",
+            "的 'position_ids' 重新开始：一行中有几段文本，siliang 会当作一段来学习",
+        )
     for name in LEARNED_MASKS:
         if (learned := values.get(name)) is None:
             continue
         if not isinstance(learned, list) or len(learned) != len(ids) or any(x not in (0, 1) for x in learned):
-            return f"must hold a list of {len(ids)} zeros and ones in {name!r}"
+            return Bilingual(
+                f"must hold a list of {len(ids)} zeros and ones in {name!r}",
+                f"的 {name!r} 应为 {len(ids)} 个 0 或 1 的列表",
+            )
         labels = [x if on else IGNORED for x, on in zip(labels or ids, learned, strict=True)]
     mask = values.get("attention_mask")
     if isinstance(mask, list) and len(mask) == len(ids):  # padding is removed

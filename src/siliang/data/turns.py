@@ -206,7 +206,10 @@ def _trained(turn: dict[str, Any], role: Role) -> bool:
     """Whether the data marks this turn as one to learn."""
     if given(turn.get("mask")):
         raise BadRow(
-            "has 'mask', which some programs mean as `learn this` and others as `leave this out`; say train: false"
+            Bilingual(
+                "has 'mask', which some programs mean as `learn this` and others as `leave this out`; say train: false",
+                "有 'mask'，有的程序用它表示“要学习”，有的表示“不学习”；请写 train: false",
+            )
         )
     if detail := next((name for name in DETAILS if given(turn.get(name))), None):
         raise BadRow(

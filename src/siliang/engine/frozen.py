@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 from siliang.data.cache import cache_folder
 from siliang.engine.patches import Undo, replace_forward
+from siliang.language import Bilingual, local
 from siliang.models.introspect import backbone
 
 MEMORY_SHARE = 0.25  # of the free memory that the cache takes before it continues in a file
 DISK_SHARE = 0.25  # of the free disk
+RANDOM = Bilingual("something random", "随机的部分")
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems in memory
 
 
@@ -55,9 +57,16 @@ def find_frozen_layers(model: nn.Module, layers: list[nn.Module]) -> FrozenLayer
     if first == 0:
         return FrozenLayers(0)
     if any(p.requires_grad for p in embeddings.parameters()):
-        return FrozenLayers(0, "the embeddings are trained")
+        return FrozenLayers(0, Bilingual("the embeddings are trained", "嵌入层要训练"))
     if (random_part := _find_randomness(model, layers[first])) is not None:
-        return FrozenLayers(0, f"there is {random_part[0]} below layer {first} ({random_part[1]})")
+        what, where = random_part
+        return FrozenLayers(
+            0,
+            Bilingual(
+                f"there is {what} below layer {first} ({where})",
+                f"第 {first} 层之下有{local(what, 'zh')}（{where}）",
+            ),
+        )
     return FrozenLayers(first)
 
 
@@ -78,7 +87,7 @@ def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None
     def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
         if not found and before.get(module) != _random_state(device):  # the innermost is left first
             named = [v for n, v in vars(module).items() if ("dropout" in n or n == "p") and isinstance(v, float) and v]
-            what = f"dropout of {max(named):g}" if named else "something random"
+            what = Bilingual(f"dropout of {max(named):g}", f" {max(named):g} 的 dropout") if named else RANDOM
             found.append((what, path or type(module).__name__))
 
     def stop(module: nn.Module, args: Any) -> None:
@@ -97,7 +106,7 @@ def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None
             with suppress(StopForwardError):
                 backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
             if not found and first != _random_state(device):  # between its layers, as where some are skipped
-                found.append(("something random", type(backbone(model)).__name__))
+                found.append((RANDOM, type(backbone(model)).__name__))
     finally:
         random.setstate(python)
         np.random.set_state(numpy)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from siliang.capabilities import why_missing
 from siliang.engine.frozen import FrozenCache
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.models.introspect import (
     NoLayerStackError,
     is_bloom_attention,
@@ -33,7 +33,7 @@ from siliang.models.introspect import (
 )
 from siliang.ops.packed_attention import Layout, packed_attention
 from siliang.secrets import shortened
-from siliang.types import first_line
+from siliang.types import first_line, message_of
 
 ATTENTION = "siliang_packed"
 LONGEST_REASON = 100  # characters of an error of the model's own
@@ -76,7 +76,7 @@ class PaddingFree:
         try:
             self.layers = layer_stack(model)
         except NoLayerStackError as error:
-            raise NotPackableError(str(error)) from None
+            raise NotPackableError(message_of(error)) from None
         self.frozen: FrozenCache | None = None
         register_attention(ATTENTION, attend)
         self.layout: Layout | None = None
@@ -187,7 +187,7 @@ class PaddingFree:
             with self.packed(lengths, width):
                 packed = model(**batch, **_no_cache(model))
         except Exception as error:  # whatever a model of any kind raises when its rows are gone
-            return trial_error(error, "packed rows")
+            return trial_error(error, Bilingual("packed rows", "运行打包的样本"))
         finally:
             model.train(training)
         if not comparing:
@@ -196,7 +196,10 @@ class PaddingFree:
         for expected, found in zip(_answers(padded, mask), _answers(packed, mask), strict=True):
             off = float((expected - found).abs().max()) / (float(expected.std()) + 1e-6)
             if not off <= limit:
-                return f"packed rows give other results than padded ones (by {off:.1g} of their spread)"
+                return Bilingual(
+                    f"packed rows give other results than padded ones (by {off:.1g} of their spread)",
+                    f"打包的样本与填充的样本结果不同（相差标准差的 {off:.1g} 倍）",
+                )
         return None
 
 
@@ -258,9 +261,9 @@ def _of_tokens(values: Tensor, mask: Tensor) -> Tensor:
 def trial_error(error: Exception, what: str) -> str:
     """Why a trial failed, for someone who does not know the model's code: what failed, then the error's own words."""
     if isinstance(error, NotPackableError):
-        return str(error)
+        return message_of(error)
     words = shortened(first_line(error, kind=True), LONGEST_REASON, " ...")
-    return f"this model cannot run {what} ({words})"
+    return Bilingual(f"this model cannot run {what} ({words})", f"这个模型不能{local(what, 'zh')}（{words}）")
 
 
 def _no_cache(model: nn.Module) -> dict[str, bool]:

@@ -24,7 +24,7 @@ from siliang.ops.masked_ce import head_logits, masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_api.model import PeftModel
 from siliang.tasks import Task
-from siliang.types import ConfigError
+from siliang.types import ConfigError, message_of
 
 
 class Engine:
@@ -81,7 +81,7 @@ class Engine:
                 self.padding = PaddingFree(self._base)
                 reason = self.padding.why_not(model, vocabulary, comparing=comparing)
             except NotPackableError as error:
-                reason = str(error)
+                reason = message_of(error)
             if reason is not None:
                 self.notes.append(together(Bilingual("packing is off: ", "未启用无填充计算："), reason))
                 if self.padding is not None:
@@ -363,12 +363,12 @@ class HeadLoss:
             rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
             found = self.loss(states, rows, ids[0, 1:])
         except Exception as error:  # whatever a model of any kind raises when its logits are gone
-            return trial_error(error, "without all its logits")
+            return trial_error(error, Bilingual("without all its logits", "在不取全部 logits 时运行"))
         finally:
             model.train(training)
         off = float((found - expected).abs() / expected.abs().clamp(min=1e-6))
         return (
             None
             if off < (1e-4 if states.dtype == torch.float32 else 2e-2)
-            else "its logits are changed after the output layer"
+            else Bilingual("its logits are changed after the output layer", "它的 logits 在输出层之后又有改动")
         )

@@ -178,7 +178,7 @@ class PeftConfig:
                 f"{folder} 中没有适配器：缺少 {CONFIG_NAME}。",
             )
         )
-        values = read_values(path, AdapterError, "cannot be read", missing=missing, foreign=True)
+        values = read_values(path, AdapterError, Bilingual("cannot be read", "无法读取"), missing=missing, foreign=True)
         if not isinstance(values, dict):
             raise AdapterError(
                 Bilingual(

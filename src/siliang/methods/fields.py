@@ -23,7 +23,11 @@ from siliang.types import ConfigError, nearest
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-SEVERAL: dict[object, str] = {int: "whole numbers", float: "numbers", str: "names"}  # in a message
+SEVERAL: dict[object, Bilingual] = {  # in a message
+    int: Bilingual("whole numbers", "整数"),
+    float: Bilingual("numbers", "数"),
+    str: Bilingual("names", "名称"),
+}
 MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many layers, experts counted
 
 
@@ -51,7 +55,7 @@ def check_fields(config: DataclassInstance) -> None:
             raise ConfigError(
                 Bilingual(
                     f"{name} = {short_repr(value)}: must be {_in_words(kind)}.{hint}",
-                    f"{name} = {short_repr(value)}：应为 {_in_words(kind)}。{local(hint, 'zh')}",
+                    f"{name} = {short_repr(value)}：应为{_in_words(kind).zh}。{local(hint, 'zh')}",
                 )
             ) from None
 
@@ -97,24 +101,40 @@ def _members(kind: enum.EnumType) -> list[enum.Enum]:
     return cast(list[enum.Enum], list(kind))
 
 
-def _in_words(kind: object) -> str:
+def _in_words(kind: object) -> Bilingual:
     """What a type allows, in the words of a message."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words = {
+        int: Bilingual("a whole number", "整数"),
+        float: Bilingual("a number", "数"),
+        bool: Bilingual("true or false", " true 或 false"),
+        str: Bilingual("text", "文本"),
+        type(None): Bilingual("null", "空值 null"),
+    }
     if kind in words:
         return words[kind]
     if isinstance(kind, enum.EnumType):
-        return f"one of {', '.join(str(member.value) for member in _members(kind))}"
+        values = [str(member.value) for member in _members(kind)]
+        return Bilingual(f"one of {', '.join(values)}", f" {'、'.join(values)} 之一")
     inner = get_args(kind)
     match get_origin(kind):
         case typing.Literal:
-            return " or ".join([", ".join(map(repr, inner[:-1])), repr(inner[-1])][len(inner) < 2 :])
+            shown = list(map(repr, inner))
+            return Bilingual(
+                " or ".join([", ".join(shown[:-1]), shown[-1]][len(inner) < 2 :]),
+                " " + " 或 ".join(["、".join(shown[:-1]), shown[-1]][len(inner) < 2 :]),
+            )
         case builtins.list:
-            return f"a list of {SEVERAL[inner[0]]}"
+            several = SEVERAL[inner[0]]
+            return Bilingual(f"a list of {several}", f"{several.zh}的列表")
         case builtins.dict:
-            return f"a mapping of names to {SEVERAL[inner[1]]}" if inner[1] in SEVERAL else "a mapping"
+            if inner[1] not in SEVERAL:
+                return Bilingual("a mapping", "映射")
+            several = SEVERAL[inner[1]]
+            return Bilingual(f"a mapping of names to {several}", f"从名称到{several.zh}的映射")
     if inner:
-        return " or ".join(_in_words(k) for k in inner)
-    return str(kind)
+        each = [_in_words(k) for k in inner]
+        return Bilingual(" or ".join(each), "或".join(one.zh for one in each))
+    return Bilingual(str(kind), " " + str(kind))
 
 
 def _near(value: object, kind: object) -> str:
@@ -130,5 +150,5 @@ def _quoted(value: object) -> str:
         if isinstance(text, str):
             with suppress(ValueError):
                 float(text)
-                return f" Write {text} without quotes."
+                return Bilingual(f" Write {text} without quotes.", f"{text} 不要加引号。")
     return ""

@@ -41,12 +41,20 @@ class BlocksConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern is set without layers_to_transform: name the layers, or leave both out.")
+            raise ConfigError(
+                Bilingual(
+                    "layers_pattern is set without layers_to_transform: name the layers, or leave both out.",
+                    "设置了 layers_pattern 却没有 layers_to_transform：请写出层号，或两者都去掉。",
+                )
+            )
         targets = self.target_modules
         if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
             raise ConfigError(
-                "layers_to_transform is for target_modules by name: with a regular expression, as here, write the "
-                "layers' numbers into it."
+                Bilingual(
+                    "layers_to_transform is for target_modules by name: with a regular expression, as here, write the "
+                    "layers' numbers into it.",
+                    "layers_to_transform 用于按名称给出的 target_modules：这里是正则表达式，请把层号写进表达式。",
+                )
             )
 
 

@@ -65,8 +65,12 @@ class OFTConfig(BlocksConfig):
         super().__post_init__()
         if min(self.r, self.oft_block_size) != 0 or max(self.r, self.oft_block_size) < 1:
             raise ConfigError(
-                f"r = {self.r} and oft_block_size = {self.oft_block_size}: set one of them, and the other to 0 "
-                "(their product is the layer's width)."
+                Bilingual(
+                    f"r = {self.r} and oft_block_size = {self.oft_block_size}: set one of them, and the other to 0 "
+                    "(their product is the layer's width).",
+                    f"r = {self.r} 和 oft_block_size = {self.oft_block_size}：请设置其中一个，另一个设为 0"
+                    "（两者之积是层的宽度）。",
+                )
             )
 
 
@@ -79,7 +83,13 @@ class OFTLayer(InputTransform):
         found = _nearest_divisor(in_features, wanted)
         if found != wanted and layer.base_layer.weight.device.type != "meta":
             key = "r" if config.r else "oft_block_size"
-            warnings.warn(f"{key} = {wanted} does not divide {in_features} inputs: {found} is taken.", stacklevel=2)
+            warnings.warn(
+                Bilingual(
+                    f"{key} = {wanted} does not divide {in_features} inputs: {found} is taken.",
+                    f"{key} = {wanted} 不能整除 {in_features} 个输入：改用 {found}。",
+                ),
+                stacklevel=2,
+            )
         self.blocks, self.size = (found, in_features // found) if config.r else (in_features // found, found)
         self.config = config
         weight = layer.base_layer.weight

@@ -47,7 +47,9 @@ class PrefixHooks(PromptHooks):
     P_k and P_v of a layer are (H, V, K), the same for all rows of a batch.
     """
 
-    REMEDY: ClassVar[str] = "Use prompt_tuning, p_tuning or lora on this model."
+    REMEDY: ClassVar[str] = Bilingual(
+        "Use prompt_tuning, p_tuning or lora on this model.", "这个模型请用 prompt_tuning、p_tuning 或 lora。"
+    )
 
     def _add(self) -> None:
         self._table: Tensor | None = None

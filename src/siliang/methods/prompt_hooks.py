@@ -29,7 +29,9 @@ class PromptHooks(ABC):
         ConfigError: The model has no place for them.
     """
 
-    REMEDY: ClassVar[str] = "Use a method that works on layers, such as lora, on this model."
+    REMEDY: ClassVar[str] = Bilingual(
+        "Use a method that works on layers, such as lora, on this model.", "这个模型请用作用于各层的方法，例如 lora。"
+    )
 
     def __init__(self, model: nn.Module, config: PromptConfig, prompt: Prompt) -> None:
         assert config.num_virtual_tokens is not None

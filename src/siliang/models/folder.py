@@ -145,7 +145,9 @@ def read_config(path: Path) -> dict[str, object]:
     Raises:
         ModelError: It cannot be read, or is not a mapping.
     """
-    values = read_values(path, ModelError, "cannot be read", most_bytes=MOST_CONFIG_BYTES, foreign=True)
+    values = read_values(
+        path, ModelError, Bilingual("cannot be read", "无法读取"), most_bytes=MOST_CONFIG_BYTES, foreign=True
+    )
     if not isinstance(values, dict):
         raise ModelError(Bilingual(f"{path} holds no mapping.", f"{path} 不是映射。"))
     return values

@@ -63,8 +63,13 @@ def load_model(
     config = load_config(name, revision=revision)
     if (Path(name) / ADAPTER_CONFIG).is_file():
         warnings.warn(
-            f"{name} holds an adapter beside the model ({ADAPTER_CONFIG}), which is left aside: to train it further, "
-            "move it into a folder of its own and name that as `adapter`.",
+            Bilingual(
+                f"{name} holds an adapter beside the model ({ADAPTER_CONFIG}), which is left aside: to train it further, move "
+                "it into a folder of its own and name that as `adapter`.",
+                f"{name} 中除模型外还有一个适配器（{ADAPTER_CONFIG}），不会使用它：要在它上面继续训练，"
+                "请把它移到单独的文件夹，"
+                "并用 `adapter` 指明。",
+            ),
             stacklevel=2,
         )
     if labels is not None:

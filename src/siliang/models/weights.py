@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import core_model_loading
 
 from siliang.capabilities import why_missing
+from siliang.language import Bilingual, local
 from siliang.memory.free import trim_heap
 
 PIECE_BYTES = 16 * 2**20  # of the file, that are there beside what becomes of them, in each of transformers' threads
@@ -62,7 +63,12 @@ def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
         quantizing: Weights are quantized once they are read: what was read is a copy then, and is freed with it.
     """
     if (missing := why_missing("weights loaded piece by piece")) is not None:
-        warnings.warn(f"Loading takes more memory than it needs: {missing}.", stacklevel=3)
+        warnings.warn(
+            Bilingual(
+                f"Loading takes more memory than it needs: {missing}.", f"加载会占用更多内存：{local(missing, 'zh')}。"
+            ),
+            stacklevel=3,
+        )
         yield
         return
     usual = core_model_loading._materialize_copy

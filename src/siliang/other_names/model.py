@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from siliang.language import Bilingual
 from siliang.other_names.formats import dtypes
 from siliang.other_names.row import Row, row
 
@@ -32,7 +33,8 @@ ROWS: tuple[Row, ...] = (
             "seq2seq": "task=seq_2_seq_lm",
         },
         lacks=dict.fromkeys(
-            ("rm", "ppo", "dpo", "kto", "orpo", "grpo", "rlhf"), "siliang does not have it: it learns from answers."
+            ("rm", "ppo", "dpo", "kto", "orpo", "grpo", "rlhf"),
+            Bilingual("siliang does not have it: it learns from answers.", "siliang 没有它：它从答案中学习。"),
         ),
     ),
     # the method
@@ -76,7 +78,10 @@ ROWS: tuple[Row, ...] = (
         "method.num_virtual_tokens",
         "num_virtual_tokens pre_seq_len prompt_length prefix_length n_prompt_tokens prompt_tuning_num_tokens",
         "20",
-        note="It is a setting of prompt_tuning, p_tuning and prefix_tuning.",
+        note=Bilingual(
+            "It is a setting of prompt_tuning, p_tuning and prefix_tuning.",
+            "这是 prompt_tuning、p_tuning 和 prefix_tuning 的配置项。",
+        ),
     ),
     # a quantized base model
     row(
@@ -134,7 +139,7 @@ ROWS: tuple[Row, ...] = (
         "val_size val_set_size split_dataset_ratio eval_ratio dataset_test_ratio test_split validation_split "
         "eval_size val_split",
         "0.1",
-        note="It is a share of the rows, not their number.",
+        note=Bilingual("It is a share of the rows, not their number.", "这是样本的比例，不是条数。"),
     ),
     row("data.seed", "split_seed", "42"),
     row(
@@ -153,7 +158,7 @@ ROWS: tuple[Row, ...] = (
             "tokenizer_default": "data.template=chat",
             "llama-2": "data.template=llama2",
         },
-        note="`chat` is the tokenizer's own template.",
+        note=Bilingual("`chat` is the tokenizer's own template.", "`chat` 是分词器自己的模板。"),
     ),
     row("data.layout", "format dataset_format data_format conversation_format formatting", "sharegpt"),
     row(
@@ -176,10 +181,22 @@ ROWS: tuple[Row, ...] = (
         },
         any_value=False,
         lacks={
-            "left": "siliang does not have it: data.too_long=cut takes the end of an answer off, not its beginning.",
-            "split": "siliang does not have it: a row is cut or dropped, by data.too_long.",
-            "raise": "siliang does not have it: `siliang check` tells of rows that are too long.",
-            "false": "siliang does not have it: a row that is too long is cut or dropped, by data.too_long.",
+            "left": Bilingual(
+                "siliang does not have it: data.too_long=cut takes the end of an answer off, not its beginning.",
+                "siliang 没有它：data.too_long=cut 截掉答案的末尾，而不是开头。",
+            ),
+            "split": Bilingual(
+                "siliang does not have it: a row is cut or dropped, by data.too_long.",
+                "siliang 没有它：样本按 data.too_long 截断或丢弃。",
+            ),
+            "raise": Bilingual(
+                "siliang does not have it: `siliang check` tells of rows that are too long.",
+                "siliang 没有它：`siliang check` 会报告过长的样本。",
+            ),
+            "false": Bilingual(
+                "siliang does not have it: a row that is too long is cut or dropped, by data.too_long.",
+                "siliang 没有它：过长的样本按 data.too_long 截断或丢弃。",
+            ),
         },
     ),
     row("data.columns.text", "dataset_text_field text_column text_field text_column_name sentence_column", "review"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from siliang.language import Bilingual
 from siliang.other_names.formats import dtypes
 from siliang.other_names.row import Row, row
 
-OTHER_FORMAT = "Where another number format is set to true, leave a false one out."
+OTHER_FORMAT = Bilingual(
+    "Where another number format is set to true, leave a false one out.",
+    "如果已把另一种数值格式设为 true，请去掉为 false 的这一项。",
+)
 # What a run may be measured by (the figures of tasks/), as train.best takes it.
 MEASURED = ("loss", "accuracy", "f1", "precision", "recall", "exact_match", "perplexity")
 
@@ -29,7 +33,7 @@ ROWS: tuple[Row, ...] = (
         "gradient_accumulation_steps grad_accum accumulate_grad_batches grad_accumulation_steps "
         "grad_accum_steps accumulation_steps gradient_accumulation_step",
         "4",
-        note="It counts the batches of all devices together.",
+        note=Bilingual("It counts the batches of all devices together.", "它按所有设备的批次合计。"),
     ),
     row(
         "train.warmup_fraction",
@@ -42,7 +46,9 @@ ROWS: tuple[Row, ...] = (
         "0.1",
         values={"0": "train.warmup_fraction=0"},
         any_value=False,
-        note="It is a share of all steps: 100 of 1,000 are 0.1.",
+        note=Bilingual(
+            "It is a share of all steps: 100 of 1,000 are 0.1.", "这是占总步数的比例：1,000 步中的 100 步是 0.1。"
+        ),
     ),
     row(
         "train.schedule",
@@ -55,7 +61,10 @@ ROWS: tuple[Row, ...] = (
         },
         lacks=dict.fromkeys(
             ("reduce_lr_on_plateau", "cosine_warmup_with_min_lr", "greedy", "one_cycle", "rex"),
-            "siliang does not have it; `siliang config` lists those of train.schedule, each behind a warm-up.",
+            Bilingual(
+                "siliang does not have it; `siliang config` lists those of train.schedule, each behind a warm-up.",
+                "siliang 没有它；`siliang config` 列出 train.schedule 的可选值，都先预热。",
+            ),
         ),
     ),
     row(
@@ -109,7 +118,7 @@ ROWS: tuple[Row, ...] = (
         "train.packing",
         "sample_packing neat_packing use_packing padding_free batch_flattening packing",
         "true",
-        note="It leaves out the padding, and a step's rows stay the same.",
+        note=Bilingual("It leaves out the padding, and a step's rows stay the same.", "它去掉填充，每步的样本不变。"),
     ),
     row(
         "train.group_by_length",
@@ -135,7 +144,7 @@ ROWS: tuple[Row, ...] = (
         "train.eval_every",
         "eval_steps evaluation_steps eval_interval eval_step",
         "50",
-        note="It is a number of steps.",
+        note=Bilingual("It is a number of steps.", "这是步数。"),
     ),
     row("train.save_every", "save_steps saving_steps save_interval checkpoint_steps save_step", "100"),
     row("train.keep", "save_total_limit save_limit max_checkpoints keep_last_n", "2"),
@@ -146,7 +155,7 @@ ROWS: tuple[Row, ...] = (
         "loss",
         values={before + name: f"train.best={name}" for name in MEASURED for before in ("", "eval_", "val_")},
         any_value=False,
-        note="It needs train.eval_every.",
+        note=Bilingual("It needs train.eval_every.", "需要设置 train.eval_every。"),
     ),
     row(
         "train.best",
@@ -161,7 +170,9 @@ ROWS: tuple[Row, ...] = (
         "distributed.deepspeed",
         "deepspeed deepspeed_config ds_config",
         "zero2.json",
-        note="It needs distributed.strategy=deepspeed beside it.",
+        note=Bilingual(
+            "It needs distributed.strategy=deepspeed beside it.", "还需要设置 distributed.strategy=deepspeed。"
+        ),
     ),
     row(
         "distributed.strategy",
@@ -176,5 +187,10 @@ ROWS: tuple[Row, ...] = (
             "no": "distributed.strategy=ddp",
         },
     ),
-    row("distributed.zero_stage", "zero_stage stage_of_zero", "2", note="It needs distributed.strategy=deepspeed."),
+    row(
+        "distributed.zero_stage",
+        "zero_stage stage_of_zero",
+        "2",
+        note=Bilingual("It needs distributed.strategy=deepspeed.", "需要设置 distributed.strategy=deepspeed。"),
+    ),
 )

@@ -99,7 +99,7 @@ class PeftModel(AnswersAsBase):
         try:
             if saved is not None:
                 saved.load_into(self.injection, name)
-            self.injection.unmerge_with_warning("An adapter is added to")
+            self.injection.unmerge_with_warning(Bilingual("An adapter is added to", "向已合并适配器的模型添加适配器"))
         except BaseException:
             self.injection.delete_adapter(name)
             raise
@@ -122,7 +122,9 @@ class PeftModel(AnswersAsBase):
         trained = is_trainable
         if adapter_name in self.peft_config:
             saved.check_same(self.peft_config[adapter_name], adapter_name)
-            self.injection.unmerge_with_warning("Other weights are loaded into")
+            self.injection.unmerge_with_warning(
+                Bilingual("Other weights are loaded into", "向已合并适配器的模型加载权重")
+            )
             trained |= any(p.requires_grad for p in self.injection.adapters[adapter_name].parameters())
             with size_errors(saved.folder):
                 saved.load_into(self.injection, adapter_name)

@@ -18,6 +18,7 @@ from pydantic import (
     WrapValidator,
 )
 
+from siliang.config.explaining import wrong_value
 from siliang.files import write_text
 from siliang.language import Bilingual, local
 from siliang.paths import inside
@@ -126,13 +127,18 @@ class Saved(Part):
 def explained(error: ValidationError) -> str:
     """The first finding in one line: the field, its value, and what is allowed."""
     first = error.errors()[0]
-    field = shortened(".".join(map(str, first["loc"])), 200) or "it"
+    field = shortened(".".join(map(str, first["loc"])), 200) or Bilingual("it", "它")
+    field_zh = local(field, "zh")
     if first["type"] == "missing":
-        return f"{field} is missing"
+        return Bilingual(f"{field} is missing", f"缺少 {field_zh}")
     if first["type"] == "extra_forbidden":
-        return f"{field} is not a field of such a record"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{field} = {short_repr(first['input'])}: {message[:1].lower()}{message[1:]}"
+        return Bilingual(f"{field} is not a field of such a record", f"{field_zh} 不是这种记录的字段")
+    inner = first.get("ctx", {}).get("error")
+    wrong = message_of(inner) if isinstance(inner, Exception) else wrong_value(first)
+    message = f"{wrong[:1].lower()}{wrong[1:]}"
+    message_zh = local(wrong, "zh")
+    value = short_repr(first["input"])
+    return Bilingual(f"{field} = {value}: {message}", f"{field_zh} = {value}：{message_zh}")
 
 
 def _check_version(version: object, newest: int, path: Path) -> None:

@@ -19,12 +19,12 @@ def changed_base(model: str, revision: str | None, was: dict[str, str]) -> str |
     if not was or not (now := base_files(model, revision)):
         return None
     if added := sorted(name for name in now.keys() - was.keys() if is_loaded_beside(name, was.keys())):
-        return f"{added[0]} was not there"
+        return Bilingual(f"{added[0]} was not there", f"{added[0]} 原来没有")
     if missing := sorted(was.keys() - now.keys()):
-        return f"{missing[0]} is missing"
+        return Bilingual(f"{missing[0]} is missing", f"缺少 {missing[0]}")
     if other := [name for name in sorted(was) if now[name] != was[name]]:
-        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
-        return f"{other[0]} is another file{more}"
+        more, more_zh = (f", and {len(other) - 1} more", f" 等 {len(other)} 个文件") if len(other) > 1 else ("", "")
+        return Bilingual(f"{other[0]} is another file{more}", f"{other[0]}{more_zh} 与原来不同")
     return None
 
 

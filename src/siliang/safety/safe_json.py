@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from siliang.language import Bilingual, together
+from siliang.language import Bilingual, local, together
 from siliang.secrets import redacted, shortened
 from siliang.terminal import json_escaped
-from siliang.types import SiliangError, TextError
+from siliang.types import SiliangError, TextError, message_of
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 50
@@ -58,10 +58,13 @@ def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False)
     return parse_json(text, foreign=foreign)
 
 
+DAMAGED = Bilingual("is damaged", "已损坏")
+
+
 def read_values(
     path: Path,
     kind: type[SiliangError],
-    said: str = "is damaged",
+    said: str = DAMAGED,
     *,
     missing: SiliangError | None = None,
     most_bytes: int = MAX_BYTES,
@@ -82,11 +85,16 @@ def read_values(
     try:
         return read_json(path, most_bytes=most_bytes, foreign=foreign)
     except JsonError as error:
-        raise kind(f"{error.place(path)} {said}: {error}.") from None
+        place, why = error.place(path), message_of(error)
+        raise kind(Bilingual(f"{place} {said}: {why}.", f"{place} {local(said, 'zh')}：{local(why, 'zh')}。")) from None
     except OSError as error:
         if missing is not None and isinstance(error, FileNotFoundError):
             raise missing from None
-        raise kind(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise kind(
+            Bilingual(
+                f"{path} cannot be read: {error.strerror or error}.", f"{path} 无法读取：{error.strerror or error}。"
+            )
+        ) from None
 
 
 def parse_json(text: str, *, foreign: bool = False) -> Any:
@@ -135,7 +143,9 @@ class _Reader:
 
     def whole_number(self, text: str) -> int:
         if len(text) > MAX_DIGITS:
-            raise self._wrong(text, f"a number has more than {MAX_DIGITS} digits")
+            raise self._wrong(
+                text, Bilingual(f"a number has more than {MAX_DIGITS} digits", f"有一个数超过 {MAX_DIGITS} 位")
+            )
         return int(text)
 
     def number(self, text: str) -> float:

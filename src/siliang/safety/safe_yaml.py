@@ -62,10 +62,10 @@ class _Dumper(yaml.SafeDumper):
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     if WHOLE.match(text) is None:
-        raise _wrong(node, "is not a whole number")
+        raise _wrong(node, Bilingual("is not a whole number", "不是整数"))
     number = int(text.replace("_", ""), 0) if len(text) <= LONGEST_NUMBER else MAX_NUMBER
     if abs(number) >= MAX_NUMBER:
-        raise _wrong(node, "is larger than any setting: at most 64 bits")
+        raise _wrong(node, Bilingual("is larger than any setting: at most 64 bits", "超过任何配置项的范围：最多 64 位"))
     return number
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from siliang.data.examples import Span
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABEL, NUMBERS, DataSpec, TokenColumn
-from siliang.language import Bilingual
+from siliang.language import Bilingual, both
 from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.secrets import redacted_part, shortened
@@ -87,7 +87,7 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
     """The tokens, those of the answer marked."""
     first, last = row["start_positions"], row["end_positions"]
     if not last:  # both stand on the first token, as for SQuAD 2
-        return Shown(row["input_ids"], target="no answer in here")
+        return Shown(row["input_ids"], target=both("no answer in here", "这里没有答案"))
     return Shown(row["input_ids"], learned=frozenset(range(first, last + 1)))
 
 

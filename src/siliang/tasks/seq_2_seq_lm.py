@@ -27,11 +27,20 @@ def as_source_target(made: Example) -> Example | str:
         return made
     talk = [m for m in made.messages if m.role != "system"]
     if len(talk) != 2:
-        return f"has {len(talk)} turns; seq_2_seq_lm learns from one question and its answer"
+        return Bilingual(
+            f"has {len(talk)} turns; seq_2_seq_lm learns from one question and its answer",
+            f"有 {len(talk)} 轮；seq_2_seq_lm 只学习一问一答",
+        )
     if len(talk) != len(made.messages):
-        return "has a system message, for which seq_2_seq_lm has no place: write it into the question"
+        return Bilingual(
+            "has a system message, for which seq_2_seq_lm has no place: write it into the question",
+            "有系统消息，seq_2_seq_lm 没有放它的位置：请写进问题",
+        )
     if talk[1].calls or talk[1].reasoning:
-        return "has a tool call or reasoning, for which seq_2_seq_lm has no place"
+        return Bilingual(
+            "has a tool call or reasoning, for which seq_2_seq_lm has no place",
+            "有工具调用或思考过程，seq_2_seq_lm 没有放它们的位置",
+        )
     return SourceTarget(talk[0].text, talk[1].content)
 
 

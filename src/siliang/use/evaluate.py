@@ -145,6 +145,6 @@ def eval_rows(run: OpenedRun, data: str | None, limit: int | None = None, *, sam
         none = Bilingual("not one row can be used.", "没有一条样本可用。")
         bad = together(Bilingual(" ", ""), bad_rows_message(tokens.skipped)) if tokens.skipped else ""
         raise DataError(together(none, bad))
-    check_positions(run, tokens, "a row")
+    check_positions(run, tokens, Bilingual("a row", "有样本"))
     unanswered = run.record.unanswered or has_unanswered(rows)
     return EvalRows(tokens, rows, run.labels, unanswered, run.config.train.rows_per_step)

@@ -71,7 +71,7 @@ def _read(
     with engine_of(run) as engine:
         while some := list(islice(waiting, AT_ONCE)):
             tokens = tokenize(some, run.tokenizer, data, task.data, labels=run.labels, judged=False)
-            check_positions(run, tokens, "a text")
+            check_positions(run, tokens, Bilingual("a text", "有文本"))
             yield some, tokens, sums_of(run, engine, tokens, task.read, batch_size).found
 
 
