@@ -64,8 +64,8 @@ def load_model(
     if (Path(name) / ADAPTER_CONFIG).is_file():
         warnings.warn(
             Bilingual(
-                f"{name} holds an adapter beside the model ({ADAPTER_CONFIG}), which is left aside: to train it further, "
-                "move it into a folder of its own and name that as `adapter`.",
+                f"{name} holds an adapter beside the model ({ADAPTER_CONFIG}), which is left aside: "
+                "to train it further, move it into a folder of its own and name that as `adapter`.",
                 f"{name} 中除模型外还有一个适配器（{ADAPTER_CONFIG}），不会使用它：要在它上面继续训练，"
                 "请把它移到单独的文件夹，"
                 "并用 `adapter` 指明。",
