@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+    from siliang.methods.vera import VeraConfig
     from siliang.peft_api.functions import (
         get_peft_config,
         get_peft_model_state_dict,
@@ -68,6 +69,7 @@ _HOME = {
     "PromptTuningInit": "siliang.methods.prompt_tuning",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
+    "VeraConfig": "siliang.methods.vera",
     "allow_code": "siliang.safety.permissions",
     "get_peft_config": "siliang.peft_api.functions",
     "get_peft_model": "siliang.peft_api.model",
@@ -101,6 +103,7 @@ __all__ = [
     "PromptTuningInit",
     "SiliangError",
     "TaskType",
+    "VeraConfig",
     "allow_code",
     "get_peft_config",
     "get_peft_model",

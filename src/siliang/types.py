@@ -28,6 +28,7 @@ class PeftType(StrEnum):
     LOHA = "LOHA"
     OFT = "OFT"
     MISS = "MISS"
+    VERA = "VERA"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

@@ -74,7 +74,7 @@ class AdaptedLayer(PeftLayer):
         self._adapters.pop(name, None)
         delete_parts(self, name)
 
-    def add_part(self, attribute: str, adapter: str, part: nn.Module | nn.Parameter) -> None:
+    def add_part(self, attribute: str, adapter: str, part: nn.Module | Tensor) -> None:
         """Registers a part of an adapter, as `<attribute>.<adapter>`."""
         if attribute not in self._modules:
             self.add_module(attribute, ByAdapter())
@@ -221,6 +221,10 @@ class ByAdapter(nn.Module):
         else:
             self._buffers[name] = part
 
+    def leave_out(self, name: str) -> None:
+        """Keeps a buffer out of the state dict."""
+        self._non_persistent_buffers_set.add(name)
+
     def __getitem__(self, name: str) -> nn.Module | Tensor:
         for held in self._all():
             if (found := held.get(name)) is not None:
@@ -238,6 +242,7 @@ class ByAdapter(nn.Module):
 
     def delete(self, name: str) -> None:
         """Drops what adapter `name` has here, if anything."""
+        self._non_persistent_buffers_set.discard(name)
         for held in self._all():
             held.pop(name, None)
 

@@ -35,7 +35,7 @@ class AttachedAdapter(Adapter[PeftConfig]):
         found: dict[str, Tensor] = {} if self.prompt is None else {PROMPT_KEY: self.prompt()}
         found |= {f"base_model.{key}": self.shared[key] for key, spec in self.parts.shared.items() if spec.saved}
         for path, layer in self.layers.items():
-            found |= {self._key(path, key): p for key, p in layer.parameters().items()}
+            found |= {self._key(path, key): t for key, t in layer.tensors().items()}
         for path in self.parts.modules:
             state = self.attachments.module_copy(path, self.name).state_dict(keep_vars=True)
             found |= {self._key(path, key): t for key, t in state.items()}

@@ -70,6 +70,16 @@ def check_sizes(model: nn.Module, config: PeftConfig, parts: Parts, file: FileSi
                     f"而文件中有 {file.training:,} 个。",
                 )
             )
+    unsaved = sum(spec.elements for spec in parts.shared.values() if not spec.saved)
+    if unsaved > (most := sum(p.numel() for p in model.parameters())) + SPARE_ELEMENTS:
+        raise AdapterError(
+            Bilingual(
+                f"{file.source}: by {CONFIG_NAME} {' and '.join(parts.shared)} would have {unsaved:,} numbers that the "
+                f"file leaves out, and the base model has {most:,}: was {CONFIG_NAME} changed?",
+                f"{file.source}：按 {CONFIG_NAME}，{'、'.join(parts.shared)} 有 {unsaved:,} 个数不在文件中，"
+                f"而基座模型只有 {most:,} 个：{CONFIG_NAME} 是否被改过？",
+            )
+        )
     shared = {name: torch.empty(spec.shape, device="meta") for name, spec in parts.shared.items()}
     for path, make in parts.layers.items():
         for key, shape in _shapes(model.get_submodule(path), make, shared, file.source, path).items():
@@ -124,7 +134,7 @@ def _shapes(
                 f"{source}：按 {CONFIG_NAME}，{path} 过大：{local(first_line(error), 'zh')}",
             )
         ) from None
-    return {key: p.shape for key, p in adapter.parameters().items()}
+    return {key: t.shape for key, t in adapter.tensors().items()}
 
 
 def _on_meta(module: nn.Module) -> nn.Module:

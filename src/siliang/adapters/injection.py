@@ -167,7 +167,10 @@ class Injection(nn.Module):
             tensor = spec.make(device)
             if attribute not in self._modules:
                 self.add_module(attribute, ByAdapter())
-            parts_of(self, attribute)[name] = nn.Parameter(tensor, requires_grad=False) if spec.trained else tensor
+            held = parts_of(self, attribute)
+            held[name] = nn.Parameter(tensor, requires_grad=False) if spec.trained else tensor
+            if not spec.saved and not spec.trained:
+                held.leave_out(name)
         shared = SharedTensors(self, tuple(parts.shared), name)
         layers: dict[str, LayerAdapter] = {}
         for path, make in parts.layers.items():

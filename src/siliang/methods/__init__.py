@@ -19,6 +19,7 @@ from siliang.methods.oft import OFT, OFTConfig
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
+from siliang.methods.vera import Vera, VeraConfig
 from siliang.types import ConfigError, nearest
 
 AnyMethod: TypeAlias = Method[Any]  # with whichever config
@@ -30,6 +31,7 @@ METHODS: dict[str, AnyMethod] = {
         LoHa(),
         OFT(),
         Miss(),
+        Vera(),
         IA3(),
         LNTuning(),
         BitFit(),
@@ -107,6 +109,7 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "VeraConfig",
     "config_class",
     "find_method",
     "method_of",

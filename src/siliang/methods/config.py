@@ -49,6 +49,8 @@ class PeftConfig:
     peft_type: ClassVar[str]  # the method's name in adapter_config.json
     # Fields of PEFT that siliang does not have, at PEFT's defaults: at any other value they would change the result.
     UNSUPPORTED: ClassVar[dict[str, object]] = {}
+    # Fields that PEFT's config of this method lacks: a file has them where they are set.
+    NOT_IN_PEFT: ClassVar[tuple[str, ...]] = ()
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ()
     MOST: ClassVar[int] = 2**31  # of those numbers: no model has more of anything
     PROBABILITIES: ClassVar[tuple[str, ...]] = ()  # of leaving something out during training
@@ -82,6 +84,7 @@ class PeftConfig:
     def to_dict(self) -> dict[str, object]:
         """The config as adapter_config.json has it: sets become sorted lists, enums their values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {name: v for name, v in values.items() if v is not None or name not in self.NOT_IN_PEFT}
         values |= {"peft_type": self.peft_type, "peft_version": PEFT_FORMAT_VERSION}
         return {name: _plain(value) for name, value in sorted(values.items())}
 

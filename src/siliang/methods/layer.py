@@ -32,7 +32,7 @@ class LayerAdapter(ABC):
     Args:
         layer: The layer that it is on.
         name: The adapter's name.
-        parts: Its modules and parameters, in the order of the file.
+        parts: Its modules, parameters and buffers (tensors that are saved and not trained), in the order of the file.
 
     Attributes:
         s: The scaling that it computes with now, which scripts may change.
@@ -47,19 +47,19 @@ class LayerAdapter(ABC):
     config_scaling: float | None = None
     settings: Mapping[str, object] = MappingProxyType({})
 
-    def __init__(self, layer: Layer, name: str, parts: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    def __init__(self, layer: Layer, name: str, parts: Mapping[str, nn.Module | Tensor]) -> None:
         self.layer, self.name = layer, name
         self._attributes: list[str] = []
         for attribute, part in parts.items():
             self.add_part(attribute, part)
 
-    def add_part(self, attribute: str, part: nn.Module | nn.Parameter) -> None:
+    def add_part(self, attribute: str, part: nn.Module | Tensor) -> None:
         """Registers a part on the layer, as `<attribute>.<adapter>`."""
         self._attributes.append(attribute)
         self.layer.add_part(attribute, self.name, part)
 
     def part(self, attribute: str) -> Tensor:
-        """The parameter of this name, as it is now."""
+        """The parameter or buffer of this name, as it is now."""
         found = self.layer.part(attribute, self.name)
         assert isinstance(found, Tensor)
         return found
@@ -102,16 +102,20 @@ class LayerAdapter(ABC):
         """Frozen parameters that replace those of the base layer while this adapter is active, by name."""
         return {}
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by their names in the file, such as `lora_A.weight`."""
-        found: dict[str, nn.Parameter] = {}
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's parameters and buffers by their names in the file, such as `lora_A.weight`."""
+        found: dict[str, Tensor] = {}
         for attribute in self._attributes:
             part = self.layer.part(attribute, self.name)
-            if isinstance(part, nn.Parameter):
+            if isinstance(part, Tensor):
                 found[attribute] = part
-            elif isinstance(part, nn.Module):
+            else:
                 found |= {f"{attribute}.{key}": p for key, p in part.named_parameters()}
         return found
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What of `tensors` is trained."""
+        return {key: t for key, t in self.tensors().items() if isinstance(t, nn.Parameter)}
 
 
 class BaseForward:
@@ -156,7 +160,7 @@ class Layer(Protocol):
     base_layer: Any  # nn.Linear or a quantized one, nn.Embedding, a norm, a module of experts ...
     training: bool
 
-    def add_part(self, attribute: str, adapter: str, part: nn.Module | nn.Parameter) -> None:
+    def add_part(self, attribute: str, adapter: str, part: nn.Module | Tensor) -> None:
         """Registers a part of an adapter, as `<attribute>.<adapter>`."""
 
     def part(self, attribute: str, adapter: str) -> nn.Module | Tensor:
