@@ -1,0 +1,63 @@
+"""Every method that merges: the merged model computes what the unmerged one does, and what peft's merged one does; and
+it can be undone, bit for bit.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close
+from tiny import make
+
+import siliang
+from tests.parity.test_every_method import (
+    CASES,
+    NOT_IN_PEFT,
+    PROMPTS,
+    configs,
+    loss_and_logits,
+    pair,
+    pytestmark,  # noqa: F401, which warnings are expected
+    randomize,
+)
+
+MODELS = ("llama", "gpt2", "bert", "plain")
+NOT_MERGED = {("lora-bias", "llama")}  # B's bias needs one of the layer's own
+MERGED = [case for case in CASES if case[0] not in PROMPTS and case[1] in MODELS and case not in NOT_MERGED]
+
+
+@torch.no_grad()
+def logits(model: Any, name: str) -> torch.Tensor:
+    return loss_and_logits(model, name)[1]
+
+
+@pytest.mark.parametrize(("method", "name"), MERGED)
+def test_merged_as_in_peft(method: str, name: str) -> None:
+    ours, theirs = pair(method, name)
+    merged = check_merge(ours, name)
+    assert_close(merged, logits(theirs.merge_and_unload(safe_merge=True), name))
+
+
+@pytest.mark.parametrize(("method", "name"), sorted(NOT_IN_PEFT))
+def test_merged_where_peft_does_not_go(method: str, name: str) -> None:
+    model: Any = siliang.get_peft_model(make(name), configs(method, name)[0])
+    randomize(model)
+    assert not torch.equal(check_merge(model.eval(), name), logits(make(name), name))
+
+
+def check_merge(model: Any, name: str) -> torch.Tensor:
+    """Merges an adapter, undoes it, and merges it for good.
+
+    Returns:
+        What the merged model gives.
+    """
+    unmerged = logits(model, name)
+    model.merge_adapter(safe_merge=True)
+    merged = logits(model, name)
+    assert_close(merged, unmerged)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, name), unmerged)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, name), logits(make(name), name))
+    assert torch.equal(logits(model.merge_and_unload(safe_merge=True), name), merged)
+    return merged

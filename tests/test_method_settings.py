@@ -1,0 +1,45 @@
+"""Settings of methods on layers that are refused, in Python, before a model is touched, or where they meet a layer; and
+what PEFT writes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from tiny import make
+
+import siliang
+from siliang.types import AdapterError, ConfigError
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("VeraConfig", {"r": 0}, "r = 0: must be at least 1"),
+    ("VeraConfig", {"vera_dropout": 1.0}, "vera_dropout = 1.0: must be at least 0 and less than 1"),
+    ("VeraConfig", {"projection_prng_key": 2**64}, "projection_prng_key = 18446744073709551616: must fit in 64 bits"),
+    ("VeraConfig", {"bias": "all"}, "bias = 'all': must be 'none'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "message"), REFUSED)
+def test_settings_that_are_refused(kind: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        siliang.get_peft_model(make("llama"), getattr(siliang, kind)(task_type="CAUSAL_LM", **settings))
+    assert str(caught.value).count("\n") < 2
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in REFUSED}))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_peft_writes_is_read(kind: str, tmp_path: Path) -> None:
+    getattr(peft, kind)(target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+    config = getattr(siliang, kind).from_pretrained(tmp_path)
+    assert config == getattr(siliang, kind)(target_modules=["q_proj"])
+
+
+def test_shared_tensors_that_the_file_leaves_out_are_no_larger_than_the_model(tmp_path: Path) -> None:
+    config = siliang.VeraConfig(task_type="CAUSAL_LM", save_projection=False, r=4)
+    siliang.get_peft_model(make("llama"), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 40_000_000}))
+    with pytest.raises(AdapterError, match=r"vera_A and vera_B would have .* numbers that the file leaves out"):
+        siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
