@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from bench.peft_on_new_transformers import show_old_name
 from bench.record import Job, Measurement, Setting
 from bench.steps import StepClock, set_start, settle, start_sha256
 from bench.workloads import WORKLOADS, Method, run_config
@@ -83,6 +84,7 @@ def _model(
     if setting.layout == "flat" and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
     if method.peft:
+        show_old_name()
         settings = getattr(peft, method.peft)(task_type=config.task.value, **method.arguments)
         return peft.get_peft_model(model, settings)
     for name, p in model.named_parameters():

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup, set_seed
 from transformers.utils import logging
 
+from bench.peft_on_new_transformers import show_old_name
 from siliang.compare.trials import find_entry, run_config, test_trials
 from siliang.config import RunConfig, assign
 from siliang.config.comparison import CompareConfig
@@ -117,6 +118,7 @@ def attach(model: Any, run: RunConfig) -> Any:
     """The method on the base model, by peft; BitFit, the head and full tuning, which it does not have, by hand."""
     name = run.method.name
     if name in CONFIGS:
+        show_old_name()
         return peft.get_peft_model(model, CONFIGS[name](task_type=run.task.value, **run.method.arguments))
     for key, p in model.named_parameters():
         head = key.split(".")[0] in HEADS
