@@ -237,7 +237,7 @@ def test_interrupted_then_resumed(model_folders: dict[str, Path], review_file: P
     assert process.returncode == 130, rest + error
     assert error.startswith("Stopped at step") and f"siliang train --resume {run}" in error
     assert Record.read(run).status == "interrupted"
-    assert "was not finished" in siliang("predict", run, "a", code=2)
+    assert "is not finished" in siliang("predict", run, "a", code=2)
     stopped_at = int(error.split()[3])
     (run / "run.yaml").write_text(
         (run / "run.yaml").read_text().replace("max_steps: 400", f"max_steps: {stopped_at + 4}")

@@ -31,23 +31,23 @@ from siliang.types import AdapterError, ConfigError, DataError, ModelError, Task
     [
         ("a: " + "[" * 30 + "]" * 30, "nested more than 20 deep"),
         ("\n".join(["a0: &a0 x", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]), "10,000"),
-        ("a: &a [*a]", "stands inside of what it names"),
+        ("a: &a [*a]", "is used inside of its own value"),
         ("a: " + "x" * 1_000_001, "1,000,000 characters"),
         ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("b: 0\na: !!int x", "run.yaml:2: .* x is not a whole number"),
         ("a: !!bool x", "a value cannot be read"),
-        ("a: 0x" + "f" * 900_000, "larger than any setting: at most 64 bits"),
-        ("a: -0b" + "1" * 900_000, "larger than any setting: at most 64 bits"),
-        ("a: " + "9" * 900_000, "larger than any setting: at most 64 bits"),
+        ("a: 0x" + "f" * 900_000, "is too large: at most 64 bits"),
+        ("a: -0b" + "1" * 900_000, "is too large: at most 64 bits"),
+        ("a: " + "9" * 900_000, "is too large: at most 64 bits"),
         ("a: !!float 1" + "0" * 400, "too many for a number"),
-        ("a: 1e400", "1e400 is beyond the range of numbers"),
+        ("a: 1e400", "1e400 is out of range"),
         ("a: !!binary aGVsbG8=", "could not determine a constructor"),
         ("a: !!set {b}", "could not determine a constructor"),
         ("a: !!timestamp 2026-01-31", "could not determine a constructor"),
         ("a: 1\nb: 2\na: 3", "run.yaml:3: .* a appears twice in one mapping"),
         ("a: {<<: {b: 1}, <<: {c: 1}}", "<< appears twice in one mapping"),
-        ("? [a]\n: 1", "a name in front of a colon must be a text"),
-        ("a: &x b\n? *x\n: 1", "a name in front of a colon must be a text"),
+        ("? [a]\n: 1", "a name before a colon must be a text"),
+        ("a: &x b\n? *x\n: 1", "a name before a colon must be a text"),
     ],
 )
 def test_yaml_beyond_what_settings_need(text: str, message: str, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_data_set_stays_in_its_folder(tmp_path: Path) -> None:
     assert read_rows(str(tmp_path / "set"))[0].values["text"] == "open"
     header = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: ../secret.jsonl\n---\n"
     (tmp_path / "set" / "README.md").write_text(header)
-    with pytest.raises(DataError, match="which is not inside of it"):
+    with pytest.raises(DataError, match="which is not inside it"):
         read_rows(str(tmp_path / "set"))
 
 

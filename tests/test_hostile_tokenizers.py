@@ -65,8 +65,8 @@ def sequence(*rules: Any, of: str = "normalizers") -> dict[str, Any]:
             {"post_processor": {"type": "TemplateProcessing", "special_tokens": {"a": {"ids": [0] * 10**6}}}},
             "more than 100",
         ),
-        ({"model": {**WORDS["model"], "vocab": {"[UNK]": 0, "a": 2**24 + 1}}}, "the number 16,777,217"),
-        ({"added_tokens": [{"id": 4 * 10**9, "content": "a"}]}, "the number 4,000,000,000"),
+        ({"model": {**WORDS["model"], "vocab": {"[UNK]": 0, "a": 2**24 + 1}}}, "the id 16,777,217"),
+        ({"added_tokens": [{"id": 4 * 10**9, "content": "a"}]}, "the id 4,000,000,000"),
         (
             {
                 "post_processor": {
@@ -133,7 +133,7 @@ def test_numbers_of_tokens_have_a_limit(file: str, model_folders: dict[str, Path
     folder = tmp_path / "model"
     shutil.copytree(model_folders["llama"], folder)
     (folder / file).write_text('{"a": 4000000000}')
-    with pytest.raises(ModelError, match=rf"{file} gives a token the number 4,000,000,000: at most 16,777,216"):
+    with pytest.raises(ModelError, match=rf"{file} gives a token the id 4,000,000,000: at most 16,777,216"):
         load_tokenizer(str(folder))
 
 
@@ -235,5 +235,5 @@ def test_a_sentencepiece_model_that_makes_many_characters_of_one(tmp_path: Path)
         if len(becomes) == 1:
             assert load_tokenizer(str(tmp_path))("a film")["input_ids"]
     for load in (load_tokenizer, lambda name: load_tokenizer_alone(name, {})):
-        with pytest.raises(ModelError, match=r"its table of characters holds more than 100 bytes for one"):
+        with pytest.raises(ModelError, match=r"its table of characters has an entry of more than 100 bytes"):
             load(str(tmp_path))

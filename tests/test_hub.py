@@ -84,7 +84,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(silent: Hub, monkeypatch: pyte
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE  # the user's process is as it was
     silent.answers = True
     assert "cannot be reached" in (hub.hub_is_off() or "")
-    monkeypatch.setattr(hub, "KEPT_S", 0.0)
+    monkeypatch.setattr(hub, "CACHE_S", 0.0)
     assert hub.hub_is_off() is None and silent.asked == 2
 
 

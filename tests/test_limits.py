@@ -21,7 +21,7 @@ from siliang.data.examples import Conversation, Message
 from siliang.data.jinja import as_chat_template
 from siliang.data.templates import TEMPLATES
 from siliang.safety import limits
-from siliang.safety.limited.templates import KEPT_TEMPLATES
+from siliang.safety.limited.templates import CACHED_TEMPLATES
 from siliang.safety.limits import LimitedProcess, LimitError, RefusedError
 from siliang.types import DataError, ModelError, TargetError
 
@@ -244,7 +244,7 @@ def test_no_alarm_and_no_limit_is_set_on_this_process(process: LimitedProcess) -
 def test_more_templates_than_the_process_keeps() -> None:
     job = ([{"role": "user", "content": "a"}], None, False, False)
     for _ in range(2):
-        for i in range(KEPT_TEMPLATES + 2):
+        for i in range(CACHED_TEMPLATES + 2):
             assert limits.render(f"text {i}", {}, [job]) == [[f"text {i}", []]]
 
 

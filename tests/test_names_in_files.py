@@ -244,7 +244,7 @@ def test_files_that_a_data_set_names(name: object, tmp_path: Path) -> None:
         (folder / "d").symlink_to(tmp_path)
         for hidden in (".hidden.jsonl", "cache-x.jsonl"):
             shutil.copy(tmp_path / "secret.jsonl", folder / hidden)
-        with pytest.raises(DataError, match=r"not inside of it|leads out|hidden|holds no data|none is there"):
+        with pytest.raises(DataError, match=r"not inside it|leads out|hidden|holds no data|none is there"):
             read_rows(str(folder))
     said = refused("check", "--model", tmp_path, "--task", "seq_cls", "--data", tmp_path / "set")
     assert "secret" not in said or str(tmp_path) in said
@@ -252,7 +252,7 @@ def test_files_that_a_data_set_names(name: object, tmp_path: Path) -> None:
 
 def test_other_descriptions_of_a_data_set(tmp_path: Path) -> None:
     folder = described(tmp_path / "set", "train.jsonl", data_dir="..")
-    with pytest.raises(DataError, match="not inside of it"):
+    with pytest.raises(DataError, match="not inside it"):
         read_rows(str(folder))
     described(folder, "train.jsonl")
     assert [row.values["text"] for row in read_rows(str(folder))] == ["open"]
@@ -273,10 +273,10 @@ def test_files_that_a_saved_data_set_names(name: object, tmp_path: Path) -> None
     DatasetDict({"train": Dataset.from_list([{"text": "a", "label": "b"}])}).save_to_disk(str(tmp_path / "set"))
     assert len(read_rows(str(tmp_path / "set"))) == 1
     change(tmp_path / "set" / "train" / "state.json", _data_files=[{"filename": name}])
-    with pytest.raises(DataError, match=r"not inside of it|hidden"):
+    with pytest.raises(DataError, match=r"not inside it|hidden"):
         read_rows(str(tmp_path / "set"))
     change(tmp_path / "set" / "dataset_dict.json", splits=["../train"])
-    with pytest.raises(DataError, match="not inside of it"):
+    with pytest.raises(DataError, match="not inside it"):
         read_rows(str(tmp_path / "set"))
 
 

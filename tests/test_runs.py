@@ -273,7 +273,7 @@ def test_a_base_model_that_was_moved(world: World, run: Command, monkeypatch: py
     world.base.rename("moved")
     for name, *more in USES:
         error = run(name, "run", *more, code=2)
-        assert f"The base model of run is not there any more: {world.base}. Name its place with --base" in error
+        assert f"The base model of run is missing: {world.base}. Give its present place with --base" in error
         assert error.count("\n") == 1
         assert name != "merge" or not Path("merged").exists()
         assert "warning" not in run(name, "run", *more, "--base", "moved", stdin="say one\n")
@@ -332,7 +332,7 @@ def test_settings_that_are_changed_in_a_finished_run(
         assert old in text
         settings.write_text(text.replace(old, new))
         error = run("eval", "run", code=2)
-        assert f"run was trained with another setting: {name}" in error and "Put it back in run/run.yaml" in error
+        assert f"run was trained with another setting: {name}" in error and "Restore it in run/run.yaml" in error
         assert error.count("\n") == 1
     for command, *more in (("generate", "hi"), ("merge", "--output", "merged")):
         assert "another setting: task" in run(command, "run", *more, code=2)
@@ -401,7 +401,7 @@ def test_what_resume_says(world: World, run: Command, monkeypatch: pytest.Monkey
     shutil.rmtree(world.run / "adapter")
     assert "it holds a run that is not finished" in run("train", "own.yaml", "--output", "run", code=2)
     assert "Choose another" in run("merge", "run", "--output", "run", code=2)
-    assert "was not finished (it is running)" in run("eval", "run", code=2)
+    assert "is not finished (it is running)" in run("eval", "run", code=2)
     out = run("train", "run", "--resume")
     assert "no checkpoint was saved to resume from: the run starts again from its first step" in out
     assert world.record().status == "completed"
@@ -426,7 +426,7 @@ def test_a_checkpoint_is_used_as_a_run(world: World, run: Command, monkeypatch: 
     shutil.copytree(world.run / "adapter", "alone")
     assert "It holds an adapter alone" in run("eval", "alone", code=2)
     shutil.rmtree(world.run / "adapter")
-    assert "use what was saved last: run/checkpoints/checkpoint-6" in run("eval", "run", code=2)
+    assert "use its last checkpoint: run/checkpoints/checkpoint-6" in run("eval", "run", code=2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -1,7 +1,7 @@
 """siliang (四两): parameter-efficient fine-tuning of transformers on the machine you have.
 
 The names, defaults and adapter files are those of Hugging Face PEFT. Everything is imported on first use, so that
-`import siliang` is quick.
+`import siliang` is fast.
 """
 
 from __future__ import annotations

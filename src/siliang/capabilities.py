@@ -1,10 +1,10 @@
-"""What siliang reaches into of the installed libraries, beyond their documented interfaces, and whether it is there.
+"""The undocumented parts of other libraries that siliang uses, and whether the installed versions have them.
 
-One row of `CAPABILITIES` is one trick. A room asks `why_missing` before it uses the trick; where a release lacks a part
-of it, the trick is off and the user is told why, in place of an error from somewhere inside. The contract tests
-(tests/contracts, `make compat`) ask the same of every row, and try each trick.
+A row of `CAPABILITIES` is one use. The code calls `why_missing` before it; if a release lacks a part, the feature is
+off, and the user sees the reason instead of an internal error. The contract tests (tests/contracts, `make compat`)
+check every row, and try each use.
 
-Importing this file imports nothing of those libraries.
+Importing this file imports none of those libraries.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from siliang.language import Bilingual
 
 @dataclass(frozen=True)
 class Capability:
-    """One trick and what it needs.
+    """A feature and the parts of libraries that it needs.
 
     Attributes:
-        name: What it is for.
-        needs: Each as "module:Name.attribute", or "module:Name.function(argument, argument)" where it is called with
+        name: The feature.
+        needs: Parts as "module:Name.attribute", or "module:Name.function(argument, argument)" if it is called with
             these arguments.
-        without: What a run does where a part is missing.
-        optional: The library may be absent: it belongs to an extra.
+        without: The consequence if a part is missing.
+        optional: The library belongs to an extra, and may be missing.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Capability:
 
     @property
     def library(self) -> str:
-        """The library that it reaches into."""
+        """The library of the parts."""
         return self.needs[0].partition(":")[0].partition(".")[0]
 
 
@@ -84,9 +84,9 @@ CAPABILITIES: tuple[Capability, ...] = (
         "models are not loaded: their files could name code of the hub",
     ),
     Capability(
-        "adapters beside a model left aside",
+        "adapters beside a model ignored",
         ("transformers:PreTrainedModel._hf_peft_config_loaded",),
-        "models are not loaded: an adapter in their folder could be taken unseen",
+        "models are not loaded: an adapter in their folder could be loaded unnoticed",
     ),
     Capability(
         "adapters in checkpoints of transformers.Trainer",
@@ -148,7 +148,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "attention on CUDA computes each sequence by itself",
     ),
     Capability(
-        "DeepSpeed's ZeRO",  # distributed/deepspeed.py lists what of its objects is used beside these
+        "DeepSpeed's ZeRO",  # distributed/deepspeed.py lists the parts of its objects that are used besides these
         (
             "deepspeed.zero:GatheredParameters(params, modifier_rank)",
             "deepspeed.utils:set_z3_leaf_module(model, flag)",
@@ -179,11 +179,11 @@ CAPABILITIES: tuple[Capability, ...] = (
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether one trick works here.
+    """Whether a feature works with the installed libraries.
 
     Attributes:
-        missing: The first part that is not there, in words; None where all are.
-        installed: The library is.
+        missing: The first missing part, in words; None if there is none.
+        installed: The library is installed.
     """
 
     capability: Capability
@@ -192,17 +192,17 @@ class Finding:
 
 
 def report() -> Iterator[Finding]:
-    """Each trick beside the installed libraries."""
+    """Each feature with the installed libraries."""
     for capability in CAPABILITIES:
         yield Finding(capability, why_missing(capability.name), _version(capability.library) is not None)
 
 
 @cache
 def why_missing(name: str) -> str | None:
-    """Why a trick cannot be used with the installed libraries, in words; None where it can.
+    """Why a feature does not work with the installed libraries; None if it works.
 
     Args:
-        name: Of a capability.
+        name: The capability's name.
     """
     capability = next(one for one in CAPABILITIES if one.name == name)
     return next((why for need in capability.needs if (why := _lacks(need)) is not None), None)
@@ -212,7 +212,7 @@ def _lacks(need: str) -> str | None:
     module, _, path = need.partition(":")
     path, _, arguments = path.rstrip(")").partition("(")
     library = module.partition(".")[0]
-    if (found := _version(library)) is None:
+    if (installed := _version(library)) is None:
         return Bilingual(f"{library} is not installed", f"没有安装 {library}")
     try:
         target: Any = import_module(module)
@@ -220,21 +220,23 @@ def _lacks(need: str) -> str | None:
             target = getattr(target, part)
     except (ImportError, AttributeError):
         part = f"{module.removeprefix(library + '.')}.{path}"
-        return Bilingual(f"{library} {found} has no {part}", f"{library} {found} 没有 {part}")
+        return Bilingual(f"{library} {installed} has no {part}", f"{library} {installed} 没有 {part}")
     wanted = [name.strip() for name in arguments.split(",") if name.strip()]
     if not wanted:
         return None
     try:
-        taken = inspect.signature(target).parameters
+        parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
         return Bilingual(
-            f"{library} {found}: what {path} takes cannot be found out", f"{library} {found}：无法得知 {path} 的参数"
+            f"{library} {installed}: the parameters of {path} are unknown",
+            f"{library} {installed}：无法得知 {path} 的参数",
         )
-    lost = [name for name in wanted if name not in taken]
-    if not lost:
+    missing = [name for name in wanted if name not in parameters]
+    if not missing:
         return None
     return Bilingual(
-        f"{library} {found}: {path} takes no {', '.join(lost)}", f"{library} {found}：{path} 没有参数 {'、'.join(lost)}"
+        f"{library} {installed}: {path} has no parameter {', '.join(missing)}",
+        f"{library} {installed}：{path} 没有参数 {'、'.join(missing)}",
     )
 
 

@@ -1,4 +1,4 @@
-"""What has happened on a disk, and what the user can do about it."""
+"""Errors of a disk, and what the user can do about them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from siliang.types import OutputError
 NOT_PERMITTED = Bilingual(
     "permission denied. Choose a folder of your own with --output", "没有权限。请用 --output 选择你自己的文件夹"
 )
-# What the user can do about an error of the disk, by its number.
+# The cause and the remedy of an error of the disk, by its number.
 DISK_ERRORS = {
     errno.ENOSPC: Bilingual(
         "the disk is full. Make room, or choose another disk with --output",
@@ -47,7 +47,7 @@ SAVED_BEFORE = Bilingual(". Everything saved before is intact.", "。此前保�
 
 @contextmanager
 def translate_disk_errors(folder: Path) -> Iterator[None]:
-    """Within the block an error of the disk becomes an OutputError that says what to do."""
+    """Within the block, an error of the disk becomes an OutputError that says what to do."""
     try:
         yield
     except Exception as error:
@@ -59,10 +59,10 @@ def translate_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def disk_error(error: BaseException) -> Bilingual | None:
-    """What happened on the disk and what to do; None for any other error."""
+    """The cause and the remedy of an error of the disk; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors' own class
-        number = int(found[1])
+    if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):  # of safetensors
+        number = int(match[1])
     if number is None and "No space left" in str(error):
         number = errno.ENOSPC
     return DISK_ERRORS.get(number) if number is not None else None

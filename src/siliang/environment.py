@@ -1,4 +1,4 @@
-"""What the process's environment has to say before torch computes for the first time; imports nothing slow."""
+"""Environment variables that must be set before torch and other libraries read them; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-KEPT_KERNELS = 32
-SLOWEST = "transformers.modeling_utils"  # of all that is imported
+CACHED_KERNELS = 32
+SLOWEST = "transformers.modeling_utils"  # the slowest import
 
 
 def bound_kernel_caches() -> None:
-    """To be called before a process multiplies for the first time.
+    """Limits oneDNN's caches of kernels. Call it before the process's first matrix product.
 
-    oneDNN, which multiplies in bf16 on CPUs, compiles a kernel for each shape, and two caches keep 1,024 each. Steps of
-    unlike tokens have shapes of their own: after 3,000 of them a process had grown by 1.4 GB, with this by 0.2, and
-    was not slower (docs/log.md). What the user has set stays.
+    oneDNN, which multiplies in bf16 on CPUs, compiles a kernel for each shape, and two caches keep 1,024 each. Steps
+    with different numbers of tokens have different shapes. After 3,000 of them a process had grown by 1.4 GB; with this
+    limit it grew by 0.2 GB, and was not slower (docs/log.md). Variables that the user has set are not changed.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KEPT_KERNELS))
+        os.environ.setdefault(name, str(CACHED_KERNELS))
 
 
 def quieten_libraries() -> None:
-    """Libraries' progress bars and notices off, unless the user turned them on. And no telemetry."""
+    """Turns off the libraries' progress bars, notices and telemetry, unless the user has turned them on."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -33,7 +33,7 @@ def quieten_libraries() -> None:
 
 
 def quieten_trackers() -> None:
-    """To be called before a tracker is imported: no telemetry, no error reports, and no long wait for a server."""
+    """Turns off trackers' telemetry, error reports and long waits for a server. Call it before importing a tracker."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -43,13 +43,13 @@ def quieten_trackers() -> None:
 
 @contextmanager
 def changed_environment(values: Mapping[str, str | None]) -> Iterator[None]:
-    """Within the block these variables have these values, or are not there (None). Behind it they are as they were."""
-    before = {name: os.environ.get(name) for name in values}
+    """Sets these variables, or removes them (None), within the block; restores them after it."""
+    previous = {name: os.environ.get(name) for name in values}
     try:
         _set_environment(values)
         yield
     finally:
-        _set_environment(before)
+        _set_environment(previous)
 
 
 def _set_environment(values: Mapping[str, str | None]) -> None:
@@ -61,11 +61,14 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 def prepare_ray() -> None:
-    """To be called before Ray is imported: no telemetry, no paragraph of Ray's for each worker that is lost, and the
-    user's token for clusters that ask for one. Ray shows the token by itself for the address `auto` alone."""
-    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if named or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster without tokens does not mind
+    """Sets Ray's environment. Call it before importing Ray.
+
+    Turns off Ray's telemetry and its paragraph for each lost worker, and turns on the user's token for clusters that
+    require one. By itself, Ray uses the token only for the address `auto`.
+    """
+    has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if has_token or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster without tokens ignores it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns that this will become the default
@@ -73,8 +76,10 @@ def prepare_ray() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around what a command imports. A million objects come to be, none of them garbage: to look for it among them, now
-    and in the command's work, took a fifth of the time of imports. Does nothing where transformers is imported already.
+    """Turns off garbage collection while a command imports libraries, and excludes their objects from it afterwards.
+
+    The imports make a million objects, none of them garbage; collection took a fifth of their time. Does nothing if
+    transformers is imported already.
     """
     if SLOWEST in sys.modules:
         yield

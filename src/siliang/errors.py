@@ -1,7 +1,7 @@
-"""What each error means and what to do about it, in English and in Chinese; docs/errors.md is made from here, by
-`python -m siliang.errors`.
+"""The meaning of each error and its remedy, in English and Chinese. `python -m siliang.errors` makes docs/errors.md.
 
-The message of an error says what happened in this very case. This catalogue says the rest, by the class's code.
+The message of an error says what happened in one case. This catalogue has the general cause and remedy, by the code of
+the error's class.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CATALOGUE: dict[str, Entry] = {
     "SLE01": Entry(
         Page(
             "a setting is wrong",
-            "A setting is unknown, missing, has a value that is not allowed, or does not go with another one.",
+            "A setting is unknown, missing, has a value that is not allowed, or conflicts with another one.",
             "The message names the setting, its value and what is allowed. `siliang config` lists every setting.",
         ),
         Page(
@@ -51,10 +51,9 @@ CATALOGUE: dict[str, Entry] = {
     "SLE02": Entry(
         Page(
             "nothing in the model to tune",
-            "The modules or parameters that the method should tune are not in this model: the names belong to "
-            "another "
-            "architecture, or BitFit was asked for on a model without biases.",
-            "Take one of the names that the message offers, leave target_modules out, or choose another method.",
+            "The modules or parameters that the method should tune are not in this model: the names belong to another "
+            "architecture, or BitFit is used on a model without biases.",
+            "Use one of the names in the message, leave target_modules out, or choose another method.",
         ),
         Page(
             "模型中没有可微调的部分",
@@ -65,8 +64,8 @@ CATALOGUE: dict[str, Entry] = {
     "SLE03": Entry(
         Page(
             "the data cannot be used",
-            "A file is missing, is not of a kind that can be read, or rows of it are not what the task needs.",
-            "Mend the rows that the message names, by file and line, or leave them out with data.skip_bad_rows=true. "
+            "A file is missing, has an unknown format, or has rows that do not fit the task.",
+            "Correct the rows in the message, by file and line, or skip them with data.skip_bad_rows=true. "
             "`siliang check` shows all of them, and what would be learned.",
         ),
         Page(
@@ -78,11 +77,11 @@ CATALOGUE: dict[str, Entry] = {
     "SLE04": Entry(
         Page(
             "the base model cannot be loaded",
-            "The folder holds no transformers model, the hub did not give it, weights are missing or damaged, it "
-            "wants to run code of its own, a link in it leads elsewhere, or its files are not those that a run was "
+            "The folder has no transformers model, the hub did not return it, weights are missing or damaged, it "
+            "needs to run its own code, a link leads out of the folder, or its files are not those that a run was "
             "trained on.",
-            "Look at the name and the network, download the model again, or take one that transformers knows by "
-            "itself. Of a run: put its base model back, name its place with --base, or continue with --force.",
+            "Check the name and the network, download the model again, or use one that transformers supports itself. "
+            "For a run: restore its base model, give its present place with --base, or continue with --force.",
         ),
         Page(
             "基座模型无法加载",
@@ -96,11 +95,9 @@ CATALOGUE: dict[str, Entry] = {
         Page(
             "the adapter cannot be used",
             "The adapter's files are damaged or incomplete, or belong to another base model or to a method that "
-            "siliang "
-            "does not have.",
-            "Copy or download the adapter again, check that it belongs to this base model, or go back to a "
-            "checkpoint of "
-            "the run: each is an adapter folder.",
+            "siliang does not have.",
+            "Copy or download the adapter again, check that it belongs to this base model, or use a checkpoint of the "
+            "run: each is an adapter folder.",
         ),
         Page(
             "适配器无法使用",
@@ -110,9 +107,10 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "SLE06": Entry(
         Page(
-            "the merged model answers otherwise",
-            "Merging rounds the weights: on a quantized base, or in 16 bits with a small update, the difference shows.",
-            "Merge in a wider --dtype, into the base model in all its bits, or keep the adapter apart.",
+            "the merged model has other outputs",
+            "Merging rounds the weights: with a quantized base, or in 16 bits with a small update, the difference "
+            "matters.",
+            "Merge in a wider --dtype, merge into the unquantized base model, or use the adapter without merging.",
         ),
         Page(
             "合并后的模型输出不一致",
@@ -122,12 +120,10 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "SLE07": Entry(
         Page(
-            "training cannot go on",
-            "The loss or the gradient is nan, infinite, or exactly zero for many steps: nothing would be learned "
-            "any more.",
-            "The message names the step, the rows and the likely cause. Usually a lower train.learning_rate, "
-            "precision "
-            'bf16 or fp32 in place of fp16, or other data helps; train.on_nan="skip 5" leaves out a few bad steps.',
+            "training cannot continue",
+            "The loss or the gradient is nan or infinite, or exactly zero for many steps: no more would be learned.",
+            "The message has the step, the rows and the likely cause. Usually a lower train.learning_rate, precision "
+            'bf16 or fp32 instead of fp16, or corrected data helps; train.on_nan="skip 5" skips a few bad steps.',
         ),
         Page(
             "训练无法继续",
@@ -154,10 +150,9 @@ CATALOGUE: dict[str, Entry] = {
     "SLE09": Entry(
         Page(
             "the output folder cannot be used",
-            "It holds something already, was removed, may not be written to, or the disk is full.",
-            "Choose another with --output, make room, or continue with an interrupted run by --resume. What was saved "
-            "before "
-            "is whole.",
+            "It is not empty, was removed, may not be written to, or the disk is full.",
+            "Choose another with --output, free some space, or continue an interrupted run with --resume. Everything "
+            "saved before is intact.",
         ),
         Page(
             "输出目录不可用",
@@ -168,8 +163,8 @@ CATALOGUE: dict[str, Entry] = {
     "SLE10": Entry(
         Page(
             "the run was stopped",
-            "Ctrl-C or SIGTERM came, or train.max_time is nearly over; the step was saved.",
-            "Go on with `siliang train --resume RUN`: the result is that of a run that was never stopped.",
+            "The run got Ctrl-C or SIGTERM, or train.max_time is nearly over; it saved the step.",
+            "Continue with `siliang train --resume RUN`: the result is that of a run that was never stopped.",
         ),
         Page(
             "训练已中断",
@@ -180,10 +175,9 @@ CATALOGUE: dict[str, Entry] = {
     "SLE11": Entry(
         Page(
             "the run will not fit",
-            "The plan, made before anything was loaded, needs more memory than there is.",
-            "The message says with which settings it fits. train.fit=true makes those changes by itself where they "
-            "leave the result as it is; `siliang plan run.yaml` shows what takes the memory, and `--method all` what "
-            "other methods would need.",
+            "By its plan, which is made before anything is loaded, the run needs more memory than is available.",
+            "The message has settings with which it fits. train.fit=true makes the changes that keep the result. "
+            "`siliang plan run.yaml` shows what takes the memory, and `--method all` the memory of other methods.",
         ),
         Page(
             "内存（显存）不够",
@@ -194,12 +188,12 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "SLE12": Entry(
         Page(
-            "a process of the training is gone",
+            "a process of the training has ended",
             "A training on several devices needs all of its processes. One was killed (often because memory was full), "
             "crashed, or can no longer be reached; the others ended with it.",
-            "Checkpoints are whole: continue with `siliang train --resume RUN`, with the same number of devices or "
-            "another. Where it happens again, look at that machine's memory and network. With `torchrun "
-            "--max-restarts 3` the run goes on by itself.",
+            "Checkpoints are intact: continue with `siliang train --resume RUN`, with the same number of devices or "
+            "another. If it happens again, check that machine's memory and network. With `torchrun --max-restarts 3` "
+            "the run continues by itself.",
         ),
         Page(
             "训练的某个进程已退出",
@@ -211,11 +205,11 @@ CATALOGUE: dict[str, Entry] = {
     "SLE13": Entry(
         Page(
             "the cluster cannot be used",
-            "`--ray` needs the package ray; with an address, a Ray cluster there that this machine is part of, with "
-            "the same siliang on all machines.",
-            "`pip install 'siliang[cluster]'` on every machine; `ray start --head` on one and `ray start --address "
-            "HOST:6379` on the others, this one included. `--ray` without an address starts a Ray here, and `--jobs N` "
-            "uses processes of this machine.",
+            "`--ray` needs the package ray. With an address, it needs a Ray cluster there that includes this machine, "
+            "and the same siliang on all machines.",
+            "Run `pip install 'siliang[cluster]'` on every machine, `ray start --head` on one, and `ray start "
+            "--address HOST:6379` on the others, including this one. `--ray` without an address starts Ray on this "
+            "machine, and `--jobs N` uses processes of this machine.",
         ),
         Page(
             "集群无法使用",
@@ -228,12 +222,13 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "SLE14": Entry(
         Page(
-            "a model wants to run code of its own",
-            "The model's folder names Python files that would run as part of this process. They may do whatever you "
-            "may do, and nothing in a folder can allow them: only you, on this machine, for that very code.",
-            "Use a model that transformers or siliang knows by itself; ChatGLM3's folders open without their code. Or "
-            "read the code, and add --allow-code with the hash that the message gives; in a terminal the command asks, "
-            "and keeps the answer. In Python: siliang.allow_code(hash). Another byte in the folder is another hash.",
+            "a model needs to run its own code",
+            "The model's folder names Python files that would run in this process, with all your permissions. No file "
+            "can allow them: only you can, on this machine, for exactly this code.",
+            "Use a model that transformers or siliang supports itself; ChatGLM3's folders open without their code. Or "
+            "read the code, and add --allow-code with the hash in the message; in a terminal, the command asks once, "
+            "and stores the answer. In Python: siliang.allow_code(hash). Any changed byte in the folder changes the "
+            "hash.",
         ),
         Page(
             "模型要求运行自带的代码",
@@ -247,10 +242,10 @@ CATALOGUE: dict[str, Entry] = {
     "SLE15": Entry(
         Page(
             "a record is damaged",
-            "A file that siliang writes itself (run.json, comparison.json, answers.json, the state of a checkpoint) is "
+            "A file that siliang writes (run.json, comparison.json, answers.json, the state of a checkpoint) is "
             "damaged, was changed, or was written by a later version.",
-            "The message names the file, the field and what is allowed there. Take the file from a backup, or make the "
-            "run again; a file of a later version needs that version.",
+            "The message has the file, the field and the allowed values. Restore the file from a backup, or repeat the "
+            "run; a file of a later version needs that version.",
         ),
         Page(
             "记录已损坏",
@@ -266,7 +261,7 @@ def find_entry(code: str) -> Entry:
     """The entry of an error's code.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such code.
     """
     try:
         return CATALOGUE[code.upper()]
@@ -288,8 +283,8 @@ def explain(code: str, language: Language) -> str:
 
 
 def as_shown(error: SiliangError, language: Language) -> str:
-    """An error as the command prints it: its own words, and to a reader of Chinese also what it is and what to do."""
-    # a file may hold lines of any length
+    """An error as the command prints it: its message, and in Chinese also its title and remedy."""
+    # the message may quote a file with lines of any length
     message = error.zh if language == "zh" and error.zh else str(error)
     words = "\n".join(shortened(line, LONGEST_LINE, " ...") for line in message.split("\n"))
     if language == "en":
@@ -301,10 +296,9 @@ def as_shown(error: SiliangError, language: Language) -> str:
 def as_markdown() -> str:
     """docs/errors.md."""
     parts = [
-        "# Errors\n\nMade by `make docs` from `src/siliang/errors.py`. Each error has a class, which code can "
-        "catch, and a "
-        "code, which `siliang explain CODE` explains; `SILIANG_LANG=zh`, or a Chinese locale, shows the title and the "
-        "remedy in Chinese.\n"
+        "# Errors\n\nMade by `make docs` from `src/siliang/errors.py`. Each error has a class, which code can catch, "
+        "and a code, which `siliang explain CODE` explains; `SILIANG_LANG=zh`, or a Chinese locale, shows the title "
+        "and the remedy in Chinese.\n"
     ]
     classes = {kind.code: kind for kind in _classes(SiliangError)}
     for code, entry in CATALOGUE.items():

@@ -1,10 +1,9 @@
-"""Files and folders that are whole or not there: written under another name, flushed to the disk, and named last.
+"""Atomic writes of files and folders: written under a temporary name, flushed to the disk, then renamed.
 
-The temporary name is random and new, and no link is followed: a folder from elsewhere cannot redirect the write. A file
-that has the last name already is replaced.
+The temporary name is random and new, and links are not followed, so that an untrusted folder cannot redirect the write.
+An existing file of the final name is replaced.
 
-A folder is sealed by a manifest with the size and the hash of each of its files, so that damage is found before it is
-used.
+A folder gets a manifest with the size and the hash of each of its files, so that damage is found before it is used.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from siliang.types import ConfigError, message_of
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-[0-9a-f]{16}", re.DOTALL)
-LONGEST_KEPT_BYTES = 200  # of a file's name: most file systems take 255
+LONGEST_KEPT_BYTES = 200  # of a file's name: most file systems allow 255
 
-# A link is not followed, and the descriptor goes to no other program. Windows has neither, and keeps line ends else.
+# Do not follow links, and do not pass descriptors to other programs. Windows needs O_BINARY to keep line ends.
 if sys.platform == "win32":
     FLAGS = os.O_BINARY | os.O_NOINHERIT
     FOLDER_FLAGS = os.O_RDONLY
@@ -45,10 +44,10 @@ else:
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Writes a file of UTF-8, never half of it. A link at `path` is replaced, and what it leads to stays as it is.
+    """Writes a UTF-8 file atomically. A link at `path` is replaced; its target is not changed.
 
     Args:
-        mode: Who may read and write it, of which the user's umask takes away.
+        mode: The file's permissions, before the user's umask.
     """
     content = text.encode("utf-8")
     with _new_beside(path, mode) as new:
@@ -61,23 +60,21 @@ def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, for libraries that write to a name; it becomes `path` only if the block
-    succeeds. A link at `path` is replaced.
+    """Yields a temporary name next to `path`, for libraries that write to a name. The file is renamed to `path` if the
+    block succeeds. A link at `path` is replaced.
     """
     with _new_beside(path) as new:
         mode = stat.S_IMODE(os.fstat(new.opened).st_mode)
         os.close(new.opened)
         yield new.temporary
-        new.temporary.chmod(mode)  # safetensors puts a file of its own there, for this user alone
+        new.temporary.chmod(mode)  # safetensors replaces the file by one that only this user may read
         _flush(new.temporary)
         new.rename()
 
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `folder` to write into; it is sealed and becomes `folder` only if the block
-    succeeds.
-    """
+    """Yields a temporary folder next to `folder`. If the block succeeds, it gets a manifest and replaces `folder`."""
     with _folder_beside(folder) as temporary:
         yield temporary
         _open_up(temporary)
@@ -89,8 +86,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def creating_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `folder`, which is empty or not there; it becomes `folder` only if the block
-    succeeds and nobody has put anything there meanwhile.
+    """Yields a temporary folder next to `folder`, which is empty or missing. The temporary folder becomes `folder` if
+    the block succeeds and `folder` is still empty or missing.
     """
     with _folder_beside(folder) as temporary:
         yield temporary
@@ -103,29 +100,29 @@ def creating_folder(folder: Path) -> Iterator[Path]:
 
 
 def append(path: Path) -> BinaryIO:
-    """Opens a file to append to it. A link, or a file with several names, is replaced by a new file first."""
+    """Opens a file for appending. A link, or a file with several hard links, is first replaced by a new file."""
     with suppress(FileNotFoundError):
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) and (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1):
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode) and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1):
             path.unlink()
     opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | FLAGS, 0o666)
     return os.fdopen(opened, "ab")
 
 
 def remove(path: Path) -> None:
-    """Removes a folder, a file, or a link and nothing that it leads to. A folder is renamed first: a process that is
-    killed meanwhile leaves no half of it under its name.
+    """Removes a folder, a file, or a link without its target. A folder is renamed first, so that a killed process never
+    leaves part of it under its name.
     """
     if is_real_folder(path):
-        aside = path.with_name(temporary_name(path.name))
-        path.rename(aside)
-        remove_tree(aside)
+        temporary = path.with_name(temporary_name(path.name))
+        path.rename(temporary)
+        remove_tree(temporary)
     else:
         path.unlink(missing_ok=True)
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes what can be removed of a folder, without an error; of a link to one, the link."""
+    """Removes as much of a folder as possible, without an error; a link to a folder, without its target."""
     with suppress(OSError):
         if is_link(folder):
             folder.unlink()
@@ -134,14 +131,14 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_stale(parent: Path, names: str) -> None:
-    """Removes what this module left in `parent` when its process was killed.
+    """Removes temporary files and folders in `parent` that killed processes have left.
 
     Args:
-        names: A pattern of the names that are written there; all else stays.
+        names: A pattern of the final names; other temporary files stay.
     """
     for path in parent.iterdir():
-        found = TEMPORARY.fullmatch(path.name)
-        if found and re.fullmatch(names, found["name"]):
+        match = TEMPORARY.fullmatch(path.name)
+        if match and re.fullmatch(names, match["name"]):
             if is_real_folder(path):
                 remove_tree(path)
             else:
@@ -149,7 +146,7 @@ def remove_stale(parent: Path, names: str) -> None:
 
 
 def temporary_name(name: str) -> str:
-    """A name beside `name` that nobody can foresee."""
+    """A temporary name for `name` that cannot be predicted."""
     kept = name if len(os.fsencode(name)) <= LONGEST_KEPT_BYTES else "file"
     return f".{kept}.tmp-{secrets.token_hex(8)}"
 
@@ -165,7 +162,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder; None for nothing."""
+    """The first difference between a folder and its manifest, in words; None without one."""
     try:
         listed = read_json(folder / MANIFEST)["files"]
         for name, wanted in listed.items():
@@ -193,29 +190,28 @@ def find_damage(folder: Path) -> str | None:
 
 
 def absolute(name: str) -> str:
-    """A file, a folder or a pattern of files that is here, by its absolute name; any other name as it is."""
+    """The absolute name of an existing file, folder or pattern of files; any other name unchanged."""
     path = Path(name).expanduser()
     here = path.exists() or (is_pattern(name) and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
     return str(path.absolute()) if here else name
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name stands for every file that fits it. One whose secrets were hidden does not: others would fit."""
+    """Whether a name is a pattern of files. A name with hidden secrets is not: it would match other files."""
     return any(c in name for c in "*?[") and HIDDEN not in name
 
 
 def restore_name(name: str) -> str:
-    """A name that was written with its secrets hidden, as run.yaml holds it, as it is on this disk; as it was written
-    where nothing here, or more than one thing, could be meant."""
+    """The name on this disk of a name with hidden secrets, as run.yaml has it; unchanged if not exactly one matches."""
     if HIDDEN not in name:
         return name
     pattern = "*".join(map(glob.escape, name.split(HIDDEN)))
-    found = [path for path in glob.iglob(pattern) if without_secrets(path) == name]  # noqa: PTH207 (absolute patterns)
-    return found[0] if len(found) == 1 else name
+    paths = [path for path in glob.iglob(pattern) if without_secrets(path) == name]  # noqa: PTH207 (absolute patterns)
+    return paths[0] if len(paths) == 1 else name
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, read piece by piece."""
+    """The SHA-256 of a file, which is read in pieces."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -225,9 +221,9 @@ class _New:
     """A new file, under a temporary name in the folder of `path`.
 
     Attributes:
-        folder: The folder's descriptor, which stays the same folder whatever its name becomes; None on systems that do
-            not open folders.
-        opened: Its own descriptor, which the caller closes.
+        folder: The folder's descriptor, which stays valid if the folder is renamed; None on systems that do not open
+            folders.
+        opened: The file's descriptor, which the caller closes.
     """
 
     path: Path
@@ -236,14 +232,14 @@ class _New:
     opened: int
 
     def rename(self) -> None:
-        """Gives it the name of `path`."""
+        """Renames the file to `path`."""
         old, new = (p if self.folder is None else p.name for p in (self.temporary, self.path))
         os.replace(old, new, src_dir_fd=self.folder, dst_dir_fd=self.folder)
 
 
 @contextmanager
 def _new_beside(path: Path, mode: int = 0o666) -> Iterator[_New]:
-    """Makes a file that was not there; what is left under its temporary name is removed behind the block."""
+    """Creates a new file, and removes it after the block if it still has its temporary name."""
     temporary = path.with_name(temporary_name(path.name))
     with _descriptor(path.parent) as folder:
         name = temporary if folder is None else temporary.name
@@ -261,7 +257,7 @@ def _new_beside(path: Path, mode: int = 0o666) -> Iterator[_New]:
 
 @contextmanager
 def _descriptor(folder: Path) -> Iterator[int | None]:
-    """Opens a folder; None on systems that cannot."""
+    """The descriptor of a folder; None on systems that do not open folders."""
     if not {os.open, os.unlink, os.rename} <= os.supports_dir_fd:
         yield None
         return
@@ -274,7 +270,7 @@ def _descriptor(folder: Path) -> Iterator[int | None]:
 
 @contextmanager
 def _folder_beside(folder: Path) -> Iterator[Path]:
-    """Makes a folder that was not there; what is left under its temporary name is removed behind the block."""
+    """Creates a new folder, and removes it after the block if it still has its temporary name."""
     temporary = folder.with_name(temporary_name(folder.name))
     temporary.mkdir()
     try:
@@ -284,7 +280,7 @@ def _folder_beside(folder: Path) -> Iterator[Path]:
 
 
 def _open_up(folder: Path) -> None:
-    """Gives its files the rights that the user's umask leaves: safetensors makes them for this user alone."""
+    """Gives the files the permissions of the user's umask: safetensors makes files that only this user may read."""
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not is_link(path):

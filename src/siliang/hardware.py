@@ -1,4 +1,4 @@
-"""The device that is there, and the number format that suits it."""
+"""This machine's device, and its best precision."""
 
 from __future__ import annotations
 
@@ -15,17 +15,25 @@ from siliang.language import Bilingual
 from siliang.records import Device
 
 Precision = Literal["fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"]
+Format = Literal["fp32", "bf16", "fp16"]
+FORMATS: dict[Precision, Format] = {
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "pure-bf16": "bf16",
+    "pure-fp16": "fp16",
+}
 
-FP16_ADAM_EPS = 1e-4  # Adam's own 1e-8 is 0 in fp16, whose smallest number is 6e-8: it would divide by zero
+FP16_ADAM_EPS = 1e-4  # Adam's default 1e-8 is 0 in fp16, whose smallest number is 6e-8: it would divide by zero
 
 
 @dataclass
 class Machine:
-    """What the rules need to know of the hardware.
+    """The hardware, as the rules of `siliang check` need it.
 
     Attributes:
         kind: cpu, cuda or mps.
-        native_bf16: bf16 is computed in hardware.
+        native_bf16: The hardware computes bf16.
     """
 
     kind: str = "cpu"
@@ -34,29 +42,29 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision, and why."""
+    """A precision, and the reason for it."""
 
     precision: Precision
     reason: str
 
     @property
-    def compute(self) -> Literal["fp32", "bf16", "fp16"]:
-        """The number format of the computation alone."""
-        return self.precision.removeprefix("pure-")  # type: ignore[return-value]
+    def compute(self) -> Format:
+        """The precision of the computation."""
+        return FORMATS[self.precision]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the computation, and of the weights that are not trained."""
+        """The dtype of the computation, and of the weights that are not trained."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.compute]
 
     @property
     def pure(self) -> bool:
-        """Trained weights, gradients and Adam's moments have 16 bits too."""
+        """Whether trained weights, gradients and Adam's moments have 16 bits too."""
         return self.precision.startswith("pure-")
 
     @property
     def autocast(self) -> bool:
-        """Trained weights stay fp32 and are cast where they are used."""
+        """Whether trained weights stay fp32 and are cast for the computation."""
         return self.precision in ("bf16", "fp16")
 
     @property
@@ -65,12 +73,12 @@ class Choice:
 
 
 def find_device() -> torch.device:
-    """CUDA where it is, otherwise the CPU."""
+    """The current CUDA device if there is one, otherwise the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def choose_precision(wanted: Precision | Literal["auto"], device: torch.device) -> Choice:
-    """The number format of the computation: what was asked for, with a word where it will be slow, or the best one."""
+    """The precision that the user chose, with a note if it is slow here; for auto, the best one of the device."""
     native = has_bf16(device)
     if wanted != "auto":
         choice = Choice(wanted, Bilingual("as asked", "按设置"))
@@ -94,16 +102,16 @@ def choose_precision(wanted: Precision | Literal["auto"], device: torch.device) 
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed in hardware: Ampere and later cards, CPUs with AVX512-BF16 or AMX."""
+    """Whether the hardware computes bf16: Ampere and later GPUs, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # also where ATEN_CPU_CAPABILITY asks for that
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # also if ATEN_CPU_CAPABILITY sets it
         return False
     return any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def describe_device(device: torch.device) -> Device:
-    """The device as the record names it."""
+    """The device, as a record describes it."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory_bytes = properties.name, properties.total_memory
@@ -113,13 +121,13 @@ def describe_device(device: torch.device) -> Device:
 
 
 def machine() -> Machine:
-    """What the rules of `siliang check` need to know of this machine."""
+    """This machine's hardware."""
     device = find_device()
     return Machine(device.type, has_bf16(device))
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """The versions of Python and of the libraries that determine a result."""
     names = ("siliang", "torch", "transformers", "accelerate", "datasets", "safetensors")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 

@@ -1,6 +1,6 @@
-"""The two languages of what people read. Records, JSON and logs stay English; `local` chooses where a text is printed.
+"""Messages in English and Chinese. Records, JSON and logs are always English; `local` chooses the language of printing.
 
-Both texts of a message stand beside each other, where it is made; tests/test_language.py holds them to the same values.
+Each message has both texts side by side in the code; tests/test_language.py checks that they show the same values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CHINESE, MARKS = "[一-鿿“”（《]", "[，。；：、）？！]"
 
 
 def language() -> Language:
-    """SILIANG_LANG, or else the locale's language."""
+    """The language of SILIANG_LANG, otherwise of the locale."""
     wanted = os.environ.get("SILIANG_LANG") or next(
         (value for name in ("LC_ALL", "LC_MESSAGES", "LANG") if (value := os.environ.get(name))), ""
     )
@@ -23,9 +23,9 @@ def language() -> Language:
 
 
 class Bilingual(str):
-    """An English text that carries the same in Chinese.
+    """An English text with its Chinese translation.
 
-    It is a `str` for all that only knows English, so that a record or JSON holds the English text in every locale.
+    It is a `str`, so that records and JSON hold the English text in every locale.
     """
 
     zh: str
@@ -40,7 +40,7 @@ class Bilingual(str):
 
 
 def local(text: str, language_: Language | None = None) -> str:
-    """The text in the reader's language, where it carries both.
+    """The text in the reader's language, if it is bilingual.
 
     Args:
         language_: None for `language()`.
@@ -49,17 +49,17 @@ def local(text: str, language_: Language | None = None) -> str:
 
 
 def both(en: str, zh: str) -> str:
-    """One of two texts that say the same, for a line that is printed at once."""
+    """The text in the reader's language, for a line that is printed at once."""
     return zh if language() == "zh" else en
 
 
 def together(*parts: str) -> Bilingual:
-    """Texts one after the other, in both languages; a part in one language is the same in both."""
+    """The concatenation of texts in both languages; a part in one language is the same in both."""
     return Bilingual("".join(parts), "".join(local(part, "zh") for part in parts))
 
 
 def joined(text: str) -> str:
-    """A text of several lines in one; between Chinese characters a line's end is not a blank."""
+    """The lines of a text joined into one line; without a blank between Chinese characters."""
     text = " ".join(text.split())
     return re.sub(f"(?<={CHINESE}) (?={CHINESE})|(?<={MARKS}) | (?={MARKS})", "", text)
 
@@ -70,14 +70,14 @@ def width(text: str) -> int:
 
 
 def padded(text: str, columns: int) -> str:
-    """The text with blanks behind it, up to so many columns."""
+    """The text padded with blanks to `columns` columns."""
     return text + " " * (columns - width(text))
 
 
 def filled(text: str, columns: int, indent: str = "") -> str:
-    """The text in lines of so many columns; between Chinese characters a line may end anywhere."""
+    """The text wrapped to lines of `columns` columns; a line may end between any two Chinese characters."""
     lines, line = [], indent
-    # a mark stays with what is in front of it, and an opening one with what is behind it
+    # a mark stays with the character before it, and an opening one with the character after it
     for part in re.findall(rf" +|[“（《\[]*(?:[一-鿿]|[^ 一-鿿“”（《，。；：、）？！]+){MARKS}*\]*|.", text):
         if line.strip() and width(line + part.rstrip()) > columns:
             lines.append(line.rstrip())

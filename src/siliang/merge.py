@@ -1,4 +1,4 @@
-"""Merging an adapter into its base model, and the proof that the merged model computes what the unmerged one did."""
+"""Merges an adapter into its base model, and proves that the merged model has the outputs of the unmerged one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from siliang.language import Bilingual
 from siliang.peft_api.model import PeftModel
 from siliang.types import MergeError
 
-# Largest difference of two logits, as a share of the logits' own spread, that rounding to the dtype explains.
+# The largest difference of two logits, relative to the spread of the logits, that rounding to the dtype explains.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 LEAST_AGREEMENT = 0.99
 LAST_POSITIONS = 32
@@ -20,15 +20,16 @@ LAST_POSITIONS = 32
 
 @dataclass(frozen=True)
 class MergeProof:
-    """How close the merged model is to the unmerged one.
+    """The difference between the merged and the unmerged model.
 
     Attributes:
-        samples: Texts compared.
-        positions: Outputs compared: of tokens, or of texts for a classifier.
-        largest_difference: Of any logit, or of any number of the last hidden states where the model has no logits.
-        spread: Standard deviation of the unmerged model's, the measure of what is large.
-        top1_agreement: Share of predictions with the same first choice; None for hidden states, which choose nothing.
-        dtype: The dtype that is saved, in which both were computed.
+        samples: Number of texts.
+        positions: Number of compared outputs: of tokens, or, for a classifier, of texts.
+        largest_difference: Largest difference of two logits, or, without logits, of two numbers of the last hidden
+            states.
+        spread: Standard deviation of the unmerged model's outputs, to which the difference is relative.
+        top1_agreement: Share of predictions with the same first choice; None for hidden states.
+        dtype: The saved dtype, in which both models computed.
     """
 
     samples: int
@@ -40,7 +41,7 @@ class MergeProof:
 
     @property
     def holds(self) -> bool:
-        """Whether the two have the same outputs, within what rounding explains."""
+        """Whether the outputs are the same, except for rounding."""
         limit = TOLERANCE[getattr(torch, self.dtype)] * max(self.spread, 1e-6)
         agrees = self.top1_agreement is None or self.top1_agreement >= LEAST_AGREEMENT
         return self.largest_difference <= limit and agrees
@@ -69,16 +70,16 @@ class MergeProof:
 
 @torch.no_grad()
 def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> tuple[nn.Module, MergeProof]:
-    """Merges the active adapter and compares the model with itself before.
+    """Merges the active adapter, and compares the merged model with the unmerged one.
 
     Args:
-        samples: Inputs of one text of the run's data each: `input_ids` and `attention_mask` of shape (1, length).
+        samples: Inputs of one text each, from the run's data: `input_ids` and `attention_mask` of shape (1, length).
 
     Returns:
         The plain merged base model, and the proof, which may not hold.
 
     Raises:
-        MergeError: There are no samples to prove it on.
+        MergeError: There are no samples.
     """
     if not samples:
         raise MergeError(
@@ -89,10 +90,10 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
         )
     model.eval()
     dtype = next(p.dtype for p in model.get_base_model().parameters() if p.is_floating_point())
-    kept = [_last(model(**sample)) for sample in samples]
-    before, chooses = [output for output, _ in kept], all(chooses for _, chooses in kept)
-    merged = model.merge_and_unload().to(dtype).eval()  # saved heads were trained in fp32
-    after = [_last(merged(**sample))[0] for sample in samples]
+    unmerged = [_compared(model(**sample)) for sample in samples]
+    before, has_logits = [output for output, _ in unmerged], all(is_logits for _, is_logits in unmerged)
+    merged = model.merge_and_unload().to(dtype).eval()  # trained heads are in fp32
+    after = [_compared(merged(**sample))[0] for sample in samples]
     pairs = list(zip(before, after, strict=True))
     agreeing = sum(int((b.argmax(-1) == a.argmax(-1)).sum()) for b, a in pairs)
     positions = sum(b[..., 0].numel() for b in before)
@@ -101,20 +102,23 @@ def merge_with_proof(model: PeftModel, samples: Sequence[dict[str, Tensor]]) -> 
         positions=positions,
         largest_difference=_nan_is_worst(max((float((b - a).abs().max()) for b, a in pairs), default=0.0)),
         spread=float(torch.cat([b.flatten() for b in before]).std()),
-        top1_agreement=agreeing / positions if chooses else None,
+        top1_agreement=agreeing / positions if has_logits else None,
         dtype=str(dtype).removeprefix("torch."),
     )
     return merged, proof
 
 
-def _last(output: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-    """What is compared, and whether it chooses among classes or tokens: the logits of a classifier, or of the last
-    positions of a text (those of all positions would not fit); the last hidden states of a model without logits."""
+def _compared(output: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+    """The compared outputs, and whether they are logits.
+
+    The logits of a classifier, or of the last positions of a text, since all positions would not fit in memory; or the
+    last hidden states of a model without logits.
+    """
     if "start_logits" in output:
         return torch.stack([output["start_logits"], output["end_logits"]], 1).float(), True
-    chooses = "logits" in output
-    found = output["logits"] if chooses else output["last_hidden_state"]
-    return (found[:, -LAST_POSITIONS:] if found.dim() == 3 else found).float(), chooses
+    is_logits = "logits" in output
+    values = output["logits"] if is_logits else output["last_hidden_state"]
+    return (values[:, -LAST_POSITIONS:] if values.dim() == 3 else values).float(), is_logits
 
 
 def _nan_is_worst(value: float) -> float:

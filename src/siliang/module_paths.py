@@ -1,4 +1,4 @@
-"""The paths of a model's modules, and what names and patterns mean among them."""
+"""The paths of a model's modules, and the paths that names and patterns match."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from siliang.safety.patterns import find
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a base model, one that is shared under each of its paths. Nothing may be attached to it."""
+    """The modules of a base model without adapters; a shared module has each of its paths."""
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
@@ -21,38 +21,39 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parameter_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a base model, one that is shared under each of its paths. Nothing may be attached to it."""
+    """The parameters of a base model without adapters; a shared parameter has each of its paths."""
     for path, module in plain_modules(model):
         for name, p in module.named_parameters(recurse=False):
             yield f"{path}.{name}" if path else name, p
 
 
 def inside(path: str, roots: Iterable[str]) -> bool:
-    """Whether `path` is one of `roots`, or lies within one."""
+    """Whether `path` is one of `roots`, or within one."""
     return any(path == root or path.startswith(root + ".") for root in roots)
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
-    """Those of the paths that lie in none of the others."""
+    """The paths that are within none of the others."""
     paths = list(dict.fromkeys(paths))
     return [p for p in paths if not inside(p, [other for other in paths if other != p])]
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Whether the last steps of a path are `name`."""
+    """Whether the last parts of a path are `name`."""
     return path == name or path.endswith("." + name)
 
 
-def matching_paths(field: str, paths: Sequence[str], named: Sequence[str] | str | None) -> list[str]:
-    """The paths that a list of endings, or a regular expression for the whole path, means.
+def matching_paths(field: str, paths: Sequence[str], names: Sequence[str] | str | None) -> list[str]:
+    """The paths that match.
 
     Args:
-        field: The setting that names them, for the error of a pattern that cannot be matched.
+        field: The setting with the names, for errors.
+        names: A list of endings, or a regular expression for the whole path.
 
     Raises:
         TargetError: The pattern is not a regular expression, or takes too long to match.
     """
-    if isinstance(named, str):
-        (found,) = find(field, [named], paths, whole=True)
-        return [path for path, groups in zip(paths, found, strict=True) if groups is not None]
-    return [path for path in paths if any(ends_with(path, name) for name in named or ())]
+    if isinstance(names, str):
+        (matches,) = find(field, [names], paths, whole=True)
+        return [path for path, groups in zip(paths, matches, strict=True) if groups is not None]
+    return [path for path in paths if any(ends_with(path, name) for name in names or ())]

@@ -1,4 +1,4 @@
-"""What can be done with a finished run: commands that are possible, each with what it is for."""
+"""The commands that a finished run can be used with."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from siliang.types import TaskType
 
 
 def next_steps(folder: Path, task: TaskType, method: str) -> dict[str, tuple[str | Path, ...]]:
-    """The words behind `siliang`, by what they do, names of files as paths: use, chat, measure, merge."""
-    run, asked = Path(folder), TASKS[task].example_prompt
+    """The arguments of `siliang` by purpose: use, chat, measure, merge. File names are `Path`s."""
+    run, prompt = Path(folder), TASKS[task].example_prompt
     steps: dict[str, tuple[str | Path, ...]] = {}
-    if asked is not None:  # in words that stand for the user's own text
-        steps["use"] = ("generate" if TASKS[task].writes else "predict", run, asked)
+    if prompt is not None:  # a placeholder for the user's text
+        steps["use"] = ("generate" if TASKS[task].writes else "predict", run, prompt)
         steps["chat"] = ("chat", run)
     steps["measure"] = ("eval", run)
     if find_method(method).mergeable:

@@ -1,4 +1,4 @@
-"""Where a path leads: what a stranger's folder names, or links to, has to lie inside it."""
+"""Checks paths: the names and links in an untrusted folder must lead to files inside it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def inside(folder: Path, name: str, *, kind: type[SiliangError] = ConfigError, source: str = "") -> Path:
-    """The path of a file that a file of `folder` names: it lies inside, wherever its links lead.
+    """The path of a file that is named in a file of `folder`, and is inside `folder`, also through links.
 
-    Refused on every system are absolute names, `..`, a drive's letter, a backslash, a home's `~`, control characters,
-    URLs, and links that lead out. The file need not be there. A hub cache's links to its own blobs lead inside.
+    Refuses, on every system, absolute names, `..`, drive letters, backslashes, `~`, control characters, URLs, and links
+    that lead out. The file need not exist. A hub cache's links to its own blobs count as inside.
 
     Args:
-        folder: The folder that the name is seen from, and may not leave.
-        name: Parts with a slash between them.
+        folder: The folder of the name.
+        name: Parts separated by slashes.
         kind: The class of the error.
-        source: What names it, for the error; the folder if empty.
+        source: The file with the name, for the error; empty for the folder.
 
     Raises:
         SiliangError: Of class `kind`: the name leads out of the folder.
@@ -36,7 +36,7 @@ def inside(folder: Path, name: str, *, kind: type[SiliangError] = ConfigError, s
     if not isinstance(name, str) or not _is_plain(name):
         raise kind(
             Bilingual(
-                f"{where} names {shortened(name, 200)!r}, which is not inside of it: only files in {folder} are read.",
+                f"{where} names {shortened(name, 200)!r}, which is not inside it: only files in {folder} are read.",
                 f"{where} 写有 {shortened(name, 200)!r}，它不在文件夹之内：只读取 {folder} 中的文件。",
             )
         )
@@ -54,19 +54,19 @@ def inside(folder: Path, name: str, *, kind: type[SiliangError] = ConfigError, s
 
 
 def check_links(folder: Path, kind: type[SiliangError] = ConfigError) -> None:
-    """Nothing in a folder that is opened leads out of it, and nothing in it is other than a file or a folder.
+    """Checks that a folder has only files, folders, and links that lead inside it.
 
-    Links inside of it are fine, and so are a hub cache's to its own blobs. A folder that is not there has none.
+    Links of a hub cache to its own blobs are allowed. A missing folder passes.
 
     Raises:
         SiliangError: Of class `kind`: a link leads out, there is a pipe or a device, or a folder cannot be listed.
     """
-    for path, problem in _strange(Path(folder)):
+    for path, problem in _problems(Path(folder)):
         raise kind(together(f"{path} ", problem))
 
 
 def is_link(path: Path) -> bool:
-    """Whether a path is itself a link, or a junction of Windows, wherever it leads."""
+    """Whether a path is itself a link, or a junction of Windows."""
     if sys.platform == "win32":
         with suppress(FileNotFoundError):
             return bool(path.lstat().st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT)
@@ -74,18 +74,18 @@ def is_link(path: Path) -> bool:
 
 
 def is_real_folder(path: Path) -> bool:
-    """Whether a path is a folder itself, and no link to one."""
+    """Whether a path is a folder, and not a link to one."""
     return path.is_dir() and not is_link(path)
 
 
 def _is_plain(name: str) -> bool:
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    strange = name.startswith(("/", "~")) or "\\" in name or "::" in name or "://" in name
-    return bool(parts) and not strange and ".." not in parts and not DRIVE.match(name) and not CONTROL.search(name)
+    special = name.startswith(("/", "~")) or "\\" in name or "::" in name or "://" in name
+    return bool(parts) and not special and ".." not in parts and not DRIVE.match(name) and not CONTROL.search(name)
 
 
 def _is_within(target: Path, root: Path) -> bool:
-    """Whether a resolved path lies in a resolved folder; that of a hub's cache has the same repository's blobs too."""
+    """Whether a resolved path is in a resolved folder; the folder of a hub cache includes its repository's blobs."""
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith(("models--", "datasets--")):
         allowed.append(root.parent.parent / "blobs")
@@ -93,29 +93,29 @@ def _is_within(target: Path, root: Path) -> bool:
 
 
 def _resolved(path: Path) -> Path | None:
-    """Where a path leads; None where that cannot be said: a ring of links, or a name that no file can have."""
+    """The target of a path; None for a cycle of links, or for an impossible name."""
     try:
         return path.resolve()
     except (OSError, ValueError, RuntimeError):
         return None
 
 
-def _strange(folder: Path) -> Iterator[tuple[Path, str]]:
-    """What is in a folder that should not be, and what is wrong with it."""
+def _problems(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The paths in a folder that are not allowed, and the reasons."""
     root = folder.resolve()
     waiting = [root] if root.is_dir() else []
     while waiting:
         parent = waiting.pop()
         shown = folder / parent.relative_to(root)
         try:
-            found = sorted(parent.iterdir())
-        except FileNotFoundError:  # gone since it was seen
+            children = sorted(parent.iterdir())
+        except FileNotFoundError:  # removed meanwhile
             continue
         except OSError as error:
             why = error.strerror or error
-            yield shown, Bilingual(f"cannot be looked into: {why}.", f"无法查看：{why}。")
+            yield shown, Bilingual(f"cannot be listed: {why}.", f"无法列出其内容：{why}。")
             continue
-        for path in found:
+        for path in children:
             if is_link(path):
                 target = _resolved(path)
                 if target is None or not _is_within(target, root):
@@ -142,7 +142,7 @@ def _strange(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def near_names(path: Path) -> Bilingual:
-    """Says which names in its folder look like that of a file or folder which is not there."""
+    """Proposes names in the folder of a missing file or folder that look like its name."""
     try:
         return nearest(path.name, [p.name for p in path.parent.iterdir()])
     except OSError:

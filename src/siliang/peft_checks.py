@@ -1,12 +1,12 @@
-"""Makes the libraries that ask for PEFT's classes accept siliang's as well.
+"""Makes libraries that check for PEFT's classes accept siliang's classes too.
 
 transformers' Trainer loads the adapter of a checkpoint only into an instance of `peft.PeftModel`, and TRL's SFTTrainer
-attaches only a `peft.PeftConfig`. PEFT's classes take no virtual subclasses, and PEFT may not be installed at all.
-So the few names in other modules that are asked are replaced by ones that know siliang's classes too. For every other
-object they return what they did before.
+attaches only a `peft.PeftConfig`. PEFT's classes allow no virtual subclasses, and PEFT may not be installed.
+So the few names in other modules that make these checks are replaced by ones that also know siliang's classes. For
+every other object they return what they returned before.
 
-`refresh` does so in the modules that are imported by then, and imports none. It runs when a config or a model of
-siliang is made, and when the Trainer or TRL asks about one. The contract tests try all of it.
+`refresh` replaces the names in modules that are already imported, and imports none. It runs when a config or a model of
+siliang is made, and when the Trainer or TRL checks one. The contract tests try all of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _MODEL, _CONFIG, _LAYER = (
 
 
 def refresh() -> None:
-    """Replaces the names, in every module of `_REPLACED` that is imported and was not replaced yet."""
+    """Replaces the names in the imported modules of `_REPLACED`, unless they are replaced already."""
     for module, names in _REPLACED.items():
-        there = vars(sys.modules[module]) if module in sys.modules else {}
+        attributes = vars(sys.modules[module]) if module in sys.modules else {}
         for name, replacement in names.items():
-            if name in there and not _is_ours(there[name]):
-                setattr(sys.modules[module], name, replacement(there[name]))
+            if name in attributes and not _is_ours(attributes[name]):
+                setattr(sys.modules[module], name, replacement(attributes[name]))
 
 
 def _is_ours(value: object) -> bool:
@@ -39,13 +39,13 @@ def _is_ours(value: object) -> bool:
 
 
 def _ours(kind: tuple[str, str]) -> type | tuple[()]:
-    """A class of siliang, for isinstance; where its file is not imported there can be no instance of it."""
+    """A class of siliang, for isinstance; () if its file is not imported, since no instance of it can exist."""
     module, name = kind
     return getattr(sys.modules.get(module), name, ())
 
 
 def _also(kind: tuple[str, str]) -> Callable[[object], object]:
-    """For a class that isinstance is given: that class, or siliang's."""
+    """For a class that is an argument of isinstance: that class and siliang's."""
 
     def both(theirs: object) -> object:
         ours = _ours(kind)
@@ -60,14 +60,14 @@ def _marked(function: F) -> F:
 
 
 def _or_our_model(theirs: Callable[..., bool]) -> Callable[..., bool]:
-    """For a function that says whether a model has adapters of PEFT."""
+    """For a function that returns whether a model has adapters of PEFT."""
 
     @wraps(theirs)
     def is_peft_model(model: object) -> bool:
         from accelerate.utils import extract_model_from_parallel
 
         if isinstance(extract_model_from_parallel(model), _ours(_MODEL)):
-            refresh()  # what the caller asks next may be of a module that was imported after the model was made
+            refresh()  # the caller's next check may be in a module that was imported after the model was made
             return True
         return theirs(model)
 
@@ -75,7 +75,7 @@ def _or_our_model(theirs: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _or_our_attaching(theirs: Callable[..., object]) -> Callable[..., object]:
-    """For `peft.get_peft_model`: siliang's where the config is siliang's."""
+    """For `peft.get_peft_model`: siliang's function if the config is siliang's."""
 
     @wraps(theirs)
     def get_peft_model(model: object, peft_config: object, *args: object, **kwargs: object) -> object:

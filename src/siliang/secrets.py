@@ -1,8 +1,8 @@
-"""Keeps passwords and access tokens out of what is written or printed.
+"""Keeps passwords and access tokens out of all output.
 
-What is secret: texts of the shapes of today's tokens, and the values of environment variables with a telling name.
-Values are redacted, and not the texts made of them: `redacted` before a file is encoded, `without_secrets` before
-something is printed, `shortened`, `short_repr` and `part` where something is cut.
+Secrets are texts with the shapes of known tokens, and the values of environment variables whose names indicate a
+secret. Values are redacted before they are encoded or cut: `redacted` before writing a file, `without_secrets` before
+printing, `shortened`, `short_repr` and `redacted_part` before cutting.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
-LONGEST = 4096  # characters of a secret that is looked for behind the end of a text that is cut
-LEAST = 8  # characters of an environment's secret: shorter ones would hide parts of ordinary words
+LONGEST = 4096  # characters searched for secrets beyond the end of a cut text
+LEAST = 8  # characters of a secret of the environment: shorter ones would hide parts of ordinary words
 
-# Where a token may begin: behind no letter and no digit, but behind an escape, \n or \x1b or %20, which ends with one.
+# The place where a token may begin: not after a letter or digit, except for an escape such as \n, \x1b or %20.
 _START = r"(?:(?<![A-Za-z0-9])|(?<=\\[abfnrtv0])|(?<=\\x[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2}))"
 _SECRET_WORDS = (
     r"(?:passw(?:or)?d|passphrase|pwd|secret|client[_-]?secret|api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key"
@@ -29,11 +29,11 @@ _SECRET_WORDS = (
     r"[_-]?token)"
 )
 
-# What must be in a text, in lower case, for a shape to be looked for, and the shape. A group in it is the secret.
+# For each shape: hints, one of which is in the lower-case text if the shape is, and the shape. Its group is the secret.
 _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (tuple(hints.split()), re.compile(_START + shape if anchored else shape))
     for hints, anchored, shape in (
-        # ---- by the beginning ----
+        # ---- by their beginning ----
         ("hf_ api_org_", False, r"(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9]{16,}"),  # Hugging Face
         ("sk-", False, r"sk-(?:ant|proj|or|svcacct|admin)-[A-Za-z0-9_-]{16,}"),
         ("sk- pk- rk-", True, r"(?:sk|pk|rk)-[A-Za-z0-9_-]{20,}"),  # OpenAI, Anthropic, OpenRouter, DeepSeek
@@ -60,15 +60,15 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         ("lin_api_ shpat_ shpss_ lsv2_ age-secret-key-", True,
          r"(?:lin_api_|shp(?:at|ss|ca|pa)_|lsv2_(?:pt|sk)_|AGE-SECRET-KEY-)[A-Za-z0-9_]{16,}"),
         ("eyj", False, r"eyJ[A-Za-z0-9_-]{8,}(?:(?:\.|%2[Ee])[A-Za-z0-9_-]*){1,4}"),  # JSON web tokens
-        # ---- by what stands around them ----
+        # ---- by the text around them ----
         ("-----begin", False,
          r"-----BEGIN(?:[A-Z0-9 +]|%20)*PRIVATE(?: |%20|\+)KEY-----(?:(?!-----)[\s\S]){0,20000}"
          r"(?:-----END(?:[A-Z0-9 +]|%20)*PRIVATE(?: |%20|\+)KEY-----)?"),
-        # https://user:password@host and https://token@host, of which a path keeps one slash
+        # https://user:password@host and https://token@host; in a path they have one slash
         (":/", False, r":/{1,3}([^\s/:@\"'<>]*:[^\s/\"'<>]+)@"),
         (":/", False, r":/{1,3}([^\s/:@\"'<>]{16,})@"),
         ("%3a", False, r"(?i)%3A(?:/{1,2}|%2F%2F|%2F)([^\s/\"'<>&]+)%40"),
-        ("= %3d", False,  # of a URL's query; behind &amp; in HTML
+        ("= %3d", False,  # of a URL's query; after &amp; in HTML
          r"(?i)(?:[?&;#,]|%3F|%26)(?:[\w.-]*[_.-])?"
          r"(?:token|secret|password|passwd|pwd|apikey|key|sig|signature|credential|auth|authorization"
          r"|accesskeyid|accesstoken|authtoken)(?:=|%3D)((?:(?!%26)[^\s&#\"'<>;\\])+)"),
@@ -77,7 +77,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         ("bearer", False, r"(?i)bearer(?:\s+|%20|\+)(?=\S*\d|\S{20})([A-Za-z0-9._~+/=%-]{8,})"),
         ("basic", False, r"[Bb]asic(?:\s+|%20)(?=\S*[\d=]|[A-Za-z]*[a-z][A-Z])([A-Za-z0-9+/=%]{8,})"),
         ("authorization", False, r"(?i)authorization[\"'\\]*\s*[:=]\s*[\"'\\]*(?:\w+\s+)?([^\s\"',\\]{6,})"),
-        # password = "..." and api_key: ..., as in a settings file, and with JSON's or a shell's quotes
+        # password = "..." and api_key: ..., of settings files, also with the quotes of JSON or a shell
         ("pass pwd secret key token", False,
          rf"(?i)(?<![A-Za-z0-9]){_SECRET_WORDS}(?:[\"'\\]|&quot;|&#3[49];)*\s*[:=]\s*(?:[\"'\\]|&quot;|&#3[49];)*"
          r"(?![\"'{\[(])(?=[^\s\"']*[\d+/=])([^\s\"',;&\\<>)\]}]{8,})"),
@@ -87,7 +87,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     )
 )  # fmt: skip
 
-# The words of an environment variable's name that say that it holds a secret, unless its end says that it is none.
+# The words in an environment variable's name that indicate a secret, unless the end of the name excludes it.
 _NAMES = re.compile(
     r"(?:^|_)(?:\w*TOKEN|\w*SECRET|\w*PASSWORD|PASSWD|PASSPHRASE|PASS|\w*API_?KEY|\w*ACCESS_?KEY|KEY|APIKEY"
     r"|CREDENTIALS?|AUTH|AUTHORIZATION|CONNECTION_STRING|COOKIE|DSN|PAT)(?:_|$)",
@@ -99,31 +99,31 @@ _SECRET_KEY = re.compile(rf"(?i)(?:^|[_.-]){_SECRET_WORDS}$")
 
 
 def redacted(value: Any) -> Any:
-    """A structure with each of its texts `without_secrets`, its keys too. Numbers stay as they are: in a text made of
-    the whole, a password of digits would take digits out of a number."""
+    """A structure with all its texts and keys `without_secrets`. Numbers are not changed; in an encoded text, a
+    password of digits could match part of a number."""
     return _redacted(value, environment_secrets())
 
 
 def without_secrets(text: str) -> str:
-    """The text with tokens and passwords hidden: by their shape, and those of this process's environment."""
+    """The text with its secrets hidden: texts with the shapes of tokens, and the secrets of the environment."""
     return _hidden(text, environment_secrets())
 
 
 def shortened(value: object, most: int, more: str = "") -> str:
-    """The first `most` characters of a text that is to be shown, and `more` where it has more. Its secrets are hidden
-    before it is cut, for the first half of a token looks like none."""
-    whole = value if isinstance(value, str) else str(value)
-    text = without_secrets(whole[: most + LONGEST])
+    """The first `most` characters of a text, followed by `more` if it is longer. Secrets are hidden before the cut,
+    since the first half of a token does not look like one."""
+    full = value if isinstance(value, str) else str(value)
+    text = without_secrets(full[: most + LONGEST])
     return text if len(text) <= most else f"{text[:most]}{more}"
 
 
 def short_repr(value: object, most: int = 80) -> str:
-    """A value as errors show it: its repr without secrets, not all of a long one."""
+    """The repr of a value for errors, without secrets, and shortened."""
     return shortened(repr(redacted(value)), most, " ...")
 
 
 def redacted_part(text: str, start: int, end: int | None = None) -> str:
-    """`text[start:end]` to be shown, with what it holds of the whole text's secrets hidden."""
+    """`text[start:end]` with all parts of the whole text's secrets hidden."""
     end = len(text) if end is None else min(end, len(text))
     pieces, at = [], start
     for first, last in secret_places(text):
@@ -135,13 +135,12 @@ def redacted_part(text: str, start: int, end: int | None = None) -> str:
 
 
 def secret_places(text: str) -> list[tuple[int, int]]:
-    """Where secrets stand in a text: (first character, the one behind the last), in order, none within another."""
+    """The positions of secrets in a text: (first character, the one after the last), in order, without overlaps."""
     return _places(text, environment_secrets())
 
 
 def environment_secrets() -> tuple[str, ...]:
-    """The secrets among this process's environment variables, in each way in which they may be written; the longest
-    first."""
+    """The secrets of this process's environment, in all their escaped forms, the longest first."""
     return _secrets_among(tuple(os.environ.items()))
 
 
@@ -163,7 +162,7 @@ def _redacted(value: object, own: tuple[str, ...]) -> Any:
         for key, inner in value.items():
             name = _hidden(key, own) if isinstance(key, str) else key
             shown, n = name, 2
-            while shown in found:  # two keys that differ by their secrets alone
+            while shown in found:  # two keys that differ only in their secrets
                 shown, n = f"{name} {n}", n + 1
             secret = isinstance(key, str) and isinstance(inner, str) and inner and _SECRET_KEY.search(key)
             found[shown] = HIDDEN if secret else _redacted(inner, own)
@@ -207,7 +206,7 @@ def _joined(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _within_a_number(text: str, at: int, secret: str) -> bool:
-    """A password of digits that is some digits of a longer number is not the password."""
+    """Whether a password of digits is part of a longer number, and so not the password."""
     around = text[at - 1 : at] + text[at + len(secret) : at + len(secret) + 1]
     return secret.isdecimal() and any(c.isdecimal() for c in around)
 
@@ -221,7 +220,7 @@ def _longest(text: str) -> tuple[int, str]:
 
 
 def _forms(secret: str) -> set[str]:
-    """A secret as it is, and in the escapes of Python, JSON, HTML, URLs and shells."""
+    """A secret as it is, and with the escapes of Python, JSON, HTML, URLs and shells."""
     forms = {secret, *(line.strip() for line in secret.splitlines())}
     escaped = repr(secret)[1:-1]
     forms |= {escaped, repr(secret + "'")[1:-2], repr(secret + "\"'")[1:-4], ascii(secret)[1:-1]}

@@ -1,4 +1,4 @@
-"""The vocabulary: methods, tasks, and the errors that a user can meet."""
+"""Common names: methods, tasks, and the errors for users."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from siliang.secrets import LONGEST, shortened, without_secrets
 
 MOST_CHARACTERS = 4000  # of an error
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name of it
-ALIKE = 0.7  # share of two words' letters that agree
+SIMILAR = 0.7  # share of the letters of two words that agree
 
 
 class PeftType(StrEnum):
-    """A method's name in adapter_config.json; the values are those of PEFT, but for BITFIT and HEAD, which are ours."""
+    """A method's name in adapter_config.json. The values are PEFT's, except for BITFIT and HEAD, which PEFT lacks."""
 
     LORA = "LORA"
     IA3 = "IA3"
@@ -34,7 +34,7 @@ class PeftType(StrEnum):
 
 
 class TaskType(StrEnum):
-    """What the base model is trained to do; the values are those of Hugging Face PEFT."""
+    """The task that the base model is trained for; the values are those of Hugging Face PEFT."""
 
     CAUSAL_LM = "CAUSAL_LM"
     SEQ_CLS = "SEQ_CLS"
@@ -44,11 +44,12 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-# Task types of an adapter's config that siliang does not train. tasks/ has a row for each of the others.
+# Task types of adapter configs that siliang does not train; tasks/ has a row for each other one.
 NOT_TRAINED = (TaskType.FEATURE_EXTRACTION,)
 TRAINED_TASKS = tuple(task for task in TaskType if task not in NOT_TRAINED)
 
-# The heads that PEFT trains and saves with an adapter of a task type: new ones, whatever the base model's files hold.
+# The heads that PEFT trains and saves with an adapter of a task type; they are new, even if the base model's files have
+# such heads.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
@@ -58,10 +59,10 @@ OTHER_HEADS = ("classification_head",)  # BART's and T5's, which PEFT leaves unt
 
 
 class TextError(ValueError):
-    """A text, such as that of a file, that cannot be read, or not by the limits of its kind.
+    """A text that cannot be parsed, or that exceeds a limit.
 
     Attributes:
-        line: Where, from 1; None where that is not known.
+        line: The line of the error, from 1; None if unknown.
     """
 
     def __init__(self, message: str, line: int | None = None) -> None:
@@ -69,30 +70,30 @@ class TextError(ValueError):
         self.line = line
 
     def place(self, path: Path) -> str:
-        """The file and, where it is known, the line."""
+        """The file and, if it is known, the line."""
         return f"{path}:{self.line}" if self.line else str(path)
 
 
 class SiliangError(Exception):
-    """What every error for the user derives from: a line or two on what, where, what is allowed, what to do.
+    """The base class of all errors for users: one or two lines on what, where, what is allowed, and what to do.
 
     Attributes:
-        code: Under which errors.py says the cause and the remedy, in English and in Chinese.
-        exit_code: Of the command that ends with it.
-        zh: The message in Chinese, where it was given in both languages; str(error) is English.
+        code: The code of its page in errors.py, with cause and remedy in English and Chinese.
+        exit_code: The exit code of the command that ends with it.
+        zh: The message in Chinese, if it is bilingual; str(error) is English.
     """
 
     code: ClassVar[str] = "SLE00"
     exit_code: ClassVar[int] = 2
 
     def __init__(self, message: object = "") -> None:
-        """What it says; of more than MOST_CHARACTERS, such as of a value of a stranger's, the beginning and the end."""
+        """message: Beyond MOST_CHARACTERS, such as with a long untrusted value, only its beginning and end are kept."""
         super().__init__(_bounded(str(message)))
         self.zh = _bounded(message.zh) if isinstance(message, Bilingual) else None
 
     @property
     def text(self) -> str:
-        """The message, with its Chinese where it has one."""
+        """The message, bilingual if it has a Chinese text."""
         return str(self) if self.zh is None else Bilingual(str(self), self.zh)
 
 
@@ -116,7 +117,7 @@ class TargetError(ConfigError):
 
 
 class DataError(SiliangError, ValueError):
-    """The user's data cannot be read, or is not what was said."""
+    """The user's data cannot be read, or does not fit the settings."""
 
     code = "SLE03"
 
@@ -128,19 +129,19 @@ class ModelError(SiliangError, ValueError):
 
 
 class AdapterError(SiliangError, ValueError):
-    """An adapter's files are damaged, foreign, or do not fit the model."""
+    """An adapter's files are damaged, unknown, or do not fit the model."""
 
     code = "SLE05"
 
 
 class MergeError(SiliangError, RuntimeError):
-    """A merged model does not answer as the unmerged one."""
+    """A merged model does not have the outputs of the unmerged one."""
 
     code = "SLE06"
 
 
 class TrainingError(SiliangError, ArithmeticError):
-    """Training cannot go on: its loss or gradient is not a number, or nothing is learned."""
+    """Training cannot continue: its loss or gradient is not a number, or nothing is learned."""
 
     code = "SLE07"
 
@@ -152,13 +153,13 @@ class DeviceMemoryError(SiliangError, MemoryError):
 
 
 class OutputError(SiliangError, OSError):
-    """The output folder cannot be used: it holds something already, it is gone, or the disk is full."""
+    """The output folder cannot be used: it is not empty, it was removed, or the disk is full."""
 
     code = "SLE09"
 
 
 class InterruptedRunError(SiliangError):
-    """The run was stopped by the user or by its time limit; what can be resumed has been saved."""
+    """The run was stopped by the user or by its time limit; it has been saved, and can be resumed."""
 
     code = "SLE10"
     exit_code = 130
@@ -171,7 +172,7 @@ class PlanError(SiliangError):
 
 
 class RankError(SiliangError, RuntimeError):
-    """Another process of a training on several devices is gone."""
+    """Another process of a training on several devices has ended."""
 
     code = "SLE12"
 
@@ -186,10 +187,10 @@ class OwnCodeError(ModelError):
     """A model brings Python code of its own, which this user has not allowed.
 
     Attributes:
-        model: Its name, as it was given.
-        folder: Where the code lies.
-        files: The names of the files of code.
-        sha256: Of the folder, by which it can be allowed.
+        model: The model's name, as given.
+        folder: The folder with the code.
+        files: The names of the files with code.
+        sha256: The folder's hash, with which it can be allowed.
     """
 
     code = "SLE14"
@@ -204,7 +205,7 @@ class RecordError(ConfigError):
     writes.
 
     Attributes:
-        later: It is sound, and was written by a later siliang.
+        later: It is not damaged, but written by a later siliang.
     """
 
     code = "SLE15"
@@ -223,11 +224,11 @@ def message_of(error: object) -> str:
 
 
 def first_line(error: object, *, kind: bool = False) -> str:
-    """What an error says, in a line, with its Chinese where it has one; the name of its kind where it says nothing.
+    """The first line of an error's message, bilingual if the message is; without a message, the name of its class.
 
     Args:
-        error: Or its text.
-        kind: With the name of its kind in front.
+        error: An error, or its message.
+        kind: Put the name of its class in front.
     """
     name, text = "" if isinstance(error, str) else type(error).__name__, message_of(error)
     en = _first_line(str(text), name, kind=kind)
@@ -235,32 +236,32 @@ def first_line(error: object, *, kind: bool = False) -> str:
 
 
 def _first_line(text: str, name: str, *, kind: bool) -> str:
-    said, _, more = text.strip().partition("\n")
-    if said.rstrip().endswith((":", "：")) and more:  # what is wrong stands in the next line
-        said += f" {more.strip().splitlines()[0]}"
-    said = said.rstrip()
-    return ": ".join(part for part in (name if kind or not said else "", said) if part)
+    line, _, more = text.strip().partition("\n")
+    if line.rstrip().endswith((":", "：")) and more:  # the next line says what is wrong
+        line += f" {more.strip().splitlines()[0]}"
+    line = line.rstrip()
+    return ": ".join(part for part in (name if kind or not line else "", line) if part)
 
 
 def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
-    """Those of `words` that look like `word`, the likest first.
+    """The `words` that look like `word`, the most similar first.
 
-    Alike are words most of whose letters agree, or of which one holds the other whole: a far-off proposal misleads.
+    Words are similar if most of their letters agree, or if one contains the other; other proposals would mislead.
     """
     word = word.casefold()[:200]
     known = {name: name.casefold() for name in sorted(set(words))}
     like = {name: difflib.SequenceMatcher(None, word, low).ratio() for name, low in known.items()}
     part = {name for name, low in known.items() if min(len(low), len(word)) > 3 and (low in word or word in low)}
-    return sorted((name for name in known if like[name] >= ALIKE or name in part), key=lambda name: -like[name])[:n]
+    return sorted((name for name in known if like[name] >= SIMILAR or name in part), key=lambda name: -like[name])[:n]
 
 
 def nearest(word: str, words: Iterable[str], n: int = 3) -> Bilingual:
-    """Says which of `words` look like `word`: " Did you mean 'a' or 'b'?", or nothing if none does."""
+    """Proposes the `words` that look like `word`: " Did you mean 'a' or 'b'?"; empty if none does."""
     return did_you_mean(near(word, words, n))
 
 
 def did_you_mean(found: Iterable[str]) -> Bilingual:
-    """Proposes names; nothing where there are none."""
+    """Proposes names; empty if there are none."""
     names = [repr(name) for name in found]
     if not names:
         return Bilingual("", "")

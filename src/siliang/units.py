@@ -1,4 +1,4 @@
-"""Sizes of memory, and durations, as people write them."""
+"""Parses and shows sizes of memory and durations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parse_bytes(text: str) -> int:
 
 
 def show_bytes(n_bytes: float) -> str:
-    """Bytes for people: 512 B, 3.1 KB, 1.31 GB, 1,300 GB."""
+    """Bytes with a unit: 512 B, 3.1 KB, 1.31 GB, 1,300 GB."""
     for unit in ("B", "KB", "MB", "GB"):
         if round(n_bytes, 1) < 999.5 or unit == "GB":  # 999.6 MB would be shown as 1000 MB
             break

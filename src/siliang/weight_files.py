@@ -1,4 +1,4 @@
-"""What a file of weights may hold, looked at before it is read: a stranger's may be small and ask for gigabytes."""
+"""Checks a file of weights before it is read: an untrusted file may be small and demand gigabytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from siliang.secrets import shortened
 
 MOST_TENSORS = 1_000_000
 MOST_HEADER_BYTES = 64 * 2**20
-# what a pickle of plain tensors names; torch's own reader allows more, such as a bytearray of any size
+# the names in a pickle of plain tensors; torch's own reader allows more, such as a bytearray of any size
 NAMES = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -27,13 +27,13 @@ STORAGES = ("torch", "torch.storage")
 
 
 def check_weights(path: Path, *, older: bool = False) -> None:
-    """Whether a safetensors file, or torch's zip, is one of plain tensors that lie within it.
+    """Checks that a safetensors file, or torch's zip, has only plain tensors that are within the file.
 
     Args:
-        older: A `.bin` from before torch 1.6 passes as well: it is not a zip, and what is in it is read in turn.
+        older: Accept also a `.bin` from before torch 1.6, which is not a zip and is read sequentially.
 
     Raises:
-        ValueError: It is not; says why.
+        ValueError: It has something else; the message says what.
         OSError: It cannot be read.
     """
     if path.suffix == ".bin":
@@ -44,13 +44,13 @@ def check_weights(path: Path, *, older: bool = False) -> None:
 
 
 def check_tensors(tensors: object, file_bytes: int) -> None:
-    """Whether what a `.bin` gave are plain tensors whose numbers were all in the file.
+    """Checks that the content of a `.bin` is plain tensors that are not larger than the file.
 
     Raises:
-        ValueError: They are not.
+        ValueError: It is not.
     """
     if not isinstance(tensors, dict):
-        raise ValueError(Bilingual("it holds no dictionary of tensors", "其中没有张量的字典"))
+        raise ValueError(Bilingual("it is not a dictionary of tensors", "其中没有张量的字典"))
     total = 0
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
@@ -78,7 +78,7 @@ def _check_safetensors(path: Path) -> None:
         header = parse_json(file.read(length).decode("utf-8"), foreign=True)
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
         raise ValueError(Bilingual("its header is not a table of tensors", "文件头不是张量表"))
-    # that shapes, types and places agree, and nothing overlaps, safetensors itself sees to
+    # safetensors itself checks that shapes, types and offsets agree, and that nothing overlaps
     for name, entry in header.items():
         shape = entry.get("shape", []) if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= size for n in shape):
@@ -88,28 +88,27 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _check_zip(path: Path) -> None:
-    """torch's zip: nothing in it is packed, so that it holds no more than it says; its pickle names tensors alone."""
+    """Checks torch's zip: its entries are not compressed, so that it is as large as it seems; its pickle names only
+    tensors."""
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries):
                 raise ValueError(
-                    Bilingual(
-                        "something in it is compressed, which torch does not do", "其中有压缩的内容，torch 不会压缩"
-                    )
+                    Bilingual("it has a compressed entry, which torch never writes", "其中有压缩的内容，torch 不会压缩")
                 )
             if sum(e.file_size for e in entries) > size or len({e.filename for e in entries}) != len(entries):
-                raise ValueError(Bilingual("what is in it overlaps", "其中的内容相互重叠"))
+                raise ValueError(Bilingual("its entries overlap", "其中的内容相互重叠"))
             pickles = [e for e in entries if e.filename.endswith(("data.pkl", ".pickle"))]
             if len(pickles) != 1 or pickles[0].file_size > MOST_HEADER_BYTES:
                 raise ValueError(
-                    Bilingual("it holds no list of tensors, or one too long", "其中没有张量列表，或列表过长")
+                    Bilingual("it has no list of tensors, or too long a list", "其中没有张量列表，或列表过长")
                 )
             _check_pickle(archive.read(pickles[0]))
     except zipfile.BadZipFile:
         raise ValueError(
-            Bilingual("it is not torch's zip, as it has been written since torch 1.6", "不是 torch 1.6 以来的 zip 格式")
+            Bilingual("it is not a zip, as torch has written since 1.6", "不是 torch 1.6 以来的 zip 格式")
         ) from None
     except (NotImplementedError, RuntimeError, EOFError) as error:
         raise ValueError(str(error)) from None
@@ -118,7 +117,7 @@ def _check_zip(path: Path) -> None:
 def _check_pickle(data: bytes) -> None:
     for code, argument, _ in pickletools.genops(data):
         if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(Bilingual("it names something else than tensors", "其中不只有张量"))
+            raise ValueError(Bilingual("it names more than tensors", "其中不只有张量"))
         if code.name == "GLOBAL" and argument not in NAMES:
             home, _, name = str(argument).rpartition(" ")
             if home not in STORAGES or not (

@@ -109,11 +109,11 @@ def test_files_for_a_run_stay_in_their_folder(name: str, tmp_path: Path) -> None
     packed = Packed("files-" + "0" * 32, ((name, (0,)),))
     for folder in ("in", "cache"):
         (tmp_path / folder).mkdir()
-    with pytest.raises(ClusterError, match="not inside of it"):
+    with pytest.raises(ClusterError, match="not inside it"):
         unpack(packed, tmp_path / "in", lambda piece: b"x")
-    with pytest.raises(ClusterError, match="not inside of it"):
+    with pytest.raises(ClusterError, match="not inside it"):
         unpack_once(packed, tmp_path / "cache", lambda piece: b"x")
-    with pytest.raises(ClusterError, match="not inside of it"):
+    with pytest.raises(ClusterError, match="not inside it"):
         unpack_once(Packed(name, ()), tmp_path / "cache", lambda piece: b"x")
     assert {p.name for p in tmp_path.rglob("*")} == {"in", "cache", packed.folder + ".lock"}
 

@@ -19,7 +19,7 @@ def test_what_siliang_reaches_into_is_there(name: str) -> None:
     [
         ("transformers.modeling_layers:NoSuchLayer", "has no modeling_layers.NoSuchLayer"),
         ("transformers.no_such_module:Name", "has no no_such_module.Name"),
-        ("transformers:AttentionInterface.register(key, colour)", "AttentionInterface.register takes no colour"),
+        ("transformers:AttentionInterface.register(key, colour)", "register has no parameter colour"),
         ("no_such_library:Name", "no_such_library is not installed"),
     ],
 )

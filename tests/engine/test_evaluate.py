@@ -135,7 +135,7 @@ def test_rows_of_which_none_can_be_measured(models: dict[str, Path], tmp_path: P
     long = [{"instruction": " ".join(WORDS[:30]), "output": "yes"}] * 3
     config.data.eval = str(write_jsonl(tmp_path / "long.jsonl", long))
     config.data.too_long = "drop"
-    with pytest.raises(DataError, match="SL008 not one of the 3 held-out rows"):
+    with pytest.raises(DataError, match="SL008 none of the 3 held-out rows"):
         train(config)
     assert not (tmp_path / "run").exists()
     config = configured("causal_lm", models, tmp_path)

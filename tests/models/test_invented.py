@@ -139,7 +139,7 @@ def test_check_says_what_is_new(folders: dict[str, Path], tmp_path: Path) -> Non
         "output": str(tmp_path / "run"),
     }
     found = {f.code: f for f in find(gather_input(RunConfig.build(values)))}
-    assert "does not hold bert.pooler: new weights, trained and saved along" in found["SL035"].message
+    assert "has no weights for bert.pooler: they are new, trained, and saved" in found["SL035"].message
     assert found["SL035"].severity == "warning"
     whole = tmp_path / "whole"
     make("bert").save_pretrained(whole)  # type: ignore[operator]

@@ -1,9 +1,7 @@
-"""The doctor: looks at data, template and settings, trains nothing, and lists every way in which the run would go
-wrong.
+"""Checks data, template and settings before training, and lists the problems that the run would have.
 
-`gather_input` gathers what there is to see, `find` runs the rules over it. A rule is one function with one code (SL001
-...) in one of the rules_*.py, and one line in `table.RULES`; its docstring is the page that `siliang check --explain`
-prints, in both languages.
+`gather_input` reads the input, and `find` runs the rules on it. A rule is a function in one of the rules_*.py with a
+code (SL001 ...) and a line in `table.RULES`. Its docstring is the page of `siliang check --explain`, in both languages.
 """
 
 from siliang.check.finding import RATE_FACTOR, SEVERITIES, Finding, Problem, Rule

@@ -1,4 +1,4 @@
-"""The figures of a data set: rows, tokens, lengths, how much of it is learned."""
+"""Counts of a data set: rows, tokens, lengths, labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from siliang.check.input import CheckInput
 
 
 def count(s: CheckInput) -> dict[str, JsonValue]:
-    """Counts by name; shares are between 0 and 1."""
+    """The counts by name; shares are between 0 and 1."""
     lengths, tokens = s.train.lengths, int(s.train.lengths.sum())
     counts: dict[str, JsonValue] = {
         "layout": s.examples.layout,

@@ -1,4 +1,4 @@
-"""What a rule says."""
+"""Rules, and the problems that they find."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 Severity = Literal["error", "warning"]
 SHOWN_ROWS = 5
-RATE_FACTOR = 10.0  # between a learning rate and the method's usual one; from here on it is another method's
+RATE_FACTOR = 10.0  # between a learning rate and the method's default; from here on it suits another method
 SEVERITIES: dict[Severity, Bilingual] = {"error": Bilingual("error", "错误"), "warning": Bilingual("warning", "警告")}
 PARTS = {"train": Bilingual("training", "训练"), "eval": Bilingual("held-out", "留出")}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rule's function yields; its texts are English that carries its Chinese.
+    """A problem that a rule's function yields; its texts are bilingual.
 
     Attributes:
-        message: What was found, with its figures.
-        rows: The places it was found in.
-        count: Of the places, where there are more than `rows` holds.
-        fix: What to do in this very case; None for the rule's own advice.
-        severity: Where it is another than the rule's.
+        message: The problem, with its numbers.
+        rows: The first rows that have it: file and line.
+        count: Number of rows that have it; 0 for the length of `rows`.
+        fix: The remedy in this case; None for the rule's own.
+        severity: None for the rule's own.
     """
 
     message: str
@@ -48,9 +48,10 @@ class Rule:
     """One rule.
 
     Attributes:
-        reads: What it looks at: "rows" needs no tokens, and runs first.
-        function: Its docstring is the rule's page, in six paragraphs: title, cause and fix, in English and in Chinese.
-        fatal: An error of it ends the run in any case, and so cannot be accepted.
+        function: The rule. Its docstring is the rule's page, in six paragraphs: title, cause and fix, in English and in
+            Chinese.
+        reads: Its input; rules on "rows" need no tokens, and run first.
+        fatal: An error would end the run, so it cannot be accepted.
     """
 
     code: str
@@ -61,17 +62,17 @@ class Rule:
 
     @property
     def paragraphs(self) -> list[str]:
-        """Title, cause and fix in English, and the same in Chinese: the paragraphs of the function's docstring."""
+        """The paragraphs of the function's docstring: title, cause and fix in English, then in Chinese."""
         return inspect.cleandoc(self.function.__doc__ or "").split("\n\n")
 
     @property
     def page(self) -> Bilingual:
-        """The rule's page: what it is, why it happens, what to do."""
+        """The rule's page: title, cause and fix."""
         return Bilingual("\n\n".join(self.paragraphs[:3]), "\n\n".join(self.paragraphs[3:]))
 
     @property
     def shown_page(self) -> str:
-        """The page under its code, in the reader's language."""
+        """The page with the rule's code, in the reader's language."""
         severity, severity_zh = self.severity, SEVERITIES[self.severity].zh
         return both(f"{self.code} ({severity}): ", f"{self.code}（{severity_zh}）：") + local(self.page)
 
@@ -89,14 +90,14 @@ class Rule:
 
 
 def _unwrapped(paragraph: str, label: str) -> str:
-    """The paragraph in one line, without its label."""
+    """The paragraph as one line, without its label."""
     assert paragraph.startswith(label), paragraph
     return joined(paragraph.removeprefix(label))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found, ready to be shown."""
+    """A problem with the texts of its rule, ready to be shown."""
 
     code: str
     severity: Severity
@@ -114,9 +115,9 @@ class Finding:
         return both(f"{self.title}: {self.message}", f"{local(self.title, 'zh')}：{local(self.message, 'zh')}")
 
     @classmethod
-    def of(cls, rule: Rule, found: Problem, accepted: bool) -> Finding:
-        severity = found.severity or rule.severity
-        fix: str = found.fix or rule.fix
+    def of(cls, rule: Rule, problem: Problem, accepted: bool) -> Finding:
+        severity = problem.severity or rule.severity
+        fix: str = problem.fix or rule.fix
         if accepted and rule.fatal and severity == "error":
             accepted = False
             fix = Bilingual(
@@ -127,39 +128,39 @@ class Finding:
             rule.code,
             "warning" if accepted else severity,
             rule.title,
-            found.message,
+            problem.message,
             rule.cause,
             fix,
-            list(found.rows[:SHOWN_ROWS]),
-            found.count or len(found.rows),
+            list(problem.rows[:SHOWN_ROWS]),
+            problem.count or len(problem.rows),
             accepted,
         )
 
     def as_dict(self) -> dict[str, JsonValue]:
-        """As JSON, whose texts are English in every locale."""
+        """The finding as JSON; its texts are English in every locale."""
         return asdict(self)
 
 
-def not_usable(s: CheckInput, bad: list[str], what: Bilingual) -> Problem:
-    """What is found where rows cannot be used: an error, or a warning where data.skip_bad_rows leaves them out.
+def not_usable(s: CheckInput, bad: list[str], number: Bilingual) -> Problem:
+    """The problem of rows that cannot be used: an error, or a warning if data.skip_bad_rows skips them.
 
     Args:
-        bad: Each row, with its reason.
-        what: How many there are, in words.
+        bad: Each row, with the reason.
+        number: The number of these rows, in words.
     """
     shown = first_rows(bad, 3)
-    said = Bilingual(f"{what}: {shown}", f"{what.zh}：{shown.zh}")
-    skipped = Bilingual("Left out, as data.skip_bad_rows says.", "已按 data.skip_bad_rows 跳过。")
+    message = Bilingual(f"{number}: {shown}", f"{number.zh}：{shown.zh}")
+    skipped = Bilingual("Skipped, because of data.skip_bad_rows.", "已按 data.skip_bad_rows 跳过。")
     fix, severity = (skipped, "warning") if s.data.skip_bad_rows else (None, None)
-    return Problem(said, tuple(bad[:6]), len(bad), fix, severity)
+    return Problem(message, tuple(bad[:6]), len(bad), fix, severity)
 
 
 def rows_with(s: CheckInput, pattern: re.Pattern[str]) -> tuple[Counter[str], list[int]]:
-    """What a pattern finds in the texts of the training rows, counted, and the numbers of the rows that have it."""
-    found: Counter[str] = Counter()
+    """The matches of a pattern in the texts of the training rows, counted, and the numbers of the rows with a match."""
+    counts: Counter[str] = Counter()
     rows: list[int] = []
     for i, line in enumerate(s.examples.train.lines()):
-        if here := pattern.findall(line):
-            found.update(here)
+        if matches := pattern.findall(line):
+            counts.update(matches)
             rows.append(i)
-    return found, rows
+    return counts, rows

@@ -1,5 +1,4 @@
-"""What the rules look at: settings, rows, tokens, and the base model's shape without its weights; each made when
-asked for."""
+"""The input of the rules: settings, rows, tokens, and the base model without its weights; each is made on first use."""
 
 from __future__ import annotations
 
@@ -34,11 +33,11 @@ from siliang.types import ModelError, first_line
 
 
 class CheckInput:
-    """A run that has not been started.
+    """A run before its start.
 
     Attributes:
-        data: The data section of its config.
-        prepared: Its rows and tokens.
+        data: The data section of the config.
+        prepared: The rows and tokens.
     """
 
     def __init__(self, config: RunConfig, machine: Machine, prepared: PreparedData) -> None:
@@ -63,7 +62,7 @@ class CheckInput:
 
     @property
     def skipped(self) -> list[str]:
-        """Every row that is left out, with place and reason."""
+        """Every skipped row, with its place and the reason."""
         return self.prepared.skipped
 
     @cached_property
@@ -72,7 +71,7 @@ class CheckInput:
 
     @cached_property
     def positions(self) -> Positions:
-        """How long rows may be."""
+        """The numbers of tokens that the model has positions for."""
         try:
             skeleton = self.skeleton()
         except ModelError:
@@ -98,7 +97,7 @@ class CheckInput:
 
     @cached_property
     def text_config(self) -> PretrainedConfig:
-        """The part of the model's config that speaks of its text."""
+        """The part of the model's config for text."""
         return self.model_config.get_text_config()
 
     def _config_for_task(self) -> PretrainedConfig:
@@ -109,11 +108,11 @@ class CheckInput:
 
     @cached_property
     def invented(self) -> list[str]:
-        """The modules whose weights the model's files do not hold; none where there are no files to look into."""
+        """The modules whose weights the model's files lack; empty without files."""
         return find_invented(self.config.model, self.task.model, self.examples.labels, revision=self.config.revision)
 
     def skeleton(self) -> PreTrainedModel:
-        """The base model without weights, which shows its modules; a new one each time. It has rows for new tokens.
+        """A new base model without weights, for its modules. It has rows for new tokens.
 
         Raises:
             ModelError: transformers has no model of this kind for the task.
@@ -136,37 +135,36 @@ class CheckInput:
         return model
 
     def attached(self) -> PeftModel:
-        """The method on a skeleton.
+        """A new skeleton with the method attached.
 
         Raises:
-            TargetError, ConfigError: It cannot be attached there.
+            TargetError, ConfigError: It cannot be attached.
         """
         assert self.method.config is not None
         skeleton = self.skeleton()
         with torch.device("meta"):
             return get_peft_model(skeleton, adapter_config(self.config, skeleton))
 
-    # ---- for many rules ----
+    # ---- for several rules ----
 
     def places(self, rows: Iterable[int], part: str = "train") -> tuple[str, ...]:
-        """The first places of the examples with these numbers."""
+        """The places (file and line) of the first of these examples."""
         examples: ExampleSet = getattr(self.examples, part)
         return tuple(examples.where(int(i)) for i, _ in zip(rows, range(6), strict=False))
 
     def entries(self, rows: Iterable[int]) -> tuple[str, ...]:
-        """The first places of these entries of `train`."""
+        """The places (file and line) of the first of these entries of `train`."""
         numbers = self.train.column("row")
         return self.places(numbers[int(i)] for i, _ in zip(rows, range(6), strict=False))
 
     @cached_property
     def fingerprints(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For train and eval: (hash of what is asked, hash of the whole) of each example."""
+        """For train and eval: (hashes of the inputs, hashes of the whole examples)."""
         return {part: _fingerprints(getattr(self.examples, part)) for part in ("train", "eval")}
 
     @cached_property
     def last_labels(self) -> np.ndarray:
-        """The last learned token of each training entry; -100 where nothing is learned, or the text goes on in the
-        next window."""
+        """The last label of each training entry; -100 if it has none, or if its text continues in the next window."""
         last = np.full(len(self.train), IGNORED, dtype=np.int64)
         for i, labels in enumerate(self.train.lists("labels")):
             learned = labels[labels != IGNORED]
@@ -177,12 +175,12 @@ class CheckInput:
 
     @property
     def finds_spans(self) -> bool:
-        """What is learned is the place of an answer in a context."""
+        """The task is to find the position of an answer in a context."""
         return "end_positions" in self.task.data.columns
 
     @property
     def rows_are_tokens(self) -> bool:
-        """The rows came as tokens that were made elsewhere."""
+        """The rows are tokens already."""
         return self.examples.layout == "prepared"
 
     @property
@@ -196,16 +194,16 @@ class CheckInput:
 
 
 def gather_input(config: RunConfig, machine: Machine | None = None, data: PreparedData | None = None) -> CheckInput:
-    """What there is to see of a run before it starts; read when a rule asks for it.
+    """The input of the rules, from a run's config.
 
     Args:
-        data: The run's, where it is at hand.
+        data: The run's data, if it has been read.
     """
     return CheckInput(config, machine or Machine(), data or prepare_data(config))
 
 
 def _fingerprints(examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
-    # Python's own hash of 64 bits: two different rows meet by chance once in a run of billions
-    asked = np.fromiter((hash(e.given) for e in examples), dtype=np.int64, count=len(examples))
+    # with Python's 64-bit hash, different rows have the same hash once in billions of runs
+    inputs = np.fromiter((hash(e.given) for e in examples), dtype=np.int64, count=len(examples))
     whole = np.fromiter((hash(line) for line in examples.lines()), dtype=np.int64, count=len(examples))
-    return asked, whole
+    return inputs, whole

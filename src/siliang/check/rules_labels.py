@@ -1,4 +1,4 @@
-"""Rules on classes and tags, as the rows hold them."""
+"""Rules on the classes and tags of the rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from siliang.data.numbers import as_number, is_whole
 from siliang.language import Bilingual
 from siliang.secrets import shortened
 
-LARGEST_SHARE = 0.8  # of one class, above which a model that says nothing else looks good
+LARGEST_SHARE = 0.8  # of one class: above it, a model that always predicts this class looks good
 LARGEST_RATIO = 10.0
-MANY_NUMBERS = 10  # from where on numbers are more often measured than classes
+MANY_NUMBERS = 10  # with more different numbers, labels are more often measures than classes
 
 
 def missing_classes(s: CheckInput) -> Iterator[Problem]:
@@ -49,7 +49,7 @@ def missing_classes(s: CheckInput) -> Iterator[Problem]:
     elif missing:
         shown = ", ".join(missing[:10])
         more, more_zh = (f" and {len(missing) - 10} more", " 等") if len(missing) > 10 else ("", "")
-        # a random split often leaves a rare tag without rows, which is not an error; a class without rows is one
+        # a class without rows is an error; a rare tag is not, since a random split often leaves it without rows
         severity = "warning" if s.task.data.named == "tags" else None
         yield Problem(
             Bilingual(
@@ -64,11 +64,11 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
     """Labels that may be mistakes.
 
     Cause: Labels are compared letter by letter: "a" and "a " with a blank, "1" and "1.0", "Positive" and "positive" are
-    two classes each, although no text distinguishes them. "nan", "None", and -1 beside 0 and 1 usually mean that there
-    is not a label; numbers with a decimal point are often measures; "a,b" with "a" and "b" is several labels in one.
+    two classes each, although no text distinguishes them. "nan", "None", and -1 beside 0 and 1 usually mean a missing
+    label; numbers with a decimal point are often measures; "a,b" with "a" and "b" is several labels in one.
 
-    Fix: Write each class in one way, and remove rows without a label. Where the names are meant as they are, list them
-    in data.labels, or accept this finding (accept: [SL020]).
+    Fix: Write each class in one way, and remove rows without a label. If the names are correct, list them in
+    data.labels, or accept this finding (accept: [SL020]).
 
     标签可疑
 
@@ -97,11 +97,11 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
         yield Problem(
             Bilingual(
                 f"{counts[none]:,} rows have the label {none!r} beside numbers from 0: GLUE and others "
-                "write that where there is no label",
+                "write that for a missing label",
                 f"{counts[none]:,} 条样本的标签是 {none!r}，而其他标签是从 0 开始的数字：GLUE 等数据集用它表示没有标签",
             ),
             fix=Bilingual(
-                "Remove these rows; where it is a class, list the classes in data.labels.",
+                "Remove these rows; if it is a class, list the classes in data.labels.",
                 "删除这些样本；如果它确实是一个类别，在 data.labels 中列出所有类别。",
             ),
         )
@@ -116,7 +116,7 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
     together = {name for group in groups for name in group}
     if odd := [name for name in strange(names) if name not in together]:
         missing = any(name.casefold().strip() in ("nan", "-nan", "<na>", "nat") for name in odd)
-        blanks = all(name != name.strip() for name in names if name != "O")  # a blank behind each comma
+        blanks = all(name != name.strip() for name in names if name != "O")  # a blank after each comma
         severity = None if missing or blanks else "warning"
         shown = ", ".join(f"{name!r} ({counts[name]:,} rows)" for name in odd[:5])
         shown_zh = "、".join(f"{name!r}（{counts[name]:,} 条）" for name in odd[:5])
@@ -131,14 +131,14 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
     pointed = [name for name in numbers if not is_whole(name)]
     measured = len(numbers) == len(names) and (pointed or len(names) > MANY_NUMBERS)
     if s.task.data.named == "label" and measured:
-        what = Bilingual(f"{len(names)} different numbers", f"{len(names)} 个不同的数字")
+        described = Bilingual(f"{len(names)} different numbers", f"{len(names)} 个不同的数字")
         if pointed:
             shown = ", ".join(pointed[:3])
-            what = Bilingual(f"numbers with a point ({shown})", f"带小数点的数字（{shown}）")
+            described = Bilingual(f"numbers with a decimal point ({shown})", f"带小数点的数字（{shown}）")
         yield Problem(
             Bilingual(
-                f"the labels are {what}: each is a class of its own; a regression is not learned",
-                f"标签是{what.zh}：每个数字各算一个类别，不会做回归",
+                f"the labels are {described}: each becomes a class; siliang does not learn a regression",
+                f"标签是{described.zh}：每个数字各算一个类别，不会做回归",
             ),
             severity="warning",
         )
@@ -147,8 +147,8 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
 def imbalance(s: CheckInput) -> Iterator[Problem]:
     """One class outweighs the others.
 
-    Cause: A model that always predicts the largest class is right that often. Accuracy says little then, and a learning
-    rate that is too high, or a method that is too weak, ends exactly there.
+    Cause: A model that always predicts the largest class has an accuracy as high as its share. Accuracy then means
+    little, and a learning rate that is too high, or a method that is too weak, ends exactly there.
 
     Fix: Judge by f1 and not by accuracy, use data.stratify=true, or weight the sources (data.train: [{path, weight}]).
 
@@ -188,23 +188,23 @@ def contradictions(s: CheckInput) -> Iterator[Problem]:
     """
     if s.task.data.named != "label":
         return
-    asked, whole = s.fingerprints["train"]
-    pairs = {int(a): int(w) for a, w in zip(asked[::-1], whole[::-1], strict=True)}  # the first of each
-    rows = [i for i, (a, w) in enumerate(zip(asked.tolist(), whole.tolist(), strict=True)) if pairs[a] != w]
+    inputs, whole = s.fingerprints["train"]
+    first = {int(x): int(w) for x, w in zip(inputs[::-1], whole[::-1], strict=True)}
+    rows = [i for i, (x, w) in enumerate(zip(inputs.tolist(), whole.tolist(), strict=True)) if first[x] != w]
     if rows:
-        said = Bilingual(
-            f"{len(rows):,} training rows have another label than the same text before",
+        message = Bilingual(
+            f"{len(rows):,} training rows have another label than an earlier row with the same text",
             f"{len(rows):,} 条训练样本与前面相同的文本标签不同",
         )
-        yield Problem(said, s.places(rows), len(rows))
+        yield Problem(message, s.places(rows), len(rows))
 
 
 def broken_tags(s: CheckInput) -> Iterator[Problem]:
     """Tags that do not make spans.
 
     Cause: In BIO a span begins with B-; in BMES and BIOES it ends with E- or is a single S-. An I-, M- or E- that
-    follows nothing of its kind is a mistake of the annotation or of its conversion, and the span F1 counts it as a span
-    of its own.
+    does not continue a span of its kind is a mistake of the annotation or of its conversion, and the span F1 counts it
+    as a separate span.
 
     Fix: Correct the tags, or check whether sentences were cut in the middle of a span.
 
@@ -225,15 +225,15 @@ def broken_tags(s: CheckInput) -> Iterator[Problem]:
             rows.append(i)
     if first is not None:
         tag, before = first
-        said = Bilingual(
+        message = Bilingual(
             f"{len(rows):,} sentences have tags out of place, such as {tag} after {before}",
             f"{len(rows):,} 个句子的标注位置有误，例如 {before} 之后出现 {tag}",
         )
-        yield Problem(said, s.places(rows), len(rows))
+        yield Problem(message, s.places(rows), len(rows))
 
 
 def _class_counts(s: CheckInput, *parts: str) -> Counter[str]:
-    """Rows of each class, in the training rows where no part is named."""
+    """The number of rows of each class in these parts; without parts, in the training rows."""
     counts: Counter[str] = Counter()
     for example in chain.from_iterable(getattr(s.examples, part) for part in parts or ("train",)):
         counts.update(example.classes)

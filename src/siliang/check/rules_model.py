@@ -13,8 +13,8 @@ from siliang.types import OTHER_HEADS, ConfigError, TargetError
 def no_pad_token(s: CheckInput) -> Iterator[Problem]:
     """The tokenizer has no pad token.
 
-    Cause: Rows of a batch are padded to one length, and the tokenizer has no token for it. siliang takes the end of
-    sequence or the unknown token where there is one: labels and attention are masked by position, so any token works.
+    Cause: Rows of a batch are padded to one length, and the tokenizer has no token for it. siliang uses the end of
+    sequence or the unknown token if there is one: labels and attention are masked by position, so any token works.
 
     Fix: Name a pad_token in the model's tokenizer_config.json.
 
@@ -37,8 +37,8 @@ def no_pad_token(s: CheckInput) -> Iterator[Problem]:
 def vocabulary(s: CheckInput) -> Iterator[Problem]:
     """Tokens without an embedding.
 
-    Cause: The tokenizer knows more tokens than the embedding has rows. On the first such token the run ends in an index
-    error, on a GPU in one that names no cause.
+    Cause: The tokenizer has more tokens than the embedding has rows. The first token beyond them ends the run with an
+    index error, which on a GPU does not show the cause.
 
     Fix: Use the model's own tokenizer, or name the new tokens in data.add_tokens, which enlarges the embeddings.
 
@@ -130,8 +130,7 @@ def invented(s: CheckInput) -> Iterator[Problem]:
     without one. They are initialized at random when the model is loaded. Frozen, they would differ wherever the adapter
     is opened, so they are trained, and saved with the adapter (modules_to_save), as the head is.
 
-    Fix: Nothing needs to be done where the model is known to come without them. Otherwise use a checkpoint that holds
-    them.
+    Fix: Nothing needs to be done if the model normally comes without them. Otherwise use a checkpoint that has them.
 
     模型文件缺少部分权重
 
@@ -145,7 +144,7 @@ def invented(s: CheckInput) -> Iterator[Problem]:
         names = ", ".join(new)
         yield Problem(
             Bilingual(
-                f"{s.config.model} does not hold {names}: new weights, trained and saved along",
+                f"{s.config.model} has no weights for {names}: they are new, trained, and saved with the adapter",
                 f"{s.config.model} 的文件中没有 {names}：这部分是新建的，会一同训练和保存",
             )
         )
@@ -155,7 +154,7 @@ def tied_embedding(s: CheckInput) -> Iterator[Problem]:
     """An adapter on a tied embedding.
 
     Cause: The model's output head is its embedding. An adapter on one of them leaves the other unchanged, and a merge
-    separates the two: the merged model is larger by an embedding, and a program that ties them again gives different
+    separates the two: the merged model has one more embedding, and a program that ties them again gives different
     answers.
 
     Fix: Leave the embedding and the head out of target_modules and modules_to_save, or do not merge.
@@ -188,9 +187,9 @@ def tied_embedding(s: CheckInput) -> Iterator[Problem]:
 def too_many_positions(s: CheckInput) -> Iterator[Problem]:
     """Rows longer than the model can read.
 
-    Cause: The model has learned embeddings for a fixed number of positions: a longer row would end the run in an index
-    error. Virtual tokens in front of a row (prompts, prefixes) take positions too. A model with rotary positions reads
-    on, but was not trained on such lengths and answers worse there.
+    Cause: The model has learned embeddings for a fixed number of positions: a longer row would end the run with an
+    index error. Virtual tokens in front of a row (prompts, prefixes) take positions too. A model with rotary positions
+    accepts longer rows, but was not trained on them and answers worse.
 
     Fix: Lower data.max_length to the model's length, less the method's virtual tokens.
 
@@ -234,7 +233,7 @@ def too_many_positions(s: CheckInput) -> Iterator[Problem]:
 
 
 def _attach(s: CheckInput) -> str | None:
-    """What goes wrong when the method is attached to the model's skeleton; None where nothing does."""
+    """The error of attaching the method to the model's skeleton; None without one."""
     if s.method.config is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Rules on the rows as they were read: nothing here needs tokens."""
+"""Rules on the rows; they need no tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bad_rows(s: CheckInput) -> Iterator[Problem]:
     Cause: A line cannot be read, a field is empty or missing, or a label is not one of the classes. Such rows are never
     dropped silently: a model that learns from an empty answer learns to say nothing.
 
-    Fix: Correct them, or leave them out with data.skip_bad_rows=true.
+    Fix: Correct them, or skip them with data.skip_bad_rows=true.
 
     有样本无法使用
 
@@ -40,9 +40,10 @@ def bad_rows(s: CheckInput) -> Iterator[Problem]:
 def duplicates(s: CheckInput) -> Iterator[Problem]:
     """Training rows that occur more than once.
 
-    Cause: A row that occurs twice weighs twice. Where one copy is held out, the evaluation looks better than it is.
+    Cause: A row that occurs twice has twice the weight. If one copy is held out, the evaluation looks better than it
+    is.
 
-    Fix: Remove the copies, or accept them (accept: [SL002]) where the data is meant to weigh that way.
+    Fix: Remove the copies, or accept them (accept: [SL002]) if the weights are intended.
 
     训练样本有重复
 
@@ -80,15 +81,15 @@ def overlap(s: CheckInput) -> Iterator[Problem]:
 
     办法：从其中一边删除，或在划分之前先去重（SL002）。
     """
-    seen, asked = s.fingerprints["train"][0], s.fingerprints["eval"][0]
-    known = np.flatnonzero(np.isin(asked, seen))
+    trained, held_out = s.fingerprints["train"][0], s.fingerprints["eval"][0]
+    known = np.flatnonzero(np.isin(held_out, trained))
     if len(known):
-        share = 100 * len(known) / len(asked)
-        said = Bilingual(
-            f"{len(known):,} of {len(asked):,} held-out rows ({share:.1f}%) have the question or text of a trained one",
-            f"{len(asked):,} 条留出样本中有 {len(known):,} 条（{share:.1f}%）的问题或文本在训练集中出现过",
+        total, share = len(held_out), 100 * len(known) / len(held_out)
+        message = Bilingual(
+            f"{len(known):,} of {total:,} held-out rows ({share:.1f}%) have the question or text of a training row",
+            f"{total:,} 条留出样本中有 {len(known):,} 条（{share:.1f}%）的问题或文本在训练集中出现过",
         )
-        yield Problem(said, s.places(known, "eval"), len(known))
+        yield Problem(message, s.places(known, "eval"), len(known))
 
 
 def damaged_text(s: CheckInput) -> Iterator[Problem]:
@@ -109,20 +110,20 @@ def damaged_text(s: CheckInput) -> Iterator[Problem]:
     for part in ("train", "eval"):
         rows = [i for i, line in enumerate(getattr(s.examples, part).lines()) if DAMAGE.search(line)]
         if rows:
-            said = Bilingual(
+            message = Bilingual(
                 f"{len(rows):,} {PARTS[part]} rows hold damaged characters",
                 f"{len(rows):,} 条{PARTS[part].zh}样本含有乱码",
             )
-            yield Problem(said, s.places(rows, part), len(rows))
+            yield Problem(message, s.places(rows, part), len(rows))
 
 
 def quoted_cells(s: CheckInput) -> Iterator[Problem]:
     """Cells in double quotes whose quotes are text.
 
     Cause: In a .tsv file quotes are text, unless the whole file can only have been written with quotes around its
-    cells. Some files have titles in quotes, others were written by a program that quotes.
+    cells. Some files have titles in quotes; others come from a program that quotes cells.
 
-    Fix: Where the quotes are not meant as text, set data.separator=tab, which reads them as csv does. Where they are,
+    Fix: If the quotes are not part of the text, set data.separator=tab, which reads them as csv does. If they are,
     accept this finding (accept: [SL029]).
 
     单元格的双引号被当作文本
@@ -142,8 +143,7 @@ def texts_not_used(s: CheckInput) -> Iterator[Problem]:
     Cause: The layout of the rows has no place for a column of this name, so the model never sees it. It may be the
     other half of a pair, the passage that a question is about, or a system message.
 
-    Fix: Assign it with data.columns, or accept this finding (accept: [SL036]) where the column should not be learned
-    from.
+    Fix: Assign it with data.columns, or accept this finding (accept: [SL036]) if the column should not be learned.
 
     有文本列未被使用
 
@@ -159,15 +159,15 @@ def texts_not_used(s: CheckInput) -> Iterator[Problem]:
                 f"the column {column!r} holds running text, and is not used",
                 f"列 {column!r} 是成段的文本，但没有被使用",
             ),
-            fix=_place_of(column, s.examples.columns, s),
+            fix=_how_to_use(column, s.examples.columns, s),
         )
 
 
 def parts_not_used(s: CheckInput) -> Iterator[Problem]:
     """A column that names parts of the data, and is not used.
 
-    Cause: The rows themselves say which of them are for training and which for evaluation. siliang takes parts from
-    files and folders, so all of these rows are trained on, or are held out at random.
+    Cause: A column assigns each row to training or evaluation. siliang takes the parts from files and folders only, so
+    all of these rows are trained, or held out at random.
 
     Fix: Write a file for each part, and name them with data.train and data.eval; or accept this finding (accept:
     [SL037]).
@@ -183,13 +183,13 @@ def parts_not_used(s: CheckInput) -> Iterator[Problem]:
         named = ", ".join(map(repr, parts))
         yield Problem(
             Bilingual(
-                f"the column {column!r} says {named}, and is not used to split the rows",
+                f"the column {column!r} has the values {named}, and is not used to split the rows",
                 f"列 {column!r} 的内容是 {named}，但没有用来划分数据",
             )
         )
 
 
-def _place_of(column: str, taken: dict[str, str], s: CheckInput) -> Bilingual:
+def _how_to_use(column: str, taken: dict[str, str], s: CheckInput) -> Bilingual:
     """The settings that would use this column, for the layout of the rows."""
 
     def setting(part: str) -> str:
@@ -217,9 +217,9 @@ def _place_of(column: str, taken: dict[str, str], s: CheckInput) -> Bilingual:
         if "system" in column.lower():
             places = ["system"]
         settings = [setting(place) for place in places]
-        how = Bilingual(f"{' or '.join(settings)} puts it into the question", f"{' 或 '.join(settings)} 把它放进提问")
+        how = Bilingual(f"{' or '.join(settings)} adds it to the question", f"{' 或 '.join(settings)} 把它放进提问")
     return Bilingual(
-        f"{how}. Where it should not be learned from, accept: [SL036].",
+        f"{how}. If it should not be learned, accept: [SL036].",
         f"{how.zh}。如果本来就不该用于学习，用 accept: [SL036] 接受此项。",
     )
 
@@ -231,7 +231,7 @@ def _instead(setting: str, column: str) -> Bilingual:
 def placeholders(s: CheckInput) -> Iterator[Problem]:
     """Placeholders that were not filled in.
 
-    Cause: Text such as {{name}} is meant to be replaced by a program; the model would learn it as it stands.
+    Cause: Text such as {{name}} should be replaced by a program; the model would learn it unchanged.
 
     Fix: Fill them in before training.
 
@@ -246,11 +246,11 @@ def placeholders(s: CheckInput) -> Iterator[Problem]:
     names, rows = rows_with(s, PLACEHOLDER)
     if rows:
         named = ", ".join(name for name, _ in names.most_common(3))
-        said = Bilingual(
+        message = Bilingual(
             f"{len(rows):,} training rows hold placeholders ({named})",
             f"{len(rows):,} 条训练样本含有占位符（{named}）",
         )
-        yield Problem(said, s.places(rows), len(rows))
+        yield Problem(message, s.places(rows), len(rows))
 
 
 def misplaced_answers(s: CheckInput) -> Iterator[Problem]:
@@ -271,11 +271,11 @@ def misplaced_answers(s: CheckInput) -> Iterator[Problem]:
         return
     rows = [i for i, e in enumerate(s.examples.train) if e.problem]
     if rows:
-        said = Bilingual(
+        message = Bilingual(
             f"{len(rows):,} training rows have an answer that is not at its answer_start",
             f"{len(rows):,} 条训练样本的答案不在 answer_start 处",
         )
-        yield Problem(said, s.places(rows), len(rows))
+        yield Problem(message, s.places(rows), len(rows))
 
 
 def nothing_held_out(s: CheckInput) -> Iterator[Problem]:

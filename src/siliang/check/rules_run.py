@@ -1,4 +1,4 @@
-"""Rules on the precision, the course of the run and the disk."""
+"""Rules on precision, steps, learning rate and disk."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def pure_fp16(s: CheckInput) -> Iterator[Problem]:
 
 
 def emulated_precision(s: CheckInput) -> Iterator[Problem]:
-    """A number format that this hardware emulates.
+    """A precision that this hardware emulates.
 
-    Cause: Arithmetic that the processor does not have is done in another format and converted back and forth: fp16 on a
-    CPU is several times slower than fp32. And where bf16 is native, fp16 has a narrower range without any gain.
+    Cause: Without arithmetic in a format, the processor converts to another one and back: fp16 on a CPU is several
+    times slower than fp32. And on hardware with bf16, fp16 has a narrower range without any gain.
 
     Fix: precision=auto.
 
@@ -110,8 +110,8 @@ def wide_quantized_compute(s: CheckInput) -> Iterator[Problem]:
 def steps(s: CheckInput) -> Iterator[Problem]:
     """Steps and warm-up that do not fit the data.
 
-    Cause: The learning rate rises for train.warmup_fraction of the steps, in a run of few steps for most of it. With
-    fewer steps than train.log_every the log shows nothing, and a batch larger than the data makes one step an epoch.
+    Cause: The learning rate rises for train.warmup_fraction of the steps, which may be most of a short run. With fewer
+    steps than train.log_every the log shows nothing, and with a batch larger than the data an epoch is one step.
 
     Fix: More epochs, a smaller train.batch_size times train.gradient_accumulation, or a smaller warm-up.
 
@@ -142,7 +142,7 @@ def steps(s: CheckInput) -> Iterator[Problem]:
         share = 100 * t.warmup_fraction
         yield Problem(
             Bilingual(
-                f"the learning rate rises for {share:.0f}% of the run and is at its full value for little of it",
+                f"the learning rate rises for {share:.0f}% of the run, and is hardly ever at its full value",
                 f"学习率有 {share:.0f}% 的步数都在上升，很少处于设定值",
             )
         )
@@ -157,13 +157,13 @@ def steps(s: CheckInput) -> Iterator[Problem]:
 
 
 def learning_rate(s: CheckInput) -> Iterator[Problem]:
-    """A learning rate usual for another method.
+    """A learning rate for another method.
 
-    Cause: The methods differ by orders of magnitude. Full fine-tuning at LoRA's rate collapses to the largest class;
-    prompt tuning at LoRA's rate learns nothing in its few parameters.
+    Cause: The learning rates of the methods differ by orders of magnitude. Full fine-tuning at LoRA's rate collapses to
+    the largest class; prompt tuning at LoRA's rate learns nothing with its few parameters.
 
-    Fix: Leave train.learning_rate out, which takes the method's own (`siliang methods`), or stay within a factor of ten
-    of it.
+    Fix: Leave train.learning_rate out, which uses the method's default (`siliang methods`), or stay within a factor of
+    ten of it.
 
     学习率不适合这种方法
 
@@ -172,18 +172,18 @@ def learning_rate(s: CheckInput) -> Iterator[Problem]:
 
     办法：去掉 train.learning_rate，使用该方法的默认值（见 `siliang methods`），或与默认值相差不超过十倍。
     """
-    rate, usual = s.config.train.learning_rate, s.method.learning_rate
-    if rate is None or max(rate / usual, usual / rate) < RATE_FACTOR * (1 - 1e-9):
+    rate, default = s.config.train.learning_rate, s.method.learning_rate
+    if rate is None or max(rate / default, default / rate) < RATE_FACTOR * (1 - 1e-9):
         return
     near = min(METHODS.values(), key=lambda m: max(rate / m.learning_rate, m.learning_rate / rate))
     like, like_zh = "", ""
     if near is not s.method and near.learning_rate / rate < 3:
-        like, like_zh = f"; {rate:g} is usual for {near.name}", f"；{rate:g} 是 {near.name} 常用的学习率"
+        like, like_zh = f"; {rate:g} is common for {near.name}", f"；{rate:g} 是 {near.name} 常用的学习率"
     source = s.method.learning_rate_source
     yield Problem(
         Bilingual(
-            f"{rate:g} for {s.method.name}, whose own is {usual:g} ({source}){like}",
-            f"{s.method.name} 用了 {rate:g}，而它的默认值是 {usual:g}（{local(source, 'zh')}）{like_zh}",
+            f"{rate:g} for {s.method.name}, whose default is {default:g} ({source}){like}",
+            f"{s.method.name} 用了 {rate:g}，而它的默认值是 {default:g}（{local(source, 'zh')}）{like_zh}",
         )
     )
 
@@ -191,8 +191,8 @@ def learning_rate(s: CheckInput) -> Iterator[Problem]:
 def disk(s: CheckInput) -> Iterator[Problem]:
     """The checkpoints will not fit the disk.
 
-    Cause: Each checkpoint holds the trained weights and Adam's two moments of each. A run that fills the disk ends
-    while it writes one.
+    Cause: Each checkpoint holds the trained weights and Adam's two moments of each. If the disk is full, the run ends
+    while it writes a checkpoint.
 
     Fix: Make room, choose another disk with --output, or lower train.keep.
 

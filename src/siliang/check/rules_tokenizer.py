@@ -1,4 +1,4 @@
-"""Rules on what the tokenizer makes of text and template."""
+"""Rules on the tokens of text and template."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ROLE_WORD = re.compile(r"<\|?[\w ]+\|?>|\[g?MASK\]|\[(?:CLS|SEP)\]")
 def template_misfit(s: CheckInput) -> Iterator[Problem]:
     """The template is not this model's.
 
-    Cause: A chat model was trained with one template. Another one, with role words that its tokenizer splits into
-    pieces, costs tokens and has to be learned anew. A base model knows no template, so any works there.
+    Cause: A chat model was trained with one template. Another template, with role words that the tokenizer splits into
+    pieces, costs tokens and has to be learned anew. For a base model without chat training, any template works.
 
-    Fix: Use data.template=chat where the tokenizer has a chat template; otherwise one whose role words are single
-    tokens, or are plain words (human-assistant, alpaca, vicuna).
+    Fix: Use data.template=chat if the tokenizer has a chat template. Otherwise use a template whose role words are
+    single tokens, or plain words (human-assistant, alpaca, vicuna).
 
     模板与模型不符
 
@@ -55,7 +55,7 @@ def template_misfit(s: CheckInput) -> Iterator[Problem]:
     elif own and s.data.template != CHAT and not any(w in str(own) for w in words):
         yield Problem(
             Bilingual(
-                f"{template.name} is used, while the tokenizer has a chat template of its own",
+                f"{template.name} is used, but the tokenizer has its own chat template",
                 f"使用了 {template.name} 模板，而分词器自带对话模板",
             )
         )
@@ -64,7 +64,7 @@ def template_misfit(s: CheckInput) -> Iterator[Problem]:
 def unknown_tokens(s: CheckInput) -> Iterator[Problem]:
     """Text that the tokenizer does not know.
 
-    Cause: Characters outside of the vocabulary all become one unknown token: the model cannot distinguish them.
+    Cause: All characters outside the vocabulary become one unknown token: the model cannot distinguish them.
 
     Fix: Use a model whose tokenizer knows the language, or add the missing characters with data.add_tokens.
 
@@ -81,19 +81,19 @@ def unknown_tokens(s: CheckInput) -> Iterator[Problem]:
     total = int(s.train.lengths.sum())
     if total and counts.sum() / total > UNKNOWN_SHARE:
         rows = np.flatnonzero(counts)
-        strange: Counter[str] = Counter()
+        characters: Counter[str] = Counter()
         for i in rows[:50]:
             for text in s.examples.train[int(s.train.column("row")[i])].texts:
                 letters = sorted(set(text))
-                strange.update(c for c, ids in zip(letters, s.encoder.text(letters), strict=True) if unknown in ids)
-        shown = " ".join(c for c, _ in strange.most_common(8))
-        named, named_zh = (f", such as {shown}", f"，例如 {shown}") if strange else ("", "")
+                characters.update(c for c, ids in zip(letters, s.encoder.text(letters), strict=True) if unknown in ids)
+        shown = " ".join(c for c, _ in characters.most_common(8))
+        named, named_zh = (f", such as {shown}", f"，例如 {shown}") if characters else ("", "")
         n, share = int(counts.sum()), 100 * counts.sum() / total
-        said = Bilingual(
+        message = Bilingual(
             f"{n:,} of {total:,} tokens ({share:.2f}%) are unknown{named}",
             f"{total:,} 个词元中有 {n:,} 个（{share:.2f}%）不在词表中{named_zh}",
         )
-        yield Problem(said, s.entries(rows), len(rows))
+        yield Problem(message, s.entries(rows), len(rows))
 
 
 def special_words(s: CheckInput) -> Iterator[Problem]:
@@ -114,15 +114,15 @@ def special_words(s: CheckInput) -> Iterator[Problem]:
     """
     if not s.task.writes or s.rows_are_tokens:
         return
-    named = [m for m in s.encoder.reserved() if not m.isalnum()]  # a word such as ChatGLM3's `sop` is only a word
+    named = [m for m in s.encoder.reserved() if not m.isalnum()]  # without plain words, such as ChatGLM3's `sop`
     if not named:
         return
     pattern = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
     counts, rows = rows_with(s, pattern)
     if rows:
         words = ", ".join(w for w, _ in counts.most_common(5))
-        said = Bilingual(
+        message = Bilingual(
             f"{len(rows):,} training rows hold {words} in their text",
             f"{len(rows):,} 条训练样本的文本中有 {words}",
         )
-        yield Problem(said, s.places(rows), len(rows))
+        yield Problem(message, s.places(rows), len(rows))

@@ -1,4 +1,4 @@
-"""Rules on tokens and labels: what will be learned."""
+"""Rules on tokens and labels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from siliang.language import Bilingual
 def rows_without_tokens(s: CheckInput) -> Iterator[Problem]:
     """Rows cannot be made into tokens.
 
-    Cause: The template cannot write them (roles that it has no place for, special tokens in the text), nothing of them
-    is learned, or their tokens are of no use: fewer than two, most of them unknown to the tokenizer, a question that
-    leaves no room for its context, an answer that no window holds.
+    Cause: The template cannot write them (unknown roles, special tokens in the text), they have no labels, or their
+    tokens are of no use: fewer than two, most of them unknown to the tokenizer, a question that leaves no room for its
+    context, an answer that no window holds.
 
-    Fix: Correct them, or leave them out with data.skip_bad_rows=true. If most rows are affected, check the model's
-    tokenizer and data.template.
+    Fix: Correct them, or skip them with data.skip_bad_rows=true. If most rows are affected, check the model's tokenizer
+    and data.template.
 
     有样本无法转换为词元
 
@@ -41,13 +41,13 @@ def rows_without_tokens(s: CheckInput) -> Iterator[Problem]:
 def end_not_learned(s: CheckInput) -> Iterator[Problem]:
     """The end of sequence is not learned.
 
-    Cause: An answer must end with the end-of-sequence token, and that token must carry a label; otherwise the model
-    never learns to stop, and writes on until the length runs out. It gets lost when "</s>" is written as text
+    Cause: An answer must end with the end-of-sequence token, and that token must have a label; otherwise the model
+    never learns to stop, and generates up to the maximum length. The token gets lost when "</s>" is written as text
     (Llama-2's tokenizer splits it, or joins it to the last word), when truncation cuts it off, and when padding is
-    masked by the token's number while the pad token is the end of sequence.
+    masked by the token's id while the pad token is the end of sequence.
 
-    Fix: Give siliang text and not tokens: it appends the end by its number and never cuts it. In a preparation of your
-    own append tokenizer.eos_token_id to input_ids and labels, cut in front of it, and mask padding by position.
+    Fix: Give siliang text and not tokens: it appends the end by its id and never cuts it. In your own preparation,
+    append tokenizer.eos_token_id to input_ids and labels, truncate before it, and mask padding by position.
 
     没有学习结束符
 
@@ -71,24 +71,24 @@ def end_not_learned(s: CheckInput) -> Iterator[Problem]:
         if i in chosen:
             tail = [int(t) for t, x in zip(ids, labels, strict=True) if int(t) in wanted and x == IGNORED]
             masked += bool(tail) and int(ids[-1]) in wanted
-    there, there_zh = "", ""
+    present, present_zh = "", ""
     if masked:
-        there, there_zh = (
-            f"; in {masked:,} of them it is there with its label masked",
+        present, present_zh = (
+            f"; in {masked:,} of them it is present, but its label is masked",
             f"；其中 {masked:,} 条有结束符，但标签被屏蔽",
         )
-    said = Bilingual(
-        f"{len(rows):,} of {len(last):,} rows end their last answer without the end-of-sequence token{there}",
-        f"{len(last):,} 条样本中有 {len(rows):,} 条的最后一个答案没有以结束符结尾{there_zh}",
+    message = Bilingual(
+        f"{len(rows):,} of {len(last):,} rows end their last answer without the end-of-sequence token{present}",
+        f"{len(last):,} 条样本中有 {len(rows):,} 条的最后一个答案没有以结束符结尾{present_zh}",
     )
-    yield Problem(said, s.entries(rows), len(rows))
+    yield Problem(message, s.entries(rows), len(rows))
 
 
 def all_masked(s: CheckInput) -> Iterator[Problem]:
     """A row in which nothing is learned.
 
-    Cause: Every label is masked (-100): the loss of such a row is 0, of a batch of them nan (0 divided by 0). For
-    questions on a context: not one window holds the answer, so the model learns to find none.
+    Cause: Every label is masked (-100): the loss of such a row is 0, and that of a batch of such rows nan (0 divided by
+    0). For questions on a context: no window holds the answer, so the model learns to find none.
 
     Fix: Find out where the labels were lost: an answer that was cut off completely, a template that finds no answer, a
     mask by the wrong token, answers that are all empty.
@@ -104,7 +104,7 @@ def all_masked(s: CheckInput) -> Iterator[Problem]:
         if len(s.train) and not (s.train.column("end_positions") > 0).any():
             yield Problem(
                 Bilingual(
-                    f"not one of {len(s.train):,} windows holds an answer: there is nothing to find",
+                    f"none of the {len(s.train):,} windows holds an answer",
                     f"{len(s.train):,} 个窗口都不包含答案，模型无从查找",
                 )
             )
@@ -112,23 +112,23 @@ def all_masked(s: CheckInput) -> Iterator[Problem]:
     rows = np.flatnonzero(s.train.learned == 0)
     if len(rows):
         every, every_zh = (" (all of them)", "（全部）") if len(rows) == len(s.train) else ("", "")
-        said = Bilingual(
-            f"{len(rows):,} of {len(s.train):,} rows carry no label at all{every}",
+        message = Bilingual(
+            f"{len(rows):,} of {len(s.train):,} rows have no label{every}",
             f"{len(s.train):,} 条样本中有 {len(rows):,} 条{every_zh}没有任何标签",
         )
-        yield Problem(said, s.entries(rows), len(rows))
+        yield Problem(message, s.entries(rows), len(rows))
     for part, tokens, examples in (("train", s.train, s.examples.train), ("eval", s.eval, s.examples.eval)):
         if len(examples) and not len(tokens):
             yield Problem(
                 Bilingual(
-                    f"not one of the {len(examples):,} {PARTS[part]} rows is left (data.too_long=drop)",
+                    f"none of the {len(examples):,} {PARTS[part]} rows is left (data.too_long=drop)",
                     f"{len(examples):,} 条{PARTS[part].zh}样本一条也没有剩下（data.too_long=drop）",
                 )
             )
     if len(s.eval) and not s.eval.learned.sum():
         yield Problem(
             Bilingual(
-                f"not one of the {len(s.eval):,} held-out rows carries a label: there is nothing to measure",
+                f"none of the {len(s.eval):,} held-out rows has a label: there is nothing to measure",
                 f"{len(s.eval):,} 条留出样本都没有标签，无法评估",
             )
         )
@@ -159,12 +159,12 @@ def nothing_varies(s: CheckInput) -> Iterator[Problem]:
         total = int(s.train.lengths.sum())
         yield Problem(
             Bilingual(
-                f"the {total:,} tokens of all rows are one and the same, {one}",
+                f"all {total:,} tokens of all rows are the same, {one}",
                 f"所有样本的 {total:,} 个词元都是同一个：{one.zh}",
             )
         )
     if s.finds_spans and n and not (s.train.column("end_positions") > 0).any():
-        yield Problem(Bilingual(f"not one of {n:,} windows holds an answer", f"{n:,} 个窗口都不包含答案"))
+        yield Problem(Bilingual(f"none of the {n:,} windows holds an answer", f"{n:,} 个窗口都不包含答案"))
     if not s.task.data.label_per_token:
         return
     learned = {int(x) for labels in s.train.lists("labels") for x in np.unique(labels)} - {IGNORED}
@@ -176,7 +176,7 @@ def nothing_varies(s: CheckInput) -> Iterator[Problem]:
     answers = {labels[labels != IGNORED].tobytes() for labels in s.train.lists("labels")}
     if learned and s.task.data.next_token and learned <= set(s.stops):
         yield Problem(
-            Bilingual(f"nothing is learned of {n:,} rows but how they end", f"{n:,} 条样本只有结束符参与学习")
+            Bilingual(f"only the end of sequence is learned in {n:,} rows", f"{n:,} 条样本只有结束符参与学习")
         )
     elif len(answers) == 1 and len({ids.tobytes() for ids in s.train.lists("input_ids")}) > 1:
         yield Problem(
@@ -191,7 +191,7 @@ def truncated(s: CheckInput) -> Iterator[Problem]:
     rounds are cut first, then the beginning of the question and the end of the answer; of any other text its end. The
     special tokens at the end stay. A plain text becomes windows and is not cut, unless data.long_text says so.
 
-    Fix: Raise that length (memory grows with it), or leave such rows out with data.too_long=drop.
+    Fix: Raise that length (memory grows with it), or drop such rows with data.too_long=drop.
 
     样本被截断
 
@@ -213,29 +213,29 @@ def truncated(s: CheckInput) -> Iterator[Problem]:
                 f"; {n_answers:,} lose part of what is learned",
                 f"；其中 {n_answers:,} 条丢失了要学习的部分",
             )
-        said = Bilingual(
+        message = Bilingual(
             f"{len(rows):,} of {n:,} rows ({share:.1f}%) are cut to {longest} tokens, "
             f"{tokens:,} tokens are lost{learned}",
             f"{n:,} 条样本中有 {len(rows):,} 条（{share:.1f}%）被截断到 {longest} 个词元，"
             f"共丢失 {tokens:,} 个词元{learned_zh}",
         )
-        yield Problem(said, s.entries(rows), len(rows))
+        yield Problem(message, s.entries(rows), len(rows))
     if s.train.dropped:
         yield Problem(
             Bilingual(
-                f"{s.train.dropped:,} rows are left out for their length (data.too_long=drop)",
+                f"{s.train.dropped:,} rows are dropped for their length (data.too_long=drop)",
                 f"{s.train.dropped:,} 条样本因过长被去掉（data.too_long=drop）",
             )
         )
 
 
 def prompt_learned(s: CheckInput) -> Iterator[Problem]:
-    """The question carries labels.
+    """The question has labels.
 
-    Cause: Every token carries a label, the user's words included: the model learns to write questions, and their loss
+    Cause: Every token has a label, also in the user's words: the model learns to write questions, and their loss
     outweighs that of the short answers.
 
-    Fix: Mask the question with -100. Where the rows are plain text and no questions, leave the labels column out.
+    Fix: Mask the question with -100. If the rows are plain text without questions, leave the labels column out.
 
     问题部分也有标签
 
@@ -251,11 +251,11 @@ def prompt_learned(s: CheckInput) -> Iterator[Problem]:
         whole = whole & labelled[s.train.column("row")]
     rows = np.flatnonzero(whole & (s.train.lengths > 1))
     if len(rows):
-        said = Bilingual(
+        message = Bilingual(
             f"{len(rows):,} of {len(s.train):,} rows have a label on every token",
             f"{len(s.train):,} 条样本中有 {len(rows):,} 条的每个词元都有标签",
         )
-        yield Problem(said, s.entries(rows), len(rows))
+        yield Problem(message, s.entries(rows), len(rows))
 
 
 def shifted_labels(s: CheckInput) -> Iterator[Problem]:
@@ -284,18 +284,18 @@ def shifted_labels(s: CheckInput) -> Iterator[Problem]:
         if next_one > 0.9 and right < 0.5:
             rows.append(i)
     if rows:
-        said = Bilingual(
-            f"{len(rows):,} of {len(s.train):,} rows have labels of the token after",
+        message = Bilingual(
+            f"{len(rows):,} of {len(s.train):,} rows have the next token's labels",
             f"{len(s.train):,} 条样本中有 {len(rows):,} 条的标签是下一个词元",
         )
-        yield Problem(said, s.entries(rows), len(rows))
+        yield Problem(message, s.entries(rows), len(rows))
 
 
 def padding_learned(s: CheckInput) -> Iterator[Problem]:
     """Padding would be learned, or the end masked with it.
 
-    Cause: Where the pad token is the end of sequence, a mask by the token's number masks the end too, and without a
-    mask the model learns to repeat the end. siliang masks by position; this rule checks it on a batch of your rows.
+    Cause: If the pad token is the end of sequence, a mask by the token's id masks the end too, and without a mask the
+    model learns to repeat the end. siliang masks by position; this rule checks it on a batch of your rows.
 
     Fix: Report it: this is a bug in siliang.
 
@@ -315,5 +315,5 @@ def padding_learned(s: CheckInput) -> Iterator[Problem]:
     right = batch["labels"][0, :n].tolist() == short["labels"] and bool((batch["labels"][0, n:] == IGNORED).all())
     if not right or int(batch["attention_mask"][0].sum()) != len(short["input_ids"]):
         yield Problem(
-            Bilingual("a padded batch does not carry the labels of its rows", "填充后的批次与各样本的标签不一致")
+            Bilingual("a padded batch does not have the labels of its rows", "填充后的批次与各样本的标签不一致")
         )

@@ -1,4 +1,4 @@
-"""The rules in one table, and how they are run."""
+"""The table of rules, and how they run."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ RULES: dict[str, Rule] = {
 
 
 def find(subject: CheckInput, *, stop_early: bool = False) -> list[Finding]:
-    """What the rules find, by code.
+    """The findings of the rules: errors before warnings, then by code.
 
     Args:
-        stop_early: Do not make tokens of rows that are in error already; for a run that will not start in any case.
+        stop_early: Stop at the first stage with errors; for a run, which then does not start.
 
     Raises:
-        SiliangError: The data or the model cannot be read at all.
+        SiliangError: The data or the model cannot be read.
     """
     accepted = {code.upper() for code in subject.config.accept}
     for code in accepted:
@@ -85,15 +85,15 @@ def find(subject: CheckInput, *, stop_early: bool = False) -> list[Finding]:
 
 
 def _run(rule: Rule, subject: CheckInput, accepted: set[str]) -> Iterator[Finding]:
-    for found in rule.function(subject):
-        yield Finding.of(rule, found, rule.code in accepted)
+    for problem in rule.function(subject):
+        yield Finding.of(rule, problem, rule.code in accepted)
 
 
 def find_rule(code: str) -> Rule:
-    """The rule of that code.
+    """The rule with that code.
 
     Raises:
-        ConfigError: No rule has it.
+        ConfigError: There is none.
     """
     try:
         return RULES[code.upper()]
@@ -108,10 +108,10 @@ def find_rule(code: str) -> Rule:
 
 
 def stop_on_errors(findings: list[Finding]) -> None:
-    """For a run that is about to start.
+    """Stops a run with errors before it starts.
 
     Raises:
-        DataError: There is an error among the findings: the first in words, the others by code.
+        DataError: The findings include errors. The message has the first error, and the codes of the others.
     """
     errors = [f for f in findings if f.severity == "error"]
     if not errors:
@@ -132,5 +132,5 @@ def stop_on_errors(findings: list[Finding]) -> None:
 
 def _head(error: Finding, language: Language) -> str:
     lines = local(error.message, language).splitlines()
-    # a target's error lists the modules in lines of their own
+    # the following lines of SL024 list the model's modules
     return (" ".join(lines) if error.code != "SL024" else lines[0]).rstrip(".。")

@@ -217,7 +217,7 @@ def _stay_inside(folder: Path, files: list[Path], source: str) -> None:
         if not file.is_relative_to(root):
             raise DataError(
                 Bilingual(
-                    f"{source} names {file}, which is not inside of it: only files in {folder} are read.",
+                    f"{source} names {file}, which is not inside it: only files in {folder} are read.",
                     f"{source} 写有 {file}，它不在文件夹之内：只读取 {folder} 中的文件。",
                 )
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from siliang.config import RunConfig
 from siliang.hardware import Choice
@@ -15,20 +15,21 @@ from siliang.tasks.adapter_config import adapter_config
 
 
 def attach(
-    model: nn.Module, method: Method, config: RunConfig, precision: Choice, *, start: Path | None = None
-) -> tuple[nn.Module, int, int]:
+    base: PreTrainedModel, method: Method, config: RunConfig, precision: Choice, *, start: Path | None = None
+) -> tuple[PreTrainedModel | PeftModel, int, int]:
     """The model with the run's method on it; how many parameters it trains, and of how many.
 
     Args:
         start: The adapter folder whose weights are the start; None for new ones.
     """
+    model: PreTrainedModel | PeftModel = base
     if start is not None:
-        model = PeftModel.from_pretrained(model, start, is_trainable=True)
+        model = PeftModel.from_pretrained(base, start, is_trainable=True)
     elif method.config is None:
         for p in model.parameters():
             p.requires_grad_(True)
     else:
-        model = get_peft_model(model, adapter_config(config, model))
+        model = get_peft_model(base, adapter_config(config, base))
     if precision.pure:
         for p in model.parameters():
             p.data = p.data.to(precision.dtype) if p.requires_grad else p.data

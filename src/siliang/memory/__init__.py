@@ -1,1 +1,1 @@
-"""Counts bytes: what a run really used."""
+"""Measures the memory that a run uses, in bytes."""

@@ -1,4 +1,4 @@
-"""What is not used any more goes back to the machine."""
+"""Returns unused memory to the system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def free_memory() -> None:
-    """Gives back what allocators have kept: another run, or another process, may want it."""
+    """Releases what allocators keep, so that another run or another process can use it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -18,8 +18,11 @@ def free_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Gives back the free blocks that lie scattered in the heap, where the C library is glibc: it keeps those of up to
-    32 MB, and steps of unlike tokens fit none of them exactly (docs/log.md). Takes some milliseconds."""
+    """Returns the free blocks in glibc's heap to the system; does nothing with another C library.
+
+    glibc keeps free blocks of up to 32 MB, and steps with different numbers of tokens fit none of them exactly
+    (docs/log.md). Takes some milliseconds.
+    """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

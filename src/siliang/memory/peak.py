@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work used: the CUDA allocator's own peak, or the process's resident memory."""
+"""Peak memory over a period: the CUDA allocator's own peak, or the process's resident memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ TRIM_EVERY_S = 2.0
 
 
 class PeakMemory:
-    """Watches memory from `with` to its end.
+    """Measures memory within `with`.
 
     Attributes:
-        start_bytes: In use at the start.
-        peak_bytes: The most since then. On the CPU it is sampled fifty times a second: shorter spikes are missed.
+        start_bytes: Bytes in use at the start.
+        peak_bytes: The most since then. On the CPU it is sampled fifty times a second; shorter spikes are missed.
     """
 
     def __init__(self, device: torch.device, planned: int = 0) -> None:
-        """planned: Bytes above which a CPU's process gives back what it does not use, now and then; 0 for never."""
+        """planned: On a CPU, the process returns unused memory from time to time while it uses more bytes; 0: never."""
         self._cuda = device if device.type == "cuda" else None
         self._process = psutil.Process()
         self._planned = planned

@@ -1,11 +1,10 @@
-"""Counts the bytes of live tensors while something runs, on real tensors or on fake ones: how many at the peak, and
-what they were.
+"""Counts the bytes of live tensors, real or fake, while something runs: how many at the peak, and of what category.
 
-The tracker sees every operator's result, and with it the storage of the result; a storage is alive until its last
-tensor is gone. So it counts what a program holds at each moment. What a kernel allocates and frees before it returns is
-not seen; what matters of that, on CPUs, is added (`_kernel_workspace`). What a storage is may become known late (a
-result turns out to be saved for the backward pass, or to be a gradient), so the peak is divided into categories when it
-is over.
+The tracker sees every operator's result, and with it the storage of the result. A storage is alive until its last
+tensor is gone, so the tracker knows what a program holds at each moment. It does not see what a kernel allocates and
+frees before it returns; the part of that which matters on CPUs is added (`_kernel_workspace`). The category of a
+storage may become known late: a result turns out to be saved for the backward pass, or to be a gradient. So the peak is
+divided into categories at the end.
 
 torch has a tracker of the same design, torch.distributed._tools.mem_tracker; docs/log.md says why it is not used.
 """
@@ -14,14 +13,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
@@ -45,22 +44,24 @@ class TrackedStorage:
     """A storage.
 
     Attributes:
-        born: Moments at which it came and went; None while it is there.
-        what: The operator that made it, and the shape it had.
+        born: The moment of its allocation.
+        made_by: The operator that made it, and the shape of its tensor.
+        freed: The moment at which it was freed; None while it is alive.
+        ref: Calls back when the storage is freed; None for memory within one operator.
     """
 
     nbytes: int
     category: Category
     layer: int | None
     born: int
-    what: tuple[str, tuple[int, ...]]
-    gone: int | None = None
-    ref: Any = None
+    made_by: tuple[str, tuple[int, ...]]
+    freed: int | None = None
+    ref: weakref.ref[UntypedStorage] | None = None
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment at which the most was alive.
+    """The moment with the most live bytes.
 
     Attributes:
         nbytes: Of all live storages together.
@@ -80,14 +81,14 @@ class Tracker(TorchDispatchMode):
     """Counts within `with`.
 
     Attributes:
-        block_bytes: A storage counts as the next multiple of it: CUDA_BLOCK_BYTES, or 1.
+        block_bytes: A storage's size is rounded up to a multiple of it: CUDA_BLOCK_BYTES, or 1.
         vocabulary: Width of the logits.
         live_bytes: At this moment.
-        peak_bytes: At the worst one so far.
-        counting: Count the products too.
-        flops: Of those so far.
-        layer_flops: Of those, what the layers' forward passes took.
-        boundary_bytes: Of a layer's input, which it keeps where it recomputes.
+        peak_bytes: The most so far.
+        counting: Count floating-point operations too.
+        flops: Floating-point operations so far.
+        layer_flops: Those of the layers' forward passes.
+        boundary_bytes: Size of a layer's input, which a layer that recomputes keeps.
     """
 
     block_bytes: int = 1
@@ -111,9 +112,15 @@ class Tracker(TorchDispatchMode):
     def __hash__(self) -> int:
         return id(self)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         if func is DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for twice as often as anything is computed
+            return args[0].fake_device  # a shortcut: this is called twice as often as all other operators
         out = func(*args, **(kwargs or {}))
         if self.counting and (count := flop_registry.get(func.overloadpacket)) is not None:
             flops = count(*args, **(kwargs or {}), out_val=out)
@@ -121,28 +128,27 @@ class Tracker(TorchDispatchMode):
             self.layer_flops += flops if self._layer is not None else 0
         for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(x, Tensor):
-                self._see(x, func)
+                self._track(x, func)
         if func.overloadpacket in KERNELS and kind_of(out) == "cpu":
-            self._pass(_kernel_workspace(func.overloadpacket, args, out), func)
+            self._add_transient(_kernel_workspace(func.overloadpacket, args, out), func)
         return out
 
-    def hold(self, tensors: Iterable[Tensor], category: Category) -> None:
-        """Says what these are, whether they have been seen or not."""
+    def categorize(self, tensors: Iterable[Tensor], category: Category) -> None:
+        """Sets the category of these tensors, and tracks those that are new."""
         for x in tensors:
-            held = self._see(x, None)
-            held.category = category
+            self._track(x).category = category
 
     @contextmanager
-    def watching(self, model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
-        """Within the block, the model's tensors and those of its training steps are told apart.
+    def tracking(self, model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+        """Within the block, the model's tensors and those of its training steps get their categories.
 
         Args:
-            layers: Those of its stack, to which activations are counted.
+            layers: The model's stack; activations are counted by layer.
         """
         self._layers = len(layers)
         for p in model.parameters():
-            self.hold([p], "trained" if p.requires_grad else "weights")
-        self.hold(model.buffers(), "weights")
+            self.categorize([p], "trained" if p.requires_grad else "weights")
+        self.categorize(model.buffers(), "weights")
         handles = [
             p.register_post_accumulate_grad_hook(self._accumulated) for p in model.parameters() if p.requires_grad
         ]
@@ -160,132 +166,139 @@ class Tracker(TorchDispatchMode):
                 handle.remove()
 
     def restart(self) -> None:
-        """Forgets the peak, and begins again with what is alive."""
+        """Forgets the peak, and starts again with the live storages."""
         self._all = list(self._alive.values())
         self.peak_bytes, self._peak_moment = self.live_bytes, self._moment
 
     def peak(self, largest: int = 8) -> Peak:
-        """The worst moment since the last `restart`, with the largest so many tensors of it."""
-        there = [h for h in self._all if h.born <= self._peak_moment and (h.gone is None or h.gone > self._peak_moment)]
+        """The peak since the last `restart`, with its `largest` largest tensors."""
+        at = self._peak_moment
+        live = [s for s in self._all if s.born <= at and (s.freed is None or s.freed > at)]
         parts: Counter[Category] = Counter(dict.fromkeys(CATEGORIES, 0))
         layers = [0] * self._layers
-        for held in there:
-            parts[held.category] += held.nbytes
-            if held.layer is not None and held.category == "activations":
-                layers[held.layer] += held.nbytes
-        there.sort(key=lambda held: -held.nbytes)
+        for storage in live:
+            parts[storage.category] += storage.nbytes
+            if storage.layer is not None and storage.category == "activations":
+                layers[storage.layer] += storage.nbytes
+        live.sort(key=lambda storage: -storage.nbytes)
         return Peak(
             self.peak_bytes,
             dict(parts),
             tuple(layers),
-            tuple((h.nbytes, h.category, *h.what) for h in there[:largest]),
+            tuple((s.nbytes, s.category, *s.made_by) for s in live[:largest]),
         )
 
-    def _see(self, x: Tensor, func: Any) -> TrackedStorage:
+    def _track(self, x: Tensor, func: OpOverload | None = None) -> TrackedStorage:
         if isinstance(x, DTensor):
             x = x._local_tensor
         storage = x.untyped_storage()
         key = storage._cdata
-        if (held := self._alive.get(key)) is not None:
-            return held
+        if (known := self._alive.get(key)) is not None:
+            return known
         self._moment += 1
         nbytes = self._rounded(storage)
-        wide = self.vocabulary is not None and x.dim() > 1 and x.shape[-1] == self.vocabulary
-        held = TrackedStorage(
-            nbytes, "logits" if wide else "workspace", self._layer, self._moment, (str(func or ""), tuple(x.shape))
+        is_logits = self.vocabulary is not None and x.dim() > 1 and x.shape[-1] == self.vocabulary
+        tracked = TrackedStorage(
+            nbytes,
+            "logits" if is_logits else "workspace",
+            self._layer,
+            self._moment,
+            (str(func or ""), tuple(x.shape)),
         )
-        held.ref = weakref.ref(storage, partial(self._lost, key))
-        self._take(key, held)
-        return held
+        tracked.ref = weakref.ref(storage, partial(self._freed, key))
+        self._add(key, tracked)
+        return tracked
 
-    def _rounded(self, storage: Any) -> int:
+    def _rounded(self, storage: UntypedStorage) -> int:
         return -(-storage.nbytes() // self.block_bytes) * self.block_bytes
 
-    def _take(self, key: int, held: TrackedStorage) -> None:
-        self._alive[key] = held
-        self._all.append(held)
-        self.live_bytes += held.nbytes
+    def _add(self, key: int, tracked: TrackedStorage) -> None:
+        self._alive[key] = tracked
+        self._all.append(tracked)
+        self.live_bytes += tracked.nbytes
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self._peak_moment = self.live_bytes, self._moment
 
-    def _pass(self, nbytes: int, func: Any) -> None:
-        """Counts what one operator allocates and frees."""
+    def _add_transient(self, nbytes: int, func: OpOverload) -> None:
+        """Counts memory that one operator allocates and frees."""
         if self.live_bytes + nbytes > self.peak_bytes:
             self._moment += 1
-            held = TrackedStorage(nbytes, "workspace", self._layer, self._moment, (str(func), ()), self._moment + 1)
-            self._all.append(held)
+            transient = TrackedStorage(
+                nbytes, "workspace", self._layer, self._moment, (str(func), ()), self._moment + 1
+            )
+            self._all.append(transient)
             self.peak_bytes, self._peak_moment = self.live_bytes + nbytes, self._moment
             self._moment += 1
 
-    def _resized(self, storage: Any) -> None:
-        held = self._alive.get(key := storage._cdata)
-        if held is not None and (nbytes := self._rounded(storage)) != held.nbytes:
+    def _resized(self, storage: UntypedStorage) -> None:
+        tracked = self._alive.get(key := storage._cdata)
+        if tracked is not None and (nbytes := self._rounded(storage)) != tracked.nbytes:
             self._moment += 1
-            held.gone = self._moment
-            self.live_bytes -= held.nbytes
-            self._take(key, replace(held, nbytes=nbytes, born=self._moment, gone=None))
+            tracked.freed = self._moment
+            self.live_bytes -= tracked.nbytes
+            self._add(key, replace(tracked, nbytes=nbytes, born=self._moment, freed=None))
 
-    def _lost(self, key: int, ref: Any) -> None:
-        held = self._alive.pop(key)
+    def _freed(self, key: int, ref: object) -> None:
+        tracked = self._alive.pop(key)
         self._moment += 1
-        held.gone = self._moment
-        self.live_bytes -= held.nbytes
+        tracked.freed = self._moment
+        self.live_bytes -= tracked.nbytes
 
     def _saved(self, x: Tensor) -> Tensor:
-        held = self._see(x, None)
-        if held.category == "workspace":
-            held.category = "activations"
+        tracked = self._track(x)
+        if tracked.category == "workspace":
+            tracked.category = "activations"
         return x
 
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is not None:
-            self.hold([p.grad], "gradients")
+            self.categorize([p.grad], "gradients")
 
-    def _enter(self, i: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, i: int, layer: nn.Module, args: tuple[object, ...]) -> None:
         self._layer = i
         self._gathered(layer, args)
-        # kept by a layer that recomputes, which hides it from autograd
+        # a layer that recomputes keeps its input; autograd does not see it
         for x in args:
-            if isinstance(x, Tensor) and (held := self._see(x, None)).category in ("workspace", "activations"):
-                held.category, self.boundary_bytes = "activations", held.nbytes
+            if isinstance(x, Tensor) and (tracked := self._track(x)).category in ("workspace", "activations"):
+                tracked.category, self.boundary_bytes = "activations", tracked.nbytes
 
-    def _gathered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A layer whose weights are sharded has just gathered them."""
+    def _gathered(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        """Categorizes the weights that a sharded layer has just gathered."""
         for p in module.parameters():
-            if (held := self._see(p, None)).category == "workspace":
-                held.category = "weights"
+            if (tracked := self._track(p)).category == "workspace":
+                tracked.category = "weights"
 
-    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, layer: nn.Module, args: object, output: object) -> None:
         self._layer = None
 
 
 @contextmanager
-def on_storage_resize(then: Callable[[Any], None]) -> Iterator[None]:
-    """Within the block `then` is called with each storage that is resized, in the whole process.
+def on_storage_resize(callback: Callable[[UntypedStorage], None]) -> Iterator[None]:
+    """Within the block, calls back with each storage that is resized, in the whole process.
 
-    Resizing is not an operator, and FSDP frees and allocates a layer's weights with it: only here can it be seen.
+    Resizing is not an operator, and FSDP frees and allocates a layer's weights with it, so it can only be seen here.
     """
-    resize: Any = torch.UntypedStorage.resize_
+    resize = UntypedStorage.resize_
 
-    def resized(storage: Any, size: int) -> None:
+    def resized(storage: UntypedStorage, size: int) -> None:
         resize(storage, size)
-        then(storage)
+        callback(storage)
 
-    torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+    UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        torch.UntypedStorage.resize_ = resize
+        UntypedStorage.resize_ = resize
 
 
-def _kernel_workspace(packet: Any, args: tuple[Any, ...], out: Tensor) -> int:
-    """Bytes of what an operator holds besides its arguments and its result, on a CPU."""
+def _kernel_workspace(packet: OpOverloadPacket, args: tuple[object, ...], out: Tensor) -> int:
+    """Bytes that an operator holds on a CPU besides its arguments and its result."""
     if isinstance(out, DTensor):  # not this process's share
         return 0
     if packet is SAFE_SOFTMAX:
-        return out.numel()  # which scores are minus infinity
+        return out.numel()  # the mask of scores that are minus infinity
     operands = [x for x in args[:2] if isinstance(x, Tensor) and x.dim()]
     if len({x.dtype for x in operands}) < 2:
         return 0
     common = torch.result_type(*operands)
-    return sum(x.numel() * common.itemsize for x in operands if x.dtype != common)  # a copy in the format of both
+    return sum(x.numel() * common.itemsize for x in operands if x.dtype != common)  # a copy in the common dtype

@@ -90,7 +90,7 @@ def _check_numbers(path: Path, most_bytes: int) -> None:
     if (largest := max(numbers, default=0)) > MOST_NUMBER:
         raise ModelError(
             Bilingual(
-                f"{path} gives a token the number {largest:,}: at most {MOST_NUMBER:,} are allowed.",
+                f"{path} gives a token the id {largest:,}: at most {MOST_NUMBER:,} is allowed.",
                 f"{path} 中有词元的编号是 {largest:,}：最大允许 {MOST_NUMBER:,}。",
             )
         )

@@ -1,5 +1,5 @@
-"""The memory plan: the run's own training step on fake tensors, before anything is loaded, and what to change so that
-it fits."""
+"""The memory plan: runs the training step on fake tensors before anything is loaded, and finds changes with which the
+run fits."""
 
 from siliang.plan.device import Device, target_device
 from siliang.plan.fake_run import Baseline, FakeRun

@@ -1,4 +1,4 @@
-"""Base models of fake tensors: the right shapes and formats, and no memory."""
+"""Base models of fake tensors, which have shapes and dtypes and take no memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -28,8 +29,8 @@ from siliang.types import ConfigError, ModelError, first_line
 class _SharedMode(FakeTensorMode):
     """A mode that a copied fake tensor shares with its original.
 
-    torch copies the mode with the tensor, and in it the weak references to storages, which count one reference for two
-    objects: the second that is collected writes into freed memory.
+    torch would copy the mode with the tensor, and with the mode the weak references to storages. Two objects would then
+    hold one reference, and the second one to be collected would write into freed memory.
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
@@ -41,7 +42,7 @@ def fake_mode() -> Iterator[FakeTensorMode]:
     """Within the block every new tensor is fake, and no initializer runs.
 
     Raises:
-        ConfigError: The installed libraries lack what it takes.
+        ConfigError: The installed libraries lack a part that this needs.
     """
     for needed in ("models without memory", "counting of live tensors"):
         if (missing := why_missing(needed)) is not None:
@@ -54,7 +55,7 @@ def fake_mode() -> Iterator[FakeTensorMode]:
 
 
 def make_fake_base(
-    config: Any,
+    config: PretrainedConfig,
     spec: ModelSpec,
     *,
     dtype: torch.dtype,
@@ -62,18 +63,18 @@ def make_fake_base(
     shardable: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     attention: str | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """A base model of this config, in eval mode; called within `fake_mode`.
 
     Args:
-        spec: What the task asks of it.
-        dtype: Of the weights, or of those that are not quantized.
+        spec: The task's requirements for the model.
+        dtype: Dtype of the weights that are not quantized.
         shardable: As for `load_model`.
-        compute_dtype: What a quantized weight becomes to be multiplied.
+        compute_dtype: Dtype in which quantized weights are multiplied.
         attention: transformers' attn_implementation; None for its own choice.
 
     Raises:
-        ModelError: transformers has no model of this kind for the task, or the config is not whole.
+        ModelError: transformers has no model of this kind for the task, or the config is incomplete.
     """
     chosen = {"attn_implementation": attention} if attention else {}
     try:
@@ -86,7 +87,7 @@ def make_fake_base(
                 f"无法按配置为 {spec.task} 建立 {config.model_type}：{local(why, 'zh')}",
             )
         ) from None
-    model.tie_weights()  # which transformers does with the initializing that is left out
+    model.tie_weights()  # transformers does this during initialization, which is off here
     _keep_wide(model, dtype)
     if quantization is not None:
         kept = [*kept_whole(spec), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
@@ -101,8 +102,8 @@ def to_fake(mode: FakeTensorMode, batch: Batch) -> Batch:
     return replace(batch, inputs=inputs, targets=targets)
 
 
-def _keep_wide(model: Any, dtype: torch.dtype) -> None:
-    """As from_pretrained does: some models name parts that stay fp32 in half precision."""
+def _keep_wide(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keeps the parts in fp32 that a model names for it, as from_pretrained does in half precision."""
     names = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
     if dtype is torch.float16:
         names += getattr(model, "_keep_in_fp32_modules", None) or []
@@ -117,7 +118,7 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
 def _quantize(
     model: nn.Module, wanted: QuantizationConfig, kept: list[str], compute_dtype: torch.dtype, storage: torch.dtype
 ) -> None:
-    """Puts bitsandbytes' layers in place of the linear ones, as they are once the weights are loaded."""
+    """Replaces the linear layers by bitsandbytes' layers, in the state that they have after loading."""
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or not should_convert_module(path, kept):
             continue

@@ -1,4 +1,4 @@
-"""One run on fake tensors: its model, its method, its engine. Its peak is measured under different settings."""
+"""A run on fake tensors: its model, its method and its engine, measured under different settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PretrainedConfig, PreTrainedModel
 
 from siliang.config import MethodConfig, QuantizationConfig, RunConfig
 from siliang.data.batch import Batch
@@ -36,7 +38,7 @@ from siliang.types import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Baseline:
-    """The step of PEFT and transformers.Trainer, to compare with: padded, all logits, whole checkpoints.
+    """The step of PEFT with transformers.Trainer, for comparison: padded, with all logits.
 
     Attributes:
         attention: transformers' attn_implementation.
@@ -49,21 +51,21 @@ class FakeRun:
     """A run's model on fake tensors.
 
     Attributes:
-        trained: Parameters that are.
-        total: All of the model.
-        adapter_bytes: Of the saved file.
-        loading_bytes: The most that the model's tensors take while it is loaded. With several ranks each loads it
-            whole, one after the other.
-        loads_on_host: It is loaded in the host's memory, whatever the device.
-        layers: That can recompute.
-        packed: Its batches have no padding.
-        notes: What the engine has switched off.
+        trained: Number of trained parameters.
+        total: Number of all parameters.
+        adapter_bytes: Size of the saved adapter.
+        loading_bytes: Peak of the model's tensors during loading. Of several ranks, each loads the whole model, one
+            after another.
+        loads_on_host: The model is loaded into main memory, also for a GPU.
+        layers: Number of layers that can recompute.
+        packed: Batches have no padding.
+        notes: Features that the engine has switched off.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        base_config: Any,
+        base_config: PretrainedConfig,
         device: Device,
         *,
         method: MethodConfig | None = None,
@@ -73,29 +75,29 @@ class FakeRun:
         invented: Sequence[str] = (),
         mesh: DeviceMesh | None = None,
     ) -> None:
-        """Makes it.
+        """Makes the model, attaches the method, and makes the engine.
 
         Args:
-            base_config: The base model's, which knows its classes.
-            method: Instead of the config's own.
-            new_tokens: By which the vocabulary grows.
-            invented: Modules that the model's files lack, and that are trained therefore.
-            mesh: The ranks of which this is one, as `distributed.strategy` has them share the model.
+            base_config: The base model's config, with the number of classes.
+            method: The method, instead of the config's own.
+            new_tokens: Number of tokens added to the vocabulary.
+            invented: Modules that the model's files lack, which are therefore trained.
+            mesh: The run's ranks, which share the model as `distributed.strategy` says.
 
         Raises:
             SiliangError: The method does not apply to the model.
         """
-        self._layers_share: float | None = None
+        self._layers_share: float | None = None  # of a step's floating-point operations
         self._config = config.model_copy(update={"method": method or config.method, "quantization": quantization})
         self._device, self._baseline, self.precision = device, baseline, device.precision
-        found = find_method(self._config.method.name)
-        if quantization is not None and found.config is None:
+        method_row = find_method(self._config.method.name)
+        if quantization is not None and method_row.config is None:
             raise ConfigError(
                 Bilingual("Quantized weights cannot be trained themselves.", "量化后的权重本身不能训练。")
             )
         TASKS[config.task].check_settings(config.train)
         with fake_mode() as self._mode:
-            dtype = weight_dtype(found, device.precision)
+            dtype = weight_dtype(method_row, device.precision)
             base = make_fake_base(
                 base_config,
                 TASKS[config.task].model,
@@ -109,7 +111,7 @@ class FakeRun:
             mark_invented(base, list(invented))
             if new_tokens:
                 size = base.config.get_text_config().vocab_size + new_tokens
-                base.resize_token_embeddings(size, mean_resizing=False)  # there are no values to take the mean of
+                base.resize_token_embeddings(size, mean_resizing=False)  # fake embeddings have no mean
             positions = self._positions(base)
             if any(limit is not None and limit < 1 for limit in (positions.reads, positions.writes)):
                 raise ConfigError(
@@ -118,7 +120,7 @@ class FakeRun:
                         f"method.num_virtual_tokens = {positions.virtual:,} 没有给样本留下位置：请减小。",
                     )
                 )
-            self.model, self.trained, self.total = attach(base, found, self._config, device.precision)
+            self.model, self.trained, self.total = attach(base, method_row, self._config, device.precision)
             self.adapter_bytes = self._saved_bytes()
             sharded = config.distributed.strategy == "fsdp"
             if mesh is not None and sharded:
@@ -140,13 +142,13 @@ class FakeRun:
         self._in_buckets = mesh is not None and not sharded
 
     def collator(self, batch_size: int | None = None) -> StepCollator:
-        """Splits rows as the run will."""
-        asked, device = self._config.train.tokens_at_once, self._device
-        most = None if self._baseline else most_tokens(asked, device.kind, device.precision.dtype)
+        """The collator that splits rows into batches as in the run."""
+        limit, device = self._config.train.tokens_at_once, self._device
+        most = None if self._baseline else most_tokens(limit, device.kind, device.precision.dtype)
         return collator_of(self._config, self.model, batch_size, tokens_at_once=most, packed=self.packed)
 
     def batches(self, rows: list[dict[str, Any]], batch_size: int | None = None) -> list[Batch]:
-        """The first two batches of a step, the longest: a third one finds what the second one found."""
+        """The first two batches of a step, which are the longest: after two, the peak does not grow."""
         if self._baseline is not None:
             collator = self.collator(batch_size)
             size = collator.rows_at_once
@@ -154,10 +156,10 @@ class FakeRun:
         return self.collator(batch_size)([dict(row) for row in rows])["batches"][:2]
 
     def shortened(self, rows: list[dict[str, Any]], *, longest: int | None = None) -> list[dict[str, Any]]:
-        """Rows that leave room for the prompt where the model has no more positions, and a note of it.
+        """The rows, cut to the model's positions less those of the method's virtual tokens; adds a note if it cuts.
 
         Args:
-            longest: Tokens of the longest row of the data, where there is data: it would not be shortened.
+            longest: Tokens of the longest row of the data; None without data. Rows of the data are never cut.
 
         Raises:
             DataError: A row of the data is longer than the model can read.
@@ -181,7 +183,7 @@ class FakeRun:
         )
         return [cut(row, most) for row in rows]
 
-    def _positions(self, base: Any) -> Positions:
+    def _positions(self, base: nn.Module) -> Positions:
         virtual = int(self._config.method.arguments.get("num_virtual_tokens") or 0)
         config = find_method(self._config.method.name).config
         return Positions.of(base, virtual=virtual, prefix=config is not None and config.is_prefix)
@@ -193,12 +195,12 @@ class FakeRun:
         recomputed: int = 0,
         phases: tuple[Phase, ...] = ("train",),
     ) -> Measured:
-        """Counts the phases on these batches with so many layers recomputing."""
+        """Measures the phases on these batches, with `recomputed` layers recomputing their activations."""
         with self._mode, planned_for(self._device.kind):
             fake_batches = [to_fake(self._mode, batch) for batch in batches]
             if recomputed or self.engine.recompute.recomputed:
                 self.engine.recompute.fix(recomputed)
-            found = measure(
+            measured = measure(
                 self.model,
                 self.engine,
                 fake_batches,
@@ -209,12 +211,12 @@ class FakeRun:
                 step=baseline_step if self._baseline else None,
                 in_buckets=self._in_buckets,
             )
-        if not recomputed and found.flops:
-            self._layers_share = found.layer_flops / found.flops
-        return found
+        if not recomputed and measured.flops:
+            self._layers_share = measured.layer_flops / measured.flops
+        return measured
 
     def time_factor(self, recomputed: int) -> float:
-        """How much longer a step takes where so many layers compute their activations twice, by its products."""
+        """Time of a step with `recomputed` layers, relative to none, by its floating-point operations."""
         if not recomputed:
             return 1.0
         if self._layers_share is None:
@@ -222,25 +224,25 @@ class FakeRun:
             base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             if (most := self._positions(base).reads) is not None:
                 rows = [cut(row, most) for row in rows]
-            found = self.measure(self.batches(rows))
-            self._layers_share = found.layer_flops / found.flops
+            measured = self.measure(self.batches(rows))
+            self._layers_share = measured.layer_flops / measured.flops
         return 1.0 + self._layers_share * recomputed / self.layers
 
     def _product_dtype(self, quantization: QuantizationConfig | None) -> torch.dtype:
-        """What quantized weights become to be multiplied."""
+        """The dtype in which quantized weights are multiplied."""
         if quantization is None or quantization.compute_dtype == "auto":
             return self._device.best.dtype
         return Choice(quantization.compute_dtype, "").dtype
 
-    def _loading_bytes(self, base: Any, dtype: torch.dtype, new_tokens: int) -> int:
+    def _loading_bytes(self, base: PreTrainedModel, dtype: torch.dtype, new_tokens: int) -> int:
         bits = self._config.quantization.bits if self._config.quantization is not None else None
         sizes = [p.numel() for p in base.parameters()] if bits is None else quantized_sizes(base)
         cuda = self._device.kind == "cuda"
         passing = passing_bytes(max(sizes, default=0), bits=bits, itemsize=dtype.itemsize, cuda=cuda)
-        if new_tokens:  # the larger ones beside the old ones, and what their mean is taken from, in fp32
+        if new_tokens:  # the new embeddings besides the old ones, and an fp32 copy for their mean
             ends = (base.get_input_embeddings(), base.get_output_embeddings())
-            rows = max((end.weight for end in ends if end is not None), key=lambda weight: weight.numel())
-            passing = max(passing, rows.nbytes + rows.numel() * (4 if rows.dtype == torch.float32 else 8))
+            weight = max((w for end in ends if isinstance(w := getattr(end, "weight", None), Tensor)), key=Tensor.numel)
+            passing = max(passing, weight.nbytes + weight.numel() * (4 if weight.dtype == torch.float32 else 8))
         return sum({x.untyped_storage()._cdata: x.nbytes for x in held_tensors(base)}.values()) + passing
 
     def _saved_bytes(self) -> int:
@@ -248,9 +250,14 @@ class FakeRun:
 
 
 def collator_of(
-    config: RunConfig, model: Any, batch_size: int | None = None, *, tokens_at_once: int | None = None, packed: bool
+    config: RunConfig,
+    model: PreTrainedModel | PeftModel,
+    batch_size: int | None = None,
+    *,
+    tokens_at_once: int | None = None,
+    packed: bool,
 ) -> StepCollator:
-    """A run's own, where there is no tokenizer to say what padding is."""
+    """A run's collator without a tokenizer; the padding token is that of the model's config."""
     t, pad = config.train, getattr(model.config, "pad_token_id", None)
     return StepCollator(
         PadCollator(pad if isinstance(pad, int) and pad >= 0 else 0),

@@ -1,4 +1,4 @@
-"""The smallest set of changes with which a run fits: first those that leave its result as it is."""
+"""The smallest set of changes with which a run fits; changes that keep the result come first."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from siliang.plan.rows import StepRows, cut
 from siliang.plan.steps import Measured
 from siliang.records import Change, Fit
 
-FULL_CALLS = 1024  # tokens: batches that are smaller than it do not fill the processor, so splitting stops to be free
-SHORTEST = 64  # tokens, below which nothing is proposed
-DEQUANTIZE = 1.1  # time of a step on a 4-bit base, compared to one on the whole base: measured on the CPU
+FULL_CALLS = 1024  # tokens: smaller batches do not fill the processor, so that splitting them costs time
+SHORTEST = 64  # tokens: no shorter data.max_length is proposed
+DEQUANTIZE = 1.1  # time of a step on a 4-bit base model relative to an unquantized one, measured on the CPU
 
 
 class MemoryLimit:
-    """The memory that a run may take, and what fits into it.
+    """The memory that a run may take.
 
     Attributes:
-        limit_bytes: For the tensors alone.
+        limit_bytes: For the tensors, without the overhead.
     """
 
     def __init__(self, limit_bytes: int, work_bytes: int = 0) -> None:
-        """work_bytes: What steps take beside their tensors, and loading does not."""
+        """work_bytes: The part of the overhead that steps need and loading does not."""
         self.limit_bytes = limit_bytes
         self._work_bytes = work_bytes
 
-    def loads(self, fake_run: FakeRun) -> bool:
-        """Whether the model can be loaded at all. A model that is loaded in the host's memory always can."""
+    def can_load(self, fake_run: FakeRun) -> bool:
+        """Whether the model can be loaded; true for a model that is loaded into main memory."""
         return fake_run.loads_on_host or fake_run.loading_bytes <= self.limit_bytes + self._work_bytes
 
     def fewest_recomputed(
         self, fake_run: FakeRun, batches: list[Batch], measured: Measured | None = None
     ) -> tuple[int, Peak] | None:
-        """(layers, peak): the fewest layers that have to recompute; None where all of them are too few.
+        """(layers, peak): the smallest number of recomputed layers that fits; None if no number does.
 
         Args:
-            measured: With none that does, where that is known.
+            measured: The measurement without recomputing, if it is known.
         """
         measured = measured or fake_run.measure(batches)
         first = measured.peaks["train"]
@@ -48,23 +48,23 @@ class MemoryLimit:
             return 0, first
         guess = self.estimate(measured)
         for count in range(guess[0] if guess else fake_run.layers, fake_run.layers + 1):
-            found = fake_run.measure(batches, recomputed=count).peaks["train"]
-            if count and found.nbytes <= self.limit_bytes:
-                return count, found
+            peak = fake_run.measure(batches, recomputed=count).peaks["train"]
+            if count and peak.nbytes <= self.limit_bytes:
+                return count, peak
         return None
 
     def estimate(self, measured: Measured) -> tuple[int, Peak] | None:
-        """The same without another run, from what each layer keeps: (layers, peak); None where all are too few."""
+        """An estimate of `fewest_recomputed` from one measurement, by the activations of each layer."""
         peak = measured.peaks["train"]
-        beside = peak.nbytes - sum(peak.layers)
+        other = peak.nbytes - sum(peak.layers)
         for count in range(1, len(peak.layers) + 1):
             inputs = count * measured.boundary_bytes
-            # the layers that keep theirs are done, and their memory is free, when a lower one recomputes
-            left = beside + inputs + max(sum(peak.layers[count:]), max(peak.layers[:count]))
-            if left <= self.limit_bytes:
+            # when a lower layer recomputes, the upper layers are done, and their activations are freed
+            reduced = other + inputs + max(sum(peak.layers[count:]), max(peak.layers[:count]))
+            if reduced <= self.limit_bytes:
                 parts = dict(peak.parts)
-                parts["activations"] -= peak.nbytes - left
-                return count, Peak(left, parts)
+                parts["activations"] -= peak.nbytes - reduced
+                return count, Peak(reduced, parts)
         return None
 
 
@@ -75,18 +75,18 @@ def find_fit(
     step: StepRows,
     quantized: Callable[[QuantizationConfig], FakeRun] | None,
 ) -> Fit | None:
-    """What to change, the cheapest change first; None where nothing helps.
+    """The cheapest changes with which the run fits; None if no change helps.
 
     Args:
-        fake_run: The run as it is configured.
+        fake_run: The run as configured.
         step: Its heaviest step.
-        quantized: Makes the run on a quantized base; None where the method trains the base, or it is quantized now.
+        quantized: Makes the run on a quantized base model; None if the method trains the base, or if it is quantized.
     """
-    found = _smaller(limit, config, fake_run, step)
-    if found is not None:
-        return found
+    same_result = _fit_with_same_result(limit, config, fake_run, step)
+    if same_result is not None:
+        return same_result
     if quantized is not None:
-        in_4 = quantized(QuantizationConfig())
+        quantized_run = quantized(QuantizationConfig())
         change = Change(
             setting="quantization",
             before="null",
@@ -96,17 +96,17 @@ def find_fit(
                 f"结果略有不同；用时约为 {DEQUANTIZE:.1f} 倍",
             ),
         )
-        if (fit := _smaller(limit, config, in_4, step)) is not None:
+        if (fit := _fit_with_same_result(limit, config, quantized_run, step)) is not None:
             return Fit(
                 changes=[change, *fit.changes],
                 peak_bytes=fit.peak_bytes,
                 parts=fit.parts,
                 time_factor=fit.time_factor * DEQUANTIZE,
             )
-        fake_run, more = in_4, [change]
+        fake_run, changes_so_far = quantized_run, [change]
     else:
-        more = []
-    length = config.data.max_length // 2 if limit.loads(fake_run) else 0
+        changes_so_far = []
+    length = config.data.max_length // 2 if limit.can_load(fake_run) else 0
     while length >= SHORTEST:
         rows = [cut(row, length) for row in step.rows[:1]]
         if (fewest := limit.fewest_recomputed(fake_run, fake_run.batches(rows, 1))) is not None:
@@ -114,15 +114,16 @@ def find_fit(
             if step.windows:
                 price = Bilingual("texts become more windows", "文本会切成更多窗口")
             elif step.lengths is not None:
-                rows = step.cut_by(length)
-                price = Bilingual(f"{rows:,} rows are cut", f"{rows:,} 条样本会被截断")
+                n_cut = step.cut_by(length)
+                price = Bilingual(f"{n_cut:,} rows are cut", f"{n_cut:,} 条样本会被截断")
             shorter = Change(
                 setting="data.max_length",
                 before=str(config.data.max_length),
                 after=str(length),
                 price=price,
             )
-            changes = [*more, *_split_change(config, 1), *_recompute_change(config, fake_run, fewest[0]), shorter]
+            split, recompute = _split_change(config, 1), _recompute_change(config, fake_run, fewest[0])
+            changes = [*changes_so_far, *split, *recompute, shorter]
             return Fit(
                 changes=changes,
                 peak_bytes=fewest[1].nbytes,
@@ -133,14 +134,14 @@ def find_fit(
     return None
 
 
-def _smaller(limit: MemoryLimit, config: RunConfig, fake_run: FakeRun, step: StepRows) -> Fit | None:
-    """Smaller batches and recomputed layers, which change no result."""
-    if not limit.loads(fake_run):
+def _fit_with_same_result(limit: MemoryLimit, config: RunConfig, fake_run: FakeRun, step: StepRows) -> Fit | None:
+    """The fastest fit with smaller batches and recomputed layers, which do not change the result; None if none fits."""
+    if not limit.can_load(fake_run):
         return None
-    whole = config.train.batch_size
+    full_size = config.train.batch_size
     best: Fit | None = None
-    for size in (n for n in range(whole, 0, -1) if whole % n == 0):
-        rows = step.rows if size == whole else step.rows[: 2 * size]
+    for size in (n for n in range(full_size, 0, -1) if full_size % n == 0):
+        rows = step.rows if size == full_size else step.rows[: 2 * size]
         if (fewest := limit.fewest_recomputed(fake_run, fake_run.batches(rows, size))) is not None:
             count, peak = fewest
             changes = [*_split_change(config, size), *_recompute_change(config, fake_run, count)]
@@ -178,7 +179,7 @@ def _split_change(config: RunConfig, size: int) -> list[Change]:
 def _recompute_change(config: RunConfig, fake_run: FakeRun, count: int) -> list[Change]:
     before = config.train.memory_budget
     if not count or config.train.gradient_checkpointing or before == "auto":
-        return []  # it chooses the layers by itself
+        return []  # the run chooses the layers itself
     more = 100 * (fake_run.time_factor(count) - 1)
     return [
         Change(

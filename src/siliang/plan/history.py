@@ -1,4 +1,4 @@
-"""What runs on this machine took beside their tensors: after a few runs, a better value than any constant."""
+"""The memory overhead of earlier runs on this machine, which is more accurate than a constant."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MOST_BYTES = 2**50
 
 
 def record_work(device_name: str, work_bytes: int) -> None:
-    """Keeps what a finished run took beside what was there before and its planned tensors.
+    """Stores the overhead of a finished run: its memory less the process's memory before, less the planned tensors.
 
-    A disk that is full or read-only is no reason to fail.
+    Does nothing if the disk is full or read-only.
     """
     line = _key(device_name) | {"work_bytes": work_bytes}
     with suppress(OSError):
@@ -31,8 +31,8 @@ def record_work(device_name: str, work_bytes: int) -> None:
 
 
 def known_work(device_name: str) -> int | None:
-    """The median of this device's latest runs with these versions; None where there are none."""
-    key, found = _key(device_name), []
+    """The median overhead of the latest runs on this device with these versions, in bytes; None without any."""
+    key, known = _key(device_name), []
     try:
         lines = _path().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -42,8 +42,8 @@ def known_work(device_name: str) -> int | None:
             row = parse_json(line)
             work_bytes = row.pop("work_bytes", None) if isinstance(row, dict) else None
             if row == key and type(work_bytes) is int and work_bytes < MOST_BYTES:
-                found.append(max(work_bytes, 0))
-    return int(median(found[-LATEST:])) if found else None
+                known.append(max(work_bytes, 0))
+    return int(median(known[-LATEST:])) if known else None
 
 
 def _key(device_name: str) -> dict[str, str]:

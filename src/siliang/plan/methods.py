@@ -1,4 +1,4 @@
-"""The plan of a run by method: the methods in parallel, one record."""
+"""The plan of a run: one record of all methods, which are planned in parallel."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PretrainedConfig
 
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.data.collate import PadCollator
@@ -38,27 +38,28 @@ def plan(
     with_data: bool = True,
     data: PreparedData | None = None,
     invented: Sequence[str] | None = None,
-    base_config: Any = None,
+    base_config: PretrainedConfig | None = None,
     baseline: bool = False,
     timed: bool = True,
     mesh: DeviceMesh | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> PlanRecord:
-    """What a run will take, by method.
+    """The memory and time of a run, by method.
 
     Args:
-        methods: The methods to plan, each with its defaults; the config's own keeps its settings. None: its own alone.
-        with_data: Read the data, for the batch that the run will really see; otherwise rows of max_length are taken.
-        data: The run's data, where it has been read already.
-        invented: Modules that the model's files lack, where these are known already.
-        base_config: The base model's config, where it is known already.
-        baseline: Plan also what PEFT with transformers.Trainer would need.
+        methods: The methods to plan, each with its defaults; the config's own method keeps its settings. None: only the
+            config's own.
+        with_data: Read the data and plan the run's largest batch; otherwise rows of max_length.
+        data: The run's data, if it has been read.
+        invented: Modules that the model's files lack, if they are known.
+        base_config: The base model's config, if it has been read.
+        baseline: Plan PEFT with transformers.Trainer as well.
         timed: Measure the speed of a device that is here.
-        mesh: The ranks among which the run is shared; the plan is of each.
-        say: Takes a line about what is being done.
+        mesh: The ranks of the run; the plan is for each of them.
+        say: Prints a line of progress.
 
     Raises:
-        ModelError: There is no such model, or its config is not whole.
+        ModelError: There is no such model, or its config is incomplete.
         DataError: The data cannot be read.
         ConfigError: It is sharded by DeepSpeed, whose step does not run on fake tensors.
     """
@@ -80,10 +81,10 @@ def plan(
     names = list(methods) or [config.method.name]
     ranks = mesh.size() if mesh is not None else 1
     configs = [config]
-    if mesh is not None and config.distributed.strategy == "auto":  # sharding costs time: only where it must
+    if mesh is not None and config.distributed.strategy == "auto":  # sharding costs time: only if DDP does not fit
         configs = [config.with_strategy("ddp"), config.with_strategy("fsdp")]
     new_tokens = len(config.data.add_tokens)
-    if with_data and new_tokens:  # those that the tokenizer lacks, and for which the embeddings have no room
+    if with_data and new_tokens:  # only those that the tokenizer lacks, beyond the rows of the embeddings
         new_tokens = max(len(data.tokenizer) - base_config.get_text_config().vocab_size, 0)
     if invented is None:
         invented = find_invented(config.model, task.model, labels, revision=config.revision) if with_data else []
@@ -95,12 +96,12 @@ def plan(
         invented=invented,
         mesh=mesh,
     )
-    # every method's batches are those of the first, which is packed if any is
+    # all methods have the batches of the first one, which is packed if any is
     most = most_tokens(config.train.tokens_at_once, device.kind, device.precision.dtype)
     collator = StepCollator(PadCollator(0), task, config.train.batch_size, most)
     step = heaviest_step(config, data.train, collator, ranks) if with_data else synthetic_rows(config, ranks)
     step.windows = with_data and data.in_windows
-    work = partial(
+    plan_one = partial(
         plan_method,
         configs,
         device,
@@ -110,8 +111,8 @@ def plan(
         thorough=len(names) == 1,
         distributed=mesh is not None,
     )
-    found = list(_in_parallel(work, names, say))
-    first = next((one for one in found if not one.error), None)
+    planned = list(_in_parallel(plan_one, names, say))
+    first = next((one for one in planned if not one.error), None)
     record = PlanRecord(
         model=config.model,
         task=config.task.lower(),
@@ -125,7 +126,7 @@ def plan(
         batch_tokens=first.batch_tokens if first else 0,
         batch_source="data" if with_data else "max_length",
         tokens_per_epoch=step.tokens_per_epoch,
-        methods=found,
+        methods=planned,
     )
     if timed:
         say(Bilingual("the speed of this device", "本机的速度"))
@@ -135,21 +136,23 @@ def plan(
 
 
 def _in_parallel(
-    work: Callable[[str], MethodPlan], names: Sequence[str], say: Callable[[str], None]
+    plan_one: Callable[[str], MethodPlan], names: Sequence[str], say: Callable[[str], None]
 ) -> Iterator[MethodPlan]:
-    """A process for each core: fake tensors need Python alone. Fork, because everything is imported already, and
-    nothing has computed in threads yet. A process that has begun to use CUDA cannot be forked: it plans one method
-    after the other, which takes less time than to import everything in new processes."""
+    """Plans the methods in one process per core, since fake tensors run in Python alone.
+
+    The processes are forks, which have everything imported; no thread has computed yet. A process that uses CUDA cannot
+    be forked. It plans one method after another, which is faster than to import everything in new processes.
+    """
     workers = min(len(names), os.cpu_count() or 1)
     cannot_fork = "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized()
     if workers == 1 or cannot_fork:
         for name in names:
             say(name)
-            yield work(name)
+            yield plan_one(name)
         return
     say(Bilingual(f"{len(names)} methods", f"{len(names)} 种方法"))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(work, names)
+        yield from pool.map(plan_one, names)
 
 
 def _in_words(wanted: QuantizationConfig | None) -> str:

@@ -1,4 +1,4 @@
-"""The plan of one method: its peak memory by phase, whether that fits, and what to change."""
+"""The plan of one method: its peak memory by phase, whether it fits, and the changes with which it fits."""
 
 from __future__ import annotations
 
@@ -26,18 +26,44 @@ def plan_method(
     make_run: Callable[..., FakeRun],
     step: StepRows,
     name: str,
-    **how: bool,
+    *,
+    baseline: bool,
+    thorough: bool,
+    distributed: bool,
 ) -> MethodPlan:
-    """The first of these that fits, or the last."""
+    """The plan under the first of `configs` that fits, or under the last.
+
+    Args:
+        make_run: Makes a run on fake tensors from a config.
+        step: The rows of the run's heaviest step.
+        name: The method's.
+        baseline: Plan PEFT with transformers.Trainer as well.
+        thorough: Measure all phases, and propose changes if the run does not fit.
+        distributed: The run has several ranks.
+    """
+
+    def plan_under(config: RunConfig, *, proposing: bool) -> MethodPlan:
+        return _plan_config(
+            config,
+            device,
+            partial(make_run, config),
+            step,
+            name,
+            baseline=baseline,
+            thorough=thorough,
+            distributed=distributed,
+            proposing=proposing,
+        )
+
     *others, last = configs
     for config in others:
-        one = _plan_as(config, device, partial(make_run, config), step, name, **how, proposing=False)
-        if one.fits is not False:
-            return one
-    return _plan_as(last, device, partial(make_run, last), step, name, **how, proposing=True)
+        planned = plan_under(config, proposing=False)
+        if planned.fits is not False:
+            return planned
+    return plan_under(last, proposing=True)
 
 
-def _plan_as(
+def _plan_config(
     config: RunConfig,
     device: Device,
     make_run: Callable[..., FakeRun],
@@ -49,31 +75,31 @@ def _plan_as(
     distributed: bool,
     proposing: bool,
 ) -> MethodPlan:
-    own = name == config.method.name
-    method = config.method if own else MethodConfig(name=name)
-    found = find_method(name)
-    # a method that trains the base itself has no quantized base
-    bits = config.quantization if found.config is not None else None
+    settings = config.method if name == config.method.name else MethodConfig(name=name)
+    method = find_method(name)
+    # a method that trains the base model itself has no quantized base
+    quantization = config.quantization if method.config is not None else None
     try:
-        fake_run = make_run(method=method, quantization=bits)
+        fake_run = make_run(method=settings, quantization=quantization)
         step = replace(step, rows=fake_run.shortened(step.rows, longest=step.longest))
         batches = fake_run.batches(step.rows)
         always = fake_run.layers if config.train.gradient_checkpointing else 0
-        phases = PHASES[:2] if distributed else PHASES  # one process alone generates and merges
+        phases = PHASES[:2] if distributed else PHASES  # only one process generates and merges
         measured = fake_run.measure(batches, recomputed=always, phases=phases if thorough else PHASES[:1])
     except SiliangError as error:
         return MethodPlan(method=name, error=error.text)
-    except Exception as error:  # whatever a model of any kind does when its tensors have no values
+    except Exception as error:  # some models need the values of their tensors, and fail in any way
         return MethodPlan(method=name, error=f"not planned: {first_line(error, kind=True)}")
-    beside, peak, on_host = device.overhead_bytes, measured.peaks["train"], fake_run.loads_on_host
-    one = MethodPlan(
+    overhead, peak, on_host = device.overhead_bytes, measured.peaks["train"], fake_run.loads_on_host
+    strategy = config.distributed.strategy if distributed else None
+    planned = MethodPlan(
         method=name,
-        strategy=config.distributed.strategy if distributed else None,  # type: ignore[arg-type]
+        strategy=strategy if strategy in ("ddp", "fsdp") else None,
         trained=fake_run.trained,
         total=fake_run.total,
         adapter_bytes=fake_run.adapter_bytes,
         loaded_bytes=measured.peaks["loaded"].nbytes,
-        overhead_bytes=beside,
+        overhead_bytes=overhead,
         loading_bytes=device.process_bytes + (measured.peaks["loaded"].nbytes if on_host else fake_run.loading_bytes),
         host_bytes=device.host_bytes + (fake_run.loading_bytes if on_host else 0),
         layers=fake_run.layers,
@@ -82,41 +108,44 @@ def _plan_as(
         batch_tokens=fake_run.collator().cost_of(batches[0].lengths),
         flops_per_token=measured.flops / max(measured.tokens, 1),
         notes=list(fake_run.notes),
-        evaluate_bytes=_bytes_of(measured, "evaluate", beside),
-        generate_bytes=_bytes_of(measured, "generate", beside),
-        merge_bytes=_bytes_of(measured, "merge", beside),
+        evaluate_bytes=_bytes_of(measured, "evaluate", overhead),
+        generate_bytes=_bytes_of(measured, "generate", overhead),
+        merge_bytes=_bytes_of(measured, "merge", overhead),
     )
-    if config.quantization is not None and bits is None:
-        one.notes.append(
-            Bilingual("on the whole base: quantized weights cannot be trained", "基座模型不量化：量化的权重不能训练")
+    if config.quantization is not None and quantization is None:
+        planned.notes.append(
+            Bilingual(
+                "the base model is not quantized: quantized weights cannot be trained",
+                "基座模型不量化：量化的权重不能训练",
+            )
         )
-    limit = None if device.memory_bytes is None else MemoryLimit(device.memory_bytes - beside, device.work_bytes)
+    limit = None if device.memory_bytes is None else MemoryLimit(device.memory_bytes - overhead, device.work_bytes)
     budget = config.train.memory_budget
     aim = (
         MemoryLimit(budget - device.budgeted_bytes) if isinstance(budget, int) else limit if budget == "auto" else None
     )
     if aim is not None and not always and fake_run.layers and peak.nbytes > aim.limit_bytes:
         fewest = aim.fewest_recomputed(fake_run, batches, measured) if thorough else aim.estimate(measured)
-        if fewest is None and isinstance(budget, int):  # the budget is exceeded, and that does not stop the run
+        if fewest is None and isinstance(budget, int):  # a run may exceed its budget
             fewest = fake_run.layers, fake_run.measure(batches, recomputed=fake_run.layers).peaks["train"]
         if fewest is not None:
-            one.recomputed_layers, peak = fewest
-            one.time_factor = fake_run.time_factor(fewest[0])
+            planned.recomputed_layers, peak = fewest
+            planned.time_factor = fake_run.time_factor(fewest[0])
     if limit is not None:
-        one.fits = peak.nbytes <= limit.limit_bytes and limit.loads(fake_run)
-        if not one.fits and thorough and proposing:
-            can_quantize = config.quantization is None and found.freezes_the_base
-            quantized = (lambda wanted: make_run(method=method, quantization=wanted)) if can_quantize else None
-            one.fit = find_fit(limit, config, fake_run, step, quantized)
-            if one.fit is not None:
-                one.fit.peak_bytes += beside
-    one.peak_bytes = peak.nbytes + beside
-    one.parts, one.activations_by_layer = peak.parts, list(peak.layers)
+        planned.fits = peak.nbytes <= limit.limit_bytes and limit.can_load(fake_run)
+        if not planned.fits and thorough and proposing:
+            can_quantize = config.quantization is None and method.freezes_the_base
+            quantized = (lambda wanted: make_run(method=settings, quantization=wanted)) if can_quantize else None
+            planned.fit = find_fit(limit, config, fake_run, step, quantized)
+            if planned.fit is not None:
+                planned.fit.peak_bytes += overhead
+    planned.peak_bytes = peak.nbytes + overhead
+    planned.parts, planned.activations_by_layer = peak.parts, list(peak.layers)
     if baseline and not distributed:
-        other = make_run(method=method, quantization=bits, baseline=Baseline())
-        one.baseline_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + beside
-    return one
+        other = make_run(method=settings, quantization=quantization, baseline=Baseline())
+        planned.baseline_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + overhead
+    return planned
 
 
-def _bytes_of(measured: Measured, phase: Phase, beside: int) -> int:
-    return measured.peaks[phase].nbytes + beside if phase in measured.peaks else 0
+def _bytes_of(measured: Measured, phase: Phase, overhead: int) -> int:
+    return measured.peaks[phase].nbytes + overhead if phase in measured.peaks else 0

@@ -1,4 +1,4 @@
-"""The optimizer of a planned step. bitsandbytes does not run on fake tensors: a stand-in holds as much there."""
+"""The optimizer of a planned step. bitsandbytes does not run on fake tensors: a dummy of the same size replaces it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch.optim import Optimizer
 from siliang.config import TrainConfig
 from siliang.train.optimizer import OPTIMIZERS, Groups, make_optimizer, parameter_groups
 
-SMALL_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: fewer numbers stay in 32 bits; numbers that share a scale
+SMALL_8BIT = 4096  # bitsandbytes keeps the state of smaller parameters in 32 bits
+BLOCK_8BIT = 256  # numbers that share a scale
 
 
 def make_planned_optimizer(model: nn.Module, settings: TrainConfig, heads: Sequence[str]) -> Optimizer:
-    """An optimizer that keeps what the run's own would keep.
+    """An optimizer whose state is as large as that of the run's optimizer.
 
     Args:
         model: Its tensors may be fake or real.
-        heads: Names of the modules that are the task's head.
+        heads: Names of the modules of the task's head.
     """
     is_fake = any(isinstance(p, FakeTensor) for p in model.parameters())
     if is_fake and not OPTIMIZERS[settings.optimizer].on_fake:
@@ -29,13 +30,13 @@ def make_planned_optimizer(model: nn.Module, settings: TrainConfig, heads: Seque
 
 
 class Moments8bit(Optimizer):
-    """Holds what bitsandbytes' AdamW with moments of 8 bits holds, and changes no parameter."""
+    """A dummy of bitsandbytes' 8-bit AdamW: it holds the same state, and changes no parameter."""
 
     def __init__(self, groups: Groups) -> None:
         super().__init__(groups, {})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Makes the state."""
+        """Allocates the state."""
         for p in (p for group in self.param_groups for p in group["params"] if not self.state[p]):
             small = p.numel() < SMALL_8BIT
             for moment in ("1", "2"):

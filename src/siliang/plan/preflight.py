@@ -1,4 +1,4 @@
-"""The plan before a run starts. It is shown, and a run that does not fit is refused or, if allowed, changed."""
+"""The plan before a run starts: it is shown, and a run that does not fit is refused or, if allowed, changed."""
 
 from __future__ import annotations
 
@@ -22,53 +22,52 @@ SAME_RESULT = ("train.batch_size", "train.gradient_accumulation", "train.memory_
 
 
 class Planner:
-    """Plans runs that are about to start in this process; for one that differs by its seed alone, once.
+    """Plans runs before they start in this process. Runs that differ only in their seed are planned once.
 
     Attributes:
-        device: The device to plan for; None for the one that is here.
-        found: The last plan.
+        device: The device to plan for; None for this machine's own.
+        last_plan: The last plan.
     """
 
     def __init__(self, device: Device | None = None) -> None:
         self.device = device
-        self.found: MethodPlan | None = None
+        self.last_plan: MethodPlan | None = None
         self._before_bytes = 0
-        self._known: dict[str, MethodPlan] = {}
+        self._cache: dict[str, MethodPlan] = {}
 
     def __call__(
         self, config: RunConfig, subject: CheckInput, say: Callable[[str], None], mesh: DeviceMesh | None = None
     ) -> tuple[RunConfig, Predicted]:
-        """Says what the run will take.
+        """Prints the run's predicted memory.
 
         Args:
-            subject: The run's data, which has been read already.
-            mesh: The ranks of the run, where it has several.
+            subject: The run's data, which has been read.
+            mesh: The run's ranks, if it has several.
 
         Returns:
-            The config, changed where it has to be and `train.fit` allows it, and with the strategy of several ranks;
-            the prediction, as the record will measure it. Where no plan can be made, that is said, the run continues,
-            and the prediction is empty.
+            The config, with the changes that it needs to fit, if `train.fit` allows them, and with the strategy of
+            several ranks; and the prediction, comparable with the record's measurement. If no plan can be made, a line
+            says so, the run continues, and the prediction is empty.
 
         Raises:
             PlanError: The run will not fit.
         """
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         device = self.device or for_this_process(share_memory(target_device(config), processes))
-        # a card's context is there before its allocator counts
+        # CUDA's allocator does not count the context
         uncounted = device.process_bytes if device.kind == "cuda" else 0
-        self._before_bytes, self.found = device.process_bytes - uncounted, None
+        self._before_bytes, self.last_plan = device.process_bytes - uncounted, None
         key = config.model_dump_json(exclude={"output": True, "train": {"seed"}})
-        found = self._known.get(key)
+        found = self._cache.get(key)
         if found is None or found.fits is False:
             found = plan(
                 config, device, data=subject.prepared, invented=subject.invented, timed=False, mesh=mesh
             ).methods[0]
         if found.error:
-            say(
-                both(f"memory     {found.error}", f"内存       {local(found.error)}")
-            )  # a fault of the run stops it soon
+            # a fault of the run will stop it soon
+            say(both(f"memory     {found.error}", f"内存       {local(found.error)}"))
             return config, Predicted()
-        found = self.found = self._known[key] = _rebased(found, device)
+        found = self.last_plan = self._cache[key] = _with_overhead_of(found, device)
         if found.strategy:
             config = config.with_strategy(found.strategy)
         config = apply_plan(config, found, device, say)
@@ -76,13 +75,14 @@ class Planner:
         return config, Predicted(parts, found.loading_bytes - uncounted)
 
     def calibrate(self, record: Record) -> None:
-        """Keeps what this run really took, for later plans."""
-        if self.found is not None:
-            record_work(record.device.name, record.memory.steps_bytes - self._before_bytes - self.found.tensor_bytes)
+        """Stores the measured overhead of this run for later plans."""
+        if self.last_plan is not None:
+            tensors = self.last_plan.tensor_bytes
+            record_work(record.device.name, record.memory.steps_bytes - self._before_bytes - tensors)
 
 
-def _rebased(found: MethodPlan, device: Device) -> MethodPlan:
-    """A plan that was made before, with what the process holds by now."""
+def _with_overhead_of(found: MethodPlan, device: Device) -> MethodPlan:
+    """The plan with the device's present overhead instead of that at the time of planning."""
     more = device.overhead_bytes - found.overhead_bytes
     changed = {"overhead_bytes": device.overhead_bytes, "peak_bytes": found.peak_bytes + more}
     changed["loading_bytes"] = found.loading_bytes + more
@@ -102,24 +102,26 @@ PARTS: dict[Category, str] = {
 
 
 def apply_plan(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[str], None]) -> RunConfig:
-    """Says that a run fits, or makes it fit.
+    """Prints that a run fits, or makes it fit.
 
     Raises:
-        PlanError: It does not, and may not be changed.
+        PlanError: It does not fit, and may not be changed.
     """
-    there, where, needed = in_memory(device), _where(found), show_bytes(found.needed_bytes)
+    available, where, needed = in_memory(device), _where(found), show_bytes(found.needed_bytes)
     if found.fits is not False:
-        twice, larger = Bilingual("", ""), Bilingual("", "")
+        recomputed, phases = Bilingual("", ""), Bilingual("", "")
         if n := found.recomputed_layers:
-            twice = Bilingual(f", {n} of {found.layers} layers recomputing", f"，{found.layers} 层中有 {n} 层重新计算")
+            recomputed = Bilingual(
+                f", {n} of {found.layers} layers recomputing", f"，{found.layers} 层中有 {n} 层重新计算"
+            )
         if found.loading_bytes > found.peak_bytes:
             load, steps = show_bytes(found.loading_bytes), show_bytes(found.peak_bytes)
-            larger = Bilingual(f"loading {load}, the steps {steps}: ", f"加载时 {load}，训练时 {steps}：")
+            phases = Bilingual(f"loading {load}, the steps {steps}: ", f"加载时 {load}，训练时 {steps}：")
         parts = _parts(found)
         say(
             both(
-                f"memory     about {needed} of {there}{where}{twice} ({larger}{parts})",
-                f"内存       {where.zh}约需 {needed}，{there.zh}{twice.zh}（{larger.zh}{parts.zh}）",
+                f"memory     about {needed} of {available}{where}{recomputed} ({phases}{parts})",
+                f"内存       {where.zh}约需 {needed}，{available.zh}{recomputed.zh}（{phases.zh}{parts.zh}）",
             )
         )
         return config
@@ -135,28 +137,29 @@ def apply_plan(config: RunConfig, found: MethodPlan, device: Device, say: Callab
         )
         say(
             both(
-                f"memory     about {before} of {there} do not fit; {changes}: {after}{slower}, with the same result",
-                f"内存       约需 {before}，{there.zh}，放不下；改用 {changes}：{after}{slower.zh}，结果不变",
+                f"memory     about {before} of {available} do not fit; "
+                f"{changes}: {after}{slower}, with the same result",
+                f"内存       约需 {before}，{available.zh}，放不下；改用 {changes}：{after}{slower.zh}，结果不变",
             )
         )
         found.peak_bytes, found.parts = found.fit.peak_bytes, found.fit.parts
         return changed
-    what, advice = _parts(found), _advice(found, harmless=harmless)
+    details, advice = _parts(found), _advice(found, harmless=harmless)
     if found.loading_bytes > found.peak_bytes:
         load, steps = show_bytes(found.loading_bytes), show_bytes(found.peak_bytes)
-        what = Bilingual(f"loading {load}, the steps {steps}", f"加载时 {load}，训练时 {steps}")
+        details = Bilingual(f"loading {load}, the steps {steps}", f"加载时 {load}，训练时 {steps}")
     raise PlanError(
         Bilingual(
-            f"This run needs about {needed}{where}, and {there} are there: {what}.\n{advice}",
-            f"这次训练{where.zh}约需 {needed}，{there.zh}：{what.zh}。\n{advice.zh}",
+            f"This run needs about {needed}{where}, and the device has {available}: {details}.\n{advice}",
+            f"这次训练{where.zh}约需 {needed}，{available.zh}：{details.zh}。\n{advice.zh}",
         )
     )
 
 
 def in_memory(device: Device) -> Bilingual:
-    """How much memory the device has."""
+    """The memory of the device, in words."""
     if not device.memory_bytes:
-        return Bilingual("of unknown size", "可用大小未知")
+        return Bilingual("an unknown size", "可用大小未知")
     size = show_bytes(device.memory_bytes)
     if device.memory_source == "free here":
         return Bilingual(f"{size} free here", f"本机有 {size} 可用")
@@ -182,7 +185,7 @@ def with_changes(config: RunConfig, changes: list[Change]) -> RunConfig:
 
 
 def in_words(changes: list[Change]) -> str:
-    """The changes as --set takes them."""
+    """The changes as arguments of --set."""
     return " ".join(f"{change.setting}={change.after}" for change in changes)
 
 
@@ -197,7 +200,7 @@ def _parts(found: MethodPlan) -> Bilingual:
 def _advice(found: MethodPlan, *, harmless: bool) -> Bilingual:
     if found.fit is None:
         return Bilingual(
-            "No setting makes it fit: take a smaller model, or another method (`siliang plan --method all`).",
+            "No setting makes it fit: use a smaller model, or another method (`siliang plan --method all`).",
             "怎样调整设置都放不下：请换更小的模型，或换一种方法（`siliang plan --method all`）。",
         )
     size, changes = show_bytes(found.fit.peak_bytes), in_words(found.fit.changes)

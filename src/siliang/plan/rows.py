@@ -14,7 +14,7 @@ from siliang.engine.batches import StepCollator, in_steps, lengths_of, sequences
 from siliang.engine.order import Order, shares
 from siliang.tasks import TASKS
 
-MOST_STEPS = 20_000  # looked through: seconds of work, and what lies behind them is of the same rows
+MOST_STEPS = 20_000  # steps to search, which takes seconds; later steps consist of the same rows
 
 
 @dataclass
@@ -22,10 +22,10 @@ class StepRows:
     """The rows of one optimizer step.
 
     Attributes:
-        rows: As the collator takes them.
-        tokens_per_epoch: Of all rows; None where there is no data.
-        lengths: Tokens of each row of the data; of its sequences, where a row is several.
-        windows: Rows are texts, which a shorter max_length makes more windows of.
+        rows: The collator's input.
+        tokens_per_epoch: Tokens of all rows; None without data.
+        lengths: Tokens of each row of the data, or of each sequence if a row has several; None without data.
+        windows: Long texts become windows; a shorter max_length makes more of them.
     """
 
     rows: list[dict[str, Any]]
@@ -35,49 +35,50 @@ class StepRows:
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest row of the data; None where there is none."""
+        """Tokens of the longest row of the data; None without data."""
         return None if self.lengths is None else int(self.lengths.max(initial=0))
 
     def cut_by(self, max_length: int) -> int:
-        """How many rows that length would cut."""
+        """The number of rows that this length would cut."""
         return 0 if self.lengths is None else int((self.lengths > max_length).sum())
 
 
 def heaviest_step(config: RunConfig, tokens: TokenSet, collator: StepCollator, ranks: int = 1) -> StepRows:
-    """The step with the largest batch, of those that the run will make, in its order; of several ranks, the share of
-    the one that has this batch.
+    """The run's step with the largest batch. With several ranks: the share of the rank that has this batch.
 
     Args:
-        collator: Splits a step's rows into batches, as the run's own will.
+        collator: Splits a step's rows into batches, as in the run.
     """
     t, lengths = config.train, tokens.lengths
-    found, worst = list(range(min(len(tokens), t.batch_size))), -1
-    known = lengths.tolist()
-    for rows in (share for step in order(config, lengths) for share in shares(known, step, ranks)):
+    heaviest, highest_cost = list(range(min(len(tokens), t.batch_size))), -1
+    row_lengths = lengths.tolist()
+    for rows in (share for step in order(config, lengths) for share in shares(row_lengths, step, ranks)):
         for part in collator.split([tokens.outline(i) for i in rows]):
             cost = collator.cost_of([length for row in part for length in lengths_of(row)])
-            if cost > worst:
-                worst, found = cost, rows
-    return StepRows(tokens.__getitems__(found), int(lengths.sum()), tokens.sequence_lengths)
+            if cost > highest_cost:
+                highest_cost, heaviest = cost, rows
+    return StepRows(tokens.__getitems__(heaviest), int(lengths.sum()), tokens.sequence_lengths)
 
 
 def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:
-    """The rows of each step, as the run will draw them."""
+    """The rows of each step, in the run's order."""
     sampler, steps = Order.of(config, lengths.tolist()), min(config.train.steps(len(lengths)), MOST_STEPS)
-    epoch = made = 0
-    while made < steps:
+    epoch = step = 0
+    while step < steps:
         sampler.set_epoch(epoch)
         for rows in in_steps(list(sampler), sampler.step):
-            if made == steps:
+            if step == steps:
                 return
             yield list(rows)
-            made += 1
+            step += 1
         epoch += 1
 
 
 def synthetic_rows(config: RunConfig, ranks: int = 1) -> StepRows:
-    """As many rows of max_length as a rank has in a step, every token learned; two batches show what a step of more
-    takes."""
+    """A rank's rows of a step, of max_length each, with a label on every token.
+
+    At most two batches: a step of more batches has the same peak.
+    """
     t = config.train
     row = synthetic_row(config, config.data.max_length)
     share = -(-t.rows_per_step // ranks)
@@ -85,12 +86,12 @@ def synthetic_rows(config: RunConfig, ranks: int = 1) -> StepRows:
 
 
 def synthetic_row(config: RunConfig, length: int) -> dict[str, Any]:
-    """A row of so many tokens, every one of them learned."""
+    """A row of `length` tokens with a label on every token."""
     return TASKS[config.task].synthetic_row(length, config.data.max_target_length)
 
 
 def cut(row: dict[str, Any], length: int) -> dict[str, Any]:
-    """A row's first so many tokens; of several sequences, each one's."""
+    """The first `length` tokens of a row, or of each of its sequences."""
     if "sequences" in row:
         parts = [cut(part, length) for part in sequences_of(row)]
         columns = {name: [x for part in parts for x in part[name]] for name in parts[0] if isinstance(row[name], list)}

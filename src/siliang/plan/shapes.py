@@ -1,39 +1,41 @@
-"""Models by name whose shape can be planned with nothing on disk and no network: the tutorials' and common ones.
+"""Known models, which can be planned by name without files and without a network: the tutorials' and common ones.
 
-Each is the model's own config.json, without what does not change a shape. `parameters` is what its authors publish, or
-what the released weights hold; the tests count it.
+Each entry has the settings of the model's config.json that determine shapes. `parameters` is the published number, or
+the number in the released weights; the tests count it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from siliang.config import RunConfig
 from siliang.models.base_config import load_config
 from siliang.models.extra import CHATGLM
 from siliang.tasks import CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, Task
 
+Settings = dict[str, object]
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, without weights.
+    """A model without weights.
 
     Attributes:
         kind: transformers' model_type.
-        parameters: Of the model as its authors released it.
-        task: What it is mostly trained for.
+        parameters: Number of parameters of the released model.
+        settings: The config's settings that differ from the defaults of its class.
+        task: The task that it is most often trained for.
     """
 
     kind: str
     parameters: int
-    settings: dict[str, Any]
+    settings: Settings
     task: Task = CAUSAL_LM
 
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         """A new config of this shape."""
         if self.kind == CHATGLM:
             from siliang.models.chatglm3 import ChatGLMConfig
@@ -42,9 +44,7 @@ class Shape:
         return AutoConfig.for_model(self.kind, **self.settings)
 
 
-def _llama(
-    hidden: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, **more: Any
-) -> dict[str, Any]:
+def _llama(hidden: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, **more: object) -> Settings:
     return {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -58,21 +58,21 @@ def _llama(
     }
 
 
-def _bloom(hidden: int, layers: int, heads: int, vocabulary: int = 250880) -> dict[str, Any]:
+def _bloom(hidden: int, layers: int, heads: int, vocabulary: int = 250880) -> Settings:
     return {"hidden_size": hidden, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
 
 
-_LLAMA3: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-_TIED: dict[str, Any] = {"tie_word_embeddings": True}
+_LLAMA3: Settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+_TIED: Settings = {"tie_word_embeddings": True}
 _ENCODER = SEQ_CLS
 
 SHAPES: dict[str, Shape] = {
-    # the tutorials' own
+    # models of the tutorials
     "bloom-1b4-zh": Shape("bloom", 1_303_111_680, _bloom(2048, 24, 16, 46145)),
     "Llama-2-7b": Shape("llama", 6_738_415_616, _llama(4096, 11008, 32, 32, 32, 32000)),
     "chatglm3-6b": Shape("chatglm", 6_243_584_000, {}),
     "chinese-roberta-wwm-ext": Shape("bert", 102_267_648, {"vocab_size": 21128}, _ENCODER),
-    # today's
+    # common models
     "bloom-560m": Shape("bloom", 559_214_592, _bloom(1024, 24, 16)),
     "bloom-7b1": Shape("bloom", 7_069_016_064, _bloom(4096, 30, 32)),
     "gpt2": Shape("gpt2", 124_439_808, {}),
@@ -113,27 +113,27 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def model_config(config: RunConfig) -> Any:
-    """The base model's config: of its folder, of the hub, or of the table of shapes.
+def model_config(config: RunConfig) -> PretrainedConfig:
+    """The base model's config: from the table of shapes, from its folder, or from the hub.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is no such model.
     """
     shape = SHAPES.get(config.model)
     return shape.config() if shape else load_config(config.model, revision=config.revision)
 
 
 def shape_name(name: str) -> str:
-    """A shape's name as the table has it, in whatever case it is written; another model's as it is."""
+    """A shape's name in the table's case; any other name unchanged."""
     return next((known for known in SHAPES if known.lower() == name.lower() and not Path(name).is_dir()), name)
 
 
-def task_of(name: str, config: Any) -> Task:
-    """What a model of this name or config is mostly trained for."""
+def task_of(name: str, config: PretrainedConfig) -> Task:
+    """The task that a model of this name or config is most often trained for."""
     if name in SHAPES:
         return SHAPES[name].task
     if getattr(config, "is_encoder_decoder", False):
         return SEQ_2_SEQ_LM
-    made_for = (getattr(config, "architectures", None) or [""])[0]
-    writes = made_for.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    writes = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     return CAUSAL_LM if writes else SEQ_CLS

@@ -1,16 +1,16 @@
-"""How long a planned step takes: from its floating-point operations and the speed of the device."""
+"""The time of a planned step: its floating-point operations over the speed of the device."""
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PretrainedConfig
 
 from siliang.language import Bilingual
 from siliang.plan.device import EFFICIENCY, Device, measure_flops
 from siliang.records import PlanRecord
 
 
-def add_times(record: PlanRecord, device: Device, base_config: Any) -> None:
-    """From the products of a step, and the speed of a device that is here or that the user gives."""
+def add_times(record: PlanRecord, device: Device, base_config: PretrainedConfig) -> None:
+    """Adds speeds and times to a plan, if the device's speed can be measured here or is given by the user."""
     if device.flops:
         flops, source = device.flops, Bilingual("as asked", "按设置")
     elif device.here:

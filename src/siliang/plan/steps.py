@@ -1,4 +1,4 @@
-"""Runs the phases of a run on fake tensors and counts memory: a training step, an evaluation, a generation, a merge."""
+"""Runs the phases of a run on fake tensors and counts their memory: training step, evaluation, generation, merge."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from siliang.config import TrainConfig
 from siliang.data.batch import Batch
@@ -26,18 +26,20 @@ from siliang.plan.optimizer import make_planned_optimizer
 from siliang.train.optimizer import state_tensors
 
 Phase = Literal["loaded", "train", "evaluate", "generate", "merge"]
+Model = PreTrainedModel | PeftModel
+Autocast = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was counted.
+    """The counts of a measurement.
 
     Attributes:
-        peaks: Of each phase that the model has.
-        flops: Of the forward and backward passes of the batches that were run.
-        layer_flops: Of the layers' forward passes alone.
-        tokens: Of those batches, padding left out.
-        boundary_bytes: Of a layer's input.
+        peaks: The peak of each phase that the model has.
+        flops: Floating-point operations of the forward and backward passes of the batches.
+        layer_flops: Those of the layers' forward passes.
+        tokens: Tokens of the batches, without padding.
+        boundary_bytes: Size of a layer's input.
     """
 
     peaks: dict[Phase, Peak] = field(default_factory=dict)
@@ -48,7 +50,7 @@ class Measured:
 
 
 def measure(
-    model: nn.Module,
+    model: Model,
     engine: Engine,
     batches: list[Batch],
     precision: Choice,
@@ -56,20 +58,20 @@ def measure(
     *,
     block_bytes: int = 1,
     phases: tuple[Phase, ...] = ("train",),
-    step: Callable[[nn.Module, list[Batch]], Any] | None = None,
+    step: Callable[[Model, list[Batch]], None] | None = None,
     in_buckets: bool = False,
 ) -> Measured:
     """Runs the phases of a prepared model; the tensors may be fake or real.
 
-    An optimizer makes its state in its first step, so that step is made first, on gradients of zero: the one that is
-    counted is then like every later one.
+    An optimizer allocates its state in its first step. That step runs first, on gradients of zero, so that the counted
+    step is like every later one.
 
     Args:
-        batches: Of one optimizer step.
-        settings: Of the training: its optimizer.
-        block_bytes: What a tensor's size is rounded up to.
+        batches: The batches of one optimizer step.
+        settings: The training settings, which choose the optimizer.
+        block_bytes: A tensor's size is rounded up to a multiple of it.
         step: Forward and backward of the batches; None for the engine's own.
-        in_buckets: Gradients are sent as DDP does, which holds them once more.
+        in_buckets: Count DDP's buckets, which hold the gradients once more.
     """
     autocast = partial(torch.autocast, "cpu", precision.dtype, enabled=precision.autocast)
     if step is None:
@@ -77,15 +79,15 @@ def measure(
         step = partial(_own_step, engine, weight, autocast)
     reshard(model)
     layers = _layers(engine, model)
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr,operator]
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     tracker = Tracker(block_bytes, vocabulary if engine.task.writes else None)
     trained = [p for p in model.parameters() if p.requires_grad]
     peaks: dict[Phase, Peak] = {}
-    with tracker.watching(model, layers):
-        tracker.hold((x for x in held_tensors(model)), "weights")
-        tracker.hold(trained, "trained" if isinstance(model, PeftModel) else "weights")
+    with tracker.tracking(model, layers):
+        tracker.categorize((x for x in held_tensors(model)), "weights")
+        tracker.categorize(trained, "trained" if isinstance(model, PeftModel) else "weights")
         for batch in batches:
-            tracker.hold(_tensors(batch), "workspace")
+            tracker.categorize(_tensors(batch), "workspace")
         peaks["loaded"] = tracker.peak()
         if "train" in phases:
             optimizer = make_planned_optimizer(model, settings, engine.task.model.heads)
@@ -93,9 +95,9 @@ def measure(
                 p.grad = torch.zeros_like(p)
             optimizer.step()
             optimizer.zero_grad()
-            tracker.hold(state_tensors(optimizer), "optimizer")
+            tracker.categorize(state_tensors(optimizer), "optimizer")
             buckets = [torch.empty_like(p) for p in trained] if in_buckets else []
-            tracker.hold(buckets, "gradients")
+            tracker.categorize(buckets, "gradients")
             tracker.restart()
             model.train()
             tracker.counting = True
@@ -107,56 +109,56 @@ def measure(
             peaks["train"] = tracker.peak()
             del buckets
         model.eval()
-        for phase, run in (("evaluate", _evaluate), ("generate", _generate), ("merge", _merge)):
+        for phase, run in AFTER_TRAINING.items():
             if phase in phases:
                 tracker.restart()
                 with torch.no_grad():
                     if run(model, engine, batches, autocast):
-                        peaks[phase] = tracker.peak()  # type: ignore[index]
+                        peaks[phase] = tracker.peak()
     tokens = sum(batch.tokens for batch in batches)
     return Measured(peaks, tracker.flops, tracker.layer_flops, tokens, tracker.boundary_bytes)
 
 
-def baseline_step(model: nn.Module, batches: list[Batch]) -> None:
-    """The step of transformers.Trainer on these rows: padded, all logits, LoRA by PEFT's expression."""
+def baseline_step(model: Model, batches: list[Batch]) -> None:
+    """The step of transformers.Trainer on these batches: padded, with all logits, LoRA by PEFT's expression."""
     with lora_linear_as("peft"):
         for batch in batches:
-            inputs = dict(batch.inputs)
+            inputs: dict[str, object] = {**batch.inputs}
             if batch.targets is not None:
-                inputs |= {"labels": inputs["input_ids"], "use_cache": False}  # type: ignore[dict-item]
+                inputs |= {"labels": inputs["input_ids"], "use_cache": False}
             model(**inputs).loss.backward()
 
 
 def _own_step(
     engine: Engine,
     weight: float,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    model: nn.Module,
+    autocast: Autocast,
+    model: Model,
     batches: list[Batch],
 ) -> None:
     engine.run(model, batches, weight, autocast=autocast)
 
 
-def _evaluate(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> bool:
+def _evaluate(model: Model, engine: Engine, batches: list[Batch], autocast: Autocast) -> bool:
     running = engine.loss if engine.task.step_loss is None else engine.values
     with autocast(), running(model, batches[0]):
         pass
     return True
 
 
-def _generate(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> bool:
-    """One more token for each of the batch's rows, behind all of it; a run of `generate` needs no more than that."""
+def _generate(model: Model, engine: Engine, batches: list[Batch], autocast: Autocast) -> bool:
+    """Generates one token after each row of the batch, which is the peak of `generate`."""
     if not engine.task.writes or engine.task.has_encoder:
         return False
     rows = {name: x for name, x in batches[0].inputs.items() if name in ("input_ids", "attention_mask")}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with autocast():
-        found = model(**rows, **{cache_argument(base): DynamicCache()}, use_cache=True, logits_to_keep=1)
-    del found
+        output = model(**rows, **{cache_argument(base): DynamicCache()}, use_cache=True, logits_to_keep=1)
+    del output
     return True
 
 
-def _merge(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> bool:
+def _merge(model: Model, engine: Engine, batches: list[Batch], autocast: Autocast) -> bool:
     if not isinstance(model, PeftModel) or not hasattr(model, "merge_adapter"):
         return False
     try:
@@ -167,7 +169,15 @@ def _merge(model: Any, engine: Engine, batches: list[Batch], autocast: Any) -> b
     return True
 
 
-def _layers(engine: Engine, model: Any) -> list[nn.Module]:
+# Each returns whether the model has the phase.
+AFTER_TRAINING: dict[Phase, Callable[[Model, Engine, list[Batch], Autocast], bool]] = {
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "merge": _merge,
+}
+
+
+def _layers(engine: Engine, model: Model) -> list[nn.Module]:
     if engine.padding is not None:
         return engine.padding.layers
     try:

@@ -1,5 +1,5 @@
-"""A run's folder: what is where in it, what has changed since, and how to open it again. Later commands need only the
-folder."""
+"""A run's folder: its layout, changes of its base model and data since, and how it is opened. Later commands need only
+the folder."""
 
 from siliang.run_folder.changes import changed_base, changed_data, hashes, sources_of, what_changed
 from siliang.run_folder.layout import check_empty, create_output, read_config, write_config

@@ -1,4 +1,4 @@
-"""What of a run's base model and data is not as it was, by the hashes that its record keeps."""
+"""Changes of a run's base model and data since its training, by the hashes in its record."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from siliang.types import DataError, ModelError
 
 
 def changed_base(model: str, revision: str | None, was: dict[str, str]) -> str | None:
-    """In what a base model differs from the one whose files' hashes these were; None for nothing, or where there are no
-    files to look at."""
+    """A change of a base model since its files had these hashes; None without a change, or without local files."""
     if not was or not (now := base_files(model, revision)):
         return None
     if added := sorted(name for name in now.keys() - was.keys() if is_loaded_beside(name, was.keys())):
@@ -29,7 +28,7 @@ def changed_base(model: str, revision: str | None, was: dict[str, str]) -> str |
 
 
 def changed_data(paths: list[str], was: list[File]) -> str | None:
-    """Which of these sources is not what it was; None where all are."""
+    """The first of these sources that has changed; None if none has."""
     known = {f.path: f.sha256 for f in was}
     for path in paths:
         if (now := source_sha256(path)) == known.get(path) or not known:
@@ -44,31 +43,31 @@ def changed_data(paths: list[str], was: list[File]) -> str | None:
 
 
 def hashes(config: RunConfig) -> tuple[dict[str, str], list[File]]:
-    """Of the base model's files, and of the data's, with a template that is a file."""
+    """The hashes of the base model's files and of the data's files, including a template file."""
     read = [*sources_of(config), *([config.data.template] if has_template_file(config) else [])]
     return base_files(config.model, config.revision), [File(path=absolute(p), sha256=source_sha256(p)) for p in read]
 
 
 def sources_of(config: RunConfig) -> list[str]:
-    """The names of a run's data, those held out behind those trained on."""
+    """The names of a run's data: first the training data, then the held-out data."""
     return [s.path for s in (*config.data.train_sources, *config.data.eval_sources)]
 
 
 def what_changed(
     config: RunConfig, model_files: dict[str, str], data_files: list[File]
 ) -> list[tuple[type[ModelError | DataError], str, str]]:
-    """What of the base model and the data of `config` is not as when these hashes were made, wherever it lies: the kind
-    of error, what has changed, and which part of it."""
+    """Changes of the base model and the data of `config` since these hashes: the class of the error, what has changed,
+    and which part of it. Where the files are does not matter."""
     found: list[tuple[type[ModelError | DataError], str, str]] = []
     if (changed := changed_base(config.model, config.revision, model_files)) is not None:
         found.append((ModelError, Bilingual(f"the base model {config.model}", f"基座模型 {config.model} "), changed))
     now, data = hashes(config)[1], Bilingual("the data", "数据")
     if len(now) != len(data_files):
-        return [*found, (DataError, data, Bilingual("there are other sources", "数据来源不同"))]
+        return [*found, (DataError, data, Bilingual("the number of sources differs", "数据来源的数目不同"))]
     other = next((new.path for new, was in zip(now, data_files, strict=True) if new.sha256 != was.sha256), None)
     if other is None:
         return found
-    return [*found, (DataError, data, Bilingual(f"{other} is not what it was", f"{other} 与原来不同"))]
+    return [*found, (DataError, data, Bilingual(f"{other} has changed", f"{other} 已改变"))]
 
 
 def _exists(path: str) -> bool:

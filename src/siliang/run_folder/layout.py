@@ -1,4 +1,4 @@
-"""A run's folder: who may write into it, and the settings that are there."""
+"""A run's folder: its creation, and its settings."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from siliang.types import ConfigError, OutputError
 
 
 def create_output(folder: Path, *, for_run: bool = False) -> bool:
-    """Makes the output folder; returns whether it was new.
+    """Creates the output folder; returns whether it is new.
 
     Args:
-        for_run: A run is to be trained into it, which may be there already.
+        for_run: The output is a run; the error for an unfinished run then says how to resume it.
 
     Raises:
-        OutputError: Something is there already, or the folder cannot be made.
+        OutputError: The folder is not empty, or cannot be created.
     """
     try:
         check_empty(folder, for_run=for_run)
         if folder.is_dir():
             return False
-        folder.mkdir(parents=True)  # another process may be quicker: then this fails
+        folder.mkdir(parents=True)  # fails if another process has created it meanwhile
     except OutputError:
         raise
     except OSError as error:
         raise OutputError(
             Bilingual(
-                f"output folder {folder} cannot be made: {error.strerror or error}.",
+                f"output folder {folder} cannot be created: {error.strerror or error}.",
                 f"无法建立输出文件夹 {folder}：{error.strerror or error}。",
             )
         ) from None
@@ -41,10 +41,10 @@ def create_output(folder: Path, *, for_run: bool = False) -> bool:
 
 
 def check_empty(folder: Path, *, for_run: bool = False) -> None:
-    """Nothing is in the output folder.
+    """Checks that the output folder is empty or missing.
 
     Raises:
-        OutputError: Something is: what it is, and what can be done.
+        OutputError: It is not empty. The message says what it holds and what to do.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
@@ -79,7 +79,7 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    """Writes run.yaml, never half of it."""
+    """Writes run.yaml, whole or not at all."""
     write_text(folder / CONFIG_NAME, dump_yaml(config.model_dump(mode="json")))
 
 

@@ -39,11 +39,11 @@ class TrainedRun:
     """A trained run whose model is not loaded.
 
     Attributes:
-        folder: As it was given: the run's own folder, a checkpoint in it, or its adapter.
-        run: The run's own folder.
+        folder: The folder that was given: the run's, or that of a checkpoint in it, or of its adapter.
+        run: The run's folder.
         weights: The adapter folder, or, after full fine-tuning, the model folder.
-        config: With the base model and its place as they are now.
-        notes: What has changed since training, and was accepted by `force`.
+        config: The run's config, with the base model's present path.
+        notes: Changes since training that `force` has accepted.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class TrainedRun:
         return (self.weights / ADAPTER_CONFIG).is_file()
 
     def check_base(self) -> None:
-        """The adapter belongs to the weights, the config and the tokenizer that it was trained on.
+        """Checks that the base model's weights, config and tokenizer are those of the training.
 
         Raises:
             ModelError: The base model is missing or was replaced, and `force` is off.
@@ -68,7 +68,7 @@ class TrainedRun:
         if Path(model).is_absolute() and not Path(model).is_dir():
             raise ModelError(
                 Bilingual(
-                    f"The base model of {self.folder} is not there any more: {model}. Name its place with "
+                    f"The base model of {self.folder} is missing: {model}. Give its present place with "
                     "--base FOLDER_OR_NAME.",
                     f"{self.folder} 的基座模型已不在原处：{model}。请用 --base 指明它的文件夹或名称。",
                 )
@@ -82,9 +82,9 @@ class TrainedRun:
         if not self.force:
             raise ModelError(
                 Bilingual(
-                    f"{problem}\nPut that one back, name its place with --base FOLDER_OR_NAME, or continue anyway with "
-                    "--force.",
-                    f"{problem.zh}\n请放回原来的模型、用 --base 指明位置，或加 --force 继续。",
+                    f"{problem}\nRestore that model, give its place with --base FOLDER_OR_NAME, or continue anyway "
+                    "with --force.",
+                    f"{problem.zh}\n请恢复原来的模型、用 --base 指明位置，或加 --force 继续。",
                 )
             )
         if problem not in self.notes:
@@ -104,7 +104,7 @@ class TrainedRun:
         if not self.force:
             raise DataError(
                 Bilingual(
-                    f"{problem} since {self.folder} was trained: its held-out rows are not what they were.\n"
+                    f"{problem} since {self.folder} was trained: its held-out rows have changed.\n"
                     "Measure other rows with --data FILE, or these anyway with --force.",
                     f"{self.folder} 训练之后，{local(problem, 'zh')}：验证集已不是原来的样本。\n"
                     "请用 --data FILE 评估其他样本，或加 --force 照样评估这些。",
@@ -117,10 +117,10 @@ class TrainedRun:
 
 @dataclass
 class OpenedRun:
-    """A trained run, ready to use: the model in eval mode, with the adapter on it.
+    """A trained run, ready to use: the model in eval mode, with its adapter.
 
     Attributes:
-        trained: Where it is from; None for one that is still being trained.
+        trained: The run that was opened; None for a run in training.
     """
 
     folder: Path
@@ -143,7 +143,7 @@ class OpenedRun:
 
 
 def autocast(precision: Choice, device: torch.device) -> torch.autocast:
-    """The context in which a run of this precision computes."""
+    """The autocast context of a run of this precision."""
     return torch.autocast(device.type, precision.dtype, enabled=precision.autocast)
 
 
@@ -157,12 +157,12 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
     """A trained run by its folder, by one of its checkpoints, or by its adapter.
 
     Args:
-        base: Where its base model is now: a folder, or a name on the hub.
-        force: Use it even if its base model or its data have changed since it was trained.
+        base: The base model's present place: a folder, or a name on the hub.
+        force: Use the run even if its base model or its data have changed since its training.
 
     Raises:
-        ConfigError: The folder is not a run, a link in it leads out, the run was not finished, or run.yaml has a
-            setting that it was not trained with.
+        ConfigError: The folder is not a run, a link in it leads out, the run is not finished, or a setting in run.yaml
+            differs from that of the training.
         ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
     """
@@ -176,10 +176,10 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         saved = list(checkpoints(run / CHECKPOINTS).values())
         instead, instead_zh = "", ""
         if saved:
-            instead, instead_zh = f", or use what was saved last: {saved[-1]}", f"，或使用最后保存的 {saved[-1]}"
+            instead, instead_zh = f", or use its last checkpoint: {saved[-1]}", f"，或使用最后的检查点 {saved[-1]}"
         raise ConfigError(
             Bilingual(
-                f"{run} was not finished (it is {record.status}): continue with `{resume}`{instead}.",
+                f"{run} is not finished (it is {record.status}): continue with `{resume}`{instead}.",
                 f"{run} 没有训练完（状态为 {record.status}）：请用 `{resume}` 继续{instead_zh}。",
             )
         )
@@ -187,17 +187,17 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         raise AdapterError(
             Bilingual(
                 f"{weights} is damaged: {problem}.\n"
-                f"`{resume}` makes it again from the last sound checkpoint, where there is one.",
+                f"`{resume}` makes it again from the last undamaged checkpoint, if there is one.",
                 f"{weights} 已损坏：{local(problem, 'zh')}。\n如果有完好的检查点，`{resume}` 会从最后一个重新生成它。",
             )
         )
     if changed := misplaced_settings(config, record):
         raise ConfigError(
             Bilingual(
-                f"{run} was trained with another setting: {in_words(*next(iter(changed.items())))}. Put it back in "
-                f"{run / CONFIG_NAME}: it has no effect on what was trained.",
+                f"{run} was trained with another setting: {in_words(*next(iter(changed.items())))}. Restore it in "
+                f"{run / CONFIG_NAME}: the change has no effect on a trained model.",
                 f"{run} 训练时用的是另一个设置：{in_words(*next(iter(changed.items()))).zh}。"
-                f"请在 {run / CONFIG_NAME} 中改回：它不会影响训练好的结果。",
+                f"请在 {run / CONFIG_NAME} 中改回：改动不会影响训练好的模型。",
             )
         )
     if base is not None:
@@ -210,7 +210,7 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         if problem is not None and not force:
             raise DataError(
                 Bilingual(
-                    f"{problem} since {folder} was trained: put it back, or continue anyway with --force.",
+                    f"{problem} since {folder} was trained: restore it, or continue anyway with --force.",
                     f"{folder} 训练之后，{local(problem, 'zh')}：请恢复原样，或加 --force 继续。",
                 )
             )
@@ -230,12 +230,12 @@ def open_run(
     """Opens a finished run, or a checkpoint of one.
 
     Args:
-        base: Where its base model is now: a folder, or a name on the hub.
-        force: Open it even if its base model has changed since it was trained.
-        dtype: As for `open_trained`, and so `device` and `quantized`.
+        base: The base model's present place: a folder, or a name on the hub.
+        force: Open the run even if its base model has changed since its training.
+        dtype: As for `open_trained`, like `device` and `quantized`.
 
     Raises:
-        ConfigError: The folder is not a run, or the run was not finished.
+        ConfigError: The folder is not a run, or the run is not finished.
         ModelError: Its base model is missing or was replaced.
         AdapterError: Its adapter is damaged.
     """
@@ -249,12 +249,12 @@ def open_trained(
     device: torch.device | None = None,
     quantized: bool = True,
 ) -> OpenedRun:
-    """Loads a run that was found.
+    """Loads the model and tokenizer of a run.
 
     Args:
-        dtype: Of all weights, as for merging. None: weights and computation are in the run's own precision, so that the
-            run measures and predicts what it did in training.
-        quantized: Its base model is quantized, if it was in training. False: in `dtype`, as for merging.
+        dtype: The dtype of all weights, for merging. None: the run's own precision, so that metrics and predictions are
+            those of the training.
+        quantized: Quantize the base model if it was quantized in training. False: load it in `dtype`, for merging.
 
     Raises:
         ModelError: Its base model is missing or was replaced.
@@ -266,10 +266,10 @@ def open_trained(
     dtype = dtype or weight_dtype(find_method(config.method.name), precision)
     if trained.has_adapter:
         base_model = load_base(config, record.labels, tokenizer, dtype=dtype, device=device, quantized=quantized)
-        if not Path(config.model).is_dir():  # by now the hub's copy is here
+        if not Path(config.model).is_dir():  # loading has fetched the files from the hub
             trained.check_base()
         model: Any = PeftModel.from_pretrained(base_model, trained.weights, is_trainable=precision.pure)
-        if precision.pure:  # the adapter's weights have 16 bits too, as they were trained
+        if precision.pure:  # the adapter was trained in 16 bits
             for p in (p for p in model.parameters() if p.requires_grad):
                 p.data = p.data.to(precision.dtype)
                 p.requires_grad_(False)

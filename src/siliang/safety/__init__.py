@@ -1,2 +1,2 @@
-"""What others have written, read and run within limits: JSON, YAML, patterns, templates, tokenizers, and Python code by
-permission alone."""
+"""Reads and runs untrusted input within limits: JSON, YAML, patterns, templates, tokenizers; Python code only by
+permission."""

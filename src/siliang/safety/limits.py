@@ -1,9 +1,8 @@
-"""Bounds on time and memory for what strangers have written: chat templates, patterns of module names, tokenizers.
+"""Limits on time and memory for untrusted input: chat templates, patterns of module names, tokenizers.
 
-They run in a process of their own (limited/process.py), on which the system sets the limits: an alarm in this process
-would not be heard within one long operation in C. The process is started when it is first needed and kept, so that a
-request costs one message there and one back. Every process that asks has one of its own; it ends with the one that
-asks.
+They run in a separate process (limited/process.py) under limits of the operating system, because an alarm in this
+process would not interrupt one long operation in C. The process starts on first use and stays, so that a request costs
+one message there and one back. Each process that sends requests has its own; it ends with its owner.
 """
 
 from __future__ import annotations
@@ -31,33 +30,33 @@ T = TypeVar("T")
 
 TOO_LONG = Bilingual("it runs for too long", "运行时间过长")
 
-SECONDS = 4.0  # of computing for one request
+SECONDS = 4.0  # of CPU time for one request
 PATTERN_SECONDS = 1.5  # for patterns of module names, which take milliseconds, and come in several requests
-WAIT = 2 if sys.platform == "win32" else 10  # times as long on the clock: the machine may be busy with other things
+WAIT = 2 if sys.platform == "win32" else 10  # wall time over CPU time: the machine may be busy
 START_SECONDS = 60.0
 MOST_BYTES = 2**30  # of an answer
-LARGE = 2**20  # characters of a tokenizer, from which on the process is not kept
-KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")  # of this process's environment
+LARGE = 2**20  # characters: after a larger tokenizer the process ends, to free its memory
+PASSED_ON = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")  # of the environment
 
 
 class RefusedError(Exception):
-    """What a stranger has written cannot be used: it raised an error, in the words of that."""
+    """The untrusted input cannot be used; the message is that of the error that it raised."""
 
 
 class LimitError(RefusedError):
-    """It took more time or memory than it may."""
+    """It took more time or memory than allowed."""
 
 
 class TimeLimitError(LimitError):
-    """It took more time than it may."""
+    """It took more time than allowed."""
 
 
 class LimitedProcess:
-    """A process under limits that runs the functions of limited/process.py. Threads may share it: one at a time.
+    """A process under limits that runs the functions of limited/process.py. Threads take turns.
 
     Attributes:
-        templates: The chat templates that the process knows.
-        tokenizers: The tokenizers that have been looked at, and are in order.
+        templates: Hashes of the chat templates in the process's cache.
+        tokenizers: Hashes of the tokenizers that have passed the check.
     """
 
     def __init__(self) -> None:
@@ -67,14 +66,15 @@ class LimitedProcess:
         self.tokenizers: set[str] = set()
 
     def call(self, name: str, *arguments: object, seconds: float | None = None) -> Any:
-        """The function's result.
+        """The function's result, as JSON returns it.
 
         Args:
-            arguments: Plain data, as JSON has it.
-            seconds: Of computing; SECONDS where none are given.
+            name: A function of limited/process.py.
+            arguments: Values of JSON.
+            seconds: Limit of CPU time; None for SECONDS.
 
         Raises:
-            LimitError: It took more time or memory than it may.
+            LimitError: It took more time or memory than allowed.
             RefusedError: It raised another error.
         """
         seconds = SECONDS if seconds is None else seconds
@@ -92,8 +92,8 @@ class LimitedProcess:
                 late = code is not None and -code == getattr(signal, "SIGXCPU", None)
                 if late:
                     raise TimeLimitError(TOO_LONG) from None
-                raise LimitError(Bilingual("it wants too much memory", "占用内存过多")) from None
-            except BaseException:  # Ctrl-C while an answer is on its way: the next would be taken for it
+                raise LimitError(Bilingual("it needs too much memory", "占用内存过多")) from None
+            except BaseException:  # Ctrl-C before the answer: the next request would read it as its own
                 self._end()
                 raise
             if kind == "limit":
@@ -114,9 +114,9 @@ class LimitedProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                env={name: os.environ[name] for name in KEPT if name in os.environ}
+                env={name: os.environ[name] for name in PASSED_ON if name in os.environ}
                 | {"TOKENIZERS_PARALLELISM": "false"},
-                # of its own, so that Ctrl-C is this process's affair
+                # a group of its own: Ctrl-C reaches this process alone
                 process_group=None if sys.platform == "win32" else 0,
             )
             self._process = process
@@ -129,7 +129,7 @@ class LimitedProcess:
         return self._process
 
     def _end(self) -> int | None:
-        """Ends the process, and returns its exit code where it had ended by itself."""
+        """Ends the process. Returns its exit code if it had ended by itself."""
         process, self._process = self._process, None
         self.templates.clear()
         if process is None:
@@ -150,19 +150,19 @@ class LimitedProcess:
             self._end()
 
     def after_fork(self) -> None:
-        """After a fork: the process is the parent's."""
+        """Drops the process in a forked child, since it belongs to the parent."""
         self._lock = threading.Lock()
         process, self._process = self._process, None
         self.templates = set()
         if process is not None:
-            process.returncode = 0  # or it would be waited for, which is the parent's to do
+            process.returncode = 0  # so that the child does not wait for it; the parent does
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
 
 
 def _hung_up(process: subprocess.Popen[bytes]) -> bool:
-    """Whether the process has closed its output: it is ending, and its exit code is to come."""
+    """Whether the process has closed its output: it is ending, and its exit code will follow."""
     if sys.platform == "win32" or process.stdout is None:
         return False
     poll = select.poll()
@@ -189,11 +189,11 @@ def _send(process: subprocess.Popen[bytes], message: object, until: float) -> No
                 raise TimeoutError from None
 
 
-def _receive(process: subprocess.Popen[bytes], until: float) -> Any:
+def _receive(process: subprocess.Popen[bytes], until: float) -> tuple[object, object]:
     """An answer of the process, as (kind, value).
 
     Raises:
-        TimeoutError: It is not there in time.
+        TimeoutError: It does not come in time.
         EOFError: The process has ended.
         ValueError: It is not an answer.
     """
@@ -206,7 +206,7 @@ def _receive(process: subprocess.Popen[bytes], until: float) -> Any:
 
 def _read(process: subprocess.Popen[bytes], length: int, until: float) -> bytes:
     assert process.stdout is not None
-    if sys.platform == "win32":  # pipes cannot be waited for there
+    if sys.platform == "win32":  # which has no poll for pipes
         timer = threading.Timer(max(0.0, until - time.monotonic()), process.kill)
         timer.start()
         try:
@@ -236,51 +236,53 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_PROCESS.after_fork)
 
 
-def render(template: str, names: Mapping[str, object], jobs: Sequence[tuple[object, object, bool, bool]]) -> list[Any]:
-    """Texts of a chat template; see limited/templates.py.
+def render(
+    template: str, names: Mapping[str, object], jobs: Sequence[tuple[object, object, bool, bool]]
+) -> list[tuple[str, list[tuple[int, int]]] | str]:
+    """Texts of a chat template: for each job (text, spans), or why it is refused; see limited/templates.py.
 
     Raises:
         LimitError: It takes too much time or memory, or writes too much.
         RefusedError: It is not a template.
     """
     key = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
-    found = _PROCESS.call("render", key, None, names, jobs) if key in _PROCESS.templates else None
-    if found is None:  # the process has not had it yet, or keeps it no more
-        found = _PROCESS.call("render", key, template, names, jobs)
+    results = _PROCESS.call("render", key, None, names, jobs) if key in _PROCESS.templates else None
+    if results is None:  # the template is not in the process's cache
+        results = _PROCESS.call("render", key, template, names, jobs)
         _PROCESS.templates.add(key)
-    return found
+    return [one if isinstance(one, str) else (one[0], [(start, end) for start, end in one[1]]) for one in results]
 
 
 def check_tokenizer_rules(text: str) -> None:
-    """Looks at a tokenizer.json and tries its rules; once for each text.
+    """Checks a tokenizer.json and tries its rules; each text is checked once.
 
     Raises:
         LimitError: It takes too much time or memory.
-        RefusedError: It cannot be used; says why.
+        RefusedError: It cannot be used; the message says why.
     """
     key = hashlib.sha256(text.encode()).hexdigest()
     if key in _PROCESS.tokenizers:
         return
     why = _PROCESS.call("check_tokenizer_rules", text, seconds=SECONDS + len(text) / 2**20)
     if len(text) > LARGE:
-        _PROCESS.close()  # and gives its memory back
+        _PROCESS.close()  # which frees its memory
     if why is not None:
         raise RefusedError(why)
     _PROCESS.tokenizers.add(key)
 
 
 def run_in_time(function: Callable[[], T], seconds: float) -> T:
-    """The function's result, which may be a long time coming where it is a stranger's: a tokenizer's patterns.
+    """The result of a function that may run for too long, such as a tokenizer with untrusted patterns.
 
-    It runs in a thread that is left alone where it takes too long, and goes with this process.
+    It runs in a thread. A thread that takes too long is abandoned, and ends with this process.
 
     Args:
-        function: What is waited for. This process computes little else meanwhile.
-        seconds: Of computing, by all threads of this process; WAIT times as many on the clock.
+        function: The function. The limit assumes that this process computes little besides.
+        seconds: Limit of CPU time of all threads of this process; the limit of wall time is WAIT times as long.
 
     Raises:
         LimitError: It takes longer.
-        RefusedError: It ended in an error of the tokenizers library, whose kind is not an Exception.
+        RefusedError: It ended in a panic of the tokenizers library, which is not an Exception.
     """
     results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -306,10 +308,16 @@ def run_in_time(function: Callable[[], T], seconds: float) -> T:
     return cast(T, result)
 
 
-def match(patterns: Iterable[str], texts: Sequence[str], *, whole: bool) -> list[Any]:
-    """Which texts patterns match; see limited/process.py.
+def match(
+    patterns: Iterable[str], texts: Sequence[str], *, whole: bool
+) -> list[list[tuple[str | None, ...] | None] | str]:
+    """For each pattern: the groups of each text, None without a match; or why it is not a pattern.
+
+    Args:
+        whole: The pattern must match the whole text, not only its beginning.
 
     Raises:
         LimitError: It takes too much time or memory.
     """
-    return _PROCESS.call("match", list(patterns), texts, whole, seconds=PATTERN_SECONDS)
+    results = _PROCESS.call("match", list(patterns), texts, whole, seconds=PATTERN_SECONDS)
+    return [one if isinstance(one, str) else [None if g is None else tuple(g) for g in one] for one in results]

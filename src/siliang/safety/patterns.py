@@ -1,6 +1,7 @@
-"""Regular expressions in a config, matched against the names of modules. A config may be a stranger's, and a short
-expression can take for ever to match, or gigabytes to be compiled: those with anything but names in them are matched in
-the process under limits.
+"""Regular expressions of a config, matched against the names of modules.
+
+A config may be untrusted, and a short expression can take forever to match, or gigabytes to compile. So only plain
+names are matched in this process; all other expressions are matched in the limited process.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from siliang.safety.limits import LimitError, TimeLimitError, match
 from siliang.secrets import short_repr
 from siliang.types import TargetError
 
-# names, with escaped signs: without groups and repetitions there is nothing to go back to
+# plain names, with escaped signs: without groups and repetitions there is no backtracking
 PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])*\$?", re.ASCII)
-MOST_HERE = 1_000_000  # names times expressions that are matched in this process
+MOST_HERE = 1_000_000  # names times plain expressions that are matched in this process
 
 Groups = tuple[str | None, ...]
 
@@ -28,32 +29,33 @@ def find(
     around: tuple[str, str] = ("", ""),
     whole: bool = False,
 ) -> list[list[Groups | None]]:
-    """For each pattern and each text the pattern's groups; None where it does not match.
+    """For each pattern and each text, the pattern's groups; None without a match.
 
     Args:
-        field: Where the patterns stand, for errors.
-        around: What is matched before and behind each pattern.
+        field: The setting with the patterns, for errors.
+        around: Expressions before and after each pattern.
         whole: The pattern must match the whole text, not only its beginning.
 
     Raises:
-        TargetError: One is not a regular expression, or takes too long, or too much memory.
+        TargetError: A pattern is not a regular expression, or takes too much time or memory.
     """
-    before, behind = around
-    full = [f"{before}{pattern}{behind}" for pattern in patterns]
+    before, after = around
+    full = [f"{before}{pattern}{after}" for pattern in patterns]
     if len(patterns) * len(texts) <= MOST_HERE and all(PLAIN.fullmatch(p) for p in patterns):
         return [[_groups(re.compile(p), text, whole) for text in texts] for p in full]
     try:
-        found = match(full, texts, whole=whole)
-        bad = next((i for i, one in enumerate(found) if isinstance(one, str)), None)
-        if bad is not None:
-            (alone,) = match([patterns[bad]], [], whole=whole)  # says where in the pattern itself
-            why = alone if isinstance(alone, str) else found[bad]
-            raise TargetError(
-                Bilingual(
-                    f"{field}: {short_repr(patterns[bad])} is not a regular expression: {why}.",
-                    f"{field}：{short_repr(patterns[bad])} 不是正则表达式：{local(why, 'zh')}。",
+        matches: list[list[Groups | None]] = []
+        for pattern, result in zip(patterns, match(full, texts, whole=whole), strict=True):
+            if isinstance(result, str):
+                (alone,) = match([pattern], [], whole=whole)  # its message has the position within the pattern itself
+                why = alone if isinstance(alone, str) else result
+                raise TargetError(
+                    Bilingual(
+                        f"{field}: {short_repr(pattern)} is not a regular expression: {why}.",
+                        f"{field}：{short_repr(pattern)} 不是正则表达式：{local(why, 'zh')}。",
+                    )
                 )
-            )
+            matches.append(result)
     except LimitError as error:
         which = short_repr(patterns[0]) if len(patterns) == 1 else Bilingual("a pattern", "有一个表达式")
         why = (
@@ -63,11 +65,11 @@ def find(
         )
         raise TargetError(
             Bilingual(
-                f"{field}: {which} {why}: write it more simply.",
-                f"{field}：{local(which, 'zh')} {why.zh}：请写得简单些。",
+                f"{field}: {which} {why}: simplify it.",
+                f"{field}：{local(which, 'zh')} {why.zh}：请简化它。",
             )
         ) from None
-    return [[None if groups is None else tuple(groups) for groups in one] for one in found]
+    return matches
 
 
 def _groups(pattern: re.Pattern[str], text: str, whole: bool) -> Groups | None:

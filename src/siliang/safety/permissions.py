@@ -1,8 +1,8 @@
-"""Which models may run Python code of their own: a decision of this user on this machine, by the code's SHA-256.
+"""Permission for models to run their own Python code: given by this user on this machine, by the code's SHA-256.
 
-Nothing that lies in a model's, a run's or a comparison's folder can give it. It comes from the command line
-(--allow-code), from the environment (SILIANG_ALLOW_CODE, by which a command hands it to the processes that it starts),
-or from the user's own file, where an answer in a terminal is kept.
+No file in the folder of a model, a run or a comparison can give the permission. It comes from the command line
+(--allow-code), from the environment (SILIANG_ALLOW_CODE, with which a command passes it to the processes that it
+starts), or from the user's file, which stores answers from a terminal.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from siliang.safety.safe_json import parse_json
 from siliang.secrets import shortened
 from siliang.types import ConfigError
 
-VARIABLE = "SILIANG_ALLOW_CODE"  # hashes with commas between them
+VARIABLE = "SILIANG_ALLOW_CODE"  # hashes, separated by commas
 FILE_NAME = "allowed_code.json"
 MOST_BYTES = 2**20  # of the file
-PLAIN_FILE = 0 if sys.platform == "win32" else os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no waiting for a pipe
+PLAIN_FILE = 0 if sys.platform == "win32" else os.O_NOFOLLOW | os.O_NONBLOCK  # no links; do not block on a pipe
 
 
 def allow_code(sha256: str) -> None:
-    """Allows a model's own code in this process and in those that it starts.
+    """Allows a model's own code in this process and in the processes that it starts.
 
     Args:
-        sha256: Of the model's folder, as the error for such a model gives it: 64 hexadecimal digits.
+        sha256: The hash of the model's folder, which the error for such a model shows: 64 hexadecimal digits.
 
     Raises:
         ConfigError: It is not a SHA-256.
@@ -58,39 +58,39 @@ def is_allowed(sha256: str) -> bool:
     """
     if sha256 in os.environ.get(VARIABLE, "").split(","):
         return True
-    if sha256 not in _kept():
+    if sha256 not in _stored():
         return False
-    allow_code(sha256)  # for processes elsewhere, which have another file
+    allow_code(sha256)  # for processes on other machines, which have another file
     return True
 
 
 def keep_allowed(sha256: str, folder: str) -> Path:
-    """Writes an answer of the user's into the user's file, and returns its path.
+    """Stores the user's permission in the user's file, and returns the file's path.
 
     Args:
-        folder: Where the model lies, for whoever reads the file.
+        folder: The model's folder, as a note for readers of the file.
 
     Raises:
         ConfigError: The file is damaged, or others may write to it.
         OSError: It cannot be written.
     """
     path = allowed_file()
-    known = _kept()
+    known = _stored()
     known[sha256] = {"folder": folder, "when": datetime.now(UTC).isoformat(timespec="seconds")}
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_text(path, json.dumps({"version": 1, "allowed": known}, indent=1), mode=0o600)  # for this user alone
+    write_text(path, json.dumps({"version": 1, "allowed": known}, indent=1), mode=0o600)  # only for this user
     return path
 
 
 def allowed_file() -> Path:
-    """Where answers are kept: in $XDG_CONFIG_HOME, or ~/.config."""
+    """The file with the user's permissions: in $XDG_CONFIG_HOME, or ~/.config."""
     named = os.environ.get("XDG_CONFIG_HOME", "")
     home = Path(named) if Path(named).is_absolute() else Path.home() / ".config"
     return home / "siliang" / FILE_NAME
 
 
-def _kept() -> dict[str, dict[str, str]]:
-    """What the user's file allows: nothing where there is none."""
+def _stored() -> dict[str, dict[str, str]]:
+    """The permissions in the user's file; empty if there is no file."""
     path = allowed_file()
     try:
         folder = path.parent.stat()
@@ -121,27 +121,27 @@ def _kept() -> dict[str, dict[str, str]]:
     return {str(name): {str(k): str(v) for k, v in value.items()} for name, value in known.items()}
 
 
-def _check_owner(path: Path, found: os.stat_result) -> None:
-    """Nobody else can have written there.
+def _check_owner(path: Path, status: os.stat_result) -> None:
+    """Checks that only this user can write there.
 
     Raises:
-        ConfigError: Another user could have.
+        ConfigError: Another user can.
     """
-    if sys.platform == "win32":  # a user's own folder is closed to others
+    if sys.platform == "win32":  # which closes a user's folder to others
         return
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise ConfigError(
             Bilingual(
-                f"{path} allows models' code, and it is not yours: it belongs to user {found.st_uid}.",
-                f"{path} 用来授权模型的代码，但它不属于你：它属于用户 {found.st_uid}。",
+                f"{path} allows models' code, and it is not yours: it belongs to user {status.st_uid}.",
+                f"{path} 用来授权模型的代码，但它不属于你：它属于用户 {status.st_uid}。",
             )
         )
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(
             Bilingual(
-                f"{path} allows models' code, and others may write to it: chmod go-w it, and look into it.",
+                f"{path} allows models' code, and others may write to it: chmod go-w it, and check it.",
                 f"{path} 用来授权模型的代码，但其他人可以写入：请运行 chmod go-w，并检查其内容。",
             )
         )
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise ConfigError(Bilingual(f"{path} is not a plain file.", f"{path} 不是普通文件。"))

@@ -1,6 +1,6 @@
-"""JSON that others may have written: limits on size, depth and digits, and nothing that is lost or cannot be printed.
+"""Reads untrusted JSON: with limits on size, depth and digits, without duplicate names, and only printable text.
 
-Rows of data have a reader of their own, data/json_stream.py, which does not hold a whole file.
+Rows of data have another reader, data/json_stream.py, which does not hold a whole file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from siliang.types import SiliangError, TextError, message_of
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 50
-MAX_DIGITS = 40  # of a whole number: tokenizers write 10**30 for "no limit"
+MAX_DIGITS = 40  # of an integer: tokenizers write 10**30 for "no limit"
 SHOWN = 40  # characters of a value in an error
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonError(TextError):
-    """Not JSON, or more of it than such a file needs."""
+    """The text is not JSON, or exceeds a limit."""
 
 
 def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False) -> Any:
@@ -37,11 +37,10 @@ def read_json(path: Path, *, most_bytes: int = MAX_BYTES, foreign: bool = False)
         foreign: As for `parse_json`.
 
     Raises:
-        JsonError: It is not JSON in UTF-8, or goes beyond the limits. Its text begins with the line, where that is
-            known.
+        JsonError: It is not JSON in UTF-8, or exceeds a limit. `line` is the line, if it is known.
         OSError: The file cannot be read.
     """
-    # a pipe in the file's place would be waited for
+    # without O_NONBLOCK, opening a pipe would block
     number = os.open(path, os.O_RDONLY | (0 if sys.platform == "win32" else os.O_NONBLOCK))
     with os.fdopen(number, "rb") as opened:
         if not stat.S_ISREG(os.fstat(number).st_mode):
@@ -64,29 +63,31 @@ DAMAGED = Bilingual("is damaged", "已损坏")
 def read_values(
     path: Path,
     kind: type[SiliangError],
-    said: str = DAMAGED,
+    problem: str = DAMAGED,
     *,
     missing: SiliangError | None = None,
     most_bytes: int = MAX_BYTES,
     foreign: bool = False,
 ) -> Any:
-    """The value in a file, for whoever would have the user told what is wrong with it.
+    """The value in a file, with errors for the user.
 
     Args:
         kind: The class of the error.
-        said: What the error says of a file that is not JSON, behind its name.
-        missing: The error for a file that is not there, where that has one of its own.
+        problem: The words of the error for a file that is not JSON, after its name.
+        missing: The error for a missing file, if it differs.
         most_bytes: As for `read_json`.
         foreign: As for `parse_json`.
 
     Raises:
-        SiliangError: Of class `kind`, or `missing`: which file, which line of it, and why.
+        SiliangError: Of class `kind`, or `missing`: the file, its line, and the reason.
     """
     try:
         return read_json(path, most_bytes=most_bytes, foreign=foreign)
     except JsonError as error:
         place, why = error.place(path), message_of(error)
-        raise kind(Bilingual(f"{place} {said}: {why}.", f"{place} {local(said, 'zh')}：{local(why, 'zh')}。")) from None
+        raise kind(
+            Bilingual(f"{place} {problem}: {why}.", f"{place} {local(problem, 'zh')}：{local(why, 'zh')}。")
+        ) from None
     except OSError as error:
         if missing is not None and isinstance(error, FileNotFoundError):
             raise missing from None
@@ -101,16 +102,16 @@ def parse_json(text: str, *, foreign: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
-        foreign: Another program may have written it, whose readers take the last of two values of one name, and NaN and
-            Infinity for numbers. Otherwise both are errors.
+        foreign: The JSON may be another program's. Then the last of several values of one name counts, and NaN and
+            Infinity are numbers. Otherwise both are errors.
 
     Raises:
-        JsonError: It is not JSON, nested too deeply, has a number with too many digits or beyond the range of numbers,
-            or half of a character of UTF-16.
+        JsonError: It is not JSON, is nested too deeply, has a number with too many digits or out of range, or half of a
+            character of UTF-16.
     """
     reader = _Reader(text)
     decoder = json.JSONDecoder(
-        parse_int=reader.whole_number,
+        parse_int=reader.integer,
         parse_float=reader.number,
         parse_constant=None if foreign else reader.constant,
         object_pairs_hook=None if foreign else reader.mapping,
@@ -136,12 +137,12 @@ def parse_json(text: str, *, foreign: bool = False) -> Any:
 
 
 class _Reader:
-    """What a decoder asks for numbers and mappings."""
+    """Parses numbers and mappings for a decoder."""
 
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def whole_number(self, text: str) -> int:
+    def integer(self, text: str) -> int:
         if len(text) > MAX_DIGITS:
             raise self._wrong(
                 text, Bilingual(f"a number has more than {MAX_DIGITS} digits", f"有一个数超过 {MAX_DIGITS} 位")
@@ -151,15 +152,15 @@ class _Reader:
     def number(self, text: str) -> float:
         number = float(text)
         if number in (float("inf"), float("-inf")):
-            raise self._wrong(text, Bilingual("beyond the range of numbers", "超出数的范围"))
+            raise self._wrong(text, Bilingual("a number is out of range", "超出数的范围"))
         return number
 
     def constant(self, text: str) -> NoReturn:
-        raise self._wrong(text, Bilingual("no number of JSON", "不是 JSON 的数"))
+        raise self._wrong(text, Bilingual("not a number of JSON", "不是 JSON 的数"))
 
     def mapping(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
+        values = dict(pairs)
+        if len(values) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
             raise JsonError(
@@ -168,7 +169,7 @@ class _Reader:
                     f"{shortened(twice, SHOWN)!r} 在同一对象中出现了两次",
                 )
             )
-        return made
+        return values
 
     def _wrong(self, text: str, why: str) -> JsonError:
         shown = shortened(text, SHOWN, f"... ({len(text):,} characters)")
@@ -188,10 +189,10 @@ def _check_depth(value: object) -> None:
 
 
 def dump_json(values: object, *, indent: int | None = None, sort_keys: bool = False, ascii_only: bool = False) -> str:
-    """A JSON text of values; readers get back the very texts, but for secrets.
+    """A JSON text of values. It decodes to the same values, except for secrets, which are redacted.
 
     Args:
-        ascii_only: Escape every other letter too.
+        ascii_only: Escape all characters outside of ASCII.
     """
     text = json.dumps(redacted(values), indent=indent, sort_keys=sort_keys, ensure_ascii=ascii_only)
     return json_escaped(text)

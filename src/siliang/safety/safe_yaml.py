@@ -1,8 +1,8 @@
-"""Yaml that others may have written: texts, numbers, true, false, null, lists and mappings, and limits on size, depth,
-what aliases unfold to, and the digits of numbers.
+"""Reads untrusted yaml: texts, numbers, true, false, null, lists and mappings, with limits on size, depth, expanded
+aliases, and the digits of numbers.
 
-Plain values are read as YAML 1.2 reads them: 1e-3 is a number; 1:30:00, 2026-01-31 and 007 are texts. YAML 1.1 takes
-the first for text, and the others for a number in base 60, a date and an octal number.
+Plain values are those of YAML 1.2: 1e-3 is a number; 1:30:00, 2026-01-31 and 007 are texts. In YAML 1.1 the first is a
+text, and the others are a number in base 60, a date and an octal number.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from siliang.types import ConfigError, TextError, first_line, message_of
 MAX_CHARACTERS = 1_000_000
 MOST_BYTES = 4 * MAX_CHARACTERS  # of UTF-8
 MAX_DEPTH = 20
-MAX_VALUES = 10_000  # with every alias written out
+MAX_VALUES = 10_000  # aliases expanded
 
-MAX_VALUES_OF_OTHERS = 200_000  # of the description of a data set with hundreds of parts
+MAX_VALUES_OF_OTHERS = 200_000  # for descriptions of data sets, some with hundreds of parts
 MAX_NUMBER = 2**64
 LONGEST_NUMBER = 100  # characters
 SHOWN = 40  # characters of a value in an error
@@ -41,22 +41,22 @@ DECIMAL = re.compile(
     )\Z|\.(?:nan|NaN|NAN)\Z""",
     re.VERBOSE,
 )
-DIGITS = re.compile(r"[-+0-9a-fA-FxX_.:]+\Z")  # all numbers of YAML 1.1, those in base 60 too
-# of what the safe loader makes; not dates, bytes and sets, which no setting is
-MADE = ("null", "bool", "str", "seq", "map")
+DIGITS = re.compile(r"[-+0-9a-fA-FxX_.:]+\Z")  # all numbers of YAML 1.1, also those in base 60
+# the safe loader's types, without dates, bytes and sets, which no setting has
+TYPES = ("null", "bool", "str", "seq", "map")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class YamlError(TextError):
-    """Not yaml, or more of it than settings need."""
+    """The text is not yaml, or exceeds a limit."""
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with numbers as in YAML 1.2, bounded, and without dates, bytes and sets."""
+    """The safe loader, with the numbers of YAML 1.2 within limits, and without dates, bytes and sets."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader`, and any loader of YAML 1.1, reads back: the texts 12e45 and 1:30 in quotes."""
+    """Writes yaml that `_Loader` and loaders of YAML 1.1 read alike: the texts 12e45 and 1:30 are in quotes."""
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -65,7 +65,7 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
         raise _wrong(node, Bilingual("is not a whole number", "不是整数"))
     number = int(text.replace("_", ""), 0) if len(text) <= LONGEST_NUMBER else MAX_NUMBER
     if abs(number) >= MAX_NUMBER:
-        raise _wrong(node, Bilingual("is larger than any setting: at most 64 bits", "超过任何配置项的范围：最多 64 位"))
+        raise _wrong(node, Bilingual("is too large: at most 64 bits", "过大：最多 64 位"))
     return number
 
 
@@ -80,7 +80,7 @@ def _decimal_number(loader: _Loader, node: yaml.ScalarNode) -> float:
         return float(int(plain, 0))
     number = float(plain.lstrip(".") if plain.lower() == ".nan" else plain.replace(".i", "i").replace(".I", "I"))
     if math.isinf(number) and "inf" not in plain.lower():
-        raise _wrong(node, Bilingual("is beyond the range of numbers", "超出数的范围"))
+        raise _wrong(node, Bilingual("is out of range", "超出数的范围"))
     return number
 
 
@@ -103,12 +103,12 @@ def _shown(value: str) -> str:
 
 
 _Loader.yaml_constructors = {
-    tag: made
-    for tag, made in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or tag.rpartition(":")[2] in MADE
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in TYPES
 }
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in (*MADE, "merge")]
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in (*TYPES, "merge")]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern, _make in ((INT, WHOLE, _whole_number), (FLOAT, DECIMAL, _decimal_number)):
@@ -118,7 +118,7 @@ for _tag, _pattern, _make in ((INT, WHOLE, _whole_number), (FLOAT, DECIMAL, _dec
 
 
 def read_text(path: Path) -> str:
-    """The text of a settings file: UTF-8, with a byte order mark or without, or UTF-16 with one, as Windows writes it.
+    """The text of a settings file: UTF-8, with or without a byte order mark, or UTF-16 with one, as Windows writes it.
 
     Raises:
         YamlError: It is in another encoding.
@@ -133,11 +133,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise YamlError(
-            Bilingual(
-                "it is not UTF-8, in which settings are written: save it as UTF-8",
-                "不是 UTF-8 编码，而配置文件须为 UTF-8：请另存为 UTF-8",
-            ),
-            line,
+            Bilingual("it is not UTF-8: save it as UTF-8", "不是 UTF-8 编码：请另存为 UTF-8"), line
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -146,7 +142,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a yaml file.
 
     Raises:
-        ConfigError: The file is missing, is not yaml, goes beyond what settings need, or is not a mapping.
+        ConfigError: The file is missing, is not yaml, exceeds a limit, or is not a mapping.
     """
     try:
         values = parse_yaml(read_text(path))
@@ -182,12 +178,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a yaml text, by yaml's safe loader.
+def parse_yaml(text: str) -> object:
+    """The value of a yaml text.
 
     Raises:
-        YamlError: It is not yaml, too long, too deep, or too large when its references are expanded; a number has too
-            many digits, or a mapping has a name twice.
+        YamlError: It is not yaml; it is too long, too deep, or too large when its aliases are expanded; a number has
+            too many digits; or a mapping has a name twice.
     """
     if len(text) > MAX_CHARACTERS:
         raise YamlError(Bilingual(f"it has more than {MAX_CHARACTERS:,} characters", f"超过 {MAX_CHARACTERS:,} 个字符"))
@@ -201,25 +197,26 @@ def parse_yaml(text: str) -> Any:
             problem = together(
                 problem,
                 Bilingual(
-                    " (in double quotes a backslash begins an escape: write a Windows path in single quotes)",
+                    " (in double quotes a backslash starts an escape: write a Windows path in single quotes)",
                     "（双引号中反斜杠表示转义：Windows 路径请用单引号）",
                 ),
             )
         elif "cannot start any token" in problem and "\t" in problem:
-            problem = Bilingual("a tab, where yaml wants blanks", "有制表符，而 yaml 要用空格")
+            problem = Bilingual("there is a tab: yaml needs blanks", "有制表符：yaml 须用空格")
         raise YamlError(problem, mark.line + 1 if mark else None) from None
     except YamlError:
         raise
-    except Exception as error:  # the loader raises whatever its conversions do: of `!!int x`, or of a 13th month
+    except Exception as error:  # the loader's conversions raise various errors, such as for `!!int x` or a 13th month
         why = shortened(first_line(error, kind=True), 200)
         raise YamlError(Bilingual(f"a value cannot be read: {why}", f"有一个值无法读取：{why}")) from None
 
 
 def check_yaml(text: str) -> None:
-    """Refuses what would take another program's loader, of YAML 1.1, much time or memory.
+    """Refuses yaml that would take another program's loader, of YAML 1.1, much time or memory.
 
     Raises:
-        YamlError: It is not yaml, too long, too deep, unfolds to too much, or holds a number of too many digits.
+        YamlError: It is not yaml; it is too long, too deep, or too large when its aliases are expanded; or a number has
+            too many digits.
     """
     if len(text) > MAX_CHARACTERS:
         raise YamlError(Bilingual(f"it has more than {MAX_CHARACTERS:,} characters", f"超过 {MAX_CHARACTERS:,} 个字符"))
@@ -233,18 +230,18 @@ def check_yaml(text: str) -> None:
 
 
 def dump_yaml(values: object) -> str:
-    """A yaml text, in the values' own order, that `parse_yaml` reads as the same values, but for their secrets."""
+    """A yaml text of values, in their order. `parse_yaml` reads the same values; secrets are redacted."""
     return yaml.dump(redacted(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass
 class _Open:
-    """A collection whose end is not seen yet.
+    """A collection that has not ended.
 
     Attributes:
-        size: Values so far, aliases written out.
-        names: Of a mapping, so far; None of a list.
-        named: A name was the last that was seen, so that its value comes next.
+        size: Number of values so far, aliases expanded.
+        names: A mapping's names so far; None for a list.
+        named: The last value was a name; the next one is its value.
     """
 
     anchor: str | None
@@ -254,13 +251,13 @@ class _Open:
 
 
 def _measure(text: str, most_values: int = MAX_VALUES) -> None:
-    """Refuses what the loader would choke on, or lose; looks at events, which are small whatever they unfold to."""
-    whole: dict[str, int] = {}  # values under an anchor, aliases unfolded
+    """Refuses yaml that the loader cannot handle or would lose; reads its events, which do not expand aliases."""
+    sizes: dict[str, int] = {}  # by anchor: number of values, aliases expanded
     stack: list[_Open] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
         if stack and isinstance(event, yaml.NodeEvent):
-            _see_name(stack[-1], event, line)
+            _check_name(stack[-1], event, line)
         if isinstance(event, yaml.CollectionStartEvent):
             stack.append(_Open(event.anchor, names=set() if isinstance(event, yaml.MappingStartEvent) else None))
             if len(stack) > MAX_DEPTH:
@@ -270,42 +267,42 @@ def _measure(text: str, most_values: int = MAX_VALUES) -> None:
             closed = stack.pop()
             anchor, size = closed.anchor, closed.size
         elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in whole:
+            if event.anchor not in sizes:
                 raise YamlError(
                     Bilingual(
-                        f"*{event.anchor} stands inside of what it names, or before it",
+                        f"*{event.anchor} is used inside of its own value, or before it",
                         f"*{event.anchor} 位于它所指的内容之中或之前",
                     ),
                     line,
                 )
-            anchor, size = None, whole[event.anchor]
+            anchor, size = None, sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 1
         else:
             continue
         if anchor is not None:
-            whole[anchor] = size
+            sizes[anchor] = size
         if stack:
             stack[-1].size += size
             size = stack[-1].size
         if size > most_values:
             raise YamlError(
                 Bilingual(
-                    f"more than {most_values:,} values, aliases written out", f"展开别名后超过 {most_values:,} 个值"
+                    f"more than {most_values:,} values, aliases expanded", f"展开别名后超过 {most_values:,} 个值"
                 ),
                 line,
             )
 
 
-def _see_name(inside: _Open, event: yaml.NodeEvent, line: int) -> None:
-    """In a mapping every second value is a name: a text that stands there once."""
+def _check_name(inside: _Open, event: yaml.NodeEvent, line: int) -> None:
+    """Checks the names of a mapping, which are every second value: a name is a text, and occurs once."""
     if inside.names is None:
         return
     inside.named = not inside.named
     if not inside.named:
         return
     if not isinstance(event, yaml.ScalarEvent):
-        raise YamlError(Bilingual("a name in front of a colon must be a text", "冒号前的名称必须是文本"), line)
+        raise YamlError(Bilingual("a name before a colon must be a text", "冒号前的名称必须是文本"), line)
     if event.value in inside.names:
         raise YamlError(
             Bilingual(

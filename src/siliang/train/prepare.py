@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from siliang.capabilities import why_missing
 from siliang.check import CheckInput, find, gather_input, stop_on_errors
@@ -227,11 +227,11 @@ def _plan(
 
 def _load(
     base: Base, config: RunConfig, method: Method, precision: Choice, data: PreparedData, device: torch.device
-) -> nn.Module:
+) -> PreTrainedModel:
     """The base model. What is saved later names it by its absolute path."""
     absolute_config = config.model_copy(update={"model": absolute(config.model)})
     dtype = weight_dtype(method, precision)
-    model: nn.Module = base(absolute_config, data.examples.labels, data.tokenizer, dtype=dtype, device=device)
+    model: PreTrainedModel = base(absolute_config, data.examples.labels, data.tokenizer, dtype=dtype, device=device)
     return model
 
 

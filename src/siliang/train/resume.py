@@ -169,8 +169,7 @@ def _check_files(
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ModelError(
             Bilingual(
-                f"The base model of {folder} is not there any more: {model}. Name its place with --model "
-                "FOLDER_OR_NAME.",
+                f"The base model of {folder} is missing: {model}. Give its present place with --model FOLDER_OR_NAME.",
                 f"{folder} 的基座模型已不在原处：{model}。请用 --model 指明它的文件夹或名称。",
             )
         )

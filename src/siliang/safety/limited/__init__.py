@@ -1,1 +1,1 @@
-"""What runs in the process under limits (limits.py): others' chat templates, tokenizers' rules and patterns."""
+"""The code of the limited process (limits.py): untrusted chat templates, tokenizer rules and patterns."""

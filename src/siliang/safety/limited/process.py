@@ -1,7 +1,7 @@
-"""The program of the process that runs what strangers have written, under limits of the system. See limits.py.
+"""The program of the process that runs untrusted input under limits of the operating system. See limits.py.
 
-It imports the standard library, Jinja, `tokenizers` and this folder. So it starts in a tenth of a
-second and holds nothing of the process that asks: no model, no data, no tokens in its environment.
+It imports the standard library, Jinja, `tokenizers` and this folder. So it starts in a tenth of a second, and holds
+nothing of the calling process: no model, no data, no tokens in its environment.
 
 It reads requests from its standard input and writes an answer to each: the length in 4 bytes, then JSON. An answer is
 ["result", value], ["error", message] or ["limit", message].
@@ -17,28 +17,29 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-if __name__ == "__main__":  # Python was started without a path: -I
+if __name__ == "__main__":  # the option -I starts Python without a path
     sys.path[:] = [path for path in sys.argv[1:] if Path(path).is_absolute()]
 
 from siliang.safety.limited.refused import LimitError, error_line
 from siliang.safety.limited.templates import compiled_template, render
 from siliang.safety.limited.tokenizer_rules import check_tokenizer_rules
 
-EXTRA_BYTES = 900 * 2**20  # of address space, beyond what the process has when it begins
+EXTRA_BYTES = 900 * 2**20  # of address space, beyond that at the start of the process
+
+Groups = tuple[str | None, ...]
 
 
-def match(patterns: list[str], texts: list[str], whole: bool) -> list[list[bool] | str]:
-    """For each pattern a text, why it is none; or a list with, for each text, its groups, None without a match.
+def match(patterns: list[str], texts: list[str], whole: bool) -> list[list[Groups | None] | str]:
+    """For each pattern: the groups of each text, None without a match; or why it is not a pattern.
 
     Args:
-        whole: It must match the whole text, not its beginning alone.
+        whole: The pattern must match the whole text, not only its beginning.
     """
     return [_match(pattern, texts, whole) for pattern in patterns]
 
 
-def _match(pattern: str, texts: list[str], whole: bool) -> Any:
+def _match(pattern: str, texts: list[str], whole: bool) -> list[Groups | None] | str:
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -56,7 +57,7 @@ def _limit_the_process() -> None:
     if pages:  # Linux
         wanted = int(pages[0]) * os.sysconf("SC_PAGESIZE") + EXTRA_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (wanted, wanted))
-    # no file is opened or written, no process started, whatever gets out of Jinja's sandbox
+    # no file can be opened or written and no process started, even by code that escapes Jinja's sandbox
     for name in ("RLIMIT_CORE", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_NPROC"):
         if (number := getattr(resource, name, None)) is not None:
             resource.setrlimit(number, (0, 0))
@@ -72,7 +73,7 @@ def _limit_the_time(seconds: float) -> None:
 
 
 def _preload() -> None:
-    """What is imported before no file can be opened any more, also what Jinja would import when it is needed."""
+    """Imports all modules, also those that Jinja imports on demand; later no file can be opened."""
     time.localtime()
     import pprint  # noqa: F401
     import textwrap  # noqa: F401
@@ -90,7 +91,7 @@ def _read(length: int) -> bytes:
     while len(parts) < length:
         part = os.read(0, length - len(parts))
         if not part:
-            os._exit(0)  # whoever asked is gone
+            os._exit(0)  # the calling process is gone
         parts += part
     return bytes(parts)
 
@@ -105,7 +106,7 @@ def _write(answer: object) -> None:
 def main() -> None:
     _preload()
     _limit_the_process()
-    functions = {"render": partial(render, kept={}), "match": match, "check_tokenizer_rules": check_tokenizer_rules}
+    functions = {"render": partial(render, cache={}), "match": match, "check_tokenizer_rules": check_tokenizer_rules}
     _write(["result", None])
     while True:
         name, seconds, arguments = json.loads(_read(int.from_bytes(_read(4), "big")).decode("utf-8", "surrogatepass"))
@@ -115,12 +116,12 @@ def main() -> None:
         except LimitError as error:
             answer = ["limit", str(error)]
         except MemoryError:
-            answer = ["limit", f"it wants more than {EXTRA_BYTES // 2**20} MiB of memory"]
-        except BaseException as error:  # tokenizers has one that is not an Exception
+            answer = ["limit", f"it needs more than {EXTRA_BYTES // 2**20} MiB of memory"]
+        except BaseException as error:  # an error of tokenizers is not an Exception
             answer = ["error", error_line(error)]
         _write(answer)
         if answer[0] == "limit":
-            os._exit(0)  # what is left in the memory goes with the process
+            os._exit(0)  # which frees the memory
 
 
 if __name__ == "__main__":

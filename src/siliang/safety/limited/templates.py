@@ -1,83 +1,85 @@
-"""Chat templates, rendered in the sandbox that transformers makes for them."""
+"""Renders chat templates in a sandbox like that of transformers."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from siliang.safety.limited.refused import LimitError, error_line
 
-KEPT_TEMPLATES = 16
-MOST_CHARACTERS = 2**20  # that a template writes beyond GROWTH times what it reads
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+    from jinja2.parser import Parser
+
+CACHED_TEMPLATES = 16
+MOST_CHARACTERS = 2**20  # of output, beyond GROWTH times the characters of the input
 GROWTH = 16
+
+Message = dict[str, object]
+Spans = list[tuple[int, int]]  # (first character, the one after the last) of each answer
 
 
 def render(
     key: str,
     template: str | None,
-    names: dict[str, Any],
-    jobs: list[tuple[list[Any], object, bool, bool]],
+    names: dict[str, object],
+    jobs: list[tuple[list[Message], object, bool, bool]],
     *,
-    kept: dict[str, Any],
-) -> list[Any] | None:
+    cache: dict[str, tuple[Template, int]],
+) -> list[tuple[str, Spans] | str] | None:
     """Texts of a chat template, as `transformers.utils.chat_template_utils.render_jinja_template` writes them.
 
     Args:
-        key: Names the template in later requests.
-        template: Its text; None where it may be kept from a request before.
-        names: What it knows beside the messages: special tokens.
+        key: Identifies the template in later requests.
+        template: Its text; None for a template of an earlier request.
+        names: The template's variables besides the messages: special tokens.
         jobs: (messages, tools, whether to end with a generation prompt, whether to mark answers) of each text.
-        kept: The compiled templates.
+        cache: Compiled templates and the lengths of their texts.
 
     Returns:
-        For each job [text, spans], or a text: why the template refuses it. None where the template is not given, and
-        is none of those that are kept.
+        For each job (text, spans), or the reason for which the template refuses it. None if the template is neither
+        given nor in the cache.
     """
     if template is not None:
-        while len(kept) >= KEPT_TEMPLATES:
-            kept.pop(next(iter(kept)))
-        kept[key] = (compiled_template(template), len(template))
-    elif key not in kept:
+        while len(cache) >= CACHED_TEMPLATES:
+            cache.pop(next(iter(cache)))
+        cache[key] = (compiled_template(template), len(template))
+    elif key not in cache:
         return None
-    compiled, length = kept[key]
-    out: list[Any] = []
+    compiled, length = cache[key]
+    out: list[tuple[str, Spans] | str] = []
     for messages, tools, prompt, marked in jobs:
         most = MOST_CHARACTERS + GROWTH * (length + len(json.dumps([messages, tools])))
         settings = {"messages": _aliased(messages), "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
-            out.append(_written(compiled, {**settings, **names}, marked, most))
+            out.append(_generated(compiled, {**settings, **names}, marked, most))
         except (LimitError, MemoryError):
             raise
-        except Exception as error:  # Jinja's kinds, Python's, and the template's own raise_exception
+        except Exception as error:  # of Jinja, of Python, or from the template's raise_exception
             out.append(error_line(error))
     return out
 
 
-def _written(compiled: Any, values: Mapping[str, object], marked: bool, most: int) -> list[Any]:
+def _generated(compiled: Template, values: Mapping[str, object], marked: bool, most: int) -> tuple[str, Spans]:
     blocks: list[str] = []
-    spans: list[tuple[int, int]] = []
+    spans: Spans = []
     length = 0
-    tracker = compiled.environment.activate_tracker(blocks, spans) if marked else _nothing()
-    with tracker:
+    activate = compiled.environment.activate_tracker  # pyright: ignore[reportAttributeAccessIssue] (added by Tracker)
+    with activate(blocks, spans) if marked else nullcontext():
         for block in compiled.generate(**values):
             blocks.append(block)
             length += len(block)
             if length > most:
                 raise LimitError(f"it writes more than {most:,} characters")
-    return ["".join(blocks), spans]
+    return "".join(blocks), spans
 
 
-@contextmanager
-def _nothing() -> Any:
-    yield
-
-
-def _aliased(messages: list[Any]) -> list[Any]:
-    """An answer's reasoning stands under each of the names that templates know."""
-    out = []
+def _aliased(messages: list[Message]) -> list[Message]:
+    """The messages, with an answer's reasoning under each of the names that templates use."""
+    out: list[Message] = []
     for message in messages:
         names = ("reasoning_content", "thinking", "reasoning")
         reasoning = next((message[name] for name in names if message.get(name) is not None), None)
@@ -85,31 +87,31 @@ def _aliased(messages: list[Any]) -> list[Any]:
     return out
 
 
-def compiled_template(text: str) -> Any:
-    """The template in the sandbox that transformers makes for it; a test compares the two."""
+def compiled_template(text: str) -> Template:
+    """The template in a sandbox like that of transformers; a test compares the two."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Tracker(Extension):
-        """{% generation %}: remembers where answers stand in the text."""
+        """{% generation %}: records the positions of answers in the text."""
 
         tags = {"generation"}  # noqa: RUF012
 
-        def __init__(self, environment: Any) -> None:
+        def __init__(self, environment: Environment) -> None:
             super().__init__(environment)
             environment.extend(activate_tracker=self.activate)
             self._blocks: list[str] | None = None
-            self._spans: list[tuple[int, int]] = []
+            self._spans: Spans = []
 
-        def parse(self, parser: Any) -> Any:
+        def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.CallBlock(self.call_method("_generation_support"), [], [], body).set_lineno(line)
 
         @jinja2.pass_eval_context
-        def _generation_support(self, context: Any, caller: Any) -> str:
+        def _generation_support(self, context: object, caller: Callable[[], str]) -> str:
             text = caller()
             if self._blocks is not None:
                 start = len("".join(self._blocks))
@@ -117,7 +119,7 @@ def compiled_template(text: str) -> Any:
             return text
 
         @contextmanager
-        def activate(self, blocks: list[str], spans: list[tuple[int, int]]) -> Any:
+        def activate(self, blocks: list[str], spans: Spans) -> Iterator[None]:
             self._blocks, self._spans = blocks, spans
             try:
                 yield
@@ -125,14 +127,14 @@ def compiled_template(text: str) -> Any:
                 self._blocks = None
 
     class Dict:
-        def __call__(self, *args: object, **kwargs: object) -> Any:
+        def __call__(self, *args: object, **kwargs: object) -> dict[str, object]:
             return dict(*args, **kwargs)
 
-        def fromkeys(self, *args: Any, **kwargs: Any) -> Any:
-            return dict.fromkeys(*args, **kwargs)
+        def fromkeys(self, keys: Iterable[object], value: object = None, /) -> dict[object, object]:
+            return dict.fromkeys(keys, value)
 
     class Namespace(jinja2.utils.Namespace):
-        """Takes no name that leads to Python's insides."""
+        """A namespace without names that begin with an underscore, which lead to Python's internals."""
 
         def __init__(*args: object, **kwargs: object) -> None:
             self, args = args[0], args[1:]
@@ -149,7 +151,7 @@ def compiled_template(text: str) -> Any:
         if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}, which begins with an underscore")
 
-    def raise_exception(message: Any) -> None:
+    def raise_exception(message: str | None) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
     def tojson(

@@ -1,17 +1,17 @@
-"""What is wrong with the rules of a tokenizer's file."""
+"""Checks the rules of a tokenizer's file."""
 
 from __future__ import annotations
 
 import base64
 import json
-from typing import Any
+from collections.abc import Iterator
 
 from siliang.safety.limited.refused import LimitError
 
-MOST_GROWTH = 32  # characters that are made of one: Unicode's own forms make 18
+MOST_GROWTH = 32  # characters made from one: Unicode's normal forms make up to 18
 MOST_PADDING = 2**20
 MOST_ADDED = 100_000
-MOST_NUMBER = 2**24  # of a token: the library makes a list of all numbers up to the largest
+MOST_NUMBER = 2**24  # largest id of a token: the library makes a list of all ids up to the largest
 MOST_RULES = 100  # known tokenizers have a dozen
 MOST_PATTERN = 20_000  # characters
 PROBES = tuple(
@@ -24,10 +24,10 @@ PROBES = tuple(
 
 
 def check_tokenizer_rules(text: str) -> str | None:
-    """Why a tokenizer.json cannot be used; None where nothing is wrong with it.
+    """Why a tokenizer.json cannot be used; None if it can.
 
-    Its rules for text are counted, and tried on some text with a vocabulary of one word: what they do to a text, and
-    their regular expressions, is all that a small file can do harm with.
+    Counts its rules, and tries them on some texts with a vocabulary of one word. Only the rules and their regular
+    expressions let a small file do harm.
     """
     values = json.loads(text)
     if not isinstance(values, dict):
@@ -42,15 +42,15 @@ def check_tokenizer_rules(text: str) -> str | None:
         return f"its rules make {growth:,.0f} characters of one"
     padding = values.get("padding")
     if isinstance(padding, dict) and any(n > MOST_PADDING for n in _numbers([padding])):
-        return f"it fills up texts to more than {MOST_PADDING:,} tokens"
+        return f"it pads texts to more than {MOST_PADDING:,} tokens"
     if len(values.get("added_tokens") or ()) > MOST_ADDED:
         return f"it adds more than {MOST_ADDED:,} tokens"
     if (largest := _largest_number(values)) > MOST_NUMBER:
-        return f"it gives a token the number {largest:,}: at most {MOST_NUMBER:,} are allowed"
-    return _tried(values)
+        return f"it gives a token the id {largest:,}: at most {MOST_NUMBER:,} is allowed"
+    return _try_rules(values)
 
 
-def _tried(values: dict[str, Any]) -> str | None:
+def _try_rules(values: dict[str, object]) -> str | None:
     from tokenizers import Tokenizer
 
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
@@ -60,15 +60,15 @@ def _tried(values: dict[str, Any]) -> str | None:
     for probe in (*PROBES, every):
         if bare.normalizer is not None and len(bare.normalizer.normalize_str(probe)) > MOST_GROWTH * len(probe) + 100:
             return f"its normalizer makes more than {MOST_GROWTH} characters of one"
-        found = bare.encode(probe)
-        if len(found.ids) > MOST_GROWTH * len(probe) + 100:
-            return f"it makes more than {MOST_GROWTH} pieces of a character"
-        bare.decode(found.ids)
+        ids = bare.encode(probe).ids
+        if len(ids) > MOST_GROWTH * len(probe) + 100:
+            return f"it makes more than {MOST_GROWTH} tokens of a character"
+        bare.decode(ids)
     return None
 
 
-def _rules(value: Any) -> Any:
-    """Every rule in a tokenizer's parts, one in a sequence of others too."""
+def _rules(value: object) -> Iterator[dict[str, object]]:
+    """The rules in a tokenizer's parts, with those within sequences of rules."""
     stack, seen = [value], 0
     while stack:
         value = stack.pop()
@@ -82,9 +82,9 @@ def _rules(value: Any) -> Any:
             stack += [v for v in value if isinstance(v, dict | list)]
 
 
-def _growth(rule: dict[str, Any]) -> float:
-    """How many characters, or tokens, a rule can make of one."""
-    if rule.get("type") == "TemplateProcessing":  # it may write a text more than once
+def _growth(rule: dict[str, object]) -> float:
+    """The most characters, or tokens, that a rule can make of one."""
+    if rule.get("type") == "TemplateProcessing":  # it may repeat a text
         parts = [part for name in ("single", "pair") if isinstance(part := rule.get(name), list)]
         texts = [[json.dumps(piece.get("Sequence")) for piece in part if isinstance(piece, dict)] for part in parts]
         return float(max((part.count(text) for part in texts for text in part if text != "null"), default=1))
@@ -97,34 +97,35 @@ def _growth(rule: dict[str, Any]) -> float:
     return 1.0 + len(content)  # an expression may match between any two characters
 
 
-def _too_much(rule: dict[str, Any]) -> str | None:
+def _too_much(rule: dict[str, object]) -> str | None:
     if any(isinstance(v, str) and len(v) > MOST_PATTERN for k, v in rule.items() if k != "precompiled_charsmap"):
         return f"a rule has more than {MOST_PATTERN:,} characters"
-    if isinstance(rule.get("ids"), list) and len(rule["ids"]) > 100:
-        return "it puts more than 100 tokens at a place"
-    if isinstance(rule.get("single"), list) and max(len(rule["single"]), len(rule.get("pair") or ())) > 100:
-        return "it puts more than 100 tokens around a text"
+    ids, single, pair = rule.get("ids"), rule.get("single"), rule.get("pair")
+    if isinstance(ids, list) and len(ids) > 100:
+        return "it adds more than 100 tokens at one position"
+    if isinstance(single, list) and max(len(single), len(pair) if isinstance(pair, list | dict | str) else 0) > 100:
+        return "it adds more than 100 tokens around a text"
     charsmap = rule.get("precompiled_charsmap")
     if isinstance(charsmap, str):
         data = base64.b64decode(charsmap)
         forms = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
         if max(map(len, forms), default=0) > 100:
-            return "its table of characters holds more than 100 bytes for one"
+            return "its table of characters has an entry of more than 100 bytes"
     return None
 
 
-def _largest_number(values: dict[str, Any]) -> int:
-    """The largest number that a tokenizer gives to a token."""
+def _largest_number(values: dict[str, object]) -> int:
+    """The largest id of a token."""
     model, added = values.get("model"), values.get("added_tokens")
     words = model.get("vocab") if isinstance(model, dict) else None
-    numbers = [*words.values()] if isinstance(words, dict) else []  # of a list the places are the numbers
-    numbers += [token.get("id") for token in added or () if isinstance(token, dict)]
+    numbers = [*words.values()] if isinstance(words, dict) else []  # in a list, ids are positions
+    numbers += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     return max((n for n in numbers if type(n) is int), default=0)
 
 
-def _numbers(values: list[Any]) -> Any:
+def _numbers(values: list[object]) -> Iterator[int | float]:
     for value in values:
         if isinstance(value, dict):
             yield from _numbers(list(value.values()))
-        elif type(value) in (int, float):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             yield value
