@@ -166,7 +166,7 @@ def test_the_text_is_that_of_transformers(name: str, talk: int) -> None:
 def test_what_a_template_refuses_is_its_own_affair() -> None:
     template = "{% if messages[0].content == 'no' %}{{ raise_exception('not so') }}{% endif %}yes"
     jobs = [(messages_of([("user", text)]), None, False, False) for text in ("a", "no", "b")]
-    assert limits.render(template, {}, jobs) == [["yes", []], "not so", ["yes", []]]
+    assert limits.render(template, {}, jobs) == [("yes", []), "not so", ("yes", [])]
     with pytest.raises(RefusedError, match="Expected an expression"):
         limits.render("{% if %}", {}, jobs)
 
@@ -245,7 +245,7 @@ def test_more_templates_than_the_process_keeps() -> None:
     job = ([{"role": "user", "content": "a"}], None, False, False)
     for _ in range(2):
         for i in range(CACHED_TEMPLATES + 2):
-            assert limits.render(f"text {i}", {}, [job]) == [[f"text {i}", []]]
+            assert limits.render(f"text {i}", {}, [job]) == [(f"text {i}", [])]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -257,7 +257,7 @@ limits.match(["(a)"], ["a"], whole=True)
 first = limits._PROCESS._process.pid
 child = os.fork()
 if not child:
-    assert limits.match(["(a)"], ["a"], whole=True) == [[["a"]]]
+    assert limits.match(["(a)"], ["a"], whole=True) == [[("a",)]]
     os._exit(0 if limits._PROCESS._process.pid != first else 3)
 assert os.waitpid(child, 0)[1] == 0
 assert limits.match(["(b)"], ["a"], whole=True) == [[None]] and limits._PROCESS._process.pid == first
