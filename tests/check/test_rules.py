@@ -178,7 +178,7 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
     "SL034": ("'one'", lambda c: c([{"text": "one " * n} for n in range(1, 40)])),
     "SL036": ("the column 'title' holds running text", lambda c: c(titled(REVIEWS), task="seq_cls", model="bert")),
     "SL037": (
-        "the column 'split' says 'test', 'train'",
+        "the column 'split' has the values 'test', 'train'",
         lambda c: c(
             [r | {"split": "train" if i % 3 else "test"} for i, r in enumerate(REVIEWS)], task="seq_cls", model="bert"
         ),
@@ -202,7 +202,7 @@ def test_the_trap_is_found(code: str, case: Case) -> None:
     ("rows", "task", "fix"),
     [
         (titled(REVIEWS), "seq_cls", "data.columns.text_pair=title reads both"),
-        (titled(CLEAN), "causal_lm", "data.columns.input=title or data.columns.system=title puts"),
+        (titled(CLEAN), "causal_lm", "data.columns.input=title or data.columns.system=title adds"),
     ],
 )
 def test_a_column_of_text_is_named_with_its_setting(rows: Any, task: str, fix: str, case: Case) -> None:
