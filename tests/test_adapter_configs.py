@@ -134,6 +134,8 @@ WRONG = [
     ("miss", {"r": 0}, "r = 0: must be at least 1."),
     ("miss", {"miss_dropout": 1.0}, "miss_dropout = 1.0: must be at least 0 and less than 1."),
     ("miss", {"init_weights": "bats"}, "init_weights = 'bats': must be true or false or 'bat' or 'mini'."),
+    ("hira", {"init_weights": "gauss"}, "init_weights = 'gauss': must be true or false or 'gaussian'."),
+    ("hira", {"rank_pattern": {"q_proj": 0}}, "rank_pattern: 'q_proj' = 0: must be 1 to"),
     ("ia3", {"init_ia3_weights": 0}, "init_ia3_weights = 0: must be true or false."),
     ("prompt_tuning", {"num_virtual_tokens": 2.5}, "num_virtual_tokens = 2.5: must be a whole number."),
     ("prompt_tuning", {"prompt_tuning_init": "TXT"}, "must be one of RANDOM, TEXT, SAMPLE_VOCAB. Did you mean 'TEXT'?"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from siliang.methods.bitfit import BitFitConfig
     from siliang.methods.config import PeftConfig
     from siliang.methods.head import HeadConfig
+    from siliang.methods.hira import HiraConfig
     from siliang.methods.ia3 import IA3Config
     from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.loha import LoHaConfig
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BitFitConfig": "siliang.methods.bitfit",
     "HeadConfig": "siliang.methods.head",
+    "HiraConfig": "siliang.methods.hira",
     "IA3Config": "siliang.methods.ia3",
     "LNTuningConfig": "siliang.methods.ln_tuning",
     "LoHaConfig": "siliang.methods.loha",
@@ -81,6 +83,7 @@ _HOME = {
 __all__ = [
     "BitFitConfig",
     "HeadConfig",
+    "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",

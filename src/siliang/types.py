@@ -29,6 +29,7 @@ class PeftType(StrEnum):
     OFT = "OFT"
     MISS = "MISS"
     VERA = "VERA"
+    HIRA = "HIRA"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

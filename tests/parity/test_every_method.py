@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "miss-bat": ("MissConfig", {"init_weights": "bat", "r": 8}),
     "vera": ("VeraConfig", {"init_weights": False, "r": 6}),
     "vera-seed": ("VeraConfig", {"r": 6, "d_initial": 0.3, "save_projection": False, "projection_prng_key": 7}),
+    "hira": ("HiraConfig", {"init_weights": False, "r": 4}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),

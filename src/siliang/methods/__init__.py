@@ -9,6 +9,7 @@ from siliang.methods.bitfit import BitFit, BitFitConfig
 from siliang.methods.config import CONFIG_CLASSES, PeftConfig, config_class
 from siliang.methods.full import Full
 from siliang.methods.head import Head, HeadConfig
+from siliang.methods.hira import Hira, HiraConfig
 from siliang.methods.ia3 import IA3, IA3Config
 from siliang.methods.ln_tuning import LNTuning, LNTuningConfig
 from siliang.methods.loha import LoHa, LoHaConfig
@@ -32,6 +33,7 @@ METHODS: dict[str, AnyMethod] = {
         OFT(),
         Miss(),
         Vera(),
+        Hira(),
         IA3(),
         LNTuning(),
         BitFit(),
@@ -97,6 +99,7 @@ __all__ = [
     "METHODS",
     "BitFitConfig",
     "HeadConfig",
+    "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siliang.methods.layer import BaseForward, LayerAdapter
-from siliang.models.introspect import apply_weight, as_stored, is_linear
+from siliang.models.introspect import apply_weight, as_stored, is_linear, out_by_in
 from siliang.models.quantized import float_weight, is_quantized
 
 
@@ -52,6 +52,11 @@ class Additive(LayerAdapter):
         base = self.layer.base_layer
         W = float_weight(base)
         return {"weight": as_stored(base, W.to(torch.promote_types(W.dtype, torch.float32)) + self.delta())}
+
+    def own_weight(self) -> Tensor:
+        """W as the base model has it, (O, I), or as a convolution has it: without the adapters that are merged."""
+        base = self.layer.base_layer
+        return float_weight(base) if is_quantized(base) else out_by_in(base, self.layer.base_parameter("weight"))
 
     @property
     def _forms_delta(self) -> bool:

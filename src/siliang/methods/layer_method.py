@@ -150,3 +150,20 @@ def check_divides(key: str, value: int, size: int, side: Literal["inputs", "outp
                 f"{key} = {value}：须整除每层的{SIDES_ZH[side]}数，而有一层为 {size}。请另选数值或 target_modules。",
             )
         )
+
+
+def check_ranks(field: str, ranks: Mapping[str, int], *, most: int = LayerConfig.MOST) -> None:
+    """
+    Args:
+        field: A setting that holds ranks, or other sizes, by the layers' names.
+
+    Raises:
+        ConfigError: One is not a size.
+    """
+    if wrong := [(key, r) for key, r in ranks.items() if not 1 <= r <= most]:
+        key, r = wrong[0]
+        raise ConfigError(
+            Bilingual(
+                f"{field}: {key!r} = {r}: must be 1 to {most:,}.", f"{field}：{key!r} = {r}：须在 1 到 {most:,} 之间。"
+            )
+        )

@@ -10,19 +10,17 @@ Shapes: W (O, I), A1, A2 (O, R), B1, B2 (R, I); I in, O out, R = r.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
-from siliang.methods.layer import Layer, trained_dtype
+from siliang.methods.layer import Layer, kaiming, new_parameter
 from siliang.methods.layer_method import LayerMethod
 from siliang.methods.lycoris import LycorisAdapter, LycorisConfig
-from siliang.models.introspect import flat_features
+from siliang.models.introspect import flat_features, is_convolution, is_linear
 from siliang.ops.hadamard import low_rank_hadamard
 from siliang.types import PeftType
 
@@ -41,15 +39,10 @@ class LoHaLayer(LycorisAdapter):
     def __init__(self, config: LoHaConfig, layer: Layer, name: str) -> None:
         in_features, out_features = flat_features(layer.base_layer)
         shapes = {"a": (out_features, config.r), "b": (config.r, in_features)}
-        weight = layer.base_layer.weight
         parts: dict[str, nn.Module | nn.Parameter] = {}
         for key in ("w1_a", "w1_b", "w2_a", "w2_b"):
-            start = torch.empty(shapes[key[-1]], device=weight.device, dtype=trained_dtype(weight))
-            if key == "w2_b" and config.init_weights:
-                nn.init.zeros_(start)
-            else:
-                nn.init.kaiming_uniform_(start, a=math.sqrt(5))
-            parts[f"hada_{key}"] = nn.Parameter(start)
+            start = nn.init.zeros_ if key == "w2_b" and config.init_weights else kaiming
+            parts[f"hada_{key}"] = new_parameter(layer, *shapes[key[-1]], start=start)
         super().__init__(config, layer, name, parts)
 
     def delta(self) -> Tensor:
@@ -67,6 +60,9 @@ class LoHa(LayerMethod[LoHaConfig]):
     learning_rate_source = Bilingual("as LoRA, whose scaling it has; not measured yet", "同 LoRA（缩放相同）；尚未实测")
     trains = Bilingual("elementwise products of two low-rank updates", "两个低秩更新的逐元素乘积")
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+
+    def supports(self, layer: nn.Module) -> bool:
+        return is_linear(layer) or is_convolution(layer)
 
     def make(self, config: LoHaConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> LoHaLayer:
         return LoHaLayer(config, layer, name)

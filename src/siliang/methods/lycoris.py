@@ -9,11 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from siliang.language import Bilingual
 from siliang.methods.additive import Additive
 from siliang.methods.layer import BaseForward, Layer
-from siliang.methods.layer_method import BlocksConfig
-from siliang.types import ConfigError
+from siliang.methods.layer_method import BlocksConfig, check_ranks
 
 
 @dataclass(kw_only=True)
@@ -43,13 +41,7 @@ class LycorisConfig(BlocksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if low := [key for key, r in self.rank_pattern.items() if not 1 <= r <= self.MOST]:
-            raise ConfigError(
-                Bilingual(
-                    f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be 1 to {self.MOST:,}.",
-                    f"rank_pattern：{low[0]!r} = {self.rank_pattern[low[0]]}：须在 1 到 {self.MOST:,} 之间。",
-                )
-            )
+        check_ranks("rank_pattern", self.rank_pattern)
 
 
 class LycorisAdapter(Additive):
