@@ -13,6 +13,7 @@ from transformers import OPTConfig, OPTForCausalLM
 import siliang
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import StepCollator
+from siliang.engine.budget import AUTO_SHARE, MemoryBudget
 from siliang.engine.frozen import StateStore, disk_folder, find_frozen_layers
 from siliang.engine.step import Engine
 from siliang.models.introspect import layer_stack
@@ -135,7 +136,7 @@ def test_the_rows_go_to_a_disk_and_not_to_memory(monkeypatch: pytest.MonkeyPatch
     assert disk_folder() == tmp_path / "cache"
     of[str(tmp_path)] = "tmpfs"
     assert disk_folder() is None
-    assert StateStore.of_free().disk_bytes == 0
+    assert StateStore.within(MemoryBudget(make("llama"), "auto")).disk_bytes == 0
     del of[str(tmp_path)], of[str(tmp_path / "temporary")]
     assert disk_folder() == tmp_path / "temporary"
 
@@ -173,3 +174,29 @@ def test_nothing_is_cached_where_noise_is_added() -> None:
     assert engine.padding is not None and engine.padding.frozen is None
     assert engine.notes == ["the frozen layers are computed in every epoch: train.neftune_alpha adds noise"]
     engine.close()
+
+
+def test_the_cache_and_the_activations_draw_from_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cache has taken, or will take, is not promised to the activations too."""
+    free, taken = 10**9, 10**8
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr("psutil.Process.memory_info", lambda self: SimpleNamespace(rss=taken))
+    for limit, whole in (("auto", AUTO_SHARE * free), (6 * 10**8, 5.0 * 10**8), (None, AUTO_SHARE * free)):
+        model, task = model_and_task("llama")
+        (batch,) = StepCollator(PadCollator(0), task, 8)([{"input_ids": [5] * 10, "labels": [5] * 10}])["batches"]
+        rooms, held = {}, {}
+        for tokens in (0, 10, 40, None):
+            engine = Engine(model, task, keep_frozen=tokens != 0, frozen_tokens=tokens, memory_budget=limit)  # type: ignore[arg-type]
+            with engine.loss(model, batch) as loss:
+                loss.backward()
+            rooms[tokens] = engine.recompute._budget.for_activations()
+            assert engine.padding is not None
+            cache = engine.padding.frozen
+            held[tokens] = (cache.store.memory_bytes, cache.store.promised()) if cache else (0, 0)
+            engine.close()
+        row = 10 * 32 * 4
+        assert held[10] == (held[10][0], 0) and held[40][1] == 3 * row
+        assert held[None][1] == held[None][0] - row and held[None][0] < 0.25 * whole  # it may be all of its share
+        for tokens in (10, 40, None):
+            assert rooms[tokens] == pytest.approx(rooms[0] - held[tokens][1])
+        assert rooms[None] + held[None][0] <= whole

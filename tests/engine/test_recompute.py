@@ -10,6 +10,7 @@ from tiny import make
 import siliang
 from siliang.data.collate import PadCollator
 from siliang.engine.batches import Batch, StepCollator
+from siliang.engine.budget import MemoryBudget
 from siliang.engine.recompute import Recompute
 from siliang.engine.step import Engine
 from siliang.tasks import CAUSAL_LM
@@ -68,7 +69,7 @@ def test_as_many_as_need(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("room", "count"), [(1000, 0), (999, 2), (915, 3), (300, 9), (199, 10), (0, 10)])
 def test_how_many(room: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten layers of 100 bytes a token, whose inputs have 10; a layer that recomputes is whole again for a while."""
-    recompute = Recompute(torch.nn.Identity(), None)
+    recompute = Recompute(torch.nn.Identity(), MemoryBudget(torch.nn.Identity(), None))
     for name, value in (("bytes_per_token", [100.0] * 10), ("_boundary", 10.0), ("_room", room)):
         monkeypatch.setattr(recompute, name, value)
     assert recompute.needed(1) == count
@@ -77,7 +78,7 @@ def test_how_many(room: float, count: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_measured_is_what_autograd_keeps() -> None:
     """The bytes of a linear layer's saved tensors, told exactly: its input, which no other layer has kept."""
     model = make("llama").train().requires_grad_(False)
-    recompute = Recompute(model, "auto")
+    recompute = Recompute(model, MemoryBudget(model, "auto"))
     embeds = torch.randn(1, 16, 32, requires_grad=True)
     with recompute.chosen(16):
         model(inputs_embeds=embeds, use_cache=False).logits.sum().backward()

@@ -175,10 +175,10 @@ class TrainConfig(Section):
     null：不限。"""
     keep_frozen: bool = True
     """Where the lower layers are frozen (layers_to_transform) and have no dropout, their outputs for a row are computed
-    in the first epoch and cached, in up to a quarter of the free memory and then of the free disk.
+    in the first epoch and cached, in up to a quarter of what memory_budget leaves and then of the free disk.
 
-    较低的层冻结（layers_to_transform）且没有 dropout 时，第一轮算出它们对每条样本的输出并缓存，先用至多四分之一的空闲内
-    存，再用至多四分之一的空闲磁盘。"""
+    较低的层冻结（layers_to_transform）且没有 dropout 时，第一轮算出它们对每条样本的输出并缓存，先用 memory_budget 所
+    余内存的至多四分之一，再用至多四分之一的空闲磁盘。"""
     gradient_checkpointing: bool = False
     """All layers compute their activations again, needed or not: least memory, about a third more time.
 

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from siliang.data.cache import cache_folder
+from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import Undo, replace_forward
 from siliang.language import Bilingual, local
 from siliang.models.introspect import backbone
 
-MEMORY_SHARE = 0.25  # of the free memory that the cache takes before it continues in a file
 DISK_SHARE = 0.25  # of the free disk
 RANDOM = Bilingual("something random", "随机的部分")
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems in memory
@@ -131,25 +131,36 @@ class StateStore:
     """Hidden states by row: in memory up to a limit, then in a file that is removed with the process.
 
     Attributes:
+        tokens: Of all rows that will be kept; None where that is not known.
         refused: Rows that found no room.
         folder: Of the file; None for the folder of temporary files.
     """
 
     memory_bytes: int
     disk_bytes: int
+    tokens: int | None = None
     refused: int = 0
     folder: Path | None = None
     _held: dict[bytes, Tensor] = field(default_factory=dict)
     _places: dict[bytes, tuple[int, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     _used: int = 0
+    _token_bytes: float | None = None
     _written: int = 0
     _file: Any = None
 
     @classmethod
-    def of_free(cls) -> StateStore:
-        """With shares of the memory and the disk that are free now."""
-        memory, folder = int(MEMORY_SHARE * psutil.virtual_memory().available), disk_folder()
-        return cls(memory, int(DISK_SHARE * psutil.disk_usage(str(folder)).free) if folder else 0, folder=folder)
+    def within(cls, budget: MemoryBudget, tokens: int | None = None) -> StateStore:
+        """With its share of the budget and one of the free disk."""
+        folder = disk_folder()
+        disk = int(DISK_SHARE * psutil.disk_usage(str(folder)).free) if folder else 0
+        return cls(budget.for_cache(), disk, tokens, folder=folder)
+
+    def promised(self) -> float:
+        """Bytes of memory that rows will take yet."""
+        most: float = self.memory_bytes
+        if self.tokens is not None and self._token_bytes is not None:
+            most = min(most, self.tokens * self._token_bytes)
+        return max(0.0, most - self._used)
 
     def __del__(self) -> None:
         if self._file is not None:
@@ -166,6 +177,7 @@ class StateStore:
         if key in self:
             return
         states_nD = states_nD.detach().to("cpu", copy=True)
+        self._token_bytes = states_nD.nbytes / max(len(states_nD), 1)
         if self._used + states_nD.nbytes <= self.memory_bytes:
             self._held[key] = states_nD
             self._used += states_nD.nbytes

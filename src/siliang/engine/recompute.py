@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
-import psutil
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
+from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import checkpoint_layers
 from siliang.models.introspect import checkpointed_layers
-from siliang.ops.masked_ce import CHUNK_BYTES
-
-AUTO_SHARE = 0.85  # of the free memory: the allocator's own losses and what others take need the rest
 
 
 class Recompute:
@@ -35,21 +31,17 @@ class Recompute:
         bytes_per_token: What keeping costs, of each layer; empty until it is measured.
     """
 
-    def __init__(
-        self, model: Any, budget: int | Literal["auto"] | None, *, always: bool = False, memory_share: float = 1.0
-    ) -> None:
+    def __init__(self, model: Any, budget: MemoryBudget, *, always: bool = False) -> None:
         """Prepares `model`.
 
         Args:
-            budget: Bytes that the process (on CUDA: the allocator) may take; "auto" for most of what is free; None for
-                no limit.
+            budget: What may be taken; without a limit every layer keeps its activations.
             always: Recompute every layer.
-            memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
         """
         self.layers = checkpointed_layers(model)
         self.recomputed = self.most = 0
         self.bytes_per_token: list[float] = []
-        self._model, self._budget, self._always, self._share = model, budget, always, memory_share
+        self._model, self._budget, self._always = model, budget, always
         self._boundary = 0.0  # bytes of a layer's input, for each token
         self._room: float | None = None
         self._prepared = False
@@ -57,7 +49,7 @@ class Recompute:
         if always:
             self._enable()
             self.recomputed = self.most = len(self.layers)
-        elif budget is not None and self.layers:
+        elif budget.limit is not None and self.layers:
             self._prepare()
 
     def fix(self, count: int) -> None:
@@ -70,14 +62,14 @@ class Recompute:
     @contextmanager
     def chosen(self, tokens: int) -> Iterator[None]:
         """For a batch of so many tokens, padding included where it is computed; the first of them is measured."""
-        if self._always or self._budget is None or not self.layers:
+        if self._always or self._budget.limit is None or not self.layers:
             yield
             return
         if not self.bytes_per_token:
             self._set(0)
             with self._measuring(tokens):
                 yield
-            self._room = self._free()
+            self._room = self._budget.for_activations()
             return
         self._set(self.needed(tokens))
         yield
@@ -123,21 +115,6 @@ class Recompute:
             layer.gradient_checkpointing = i < count
         self.recomputed = count
         self.most = max(self.most, count)
-
-    def _free(self) -> float:
-        """Bytes for what the layers keep: the budget less weights, gradients, Adam's moments and the head's chunks."""
-        device = next(self._model.parameters()).device
-        trained = [p for p in self._model.parameters() if p.requires_grad]
-        to_come = sum(p.nbytes * (2 if p.grad is not None else 3) for p in trained) + 4 * CHUNK_BYTES
-        if device.type == "cuda":
-            taken = torch.cuda.memory_allocated(device)
-            free: float = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
-        else:
-            taken, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
-            free *= self._share
-        assert self._budget is not None
-        room = AUTO_SHARE * free if isinstance(self._budget, str) else self._budget - taken
-        return room - to_come
 
     @contextmanager
     def _measuring(self, tokens: int) -> Iterator[None]:

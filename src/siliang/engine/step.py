@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliang.data.batch import Batch
+from siliang.engine.budget import MemoryBudget
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
 from siliang.engine.noise import EmbeddingNoise
@@ -45,6 +46,7 @@ class Engine:
         memory_budget: int | Literal["auto"] | None = None,
         checkpointing: bool = False,
         keep_frozen: bool = False,
+        frozen_tokens: int | None = None,
         comparing: bool = True,
         all_logits: str | None = None,
         memory_share: float = 1.0,
@@ -57,6 +59,7 @@ class Engine:
             comparing: Compare the results of what is tried; off on fake tensors, which have none: there it only has to
                 run.
             all_logits: Why the output layer has to be run as it is, if it has to.
+            frozen_tokens: Of all rows whose frozen layers' output is cached, where that is known.
             memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
             label_smoothing: The share of a label that is spread over all classes or tokens, in training alone.
             neftune_alpha: Of the noise on the embeddings in training; None for none.
@@ -87,18 +90,21 @@ class Engine:
                 if self.padding is not None:
                     self.padding.close()
                     self.padding = None
+        budget = MemoryBudget(model, memory_budget, memory_share)
         self._noise = EmbeddingNoise(self._base.get_input_embeddings(), neftune_alpha) if neftune_alpha else None
         if keep_frozen and self.padding is not None and not _has_prompts(model):
             frozen = find_frozen_layers(self._base, self.padding.layers)
             if frozen.count and self._noise is not None:
                 frozen = FrozenLayers(0, Bilingual("train.neftune_alpha adds noise", "train.neftune_alpha 会加入噪声"))
             if frozen.count:
-                self.padding.frozen = FrozenCache(self.padding.layers, frozen.count, StateStore.of_free())
+                store = StateStore.within(budget, frozen_tokens)
+                self.padding.frozen = FrozenCache(self.padding.layers, frozen.count, store)
+                budget.promised = store.promised
             elif frozen.why_not:
                 what = Bilingual("the frozen layers are computed in every epoch: ", "冻结的层每个 epoch 都要计算：")
                 self.notes.append(together(what, frozen.why_not))
         self._fused = FusedModules(self._base)
-        self.recompute = Recompute(model, memory_budget, always=checkpointing, memory_share=memory_share)
+        self.recompute = Recompute(model, budget, always=checkpointing)
         has_head = task.writes and self._base.get_output_embeddings() is not None
         if task.has_encoder:  # else its forward needs the labels, and so all logits
             has_head = has_head and hasattr(self._base, "prepare_decoder_input_ids_from_labels")

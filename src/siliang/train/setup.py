@@ -30,6 +30,7 @@ def make_engine(run: Run) -> Engine:
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
         keep_frozen=t.keep_frozen and run.epochs > 1 and run.ranks.size == 1,  # a rank's rows change
+        frozen_tokens=int(run.train_set.lengths.sum()),
         memory_share=1 / run.ranks.local_size,
         label_smoothing=t.label_smoothing,
         neftune_alpha=t.neftune_alpha,
