@@ -68,15 +68,15 @@ CAPABILITIES: tuple[Capability, ...] = (
         "prefix tuning of BLOOM is refused",
     ),
     Capability(
-        "weights loaded piece by piece",
+        "weights loaded in pieces",
         (
             "transformers.core_model_loading:_materialize_copy(tensor, device, dtype)",
             "transformers.core_model_loading:GLOBAL_WORKERS",
         ),
-        "loading holds the weights' files in memory beside the weights",
+        "loading holds the weights' files in memory besides the weights",
     ),
     Capability(
-        "attention and kernels chosen by siliang alone",
+        "attention and kernels chosen only by siliang",
         (
             "transformers:PreTrainedConfig._attn_implementation",
             "transformers:PreTrainedConfig._experts_implementation",
@@ -84,7 +84,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "models are not loaded: their files could name code of the hub",
     ),
     Capability(
-        "adapters beside a model ignored",
+        "adapters next to a model ignored",
         ("transformers:PreTrainedModel._hf_peft_config_loaded",),
         "models are not loaded: an adapter in their folder could be loaded unnoticed",
     ),
@@ -108,7 +108,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         optional=True,
     ),
     Capability(
-        "models without memory",
+        "models of fake tensors",
         (
             "torch._subclasses.fake_tensor:FakeTensorMode(allow_non_fake_inputs)",
             "transformers.initialization:no_init_weights",
@@ -117,7 +117,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "runs are not planned",
     ),
     Capability(
-        "counting of live tensors",
+        "tracking of live tensors",
         (
             "torch:UntypedStorage.resize_",
             "torch:UntypedStorage._cdata",
@@ -130,12 +130,12 @@ CAPABILITIES: tuple[Capability, ...] = (
         "runs are not planned",
     ),
     Capability(
-        "ranks that do not exist",
+        "fake process groups",
         ("torch.testing._internal.distributed.fake_pg:FakeStore",),
         "runs on several devices are not planned",
     ),
     Capability(
-        "DDP of what is trained alone",
+        "DDP of trained parameters only",
         (
             "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"
             "(module, params_and_buffers_to_ignore)",

@@ -177,8 +177,8 @@ def find_damage(folder: Path) -> str | None:
             if sha256(path) != wanted["sha256"]:
                 return Bilingual(f"{name} has changed since it was written", f"{name} 写成之后被改动过")
     except ConfigError as error:
-        said = message_of(error)
-        return Bilingual(said.rstrip("."), local(said, "zh").rstrip(".。"))
+        message = message_of(error)
+        return Bilingual(message.rstrip("."), local(message, "zh").rstrip(".。"))
     except FileNotFoundError:
         return Bilingual(f"{MANIFEST} is missing", f"缺少 {MANIFEST}")
     except OSError as error:

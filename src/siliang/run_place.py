@@ -1,5 +1,7 @@
-"""Where a run is: the names in its folder, and whether a folder is one, or a checkpoint or the adapter of one. Imports
-neither torch nor transformers: a wrong folder is to be refused at once."""
+"""The names in a run's folder, and the run of a folder, which may be that of a checkpoint or an adapter.
+
+Imports neither torch nor transformers, so that a wrong folder is refused quickly.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,21 @@ ADAPTER = "adapter"  # the trained adapter
 MODEL = "model"  # the trained model, for full fine-tuning
 CHECKPOINTS = "checkpoints"
 TRACKERS = "trackers"  # what experiment trackers write (train/tracking.py)
-PREFIX = "checkpoint-"  # and the step
+PREFIX = "checkpoint-"  # followed by the step
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints in `folder` by their step, the oldest first."""
-    found = (p for p in folder.glob(f"{PREFIX}*") if is_real_folder(p))
-    named = {p: re.fullmatch(rf"{PREFIX}([0-9]{{1,15}})", p.name) for p in found}
-    return dict(sorted((int(found[1]), path) for path, found in named.items() if found))
+    folders = (p for p in folder.glob(f"{PREFIX}*") if is_real_folder(p))
+    named = {p: re.fullmatch(rf"{PREFIX}([0-9]{{1,15}})", p.name) for p in folders}
+    return dict(sorted((int(match[1]), path) for path, match in named.items() if match))
 
 
 def find_place(folder: Path) -> tuple[Path, Path | None]:
-    """A run's own folder, by that, by one of its checkpoints, or by its adapter or model.
+    """The run of a folder: the run's own folder, or that of a checkpoint, its adapter or its model.
 
     Returns:
-        The run's folder; the checkpoint, the adapter or the model where that was named.
+        The run's folder; and the given folder, unless it is the run's.
 
     Raises:
         ConfigError: The folder is none of these.
@@ -46,18 +48,18 @@ def find_place(folder: Path) -> tuple[Path, Path | None]:
 
 
 def no_run_error(folder: Path) -> ConfigError:
-    """The error of a folder that is not a run's."""
-    what = _what_else(folder)
+    """The error for a folder that is not a run's."""
+    hint = _hint(folder)
     return ConfigError(
         Bilingual(
-            f"{folder} is not a run's folder: it has no {CONFIG_NAME}.{what}",
-            f"{folder} 不是训练目录：其中没有 {CONFIG_NAME}。{local(what, 'zh')}",
+            f"{folder} is not a run's folder: it has no {CONFIG_NAME}.{hint}",
+            f"{folder} 不是训练目录：其中没有 {CONFIG_NAME}。{local(hint, 'zh')}",
         )
     )
 
 
-def _what_else(folder: Path) -> str:
-    """Describes a folder that is not a run's."""
+def _hint(folder: Path) -> str:
+    """Says what a folder is that is not a run's, and what to name instead."""
     if not folder.exists():
         others = [p.name for p in checkpoints(folder.parent).values()] if folder.parent.name == CHECKPOINTS else []
         names = ", ".join(others)

@@ -185,7 +185,7 @@ class ClusterError(SiliangError, RuntimeError):
 
 
 class OwnCodeError(ModelError):
-    """A model brings Python code of its own, which this user has not allowed.
+    """A model has its own Python code, which this user has not allowed.
 
     Attributes:
         model: The model's name, as given.
@@ -217,7 +217,7 @@ class RecordError(ConfigError):
 
 
 def message_of(error: object) -> str:
-    """What an error says, or a text itself; with its Chinese where it has one, which str(error) loses."""
+    """The message of an error, or a text unchanged; bilingual if it has a Chinese text, which str(error) loses."""
     if isinstance(error, SiliangError):
         return error.text
     arguments = error.args if isinstance(error, BaseException) else (error,)

@@ -48,7 +48,7 @@ def fake_mesh(ranks: int) -> Iterator[DeviceMesh | None]:
     if ranks == 1:
         yield None
         return
-    if (missing := why_missing("ranks that do not exist")) is not None:
+    if (missing := why_missing("fake process groups")) is not None:
         raise ConfigError(
             Bilingual(
                 f"A run on several devices cannot be planned: {missing}.",
@@ -88,7 +88,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, *, trained_t
 def ignore_frozen_in_ddp(model: nn.Module) -> None:
     """DDP sends neither frozen parameters nor buffers, which are the same on every rank: it would broadcast all of them
     at the start, and buffers in every step."""
-    if why_missing("DDP of what is trained alone") is not None:
+    if why_missing("DDP of trained parameters only") is not None:
         return  # the result is the same, and takes longer
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad] + [n for n, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

@@ -19,7 +19,7 @@ from siliang.models.sizes import check_counts, check_files
 from siliang.paths import check_links, near_names
 from siliang.types import ModelError, first_line
 
-NEEDED = ("attention and kernels chosen by siliang alone", "adapters beside a model ignored")  # capabilities
+NEEDED = ("attention and kernels chosen only by siliang", "adapters next to a model ignored")  # capabilities
 # what transformers raises where a config does not go together
 MISFITS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 

@@ -62,7 +62,7 @@ def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
     Args:
         quantizing: Weights are quantized once they are read: what was read is a copy then, and is freed with it.
     """
-    if (missing := why_missing("weights loaded piece by piece")) is not None:
+    if (missing := why_missing("weights loaded in pieces")) is not None:
         warnings.warn(
             Bilingual(
                 f"Loading takes more memory than it needs: {missing}.", f"加载会占用更多内存：{local(missing, 'zh')}。"

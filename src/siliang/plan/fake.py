@@ -44,7 +44,7 @@ def fake_mode() -> Iterator[FakeTensorMode]:
     Raises:
         ConfigError: The installed libraries lack a part that this needs.
     """
-    for needed in ("models without memory", "counting of live tensors"):
+    for needed in ("models of fake tensors", "tracking of live tensors"):
         if (missing := why_missing(needed)) is not None:
             raise ConfigError(Bilingual(f"not planned: {missing}", f"无法预算：{local(missing, 'zh')}"))
     with warnings.catch_warnings():

@@ -116,7 +116,7 @@ class LimitedProcess:
                 bufsize=0,
                 env={name: os.environ[name] for name in PASSED_ON if name in os.environ}
                 | {"TOKENIZERS_PARALLELISM": "false"},
-                # a group of its own: Ctrl-C reaches this process alone
+                # in a separate process group, so that Ctrl-C reaches only the calling process
                 process_group=None if sys.platform == "win32" else 0,
             )
             self._process = process

@@ -215,7 +215,7 @@ def _plan(
             )
         )
         return config, Predicted()
-    if ranks.size > 1 and (missing := why_missing("ranks that do not exist")) is not None:
+    if ranks.size > 1 and (missing := why_missing("fake process groups")) is not None:
         listener.say(both(f"memory     not planned: {missing}", f"内存       无法预估：{local(missing)}"))
         return config, Predicted()
     with torch.random.fork_rng(devices=[]), fake_mesh(ranks.size) as mesh:
