@@ -90,7 +90,9 @@ def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
     device, t = find_device(), run.train
     model: Any = load_base(run, data.labels, data.tokenizer, dtype=torch.float32)
     model = attach(model, run).to(device)
-    collate = PadCollator(data.tokenizer.pad_token_id)
+    pad = data.tokenizer.pad_token_id
+    assert pad is not None
+    collate = PadCollator(pad)
     loader = DataLoader(data.train, batch_size=t.batch_size, shuffle=True, collate_fn=collate)
     steps = t.max_steps or int(np.ceil(len(loader) * t.epochs))
     rate = t.learning_rate or find_method(run.method.name).learning_rate

@@ -17,7 +17,7 @@ DRIVE = re.compile(r"[A-Za-z]:")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def inside(folder: Path, name: str, *, kind: type[SiliangError] = ConfigError, source: str = "") -> Path:
+def inside(folder: Path, name: object, *, kind: type[SiliangError] = ConfigError, source: str = "") -> Path:
     """The path of a file that is named in a file of `folder`, and is inside `folder`, also through links.
 
     Refuses, on every system, absolute names, `..`, drive letters, backslashes, `~`, control characters, URLs, and links
@@ -25,7 +25,7 @@ def inside(folder: Path, name: str, *, kind: type[SiliangError] = ConfigError, s
 
     Args:
         folder: The folder of the name.
-        name: Parts separated by slashes.
+        name: Text: parts separated by slashes.
         kind: The class of the error.
         source: The file with the name, for the error; empty for the folder.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +16,10 @@ from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import shortened
 from siliang.types import DataError, first_line
 
-Change = Callable[[Any], Any]
+if TYPE_CHECKING:  # slow to import
+    import pyarrow.parquet as pq
+
+Change = Callable[[object], object]  # of a cell
 # A small file may hold a text once and name it in every row, or say that a list has a billion nulls. So:
 MOST_ROWS, FEWEST_ROWS = 1000, 16  # are unpacked at once
 UNPACKED_BYTES = 2**28  # that they may have
@@ -27,7 +30,9 @@ MOST_SMALL = 64 * 2**20
 MOST_AT_ONCE = 2**22  # values, and characters, that are made Python's at once
 
 
-def rows_of(batches: Iterable[Any], change: dict[str, Change], name: object, nbytes: int) -> Iterator[dict[str, Any]]:
+def rows_of(
+    batches: Iterable[pa.RecordBatch | pa.Table], change: dict[str, Change], name: object, nbytes: int
+) -> Iterator[dict[str, object]]:
     """The rows of record batches or tables.
 
     Args:
@@ -58,7 +63,7 @@ def rows_of(batches: Iterable[Any], change: dict[str, Change], name: object, nby
         yield from _rows(batch, change, name)
 
 
-def _rows(batch: Any, change: dict[str, Change], name: object) -> Iterator[dict[str, Any]]:
+def _rows(batch: pa.RecordBatch | pa.Table, change: dict[str, Change], name: object) -> Iterator[dict[str, object]]:
     size = _size(batch.columns)
     if size > (MOST_AT_ONCE if batch.num_rows > 1 else MOST_ROW):
         if batch.num_rows == 1:
@@ -79,7 +84,7 @@ def _rows(batch: Any, change: dict[str, Change], name: object) -> Iterator[dict[
         yield values
 
 
-def rows_at_once(metadata: Any, path: Path, name: str) -> int:
+def rows_at_once(metadata: pq.FileMetaData, path: Path, name: str) -> int:
     """How many rows of a parquet file may be unpacked at once. A text that stands in it once can be that of every row,
     and is no larger than the column that it stands in.
 
@@ -99,7 +104,7 @@ def rows_at_once(metadata: Any, path: Path, name: str) -> int:
     return min(MOST_ROWS, max(FEWEST_ROWS, UNPACKED_BYTES // max([1, *sizes])))
 
 
-def _size(arrays: Iterable[Any]) -> int:
+def _size(arrays: Iterable[pa.Array | pa.ChunkedArray]) -> int:
     """Values and bytes of text that Python would hold of columns; a text or value counts as often as it is named."""
     size = 0
     for array in arrays:
@@ -126,20 +131,20 @@ def _size(arrays: Iterable[Any]) -> int:
     return size
 
 
-def _lengths(texts: Any) -> Any:
+def _lengths(texts: pa.Array) -> pa.Array:
     return pc.call_function("binary_length", [texts])
 
 
-def _total(numbers: Any) -> int:
+def _total(numbers: pa.Array) -> int:
     return pc.call_function("sum", [numbers]).as_py() or 0
 
 
-def _is_text(kind: Any) -> bool:
+def _is_text(kind: pa.DataType) -> bool:
     types = pa.types
     return types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def _is_list(kind: Any) -> bool:
+def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
@@ -147,7 +152,7 @@ def _is_list(kind: Any) -> bool:
 NOT_READ = ("is_run_end_encoded", "is_union", "is_list_view", "is_large_list_view", "is_string_view", "is_binary_view")
 
 
-def _not_read(kind: Any) -> Any:
+def _not_read(kind: pa.DataType) -> pa.DataType | None:
     """A type within `kind`, or itself, that is not read; None where there is none."""
     if any(getattr(pa.types, name)(kind) for name in NOT_READ):
         return kind
@@ -202,10 +207,10 @@ def changes(schema: pa.Schema, name: object) -> dict[str, Change]:
     return {name: change for name, change in found.items() if change is not None}
 
 
-def class_names(features: dict[str, Any] | None) -> dict[str, Change]:
+def class_names(features: Mapping[str, object] | None) -> dict[str, Change]:
     """The same for rows of other kinds of files, of which a data set's description says that a column holds classes by
     number: "1" or 1 to its name."""
-    found = {}
+    found: dict[str, Change] = {}
     for name, feature in (features or {}).items():
         if names := getattr(feature, "names", None):
             found[name] = lambda value, names=names: _name(
@@ -214,11 +219,7 @@ def class_names(features: dict[str, Any] | None) -> dict[str, Change]:
     return found
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and is_whole(value) else value
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
+def _features(schema: pa.Schema) -> dict[str, object]:
     """What `datasets` says of the columns beside their types; nothing where it knows the types not."""
     from datasets import Features
 
@@ -230,7 +231,7 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
         return {}
 
 
-def _change(kind: Any, feature: Any) -> Change | None:
+def _change(kind: pa.DataType, feature: object) -> Change | None:
     """None: the cell is right as it is."""
     if names := getattr(feature, "names", None):
         return lambda value: _name(value, names)
@@ -244,39 +245,41 @@ def _change(kind: Any, feature: Any) -> Change | None:
         return _of_struct(kind, feature)
     if pa.types.is_map(kind):
         key, item = (_change(part, None) or _same for part in (kind.key_type, kind.item_type))
-        return lambda value: None if value is None else {key(k): item(v) for k, v in value}
+        return lambda value: {key(k): item(v) for k, v in value} if isinstance(value, list) else value
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         inner = _change(kind.value_type, _inner(feature))
-        return None if inner is None else (lambda value: None if value is None else [inner(item) for item in value])
+        return inner and (lambda value: [inner(item) for item in value] if isinstance(value, list) else value)
     if pa.types.is_float32(kind):
-        return lambda value: None if value is None else _shortest(value)
+        return lambda value: _shortest(value) if isinstance(value, float) else value
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return _text
     return None
 
 
-def _of_struct(kind: Any, feature: Any) -> Change:
+def _of_struct(kind: pa.StructType, feature: object) -> Change:
     inner = getattr(feature, "feature", feature)
     known = inner if isinstance(inner, dict) else {}
     parts = {field.name: _change(field.type, known.get(field.name)) or _same for field in kind}
 
-    def change(value: Any) -> Any:
-        return value and {name: parts[name](held) for name, held in value.items() if held is not None}
+    def change(value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: parts[name](held) for name, held in value.items() if held is not None}
 
     return change
 
 
-def _inner(feature: Any) -> Any:
+def _inner(feature: object) -> object:
     if isinstance(feature, list):
         return feature[0] if feature else None
     return getattr(feature, "feature", None)
 
 
-def _same(value: Any) -> Any:
+def _same(value: object) -> object:
     return value
 
 
-def _name(number: Any, known: list[str]) -> Any:
+def _name(number: object, known: list[str]) -> object:
     if isinstance(number, int):
         return known[number] if 0 <= number < len(known) else None  # -1: not told
     return number
@@ -289,7 +292,7 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: object) -> object:
     """A cell of JSON; one that is none stays text, which the row's layout will refuse."""
     if not isinstance(value, str):
         return value
@@ -299,7 +302,7 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> object:
     try:
         return value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError:

@@ -7,7 +7,6 @@ import math
 import re
 from datetime import date, time, timedelta
 from decimal import Decimal
-from typing import Any
 
 from siliang.data.examples import Example
 from siliang.data.json_stream import WrittenFloat
@@ -16,7 +15,7 @@ from siliang.data.text_files import INVISIBLE
 from siliang.language import Bilingual, local
 from siliang.secrets import shortened
 
-Values = dict[str, Any]
+Values = dict[str, object]
 Result = Example | str  # an example, or what is wrong with the row
 
 BLANKS = " \t\r\n\v\f\xa0\u3000" + INVISIBLE
@@ -41,7 +40,7 @@ class BadRow(Exception):  # noqa: N818  # about a row: who reads it catches this
         self.text = text
 
 
-def as_text(value: Any, name: str = "") -> str:
+def as_text(value: object, name: str = "") -> str:
     """A cell as text; None becomes an empty text.
 
     Args:
@@ -74,7 +73,7 @@ def cell(values: Values, column: str) -> str:
     return as_text(values.get(column), column)
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """A value of the data as JSON text, its numbers as they were written.
 
     Raises:
@@ -95,7 +94,7 @@ def as_json(value: Any) -> str:
 MARKED = re.compile(r'"\\u0000([-+.0-9eE]+)\\u0000"')
 
 
-def _with_marks(value: Any) -> Any:
+def _with_marks(value: object) -> object:
     """The value with its numbers as marked texts, which json does not rewrite, and its dates as texts."""
     if isinstance(value, dict):
         return {name: _with_marks(held) for name, held in value.items()}
@@ -106,12 +105,12 @@ def _with_marks(value: Any) -> Any:
     return str(value) if isinstance(value, date | time | timedelta) else value
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return shortened(text, 60, " ...")
 
 
-def given(value: Any) -> bool:
+def given(value: object) -> bool:
     """Whether the field holds a value. Arrow and Parquet write null into fields that only other rows have."""
     return value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
 
@@ -130,6 +129,6 @@ def filled(values: Values, name: str) -> str:
     return text
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """A number, or a text that is one."""
     return as_number(value.strip()) is not None if isinstance(value, str) else isinstance(value, int | float)

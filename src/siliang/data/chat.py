@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-from siliang.data.chat_messages import CLOSE, OPEN, TalkWithPlaces
+from siliang.data.chat_messages import CLOSE, OPEN, ChatMessage, TalkWithPlaces, Tools
 from siliang.data.encode import Encoder
 from siliang.data.examples import Conversation
 from siliang.data.templates import Piece
@@ -72,7 +72,7 @@ class ChatTemplate:
         """
         written = [TalkWithPlaces.of(talk, self._reasoning_field(talk)) for talk in talks]
         tools = [_tools(talk.tools) for talk in talks]
-        wholes = self._texts([(w.messages, t, prompt) for w, t in zip(written, tools, strict=True)])
+        wholes = self._texts([_Job(w.messages, t, prompt) for w, t in zip(written, tools, strict=True)])
         out: list[list[Piece]] = []
         for talk, w, t, whole in zip(talks, written, tools, wholes, strict=True):
             learned = _learned(talk, train_on)
@@ -102,7 +102,7 @@ class ChatTemplate:
     # ---- with placeholders ----
 
     def _frame(
-        self, talk: Conversation, written: TalkWithPlaces, tools: Any, learned: list[bool], prompt: bool
+        self, talk: Conversation, written: TalkWithPlaces, tools: Tools, learned: list[bool], prompt: bool
     ) -> list[Piece] | None:
         key = json.dumps([written.holders, talk.tools, learned, prompt])
         if key not in self._frames:
@@ -115,7 +115,7 @@ class ChatTemplate:
         return self._frames[key]
 
     def _pieces(
-        self, messages: list[dict[str, Any]], written: TalkWithPlaces, tools: Any, learned: list[bool], prompt: bool
+        self, messages: list[ChatMessage], written: TalkWithPlaces, tools: Tools, learned: list[bool], prompt: bool
     ) -> list[Piece]:
         """The template's text for these messages, cut at the borders of learned spans and at placeholders."""
         whole, spans = self._spans(messages, written, tools, prompt)
@@ -145,17 +145,17 @@ class ChatTemplate:
         return [p for p in pieces if p.text or p.end]
 
     def _spans(
-        self, messages: list[dict[str, Any]], written: TalkWithPlaces, tools: Any, prompt: bool
+        self, messages: list[ChatMessage], written: TalkWithPlaces, tools: Tools, prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and (begin, end) of each answer in it; the end marker is inside or directly behind."""
         if self._marked:
-            ((whole, spans),) = self._rendered([(messages, tools, prompt)], marked=True)
+            ((whole, spans),) = self._rendered([_Job(messages, tools, prompt)], marked=True)
             spans = [(start, end) for start, end in spans if end > start]
             if spans:
                 return whole, spans
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        parts = [part for i in answers for part in ((messages[:i], tools, True), (messages[: i + 1], tools, False))]
-        whole, *texts = self._texts([(messages, tools, prompt), *parts])
+        parts = [_Job(messages[:end], tools, before) for i in answers for end, before in ((i, True), (i + 1, False))]
+        whole, *texts = self._texts([_Job(messages, tools, prompt), *parts])
         spans = []
         for i, before, until in zip(answers, texts[::2], texts[1::2], strict=True):
             message = messages[i]
@@ -209,7 +209,7 @@ class ChatTemplate:
 
     # ---- without ----
 
-    def _without_frame(self, written: TalkWithPlaces, tools: Any, learned: list[bool], prompt: bool) -> list[Piece]:
+    def _without_frame(self, written: TalkWithPlaces, tools: Tools, learned: list[bool], prompt: bool) -> list[Piece]:
         """The pieces for a template that changes the data's text.
 
         The text cannot be kept apart from the template's own then, so it must hold no special tokens.
@@ -224,7 +224,7 @@ class ChatTemplate:
                         f"的文本中含有特殊词元 {found[0]!r}，这个对话模板无法避免它起作用",
                     )
                 )
-        (held,) = self._texts([(written.holders, tools, prompt)])
+        (held,) = self._texts([_Job(written.holders, tools, prompt)])
         for turn, numbers in enumerate(written.numbers, start=1):
             if any(n in written.needed and f"{OPEN}{n}{CLOSE}" not in held for n in numbers):
                 raise DataError(
@@ -241,7 +241,7 @@ class ChatTemplate:
     # ---- the template itself ----
 
     def _texts(self, jobs: list[_Job]) -> list[str]:
-        """What the template writes for (messages, tools, whether an answer follows)."""
+        """What the template writes."""
         return [text for text, _ in self._rendered(jobs, marked=False)]
 
     def _rendered(self, jobs: list[_Job], *, marked: bool) -> list[tuple[str, list[tuple[int, int]]]]:
@@ -256,15 +256,15 @@ class ChatTemplate:
         names = self._encoder.tokenizer.special_tokens_map
         out: list[tuple[str, list[tuple[int, int]]]] = []
         for part in _portions(jobs):
-            if any(not messages for messages, _, _ in part):
+            if any(not job.messages for job in part):
                 raise DataError(
                     Bilingual(
                         "is refused by the chat template: it begins with an answer", "被对话模板拒绝：对话以答案开头"
                     )
                 )
-            template = _template(self._encoder, part[0][1])
+            template = _template(self._encoder, part[0].tools)
             try:
-                found = render(template, names, [(*job, marked) for job in part])
+                found = render(template, names, [(job.messages, job.tools, job.prompt, marked) for job in part])
             except LimitError as error:  # as it would for each of the other rows, one after the other
                 raise _unusable(str(error)) from None
             except RefusedError as error:
@@ -277,7 +277,12 @@ class ChatTemplate:
         return out
 
 
-_Job = tuple[list[dict[str, Any]], Any, bool]
+class _Job(NamedTuple):
+    """What a template writes at once; `prompt`: an answer follows."""
+
+    messages: list[ChatMessage]
+    tools: Tools
+    prompt: bool
 
 
 def _portions(jobs: list[_Job]) -> Iterator[list[_Job]]:
@@ -285,8 +290,8 @@ def _portions(jobs: list[_Job]) -> Iterator[list[_Job]]:
     part: list[_Job] = []
     length = 0
     for job in jobs:
-        size = sum(len(str(value)) for message in job[0] for value in message.values())
-        if part and (length + size > AT_ONCE or (job[1] is None) is not (part[0][1] is None)):
+        size = sum(len(str(value)) for message in job.messages for value in message.values())
+        if part and (length + size > AT_ONCE or (job.tools is None) is not (part[0].tools is None)):
             yield part
             part, length = [], 0
         part.append(job)
@@ -295,7 +300,7 @@ def _portions(jobs: list[_Job]) -> Iterator[list[_Job]]:
         yield part
 
 
-def _template(encoder: Encoder, tools: Any = None) -> str:
+def _template(encoder: Encoder, tools: Tools = None) -> str:
     try:
         return encoder.tokenizer.get_chat_template(tools=tools)
     except ValueError as error:  # there are several, and none is for this
@@ -334,7 +339,7 @@ def _shared_start(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _tools(text: str) -> Any:
+def _tools(text: str) -> Tools:
     if not text:
         return None
     try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from siliang.data.examples import Conversation
 from siliang.safety.safe_json import JsonError, parse_json
 
 OPEN, CLOSE = "\uf8f0", "\uf8f1"  # private characters around the number of a text in `TalkWithPlaces.words`
+ChatMessage = dict[str, object]  # as transformers has it: role, content, tool_calls ...
+Tools = list[dict[str, object]] | None
 THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 
 
@@ -28,8 +29,8 @@ class TalkWithPlaces:
         needed: The numbers of texts that the template must write. Many leave out the reasoning of earlier turns.
     """
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    holders: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[ChatMessage] = field(default_factory=list)
+    holders: list[ChatMessage] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     numbers: list[list[int]] = field(default_factory=list)
     needed: list[int] = field(default_factory=list)
@@ -43,7 +44,7 @@ class TalkWithPlaces:
         made = cls()
         for m in talk.messages:
             made.numbers.append([])
-            message: dict[str, Any] = {"role": m.role}
+            message: ChatMessage = {"role": m.role}
             holder = dict(message)
             if m.reasoning:
                 message[reasoning], holder[reasoning] = m.reasoning, made._hold(m.reasoning, needed=False)
@@ -85,7 +86,7 @@ class TalkWithPlaces:
         return f"{text[:start]}{OPEN}{number}{CLOSE}{text[start + len(core) :]}"
 
 
-def _arguments(text: str) -> Any:
+def _arguments(text: str) -> object:
     try:
         return parse_json(text, foreign=True)
     except JsonError:

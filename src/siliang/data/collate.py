@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class PadCollator:
     pad_token_id: int
     multiple: int = 1
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch: input_ids and attention_mask, each (rows, length); labels (rows, length of the longest labels), or
         (rows,) for classes; start_positions and end_positions (rows,) for spans.
         """

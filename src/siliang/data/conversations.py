@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from siliang.config import DataConfig
 from siliang.data.chat import ChatTemplate
 from siliang.data.encode import IGNORED, Encoder
-from siliang.data.entries import Rows, dropped
+from siliang.data.entries import Rows, TokenEntry, dropped
 from siliang.data.examples import Conversation, Example, Message, Prepared, Text
 from siliang.data.templates import Piece, Template, find_template
 from siliang.language import Bilingual
+from siliang.models.tokenizer import Tokenizer
 from siliang.types import DataError
 
 
@@ -25,7 +25,7 @@ def writer(name: str, encoder: Encoder) -> Template | ChatTemplate:
     return find_template(name) or ChatTemplate(encoder)
 
 
-def prompt_tokens(question: str | Conversation, tokenizer: Any, *, template: str, input: str = "") -> list[int]:
+def prompt_tokens(question: str | Conversation, tokenizer: Tokenizer, *, template: str, input: str = "") -> list[int]:
     """The tokens in front of the assistant's next answer: in training without label, in generation the input."""
     talk = Conversation((Message("user", question, input),)) if isinstance(question, str) else question
     encoder = Encoder(tokenizer)
@@ -33,7 +33,7 @@ def prompt_tokens(question: str | Conversation, tokenizer: Any, *, template: str
     return encoder.prompt(write.pieces(talk, prompt=True), own_spacing=isinstance(write, ChatTemplate))
 
 
-def stop_tokens(tokenizer: Any, *, template: str) -> list[int]:
+def stop_tokens(tokenizer: Tokenizer, *, template: str) -> list[int]:
     """The tokens that end an answer in this template, and the tokenizer's own end of sequence."""
     encoder = Encoder(tokenizer)
     write = writer(template, encoder)
@@ -46,12 +46,9 @@ def stop_tokens(tokenizer: Any, *, template: str) -> list[int]:
     return list(dict.fromkeys([ends[-1], *ends, encoder.need_eos()]))
 
 
-def special_prefix(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts in front of every text: Llama's <s>, for BLOOM none."""
-    return Encoder(tokenizer).start
-
-
-def encode(encoder: Encoder, write: Template | ChatTemplate, data: DataConfig, examples: Sequence[Any]) -> list[Rows]:
+def encode(
+    encoder: Encoder, write: Template | ChatTemplate, data: DataConfig, examples: Sequence[Example]
+) -> list[Rows]:
     """Texts, conversations and prepared rows, each as one entry, or a long text as several; see `tokens.tokenize`."""
     own_spacing = isinstance(write, ChatTemplate)
     written = [e for e in examples if not isinstance(e, Prepared)]
@@ -71,20 +68,20 @@ def encode(encoder: Encoder, write: Template | ChatTemplate, data: DataConfig, e
             rows.append(windows(ids, data.max_length))
         elif isinstance(example, Prepared):
             over, lost = len(ids) - data.max_length, sum(x != IGNORED for x in labels[data.max_length :])
-            row = {"input_ids": ids[: data.max_length], "labels": labels[: data.max_length]}
-            rows.append([{**row, "lost": over, "lost_answer": lost}])
+            ids, labels = ids[: data.max_length], labels[: data.max_length]
+            rows.append([{"input_ids": ids, "labels": labels, "lost": over, "lost_answer": lost}])
         else:
             rows.append([_shorten(example, ids, labels, encoder, write, data)])
     return rows
 
 
-def windows(ids: list[int], limit: int) -> Rows:
+def windows(ids: list[int], limit: int) -> list[TokenEntry]:
     """A text in windows of at most `limit` tokens, which follow on from each other.
 
     Each but the first begins with the last token of the one before, without a label there, so that every token is
     learned once, the first of a window from the one in front of it.
     """
-    rows: Rows = [{"input_ids": ids[:limit], "labels": ids[:limit]}]
+    rows: list[TokenEntry] = [{"input_ids": ids[:limit], "labels": ids[:limit]}]
     for start in range(limit, len(ids), limit - 1):
         part = ids[start - 1 : start + limit - 1]
         rows.append({"input_ids": part, "labels": [IGNORED, *part[1:]]})
@@ -122,7 +119,7 @@ def _shorten(
     encoder: Encoder,
     write: Template | ChatTemplate,
     data: DataConfig,
-) -> dict[str, Any]:
+) -> TokenEntry:
     """A row of at most max_length tokens; see `tokenize` for what goes first."""
     before, learned = len(ids), sum(x != IGNORED for x in labels)
     while len(ids) > data.max_length and isinstance(example, Conversation):

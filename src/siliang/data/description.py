@@ -5,9 +5,9 @@ of files. A stranger may have written it, so what it names lies in the data set'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,12 +18,17 @@ from siliang.safety.safe_json import read_json
 from siliang.safety.safe_yaml import YamlError, check_yaml
 from siliang.types import DataError, first_line
 
+if TYPE_CHECKING:  # slow to import
+    from datasets import Features
+
+Parts = dict[str, list[Path]]  # the files of each
+
 STANDALONE = ".huggingface.yaml"  # which `datasets` reads in place of a README's header
 MOST_README_BYTES = 4 * 2**20  # in which a header ends
 MOST_STATE_BYTES = 64 * 2**20  # of the list of a saved data set's files
 
 
-def described(path: Path) -> tuple[dict[str, Any], Any]:
+def described(path: Path) -> tuple[Parts, Features | None]:
     """The parts and the columns' classes, as the README of a data set's repository says them, if it does."""
     from datasets.data_files import get_data_patterns, sanitize_patterns
     from datasets.info import DatasetInfosDict
@@ -43,7 +48,7 @@ def described(path: Path) -> tuple[dict[str, Any], Any]:
     card = DatasetCardData(**{key: said[key] for key in ("configs", "dataset_info") if key in said})
     if not card.to_dict():
         return {}, None
-    infos: dict[str, Any] = DatasetInfosDict.from_dataset_card_data(card)
+    infos = DatasetInfosDict.from_dataset_card_data(card)
     configs = MetadataConfigs.from_dataset_card_data(card)
     name = configs.get_default_config_name() or next(iter(configs if configs else infos), "default")
     if len(configs) > 1 and not configs.get_default_config_name():
@@ -71,7 +76,7 @@ def described(path: Path) -> tuple[dict[str, Any], Any]:
     return parts, features
 
 
-def by_name(path: Path) -> dict[str, Any]:
+def by_name(path: Path) -> Parts:
     """The parts by the names of files and folders, as `datasets` knows them: data/train-00000-of-00002.parquet,
     train.jsonl, test/a.csv; files whose names say no part are for training."""
     from datasets.data_files import EmptyDatasetError, get_data_patterns
@@ -151,7 +156,7 @@ def _header(readme: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _check_header(folder: Path, header: dict[str, Any], source: str, *, own: str = "") -> None:
+def _check_header(folder: Path, header: Mapping[str, object], source: str, *, own: str = "") -> None:
     """What a data set's description names as its files are plain names of files in its folder, before anybody looks
     for them.
 
@@ -171,7 +176,7 @@ def _check_header(folder: Path, header: dict[str, Any], source: str, *, own: str
             _check_file(folder, name.removeprefix(own) if own and isinstance(name, str) else name, source)
 
 
-def _named_files(said: Any) -> Iterator[Any]:
+def _named_files(said: object) -> Iterator[object]:
     """The names in `data_files`: one, several, or those of each split."""
     if isinstance(said, list):
         for entry in said:
@@ -183,7 +188,7 @@ def _named_files(said: Any) -> Iterator[Any]:
         yield said
 
 
-def _check_file(folder: Path, name: str, source: str) -> None:
+def _check_file(folder: Path, name: object, source: str) -> None:
     """A file that a data set's description names lies in its folder, and is not hidden: hidden files are of other
     programs, and the hash of a folder of data leaves them out.
 
@@ -191,7 +196,7 @@ def _check_file(folder: Path, name: str, source: str) -> None:
         DataError: It does not, or it is.
     """
     inside(folder, name, kind=DataError, source=source)
-    if any(part.startswith((".", "cache-")) and part != "." for part in name.split("/")):
+    if any(part.startswith((".", "cache-")) and part != "." for part in str(name).split("/")):
         raise DataError(
             Bilingual(
                 f"{source} names {name}, which is hidden: such files are not read. Rename it.",
@@ -200,7 +205,7 @@ def _check_file(folder: Path, name: str, source: str) -> None:
         )
 
 
-def _matching(folder: Path, patterns: Any, root: Path, source: str) -> dict[str, Any]:
+def _matching(folder: Path, patterns: dict[str, list[str]], root: Path, source: str) -> Parts:
     """The files of each part that patterns of `datasets` find from `root`; all of them lie in the folder."""
     from datasets.data_files import DataFilesDict
 

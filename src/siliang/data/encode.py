@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from siliang.data.examples import IGNORED
 from siliang.data.templates import Piece
 from siliang.language import Bilingual
+from siliang.models.tokenizer import Tokenizer
 from siliang.types import ConfigError
 
 
@@ -24,10 +24,10 @@ class Encoder:
         eos: The token that ends an answer: its end of sequence, or, as GPT2-Chinese does with BERT's vocabulary, [SEP].
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.start = _start(tokenizer)
-        self.eos: int | None = tokenizer.eos_token_id
+        self.eos = tokenizer.eos_token_id
         if self.eos is None:
             self.eos = getattr(tokenizer, "sep_token_id", None)
         self._markers = _markers(tokenizer)
@@ -170,9 +170,8 @@ class Encoder:
         marker = next(iter(self._markers), None)
         if marker is None:
             return True
-        settings = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
-        ids = self.tokenizer(marker + "a", **settings)["input_ids"]
-        tokens = self.tokenizer.convert_ids_to_tokens(ids)
+        coded = self.tokenizer(marker + "a", add_special_tokens=False, split_special_tokens=False, verbose=False)
+        tokens = self.tokenizer.convert_ids_to_tokens(coded["input_ids"])
         return len(tokens) > 1 and str(tokens[1])[:1] in ("▁", "Ġ")
 
 
@@ -204,7 +203,7 @@ class _Run:
         return known[self.text]
 
 
-def _start(tokenizer: Any) -> list[int]:
+def _start(tokenizer: Tokenizer) -> list[int]:
     plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer("a", verbose=False)["input_ids"]
     for at in range(len(whole) - len(plain) + 1):
@@ -213,16 +212,16 @@ def _start(tokenizer: Any) -> list[int]:
     return []
 
 
-def _markers(tokenizer: Any) -> dict[str, int]:
+def _markers(tokenizer: Tokenizer) -> dict[str, int]:
     """Every token that the tokenizer knows whole: special tokens and added ones."""
-    found = dict(tokenizer.get_added_vocab())
+    found: dict[str, int | None] = {**tokenizer.get_added_vocab()}
     for text in tokenizer.all_special_tokens:
         found.setdefault(text, tokenizer.convert_tokens_to_ids(text))
     # blank ones (Gemma's line breaks, GPT-NeoX's runs of spaces) are text
     return {text: number for text, number in found.items() if text.strip() and isinstance(number, int) and number >= 0}
 
 
-def _reserved(tokenizer: Any) -> set[str]:
+def _reserved(tokenizer: Tokenizer) -> set[str]:
     """The tokens that act on the conversation: those marked special, also where only the vocabulary says so."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}

@@ -6,14 +6,40 @@ number is kept, and not its place: tokens are kept by content, and the same cont
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Final, Required, TypedDict
 
 from siliang.language import Bilingual
 
-Rows = list[dict[str, Any]]
 DROPPED = -1  # left out for its length
 BETWEEN = "\x1f"  # the languages of a reason in that column
-BAD = "bad"  # the column for what is wrong with an example; its `row` is `bad_row(number)`
+BAD: Final = "bad"  # the column for what is wrong with an example; its `row` is `bad_row(number)`
+
+
+class TokenEntry(TypedDict, total=False):
+    """One entry. A task whose table has other columns, too, adds them in a class of its own.
+
+    Attributes:
+        token_type_ids: The part of a pair that each token belongs to.
+        labels: Of each token, or of the entry.
+        sequences: The lengths of the sequences that the entry is.
+        row: Below zero where nothing is made of the example.
+        lost: Tokens that truncation took.
+        lost_answer: Those of them that are learned.
+        bad: What is wrong with the example.
+    """
+
+    input_ids: Required[list[int]]
+    token_type_ids: list[int] | None
+    labels: list[int] | int
+    sequences: list[int]
+    row: int
+    lost: int
+    lost_answer: int
+    bad: str
+
+
+Rows = Sequence[TokenEntry]  # of one example
 
 
 def stored(reason: str) -> str:
@@ -42,7 +68,7 @@ def number_of_bad(row: int) -> int:
     return DROPPED - 1 - row
 
 
-def dropped(labels: Any) -> Rows:
+def dropped(labels: list[int] | int) -> list[TokenEntry]:
     """The entry of an example that is left out for its length.
 
     Args:

@@ -99,18 +99,16 @@ class ExampleSet(Sequence[Example]):
         return from_json(self.table[i]["example"])
 
     def __iter__(self) -> Iterator[Example]:
-        for batch in self.table.iter(batch_size=1000):
-            yield from map(from_json, batch["example"])  # type: ignore[index]
+        return map(from_json, self.lines())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def lines(self) -> Iterator[str]:
-        """The examples as JSON, for hashing."""
+        """The examples as JSON."""
         for batch in self.table.iter(batch_size=1000):
-            yield from batch["example"]  # type: ignore[index]
+            assert isinstance(batch, dict)  # a list for each column
+            yield from batch["example"]
 
     def where(self, i: int) -> str:
         """The place of example `i`."""

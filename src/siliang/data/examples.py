@@ -101,7 +101,7 @@ class Example(ABC):
         """
         return None
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """Its fields for JSON."""
         return dict(vars(self))  # dataclasses.asdict copies deeply, which takes longer than all the rest
 
@@ -133,7 +133,7 @@ class Conversation(Example):
             return None
         return PromptAndTarget(asked[0].content, asked[0].input, answered[0].text)
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         messages = [{**vars(m), "calls": [vars(c) for c in m.calls]} for m in self.messages]
         return {"messages": messages, "tools": self.tools}
 

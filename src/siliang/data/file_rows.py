@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from siliang.data.json_stream import is_lines, json_lines, json_list
 from siliang.data.reading import DataRow, Reading
@@ -15,6 +15,9 @@ from siliang.data.text_files import COLUMN_FILES, FILE_KINDS, TextFile, find_tex
 from siliang.language import Bilingual, local, together
 from siliang.secrets import shortened
 from siliang.types import DataError, first_line
+
+if TYPE_CHECKING:  # slow to import
+    import pyarrow as pa
 
 
 def rows_of_file(path: Path, name: str, reading: Reading) -> Iterator[DataRow]:
@@ -62,14 +65,7 @@ def rows_of_file(path: Path, name: str, reading: Reading) -> Iterator[DataRow]:
             # a file of the hub cannot be renamed
             lines = kind == ".jsonl" or (name != str(path) and is_lines(text))
             for where, value, problem in (json_lines if lines else json_list)(text, name):
-                if problem is None and not isinstance(value, dict):
-                    kind = type(value).__name__
-                    problem = Bilingual(
-                        f"must be an object with named fields, not {kind}", f"应为带字段名的对象，而不是 {kind}"
-                    )
-                elif problem is None and not value:
-                    problem = Bilingual("is empty: it has no fields", "是空的：没有字段")
-                yield DataRow(value if problem is None else {}, where, problem)
+                yield _object(where, value, problem)
     except (OSError, EOFError) as error:
         raise DataError(
             Bilingual(
@@ -81,6 +77,16 @@ def rows_of_file(path: Path, name: str, reading: Reading) -> Iterator[DataRow]:
         raise DataError(
             Bilingual(f"{name} cannot be read: it is being written to.", f"{name} 无法读取：它正在被写入。")
         ) from None
+
+
+def _object(where: str, value: object, problem: str | None) -> DataRow:
+    """An item of a JSON file as a row, which has fields."""
+    if problem is None and not isinstance(value, dict):
+        kind = type(value).__name__
+        problem = Bilingual(f"must be an object with named fields, not {kind}", f"应为带字段名的对象，而不是 {kind}")
+    elif problem is None and not value:
+        problem = Bilingual("is empty: it has no fields", "是空的：没有字段")
+    return DataRow(value if problem is None and isinstance(value, dict) else {}, where, problem)
 
 
 def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[DataRow]:
@@ -171,7 +177,7 @@ def _arrow(path: Path, name: str, kind: str) -> Iterator[DataRow]:
         ) from None
 
 
-def _arrow_batches(path: Path) -> tuple[Any, Iterator[Any]]:
+def _arrow_batches(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """Arrow's streams, which `datasets` writes, and its files, which have their table of contents at the end."""
     import pyarrow as pa
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from siliang.config import Columns
 from siliang.data.cells import REGRESSION, SEVERAL, is_number
@@ -205,7 +204,7 @@ def _numbered_pair(free: list[str], found: Collection[str]) -> tuple[str, str] |
     return None
 
 
-def _are_spans(value: Any) -> bool:
+def _are_spans(value: object) -> bool:
     """Places in a text with their kind, as annotation tools write them."""
     return isinstance(value, list) and bool(value) and all(isinstance(held, list | tuple | dict) for held in value)
 

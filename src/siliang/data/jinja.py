@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from siliang.data.encode import Encoder
 from siliang.data.templates import Template, find_template
 from siliang.language import Bilingual
+from siliang.models.tokenizer import Tokenizer
 
 SERVED_LAYOUTS = ("text", "prepared")  # these were not written in a template
 
 
-def with_chat_template(tokenizer: Any, template: str, layout: str) -> tuple[Any, str]:
+def with_chat_template(tokenizer: Tokenizer, template: str, layout: str) -> tuple[Tokenizer, str]:
     """The tokenizer to serve a model with that was trained in a template.
 
     Args:

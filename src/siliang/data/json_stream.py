@@ -19,7 +19,7 @@ MAX_DIGITS = 300  # of a whole number, which thus has a value as a float
 SHOWN = 40  # characters of a number in an error
 BLANK = " \t\r\n"
 
-Item = tuple[str, Any, str | None]  # place, value, problem
+Item = tuple[str, object, str | None]  # place, value, problem
 
 
 class WrittenFloat(float):
@@ -40,7 +40,7 @@ class WrittenFloat(float):
         return WrittenFloat, (self.text,)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
@@ -275,7 +275,7 @@ def _may_be_half(text: str) -> bool:
     return "\\ud" in text or "\\uD" in text
 
 
-def _half_a_character(value: Any) -> str | None:
+def _half_a_character(value: object) -> str | None:
     """JSON may name one of the two halves of which UTF-16 makes a character; no text file can hold it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -291,7 +291,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "msg", message_of(error))
 
 
-def _squad(article: dict[str, Any]) -> list[dict[str, Any]]:
+def _squad(article: dict[str, Any]) -> list[dict[str, object]]:
     return [{"context": p["context"], **question} for p in article["paragraphs"] for question in p["qas"]]
 
 
@@ -313,7 +313,7 @@ class _Text:
             self.line += c == "\n"
             self.position += 1
 
-    def decode(self) -> tuple[Any, bool]:
+    def decode(self) -> tuple[object, bool]:
         """The value at the position, and whether it may hold half of a character."""
         while True:
             try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from siliang.data.entries import BAD
+from siliang.data.entries import BAD, Rows
 from siliang.data.examples import Example
 from siliang.language import Bilingual
+from siliang.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Judge:
         predicts: The model learns each token from those before it.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     unknown: int | None
     special: frozenset[int]
     predicts: bool
 
     @classmethod
-    def of(cls, tokenizer: Any, predicts: bool) -> Judge:
+    def of(cls, tokenizer: Tokenizer, predicts: bool) -> Judge:
         """For the tokens of this tokenizer."""
         unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
         if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id):
@@ -34,7 +34,7 @@ class Judge:
         special.discard(unknown)
         return cls(tokenizer, unknown, frozenset(special), predicts)
 
-    def problem(self, example: Example, entries: list[dict[str, Any]]) -> str | None:
+    def problem(self, example: Example, entries: Rows) -> str | None:
         """What is wrong with an example; None where nothing is."""
         if entries and (entries[0].get("row", 0) < 0 or BAD in entries[0]):
             return None
@@ -49,19 +49,20 @@ class Judge:
                 "becomes no token but special ones: the tokenizer makes nothing of its text",
                 "除特殊词元外没有词元：分词器从它的文本得不到任何词元",
             )
-        if self.unknown is None or self.unknown not in ids:
+        unknown = self.unknown
+        if unknown is None or unknown not in ids:
             return None
         words = ids
         if parts := example.texts:  # what the template adds is not the row's
             coded = self.tokenizer(parts, add_special_tokens=False, split_special_tokens=True, verbose=False)
             words = [token for part in coded["input_ids"] for token in part]
-        n = words.count(self.unknown)
-        if n == len(words) or (self._mostly_unknown(ids) and self._mostly_unknown(words)):
+        n = words.count(unknown)
+        if n == len(words) or (self._is_most_of(ids, unknown) and self._is_most_of(words, unknown)):
             return Bilingual(
                 f"is not in the tokenizer's vocabulary: {n:,} of its {len(words):,} tokens are unknown",
                 f"不在分词器的词表中：{len(words):,} 个词元中有 {n:,} 个未知",
             )
         return None
 
-    def _mostly_unknown(self, ids: list[int]) -> bool:
-        return 2 * ids.count(self.unknown) > sum(token not in self.special for token in ids)  # type: ignore[arg-type]
+    def _is_most_of(self, ids: list[int], unknown: int) -> bool:
+        return 2 * ids.count(unknown) > sum(token not in self.special for token in ids)

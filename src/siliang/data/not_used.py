@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from siliang.data.words import stands_alone
 
@@ -28,7 +27,7 @@ class Aside:
         self._cells: dict[str, list[str]] = {}
         self._running: dict[str, int] = {}
 
-    def look(self, values: Mapping[str, Any], taken: Mapping[str, str]) -> None:
+    def look(self, values: Mapping[str, object], taken: Mapping[str, str]) -> None:
         """Looks at one row.
 
         Args:
@@ -62,7 +61,7 @@ def _is_running(name: str, text: str) -> bool:
     return len(words) >= WORDS or (bool(words) and name.lower() in ASKED) or sum(map(stands_alone, text)) >= CHARACTERS
 
 
-def _texts(value: Any) -> Collection[str]:
+def _texts(value: object) -> Collection[str]:
     """The texts in a cell, however deep."""
     if isinstance(value, str):
         return [value]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from siliang.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class CodedText:
     lost: int
 
 
-def coded_texts(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str | None], limit: int) -> list[CodedText]:
+def coded_texts(tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str | None], limit: int) -> list[CodedText]:
     """The tokens of each text, or of each pair, with the tokenizer's special tokens around them.
 
     Args:
@@ -30,19 +31,15 @@ def coded_texts(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str | None
         limit: A text that is longer is cut, of a pair the longer part; the special tokens at its end stay.
     """
     second = [pair for pair in pairs if pair is not None]
-    arguments: list[Any] = [list(texts)]
-    if second:
-        assert len(second) == len(texts), "pairs and single texts in one data set; reading refuses them"
-        arguments.append(second)
-    whole = tokenizer(*arguments, verbose=False)
+    assert len(second) in (0, len(texts)), "pairs and single texts in one data set; reading refuses them"
+    whole = tokenizer(list(texts), second or None, verbose=False)
     found: list[CodedText] = []
     for i, (text, pair) in enumerate(zip(texts, pairs, strict=True)):
         ids = whole["input_ids"][i]
         types = whole["token_type_ids"][i] if second and "token_type_ids" in whole else None
         lost = max(0, len(ids) - limit)
         if lost:
-            parts = [text] if pair is None else [text, pair]
-            cut = tokenizer(*parts, truncation=True, max_length=limit)
+            cut = tokenizer(text, pair, truncation=True, max_length=limit)
             ids, types = cut["input_ids"], cut["token_type_ids"] if types is not None else None
         found.append(CodedText(ids, types, lost))
     return found

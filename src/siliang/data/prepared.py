@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from siliang.config import DataConfig
 from siliang.data.example_set import ExampleSet, bad_rows_message
 from siliang.data.examples import Example, Span
 from siliang.data.spec import DataSpec
 from siliang.language import Bilingual
+from siliang.models.tokenizer import Tokenizer
 from siliang.types import DataError
 
 if TYPE_CHECKING:  # slow to import
@@ -40,7 +41,7 @@ class PreparedData:
         self._model, self._revision, self._seed = model, revision, seed
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The base model's, with the tokens that the settings add.
 
         Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from siliang.language import Bilingual
 
@@ -17,7 +16,7 @@ class DataRow:
         problem: Why it cannot be used; None for a row that was read.
     """
 
-    values: dict[str, Any]
+    values: dict[str, object]
     where: str
     problem: str | None = None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Values, given
 from siliang.language import Bilingual
@@ -56,7 +54,7 @@ def text_only(name: str) -> Bilingual:
     return Bilingual(f"has {name!r}: siliang trains on text alone", f"有 {name!r}：siliang 只用文本训练")
 
 
-def as_word(value: Any) -> str:
+def as_word(value: object) -> str:
     """A text in lower case without blanks around it; an empty text for any other value."""
     return value.strip().lower() if isinstance(value, str) else ""
 

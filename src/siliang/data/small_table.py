@@ -9,6 +9,8 @@ from typing import Any, overload
 
 import numpy as np
 
+TokenColumns = dict[str, list[object]]  # the values of each column
+
 
 @dataclass(frozen=True)
 class SmallTable:
@@ -19,7 +21,7 @@ class SmallTable:
         features: For each, what a number is, as numpy names it; of text, `str`.
     """
 
-    columns: dict[str, list[Any]]
+    columns: TokenColumns
     features: dict[str, str]
 
     @property
@@ -34,8 +36,8 @@ class SmallTable:
     @overload
     def __getitem__(self, key: str) -> list[Any]: ...
     @overload
-    def __getitem__(self, key: Sequence[int]) -> dict[str, list[Any]]: ...
-    def __getitem__(self, key: int | str | Sequence[int]) -> dict[str, Any] | list[Any] | dict[str, list[Any]]:
+    def __getitem__(self, key: Sequence[int]) -> TokenColumns: ...
+    def __getitem__(self, key: int | str | Sequence[int]) -> dict[str, Any] | list[Any] | TokenColumns:
         """A row, a column, or, of several rows, a list for each column."""
         if isinstance(key, str):
             return self.columns[key]
@@ -49,7 +51,7 @@ class SmallTable:
 
     def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of a column of lists, one list after the other, and how long each list is."""
-        lists = [values or [] for values in self.columns[name]]
+        lists = [values if isinstance(values, Sequence) else [] for values in self.columns[name]]
         flat = [number for values in lists for number in values]
         return np.array(flat, self.features[name]), np.array([len(values) for values in lists], np.int64)
 
@@ -59,7 +61,7 @@ class SmallTable:
     def remove_columns(self, name: str) -> SmallTable:
         return self.select_columns([other for other in self.columns if other != name])
 
-    def add_column(self, name: str, column: list[Any], feature: str) -> SmallTable:
+    def add_column(self, name: str, column: list[object], feature: str) -> SmallTable:
         return SmallTable({**self.columns, name: column}, {**self.features, name: feature})
 
     def select(self, rows: Sequence[int]) -> SmallTable:

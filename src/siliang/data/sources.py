@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import glob
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from siliang.data.description import by_name, check_hub, check_saved, described
+from siliang.data.description import Parts, by_name, check_hub, check_saved, described
 from siliang.data.file_rows import rows_of_file
 from siliang.data.reading import DataRow, Reading
 from siliang.data.text_files import FILE_KINDS, kind_of
@@ -20,6 +20,9 @@ from siliang.hub import unreachable
 from siliang.language import Bilingual, local
 from siliang.paths import check_links, near_names
 from siliang.types import DataError, first_line
+
+if TYPE_CHECKING:  # slow to import
+    from datasets import Dataset, DatasetDict
 
 TRAINED = ("train", "training")
 HELD_OUT = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")  # in the order of preference
@@ -36,9 +39,9 @@ class OpenedSource:
     """
 
     source: str
-    parts: dict[str, list[Path] | Any]
+    parts: Mapping[str, list[Path] | Dataset]
     named: dict[Path, str] = field(default_factory=dict)
-    features: dict[str, Any] | None = None
+    features: Mapping[str, object] | None = None
 
     def part(self, split: str) -> str:
         """The name of a part: `train`, or what is held out, which goes by several names.
@@ -128,17 +131,17 @@ def open_source(source: str, reading: Reading | None = None) -> OpenedSource:
 
 def _folder(path: Path, source: str, reading: Reading) -> OpenedSource:
     """What Dataset.save_to_disk wrote, or files of data whose names, or whose README, say their part."""
-    from datasets import load_from_disk
+    from datasets import DatasetDict, load_from_disk
 
     check_links(path, DataError)
     saved = ("dataset_info.json", "dataset_dict.json")
     try:
         if any((path / name).is_file() for name in saved):
             check_saved(path)
-            loaded: Any = load_from_disk(str(path))
-            return OpenedSource(source, dict(loaded) if isinstance(loaded, dict) else {"": loaded})
+            loaded = load_from_disk(str(path))
+            return OpenedSource(source, _tables(loaded) if isinstance(loaded, DatasetDict) else {"": loaded})
         parts, features = described(path)
-        return _only_ours(OpenedSource(source, parts or by_name(path), features=features), path, reading)
+        return OpenedSource(source, _only_ours(parts or by_name(path), path, reading), features=features)
     except DataError:
         raise
     except Exception as error:  # `datasets` raises kinds of its own
@@ -154,20 +157,20 @@ def _folder(path: Path, source: str, reading: Reading) -> OpenedSource:
         ) from None
 
 
-def _only_ours(opened: OpenedSource, path: Path, reading: Reading) -> OpenedSource:
-    """Names the files of data that no part holds.
+def _only_ours(parts: Parts, path: Path, reading: Reading) -> Parts:
+    """The files of data of each part. Notes those that no part holds.
 
     Raises:
         DataError: There is no file of data.
     """
     root = path.resolve()
-    kept = {part: [f for f in files if kind_of(f) in FILE_KINDS] for part, files in opened.parts.items()}
-    opened.parts = {part: [path / f.relative_to(root) for f in files] for part, files in kept.items() if files}
+    kept = {part: [f for f in files if kind_of(f) in FILE_KINDS] for part, files in parts.items()}
+    parts = {part: [path / f.relative_to(root) for f in files] for part, files in kept.items() if files}
     there = [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith((".", "README"))]
     ours = [f for f in there if kind_of(f) in FILE_KINDS]
-    if not opened.parts and ours:
-        opened.parts = {"train": ours}
-    if not opened.parts:
+    if not parts and ours:
+        parts = {"train": ours}
+    if not parts:
         raise DataError(
             Bilingual(
                 f"{path} holds no data: no file of a kind that can be read ({', '.join(FILE_KINDS)}).\n"
@@ -178,7 +181,7 @@ def _only_ours(opened: OpenedSource, path: Path, reading: Reading) -> OpenedSour
                 "的文件夹。",
             )
         )
-    taken = {file for files in opened.parts.values() for file in files}
+    taken = {file for files in parts.values() for file in files}
     left = [f.relative_to(path).as_posix() for f in ours if f not in taken]
     if left:
         more, more_zh = (f" and {len(left) - 5} more", " 等") if len(left) > 5 else ("", "")
@@ -188,11 +191,11 @@ def _only_ours(opened: OpenedSource, path: Path, reading: Reading) -> OpenedSour
                 f"{path}：文件名看不出属于哪一部分，未读取：{'、'.join(left[:5])}{more_zh}",
             )
         )
-    return opened
+    return parts
 
 
 def _hub(source: str) -> OpenedSource:
-    from datasets import load_dataset_builder
+    from datasets import DatasetDict, load_dataset_builder
     from datasets.config import HF_HUB_OFFLINE
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -203,14 +206,16 @@ def _hub(source: str) -> OpenedSource:
         check_hub(name)
         if off is not None:
             last = name.rpartition("/")[2]
-            builder: Any = Cache(None, last, config or None, repo_id=name, version="auto", hash="auto")
+            builder = Cache(None, last, config or None, repo_id=name, version="auto", hash="auto")
         else:
             builder = load_dataset_builder(name, config or None)
         if not builder.config.data_files:  # without a network, from what `datasets` made of it before
             builder.download_and_prepare()
-            made: Any = builder.as_dataset()
-            return OpenedSource(source, dict(made))
-        parts, named = {}, {}
+            made = builder.as_dataset()
+            assert isinstance(made, DatasetDict)  # as no part was asked for
+            return OpenedSource(source, _tables(made))
+        parts: Parts = {}
+        named: dict[Path, str] = {}
         for part, files in builder.config.data_files.items():
             parts[str(part)] = [_fetch(str(file), name) for file in files]
             named |= {
@@ -238,6 +243,11 @@ def _hub(source: str) -> OpenedSource:
                 "请检查名称和网络，或把数据存成文件（.jsonl、.parquet）并给出文件名。",
             )
         ) from None
+
+
+def _tables(found: DatasetDict) -> dict[str, Dataset]:
+    """The table of each part."""
+    return {str(part): table for part, table in found.items()}
 
 
 def _fetch(file: str, name: str) -> Path:
@@ -270,7 +280,7 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _saved(table: Any, source: str) -> Iterator[DataRow]:
+def _saved(table: Dataset, source: str) -> Iterator[DataRow]:
     """The rows of a table from Dataset.save_to_disk."""
     from siliang.data.arrow_rows import changes, rows_of
 

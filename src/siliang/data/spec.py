@@ -12,8 +12,9 @@ from typing import Any, Literal
 from siliang.config import DataConfig
 from siliang.data.entries import Rows
 from siliang.data.examples import Example
+from siliang.models.tokenizer import Tokenizer
 
-Encode = Callable[[Sequence[Any]], list[Rows]]  # for each example its entries
+Encode = Callable[[Sequence[Any]], Sequence[Rows]]  # for each example, of the task's kind, its entries
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class DataSpec:
     name: str
     layouts: tuple[str, ...]
     columns: Mapping[str, TokenColumn]
-    encoder: Callable[[Any, DataConfig, list[str]], Encode]
+    encoder: Callable[[Tokenizer, DataConfig, list[str]], Encode]
     named: Literal["label", "tags"] | None = None
     label_per_token: bool = False
     next_token: bool = False

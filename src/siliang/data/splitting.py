@@ -25,7 +25,7 @@ def split(n: int, test_size: float, seed: int, labels: list[int] | None = None) 
     by: str | None = None
     if labels is not None:
         by = "label"
-        rows = rows.add_column("label", labels).cast_column("label", ClassLabel(num_classes=max(labels) + 1))  # type: ignore[call-arg]
+        rows = rows.add_column("label", labels).cast_column("label", ClassLabel(num_classes=max(labels) + 1))
     try:
         parts = rows.train_test_split(test_size, seed=seed, stratify_by_column=by)
     except ValueError as error:

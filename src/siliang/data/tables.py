@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from siliang.data.text_files import INVISIBLE, MOST_COLUMNS, MOST_ROW, TextFile
 from siliang.language import Bilingual, local
@@ -60,8 +59,8 @@ def table_fields(
                     f"{name}：单元格像 csv 文件那样加了引号，按此读取",
                 )
             )
-    style: dict[str, Any] = {"delimiter": found} | ({} if marks else {"quoting": csv.QUOTE_NONE})
-    reader = csv.reader((line for _, line in file.lines()), strict=True, **style)
+    quoting = csv.QUOTE_MINIMAL if marks else csv.QUOTE_NONE
+    reader = csv.reader((line for _, line in file.lines()), strict=True, delimiter=found, quoting=quoting)
     while True:
         first = reader.line_num + 1
         try:

@@ -8,18 +8,18 @@ import sys
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from siliang.config import DataConfig
 from siliang.data.example_set import ExampleSet
 from siliang.data.spec import DataSpec
 from siliang.data.templates import find_template
+from siliang.models.tokenizer import Tokenizer
 
 SETTINGS = ("train_on", "max_length", "max_target_length", "stride", "too_long", "long_text")  # that decide on tokens
 
 
 def key_of(
-    examples: ExampleSet, tokenizer: Any, data: DataConfig, spec: DataSpec, labels: list[str] | None, judged: bool
+    examples: ExampleSet, tokenizer: Tokenizer, data: DataConfig, spec: DataSpec, labels: list[str] | None, judged: bool
 ) -> str:
     """What the tokens depend on, as a hash: the examples, the tokenizer, the template, the limits, this code."""
     template = find_template(data.template)
@@ -57,7 +57,7 @@ def code_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """Of everything that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     inner = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))

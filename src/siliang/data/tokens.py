@@ -21,14 +21,16 @@ from siliang.data.entries import BAD, Rows, bad_row, is_bad, number_of_bad, reas
 from siliang.data.example_set import ExampleSet, bad_rows_message
 from siliang.data.examples import Example, from_json
 from siliang.data.judge import Judge
-from siliang.data.small_table import SmallTable
+from siliang.data.small_table import SmallTable, TokenColumns
 from siliang.data.spec import DataSpec, Encode
 from siliang.data.token_key import key_of
 from siliang.language import Bilingual, local, together
+from siliang.models.tokenizer import Tokenizer
 from siliang.safety.limits import RefusedError, run_in_time
 from siliang.types import DataError, ModelError, first_line, message_of
 
 if TYPE_CHECKING:  # slow to import
+    import pyarrow as pa
     from datasets import Dataset, Features
 
     Table = Dataset | SmallTable
@@ -38,6 +40,7 @@ PARALLEL_ROWS = 20_000  # from so many on, several processes tokenize
 BATCH = 500
 SECONDS, CHARACTERS_A_SECOND = 6.0, 5_000  # for tokens, at the least: any tokenizer makes a hundred times as many
 NO_NUMBERS = np.zeros(0, np.int64)
+BatchFunction = Callable[[dict[str, list[str]], list[int]], TokenColumns]  # examples and their numbers to tokens
 OWN = ("lost", "lost_answer")  # columns of every table, which no batch holds
 
 
@@ -158,20 +161,21 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         import pyarrow.compute as pc
 
         for chunk in _chunks(self.table, name):
-            sizes = pc.list_value_length(chunk).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
+            sizes = pc.call_function("list_value_length", [chunk]).to_numpy(zero_copy_only=False)
             yield chunk.flatten().to_numpy(zero_copy_only=False), sizes
 
 
-def _chunks(table: Dataset, name: str) -> Iterator[Any]:
+def _chunks(table: Dataset, name: str) -> Iterator[pa.Array]:
     """A column piece by piece: the whole need not fit into memory."""
+    batch: pa.Table
     if len(table):
         for batch in table.select_columns([name]).with_format("arrow").iter(batch_size=10_000):
-            yield batch[name].combine_chunks()  # type: ignore[index]
+            yield batch[name].combine_chunks()
 
 
 def tokenize(
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     data: DataConfig,
     spec: DataSpec,
     *,
@@ -235,7 +239,7 @@ def _features(spec: DataSpec) -> Features:
     """The columns of the table of tokens."""
     from datasets import Features, List, Value
 
-    columns: dict[str, Any] = {
+    columns = {
         name: List(Value(column.kind)) if column.many else Value(column.kind) for name, column in spec.table.items()
     }
     own = {"row": Value("int32"), **{name: Value("int32") for name in OWN}, BAD: Value("string")}
@@ -258,8 +262,8 @@ def usable(examples: ExampleSet, tokens: TokenSet) -> tuple[ExampleSet, TokenSet
     if not tokens.skipped:
         return examples, tokens
     kept, numbers = np.unique(tokens.column("row"), return_inverse=True)
-    kind: Any = tokens.table.features["row"]
-    table = tokens.table.remove_columns("row").add_column("row", numbers.tolist(), feature=kind)  # type: ignore[call-arg]
+    kind: Any = tokens.table.features["row"]  # each kind of table has its own
+    table = tokens.table.remove_columns("row").add_column("row", numbers.tolist(), feature=kind)
     return examples.select(kept.tolist()), TokenSet(table, tokens.spec, tokens.dropped, skipped=tokens.skipped)
 
 
@@ -271,16 +275,16 @@ def _small_table(examples: Sequence[Example], work: Encode, judge: Judge | None,
 
 
 def _batch(
-    work: Encode, judge: Judge | None, names: list[str], batch: dict[str, list[Any]], numbers: list[int]
-) -> dict[str, list[Any]]:
+    work: Encode, judge: Judge | None, names: list[str], batch: dict[str, list[str]], numbers: list[int]
+) -> TokenColumns:
     return _encode(work, judge, names, [from_json(line) for line in batch["example"]], numbers)
 
 
 def _encode(
     work: Encode, judge: Judge | None, names: list[str], examples: Sequence[Example], numbers: Sequence[int]
-) -> dict[str, list[Any]]:
+) -> TokenColumns:
     """A list for each column of the table of tokens."""
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    columns: TokenColumns = {name: [] for name in names}
     if not examples:  # with which a tokenizer ends in an IndexError
         return columns
     try:
@@ -291,7 +295,7 @@ def _encode(
         if judge is not None and (problem := judge.problem(example, entries)):
             entries = [{"input_ids": [], BAD: stored(problem)}]
         for entry in entries:
-            row = {"row": number, "lost": 0, "lost_answer": 0} | entry
+            row: dict[str, object] = {"row": number, "lost": 0, "lost_answer": 0, **entry}
             if BAD in entry:
                 row["row"] = bad_row(number)
             for name in names:
@@ -299,7 +303,7 @@ def _encode(
     return columns
 
 
-def _in_time(work: Encode, examples: Sequence[Any]) -> list[Rows]:
+def _in_time(work: Encode, examples: Sequence[Example]) -> Sequence[Rows]:
     """The entries of each example; a tokenizer's patterns may be a stranger's, and some take for ever on some texts.
 
     Raises:
@@ -320,26 +324,24 @@ def _in_time(work: Encode, examples: Sequence[Any]) -> list[Rows]:
         ) from None
 
 
-def _alone(work: Encode, example: Any) -> list[dict[str, Any]]:
+def _alone(work: Encode, example: Example) -> Rows:
     try:
         return _in_time(work, [example])[0]
     except DataError as error:
         return [{"input_ids": [], BAD: stored(message_of(error))}]
 
 
-def _map(examples: ExampleSet, function: Any, features: Features, key: str, data: DataConfig) -> Dataset:
+def _map(examples: ExampleSet, function: BatchFunction, features: Features, key: str, data: DataConfig) -> Dataset:
     from datasets import disable_progress_bars, enable_progress_bars
 
     n = len(examples)
-    settings: dict[str, Any] = {}
+    file: str | None = None
     if n >= CACHED_ROWS:
         folder = cache_folder() / "tokens"
         folder.mkdir(exist_ok=True)
         used(folder, key)
         prune(folder)
-        settings["cache_file_name"] = str(folder / f"{key}.arrow")
-    else:
-        settings["keep_in_memory"] = True
+        file = str(folder / f"{key}.arrow")
     workers = data.workers or (max(1, os.cpu_count() or 1) if n >= PARALLEL_ROWS else 1)
     workers = min(workers, max(1, n // BATCH))
     if sys.stderr.isatty() and n >= CACHED_ROWS:
@@ -348,7 +350,7 @@ def _map(examples: ExampleSet, function: Any, features: Features, key: str, data
         disable_progress_bars()
     try:
         with _terminable() if workers > 1 else nullcontext():
-            return _mapped(examples, function, features, key, workers, settings)
+            return _mapped(examples, function, features, key, workers, file)
     except RuntimeError as error:
         if "abruptly died" not in str(error):
             raise
@@ -377,7 +379,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _mapped(
-    examples: ExampleSet, function: Any, features: Features, key: str, workers: int, settings: dict[str, Any]
+    examples: ExampleSet, function: BatchFunction, features: Features, key: str, workers: int, file: str | None
 ) -> Dataset:
     return examples.table.map(
         function,
@@ -389,5 +391,6 @@ def _mapped(
         num_proc=workers if workers > 1 else None,
         new_fingerprint=key,
         desc="tokens",
-        **settings,
+        cache_file_name=file,
+        keep_in_memory=file is None,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from siliang.config import Columns
 from siliang.data.cells import BadRow, Result, Values, as_json, as_text, cell, given, short
@@ -56,7 +55,7 @@ def unused_fields(values: Values, c: Columns) -> set[str]:
     return found
 
 
-def _first(turn: dict[str, Any], *names: str) -> Any:
+def _first(turn: Values, *names: str) -> object:
     """The first of these fields that is there and not null."""
     return next((turn[name] for name in names if turn.get(name) is not None), None)
 
@@ -70,10 +69,17 @@ def read_messages(values: Values, c: Columns, column: str) -> Result:
     tools, turns = _first(values, c.tools, "functions"), _listed(values.get(column))
     if not given(tools) and isinstance(turns, list):  # ChatGLM3 keeps them in the system's turn
         tools = next((t["tools"] for t in turns if given(t.get("tools"))), None)
-    return as_conversation(messages, tools if isinstance(tools, str) or not tools else as_json(tools))
+    return as_conversation(messages, _as_tools(tools))
 
 
-def _listed(turns: Any) -> Any:
+def _as_tools(tools: object) -> str:
+    """What may be called, as JSON text; nothing where the row names none."""
+    if isinstance(tools, str):
+        return tools
+    return as_json(tools) if tools else ""
+
+
+def _listed(turns: object) -> object:
     """A list of turns that csv and some databases hold as JSON text; any other value as it is."""
     if isinstance(turns, str) and turns.strip().startswith("["):
         try:
@@ -83,7 +89,7 @@ def _listed(turns: Any) -> Any:
     return turns
 
 
-def turns_of(turns: Any, column: str) -> list[Message]:
+def turns_of(turns: object, column: str) -> list[Message]:
     turns = _listed(turns)
     if isinstance(turns, list | tuple) and turns and all(isinstance(turn, str) for turn in turns):
         raise BadRow(
@@ -106,7 +112,7 @@ def turns_of(turns: Any, column: str) -> list[Message]:
     return messages
 
 
-def _message(turn: Any) -> Message:
+def _message(turn: object) -> Message:
     if not isinstance(turn, dict):
         raise BadRow(Bilingual("is not an object", "不是对象"))
     named = str(_first(turn, "role", "from")).lower()
@@ -145,7 +151,7 @@ def _message(turn: Any) -> Message:
     return Message(role, content, calls=calls, reasoning=reasoning, trained=trained, name=name, call_id=call_id)
 
 
-def _content(content: Any, role: Role) -> tuple[str, str]:
+def _content(content: object, role: Role) -> tuple[str, str]:
     """(the text of a turn, the reasoning in front of it)."""
     if isinstance(content, dict):
         if role == "tool":  # what a tool answers is data
@@ -180,7 +186,7 @@ def _content(content: Any, role: Role) -> tuple[str, str]:
     return words, thoughts
 
 
-def _reasoning(turn: dict[str, Any], role: Role) -> str:
+def _reasoning(turn: Values, role: Role) -> str:
     found = {name: turn[name] for name in REASONING if given(turn.get(name))}
     if not found:
         return ""
@@ -202,7 +208,7 @@ def _reasoning(turn: dict[str, Any], role: Role) -> str:
     return text
 
 
-def _trained(turn: dict[str, Any], role: Role) -> bool:
+def _trained(turn: Values, role: Role) -> bool:
     """Whether the data marks this turn as one to learn."""
     if given(turn.get("mask")):
         raise BadRow(
@@ -245,7 +251,7 @@ def _trained(turn: dict[str, Any], role: Role) -> bool:
     return wanted or role != "assistant"
 
 
-def _calls(value: Any) -> tuple[Call, ...] | None:
+def _calls(value: object) -> tuple[Call, ...] | None:
     """Calls of tools, one or a list of them, as objects or as JSON text; None where it is something else."""
     if isinstance(value, str):
         try:
@@ -256,7 +262,7 @@ def _calls(value: Any) -> tuple[Call, ...] | None:
     return None if None in calls else tuple(call for call in calls if call is not None)
 
 
-def _call(value: Any) -> Call | None:
+def _call(value: object) -> Call | None:
     if not isinstance(value, dict):
         return None
     function = value.get("function") if isinstance(value.get("function"), dict) else value
@@ -275,7 +281,7 @@ def _not_text(mark: str) -> Bilingual:
     )
 
 
-def as_conversation(messages: list[Message], tools: str | None = None) -> Result:
+def as_conversation(messages: list[Message], tools: str = "") -> Result:
     talk = [m for m in messages if m.role != "system"]
     if not any(m.role == "assistant" for m in talk):
         return Bilingual("has no turn of the assistant: there is nothing to learn", "没有 assistant 的发言，无可学习")
@@ -295,7 +301,7 @@ def as_conversation(messages: list[Message], tools: str | None = None) -> Result
             "marks every answer as one that is not learned: there is nothing to learn",
             "的所有回答都标记为不学习，无可学习",
         )
-    return Conversation(tuple(messages), (tools or "").strip())
+    return Conversation(tuple(messages), tools.strip())
 
 
 def read_pair(instruction: str, output: str) -> Callable[[Values, Columns], Result]:
@@ -339,8 +345,7 @@ def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str
                 f"有多轮对话，{c.input!r} 中又有一段文本：请把它写进所属的那一轮",
             )
         )
-    given = _first(values, c.tools)
-    tools = given if isinstance(given, str) or not given else as_json(given)
+    tools = _as_tools(_first(values, c.tools))
     return as_conversation([*(replace(m, trained=m.role != "assistant") for m in before), *after], tools)
 
 
@@ -359,12 +364,13 @@ def _history(values: Values) -> list[tuple[str, str]]:
             ) from None
     if not given(history):
         return []
-    rounds: list[Any] = list(history) if isinstance(history, list | tuple) else [history]
-    if not all(isinstance(h, list | tuple) and len(h) == 2 for h in rounds):
+    rounds = history if isinstance(history, list | tuple) else [history]
+    pairs = [held for held in rounds if isinstance(held, list | tuple) and len(held) == 2]
+    if len(pairs) != len(rounds):
         raise BadRow(
             Bilingual(
                 f"has a 'history' that is not a list of [question, answer]: {short(history)}",
                 f"的 'history' 不是 [问，答] 的列表：{short(history)}",
             )
         )
-    return [(as_text(h[0]), as_text(h[1])) for h in rounds]
+    return [(as_text(asked), as_text(answered)) for asked, answered in pairs]

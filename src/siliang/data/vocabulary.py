@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from siliang.language import Bilingual
+from siliang.models.tokenizer import Tokenizer
 from siliang.types import ConfigError
 
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedModel
 
-def grow_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> int:
+
+def grow_vocabulary(tokenizer: Tokenizer, tokens: Sequence[str]) -> int:
     """Adds the tokens that are not there yet; returns how many were new.
 
     Raises:
@@ -31,7 +37,7 @@ def grow_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> int:
     return int(tokenizer.add_tokens(list(tokens))) if tokens else 0
 
 
-def fit_embeddings(model: Any, tokenizer: Any, *, mean: bool = True) -> list[str]:
+def fit_embeddings(model: PreTrainedModel, tokenizer: Tokenizer, *, mean: bool = True) -> list[str]:
     """Makes the embeddings as large as the vocabulary, never smaller.
 
     New rows start at the mean of the old ones, as transformers does it. The modules named must be trained and saved
@@ -43,7 +49,9 @@ def fit_embeddings(model: Any, tokenizer: Any, *, mean: bool = True) -> list[str
     Returns:
         The names of the modules that grew; empty where there was room already.
     """
-    if model.get_input_embeddings().weight.shape[0] >= len(tokenizer):
+    rows = model.get_input_embeddings().weight
+    assert isinstance(rows, Tensor)
+    if len(rows) >= len(tokenizer):
         return []
     model.resize_token_embeddings(len(tokenizer), mean_resizing=mean)
     return embedding_modules(model)

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from siliang.files import write_text
 from siliang.models.own_code import write_own_code
+from siliang.models.tokenizer import Tokenizer
 from siliang.safety.safe_json import dump_json
 from siliang.secrets import redacted
 
@@ -22,7 +23,7 @@ NAMES = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merge
 def save_model(
     folder: Path,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:

@@ -15,6 +15,7 @@ from siliang.models.base_config import check_folder, load_config, why_not
 from siliang.models.extra import CHATGLM, make_known
 from siliang.models.folder import check_tokenizer_names, read_config
 from siliang.models.own_code import find_own_code, find_tokenizer_code
+from siliang.models.tokenizer import Tokenizer
 from siliang.models.tokenizer_file import check_made, check_tokenizer
 from siliang.paths import check_links
 from siliang.safety.limits import SECONDS, run_in_time
@@ -33,7 +34,7 @@ TOKENIZER_FILES = (
 )
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, revision: str | None = None) -> Tokenizer:
     """A base model's tokenizer, with a pad token.
 
     Raises:

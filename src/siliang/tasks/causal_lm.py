@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 from siliang.config import DataConfig
-from siliang.data.conversations import encode, prompt_tokens, special_prefix, stop_tokens, writer
+from siliang.data.conversations import encode, prompt_tokens, stop_tokens, writer
 from siliang.data.encode import IGNORED, Encoder
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
+from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.tasks.metrics import perplexity
 from siliang.tasks.task import EVAL_LOSS, Metric, Said, Shown, Task
@@ -24,7 +25,7 @@ PERPLEXITY = Metric("perplexity", higher=False)
 SLACK = 1e-9  # of losses that are equal but for rounding
 
 
-def encoder(tokenizer: Any, data: DataConfig, labels: list[str]) -> Encode:
+def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode:
     """Makes the function that turns examples into entries.
 
     Raises:
@@ -57,11 +58,14 @@ def verdict(final: Mapping[str, float], base: Mapping[str, float], said: Said | 
     return "not below the base" if final["eval_loss"] >= base["eval_loss"] - SLACK else None
 
 
-def prompt(tokenizer: Any, template: str, instruction: str, input: str, plain: bool) -> tuple[list[int], list[int]]:
+def prompt(
+    tokenizer: Tokenizer, template: str, instruction: str, input: str, plain: bool
+) -> tuple[list[int], list[int]]:
     """The tokens in front of the answer, and those that end it."""
     if plain:
-        ids = special_prefix(tokenizer) + tokenizer(instruction, add_special_tokens=False)["input_ids"]
-        return ids, [tokenizer.eos_token_id]
+        encoder = Encoder(tokenizer)
+        ids = encoder.start + tokenizer(instruction, add_special_tokens=False)["input_ids"]
+        return ids, [encoder.need_eos()]
     return prompt_tokens(instruction, tokenizer, template=template, input=input), stop_tokens(
         tokenizer, template=template
     )

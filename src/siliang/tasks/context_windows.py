@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from siliang.config import DataConfig
-from siliang.data.entries import Rows
+from siliang.data.entries import TokenEntry
 from siliang.data.examples import Span
 from siliang.data.spec import Encode
 from siliang.language import Bilingual
+from siliang.models.tokenizer import Tokenizer
 from siliang.secrets import shortened
 from siliang.types import DataError
 
 
-def encoder(tokenizer: Any, data: DataConfig, labels: list[str]) -> Encode:
+class WindowEntry(TokenEntry, total=False):
+    """One window.
+
+    Attributes:
+        offsets: Begin and end of each token in the context, one after the other; -1 for tokens that are not of it.
+        start_positions: The answer's first token.
+        end_positions: Its last; 0 where the window does not hold it.
+    """
+
+    offsets: list[int]
+    start_positions: int
+    end_positions: int
+
+
+def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode:
     """Makes the function that turns examples into entries."""
     return partial(encode, tokenizer, data)
 
 
-def encode(tokenizer: Any, data: DataConfig, examples: Sequence[Span]) -> list[Rows]:
+def encode(tokenizer: Tokenizer, data: DataConfig, examples: Sequence[Span]) -> list[list[WindowEntry]]:
     """Question and context in windows; an answer outside of a window is at its first token ([CLS]), as for SQuAD 2.
 
     Raises:
@@ -35,7 +49,7 @@ def encode(tokenizer: Any, data: DataConfig, examples: Sequence[Span]) -> list[R
             )
         )
     stride = min(data.stride, data.max_length // 2)
-    rows: list[Rows] = [[] for _ in examples]
+    rows: list[list[WindowEntry]] = [[] for _ in examples]
     # the tokenizer asks for a room larger than the stride, and not kindly: a long question gets a smaller stride
     groups: dict[int, list[int]] = {}
     for number, room in enumerate(_rooms(tokenizer, data.max_length, examples)):
@@ -43,7 +57,7 @@ def encode(tokenizer: Any, data: DataConfig, examples: Sequence[Span]) -> list[R
     for step, numbers in groups.items():
         _windows(tokenizer, data.max_length, step, examples, numbers, rows)
     for example, windows in zip(examples, rows, strict=True):
-        if example.answers and not any(row["end_positions"] for row in windows):
+        if example.answers and not any(row.get("end_positions") for row in windows):
             answer = shortened(example.answers[0], 40)
             raise DataError(
                 Bilingual(
@@ -59,7 +73,7 @@ def encode(tokenizer: Any, data: DataConfig, examples: Sequence[Span]) -> list[R
     return rows
 
 
-def _rooms(tokenizer: Any, limit: int, examples: Sequence[Span]) -> list[int]:
+def _rooms(tokenizer: Tokenizer, limit: int, examples: Sequence[Span]) -> list[int]:
     """How many tokens of its context a window has room for, by example."""
     own = tokenizer.num_special_tokens_to_add(pair=True)
     questions = tokenizer([e.question for e in examples], add_special_tokens=False, verbose=False)["input_ids"]
@@ -77,7 +91,12 @@ def _rooms(tokenizer: Any, limit: int, examples: Sequence[Span]) -> list[int]:
 
 
 def _windows(
-    tokenizer: Any, limit: int, stride: int, examples: Sequence[Span], numbers: list[int], rows: list[Rows]
+    tokenizer: Tokenizer,
+    limit: int,
+    stride: int,
+    examples: Sequence[Span],
+    numbers: list[int],
+    rows: list[list[WindowEntry]],
 ) -> None:
     """Adds the windows of the examples with these numbers to their rows."""
     coded = tokenizer(
@@ -98,10 +117,15 @@ def _windows(
                 Bilingual("has a context of which the tokenizer makes nothing", "的上下文经分词器处理后没有词元")
             )
         start, end = _place(examples[number], offsets)
-        row = {"input_ids": coded["input_ids"][i], "offsets": [x for o in offsets for x in o]}
+        row: WindowEntry = {
+            "input_ids": coded["input_ids"][i],
+            "offsets": [x for o in offsets for x in o],
+            "start_positions": start,
+            "end_positions": end,
+        }
         if "token_type_ids" in coded:
             row["token_type_ids"] = coded["token_type_ids"][i]
-        rows[number].append({**row, "start_positions": start, "end_positions": end})
+        rows[number].append(row)
 
 
 def _place(example: Span, offsets: list[tuple[int, int]]) -> tuple[int, int]:

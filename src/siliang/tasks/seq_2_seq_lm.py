@@ -10,11 +10,13 @@ from functools import partial
 from typing import Any
 
 from siliang.config import DataConfig
+from siliang.data.encode import Encoder
 from siliang.data.entries import Rows, dropped
 from siliang.data.examples import Conversation, Example, SourceTarget
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
+from siliang.models.tokenizer import Tokenizer
 from siliang.tasks.causal_lm import PERPLEXITY, of_loss, verdict
 from siliang.tasks.metrics import rouge_l
 from siliang.tasks.task import EVAL_LOSS, Shown, Task
@@ -44,12 +46,12 @@ def as_source_target(made: Example) -> Example | str:
     return SourceTarget(talk[0].text, talk[1].content)
 
 
-def encoder(tokenizer: Any, data: DataConfig, labels: list[str]) -> Encode:
+def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode:
     """Makes the function that turns examples into entries."""
     return partial(encode, tokenizer, data)
 
 
-def encode(tokenizer: Any, data: DataConfig, examples: Sequence[SourceTarget]) -> list[Rows]:
+def encode(tokenizer: Tokenizer, data: DataConfig, examples: Sequence[SourceTarget]) -> list[Rows]:
     """Sources as the encoder's input, targets as labels; both end as the tokenizer ends them (T5: </s>)."""
     sources = tokenizer([e.source for e in examples], verbose=False)["input_ids"]
     targets = tokenizer(text_target=[e.target for e in examples], verbose=False)["input_ids"]
@@ -84,10 +86,12 @@ def of_texts(written: Sequence[str], right: Sequence[str]) -> dict[str, float]:
     return {"rouge_l": rouge_l(written, right)}
 
 
-def prompt(tokenizer: Any, template: str, instruction: str, input: str, plain: bool) -> tuple[list[int], list[int]]:
+def prompt(
+    tokenizer: Tokenizer, template: str, instruction: str, input: str, plain: bool
+) -> tuple[list[int], list[int]]:
     """The tokens of the source, and the one that ends the target."""
     text = f"{instruction}\n{input}".strip() if input else instruction
-    return tokenizer(text)["input_ids"], [tokenizer.eos_token_id]
+    return tokenizer(text)["input_ids"], [Encoder(tokenizer).need_eos()]
 
 
 SEQ_2_SEQ_LM = Task(

@@ -19,6 +19,7 @@ from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABEL, NUMBERS, DataSpec, Encode
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
+from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.secrets import shortened
 from siliang.tasks.losses import cross_entropy
@@ -62,12 +63,12 @@ class PredictedClass:
 # ---- tokens ----
 
 
-def encoder(tokenizer: Any, data: DataConfig, labels: list[str]) -> Encode:
+def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode:
     """Makes the function that turns examples into entries."""
     return partial(encode, tokenizer, data, labels)
 
 
-def encode(tokenizer: Any, data: DataConfig, labels: list[str], examples: Sequence[Labelled]) -> list[Rows]:
+def encode(tokenizer: Tokenizer, data: DataConfig, labels: list[str], examples: Sequence[Labelled]) -> list[Rows]:
     """Texts, or pairs of texts, with the number of their class; a label that is empty is not known yet."""
     numbers = {name: i for i, name in enumerate(labels)} | {"": 0}
     texts, pairs = [e.text for e in examples], [e.pair for e in examples]

@@ -18,6 +18,7 @@ from siliang.data.prepared import EvalRows
 from siliang.data.spec import DataSpec
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
+from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.types import ConfigError, TaskType
 
@@ -263,7 +264,7 @@ class Task:
     asks: tuple[str, ...] = ()
     predict: Callable[[Trained, Iterable[Any]], Iterator[Prediction]] | None = None
     blank: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    prompt: Callable[[Any, str, str, str, bool], tuple[list[int], list[int]]] | None = None
+    prompt: Callable[[Tokenizer, str, str, str, bool], tuple[list[int], list[int]]] | None = None
     example_prompt: str | None = None
 
     @property

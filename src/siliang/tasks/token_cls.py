@@ -15,13 +15,14 @@ import numpy as np
 
 from siliang.config import DataConfig
 from siliang.data.encode import IGNORED
-from siliang.data.entries import Rows, dropped
+from siliang.data.entries import Rows, TokenEntry, dropped
 from siliang.data.examples import Tagged
 from siliang.data.prepared import EvalRows
 from siliang.data.spec import LABELS, NUMBERS, DataSpec, Encode, TokenColumn
 from siliang.data.words import cut_into_words, join_words
 from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
+from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.tasks.losses import cross_entropy
 from siliang.tasks.metrics import as_iobes, spans_of_tags
@@ -83,12 +84,18 @@ def in_words(spans: Iterable[TaggedSpan]) -> str:
 # ---- tokens ----
 
 
-def encoder(tokenizer: Any, data: DataConfig, labels: list[str]) -> Encode:
+class TaggedEntry(TokenEntry, total=False):
+    """One sentence; `words` are the numbers of the words that carry a tag."""
+
+    words: list[int]
+
+
+def encoder(tokenizer: Tokenizer, data: DataConfig, labels: list[str]) -> Encode:
     """Makes the function that turns examples into entries."""
     return partial(encode, tokenizer, data, labels)
 
 
-def encode(tokenizer: Any, data: DataConfig, labels: list[str], examples: Sequence[Tagged]) -> list[Rows]:
+def encode(tokenizer: Tokenizer, data: DataConfig, labels: list[str], examples: Sequence[Tagged]) -> list[Rows]:
     """Words with tags: the first piece of each word carries its tag, the others and the special tokens none."""
     numbers = {name: i for i, name in enumerate(labels)}
     rows: list[Rows] = []
@@ -107,13 +114,19 @@ def encode(tokenizer: Any, data: DataConfig, labels: list[str], examples: Sequen
             gone = slice(front, len(ids) - tail)
             lost_answer = sum(x != IGNORED for x in tagged[gone])
             del ids[gone], tagged[gone], words[gone]
-        read = [word for word, tag in zip(words, tagged, strict=True) if tag != IGNORED]
-        row = {"input_ids": ids, "labels": tagged, "words": read, "lost": lost, "lost_answer": lost_answer}
+        read = [word for word, tag in zip(words, tagged, strict=True) if word is not None and tag != IGNORED]
+        row: TaggedEntry = {
+            "input_ids": ids,
+            "labels": tagged,
+            "words": read,
+            "lost": lost,
+            "lost_answer": lost_answer,
+        }
         rows.append([row])
     return rows
 
 
-def _words(tokenizer: Any, sentences: Sequence[tuple[str, ...]]) -> list[tuple[list[int], list[int | None]]]:
+def _words(tokenizer: Tokenizer, sentences: Sequence[tuple[str, ...]]) -> list[tuple[list[int], list[int | None]]]:
     """(tokens, number of the word of each) of sentences that are cut into words already."""
     if tokenizer.is_fast:
         coded = tokenizer([list(s) for s in sentences], is_split_into_words=True, verbose=False)
