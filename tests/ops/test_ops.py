@@ -14,6 +14,7 @@ from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout, packed_attention
 from siliang.ops.place import planned_for
+from siliang.ops.recomputed import recomputed_linear
 from siliang.ops.rms_norm import rms_norm
 
 BUDGET = 6  # roundings; 4.3 are needed, of bf16 on two cores with AVX512-BF16
@@ -52,6 +53,23 @@ def within_budget(ours: Tensor, naive: Tensor, true: Tensor, low: torch.dtype) -
     over = (ours.double() - true).abs() - (naive.double() - true).abs()
     needed = float((over / (torch.finfo(low).eps * size + 1e-30)).max())
     assert needed <= BUDGET, f"{low}: {needed:.1f} roundings further from the truth than the reference"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 7, 33)])
+def test_recomputed_linear(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, A, B = torch.randn(shape), torch.randn(2, shape[-1]), torch.randn(4, 2)
+
+    def ours(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return recomputed_linear(x, lambda: torch.sin(B @ A), [A, B])
+
+    same(ours, lambda x, A, B: F.linear(x, torch.sin(B @ A)), x, A, B)
+    A.requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = recomputed_linear(x, lambda: torch.sin(B @ A), [A, B])
+    assert [t.shape for t in saved] == [x.shape]  # no weight
+    assert y.requires_grad and torch.autograd.grad(y.sum(), A)[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 7, 33)])

@@ -6,6 +6,7 @@ Shapes: W, ΔW (O, I), of a convolution as its weight is; x (T, I) with any lead
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 from siliang.methods.layer import BaseForward, LayerAdapter
 from siliang.models.introspect import apply_weight, as_stored, is_linear, out_by_in
 from siliang.models.quantized import float_weight, is_quantized
+from siliang.ops.recomputed import recomputed_linear
 
 
 class Additive(LayerAdapter):
@@ -31,21 +33,34 @@ class Additive(LayerAdapter):
 
     def update(self, x: Tensor) -> Tensor:
         """ΔW x, (T, O), in the dtype of `x` (T, I)."""
-        return apply_weight(self.layer.base_layer, x, self.training_delta().to(x.dtype))
+        return self._times(x, self.delta)
 
-    def training_delta(self) -> Tensor:
-        """`delta`, with the method's own dropout during training."""
-        return self.delta()
+    @property
+    def drops(self) -> bool:
+        """Whether something of ΔW is left out at random in this step."""
+        return self.layer.training and self.dropout_p > 0.0
+
+    def dropped_update(self, x: Tensor) -> Tensor:
+        """`update` with the method's dropout."""
+        return self.update(F.dropout(x, self.dropout_p))
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         """y + ΔW x; where ΔW is formed anyway, (W + ΔW) x in one product."""
-        dropout_p = self.dropout_p if self.layer.training else 0.0
-        if self._forms_delta and not dropout_p and base_forward.is_base_layer and self._is_full_precision(x):
-            base = self.layer.base_layer
-            y = apply_weight(base, x, float_weight(base) + self.training_delta())
+        base, drops = self.layer.base_layer, self.drops
+        if self._forms_delta and not drops and base_forward.is_base_layer and self._is_full_precision(x):
+            y = self._times(x, lambda: float_weight(base) + self.delta())
             return y if base.bias is None else y + base.bias
         y = base_forward(x)
-        return y + self.update(F.dropout(x, dropout_p)).to(y.dtype)
+        return y + (self.dropped_update(x) if drops else self.update(x)).to(y.dtype)
+
+    def _times(self, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        """The base layer's output with another weight and without bias. A linear layer keeps no weight for the backward
+        pass, but computes it again.
+        """
+        base = self.layer.base_layer
+        if is_linear(base):
+            return recomputed_linear(x, weight, [*self.parameters().values()])
+        return apply_weight(base, x, weight().to(x.dtype))
 
     def merged(self) -> dict[str, Tensor]:
         """W + ΔW, in fp32 where W is half: it is rounded once, at the end."""

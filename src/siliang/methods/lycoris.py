@@ -45,7 +45,13 @@ class LycorisConfig(BlocksConfig):
 
 
 class LycorisAdapter(Additive):
-    """An update of the weight with scaling s."""
+    """An update of the weight with scaling s.
+
+    Attributes:
+        keeps_mean: The rows that `rank_dropout` leaves make up for those that it zeroes.
+    """
+
+    keeps_mean = True
 
     def __init__(
         self, config: LycorisConfig, layer: Layer, name: str, parts: Mapping[str, nn.Module | nn.Parameter]
@@ -60,13 +66,15 @@ class LycorisAdapter(Additive):
         base = self.layer.base_layer
         return delta if delta.dim() == base.weight.dim() else delta.reshape(base.weight.shape)
 
-    def training_delta(self) -> Tensor:
-        """ΔW, of which `rank_dropout` zeroes rows; the others grow so that their mean stays."""
-        delta = self.delta()
-        if not (self.rank_dropout and self.layer.training):
-            return delta
-        kept = (torch.rand(len(delta), device=delta.device) > self.rank_dropout).to(delta.dtype)
-        return delta * (kept / kept.mean()).view(-1, *[1] * (delta.dim() - 1))
+    @property
+    def drops(self) -> bool:
+        return self.layer.training and self.rank_dropout > 0.0
+
+    def dropped_update(self, x: Tensor) -> Tensor:
+        """ΔW x without some rows of ΔW, which are outputs."""
+        y, window = self.update(x), self.layer.base_layer.weight.dim() - 2
+        kept = (torch.rand(y.shape[-1 - window], device=y.device) > self.rank_dropout).to(y.dtype)
+        return y * (kept / kept.mean() if self.keeps_mean else kept).view(-1, *[1] * window)
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         if self.module_dropout and self.layer.training and torch.rand(()) <= self.module_dropout:

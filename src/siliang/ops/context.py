@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -41,3 +42,10 @@ class RowsContext(Context, Protocol):
     """Of a function that takes some rows of a tensor: how many there are."""
 
     rows: int
+
+
+class RecomputedContext(Context, Protocol):
+    """Of `recomputed_linear`: what gives the weight, and its parameters."""
+
+    weight: Callable[[], Tensor]
+    parameters: tuple[Tensor, ...]
