@@ -25,9 +25,17 @@ if TYPE_CHECKING:
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
     from siliang.methods.vera import VeraConfig
     from siliang.peft_api.functions import (
+        cast_mixed_precision_params,
+        check_if_peft_model,
+        disable_input_dtype_casting,
+        get_base_model_state_dict,
         get_peft_config,
         get_peft_model_state_dict,
+        inject_adapter_in_model,
+        load_peft_weights,
         prepare_model_for_kbit_training,
+        rescale_adapter_scale,
+        set_base_model_state_dict,
         set_peft_model_state_dict,
     )
     from siliang.peft_api.model import (
@@ -40,6 +48,23 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
+    from siliang.peft_api.status import (
+        TunerLayerStatus,
+        TunerModelStatus,
+        get_layer_status,
+        get_model_status,
+    )
+    from siliang.peft_api.to_lora import (
+        convert_to_lora,
+        save_as_lora,
+    )
+    from siliang.peft_api.tuners import (
+        IA3Model,
+        LNTuningModel,
+        LoHaModel,
+        LoraModel,
+        OFTModel,
+    )
     from siliang.safety.permissions import allow_code
     from siliang.types import PeftType, SiliangError, TaskType
 
@@ -50,11 +75,16 @@ _HOME = {
     "HeadConfig": "siliang.methods.head",
     "HiraConfig": "siliang.methods.hira",
     "IA3Config": "siliang.methods.ia3",
+    "IA3Model": "siliang.peft_api.tuners",
     "LNTuningConfig": "siliang.methods.ln_tuning",
+    "LNTuningModel": "siliang.peft_api.tuners",
     "LoHaConfig": "siliang.methods.loha",
+    "LoHaModel": "siliang.peft_api.tuners",
     "LoraConfig": "siliang.methods.lora",
     "MissConfig": "siliang.methods.miss",
+    "LoraModel": "siliang.peft_api.tuners",
     "OFTConfig": "siliang.methods.oft",
+    "OFTModel": "siliang.peft_api.tuners",
     "PeftConfig": "siliang.methods.config",
     "PeftModel": "siliang.peft_api.model",
     "PeftModelForCausalLM": "siliang.peft_api.model",
@@ -72,11 +102,25 @@ _HOME = {
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
     "VeraConfig": "siliang.methods.vera",
+    "TunerLayerStatus": "siliang.peft_api.status",
+    "TunerModelStatus": "siliang.peft_api.status",
     "allow_code": "siliang.safety.permissions",
+    "cast_mixed_precision_params": "siliang.peft_api.functions",
+    "check_if_peft_model": "siliang.peft_api.functions",
+    "convert_to_lora": "siliang.peft_api.to_lora",
+    "disable_input_dtype_casting": "siliang.peft_api.functions",
+    "get_base_model_state_dict": "siliang.peft_api.functions",
+    "get_layer_status": "siliang.peft_api.status",
+    "get_model_status": "siliang.peft_api.status",
     "get_peft_config": "siliang.peft_api.functions",
     "get_peft_model": "siliang.peft_api.model",
     "get_peft_model_state_dict": "siliang.peft_api.functions",
+    "inject_adapter_in_model": "siliang.peft_api.functions",
+    "load_peft_weights": "siliang.peft_api.functions",
     "prepare_model_for_kbit_training": "siliang.peft_api.functions",
+    "rescale_adapter_scale": "siliang.peft_api.functions",
+    "save_as_lora": "siliang.peft_api.to_lora",
+    "set_base_model_state_dict": "siliang.peft_api.functions",
     "set_peft_model_state_dict": "siliang.peft_api.functions",
 }
 
@@ -85,11 +129,16 @@ __all__ = [
     "HeadConfig",
     "HiraConfig",
     "IA3Config",
+    "IA3Model",
     "LNTuningConfig",
+    "LNTuningModel",
     "LoHaConfig",
+    "LoHaModel",
     "LoraConfig",
+    "LoraModel",
     "MissConfig",
     "OFTConfig",
+    "OFTModel",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -106,12 +155,26 @@ __all__ = [
     "PromptTuningInit",
     "SiliangError",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "VeraConfig",
     "allow_code",
+    "cast_mixed_precision_params",
+    "check_if_peft_model",
+    "convert_to_lora",
+    "disable_input_dtype_casting",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "rescale_adapter_scale",
+    "save_as_lora",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 

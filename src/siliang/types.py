@@ -135,7 +135,7 @@ class AdapterError(SiliangError, ValueError):
     code = "SLE05"
 
 
-class MergeError(SiliangError, RuntimeError):
+class MergeError(SiliangError, ValueError):
     """A merged model does not have the outputs of the unmerged one."""
 
     code = "SLE06"

@@ -69,6 +69,12 @@ class AdaptedLayer(PeftLayer):
         """Adds an adapter whose parts are registered."""
         self._adapters[adapter.name] = adapter
 
+    @property
+    def module_type(self) -> str:
+        """The first adapter's kind, and the base layer's, such as "LoraLinear on Linear"."""
+        kinds = [type(adapter).__name__ for adapter in self._adapters.values()]
+        return f"{kinds[0] if kinds else 'nothing'} on {type(self.base_layer).__name__}"
+
     def delete_adapter(self, name: str) -> None:
         """Removes adapter `name`, if this layer has it."""
         self._adapters.pop(name, None)

@@ -114,10 +114,9 @@ class Injection(nn.Module):
 
     def _apply_state(self) -> None:
         """Makes the model compute what the present state says. No other function decides that."""
-        disabled = bool(self._disabled) or self.switched_off
         self._take_hooks_off()
-        self.attachments.apply_state(self.active, self.merged, self._rows, disabled=disabled)
-        for name in () if disabled or self._rows is not None else self.active:
+        self.attachments.apply_state(self.active, self.merged, self._rows, disabled=self.is_disabled)
+        for name in () if self.is_disabled or self._rows is not None else self.active:
             if name in self.adapters:
                 adapter = self.adapters[name]
                 remove = method_of(adapter.config).add_hooks(self.model, adapter)
@@ -208,6 +207,11 @@ class Injection(nn.Module):
         self.active = names
         self._apply_state()
 
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the model computes as the base model does, whichever adapters are active."""
+        return bool(self._disabled) or self.switched_off
+
     def switch(self, *, on: bool) -> None:
         """Lets the model compute as the base model does, or with its adapters again."""
         self.switched_off = not on
@@ -235,7 +239,7 @@ class Injection(nn.Module):
             ConfigError: Adapters are merged, or are of a kind that replaces the base model's own parameters.
         """
         names = tuple(names)
-        if self._disabled or self.switched_off:
+        if self.is_disabled:
             yield
             return
         alone = {name for name in names if name in self.prompts or self.attachments.overridden_by(name)}
@@ -359,7 +363,7 @@ class Injection(nn.Module):
             warnings.warn(said, stacklevel=4)
             self.unmerge()
 
-    def merge_and_unload(self, *names: str, safe: bool = False, progress: bool = False) -> nn.Module:
+    def merge_for_good(self, *names: str, safe: bool = False, progress: bool = False) -> nn.Module:
         """Removes everything and returns the base model with adapters merged into it, also those merged before.
 
         Args:

@@ -15,6 +15,8 @@ from siliang.adapters.tied_weights import replace_parameter
 from siliang.methods.layer import trained_dtype
 from siliang.methods.rows import Rows, by_row
 
+OWN = ("original_module", "modules_to_save", "active", "rows")
+
 
 class ModulesToSaveWrapper(nn.Module):
     """A module of the base model (a head, an embedding) of which adapters train and save copies of their own.
@@ -25,6 +27,7 @@ class ModulesToSaveWrapper(nn.Module):
     Attributes:
         active: The adapter whose copy computes; None for the module itself.
         rows: For a batch that mixes adapters, the one of each row; None otherwise.
+        active_adapters, merged_adapters, disable_adapters: What PEFT's wrapper has under these names.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -33,6 +36,9 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active: str | None = None
         self.rows: Rows | None = None
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
         self.train(module.training)
 
     def add_adapter(self, name: str, base_module: nn.Module) -> None:
@@ -66,7 +72,7 @@ class ModulesToSaveWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_modules" not in self.__dict__ or name in ("original_module", "modules_to_save", "active", "rows"):
+            if "_modules" not in self.__dict__ or name in OWN:
                 raise
             return getattr(self.module_of(self.active), name)
 

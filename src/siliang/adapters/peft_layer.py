@@ -102,7 +102,7 @@ class _Scalings(MutableMapping[str, float]):
     """The scalings of a layer's adapters by name, live."""
 
     def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
-        self._adapters = {name: adapter for name, adapter in adapters.items() if adapter.config_scaling is not None}
+        self._adapters = {name: adapter for name, adapter in adapters.items() if adapter.has_scaling}
 
     def __getitem__(self, name: str) -> float:
         return self._adapters[name].s

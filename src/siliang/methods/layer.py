@@ -36,7 +36,8 @@ class LayerAdapter(ABC):
 
     Attributes:
         s: The scaling that it computes with now, which scripts may change.
-        config_scaling: The scaling that follows from its config; None for a method without one.
+        config_scaling: The scaling that follows from its config.
+        has_scaling: Its method has a scaling.
         settings: The settings that PEFT shows of a layer with it, such as {"r": 8}.
     """
 
@@ -44,7 +45,8 @@ class LayerAdapter(ABC):
     EXCLUSIVE: ClassVar[bool] = False
 
     s: float = 1.0
-    config_scaling: float | None = None
+    config_scaling: float = 1.0
+    has_scaling: bool = False
     settings: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, layer: Layer, name: str, parts: Mapping[str, nn.Module | Tensor]) -> None:
@@ -73,6 +75,7 @@ class LayerAdapter(ABC):
     def set_scaling(self, s: float) -> None:
         """Makes `s` the scaling that follows from the config."""
         self.s = self.config_scaling = s
+        self.has_scaling = True
 
     @abstractmethod
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:

@@ -62,4 +62,4 @@ class LoraEmbedding(LowRank):
     def merged(self) -> dict[str, Tensor]:
         weight = self.layer.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return {"weight": weight.to(wide) + self.s * (self.B @ self.A).T}
+        return {"weight": weight.to(wide) + self.delta().T}

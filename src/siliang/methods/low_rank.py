@@ -85,6 +85,20 @@ class LowRank(LayerAdapter):
     def supports(cls, layer: nn.Module) -> bool:
         """Whether `layer` is of a kind that this works on."""
 
+    @property
+    @abstractmethod
+    def A(self) -> Tensor:
+        """(R, I)."""
+
+    @property
+    @abstractmethod
+    def B(self) -> Tensor:
+        """(O, R)."""
+
+    def delta(self) -> Tensor:
+        """s B A, (O, I), in A's dtype."""
+        return self.s * (self.B @ self.A)
+
     def overrides(self) -> dict[str, nn.Parameter]:
         return {} if self.residual is None else {"weight": self.residual}
 
@@ -149,10 +163,6 @@ class LowRankLinear(LowRank):
     @property
     def b(self) -> Tensor | None:
         return self.module("lora_B", nn.Linear).bias
-
-    def delta(self) -> Tensor:
-        """s B A, (O, I), in A's dtype."""
-        return self.s * (self.B @ self.A)
 
     def _merged_OI(self) -> Tensor:
         """W + s B A; in fp32 where W is half, for it is rounded once, at the end."""

@@ -13,10 +13,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.adapters.injection import Injection
 from siliang.language import Bilingual
 from siliang.methods.config import BASE, PeftConfig
 from siliang.peft_api.checks import check_known
+from siliang.peft_api.tuners import TunerModel
 from siliang.peft_checks import refresh
 from siliang.types import ConfigError
 
@@ -33,7 +33,7 @@ class AnswersAsBase(PreTrainedModel):
         peft_config: The configs of the adapters by name.
     """
 
-    injection: Injection
+    injection: TunerModel
     peft_config: dict[str, PeftConfig]
 
     def get_base_model(self) -> nn.Module:

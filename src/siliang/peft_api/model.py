@@ -5,22 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from siliang.adapters.adapter_state import adapter_state
 from siliang.adapters.files import size_errors
-from siliang.adapters.injection import Injection
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.models.quantized import count_parameters, keep_as_stored
 from siliang.peft_api.answers_as_base import AnswersAsBase
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
 from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_save_directory, save_adapters
+from siliang.peft_api.tuners import TUNERS, TunerModel
 from siliang.peft_checks import refresh
 from siliang.types import ConfigError
 
@@ -67,7 +67,8 @@ class PeftModel(AnswersAsBase):
         check_config(peft_config)
         self.peft_config = {}
         keep_as_stored(model)
-        injection = Injection(model, for_prompts=peft_config.is_prompt_learning)
+        kind = TUNERS.get(peft_config.peft_type, TunerModel)
+        injection = kind(model, for_prompts=peft_config.is_prompt_learning)
         self.__dict__["injection"] = injection
         self._modules["base_model"] = model if injection.for_prompts else injection
         try:
@@ -144,7 +145,7 @@ class PeftModel(AnswersAsBase):
         self.injection.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
         if self.injection.active != before:
-            self._train_active()
+            self.injection.train_active()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes one adapter (or several, which add up) the active one, and trained unless loaded for inference.
@@ -157,16 +158,26 @@ class PeftModel(AnswersAsBase):
         Raises:
             ConfigError: One is not there, or they cannot be active together. The model is unchanged then.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            check_known(name, self.peft_config)
-        self.injection.set_active(*names)
-        self._train_active(frozen=inference_mode)
+        self.injection.set_adapter(adapter_name, inference_mode)
 
-    def _train_active(self, *, frozen: bool = False) -> None:
-        for name, config in self.peft_config.items():
-            trained = name in self.injection.active and not config.inference_mode and not frozen
-            self.injection.adapters[name].set_trainable(trained)
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Trains adapters, or freezes them, active or not."""
+        self.injection.set_requires_grad(adapter_names, requires_grad)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """See `TunerModel.add_weighted_adapter`."""
+        self.injection.add_weighted_adapter(*args, **kwargs)
+        self.peft_config.update(self.injection.peft_config)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter computes."""
+        return bool(self.injection.active) and not self.injection.is_disabled
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The endings of the modules of which an adapter has a copy; None where there are none."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     @property
     def active_adapter(self) -> str | None:
@@ -218,7 +229,7 @@ class PeftModel(AnswersAsBase):
             MergeError: The base model is quantized, the adapter is a prompt, or, with `safe_merge`, broken.
         """
         names = self._chosen(adapter_names)
-        base = self.injection.merge_and_unload(*names, safe=safe_merge, progress=progressbar)
+        base = self.injection.merge_for_good(*names, safe=safe_merge, progress=progressbar)
         self.peft_config.clear()
         return base
 

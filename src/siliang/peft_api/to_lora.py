@@ -1,0 +1,160 @@
+"""An adapter of any method that changes linear weights, as LoRA: for programs that read nothing else.
+
+    s B A ~ W' - W        the main directions of what merging would add to W, by its singular values
+
+Shapes: W (O, I), A (R, I), B (O, R).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from siliang.adapters.adapted_layer import AdaptedLayer
+from siliang.adapters.files import WEIGHTS_NAME
+from siliang.adapters.injection import Injection
+from siliang.files import replacing
+from siliang.methods.lora import LoraConfig
+from siliang.models.introspect import is_linear, out_by_in
+from siliang.peft_api.checks import check_known
+from siliang.peft_api.model import PeftModel
+from siliang.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An adapter as LoRA.
+
+    Attributes:
+        config: Its config.
+        tensors: Its tensors by the keys of a file.
+        errors: What is lost on each layer: |s B A - (W' - W)| / |W' - W|, by path.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    errors: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """What is lost on the layer that loses the most."""
+        return max(self.errors.values())
+
+
+def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, progress: bool = False) -> Conversion:
+    """An adapter as LoRA.
+
+    Args:
+        rank: A whole number: of every layer. From 0 to 1: the smallest of each layer whose B A has this share of the
+            squared update.
+        progress: Show how far it is.
+
+    Raises:
+        ConfigError: The adapter is not there, changes more than linear weights, or has fewer directions than `rank`.
+    """
+    check_known(adapter_name, model.peft_config)
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if (whole and rank < 1) or (not whole and not 0 < rank <= 1):
+        raise ConfigError(f"rank = {rank!r}: must be a whole number of at least 1, or a share from 0 to 1.")
+    config = model.peft_config[adapter_name]
+    if isinstance(config, LoraConfig) and not config.use_dora:
+        warnings.warn(f"Adapter {adapter_name!r} is LoRA already.", stacklevel=2)
+    layers = _layers(model.injection, adapter_name)
+    prefix, tensors, errors, ranks = "base_model.model.", dict[str, Tensor](), dict[str, float](), dict[str, int]()
+    for path, layer in tqdm(layers.items(), disable=not progress, desc="Converting to LoRA"):
+        delta_OI = out_by_in(layer.base_layer, layer.get_delta_weight(adapter_name)).float()
+        A, B = _directions(delta_OI, rank, path)
+        ranks[path] = len(A)
+        size = delta_OI.norm().item()
+        errors[path] = (B @ A - delta_OI).norm().item() / size if size else 0.0
+        tensors[f"{prefix}{path}.lora_A.weight"], tensors[f"{prefix}{path}.lora_B.weight"] = A, B
+    for path in model.injection.adapters[adapter_name].parts.modules:
+        copied = model.injection.attachments.module_copy(path, adapter_name)
+        tensors |= {f"{prefix}{path}.{key}": t for key, t in copied.state_dict().items()}
+    most = max(ranks.values())
+    own = {f"^{re.escape(path)}": r for path, r in ranks.items() if r != most}
+    lora = LoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        r=most,
+        lora_alpha=most,
+        rank_pattern=own,
+        alpha_pattern={key: float(r) for key, r in own.items()},
+        target_modules=sorted(layers),
+        modules_to_save=config.modules_to_save,
+    )
+    return Conversion(lora, {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, errors)
+
+
+def convert_to_lora(
+    model: PeftModel,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, object] | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """`to_lora` with what PEFT's function returns. `compile_kwargs` has no effect."""
+    found = to_lora(model, rank, adapter_name, progress=progressbar)
+    return found.config, found.tensors
+
+
+def save_as_lora(
+    path: str | Path,
+    model: PeftModel,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, object] | None = None,
+) -> Conversion:
+    """Writes an adapter as LoRA into a folder, and returns what was written, with its errors.
+
+    Raises:
+        ConfigError: See `to_lora`. Nothing has been written then.
+    """
+    found = to_lora(model, rank, adapter_name, progress=progressbar)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        save_file(found.tensors, temporary, metadata={"format": "pt"})
+    found.config.save_pretrained(folder)
+    return found
+
+
+def _layers(injection: Injection, name: str) -> dict[str, AdaptedLayer]:
+    """The layers of an adapter by path.
+
+    Raises:
+        ConfigError: The adapter changes something else than weights of linear layers.
+    """
+    adapter = injection.adapters[name]
+    if adapter.prompt is not None or adapter.parts.parameters or adapter.parts.table_rows or not adapter.layers:
+        raise ConfigError(f"Adapter {name!r} ({adapter.config.peft_type}) changes more than linear weights.")
+    layers = {path: injection.attachments.layers[path] for path in adapter.layers}
+    for path, layer in layers.items():
+        adapter.layers[path].check_merge()
+        if not is_linear(layer.base_layer) or adapter.layers[path].merged().keys() != {"weight"}:
+            raise ConfigError(f"Adapter {name!r} changes more than the weight of a linear layer at {path}.")
+    return layers
+
+
+@torch.no_grad()
+def _directions(delta_OI: Tensor, rank: float, path: str) -> tuple[Tensor, Tensor]:
+    """(A, B) of one layer."""
+    U, S, Vh = torch.linalg.svd(delta_OI, full_matrices=False)
+    if isinstance(rank, int):
+        r = rank
+    else:
+        share = S.square().cumsum(0) / S.square().sum().clamp(min=torch.finfo(S.dtype).tiny)
+        r = min(len(S), int((share < rank - 1e-6).sum()) + 1)
+    if r > len(S):
+        raise ConfigError(f"rank = {r}: {path} has {len(S)} rows or columns at least; choose no more.")
+    root = S[:r].sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root

@@ -1,0 +1,145 @@
+"""A new LoRA adapter out of several: `add_weighted_adapter`.
+
+linear and its like   A and B are combined for themselves, each with the root of weight times scaling
+cat                   A and B of all, one behind the other: exact, of the sum of the ranks
+..._svd               the updates s B A are combined, and A and B are the main directions of what comes out
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from siliang.adapters.combine import WAYS, MajoritySign, combine
+from siliang.methods.lora import LoraConfig
+from siliang.methods.low_rank import LowRank
+from siliang.types import ConfigError, nearest
+
+COMBINATIONS = ("svd", "linear", "cat", *(w for w in WAYS if w != "linear"))
+COMBINATIONS += tuple(f"{w}_svd" for w in WAYS if w != "linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """How adapters are combined, as `add_weighted_adapter` is asked to.
+
+    Attributes:
+        adapters: Their names.
+        weights: One for each.
+        way: One of `COMBINATIONS`.
+        svd_rank: The rank of what comes out; None: the largest of the adapters'.
+        svd_clamp: The quantile of magnitudes at which A and B are cut off; None: nowhere.
+        density, majority_sign: See `combine`.
+    """
+
+    adapters: Sequence[str]
+    weights: Sequence[float]
+    way: str = "svd"
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    density: float | None = None
+    majority_sign: MajoritySign = "total"
+
+    def config(self, configs: Sequence[LoraConfig]) -> LoraConfig:
+        """The config of what comes out.
+
+        Raises:
+            ConfigError: The adapters cannot be combined this way.
+        """
+        if len(self.weights) != len(self.adapters) or not self.adapters:
+            raise ConfigError(f"adapters and weights: {len(self.adapters)} and {len(self.weights)}; give one for each.")
+        if self.way not in COMBINATIONS:
+            raise ConfigError(
+                f"combination_type = {self.way!r}: must be one of {', '.join(COMBINATIONS)}."
+                + nearest(self.way, COMBINATIONS)
+            )
+        for name, config in zip(self.adapters, configs, strict=True):
+            if config.use_dora or config.lora_bias:
+                field = "use_dora" if config.use_dora else "lora_bias"
+                raise ConfigError(f"adapter {name!r} has {field}: only A and B can be combined.")
+        ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
+        if self._way in WAYS and len(set(ranks)) > 1:
+            raise ConfigError(f"{self.way} needs adapters of one rank, and they have {ranks}: use cat or svd.")
+        r = sum(ranks) if self._way == "cat" else ranks[0] if self._way in WAYS else self.svd_rank or max(ranks)
+        return replace(
+            configs[0],
+            r=r,
+            lora_alpha=r,
+            use_rslora=False,
+            init_lora_weights=True,
+            target_modules=_targets(configs),
+            rank_pattern={},
+            alpha_pattern={},
+        )
+
+    @property
+    def _way(self) -> str:
+        """With one adapter nothing but its weight counts."""
+        return "linear" if len(self.adapters) == 1 else self.way
+
+    @torch.no_grad()
+    def fill(self, new: LowRank, parts: Sequence[tuple[LowRank, float]]) -> None:
+        """Sets A and B of the new adapter on a layer.
+
+        Args:
+            parts: The adapters that the layer has, with their weights.
+        """
+        A, B = self._cat(parts) if self._way == "cat" else self._factors(new, parts)
+        own_A, own_B = new.A, new.B
+        own_A.zero_()[: len(A)] = A
+        own_B.zero_()[:, : B.shape[1]] = B
+
+    def _cat(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[Tensor, Tensor]:
+        found = [(w * one.s * one.A, one.B) for one, w in parts]
+        return torch.cat([A for A, _ in found]), torch.cat([B for _, B in found], dim=1)
+
+    def _factors(self, new: LowRank, parts: Sequence[tuple[LowRank, float]]) -> tuple[Tensor, Tensor]:
+        def combined(way: str, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+            return combine(way, tensors, weights, density=self.density, majority_sign=self.majority_sign)
+
+        if self._way in WAYS:
+            scaled = [w * one.s for one, w in parts]
+            roots = [math.sqrt(abs(w)) for w in scaled]
+            A = combined(self._way, [one.A for one, _ in parts], _signed(roots, scaled))
+            return A, combined(self._way, [one.B for one, _ in parts], roots)
+        way = "linear" if self._way == "svd" else self._way.removesuffix("_svd")
+        delta = combined(way, [one.delta() for one, _ in parts], [w for _, w in parts])
+        return main_directions(delta, len(new.A), clamp=self.svd_clamp)
+
+
+def main_directions(delta_OI: Tensor, rank: int, *, clamp: float | None = None) -> tuple[Tensor, Tensor]:
+    """(A, B): the best B A of this rank.
+
+    Args:
+        clamp: The quantile of their magnitudes at which both are cut off.
+    """
+    U, S, Vh = torch.linalg.svd(delta_OI.float(), full_matrices=False)
+    A, B = Vh[:rank], U[:, :rank] * S[:rank]
+    if clamp is not None:
+        bound = torch.quantile(torch.cat([B.flatten(), A.flatten()]), clamp)
+        A, B = A.clamp(-bound, bound), B.clamp(-bound, bound)
+    return A.to(delta_OI.dtype), B.to(delta_OI.dtype)
+
+
+def _signed(roots: Sequence[float], scaled: Sequence[float]) -> list[float]:
+    """A negative weight is A's alone: on both sides it would cancel itself."""
+    return [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)]
+
+
+def _targets(configs: Sequence[LoraConfig]) -> list[str] | str:
+    """The targets of all.
+
+    Raises:
+        ConfigError: Some are names and others an expression.
+    """
+    targets = [config.target_modules for config in configs]
+    if all(isinstance(t, str) for t in targets):
+        return "|".join(f"({t})" for t in targets)
+    lists = [t for t in targets if isinstance(t, list)]
+    if len(lists) < len(targets):
+        raise ConfigError("target_modules: adapters can be combined where all have names, or all an expression.")
+    return sorted({name for names in lists for name in names})
