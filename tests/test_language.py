@@ -131,7 +131,7 @@ def test_help(words: list[str]) -> None:
     page.encode("gbk")
     assert not TYPEWRITTEN.search(page) and all(width(line) <= 80 for line in page.splitlines())
     assert not re.search("[a-z]+ (a|the|of|is) [a-z]+|Usage|default:|required", page)
-    assert not re.search("<(str|path|int|float|list)|OPTIONS|COMMAND|ARGS|ADDRESS|_NAME", page)
+    assert not re.search("<(str|path|int|float|list)[> [\\]]|OPTIONS|COMMAND|ARGS|ADDRESS|_NAME", page)
 
 
 def test_lines_of_two_languages() -> None:

@@ -53,7 +53,7 @@ def no_run_error(folder: Path) -> ConfigError:
     return ConfigError(
         Bilingual(
             f"{folder} is not a run's folder: it has no {CONFIG_NAME}.{hint}",
-            f"{folder} 不是训练目录：其中没有 {CONFIG_NAME}。{local(hint, 'zh')}",
+            f"{folder} 不是运行文件夹：其中没有 {CONFIG_NAME}。{local(hint, 'zh')}",
         )
     )
 

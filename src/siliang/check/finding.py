@@ -21,7 +21,7 @@ Severity = Literal["error", "warning"]
 SHOWN_ROWS = 5
 RATE_FACTOR = 10.0  # between a learning rate and the method's default; from here on it suits another method
 SEVERITIES: dict[Severity, Bilingual] = {"error": Bilingual("error", "错误"), "warning": Bilingual("warning", "警告")}
-PARTS = {"train": Bilingual("training", "训练"), "eval": Bilingual("held-out", "留出")}
+PARTS = {"train": Bilingual("training", "训练"), "eval": Bilingual("held-out", "验证")}
 
 
 @dataclass(frozen=True)

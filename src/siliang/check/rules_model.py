@@ -97,9 +97,9 @@ def targets(s: CheckInput) -> Iterator[Problem]:
 
     没有找到可微调的模块
 
-    原因：method.target_modules 中的模块名全部或部分不在这个模型里；PEFT 会悄悄跳过匹配不到的名字。
+    原因：method.target_modules 中的模块名全部或部分不在这个模型里；PEFT 会悄悄跳过匹配不到的名称。
 
-    办法：改用模型中存在的模块名（提示中列出了相近的名字），或去掉 target_modules。
+    办法：改用模型中存在的模块名（提示中列出了相近的名称），或去掉 target_modules。
     """
     if s.method.tunes == "biases" or (problem := _attach(s)) is None:
         return

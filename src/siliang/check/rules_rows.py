@@ -47,7 +47,7 @@ def duplicates(s: CheckInput) -> Iterator[Problem]:
 
     训练样本有重复
 
-    原因：重复的样本权重加倍；若其中一份被留出，评估结果会虚高。
+    原因：重复的样本权重加倍；若其中一份进了验证集，评估结果会虚高。
 
     办法：删除重复的样本；如果有意如此加权，用 accept: [SL002] 接受此项。
     """
@@ -75,7 +75,7 @@ def overlap(s: CheckInput) -> Iterator[Problem]:
 
     Fix: Remove them from one of the two, or remove copies before the split (SL002).
 
-    留出样本也出现在训练集中
+    验证样本也出现在训练集中
 
     原因：模型在训练中见过这些问题或文本，评估测到的是记忆，不是泛化能力。
 
@@ -87,7 +87,7 @@ def overlap(s: CheckInput) -> Iterator[Problem]:
         total, share = len(held_out), 100 * len(known) / len(held_out)
         message = Bilingual(
             f"{len(known):,} of {total:,} held-out rows ({share:.1f}%) have the question or text of a training row",
-            f"{total:,} 条留出样本中有 {len(known):,} 条（{share:.1f}%）的问题或文本在训练集中出现过",
+            f"{total:,} 条验证样本中有 {len(known):,} 条（{share:.1f}%）的问题或文本在训练集中出现过",
         )
         yield Problem(message, s.places(known, "eval"), len(known))
 
@@ -175,7 +175,7 @@ def parts_not_used(s: CheckInput) -> Iterator[Problem]:
     标明数据划分的列未被使用
 
     原因：数据中有一列标明了哪些行用于训练、哪些用于评估，但 siliang 只按文件和文件夹区分，因此这些行会全部用于训练，或
-    被随机留出。
+    随机划入验证集。
 
     办法：把各部分分别存成文件，用 data.train 和 data.eval 指定；或用 accept: [SL037] 接受此项。
     """
@@ -286,7 +286,7 @@ def nothing_held_out(s: CheckInput) -> Iterator[Problem]:
 
     Fix: Set data.eval, or a data.test_size above 0.
 
-    没有留出评估样本
+    没有验证集
 
     原因：没有模型未见过的样本，就分不清是学会了还是背下来了，也无从判断何时该停。
 
@@ -296,6 +296,6 @@ def nothing_held_out(s: CheckInput) -> Iterator[Problem]:
         yield Problem(
             Bilingual(
                 "data.eval is not set, and data.test_size holds nothing out",
-                "没有设置 data.eval，data.test_size 也没有留出样本",
+                "没有设置 data.eval，data.test_size 也没有留出验证集",
             )
         )

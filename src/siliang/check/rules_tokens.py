@@ -129,7 +129,7 @@ def all_masked(s: CheckInput) -> Iterator[Problem]:
         yield Problem(
             Bilingual(
                 f"none of the {len(s.eval):,} held-out rows has a label: there is nothing to measure",
-                f"{len(s.eval):,} 条留出样本都没有标签，无法评估",
+                f"{len(s.eval):,} 条验证样本都没有标签，无法评估",
             )
         )
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMES = {
     "rows": Bilingual("rows", "样本"),
     "train": Bilingual("train", "训练"),
-    "held_out": Bilingual("held out", "留出"),
+    "held_out": Bilingual("held out", "验证"),
     "bad": Bilingual("bad", "有问题"),
     "tokens": Bilingual("tokens", "词元"),
     "length": Bilingual("length", "长度"),
@@ -60,7 +60,7 @@ def check(
         typer.Option(
             "--set",
             help=both(
-                "Any setting by name: --set data.template=chat", "按名字设置任何配置项：--set data.template=chat"
+                "Any setting by name: --set data.template=chat", "按名称设置任意配置项：--set data.template=chat"
             ),
         ),
     ] = None,

@@ -74,7 +74,7 @@ def compare(
         list[str] | None,
         typer.Option(
             "--set",
-            help=both("Any setting by name: --set train.epochs=1", "按名字设置任何配置项：--set train.epochs=1"),
+            help=both("Any setting by name: --set train.epochs=1", "按名称设置任意配置项：--set train.epochs=1"),
         ),
     ] = None,
     jobs: Annotated[

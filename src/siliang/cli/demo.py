@@ -19,7 +19,7 @@ def demo(
         typer.Option(
             help=both(
                 "Folder for the runs; a number is added where it exists.",
-                "存放运行的文件夹；已存在时在名字后加上编号。",
+                "存放运行的文件夹；已存在时在名称后加上编号。",
             )
         ),
     ] = Path("siliang-demo"),

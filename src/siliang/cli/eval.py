@@ -18,7 +18,7 @@ def evaluate(
     run: Run,
     data: Annotated[
         str | None,
-        typer.Option(help=both("Other data than the run's held-out rows.", "代替运行的留出样本的其他数据。")),
+        typer.Option(help=both("Other data than the run's held-out rows.", "代替运行的验证集的其他数据。")),
     ] = None,
     json: Json = False,
     base: Base = None,
@@ -47,7 +47,7 @@ def evaluate(
         notes.append(
             both(
                 "the run has no held-out rows: these figures are of the rows that it was trained on",
-                "这次训练没有留出样本：以下指标是在训练样本上测得的",
+                "这次训练没有验证集：以下指标是在训练样本上测得的",
             )
         )
     show_notes(notes)

@@ -15,7 +15,7 @@ def explain(
         typer.Argument(
             help=both(
                 "Of an error, such as SLE03, or of a finding of `siliang check`, SL007.",
-                "错误的编号，如 SLE03；或 `siliang check` 的发现的编号，如 SL007。",
+                "错误的编号，如 SLE03；或 `siliang check` 检查结果的编号，如 SL007。",
             )
         ),
     ],

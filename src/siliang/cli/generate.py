@@ -46,7 +46,7 @@ def generate(
             metavar="[FOLDER_OR_NAME]",
             help=both(
                 "Alone: show the base model's answer before the tuned one. With a name: where the base model is now.",
-                "单独使用：先显示基座模型的回答，再显示微调后的回答。带名字：基座模型现在的位置。",
+                "单独使用：先显示基座模型的回答，再显示微调后的回答。带名称：基座模型现在的位置。",
             ),
         ),
     ] = None,

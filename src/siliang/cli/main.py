@@ -278,7 +278,7 @@ def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
     if isinstance(error, ValueError) and "null byte" in str(error):
         return ConfigError(
             Bilingual(
-                "a name holds a NUL byte, which no file's name can hold.", "名字中含有 NUL 字节，文件名不能含有它。"
+                "a name holds a NUL byte, which no file's name can hold.", "名称中含有 NUL 字节，文件名不能含有它。"
             )
         )
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):

@@ -10,7 +10,7 @@ from siliang.language import both
 
 Model = Annotated[
     str | None,
-    typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 hub 上的名字。")),
+    typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 Hub 上的名称。")),
 ]
 Data = Annotated[str | None, typer.Option(help=both("Training data.", "训练数据。"))]
 Task = Annotated[

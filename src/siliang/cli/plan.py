@@ -32,7 +32,7 @@ def plan(
         typer.Argument(
             help=both(
                 "run.yaml, as for `siliang train`, or compare.yaml, for each of its methods.",
-                "run.yaml，与 `siliang train` 相同；或 compare.yaml，对其中每种方法规划。",
+                "run.yaml，与 `siliang train` 相同；或 compare.yaml，对其中每种方法预估。",
             )
         ),
     ] = None,
@@ -41,7 +41,7 @@ def plan(
         typer.Option(
             help=both(
                 "A folder, a name on the hub, or a shape by name: `--model list` shows those.",
-                "文件夹、hub 上的名字，或一种已知模型结构的名字：`--model list` 列出这些结构。",
+                "文件夹、Hub 上的名称，或一种已知模型结构的名称：`--model list` 列出这些结构。",
             )
         ),
     ] = None,
@@ -49,7 +49,7 @@ def plan(
         str | None,
         typer.Option(
             help=both(
-                "Training data: the plan is then for its longest batch.", "训练数据：给出时按其中最长的批次规划。"
+                "Training data: the plan is then for its longest batch.", "训练数据：给出时按其中最长的批次预估。"
             )
         ),
     ] = None,
@@ -75,7 +75,7 @@ def plan(
             min=1,
             help=both(
                 "Of how many devices; the plan is of each, and --memory is what each has.",
-                "设备的个数；规划针对其中每一个，--memory 是每个设备的内存。",
+                "设备的个数；预估针对其中每一个，--memory 是每个设备的内存。",
             ),
         ),
     ] = 1,
@@ -102,7 +102,7 @@ def plan(
         typer.Option(
             "--set",
             help=both(
-                "Any setting by name: --set train.batch_size=4", "按名字设置任何配置项：--set train.batch_size=4"
+                "Any setting by name: --set train.batch_size=4", "按名称设置任意配置项：--set train.batch_size=4"
             ),
         ),
     ] = None,
@@ -217,7 +217,7 @@ def _gathered(
         raise ConfigError(
             Bilingual(
                 "say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).",
-                "请指定模型：siliang plan run.yaml，或 --model 加目录、名称或结构名（--model list 列出结构名）。",
+                "请指定模型：siliang plan run.yaml，或 --model 加文件夹、名称或结构名（--model list 列出结构名）。",
             )
         )
     chosen = values.get("method", "lora")
@@ -266,7 +266,7 @@ def _config(values: dict[str, Any], source: str, *, with_data: bool) -> tuple[Ru
             Bilingual(
                 f"{config.model} is a shape, without the tokenizer that the data needs: give the model's folder, "
                 "or leave the data away and set data.max_length.",
-                f"{config.model} 只是一个结构，没有处理数据所需的分词器：请给出模型目录，"
+                f"{config.model} 只是一个结构，没有处理数据所需的分词器：请给出模型文件夹，"
                 "或不给数据而设置 data.max_length。",
             )
         )

@@ -59,7 +59,7 @@ def train(
             "--set",
             help=both(
                 "Any setting by name: --set train.learning_rate=1e-3",
-                "按名字设置任何配置项：--set train.learning_rate=1e-3",
+                "按名称设置任意配置项：--set train.learning_rate=1e-3",
             ),
         ),
     ] = None,
@@ -158,7 +158,7 @@ def _say_end(record: Record, folder: Path, verdicts: list[str]) -> None:
     print(both(f"done       {metrics}", f"完成       {metrics}"))
     for verdict in verdicts:
         what = w[verdict]
-        print(both(f"warning    {what}, on rows that were held out", f"警告       在留出样本上{what}"))
+        print(both(f"warning    {what}, on rows that were held out", f"警告       在验证集上{what}"))
     planned, planned_zh = "", ""
     if record.memory.predicted_bytes:
         expected = size(record.memory.predicted_bytes)
@@ -199,7 +199,7 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
         raise ConfigError(
             Bilingual(
                 "--resume continues a run: name its folder, as in siliang train --resume RUN.",
-                "--resume 用于继续训练：请给出训练目录，如 siliang train --resume RUN。",
+                "--resume 用于继续训练：请给出运行文件夹，如 siliang train --resume RUN。",
             )
         )
     folder = settings if settings is not None and settings.is_dir() else None
@@ -212,7 +212,7 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
         raise ConfigError(
             Bilingual(
                 f"{folder} is not a run's folder: it has no {CONFIG_NAME}, so --resume cannot continue it.",
-                f"{folder} 不是训练目录：其中没有 {CONFIG_NAME}，无法用 --resume 继续。",
+                f"{folder} 不是运行文件夹：其中没有 {CONFIG_NAME}，无法用 --resume 继续。",
             )
         )
     check_links(folder)

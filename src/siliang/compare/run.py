@@ -161,7 +161,7 @@ class _Comparing:
         self.listener.say(
             both(
                 f"data       {rows:,} rows to train on, {held_out:,} held out, the same for all runs",
-                f"数据       {rows:,} 条训练样本，{held_out:,} 条留出，所有运行都相同",
+                f"数据       {rows:,} 条训练样本，{held_out:,} 条验证样本，所有运行都相同",
             )
         )
         self.listener.say(both(f"columns    {columns}", f"列         {columns.zh}"))
@@ -254,7 +254,7 @@ class _Comparing:
                 self.listener.say(
                     both(
                         f"base       held-out loss {loss:.4f} before any training",
-                        f"基座       训练前的留出损失 {loss:.4f}",
+                        f"基座       训练前的验证损失 {loss:.4f}",
                     )
                 )
             elif event.kind in ("failed", "died"):

@@ -35,7 +35,7 @@ class MethodEntry(BaseModel):
     name: str
     """One of `siliang methods`; prompt, p-tuning and prefix are understood too.
 
-    `siliang methods` 中的一个名字；也可写作 prompt、p-tuning、prefix。"""
+    `siliang methods` 中的一个名称；也可写作 prompt、p-tuning、prefix。"""
     label: str = ""
     """What it is called in the table. Made from the name and what is set beside it, where it is not given.
 
@@ -77,7 +77,7 @@ class CompareSettings(Section):
     )
     """The methods: names of `siliang methods`, or mappings such as {name: lora, r: 16, learning_rate: 1e-3}.
 
-    要比较的方法：`siliang methods` 中的名字，或 {name: lora, r: 16, learning_rate: 1e-3} 这样的映射。"""
+    要比较的方法：`siliang methods` 中的名称，或 {name: lora, r: 16, learning_rate: 1e-3} 这样的映射。"""
     seeds: Annotated[int, Field(ge=1, le=1000)] | Annotated[list[Seed], Field(min_length=1, max_length=1000)] = 3
     """How many seeds, from train.seed on; or the seeds themselves.
 
@@ -87,7 +87,7 @@ class CompareSettings(Section):
     has, all combinations, with the first seed, on validation rows; the held-out rows see only what was chosen.
 
     供选择的设置，每项是一个列表：learning_rate，或方法配置中的字段。每种方法尝试自己具有的那些项的全部组合，用第一个种
-    子，在验证样本上比较；留出样本只用于评估选定的组合。"""
+    子，在验证样本上比较；原来的验证集只用于评估选定的组合。"""
     validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the training rows that the search is judged on.
 
@@ -99,7 +99,7 @@ class CompareSettings(Section):
     prompts: list[str] = Field(default_factory=list)
     """Texts or instructions that the base and every method answer. Taken from the held-out rows where none is given.
 
-    让基座模型和每种方法都来回答的文本或指令。没有给出时取自留出样本。"""
+    让基座模型和每种方法都来回答的文本或指令。没有给出时取自验证集。"""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Of each of these answers, where text is written.
 

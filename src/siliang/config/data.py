@@ -156,11 +156,11 @@ class Source(Section):
     path: Name
     """A file, a folder, a pattern such as data/*.jsonl, or a name on the hub.
 
-    文件、文件夹、data/*.jsonl 这样的通配模式，或 hub 上的名字。"""
+    文件、文件夹、data/*.jsonl 这样的通配模式，或 Hub 上的名称。"""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is used in an epoch: 2 for twice, 0.5 for a random half. Held-out rows have no weight.
 
-    每条样本在一轮中使用的次数：2 是两次，0.5 是随机的一半。对留出样本无效。"""
+    每条样本在一轮中使用的次数：2 是两次，0.5 是随机的一半。对验证集无效。"""
 
 
 class DataConfig(Section):
@@ -172,21 +172,21 @@ class DataConfig(Section):
     these, each a name or {path, weight}.
 
     文件（.json、.jsonl、.csv、.tsv、.parquet、.arrow、.txt、.bmes、.bio、.conll）、文件的通配模式、文件夹（由
-    Dataset.save_to_disk 保存，或装有上述文件），或 hub 上的名字（owner/name、owner/name:config）；也可以是它们的列表，
-    每项是名字或 {path, weight}。"""
+    Dataset.save_to_disk 保存，或装有上述文件），或 Hub 上的名称（owner/name、owner/name:config）；也可以是它们的列表，
+    每项是名称或 {path, weight}。"""
     eval: Annotated[str | list[str | Source] | None, BeforeValidator(as_name)] = None
     """The same, held out. Without it, test_size of the training rows is held out.
 
-    同上，是留出的数据。没有设置时，从训练样本中留出 test_size。"""
+    同上，用作验证集。没有设置时，从训练样本中留出 test_size。"""
     test_size: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of the rows that is held out where `eval` is not given; 0 for none.
 
-    没有设置 `eval` 时留出的样本比例；0 为不留出。"""
+    没有设置 `eval` 时，从训练样本中留作验证集的比例；0 为不留。"""
     validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of the training rows that is held out in place of the others, which are then not looked at: for choosing
     settings. None: train on all of them, and evaluate on what `eval` or test_size holds out.
 
-    从训练样本中另外留出的比例，代替原来的留出样本，后者此时完全不看：用于选择设置。None：用全部训练样本训练，在 `eval`
+    从训练样本中另外留出的比例，代替原来的验证集，后者此时完全不看：用于选择设置。None：用全部训练样本训练，在 `eval`
     或 test_size 留出的样本上评估。"""
     seed: Seed | None = None
     """Of the split: with test_size the same rows as Dataset.train_test_split(test_size, seed). None: train.seed.
@@ -203,7 +203,7 @@ class DataConfig(Section):
     columns: Columns = Field(default_factory=Columns)
     """The names of the columns.
 
-    各列的名字。"""
+    各列的名称。"""
     header: Names | None = None
     """The column names of a csv or tsv file whose first line is data already.
 

@@ -50,7 +50,7 @@ class DistributedConfig(Section):
     """ddp: every device holds the whole model. fsdp: its weights are sharded over the devices. auto: ddp where the
     plan says that it fits, fsdp otherwise. deepspeed: its ZeRO; needs DeepSpeed.
 
-    ddp：每个设备都有完整的模型。fsdp：权重分片到各个设备。auto：按规划放得下时用 ddp，否则用 fsdp。deepspeed：用它的
+    ddp：每个设备都有完整的模型。fsdp：权重分片到各个设备。auto：按预估放得下时用 ddp，否则用 fsdp。deepspeed：用它的
     ZeRO；需要安装 DeepSpeed。"""
     zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
     """Of deepspeed. 1: the optimizer's state is sharded. 2: gradients, too. 3: weights, too. None: what `deepspeed`

@@ -34,7 +34,7 @@ class MethodConfig(BaseModel):
     name: str = "lora"
     """One of `siliang methods`; prompt, p-tuning and prefix are understood too.
 
-    `siliang methods` 中的一个名字；也可写作 prompt、p-tuning、prefix。"""
+    `siliang methods` 中的一个名称；也可写作 prompt、p-tuning、prefix。"""
 
     def __str__(self) -> str:
         return self.name
@@ -184,11 +184,11 @@ class RunConfig(Settings):
     model: Name
     """The base model: a folder, or a name on the hub.
 
-    基座模型：文件夹，或 hub 上的名字。"""
+    基座模型：文件夹，或 Hub 上的名称。"""
     revision: str | None = None
     """The base model's revision on the hub.
 
-    基座模型在 hub 上的版本。"""
+    基座模型在 Hub 上的版本。"""
     task: Annotated[TaskType, BeforeValidator(_task)]
     """What is learned: causal_lm (text from text), seq_cls (a class for a text), token_cls (a tag for each word),
     seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context).
@@ -198,13 +198,13 @@ class RunConfig(Settings):
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
     """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}.
 
-    微调方法：`siliang methods` 中的一个名字，或 {name: lora, r: 16, ...}。"""
+    微调方法：`siliang methods` 中的一个名称，或 {name: lora, r: 16, ...}。"""
     adapter: Annotated[Name | None, BeforeValidator(_adapter)] = None
     """An adapter that is trained further: a run's folder, a checkpoint in it, an adapter folder of siliang's or of
     PEFT's, or a name on the hub. Its weights are the start and its config is the method; of a run, model, task,
     template and labels are taken over where they are not given. The adapter itself is not changed.
 
-    要继续训练的适配器：运行的文件夹、其中的检查点、siliang 或 PEFT 的适配器文件夹，或 hub 上的名字。以它的权重为起点，
+    要继续训练的适配器：运行的文件夹、其中的检查点、siliang 或 PEFT 的适配器文件夹，或 Hub 上的名称。以它的权重为起点，
     以它的配置为方法；如果来自一次运行，没有给出的 model、task、template 和 labels 也从中取得。适配器本身不会改变。"""
     quantization: Annotated[QuantizationConfig | None, BeforeValidator(_quantization)] = None
     """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is.
@@ -226,7 +226,7 @@ class RunConfig(Settings):
     """Findings of `siliang check` that are intended, by code, such as SL002: they are shown, and do not stop the run.
     SL023 and SL028 cannot be accepted: the run would end with an error.
 
-    `siliang check` 的发现中属于有意为之的，写规则编号，如 SL002：仍会显示，但不会使运行停止。SL023 和 SL028 不能这样忽
+    `siliang check` 的检查结果中有意为之的，写规则编号，如 SL002：仍会显示，但不会使运行停止。SL023 和 SL028 不能这样忽
     略：运行终究会出错。"""
     output: Name
     """The run's folder: made by the run, and must not hold anything yet.
@@ -264,7 +264,7 @@ class RunConfig(Settings):
         for name, value, why in (("patience", t.patience, counts), ("best", t.best, chooses)):
             if value is not None and not (held_out and t.eval_every):
                 rows = Bilingual(
-                    "held-out rows (data.eval, or data.test_size)", "留出样本（data.eval 或 data.test_size）"
+                    "held-out rows (data.eval, or data.test_size)", "验证集（data.eval 或 data.test_size）"
                 )
                 missing = rows if not held_out else Bilingual("train.eval_every", "设置 train.eval_every")
                 raise ConfigError(

@@ -186,7 +186,7 @@ class TrainConfig(Section):
     seed: Seed = 42
     """Of everything random: data order, held-out rows, new weights, dropout.
 
-    一切随机内容的种子：数据顺序、留出样本、新建的权重、dropout。"""
+    一切随机内容的种子：数据顺序、验证集的划分、新建的权重、dropout。"""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between two lines of the log.
 
@@ -204,7 +204,7 @@ class TrainConfig(Section):
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between two evaluations on the held-out rows. None: only at the end.
 
-    每隔多少步在留出样本上评估一次。None：只在结束时评估。"""
+    每隔多少步在验证集上评估一次。None：只在结束时评估。"""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between two checkpoints. None: only when interrupted.
 
@@ -226,7 +226,7 @@ class TrainConfig(Section):
     """A metric of the held-out rows (loss, accuracy, f1, ...): what is kept at the end are the weights of the step
     where it was best, among the evaluations of eval_every and the last step.
 
-    留出样本上的一个指标（loss、accuracy、f1 ……）：最后保留该指标最好的那一步的权重，在 eval_every 的各次评估和最后一
+    验证集上的一个指标（loss、accuracy、f1 ……）：最后保留该指标最好的那一步的权重，在 eval_every 的各次评估和最后一
     步之中选取。"""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Early stopping: the run ends when so many evaluations one after the other were no better than the best one, by
@@ -241,7 +241,7 @@ class TrainConfig(Section):
     """Where the run would not fit, split its batches and recompute more, with the same result, instead of stopping.
     With several devices only before the first step, by the plan: a step that has started is not repeated.
 
-    运行放不下时，拆分批次并更多地重新计算，结果不变，而不是停止。多个设备时只在第一步之前按规划进行：已经开始的步不会重
+    运行放不下时，拆分批次并更多地重新计算，结果不变，而不是停止。多个设备时只在第一步之前按预估进行：已经开始的步不会重
     做。"""
 
     @property

@@ -52,7 +52,7 @@ def fake_mesh(ranks: int) -> Iterator[DeviceMesh | None]:
         raise ConfigError(
             Bilingual(
                 f"A run on several devices cannot be planned: {missing}.",
-                f"无法预算多设备的运行：{local(missing, 'zh')}。",
+                f"无法预估多设备的运行：{local(missing, 'zh')}。",
             )
         )
     from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend known

@@ -120,7 +120,7 @@ class PeftConfig:
                         f"{source}: {key} = {short_repr(others.get(key))}, and adapter {name!r} of the model has "
                         f"{short_repr(own.get(key))}: load it under another name, or delete_adapter({name!r}) first.",
                         f"{source}：{key} = {short_repr(others.get(key))}，而模型的适配器 {name!r} 中是 "
-                        f"{short_repr(own.get(key))}：请用另一个名字加载，或先调用 delete_adapter({name!r})。",
+                        f"{short_repr(own.get(key))}：请用另一个名称加载，或先调用 delete_adapter({name!r})。",
                     )
                 )
 

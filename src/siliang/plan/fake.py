@@ -46,7 +46,7 @@ def fake_mode() -> Iterator[FakeTensorMode]:
     """
     for needed in ("models of fake tensors", "tracking of live tensors"):
         if (missing := why_missing(needed)) is not None:
-            raise ConfigError(Bilingual(f"not planned: {missing}", f"无法预算：{local(missing, 'zh')}"))
+            raise ConfigError(Bilingual(f"not planned: {missing}", f"无法预估：{local(missing, 'zh')}"))
     with warnings.catch_warnings():
         # torch's own deepcopy of a tensor asks for its address
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

@@ -69,7 +69,7 @@ def plan(
                 "What each device holds under DeepSpeed is not planned. Plan strategy fsdp, which shards as "
                 "much as its "
                 "stage 3, or ddp.",
-                "不预算 DeepSpeed 下每个设备的占用。请改为预算 strategy fsdp（与它的第 3 阶段分片相同）或 ddp。",
+                "不预估 DeepSpeed 下每个设备的占用。请改为预估 strategy fsdp（与它的第 3 阶段分片相同）或 ddp。",
             )
         )
     data = data or prepare_data(config)

@@ -273,7 +273,7 @@ class Record(Saved):
             raise ConfigError(
                 Bilingual(
                     f"{folder} is not a run's folder: it has no {RECORD_NAME}.",
-                    f"{folder} 不是训练目录：其中没有 {RECORD_NAME}。",
+                    f"{folder} 不是运行文件夹：其中没有 {RECORD_NAME}。",
                 )
             )
         return cls.open(path)

@@ -11,12 +11,11 @@ WORDS: dict[str, tuple[str, str]] = {
     "title": ("Which method is best on this data?", "在这份数据上，哪种方法最好？"),
     "question": (
         "{methods} methods on {data}: {rows} rows to learn from, {held} held out; base model {model}, {task}.",
-        "在 {data} 上比较 {methods} 种方法：{rows} 条样本用于训练，{held} 条留出用于评估；基座模型 "
-        "{model}，任务 {task}。",
+        "在 {data} 上比较 {methods} 种方法：{rows} 条样本用于训练，{held} 条用于验证；基座模型 {model}，任务 {task}。",
     ),
     "question_alone": (
         "{label} on {data}: {rows} rows to learn from, {held} held out; base model {model}, {task}.",
-        "{label}，数据 {data}：{rows} 条样本用于训练，{held} 条留出用于评估；基座模型 {model}，任务 {task}。",
+        "{label}，数据 {data}：{rows} 条样本用于训练，{held} 条用于验证；基座模型 {model}，任务 {task}。",
     ),
     "unfinished": (
         "The comparison is not finished: this page shows what is there so far.",
@@ -69,7 +68,7 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "base_note": (
         "The untuned base model has a held-out loss of {loss} (perplexity {perplexity}).",
-        "未微调的基座模型在留出样本上的损失是 {loss}（困惑度 {perplexity}）。",
+        "未微调的基座模型在验证集上的损失是 {loss}（困惑度 {perplexity}）。",
     ),
     "table": ("All methods", "全部方法"),
     "table_note": (
@@ -190,7 +189,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "changed_note": (
         "Held-out rows that some methods get right and others wrong, {shown} of {n}, first seed. Of the "
         "{rows} rows looked at, each method gets wrong:",
-        "有的方法答对、有的方法答错的留出样本，共 {n} 条，列出 {shown} 条（第一个种子）。在查看的 {rows} "
+        "有的方法答对、有的方法答错的验证样本，共 {n} 条，列出 {shown} 条（第一个种子）。在查看的 {rows} "
         "条样本中，各方法答错的数量：",
     ),
     "rows_wrong": ("{n} wrong", "错 {n} 条"),

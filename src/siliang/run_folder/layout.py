@@ -58,7 +58,7 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
         raise OutputError(
             Bilingual(
                 f"output folder {folder} is not empty: it holds a finished run. Choose another with --output.",
-                f"输出目录 {folder} 不是空的：其中有一次已完成的训练。请用 --output 换一个目录。",
+                f"输出文件夹 {folder} 不是空的：其中有一次已完成的训练。请用 --output 换一个文件夹。",
             )
         )
     if status and for_run:
@@ -67,13 +67,14 @@ def check_empty(folder: Path, *, for_run: bool = False) -> None:
             Bilingual(
                 f"output folder {folder} is not empty: it holds a run that is not finished. "
                 f"Continue it by {command}, or choose another with --output.",
-                f"输出目录 {folder} 不是空的：其中有一次未完成的训练。用 {command} 继续，或用 --output 换一个目录。",
+                f"输出文件夹 {folder} 不是空的：其中有一次未完成的训练。"
+                f"用 {command} 继续，或用 --output 换一个文件夹。",
             )
         )
     raise OutputError(
         Bilingual(
             f"output folder {folder} is not empty. Choose another with --output.",
-            f"输出目录 {folder} 不是空的。请用 --output 换一个目录。",
+            f"输出文件夹 {folder} 不是空的。请用 --output 换一个文件夹。",
         )
     )
 

@@ -106,7 +106,7 @@ def out_of_memory_error(run: Run, engine: Engine, step: int, tokens: int) -> Dev
     batch: str = Bilingual(f", a batch of {tokens:,} tokens{about}", f"，{tokens:,} 个词元的批次{about_zh}")
     if planned := sum(run.record.memory.predicted_parts.values()):
         gb = f"{planned / 1e9:,.2f} GB"
-        batch = together(batch, Bilingual(f"; {gb} were planned in all", f"；预算总共 {gb}"))
+        batch = together(batch, Bilingual(f"; {gb} were planned in all", f"；预估总共 {gb}"))
     alone = run.ranks.size == 1
     ways: list[str] = []
     if alone and not t.fit:

@@ -55,7 +55,7 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
         raise ConfigError(
             Bilingual(
                 f"{folder} is not a run's folder, so there is nothing to resume: leave out --resume to start a run.",
-                f"{folder} 不是训练目录，没有可以继续的训练：去掉 --resume 即可从头开始。",
+                f"{folder} 不是运行文件夹，没有可以继续的训练：去掉 --resume 即可从头开始。",
             )
         )
     check_links(folder)
