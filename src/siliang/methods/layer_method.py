@@ -127,11 +127,12 @@ def check_fits(key: str, value: int, size: int, side: Literal["inputs", "outputs
         ConfigError: The setting's value is more.
     """
     if value > size:
+        side_zh = SIDES_ZH[side]
         raise ConfigError(
             Bilingual(
                 f"{key} = {value}: must be at most the {side} of each layer, and one has {size}. Choose less, or other "
                 "target_modules.",
-                f"{key} = {value}：至多为每层的{SIDES_ZH[side]}数，而有一层为 {size}。请减小，或另选 target_modules。",
+                f"{key} = {value}：至多为每层的{side_zh}数，而有一层为 {size}。请减小，或另选 target_modules。",
             )
         )
 
@@ -143,11 +144,12 @@ def check_divides(key: str, value: int, size: int, side: Literal["inputs", "outp
         ConfigError: The setting's value does not divide the size.
     """
     if size % value:
+        side_zh = SIDES_ZH[side]
         raise ConfigError(
             Bilingual(
                 f"{key} = {value}: must divide the {side} of each layer, and one has {size}. Choose another number, or "
                 "other target_modules.",
-                f"{key} = {value}：须整除每层的{SIDES_ZH[side]}数，而有一层为 {size}。请另选数值或 target_modules。",
+                f"{key} = {value}：须整除每层的{side_zh}数，而有一层为 {size}。请另选数值或 target_modules。",
             )
         )
 
