@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from siliang.cli.console import named, rich_console
 from siliang.cli.options import Data, Lang, Model, Task
-from siliang.language import both, language
+from siliang.language import both, language, local
 from siliang.terminal import one_line, raw_stream
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ class Display:
         self._rows.pop(trial.folder, None)
         self._clear()
         if record is None:
-            error = one_line(trial.error or "")
+            error = one_line(local(trial.error or ""))
             print(both(f"{name}  failed: {error}", f"{name}  失败：{error}"), flush=True)
             return
         quality = TASKS[TaskType(record.config["task"])].quality.name
