@@ -63,7 +63,7 @@ def compare(
             )
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help=both("How many seeds.", "种子的个数。"))] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help=both("How many seeds.", "随机种子的个数。"))] = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +83,7 @@ def compare(
             min=1,
             help=both(
                 "Runs at the same time on a machine, each with its card or its threads.",
-                "一台机器上同时进行的运行个数，每个运行有自己的卡或线程。",
+                "一台机器上同时进行几次运行，每次有自己的卡或线程。",
             ),
         ),
     ] = 1,
@@ -93,7 +93,7 @@ def compare(
             metavar="[ADDRESS]",
             help=both(
                 "Share the runs out over a Ray cluster: HOST:PORT or auto; without an address, over a Ray begun here.",
-                "把各次运行分配到 Ray 集群：HOST:PORT 或 auto；不给地址时，在这里启动 Ray。",
+                "把各次运行分配到 Ray 集群：HOST:PORT 或 auto；不给地址时，在本机启动 Ray。",
             ),
         ),
     ] = None,
@@ -103,7 +103,7 @@ def compare(
             "--force",
             help=both(
                 "Go on where the base model or the data have changed since it was begun.",
-                "即使基座模型或数据在比较开始之后有变化也继续。",
+                "基座模型或数据在比较开始之后变过也继续。",
             ),
         ),
     ] = False,

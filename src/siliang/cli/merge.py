@@ -53,7 +53,7 @@ def merge(
             help=both(
                 "Keep the model even if it does not answer alike, and go on where the base model or the data have "
                 "changed since the training.",
-                "即使输出不一致也保留模型；即使基座模型或数据在训练之后有变化也继续。",
+                "即使输出不一致也保留模型；基座模型或数据在训练之后变过也继续。",
             ),
         ),
     ] = False,

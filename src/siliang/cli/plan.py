@@ -62,12 +62,12 @@ def plan(
         str | None,
         typer.Option(
             help=both(
-                "What there is: 8GB. Without it, what is free here.", "可用的内存，如 8GB。没有给出时为这里的空闲内存。"
+                "What there is: 8GB. Without it, what is free here.", "可用的内存，如 8GB。没有给出时为本机的空闲内存。"
             )
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help=both("cpu or cuda, which need not be here.", "cpu 或 cuda；这里不必有该设备。"))
+        str | None, typer.Option(help=both("cpu or cuda, which need not be here.", "cpu 或 cuda；本机不必有该设备。"))
     ] = None,
     devices: Annotated[
         int,
@@ -75,7 +75,7 @@ def plan(
             min=1,
             help=both(
                 "Of how many devices; the plan is of each, and --memory is what each has.",
-                "设备的个数；预估针对其中每一个，--memory 是每个设备的内存。",
+                "设备的个数；预估的是其中每一个，--memory 是每个设备的内存。",
             ),
         ),
     ] = 1,

@@ -19,7 +19,7 @@ def report(
         typer.Option(
             help=both(
                 "The page. Default: report.html in a comparison's folder, or here.",
-                "页面的文件。默认：比较的文件夹中的 report.html；否则在当前文件夹。",
+                "网页文件。默认：比较的文件夹中的 report.html；否则在当前文件夹。",
             )
         ),
     ] = None,

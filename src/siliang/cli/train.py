@@ -80,7 +80,7 @@ def train(
             help=both(
                 "With --resume or --adapter: go on where the base model has changed since then; with --resume also "
                 "where the data has.",
-                "与 --resume 或 --adapter 一起：即使基座模型此后有变化也继续；与 --resume 一起时，数据有变化也继续。",
+                "与 --resume 或 --adapter 一起：基座模型此后变过也继续；与 --resume 一起时，数据变过也继续。",
             ),
         ),
     ] = False,

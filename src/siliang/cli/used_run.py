@@ -25,7 +25,7 @@ Base = Annotated[
     typer.Option(
         "--base",
         metavar="FOLDER_OR_NAME",
-        help=both("Where the run's base model is now, if it was moved.", "基座模型移动过时，它现在的位置。"),
+        help=both("Where the run's base model is now, if it was moved.", "基座模型移动过时，给出它现在的位置。"),
     ),
 ]
 Force = Annotated[
@@ -34,7 +34,7 @@ Force = Annotated[
         "--force",
         help=both(
             "Go on where the base model or the data have changed since the training.",
-            "即使基座模型或数据在训练之后有变化也继续。",
+            "基座模型或数据在训练之后变过也继续。",
         ),
     ),
 ]

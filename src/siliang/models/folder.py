@@ -223,7 +223,7 @@ def clean_quantization(source: str, values: object) -> dict[str, object]:
                 f"{source}: its weights are quantized by {short_repr(kind)}, which siliang does not load. Allowed: "
                 "bitsandbytes (nf4 or fp4 in 4 bits, or 8 bits). Take the model's plain weights, and set quantization.",
                 f"{source}：权重以 {short_repr(kind)} 量化，siliang 无法加载。可用："
-                "bitsandbytes（4 比特的 nf4 或 fp4，或 8 比特）。请用模型的原始权重，"
+                "bitsandbytes（4 位的 nf4 或 fp4，或 8 比特）。请用模型的原始权重，"
                 "并设置 quantization。",
             )
         )

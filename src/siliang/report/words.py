@@ -212,7 +212,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "threads": ("threads", "线程"),
     "made": (
         "Made by siliang {version} from records alone; nothing on this page is fetched from anywhere.",
-        "由 siliang {version} 仅根据记录生成；本页不从任何地方加载内容。",
+        "由 siliang {version} 仅根据记录生成；本页不加载任何外部内容。",
     ),
     "and": (" and ", "、"),
     "comma": (", ", "、"),

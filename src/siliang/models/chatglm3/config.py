@@ -98,7 +98,7 @@ class ChatGLMConfig(PreTrainedConfig):
                     "which is not "
                     "supported. Load the fp16 weights; they can be quantized to 4 bits while loading.",
                     f"config.json：quantization_bit={self.quantization_bit} 是 ChatGLM 自己的量化，不受支持。"
-                    "请加载 fp16 权重；加载时可以量化为 4 比特。",
+                    "请加载 fp16 权重；加载时可以量化为 4 位。",
                 )
             )
         if getattr(self, "pre_seq_len", None):
