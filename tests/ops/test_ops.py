@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_all_close, assert_close
-from siliang.ops.recomputed import recomputed_linear
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -15,6 +14,7 @@ from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.ops.packed_attention import Layout, packed_attention
 from siliang.ops.place import planned_for
+from siliang.ops.recomputed import recomputed_linear
 from siliang.ops.rms_norm import rms_norm
 
 BUDGET = 6  # roundings; 4.3 are needed, of bf16 on two cores with AVX512-BF16
