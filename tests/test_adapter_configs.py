@@ -136,6 +136,7 @@ WRONG = [
     ("miss", {"init_weights": "bats"}, "init_weights = 'bats': must be true or false or 'bat' or 'mini'."),
     ("hira", {"init_weights": "gauss"}, "init_weights = 'gauss': must be true or false or 'gaussian'."),
     ("hira", {"rank_pattern": {"q_proj": 0}}, "rank_pattern: 'q_proj' = 0: must be 1 to"),
+    ("shira", {"random_seed": 1.5}, "random_seed = 1.5: must be a whole number."),
     ("ia3", {"init_ia3_weights": 0}, "init_ia3_weights = 0: must be true or false."),
     ("prompt_tuning", {"num_virtual_tokens": 2.5}, "num_virtual_tokens = 2.5: must be a whole number."),
     ("prompt_tuning", {"prompt_tuning_init": "TXT"}, "must be one of RANDOM, TEXT, SAMPLE_VOCAB. Did you mean 'TEXT'?"),

@@ -22,6 +22,7 @@ from siliang.types import ConfigError, TaskType
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "use_rslora": True, "rank_pattern": {"v_proj": 2}, "modules_to_save": ["lm_head"]},
     "miss": {"r": 4},
+    "shira": {"r": 2},
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},
     "prefix_tuning": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 16},

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+    from siliang.methods.shira import ShiraConfig
     from siliang.methods.vera import VeraConfig
     from siliang.peft_api.functions import (
         cast_mixed_precision_params,
@@ -99,6 +100,7 @@ _HOME = {
     "PromptEncoderReparameterizationType": "siliang.methods.p_tuning",
     "PromptTuningConfig": "siliang.methods.prompt_tuning",
     "PromptTuningInit": "siliang.methods.prompt_tuning",
+    "ShiraConfig": "siliang.methods.shira",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
     "VeraConfig": "siliang.methods.vera",
@@ -153,6 +155,7 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "ShiraConfig",
     "SiliangError",
     "TaskType",
     "TunerLayerStatus",

@@ -22,6 +22,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft": ("OFTConfig", {"init_weights": False, "oft_block_size": 8}),
     "oft-inverse": ("OFTConfig", {"init_weights": False, "oft_block_size": 8, "use_cayley_neumann": False}),
     "oft-shared": ("OFTConfig", {"init_weights": False, "oft_block_size": 0, "r": 4, "block_share": True}),
+    "shira": ("ShiraConfig", {"r": 3, "random_seed": 5}),
+    "shira-no-seed": ("ShiraConfig", {"r": 2}),
     "miss": ("MissConfig", {"init_weights": False, "r": 3}),
     "miss-mini": ("MissConfig", {"init_weights": "mini", "r": 4, "mini_r": 8}),
     "miss-bat": ("MissConfig", {"init_weights": "bat", "r": 8}),
@@ -43,6 +45,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 SHARED = ("vera_A", "vera_B")  # which peft lists once more under each layer
+PLAIN = ("shira_indices.default",)  # no buffers in peft
 PROMPTS = ("prompt", "p-mlp", "p-lstm", "prefix", "prefix-projected")
 MODELS = ("llama", "bloom", "gpt2", "qwen2", "bert", "roberta", "t5", "bart", "plain")
 # where PEFT knows no default targets, or the model has no types
@@ -52,13 +55,14 @@ TARGETS: dict[tuple[str, str], list[str]] = {
     ("ln", "plain"): ["norm"],
 } | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
-LINEAR_ALONE = ("loha", "oft", "oft-inverse", "oft-shared", "miss", "miss-mini", "miss-bat")
+LINEAR_ALONE = ("loha", "oft", "oft-inverse", "oft-shared", "miss", "miss-mini", "miss-bat", "shira", "shira-no-seed")
 NOT_IN_PEFT = {(method, "gpt2") for method in LINEAR_ALONE}
 CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain") and (m, n) not in NOT_IN_PEFT]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fan_in_fan_out.*",
     "ignore:.*Could not find a config file.*",
     "ignore:Specified to not (save|load) .*",  # of projections
+    "ignore:Sparse invariant checks.*",  # of PyTorch, about peft's SHiRA
     "ignore:Unsupported layer type.*",  # of peft's LN tuning, about norms
     "ignore:.*lora_bias=True. was passed but the targeted layer.*",
     "ignore:.*LoRA tensor.s. have invalid shape.*",  # about B's bias, which has one dimension
@@ -96,6 +100,7 @@ def pair(method: str, name: str, seed: int = 0) -> tuple[Any, Any]:
     # every name is the same; with prompts peft lists the word embeddings a second time
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     missing = [n for n in missing if not (n.startswith("base_model.model.") and n.split(".")[-2] in SHARED)]
+    unexpected = [n for n in unexpected if not n.endswith(PLAIN)]
     assert not unexpected and set(missing) <= {"word_embeddings.weight"}
     return ours.eval(), theirs.eval()
 

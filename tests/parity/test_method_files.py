@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import batch, make
 
 import siliang
+from siliang.types import AdapterError, ConfigError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*Could not find a config file.*")
+pytestmark = pytest.mark.filterwarnings("ignore:.*Could not find a config file.*", "ignore:Sparse invariant checks.*")
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -39,3 +40,39 @@ def test_files_of_bone_are_those_of_miss(init: bool | str, tmp_path: Path) -> No
     ours = siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
     assert ours.peft_config["default"].peft_type == "MISS"
     assert_close(logits(ours), logits(theirs))
+
+
+def shira(folder: Path, **settings: Any) -> Any:
+    """An adapter of SHiRA in `folder`, with values that are not zero."""
+    config = peft.ShiraConfig(task_type="CAUSAL_LM", r=2, init_weights=False, **settings)
+    if settings.get("mask_type"):  # every other column
+        config.mask_fn = lambda base, r, **_: mask_of(base.weight.shape, r * sum(base.weight.shape))
+    model = peft.get_peft_model(make("llama"), config)
+    model.save_pretrained(str(folder))
+    return model
+
+
+def mask_of(shape: torch.Size, number: int) -> torch.Tensor:
+    mask = torch.zeros(shape.numel())
+    mask[::2][:number] = 1
+    return mask.view(shape)
+
+
+@pytest.mark.filterwarnings("ignore:Argument self.mask_type.*")
+def test_shiras_places_are_those_of_the_file(tmp_path: Path) -> None:
+    """A mask of the user's own has no name that could be made again, and an old seed may give other places."""
+    theirs = shira(tmp_path, mask_type="mine")
+    assert_close(logits(siliang.PeftModel.from_pretrained(make("llama"), tmp_path)), logits(theirs))
+    with pytest.raises(ConfigError, match="mask_type = 'mine': must be 'random'"):
+        siliang.get_peft_model(make("llama"), siliang.ShiraConfig(task_type="CAUSAL_LM", r=2, mask_type="mine"))
+
+
+@pytest.mark.parametrize("place", [-1, 32])
+def test_shiras_places_are_in_the_weight(place: int, tmp_path: Path) -> None:
+    shira(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith("shira_indices"))
+    tensors[key][1, 3] = place
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="shira_indices holds places outside of the weight"):
+        siliang.PeftModel.from_pretrained(make("llama"), tmp_path)

@@ -43,6 +43,18 @@ class AttachedAdapter(Adapter[PeftConfig]):
             found[self.parameter_key(path)] = self.attachments.parameter(path, self.name)
         return found
 
+    def check_values(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """
+        Args:
+            tensors: A file's, by the keys and of the shapes of `tensors`.
+            source: The file, for the error.
+
+        Raises:
+            AdapterError: A layer cannot have these values.
+        """
+        for path, layer in self.layers.items():
+            layer.check_values({key: tensors[self._key(path, key)] for key in layer.tensors()}, f"{source}: {path}")
+
     def parameter_key(self, path: str) -> str:
         """The key in the file of what replaces the base model's parameter at `path`."""
         owner, _, own = path.rpartition(".")

@@ -241,6 +241,7 @@ def load_tensors(
                     f"{source}：{key} 的形状是 {found}，而模型需要 {tuple(shape)}。{local(why, 'zh')}",
                 )
             )
+    adapter.check_values(tensors, source)
     if training is not None:
         training.check(adapter.prompt, f"{source}/{TRAINING_NAME}")
         adapter.state.clear()

@@ -20,6 +20,7 @@ from siliang.methods.oft import OFT, OFTConfig
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
+from siliang.methods.shira import Shira, ShiraConfig
 from siliang.methods.vera import Vera, VeraConfig
 from siliang.types import ConfigError, nearest
 
@@ -30,6 +31,7 @@ METHODS: dict[str, AnyMethod] = {
     for method in (
         Lora(),
         LoHa(),
+        Shira(),
         OFT(),
         Miss(),
         Vera(),
@@ -112,6 +114,7 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "ShiraConfig",
     "VeraConfig",
     "config_class",
     "find_method",

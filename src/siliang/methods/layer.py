@@ -101,6 +101,16 @@ class LayerAdapter(ABC):
             MergeError: The adapter cannot be merged into the base layer's parameters.
         """
 
+    def check_values(self, tensors: Mapping[str, Tensor], where: str) -> None:  # noqa: B027, most take any values
+        """
+        Args:
+            tensors: What a file holds for this adapter, of the right shapes, by the names of `tensors`.
+            where: The file and the layer, for the error.
+
+        Raises:
+            AdapterError: The adapter cannot have these values.
+        """
+
     def overrides(self) -> dict[str, nn.Parameter]:
         """Frozen parameters that replace those of the base layer while this adapter is active, by name."""
         return {}

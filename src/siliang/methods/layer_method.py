@@ -169,3 +169,14 @@ def check_ranks(field: str, ranks: Mapping[str, int], *, most: int = LayerConfig
                 f"{field}: {key!r} = {r}: must be 1 to {most:,}.", f"{field}：{key!r} = {r}：须在 1 到 {most:,} 之间。"
             )
         )
+
+
+def check_seed(name: str, seed: int | None) -> None:
+    """
+    Raises:
+        ConfigError: A setting is no seed of PyTorch.
+    """
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ConfigError(
+            Bilingual(f"{name} = {seed}: must fit in 64 bits.", f"{name} = {seed}：须在 64 位整数范围内。")
+        )

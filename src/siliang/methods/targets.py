@@ -48,6 +48,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "xlm-roberta": QUERY_VALUE,
 }
 
+SHIRA_TARGETS = LORA_TARGETS | {"phi": QV_PROJ}
+
 IA3_TARGETS: dict[str, tuple[str, ...]] = {
     "bart": ("q_proj", "v_proj", "fc2"),
     "bert": ("key", "value", "output.dense"),
