@@ -146,27 +146,27 @@ def environment_secrets() -> tuple[str, ...]:
 
 @lru_cache(4)
 def _secrets_among(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    found: set[str] = set()
+    secrets: set[str] = set()
     for name, value in variables:
         if _NAMES.search(name) and not _NO_SECRET.search(name) and not _is_path(value):
-            found.add(value.strip())
-        found.update(m[1] for m in _USERINFO.finditer(value))
-    return tuple(sorted({form for secret in found if len(secret) >= LEAST for form in _forms(secret)}, key=_longest))
+            secrets.add(value.strip())
+        secrets.update(m[1] for m in _USERINFO.finditer(value))
+    return tuple(sorted({form for secret in secrets if len(secret) >= LEAST for form in _forms(secret)}, key=_longest))
 
 
 def _redacted(value: object, own: tuple[str, ...]) -> Any:
     if isinstance(value, str):
         return _hidden(value, own)
     if isinstance(value, dict):
-        found: dict[object, object] = {}
+        redacted_values: dict[object, object] = {}
         for key, inner in value.items():
             name = _hidden(key, own) if isinstance(key, str) else key
             shown, n = name, 2
-            while shown in found:  # two keys that differ only in their secrets
+            while shown in redacted_values:  # two keys that differ only in their secrets
                 shown, n = f"{name} {n}", n + 1
             secret = isinstance(key, str) and isinstance(inner, str) and inner and _SECRET_KEY.search(key)
-            found[shown] = HIDDEN if secret else _redacted(inner, own)
-        return found
+            redacted_values[shown] = HIDDEN if secret else _redacted(inner, own)
+        return redacted_values
     if isinstance(value, list | tuple | set | frozenset):
         return [_redacted(inner, own) for inner in value]
     return value
@@ -181,18 +181,18 @@ def _hidden(text: str, own: tuple[str, ...]) -> str:
 def _places(text: str, own: tuple[str, ...]) -> list[tuple[int, int]]:
     if len(text) < LEAST:
         return []
-    found: list[tuple[int, int]] = []
+    places: list[tuple[int, int]] = []
     for secret in own:
         at = text.find(secret)
         while at >= 0:
             if not _within_a_number(text, at, secret):
-                found.append((at, at + len(secret)))
+                places.append((at, at + len(secret)))
             at = text.find(secret, at + len(secret))
     low = text.lower()
     for hints, shape in _SHAPES:
         if any(hint in low for hint in hints):
-            found += [m.span(1 if m.re.groups else 0) for m in shape.finditer(text)]
-    return _joined(sorted(place for place in found if text[slice(*place)] not in ("", HIDDEN)))
+            places += [m.span(1 if m.re.groups else 0) for m in shape.finditer(text)]
+    return _joined(sorted(place for place in places if text[slice(*place)] not in ("", HIDDEN)))
 
 
 def _joined(places: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -16,18 +16,18 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: It is not a size.
     """
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
-    if not found or not re.fullmatch(r"\d{1,18}(\.\d{1,18})?", found[1], re.ASCII):
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    if not match or not re.fullmatch(r"\d{1,18}(\.\d{1,18})?", match[1], re.ASCII):
         raise ConfigError(
             Bilingual(
                 f"{text!r} is not a size of memory: write it as 12GB or 800MB, or auto.",
                 f"{text!r} 不是内存大小：应写成 12GB 或 800MB，或 auto。",
             )
         )
-    unit = UNITS[found[2].upper()]
-    if found[3]:
-        unit = 1024 ** list(UNITS).index(found[2].upper())
-    return int(float(found[1]) * unit)
+    unit = UNITS[match[2].upper()]
+    if match[3]:
+        unit = 1024 ** list(UNITS).index(match[2].upper())
+    return int(float(match[1]) * unit)
 
 
 def show_bytes(n_bytes: float) -> str:
@@ -50,9 +50,9 @@ def parse_duration(text: str) -> float:
     number = r"(\d{1,9}(?:\.\d{1,9})?)"
     words = re.fullmatch(rf"\s*(?:{number}d)?\s*(?:{number}h)?\s*(?:{number}m)?\s*(?:{number}s)?\s*", text, re.ASCII)
     clock = re.fullmatch(r"\s*(?:(\d{1,9}):)?(\d{1,9}):(\d\d):(\d\d)\s*", text, re.ASCII)
-    found = clock or words
+    match = clock or words
     seconds = (
-        sum(float(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True)) if found else 0
+        sum(float(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)) if match else 0
     )
     if not seconds:
         raise ConfigError(

@@ -58,21 +58,21 @@ class Planner:
         uncounted = device.process_bytes if device.kind == "cuda" else 0
         self._before_bytes, self.last_plan = device.process_bytes - uncounted, None
         key = config.model_dump_json(exclude={"output": True, "train": {"seed"}})
-        found = self._cache.get(key)
-        if found is None or found.fits is False:
-            found = plan(
+        planned = self._cache.get(key)
+        if planned is None or planned.fits is False:
+            planned = plan(
                 config, device, data=subject.prepared, invented=subject.invented, timed=False, mesh=mesh
             ).methods[0]
-        if found.error:
+        if planned.error:
             # a fault of the run will stop it soon
-            say(both(f"memory     {found.error}", f"内存       {local(found.error)}"))
+            say(both(f"memory     {planned.error}", f"内存       {local(planned.error)}"))
             return config, Predicted()
-        found = self.last_plan = self._cache[key] = _with_overhead_of(found, device)
-        if found.strategy:
-            config = config.with_strategy(found.strategy)
-        config = apply_plan(config, found, device, say)
-        parts = {**found.parts, "overhead": found.overhead_bytes - uncounted}
-        return config, Predicted(parts, found.loading_bytes - uncounted)
+        planned = self.last_plan = self._cache[key] = _with_overhead_of(planned, device)
+        if planned.strategy:
+            config = config.with_strategy(planned.strategy)
+        config = apply_plan(config, planned, device, say)
+        parts = {**planned.parts, "overhead": planned.overhead_bytes - uncounted}
+        return config, Predicted(parts, planned.loading_bytes - uncounted)
 
     def calibrate(self, record: Record) -> None:
         """Stores the measured overhead of this run for later plans."""
@@ -81,12 +81,12 @@ class Planner:
             record_work(record.device.name, record.memory.steps_bytes - self._before_bytes - tensors)
 
 
-def _with_overhead_of(found: MethodPlan, device: Device) -> MethodPlan:
+def _with_overhead_of(planned: MethodPlan, device: Device) -> MethodPlan:
     """The plan with the device's present overhead instead of that at the time of planning."""
-    more = device.overhead_bytes - found.overhead_bytes
-    changed = {"overhead_bytes": device.overhead_bytes, "peak_bytes": found.peak_bytes + more}
-    changed["loading_bytes"] = found.loading_bytes + more
-    return found.model_copy(update=changed)
+    more = device.overhead_bytes - planned.overhead_bytes
+    changed = {"overhead_bytes": device.overhead_bytes, "peak_bytes": planned.peak_bytes + more}
+    changed["loading_bytes"] = planned.loading_bytes + more
+    return planned.model_copy(update=changed)
 
 
 # The parts of records/plan.py.
@@ -101,23 +101,23 @@ PARTS: dict[Category, str] = {
 }
 
 
-def apply_plan(config: RunConfig, found: MethodPlan, device: Device, say: Callable[[str], None]) -> RunConfig:
+def apply_plan(config: RunConfig, planned: MethodPlan, device: Device, say: Callable[[str], None]) -> RunConfig:
     """Prints that a run fits, or makes it fit.
 
     Raises:
         PlanError: It does not fit, and may not be changed.
     """
-    available, where, needed = in_memory(device), _where(found), show_bytes(found.needed_bytes)
-    if found.fits is not False:
+    available, where, needed = in_memory(device), _where(planned), show_bytes(planned.needed_bytes)
+    if planned.fits is not False:
         recomputed, phases = Bilingual("", ""), Bilingual("", "")
-        if n := found.recomputed_layers:
+        if n := planned.recomputed_layers:
             recomputed = Bilingual(
-                f", {n} of {found.layers} layers recomputing", f"，{found.layers} 层中有 {n} 层重新计算"
+                f", {n} of {planned.layers} layers recomputing", f"，{planned.layers} 层中有 {n} 层重新计算"
             )
-        if found.loading_bytes > found.peak_bytes:
-            load, steps = show_bytes(found.loading_bytes), show_bytes(found.peak_bytes)
+        if planned.loading_bytes > planned.peak_bytes:
+            load, steps = show_bytes(planned.loading_bytes), show_bytes(planned.peak_bytes)
             phases = Bilingual(f"loading {load}, the steps {steps}: ", f"加载时 {load}，训练时 {steps}：")
-        parts = _parts(found)
+        parts = _parts(planned)
         say(
             both(
                 f"memory     about {needed} of {available}{where}{recomputed} ({phases}{parts})",
@@ -125,15 +125,15 @@ def apply_plan(config: RunConfig, found: MethodPlan, device: Device, say: Callab
             )
         )
         return config
-    harmless = found.fit is not None and all(c.setting in SAME_RESULT for c in found.fit.changes)
-    if config.train.fit and found.fit is not None and harmless:
-        changed = with_changes(config, found.fit.changes)
-        more = 100 * (found.fit.time_factor - 1)
+    harmless = planned.fit is not None and all(c.setting in SAME_RESULT for c in planned.fit.changes)
+    if config.train.fit and planned.fit is not None and harmless:
+        changed = with_changes(config, planned.fit.changes)
+        more = 100 * (planned.fit.time_factor - 1)
         slower = Bilingual(f", {more:.0f}% more time", f"，用时增加 {more:.0f}%") if more > 0.5 else Bilingual("", "")
         before, after, changes = (
-            show_bytes(found.peak_bytes),
-            show_bytes(found.fit.peak_bytes),
-            in_words(found.fit.changes),
+            show_bytes(planned.peak_bytes),
+            show_bytes(planned.fit.peak_bytes),
+            in_words(planned.fit.changes),
         )
         say(
             both(
@@ -142,11 +142,11 @@ def apply_plan(config: RunConfig, found: MethodPlan, device: Device, say: Callab
                 f"内存       约需 {before}，{available.zh}，放不下；改用 {changes}：{after}{slower.zh}，结果不变",
             )
         )
-        found.peak_bytes, found.parts = found.fit.peak_bytes, found.fit.parts
+        planned.peak_bytes, planned.parts = planned.fit.peak_bytes, planned.fit.parts
         return changed
-    details, advice = _parts(found), _advice(found, harmless=harmless)
-    if found.loading_bytes > found.peak_bytes:
-        load, steps = show_bytes(found.loading_bytes), show_bytes(found.peak_bytes)
+    details, advice = _parts(planned), _advice(planned, harmless=harmless)
+    if planned.loading_bytes > planned.peak_bytes:
+        load, steps = show_bytes(planned.loading_bytes), show_bytes(planned.peak_bytes)
         details = Bilingual(f"loading {load}, the steps {steps}", f"加载时 {load}，训练时 {steps}")
     raise PlanError(
         Bilingual(
@@ -166,10 +166,10 @@ def in_memory(device: Device) -> Bilingual:
     return Bilingual(f"{size} as asked", f"按设置有 {size}")
 
 
-def _where(found: MethodPlan) -> Bilingual:
-    if found.strategy == "fsdp":
+def _where(planned: MethodPlan) -> Bilingual:
+    if planned.strategy == "fsdp":
         return Bilingual(" on each device, weights sharded (fsdp)", "每个设备（权重分片，fsdp）")
-    return Bilingual(" on each device", "每个设备") if found.strategy else Bilingual("", "")
+    return Bilingual(" on each device", "每个设备") if planned.strategy else Bilingual("", "")
 
 
 def with_changes(config: RunConfig, changes: list[Change]) -> RunConfig:
@@ -189,21 +189,23 @@ def in_words(changes: list[Change]) -> str:
     return " ".join(f"{change.setting}={change.after}" for change in changes)
 
 
-def _parts(found: MethodPlan) -> Bilingual:
-    largest = sorted(found.parts, key=lambda name: -found.parts[name])[:3]
-    parts: list[tuple[Category, str]] = [(name, show_bytes(found.parts[name])) for name in largest if found.parts[name]]
+def _parts(planned: MethodPlan) -> Bilingual:
+    largest = sorted(planned.parts, key=lambda name: -planned.parts[name])[:3]
+    parts: list[tuple[Category, str]] = [
+        (name, show_bytes(planned.parts[name])) for name in largest if planned.parts[name]
+    ]
     shown = ", ".join(f"{name} {size}" for name, size in parts)
     shown_zh = "、".join(f"{PARTS[name]} {size}" for name, size in parts)
     return Bilingual(shown, shown_zh)
 
 
-def _advice(found: MethodPlan, *, harmless: bool) -> Bilingual:
-    if found.fit is None:
+def _advice(planned: MethodPlan, *, harmless: bool) -> Bilingual:
+    if planned.fit is None:
         return Bilingual(
             "No setting makes it fit: use a smaller model, or another method (`siliang plan --method all`).",
             "怎样调整设置都放不下：请换更小的模型，或换一种方法（`siliang plan --method all`）。",
         )
-    size, changes = show_bytes(found.fit.peak_bytes), in_words(found.fit.changes)
+    size, changes = show_bytes(planned.fit.peak_bytes), in_words(planned.fit.changes)
     same, same_zh = "", ""
     if harmless:
         same, same_zh = (

@@ -58,16 +58,16 @@ def what_changed(
 ) -> list[tuple[type[ModelError | DataError], str, str]]:
     """Changes of the base model and the data of `config` since these hashes: the class of the error, what has changed,
     and which part of it. Where the files are does not matter."""
-    found: list[tuple[type[ModelError | DataError], str, str]] = []
+    changes: list[tuple[type[ModelError | DataError], str, str]] = []
     if (changed := changed_base(config.model, config.revision, model_files)) is not None:
-        found.append((ModelError, Bilingual(f"the base model {config.model}", f"基座模型 {config.model} "), changed))
+        changes.append((ModelError, Bilingual(f"the base model {config.model}", f"基座模型 {config.model} "), changed))
     now, data = hashes(config)[1], Bilingual("the data", "数据")
     if len(now) != len(data_files):
-        return [*found, (DataError, data, Bilingual("the number of sources differs", "数据来源的数目不同"))]
+        return [*changes, (DataError, data, Bilingual("the number of sources differs", "数据来源的数目不同"))]
     other = next((new.path for new, was in zip(now, data_files, strict=True) if new.sha256 != was.sha256), None)
     if other is None:
-        return found
-    return [*found, (DataError, data, Bilingual(f"{other} has changed", f"{other} 已改变"))]
+        return changes
+    return [*changes, (DataError, data, Bilingual(f"{other} has changed", f"{other} 已改变"))]
 
 
 def _exists(path: str) -> bool:

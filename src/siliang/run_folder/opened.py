@@ -202,9 +202,9 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
         )
     if base is not None:
         config = config.model_copy(update={"model": base, "revision": None})
-    found = TrainedRun(folder, run, weights, config, record, force)
-    if found.has_adapter:
-        found.check_base()
+    trained = TrainedRun(folder, run, weights, config, record, force)
+    if trained.has_adapter:
+        trained.check_base()
     if any(f.path == config.data.template for f in record.data_files):
         problem = changed_data([config.data.template], record.data_files)
         if problem is not None and not force:
@@ -214,8 +214,8 @@ def find_run(folder: Path, *, base: str | None = None, force: bool = False) -> T
                     f"{folder} 训练之后，{local(problem, 'zh')}：请恢复原样，或加 --force 继续。",
                 )
             )
-        found.notes.extend([f"{problem} since {folder} was trained"] if problem else [])
-    return found
+        trained.notes.extend([f"{problem} since {folder} was trained"] if problem else [])
+    return trained
 
 
 def open_run(
@@ -287,8 +287,8 @@ def _check_finite(trained: TrainedRun, model: nn.Module) -> None:
     Raises:
         AdapterError: A weight is not finite.
     """
-    found = model.adapter_state("default").items() if isinstance(model, PeftModel) else model.named_parameters()
-    for name, tensor in found:
+    weights = model.adapter_state("default").items() if isinstance(model, PeftModel) else model.named_parameters()
+    for name, tensor in weights:
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
             raise AdapterError(
                 Bilingual(

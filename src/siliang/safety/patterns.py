@@ -73,5 +73,5 @@ def find(
 
 
 def _groups(pattern: re.Pattern[str], text: str, whole: bool) -> Groups | None:
-    found = pattern.fullmatch(text) if whole else pattern.match(text)
-    return None if found is None else found.groups()
+    result = pattern.fullmatch(text) if whole else pattern.match(text)
+    return None if result is None else result.groups()
