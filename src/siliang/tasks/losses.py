@@ -6,7 +6,7 @@ has a label.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from siliang.data.encode import IGNORED
 
@@ -16,11 +16,23 @@ if TYPE_CHECKING:  # slow to import: the table of tasks is read where no model i
     from siliang.data.batch import Batch
 
 
-def cross_entropy(output: Any, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+class WithLogits(Protocol):
+    """The output of a model for classes of rows, (S, C), or for each token's tags, (S, W, C)."""
+
+    logits: Tensor
+
+
+class WithEndLogits(Protocol):
+    """The output of a model for an answer's first and last token, each (S, W)."""
+
+    start_logits: Tensor
+    end_logits: Tensor
+
+
+def cross_entropy(output: WithLogits, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Over classes of rows, or over each token's tags.
 
     Args:
-        output: With the logits of classes (S, C) or of each token's tags (S, W, C).
         label_smoothing: The share of a label that is spread over all classes.
     """
     import torch.nn.functional as F
@@ -35,12 +47,8 @@ def cross_entropy(output: Any, batch: Batch, label_smoothing: float = 0.0) -> Te
     )
 
 
-def cross_entropy_of_ends(output: Any, batch: Batch) -> Tensor:
-    """Over the places of an answer's first and last token, the mean of both.
-
-    Args:
-        output: With the logits of an answer's first and last token, each (S, W).
-    """
+def cross_entropy_of_ends(output: WithEndLogits, batch: Batch) -> Tensor:
+    """Over the places of an answer's first and last token, the mean of both."""
     import torch
     import torch.nn.functional as F
 

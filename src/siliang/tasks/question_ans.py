@@ -21,7 +21,7 @@ from siliang.models.spec import ModelSpec
 from siliang.records import Verdict
 from siliang.secrets import redacted_part, shortened
 from siliang.tasks.context_windows import encoder
-from siliang.tasks.losses import cross_entropy_of_ends
+from siliang.tasks.losses import WithEndLogits, cross_entropy_of_ends
 from siliang.tasks.metrics import squad, squad_by_kind
 from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
@@ -63,7 +63,7 @@ class AnsweredQuestion:
         """The answer, or that there is none."""
         return self.text if self.begin is not None else "(no answer)"
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """The same for JSON."""
         return {
             "question": self.question,
@@ -129,7 +129,7 @@ class FoundAnswer:
     probability: float
 
 
-def read(output: Any, batch: Batch, tokens: TokenSet) -> list[FoundSpan]:
+def read(output: WithEndLogits, batch: Batch, tokens: TokenSet) -> list[FoundSpan]:
     """The best span of each window, at most MAX_ANSWER_TOKENS long."""
     offsets = tokens.table.select_columns(["offsets"])[list(batch.entries)]["offsets"]
     starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()

@@ -22,7 +22,7 @@ from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
 from siliang.secrets import shortened
-from siliang.tasks.losses import cross_entropy
+from siliang.tasks.losses import WithLogits, cross_entropy
 from siliang.tasks.metrics import classification
 from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
 from siliang.types import TASK_HEADS, DataError, TaskType
@@ -54,7 +54,7 @@ class PredictedClass:
         """The class."""
         return self.label
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """The same for JSON."""
         pair = {} if self.pair is None else {"pair": self.pair}
         return {"text": self.text, **pair, "label": self.label, "probability": round(self.probability, 4)}
@@ -95,7 +95,7 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
 # ---- metrics ----
 
 
-def read(output: Any, batch: Batch, tokens: TokenSet) -> list[tuple[int, float]]:
+def read(output: WithLogits, batch: Batch, tokens: TokenSet) -> list[tuple[int, float]]:
     """(number of the most probable class, its probability) of each row."""
     probabilities, numbers = output.logits.float().softmax(-1).max(-1)
     return list(zip(numbers.tolist(), probabilities.tolist(), strict=True))

@@ -159,7 +159,7 @@ class Prediction(Protocol):
         """Of the answer; None where it has several parts."""
         ...
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """The same for JSON."""
         ...
 
@@ -263,7 +263,7 @@ class Task:
 
     asks: tuple[str, ...] = ()
     predict: Callable[[Trained, Iterable[Any]], Iterator[Prediction]] | None = None
-    blank: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    blank: Mapping[str, object] = field(default_factory=dict[str, object])
     prompt: Callable[[Tokenizer, str, str, str, bool], tuple[list[int], list[int]]] | None = None
     example_prompt: str | None = None
 

@@ -24,7 +24,7 @@ from siliang.language import Bilingual
 from siliang.models.spec import ModelSpec
 from siliang.models.tokenizer import Tokenizer
 from siliang.records import Verdict
-from siliang.tasks.losses import cross_entropy
+from siliang.tasks.losses import WithLogits, cross_entropy
 from siliang.tasks.metrics import as_iobes, spans_of_tags
 from siliang.tasks.task import Metric, Reply, Said, Shown, Task, Trained
 from siliang.types import TASK_HEADS, TaskType
@@ -70,7 +70,7 @@ class TaggedWords:
         """The spans, each with its tag."""
         return in_words(self.spans)
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """The same for JSON."""
         spans = [{"text": s.text, "tag": s.tag, "words": list(s.words)} for s in self.spans]
         return {"text": self.text, "words": list(self.words), "tags": list(self.tags), "spans": spans}
@@ -155,7 +155,7 @@ def show(row: Mapping[str, Any], labels: list[str]) -> Shown:
 # ---- metrics ----
 
 
-def read(output: Any, batch: Batch, tokens: TokenSet) -> list[np.ndarray]:
+def read(output: WithLogits, batch: Batch, tokens: TokenSet) -> list[np.ndarray]:
     """Of each row, the number of the most probable tag of each token that has one."""
     numbers = output.logits.argmax(-1).cpu().numpy().astype(np.int32)
     kept = (batch.inputs["labels"] != IGNORED).cpu().numpy()
