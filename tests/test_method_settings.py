@@ -17,6 +17,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("VeraConfig", {"r": 0}, "r = 0: must be at least 1"),
     ("VeraConfig", {"vera_dropout": 1.0}, "vera_dropout = 1.0: must be at least 0 and less than 1"),
     ("VeraConfig", {"projection_prng_key": 2**64}, "projection_prng_key = 18446744073709551616: must fit in 64 bits"),
+    ("DeloraConfig", {"rank_pattern": {"q_proj": 0}}, "rank_pattern: 'q_proj' = 0: must be 1 to 2,147"),
+    ("DeloraConfig", {"module_dropout": 1.0}, "module_dropout = 1.0: must be at least 0 and less than 1"),
+    ("GraloraConfig", {"r": 6, "gralora_k": 4}, "r = 6 and gralora_k = 4: r must be a multiple of gralora_k"),
+    ("GraloraConfig", {"r": 9, "gralora_k": 3}, "gralora_k = 3: must divide the inputs of each layer, and one has 32"),
+    ("GraloraConfig", {"hybrid_r": -1}, "hybrid_r = -1: must be a rank, or 0 for no LoRA beside the blocks"),
     ("VeraConfig", {"bias": "all"}, "bias = 'all': must be 'none'"),
 ]
 

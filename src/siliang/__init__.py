@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from siliang.methods.bitfit import BitFitConfig
     from siliang.methods.config import PeftConfig
+    from siliang.methods.delora import DeloraConfig
+    from siliang.methods.gralora import GraloraConfig
     from siliang.methods.head import HeadConfig
     from siliang.methods.hira import HiraConfig
     from siliang.methods.ia3 import IA3Config
@@ -73,6 +75,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BitFitConfig": "siliang.methods.bitfit",
+    "DeloraConfig": "siliang.methods.delora",
+    "GraloraConfig": "siliang.methods.gralora",
     "HeadConfig": "siliang.methods.head",
     "HiraConfig": "siliang.methods.hira",
     "IA3Config": "siliang.methods.ia3",
@@ -128,6 +132,8 @@ _HOME = {
 
 __all__ = [
     "BitFitConfig",
+    "DeloraConfig",
+    "GraloraConfig",
     "HeadConfig",
     "HiraConfig",
     "IA3Config",

@@ -31,6 +31,8 @@ class PeftType(StrEnum):
     MISS = "MISS"
     VERA = "VERA"
     HIRA = "HIRA"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

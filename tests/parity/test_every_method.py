@@ -14,6 +14,7 @@ from tiny import TASK, VOCABULARY, batch, make
 
 import siliang
 
+SOME_LAYERS = "v_proj|value|query_key_value|c_attn|v|second"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"init_lora_weights": False, "r": 4}),
     "dora": ("LoraConfig", {"init_lora_weights": False, "use_dora": True, "r": 4}),
@@ -30,6 +31,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "vera": ("VeraConfig", {"init_weights": False, "r": 6}),
     "vera-seed": ("VeraConfig", {"r": 6, "d_initial": 0.3, "save_projection": False, "projection_prng_key": 7}),
     "hira": ("HiraConfig", {"init_weights": False, "r": 4}),
+    "delora": ("DeloraConfig", {"init_weights": False, "r": 4}),
+    "delora-patterns": (
+        "DeloraConfig",
+        {"init_weights": False, "rank_pattern": {SOME_LAYERS: 3}, "lambda_pattern": {SOME_LAYERS: 2}},
+    ),
+    "gralora": ("GraloraConfig", {"init_weights": False, "r": 8, "gralora_k": 4, "alpha": 8}),
+    "gralora-hybrid": ("GraloraConfig", {"init_weights": False, "r": 4, "hybrid_r": 3, "alpha": 8}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
@@ -56,6 +64,16 @@ TARGETS: dict[tuple[str, str], list[str]] = {
 } | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
 LINEAR_ALONE = ("loha", "oft", "oft-inverse", "oft-shared", "miss", "miss-mini", "miss-bat", "shira", "shira-no-seed")
+LINEAR_ALONE = (
+    "loha",
+    "oft",
+    "oft-inverse",
+    "oft-shared",
+    "miss",
+    "miss-mini",
+    "miss-bat",
+    *("delora", "delora-patterns"),
+)
 NOT_IN_PEFT = {(method, "gpt2") for method in LINEAR_ALONE}
 CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain") and (m, n) not in NOT_IN_PEFT]
 pytestmark = pytest.mark.filterwarnings(

@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 from siliang.language import Bilingual
 from siliang.methods.bitfit import BitFit, BitFitConfig
 from siliang.methods.config import CONFIG_CLASSES, PeftConfig, config_class
+from siliang.methods.delora import Delora, DeloraConfig
 from siliang.methods.full import Full
+from siliang.methods.gralora import Gralora, GraloraConfig
 from siliang.methods.head import Head, HeadConfig
 from siliang.methods.hira import Hira, HiraConfig
 from siliang.methods.ia3 import IA3, IA3Config
@@ -36,6 +38,8 @@ METHODS: dict[str, AnyMethod] = {
         Miss(),
         Vera(),
         Hira(),
+        Delora(),
+        Gralora(),
         IA3(),
         LNTuning(),
         BitFit(),
@@ -100,6 +104,8 @@ def method_of(config: PeftConfig) -> AnyMethod:
 __all__ = [
     "METHODS",
     "BitFitConfig",
+    "DeloraConfig",
+    "GraloraConfig",
     "HeadConfig",
     "HiraConfig",
     "IA3Config",

@@ -15,6 +15,7 @@ from torch import Tensor
 from siliang.methods.layer import BaseForward, LayerAdapter
 from siliang.models.introspect import apply_weight, as_stored, is_linear, out_by_in
 from siliang.models.quantized import float_weight, is_quantized
+from siliang.ops.lora_linear import lora_linear
 from siliang.ops.recomputed import recomputed_linear
 
 
@@ -83,3 +84,21 @@ class Additive(LayerAdapter):
         if not is_linear(base) or is_quantized(base) or torch.is_autocast_enabled(x.device.type):
             return False
         return x.dtype == base.weight.dtype and x.dtype in (torch.float32, torch.float64)
+
+
+class Factored(Additive):
+    """ΔW = B A on a linear layer, of factors that a method computes. What is saved for the backward pass is what LoRA
+    saves.
+    """
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R). In fp32 where the base weight is half."""
+
+    def delta(self) -> Tensor:
+        A_RI, B_OR = self.factors()
+        return B_OR @ A_RI
+
+    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
+        y, dropout_p = base_forward(x), self.dropout_p
+        return lora_linear(y, x, *self.factors(), 1.0, dropout_p=dropout_p, training=self.layer.training)
