@@ -63,18 +63,8 @@ TARGETS: dict[tuple[str, str], list[str]] = {
     ("ln", "plain"): ["norm"],
 } | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
-LINEAR_ALONE = ("loha", "oft", "oft-inverse", "oft-shared", "miss", "miss-mini", "miss-bat", "shira", "shira-no-seed")
-LINEAR_ALONE = (
-    "loha",
-    "oft",
-    "oft-inverse",
-    "oft-shared",
-    "miss",
-    "miss-mini",
-    "miss-bat",
-    *("delora", "delora-patterns"),
-)
-NOT_IN_PEFT = {(method, "gpt2") for method in LINEAR_ALONE}
+LINEAR_ALONE = {"LoHaConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig"}
+NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
 CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain") and (m, n) not in NOT_IN_PEFT]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fan_in_fan_out.*",
