@@ -186,7 +186,13 @@ def test_the_cache_and_the_activations_draw_from_one_budget(monkeypatch: pytest.
         (batch,) = StepCollator(PadCollator(0), task, 8)([{"input_ids": [5] * 10, "labels": [5] * 10}])["batches"]
         rooms, held = {}, {}
         for tokens in (0, 10, 40, None):
-            engine = Engine(model, task, keep_frozen=tokens != 0, frozen_tokens=tokens, memory_budget=limit)  # type: ignore[arg-type]
+            engine = Engine(
+                model,
+                task,
+                keep_frozen=tokens != 0,
+                frozen_tokens=None if tokens is None else partial(int, tokens),
+                memory_budget=limit,
+            )  # type: ignore[arg-type]
             with engine.loss(model, batch) as loss:
                 loss.backward()
             rooms[tokens] = engine.recompute._budget.for_activations()

@@ -24,7 +24,7 @@ PIECES: tuple[tuple[Bilingual, tuple[Category, ...], str, str], ...] = (
         "▓",
         "magenta",
     ),
-    (Bilingual("activations", "激活值"), ("activations",), "▒", "green"),
+    (Bilingual("activations, cached outputs", "激活值、缓存的输出"), ("activations", "frozen"), "▒", "green"),
     (Bilingual("logits, workspace", "logits、临时张量"), ("logits", "workspace"), "░", "yellow"),
     (Bilingual("beside the tensors", "张量以外"), (), "·", "bright_black"),
 )

@@ -22,6 +22,8 @@ from siliang.tasks import Task
 
 PADDED_SPLIT_TOKENS = 512  # a batch that cannot be packed is not split below: overhead would eat the gain
 PADDED_SPLIT_WASTE = 0.8  # and is split where the next row is shorter than this share of its longest
+MOST_COMPARED = 50_000  # entries that are told apart by their tokens: a second of work
+COMPARED_AT_ONCE = 1024
 CPU_TOKEN_BYTES = 8192  # most tokens of a batch on a CPU, times the bytes of a number
 
 
@@ -155,6 +157,18 @@ def sequences_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append(own)
         start += length
     return found
+
+
+def distinct_tokens(tokens: TokenSet) -> int:
+    """Tokens of all different sequences, as the keys of batches tell them apart; of many entries, of all."""
+    if len(tokens) > MOST_COMPARED:
+        return int(tokens.lengths.sum())
+    found: dict[bytes, int] = {}
+    for start in range(0, len(tokens), COMPARED_AT_ONCE):
+        for row in tokens.__getitems__(list(range(start, min(start + COMPARED_AT_ONCE, len(tokens))))):
+            parts = sequences_of(row) if "sequences" in row else [row]
+            found |= {_key(part): len(part["input_ids"]) for part in parts}
+    return sum(found.values())
 
 
 def _key(row: dict[str, Any]) -> bytes:

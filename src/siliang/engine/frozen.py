@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from siliang.data.cache import cache_folder
 from siliang.engine.budget import MemoryBudget
@@ -49,8 +50,12 @@ class FrozenLayers:
     why_not: str | None = None
 
 
-def find_frozen_layers(model: nn.Module, layers: list[nn.Module]) -> FrozenLayers:
-    """The layers below the lowest one with something to train, if they give the same output each time."""
+def find_frozen_layers(model: nn.Module, layers: list[nn.Module], *, comparing: bool = True) -> FrozenLayers:
+    """The layers below the lowest one with something to train, if they give the same output each time.
+
+    Args:
+        comparing: Off on fake tensors, which draw nothing: operators that would draw are looked for.
+    """
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -58,6 +63,8 @@ def find_frozen_layers(model: nn.Module, layers: list[nn.Module]) -> FrozenLayer
         return FrozenLayers(0)
     if any(p.requires_grad for p in embeddings.parameters()):
         return FrozenLayers(0, Bilingual("the embeddings are trained", "嵌入层要训练"))
+    if not comparing:
+        return FrozenLayers(0 if _draws_on_paper(model, layers[first]) else first)
     if (random_part := _find_randomness(model, layers[first])) is not None:
         what, where = random_part
         return FrozenLayers(
@@ -118,6 +125,45 @@ def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None
     return found[0] if found else None
 
 
+@torch.no_grad()
+def _draws_on_paper(model: nn.Module, end: nn.Module) -> bool:
+    """Whether something draws random numbers in training before the layer `end` of a fake model; True where it does not
+    run."""
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise StopForwardError
+
+    ids = torch.ones(1, 4, dtype=torch.long, device=next(model.parameters()).device)
+    handle = end.register_forward_pre_hook(stop, prepend=True)
+    training = [module for module in model.modules() if module.training]
+    draws = _Draws()
+    try:
+        model.train()
+        with draws, suppress(StopForwardError):
+            backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception:  # whatever a model of any kind does when its tensors have no values
+        return True
+    finally:
+        handle.remove()
+        model.eval()
+        for module in training:
+            module.training = True
+    return draws.found
+
+
+class _Draws(TorchDispatchMode):
+    """Sees operators that draw random numbers."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            names = [argument.name for argument in func._schema.arguments]
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            self.found |= "dropout_p" not in names or given.get("dropout_p", 0.0) > 0  # attention without dropout
+        return func(*args, **(kwargs or {}))
+
+
 def _random_state(device: torch.device) -> tuple[Any, ...]:
     """Of every generator that a model may draw from, to be compared."""
     numpy: Any = np.random.get_state()
@@ -151,9 +197,7 @@ class StateStore:
     @classmethod
     def within(cls, budget: MemoryBudget, tokens: int | None = None) -> StateStore:
         """With its share of the budget and one of the free disk."""
-        folder = disk_folder()
-        disk = int(DISK_SHARE * psutil.disk_usage(str(folder)).free) if folder else 0
-        return cls(budget.for_cache(), disk, tokens, folder=folder)
+        return cls(budget.for_cache(), free_disk_bytes(), tokens, folder=disk_folder())
 
     def promised(self) -> float:
         """Bytes of memory that rows will take yet."""
@@ -200,6 +244,12 @@ class StateStore:
         self._file.seek(start)
         raw = torch.frombuffer(bytearray(self._file.read(count)), dtype=torch.uint8)
         return raw.view(dtype).view(shape)
+
+
+def free_disk_bytes() -> int:
+    """What the cache may take of the disk."""
+    folder = disk_folder()
+    return int(DISK_SHARE * psutil.disk_usage(str(folder)).free) if folder else 0
 
 
 def disk_folder() -> Path | None:

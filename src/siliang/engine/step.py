@@ -34,6 +34,7 @@ class Engine:
     Attributes:
         padding: The means to run without padding; None where it is off.
         recompute: Which layers keep their activations.
+        frozen_layers: How many of the lowest layers give the same output each time; 0 where that is not used.
         notes: What is off, and why.
     """
 
@@ -46,7 +47,7 @@ class Engine:
         memory_budget: int | Literal["auto"] | None = None,
         checkpointing: bool = False,
         keep_frozen: bool = False,
-        frozen_tokens: int | None = None,
+        frozen_tokens: Callable[[], int] | None = None,
         comparing: bool = True,
         all_logits: str | None = None,
         memory_share: float = 1.0,
@@ -57,9 +58,9 @@ class Engine:
 
         Args:
             comparing: Compare the results of what is tried; off on fake tensors, which have none: there it only has to
-                run.
+                run, and nothing is cached.
             all_logits: Why the output layer has to be run as it is, if it has to.
-            frozen_tokens: Of all rows whose frozen layers' output is cached, where that is known.
+            frozen_tokens: Gives the tokens of all rows whose frozen layers' output will be cached.
             memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
             label_smoothing: The share of a label that is spread over all classes or tokens, in training alone.
             neftune_alpha: Of the noise on the embeddings in training; None for none.
@@ -90,14 +91,16 @@ class Engine:
                 if self.padding is not None:
                     self.padding.close()
                     self.padding = None
+        self.frozen_layers = 0
         budget = MemoryBudget(model, memory_budget, memory_share)
         self._noise = EmbeddingNoise(self._base.get_input_embeddings(), neftune_alpha) if neftune_alpha else None
         if keep_frozen and self.padding is not None and not _has_prompts(model):
-            frozen = find_frozen_layers(self._base, self.padding.layers)
+            frozen = find_frozen_layers(self._base, self.padding.layers, comparing=comparing)
             if frozen.count and self._noise is not None:
                 frozen = FrozenLayers(0, Bilingual("train.neftune_alpha adds noise", "train.neftune_alpha 会加入噪声"))
-            if frozen.count:
-                store = StateStore.within(budget, frozen_tokens)
+            self.frozen_layers = frozen.count
+            if frozen.count and comparing:
+                store = StateStore.within(budget, frozen_tokens() if frozen_tokens else None)
                 self.padding.frozen = FrozenCache(self.padding.layers, frozen.count, store)
                 budget.promised = store.promised
             elif frozen.why_not:

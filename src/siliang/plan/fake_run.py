@@ -130,6 +130,7 @@ class FakeRun:
                 TASKS[config.task],
                 packing=config.train.packing and baseline is None,
                 memory_budget=None,
+                keep_frozen=config.train.keep_frozen and baseline is None and mesh is None,
                 comparing=False,
                 label_smoothing=config.train.label_smoothing,
                 neftune_alpha=config.train.neftune_alpha,

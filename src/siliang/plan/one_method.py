@@ -9,6 +9,7 @@ from functools import partial
 from siliang.config import MethodConfig, RunConfig
 from siliang.language import Bilingual
 from siliang.methods import find_method
+from siliang.plan.cached import cached_outputs
 from siliang.plan.device import Device
 from siliang.plan.fake_run import Baseline, FakeRun
 from siliang.plan.fit import MemoryLimit, find_fit
@@ -119,11 +120,17 @@ def _plan_config(
                 "基座模型不量化：量化的权重不能训练",
             )
         )
-    limit = None if device.memory_bytes is None else MemoryLimit(device.memory_bytes - overhead, device.work_bytes)
+    cached = cached_outputs(config.train, device, fake_run, step, measured)
+    planned.frozen_bytes, planned.frozen_disk_bytes = cached.memory_bytes, cached.disk_bytes
+    kept = cached.memory_bytes if device.kind == "cpu" else 0  # in the same memory as the step
+    planned.host_bytes += cached.memory_bytes - kept
+    limit = None
+    if device.memory_bytes is not None:  # the cache fills after the loading
+        limit = MemoryLimit(device.memory_bytes - overhead - kept, device.work_bytes + kept)
     budget = config.train.memory_budget
-    aim = (
-        MemoryLimit(budget - device.budgeted_bytes) if isinstance(budget, int) else limit if budget == "auto" else None
-    )
+    aim = limit if budget == "auto" else None
+    if isinstance(budget, int):
+        aim = MemoryLimit(budget - device.budgeted_bytes - kept)
     if aim is not None and not always and fake_run.layers and peak.nbytes > aim.limit_bytes:
         fewest = aim.fewest_recomputed(fake_run, batches, measured) if thorough else aim.estimate(measured)
         if fewest is None and isinstance(budget, int):  # a run may exceed its budget
@@ -138,9 +145,10 @@ def _plan_config(
             quantized = (lambda wanted: make_run(method=settings, quantization=wanted)) if can_quantize else None
             planned.fit = find_fit(limit, config, fake_run, step, quantized)
             if planned.fit is not None:
-                planned.fit.peak_bytes += overhead
-    planned.peak_bytes = peak.nbytes + overhead
-    planned.parts, planned.activations_by_layer = peak.parts, list(peak.layers)
+                planned.fit.peak_bytes += overhead + kept
+                planned.fit.parts["frozen"] += kept
+    planned.peak_bytes = peak.nbytes + overhead + kept
+    planned.parts, planned.activations_by_layer = peak.parts | {"frozen": kept}, list(peak.layers)
     if baseline and not distributed:
         other = make_run(method=settings, quantization=quantization, baseline=Baseline())
         planned.baseline_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + overhead

@@ -96,6 +96,7 @@ PARTS: dict[Category, str] = {
     "gradients": "梯度",
     "optimizer": "优化器",
     "activations": "激活值",
+    "frozen": "缓存的冻结层输出",
     "logits": "logits",
     "workspace": "临时张量",
 }

@@ -10,7 +10,7 @@ import numpy as np
 
 from siliang.config import RunConfig
 from siliang.data.tokens import TokenSet
-from siliang.engine.batches import StepCollator, in_steps, lengths_of, sequences_of
+from siliang.engine.batches import StepCollator, distinct_tokens, in_steps, lengths_of, sequences_of
 from siliang.engine.order import Order, shares
 from siliang.tasks import TASKS
 
@@ -25,12 +25,15 @@ class StepRows:
         rows: The collator's input.
         tokens_per_epoch: Tokens of all rows; None without data.
         lengths: Tokens of each row of the data, or of each sequence if a row has several; None without data.
+        cached_tokens: Tokens of all different rows if the run has several epochs: it may cache the outputs of its
+            frozen layers.
         windows: Long texts become windows; a shorter max_length makes more of them.
     """
 
     rows: list[dict[str, Any]]
     tokens_per_epoch: int | None = None
     lengths: np.ndarray | None = None
+    cached_tokens: int = 0
     windows: bool = False
 
     @property
@@ -57,7 +60,9 @@ def heaviest_step(config: RunConfig, tokens: TokenSet, collator: StepCollator, r
             cost = collator.cost_of([length for row in part for length in lengths_of(row)])
             if cost > highest_cost:
                 highest_cost, heaviest = cost, rows
-    return StepRows(tokens.__getitems__(heaviest), int(lengths.sum()), tokens.sequence_lengths)
+    again = t.keep_frozen and ranks == 1 and t.steps(len(tokens)) > t.steps_per_epoch(len(tokens))
+    cached = distinct_tokens(tokens) if again else 0
+    return StepRows(tokens.__getitems__(heaviest), int(lengths.sum()), tokens.sequence_lengths, cached)
 
 
 def order(config: RunConfig, lengths: np.ndarray) -> Iterator[list[int]]:

@@ -40,6 +40,7 @@ class Measured:
         layer_flops: Those of the layers' forward passes.
         tokens: Tokens of the batches, without padding.
         boundary_bytes: Size of a layer's input.
+        token_bytes: The same per token of a batch without padding.
     """
 
     peaks: dict[Phase, Peak] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Measured:
     layer_flops: int = 0
     tokens: int = 0
     boundary_bytes: int = 0
+    token_bytes: float = 0.0
 
 
 def measure(
@@ -83,6 +85,7 @@ def measure(
     tracker = Tracker(block_bytes, vocabulary if engine.task.writes else None)
     trained = [p for p in model.parameters() if p.requires_grad]
     peaks: dict[Phase, Peak] = {}
+    token_bytes = 0.0
     with tracker.tracking(model, layers):
         tracker.categorize((x for x in held_tensors(model)), "weights")
         tracker.categorize(trained, "trained" if isinstance(model, PeftModel) else "weights")
@@ -103,6 +106,7 @@ def measure(
             tracker.counting = True
             step(model, batches)
             tracker.counting = False
+            token_bytes = tracker.boundary_bytes / max(batches[-1].tokens, 1)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -116,7 +120,7 @@ def measure(
                     if run(model, engine, batches, autocast):
                         peaks[phase] = tracker.peak()
     tokens = sum(batch.tokens for batch in batches)
-    return Measured(peaks, tracker.flops, tracker.layer_flops, tokens, tracker.boundary_bytes)
+    return Measured(peaks, tracker.flops, tracker.layer_flops, tokens, tracker.boundary_bytes, token_bytes)
 
 
 def baseline_step(model: Model, batches: list[Batch]) -> None:

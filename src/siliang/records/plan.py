@@ -10,13 +10,14 @@ from siliang.records.saved import Part, Sentence
 
 SCHEMA_VERSION = 1
 
-Category = Literal["weights", "trained", "gradients", "optimizer", "activations", "logits", "workspace"]
+Category = Literal["weights", "trained", "gradients", "optimizer", "activations", "frozen", "logits", "workspace"]
 CATEGORIES: tuple[Category, ...] = (
     "weights",  # of the base model, frozen or not
     "trained",  # added by the method: adapters, prompts, and the heads that are saved with them
     "gradients",
     "optimizer",
     "activations",  # kept for the backward pass
+    "frozen",  # cached outputs of frozen layers
     "logits",  # tensors with a column for each token of the vocabulary, and their gradients
     "workspace",  # short-lived tensors
 )
@@ -74,6 +75,9 @@ class MethodPlan(Part):
     """The process's main memory, without the device's; includes the model if it is loaded there first."""
     baseline_bytes: int = 0
     """The peak of the same step with PEFT and transformers.Trainer: padded, all logits; 0 if not requested."""
+    frozen_bytes: int = 0
+    frozen_disk_bytes: int = 0
+    """Cached outputs of frozen layers (train.keep_frozen), in main memory and on disk; on a CPU part of the peak."""
     layers: int = 0
     recomputed_layers: int = 0
     """The number of layers whose activations are recomputed, so that the run fits."""

@@ -34,7 +34,7 @@ COLOURS = 10  # of the page
 LONG = 400  # characters of a text; the rest is left out
 
 
-PARTS = ("overhead", "weights", "trained", "gradients", "optimizer", "activations", "logits", "workspace")
+PARTS = ("overhead", "weights", "trained", "gradients", "optimizer", "activations", "frozen", "logits", "workspace")
 
 
 @dataclass(frozen=True)

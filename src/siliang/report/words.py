@@ -159,6 +159,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "part_gradients": ("gradients", "梯度"),
     "part_optimizer": ("optimizer", "优化器"),
     "part_activations": ("activations", "激活值"),
+    "part_frozen": ("cached outputs of frozen layers", "缓存的冻结层输出"),
     "part_logits": ("logits", "logits"),
     "part_workspace": ("workspace", "临时张量"),
     "measured_axis": ("measured, {unit}", "实测，{unit}"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from siliang.data.collate import PadCollator
 from siliang.distributed import deepspeed
 from siliang.distributed.sharding import ignore_frozen_in_ddp, is_sharded
-from siliang.engine.batches import StepCollator, most_tokens
+from siliang.engine.batches import StepCollator, distinct_tokens, most_tokens
 from siliang.engine.step import Engine
 from siliang.language import local
 from siliang.tasks import TASKS
@@ -30,7 +32,7 @@ def make_engine(run: Run) -> Engine:
         memory_budget=t.memory_budget,
         checkpointing=t.gradient_checkpointing,
         keep_frozen=t.keep_frozen and run.epochs > 1 and run.ranks.size == 1,  # a rank's rows change
-        frozen_tokens=int(run.train_set.lengths.sum()),
+        frozen_tokens=partial(distinct_tokens, run.train_set),
         memory_share=1 / run.ranks.local_size,
         label_smoothing=t.label_smoothing,
         neftune_alpha=t.neftune_alpha,

@@ -1,0 +1,47 @@
+"""What a run keeps of its frozen layers' outputs, on paper: the same shares of memory and disk as the engine's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from siliang.config import TrainConfig
+from siliang.engine.budget import cache_share, left, trained_bytes_to_come
+from siliang.engine.frozen import free_disk_bytes
+from siliang.plan.device import Device
+from siliang.plan.fake_run import FakeRun
+from siliang.plan.rows import StepRows
+from siliang.plan.steps import Measured
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Where the outputs are.
+
+    Attributes:
+        memory_bytes: In main memory: a CPU's own, or that of a card's host.
+        disk_bytes: In a temporary file.
+    """
+
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+
+def cached_outputs(
+    settings: TrainConfig, device: Device, fake_run: FakeRun, step: StepRows, measured: Measured
+) -> Cached:
+    """Nothing where no layers are frozen below the trained ones, the run has one epoch, or there is no data."""
+    if not fake_run.engine.frozen_layers:
+        return Cached()
+    wanted = int(step.cached_tokens * measured.token_bytes)
+    room: float | None = None
+    if device.kind == "cuda":  # the limit is the card's
+        room = left("auto", 0, psutil.virtual_memory().available) if device.here else None
+    elif device.memory_bytes is not None or isinstance(settings.memory_budget, int):
+        taken = device.overhead_bytes + measured.peaks["loaded"].nbytes
+        to_come = trained_bytes_to_come(fake_run.adapter_bytes, fake_run.adapter_bytes)
+        room = left(settings.memory_budget, taken, (device.memory_bytes or 0) - taken) - to_come
+    memory = wanted if room is None else min(wanted, cache_share(room))
+    disk = wanted - memory
+    return Cached(memory, min(disk, free_disk_bytes()) if device.here else disk)
