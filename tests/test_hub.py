@@ -15,9 +15,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from siliang import hub
-from siliang.adapters.files import adapter_folder
 from siliang.data.reading import Reading
 from siliang.data.sources import open_source
+from siliang.hub import adapter_folder
 from siliang.models.base_config import load_config
 from siliang.models.load import load_model
 from siliang.models.tokenizers import load_tokenizer

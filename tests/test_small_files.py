@@ -201,7 +201,7 @@ class Large:
         ({"a": torch.empty(10**12, device="meta")}, "not a tensor"),
         ({"a": Large()}, "bytearray"),
         ({"a": 5}, "not a plain tensor"),
-        ([torch.zeros(2)], "no dictionary"),
+        ([torch.zeros(2)], "not a dictionary"),
     ],
 )
 def test_pickled_tensors(value: Any, why: str, tmp_path: Path) -> None:

@@ -27,6 +27,27 @@ if TYPE_CHECKING:
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
     from siliang.methods.shira import ShiraConfig
     from siliang.methods.vera import VeraConfig
+    from siliang.peft_api.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from siliang.peft_api.for_tasks import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PeftMixedModel,
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+    )
     from siliang.peft_api.functions import (
         cast_mixed_precision_params,
         check_if_peft_model,
@@ -40,16 +61,6 @@ if TYPE_CHECKING:
         rescale_adapter_scale,
         set_base_model_state_dict,
         set_peft_model_state_dict,
-    )
-    from siliang.peft_api.model import (
-        PeftModel,
-        PeftModelForCausalLM,
-        PeftModelForFeatureExtraction,
-        PeftModelForQuestionAnswering,
-        PeftModelForSeq2SeqLM,
-        PeftModelForSequenceClassification,
-        PeftModelForTokenClassification,
-        get_peft_model,
     )
     from siliang.peft_api.status import (
         TunerLayerStatus,
@@ -74,6 +85,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AutoPeftModel": "siliang.peft_api.auto",
+    "AutoPeftModelForCausalLM": "siliang.peft_api.auto",
+    "AutoPeftModelForFeatureExtraction": "siliang.peft_api.auto",
+    "AutoPeftModelForQuestionAnswering": "siliang.peft_api.auto",
+    "AutoPeftModelForSeq2SeqLM": "siliang.peft_api.auto",
+    "AutoPeftModelForSequenceClassification": "siliang.peft_api.auto",
+    "AutoPeftModelForTokenClassification": "siliang.peft_api.auto",
     "BitFitConfig": "siliang.methods.bitfit",
     "DeloraConfig": "siliang.methods.delora",
     "GraloraConfig": "siliang.methods.gralora",
@@ -86,18 +104,20 @@ _HOME = {
     "LoHaConfig": "siliang.methods.loha",
     "LoHaModel": "siliang.peft_api.tuners",
     "LoraConfig": "siliang.methods.lora",
-    "MissConfig": "siliang.methods.miss",
     "LoraModel": "siliang.peft_api.tuners",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "siliang.peft_api.for_tasks",
+    "MissConfig": "siliang.methods.miss",
     "OFTConfig": "siliang.methods.oft",
     "OFTModel": "siliang.peft_api.tuners",
     "PeftConfig": "siliang.methods.config",
-    "PeftModel": "siliang.peft_api.model",
-    "PeftModelForCausalLM": "siliang.peft_api.model",
-    "PeftModelForFeatureExtraction": "siliang.peft_api.model",
-    "PeftModelForQuestionAnswering": "siliang.peft_api.model",
-    "PeftModelForSeq2SeqLM": "siliang.peft_api.model",
-    "PeftModelForSequenceClassification": "siliang.peft_api.model",
-    "PeftModelForTokenClassification": "siliang.peft_api.model",
+    "PeftMixedModel": "siliang.peft_api.for_tasks",
+    "PeftModel": "siliang.peft_api.for_tasks",
+    "PeftModelForCausalLM": "siliang.peft_api.for_tasks",
+    "PeftModelForFeatureExtraction": "siliang.peft_api.for_tasks",
+    "PeftModelForQuestionAnswering": "siliang.peft_api.for_tasks",
+    "PeftModelForSeq2SeqLM": "siliang.peft_api.for_tasks",
+    "PeftModelForSequenceClassification": "siliang.peft_api.for_tasks",
+    "PeftModelForTokenClassification": "siliang.peft_api.for_tasks",
     "PeftType": "siliang.types",
     "PrefixTuningConfig": "siliang.methods.prefix_tuning",
     "PromptEncoderConfig": "siliang.methods.p_tuning",
@@ -107,9 +127,9 @@ _HOME = {
     "ShiraConfig": "siliang.methods.shira",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
-    "VeraConfig": "siliang.methods.vera",
     "TunerLayerStatus": "siliang.peft_api.status",
     "TunerModelStatus": "siliang.peft_api.status",
+    "VeraConfig": "siliang.methods.vera",
     "allow_code": "siliang.safety.permissions",
     "cast_mixed_precision_params": "siliang.peft_api.functions",
     "check_if_peft_model": "siliang.peft_api.functions",
@@ -119,7 +139,7 @@ _HOME = {
     "get_layer_status": "siliang.peft_api.status",
     "get_model_status": "siliang.peft_api.status",
     "get_peft_config": "siliang.peft_api.functions",
-    "get_peft_model": "siliang.peft_api.model",
+    "get_peft_model": "siliang.peft_api.for_tasks",
     "get_peft_model_state_dict": "siliang.peft_api.functions",
     "inject_adapter_in_model": "siliang.peft_api.functions",
     "load_peft_weights": "siliang.peft_api.functions",
@@ -131,6 +151,14 @@ _HOME = {
 }
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BitFitConfig",
     "DeloraConfig",
     "GraloraConfig",
@@ -148,6 +176,7 @@ __all__ = [
     "OFTConfig",
     "OFTModel",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

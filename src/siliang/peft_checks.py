@@ -80,7 +80,7 @@ def _or_our_attaching(theirs: Callable[..., object]) -> Callable[..., object]:
     @wraps(theirs)
     def get_peft_model(model: object, peft_config: object, *args: object, **kwargs: object) -> object:
         if isinstance(peft_config, _ours(_CONFIG)):
-            return import_module("siliang.peft_api.model").get_peft_model(model, peft_config, *args, **kwargs)
+            return import_module("siliang.peft_api.for_tasks").get_peft_model(model, peft_config, *args, **kwargs)
         return theirs(model, peft_config, *args, **kwargs)
 
     return _marked(get_peft_model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from siliang.adapters.adapted_layer import parts_of
@@ -78,6 +79,13 @@ class AttachedAdapter(Adapter[PeftConfig]):
             found += self.attachments.module_copy(path, self.name).parameters()
         found += (self.attachments.parameter(path, self.name) for path in self.parts.parameters)
         return list({id(p): p for p in found}.values())  # rows of a tied table are on several layers
+
+    def to_base_dtype(self) -> None:
+        """Casts what the adapter trains to the dtype of the layers that it is on, or of the base model."""
+        floats = (p for p in self.attachments.model.parameters() if p.is_floating_point())
+        dtype = next((p.dtype for p in floats), torch.float32)
+        for p in self.parameters():
+            p.data = p.data.to(dtype)
 
     def set_trainable(self, wanted: bool) -> None:
         """Trains the adapter, or freezes it; the user's own `requires_grad` elsewhere is left alone."""

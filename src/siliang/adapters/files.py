@@ -17,12 +17,10 @@ from siliang.adapters.adapter_state import embedding_parameters
 from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
 from siliang.files import replacing, write_text
-from siliang.hub import hub_is_off
 from siliang.language import Bilingual, local
 from siliang.methods import method_of
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.prompt import Prompt
-from siliang.paths import check_links
 from siliang.secrets import shortened
 from siliang.types import AdapterError, first_line
 from siliang.weight_files import check_tensors, check_weights
@@ -37,8 +35,6 @@ def save_adapter(
     adapter: AttachedAdapter,
     config: PeftConfig,
     tensors: dict[str, Tensor],
-    *,
-    pickled: bool = False,
 ) -> None:
     """Writes an adapter into `folder`: each file under a temporary name first, the config last.
 
@@ -47,14 +43,9 @@ def save_adapter(
 
     Args:
         tensors: What it consists of, from `adapter_state`.
-        pickled: As adapter_model.bin, which other programs load by running what is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     training = adapter.training_state().for_file()
-    if pickled:
-        with replacing(folder / PICKLED_NAME) as temporary:
-            torch.save({key: t.detach().cpu().clone() for key, t in tensors.items()}, temporary)
-        tensors = {}  # safetensors of an earlier save would be read first
     for file, parts in ((TRAINING_NAME, training), (WEIGHTS_NAME, tensors)):
         if parts:
             with replacing(folder / file) as temporary:
@@ -285,37 +276,3 @@ def _load_prompt(prompt: Prompt, table: Tensor, training: TrainingState | None) 
         prompt.flatten(table)
     else:
         prompt.load_state_dict(training.prompt)
-
-
-def adapter_folder(model_id: str | Path) -> Path:
-    """The local folder of an adapter; a name that is no folder is looked up on the hub.
-
-    Raises:
-        AdapterError: It is neither.
-    """
-    path = Path(model_id)
-    if path.is_dir():
-        check_links(path, AdapterError)
-        return path
-    if path.is_absolute() or str(model_id).startswith(".") or str(model_id).count("/") != 1:
-        raise AdapterError(Bilingual(f"There is no adapter folder {model_id}.", f"找不到适配器文件夹 {model_id}。"))
-    from huggingface_hub import snapshot_download
-
-    off = hub_is_off()
-    try:
-        wanted = [CONFIG_NAME, "adapter_model.*"]
-        return Path(snapshot_download(str(model_id), allow_patterns=wanted, local_files_only=off is not None))
-    except (OSError, ValueError) as error:
-        if off is not None:
-            raise AdapterError(
-                Bilingual(
-                    f"{model_id} is neither a folder here nor in the hub's cache; {off}.",
-                    f"{model_id} 既不是本机的文件夹，也不在 Hub 的缓存中；{local(off, 'zh')}。",
-                )
-            ) from None
-        raise AdapterError(
-            Bilingual(
-                f"{model_id} is not a folder here, and the hub did not give it: {first_line(error)}",
-                f"{model_id} 不是本机的文件夹，也无法从 Hub 取得：{local(first_line(error), 'zh')}",
-            )
-        ) from error

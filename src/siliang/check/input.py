@@ -25,7 +25,8 @@ from siliang.models.base_config import MISFITS, load_config
 from siliang.models.invented import mark_invented
 from siliang.models.load import find_invented, model_from_config
 from siliang.models.positions import Positions
-from siliang.peft_api.model import PeftModel, get_peft_model
+from siliang.peft_api.for_tasks import get_peft_model
+from siliang.peft_api.model import PeftModel
 from siliang.tasks import TASKS
 from siliang.tasks.adapter_config import adapter_config
 from siliang.tasks.prepare import prepare_data

@@ -10,7 +10,8 @@ from siliang.config import RunConfig
 from siliang.hardware import Choice
 from siliang.methods import Method
 from siliang.models.quantized import count_parameters
-from siliang.peft_api.model import PeftModel, get_peft_model
+from siliang.peft_api.for_tasks import get_peft_model
+from siliang.peft_api.model import PeftModel
 from siliang.tasks.adapter_config import adapter_config
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from siliang.files import write_text
+from siliang.hub import adapter_folder
 from siliang.language import Bilingual, local
 from siliang.methods.fields import check_fields
 from siliang.peft_checks import refresh
@@ -168,13 +169,21 @@ class PeftConfig:
         return True
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Reads adapter_config.json from a local adapter folder; `PeftConfig.from_pretrained` finds the class itself.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **hub: Any
+    ) -> Self:
+        """Reads adapter_config.json; `PeftConfig.from_pretrained` finds the class itself.
+
+        Args:
+            pretrained_model_name_or_path: The adapter's folder, or its name on the hub.
+            subfolder: The adapter is in this folder there.
+            hub: What the hub is asked with, such as `revision` and `token`.
 
         Raises:
             AdapterError: The file is missing, is not JSON, or names a method that siliang does not have.
         """
-        path = Path(folder) / CONFIG_NAME
+        folder = adapter_folder(pretrained_model_name_or_path, subfolder, **hub)
+        path = folder / CONFIG_NAME
         missing = AdapterError(
             Bilingual(
                 f"{folder} holds no adapter: {CONFIG_NAME} is missing there.",

@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from siliang.adapters.adapted_layer import AdaptedLayer
-from siliang.adapters.files import adapter_folder, load_tensors, read_adapter
+from siliang.adapters.files import load_tensors, read_adapter
+from siliang.hub import adapter_folder
 from siliang.methods.config import PeftConfig, config_class
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.peft_api.model import PeftModel
@@ -189,13 +190,16 @@ def check_if_peft_model(model_name_or_path: str | Path) -> bool:
     return True
 
 
-def load_peft_weights(model_id: str | Path, device: str | torch.device | None = None) -> dict[str, Tensor]:
+def load_peft_weights(model_id: str | Path, device: str | torch.device | None = None, **hub: Any) -> dict[str, Tensor]:
     """The tensors of an adapter's file, on `device` (the CPU).
+
+    Args:
+        hub: `subfolder`, and what the hub is asked with.
 
     Raises:
         AdapterError: The file is missing or damaged.
     """
-    return {key: t.to(device or "cpu") for key, t in read_adapter(adapter_folder(model_id)).items()}
+    return {key: t.to(device or "cpu") for key, t in read_adapter(adapter_folder(model_id, **hub)).items()}
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,14 +1,14 @@
-"""get_peft_model and PeftModel: a base model with adapters, under the names of Hugging Face PEFT."""
+"""PeftModel: a base model with adapters, under the names of Hugging Face PEFT."""
 
 # The names are PEFT's, and mean other things in PreTrainedModel.
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -19,24 +19,12 @@ from siliang.methods.config import PeftConfig
 from siliang.models.quantized import count_parameters, keep_as_stored
 from siliang.peft_api.answers_as_base import AnswersAsBase
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
-from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_save_directory, save_adapters
+from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_save_directory, for_hub, save_adapters
 from siliang.peft_api.tuners import TUNERS, TunerModel
 from siliang.peft_checks import refresh
-from siliang.types import ConfigError
+from siliang.types import ConfigError, TaskType
 
-
-def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> PeftModel:
-    """Attaches a new adapter to `model`, freezes the rest, and makes the adapter the one that is trained.
-
-    The model itself is changed; `PeftModel.unload()` gives it back.
-
-    Args:
-        peft_config: The method and its settings; copied, then completed (target modules, heads, base model's name).
-
-    Raises:
-        TargetError: The method's targets are not in the model. The model has not been changed then.
-    """
-    return PeftModel(model, peft_config, adapter_name)
+_BY_TASK: dict[TaskType, type[PeftModel]] = {}  # the classes of for_tasks.py
 
 
 class PeftModel(AnswersAsBase):
@@ -44,7 +32,22 @@ class PeftModel(AnswersAsBase):
 
     With adapters in layers `injection` is `base_model`. With prompts `base_model` is the base model itself, and
     `prompt_encoder` holds the prompts, as in PEFT.
+
+    Attributes:
+        TASK: The task type of the models of this class; None for any.
     """
+
+    TASK: ClassVar[TaskType | None] = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.TASK is not None:
+            _BY_TASK[cls.TASK] = cls
+
+    @classmethod
+    def for_task(cls, task: TaskType | None) -> type[PeftModel]:
+        """The class of the models of a task type."""
+        return PeftModel if task is None else _BY_TASK.get(task, PeftModel)
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class PeftModel(AnswersAsBase):
         peft_config: PeftConfig,
         adapter_name: str = "default",
         *,
+        autocast_adapter_dtype: bool = True,
         saved: SavedAdapter | None = None,
     ) -> None:
         refresh()
@@ -72,7 +76,7 @@ class PeftModel(AnswersAsBase):
         self.__dict__["injection"] = injection
         self._modules["base_model"] = model if injection.for_prompts else injection
         try:
-            self._add_adapter(adapter_name, peft_config, saved)
+            self._add_adapter(adapter_name, peft_config, saved, autocast_adapter_dtype)
             self.set_adapter(adapter_name)
         except BaseException:
             self.unload()
@@ -80,17 +84,23 @@ class PeftModel(AnswersAsBase):
 
     # ---- adapters ----
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Attaches another new adapter, inactive and frozen until `set_adapter`.
 
-        Merged adapters are taken out of the weights, as in PEFT.
+        Merged adapters are taken out of the weights, as in PEFT. For the arguments see `get_peft_model`.
 
         Raises:
             ConfigError: The name is taken, or the method cannot work on this model. It is unchanged then.
         """
-        self._add_adapter(adapter_name, peft_config, None)
+        self._add_adapter(adapter_name, peft_config, None, autocast_adapter_dtype)
 
-    def _add_adapter(self, name: str, peft_config: PeftConfig, saved: SavedAdapter | None) -> None:
+    def _add_adapter(self, name: str, peft_config: PeftConfig, saved: SavedAdapter | None, wide: bool) -> None:
         """Attaches an adapter and fills it from its files; where that fails it is removed again."""
         check_new_name(name, self.peft_config)
         config = config_for(self.get_base_model(), peft_config)
@@ -98,6 +108,8 @@ class PeftModel(AnswersAsBase):
         if name in self.injection.prompts:
             self._modules["prompt_encoder"] = self.injection.prompts
         try:
+            if not wide:
+                self.injection.adapters[name].to_base_dtype()
             if saved is not None:
                 saved.load_into(self.injection, name)
             self.injection.unmerge_with_warning(Bilingual("An adapter is added to", "向已合并适配器的模型添加适配器"))
@@ -106,7 +118,18 @@ class PeftModel(AnswersAsBase):
             raise
         self.peft_config[name] = config
 
-    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **hub: Any,
+    ) -> None:
         """Attaches an adapter from a folder (or a hub name), inactive until `set_adapter`.
 
         Where the model has an adapter of this name already, the file's weights are copied into that one, as in PEFT;
@@ -114,12 +137,18 @@ class PeftModel(AnswersAsBase):
 
         Args:
             is_trainable: Train it, with its head, from now on; otherwise a new one stays frozen.
+            autocast_adapter_dtype: See `get_peft_model`.
+            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: Without effect: an adapter is where its layers are.
+            key_mapping: Regular expressions by which the file's keys are rewritten.
+            hub: `subfolder`, and what the hub is asked with, such as `revision` and `token`.
 
         Raises:
             AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
             ConfigError: The model's adapter of this name has other settings than the file.
         """
-        saved = SavedAdapter.read(model_id, is_trainable=is_trainable, with_training=True)
+        saved = SavedAdapter.read(
+            model_id, is_trainable=is_trainable, with_training=True, key_mapping=key_mapping, **for_hub(hub)
+        )
         trained = is_trainable
         if adapter_name in self.peft_config:
             saved.check_same(self.peft_config[adapter_name], adapter_name)
@@ -131,7 +160,7 @@ class PeftModel(AnswersAsBase):
                 saved.load_into(self.injection, adapter_name)
         else:
             with size_errors(saved.folder):
-                self._add_adapter(adapter_name, saved.config, saved)
+                self._add_adapter(adapter_name, saved.config, saved, autocast_adapter_dtype)
         self.injection.adapters[adapter_name].set_trainable(trained)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -270,7 +299,7 @@ class PeftModel(AnswersAsBase):
         """Writes the adapters: "default" into the folder itself, others into folders of their names inside it.
 
         Args:
-            safe_serialization: As safetensors; otherwise as a pickled adapter_model.bin.
+            safe_serialization: True: siliang writes no pickles, which run code where they are loaded.
             selected_adapters: Which; None for all.
             save_embedding_layers: See `get_peft_model_state_dict`.
             is_main_process: Only the main process writes.
@@ -281,6 +310,11 @@ class PeftModel(AnswersAsBase):
         Raises:
             ConfigError: An adapter is not there, or cannot be turned into plain LoRA. Nothing has been written then.
         """
+        if not safe_serialization:
+            raise ConfigError(
+                "safe_serialization = False: siliang writes safetensors alone, because a pickle runs code where it is "
+                "loaded. Leave it out."
+            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in names:
             check_known(name, self.peft_config)
@@ -292,7 +326,7 @@ class PeftModel(AnswersAsBase):
             initial = path_initial_model_for_weight_conversion
             found[name] = one if initial is None else one.as_plain_lora(Path(initial))
         if is_main_process:
-            save_adapters(save_directory, found, pickled=not safe_serialization)
+            save_adapters(save_directory, found)
 
     def adapter_state(
         self,
@@ -316,6 +350,12 @@ class PeftModel(AnswersAsBase):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        torch_device: str | None = None,
+        **hub: Any,
     ) -> PeftModel:
         """Attaches a saved adapter to its base model.
 
@@ -325,13 +365,25 @@ class PeftModel(AnswersAsBase):
                 projected prefix go on where siliang saved them; from PEFT's files, which lack what made the prompt, the
                 prompt itself is trained.
             config: Used in the file's place.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, torch_device, hub: See
+                `load_adapter`.
 
         Raises:
             AdapterError: The files are damaged, incomplete, or do not fit the model, which is unchanged then.
         """
-        saved = SavedAdapter.read(model_id, is_trainable=is_trainable, with_training=is_trainable, config=config)
+        saved = SavedAdapter.read(
+            model_id,
+            is_trainable=is_trainable,
+            with_training=is_trainable,
+            config=config,
+            key_mapping=key_mapping,
+            **for_hub(hub),
+        )
+        kind = cls.for_task(saved.config.task_type) if cls is PeftModel else cls
         with size_errors(saved.folder):
-            peft_model = cls(model, saved.config, adapter_name, saved=saved)
+            peft_model = kind(
+                model, saved.config, adapter_name, saved=saved, autocast_adapter_dtype=autocast_adapter_dtype
+            )
         if not is_trainable:
             peft_model.eval()
         return peft_model
@@ -346,8 +398,3 @@ class PeftModel(AnswersAsBase):
         """Prints the counts in PEFT's form."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
-
-
-# PEFT has a class for each task. Here one class serves all and has their names too, so that scripts can be ported.
-PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
-PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.file_sizes import FileSizes
-from siliang.adapters.files import adapter_folder, load_tensors, read_adapter, read_training, save_adapter
+from siliang.adapters.files import load_tensors, read_adapter, read_training, save_adapter
 from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
+from siliang.hub import HUB_ARGUMENTS, adapter_folder
 from siliang.language import Bilingual
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.lora_conversion import as_plain_lora
-from siliang.types import ConfigError
+from siliang.types import ConfigError, nearest
+
+# arguments of PEFT without effect: an adapter is where its layers are
+PLACING = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,14 @@ class SavedAdapter:
 
     @classmethod
     def read(
-        cls, model_id: str | Path, *, is_trainable: bool, with_training: bool, config: PeftConfig | None = None
+        cls,
+        model_id: str | Path,
+        *,
+        is_trainable: bool,
+        with_training: bool,
+        config: PeftConfig | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        **hub: Any,
     ) -> SavedAdapter:
         """Reads an adapter.
 
@@ -47,14 +60,18 @@ class SavedAdapter:
             is_trainable: It will be trained.
             with_training: Read what only training needs too.
             config: Used instead of the file's.
+            key_mapping: Regular expressions by which keys of the file, without their beginning `base_model.model.`, are
+                rewritten, and what comes in their place. The first that matches counts.
+            hub: `subfolder`, and what the hub is asked with.
 
         Raises:
             AdapterError: The files are damaged or incomplete.
         """
-        folder = adapter_folder(model_id)
+        folder = adapter_folder(model_id, **hub)
         config = copy.deepcopy(config) or PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
-        return cls(folder, config, read_adapter(folder), read_training(folder) if with_training else None)
+        tensors = _rewritten(read_adapter(folder), key_mapping or {})
+        return cls(folder, config, tensors, read_training(folder) if with_training else None)
 
     @property
     def sizes(self) -> FileSizes:
@@ -78,6 +95,17 @@ class SavedAdapter:
             AdapterError: They do not fit; nothing has been copied then.
         """
         load_tensors(injection, name, self.tensors, source=str(self.folder), training=self.training)
+
+
+def _rewritten(tensors: dict[str, Tensor], mapping: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors under keys that `mapping` has rewritten."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        start = next((s for s in ("base_model.model.", "base_model.") if key.startswith(s)), "")
+        path = key.removeprefix(start)
+        pattern = next((p for p in mapping if re.search(p, path)), None)
+        found[start + (path if pattern is None else re.sub(pattern, mapping[pattern], path))] = tensor
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,12 +144,19 @@ def check_save_directory(save_directory: str | Path) -> None:
         )
 
 
-def save_adapters(save_directory: str | Path, adapters: Mapping[str, AdapterToSave], *, pickled: bool) -> None:
-    """Writes "default" into the folder itself, and others into folders of their names inside it.
-
-    Args:
-        pickled: As adapter_model.bin.
-    """
+def save_adapters(save_directory: str | Path, adapters: Mapping[str, AdapterToSave]) -> None:
+    """Writes "default" into the folder itself, and others into folders of their names inside it."""
     for name, one in adapters.items():
         folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-        save_adapter(folder, one.adapter, one.config, one.tensors, pickled=pickled)
+        save_adapter(folder, one.adapter, one.config, one.tensors)
+
+
+def for_hub(given: dict[str, Any]) -> dict[str, Any]:
+    """What the hub is asked with, of what a function was given.
+
+    Raises:
+        TypeError: There is something else.
+    """
+    if unknown := [key for key in given if key not in (*HUB_ARGUMENTS, *PLACING, "subfolder")]:
+        raise TypeError(f"unexpected argument {unknown[0]!r}." + nearest(unknown[0], HUB_ARGUMENTS))
+    return {key: value for key, value in given.items() if key not in PLACING}

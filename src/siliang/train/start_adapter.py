@@ -153,7 +153,7 @@ def find_start_adapter(name: str) -> StartAdapter:
         check_links(path, AdapterError)
         folder = path
     else:
-        from siliang.adapters.files import adapter_folder
+        from siliang.hub import adapter_folder
 
         folder = adapter_folder(name)
     if run is not None and run != path and folder.name != ADAPTER and folder.absolute().parent.parent != run:

@@ -1,0 +1,167 @@
+"""AutoPeftModel and its like: an adapter together with the base model that its config names."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import transformers
+from torch import nn
+
+from siliang.hub import HUB_ARGUMENTS
+from siliang.methods.config import PeftConfig
+from siliang.peft_api import for_tasks  # noqa: F401, the classes that for_task knows
+from siliang.peft_api.model import PeftModel
+from siliang.types import AdapterError, TaskType
+
+TRUSTED = ("transformers", "torch")  # whose classes a config without a task type may name
+OF_THE_ADAPTER = ("subfolder", "autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping", "torch_device")
+OF_THE_ADAPTER += ("ephemeral_gpu_offload",)
+
+
+class AutoPeftModel:
+    """For adapters without a task type, whose config names the base model's class.
+
+    Attributes:
+        task_type: The task type of the adapters that it loads; None for those without one.
+        auto_class: transformers' class that loads their base models.
+    """
+
+    task_type: ClassVar[TaskType | None] = None
+    auto_class: ClassVar[str] = ""
+
+    def __init__(self) -> None:
+        raise OSError(f"{type(self).__name__} makes models with from_pretrained(adapter folder or hub name).")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Loads an adapter and its base model, whose embeddings grow to a tokenizer that lies beside the adapter.
+
+        Args:
+            pretrained_model_name_or_path: The adapter's folder, or its name on the hub.
+            adapter_name: Its name in the model.
+            is_trainable: Go on training it.
+            config: Used in the file's place.
+            revision: The adapter's on the hub; the base model's is in the config.
+            import_allowlist: Packages whose classes a config without a task type may name; None: transformers, torch.
+            kwargs: For the adapter `subfolder`, `key_mapping` and the like; for both what the hub is asked with, such
+                as `token`; anything else goes to the base model, such as `dtype` and `device_map`.
+
+        Raises:
+            AdapterError: The adapter has another task type, or names a class outside of the allowed packages.
+        """
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        own = {key: kwargs.pop(key) for key in OF_THE_ADAPTER if key in kwargs}
+        config = config or PeftConfig.from_pretrained(
+            pretrained_model_name_or_path, own.get("subfolder"), revision=revision, **hub
+        )
+        base_class = cls._base_class(config, str(pretrained_model_name_or_path), import_allowlist or TRUSTED)
+        if config.base_model_name_or_path is None:
+            raise AdapterError(
+                f"{pretrained_model_name_or_path} does not name its base model: use PeftModel.from_pretrained."
+            )
+        base = base_class.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+        _grow(base, Path(pretrained_model_name_or_path))
+        return PeftModel.for_task(config.task_type).from_pretrained(
+            base,
+            pretrained_model_name_or_path,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            revision=revision,
+            **own,
+            **hub,
+        )
+
+    @classmethod
+    def _base_class(cls, config: PeftConfig, source: str, allowed: Sequence[str]) -> Any:
+        if config.task_type != cls.task_type:
+            way = next((k.__name__ for k in AUTO_CLASSES if k.task_type == config.task_type), "AutoPeftModel")
+            raise AdapterError(f"{source} has task type {config.task_type}: load it with {way}.")
+        if cls.task_type is not None:
+            return getattr(transformers, cls.auto_class)
+        mapping = config.auto_mapping or {}
+        package, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
+        if not package or not name:
+            raise AdapterError(f"{source} names no class of its base model: use PeftModel.from_pretrained.")
+        if not any(package == one or package.startswith(f"{one}.") for one in allowed):
+            raise AdapterError(
+                f"{source} wants a class of the package {package!r}. If you trust it, allow it: "
+                f"import_allowlist=[{package!r}]."
+            )
+        found = getattr(importlib.import_module(package), name, None)
+        if not isinstance(found, type) or not issubclass(found, nn.Module):
+            raise AdapterError(f"{source}: {package} has no model class {name!r}.")
+        return found
+
+
+def _grow(base: Any, folder: Path) -> None:
+    """Grows the embeddings to the tokenizer beside an adapter, as adapters with added tokens need."""
+    if not (folder / "tokenizer_config.json").is_file() or not hasattr(base, "get_input_embeddings"):
+        return
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """For adapters with task type CAUSAL_LM."""
+
+    task_type = TaskType.CAUSAL_LM
+    auto_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """For adapters with task type SEQ_2_SEQ_LM."""
+
+    task_type = TaskType.SEQ_2_SEQ_LM
+    auto_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """For adapters with task type SEQ_CLS."""
+
+    task_type = TaskType.SEQ_CLS
+    auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """For adapters with task type TOKEN_CLS."""
+
+    task_type = TaskType.TOKEN_CLS
+    auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """For adapters with task type QUESTION_ANS."""
+
+    task_type = TaskType.QUESTION_ANS
+    auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """For adapters with task type FEATURE_EXTRACTION."""
+
+    task_type = TaskType.FEATURE_EXTRACTION
+    auto_class = "AutoModel"
+
+
+AUTO_CLASSES: tuple[type[AutoPeftModel], ...] = (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForFeatureExtraction,
+)
