@@ -23,7 +23,8 @@ from siliang.config.comparison import MethodEntry, describe_settings
 from siliang.config.data import Source
 from siliang.config.run import MethodConfig, QuantizationConfig
 from siliang.language import Bilingual, both, filled, joined, local, padded, width
-from siliang.types import ConfigError
+from siliang.other_names import TABLE
+from siliang.types import ConfigError, DataError, SiliangError, first_line, message_of
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "siliang"
 CHINESE = re.compile("[一-鿿]")
@@ -54,6 +55,17 @@ def written(node: ast.expr) -> str | None:
     return None
 
 
+def errors(kinds: set[str]) -> Iterator[tuple[str, str]]:
+    """Every error that is made with a text in one language, with its place."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        if "limited" in path.parts:  # a process of its own, which knows no languages
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds
+            if named and node.args and (text := written(node.args[0])) is not None:
+                yield f"{path.relative_to(SOURCE)}:{node.lineno}", text
+
+
 def values(node: ast.expr) -> set[str]:
     """The names of the values that a text shows; `more_zh`, the Chinese of `more`, is the same value."""
     found = [part for part in ast.walk(node) if isinstance(part, ast.FormattedValue)]
@@ -80,6 +92,31 @@ def test_pairs_are_english_and_chinese() -> None:
         if en and zh and (label := LABEL.match(en)):
             other = LABEL.match(zh)
             assert other is not None and width(other[0]) == width(label[0]), place
+
+
+def test_errors_say_it_in_both() -> None:
+    kinds = {kind.__name__ for kind in all_kinds(SiliangError)} | {"BadRow", "YamlError", "JsonError"}
+    assert len(kinds) > 15
+    alone = [f"{place}: {text}" for place, text in errors(kinds) if re.search("[A-Za-z]{3}", text.replace("{}", ""))]
+    assert not alone, "\n".join(alone)
+
+
+def all_kinds(kind: type[Exception]) -> list[type[Exception]]:
+    return [kind, *(found for sub in kind.__subclasses__() for found in all_kinds(sub))]
+
+
+def test_names_of_other_tools_say_it_in_both() -> None:
+    for row in TABLE:
+        for text in (*([row.note] if row.note else []), *row.lacks.values()):
+            assert isinstance(text, Bilingual), f"{row.setting}: {text}"
+
+
+def test_errors_within_errors_keep_their_chinese() -> None:
+    inner = DataError(Bilingual("no rows.\nGive some.", "没有样本。\n请给出。"))
+    assert local(message_of(inner), "zh") == "没有样本。\n请给出。" and message_of("plain") == "plain"
+    assert local(message_of(ValueError(Bilingual("one", "一"))), "zh") == "一" and message_of(ValueError("a")) == "a"
+    assert first_line(inner) == "no rows." and local(first_line(inner), "zh") == "没有样本。"
+    assert first_line(inner, kind=True) == "DataError: no rows." and type(first_line(ValueError("a"))) is str
 
 
 @pytest.mark.parametrize("code", RULES)

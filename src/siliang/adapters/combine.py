@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from siliang.language import Bilingual
 from siliang.types import ConfigError
 
 MajoritySign = Literal["total", "frequency"]
@@ -45,7 +46,12 @@ def combine(
     """
     if way != "linear":
         if density is None or density < 0:
-            raise ConfigError(f"density = {density}: {way} keeps this share of each tensor; give 0 to 1.")
+            raise ConfigError(
+                Bilingual(
+                    f"density = {density}: {way} keeps this share of each tensor; give 0 to 1.",
+                    f"density = {density}：{way} 保留每个张量的这一比例；请给出 0 到 1 之间的数。",
+                )
+            )
         if density >= 1:
             warnings.warn(f"density = {density:g} keeps all of each tensor.", stacklevel=4)
         elif way.startswith("dare"):

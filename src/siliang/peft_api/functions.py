@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.files import load_tensors, read_adapter
 from siliang.hub import adapter_folder
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig, config_class
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.peft_api.model import PeftModel
@@ -106,13 +107,21 @@ def inject_adapter_in_model(
         ConfigError: The method is not one of adapters in layers.
     """
     if peft_config.is_prompt_learning:
-        raise ConfigError("inject_adapter_in_model is for adapters in layers: get_peft_model is for prompts.")
+        raise ConfigError(
+            Bilingual(
+                "inject_adapter_in_model is for adapters in layers: get_peft_model is for prompts.",
+                "inject_adapter_in_model 用于层内的适配器：提示类方法请用 get_peft_model。",
+            )
+        )
     if state_dict is not None:
         peft_config = copy.deepcopy(peft_config)
         paths = sorted({path for key in state_dict if (path := _layer_of(key, model)) is not None})
         if not paths:
             raise ConfigError(
-                "state_dict names no layer of the model: its keys are like 'layers.0.q_proj.lora_A.weight'."
+                Bilingual(
+                    "state_dict names no layer of the model: its keys are like 'layers.0.q_proj.lora_A.weight'.",
+                    "state_dict 中没有模型的任何一层：它的键形如 'layers.0.q_proj.lora_A.weight'。",
+                )
             )
         vars(peft_config)["target_modules"] = "|".join(map(re.escape, paths))
     holder = model.__dict__.get("siliang_tuner")
@@ -165,7 +174,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise TypeError(f"multiplier = {multiplier!r}: must be a number.")
     before = {module: dict(module.scaling) for module in model.modules() if isinstance(module, AdaptedLayer)}
     if not any(before.values()):
-        raise ConfigError("No adapter of the model has a scaling, such as LoRA's.")
+        raise ConfigError(
+            Bilingual(
+                "No adapter of the model has a scaling, such as LoRA's.", "模型的适配器都没有 LoRA 那样的缩放系数。"
+            )
+        )
     try:
         for layer, scalings in before.items():
             layer.scaling.update({name: s * multiplier for name, s in scalings.items()})

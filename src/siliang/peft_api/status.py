@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from siliang.adapters.adapted_layer import AdaptedLayer, ByAdapter
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper
+from siliang.language import Bilingual
 from siliang.models.quantized import count_parameters
 from siliang.peft_api.model import PeftModel
 from siliang.types import ConfigError
@@ -90,7 +91,12 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         if isinstance(module, AdaptedLayer | ModulesToSaveWrapper)
     ]
     if not found:
-        raise ConfigError("The model has no layers with adapters: get_peft_model puts them there.")
+        raise ConfigError(
+            Bilingual(
+                "The model has no layers with adapters: get_peft_model puts them there.",
+                "模型没有带适配器的层：请用 get_peft_model 接上适配器。",
+            )
+        )
     return found
 
 

@@ -21,6 +21,7 @@ from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.files import WEIGHTS_NAME
 from siliang.adapters.injection import Injection
 from siliang.files import replacing
+from siliang.language import Bilingual
 from siliang.methods.lora import LoraConfig
 from siliang.models.introspect import is_linear, out_by_in
 from siliang.peft_api.checks import check_known
@@ -62,7 +63,12 @@ def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, pro
     check_known(adapter_name, model.peft_config)
     whole = isinstance(rank, int) and not isinstance(rank, bool)
     if (whole and rank < 1) or (not whole and not 0 < rank <= 1):
-        raise ConfigError(f"rank = {rank!r}: must be a whole number of at least 1, or a share from 0 to 1.")
+        raise ConfigError(
+            Bilingual(
+                f"rank = {rank!r}: must be a whole number of at least 1, or a share from 0 to 1.",
+                f"rank = {rank!r}：须为不小于 1 的整数，或 0 到 1 之间的比例。",
+            )
+        )
     config = model.peft_config[adapter_name]
     if isinstance(config, LoraConfig) and not config.use_dora:
         warnings.warn(f"Adapter {adapter_name!r} is LoRA already.", stacklevel=2)
@@ -136,12 +142,22 @@ def _layers(injection: Injection, name: str) -> dict[str, AdaptedLayer]:
     """
     adapter = injection.adapters[name]
     if adapter.prompt is not None or adapter.parts.parameters or adapter.parts.table_rows or not adapter.layers:
-        raise ConfigError(f"Adapter {name!r} ({adapter.config.peft_type}) changes more than linear weights.")
+        raise ConfigError(
+            Bilingual(
+                f"Adapter {name!r} ({adapter.config.peft_type}) changes more than linear weights.",
+                f"适配器 {name!r}（{adapter.config.peft_type}）改变的不只是线性层的权重。",
+            )
+        )
     layers = {path: injection.attachments.layers[path] for path in adapter.layers}
     for path, layer in layers.items():
         adapter.layers[path].check_merge()
         if not is_linear(layer.base_layer) or adapter.layers[path].merged().keys() != {"weight"}:
-            raise ConfigError(f"Adapter {name!r} changes more than the weight of a linear layer at {path}.")
+            raise ConfigError(
+                Bilingual(
+                    f"Adapter {name!r} changes more than the weight of a linear layer at {path}.",
+                    f"适配器 {name!r} 在 {path} 改变的不只是线性层的权重。",
+                )
+            )
     return layers
 
 
@@ -155,6 +171,11 @@ def _directions(delta_OI: Tensor, rank: float, path: str) -> tuple[Tensor, Tenso
         share = S.square().cumsum(0) / S.square().sum().clamp(min=torch.finfo(S.dtype).tiny)
         r = min(len(S), int((share < rank - 1e-6).sum()) + 1)
     if r > len(S):
-        raise ConfigError(f"rank = {r}: {path} has {len(S)} rows or columns at least; choose no more.")
+        raise ConfigError(
+            Bilingual(
+                f"rank = {r}: {path} has {len(S)} rows or columns at least; choose no more.",
+                f"rank = {r}：{path} 只有 {len(S)} 行或列；请不要超过它。",
+            )
+        )
     root = S[:r].sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root

@@ -14,6 +14,7 @@ from torch import nn
 
 from siliang.adapters.combine import MajoritySign
 from siliang.adapters.injection import Injection
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.lora import LoraConfig
 from siliang.methods.low_rank import LowRank
@@ -158,11 +159,20 @@ class TunerModel(Injection):
         configs = [self.adapters[name].config for name in adapters]
         loras = [config for config in configs if isinstance(config, LoraConfig)]
         if len(loras) < len(configs):
-            raise ConfigError("add_weighted_adapter combines LoRA adapters, and one of these is of another method.")
+            raise ConfigError(
+                Bilingual(
+                    "add_weighted_adapter combines LoRA adapters, and one of these is of another method.",
+                    "add_weighted_adapter 用于合成 LoRA 适配器，而其中一个是别的方法。",
+                )
+            )
         copied = [path for name in adapters for path in self.adapters[name].parts.modules]
         if twice := next((path for path in copied if copied.count(path) > 1), None):
             raise ConfigError(
-                f"{twice}: several of the adapters have a copy of it (modules_to_save), and these cannot be combined."
+                Bilingual(
+                    f"{twice}: several of the adapters have a copy of it (modules_to_save), and these cannot "
+                    "be combined.",
+                    f"{twice}：有几个适配器都带有它的副本（modules_to_save），无法合成。",
+                )
             )
         how = Combination(
             adapters=adapters,

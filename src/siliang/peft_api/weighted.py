@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from siliang.adapters.combine import WAYS, MajoritySign, combine
+from siliang.language import Bilingual
 from siliang.methods.lora import LoraConfig
 from siliang.methods.low_rank import LowRank
 from siliang.types import ConfigError, nearest
@@ -51,19 +52,38 @@ class Combination:
             ConfigError: The adapters cannot be combined this way.
         """
         if len(self.weights) != len(self.adapters) or not self.adapters:
-            raise ConfigError(f"adapters and weights: {len(self.adapters)} and {len(self.weights)}; give one for each.")
+            raise ConfigError(
+                Bilingual(
+                    f"adapters and weights: {len(self.adapters)} and {len(self.weights)}; give one for each.",
+                    f"适配器 {len(self.adapters)} 个，权重 {len(self.weights)} 个；请为每个适配器给出一个权重。",
+                )
+            )
         if self.way not in COMBINATIONS:
             raise ConfigError(
-                f"combination_type = {self.way!r}: must be one of {', '.join(COMBINATIONS)}."
-                + nearest(self.way, COMBINATIONS)
+                Bilingual(
+                    f"combination_type = {self.way!r}: must be one of {', '.join(COMBINATIONS)}."
+                    f"{nearest(self.way, COMBINATIONS)}",
+                    f"combination_type = {self.way!r}：只能是 {'、'.join(COMBINATIONS)} 之一。"
+                    f"{nearest(self.way, COMBINATIONS).zh}",
+                )
             )
         for name, config in zip(self.adapters, configs, strict=True):
             if config.use_dora or config.lora_bias:
                 field = "use_dora" if config.use_dora else "lora_bias"
-                raise ConfigError(f"adapter {name!r} has {field}: only A and B can be combined.")
+                raise ConfigError(
+                    Bilingual(
+                        f"adapter {name!r} has {field}: only A and B can be combined.",
+                        f"适配器 {name!r} 有 {field}：只有 A 和 B 能合成。",
+                    )
+                )
         ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
         if self._way in WAYS and len(set(ranks)) > 1:
-            raise ConfigError(f"{self.way} needs adapters of one rank, and they have {ranks}: use cat or svd.")
+            raise ConfigError(
+                Bilingual(
+                    f"{self.way} needs adapters of one rank, and they have {ranks}: use cat or svd.",
+                    f"{self.way} 需要秩相同的适配器，而它们的秩是 {ranks}：请用 cat 或 svd。",
+                )
+            )
         r = sum(ranks) if self._way == "cat" else ranks[0] if self._way in WAYS else self.svd_rank or max(ranks)
         return replace(
             configs[0],
@@ -141,5 +161,10 @@ def _targets(configs: Sequence[LoraConfig]) -> list[str] | str:
         return "|".join(f"({t})" for t in targets)
     lists = [t for t in targets if isinstance(t, list)]
     if len(lists) < len(targets):
-        raise ConfigError("target_modules: adapters can be combined where all have names, or all an expression.")
+        raise ConfigError(
+            Bilingual(
+                "target_modules: adapters can be combined where all have names, or all an expression.",
+                "target_modules：要合成的适配器须都用名称，或都用表达式。",
+            )
+        )
     return sorted({name for names in lists for name in names})
