@@ -24,6 +24,7 @@ METHODS: dict[str, Any] = {
     "ia3": siliang.IA3Config(init_ia3_weights=False),
     "miss": siliang.MissConfig(init_weights=False, r=8),
     "miss_bat": siliang.MissConfig(init_weights="bat", r=8),
+    "lokr": siliang.LoKrConfig(init_weights=False, r=4),
     "shira": siliang.ShiraConfig(init_weights=False, r=4),
     "hira": siliang.HiraConfig(init_weights=False, r=8),
     "ln_tuning": siliang.LNTuningConfig(),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from siliang.methods.ia3 import IA3Config
     from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.loha import LoHaConfig
+    from siliang.methods.lokr import LoKrConfig
     from siliang.methods.lora import LoraConfig
     from siliang.methods.miss import MissConfig
     from siliang.methods.oft import OFTConfig
@@ -103,6 +104,7 @@ _HOME = {
     "LNTuningModel": "siliang.peft_api.tuners",
     "LoHaConfig": "siliang.methods.loha",
     "LoHaModel": "siliang.peft_api.tuners",
+    "LoKrConfig": "siliang.methods.lokr",
     "LoraConfig": "siliang.methods.lora",
     "LoraModel": "siliang.peft_api.tuners",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "siliang.peft_api.for_tasks",
@@ -170,6 +172,7 @@ __all__ = [
     "LNTuningModel",
     "LoHaConfig",
     "LoHaModel",
+    "LoKrConfig",
     "LoraConfig",
     "LoraModel",
     "MissConfig",

@@ -26,6 +26,7 @@ class PeftType(StrEnum):
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
     LOHA = "LOHA"
+    LOKR = "LOKR"
     SHIRA = "SHIRA"
     OFT = "OFT"
     MISS = "MISS"

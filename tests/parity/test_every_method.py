@@ -23,6 +23,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft": ("OFTConfig", {"init_weights": False, "oft_block_size": 8}),
     "oft-inverse": ("OFTConfig", {"init_weights": False, "oft_block_size": 8, "use_cayley_neumann": False}),
     "oft-shared": ("OFTConfig", {"init_weights": False, "oft_block_size": 0, "r": 4, "block_share": True}),
+    "lokr": ("LoKrConfig", {"init_weights": False, "r": 2}),
+    "lokr-both": ("LoKrConfig", {"init_weights": False, "r": 1, "alpha": 3, "decompose_both": True}),
+    "lokr-factor": ("LoKrConfig", {"init_weights": "lycoris", "r": 8, "decompose_factor": 4}),
     "shira": ("ShiraConfig", {"r": 3, "random_seed": 5}),
     "shira-no-seed": ("ShiraConfig", {"r": 2}),
     "miss": ("MissConfig", {"init_weights": False, "r": 3}),
@@ -63,7 +66,7 @@ TARGETS: dict[tuple[str, str], list[str]] = {
     ("ln", "plain"): ["norm"],
 } | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
-LINEAR_ALONE = {"LoHaConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig"}
+LINEAR_ALONE = {"LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig"}
 NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
 CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain") and (m, n) not in NOT_IN_PEFT]
 pytestmark = pytest.mark.filterwarnings(

@@ -20,6 +20,8 @@ WINDOWS: dict[str, tuple[Any, Any, int]] = {
 }
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "hira": ("HiraConfig", {"r": 2, "init_weights": False}),
+    "lokr": ("LoKrConfig", {"r": 1, "init_weights": False}),
+    "lokr-whole": ("LoKrConfig", {"r": 8, "init_weights": False}),
     "loha": ("LoHaConfig", {"r": 2, "init_weights": False}),
 }
 CASES = [(method, kind) for method in CONFIGS for kind in WINDOWS if method == "hira" or kind != "conv3d"]
@@ -76,3 +78,26 @@ def test_a_convolution_in_groups_is_not_for_hira() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
     with pytest.raises(TargetError, match="which HIRA cannot wrap"):
         siliang.get_peft_model(model, siliang.HiraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["LoHaConfig", "LoKrConfig"])
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+def test_dropout_of_rows_and_of_whole_updates_as_in_peft(name: str, kind: str, scaled: bool) -> None:
+    """The same draws leave out the same."""
+    if name == "LoHaConfig" and not scaled:
+        pytest.skip("LoHa's always scales")
+    settings: dict[str, Any] = {"r": 2, "init_weights": False, "rank_dropout": 0.4, "module_dropout": 0.2}
+    settings |= {"target_modules": ["look"] if kind != "linear" else ["last"]}
+    settings |= {"rank_dropout_scale": scaled} if name == "LoKrConfig" else {}
+    kind = kind if kind != "linear" else "conv2d"
+    ours: Any = siliang.get_peft_model(Picture(kind), getattr(siliang, name)(**settings))
+    theirs = peft.get_peft_model(Picture(kind), getattr(peft, name)(**settings))
+    theirs.load_state_dict(ours.state_dict())
+    x = inputs(kind)
+    for seed in range(8):
+        found = []
+        for model in (ours, theirs):
+            torch.manual_seed(seed)
+            found.append(model.train()(x))
+        assert_close(*found)

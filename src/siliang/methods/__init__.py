@@ -15,6 +15,7 @@ from siliang.methods.hira import Hira, HiraConfig
 from siliang.methods.ia3 import IA3, IA3Config
 from siliang.methods.ln_tuning import LNTuning, LNTuningConfig
 from siliang.methods.loha import LoHa, LoHaConfig
+from siliang.methods.lokr import LoKr, LoKrConfig
 from siliang.methods.lora import Lora, LoraConfig
 from siliang.methods.method import Method
 from siliang.methods.miss import Miss, MissConfig
@@ -33,6 +34,7 @@ METHODS: dict[str, AnyMethod] = {
     for method in (
         Lora(),
         LoHa(),
+        LoKr(),
         Shira(),
         OFT(),
         Miss(),
@@ -111,6 +113,7 @@ __all__ = [
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "Method",
     "MissConfig",

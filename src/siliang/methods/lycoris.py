@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from siliang.methods.additive import Additive
 from siliang.methods.layer import BaseForward, Layer
 from siliang.methods.layer_method import BlocksConfig, check_ranks
+from siliang.models.introspect import is_linear
 
 
 @dataclass(kw_only=True)
@@ -64,7 +65,7 @@ class LycorisAdapter(Additive):
     def as_weight(self, delta: Tensor) -> Tensor:
         """An update (O, I) in the shape of the layer's weight, which a convolution has with its window."""
         base = self.layer.base_layer
-        return delta if delta.dim() == base.weight.dim() else delta.reshape(base.weight.shape)
+        return delta if is_linear(base) else delta.reshape(base.weight.shape)
 
     @property
     def drops(self) -> bool:
