@@ -35,7 +35,7 @@ class MemoryBudget:
             model: That is trained, on its device.
             memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
         """
-        self.limit = limit
+        self.limit: int | Literal["auto"] | None = limit
         self.promised: Callable[[], float] = lambda: 0.0
         self._model, self._share = model, memory_share
 
