@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -44,7 +44,7 @@ class MethodEntry(BaseModel):
     """Peak learning rate. None: train.learning_rate, or the method's own default.
 
     峰值学习率。None：用 train.learning_rate，否则用该方法自己的默认值。"""
-    search: dict[str, list[Any]] | None = None
+    search: dict[str, list[object]] | None = None
     """What is tried for this method, in place of the comparison's `search`.
 
     这个方法要尝试的取值，代替整个比较的 `search`。"""
@@ -82,7 +82,7 @@ class CompareSettings(Section):
     """How many seeds, from train.seed on; or the seeds themselves.
 
     种子的个数，从 train.seed 开始依次取；也可直接列出各个种子。"""
-    search: dict[str, list[Any]] = Field(default_factory=dict)
+    search: dict[str, list[object]] = Field(default_factory=dict)
     """Settings to choose from, each a list: learning_rate, or fields of a method's config. Each method tries those it
     has, all combinations, with the first seed, on validation rows; the held-out rows see only what was chosen.
 
@@ -140,7 +140,7 @@ class CompareSettings(Section):
                 MethodConfig(name=entry.name, **(entry.arguments | _without_rate(settings)))
         return self
 
-    def choices(self, entry: MethodEntry) -> list[dict[str, Any]]:
+    def choices(self, entry: MethodEntry) -> list[dict[str, object]]:
         """The settings that the search tries for a method; empty where there is nothing to choose."""
         given = self.search if entry.search is None else entry.search
         own = {key: values for key, values in given.items() if key in settings_of(entry) and values}
@@ -158,7 +158,7 @@ class CompareConfig:
     settings: CompareSettings
 
     @classmethod
-    def build(cls, values: dict[str, Any], *, source: str = "the settings") -> CompareConfig:
+    def build(cls, values: Mapping[str, object], *, source: str = "the settings") -> CompareConfig:
         """Checks `values` and fills in the defaults.
 
         Raises:
@@ -167,7 +167,7 @@ class CompareConfig:
         return cls._built(values, source, recorded=False)
 
     @classmethod
-    def recorded(cls, values: dict[str, Any]) -> CompareConfig:
+    def recorded(cls, values: Mapping[str, object]) -> CompareConfig:
         """The settings of a record, checked as `build` does, without a look at any file that they name.
 
         Raises:
@@ -176,7 +176,7 @@ class CompareConfig:
         return cls._built(values, "config", recorded=True)
 
     @classmethod
-    def _built(cls, values: dict[str, Any], source: str, *, recorded: bool) -> CompareConfig:
+    def _built(cls, values: Mapping[str, object], source: str, *, recorded: bool) -> CompareConfig:
         own = set(CompareSettings.model_fields)
         of_a_run = set(RunConfig.model_fields) - {"method", "adapter"}
         if "method" in values:
@@ -225,7 +225,7 @@ class CompareConfig:
         given = self.settings.seeds
         return [self.run.train.seed + i for i in range(given)] if isinstance(given, int) else given
 
-    def as_dict(self, *, defaults: bool = True) -> dict[str, Any]:
+    def as_dict(self, *, defaults: bool = True) -> dict[str, object]:
         """The whole config, with absolute names of files and folders; or what of it is not at its default, as given."""
         shown = self.run.resolved() if defaults else self.run
         run = shown.model_dump(mode="json", exclude={"method", "adapter"}, exclude_defaults=not defaults)
@@ -272,11 +272,11 @@ def describe_settings() -> list[Setting]:
     ]
 
 
-def _without_rate(settings: dict[str, Any]) -> dict[str, Any]:
+def _without_rate(settings: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in settings.items() if key != "learning_rate"}
 
 
-def _short(entry: MethodEntry) -> dict[str, Any]:
+def _short(entry: MethodEntry) -> dict[str, object]:
     """An entry without what it does not say."""
     return entry.model_dump(mode="json", exclude_none=True)
 

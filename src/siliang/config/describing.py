@@ -6,7 +6,7 @@ import ast
 import inspect
 from itertools import pairwise
 from textwrap import dedent
-from typing import Annotated, Any, Literal, NamedTuple, NewType, get_args, get_origin
+from typing import Annotated, Literal, NamedTuple, NewType, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -72,7 +72,7 @@ def _two_languages(docstring: str) -> Bilingual:
     return Bilingual(joined(en), joined(zh))
 
 
-def _kind_name(kind: Any) -> str:
+def _kind_name(kind: object) -> str:
     if isinstance(kind, type):
         if issubclass(kind, TaskType):
             return " | ".join(task.lower() for task in TRAINED_TASKS)

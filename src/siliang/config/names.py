@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import NoneType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -25,7 +25,7 @@ NOT_GIVEN: object = object()
 SHELL = re.compile(r"[$`\\;|&<>\x00-\x1f\x7f]")
 
 
-def assign(values: dict[str, Any], assignment: str, schema: type[Settings]) -> None:
+def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -> None:
     """Sets one field by its dotted name: `train.learning_rate=1e-3`; the value is read as yaml.
 
     Args:
@@ -46,9 +46,9 @@ def assign(values: dict[str, Any], assignment: str, schema: type[Settings]) -> N
         )
     *sections, last = key.strip().split(".")
     for section in sections:
+        if section == "method" and isinstance(values.get("method"), str):
+            values["method"] = {"name": values["method"]}
         inner = values.setdefault(section, {})
-        if isinstance(inner, str) and section == "method":
-            inner = values["method"] = {"name": inner}
         if not isinstance(inner, dict):
             raise ConfigError(
                 Bilingual(
@@ -65,7 +65,7 @@ def assign(values: dict[str, Any], assignment: str, schema: type[Settings]) -> N
     values[last] = text.strip() if isinstance(value, int | float) and _is_text(key.strip(), schema) else value
 
 
-def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[object, object]]:
+def differences(was: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """The settings in which two dumped configs differ, by their dotted names: (what it was, what it is now)."""
     found: dict[str, tuple[object, object]] = {}
     for key in (*now, *(k for k in was if k not in now)):
@@ -152,7 +152,7 @@ def quoted(assignments: Iterable[str]) -> Bilingual:
 
 def _is_text(name: str, schema: type[BaseModel]) -> bool:
     """Whether the setting of this dotted name may be a text, and not a number."""
-    kind: Any = schema
+    kind: object = schema
     for part in name.split("."):
         fields = getattr(kind, "model_fields", {})
         kind = fields[part].annotation if part in fields else None
@@ -160,7 +160,7 @@ def _is_text(name: str, schema: type[BaseModel]) -> bool:
     return str in kinds and kinds <= {str, list, NoneType}
 
 
-def _bare(kind: Any) -> Any:
+def _bare(kind: object) -> object:
     """`str` of Annotated[str, ...], `list` of list[str]."""
     return get_args(kind)[0] if get_origin(kind) is Annotated else get_origin(kind) or kind
 
@@ -180,7 +180,7 @@ def _own(name: str, schema: type[Settings]) -> other_names.Row | None:
 def _is_valid(assignments: Iterable[str], schema: type[Settings]) -> bool:
     """Whether a run may be set so."""
     for method in ("lora", "prompt_tuning"):
-        values: dict[str, Any] = {"model": "m", "task": "causal_lm", "data": {"train": "d"}, "output": "o"}
+        values: dict[str, object] = {"model": "m", "task": "causal_lm", "data": {"train": "d"}, "output": "o"}
         values |= {"method": {"name": method}, "train": {"eval_every": 1}}  # which train.best and train.patience need
         try:
             for assignment in assignments:

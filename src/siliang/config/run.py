@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from siliang.config.data import DataConfig
 from siliang.config.distributed import DistributedConfig
 from siliang.config.explaining import explain, undecodable
 from siliang.config.names import OWN_FIELDS, name_here, quoted
-from siliang.config.section import RECORDED, Name, Names, Section, Settings, as_list
+from siliang.config.section import RECORDED, Name, Names, Section, Settings, split_names
 from siliang.config.train import TrainConfig
 from siliang.files import absolute
 from siliang.language import Bilingual, local, together
@@ -78,7 +78,7 @@ class MethodConfig(BaseModel):
                 )
             if isinstance(value, str) and key in LISTS and re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
                 assert self.model_extra is not None
-                names = as_list(value)
+                names = split_names(value)
                 numbers = key == "layers_to_transform" and all(name.isascii() and name.isdigit() for name in names)
                 self.model_extra[key] = [int(name) for name in names] if numbers else names
         if config:
@@ -315,7 +315,7 @@ class RunConfig(Settings):
         return self
 
     @classmethod
-    def build(cls, values: dict[str, Any], *, source: str = "the settings") -> RunConfig:
+    def build(cls, values: Mapping[str, object], *, source: str = "the settings") -> RunConfig:
         """Checks `values` and fills in the defaults.
 
         Raises:
@@ -340,7 +340,7 @@ class RunConfig(Settings):
             ) from None
 
     @classmethod
-    def recorded(cls, values: dict[str, Any]) -> RunConfig:
+    def recorded(cls, values: Mapping[str, object]) -> RunConfig:
         """The settings of a record, checked as `build` does, without a look at any file that they name.
 
         Raises:

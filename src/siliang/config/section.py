@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
@@ -33,7 +34,7 @@ class Settings(Section):
 
     @classmethod
     @abstractmethod
-    def build(cls, values: dict[str, Any], *, source: str = "the settings") -> Self:
+    def build(cls, values: Mapping[str, object], *, source: str = "the settings") -> Self:
         """Checks `values` and fills in the defaults.
 
         Raises:
@@ -46,9 +47,14 @@ def is_recorded(info: ValidationInfo) -> bool:
     return info.context == RECORDED
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: object) -> object:
     """`a,b` as [a, b], for what is a list of names: so the command line's user writes one."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    return split_names(value) if isinstance(value, str) else value
+
+
+def split_names(text: str) -> list[str]:
+    """The names of `a,b`."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def as_name(value: object) -> object:

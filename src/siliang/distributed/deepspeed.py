@@ -12,15 +12,16 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain, count
+from types import ModuleType
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def gather_by_layer(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(tensors: list[Any], *, writing: bool = False) -> Iterator[None]:
+def gathered(tensors: Sequence[Tensor], *, writing: bool = False) -> Iterator[None]:
     """Within the block the partitioned ones among these tensors are full, on every rank. Collective: every rank must
     enter it.
 
@@ -139,7 +140,7 @@ def optimizer_state(optimizer: Any, trained: list[list[nn.Parameter]]) -> dict[s
     utils, inner = _deepspeed().utils, optimizer.optimizer
     steps = [kept["step"] for kept in inner.state.values() if "step" in kept]
     _link_moments(optimizer)
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for number, p in enumerate(chain(*trained) if steps else []):
         moments = {name: utils.safe_get_full_optimizer_state(p, name).cpu().clone() for name in MOMENTS}
         state[number] = {"step": steps[0].detach().clone(), **moments}
@@ -200,7 +201,7 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def no_sync(accelerator: Any) -> Iterator[None]:
+def no_sync(accelerator: Accelerator) -> Iterator[None]:
     """Within the block a backward pass adds to the gradients, and DeepSpeed makes no step after it."""
     accelerator.gradient_state._set_sync_gradients(False)
     try:
@@ -230,9 +231,9 @@ def _link_moments(optimizer: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _is_zero_3(optimizer: Any) -> bool:
+def _is_zero_3(optimizer: object) -> bool:
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
-def _deepspeed() -> Any:
+def _deepspeed() -> ModuleType:
     return import_module("deepspeed")

@@ -55,7 +55,7 @@ class Ranks:
         """The value of each rank, in order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
+        found = [value] * self.size
         dist.all_gather_object(found, value, group=_cpu_group())
         return found
 
@@ -80,7 +80,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=_cpu_group())
         if box[1] is not None:
             raise box[1]
-        return box[0]  # type: ignore[no-any-return]
+        return box[0]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -181,9 +181,13 @@ def _own_store(rank: int, size: int) -> Store:
 
 
 @cache
-def _cpu_group() -> Any:
+def _cpu_group() -> dist.ProcessGroup | None:
     """The group of all ranks on the CPU, made at the first collective call. NCCL's would make the devices wait."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 @contextmanager

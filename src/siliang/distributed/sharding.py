@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ def rank_mesh(device: torch.device) -> DeviceMesh:
 # itself included: a planned step would otherwise pass its fake mesh, which never waits, to the real steps.
 FAKE = ("fake",)
 
+T = TypeVar("T")
+
 
 @contextmanager
 def fake_mesh(ranks: int) -> Iterator[DeviceMesh | None]:
@@ -58,7 +60,8 @@ def fake_mesh(ranks: int) -> Iterator[DeviceMesh | None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it makes the backend known
 
     if dist.is_initialized():
-        group: Any = dist.new_group(backend="fake")
+        group = dist.new_group(backend="fake")
+        assert isinstance(group, dist.ProcessGroup)
         yield DeviceMesh.from_group(group, "cpu", mesh_dim_names=FAKE)
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -134,10 +137,10 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
-def full_tensors(tree: Any) -> Any:
+def full_tensors(tree: T) -> T:
     """The same tree of state with its shards gathered; all ranks must call this."""
 
-    def gather(leaf: Any) -> Any:
+    def gather(leaf: object) -> object:
         # a copy, and not a view of what may still be under way
         return leaf.full_tensor().detach().clone() if isinstance(leaf, DTensor) else leaf
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -45,9 +45,16 @@ def most_tokens(limit: int | None, device_type: str, dtype: torch.dtype) -> int 
     return limit or (CPU_TOKEN_BYTES // dtype.itemsize if device_type == "cpu" else None)
 
 
+class StepBatches(TypedDict):
+    """The batches of a step, and the numbers of its rows; of a step of a dummy row there are none."""
+
+    batches: list[Batch]
+    rows: list[int]
+
+
 @dataclass
 class StepCollator:
-    """Makes {"batches": [...], "rows": [...]} of a step's rows.
+    """Makes the batches of a step's rows.
 
     Attributes:
         rows_at_once: A batch has at most so many rows. The sequences of a row stay together.
@@ -62,7 +69,7 @@ class StepCollator:
     tokens_at_once: int | None = None
     packed: bool = True
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, Any]]) -> StepBatches:
         numbers = [row.pop("row", -1) for row in rows]
         dummies = [row.pop("dummy", False) for row in rows]
         batches = [self._batch(part) for part in self.split(rows)]

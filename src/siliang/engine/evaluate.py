@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet
 from siliang.engine.batches import StepCollator, in_steps
 from siliang.engine.step import Engine
-from siliang.engine.whole_step import by_entry, loss_of, on, reference_values
+from siliang.engine.whole_step import Context, by_entry, loss_of, on, reference_values
 from siliang.language import Bilingual
 from siliang.tasks import EntryValues, Reader, StepLoss, Task
 from siliang.types import DataError
@@ -62,7 +62,7 @@ def evaluate(
     *,
     steps: Iterable[Sequence[int]] | None = None,
     reader: Reader | None = None,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: Context = nullcontext,
     as_many: Callable[[list[Batch]], list[Batch]] = list,
 ) -> Sums:
     """Runs the entries of a token set through a model, which is in eval mode afterwards.
@@ -103,11 +103,7 @@ def evaluate(
 
 
 def _values(
-    model: nn.Module,
-    engine: Engine,
-    whole: StepLoss,
-    batch: Batch,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    model: nn.Module, engine: Engine, whole: StepLoss, batch: Batch, autocast: Context
 ) -> dict[int, EntryValues]:
     """What a loss of whole steps takes of each entry, on the CPU."""
     reference = reference_values(engine, whole, model, [batch], autocast)

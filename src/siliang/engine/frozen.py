@@ -18,17 +18,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from siliang.data.cache import cache_folder
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import Undo, replace_forward
+from siliang.engine.random_state import numpy_state
 from siliang.language import Bilingual, local
 from siliang.models.introspect import backbone
 
@@ -50,7 +52,7 @@ class FrozenLayers:
     why_not: str | None = None
 
 
-def find_frozen_layers(model: nn.Module, layers: list[nn.Module], *, comparing: bool = True) -> FrozenLayers:
+def find_frozen_layers(model: PreTrainedModel, layers: list[nn.Module], *, comparing: bool = True) -> FrozenLayers:
     """The layers below the lowest one with something to train, if they give the same output each time.
 
     Args:
@@ -58,7 +60,7 @@ def find_frozen_layers(model: nn.Module, layers: list[nn.Module], *, comparing: 
     """
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = model.get_input_embeddings()
     if first == 0:
         return FrozenLayers(0)
     if any(p.requires_grad for p in embeddings.parameters()):
@@ -85,19 +87,19 @@ def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None
     """
     device = next(model.parameters()).device
     ids = torch.ones(1, 4, dtype=torch.long, device=device)
-    before: dict[nn.Module, Any] = {}
+    before: dict[nn.Module, tuple[object, ...]] = {}
     found: list[tuple[str, str]] = []
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: object) -> None:
         before[module] = _random_state(device)
 
-    def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(path: str, module: nn.Module, args: object, output: object) -> None:
         if not found and before.get(module) != _random_state(device):  # the innermost is left first
             named = [v for n, v in vars(module).items() if ("dropout" in n or n == "p") and isinstance(v, float) and v]
             what = Bilingual(f"dropout of {max(named):g}", f" {max(named):g} 的 dropout") if named else RANDOM
             found.append((what, path or type(module).__name__))
 
-    def stop(module: nn.Module, args: Any) -> None:
+    def stop(module: nn.Module, args: object) -> None:
         raise StopForwardError
 
     handles = [end.register_forward_pre_hook(stop, prepend=True)]
@@ -130,7 +132,7 @@ def _draws_on_paper(model: nn.Module, end: nn.Module) -> bool:
     """Whether something draws random numbers in training before the layer `end` of a fake model; True where it does not
     run."""
 
-    def stop(module: nn.Module, args: Any) -> None:
+    def stop(module: nn.Module, args: object) -> None:
         raise StopForwardError
 
     ids = torch.ones(1, 4, dtype=torch.long, device=next(model.parameters()).device)
@@ -164,12 +166,12 @@ class _Draws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _random_state(device: torch.device) -> tuple[Any, ...]:
+def _random_state(device: torch.device) -> tuple[object, ...]:
     """Of every generator that a model may draw from, to be compared."""
-    numpy: Any = np.random.get_state()
+    _, keys, place, *_ = numpy_state()
     on_card = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     torchs = torch.get_rng_state().numpy().tobytes()
-    return torchs, on_card, random.getstate(), numpy[1].tobytes(), numpy[2]
+    return torchs, on_card, random.getstate(), keys.tobytes(), place
 
 
 @dataclass
@@ -192,7 +194,7 @@ class StateStore:
     _used: int = 0
     _token_bytes: float | None = None
     _written: int = 0
-    _file: Any = None
+    _file: IO[bytes] | None = None
 
     @classmethod
     def within(cls, budget: MemoryBudget, tokens: int | None = None) -> StateStore:
@@ -229,7 +231,7 @@ class StateStore:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - it lives as long as the store
             self._file.seek(self._written)
-            self._file.write(states_nD.contiguous().view(torch.uint8).numpy())
+            self._file.write(states_nD.contiguous().view(torch.uint8).numpy().data)
             self._places[key] = (self._written, tuple(states_nD.shape), states_nD.dtype)
             self._written += states_nD.nbytes
         else:
@@ -241,6 +243,7 @@ class StateStore:
             return self._held[key]
         start, shape, dtype = self._places[key]
         count = int(np.prod(shape)) * dtype.itemsize
+        assert self._file is not None
         self._file.seek(start)
         raw = torch.frombuffer(bytearray(self._file.read(count)), dtype=torch.uint8)
         return raw.view(dtype).view(shape)
@@ -311,9 +314,9 @@ class FrozenCache:
             raise StopForwardError
         return hidden_1TD
 
-    def note_output(self, output: Any) -> None:
+    def note_output(self, output: object) -> None:
         """Takes the output of a computed layer: a skipped one has to have an output of the same kind."""
         self._tuples = isinstance(output, tuple)
 
-    def _skip(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _skip(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         return (hidden, None) if self._tuples else hidden

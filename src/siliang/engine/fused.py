@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cache, partial
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -47,16 +47,16 @@ def fused_form(kind: type[nn.Module]) -> Form | None:
         return form if alone.submit(_agrees, kind, form).result() else None
 
 
-def _rms_norm(module: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, rms_eps(module))
+def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    return rms_norm(x, cast(Tensor, module.weight), rms_eps(module))
 
 
-def _gelu(module: Any, x: Tensor) -> Tensor:
+def _gelu(module: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
 @torch.no_grad()
-def _agrees(kind: Any, form: Form) -> bool:
+def _agrees(kind: type[nn.Module], form: Form) -> bool:
     """Tries a small module of the class, of which nothing is known but its name."""
     generator = torch.Generator().manual_seed(0)
     try:

@@ -47,7 +47,7 @@ def after_step(model: nn.Module, step: int) -> None:
         method.after_step(adapter, step)
 
 
-def _trained(model: Any) -> Iterator[tuple[Method[Any], Adapter[Any]]]:
+def _trained(model: nn.Module) -> Iterator[tuple[Method[Any], Adapter[Any]]]:
     """The active adapters that are trained, each with its method."""
     while not isinstance(model, PeftModel):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))

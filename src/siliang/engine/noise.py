@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class EmbeddingNoise:
         """Takes it off the model again."""
         self._handle.remove()
 
-    def _add(self, embeddings: nn.Module, args: Any, x_SWD: Tensor) -> Tensor | None:
+    def _add(self, embeddings: nn.Module, args: object, x_SWD: Tensor) -> Tensor | None:
         if self._lengths is None:
             return None
         sizes = [self._alpha / math.sqrt(n * x_SWD.shape[-1]) for n in self._lengths]

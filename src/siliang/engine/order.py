@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from siliang.config import RunConfig
+from siliang.data.tokens import TokenSet
 from siliang.engine.batches import in_steps
 from siliang.tasks import TASKS
 
@@ -32,7 +32,7 @@ class Order(Sampler[int]):
     def __init__(self, lengths: Sequence[int], *, step: int, seed: int, by_length: bool) -> None:
         self.step = step
         self._lengths, self._seed, self._by_length = lengths, seed, by_length
-        self._random = SeedableRandomSampler(range(len(lengths)), data_seed=seed)  # type: ignore[arg-type]
+        self._random = SeedableRandomSampler(range(len(lengths)), data_seed=seed)
         self._epoch = 0
 
     @classmethod
@@ -93,18 +93,18 @@ def shared_steps(rows: Iterable[int], lengths: Sequence[int], step: int, ranks: 
             yield [own or [~together[0]] for own in shares(lengths, together, ranks)]
 
 
-class WithDummies(Dataset[dict[str, Any]]):
+class WithDummies(Dataset[dict[str, object]]):
     """A data set whose rows may be asked for as ~row, which marks a dummy row: it adds nothing to the loss."""
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: TokenSet) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, object]:
         return self.__getitems__([i])[0]
 
-    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._rows.__getitems__([i if i >= 0 else ~i for i in numbers])
-        return [row | {"dummy": True} if i < 0 else row for i, row in zip(numbers, found, strict=True)]
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, object]]:
+        found = self._rows.__getitems__([i if i >= 0 else ~i for i in numbers])
+        return [{**row, "dummy": True} if i < 0 else row for i, row in zip(numbers, found, strict=True)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from siliang.capabilities import why_missing
 from siliang.engine.frozen import FrozenCache
@@ -55,7 +56,7 @@ class PaddingFree:
             `why_not` finds out.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         """Prepares `model`, the base model with whatever is attached to it.
 
         Raises:
@@ -72,7 +73,7 @@ class PaddingFree:
                     "编码器-解码器模型的交叉注意力需要填充后的行",
                 )
             )
-        self._config: Any = getattr(model, "config", None)
+        self._config = model.config
         try:
             self.layers = layer_stack(model)
         except NoLayerStackError as error:
@@ -83,7 +84,7 @@ class PaddingFree:
         self.head_takes_packed = False
         self._rows: tuple[tuple[int, ...], int] | None = None
         self._keep_packed = False
-        self._packed: dict[int, tuple[Any, Any]] = {}
+        self._packed: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
         self._handles += [layer.register_forward_hook(self._leave) for layer in {self.layers[0], self.layers[-1]}]
         self._undo = [pack_bloom(m) for m in blooms]
@@ -112,7 +113,9 @@ class PaddingFree:
             self.layout = self._rows = None
             self._packed.clear()
 
-    def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[Tensor], dict[str, object]] | None:
         if self._rows is None:
             return None
         named = named_arguments(layer, args, kwargs)
@@ -127,12 +130,14 @@ class PaddingFree:
             assert self.layout is not None
             hidden = self.frozen.exchange(hidden, self.layout.lengths)
         assert self.layout is not None
-        named = {key: self._pack(value) for key, value in named.items()}
+        packed = {key: self._pack(value) for key, value in named.items()}
         if "attention_mask" in parameters:
-            named["attention_mask"] = self.layout
-        return (hidden,), named
+            packed["attention_mask"] = self.layout
+        return (hidden,), packed
 
-    def _leave(self, layer: nn.Module, args: Any, output: Any) -> Any:
+    def _leave(
+        self, layer: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]
+    ) -> Tensor | tuple[Tensor, ...] | None:
         if self.frozen is not None and layer is self.layers[0]:
             self.frozen.note_output(output)
         if layer is not self.layers[-1] or self._rows is None or self._keep_packed:
@@ -142,7 +147,7 @@ class PaddingFree:
             return (self.layout.unpack(output[0]), *output[1:])
         return self.layout.unpack(output)
 
-    def _pack(self, value: Any) -> Any:
+    def _pack(self, value: object) -> object:
         """Rotary tables, positions: whatever has a row for each column of the batch; each once a step."""
         if isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
             return tuple(map(self._pack, value))
@@ -208,12 +213,12 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    attention_mask: Layout | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """What transformers' attention modules call: (1, H, T, K) in, (1, T, H, K) out."""
     if not isinstance(attention_mask, Layout):

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from siliang.models.checkpointing import enable_checkpointing
 from siliang.ops.packed_attention import Layout, packed_attention
 
+if TYPE_CHECKING:
+    from transformers.models.bloom.modeling_bloom import BloomAttention
 Undo = Callable[[], None]
 
 # what transformers sets on modules when gradient checkpointing is turned on
@@ -32,19 +34,19 @@ CHECKPOINTING = (
 )
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:
+def replace_forward(module: nn.Module, forward: Callable[..., object]) -> Undo:
     """Gives `module` this forward; the function that is returned restores the one before.
 
     A forward of the instance's own, as accelerate and others set it, is put back; otherwise the class's is there again.
     """
     own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
     def undo() -> None:
         if own is None:
             module.__dict__.pop("forward", None)
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
     return undo
 
@@ -55,7 +57,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 @contextmanager
-def patched(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def patched(forwards: Iterable[tuple[nn.Module, Callable[..., object]]]) -> Iterator[None]:
     """Within the block each module has the forward beside it."""
     undo = [replace_forward(module, forward) for module, forward in forwards]
     try:
@@ -65,7 +67,7 @@ def patched(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterato
             restore()
 
 
-def register_attention(name: str, function: Callable[..., Any]) -> None:
+def register_attention(name: str, function: Callable[..., object]) -> None:
     """Adds a function to those that transformers' attentions may call, by name."""
     from transformers import AttentionInterface
 
@@ -73,7 +75,7 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def attention_implementation(config: Any, name: str) -> Iterator[None]:
+def attention_implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
     """Within the block a model's attentions call the function of this name, which each call looks up in the config."""
     before = config._attn_implementation
     config._attn_implementation = name
@@ -83,7 +85,7 @@ def attention_implementation(config: Any, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def pack_bloom(attention: nn.Module) -> Undo:
+def pack_bloom(attention: BloomAttention) -> Undo:
     """Lets a BLOOM attention, which does not go through transformers' interface, compute packed rows by sequence."""
     return replace_forward(attention, partial(_bloom_attention, attention, attention.forward))
 
@@ -108,20 +110,21 @@ def checkpoint_layers(model: PreTrainedModel) -> Undo:
 
 
 def _bloom_attention(
-    module: Any,
-    own_forward: Callable[..., Any],
+    module: BloomAttention,
+    own_forward: Callable[..., object],
     hidden_states: Tensor,
     residual: Tensor,
     alibi: Tensor,
-    attention_mask: Any,
-    layer_past: Any = None,
-    **kwargs: Any,
-) -> Any:
+    attention_mask: Layout | Tensor | None,
+    layer_past: Cache | None = None,
+    **kwargs: object,
+) -> object:
     """BloomAttention.forward on packed rows, by sequence; the module's own on padded ones."""
     if not isinstance(attention_mask, Layout):
         return own_forward(hidden_states, residual, alibi, attention_mask, layer_past=layer_past, **kwargs)
     q, k, v = module._reshape(module.query_key_value(hidden_states))
     if layer_past is not None:
+        assert module.layer_idx is not None
         k, v = layer_past.update(k, v, module.layer_idx)
     out = packed_attention(
         q,

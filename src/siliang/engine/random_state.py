@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def random_state() -> dict[str, Any]:
-    """Of every generator that training draws from: Python's, numpy's, torch's, and the CUDA devices'."""
-    name, keys, *rest = np.random.get_state()
+class RandomState(TypedDict):
+    """The states of Python's generator, numpy's, torch's, and those of the CUDA devices."""
+
+    python: tuple[object, ...]
+    numpy: tuple[str, list[int], int, int, float]
+    torch: Tensor
+    cuda: list[Tensor]
+
+
+def numpy_state() -> tuple[str, np.ndarray, int, int, float]:
+    """Of numpy's generator: its name, its keys (624,), the place in them, and what it has kept of a normal draw."""
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    return state
+
+
+def random_state() -> RandomState:
+    """Of every generator that training draws from."""
+    name, keys, place, has_gauss, gauss = numpy_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "numpy": (name, keys.tolist(), place, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Continues from a `random_state`."""
+    name, keys, place, has_gauss, gauss = state["numpy"]
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.patches import checkpoint_layers
 from siliang.models.introspect import checkpointed_layers
+
+FLAG = "gradient_checkpointing"  # of transformers' modules that can recompute
 
 
 class Recompute:
@@ -31,7 +33,7 @@ class Recompute:
         bytes_per_token: What keeping costs, of each layer; empty until it is measured.
     """
 
-    def __init__(self, model: Any, budget: MemoryBudget, *, always: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, budget: MemoryBudget, *, always: bool = False) -> None:
         """Prepares `model`.
 
         Args:
@@ -105,8 +107,8 @@ class Recompute:
     def _prepare(self) -> None:
         self._enable()
         for module in self._model.modules():  # what recomputes as a whole, beside its layers, does not
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
+            if hasattr(module, FLAG):
+                setattr(module, FLAG, False)
         self._prepared = True
         self._set(0)
 
@@ -123,8 +125,8 @@ class Recompute:
         found = [0.0] * len(self.layers)
         now = -1
 
-        def enter(i: int) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def enter(i: int) -> Callable[[nn.Module, tuple[object, ...]], None]:
+            def hook(module: nn.Module, args: tuple[object, ...]) -> None:
                 nonlocal now
                 now = i
                 if args and isinstance(args[0], Tensor):
@@ -132,7 +134,7 @@ class Recompute:
 
             return hook
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: object, output: object) -> None:
             nonlocal now
             now = -1
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Literal
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from siliang.data.batch import Batch
 from siliang.engine.budget import MemoryBudget
@@ -18,9 +20,9 @@ from siliang.engine.noise import EmbeddingNoise
 from siliang.engine.padding import NotPackableError, PaddingFree, trial_error
 from siliang.engine.patches import patched
 from siliang.engine.recompute import Recompute
-from siliang.engine.whole_step import Gather, alone, log_probabilities, run_step
+from siliang.engine.whole_step import Context, Gather, alone, log_probabilities, run_step
 from siliang.language import Bilingual, together
-from siliang.models.introspect import is_encoder_decoder
+from siliang.models.introspect import is_encoder_decoder, output_layer
 from siliang.ops.masked_ce import head_logits, masked_cross_entropy
 from siliang.ops.packed_attention import Layout
 from siliang.peft_api.model import PeftModel
@@ -40,7 +42,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         task: Task,
         *,
         packing: bool = True,
@@ -76,7 +78,9 @@ class Engine:
                     f"{task.title} 要拿模型与去掉适配器的自己比较，而 full 没有适配器：请换一种方法。",
                 )
             )
-        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(base, PreTrainedModel)
+        self._base = base
         self.padding: PaddingFree | None = None
         self.notes: list[str] = []
         vocabulary = getattr(self._base.config.get_text_config(), "vocab_size", 32)
@@ -108,10 +112,10 @@ class Engine:
                 self.notes.append(together(what, frozen.why_not))
         self._fused = FusedModules(self._base)
         self.recompute = Recompute(model, budget, always=checkpointing)
-        has_head = task.writes and self._base.get_output_embeddings() is not None
-        if task.has_encoder:  # else its forward needs the labels, and so all logits
-            has_head = has_head and hasattr(self._base, "prepare_decoder_input_ids_from_labels")
-        self._head = HeadLoss(self._base) if has_head else None
+        head = output_layer(self._base) if task.writes else None
+        if task.has_encoder and not hasattr(self._base, "prepare_decoder_input_ids_from_labels"):
+            head = None  # its forward needs the labels, and so all logits
+        self._head = HeadLoss(self._base, head) if head is not None else None
         if self._head and (reason := all_logits or (self._head.differs(model, vocabulary) if comparing else None)):
             self.notes.append(together(Bilingual("the loss takes all logits: ", "计算损失时使用全部 logits："), reason))
             self._head = None
@@ -122,9 +126,9 @@ class Engine:
         batches: list[Batch],
         weight: float,
         *,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        backward: Callable[[Tensor], Any] = Tensor.backward,
+        autocast: Context = nullcontext,
+        no_sync: Context = nullcontext,
+        backward: Callable[[Tensor], object] = Tensor.backward,
         gather: Gather = alone,
     ) -> Tensor:
         """Forward and backward of one optimizer step.
@@ -177,7 +181,7 @@ class Engine:
             yield loss
 
     @contextmanager
-    def loss_and_output(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Any]]:
+    def loss_and_output(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, ModelOutput | None]]:
         """The summed loss of `batch`, in fp32, and the model's output, whose logits are those of the padded batch.
 
         A model that writes gives no output: its logits, one for each token of the vocabulary, are not formed.
@@ -225,7 +229,7 @@ class Engine:
     @property
     def _training(self) -> bool:
         """Asked of the base model: `reference` does not reach the flag of what a strategy wraps around it."""
-        return self._base.training  # type: ignore[no-any-return]
+        return self._base.training
 
     @property
     def _keeps_packed(self) -> bool:
@@ -280,7 +284,7 @@ class Engine:
             self._noise = None
         self.recompute.close()
 
-    def _loss_of(self, output: Any, batch: Batch, smoothing: float) -> Tensor:
+    def _loss_of(self, output: ModelOutput, batch: Batch, smoothing: float) -> Tensor:
         """The task's own loss, in fp32 and summed over what `batch.weight` counts."""
         assert self.task.loss is not None
         smoothed = {"label_smoothing": smoothing} if smoothing else {}
@@ -312,9 +316,13 @@ class HeadLoss:
     would have read.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel, head: nn.Module) -> None:
+        """
+        Args:
+            head: The model's output layer.
+        """
         config = model.config.get_text_config()
-        self._head: Any = model.get_output_embeddings()
+        self._head = head
         self._is_encoder_decoder = is_encoder_decoder(model)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         scaling = getattr(config, "logits_scaling", None)  # Granite divides by it

@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from siliang.data.batch import Batch
-from siliang.engine.random_state import random_state, set_random_state
+from siliang.engine.random_state import RandomState, random_state, set_random_state
 from siliang.tasks import EntryValues, StepLoss
 
-Context = Callable[[], AbstractContextManager[Any]]
+Context = Callable[[], AbstractContextManager[object]]
 ByEntry = dict[int, EntryValues]
 Gather = Callable[[ByEntry], list[ByEntry]]  # the values of each rank, from one's own
 
@@ -51,7 +51,7 @@ def run_step(
     weight: float,
     autocast: Context,
     no_sync: Context,
-    backward: Callable[[Tensor], Any],
+    backward: Callable[[Tensor], object],
     gather: Gather,
 ) -> Tensor:
     """Forward and backward of one optimizer step; the arguments are those of `Engine.run`.
@@ -68,7 +68,7 @@ def run_step(
                 loss = loss_of(step, by_entry(batch, values, reference)) / weight
             backward(loss)
         return loss.detach()
-    states: list[dict[str, Any]] = []  # from which the dropout of each batch is drawn, twice
+    states: list[RandomState] = []  # from which the dropout of each batch is drawn, twice
     own: ByEntry = {}
     for batch in batches:
         states.append(random_state())

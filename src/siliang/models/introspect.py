@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from siliang.language import Bilingual
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.models.bloom.modeling_bloom import BloomAttention
 
 CROSS_ATTENTION = ("key_value_states", "encoder_hidden_states")  # arguments that hold another text's states
 # arguments that hold the cache: of BLOOM's and Falcon's attentions; all others from transformers 5.24 on; and before
@@ -232,7 +233,7 @@ def relative_positions(attention: nn.Module, hidden_BND: Tensor) -> Tensor:
     return found.to(hidden_BND.device)
 
 
-def is_bloom_attention(module: nn.Module) -> bool:
+def is_bloom_attention(module: nn.Module) -> TypeGuard[BloomAttention]:
     """BLOOM's attention, the only common one that does not go through transformers' attention interface."""
     return type(module).__name__ == "BloomAttention"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +65,8 @@ class Backward:
             assert before is not None
             set_random_state(before)
         if self._run.ranks.size > 1:  # the mean over all ranks: all see the same, and so stop together
-            mean: Tensor = self._accelerator.reduce(loss, "mean")  # type: ignore[assignment]
+            mean = self._accelerator.reduce(loss, "mean")
+            assert isinstance(mean, Tensor)
             return mean
         return loss
 
@@ -101,7 +101,7 @@ class Backward:
             self._accelerator.backward(term)
         return loss
 
-    def _no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def _no_sync(self, model: nn.Module) -> AbstractContextManager[object]:
         """The context in which gradients are accumulated and not reduced over the ranks."""
         if self._run.zero_stage:
             return deepspeed.no_sync(self._accelerator)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from siliang.data.jinja import with_chat_template
 from siliang.files import find_damage, replacing_folder
@@ -87,7 +88,7 @@ def save(run: Run) -> None:
         run.record.parameters.adapter_bytes = run.ranks.from_main(lambda: _write(run, weights))
 
 
-def _write(run: Run, weights: dict[str, Any] | None) -> int:
+def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
     """Writes under a temporary name, then renames; returns the bytes of the weights."""
     final: Path = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
     with replacing_folder(final) as temporary:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ class _Unread:
     rows: tuple[int, ...]
     loss: Tensor
     grad_norm: Tensor
+
+
+class GuardState(TypedDict):
+    """What a resumed run has to know: how long each useless thing has lasted, the skipped steps, the steps seen."""
+
+    runs: dict[str, int]
+    skipped: list[int]
+    steps: int
 
 
 class Guard:
@@ -130,11 +138,11 @@ class Guard:
                 return BadStep(name.split()[1], 0.0, 1, self._last_rows)
         return None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> GuardState:
         """What a resumed run has to know."""
         return {"runs": dict(self._runs), "skipped": list(self.skipped), "steps": self._steps}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: GuardState) -> None:
         """Continues from a `state_dict`."""
         self._runs, self.skipped = dict(state["runs"]), list(state["skipped"])
         self._steps = state["steps"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from siliang.memory.peak import PeakMemory
 from siliang.records import StepMetrics
@@ -47,6 +47,16 @@ class Moment:
     steps: int
     epoch: float
     tokens: int
+
+
+class LogState(TypedDict):
+    """What a resumed run has to know: the lines, the seconds of training, the last loss and learning rate."""
+
+    steps: list[dict[str, object]]
+    train_s: float
+    steps_s: float
+    loss: float | None
+    rate: float | None
 
 
 class Log:
@@ -155,14 +165,19 @@ class Log:
             )
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LogState:
         """What a resumed run has to know."""
         lines = [line.model_dump() for line in self.lines]
-        seconds = {"train_s": self.train_s, "steps_s": self.steps_s}
-        return {"steps": lines, **seconds, "loss": self._loss, "rate": self._rate}
+        return {
+            "steps": lines,
+            "train_s": self.train_s,
+            "steps_s": self.steps_s,
+            "loss": self._loss,
+            "rate": self._rate,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LogState) -> None:
         """Continues from a `state_dict`."""
-        self.lines[:] = [StepMetrics(**line) for line in state["steps"]]
+        self.lines[:] = [StepMetrics.model_validate(line) for line in state["steps"]]
         self._before_s, self._steps_s = state["train_s"], state["steps_s"]
         self._loss, self._rate = state["loss"], state["rate"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from io import StringIO
@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from siliang.data.batch import Batch
 from siliang.distributed.sharding import full_tensors, is_sharded, reshard
+from siliang.engine.batches import StepBatches
 from siliang.engine.evaluate import Sums, evaluate, metrics_of
 from siliang.engine.method_hooks import after_step
 from siliang.engine.order import Order, WithDummies, shared_steps
-from siliang.engine.random_state import random_state, set_random_state
+from siliang.engine.random_state import RandomState, random_state, set_random_state
 from siliang.run_folder import CHECKPOINTS
 from siliang.train.backward import Backward, with_dummies
 from siliang.train.due import Best, Due, Wanted
@@ -91,9 +92,9 @@ class Training:
         self._no_better = 0  # evaluations since the best one
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation: its step, its metrics
         self._evaluation_due = False  # that of the last step was put off when the run was stopped
-        self._saved_random: dict[str, Any] | None = None
+        self._saved_random: RandomState | None = None
         self.model: nn.Module = run.model
-        self.optimizer: Optimizer
+        self.optimizer: AcceleratedOptimizer
         self.schedule: LRScheduler
 
     def run(self, checkpoint: Path | None = None) -> None:
@@ -159,7 +160,7 @@ class Training:
 
     # ---- the steps ----
 
-    def _epoch(self) -> Iterator[tuple[list[list[int]], dict[str, Any]]]:
+    def _epoch(self) -> Iterator[tuple[list[list[int]], StepBatches]]:
         """The remaining steps of the current epoch: their rows by rank, and this rank's batches and row numbers."""
         epoch, done = divmod(self.step, self.prepared.steps_per_epoch)
         steps = self.steps_of(epoch)[done:]
@@ -174,7 +175,7 @@ class Training:
         self._order.set_epoch(epoch)
         return list(shared_steps(self._order, self._lengths, self._order.step, self.prepared.ranks.size))
 
-    def loader(self, steps: list[list[list[int]]]) -> DataLoader[Any]:
+    def loader(self, steps: list[list[list[int]]]) -> Iterable[StepBatches]:
         """Gives the batches and the row numbers of this rank in these steps."""
         ranks = self.prepared.ranks
         rows = WithDummies(self._rows) if ranks.size > 1 else self._rows
@@ -187,7 +188,8 @@ class Training:
         step, t = self.step + 1, self.prepared.config.train
         self.model.train()
         loss = self._backward(self.model, shares, batches, step)
-        norm: Tensor | float = full_tensors(self.accelerator.clip_grad_norm_(self.model.parameters(), t.max_grad_norm))
+        norm = full_tensors(self.accelerator.clip_grad_norm_(self.model.parameters(), t.max_grad_norm))
+        assert norm is not None  # as it would be of a DeepSpeed that has made no step
         if bad := self.guard.skip(step, loss, norm, rows):
             for p in self.model.parameters():
                 p.grad = None  # which the optimizer leaves alone
@@ -334,7 +336,7 @@ class Training:
             run.ranks.wait()
         self._timer.saved(time.perf_counter() - started)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, object]:
         """The state that a resumed run needs; state.py is its schema."""
         scaler = self.accelerator.scaler
         return {

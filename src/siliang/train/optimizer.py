@@ -163,7 +163,7 @@ def _embedding_weights(model: nn.Module) -> list[nn.Parameter]:
 
 def _not_for_muon(model: nn.Module, heads: Sequence[str]) -> set[int]:
     """The ids of the weights with a row for each word, position or class: those of embeddings and output layers."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     outputs = [child for name, child in base.named_children() if name in (*heads, *OTHER_HEADS)]
     if (output := output_layer(base)) is not None:
         outputs.append(output)
@@ -302,7 +302,7 @@ def make_schedule(optimizer: Optimizer, name: str, *, warmup_fraction: float, st
     Args:
         warmup_fraction: Share of `steps` in which it rises.
     """
-    warmup, more = math.ceil(steps * warmup_fraction), dict[str, Any]()
+    warmup, more = math.ceil(steps * warmup_fraction), dict[str, float]()
     if name == "cosine_with_min_lr":
         more = {"min_lr_rate": MIN_RATE}
     elif name == "warmup_stable_decay":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from siliang.distributed import deepspeed
@@ -13,7 +13,7 @@ from siliang.train.state import check_optimizer
 from siliang.train.types import Run
 
 
-def optimizer_state(run: Run, optimizer: Any, groups: list[list[nn.Parameter]]) -> dict[str, Any]:
+def optimizer_state(run: Run, optimizer: AcceleratedOptimizer, groups: list[list[nn.Parameter]]) -> dict[str, object]:
     """The state of a run's optimizer.
 
     Args:
@@ -24,7 +24,7 @@ def optimizer_state(run: Run, optimizer: Any, groups: list[list[nn.Parameter]]) 
 
 
 def load_optimizer_state(
-    run: Run, optimizer: Any, groups: list[list[nn.Parameter]], state: dict[str, Any], path: Path
+    run: Run, optimizer: AcceleratedOptimizer, groups: list[list[nn.Parameter]], state: dict[str, object], path: Path
 ) -> None:
     """Continues from such a state.
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -47,10 +45,8 @@ from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Resumed
 from siliang.train.start_adapter import find_start_adapter
 from siliang.train.tracking import check_trackers
-from siliang.train.types import Listener, Planner, Run, zero_stage
+from siliang.train.types import Base, Listener, Planner, Run, zero_stage
 from siliang.types import ModelError
-
-Base = Callable[..., Any]  # gives the base model; called as `load_base` is
 
 
 def prepare(
@@ -231,8 +227,7 @@ def _load(
     """The base model. What is saved later names it by its absolute path."""
     absolute_config = config.model_copy(update={"model": absolute(config.model)})
     dtype = weight_dtype(method, precision)
-    model: PreTrainedModel = base(absolute_config, data.examples.labels, data.tokenizer, dtype=dtype, device=device)
-    return model
+    return base(absolute_config, data.examples.labels, data.tokenizer, dtype=dtype, device=device)
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:

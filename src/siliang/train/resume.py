@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from siliang.config import RunConfig
 from siliang.files import find_damage, remove_stale
@@ -61,7 +60,7 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
     check_links(folder)
     remove_stale(folder, OWN_NAMES)
     record = _read(folder, say)
-    found: dict[str, tuple[Any, Any]] = {}
+    found: dict[str, tuple[object, object]] = {}
     if record is not None:
         config = as_adjusted(config, record)
         found = changed_settings(config, record)
@@ -143,7 +142,7 @@ def _read(folder: Path, say: Callable[[str], None]) -> Record | None:
         return None
 
 
-def _check_settings(found: dict[str, tuple[Any, Any]], folder: Path) -> None:
+def _check_settings(found: dict[str, tuple[object, object]], folder: Path) -> None:
     for name, values in found.items():
         if name not in MAY_CHANGE:
             raise ConfigError(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from siliang.config import RunConfig
 from siliang.disk_errors import translate_disk_errors
@@ -26,7 +24,7 @@ from siliang.train.resume import Resumed, check_resumed
 from siliang.train.saving import checkpoints
 from siliang.train.stopping import Timer, stopping_on_signal
 from siliang.train.tracking import Trackers
-from siliang.train.types import Listener, Planner, Run
+from siliang.train.types import Base, Listener, Planner, Run
 from siliang.types import InterruptedRunError, SiliangError, first_line
 
 SLOW_DISK_BYTES_PER_S = 50e6  # for a checkpoint before the first one was timed
@@ -38,7 +36,7 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
-    base: Callable[..., Any] = load_base,
+    base: Base = load_base,
     planner: Planner | None = None,
 ) -> Record:
     """Trains as `config` says and leaves a run folder.

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from siliang.adapters.files import load_tensors, read_adapter, read_training
 from siliang.disk_errors import translate_disk_errors
@@ -45,7 +46,7 @@ MODEL_WEIGHTS = "model.safetensors"
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, state: dict[str, Any], *, keep: int, best: int | None, is_main: bool
+    folder: Path, model: PreTrainedModel, state: dict[str, object], *, keep: int, best: int | None, is_main: bool
 ) -> None:
     """Writes the checkpoint of a step, and deletes the oldest ones. Every rank must call this; rank 0 writes.
 
@@ -110,7 +111,7 @@ def is_sharded_over_ranks(model: nn.Module) -> bool:
     return is_sharded(model) or any(map(is_partitioned, model.parameters()))
 
 
-def full_weights(model: Any) -> dict[str, Tensor]:
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model that is tuned whole, gathered where they are sharded over the ranks; all ranks must then
     call this. Of an adapter, nothing: every rank holds all of it."""
     if isinstance(model, PeftModel):
@@ -119,7 +120,7 @@ def full_weights(model: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def gathered_adapter(model: Any, *, changing: bool = False) -> Iterator[None]:
+def gathered_adapter(model: nn.Module, *, changing: bool = False) -> Iterator[None]:
     """Within the block an adapter that is sharded is gathered on all ranks, all of which must call this."""
     trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
     with (
@@ -142,7 +143,7 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in named.items() if name in saved}
 
 
-def write_weights(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
+def write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """The adapter as an adapter folder; of a model that is tuned whole, its `full_weights` and config."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
@@ -173,8 +174,8 @@ def read_weights(folder: Path, model: nn.Module) -> None:
 # ---- state ----
 
 
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Any tree of dicts, lists, tuples, numbers, texts and tensors."""
+def write_state(folder: Path, state: dict[str, object]) -> None:
+    """A tree of dicts, lists, tuples, numbers, texts and tensors."""
     tensors: dict[str, Tensor] = {}
     tree = _split(state, tensors, "")
     (folder / STATE_FILE).write_text(json.dumps(tree), encoding="utf-8")
@@ -208,7 +209,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _split(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+def _split(value: object, tensors: dict[str, Tensor], path: str) -> object:
     match value:
         case Tensor():
             tensors[path] = value.detach().cpu().contiguous()

@@ -3,6 +3,7 @@ is the method. The base model, task, template and labels of its run are those of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class StartAdapter:
     record: Record | None = None
 
     @property
-    def method(self) -> dict[str, Any]:
+    def method(self) -> dict[str, object]:
         """The method, as `method:` takes it."""
         now, defaults = self.config.to_dict(), type(self.config)().to_dict()
         own = {key: value for key, value in now.items() if key not in HUB_FIELDS and value != defaults[key]}
@@ -53,7 +54,7 @@ class StartAdapter:
     def sha256(self) -> str:
         return joined(file_sha256(self.folder / name) for name in WEIGHTS if (self.folder / name).is_file())
 
-    def filled_in(self, values: dict[str, Any]) -> dict[str, Any]:
+    def filled_in(self, values: Mapping[str, object]) -> dict[str, object]:
         """The settings of a run that starts from it, with what they leave open.
 
         Raises:
@@ -82,7 +83,7 @@ class StartAdapter:
             values["data"] = {name: value for name, value in text.items() if value} | data
         return values
 
-    def _check_method(self, given: dict[str, Any]) -> None:
+    def _check_method(self, given: Mapping[str, object]) -> None:
         from siliang.methods import whole_name
 
         for key, value in given.items():
@@ -101,7 +102,7 @@ class StartAdapter:
                 )
 
 
-def filled_in(values: dict[str, Any]) -> dict[str, Any]:
+def filled_in(values: dict[str, object]) -> dict[str, object]:
     """The settings of a run, completed from the adapter that it starts from: method, base model, task and text. They
     stay as they are without such an adapter, and where a run is resumed whose start adapter is no longer there.
 

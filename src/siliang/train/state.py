@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,10 +25,10 @@ OF_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
 
 
 class _Random(Part):
-    python: Any
-    numpy: Any
-    torch: Any
-    cuda: list[Any]
+    python: object
+    numpy: object
+    torch: object
+    cuda: list[object]
 
 
 class _Best(Part):
@@ -59,8 +59,8 @@ class _State(Part):
     step: Count
     best: _Best | None
     no_better: Count
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
+    optimizer: dict[str, object]
+    scheduler: dict[str, object]
     scaler: dict[str, Positive] | None
     random: Annotated[list[_Random], Field(min_length=1)]
     since_log: _SinceLog
@@ -114,7 +114,9 @@ def check_state(state: Any, step: int, path: Path) -> None:
             )
 
 
-def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tensor], path: Path) -> None:
+def check_optimizer(
+    given: Mapping[str, object], fresh: Mapping[str, object], parameters: Iterable[Tensor], path: Path
+) -> None:
     """An optimizer's state fits one that has made no step yet.
 
     Args:
@@ -164,7 +166,7 @@ def check_optimizer(given: Any, fresh: dict[str, Any], parameters: Iterable[Tens
                 )
 
 
-def check_like(given: Any, fresh: Any, name: str, path: Path) -> None:
+def check_like(given: Any, fresh: object, name: str, path: Path) -> None:
     """A tree of values has the keys, lengths and kinds of another, and its numbers are finite.
 
     Args:

@@ -17,12 +17,11 @@ import math
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -77,7 +76,7 @@ class Trackers:
         *,
         folder: Path = Path(),
         project: str = "",
-        settings: dict[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._names = list(dict.fromkeys(names))
@@ -197,7 +196,7 @@ def values_of(line: StepMetrics) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def flat_settings(settings: dict[str, Any]) -> dict[str, str | int | float | bool]:
+def flat_settings(settings: Mapping[str, object]) -> dict[str, str | int | float | bool]:
     """Settings by their dotted names, as trackers take them: without secrets, lists as texts, those that are not set
     left out. Of a whole path, the name: where things lie on this machine is nobody's business."""
     found: dict[str, str | int | float | bool] = {}
@@ -212,7 +211,7 @@ def flat_settings(settings: dict[str, Any]) -> dict[str, str | int | float | boo
     return found
 
 
-def _without_places(value: Any) -> Any:
+def _without_places(value: object) -> object:
     if isinstance(value, list):
         return [_without_places(inner) for inner in value]
     if isinstance(value, dict):

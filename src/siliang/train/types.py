@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,9 +21,26 @@ from siliang.methods import Method
 from siliang.records import Predicted, Record
 from siliang.train.log import Progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Predicts what a run takes, from its config and data, before its model is loaded. Returns the config, which it may have
 # changed, and the prediction. It is `plan.preflight.Planner`: plan/ imports train/, not the other way.
 Planner = Callable[[RunConfig, CheckInput, Callable[[str], None], DeviceMesh | None], tuple[RunConfig, Predicted]]
+
+
+class Base(Protocol):
+    """Gives the base model of a run, as `load_base` does."""
+
+    def __call__(
+        self,
+        config: RunConfig,
+        labels: list[str] | None,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> PreTrainedModel: ...
 
 
 @dataclass
@@ -49,7 +66,7 @@ class Run:
     listener: Listener
     folder: Path
     method: Method
-    model: Any
+    model: PreTrainedModel
     tokenizer: Any
     examples: Examples
     train_set: TokenSet

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from siliang.peft_api.model import PeftModel
 from siliang.records import Answer, Answers
 from siliang.run_folder import OpenedRun
 from siliang.secrets import redacted_part
@@ -88,6 +89,7 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
             given, right = redacted_part(instruction + given, at), redacted_part(instruction + right, at)
         found.rows.append(Answer(where=place, asked=shown, right=right, given=given))
     if TASKS[run.config.task].of_texts is not None:
-        with run.model.disable_adapter() if base else nullcontext():
+        tuned = run.model
+        with tuned.disable_adapter() if base and isinstance(tuned, PeftModel) else nullcontext():
             found.metrics |= metrics_of_texts(opened, run.eval_rows)
     return found

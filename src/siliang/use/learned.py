@@ -42,6 +42,7 @@ def what_is_wrong(run: Run) -> Verdict | None:
 
 def losses(run: Run) -> tuple[float, float]:
     """The mean loss of some held-out rows, with and without the run's adapter."""
+    assert isinstance(run.model, PeftModel)
     opened = OpenedRun(run.folder, run.config, run.record, run.model, run.tokenizer, precision=run.precision)
     rows = run.eval_set.select(sample(len(run.eval_set), ROWS))
     step = run.eval_rows.step
