@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from siliang.data.collate import PadCollator
 from siliang.distributed import deepspeed
@@ -24,7 +26,7 @@ def make_engine(run: Run) -> Engine:
         deepspeed.gather_by_layer(run.model)
     elif run.ranks.size > 1 and not stage and not is_sharded(run.model):
         ignore_frozen_in_ddp(run.model)
-    run.model.to(run.device)
+    _move(run.model, run.device)
     engine = Engine(
         run.model,
         TASKS[run.config.task],
@@ -66,3 +68,7 @@ def make_accelerator(run: Run) -> Accelerator:
         return Accelerator(mixed_precision=half, deepspeed_plugin=deepspeed.make_plugin(run.config, run.ranks.size))
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision=half, cpu=run.device.type == "cpu")
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    model.to(device)  # as of any module: transformers wraps its own `to` so that its type is lost
