@@ -8,7 +8,9 @@ from typing import Any
 
 import peft
 import pytest
-from tiny import make
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import batch, make
 
 import siliang
 from siliang.types import AdapterError, ConfigError
@@ -22,6 +24,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("GraloraConfig", {"r": 6, "gralora_k": 4}, "r = 6 and gralora_k = 4: r must be a multiple of gralora_k"),
     ("GraloraConfig", {"r": 9, "gralora_k": 3}, "gralora_k = 3: must divide the inputs of each layer, and one has 32"),
     ("GraloraConfig", {"hybrid_r": -1}, "hybrid_r = -1: must be a rank, or 0 for no LoRA beside the blocks"),
+    ("RandLoraConfig", {"r": 0}, "r = 0: must be at least 1"),
+    ("RandLoraConfig", {"projection_prng_key": -(2**64)}, "must fit in 64 bits"),
+    ("VBLoRAConfig", {"topk": 5, "num_vectors": 4}, "topk = 5 and num_vectors = 4: the bank has too few vectors"),
+    ("VBLoRAConfig", {}, "vector_length = 256: must divide the inputs of each layer, and one has 32"),
+    ("VBLoRAConfig", {"init_logits_std": -1.0}, "init_logits_std = -1.0: must be at least 0"),
     ("VeraConfig", {"bias": "all"}, "bias = 'all': must be 'none'"),
 ]
 
@@ -47,4 +54,33 @@ def test_shared_tensors_that_the_file_leaves_out_are_no_larger_than_the_model(tm
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 40_000_000}))
     with pytest.raises(AdapterError, match=r"vera_A and vera_B would have .* numbers that the file leaves out"):
+        siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "prefix"), [("VeraConfig", "vera"), ("RandLoraConfig", "randlora")])
+def test_projections_from_the_seed_are_pefts_bit_for_bit(kind: str, prefix: str, dtype: torch.dtype) -> None:
+    """Whatever the base's dtype, to which PEFT rounds them: a file may leave them out."""
+    settings: Any = {"task_type": "CAUSAL_LM", "r": 6, "projection_prng_key": 3}
+    ours: Any = siliang.get_peft_model(make("llama").to(dtype), getattr(siliang, kind)(**settings))
+    theirs: Any = peft.get_peft_model(make("llama").to(dtype), getattr(peft, kind)(**settings))
+    for side in "AB":
+        name = f"base_model.{prefix}_{side}.default"
+        assert torch.equal(ours.state_dict()[name], theirs.state_dict()[name].float())
+
+
+def test_vblora_whose_logits_the_file_leaves_out_is_not_trained_on(tmp_path: Path) -> None:
+    settings: Any = {"r": 2, "num_vectors": 12, "vector_length": 8, "save_only_topk_weights": True}
+    config = siliang.VBLoRAConfig(task_type="CAUSAL_LM", **settings)
+    model: Any = siliang.get_peft_model(make("llama"), config)
+    model.train()(**batch("llama")).loss.backward()
+    model.save_pretrained(tmp_path)
+    again: Any = siliang.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
+    with pytest.raises(AdapterError, match="the file holds no logits"):
+        again.train()(**batch("llama"))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("_topk_indices"))
+    save_file(tensors | {key: tensors[key] + 200}, path)
+    with pytest.raises(AdapterError, match="names vectors that a bank of 12 does not have"):
         siliang.PeftModel.from_pretrained(make("llama"), tmp_path)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+    from siliang.methods.randlora import RandLoraConfig
     from siliang.methods.shira import ShiraConfig
+    from siliang.methods.vblora import VBLoRAConfig
     from siliang.methods.vera import VeraConfig
     from siliang.peft_api.auto import (
         AutoPeftModel,
@@ -126,11 +128,13 @@ _HOME = {
     "PromptEncoderReparameterizationType": "siliang.methods.p_tuning",
     "PromptTuningConfig": "siliang.methods.prompt_tuning",
     "PromptTuningInit": "siliang.methods.prompt_tuning",
+    "RandLoraConfig": "siliang.methods.randlora",
     "ShiraConfig": "siliang.methods.shira",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
     "TunerLayerStatus": "siliang.peft_api.status",
     "TunerModelStatus": "siliang.peft_api.status",
+    "VBLoRAConfig": "siliang.methods.vblora",
     "VeraConfig": "siliang.methods.vera",
     "allow_code": "siliang.safety.permissions",
     "cast_mixed_precision_params": "siliang.peft_api.functions",
@@ -193,11 +197,13 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
     "ShiraConfig",
     "SiliangError",
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "VBLoRAConfig",
     "VeraConfig",
     "allow_code",
     "cast_mixed_precision_params",

@@ -34,6 +34,8 @@ class PeftType(StrEnum):
     HIRA = "HIRA"
     DELORA = "DELORA"
     GRALORA = "GRALORA"
+    RANDLORA = "RANDLORA"
+    VBLORA = "VBLORA"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

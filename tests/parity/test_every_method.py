@@ -15,6 +15,7 @@ from tiny import TASK, VOCABULARY, batch, make
 import siliang
 
 SOME_LAYERS = "v_proj|value|query_key_value|c_attn|v|second"
+VBLORA = {"r": 2, "num_vectors": 12, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 1.0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"init_lora_weights": False, "r": 4}),
     "dora": ("LoraConfig", {"init_lora_weights": False, "use_dora": True, "r": 4}),
@@ -41,6 +42,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gralora": ("GraloraConfig", {"init_weights": False, "r": 8, "gralora_k": 4, "alpha": 8}),
     "gralora-hybrid": ("GraloraConfig", {"init_weights": False, "r": 4, "hybrid_r": 3, "alpha": 8}),
+    "randlora": ("RandLoraConfig", {"init_weights": False, "r": 6, "randlora_alpha": 6}),
+    "randlora-seed": (
+        "RandLoraConfig",
+        {"r": 5, "save_projection": False, "projection_prng_key": 7, "randlora_alpha": 5},
+    ),
+    "randlora-sparse": ("RandLoraConfig", {"r": 8, "randlora_alpha": 8, "sparse": True, "save_projection": False}),
+    "randlora-very-sparse": (
+        "RandLoraConfig",
+        {"r": 8, "very_sparse": True, "save_projection": False, "randlora_alpha": 8},
+    ),
+    "vblora": ("VBLoRAConfig", VBLORA),
+    "vblora-topk": ("VBLoRAConfig", VBLORA | {"topk": 3, "save_only_topk_weights": True}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
@@ -55,7 +68,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 16},
     ),
 }
-SHARED = ("vera_A", "vera_B")  # which peft lists once more under each layer
+SHARED = (
+    "vera_A",
+    "vera_B",
+    "randlora_A",
+    "randlora_B",
+    "vblora_vector_bank",
+)  # which peft lists once more under each layer
 PLAIN = ("shira_indices.default",)  # no buffers in peft
 PROMPTS = ("prompt", "p-mlp", "p-lstm", "prefix", "prefix-projected")
 MODELS = ("llama", "bloom", "gpt2", "qwen2", "bert", "roberta", "t5", "bart", "plain")
@@ -73,6 +92,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fan_in_fan_out.*",
     "ignore:.*Could not find a config file.*",
     "ignore:Specified to not (save|load) .*",  # of projections
+    "ignore:Found missing adapter keys.*randlora_A.*",  # which peft's files hold once more for each layer
     "ignore:Sparse invariant checks.*",  # of PyTorch, about peft's SHiRA
     "ignore:Unsupported layer type.*",  # of peft's LN tuning, about norms
     "ignore:.*lora_bias=True. was passed but the targeted layer.*",
@@ -102,6 +122,17 @@ def randomize(model: Any) -> None:
             p.data += 0.05 * torch.randn(p.shape, generator=generator)
 
 
+def is_shared(name: str) -> bool:
+    """Whether it is a tensor of all layers."""
+    return name.split(".")[-2] in SHARED
+
+
+def named(model: Any) -> list[tuple[str, Any]]:
+    """The parameters by name: those of all layers once, by their name in the file."""
+    found = [(n, p) for n, p in model.named_parameters()]
+    return [("base_model." + ".".join(n.split(".")[-2:]) if is_shared(n) else n, p) for n, p in found]
+
+
 def pair(method: str, name: str, seed: int = 0) -> tuple[Any, Any]:
     """The same adapter on the same base in both libraries."""
     ours_config, theirs_config = configs(method, name)
@@ -110,7 +141,7 @@ def pair(method: str, name: str, seed: int = 0) -> tuple[Any, Any]:
     randomize(ours)
     # every name is the same; with prompts peft lists the word embeddings a second time
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
-    missing = [n for n in missing if not (n.startswith("base_model.model.") and n.split(".")[-2] in SHARED)]
+    missing = [n for n in missing if not (n.startswith("base_model.model.") and is_shared(n))]
     unexpected = [n for n in unexpected if not n.endswith(PLAIN)]
     assert not unexpected and set(missing) <= {"word_embeddings.weight"}
     return ours.eval(), theirs.eval()
@@ -128,15 +159,15 @@ def loss_and_logits(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("method", "name"), CASES)
 def test_names_forward_and_gradients(method: str, name: str) -> None:
     ours, theirs = pair(method, name)
-    trained = [n for n, p in ours.named_parameters() if p.requires_grad]
-    assert trained == [n for n, p in theirs.named_parameters() if p.requires_grad]
+    trained, there = ([n for n, p in named(model) if p.requires_grad] for model in (ours, theirs))
+    assert [n for n in trained if not is_shared(n)] == [n for n in there if not is_shared(n)]
+    assert sorted(trained) == sorted(there)
     (our_loss, our_logits), (their_loss, their_logits) = (loss_and_logits(m, name) for m in (ours, theirs))
     assert_close(our_logits, their_logits)
     assert_close(our_loss, their_loss)
     our_loss.backward()
     their_loss.backward()
-    theirs_by_name = dict(theirs.named_parameters())
-    ours_by_name = dict(ours.named_parameters())
+    theirs_by_name, ours_by_name = dict(named(theirs)), dict(named(ours))
     assert_all_close({n: ours_by_name[n].grad for n in trained}, {n: theirs_by_name[n].grad for n in trained})
 
 

@@ -23,7 +23,9 @@ from siliang.methods.oft import OFT, OFTConfig
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
+from siliang.methods.randlora import RandLora, RandLoraConfig
 from siliang.methods.shira import Shira, ShiraConfig
+from siliang.methods.vblora import VBLoRA, VBLoRAConfig
 from siliang.methods.vera import Vera, VeraConfig
 from siliang.types import ConfigError, nearest
 
@@ -42,6 +44,8 @@ METHODS: dict[str, AnyMethod] = {
         Hira(),
         Delora(),
         Gralora(),
+        RandLora(),
+        VBLoRA(),
         IA3(),
         LNTuning(),
         BitFit(),
@@ -123,7 +127,9 @@ __all__ = [
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
     "ShiraConfig",
+    "VBLoRAConfig",
     "VeraConfig",
     "config_class",
     "find_method",

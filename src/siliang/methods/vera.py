@@ -10,7 +10,7 @@ Shapes: W (O, I), A (R, largest I), B (largest O, R), d (R,), b (O,); I in, O ou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -129,11 +129,31 @@ class Vera(LayerMethod[VeraConfig]):
         sizes = [features(layer) for layer in layers.values()]
         A, B = (config.r, max(i for i, _ in sizes)), (max(o for _, o in sizes), config.r)
         make = partial(_projections, config.projection_prng_key, A, B)
-        kept = {"trained": False, "saved": config.save_projection}
-        return {
-            "vera_A": SharedSpec(A, lambda device: make()[0].to(device), **kept),
-            "vera_B": SharedSpec(B, lambda device: make()[1].to(device), **kept),
-        }
+        return projection_specs(config, layers, {"vera_A": A, "vera_B": B}, make)
+
+
+def projection_specs(
+    config: ProjectionConfig,
+    layers: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    make: Callable[[], Sequence[Tensor]],
+) -> dict[str, SharedSpec]:
+    """Random projections that are not trained, by name. PEFT rounds them to the dtype of the base model, and so do we:
+    with `save_projection: false` an adapter was trained with these.
+
+    Args:
+        make: Draws all of them, from the seed.
+    """
+    dtypes = (layer.weight.dtype for layer in layers.values() if layer.weight.is_floating_point())
+    dtype = next(dtypes, torch.float32)
+
+    def made(number: int, device: torch.device) -> Tensor:
+        return make()[number].to(dtype).to(device, torch.float32)
+
+    return {
+        name: SharedSpec(shape, partial(made, number), trained=False, saved=config.save_projection)
+        for number, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def _projections(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:

@@ -49,3 +49,9 @@ class RecomputedContext(Context, Protocol):
 
     weight: Callable[[], Tensor]
     parameters: tuple[Tensor, ...]
+
+
+class TransposedContext(Context, Protocol):
+    """Of a function that multiplies with a matrix or its transpose."""
+
+    transposed: bool
