@@ -236,6 +236,13 @@ def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
         AdapterError: siliang has no such method.
     """
     name = str(peft_type)
+    if name.upper() in NOT_HERE:
+        raise AdapterError(
+            Bilingual(
+                f"{source}: peft_type {peft_type!r} is a method of PEFT that siliang does not have: use PEFT for it.",
+                f"{source}：peft_type {peft_type!r} 是 PEFT 的方法，siliang 没有，请使用 PEFT。",
+            )
+        )
     if name not in CONFIG_CLASSES:
         hint = f" Write {name.upper()!r}." if name.upper() in CONFIG_CLASSES else ""
         raise AdapterError(

@@ -40,6 +40,16 @@ class AnswersAsBase(PreTrainedModel):
         """The base model, with what is attached still in it."""
         return self.injection.model
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter computes."""
+        return bool(self.injection.active) and not self.injection.is_disabled
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The endings of the modules of which an adapter has a copy; None where there are none."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnswersAsBase:
         """Moves the parameters that are not in the model now together with it."""
         super()._apply(fn, recurse)

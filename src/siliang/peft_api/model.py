@@ -18,6 +18,7 @@ from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.models.quantized import count_parameters, keep_as_stored
 from siliang.peft_api.answers_as_base import AnswersAsBase
+from siliang.peft_api.card import write_card
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
 from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_save_directory, for_hub, save_adapters
 from siliang.peft_api.tuners import TUNERS, TunerModel
@@ -199,16 +200,6 @@ class PeftModel(AnswersAsBase):
         self.peft_config.update(self.injection.peft_config)
 
     @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter computes."""
-        return bool(self.injection.active) and not self.injection.is_disabled
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """The endings of the modules of which an adapter has a copy; None where there are none."""
-        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
-
-    @property
     def active_adapter(self) -> str | None:
         """The active adapter, the first of several, even while it is disabled; None where there is none."""
         return next(iter(self.injection.active), None)
@@ -295,6 +286,7 @@ class PeftModel(AnswersAsBase):
         path_initial_model_for_weight_conversion: str | Path | None = None,
         *,
         state_dict: dict[str, Tensor] | None = None,
+        model_card: bool = True,
     ) -> None:
         """Writes the adapters: "default" into the folder itself, others into folders of their names inside it.
 
@@ -306,6 +298,7 @@ class PeftModel(AnswersAsBase):
             path_initial_model_for_weight_conversion: The folder of the same adapter as it was before training, for one
                 that started with "pissa" or "olora": what is written is plain LoRA of twice the rank, on the base.
             state_dict: See `get_peft_model_state_dict`.
+            model_card: Write README.md too, as PEFT does, without paths of this machine.
 
         Raises:
             ConfigError: An adapter is not there, or cannot be turned into plain LoRA. Nothing has been written then.
@@ -327,6 +320,12 @@ class PeftModel(AnswersAsBase):
             found[name] = one if initial is None else one.as_plain_lora(Path(initial))
         if is_main_process:
             save_adapters(save_directory, found)
+            if model_card and names:
+                self.create_or_update_model_card(save_directory)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Writes README.md with the base model and the method; what one that is there says beside is kept."""
+        write_card(Path(output_dir), self.active_peft_config)
 
     def adapter_state(
         self,

@@ -12,6 +12,7 @@ from siliang.files import find_damage, replacing_folder
 from siliang.language import both
 from siliang.memory.peak import PeakMemory
 from siliang.models.save import save_model
+from siliang.peft_api.card import write_card
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
@@ -89,11 +90,22 @@ def save(run: Run) -> None:
 
 
 def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
+def _facts(run: Run) -> dict[str, str]:
+    """What the adapter's card says of the run: nothing that is private."""
+    metrics = {name: f"{value:.4g}" for name, value in run.record.final.items()}
+    task = TASKS[run.config.task].title
+    given = run.config.data.train
+    names = [source if isinstance(source, str) else source.path for source in ([given] if isinstance(given, str) else given)]
+    return {"task": task, "data": ", ".join(Path(name).name for name in names), "trained with": "siliang", **metrics}
+
+
+def _write(run: Run, weights: dict[str, Any] | None) -> int:
     """Writes under a temporary name, then renames; returns the bytes of the weights."""
     final: Path = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
     with replacing_folder(final) as temporary:
         if final.name == ADAPTER:
-            run.model.save_pretrained(temporary)
+            run.model.save_pretrained(temporary, model_card=False)
+            write_card(temporary, run.model.active_peft_config, _facts(run))
         else:
             tokenizer, data = run.tokenizer, run.config.data
             if TASKS[run.config.task].decoder_only:  # what serves it writes conversations as training did
