@@ -223,6 +223,16 @@ class LayerConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
 
 
+# every peft_type of PEFT 0.21
+OF_PEFT = frozenset(
+    (
+        *("ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA"),
+        *("FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR"),
+        *("LORA", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF", "PEANUT", "POLY", "PREFIX_TUNING"),
+        *("PROMPT_TUNING", "PSOFT", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING"),
+        *("TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA"),
+    )
+)
 CONFIG_CLASSES: dict[str, type[PeftConfig]] = {}  # by peft_type: siliang.methods fills it from its table of methods
 
 
@@ -236,7 +246,7 @@ def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
         AdapterError: siliang has no such method.
     """
     name = str(peft_type)
-    if name.upper() in NOT_HERE:
+    if name.upper() in OF_PEFT and name.upper() not in CONFIG_CLASSES:
         raise AdapterError(
             Bilingual(
                 f"{source}: peft_type {peft_type!r} is a method of PEFT that siliang does not have: use PEFT for it.",

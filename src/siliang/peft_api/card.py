@@ -57,4 +57,5 @@ def base_name(config: PeftConfig) -> str | None:
 def _text(config: PeftConfig, base: str | None, facts: Mapping[str, str]) -> str:
     rows = {"base model": base or "not named", "method": config.peft_type, **facts}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"---\nlibrary_name: peft\n---\n\n# An adapter for {base or 'its base model'}\n\n| | |\n| --- | --- |\n{table}\n"
+    title = f"# An adapter for {base or 'its base model'}"
+    return f"---\nlibrary_name: peft\n---\n\n{title}\n\n| | |\n| --- | --- |\n{table}\n"

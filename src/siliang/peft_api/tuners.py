@@ -218,10 +218,40 @@ class OFTModel(TunerModel):
     """With OFT."""
 
 
+class MissModel(TunerModel):
+    """With MiSS."""
+
+
+class ShiraModel(TunerModel):
+    """With SHiRA."""
+
+
+class VeraModel(TunerModel):
+    """With VeRA."""
+
+
+class HiraModel(TunerModel):
+    """With HiRA."""
+
+
+class DeloraModel(TunerModel):
+    """With DeLoRA."""
+
+
+class GraloraModel(TunerModel):
+    """With GraLoRA."""
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.IA3: IA3Model,
     PeftType.LN_TUNING: LNTuningModel,
     PeftType.LOHA: LoHaModel,
     PeftType.OFT: OFTModel,
+    PeftType.MISS: MissModel,
+    PeftType.SHIRA: ShiraModel,
+    PeftType.VERA: VeraModel,
+    PeftType.HIRA: HiraModel,
+    PeftType.DELORA: DeloraModel,
+    PeftType.GRALORA: GraloraModel,
 }

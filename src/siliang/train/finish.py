@@ -95,7 +95,9 @@ def _facts(run: Run) -> dict[str, str]:
     metrics = {name: f"{value:.4g}" for name, value in run.record.final.items()}
     task = TASKS[run.config.task].title
     given = run.config.data.train
-    names = [source if isinstance(source, str) else source.path for source in ([given] if isinstance(given, str) else given)]
+    names = [
+        source if isinstance(source, str) else source.path for source in ([given] if isinstance(given, str) else given)
+    ]
     return {"task": task, "data": ", ".join(Path(name).name for name in names), "trained with": "siliang", **metrics}
 
 
