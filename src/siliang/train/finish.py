@@ -89,7 +89,6 @@ def save(run: Run) -> None:
         run.record.parameters.adapter_bytes = run.ranks.from_main(lambda: _write(run, weights))
 
 
-def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
 def _facts(run: Run) -> dict[str, str]:
     """What the adapter's card says of the run: nothing that is private."""
     metrics = {name: f"{value:.4g}" for name, value in run.record.final.items()}
@@ -101,7 +100,7 @@ def _facts(run: Run) -> dict[str, str]:
     return {"task": task, "data": ", ".join(Path(name).name for name in names), "trained with": "siliang", **metrics}
 
 
-def _write(run: Run, weights: dict[str, Any] | None) -> int:
+def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
     """Writes under a temporary name, then renames; returns the bytes of the weights."""
     final: Path = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
     with replacing_folder(final) as temporary:
