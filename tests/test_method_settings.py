@@ -29,6 +29,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("VBLoRAConfig", {"topk": 5, "num_vectors": 4}, "topk = 5 and num_vectors = 4: the bank has too few vectors"),
     ("VBLoRAConfig", {}, "vector_length = 256: must divide the inputs of each layer, and one has 32"),
     ("VBLoRAConfig", {"init_logits_std": -1.0}, "init_logits_std = -1.0: must be at least 0"),
+    ("HRAConfig", {"r": 0}, "r = 0: must be at least 1"),
+    (
+        "HRAConfig",
+        {"r": 33, "apply_GS": True, "init_weights": False},
+        "r = 33: must be at most the inputs of each layer, and one has 32",
+    ),
+    ("HRAConfig", {"bias": "hra_only"}, "bias = 'hra_only': must be 'none'"),
     ("VeraConfig", {"bias": "all"}, "bias = 'all': must be 'none'"),
 ]
 
@@ -84,3 +91,27 @@ def test_vblora_whose_logits_the_file_leaves_out_is_not_trained_on(tmp_path: Pat
     save_file(tensors | {key: tensors[key] + 200}, path)
     with pytest.raises(AdapterError, match="names vectors that a bank of 12 does not have"):
         siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+def test_hra_starts_from_the_base_model_where_that_can_be() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = make("llama")(input_ids=ids).logits
+    model = siliang.get_peft_model(make("llama"), siliang.HRAConfig(task_type="CAUSAL_LM"))
+    assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-6)
+    for settings in ({"r": 3}, {"apply_GS": True}):
+        with pytest.warns(UserWarning, match="training starts away from the base model"):
+            model = siliang.get_peft_model(make("llama"), siliang.HRAConfig(task_type="CAUSAL_LM", **settings))
+        assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_orthogonal_reflections_start_from_different_columns() -> None:
+    """In PEFT they start from columns that are equal in pairs: what is left of the second one is rounding, if anything,
+    and the reflection is random, or not finite.
+    """
+    config = {"r": 4, "apply_GS": True, "target_modules": ["q_proj"]}
+    theirs = peft.get_peft_model(make("llama"), peft.HRAConfig(**config))
+    with pytest.warns(UserWarning, match="starts away"):
+        ours = siliang.get_peft_model(make("llama"), siliang.HRAConfig(**config))
+    for model, rank in ((ours, 4), (theirs, 2)):
+        found = [p for name, p in model.named_parameters() if "hra_u" in name]
+        assert [int(torch.linalg.matrix_rank(U)) for U in found] == [rank] * len(found)

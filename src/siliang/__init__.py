@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from siliang.methods.gralora import GraloraConfig
     from siliang.methods.head import HeadConfig
     from siliang.methods.hira import HiraConfig
+    from siliang.methods.hra import HRAConfig
     from siliang.methods.ia3 import IA3Config
     from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.loha import LoHaConfig
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
         DeloraModel,
         GraloraModel,
         HiraModel,
+        HRAModel,
         IA3Model,
         LNTuningModel,
         LoHaModel,
@@ -117,6 +119,8 @@ _HOME = {
     "DeloraModel": "siliang.peft_api.tuners",
     "GraloraConfig": "siliang.methods.gralora",
     "GraloraModel": "siliang.peft_api.tuners",
+    "HRAConfig": "siliang.methods.hra",
+    "HRAModel": "siliang.peft_api.tuners",
     "HeadConfig": "siliang.methods.head",
     "HiraConfig": "siliang.methods.hira",
     "HiraModel": "siliang.peft_api.tuners",
@@ -205,6 +209,8 @@ __all__ = [
     "DeloraModel",
     "GraloraConfig",
     "GraloraModel",
+    "HRAConfig",
+    "HRAModel",
     "HeadConfig",
     "HiraConfig",
     "HiraModel",

@@ -36,6 +36,7 @@ class PeftType(StrEnum):
     GRALORA = "GRALORA"
     RANDLORA = "RANDLORA"
     VBLORA = "VBLORA"
+    HRA = "HRA"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

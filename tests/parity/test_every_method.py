@@ -54,6 +54,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "vblora": ("VBLoRAConfig", VBLORA),
     "vblora-topk": ("VBLoRAConfig", VBLORA | {"topk": 3, "save_only_topk_weights": True}),
+    "hra": ("HRAConfig", {"init_weights": False, "r": 4}),
+    "hra-pairs": ("HRAConfig", {"r": 6}),
+    "hra-orthogonal": ("HRAConfig", {"init_weights": False, "r": 3, "apply_GS": True}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
@@ -85,7 +88,7 @@ TARGETS: dict[tuple[str, str], list[str]] = {
     ("ln", "plain"): ["norm"],
 } | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
-LINEAR_ALONE = {"LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig"}
+LINEAR_ALONE = {"LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig", "HRAConfig"}
 NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
 CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain") and (m, n) not in NOT_IN_PEFT]
 pytestmark = pytest.mark.filterwarnings(

@@ -12,6 +12,7 @@ from siliang.methods.full import Full
 from siliang.methods.gralora import Gralora, GraloraConfig
 from siliang.methods.head import Head, HeadConfig
 from siliang.methods.hira import Hira, HiraConfig
+from siliang.methods.hra import HRA, HRAConfig
 from siliang.methods.ia3 import IA3, IA3Config
 from siliang.methods.ln_tuning import LNTuning, LNTuningConfig
 from siliang.methods.loha import LoHa, LoHaConfig
@@ -46,6 +47,7 @@ METHODS: dict[str, AnyMethod] = {
         Gralora(),
         RandLora(),
         VBLoRA(),
+        HRA(),
         IA3(),
         LNTuning(),
         BitFit(),
@@ -112,6 +114,7 @@ __all__ = [
     "BitFitConfig",
     "DeloraConfig",
     "GraloraConfig",
+    "HRAConfig",
     "HeadConfig",
     "HiraConfig",
     "IA3Config",

@@ -242,6 +242,10 @@ class GraloraModel(TunerModel):
     """With GraLoRA."""
 
 
+class HRAModel(TunerModel):
+    """With HRA."""
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.IA3: IA3Model,
@@ -254,4 +258,5 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.HIRA: HiraModel,
     PeftType.DELORA: DeloraModel,
     PeftType.GRALORA: GraloraModel,
+    PeftType.HRA: HRAModel,
 }
