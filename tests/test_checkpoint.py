@@ -74,8 +74,8 @@ def test_unknown_field_warns_and_a_changing_one_stops(adapter: Path) -> None:
 
 
 def test_foreign_method(adapter: Path) -> None:
-    change_config(adapter, peft_type="BONE")
-    with pytest.raises(AdapterError, match="'BONE' is not a method of siliang"):
+    change_config(adapter, peft_type="SUPERTUNING")
+    with pytest.raises(AdapterError, match="'SUPERTUNING' is a method of PEFT that siliang does not have"):
         PeftModel.from_pretrained(make("llama"), adapter)
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from siliang.adapters.adapted_layer import parts_of
+from siliang.adapters.adapted_layer import ByAdapter, parts_of
 from siliang.adapters.attachments import Attachments
 from siliang.adapters.training_state import TrainingState
 from siliang.methods.config import PeftConfig
-from siliang.methods.method import Adapter
+from siliang.methods.method import Adapter, SharedSpec
 
 PROMPT_KEY = "prompt_embeddings"
 
@@ -119,3 +119,16 @@ class SharedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def make_shared(owner: nn.Module, specs: Mapping[str, SharedSpec], adapter: str, device: torch.device) -> SharedTensors:
+    """Makes the tensors that the layers of `adapter` share, and registers them on `owner`."""
+    for name, spec in specs.items():
+        tensor = spec.make(device)
+        if name not in owner._modules:
+            owner.add_module(name, ByAdapter())
+        held = parts_of(owner, name)
+        held[adapter] = nn.Parameter(tensor, requires_grad=False) if spec.trained else tensor
+        if not spec.saved and not spec.trained:
+            held.leave_out(adapter)
+    return SharedTensors(owner, tuple(specs), adapter)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.adapters.adapted_layer import AdaptedLayer, ByAdapter, delete_parts, parts_of
-from siliang.adapters.adapter import AttachedAdapter, SharedTensors
+from siliang.adapters.adapted_layer import AdaptedLayer, delete_parts
+from siliang.adapters.adapter import AttachedAdapter, make_shared
 from siliang.adapters.attachments import Attachments
 from siliang.adapters.checks import check_rows, check_together, checked_parts
 from siliang.adapters.choose_modules import choose_saved_modules
@@ -162,15 +162,7 @@ class Injection(nn.Module):
             prompt = parts.prompt.make(self.model, from_file=file is not None, has_encoder=has_encoder)
             self.prompts[name] = prompt
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        for attribute, spec in parts.shared.items():
-            tensor = spec.make(device)
-            if attribute not in self._modules:
-                self.add_module(attribute, ByAdapter())
-            held = parts_of(self, attribute)
-            held[name] = nn.Parameter(tensor, requires_grad=False) if spec.trained else tensor
-            if not spec.saved and not spec.trained:
-                held.leave_out(name)
-        shared = SharedTensors(self, tuple(parts.shared), name)
+        shared = make_shared(self, parts.shared, name, device)
         layers: dict[str, LayerAdapter] = {}
         for path, make in parts.layers.items():
             layer = self.attachments.adapted_layer(path)
@@ -390,12 +382,7 @@ class Injection(nn.Module):
     # ---- a larger vocabulary, and parameters of files ----
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """The base model's function of this name, which also resizes every adapter's copy of the embeddings.
-
-        The new rows of a copy are those that the base model got.
-
-        Returns:
-            The input embeddings.
+        """Resizes the embeddings, and every adapter's copy of them; returns the input embeddings.
 
         Raises:
             ConfigError: An adapter has parameters of the old size for the embeddings or the head. Nothing has been
