@@ -25,6 +25,8 @@ METHODS: dict[str, Any] = {
     "miss": siliang.MissConfig(init_weights=False, r=8),
     "miss_bat": siliang.MissConfig(init_weights="bat", r=8),
     "lokr": siliang.LoKrConfig(init_weights=False, r=4),
+    "fourierft": siliang.FourierFTConfig(n_frequency=40),
+    "c3a": siliang.C3AConfig(block_size=8),
     "shira": siliang.ShiraConfig(init_weights=False, r=4),
     "hira": siliang.HiraConfig(init_weights=False, r=8),
     "ln_tuning": siliang.LNTuningConfig(),

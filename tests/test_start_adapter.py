@@ -22,6 +22,8 @@ from siliang.types import ConfigError, TaskType
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "use_rslora": True, "rank_pattern": {"v_proj": 2}, "modules_to_save": ["lm_head"]},
     "miss": {"r": 4},
+    "fourierft": {"n_frequency": 40},
+    "c3a": {"block_size": 8},
     "shira": {"r": 2},
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},

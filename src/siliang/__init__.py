@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siliang.methods.bitfit import BitFitConfig
+    from siliang.methods.c3a import C3AConfig
     from siliang.methods.config import PeftConfig
     from siliang.methods.delora import DeloraConfig
+    from siliang.methods.fourierft import FourierFTConfig
     from siliang.methods.gralora import GraloraConfig
     from siliang.methods.head import HeadConfig
     from siliang.methods.hira import HiraConfig
@@ -115,8 +117,10 @@ _HOME = {
     "AutoPeftModelForSequenceClassification": "siliang.peft_api.auto",
     "AutoPeftModelForTokenClassification": "siliang.peft_api.auto",
     "BitFitConfig": "siliang.methods.bitfit",
+    "C3AConfig": "siliang.methods.c3a",
     "DeloraConfig": "siliang.methods.delora",
     "DeloraModel": "siliang.peft_api.tuners",
+    "FourierFTConfig": "siliang.methods.fourierft",
     "GraloraConfig": "siliang.methods.gralora",
     "GraloraModel": "siliang.peft_api.tuners",
     "HRAConfig": "siliang.methods.hra",
@@ -205,8 +209,10 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
+    "C3AConfig",
     "DeloraConfig",
     "DeloraModel",
+    "FourierFTConfig",
     "GraloraConfig",
     "GraloraModel",
     "HRAConfig",

@@ -26,6 +26,8 @@ class PeftType(StrEnum):
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
     LOHA = "LOHA"
+    C3A = "C3A"
+    FOURIERFT = "FOURIERFT"
     LOKR = "LOKR"
     SHIRA = "SHIRA"
     OFT = "OFT"

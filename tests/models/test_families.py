@@ -95,6 +95,8 @@ def run(model: str, task: str, data: Path, output: Path, *, checkpointing: bool,
 
 SMALL: dict[str, dict[str, Any]] = {
     "miss": {"r": 4},
+    "fourierft": {"n_frequency": 40},
+    "c3a": {"block_size": 8},
     "shira": {"r": 2},
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},

@@ -4,12 +4,14 @@ five steps, generation, bf16, and files both ways.
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
 from closeness import assert_all_close, assert_close, assert_same_losses
+from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
 from tiny import TASK, VOCABULARY, batch, make
 
 import siliang
@@ -27,6 +29,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr": ("LoKrConfig", {"init_weights": False, "r": 2}),
     "lokr-both": ("LoKrConfig", {"init_weights": False, "r": 1, "alpha": 3, "decompose_both": True}),
     "lokr-factor": ("LoKrConfig", {"init_weights": "lycoris", "r": 8, "decompose_factor": 4}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 50, "scaling": 20.0, "random_loc_seed": 3}),
+    "c3a": ("C3AConfig", {"block_size": 8, "init_weights": "gaussian"}),
     "shira": ("ShiraConfig", {"r": 3, "random_seed": 5}),
     "shira-no-seed": ("ShiraConfig", {"r": 2}),
     "miss": ("MissConfig", {"init_weights": False, "r": 3}),
@@ -89,6 +93,7 @@ TARGETS: dict[tuple[str, str], list[str]] = {
 } | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
 LINEAR_ALONE = {"LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig", "HRAConfig"}
+LINEAR_ALONE = {"C3AConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig"}
 NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
 CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain") and (m, n) not in NOT_IN_PEFT]
 pytestmark = pytest.mark.filterwarnings(
@@ -104,6 +109,24 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*position_ids. is not supported for parameter efficient tuning.*",
     "ignore:.*token_type_ids. is not supported for parameter efficient tuning.*",
 )
+
+
+@pytest.fixture(autouse=True)
+def right_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft's C3A gives the layers below a gradient that is not its equation's, as test_c3as_gradient says: its own
+    matrix, and autograd, stand in for its function here.
+    """
+    right = SimpleNamespace(apply=lambda x, w: x @ get_circulant_fast(w).T)
+    monkeypatch.setattr("peft.tuners.c3a.layer.BlockCircularConvolution", right)
+
+
+def test_c3as_gradient() -> None:
+    x, w = torch.randn(3, 8, dtype=torch.double), torch.randn(3, 2, 4, dtype=torch.double)
+    x.requires_grad_()
+    right, theirs = x @ get_circulant_fast(w).T, BlockCircularConvolution.apply(x, w)
+    assert_close(theirs, right)
+    found, wrong = (torch.autograd.grad(y.square().sum(), x)[0] for y in (right, theirs))
+    assert not torch.allclose(wrong, found, rtol=0.1)  # once they are equal, the fixture above can go
 
 
 def configs(method: str, name: str) -> tuple[Any, Any]:

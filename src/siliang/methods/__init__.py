@@ -6,8 +6,10 @@ from typing import Any, TypeAlias
 
 from siliang.language import Bilingual
 from siliang.methods.bitfit import BitFit, BitFitConfig
+from siliang.methods.c3a import C3A, C3AConfig
 from siliang.methods.config import CONFIG_CLASSES, PeftConfig, config_class
 from siliang.methods.delora import Delora, DeloraConfig
+from siliang.methods.fourierft import FourierFT, FourierFTConfig
 from siliang.methods.full import Full
 from siliang.methods.gralora import Gralora, GraloraConfig
 from siliang.methods.head import Head, HeadConfig
@@ -38,6 +40,8 @@ METHODS: dict[str, AnyMethod] = {
         Lora(),
         LoHa(),
         LoKr(),
+        FourierFT(),
+        C3A(),
         Shira(),
         OFT(),
         Miss(),
@@ -112,7 +116,9 @@ def method_of(config: PeftConfig) -> AnyMethod:
 __all__ = [
     "METHODS",
     "BitFitConfig",
+    "C3AConfig",
     "DeloraConfig",
+    "FourierFTConfig",
     "GraloraConfig",
     "HRAConfig",
     "HeadConfig",

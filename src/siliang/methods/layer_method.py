@@ -23,7 +23,7 @@ from siliang.methods.targets import LORA_TARGETS
 from siliang.models.introspect import is_linear
 from siliang.types import ConfigError
 
-SIDES_ZH = {"inputs": "输入", "outputs": "输出"}
+SIDES_ZH = {"inputs": "输入", "outputs": "输出", "weights": "权重"}
 
 
 @dataclass(kw_only=True)
@@ -117,11 +117,11 @@ class LayerMethod(Method[B]):
         return Parts(layers=layers, shared=self.shared(config, {path: model.get_submodule(path) for path in paths}))
 
 
-def check_fits(key: str, value: int, size: int, side: Literal["inputs", "outputs"]) -> None:
+def check_fits(key: str, value: int, size: int, side: Literal["inputs", "outputs", "weights"]) -> None:
     """
     Args:
         key: A setting.
-        size: Of the layer's inputs or outputs, as `side` has it.
+        size: How many inputs, outputs or weights, as `side` has it, the layer has.
 
     Raises:
         ConfigError: The setting's value is more.

@@ -50,6 +50,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 SHIRA_TARGETS = LORA_TARGETS | {"phi": QV_PROJ}
 
+FOURIERFT_TARGETS = LORA_TARGETS | {"gpt2": ("mlp.c_proj",), "gpt_bigcode": ("mlp.c_proj",)}  # and C3A's
+
 IA3_TARGETS: dict[str, tuple[str, ...]] = {
     "bart": ("q_proj", "v_proj", "fc2"),
     "bert": ("key", "value", "output.dense"),
