@@ -1,5 +1,5 @@
-"""What a method can tune other than linear layers, shown by methods that the project does not have: rows of an
-embedding table, also of a tied one; parameters computed from others; experts' weights, which are not modules; a prompt
+"""What a method can tune other than linear layers: rows of an embedding table, also of a tied one; and by methods that
+the project does not have: parameters computed from others; experts' weights, which are not modules; a prompt
 whose method keeps something between steps.
 """
 
@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,37 +30,15 @@ from siliang.methods.computed import ComputedParameters
 from siliang.methods.config import CONFIG_CLASSES, LayerConfig, PeftConfig
 from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import Layer, LayerAdapter
-from siliang.methods.method import Adapter, Method, Parts, TableRows
+from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.p_tuning import PromptEncoderConfig, PTuning
-from siliang.models.introspect import features, is_linear, word_embeddings
+from siliang.methods.trainable_tokens import TrainableTokensConfig
+from siliang.models.introspect import features, is_linear
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError
 
 CAUSAL: Any = "CAUSAL_LM"
-
-
-# ---- rows of the word embeddings ----
-
-
-@dataclass(kw_only=True)
-class TokensConfig(PeftConfig):
-    tokens: list[int] = field(default_factory=list)
-
-    peft_type: ClassVar[str] = "TOKENS"
-
-
-class Tokens(Method[TokensConfig]):
-    name = "tokens"
-    config = TokensConfig
-    learning_rate = 1e-2
-    learning_rate_source = "a test"
-    trains = "rows of the word embeddings"
-
-    def attach(self, model: nn.Module, config: TokensConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
-        table = word_embeddings(model)
-        path = next(path for path, module in model.named_modules() if module is table)
-        return Parts(table_rows={path: TableRows(tuple(config.tokens))})
 
 
 # ---- W' = diag(d) W, computed ----
@@ -143,7 +120,7 @@ class ExpertsLayer(ComputedParameters):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for method in (Tokens(), Scaled(), Experts(), Pulled()):
+    for method in (Scaled(), Experts(), Pulled()):
         monkeypatch.setitem(METHODS, method.name, method)
         monkeypatch.setitem(CONFIG_CLASSES, method.config.peft_type, method.config)
 
@@ -186,9 +163,9 @@ def trained(model: Any, name: str, steps: int = 3) -> list[float]:
 
 ROWS = [*dict.fromkeys([3, *batch("llama")["input_ids"][0].tolist(), *batch("t5")["input_ids"][0].tolist()])][:6]
 CASES: dict[str, tuple[str, PeftConfig]] = {
-    "rows": ("llama", TokensConfig(task_type=CAUSAL, tokens=ROWS)),
-    "rows of a tied table": ("gpt2", TokensConfig(task_type=CAUSAL, tokens=ROWS)),
-    "rows of T5": ("t5", TokensConfig(task_type="SEQ_2_SEQ_LM", tokens=ROWS)),
+    "rows": ("llama", TrainableTokensConfig(task_type=CAUSAL, token_indices=ROWS)),
+    "rows of a tied table": ("gpt2", TrainableTokensConfig(task_type=CAUSAL, token_indices=ROWS)),
+    "rows of T5": ("t5", TrainableTokensConfig(task_type="SEQ_2_SEQ_LM", token_indices=ROWS)),
     "computed": ("llama", ScaledConfig(task_type=CAUSAL, target_modules=["q_proj", "down_proj"])),
     "computed, transposed": ("gpt2", ScaledConfig(task_type=CAUSAL, target_modules=["c_attn"])),
     "experts": ("mixtral", ExpertsConfig(task_type=CAUSAL)),
@@ -232,40 +209,9 @@ def test_batches_that_mix_adapters(case: str) -> None:
     torch.testing.assert_close(mixed, torch.stack([whole[0], plain[1], whole[2]]))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_rows_are_those_of_peft(name: str, tmp_path: Path) -> None:
-    """Forward, gradients and file of PEFT's trainable tokens."""
-    ours: Any = siliang.get_peft_model(make(name), TokensConfig(task_type=CAUSAL, tokens=ROWS))
-    table = next(path for path, m in make(name).named_modules() if m is not None and isinstance(m, nn.Embedding))
-    theirs: Any = peft.get_peft_model(
-        make(name),
-        peft.TrainableTokensConfig(
-            task_type=CAUSAL, target_modules=[table.rpartition(".")[2]], token_indices=ROWS, init_weights=True
-        ),
-    )
-    start = torch.randn(len(ROWS), make(name).get_input_embeddings().weight.shape[1])
-    (own,) = ours.injection.adapters["default"].parameters()
-    other = next(p for key, p in theirs.named_parameters() if "trainable_tokens_delta" in key)
-    own.data.copy_(start)
-    other.data.copy_(start)
-    for model in (ours, theirs):
-        model(**batch(name)).loss.backward()
-    torch.testing.assert_close(logits(ours, name), logits(theirs, name), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    held = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
-    assert held[0].keys() == held[1].keys()
-    wanted = logits(theirs, name)
-    back: Any = siliang.PeftModel.from_pretrained(
-        make(name), tmp_path / "theirs", config=TokensConfig(task_type=CAUSAL, tokens=ROWS)
-    )
-    torch.testing.assert_close(logits(back, name), wanted, rtol=1e-4, atol=1e-5)
-
-
 def test_rows_of_a_tied_table_are_one_parameter_and_stay_tied() -> None:
     base: Any = make("gpt2")
-    model: Any = siliang.get_peft_model(base, TokensConfig(task_type=CAUSAL, tokens=ROWS))
+    model: Any = siliang.get_peft_model(base, TrainableTokensConfig(task_type=CAUSAL, token_indices=ROWS))
     names = [key for key, p in model.named_parameters() if p.requires_grad]
     assert len(names) == 1
     (P,) = model.injection.adapters["default"].parameters()
@@ -284,10 +230,10 @@ def test_rows_of_a_tied_table_are_one_parameter_and_stay_tied() -> None:
 
 
 def test_rows_beside_lora_and_other_rows() -> None:
-    model: Any = siliang.get_peft_model(make("gpt2"), TokensConfig(task_type=CAUSAL, tokens=[3, 4]))
-    model.add_adapter("others", TokensConfig(task_type=CAUSAL, tokens=[5]))
+    model: Any = siliang.get_peft_model(make("gpt2"), TrainableTokensConfig(task_type=CAUSAL, token_indices=[3, 4]))
+    model.add_adapter("others", TrainableTokensConfig(task_type=CAUSAL, token_indices=[5]))
     model.add_adapter("lora", siliang.LoraConfig(target_modules=["c_attn", "wte"], init_lora_weights=False))
-    model.add_adapter("same", TokensConfig(task_type=CAUSAL, tokens=[9, 4]))
+    model.add_adapter("same", TrainableTokensConfig(task_type=CAUSAL, token_indices=[9, 4]))
     model.set_adapter(["lora", "default", "others"])
     trained(model, "gpt2")
     tuned = logits(model.eval(), "gpt2")
@@ -298,17 +244,23 @@ def test_rows_beside_lora_and_other_rows() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
-    [([], "at least one"), ([3, 3], "each named once"), ([10**6], "has no row 1000000"), ([-1], "has no row -1")],
+    [
+        ([], "token_indices is empty"),
+        ([3, 3], "each named once"),
+        ([10**6], "has no row 1000000"),
+        ([-1], "has no row -1"),
+    ],
 )
 def test_rows_that_are_not_there(tokens: list[int], message: str) -> None:
     base = make("llama")
     with pytest.raises(ConfigError, match=message):
-        siliang.get_peft_model(base, TokensConfig(task_type=CAUSAL, tokens=tokens))
+        siliang.get_peft_model(base, TrainableTokensConfig(task_type=CAUSAL, token_indices=tokens))
     assert not any("trainable" in key for key, _ in base.named_parameters())
 
 
 def test_a_file_of_fewer_rows_is_refused(tmp_path: Path) -> None:
-    siliang.get_peft_model(make("llama"), TokensConfig(task_type=CAUSAL, tokens=[3, 4])).save_pretrained(tmp_path)
+    config = TrainableTokensConfig(task_type=CAUSAL, token_indices=[3, 4])
+    siliang.get_peft_model(make("llama"), config).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace("4\n", "4,\n5\n"))
     with pytest.raises(AdapterError, match=r"has shape \(2, .*the model needs \(3,"):

@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fourierft": {"n_frequency": 40},
     "c3a": {"block_size": 8},
     "shira": {"r": 2},
+    "trainable_tokens": {"token_indices": [3, 5]},
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},
     "prefix_tuning": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 16},

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
     from siliang.methods.randlora import RandLoraConfig
     from siliang.methods.shira import ShiraConfig
+    from siliang.methods.trainable_tokens import TrainableTokensConfig
     from siliang.methods.vblora import VBLoRAConfig
     from siliang.methods.vera import VeraConfig
     from siliang.peft_api.auto import (
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
         MissModel,
         OFTModel,
         ShiraModel,
+        TrainableTokensModel,
         VeraModel,
     )
     from siliang.safety.permissions import allow_code
@@ -174,6 +176,8 @@ _HOME = {
     "TunerLayerStatus": "siliang.peft_api.status",
     "TunerModelStatus": "siliang.peft_api.status",
     "VBLoRAConfig": "siliang.methods.vblora",
+    "TrainableTokensConfig": "siliang.methods.trainable_tokens",
+    "TrainableTokensModel": "siliang.peft_api.tuners",
     "VeraConfig": "siliang.methods.vera",
     "VeraModel": "siliang.peft_api.tuners",
     "allow_code": "siliang.safety.permissions",
@@ -259,6 +263,8 @@ __all__ = [
     "ShiraModel",
     "SiliangError",
     "TaskType",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
     "TunerLayerStatus",
     "TunerModelStatus",
     "VBLoRAConfig",

@@ -39,6 +39,7 @@ class PeftType(StrEnum):
     RANDLORA = "RANDLORA"
     VBLORA = "VBLORA"
     HRA = "HRA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

@@ -18,6 +18,7 @@ import siliang
 
 SOME_LAYERS = "v_proj|value|query_key_value|c_attn|v|second"
 VBLORA = {"r": 2, "num_vectors": 12, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 1.0}
+TOKENS = [*dict.fromkeys([3, *batch("llama")["input_ids"][0].tolist()])][:7]
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"init_lora_weights": False, "r": 4}),
     "dora": ("LoraConfig", {"init_lora_weights": False, "use_dora": True, "r": 4}),
@@ -63,6 +64,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hra-orthogonal": ("HRAConfig", {"init_weights": False, "r": 3, "apply_GS": True}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
+    "tokens": ("TrainableTokensConfig", {"token_indices": TOKENS}),
+    "tokens-random": ("TrainableTokensConfig", {"token_indices": TOKENS[:4], "init_weights": False}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
     "p-mlp": ("PromptEncoderConfig", {"num_virtual_tokens": 5, "encoder_hidden_size": 16}),
     "p-lstm": (
@@ -83,6 +86,9 @@ SHARED = (
     "vblora_vector_bank",
 )  # which peft lists once more under each layer
 PLAIN = ("shira_indices.default",)  # no buffers in peft
+# on embeddings, which the plain model lacks; of a classifier PEFT leaves the new head untrained with these
+TABLES = ("tokens", "tokens-random")
+NO_TABLES = ("plain", "bert", "roberta")
 PROMPTS = ("prompt", "p-mlp", "p-lstm", "prefix", "prefix-projected")
 MODELS = ("llama", "bloom", "gpt2", "qwen2", "bert", "roberta", "t5", "bart", "plain")
 # where PEFT knows no default targets, or the model has no types
@@ -90,12 +96,17 @@ TARGETS: dict[tuple[str, str], list[str]] = {
     ("ln", "bert"): ["LayerNorm"],
     ("ln", "roberta"): ["LayerNorm"],
     ("ln", "plain"): ["norm"],
-} | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, "ln")}
+} | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, *TABLES, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
 LINEAR_ALONE = {"LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig", "HRAConfig"}
 LINEAR_ALONE = {"C3AConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig"}
 NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
-CASES = [(m, n) for m in METHODS for n in MODELS if not (m in PROMPTS and n == "plain") and (m, n) not in NOT_IN_PEFT]
+CASES = [
+    (m, n)
+    for m in METHODS
+    for n in MODELS
+    if not (m in PROMPTS and n == "plain") and not (m in TABLES and n in NO_TABLES) and (m, n) not in NOT_IN_PEFT
+]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fan_in_fan_out.*",
     "ignore:.*Could not find a config file.*",

@@ -93,7 +93,7 @@ def choose_saved_modules(model: nn.Module, config: PeftConfig, *, lenient: bool)
     """
     heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
     wanted = list(config.modules_to_save or ())
-    if lenient and wanted:
+    if lenient and config.modules_to_save is not None:  # an empty list: the file holds no head
         heads = ()
     if config.task_type is TaskType.SEQ_CLS and heads:
         heads = (*heads, *(name for name in OTHER_HEADS if find_saved_modules(model, [name], required=[])))

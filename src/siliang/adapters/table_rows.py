@@ -1,4 +1,4 @@
-"""Rows of an embedding table that an adapter trains: a few new tokens cost a few rows, not the whole table.
+"""Rows of an embedding table, or of a head, that an adapter trains: a few new tokens cost a few rows, not the table.
 
     y = E'[x]        E' is the table E, its rows `indices` replaced by P
     z = E' h         a head that is tied to the table has the same rows
@@ -20,6 +20,7 @@ from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, LayerAdapter, trained_dtype
 from siliang.methods.method import TableRows
+from siliang.models.introspect import output_layer
 from siliang.models.quantized import is_quantized
 from siliang.module_paths import inside, plain_modules
 from siliang.types import ConfigError
@@ -40,6 +41,8 @@ class RowsAdapter(LayerAdapter):
         self._indices = torch.tensor(rows.indices, device=weight.device)
         if source is None:
             start = weight.detach()[self._indices].to(trained_dtype(weight), copy=True)
+            if rows.at_random:
+                start = torch.randn_like(start)
             P = nn.Parameter(start, requires_grad=False)
         else:
             P = source.P
@@ -103,18 +106,27 @@ def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], othe
     taken = list(others)
     for path, rows in table_rows.items():
         table = model.get_submodule(path)
-        if not isinstance(table, nn.Embedding) or is_quantized(table):
+        a_head = isinstance(table, nn.Linear) and table is output_layer(model)
+        if not (isinstance(table, nn.Embedding) or a_head) or is_quantized(table):
             raise ConfigError(
                 Bilingual(
-                    f"{path} is a {type(table).__name__}: rows can be trained of a plain embedding only.",
-                    f"{path} 是 {type(table).__name__}：只有普通的嵌入层才能按行训练。",
+                    f"{path} is a {type(table).__name__}: rows can be trained of a plain embedding or head only.",
+                    f"{path} 是 {type(table).__name__}：只有普通的嵌入层或输出头才能按行训练。",
                 )
             )
-        if inside(path, taken):
+        tied = tied_layers(model, path)
+        if a_head and tied:
             raise ConfigError(
                 Bilingual(
-                    f"{path} is tuned otherwise by the same adapter: leave it out there, or train no rows.",
-                    f"{path} 已由同一适配器以别的方式微调：请在那边去掉它，或不按行训练。",
+                    f"{path} is tied to {tied[0]}: name that one, and the rows of both are trained.",
+                    f"{path} 与 {tied[0]} 绑定：请写后者，两者的行会一起训练。",
+                )
+            )
+        if clash := next((p for p in (path, *tied) if inside(p, taken)), None):
+            raise ConfigError(
+                Bilingual(
+                    f"{clash} is tuned otherwise by the same adapter: leave it out there, or train no rows.",
+                    f"{clash} 已由同一适配器以别的方式微调：请在那边去掉它，或不按行训练。",
                 )
             )
         if not rows.indices or len(set(rows.indices)) < len(rows.indices):
@@ -131,7 +143,7 @@ def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], othe
                     f"{path} 没有第 {missing[0]} 行：共 {len(table.weight):,} 行，从 0 开始。",
                 )
             )
-        for other in tied_layers(model, path):
+        for other in tied:
             if not isinstance(model.get_submodule(other), nn.Embedding | nn.Linear):
                 kind = type(model.get_submodule(other)).__name__
                 raise ConfigError(

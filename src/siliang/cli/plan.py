@@ -223,7 +223,8 @@ def _gathered(
     chosen = values.get("method", "lora")
     own = whole_name(str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen))
     if method in (None, "all"):
-        names = [own] if settings and method is None else [name for name, m in METHODS.items() if not m.is_baseline]
+        choices = [name for name, m in METHODS.items() if not (m.is_baseline or m.needs_settings)]
+        names = [own] if settings and method is None else choices
     else:
         names = [whole_name(name) for name in method.split(",")]
     for name in names:

@@ -28,6 +28,7 @@ from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
 from siliang.methods.randlora import RandLora, RandLoraConfig
 from siliang.methods.shira import Shira, ShiraConfig
+from siliang.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from siliang.methods.vblora import VBLoRA, VBLoRAConfig
 from siliang.methods.vera import Vera, VeraConfig
 from siliang.types import ConfigError, nearest
@@ -54,6 +55,7 @@ METHODS: dict[str, AnyMethod] = {
         HRA(),
         IA3(),
         LNTuning(),
+        TrainableTokens(),
         BitFit(),
         PromptTuning(),
         PTuning(),
@@ -138,6 +140,7 @@ __all__ = [
     "PromptTuningInit",
     "RandLoraConfig",
     "ShiraConfig",
+    "TrainableTokensConfig",
     "VBLoRAConfig",
     "VeraConfig",
     "config_class",

@@ -54,11 +54,13 @@ class TableRows:
         indices: The rows' numbers (token ids), each once.
         key: What the file calls the trained rows, (rows, D), below the table's path.
         saved_when_tied: The file holds them below a tied head's path too, as PEFT's for TRAINABLE_TOKENS does.
+        at_random: They start from normal random numbers, not from the table's own rows.
     """
 
     indices: tuple[int, ...]
     key: str = "trainable_tokens_delta"
     saved_when_tied: bool = True
+    at_random: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Method(ABC, Generic[C]):
         freezes_the_base: The base model's own parameters stay as they are, and so may be stored in half precision.
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
         tunes: What it must find in the model; `siliang check` reports where there are none.
+        needs_settings: It does nothing until the user says what it is to tune: it is no choice where nothing is said.
         is_baseline: The others are measured against it; it is not offered as a choice.
         has_lora_factors: Its layers have LoRA's A and B, by these names: LoRA+ gives B a learning rate of its own.
         default_targets: The usual layers by the base model's model_type, for a method that works on layers.
@@ -133,6 +136,7 @@ class Method(ABC, Generic[C]):
     freezes_the_base: ClassVar[bool] = True
     why_not_mergeable: ClassVar[str | None] = None
     tunes: ClassVar[Literal["layers", "biases"]] = "layers"
+    needs_settings: ClassVar[bool] = False
     is_baseline: ClassVar[bool] = False
     has_lora_factors: ClassVar[bool] = False
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}

@@ -246,6 +246,10 @@ class HRAModel(TunerModel):
     """With HRA."""
 
 
+class TrainableTokensModel(TunerModel):
+    """With trainable tokens."""
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.IA3: IA3Model,
@@ -259,4 +263,5 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.DELORA: DeloraModel,
     PeftType.GRALORA: GraloraModel,
     PeftType.HRA: HRAModel,
+    PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
 }

@@ -43,7 +43,7 @@ class StartAdapter:
     def method(self) -> dict[str, object]:
         """The method, as `method:` takes it."""
         now, defaults = self.config.to_dict(), type(self.config)().to_dict()
-        own = {key: value for key, value in now.items() if key not in HUB_FIELDS and value != defaults[key]}
+        own = {key: value for key, value in now.items() if key not in HUB_FIELDS and value != defaults.get(key)}
         heads = (*TASK_HEADS.get(TaskType(self.config.task_type), ()), *OTHER_HEADS) if self.config.task_type else ()
         if own.pop("modules_to_save", None):  # a task's head is saved without being named
             named = [name for name in self.config.modules_to_save or () if name not in heads]
