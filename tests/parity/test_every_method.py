@@ -98,8 +98,16 @@ TARGETS: dict[tuple[str, str], list[str]] = {
     ("ln", "plain"): ["norm"],
 } | {(method, "plain"): ["first", "second"] for method in METHODS if method not in (*PROMPTS, *TABLES, "ln")}
 # where PEFT's method does not know GPT-2's transposed layers
-LINEAR_ALONE = {"LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig", "HRAConfig"}
-LINEAR_ALONE = {"C3AConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "MissConfig", "ShiraConfig", "DeloraConfig"}
+LINEAR_ALONE = {
+    "C3AConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "OFTConfig",
+    "MissConfig",
+    "ShiraConfig",
+    "DeloraConfig",
+    "HRAConfig",
+}
 NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
 CASES = [
     (m, n)
