@@ -36,6 +36,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "r = 33: must be at most the inputs of each layer, and one has 32",
     ),
     ("HRAConfig", {"bias": "hra_only"}, "bias = 'hra_only': must be 'none'"),
+    ("WaveFTConfig", {"n_frequency": 0}, "n_frequency = 0: must be at least 1"),
+    ("WaveFTConfig", {}, "n_frequency = 2592: must be at most the numbers of each weight, and one has 1024"),
+    ("WaveFTConfig", {"wavelet_family": "coif1"}, "wavelet_family = 'coif1': must be one of db1 to db10 and sym2"),
+    ("WaveFTConfig", {"n_frequency_pattern": {"q_proj": 0}}, "n_frequency_pattern: 'q_proj' = 0: must be 1 to"),
+    ("WaveFTConfig", {"random_loc_seed": 2**64}, "random_loc_seed = .*: must fit in 64 bits"),
     ("VeraConfig", {"bias": "all"}, "bias = 'all': must be 'none'"),
 ]
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from siliang.methods.trainable_tokens import TrainableTokensConfig
     from siliang.methods.vblora import VBLoRAConfig
     from siliang.methods.vera import VeraConfig
+    from siliang.methods.waveft import WaveFTConfig
     from siliang.peft_api.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -180,6 +181,7 @@ _HOME = {
     "TrainableTokensModel": "siliang.peft_api.tuners",
     "VeraConfig": "siliang.methods.vera",
     "VeraModel": "siliang.peft_api.tuners",
+    "WaveFTConfig": "siliang.methods.waveft",
     "allow_code": "siliang.safety.permissions",
     "cast_mixed_precision_params": "siliang.peft_api.functions",
     "check_if_peft_model": "siliang.peft_api.functions",
@@ -270,6 +272,7 @@ __all__ = [
     "VBLoRAConfig",
     "VeraConfig",
     "VeraModel",
+    "WaveFTConfig",
     "allow_code",
     "cast_mixed_precision_params",
     "check_if_peft_model",

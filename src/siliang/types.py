@@ -40,6 +40,7 @@ class PeftType(StrEnum):
     VBLORA = "VBLORA"
     HRA = "HRA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    WAVEFT = "WAVEFT"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

@@ -19,6 +19,7 @@ import siliang
 SOME_LAYERS = "v_proj|value|query_key_value|c_attn|v|second"
 VBLORA = {"r": 2, "num_vectors": 12, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 1.0}
 TOKENS = [*dict.fromkeys([3, *batch("llama")["input_ids"][0].tolist()])][:7]
+WAVEFT = {"n_frequency": 60, "scaling": 2.0, "init_weights": False}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"init_lora_weights": False, "r": 4}),
     "dora": ("LoraConfig", {"init_lora_weights": False, "use_dora": True, "r": 4}),
@@ -62,6 +63,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hra": ("HRAConfig", {"init_weights": False, "r": 4}),
     "hra-pairs": ("HRAConfig", {"r": 6}),
     "hra-orthogonal": ("HRAConfig", {"init_weights": False, "r": 3, "apply_GS": True}),
+    "waveft": ("WaveFTConfig", WAVEFT),
+    "waveft-sym4": ("WaveFTConfig", WAVEFT | {"wavelet_family": "sym4", "random_loc_seed": 3}),
+    "waveft-direct": (
+        "WaveFTConfig",
+        WAVEFT | {"use_idwt": False, "n_frequency_pattern": {f"{SOME_LAYERS}|c_proj": 30}},
+    ),
+    "waveft-shares": ("WaveFTConfig", WAVEFT | {"proportional_parameters": True}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
     "tokens": ("TrainableTokensConfig", {"token_indices": TOKENS}),

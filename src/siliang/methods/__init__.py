@@ -31,6 +31,7 @@ from siliang.methods.shira import Shira, ShiraConfig
 from siliang.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from siliang.methods.vblora import VBLoRA, VBLoRAConfig
 from siliang.methods.vera import Vera, VeraConfig
+from siliang.methods.waveft import WaveFT, WaveFTConfig
 from siliang.types import ConfigError, nearest
 
 AnyMethod: TypeAlias = Method[Any]  # with whichever config
@@ -53,6 +54,7 @@ METHODS: dict[str, AnyMethod] = {
         RandLora(),
         VBLoRA(),
         HRA(),
+        WaveFT(),
         IA3(),
         LNTuning(),
         TrainableTokens(),
@@ -143,6 +145,7 @@ __all__ = [
     "TrainableTokensConfig",
     "VBLoRAConfig",
     "VeraConfig",
+    "WaveFTConfig",
     "config_class",
     "find_method",
     "method_of",
