@@ -41,6 +41,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("WaveFTConfig", {"wavelet_family": "coif1"}, "wavelet_family = 'coif1': must be one of db1 to db10 and sym2"),
     ("WaveFTConfig", {"n_frequency_pattern": {"q_proj": 0}}, "n_frequency_pattern: 'q_proj' = 0: must be 1 to"),
     ("WaveFTConfig", {"random_loc_seed": 2**64}, "random_loc_seed = .*: must fit in 64 bits"),
+    ("RoadConfig", {"group_size": 0}, "group_size = 0: must be at least 1"),
+    ("RoadConfig", {"group_size": 7}, "group_size = 7: must be even, because a group's halves are paired"),
+    ("RoadConfig", {"group_size": 12}, "group_size = 12: must divide the outputs of each layer, and one has"),
+    ("RoadConfig", {"variant": "road_3"}, "variant = 'road_3': must be"),
     ("VeraConfig", {"bias": "all"}, "bias = 'all': must be 'none'"),
 ]
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
     from siliang.methods.randlora import RandLoraConfig
+    from siliang.methods.road import RoadConfig
     from siliang.methods.shira import ShiraConfig
     from siliang.methods.trainable_tokens import TrainableTokensConfig
     from siliang.methods.vblora import VBLoRAConfig
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
         LoraModel,
         MissModel,
         OFTModel,
+        RoadModel,
         ShiraModel,
         TrainableTokensModel,
         VeraModel,
@@ -170,15 +172,17 @@ _HOME = {
     "PromptTuningConfig": "siliang.methods.prompt_tuning",
     "PromptTuningInit": "siliang.methods.prompt_tuning",
     "RandLoraConfig": "siliang.methods.randlora",
+    "RoadConfig": "siliang.methods.road",
+    "RoadModel": "siliang.peft_api.tuners",
     "ShiraConfig": "siliang.methods.shira",
     "ShiraModel": "siliang.peft_api.tuners",
     "SiliangError": "siliang.types",
     "TaskType": "siliang.types",
+    "TrainableTokensConfig": "siliang.methods.trainable_tokens",
+    "TrainableTokensModel": "siliang.peft_api.tuners",
     "TunerLayerStatus": "siliang.peft_api.status",
     "TunerModelStatus": "siliang.peft_api.status",
     "VBLoRAConfig": "siliang.methods.vblora",
-    "TrainableTokensConfig": "siliang.methods.trainable_tokens",
-    "TrainableTokensModel": "siliang.peft_api.tuners",
     "VeraConfig": "siliang.methods.vera",
     "VeraModel": "siliang.peft_api.tuners",
     "WaveFTConfig": "siliang.methods.waveft",
@@ -261,6 +265,8 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "RandLoraConfig",
+    "RoadConfig",
+    "RoadModel",
     "ShiraConfig",
     "ShiraModel",
     "SiliangError",

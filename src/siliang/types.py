@@ -41,6 +41,7 @@ class PeftType(StrEnum):
     HRA = "HRA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     WAVEFT = "WAVEFT"
+    ROAD = "ROAD"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

@@ -70,6 +70,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         WAVEFT | {"use_idwt": False, "n_frequency_pattern": {f"{SOME_LAYERS}|c_proj": 30}},
     ),
     "waveft-shares": ("WaveFTConfig", WAVEFT | {"proportional_parameters": True}),
+    "road": ("RoadConfig", {"init_weights": False, "group_size": 8}),
+    "road-2": ("RoadConfig", {"init_weights": False, "group_size": 4, "variant": "road_2"}),
+    "road-4": ("RoadConfig", {"init_weights": False, "group_size": 8, "variant": "road_4"}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
     "tokens": ("TrainableTokensConfig", {"token_indices": TOKENS}),
@@ -115,6 +118,7 @@ LINEAR_ALONE = {
     "ShiraConfig",
     "DeloraConfig",
     "HRAConfig",
+    "RoadConfig",
 }
 NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
 CASES = [

@@ -27,6 +27,7 @@ from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparamet
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
 from siliang.methods.randlora import RandLora, RandLoraConfig
+from siliang.methods.road import Road, RoadConfig
 from siliang.methods.shira import Shira, ShiraConfig
 from siliang.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from siliang.methods.vblora import VBLoRA, VBLoRAConfig
@@ -55,6 +56,7 @@ METHODS: dict[str, AnyMethod] = {
         VBLoRA(),
         HRA(),
         WaveFT(),
+        Road(),
         IA3(),
         LNTuning(),
         TrainableTokens(),
@@ -141,6 +143,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "RandLoraConfig",
+    "RoadConfig",
     "ShiraConfig",
     "TrainableTokensConfig",
     "VBLoRAConfig",

@@ -250,6 +250,10 @@ class TrainableTokensModel(TunerModel):
     """With trainable tokens."""
 
 
+class RoadModel(TunerModel):
+    """With RoAd."""
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.IA3: IA3Model,
@@ -264,4 +268,5 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.GRALORA: GraloraModel,
     PeftType.HRA: HRAModel,
     PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
+    PeftType.ROAD: RoadModel,
 }
