@@ -59,7 +59,7 @@ class RowsAdapter(LayerAdapter):
         wide = weight.to(torch.promote_types(weight.dtype, self.P.dtype), copy=True)
         return {"weight": wide.index_copy_(0, self._at(weight), self.P.to(wide.dtype))}
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def tensors(self) -> dict[str, Tensor]:
         return {self._rows.key: self.P} if self._rows.saved_when_tied or not self._tied else {}
 
     def _at(self, reference: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.low_rank import LoraSpec, LowRank, LowRankLinear
 from siliang.methods.method import Method, Parts
 from siliang.methods.targets import LORA_TARGETS
+from siliang.methods.trainable_tokens import named_rows
 from siliang.models.introspect import as_stored
 from siliang.ops.lora_linear import lora_linear
 from siliang.secrets import short_repr
@@ -98,6 +99,8 @@ class LoraConfig(BlocksConfig):
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
         alpha_pattern: lora_alpha likewise.
+        trainable_token_indices: The ids of tokens whose embeddings are trained too, row by row: those of the input
+            embeddings, or lists of them by the endings of the names of embeddings and heads. Tied ones stay tied.
     """
 
     r: int = 8
@@ -112,6 +115,7 @@ class LoraConfig(BlocksConfig):
     loftq_config: dict[str, int] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     peft_type: ClassVar[str] = PeftType.LORA
     UNSUPPORTED: ClassVar[dict[str, object]] = {
@@ -129,7 +133,6 @@ class LoraConfig(BlocksConfig):
         "qalora_group_size": 16,
         "runtime_config": {"ephemeral_gpu_offload": False},
         "target_parameters": None,
-        "trainable_token_indices": None,
         "use_bdlora": None,
         "use_qalora": False,
         "velora_config": None,
@@ -282,7 +285,11 @@ class Lora(Method[LoraConfig]):
             layer = model.get_submodule(path)
             kind = next(kind for kind in kinds if kind.supports(layer))
             adapters[path] = _spec(config, kind, r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha)).make
-        return Parts(layers=adapters, parameters=tuple(_biases(model, config, layers, saved)))
+        return Parts(
+            layers=adapters,
+            parameters=tuple(_biases(model, config, layers, saved)),
+            table_rows=named_rows(model, config.trainable_token_indices, saved=saved),
+        )
 
     def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
         for side, rank in (("A", 0), ("B", 1)):

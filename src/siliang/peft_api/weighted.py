@@ -68,8 +68,8 @@ class Combination:
                 )
             )
         for name, config in zip(self.adapters, configs, strict=True):
-            if config.use_dora or config.lora_bias:
-                field = "use_dora" if config.use_dora else "lora_bias"
+            others = ("use_dora", "lora_bias", "trainable_token_indices")
+            if field := next((field for field in others if getattr(config, field)), None):
                 raise ConfigError(
                     Bilingual(
                         f"adapter {name!r} has {field}: only A and B can be combined.",
