@@ -45,16 +45,17 @@ def test_files_of_bone_are_those_of_miss(init: bool | str, tmp_path: Path) -> No
 def shira(folder: Path, **settings: Any) -> Any:
     """An adapter of SHiRA in `folder`, with values that are not zero."""
     config = peft.ShiraConfig(task_type="CAUSAL_LM", r=2, init_weights=False, **settings)
-    if settings.get("mask_type"):  # every other column
-        config.mask_fn = lambda base, r, **_: mask_of(base.weight.shape, r * sum(base.weight.shape))
+    if settings.get("mask_type"):
+        config.mask_fn = every_other
     model = peft.get_peft_model(make("llama"), config)
     model.save_pretrained(str(folder))
     return model
 
 
-def mask_of(shape: torch.Size, number: int) -> torch.Tensor:
+def every_other(base_layer: torch.nn.Module, r: int, random_seed: int | None = None, **_: object) -> torch.Tensor:
+    shape = base_layer.get_parameter("weight").shape
     mask = torch.zeros(shape.numel())
-    mask[::2][:number] = 1
+    mask[::2][: r * sum(shape)] = 1
     return mask.view(shape)
 
 
@@ -64,7 +65,7 @@ def test_shiras_places_are_those_of_the_file(tmp_path: Path) -> None:
     theirs = shira(tmp_path, mask_type="mine")
     assert_close(logits(siliang.PeftModel.from_pretrained(make("llama"), tmp_path)), logits(theirs))
     with pytest.raises(ConfigError, match="mask_type = 'mine': must be 'random'"):
-        siliang.get_peft_model(make("llama"), siliang.ShiraConfig(task_type="CAUSAL_LM", r=2, mask_type="mine"))
+        siliang.get_peft_model(make("llama"), siliang.ShiraConfig(r=2, mask_type="mine"))
 
 
 @pytest.mark.parametrize("place", [-1, 32])

@@ -214,6 +214,18 @@ class LoHaModel(TunerModel):
     """With LoHa."""
 
 
+class LoKrModel(TunerModel):
+    """With LoKr."""
+
+
+class FourierFTModel(TunerModel):
+    """With FourierFT."""
+
+
+class C3AModel(TunerModel):
+    """With C3A."""
+
+
 class OFTModel(TunerModel):
     """With OFT."""
 
@@ -259,6 +271,9 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.IA3: IA3Model,
     PeftType.LN_TUNING: LNTuningModel,
     PeftType.LOHA: LoHaModel,
+    PeftType.LOKR: LoKrModel,
+    PeftType.FOURIERFT: FourierFTModel,
+    PeftType.C3A: C3AModel,
     PeftType.OFT: OFTModel,
     PeftType.MISS: MissModel,
     PeftType.SHIRA: ShiraModel,
