@@ -144,7 +144,8 @@ def projection_specs(
     Args:
         make: Draws all of them, from the seed.
     """
-    dtypes = (layer.weight.dtype for layer in layers.values() if layer.weight.is_floating_point())
+    weights = (layer.get_parameter("weight") for layer in layers.values())
+    dtypes = (weight.dtype for weight in weights if weight.is_floating_point())
     dtype = next(dtypes, torch.float32)
 
     def made(number: int, device: torch.device) -> Tensor:

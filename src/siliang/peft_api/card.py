@@ -31,10 +31,13 @@ def write_card(folder: Path, config: PeftConfig, facts: Mapping[str, str] | None
     path = folder / CARD_NAME
     base = base_name(config)
     card = ModelCard.load(path) if path.is_file() else ModelCard(_text(config, base, facts or {}))
-    data: ModelCardData = card.data
+    data = card.data
+    assert isinstance(data, ModelCardData)
     data.library_name = "peft"
     tags = {"siliang", "transformers"} | ({"lora"} if config.peft_type == PeftType.LORA else set())
-    data.tags = sorted({*(data.tags or []), *tags, *([f"base_model:adapter:{base}"] if base else [])})
+    tags |= {f"base_model:adapter:{base}"} if base else set()
+    own: list[str] = data.tags or []
+    data.tags = sorted(tags | set(own))
     data.base_model = data.base_model or base
     pipeline = PIPELINES.get(config.task_type) if config.task_type is not None else None
     data.pipeline_tag = data.pipeline_tag or pipeline

@@ -148,7 +148,8 @@ def _plan_config(
                 planned.fit.peak_bytes += overhead + kept
                 planned.fit.parts["frozen"] += kept
     planned.peak_bytes = peak.nbytes + overhead + kept
-    planned.parts, planned.activations_by_layer = peak.parts | {"frozen": kept}, list(peak.layers)
+    planned.parts, planned.activations_by_layer = dict(peak.parts), list(peak.layers)
+    planned.parts["frozen"] = kept
     if baseline and not distributed:
         other = make_run(method=settings, quantization=quantization, baseline=Baseline())
         planned.baseline_bytes = other.measure(other.batches(step.rows)).peaks["train"].nbytes + overhead

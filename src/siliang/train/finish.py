@@ -106,7 +106,7 @@ def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
     with replacing_folder(final) as temporary:
         if final.name == ADAPTER:
             run.model.save_pretrained(temporary, model_card=False)
-            write_card(temporary, run.model.active_peft_config, _facts(run))
+            write_card(temporary, run.model.injection.adapters["default"].config, _facts(run))
         else:
             tokenizer, data = run.tokenizer, run.config.data
             if TASKS[run.config.task].decoder_only:  # what serves it writes conversations as training did
