@@ -65,7 +65,8 @@ def test_what_peft_writes_is_read(kind: str, tmp_path: Path) -> None:
 
 
 def test_shared_tensors_that_the_file_leaves_out_are_no_larger_than_the_model(tmp_path: Path) -> None:
-    config = siliang.VeraConfig(task_type="CAUSAL_LM", save_projection=False, r=4)
+    settings: Any = {"task_type": "CAUSAL_LM", "save_projection": False, "r": 4}
+    config = siliang.VeraConfig(**settings)
     siliang.get_peft_model(make("llama"), config).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 40_000_000}))
@@ -86,8 +87,8 @@ def test_projections_from_the_seed_are_pefts_bit_for_bit(kind: str, prefix: str,
 
 
 def test_vblora_whose_logits_the_file_leaves_out_is_not_trained_on(tmp_path: Path) -> None:
-    settings: Any = {"r": 2, "num_vectors": 12, "vector_length": 8, "save_only_topk_weights": True}
-    config = siliang.VBLoRAConfig(task_type="CAUSAL_LM", **settings)
+    settings: Any = {"task_type": "CAUSAL_LM", "r": 2, "num_vectors": 12, "vector_length": 8}
+    config = siliang.VBLoRAConfig(save_only_topk_weights=True, **settings)
     model: Any = siliang.get_peft_model(make("llama"), config)
     model.train()(**batch("llama")).loss.backward()
     model.save_pretrained(tmp_path)

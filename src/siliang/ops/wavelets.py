@@ -33,19 +33,18 @@ def lowpass(family: str) -> tuple[float, ...]:
     kind, N = family.rstrip("0123456789"), int(family.lstrip("dbsym"))
     zeros = []
     for y in np.roots([comb(N - 1 + k, k) for k in reversed(range(N))]):
-        if y.imag > -1e-9:  # of conjugate ones the first
+        if np.imag(y) > -1e-9:  # of conjugate ones the first
             middle = 1 - 2 * y
             z = middle + np.sqrt(middle * middle - 1 + 0j)
             zeros.append(z if abs(z) < 1 else 1 / z)
     outside = LEAST_ASYMMETRIC[N] if kind == "sym" else "0" * len(zeros)
-    found = np.array([1.0 + 0j])
-    for _ in range(N):
-        found = np.convolve(found, [1, 1])
+    found = np.poly([-1.0] * N)
     for z, chosen in zip(sorted(zeros, key=abs), outside, strict=True):
         z = 1 / z if chosen == "1" else z
         for zero in [z] if abs(z.imag) < 1e-9 else [z, z.conjugate()]:
             found = np.convolve(found, [1, -zero])
-    return tuple((found.real / found.real.sum() * sqrt(2)).tolist())
+    real = np.real(found)
+    return tuple((real / real.sum() * sqrt(2)).tolist())
 
 
 def inverse_wavelet(spectrum_HW: Tensor, family: str) -> Tensor:

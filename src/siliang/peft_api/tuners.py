@@ -254,6 +254,18 @@ class GraloraModel(TunerModel):
     """With GraLoRA."""
 
 
+class RandLoraModel(TunerModel):
+    """With RandLoRA."""
+
+
+class VBLoRAModel(TunerModel):
+    """With VB-LoRA."""
+
+
+class WaveFTModel(TunerModel):
+    """With WaveFT."""
+
+
 class HRAModel(TunerModel):
     """With HRA."""
 
@@ -281,6 +293,9 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.HIRA: HiraModel,
     PeftType.DELORA: DeloraModel,
     PeftType.GRALORA: GraloraModel,
+    PeftType.RANDLORA: RandLoraModel,
+    PeftType.VBLORA: VBLoRAModel,
+    PeftType.WAVEFT: WaveFTModel,
     PeftType.HRA: HRAModel,
     PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
     PeftType.ROAD: RoadModel,
