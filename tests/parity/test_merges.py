@@ -10,6 +10,7 @@ from closeness import assert_close
 from tiny import make
 
 import siliang
+from siliang.types import ConfigError
 from tests.parity.test_every_method import (
     CASES,
     NOT_IN_PEFT,
@@ -61,3 +62,23 @@ def check_merge(model: Any, name: str) -> torch.Tensor:
         assert torch.equal(logits(model, name), logits(make(name), name))
     assert torch.equal(logits(model.merge_and_unload(safe_merge=True), name), merged)
     return merged
+
+
+@pytest.mark.parametrize("method", [method for method, name in MERGED if name == "llama"])
+def test_two_adapters_merge_as_they_compute_together(method: str) -> None:
+    """Each is a function of the base alone, or of what the one before it leaves: the same unmerged and merged."""
+    model: Any = siliang.get_peft_model(make("llama"), configs(method, "llama")[0])
+    model.add_adapter("other", configs(method, "llama")[0])
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        randomize(model)
+    try:
+        model.set_adapter(["default", "other"])
+    except ConfigError as error:
+        assert "cannot be active together" in str(error)
+        return
+    together = logits(model.eval(), "llama")
+    model.set_adapter("default")
+    assert not torch.allclose(logits(model, "llama"), together)
+    model.merge_adapter(["default", "other"])
+    assert_close(logits(model, "llama"), together)
