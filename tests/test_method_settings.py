@@ -9,6 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from block_diagonal import BlockDiagonal
+from closeness import assert_close
 from safetensors.torch import load_file, save_file
 from tiny import batch, make
 
@@ -29,6 +31,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("VBLoRAConfig", {"topk": 5, "num_vectors": 4}, "topk = 5 and num_vectors = 4: the bank has too few vectors"),
     ("VBLoRAConfig", {}, "vector_length = 256: must divide the inputs of each layer, and one has 32"),
     ("VBLoRAConfig", {"init_logits_std": -1.0}, "init_logits_std = -1.0: must be at least 0"),
+    ("BOFTConfig", {"boft_block_num": 2}, "boft_block_size = 4 and boft_block_num = 2: set one of them"),
+    ("BOFTConfig", {"boft_block_size": -4}, "boft_block_size = -4 and boft_block_num = 0: set one of them"),
+    ("BOFTConfig", {"boft_block_size": 5}, "boft_block_size = 5: must divide the inputs of each layer, and one has 32"),
+    ("BOFTConfig", {"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor = 0: must be at least 1"),
+    ("BOFTConfig", {"boft_n_butterfly_factor": 5}, "32 inputs are 8 blocks of 4, and more than one factor takes"),
+    ("BOFTConfig", {"boft_block_size": 1, "boft_n_butterfly_factor": 2}, "one factor takes an even size"),
+    ("BOFTConfig", {"boft_dropout": 1.0}, "boft_dropout = 1.0: must be at least 0 and less than 1"),
     ("HRAConfig", {"r": 0}, "r = 0: must be at least 1"),
     (
         "HRAConfig",
@@ -112,6 +121,20 @@ def test_hra_starts_from_the_base_model_where_that_can_be() -> None:
         with pytest.warns(UserWarning, match="training starts away from the base model"):
             model = siliang.get_peft_model(make("llama"), siliang.HRAConfig(task_type="CAUSAL_LM", **settings))
         assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_boft_leaves_out_the_blocks_that_peft_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft.tuners.boft.layer, "_FBD_CUDA", BlockDiagonal())
+    settings: Any = {"init_weights": False, "boft_n_butterfly_factor": 2, "boft_dropout": 0.4}
+    ours: Any = siliang.get_peft_model(make("llama"), siliang.BOFTConfig(task_type="CAUSAL_LM", **settings))
+    theirs: Any = peft.get_peft_model(make("llama"), peft.BOFTConfig(task_type="CAUSAL_LM", **settings))
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for model in (ours, theirs):
+        torch.manual_seed(5)
+        found.append(model.train()(**batch("llama")).logits)
+    assert_close(*found)
+    assert (found[0] - ours.eval()(**batch("llama")).logits).abs().max() > 1e-3
 
 
 def test_orthogonal_reflections_start_from_different_columns() -> None:

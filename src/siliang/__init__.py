@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siliang.methods.bitfit import BitFitConfig
+    from siliang.methods.boft import BOFTConfig
     from siliang.methods.c3a import C3AConfig
     from siliang.methods.config import PeftConfig
     from siliang.methods.delora import DeloraConfig
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
         save_as_lora,
     )
     from siliang.peft_api.tuners import (
+        BOFTModel,
         C3AModel,
         DeloraModel,
         FourierFTModel,
@@ -127,6 +129,8 @@ _HOME = {
     "AutoPeftModelForSeq2SeqLM": "siliang.peft_api.auto",
     "AutoPeftModelForSequenceClassification": "siliang.peft_api.auto",
     "AutoPeftModelForTokenClassification": "siliang.peft_api.auto",
+    "BOFTConfig": "siliang.methods.boft",
+    "BOFTModel": "siliang.peft_api.tuners",
     "BitFitConfig": "siliang.methods.bitfit",
     "C3AConfig": "siliang.methods.c3a",
     "C3AModel": "siliang.peft_api.tuners",
@@ -230,6 +234,8 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
+    "BOFTModel",
     "BitFitConfig",
     "C3AConfig",
     "C3AModel",

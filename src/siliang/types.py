@@ -31,6 +31,7 @@ class PeftType(StrEnum):
     LOKR = "LOKR"
     SHIRA = "SHIRA"
     OFT = "OFT"
+    BOFT = "BOFT"
     MISS = "MISS"
     VERA = "VERA"
     HIRA = "HIRA"

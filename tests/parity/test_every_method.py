@@ -10,12 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from block_diagonal import BlockDiagonal
 from closeness import assert_all_close, assert_close, assert_same_losses
 from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
 from tiny import TASK, VOCABULARY, batch, make
 
 import siliang
 
+peft.tuners.boft.layer._FBD_CUDA = BlockDiagonal()
 SOME_LAYERS = "v_proj|value|query_key_value|c_attn|v|second"
 VBLORA = {"r": 2, "num_vectors": 12, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 1.0}
 TOKENS = [*dict.fromkeys([3, *batch("llama")["input_ids"][0].tolist()])][:7]
@@ -28,6 +30,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft": ("OFTConfig", {"init_weights": False, "oft_block_size": 8}),
     "oft-inverse": ("OFTConfig", {"init_weights": False, "oft_block_size": 8, "use_cayley_neumann": False}),
     "oft-shared": ("OFTConfig", {"init_weights": False, "oft_block_size": 0, "r": 4, "block_share": True}),
+    "boft": ("BOFTConfig", {"init_weights": False}),
+    "boft-blocks": ("BOFTConfig", {"init_weights": False, "boft_block_size": 0, "boft_block_num": 4}),
+    "boft-factors": ("BOFTConfig", {"init_weights": False, "boft_block_size": 2, "boft_n_butterfly_factor": 3}),
     "lokr": ("LoKrConfig", {"init_weights": False, "r": 2}),
     "lokr-both": ("LoKrConfig", {"init_weights": False, "r": 1, "alpha": 3, "decompose_both": True}),
     "lokr-factor": ("LoKrConfig", {"init_weights": "lycoris", "r": 8, "decompose_factor": 4}),
@@ -113,6 +118,7 @@ LINEAR_ALONE = {
     "C3AConfig",
     "LoHaConfig",
     "LoKrConfig",
+    "BOFTConfig",
     "OFTConfig",
     "MissConfig",
     "ShiraConfig",

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from siliang.language import Bilingual
 from siliang.methods.bitfit import BitFit, BitFitConfig
+from siliang.methods.boft import BOFT, BOFTConfig
 from siliang.methods.c3a import C3A, C3AConfig
 from siliang.methods.config import CONFIG_CLASSES, PeftConfig, config_class
 from siliang.methods.delora import Delora, DeloraConfig
@@ -47,6 +48,7 @@ METHODS: dict[str, AnyMethod] = {
         C3A(),
         Shira(),
         OFT(),
+        BOFT(),
         Miss(),
         Vera(),
         Hira(),
@@ -121,6 +123,7 @@ def method_of(config: PeftConfig) -> AnyMethod:
 
 __all__ = [
     "METHODS",
+    "BOFTConfig",
     "BitFitConfig",
     "C3AConfig",
     "DeloraConfig",

@@ -230,6 +230,10 @@ class OFTModel(TunerModel):
     """With OFT."""
 
 
+class BOFTModel(TunerModel):
+    """With BOFT."""
+
+
 class MissModel(TunerModel):
     """With MiSS."""
 
@@ -287,6 +291,7 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.FOURIERFT: FourierFTModel,
     PeftType.C3A: C3AModel,
     PeftType.OFT: OFTModel,
+    PeftType.BOFT: BOFTModel,
     PeftType.MISS: MissModel,
     PeftType.SHIRA: ShiraModel,
     PeftType.VERA: VeraModel,
