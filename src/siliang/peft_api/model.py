@@ -323,9 +323,9 @@ class PeftModel(AnswersAsBase):
             if model_card and names:
                 self.create_or_update_model_card(save_directory)
 
-    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+    def create_or_update_model_card(self, output_dir: str | Path, facts: Mapping[str, str] | None = None) -> None:
         """Writes README.md with the base model and the method; what one that is there says beside is kept."""
-        write_card(Path(output_dir), self.active_peft_config)
+        write_card(Path(output_dir), self.active_peft_config, facts)
 
     def adapter_state(
         self,

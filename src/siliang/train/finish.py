@@ -12,7 +12,6 @@ from siliang.files import find_damage, replacing_folder
 from siliang.language import both
 from siliang.memory.peak import PeakMemory
 from siliang.models.save import save_model
-from siliang.peft_api.card import write_card
 from siliang.peft_api.model import PeftModel
 from siliang.records import Record
 from siliang.run_folder import ADAPTER, CHECKPOINTS, MODEL
@@ -104,9 +103,9 @@ def _write(run: Run, weights: dict[str, Tensor] | None) -> int:
     """Writes under a temporary name, then renames; returns the bytes of the weights."""
     final: Path = run.folder / (ADAPTER if isinstance(run.model, PeftModel) else MODEL)
     with replacing_folder(final) as temporary:
-        if final.name == ADAPTER:
+        if isinstance(run.model, PeftModel):
             run.model.save_pretrained(temporary, model_card=False)
-            write_card(temporary, run.model.injection.adapters["default"].config, _facts(run))
+            run.model.create_or_update_model_card(temporary, _facts(run))
         else:
             tokenizer, data = run.tokenizer, run.config.data
             if TASKS[run.config.task].decoder_only:  # what serves it writes conversations as training did
