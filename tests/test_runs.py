@@ -279,7 +279,7 @@ def test_a_base_model_that_was_moved(world: World, run: Command, monkeypatch: py
         assert "warning" not in run(name, "run", *more, "--base", "moved", stdin="say one\n")
     assert run("eval", "run", "--json", "--base", "moved") == expected
     error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
-    assert "Name its place with --model" in error
+    assert "Give its present place with --model" in error
     run("train", "--resume", "run", "--set", "train.max_steps=8", "--model", "moved")
     assert world.record().config["model"] == str(world.folder / "moved")
     (Path("moved") / "config.json").write_text((Path("moved") / "config.json").read_text() + " ")
