@@ -1,45 +1,33 @@
 """Every task from data to metrics: tiny runs here, short ones on real data behind `shared`."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft
 import pytest
 import torch
-from closeness import assert_close
-from tiny import VOCABULARY, WORDS, word_tokenizer, write_jsonl
+from tiny import WORDS, word_tokenizer, write_jsonl
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from siliang.check import gather_input
 from siliang.config import DataConfig, RunConfig
 from siliang.data.examples import Span
 from siliang.data.prepared import EvalRows
 from siliang.data.tokens import TokenSet, tokenize
-from siliang.data.vocabulary import grow_vocabulary
 from siliang.engine.batches import Batch
-from siliang.models.quantized import count_parameters
 from siliang.records import Record
 from siliang.run_folder import open_run
 from siliang.tasks import QUESTION_ANS, metrics
 from siliang.tasks.question_ans import best_answers, read
 from siliang.train.run import train
-from siliang.types import ConfigError
 from siliang.use.evaluate import evaluate
 from siliang.use.generate import generate
-from siliang.use.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -114,85 +102,6 @@ def test_text_from_text(t5: Path, tmp_path: Path) -> None:
     assert isinstance(generate(open_run(tmp_path / "run"), "say the", max_new_tokens=4), str)
 
 
-def test_new_tokens_are_learned_and_saved(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    rows = [{"instruction": f"say {w}", "output": f"<new> {w}"} for w in WORDS[:24]]
-    data = {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 32}
-    tokens = [f"<new{i or ''}>" for i in range(90)]  # more than the embedding has room for
-    data["add_tokens"] = tokens  # type: ignore[assignment]
-    _, measured = run(
-        tmp_path, model_folders["llama"], "causal_lm", data, train={"max_steps": 40, "learning_rate": 5e-3}
-    )
-    opened = open_run(tmp_path / "run")
-    number = opened.tokenizer.convert_tokens_to_ids("<new>")
-    assert opened.model.get_input_embeddings().weight.shape[0] >= number
-    assert measured["loss"] < 3.0
-    prompt = [*opened.tokenizer("Human: say film\n\nAssistant:", add_special_tokens=False)["input_ids"]]
-    with torch.no_grad():
-        first = int(opened.model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
-    assert first == number
-
-
-# PEFT's word on a tied embedding that is trained: siliang's merge parts the two
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("base", ["llama", "bloom"])  # the output head apart, and tied to the embedding
-def test_a_grown_vocabulary_goes_everywhere(base: str, model_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Trained, saved, opened by siliang and by PEFT, and merged into a plain model folder."""
-    rows = [{"instruction": f"say {w}", "output": f"<new> {w}"} for w in WORDS[:24]]
-    data = {"train": str(write_jsonl(tmp_path / "d.jsonl", rows)), "max_length": 32}
-    tokens = ["<new>", *(f"<new{i}>" for i in range(90))]
-    run(
-        tmp_path,
-        model_folders[base],
-        "causal_lm",
-        data | {"add_tokens": tokens},
-        train={"max_steps": 10, "learning_rate": 1e-2},
-    )
-    opened = open_run(tmp_path / "run", dtype=torch.float32)
-    n, number = len(opened.tokenizer), opened.tokenizer.convert_tokens_to_ids("<new>")
-    assert n > VOCABULARY
-    ids = torch.tensor([opened.tokenizer("say <new> film")["input_ids"]])
-    assert number in ids
-    plain: Any = AutoModelForCausalLM.from_pretrained(model_folders[base])
-    old = plain.get_input_embeddings().weight.detach().clone()
-    plain.resize_token_embeddings(n)
-    with torch.no_grad():
-        logits = opened.model(input_ids=ids).logits
-        there = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()
-        assert_close(there(input_ids=ids).logits, logits)
-        assert merge(opened, tmp_path / "merged").holds
-        merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        assert_close(merged(input_ids=ids).logits, logits)
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == n == merged.config.vocab_size
-    for module in (merged.get_input_embeddings(), merged.get_output_embeddings()):
-        assert module.weight.shape[0] == n
-    new = merged.get_input_embeddings().weight
-    assert (new[number] - new[number + 1 :].mean(0)).abs().max() > 0.01  # seen in training, unlike the others
-    assert not torch.equal(new[: len(old)], old)
-
-
-def test_a_grown_vocabulary_through_the_commands(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    rows = [{"text": f"<new> {w}", "label": "ab"[i % 2]} for i, w in enumerate(WORDS[:20])]
-    settings = {
-        "model": str(model_folders["bert"]),
-        "task": "seq_cls",
-        "data": {
-            "train": str(write_jsonl(tmp_path / "d.jsonl", rows)),
-            "max_length": 32,
-            "add_tokens": ["<new>", *(f"<new{i}>" for i in range(90))],
-        },
-        "train": {"max_steps": 2, "batch_size": 8, "log_every": 1},
-        "output": str(tmp_path / "run"),
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(settings))
-    config = RunConfig.build(settings)
-    assert "not planned" not in command("train", tmp_path / "run.yaml")
-    attached = gather_input(config).attached()  # as the run has it, grown and with the embeddings trained
-    counts = Record.read(tmp_path / "run").parameters
-    assert count_parameters(attached) == (counts.trained, counts.total)
-    assert command("predict", tmp_path / "run", "<new> film").endswith("<new> film\n")
-    assert "rows 2" in command("eval", tmp_path / "run")
-
-
 def command(*arguments: object) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "siliang", *map(str, arguments)],
@@ -202,13 +111,6 @@ def command(*arguments: object) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def test_bad_new_tokens() -> None:
-    with pytest.raises(ConfigError, match="holds 'a' twice"):
-        grow_vocabulary(word_tokenizer(), ["a", "a"])
-    with pytest.raises(ConfigError, match="which is not a token"):
-        grow_vocabulary(word_tokenizer(), [" "])
 
 
 # ---- the figures themselves ----

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from siliang.adapters.adapter import PROMPT_KEY, AttachedAdapter
 from siliang.adapters.injection import Injection
+from siliang.adapters.table_rows import RowsAdapter
 from siliang.language import Bilingual
 from siliang.methods import method_of
 from siliang.methods.prompt import Prompt
@@ -35,7 +36,7 @@ def adapter_state(
         state_dict: The whole model's, to take the values from, such as one that was gathered from several devices.
         keys: The keys in `state_dict` by the ids of the live tensors.
         embeddings: The embeddings and the head too. "auto": where the adapter has others than the base, or they have
-            another size than the base model's folder says.
+            another size than the base model's folder says and the adapter has not every new row.
 
     Raises:
         AdapterError: `state_dict` lacks a part of it.
@@ -96,9 +97,20 @@ def _with_embeddings(
         now = _vocabulary(base)
     if wanted is False:
         return {key: t for key, t in tensors.items() if key not in keys}
-    if wanted == "auto" and _vocabulary_of(adapter.config.base_model_name_or_path) in (None, now):
-        return tensors
+    if wanted == "auto":
+        before = _vocabulary_of(adapter.config.base_model_name_or_path)
+        if before in (None, now):
+            return tensors
+        if before is not None and now is not None and before < now:  # what has grown may be among the adapter's rows
+            grown = range(before, now)
+            keys = {key: t for key, t in keys.items() if not _has_rows(adapter, key, grown)}
     return {**keys, **tensors}
+
+
+def _has_rows(adapter: AttachedAdapter, key: str, rows: range) -> bool:
+    """Whether the adapter has these rows of the table whose weight is called `key` in the file."""
+    layers = (one for path, one in adapter.layers.items() if adapter.parameter_key(f"{path}.weight") == key)
+    return any(isinstance(one, RowsAdapter) and set(rows) <= set(one.rows.indices) for one in layers)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

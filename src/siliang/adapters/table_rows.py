@@ -31,13 +31,16 @@ PART = "trainable_tokens_delta"
 class RowsAdapter(LayerAdapter):
     """P on one layer that holds the table.
 
+    Attributes:
+        rows: Which rows they are.
+
     Args:
         source: The adapter on the table itself, whose P a tied layer uses; None on the table.
     """
 
     def __init__(self, layer: AdaptedLayer, name: str, rows: TableRows, source: RowsAdapter | None = None) -> None:
         weight = layer.base_parameter("weight")
-        self._rows, self._tied = rows, source is not None
+        self.rows, self._tied = rows, source is not None
         self._indices = torch.tensor(rows.indices, device=weight.device)
         if source is None:
             start = weight.detach()[self._indices].to(trained_dtype(weight), copy=True)
@@ -60,7 +63,7 @@ class RowsAdapter(LayerAdapter):
         return {"weight": wide.index_copy_(0, self._at(weight), self.P.to(wide.dtype))}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {self._rows.key: self.P} if self._rows.saved_when_tied or not self._tied else {}
+        return {self.rows.key: self.P} if self.rows.saved_when_tied or not self._tied else {}
 
     def _at(self, reference: Tensor) -> Tensor:
         """The rows' numbers, on the device of `reference`."""
@@ -76,7 +79,7 @@ class EmbeddingRows(RowsAdapter):
         y, base, (ordered, order) = base_forward(x), self.layer.base_layer, self._at(x).sort()
         nearest = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
         padding = base.padding_idx  # whose row has no gradient
-        row = self._rows.indices.index(padding) if padding in self._rows.indices else None
+        row = self.rows.indices.index(padding) if padding in self.rows.indices else None
         new = F.embedding(order[nearest], self.P, padding_idx=row)
         # BART's and Gemma's embeddings multiply their output by a constant
         scale = getattr(base, "embed_scale", None)

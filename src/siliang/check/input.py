@@ -17,7 +17,7 @@ from siliang.data.example_set import ExampleSet
 from siliang.data.load import Examples
 from siliang.data.prepared import PreparedData
 from siliang.data.tokens import TokenSet
-from siliang.data.vocabulary import fit_embeddings
+from siliang.data.vocabulary import fit_embeddings, token_ids
 from siliang.hardware import Machine
 from siliang.language import Bilingual, local
 from siliang.methods import Method, find_method
@@ -144,7 +144,8 @@ class CheckInput:
         assert self.method.config is not None
         skeleton = self.skeleton()
         with torch.device("meta"):
-            return get_peft_model(skeleton, adapter_config(self.config, skeleton))
+            added = token_ids(self.tokenizer, self.data.add_tokens)
+            return get_peft_model(skeleton, adapter_config(self.config, skeleton, added))
 
     # ---- for several rules ----
 

@@ -259,9 +259,10 @@ class DataConfig(Section):
     纯文本超过 max_length 时：window 是切成前后相接的窗口，全部用于训练；cut 是按 too_long 截断。too_long=drop 时两种情
     况都会丢弃。"""
     add_tokens: Names = Field(default_factory=list)
-    """New tokens for the vocabulary; the embeddings grow by them.
+    """New tokens for the vocabulary; the embeddings grow by them. LoRA trains their rows alone, unless
+    method.modules_to_save names the embeddings.
 
-    加入词表的新词元；嵌入矩阵随之增大。"""
+    加入词表的新词元；嵌入矩阵随之增大。LoRA 只训练它们的行，除非 method.modules_to_save 写了嵌入层。"""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes that tokenize. None: one for small data, all cores for large.
 

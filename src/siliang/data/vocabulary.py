@@ -1,4 +1,4 @@
-"""New tokens: the tokenizer learns them, the embeddings grow by them, and are trained and saved."""
+"""New tokens: the tokenizer learns them, the embeddings grow by them, and their rows are trained and saved."""
 
 from __future__ import annotations
 
@@ -37,11 +37,17 @@ def grow_vocabulary(tokenizer: Tokenizer, tokens: Sequence[str]) -> int:
     return int(tokenizer.add_tokens(list(tokens))) if tokens else 0
 
 
+def token_ids(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[int]:
+    """The numbers of tokens that the vocabulary has, each once."""
+    found = (tokenizer.convert_tokens_to_ids(token) for token in tokens)
+    return list(dict.fromkeys(i for i in found if i is not None))
+
+
 def fit_embeddings(model: PreTrainedModel, tokenizer: Tokenizer, *, mean: bool = True) -> list[str]:
     """Makes the embeddings as large as the vocabulary, never smaller.
 
-    New rows start at the mean of the old ones, as transformers does it. The modules named must be trained and saved
-    (`modules_to_save`), or the new tokens stay what they were at the start.
+    New rows start at the mean of the old ones, as transformers does it. They must be trained and saved, or the new
+    tokens stay what they were at the start.
 
     Args:
         mean: Off for a model without values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -16,12 +17,19 @@ from siliang.tasks.adapter_config import adapter_config
 
 
 def attach(
-    base: PreTrainedModel, method: Method, config: RunConfig, precision: Choice, *, start: Path | None = None
+    base: PreTrainedModel,
+    method: Method,
+    config: RunConfig,
+    precision: Choice,
+    *,
+    start: Path | None = None,
+    new_tokens: Sequence[int] | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, int, int]:
     """The model with the run's method on it; how many parameters it trains, and of how many.
 
     Args:
         start: The adapter folder whose weights are the start; None for new ones.
+        new_tokens: See `adapter_config`.
     """
     model: PreTrainedModel | PeftModel = base
     if start is not None:
@@ -30,7 +38,7 @@ def attach(
         for p in model.parameters():
             p.requires_grad_(True)
     else:
-        model = get_peft_model(base, adapter_config(config, base))
+        model = get_peft_model(base, adapter_config(config, base, new_tokens))
     if precision.pure:
         for p in model.parameters():
             p.data = p.data.to(precision.dtype) if p.requires_grad else p.data

@@ -17,6 +17,7 @@ from siliang.check import CheckInput, find, gather_input, stop_on_errors
 from siliang.config import RunConfig, differences
 from siliang.data.hashes import joined, weights_sha256
 from siliang.data.prepared import PreparedData
+from siliang.data.vocabulary import token_ids
 from siliang.distributed.deepspeed import require_deepspeed
 from siliang.distributed.ranks import Ranks, find_ranks
 from siliang.distributed.sharding import fake_mesh, rank_mesh, shard
@@ -94,7 +95,8 @@ def prepare(
     # one by one: the machine may not hold the whole model more than once
     with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         model = _load(base, config, method, precision, data, device)
-        model, trained, total = attach(model, method, config, precision, start=start)
+        added = token_ids(data.tokenizer, config.data.add_tokens)
+        model, trained, total = attach(model, method, config, precision, start=start, new_tokens=added)
         check_layerwise(model, config.train, method)
         if mesh is not None:
             _shard(model, mesh, device)
