@@ -1,7 +1,10 @@
 """Every task from data to metrics: tiny runs here, short ones on real data behind `shared`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
