@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import batch, make
 
 import siliang
-from siliang.types import AdapterError, ConfigError
+from siliang.types import AdapterError, ConfigError, MergeError
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("VeraConfig", {"r": 0}, "r = 0: must be at least 1"),
@@ -121,6 +121,20 @@ def test_hra_starts_from_the_base_model_where_that_can_be() -> None:
         with pytest.warns(UserWarning, match="training starts away from the base model"):
             model = siliang.get_peft_model(make("llama"), siliang.HRAConfig(task_type="CAUSAL_LM", **settings))
         assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_beft_is_on_the_layers_of_peft_and_merges_where_they_have_a_bias() -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING
+
+    from siliang.methods.targets import BEFT_TARGETS
+
+    for model_type, names in TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING.items():
+        assert list(BEFT_TARGETS[model_type]) == names
+    model: Any = siliang.get_peft_model(make("llama"), siliang.BeftConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(MergeError, match="the base model's layer has none to add it to"):
+        model.merge_and_unload()
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.v_proj")
+    assert layer.get_delta_weight("default").eq(0).all()
 
 
 def test_boft_leaves_out_the_blocks_that_peft_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from siliang.methods.beft import BeftConfig
     from siliang.methods.bitfit import BitFitConfig
     from siliang.methods.boft import BOFTConfig
     from siliang.methods.c3a import C3AConfig
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
         save_as_lora,
     )
     from siliang.peft_api.tuners import (
+        BeftModel,
         BOFTModel,
         C3AModel,
         DeloraModel,
@@ -131,6 +133,8 @@ _HOME = {
     "AutoPeftModelForTokenClassification": "siliang.peft_api.auto",
     "BOFTConfig": "siliang.methods.boft",
     "BOFTModel": "siliang.peft_api.tuners",
+    "BeftConfig": "siliang.methods.beft",
+    "BeftModel": "siliang.peft_api.tuners",
     "BitFitConfig": "siliang.methods.bitfit",
     "C3AConfig": "siliang.methods.c3a",
     "C3AModel": "siliang.peft_api.tuners",
@@ -236,6 +240,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "BOFTModel",
+    "BeftConfig",
+    "BeftModel",
     "BitFitConfig",
     "C3AConfig",
     "C3AModel",

@@ -37,6 +37,7 @@ class PeftType(StrEnum):
     HIRA = "HIRA"
     DELORA = "DELORA"
     GRALORA = "GRALORA"
+    BEFT = "BEFT"
     RANDLORA = "RANDLORA"
     VBLORA = "VBLORA"
     HRA = "HRA"

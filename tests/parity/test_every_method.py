@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "loha": ("LoHaConfig", {"init_weights": False, "r": 4, "alpha": 8}),
     "oft": ("OFTConfig", {"init_weights": False, "oft_block_size": 8}),
     "oft-inverse": ("OFTConfig", {"init_weights": False, "oft_block_size": 8, "use_cayley_neumann": False}),
+    "beft": ("BeftConfig", {"init_weights": False}),
     "oft-shared": ("OFTConfig", {"init_weights": False, "oft_block_size": 0, "r": 4, "block_share": True}),
     "boft": ("BOFTConfig", {"init_weights": False}),
     "boft-blocks": ("BOFTConfig", {"init_weights": False, "boft_block_size": 0, "boft_block_num": 4}),
@@ -109,6 +110,8 @@ PROMPTS = ("prompt", "p-mlp", "p-lstm", "prefix", "prefix-projected")
 MODELS = ("llama", "bloom", "gpt2", "qwen2", "bert", "roberta", "t5", "bart", "plain")
 # where PEFT knows no default targets, or the model has no types
 TARGETS: dict[tuple[str, str], list[str]] = {
+    ("beft", "bloom"): ["query_key_value"],
+    ("beft", "gpt2"): ["c_attn"],
     ("ln", "bert"): ["LayerNorm"],
     ("ln", "roberta"): ["LayerNorm"],
     ("ln", "plain"): ["norm"],
@@ -119,6 +122,7 @@ LINEAR_ALONE = {
     "LoHaConfig",
     "LoKrConfig",
     "BOFTConfig",
+    "BeftConfig",
     "OFTConfig",
     "MissConfig",
     "ShiraConfig",
@@ -140,6 +144,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Found missing adapter keys.*randlora_A.*",  # which peft's files hold once more for each layer
     "ignore:Sparse invariant checks.*",  # of PyTorch, about peft's SHiRA
     "ignore:Unsupported layer type.*",  # of peft's LN tuning, about norms
+    "ignore:Detected that the base layer has no bias term.*",  # of peft's BEFT
     "ignore:.*lora_bias=True. was passed but the targeted layer.*",
     "ignore:.*LoRA tensor.s. have invalid shape.*",  # about B's bias, which has one dimension
     "ignore:.*[Pp]osition ids are not supported for parameter efficient tuning.*",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from siliang.language import Bilingual
+from siliang.methods.beft import Beft, BeftConfig
 from siliang.methods.bitfit import BitFit, BitFitConfig
 from siliang.methods.boft import BOFT, BOFTConfig
 from siliang.methods.c3a import C3A, C3AConfig
@@ -61,6 +62,7 @@ METHODS: dict[str, AnyMethod] = {
         Road(),
         IA3(),
         LNTuning(),
+        Beft(),
         TrainableTokens(),
         BitFit(),
         PromptTuning(),
@@ -124,6 +126,7 @@ def method_of(config: PeftConfig) -> AnyMethod:
 __all__ = [
     "METHODS",
     "BOFTConfig",
+    "BeftConfig",
     "BitFitConfig",
     "C3AConfig",
     "DeloraConfig",

@@ -52,6 +52,14 @@ SHIRA_TARGETS = LORA_TARGETS | {"phi": QV_PROJ}
 
 FOURIERFT_TARGETS = LORA_TARGETS | {"gpt2": ("mlp.c_proj",), "gpt_bigcode": ("mlp.c_proj",)}  # and C3A's
 
+# The value projections among them, where a layer makes values alone.
+VALUES = ("v_proj", "value", "v", "value_proj")
+BEFT_TARGETS: dict[str, tuple[str, ...]] = {
+    model_type: values
+    for model_type, names in LORA_TARGETS.items()
+    if (values := tuple(name for name in names if name in VALUES))
+}
+
 IA3_TARGETS: dict[str, tuple[str, ...]] = {
     "bart": ("q_proj", "v_proj", "fc2"),
     "bert": ("key", "value", "output.dense"),

@@ -230,6 +230,10 @@ class OFTModel(TunerModel):
     """With OFT."""
 
 
+class BeftModel(TunerModel):
+    """With BEFT."""
+
+
 class BOFTModel(TunerModel):
     """With BOFT."""
 
@@ -291,6 +295,7 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.FOURIERFT: FourierFTModel,
     PeftType.C3A: C3AModel,
     PeftType.OFT: OFTModel,
+    PeftType.BEFT: BeftModel,
     PeftType.BOFT: BOFTModel,
     PeftType.MISS: MissModel,
     PeftType.SHIRA: ShiraModel,
