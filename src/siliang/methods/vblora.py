@@ -107,8 +107,21 @@ class VBLoRALayer(Factored):
         self._may_train = not config.save_only_topk_weights
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        """
+        Raises:
+            AdapterError: It is trained, and its logits are from a file that holds only the mixtures.
+        """
         if self.layer.training and not self._may_train:
-            self._check_logits()
+            if self.part("vblora_logits_A").isinf().any():
+                raise AdapterError(
+                    Bilingual(
+                        "save_only_topk_weights: the file holds no logits, and VB-LoRA cannot be trained on without "
+                        "them. Train from the start, or from an adapter that was saved without that setting.",
+                        "save_only_topk_weights：文件中没有 logits，VB-LoRA 无法继续训练。请从头训练，"
+                        "或从未用该设置保存的适配器开始。",
+                    )
+                )
+            self._may_train = True
         pieces_A, pieces_B = (self._mixtures(self.part(f"vblora_logits_{key}")) for key in "AB")
         return pieces_A.flatten(1), pieces_B.transpose(1, 2).flatten(0, 1)
 
@@ -117,22 +130,6 @@ class VBLoRALayer(Factored):
         bank_NL = self._shared["vblora_vector_bank"].to(logits.device)
         largest, chosen = logits.topk(self.topk, dim=-1)
         return torch.einsum("...k,...kl->...l", largest.softmax(-1), bank_NL[chosen])
-
-    def _check_logits(self) -> None:
-        """
-        Raises:
-            AdapterError: The logits are from a file that holds only the mixtures.
-        """
-        if self.part("vblora_logits_A").isinf().any():
-            raise AdapterError(
-                Bilingual(
-                    "save_only_topk_weights: the file holds no logits, and without them VB-LoRA cannot be trained on. "
-                    "Train from the start, or from an adapter that was saved without it.",
-                    "save_only_topk_weights：文件中没有 logits，VB-LoRA 无法继续训练。请从头训练，或从未用该设置保存的"
-                    "适配器开始。",
-                )
-            )
-        self._may_train = True
 
 
 class VBLoRA(LayerMethod[VBLoRAConfig]):
@@ -181,18 +178,14 @@ class VBLoRA(LayerMethod[VBLoRAConfig]):
         found = {key: t for key, t in tensors.items() if not key.endswith((INDICES, WEIGHTS))}
         for key in (key.removesuffix(INDICES) for key in tensors if key.endswith(INDICES)):
             weights, chosen = tensors.get(key + WEIGHTS), tensors[key + INDICES].long()
-            if weights is None or weights.shape[:-1] != chosen.shape[:-1] or weights.shape[-1] + 1 != chosen.shape[-1]:
+            known = not chosen.numel() or 0 <= int(chosen.min()) <= int(chosen.max()) < config.num_vectors
+            if not known or weights is None or weights.shape != chosen[..., :-1].shape:
                 raise AdapterError(
                     Bilingual(
-                        f"{key}{WEIGHTS} is missing, or does not fit {key}{INDICES}: is the file damaged?",
-                        f"{key}{WEIGHTS} 缺失，或与 {key}{INDICES} 不符：文件是否已损坏？",
-                    )
-                )
-            if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < config.num_vectors:
-                raise AdapterError(
-                    Bilingual(
-                        f"{key}{INDICES} names vectors that a bank of {config.num_vectors} does not have.",
-                        f"{key}{INDICES} 指向了大小为 {config.num_vectors} 的向量库中没有的向量。",
+                        f"{key}{INDICES} and {key}{WEIGHTS} are no mixtures of a bank of {config.num_vectors} "
+                        "vectors: is the file damaged?",
+                        f"{key}{INDICES} 与 {key}{WEIGHTS} 不是大小为 {config.num_vectors} 的向量库的混合："
+                        "文件是否已损坏？",
                     )
                 )
             mixture = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.additive import Additive
-from siliang.methods.layer import Layer, trained_dtype
+from siliang.methods.layer import Layer, new_parameter
 from siliang.methods.layer_method import BlocksConfig, LayerMethod
 from siliang.methods.method import SharedSpec
 from siliang.methods.targets import LORA_TARGETS
@@ -85,13 +85,11 @@ class VeraLayer(Additive):
 
     def __init__(self, config: VeraConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> None:
         self.in_features, self.out_features = features(layer.base_layer)
-        weight = layer.base_layer.weight
-        place = {"device": weight.device, "dtype": trained_dtype(weight)}
+        start_b, start_d = nn.init.ones_, nn.init.normal_
         if config.init_weights:
-            d_R, b_O = torch.full((config.r,), config.d_initial, **place), torch.zeros(self.out_features, **place)
-        else:
-            d_R, b_O = torch.randn(config.r, **place), torch.ones(self.out_features, **place)
-        super().__init__(layer, name, {"vera_lambda_b": nn.Parameter(b_O), "vera_lambda_d": nn.Parameter(d_R)})
+            start_b, start_d = nn.init.zeros_, partial(nn.init.constant_, val=config.d_initial)
+        b_O, d_R = new_parameter(layer, self.out_features, start=start_b), new_parameter(layer, config.r, start=start_d)
+        super().__init__(layer, name, {"vera_lambda_b": b_O, "vera_lambda_d": d_R})
         self.settings, self.dropout_p = {"r": config.r}, config.vera_dropout
         self._shared = shared
 
