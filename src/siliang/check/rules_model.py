@@ -88,18 +88,19 @@ def vocabulary(s: CheckInput) -> Iterator[Problem]:
 
 
 def targets(s: CheckInput) -> Iterator[Problem]:
-    """The method finds nothing to tune.
+    """The method does not fit the model.
 
-    Cause: method.target_modules names modules that this model does not have, all of them or some. PEFT silently skips
-    names that match nothing.
+    Cause: method.target_modules names modules that this model does not have, all of them or some (PEFT silently skips
+    names that match nothing), or a setting of the method, such as a rank or a block size, does not fit their sizes.
 
-    Fix: Name modules that the model has (the message lists similar names), or leave target_modules out.
+    Fix: Name modules that the model has, or leave target_modules out; where a setting does not fit, change that.
 
-    没有找到可微调的模块
+    方法与模型不匹配
 
-    原因：method.target_modules 中的模块名全部或部分不在这个模型里；PEFT 会悄悄跳过匹配不到的名称。
+    原因：method.target_modules 中的模块名全部或部分不在这个模型里（PEFT 会悄悄跳过匹配不到的名称），或者方法的某个配
+    置项（如秩、块大小）与这些模块的尺寸不符。
 
-    办法：改用模型中存在的模块名（提示中列出了相近的名称），或去掉 target_modules。
+    办法：改用模型中存在的模块名，或去掉 target_modules；如果是配置项不符，请修改该配置项。
     """
     if s.method.tunes == "biases" or (problem := _attach(s)) is None:
         return

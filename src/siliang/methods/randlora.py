@@ -125,10 +125,9 @@ def _bases(config: RandLoraConfig, A: tuple[int, int, int], B: tuple[int, int, i
         found = [(values > 1 - edge).float() - (values < edge).float() for values in drawn]
     else:
         shapes = [A, *[(B[0], 1, B[2])] * B[1]]
-        drawn_A, *parts_B = (
-            nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.bfloat16), a=math.sqrt(5), generator=generator)
-            for shape in shapes
-        )
+        drawn_A, *parts_B = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
+        for values in (drawn_A, *parts_B):  # not by what the initializer returns: in a plan that is nothing
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
         found = [drawn_A, torch.cat(parts_B, dim=1)]
     normed_A, normed_B = ((values / values.std()).float() for values in found)
     return normed_A, normed_B

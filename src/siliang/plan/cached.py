@@ -40,7 +40,7 @@ def cached_outputs(
         room = left("auto", 0, psutil.virtual_memory().available) if device.here else None
     elif device.memory_bytes is not None or isinstance(settings.memory_budget, int):
         taken = device.overhead_bytes + measured.peaks["loaded"].nbytes
-        to_come = trained_bytes_to_come(fake_run.adapter_bytes, fake_run.adapter_bytes)
+        to_come = trained_bytes_to_come(fake_run.trained_bytes, fake_run.trained_bytes)
         room = left(settings.memory_budget, taken, (device.memory_bytes or 0) - taken) - to_come
     memory = wanted if room is None else min(wanted, cache_share(room))
     disk = wanted - memory

@@ -53,7 +53,8 @@ class FakeRun:
     Attributes:
         trained: Number of trained parameters.
         total: Number of all parameters.
-        adapter_bytes: Size of the saved adapter.
+        trained_bytes: Size of the trained parameters.
+        adapter_bytes: Size of what is saved: the adapter, or the whole model.
         loading_bytes: Peak of the model's tensors during loading. Of several ranks, each loads the whole model, one
             after another.
         loads_on_host: The model is loaded into main memory, also for a GPU.
@@ -121,7 +122,8 @@ class FakeRun:
                     )
                 )
             self.model, self.trained, self.total = attach(base, method_row, self._config, device.precision)
-            self.adapter_bytes = self._saved_bytes()
+            self.trained_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+            self.adapter_bytes = self._saved_bytes(resized=bool(new_tokens))
             sharded = config.distributed.strategy == "fsdp"
             if mesh is not None and sharded:
                 shard(self.model, mesh, torch.device("cpu"), trained_too=not isinstance(self.model, PeftModel))
@@ -246,8 +248,14 @@ class FakeRun:
             passing = max(passing, weight.nbytes + weight.numel() * (4 if weight.dtype == torch.float32 else 8))
         return sum({x.untyped_storage()._cdata: x.nbytes for x in held_tensors(base)}.values()) + passing
 
-    def _saved_bytes(self) -> int:
-        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+    @torch.no_grad()
+    def _saved_bytes(self, *, resized: bool) -> int:
+        """A file may hold more than what is trained, such as indices and resized embeddings, or less: a prompt without
+        its encoder."""
+        if not isinstance(self.model, PeftModel):
+            return self.trained_bytes
+        tensors = self.model.adapter_state("default", save_embedding_layers=True if resized else "auto")
+        return sum(t.nbytes for t in tensors.values())
 
 
 def collator_of(

@@ -1,0 +1,184 @@
+"""Every method through the rest of siliang: the plan, a run, its checkpoints, recomputing, bf16, and the merge."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from siliang.config import RunConfig
+from siliang.methods import METHODS
+from siliang.plan.preflight import Planner
+from siliang.records import MethodPlan, Record
+from siliang.run_folder import open_run
+from siliang.train.log import Progress
+from siliang.train.run import train
+from siliang.train.types import Listener, Run
+from siliang.types import InterruptedRunError
+from siliang.use.merge import merge
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
+    "lora": {"r": 2, "lora_dropout": 0.1},
+    "loha": {"r": 2, "rank_dropout": 0.1},
+    "lokr": {"r": 2},
+    "fourierft": {"n_frequency": 40},
+    "c3a": {"block_size": 8},
+    "shira": {"r": 2},
+    "oft": {"oft_block_size": 8},
+    "miss": {"r": 2, "miss_dropout": 0.1},
+    "vera": {"r": 4, "vera_dropout": 0.1},
+    "hira": {"r": 2},
+    "delora": {"r": 2},
+    "gralora": {"r": 4},
+    "randlora": {"r": 4},
+    "vblora": {"r": 2, "num_vectors": 8, "vector_length": 8},
+    "hra": {"r": 2},
+    "waveft": {"n_frequency": 40},
+    "trainable_tokens": {"token_indices": [28, 30, 31]},
+}
+NOT_HERE = ("bitfit", "prompt_tuning", "p_tuning", "prefix_tuning", "head", "full")  # which other tests have
+EVERY = [name for name in METHODS if name not in NOT_HERE]
+MERGEABLE = [name for name in EVERY if METHODS[name].mergeable]
+CLASSIFIED = ("loha", "oft", "shira", "vera", "randlora", "trainable_tokens")
+
+
+def configured(
+    model_folders: dict[str, Path], data: Path, output: Path, method: str, base: str = "llama", **settings: Any
+) -> RunConfig:
+    """Four steps, each of them logged."""
+    steps = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32", "log_every": 1}
+    values = {
+        "model": str(model_folders[base]),
+        "task": "causal_lm" if base == "llama" else "seq_cls",
+        "method": {"name": method, **SMALL.get(method, {})},
+        "data": {"train": str(data), "test_size": 0.2, "max_length": 32},
+        "train": steps | settings,
+        "output": str(output),
+        "accept": ["SL042"],
+    }
+    return RunConfig.build(values)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished run, and what was said of it before."""
+
+    config: RunConfig
+    record: Record
+    planned: MethodPlan
+    counted: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def losses(self) -> list[float]:
+        return losses_of(self.record)
+
+
+def planned_run(config: RunConfig) -> Done:
+    """Plans and trains, and counts the parameters of the model itself."""
+    planner, counts = Planner(), list[int]()
+
+    def count(run: Run) -> None:
+        counts.append(sum(p.numel() for p in run.model.parameters() if p.requires_grad))
+
+    record = train(config, Listener(trained=count), planner=planner)
+    assert planner.last_plan is not None
+    return Done(config, record, planner.last_plan, counts[0])
+
+
+def losses_of(record: Record) -> list[float]:
+    return [line.loss for line in record.steps if line.loss is not None]
+
+
+def saved(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def run_of(
+    model_folders: dict[str, Path], instruction_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Done]:
+    """The run of a method on the Llama, which is made once."""
+    done: dict[str, Done] = {}
+
+    def give(method: str) -> Done:
+        if method not in done:
+            folder = tmp_path_factory.mktemp("runs") / method
+            done[method] = planned_run(configured(model_folders, instruction_file, folder, method))
+        return done[method]
+
+    return give
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_the_plan_says_what_the_run_has(method: str, run_of: Callable[[str], Done]) -> None:
+    done = run_of(method)
+    assert done.record.status == "completed" and len(done.losses) == 4 and len(set(done.losses)) == 4
+    check_plan(done)
+
+
+def check_plan(done: Done) -> None:
+    """The parameters are those of the model, and the bytes those of the file's tensors."""
+    tensors = load_file(done.folder / "adapter" / "adapter_model.safetensors")
+    assert done.planned.error is None and done.planned.peak_bytes > 0
+    assert done.planned.trained == done.record.parameters.trained == done.counted
+    assert done.planned.adapter_bytes == sum(t.nbytes for t in tensors.values())
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_stopped_and_resumed(
+    method: str, run_of: Callable[[str], Done], model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    config = configured(model_folders, instruction_file, tmp_path / "run", method)
+    with pytest.raises(InterruptedRunError):
+        train(config, Listener(progress=stop))
+    record = train(config, resume=True)
+    assert losses_of(record) == run_of(method).losses
+    assert saved(tmp_path / "run") == saved(run_of(method).folder)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_recomputing_changes_no_loss(
+    method: str, run_of: Callable[[str], Done], model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    config = configured(model_folders, instruction_file, tmp_path / "run", method, gradient_checkpointing=True)
+    assert losses_of(train(config)) == run_of(method).losses
+    assert saved(tmp_path / "run") == saved(run_of(method).folder)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_on_a_frozen_base_in_bf16(
+    method: str, model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    config = configured(model_folders, instruction_file, tmp_path / "run", method, precision="bf16")
+    record = train(config)
+    assert len(set(losses_of(record))) == 4
+    assert {t.dtype for t in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_merged(method: str, run_of: Callable[[str], Done], tmp_path: Path) -> None:
+    assert merge(open_run(run_of(method).folder), tmp_path / "merged").holds
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", CLASSIFIED)
+def test_a_classifier(method: str, model_folders: dict[str, Path], review_file: Path, tmp_path: Path) -> None:
+    check_plan(planned_run(configured(model_folders, review_file, tmp_path / "run", method, "bert")))
+    assert merge(open_run(tmp_path / "run"), tmp_path / "merged").holds
