@@ -10,7 +10,7 @@ import pytest
 import torch
 from closeness import assert_all_close, assert_close
 from safetensors.torch import load_file
-from tiny import TASK, batch, make
+from tiny import TASK, VOCABULARY, batch, make
 
 import siliang
 from siliang.types import ConfigError, TargetError
@@ -141,6 +141,23 @@ def test_beside_lora_as_in_peft(case: str, tmp_path: Path) -> None:
     with here.disable_adapter():
         assert torch.equal(logits(here, name), logits(make(name), name)) or name == "bert"  # whose head is new
     assert_close(logits(here.merge_and_unload(safe_merge=True), name), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out.*", "ignore:Setting `save_embedding_layers`.*")
+@pytest.mark.parametrize("case", ["llama", "llama, by name", "gpt2, tied"])
+def test_a_file_of_peft_with_resized_embeddings(case: str, tmp_path: Path) -> None:
+    """It holds the embeddings too, and a tied head's rows once more."""
+    name, tokens = NAMED[case]
+    make(name).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    bases: list[Any] = [make(name, seed) for seed in (0, 0)]
+    for seed, base in enumerate(bases):
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+    bases[0].name_or_path = str(tmp_path / "base")
+    theirs = peft.get_peft_model(bases[0], peft.LoraConfig(task_type=CAUSAL, trainable_token_indices=tokens))
+    moved(theirs).save_pretrained(tmp_path / "adapter")
+    here = siliang.PeftModel.from_pretrained(bases[1], tmp_path / "adapter")
+    assert_close(logits(here, name), logits(theirs, name))
 
 
 @pytest.mark.parametrize("case", ["llama, by name", "gpt2, tied"])

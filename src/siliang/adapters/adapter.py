@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from siliang.adapters.adapted_layer import ByAdapter, parts_of
 from siliang.adapters.attachments import Attachments
+from siliang.adapters.table_rows import RowsAdapter
 from siliang.adapters.training_state import TrainingState
 from siliang.methods.config import PeftConfig
 from siliang.methods.method import Adapter, SharedSpec
@@ -43,6 +44,11 @@ class AttachedAdapter(Adapter[PeftConfig]):
         for path in self.attachments.overridden_by(self.name):
             found[self.parameter_key(path)] = self.attachments.parameter(path, self.name)
         return found
+
+    def repeated_keys(self) -> set[str]:
+        """The keys of rows that a file may hold for tied tables once more."""
+        rows = {path: one for path, one in self.layers.items() if isinstance(one, RowsAdapter) and not one.tensors()}
+        return {self._key(path, one.rows.key) for path, one in rows.items()}
 
     def check_values(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """

@@ -177,6 +177,7 @@ def load_tensors(
     adapter = injection.adapters[name]
     own = adapter.tensors()
     tensors = method_of(adapter.config).from_file(adapter.config, tensors)
+    tensors = {key: t for key, t in tensors.items() if key not in adapter.repeated_keys()}
     with injection.bare() as base:
         embeddings = {adapter.parameter_key(path): path for path in embedding_parameters(base)}
         first = {id(p): path for path, p in base.named_parameters()}

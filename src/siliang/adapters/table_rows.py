@@ -117,7 +117,7 @@ def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], othe
                     f"{path} 是 {type(table).__name__}：只有普通的嵌入层或输出头才能按行训练。",
                 )
             )
-        tied = tied_layers(model, path)
+        tied, length = tied_layers(model, path), len(model.get_parameter(f"{path}.weight"))
         if a_head and tied:
             raise ConfigError(
                 Bilingual(
@@ -139,11 +139,11 @@ def check_table_rows(model: nn.Module, table_rows: Mapping[str, TableRows], othe
                     f"{path} 要训练的行至少一行，且每行只写一次。",
                 )
             )
-        if missing := [i for i in rows.indices if not 0 <= i < len(table.weight)]:
+        if missing := [i for i in rows.indices if not 0 <= i < length]:
             raise ConfigError(
                 Bilingual(
-                    f"{path} has no row {missing[0]}: it has {len(table.weight):,} rows, from 0 on.",
-                    f"{path} 没有第 {missing[0]} 行：共 {len(table.weight):,} 行，从 0 开始。",
+                    f"{path} has no row {missing[0]}: it has {length:,} rows, from 0 on.",
+                    f"{path} 没有第 {missing[0]} 行：共 {length:,} 行，从 0 开始。",
                 )
             )
         for other in tied:

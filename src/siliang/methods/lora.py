@@ -291,6 +291,10 @@ class Lora(Method[LoraConfig]):
             table_rows=named_rows(model, config.trainable_token_indices, saved=saved),
         )
 
+    def from_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # what PEFT calls an embedding that was resized, and of which rows are trained
+        return {key.replace(".token_adapter.base_layer.", ".base_layer."): t for key, t in tensors.items()}
+
     def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
         for side, rank in (("A", 0), ("B", 1)):
             of_lora = f".lora_{side}." in key or key.endswith(f".lora_embedding_{side}")

@@ -73,7 +73,9 @@ def _learn_new_tokens(
         arguments["modules_to_save"] = list(dict.fromkeys(named))
 
 
-def _check_named(given: object, paths: list[str], tables: Sequence[str], ids: Sequence[int]) -> None:
+def _check_named(
+    given: list[int] | Mapping[str, list[int]], paths: list[str], tables: Sequence[str], ids: Sequence[int]
+) -> None:
     """
     Args:
         given: A run's trainable_token_indices.
