@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import batch, make
 
 import siliang
-from siliang.types import AdapterError, ConfigError, MergeError
+from siliang.types import AdapterError, ConfigError, MergeError, TaskType
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("VeraConfig", {"r": 0}, "r = 0: must be at least 1"),
@@ -115,11 +115,12 @@ def test_vblora_whose_logits_the_file_leaves_out_is_not_trained_on(tmp_path: Pat
 def test_hra_starts_from_the_base_model_where_that_can_be() -> None:
     ids = torch.tensor([[5, 6, 7]])
     wanted = make("llama")(input_ids=ids).logits
-    model = siliang.get_peft_model(make("llama"), siliang.HRAConfig(task_type="CAUSAL_LM"))
+    model = siliang.get_peft_model(make("llama"), siliang.HRAConfig(task_type=TaskType.CAUSAL_LM))
     assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-6)
-    for settings in ({"r": 3}, {"apply_GS": True}):
+    away: tuple[dict[str, Any], ...] = ({"r": 3}, {"apply_GS": True})
+    for settings in away:
         with pytest.warns(UserWarning, match="training starts away from the base model"):
-            model = siliang.get_peft_model(make("llama"), siliang.HRAConfig(task_type="CAUSAL_LM", **settings))
+            model = siliang.get_peft_model(make("llama"), siliang.HRAConfig(task_type=TaskType.CAUSAL_LM, **settings))
         assert model(input_ids=ids).logits.isfinite().all()
 
 
@@ -130,7 +131,7 @@ def test_beft_is_on_the_layers_of_peft_and_merges_where_they_have_a_bias() -> No
 
     for model_type, names in TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING.items():
         assert list(BEFT_TARGETS[model_type]) == names
-    model: Any = siliang.get_peft_model(make("llama"), siliang.BeftConfig(task_type="CAUSAL_LM"))
+    model: Any = siliang.get_peft_model(make("llama"), siliang.BeftConfig(task_type=TaskType.CAUSAL_LM))
     with pytest.raises(MergeError, match="the base model's layer has none to add it to"):
         model.merge_and_unload()
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.v_proj")
@@ -140,7 +141,7 @@ def test_beft_is_on_the_layers_of_peft_and_merges_where_they_have_a_bias() -> No
 def test_boft_leaves_out_the_blocks_that_peft_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.boft.layer, "_FBD_CUDA", BlockDiagonal())
     settings: Any = {"init_weights": False, "boft_n_butterfly_factor": 2, "boft_dropout": 0.4}
-    ours: Any = siliang.get_peft_model(make("llama"), siliang.BOFTConfig(task_type="CAUSAL_LM", **settings))
+    ours: Any = siliang.get_peft_model(make("llama"), siliang.BOFTConfig(task_type=TaskType.CAUSAL_LM, **settings))
     theirs: Any = peft.get_peft_model(make("llama"), peft.BOFTConfig(task_type="CAUSAL_LM", **settings))
     theirs.load_state_dict(ours.state_dict())
     found = []
@@ -155,7 +156,7 @@ def test_orthogonal_reflections_start_from_different_columns() -> None:
     """In PEFT they start from columns that are equal in pairs: what is left of the second one is rounding, if anything,
     and the reflection is random, or not finite.
     """
-    config = {"r": 4, "apply_GS": True, "target_modules": ["q_proj"]}
+    config: dict[str, Any] = {"r": 4, "apply_GS": True, "target_modules": ["q_proj"]}
     theirs = peft.get_peft_model(make("llama"), peft.HRAConfig(**config))
     with pytest.warns(UserWarning, match="starts away"):
         ours = siliang.get_peft_model(make("llama"), siliang.HRAConfig(**config))
