@@ -167,9 +167,8 @@ def test_on_a_frozen_base_in_bf16(
     config = configured(model_folders, instruction_file, tmp_path / "run", method, precision="bf16")
     record = train(config)
     assert len(set(losses_of(record))) == 4
-    assert {t.dtype for t in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values()} == {
-        torch.float32
-    }
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", MERGEABLE)
