@@ -139,8 +139,11 @@ def check_plan(done: Done) -> None:
 def test_stopped_and_resumed(
     method: str, run_of: Callable[[str], Done], model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:
+    stopped: list[int] = []
+
     def stop(progress: Progress) -> None:
-        if progress.step == 2:
+        if progress.step == 2 and not stopped:  # a second signal would not wait for the checkpoint
+            stopped.append(progress.step)
             signal.raise_signal(signal.SIGTERM)
 
     config = configured(model_folders, instruction_file, tmp_path / "run", method)
