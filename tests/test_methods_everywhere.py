@@ -41,6 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "vblora": {"r": 2, "num_vectors": 8, "vector_length": 8},
     "hra": {"r": 2},
     "waveft": {"n_frequency": 40},
+    "road": {"group_size": 8},
     "trainable_tokens": {"token_indices": [28, 30, 31]},
 }
 NOT_HERE = ("bitfit", "prompt_tuning", "p_tuning", "prefix_tuning", "head", "full")  # which other tests have
