@@ -137,6 +137,28 @@ CASES = [
     for n in MODELS
     if not (m in PROMPTS and n == "plain") and not (m in TABLES and n in NO_TABLES) and (m, n) not in NOT_IN_PEFT
 ]
+# In `make test` the methods that most use run on every model, the others on some; `make test-long` runs them all.
+EVERYWHERE = ("lora", "dora", "lora-bias", "ia3", "ln", *PROMPTS)
+SOME_MODELS = {
+    "gradients": ("llama", "gpt2", "bert", "t5", "plain"),
+    "steps": ("llama", "bert"),
+    "files": ("llama", "t5"),
+    "generation": ("llama",),
+    "bf16": ("llama", "bert"),
+}
+
+
+def cases(what: str, models: tuple[str, ...] = MODELS) -> list[Any]:
+    """The cases of a test, of which some are long."""
+
+    def is_short(method: str, name: str) -> bool:
+        some = SOME_MODELS[what][:1] if "-" in method else SOME_MODELS[what]
+        return method in EVERYWHERE or name in some
+
+    found = [(method, name) for method, name in CASES if name in models]
+    return [case if is_short(*case) else pytest.param(*case, marks=pytest.mark.long) for case in found]
+
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*fan_in_fan_out.*",
     "ignore:.*Could not find a config file.*",
@@ -224,7 +246,7 @@ def loss_and_logits(model: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return out.loss, out.logits
 
 
-@pytest.mark.parametrize(("method", "name"), CASES)
+@pytest.mark.parametrize(("method", "name"), cases("gradients"))
 def test_names_forward_and_gradients(method: str, name: str) -> None:
     ours, theirs = pair(method, name)
     trained, there = ([n for n, p in named(model) if p.requires_grad] for model in (ours, theirs))
@@ -239,7 +261,7 @@ def test_names_forward_and_gradients(method: str, name: str) -> None:
     assert_all_close({n: ours_by_name[n].grad for n in trained}, {n: theirs_by_name[n].grad for n in trained})
 
 
-@pytest.mark.parametrize(("method", "name"), CASES)
+@pytest.mark.parametrize(("method", "name"), cases("steps"))
 def test_five_steps(method: str, name: str) -> None:
     losses = []
     for model in pair(method, name):
@@ -256,7 +278,7 @@ def test_five_steps(method: str, name: str) -> None:
     assert losses[0][-1] < losses[0][0]
 
 
-@pytest.mark.parametrize(("method", "name"), CASES)
+@pytest.mark.parametrize(("method", "name"), cases("files"))
 def test_files_go_both_ways(method: str, name: str, tmp_path: Path) -> None:
     ours, theirs = pair(method, name)
     wanted = loss_and_logits(theirs, name)[1]
@@ -268,10 +290,10 @@ def test_files_go_both_ways(method: str, name: str, tmp_path: Path) -> None:
     assert_close(loss_and_logits(here, name)[1], wanted)
 
 
-GENERATING = [(m, n) for m, n in CASES if TASK[n] in ("CAUSAL_LM", "SEQ_2_SEQ_LM")]
+GENERATING = tuple(name for name in MODELS if TASK[name] in ("CAUSAL_LM", "SEQ_2_SEQ_LM"))
 
 
-@pytest.mark.parametrize(("method", "name"), GENERATING)
+@pytest.mark.parametrize(("method", "name"), cases("generation", GENERATING))
 def test_generation(method: str, name: str) -> None:
     ours, theirs = pair(method, name)
     inputs = {k: v for k, v in batch(name).items() if k != "labels"}
@@ -292,7 +314,7 @@ def many_logits(model: Any, name: str) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-@pytest.mark.parametrize(("method", "name"), [case for case in CASES if case[1] != "plain"])
+@pytest.mark.parametrize(("method", "name"), cases("bf16", MODELS[:-1]))
 def test_bf16_error_budget(method: str, name: str) -> None:
     """Against fp32 truth, our error on a bf16 base may not exceed that of peft with everything in bf16."""
     errors = {siliang: 0.0, peft: 0.0}
