@@ -14,7 +14,7 @@ from siliang.language import Bilingual
 from siliang.methods import find_method
 from siliang.methods.config import PeftConfig
 from siliang.methods.trainable_tokens import is_table
-from siliang.module_paths import matching_paths, plain_modules
+from siliang.module_paths import matching_paths
 from siliang.tasks import TASKS
 from siliang.types import ConfigError
 
@@ -67,15 +67,13 @@ def _learn_new_tokens(
         if given is None:
             given = arguments["trainable_token_indices"] = ids if len(apart) == 1 else dict.fromkeys(apart, ids)
         if new_tokens is not None:
-            _check_named(given, [path for path, _ in plain_modules(model)], apart, ids)
+            _check_named(given, apart, ids)
     else:  # learned only where their embeddings are
         named = [*(arguments.get("modules_to_save") or []), *tables]
         arguments["modules_to_save"] = list(dict.fromkeys(named))
 
 
-def _check_named(
-    given: list[int] | Mapping[str, list[int]], paths: list[str], tables: Sequence[str], ids: Sequence[int]
-) -> None:
+def _check_named(given: list[int] | Mapping[str, list[int]], tables: Sequence[str], ids: Sequence[int]) -> None:
     """
     Args:
         given: A run's trainable_token_indices.
