@@ -121,6 +121,11 @@ def run_of(
     return give
 
 
+# one of each family in `make test`; all of them in `make test-long`
+FAMILIES = ("loha", "oft", "road", "vera", "trainable_tokens")
+SOME = [method if method in FAMILIES else pytest.param(method, marks=pytest.mark.long) for method in EVERY]
+
+
 @pytest.mark.parametrize("method", EVERY)
 def test_the_plan_says_what_the_run_has(method: str, run_of: Callable[[str], Done]) -> None:
     done = run_of(method)
@@ -155,7 +160,7 @@ def test_stopped_and_resumed(
     assert saved(tmp_path / "run") == saved(run_of(method).folder)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", SOME)
 def test_recomputing_changes_no_loss(
     method: str, run_of: Callable[[str], Done], model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +169,7 @@ def test_recomputing_changes_no_loss(
     assert saved(tmp_path / "run") == saved(run_of(method).folder)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", SOME)
 def test_on_a_frozen_base_in_bf16(
     method: str, model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
 ) -> None:
