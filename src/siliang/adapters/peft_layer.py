@@ -105,12 +105,16 @@ class _Scalings(MutableMapping[str, float]):
         self._adapters = {name: adapter for name, adapter in adapters.items() if adapter.has_scaling}
 
     def __getitem__(self, name: str) -> float:
-        return self._adapters[name].s
+        return float(self._adapters[name].s)
 
     def __setitem__(self, name: str, value: float) -> None:
         if name not in self._adapters:
             raise KeyError(name)
-        self._adapters[name].s = float(value)
+        adapter = self._adapters[name]
+        if isinstance(adapter.s, Tensor):  # compiled code reads it
+            adapter.s.fill_(value)
+        else:
+            adapter.s = float(value)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("A scaling cannot be deleted: delete the adapter.")

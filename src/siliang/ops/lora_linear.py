@@ -31,7 +31,7 @@ def lora_linear(
     x_TI: Tensor,
     A_RI: Tensor,
     B_OR: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
     *,
     bias_O: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -44,6 +44,7 @@ def lora_linear(
     than x up, which would copy every activation (PEFT issue 2421).
 
     Args:
+        scaling: A tensor (of hot-swapping) is computed with by the reference.
         impl: reference is the plain expression, which autograd differentiates. fused cannot be differentiated twice.
             peft is what PEFT computes, which copies x to the format of A. None: that of `lora_linear_as`, or fused.
 
@@ -55,7 +56,7 @@ def lora_linear(
     if impl == "peft":
         x_TI = F.dropout(x_TI.to(A_RI.dtype), dropout_p) if dropout_p else x_TI.to(A_RI.dtype)
         return (y_TO + F.linear(F.linear(x_TI, A_RI), B_OR, bias_O) * scaling).to(y_TO.dtype)
-    if impl == "reference" or y_TO.device.type == "meta":
+    if impl == "reference" or y_TO.device.type == "meta" or isinstance(scaling, Tensor):
         x_TI = F.dropout(x_TI, dropout_p)
         bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
         update_TO = F.linear(F.linear(x_TI, A_RI.to(x_TI.dtype)), B_OR.to(x_TI.dtype), bias_O)
