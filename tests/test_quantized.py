@@ -30,6 +30,7 @@ METHODS: dict[str, Any] = {
     "shira": siliang.ShiraConfig(init_weights=False, r=4),
     "hira": siliang.HiraConfig(init_weights=False, r=8),
     "vera": siliang.VeraConfig(r=8),
+    "adalora": siliang.AdaLoraConfig(init_lora_weights=False, total_step=10),
     "delora": siliang.DeloraConfig(r=4),
     "gralora": siliang.GraloraConfig(r=8),
     "randlora": siliang.RandLoraConfig(r=8, randlora_alpha=8),

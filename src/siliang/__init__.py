@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from siliang.methods.adalora import AdaLoraConfig
     from siliang.methods.beft import BeftConfig
     from siliang.methods.bitfit import BitFitConfig
     from siliang.methods.boft import BOFTConfig
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
         save_as_lora,
     )
     from siliang.peft_api.tuners import (
+        AdaLoraModel,
         BeftModel,
         BOFTModel,
         C3AModel,
@@ -142,6 +144,8 @@ _HOME = {
     "DeloraModel": "siliang.peft_api.tuners",
     "FourierFTConfig": "siliang.methods.fourierft",
     "FourierFTModel": "siliang.peft_api.tuners",
+    "AdaLoraConfig": "siliang.methods.adalora",
+    "AdaLoraModel": "siliang.peft_api.tuners",
     "GraloraConfig": "siliang.methods.gralora",
     "GraloraModel": "siliang.peft_api.tuners",
     "HRAConfig": "siliang.methods.hra",
@@ -231,6 +235,8 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

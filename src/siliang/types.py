@@ -43,6 +43,7 @@ class PeftType(StrEnum):
     HRA = "HRA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     WAVEFT = "WAVEFT"
+    ADALORA = "ADALORA"
     ROAD = "ROAD"
     BITFIT = "BITFIT"
     HEAD = "HEAD"

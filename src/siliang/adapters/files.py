@@ -243,6 +243,8 @@ def load_tensors(
             _load_prompt(adapter.prompt, tensors[key], training)
         else:
             tensor.copy_(tensors[key])
+    if training is not None and training.state:
+        method_of(adapter.config).restore(adapter)
     for key, path in embeddings.items():
         if not torch.equal(sizes[path].cpu(), tensors[key].to(sizes[path].dtype).cpu()):
             injection.override_parameter(path, name, tensors[key])

@@ -24,12 +24,14 @@ def attach(
     *,
     start: Path | None = None,
     new_tokens: Sequence[int] | None = None,
+    steps: int | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, int, int]:
     """The model with the run's method on it; how many parameters it trains, and of how many.
 
     Args:
         start: The adapter folder whose weights are the start; None for new ones.
         new_tokens: See `adapter_config`.
+        steps: Optimizer steps of the run; None where none will be made.
     """
     model: PreTrainedModel | PeftModel = base
     if start is not None:
@@ -38,7 +40,8 @@ def attach(
         for p in model.parameters():
             p.requires_grad_(True)
     else:
-        model = get_peft_model(base, adapter_config(config, base, new_tokens))
+        own = adapter_config(config, base, new_tokens)
+        model = get_peft_model(base, own if steps is None else method.prepare(own, steps))
     if precision.pure:
         for p in model.parameters():
             p.data = p.data.to(precision.dtype) if p.requires_grad else p.data

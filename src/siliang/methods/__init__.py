@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from siliang.language import Bilingual
+from siliang.methods.adalora import AdaLora, AdaLoraConfig
 from siliang.methods.beft import Beft, BeftConfig
 from siliang.methods.bitfit import BitFit, BitFitConfig
 from siliang.methods.boft import BOFT, BOFTConfig
@@ -43,6 +44,7 @@ METHODS: dict[str, AnyMethod] = {
     method.name: method
     for method in (
         Lora(),
+        AdaLora(),
         LoHa(),
         LoKr(),
         FourierFT(),
@@ -125,6 +127,7 @@ def method_of(config: PeftConfig) -> AnyMethod:
 
 __all__ = [
     "METHODS",
+    "AdaLoraConfig",
     "BOFTConfig",
     "BeftConfig",
     "BitFitConfig",

@@ -125,6 +125,7 @@ class Method(ABC, Generic[C]):
         needs_settings: It does nothing until the user says what it is to tune: it is no choice where nothing is said.
         is_baseline: The others are measured against it; it is not offered as a choice.
         has_lora_factors: Its layers have LoRA's A and B, by these names: LoRA+ gives B a learning rate of its own.
+        learned: Settings that training writes into the config; a checkpoint's are taken over when training is resumed.
         default_targets: The usual layers by the base model's model_type, for a method that works on layers.
     """
 
@@ -139,6 +140,7 @@ class Method(ABC, Generic[C]):
     needs_settings: ClassVar[bool] = False
     is_baseline: ClassVar[bool] = False
     has_lora_factors: ClassVar[bool] = False
+    learned: ClassVar[tuple[str, ...]] = ()
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
@@ -150,6 +152,18 @@ class Method(ABC, Generic[C]):
     def adds_to_the_loss(self) -> bool:
         """Whether it has a term of the loss."""
         return type(self).extra_loss is not Method.extra_loss
+
+    def prepare(self, config: C, steps: int) -> C:
+        """The config of a new adapter with what follows from the training it is made for, before it is attached.
+
+        Args:
+            config: As the settings say; it is not changed.
+            steps: Optimizer steps of the whole training.
+
+        Raises:
+            ConfigError: It does not go with so many steps.
+        """
+        return config
 
     @abstractmethod
     def attach(self, model: nn.Module, config: C, *, saved: Sequence[str], from_file: bool) -> Parts:
@@ -185,6 +199,9 @@ class Method(ABC, Generic[C]):
         Args:
             step: Optimizer steps that are done, this one included.
         """
+
+    def restore(self, adapter: Adapter[C]) -> None:
+        """Puts back what the file leaves out, from the state that was loaded beside it."""
 
     def to_file(self, config: C, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of an adapter as its file holds them, by their keys: parts that are off may be left out.

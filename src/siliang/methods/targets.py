@@ -48,6 +48,15 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "xlm-roberta": QUERY_VALUE,
 }
 
+ADALORA_TARGETS = LORA_TARGETS | {
+    "bart": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+    "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "roberta": ("query", "key", "value", "dense"),
+    "t5": ("q", "k", "v", "o", "wi", "wo"),
+}
+
 SHIRA_TARGETS = LORA_TARGETS | {"phi": QV_PROJ}
 
 FOURIERFT_TARGETS = LORA_TARGETS | {"gpt2": ("mlp.c_proj",), "gpt_bigcode": ("mlp.c_proj",)}  # and C3A's

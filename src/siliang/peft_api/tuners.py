@@ -9,15 +9,18 @@ They differ in their name alone: what a method does is in methods/.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from siliang.adapters.combine import MajoritySign
 from siliang.adapters.injection import Injection
 from siliang.language import Bilingual
+from siliang.methods.adalora import AdaLora, AdaLoraConfig
 from siliang.methods.config import PeftConfig
 from siliang.methods.lora import LoraConfig
 from siliang.methods.low_rank import LowRank
+from siliang.methods.method import Adapter
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
 from siliang.peft_api.weighted import Combination
 from siliang.types import ConfigError, PeftType
@@ -202,6 +205,41 @@ class LoraModel(TunerModel):
     """With LoRA."""
 
 
+class AdaLoraModel(TunerModel):
+    """With AdaLoRA."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """As the model's; a loss has AdaLoRA's term in it while an adapter is trained, as in PEFT."""
+        output = super().forward(*args, **kwargs)
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            for adapter in self._trained():
+                loss = loss + AdaLora().extra_loss(adapter).to(loss)
+            setattr(output, "loss", loss)  # noqa: B010, the output is of any class
+        return output
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Takes ranks away from where they matter least. To be called after each optimizer step, before the gradients
+        are set to zero.
+
+        Args:
+            global_step: Steps that are done, this one included.
+
+        Raises:
+            ConfigError: There are no gradients, or the config has no total_step.
+        """
+        for adapter in self._trained():
+            AdaLora().after_step(adapter, global_step)
+
+    def _trained(self) -> list[Adapter[AdaLoraConfig]]:
+        found = [cast(Adapter[PeftConfig], self.adapters[name]) for name in self.active]
+        return [
+            cast(Adapter[AdaLoraConfig], adapter)
+            for adapter in found
+            if isinstance(adapter.config, AdaLoraConfig) and not adapter.config.inference_mode
+        ]
+
+
 class IA3Model(TunerModel):
     """With IA3."""
 
@@ -288,6 +326,7 @@ class RoadModel(TunerModel):
 
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
+    PeftType.ADALORA: AdaLoraModel,
     PeftType.IA3: IA3Model,
     PeftType.LN_TUNING: LNTuningModel,
     PeftType.LOHA: LoHaModel,

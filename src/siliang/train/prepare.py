@@ -96,7 +96,8 @@ def prepare(
     with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         model = _load(base, config, method, precision, data, device)
         added = token_ids(data.tokenizer, config.data.add_tokens)
-        model, trained, total = attach(model, method, config, precision, start=start, new_tokens=added)
+        steps = config.train.steps(len(data.train))
+        model, trained, total = attach(model, method, config, precision, start=start, new_tokens=added, steps=steps)
         check_layerwise(model, config.train, method)
         if mesh is not None:
             _shard(model, mesh, device)

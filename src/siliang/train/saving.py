@@ -30,6 +30,7 @@ from siliang.distributed.deepspeed import gathered, is_partitioned, without_hook
 from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard
 from siliang.files import find_damage, remove, remove_stale, replacing_folder
 from siliang.language import Bilingual
+from siliang.methods import method_of
 from siliang.models.save import save_config
 from siliang.paths import is_link
 from siliang.peft_api.model import PeftModel
@@ -161,7 +162,11 @@ def read_weights(folder: Path, model: nn.Module) -> None:
     if isinstance(model, PeftModel):
         name = model.active_adapters[0]
         with gathered_adapter(model, changing=True):
-            read = read_adapter(folder)
+            config, read = model.peft_config[name], read_adapter(folder)
+            if learned := method_of(config).learned:
+                saved = type(config).from_pretrained(folder)
+                for field in learned:
+                    setattr(config, field, getattr(saved, field))
             load_tensors(model.injection, name, read, source=str(folder), training=read_training(folder))
         return
     weights, tensors = load_file(folder / MODEL_WEIGHTS), _saved_tensors(model)
