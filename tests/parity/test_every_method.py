@@ -21,7 +21,13 @@ peft.tuners.boft.layer._FBD_CUDA = BlockDiagonal()
 SOME_LAYERS = "v_proj|value|query_key_value|c_attn|v|second"
 VBLORA = {"r": 2, "num_vectors": 12, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 1.0}
 TOKENS = [*dict.fromkeys([3, *batch("llama")["input_ids"][0].tolist()])][:7]
-ADALORA = {"init_lora_weights": False, "init_r": 4, "target_r": 2, "total_step": 10, "lora_alpha": 1}
+ADALORA = {
+    "init_lora_weights": False,
+    "init_r": 4,
+    "target_r": 2,
+    "total_step": 10,
+    "lora_alpha": 0.1,
+}  # of random A, E and B
 WAVEFT = {"n_frequency": 60, "scaling": 2.0, "init_weights": False}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"init_lora_weights": False, "r": 4}),
