@@ -96,14 +96,27 @@ def test_a_resumed_training_has_the_same_bits(at: int, tmp_path: Path) -> None:
 
 def test_target_r_may_be_init_r() -> None:
     """peft's ends with an error of torch.kthvalue."""
-    model: Any = siliang.get_peft_model(make("llama"), siliang.AdaLoraConfig(**SETTINGS | {"target_r": 6}))
+    same: Any = SETTINGS | {"target_r": 6}
+    model: Any = siliang.get_peft_model(make("llama"), siliang.AdaLoraConfig(**same))
     tune(model, 12)
     assert all(all(kept) for kept in model.peft_config["default"].rank_pattern.values())
+    with pytest.raises(RuntimeError, match="kthvalue"):
+        tune(peft.get_peft_model(make("llama"), peft.AdaLoraConfig(**same)), 12)
+
+
+def test_a_loaded_adapter_gives_a_loss(tmp_path: Path) -> None:
+    """Without the term, which is for training; in peft it is an error where the batch has labels."""
+    model, _ = both()
+    model.save_pretrained(tmp_path)
+    loaded: Any = siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+    assert_close(loaded(**batch("llama")).loss, make("llama")(**batch("llama")).loss)
+    with pytest.raises(AttributeError, match="trainable_adapter_name"):
+        peft.PeftModel.from_pretrained(make("llama"), tmp_path)(**batch("llama"))
 
 
 def test_a_loop_without_total_step_or_gradients() -> None:
-    settings = SETTINGS | {"total_step": None}
-    model: Any = siliang.get_peft_model(make("llama"), siliang.AdaLoraConfig(**settings))
+    endless: Any = SETTINGS | {"total_step": None}
+    model: Any = siliang.get_peft_model(make("llama"), siliang.AdaLoraConfig(**endless))
     with pytest.raises(ConfigError, match="total_step: AdaLoRA must know how many optimizer steps"):
         tune(model, 1)
     model = siliang.get_peft_model(make("llama"), siliang.AdaLoraConfig(**SETTINGS))

@@ -26,6 +26,7 @@ from siliang.use.merge import merge
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "lora": {"r": 2, "lora_dropout": 0.1},
+    "adalora": {"init_r": 3, "target_r": 2, "lora_dropout": 0.1},
     "loha": {"r": 2, "rank_dropout": 0.1},
     "lokr": {"r": 2},
     "fourierft": {"n_frequency": 40},
@@ -138,7 +139,11 @@ def check_plan(done: Done) -> None:
     tensors = load_file(done.folder / "adapter" / "adapter_model.safetensors")
     assert done.planned.error is None and done.planned.peak_bytes > 0
     assert done.planned.trained == done.record.parameters.trained == done.counted
-    assert done.planned.adapter_bytes == sum(t.nbytes for t in tensors.values())
+    found = sum(t.nbytes for t in tensors.values())
+    if METHODS[done.config.method.name].learned:  # the training leaves out what turned out not to matter
+        assert found < done.planned.adapter_bytes
+    else:
+        assert done.planned.adapter_bytes == found
 
 
 @pytest.mark.parametrize("method", EVERY)
