@@ -103,7 +103,7 @@ def test_the_parts_add_up() -> None:
     [
         (("--model", "no/such/model/here"), "There is no model folder"),
         (("--model", "gpt2", "--memory", "much"), "is not a size of memory"),
-        (("--model", "gpt2", "--method", "loro"), "Did you mean 'lora'"),
+        (("--model", "gpt2", "--method", "prefixtuning"), "Did you mean 'prefix_tuning'"),
         (("--model", "gpt2", "--device", "tpu"), "is not one of cpu, cuda"),
         (("--model", "gpt2", "--devices", "2", "--strategy", "deepspeed"), "Plan strategy fsdp"),
         ((), "say which model"),

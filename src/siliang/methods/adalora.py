@@ -218,8 +218,8 @@ class AdaLora(LayerMethod[AdaLoraConfig]):
     config = AdaLoraConfig
     learning_rate = 1e-3
     learning_rate_source = Bilingual(
-        "Zhang et al. 2023, table 8: 5e-4 to 2.2e-3 for DeBERTaV3-base on GLUE; not measured yet",
-        "Zhang 等 2023，表 8：DeBERTaV3-base 在 GLUE 上为 5e-4 至 2.2e-3；尚未实测",
+        "Zhang et al. 2023, appendix: 5e-4 to 2.2e-3 on GLUE; not measured yet",
+        "Zhang 等 2023，附录：GLUE 上为 5e-4 至 2.2e-3；尚未实测",
     )
     trains = Bilingual("low-rank updates, whose ranks go where they matter", "低秩更新，秩按重要性分给各层")
     default_targets = ADALORA_TARGETS
