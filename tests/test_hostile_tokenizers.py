@@ -46,7 +46,7 @@ def sequence(*rules: Any, of: str = "normalizers") -> dict[str, Any]:
         ({"decoder": sequence(*[REPLACE] * 26, of="decoders")}, "67,108,864 characters of one"),
         ({"normalizer": sequence(*[{"type": "NFD"}] * 2000)}, "more than 100 rules"),
         ({"normalizer": sequence({"type": "Prepend", "prepend": "y" * 10**5})}, "more than 20,000 characters"),
-        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "more than 100 bytes for one"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "an entry of more than 100 bytes"),
         (
             {
                 "pre_tokenizer": {
@@ -59,7 +59,7 @@ def sequence(*rules: Any, of: str = "normalizers") -> dict[str, Any]:
             "retry",
         ),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}, ""),
-        ({"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0}}, "fills up texts"),
+        ({"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0}}, "pads texts to more than"),
         ({"added_tokens": [{"id": i} for i in range(100_001)]}, "adds more than 100,000 tokens"),
         (
             {"post_processor": {"type": "TemplateProcessing", "special_tokens": {"a": {"ids": [0] * 10**6}}}},
