@@ -783,10 +783,13 @@ def test_embeddings_that_are_tuned_are_not_resized() -> None:
 def test_arguments_of_saving(tmp_path: Path) -> None:
     model: Any = siliang.get_peft_model(causal(), Lora(target_modules=["q_proj"], init_lora_weights=False)).eval()
     model.save_pretrained(tmp_path)
+    written = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == written
     with torch.no_grad():
         shake(model)
-    model.save_pretrained(tmp_path, False)  # as in peft the second is safe_serialization
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.bin"]
+    with pytest.raises(ConfigError, match="siliang writes safetensors alone"):
+        model.save_pretrained(tmp_path, False)  # as in peft the second is safe_serialization
+    model.save_pretrained(tmp_path, True)
     assert near(answer(siliang.PeftModel.from_pretrained(causal(), tmp_path)), answer(model), 1e-6)
     assert near(answer(peft.PeftModel.from_pretrained(causal(), str(tmp_path))), answer(model))
     model.save_pretrained(tmp_path / "no", is_main_process=False)
