@@ -72,7 +72,7 @@ def _read_only(seen: Seen, place: Place, disk: Path, wanted: object) -> None:
     ending = child.end()
     seen.see("read-only", ending.code == 2 and "the disk is read-only" in ending.said, ending.said[-300:])
     fresh = run(place.config(disk / "other"))
-    seen.see("read-only from the start", fresh.code == 2 and "cannot be made" in fresh.said, fresh.said[-300:])
+    seen.see("read-only from the start", fresh.code == 2 and "cannot be created" in fresh.said, fresh.said[-300:])
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     seen.see("read-only: what was saved", not damaged_parts(disk / "run"), damaged_parts(disk / "run"))
     again = run(config, resume=True)
