@@ -129,7 +129,7 @@ def test_a_checkpoint_holds_no_pickle(place: Place, tmp_path: Path) -> None:
     assert run(place.config(tmp_path / "run", keep=3)).code == 0
     found = checkpoints(tmp_path / "run" / "checkpoints")
     assert list(found) == [30, 33, 36]
-    assert {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()} == {".json", ".safetensors", ".yaml"}
+    assert {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()} == {".json", ".md", ".safetensors", ".yaml"}
     state = read_state(found[36])
     assert state["optimizer"]["state"][0]["step"] == 36.0
     assert isinstance(state["optimizer"]["param_groups"][0]["betas"], tuple)

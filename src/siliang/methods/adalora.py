@@ -224,6 +224,7 @@ class AdaLora(LayerMethod[AdaLoraConfig]):
     trains = Bilingual("low-rank updates, whose ranks go where they matter", "低秩更新，秩按重要性分给各层")
     default_targets = ADALORA_TARGETS
     learned = ("rank_pattern",)
+    has_smaller_files = True
 
     def prepare(self, config: AdaLoraConfig, steps: int) -> AdaLoraConfig:
         found = config if config.total_step is not None else dataclasses.replace(config, total_step=steps)

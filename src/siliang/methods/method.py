@@ -124,6 +124,7 @@ class Method(ABC, Generic[C]):
         tunes: What it must find in the model; `siliang check` reports where there are none.
         needs_settings: It does nothing until the user says what it is to tune: it is no choice where nothing is said.
         is_baseline: The others are measured against it; it is not offered as a choice.
+        has_smaller_files: A file may hold less than the adapter has: `from_file` puts the rest back.
         has_lora_factors: Its layers have LoRA's A and B, by these names: LoRA+ gives B a learning rate of its own.
         learned: Settings that training writes into the config; a checkpoint's are taken over when training is resumed.
         default_targets: The usual layers by the base model's model_type, for a method that works on layers.
@@ -140,6 +141,7 @@ class Method(ABC, Generic[C]):
     needs_settings: ClassVar[bool] = False
     is_baseline: ClassVar[bool] = False
     has_lora_factors: ClassVar[bool] = False
+    has_smaller_files: ClassVar[bool] = False
     learned: ClassVar[tuple[str, ...]] = ()
     default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 

@@ -141,6 +141,7 @@ class VBLoRA(LayerMethod[VBLoRAConfig]):
     learning_rate_source = Bilingual(
         "PEFT's documentation: 1e-3 for the bank, and 1e-2 for the logits", "PEFT 文档：向量库 1e-3，logits 1e-2"
     )
+    has_smaller_files = True
     trains = Bilingual(
         "a bank of vectors, and which of them make up each low-rank update", "向量库，以及各低秩更新由哪些向量组成"
     )
