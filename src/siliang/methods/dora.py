@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from siliang.methods.layer import BaseForward, Layer, Weight
 from siliang.methods.low_rank import LoraSpec, LowRankLinear
@@ -68,8 +68,8 @@ class DoraLinear(LowRankLinear):
     def m(self) -> Tensor:
         return self.module("lora_magnitude_vector", Weight).weight
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {k.replace("vector.weight", "vector"): p for k, p in super().parameters().items()}
+    def tensors(self) -> dict[str, Tensor]:
+        return {k.replace("vector.weight", "vector"): t for k, t in super().tensors().items()}
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
