@@ -148,8 +148,19 @@ def test_ln_tuning_finds_every_norm_of_glm4() -> None:
     assert sum(p.requires_grad for p in tuned.parameters()) == 2 * 4 + 1
 
 
+# in `make test` those that attach in ways of their own; all of them in `make test-long`
+SHORT = ("lora", "loha", "oft", "vera", "ia3", "ln_tuning", "bitfit", "prompt_tuning", "p_tuning", "prefix_tuning")
+
+
 @pytest.mark.parametrize("base", ["llama", "bert"])
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "head", "trainable_tokens")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        name if name in SHORT else pytest.param(name, marks=pytest.mark.long)
+        for name in METHODS
+        if name not in ("full", "head", "trainable_tokens")
+    ],
+)
 def test_gradient_checkpointing_reaches_the_inputs(
     method: str,
     base: str,
