@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, Layer, new_parameter
-from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_divides
+from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_divides, check_one_set
 from siliang.methods.oft import cayley
 from siliang.methods.transforms import InputTransform
 from siliang.models.introspect import as_stored, features, out_by_in
@@ -60,16 +60,7 @@ class BOFTConfig(BlocksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size, number = self.boft_block_size, self.boft_block_num
-        if min(size, number) != 0 or max(size, number) < 1:
-            raise ConfigError(
-                Bilingual(
-                    f"boft_block_size = {size} and boft_block_num = {number}: set one of them, and the other to 0 "
-                    "(their product is the layer's width).",
-                    f"boft_block_size = {size} 和 boft_block_num = {number}：请设置其中一个，另一个设为 0"
-                    "（两者之积是层的宽度）。",
-                )
-            )
+        check_one_set("boft_block_size", self.boft_block_size, "boft_block_num", self.boft_block_num)
 
 
 class BOFTLayer(InputTransform):

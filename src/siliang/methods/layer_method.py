@@ -180,3 +180,18 @@ def check_seed(name: str, seed: int | None) -> None:
         raise ConfigError(
             Bilingual(f"{name} = {seed}: must fit in 64 bits.", f"{name} = {seed}：须在 64 位整数范围内。")
         )
+
+
+def check_one_set(first: str, one: int, second: str, other: int) -> None:
+    """
+    Raises:
+        ConfigError: Not exactly one of two settings is set, which are the size and the number of a layer's blocks.
+    """
+    if min(one, other) != 0 or max(one, other) < 1:
+        raise ConfigError(
+            Bilingual(
+                f"{first} = {one} and {second} = {other}: set one of them, and the other to 0 "
+                "(their product is the layer's width).",
+                f"{first} = {one} 和 {second} = {other}：请设置其中一个，另一个设为 0（两者之积是层的宽度）。",
+            )
+        )

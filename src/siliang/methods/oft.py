@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.layer import Layer, Weight, trained_dtype
-from siliang.methods.layer_method import BlocksConfig, LayerMethod
+from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_one_set
 from siliang.methods.transforms import InputTransform
 from siliang.models.introspect import features
-from siliang.types import ConfigError, PeftType
+from siliang.types import PeftType
 
 
 @dataclass(kw_only=True)
@@ -63,15 +63,7 @@ class OFTConfig(BlocksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.r, self.oft_block_size) != 0 or max(self.r, self.oft_block_size) < 1:
-            raise ConfigError(
-                Bilingual(
-                    f"r = {self.r} and oft_block_size = {self.oft_block_size}: set one of them, and the other to 0 "
-                    "(their product is the layer's width).",
-                    f"r = {self.r} 和 oft_block_size = {self.oft_block_size}：请设置其中一个，另一个设为 0"
-                    "（两者之积是层的宽度）。",
-                )
-            )
+        check_one_set("r", self.r, "oft_block_size", self.oft_block_size)
 
 
 class OFTLayer(InputTransform):

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from siliang.language import Bilingual
 from siliang.methods.additive import Additive
 from siliang.methods.layer import Layer, new_parameter
-from siliang.methods.layer_method import BlocksConfig, LayerMethod
+from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_seed
 from siliang.methods.method import SharedSpec
 from siliang.methods.targets import LORA_TARGETS
 from siliang.models.introspect import features
 from siliang.ops.vera_linear import vera_linear
-from siliang.types import ConfigError, PeftType
+from siliang.types import PeftType
 
 
 @dataclass(kw_only=True)
@@ -53,13 +53,7 @@ class ProjectionConfig(BlocksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not -(2**63) <= self.projection_prng_key < 2**64:
-            raise ConfigError(
-                Bilingual(
-                    f"projection_prng_key = {self.projection_prng_key}: must fit in 64 bits.",
-                    f"projection_prng_key = {self.projection_prng_key}：须在 64 位整数范围内。",
-                )
-            )
+        check_seed("projection_prng_key", self.projection_prng_key)
 
 
 @dataclass(kw_only=True)

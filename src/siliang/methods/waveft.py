@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from siliang.language import Bilingual
 from siliang.methods.additive import Additive
 from siliang.methods.layer import Layer, MakeAdapter, new_parameter
-from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_ranks
+from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_ranks, check_seed
 from siliang.methods.method import Parts
 from siliang.methods.targets import LORA_TARGETS
 from siliang.models.introspect import features
@@ -73,13 +73,7 @@ class WaveFTConfig(BlocksConfig):
                     f"wavelet_family = {self.wavelet_family!r}：须为 db1 至 db10 或 sym2 至 sym10。",
                 )
             )
-        if not -(2**63) <= self.random_loc_seed < 2**64:
-            raise ConfigError(
-                Bilingual(
-                    f"random_loc_seed = {self.random_loc_seed}: must fit in 64 bits.",
-                    f"random_loc_seed = {self.random_loc_seed}：须在 64 位整数范围内。",
-                )
-            )
+        check_seed("random_loc_seed", self.random_loc_seed)
 
 
 class WaveFTLayer(Additive):

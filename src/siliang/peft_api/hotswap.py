@@ -27,6 +27,7 @@ from siliang.methods.low_rank import LowRank
 from siliang.peft_api.checks import check_known
 from siliang.peft_api.model import PeftModel
 from siliang.peft_api.saved import SavedAdapter, for_hub
+from siliang.peft_api.weighted import lora_layers
 from siliang.types import ConfigError
 
 SAME = ("use_dora", "use_rslora", "lora_dropout")  # of the two configs
@@ -200,13 +201,7 @@ def prepare_model_for_compiled_hotswap(
             raise ConfigError(message)
         if check_compiled == "warn":
             warnings.warn(message, stacklevel=2)
-    adapters = [
-        adapter
-        for layer in model.modules()
-        if isinstance(layer, AdaptedLayer)
-        for adapter in layer.adapters.values()
-        if isinstance(adapter, LowRank)
-    ]
+    adapters = lora_layers(model)
     if not adapters:
         raise ConfigError(
             Bilingual("The model has no LoRA adapter: load the first one.", "模型上没有 LoRA 适配器：请先加载一个。")

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_parameter_names
 
-from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.language import Bilingual
 from siliang.methods.dora import DoraLinear
 from siliang.methods.low_rank import LowRank
 from siliang.peft_api.model import PeftModel
+from siliang.peft_api.weighted import lora_layers
 from siliang.types import ConfigError
 
 IN_8_BITS = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")  # of bitsandbytes
@@ -106,13 +106,7 @@ def create_lorafa_optimizer(
     Raises:
         ConfigError: The model has no LoRA adapter, one of DoRA, or one with another `use_rslora`.
     """
-    adapters = [
-        adapter
-        for layer in model.modules()
-        if isinstance(layer, AdaptedLayer)
-        for adapter in layer.adapters.values()
-        if isinstance(adapter, LowRank)
-    ]
+    adapters = lora_layers(model)
     if not adapters:
         raise ConfigError(
             Bilingual(

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.combine import WAYS, MajoritySign, combine
 from siliang.language import Bilingual
 from siliang.methods.lora import LoraConfig
@@ -129,6 +130,17 @@ class Combination:
         way = "linear" if self._way == "svd" else self._way.removesuffix("_svd")
         delta = combined(way, [one.delta() for one, _ in parts], [w for _, w in parts])
         return main_directions(delta, len(new.A), clamp=self.svd_clamp)
+
+
+def lora_layers(model: nn.Module) -> list[LowRank]:
+    """The LoRA adapters on all layers of a model."""
+    return [
+        adapter
+        for layer in model.modules()
+        if isinstance(layer, AdaptedLayer)
+        for adapter in layer.adapters.values()
+        if isinstance(adapter, LowRank)
+    ]
 
 
 def main_directions(delta_OI: Tensor, rank: int, *, clamp: float | None = None) -> tuple[Tensor, Tensor]:
