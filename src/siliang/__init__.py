@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.loha import LoHaConfig
     from siliang.methods.lokr import LoKrConfig
-    from siliang.methods.lora import LoraConfig
+    from siliang.methods.lora_config import LoraConfig
     from siliang.methods.miss import MissConfig
     from siliang.methods.oft import OFTConfig
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -161,7 +161,7 @@ _HOME = {
     "LoHaModel": "siliang.peft_api.tuners",
     "LoKrConfig": "siliang.methods.lokr",
     "LoKrModel": "siliang.peft_api.tuners",
-    "LoraConfig": "siliang.methods.lora",
+    "LoraConfig": "siliang.methods.lora_config",
     "LoraModel": "siliang.peft_api.tuners",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "siliang.peft_api.for_tasks",
     "MissConfig": "siliang.methods.miss",

@@ -22,7 +22,8 @@ from siliang.methods.ia3 import IA3, IA3Config
 from siliang.methods.ln_tuning import LNTuning, LNTuningConfig
 from siliang.methods.loha import LoHa, LoHaConfig
 from siliang.methods.lokr import LoKr, LoKrConfig
-from siliang.methods.lora import Lora, LoraConfig
+from siliang.methods.lora import Lora
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.method import Method
 from siliang.methods.miss import Miss, MissConfig
 from siliang.methods.oft import OFT, OFTConfig

@@ -3,7 +3,7 @@
     y = W x + s B A x        s = alpha / r,  A ~ U(kaiming), B = 0: at the start y = W x exactly
 
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
-Other files of it: dora.py (magnitude and direction), lora_embedding.py (on an embedding),
+Other files of it: lora_config.py (the settings), dora.py (magnitude, direction), lora_embedding.py (on an embedding),
 lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
@@ -12,10 +12,7 @@ Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -25,8 +22,8 @@ from siliang.methods.config import CONFIG_NAME
 from siliang.methods.dora import DoraLinear
 from siliang.methods.find_targets import Blocks, find_targets
 from siliang.methods.layer import BaseForward, MakeAdapter
-from siliang.methods.layer_method import BlocksConfig
 from siliang.methods.layer_patterns import LayerPatterns
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.low_rank import LoraSpec, LowRank, LowRankLinear
 from siliang.methods.method import Method, Parts
@@ -34,14 +31,7 @@ from siliang.methods.targets import LORA_TARGETS
 from siliang.methods.trainable_tokens import named_rows
 from siliang.models.introspect import as_stored
 from siliang.ops.lora_linear import lora_linear
-from siliang.secrets import short_repr
-from siliang.types import AdapterError, ConfigError, MergeError, PeftType, nearest
-
-INITS = ("gaussian", "pissa", "olora", "loftq")
-MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
-# Starts of PEFT that siliang does not have. The former set A and B alone, which are in the file.
-STARTS_IN_PLACE = ("eva", "orthogonal", "mica")
-STARTS_BY_DATA = ("corda", "lora_ga")
+from siliang.types import ConfigError, MergeError
 
 
 class LoraLinear(LowRankLinear):
@@ -78,167 +68,6 @@ class LoraLinear(LowRankLinear):
                     "适配器的 lora_bias 无法合并：基座模型的层没有偏置可加。请保留适配器，或训练时不用 lora_bias。",
                 )
             )
-
-
-@dataclass(kw_only=True)
-class LoraConfig(BlocksConfig):
-    """LoRA's settings, with PEFT's names and defaults.
-
-    Attributes:
-        r: Rank of the update.
-        lora_alpha: Numerator of the scaling.
-        lora_dropout: Probability of zeroing an input of A during training.
-        fan_in_fan_out: The base weight is stored (in, out). Found by itself for GPT-2's Conv1D; kept for the file.
-        bias: Base biases that are trained too: none, all, or those of the wrapped layers.
-        use_rslora: Scale by alpha / sqrt(r).
-        use_dora: Train the weight's magnitude separately from its direction.
-        lora_bias: Give B a bias of its own.
-        init_lora_weights: True: A kaiming uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
-            random, for tests. "pissa" (or "pissa_niter_4", faster), "olora": A and B take the weight's main directions,
-            and the base weight keeps the rest. "loftq": the base weight is quantized, A and B correct the error.
-        loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
-        rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
-        alpha_pattern: lora_alpha likewise.
-        trainable_token_indices: The ids of tokens whose embeddings are trained too, row by row: those of the input
-            embeddings, or lists of them by the endings of the names of embeddings and heads. Tied ones stay tied.
-    """
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    init_lora_weights: bool | str = True
-    loftq_config: dict[str, int] = field(default_factory=dict)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-
-    peft_type: ClassVar[str] = PeftType.LORA
-    UNSUPPORTED: ClassVar[dict[str, object]] = {
-        "alora_invocation_tokens": None,
-        "arrow_config": None,
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "kasa_config": None,
-        "layer_replication": None,
-        "lora_ga_config": None,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "monteclora_config": None,
-        "qalora_group_size": 16,
-        "runtime_config": {"ephemeral_gpu_offload": False},
-        "target_parameters": None,
-        "use_bdlora": None,
-        "use_qalora": False,
-        "velora_config": None,
-    }
-
-    AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.lora_dropout <= 1.0:
-            raise ConfigError(
-                Bilingual(
-                    f"lora_dropout = {self.lora_dropout!r}: must be at least 0 and less than 1.",
-                    f"lora_dropout = {self.lora_dropout!r}：须大于等于 0 且小于 1。",
-                )
-            )
-        if low := [key for key, r in self.rank_pattern.items() if r < 1]:
-            raise ConfigError(
-                Bilingual(
-                    f"rank_pattern: {low[0]!r} = {self.rank_pattern[low[0]]}: must be at least 1.",
-                    f"rank_pattern：{low[0]!r} = {self.rank_pattern[low[0]]}：至少为 1。",
-                )
-            )
-        if high := [key for key, r in self.rank_pattern.items() if r > self.MOST]:
-            raise ConfigError(
-                Bilingual(
-                    f"rank_pattern: {high[0]!r} = {self.rank_pattern[high[0]]:,}: must be at most {self.MOST:,}.",
-                    f"rank_pattern：{high[0]!r} = {self.rank_pattern[high[0]]:,}：最大为 {self.MOST:,}。",
-                )
-            )
-        init = self.init_lora_weights
-        if isinstance(init, str):
-            init = self.init_lora_weights = init.lower()
-            named = re.fullmatch(r"pissa_niter_(\d{1,9})", init, re.ASCII)
-            if named is not None and int(named[1]) > MOST_ROUNDS:
-                raise ConfigError(
-                    Bilingual(
-                        f"init_lora_weights = {init!r}: must be at most {MOST_ROUNDS} iterations.",
-                        f"init_lora_weights = {init!r}：最多 {MOST_ROUNDS} 次迭代。",
-                    )
-                )
-            if init not in INITS and named is None:
-                raise ConfigError(
-                    Bilingual(
-                        f"init_lora_weights = {short_repr(init)}: must be true, false, "
-                        f"{', '.join(map(repr, INITS))} or "
-                        f"'pissa_niter_4'.{nearest(init, INITS)}",
-                        f"init_lora_weights = {short_repr(init)}：只能是 true、false、"
-                        f"{'、'.join(map(repr, INITS))} 或 'pissa_niter_4'。{nearest(init, INITS).zh}",
-                    )
-                )
-        if init == "loftq":
-            self.loftq_config = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
-            bits, rounds = self.loftq_config["loftq_bits"], self.loftq_config["loftq_iter"]
-            if bits not in (4, 8) or type(rounds) is not int or not 1 <= rounds <= MOST_ROUNDS:
-                raise ConfigError(
-                    Bilingual(
-                        f"loftq_config = {short_repr(self.loftq_config)}: loftq_bits is 4 or 8, loftq_iter 1 to "
-                        f"{MOST_ROUNDS}.",
-                        f"loftq_config = {short_repr(self.loftq_config)}：loftq_bits 为 4 或 8，loftq_iter 为 1 到"
-                        f" {MOST_ROUNDS}。",
-                    )
-                )
-        if self.use_dora and self.lora_bias:
-            raise ConfigError(
-                Bilingual(
-                    "use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.",
-                    "use_dora 与 lora_bias 不能同时使用：DoRA 缩放权重，不含 B 的偏置。",
-                )
-            )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, object], *, source: str = CONFIG_NAME) -> Self:
-        """As for every method. Starts that siliang does not have are read if they did not change the base weights.
-
-        Raises:
-            AdapterError: As for every method, or the start changed the base weights in a way that is not in the file.
-        """
-        init = str(values.get("init_lora_weights")).lower()
-        if init in STARTS_IN_PLACE:
-            values = values | {"init_lora_weights": True}
-        elif init in STARTS_BY_DATA:
-            raise AdapterError(
-                Bilingual(
-                    f"{source}: init_lora_weights = {init!r} changed the base model's weights by data that "
-                    "the file does "
-                    "not hold. Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion=...).",
-                    f"{source}：init_lora_weights = {init!r} 曾按数据改动基座模型的权重，而文件中没有这些数据"
-                    "。请用 PEFT 转换：save_pretrained(path_initial_model_for_weight_conversion=...)。",
-                )
-            )
-        return super().from_dict(values, source=source)
-
-    @classmethod
-    def has_effect(cls, key: str, values: dict[str, object]) -> bool:
-        """Whether the field that switches the one called `key` on is set."""
-        init = str(values.get("init_lora_weights")).lower()
-        switched_by = {
-            "megatron_core": values.get("megatron_config"),
-            "qalora_group_size": values.get("use_qalora"),
-            "eva_config": False,  # a start: the file holds what came of it
-            "runtime_config": False,  # PEFT ignores it in a file
-            "corda_config": init == "corda",
-            "lora_ga_config": init == "lora_ga",
-        }
-        return bool(switched_by.get(key, True))
 
 
 class Lora(Method[LoraConfig]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
-from siliang.methods.lora import LoraConfig
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_init import twice_the_rank
 from siliang.types import ConfigError
 

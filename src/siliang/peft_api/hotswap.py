@@ -21,7 +21,7 @@ from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer_patterns import LayerPatterns
-from siliang.methods.lora import LoraConfig
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS
 from siliang.methods.low_rank import LowRank
 from siliang.peft_api.checks import check_known

@@ -22,7 +22,7 @@ from siliang.adapters.files import WEIGHTS_NAME
 from siliang.adapters.injection import Injection
 from siliang.files import replacing
 from siliang.language import Bilingual
-from siliang.methods.lora import LoraConfig
+from siliang.methods.lora_config import LoraConfig
 from siliang.models.introspect import is_linear, out_by_in
 from siliang.peft_api.checks import check_known
 from siliang.peft_api.model import PeftModel

@@ -18,7 +18,7 @@ from siliang.adapters.injection import Injection
 from siliang.language import Bilingual
 from siliang.methods.adalora import AdaLora, AdaLoraConfig
 from siliang.methods.config import PeftConfig
-from siliang.methods.lora import LoraConfig
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import LowRank
 from siliang.methods.method import Adapter
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for

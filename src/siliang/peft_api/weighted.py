@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.combine import WAYS, MajoritySign, combine
 from siliang.language import Bilingual
-from siliang.methods.lora import LoraConfig
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import LowRank
 from siliang.types import ConfigError, nearest
 
