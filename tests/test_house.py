@@ -34,8 +34,6 @@ REPORTS: dict[tuple[str, str], str] = {
 
 # Public classes of one name in several files: a reader, and a search, cannot tell them apart. May only shrink.
 SAME_NAMES: dict[str, tuple[str, ...]] = {
-    "Answer": ("records/answers.py", "report/summary.py"),
-    "Asked": ("compare/pool.py", "report/page.py"),
     "Device": ("plan/device.py", "records/run.py"),
     "Finding": ("capabilities.py", "check/finding.py"),
     "LimitError": ("safety/limited/refused.py", "safety/limits.py"),

@@ -9,7 +9,7 @@ from records import SCORES, comparison, record
 
 from siliang.records import Comparison, Record, plain
 from siliang.report.gather import gather
-from siliang.report.summary import lines
+from siliang.report.summary import summarize
 from siliang.secrets import redacted
 from siliang.tasks import TASKS
 from siliang.tasks.task import LOSS
@@ -50,7 +50,7 @@ def test_a_number_is_better_than_none() -> None:
 
 def test_a_comparison_with_a_metric_that_is_no_number_is_shown(tmp_path: Path) -> None:
     scores = dict(SCORES) | {"lost": ([math.nan] * 3, 10, 300)}
-    found = {line.label: line for line in lines(gather([comparison(tmp_path, scores)]))}
+    found = {line.label: line for line in summarize(gather([comparison(tmp_path, scores)]))}
     assert "lost" in found and found["lora"].on_front and not found["lost"].on_front
 
 

@@ -36,7 +36,7 @@ from siliang.config.comparison import CompareConfig
 from siliang.files import find_damage, write_manifest
 from siliang.records import Answers, Comparison, Record, Trial
 from siliang.report.gather import gather
-from siliang.report.summary import lines
+from siliang.report.summary import summarize
 from siliang.report.table import table
 from siliang.report.words import words
 from siliang.safety.safe_yaml import dump_yaml
@@ -85,8 +85,8 @@ def settings(model: Path | str, data: Path | str, output: Path | str, steps: int
 
 def shown(folder: Path) -> list[list[str]]:
     """The table of a comparison, without what is the machine's."""
-    material = gather([folder])
-    columns, rows = table(lines(material), material, words("en"))
+    data = gather([folder])
+    columns, rows = table(summarize(data), data, words("en"))
     kept = [i for i, column in enumerate(columns) if column.key not in MEASURED]
     return [[cells[i].text.removesuffix(" ★") for i in kept] for cells in rows]  # ★ hangs on the memory
 

@@ -34,9 +34,9 @@ def test_records_that_agree_are_silent(folder: Path) -> None:
 
 
 CHANGES: list[tuple[Callable[[Record], None], str]] = [
-    (lambda r: r.final.update(accuracy=0.9), "accuracy is 0.89 in comparison.json and 0.9 in its run's record"),
-    (lambda r: r.final.update(extra=2.5), "extra is – in comparison.json and 2.5 in its run's record"),
-    (lambda r: r.final.pop("f1"), "F1 is 0.89 in comparison.json and – in its run's record"),
+    (lambda r: r.final.update(accuracy=0.9), "accuracy is 0.89 in comparison.json and 0.9 in the run's record"),
+    (lambda r: r.final.update(extra=2.5), "extra is – in comparison.json and 2.5 in the run's record"),
+    (lambda r: r.final.pop("f1"), "F1 is 0.89 in comparison.json and – in the run's record"),
     (lambda r: setattr(r.parameters, "trained", 9), "trained parameters is 10,000 in comparison.json and 9"),
     (lambda r: setattr(r.parameters, "adapter_bytes", 1), "saved bytes is 40,000 in comparison.json and 1"),
     (lambda r: setattr(r.memory, "peak_bytes", 7), "peak memory in bytes is 400,000,000 in comparison.json and 7"),
@@ -70,17 +70,17 @@ def test_a_comparison_that_was_changed(folder: Path) -> None:
     trial = next(t for t in values["trials"] if t["method"] == "lora" and t["seed"] == 2)
     trial["metrics"]["accuracy"] = 0.99
     path.write_text(json.dumps(values))
-    assert lines(folder) == ["lora, seed 2: accuracy is 0.99 in comparison.json and 0.91 in its run's record"]
+    assert lines(folder) == ["lora, seed 2: accuracy is 0.99 in comparison.json and 0.91 in the run's record"]
     trial["metrics"] = {}
     path.write_text(json.dumps(values))
-    assert len(lines(folder)) == 10  # each figure of the run has nothing to be held against
+    assert len(lines(folder)) == 10  # no metric of the run is in comparison.json
 
 
 def test_other_data_and_another_base_model(folder: Path) -> None:
     record = Comparison.open(folder / "comparison.json")
     record.model_files = {"config.json": "0" * 64}
     record.save(folder / "comparison.json")
-    assert "lora, seed 1: the base model's SHA-256 differs between comparison.json and its run's record" in lines(
+    assert "lora, seed 1: the base model's SHA-256 differs between comparison.json and the run's record" in lines(
         folder
     )
 
@@ -90,7 +90,7 @@ def test_the_learning_rate_that_was_asked_for(folder: Path) -> None:
     values = json.loads(path.read_text())
     values["config"]["methods"][1]["learning_rate"] = 0.5
     path.write_text(json.dumps(values))
-    assert "lora, seed 0: the learning rate is 0.5 in comparison.json and 0.001 in its run's record" in lines(folder)
+    assert "lora, seed 0: the learning rate is 0.5 in comparison.json and 0.001 in the run's record" in lines(folder)
 
 
 def test_a_run_that_is_gone(folder: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_terminal_and_the_page_say_it_in_both_languages(folder: Path) -> Non
     record.write(place)
     shutil.rmtree(folder / "runs" / "full" / "seed-1")
     for w, language, said in (
-        (words("en"), "en", "lora, seed 0: accuracy is 0.89 in comparison.json and 0.9 in its run's record"),
+        (words("en"), "en", "lora, seed 0: accuracy is 0.89 in comparison.json and 0.9 in the run's record"),
         (words("zh"), "zh", "lora，种子 0：准确率在 comparison.json 中是 0.89，在该次运行的记录中是 0.9"),
     ):
         printed = run("report", folder, "--lang", language).out

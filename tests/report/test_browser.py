@@ -25,9 +25,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("report")
-    material = gather([comparison(folder / "out", SCORES)])
+    data = gather([comparison(folder / "out", SCORES)])
     for language in ("en", "zh"):
-        write_page(material, folder / f"{language}.html", language=language)
+        write_page(data, folder / f"{language}.html", language=language)
     return {language: folder / f"{language}.html" for language in ("en", "zh")}
 
 

@@ -14,29 +14,29 @@ from siliang.records import Answer, Answers
 from siliang.report.gather import gather
 from siliang.report.page import commands, disagreements, prompts, render
 from siliang.report.plots import Axis, Point, scatter
-from siliang.report.summary import answer, lines
+from siliang.report.summary import recommend, summarize
 from siliang.report.table import sentences, table
 from siliang.report.words import WORDS, words
 from siliang.types import ConfigError
 
 
 def test_the_answer(tmp_path: Path) -> None:
-    material = gather([comparison(tmp_path, SCORES)])
-    found = lines(material)
-    by_label = {line.label: line for line in found}
+    data = gather([comparison(tmp_path, SCORES)])
+    methods = summarize(data)
+    by_label = {method.label: method for method in methods}
     score = by_label["full"].score
-    assert score is not None and score.value == pytest.approx(0.91) and score.spread == pytest.approx(0.01)
+    assert score is not None and score.value == pytest.approx(0.91) and score.std == pytest.approx(0.01)
     # lora costs within 2% of what ia3 does and is better; wide is worse than lora at twice the memory
-    assert [line.label for line in found if line.on_front] == ["full", "lora"]
+    assert [method.label for method in methods if method.on_front] == ["full", "lora"]
     assert by_label["stuck"].verdicts == ["majority"] * 3 and not by_label["stuck"].learned
-    best = answer(found, material)
+    best = recommend(methods, data)
     assert best.best is by_label["full"] and best.tied == [by_label["lora"]]
     assert best.small is by_label["ia3"] and best.fewer == 1000 and best.share == pytest.approx(0.87 / 0.91)
-    said = sentences(best, material, words("en"))
+    said = sentences(best, data, words("en"))
     unsure = "but these seeds do not show that it is better than lora."
     assert said[0] == f"full is ahead with accuracy 0.910 ± 0.010 over 3 seeds, {unsure}"
-    assert said[1] == "ia3 gives 96% of it with 1/1,000 of the trained parameters (4 KB saved)."
-    columns, cells = table(found, material, words("en"))
+    assert said[1] == "ia3 reaches 96% of that with 1/1,000 of the trained parameters (4 KB saved)."
+    columns, cells = table(methods, data, words("en"))
     texts = {row[0].text: dict(zip((c.key for c in columns), (c.text for c in row), strict=True)) for row in cells}
     assert list(texts) == ["full ★", "lora ★", "ia3", "wide", "stuck ⚠", "gone ⚠"]
     assert texts["lora ★"]["accuracy"] == "0.9000 ± 0.0100" and texts["lora ★"]["above"] == "300 MB"
@@ -46,19 +46,19 @@ def test_the_answer(tmp_path: Path) -> None:
 
 def test_one_class_and_nothing_learned(tmp_path: Path) -> None:
     scores = {"full": ([0.7], 1_000_000, 900), "lora": ([0.6], 1000, 400)}
-    material = gather([comparison(tmp_path, scores, full=["good"] * 3)])
-    assert [line.verdicts for line in lines(material)] == [["one class"], ["majority"], []]
-    said = sentences(answer(lines(material), material), material, words("zh"))
-    assert said == [words("zh")["none"], "全部猜最大的类别，准确率就有 0.6000。"]
+    data = gather([comparison(tmp_path, scores, full=["good"] * 3)])
+    assert [method.verdicts for method in summarize(data)] == [["one class"], ["majority"], []]
+    said = sentences(recommend(summarize(data), data), data, words("zh"))
+    assert said == [words("zh")["none"], "全部预测为样本最多的类别，准确率也有 0.6000。"]
 
 
 def test_rows_on_which_methods_disagree(tmp_path: Path) -> None:
-    material = gather([comparison(tmp_path, SCORES, ia3=["bad", "bad", "bad"], stuck=["bad", "good", "bad"])])
-    shown, n, wrong = disagreements(material)
+    data = gather([comparison(tmp_path, SCORES, ia3=["bad", "bad", "bad"], stuck=["bad", "good", "bad"])])
+    shown, n, wrong = disagreements(data)
     assert n == 2 and wrong == [1, 1, 1, 1, 0, 0]
-    assert [asked.where for asked in shown] == ["reviews.csv:2", "reviews.csv:1"]  # the most divided first
-    assert [ok for _, ok in shown[0].given] == [False, False, True, False, True, None]
-    assert [asked.asked for asked in prompts(material)] == ["was it?"]
+    assert [question.where for question in shown] == ["reviews.csv:2", "reviews.csv:1"]  # the most divided first
+    assert [ok for _, ok in shown[0].answers] == [False, False, True, False, True, None]
+    assert [question.text for question in prompts(data)] == ["was it?"]
 
 
 def test_the_page_shows_text_as_text(tmp_path: Path) -> None:
@@ -76,13 +76,13 @@ def test_plain_runs_become_a_table(tmp_path: Path) -> None:
         folder.mkdir()
         record(0.8 + seed / 100, trained=1000, memory=300, seed=seed, method="lora").write(folder)
         folders.append(folder)
-    material = gather(folders)
-    (line,) = lines(material)
-    assert line.label == "lora" and line.score is not None and line.score.value == pytest.approx(0.815)
+    data = gather(folders)
+    (method,) = summarize(data)
+    assert method.label == "lora" and method.score is not None and method.score.value == pytest.approx(0.815)
     other = record(0.8, trained=1000, memory=300, seed=1, method="lora")
     other.rows.eval = 21
     other.write(folders[1])
-    with pytest.raises(ConfigError, match="do not belong into one table: their held-out rows differ"):
+    with pytest.raises(ConfigError, match="cannot be in one table: their held-out rows differ"):
         gather(folders)
 
 
@@ -125,17 +125,17 @@ def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         record(0.8 + seed / 100, trained=1000, memory=400, seed=seed, method="lora").write(tmp_path / name)
     for folders, score in (([tmp_path / "a run"], "0.810"), ([tmp_path / "a run", tmp_path / "b"], "0.815 ± 0.007")):
-        material = gather(folders)
-        [line] = lines(material)
-        assert not line.on_front
-        said = sentences(answer([line], material), material, words("en"))
+        data = gather(folders)
+        [method] = summarize(data)
+        assert not method.on_front
+        said = sentences(recommend([method], data), data, words("en"))
         over = " over 2 seeds" if len(folders) > 1 else ""
         assert said == [
             f"lora: accuracy {score}{over}, in 1.0 min of training and 400 MB of memory. "
-            "There is nothing here to compare it with."
+            "It is not compared with another method."
         ]
         for language, title in (("en", words("en")["title_alone"]), ("zh", words("zh")["title_alone"])):
-            page = render(material, language=language)
+            page = render(data, language=language)
             assert title in page and words("en")["title"] not in page and words("zh")["title"] not in page
             assert "★" not in page and words("en")["no_small"] not in page
     assert f"siliang eval '{tmp_path / 'a run'}' --data other.csv" in unescape(render(gather([tmp_path / "a run"])))
@@ -144,8 +144,8 @@ def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
     stuck.write(tmp_path / "c")
     rows = [Answer(where=f"r:{i}", asked="a", right="b", given="b", correct=True) for i in range(2)]
     Answers(rows=rows, majority=0.6, classes=2).save(tmp_path / "c" / "answers.json")
-    material = gather([tmp_path / "c"])
-    assert sentences(answer(lines(material), material), material, words("en"))[0] == words("en")["none_alone"]
+    data = gather([tmp_path / "c"])
+    assert sentences(recommend(summarize(data), data), data, words("en"))[0] == words("en")["none_alone"]
 
 
 def test_commands_can_be_pasted_and_are_possible(tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_commands_can_be_pasted_and_are_possible(tmp_path: Path) -> None:
         folder = tmp_path / f"my {method}"
         folder.mkdir()
         record(0.8, trained=1000, memory=400, seed=1, method=method).write(folder)
-        material = gather([folder])
-        found = [shlex.split(command) for _, command in commands(lines(material), material, words("en"))]
+        data = gather([folder])
+        found = [shlex.split(command) for _, command in commands(summarize(data), data, words("en"))]
         assert [words[1] for words in found] == ["chat", "predict", "eval", *(["merge"] if merges else [])]
         assert all(words[2] == str(folder) for words in found)
         if merges:
@@ -162,9 +162,9 @@ def test_commands_can_be_pasted_and_are_possible(tmp_path: Path) -> None:
 
 
 def test_the_table_is_narrow(tmp_path: Path) -> None:
-    """What keeps the last columns in sight, for where no browser is: spreads below their means, titles on several
-    lines, and a table wider than the text."""
+    """The last columns stay in sight: standard deviations are below their means, titles have several lines, and the
+    table is wider than the text. This test needs no browser."""
     page = render(gather([comparison(tmp_path, SCORES)]))
-    assert '0.9000<span class="spread">± 0.0100</span>' in page
-    assert ".spread { display: block;" in page and '<div class="scroll wide"' in page
+    assert '0.9000<span class="std">± 0.0100</span>' in page
+    assert ".std { display: block;" in page and '<div class="scroll wide"' in page
     assert "#methods th, #methods td { white-space: nowrap" not in page

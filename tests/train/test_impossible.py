@@ -190,7 +190,7 @@ def test_train_says_that_nothing_was_learned(
             "causal_lm",
             write_jsonl(tmp_path / "asked.jsonl", ASKED),
             "taught",
-            "learned nothing: loss not below the base's, on rows that were held out",
+            "learned nothing: loss not below the base model's, on the held-out rows",
             [f"data.eval={others}", "train.learning_rate=0.1"],
         ),
     ):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from siliang.compare.run import CompareListener
     from siliang.config.comparison import CompareConfig
     from siliang.records import Record, Trial
-    from siliang.report.gather import Material
+    from siliang.report.gather import ReportData
     from siliang.report.table import Cell, Column
 
 
@@ -131,13 +131,13 @@ def compare(
     from siliang.config.comparison import CompareConfig
 
     config = CompareConfig.build(values, source=named(settings))
-    material = run(config, jobs=jobs, ray=ray, language=lang, force=force)
-    if not material.records:
+    result = run(config, jobs=jobs, ray=ray, language=lang, force=force)
+    if not result.records:
         raise typer.Exit(1)
 
 
-def run(config: CompareConfig, *, jobs: int, language: str, ray: str | None = None, force: bool = False) -> Material:
-    """Runs a comparison, shows it as it goes on, prints its table, and writes its page."""
+def run(config: CompareConfig, *, jobs: int, language: str, ray: str | None = None, force: bool = False) -> ReportData:
+    """Runs a comparison, shows its progress, prints its table, and writes its page."""
     from siliang.compare.run import compare as run_all
     from siliang.report.gather import gather
     from siliang.report.page import write_page
@@ -148,48 +148,48 @@ def run(config: CompareConfig, *, jobs: int, language: str, ray: str | None = No
     finally:
         display.close()
     folder = Path(config.run.output)
-    material = gather([folder])
+    data = gather([folder])
     print()
-    show(material, language)
-    write_page(material, folder / "report.html", language=language)
+    show(data, language)
+    write_page(data, folder / "report.html", language=language)
     print(both("\npage       ", "\n报告       ") + str(folder / "report.html"))
-    return material
+    return data
 
 
-def show(material: Material, language: str) -> None:
+def show(data: ReportData, language: str) -> None:
     """Prints the table and the answer."""
     from rich.table import Table
     from rich.text import Text
 
-    from siliang.report.summary import answer, lines
+    from siliang.report.summary import recommend, summarize
     from siliang.report.table import differences, notes, sentences, table
     from siliang.report.words import words
 
     w = words(language)
-    found = lines(material)
-    columns, rows = table(found, material, w)
+    methods = summarize(data)
+    columns, rows = table(methods, data, w)
     plain = not sys.stdout.isatty()
     console = rich_console(width=10_000 if plain else None)
     for part in [columns] if plain else _fitting(columns, rows, console.width):
         grid = Table(box=None, padding=(0, 1), pad_edge=False, header_style="" if plain else "bold")
         for column in part:
-            grid.add_column(Text(one_line(column.title)), justify="right" if column.number else "left", no_wrap=True)
+            grid.add_column(Text(one_line(column.title)), justify="right" if column.numeric else "left", no_wrap=True)
         for cells in rows:
             grid.add_row(*(Text(one_line(cells[columns.index(column)].text)) for column in part))
         for line in _captured(console, grid):
             print(line, file=raw_stream(sys.stdout))
         print()
-    for line in found:
-        for note in notes(line, w):
-            label, text = one_line(line.label), one_line(note)
+    for method in methods:
+        for note in notes(method, w):
+            label, text = one_line(method.label), one_line(note)
             print(f"{label}：{text}" if language == "zh" else f"{label}: {text}")
-    if differing := differences(material, w):
+    if lines := differences(data, w):
         print(w["disagree"])
-        for line in differing:
+        for line in lines:
             print(f"  {one_line(line)}")
-    if len(found) > 1:
+    if len(methods) > 1:
         print(w["terminal_note"])
-    for sentence in sentences(answer(found, material), material, w):
+    for sentence in sentences(recommend(methods, data), data, w):
         print(sentence)
 
 

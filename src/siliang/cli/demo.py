@@ -44,8 +44,8 @@ def demo(
             "判断评论是正面还是负面。基座模型是 all-MiniLM-L6-v2，一个有 2270 万参数的编码器。",
         )
     )
-    material = run(demo_config(folder), jobs=1, language=lang)
-    best = next((group for group in material.groups if group.label == "LoRA" and group.finished), None)
+    result = run(demo_config(folder), jobs=1, language=lang)
+    best = next((group for group in result.groups if group.label == "LoRA" and group.finished), None)
     took = duration(time.perf_counter() - started)
     print(
         both(

@@ -34,8 +34,8 @@ def report(
     from siliang.report.page import write_page
     from siliang.types import OutputError
 
-    material = gather(runs)
-    page = output or (runs[0] / "report.html" if material.is_comparison else Path("report.html"))
+    data = gather(runs)
+    page = output or (runs[0] / "report.html" if data.is_comparison else Path("report.html"))
     if page.is_dir() or not page.parent.is_dir():
         raise OutputError(
             Bilingual(
@@ -44,6 +44,6 @@ def report(
             )
         )
     lang = lang or language()
-    show(material, lang)
-    write_page(material, page, language=lang)
+    show(data, lang)
+    write_page(data, page, language=lang)
     print(both(f"\npage       {page}", f"\n报告       {page}"))

@@ -158,7 +158,7 @@ def _say_end(record: Record, folder: Path, verdicts: list[str]) -> None:
     print(both(f"done       {metrics}", f"完成       {metrics}"))
     for verdict in verdicts:
         what = w[verdict]
-        print(both(f"warning    {what}, on rows that were held out", f"警告       在验证集上{what}"))
+        print(both(f"warning    {what}, on the held-out rows", f"警告       在验证集上{what}"))
     planned, planned_zh = "", ""
     if record.memory.predicted_bytes:
         expected = size(record.memory.predicted_bytes)

@@ -1,5 +1,5 @@
 "use strict";
-// A click on a column's name sorts by it: the better end first, then the other; what has no figure stays last.
+// A click on a column title sorts by that column: the best value first, with the next click last. Empty cells stay last.
 const table = document.getElementById("methods");
 const heads = Array.from(table.tHead.rows[0].cells);
 function sort(column) {

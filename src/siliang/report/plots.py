@@ -1,4 +1,4 @@
-"""Plots as inline SVG, whose colours are the page's own variables: crisp on a phone, light and dark, on paper."""
+"""Plots as inline SVG. Their colours are CSS variables of the page, for light and dark themes and for print."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 330
-LEFT, RIGHT, TOP, BOTTOM = 58, 20, 16, 46  # around the plot, for its axes
-CHARACTER, LINE = 6.6, 13.0  # of a label, at its font size of 12
+LEFT, RIGHT, TOP, BOTTOM = 58, 20, 16, 46  # margins for the axes
+CHARACTER, LINE = 6.6, 13.0  # width and height of a label's characters, at font size 12
 Side = Literal["start", "end", "middle"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method in a plot; `series` is its number, which chooses colour and shape."""
+    """A method in a plot. `series` is its number; it selects colour and shape."""
 
     label: str
     series: int
     x: float
     y: float
-    x_spread: float | None = None
-    y_spread: float | None = None
+    x_std: float | None = None
+    y_std: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: what it says, from where to where it goes, and its ticks."""
+    """One axis: its title, its range and its ticks."""
 
     title: str
     low: float
@@ -51,7 +51,7 @@ class Axis:
     def over(
         cls, title: str, values: Sequence[float], *, log: bool = False, zero: bool = False, room: float = 0.08
     ) -> Axis:
-        """An axis on which all `values` have room; `zero`: it begins there."""
+        """An axis over the range of `values`, with a margin of `room`; with `zero`, it begins at 0."""
         if log:
             low, high = math.log10(max(min(values), 1e-12)), math.log10(max(*values, 1e-12))
             edge = max(high - low, 0.5) * room
@@ -74,7 +74,7 @@ class Axis:
         return cls(title, low, high, ticks, False, short if high >= 10_000 else lambda value: f"{value:g}")
 
     def place(self, value: float) -> float:
-        """Where a value lies, from 0 to 1."""
+        """The position of a value on the axis, from 0 to 1."""
         low, high = self.low, self.high
         if self.log:
             value, low, high = (math.log10(max(v, 1e-12)) for v in (value, low, high))
@@ -82,13 +82,13 @@ class Axis:
 
 
 def nice_step(about: float) -> float:
-    """The step of 1, 2 or 5 times a power of ten next above `about`."""
+    """The smallest of 1, 2 or 5 times a power of ten that is at least `about`."""
     power = 10.0 ** math.floor(math.log10(about))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= about * (1 - 1e-9))
 
 
 def short(value: float) -> str:
-    """10k, 2M: a count in little room."""
+    """A count in short form, such as 10k or 2M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:g}{unit}"
@@ -98,10 +98,10 @@ def short(value: float) -> str:
 def scatter(
     points: Sequence[Point], x: Axis, y: Axis, *, front: Sequence[Point] = (), diagonal: bool = False
 ) -> Markup:
-    """Points with error bars and their names; the front is a dashed line.
+    """Points with error bars and names; the Pareto front is a dashed line.
 
     Args:
-        diagonal: A line where both axes say the same.
+        diagonal: Draw the line x = y.
     """
     parts = [_frame(x, y)]
     if diagonal:
@@ -121,7 +121,7 @@ def scatter(
 
 
 def curves(found: Sequence[Curve], x: Axis, y: Axis) -> Markup:
-    """Lines; their names stand in the page's legend."""
+    """Line plots; the legend of the page has their names."""
     parts = [_frame(x, y)]
     for curve in found:
         places = [(_x(x, a), _y(y, b)) for a, b in curve.points]
@@ -134,7 +134,7 @@ def curves(found: Sequence[Curve], x: Axis, y: Axis) -> Markup:
 
 
 def stacked(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], x: Axis) -> Markup:
-    """A bar for each row, of its parts one behind the other; the parts' names stand in the page's legend."""
+    """One stacked bar per row; the legend of the page has the names of the parts."""
     height = (HEIGHT - TOP - BOTTOM) / max(len(rows), 1)
     parts = [_frame(x, Axis("", 0.0, 1.0, ()))]
     for i, (label, pieces) in enumerate(rows):
@@ -153,7 +153,7 @@ def stacked(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], x: Axis) ->
 
 
 def swatch(series: int) -> Markup:
-    """A point's shape, for a legend or a table."""
+    """The marker of a series, for a legend or a table."""
     return Markup('<svg class="swatch s{}" viewBox="0 0 16 16" aria-hidden="true">{}</svg>').format(
         series, _shape(series, 8, 8)
     )
@@ -194,11 +194,11 @@ def _frame(x: Axis, y: Axis) -> Markup:
 
 def _bars(p: Point, x: Axis, y: Axis) -> Markup:
     parts = []
-    if p.y_spread:
-        a, b = (min(max(_y(y, p.y + s * p.y_spread), TOP), HEIGHT - BOTTOM) for s in (1, -1))
+    if p.y_std:
+        a, b = (min(max(_y(y, p.y + s * p.y_std), TOP), HEIGHT - BOTTOM) for s in (1, -1))
         parts.append(_line(_x(x, p.x), a, _x(x, p.x), b, "bar"))
-    if p.x_spread and not x.log:
-        a, b = (min(max(_x(x, p.x + s * p.x_spread), LEFT), WIDTH - RIGHT) for s in (1, -1))
+    if p.x_std and not x.log:
+        a, b = (min(max(_x(x, p.x + s * p.x_std), LEFT), WIDTH - RIGHT) for s in (1, -1))
         parts.append(_line(a, _y(y, p.y), b, _y(y, p.y), "bar"))
     return Markup('<g class="s{}">{}</g>').format(p.series, Markup("").join(parts))
 
@@ -217,7 +217,7 @@ def _shape(series: int, x: float, y: float) -> Markup:
 
 
 def _label(p: Point, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> Markup:
-    """A point's name, in the first place beside it where nothing stands."""
+    """A point's name, at the first free place next to the point."""
     width = sum(2 * CHARACTER if c >= "\u2e80" else CHARACTER for c in p.label)
     places: list[tuple[float, float, Side]] = [
         (x + 10, y + 4, "start"),
@@ -231,13 +231,13 @@ def _label(p: Point, x: float, y: float, taken: list[tuple[float, float, float, 
         box = (left, line - LINE + 3, left + width, line + 3)
         inside = box[0] >= LEFT and box[2] <= WIDTH - 2 and box[1] >= 2 and box[3] <= HEIGHT - BOTTOM
         own = (x - 7, y - 7, x + 7, y + 7)
-        if inside and not any(_meet(box, other) for other in taken if other != own):
+        if inside and not any(_overlap(box, other) for other in taken if other != own):
             taken.append(box)
             return _text(at, line, p.label, "name", side)
     return _text(*places[0][:2], p.label, "name", places[0][2])
 
 
-def _meet(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 

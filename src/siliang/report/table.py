@@ -1,16 +1,16 @@
-"""The table: what stands in each cell, and by what it is sorted; the same for the terminal and the page."""
+"""The table: the text and the sort key of each cell, for the terminal and the page; the sentences of the answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from siliang.report.gather import Material
-from siliang.report.summary import Answer, Line, Mean
+from siliang.report.gather import ReportData
+from siliang.report.summary import Mean, MethodSummary, Recommendation
 from siliang.tasks import TASKS
 from siliang.units import show_bytes
 
 STAR, MARK = "★", "⚠"
-ORDER = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l", "perplexity")
+METRICS = ("accuracy", "f1", "precision", "recall", "exact_match", "rouge_l", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Cell:
     """A cell.
 
     Attributes:
-        order: What the column is sorted by; None last.
+        sort_key: The column is sorted by it; cells with None come last.
     """
 
     text: str
-    order: float | str | None
+    sort_key: float | str | None
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,24 @@ class Column:
     """A column.
 
     Attributes:
-        number: It holds metrics, and stands to the right.
-        higher: Its best metrics are the highest; None where neither end is the better one.
+        numeric: The column holds numbers and is right-aligned.
+        higher: Whether higher is better; None if neither is.
     """
 
     key: str
     title: str
-    number: bool = True
+    numeric: bool = True
     higher: bool | None = None
 
 
-def table(found: list[Line], material: Material, w: dict[str, str]) -> tuple[list[Column], list[list[Cell]]]:
-    """The columns, and a row of cells for each method."""
-    task = TASKS[material.task]
+def table(methods: list[MethodSummary], data: ReportData, w: dict[str, str]) -> tuple[list[Column], list[list[Cell]]]:
+    """The columns, and one row of cells per method."""
+    task = TASKS[data.task]
     quality = task.quality
-    names = {name for line in found for name in line.others} - {quality.name}
-    extra = [name for name in ORDER if name in names] + sorted(names.difference(ORDER))
+    names = {name for method in methods for name in method.others} - {quality.name}
+    extra = [name for name in METRICS if name in names] + sorted(names.difference(METRICS))
     columns = [
-        Column("method", w["method"], number=False),
+        Column("method", w["method"], numeric=False),
         Column(quality.name, w.get(quality.name, quality.name), higher=quality.higher),
         *(Column(name, w.get(name, name), higher=task.metric(name).higher) for name in extra),
         *([] if quality.name == "eval_loss" else [Column("loss", w["loss"], higher=False)]),
@@ -62,103 +62,103 @@ def table(found: list[Line], material: Material, w: dict[str, str]) -> tuple[lis
         Column("eval_speed", w["eval_speed"], higher=True),
         Column("rate", w["rate"]),
     ]
-    return columns, [[_cell(column.key, line, quality.name, w) for column in columns] for line in found]
+    return columns, [[_cell(column.key, method, quality.name, w) for column in columns] for method in methods]
 
 
-def _cell(key: str, line: Line, score: str, w: dict[str, str]) -> Cell:
+def _cell(key: str, method: MethodSummary, score: str, w: dict[str, str]) -> Cell:
     if key == "method":
-        marked = line.label
-        if line.on_front:
+        marked = method.label
+        if method.on_front:
             marked += f" {STAR}"
-        if line.verdicts or line.errors:
+        if method.verdicts or method.errors:
             marked += f" {MARK}"
-        return Cell(marked, line.label)
-    if line.total == 0:  # nothing but failures
+        return Cell(marked, method.label)
+    if method.total == 0:  # all runs failed
         return Cell(w["no_metrics"] if key == score else "–", None)
     if key == score:
-        return _mean(line.score, 4)
-    if key in line.others:
-        return _mean(line.others[key], 2 if key == "perplexity" else 4)
+        return _mean_cell(method.score, 4)
+    if key in method.others:
+        return _mean_cell(method.others[key], 2 if key == "perplexity" else 4)
     match key:
         case "loss":
-            return _mean(line.loss, 4)
+            return _mean_cell(method.loss, 4)
         case "minutes":
-            return _mean(line.minutes, 2)
+            return _mean_cell(method.minutes, 2)
         case "peak" | "above":
-            found = line.peak if key == "peak" else line.above
-            return Cell(show_bytes(found.value), found.value) if found else Cell("–", None)
+            memory = method.peak if key == "peak" else method.above
+            return Cell(show_bytes(memory.value), memory.value) if memory else Cell("–", None)
         case "total":
-            return Cell(f"{line.total:,}", line.total)
+            return Cell(f"{method.total:,}", method.total)
         case "trained":
-            return Cell(f"{line.trained:,}", line.trained)
+            return Cell(f"{method.trained:,}", method.trained)
         case "share":
-            return Cell(f"{100 * line.share:.4g}%", line.share)
+            return Cell(f"{100 * method.share:.4g}%", method.share)
         case "saved":
-            return Cell(show_bytes(line.saved_bytes), line.saved_bytes)
+            return Cell(show_bytes(method.saved_bytes), method.saved_bytes)
         case "train_speed" | "eval_speed":
-            found = line.train_speed if key == "train_speed" else line.eval_speed
-            return Cell(f"{found.value:,.0f}", found.value) if found else Cell("–", None)
+            speed = method.train_speed if key == "train_speed" else method.eval_speed
+            return Cell(f"{speed.value:,.0f}", speed.value) if speed else Cell("–", None)
         case "rate":
-            return Cell(f"{line.learning_rate:g}", line.learning_rate)
+            return Cell(f"{method.learning_rate:g}", method.learning_rate)
         case _:
             return Cell("–", None)
 
 
-def notes(line: Line, w: dict[str, str]) -> list[str]:
-    """What has to be said of a method: runs that learned nothing, runs that failed."""
-    found = []
-    for verdict in dict.fromkeys(line.verdicts):
-        n = line.verdicts.count(verdict)
+def notes(method: MethodSummary, w: dict[str, str]) -> list[str]:
+    """The notes on a method: runs that learned nothing, runs that failed."""
+    notes = []
+    for verdict in dict.fromkeys(method.verdicts):
+        n = method.verdicts.count(verdict)
         text = w[verdict]
-        found.append(text if n == line.runs else w["of_runs"].format(what=text, n=n, of=line.runs))
+        notes.append(text if n == method.runs else w["of_runs"].format(what=text, n=n, of=method.runs))
     errors: dict[str, list[int]] = {}
-    for seed, error in line.errors:
+    for seed, error in method.errors:
         errors.setdefault(error, []).append(seed)
-    found += [w["failed"].format(seed=", ".join(map(str, seeds)), error=error) for error, seeds in errors.items()]
-    return found
+    notes += [w["failed"].format(seed=", ".join(map(str, seeds)), error=error) for error, seeds in errors.items()]
+    return notes
 
 
-def differences(material: Material, w: dict[str, str]) -> list[str]:
-    """Where a comparison's own file and its runs' records do not say the same, a line each."""
-    found = []
-    for one in material.differing:
-        label = w["base"] if one.label is None else w["run"].format(label=one.label, seed=one.seed)
-        what = w.get(f"field_{one.what}") or w.get(one.what) or one.what
-        if one.what == "folder":
-            found.append(w["folder_missing"].format(run=label, folder=one.there))
-        elif one.here is None and one.there is None:
-            found.append(w["differs_at_all"].format(run=label, what=what))
+def differences(data: ReportData, w: dict[str, str]) -> list[str]:
+    """One line for each difference between comparison.json and the records of its runs."""
+    lines = []
+    for found in data.differences:
+        run = w["base"] if found.label is None else w["run"].format(label=found.label, seed=found.seed)
+        field = w.get(f"field_{found.field}") or w.get(found.field) or found.field
+        if found.field == "folder":
+            lines.append(w["folder_missing"].format(run=run, folder=found.in_record))
+        elif found.in_comparison is None and found.in_record is None:
+            lines.append(w["differs"].format(run=run, field=field))
         else:
-            here, there = (_written(value) for value in (one.here, one.there))
-            found.append(w["differs"].format(run=label, what=what, here=here, there=there))
-    return found
+            a, b = _show(found.in_comparison), _show(found.in_record)
+            lines.append(w["differs_by"].format(run=run, field=field, in_comparison=a, in_record=b))
+    return lines
 
 
-def _written(value: object) -> str:
+def _show(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def show_mean(found: Mean | None, digits: int) -> str:
-    """0.8462 ± 0.0031, or 0.8462 of one run."""
-    if found is None:
+def show_mean(mean: Mean | None, digits: int) -> str:
+    """0.8462 ± 0.0031, or 0.8462 for one run."""
+    if mean is None:
         return "–"
-    spread = f" ± {found.spread:.{digits}f}" if found.spread is not None else ""
-    return f"{found.value:.{digits}f}{spread}"
+    std = f" ± {mean.std:.{digits}f}" if mean.std is not None else ""
+    return f"{mean.value:.{digits}f}{std}"
 
 
-def _mean(found: Mean | None, digits: int) -> Cell:
-    return Cell(show_mean(found, digits), found.value if found else None)
+def _mean_cell(mean: Mean | None, digits: int) -> Cell:
+    return Cell(show_mean(mean, digits), mean.value if mean else None)
 
 
-def sentences(answer: Answer, material: Material, w: dict[str, str]) -> list[str]:
-    """The answer in two sentences, and what it has to be held against."""
-    quality = TASKS[material.task].quality
-    best, said = answer.best, []
-    alone = len(material.groups) == 1
+def sentences(answer: Recommendation, data: ReportData, w: dict[str, str]) -> list[str]:
+    """The answer in two sentences, then the baselines: the most frequent class and the base model."""
+    quality = TASKS[data.task].quality
+    best, texts = answer.best, []
+    alone = len(data.groups) == 1
     if best is None or best.score is None or best.minutes is None or best.peak is None:
-        said.append(w["none_alone" if alone else "none"])
+        texts.append(w["none_alone" if alone else "none"])
     else:
         digits = 3
         over = w["over"].format(n=best.score.n) if best.score.n > 1 else w["one_run"]
@@ -170,12 +170,12 @@ def sentences(answer: Answer, material: Material, w: dict[str, str]) -> list[str
             "over_alone": w["over_alone"].format(n=best.score.n) if best.score.n > 1 else "",
             "minutes": minutes(best.minutes.value, w),
             "memory": show_bytes(best.peak.value),
-            "others": _listed([line.label for line in answer.tied], w),
+            "others": _join_names([method.label for method in answer.tied], w),
         }
-        said.append(w["alone" if alone else "best_tied" if answer.tied else "best"].format(**values))
+        texts.append(w["alone" if alone else "best_tied" if answer.tied else "best"].format(**values))
         suffix = "" if quality.higher else "_loss"
         if answer.small is not None:
-            said.append(
+            texts.append(
                 w[f"small{suffix}"].format(
                     label=answer.small.label,
                     share=f"{100 * answer.share:.0f}%",
@@ -183,20 +183,20 @@ def sentences(answer: Answer, material: Material, w: dict[str, str]) -> list[str
                     saved=show_bytes(answer.small.saved_bytes),
                 )
             )
-        elif not alone and (quality.higher or "eval_loss" in material.base):
-            said.append(w[f"no_small{suffix}"])
-    if material.majority is not None:
-        said.append(w["majority_note"].format(share=f"{material.majority:.4f}"))
-    if "eval_loss" in material.base:
-        base = material.base
-        said.append(w["base_note"].format(loss=f"{base['eval_loss']:.4f}", perplexity=f"{base['perplexity']:.2f}"))
-    return said
+        elif not alone and (quality.higher or "eval_loss" in data.base):
+            texts.append(w[f"no_small{suffix}"])
+    if data.majority is not None:
+        texts.append(w["majority_note"].format(share=f"{data.majority:.4f}"))
+    if "eval_loss" in data.base:
+        base = data.base
+        texts.append(w["base_note"].format(loss=f"{base['eval_loss']:.4f}", perplexity=f"{base['perplexity']:.2f}"))
+    return texts
 
 
 def minutes(value: float, w: dict[str, str]) -> str:
-    """A time for people."""
+    """A training time as text."""
     return w["min"].format(n=f"{value:.1f}") if value >= 1 else w["second"].format(n=f"{60 * value:.0f}")
 
 
-def _listed(names: list[str], w: dict[str, str]) -> str:
+def _join_names(names: list[str], w: dict[str, str]) -> str:
     return w["and"].join(part for part in (w["comma"].join(names[:-1]), names[-1]) if part) if names else ""

@@ -1,4 +1,4 @@
-"""The report's words, in English and in Chinese, beside each other."""
+"""The texts of the report, in English and Chinese side by side."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ WORDS: dict[str, tuple[str, str]] = {
     "lang": ("en", "zh-CN"),
     "title": ("Which method is best on this data?", "在这份数据上，哪种方法最好？"),
     "question": (
-        "{methods} methods on {data}: {rows} rows to learn from, {held} held out; base model {model}, {task}.",
+        "{methods} methods on {data}: {rows} training rows, {held} held-out rows; base model {model}, {task}.",
         "在 {data} 上比较 {methods} 种方法：{rows} 条样本用于训练，{held} 条用于验证；基座模型 {model}，任务 {task}。",
     ),
     "question_alone": (
-        "{label} on {data}: {rows} rows to learn from, {held} held out; base model {model}, {task}.",
+        "{label} on {data}: {rows} training rows, {held} held-out rows; base model {model}, {task}.",
         "{label}，数据 {data}：{rows} 条样本用于训练，{held} 条用于验证；基座模型 {model}，任务 {task}。",
     ),
     "unfinished": (
-        "The comparison is not finished: this page shows what is there so far.",
+        "The comparison is not finished: this page shows the results so far.",
         "比较尚未完成：本页只显示目前已有的结果。",
     ),
-    "title_alone": ("What has this method learned?", "这种方法学得怎么样？"),
+    "title_alone": ("How good is this method on this data?", "在这份数据上，这种方法效果如何？"),
     "alone": (
-        "{label}: {metric} {score}{over_alone}, in {minutes} of training and {memory} of memory. There "
-        "is nothing here to compare it with.",
-        "{label}：{metric} {score}{over_alone}，训练用时 {minutes}，内存 {memory}。没有其他方法可以比较。",
+        "{label}: {metric} {score}{over_alone}, in {minutes} of training and {memory} of memory. It is "
+        "not compared with another method.",
+        "{label}：{metric} {score}{over_alone}，训练用时 {minutes}，内存 {memory}。没有与其他方法比较。",
     ),
     "over_alone": (" over {n} seeds", "（{n} 个种子的平均）"),
     "best": (
@@ -39,32 +39,32 @@ WORDS: dict[str, tuple[str, str]] = {
     "over": (" over {n} seeds", "（{n} 个种子）"),
     "one_run": (" (one seed: differences of this size may be chance)", "（只有一个种子：这种幅度的差别可能是偶然）"),
     "small": (
-        "{label} gives {share} of it with {fewer} of the trained parameters ({saved} saved).",
+        "{label} reaches {share} of that with {fewer} of the trained parameters ({saved} saved).",
         "{label} 达到其 {share}，可训练参数只有其 {fewer}（保存大小 {saved}）。",
     ),
     "small_loss": (
-        "{label} gives {share} of its gain over the base with {fewer} of the trained parameters ({saved} saved).",
+        "{label} reaches {share} of its loss reduction with {fewer} of the trained parameters ({saved} saved).",
         "{label} 的损失降幅（相对基座模型）达到其 {share}，可训练参数只有其 {fewer}（保存大小 {saved}）。",
     ),
     "no_small": (
-        "No method with half its trained parameters or fewer comes within 5% of it.",
+        "No method with at most half of its trained parameters comes within 5% of it.",
         "可训练参数不超过其一半的方法中，没有一种达到它的 95%。",
     ),
     "no_small_loss": (
-        "No method with half its trained parameters or fewer comes within 5% of its gain over the base.",
+        "No method with at most half of its trained parameters comes within 5% of its loss reduction.",
         "可训练参数不超过其一半的方法中，没有一种的损失降幅达到它的 95%。",
     ),
     "none_alone": (
-        "It has learned nothing here. See the mark in the table, and try another learning rate.",
-        "这次没有学到东西。请看表中的标记，换一个学习率再试。",
+        "This method learned nothing. See the mark in the table, and try another learning rate.",
+        "这种方法没有学到东西。请看表中的标记，换一个学习率再试。",
     ),
     "none": (
-        "No method has learned anything here. See the marks in the table, and try other learning rates.",
+        "No method learned anything. See the marks in the table, and try other learning rates.",
         "没有一种方法学到东西。请看表中的标记，换几个学习率再试。",
     ),
     "majority_note": (
-        "The larger class alone would give accuracy {share}.",
-        "全部猜最大的类别，准确率就有 {share}。",
+        "Always predicting the most frequent class gives accuracy {share}.",
+        "全部预测为样本最多的类别，准确率也有 {share}。",
     ),
     "base_note": (
         "The untuned base model has a held-out loss of {loss} (perplexity {perplexity}).",
@@ -77,11 +77,11 @@ WORDS: dict[str, tuple[str, str]] = {
         "各种子的均值 ± 标准差。★：内存不高于它的方法中，没有效果更好的。点击列名可排序。",
     ),
     "table_note_cpu": (
-        "Peak memory is the process's, libraries included; “above” is what training took beside what was loaded.",
+        "Peak memory is that of the process, libraries included; “above” is what training added to what was loaded.",
         "峰值内存是整个进程的，包括各种库；“净增”是训练在已加载内容之外占用的部分。",
     ),
     "table_note_cuda": (
-        "Peak memory is the card's, weights included; “above” is what training took beside what was loaded.",
+        "Peak memory is that of the GPU, weights included; “above” is what training added to what was loaded.",
         "峰值内存是显存，包括权重；“净增”是训练在已加载内容之外占用的部分。",
     ),
     "table_note_alone": ("Mean ± standard deviation over seeds.", "各种子的均值 ± 标准差。"),
@@ -110,25 +110,28 @@ WORDS: dict[str, tuple[str, str]] = {
     "saved": ("saved", "保存大小"),
     "rate": ("learning rate", "学习率"),
     "no_metrics": ("failed", "失败"),
-    "one class": ("learned nothing: one class only", "没有学到东西：只预测一个类别"),
-    "majority": ("learned nothing: no better than the larger class", "没有学到东西：不比全猜最大的类别好"),
-    "not below the base": ("learned nothing: loss not below the base's", "没有学到东西：损失不低于基座模型"),
-    "no spans": ("learned nothing: not one span right", "没有学到东西：没有一个片段正确"),
-    "no number": ("learned nothing: its loss is not a number", "没有学到东西：损失不是数值"),
+    "one class": ("learned nothing: predicts only one class", "没有学到东西：只预测一个类别"),
+    "majority": (
+        "learned nothing: no better than always predicting the most frequent class",
+        "没有学到东西：不比全部预测为样本最多的类别好",
+    ),
+    "not below the base": ("learned nothing: loss not below the base model's", "没有学到东西：损失不低于基座模型"),
+    "no spans": ("learned nothing: no span is correct", "没有学到东西：没有一个片段正确"),
+    "no number": ("learned nothing: its loss is not finite", "没有学到东西：损失不是有限值"),
     "of_runs": ("{what} ({n} of {of} runs)", "{what}（{of} 次运行中的 {n} 次）"),
     "failed": ("seed {seed}: {error}", "种子 {seed}：{error}"),
     "disagree": (
-        "The comparison's own file and the records of its runs do not agree. Either was changed after it was written:",
-        "比较的记录与各次运行的记录不一致，其中之一在写成之后被改动过：",
+        "comparison.json and the records of its runs do not agree. One of them was changed after it was written:",
+        "comparison.json 与各次运行的记录不一致，其中之一在写入之后被改动过：",
     ),
     "run": ("{label}, seed {seed}", "{label}，种子 {seed}"),
-    "differs": (
-        "{run}: {what} is {here} in comparison.json and {there} in its run's record",
-        "{run}：{what}在 comparison.json 中是 {here}，在该次运行的记录中是 {there}",
+    "differs_by": (
+        "{run}: {field} is {in_comparison} in comparison.json and {in_record} in the run's record",
+        "{run}：{field}在 comparison.json 中是 {in_comparison}，在该次运行的记录中是 {in_record}",
     ),
-    "differs_at_all": (
-        "{run}: {what} differs between comparison.json and its run's record",
-        "{run}：{what}在 comparison.json 与该次运行的记录中不同",
+    "differs": (
+        "{run}: {field} differs between comparison.json and the run's record",
+        "{run}：{field}在 comparison.json 与该次运行的记录中不同",
     ),
     "folder_missing": ("{run}: its folder {folder} is missing", "{run}：缺少它的文件夹 {folder}"),
     "field_task": ("the task", "任务"),
@@ -152,10 +155,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "curves": ("Training loss by step", "各步的训练损失"),
     "predicted": ("Predicted against measured peak memory", "预测与实测的峰值内存"),
     "predicted_axis": ("predicted, {unit}", "预测，{unit}"),
-    "made_of": ("What the memory is made of, by the plan", "内存的构成（预测）"),
-    "part_overhead": ("beside the tensors", "张量以外"),
+    "memory_parts": ("Predicted peak memory by part", "预测的峰值内存的构成"),
+    "part_overhead": ("outside the tensors", "张量以外"),
     "part_weights": ("weights", "权重"),
-    "part_trained": ("trained parameters", "训练的参数"),
+    "part_trained": ("trained parameters", "可训练参数"),
     "part_gradients": ("gradients", "梯度"),
     "part_optimizer": ("optimizer", "优化器"),
     "part_activations": ("activations", "激活值"),
@@ -169,27 +172,27 @@ WORDS: dict[str, tuple[str, str]] = {
     "step_axis": ("step", "步数"),
     "loss_axis": ("loss", "损失"),
     "front": (
-        "Bars: standard deviation over seeds. Dashed: no other method is better at the same cost.",
+        "Error bars: standard deviation over seeds. Dashed line: no other method is better at the same cost.",
         "误差线：各种子的标准差。虚线：同样代价下没有效果更好的方法。",
     ),
     "curves_note": ("Mean over seeds.", "各种子的均值。"),
     "up": ("higher is better", "越高越好"),
     "down": ("lower is better", "越低越好"),
-    "prompts": ("The same questions to all", "相同的问题，各自的回答"),
+    "prompts": ("The same questions for all methods", "相同的问题，各方法的回答"),
     "prompts_note": (
         "Answers of the base model before training, and of each method (first seed).",
         "训练前的基座模型与各方法（第一个种子）的回答。",
     ),
     "prompts_note_new": (
-        "Answers of each method (first seed); before training, the new head only guesses.",
-        "各方法（第一个种子）的回答；训练之前，新的分类头只能乱猜。",
+        "Answers of each method (first seed). The base model is left out: its head is new and not trained.",
+        "各方法（第一个种子）的回答。未列出基座模型：它的分类头是新建的，未经训练。",
     ),
     "base": ("base", "基座模型"),
-    "right": ("right", "答案"),
+    "expected": ("expected", "标准答案"),
     "changed": ("Where the methods disagree", "各方法判断不一的样本"),
     "changed_note": (
-        "Held-out rows that some methods get right and others wrong, {shown} of {n}, first seed. Of the "
-        "{rows} rows looked at, each method gets wrong:",
+        "Held-out rows that some methods get right and others wrong, {shown} of {n}, first seed. Wrong "
+        "answers of each method, in the {rows} rows checked:",
         "有的方法答对、有的方法答错的验证样本，共 {n} 条，列出 {shown} 条（第一个种子）。在查看的 {rows} "
         "条样本中，各方法答错的数量：",
     ),
@@ -205,14 +208,14 @@ WORDS: dict[str, tuple[str, str]] = {
     "model_hash": ("model SHA-256", "模型 SHA-256"),
     "data_hash": ("data SHA-256", "数据 SHA-256"),
     "next": ("What to do next", "接下来"),
-    "try": ("ask it yourself, beside the base", "向它提问，与基座模型对照"),
+    "try": ("ask it yourself, and compare it with the base model", "向它提问，并与基座模型对照"),
     "use": ("classify a text", "给一段文本分类"),
-    "measure": ("measure it again, or on other data", "重新评估，或换一份数据"),
-    "merge": ("make a plain model of it, proved to answer alike", "合并成普通模型，并验证输出一致"),
-    "more_seeds": ("more seeds, or more methods: what is done stays done", "增加种子或方法：已完成的不会重做"),
+    "measure": ("evaluate it again, or on other data", "重新评估，或换一份数据"),
+    "merge": ("merge it into a plain model, and verify that the outputs are equal", "合并成普通模型，并验证输出一致"),
+    "more_seeds": ("add seeds or methods; finished runs are kept", "增加种子或方法；已完成的运行不会重做"),
     "threads": ("threads", "线程"),
     "made": (
-        "Made by siliang {version} from records alone; nothing on this page is fetched from anywhere.",
+        "Made by siliang {version} from records only; this page loads nothing from the network.",
         "由 siliang {version} 仅根据记录生成；本页不加载任何外部内容。",
     ),
     "and": (" and ", "、"),
@@ -220,15 +223,15 @@ WORDS: dict[str, tuple[str, str]] = {
     "min": ("{n} min", "{n} 分钟"),
     "second": ("{n} s", "{n} 秒"),
 }
-ORDER = ("en", "zh")
+LANGUAGES = ("en", "zh")
 
 
 def words(language: str) -> dict[str, str]:
-    """The words of a language.
+    """The texts in one language.
 
     Raises:
-        ConfigError: It is neither en nor zh.
+        ConfigError: The language is neither en nor zh.
     """
-    if language not in ORDER:
+    if language not in LANGUAGES:
         raise ConfigError(Bilingual(f"--lang {language}: must be en or zh.", f"--lang {language}：只能是 en 或 zh。"))
-    return {key: texts[ORDER.index(language)] for key, texts in WORDS.items()}
+    return {key: texts[LANGUAGES.index(language)] for key, texts in WORDS.items()}
