@@ -12,7 +12,7 @@ import torch
 from block_diagonal import BlockDiagonal
 from closeness import assert_close
 from safetensors.torch import load_file, save_file
-from tiny import batch, make
+from tiny import TASK, batch, make
 
 import siliang
 from siliang.types import AdapterError, ConfigError, MergeError, TaskType
@@ -32,6 +32,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("AdaLoraConfig", {"lora_alpha": 0}, "lora_alpha = 0: must be more than 0"),
     ("AdaLoraConfig", {"total_step": 0}, "total_step = 0: must be at least 1"),
     ("GraloraConfig", {"hybrid_r": -1}, "hybrid_r = -1: must be a rank, or 0 for no LoRA beside the blocks"),
+    ("OSFConfig", {"effective_rank": 0}, "effective_rank = 0: must be a number of singular values, 1 or more, or"),
+    ("OSFConfig", {"effective_rank": 2.5}, "effective_rank = 2.5: must be a number of singular values"),
+    ("OSFConfig", {"rank_pattern": {"q_proj": -1}}, "rank_pattern: 'q_proj' = -1: must be a number of singular values"),
+    ("OSFConfig", {"effective_rank": 0.01}, "a layer has 32 singular values, and none of them would stay"),
+    ("OSFConfig", {"effective_rank": 1.0}, "effective_rank = 1.0: every singular value of every layer would stay"),
+    ("OSFConfig", {"rank_pattern": {"q_prj": 4}}, "rank_pattern: 'q_prj' matches none of the layers that are tuned"),
     ("RandLoraConfig", {"r": 0}, "r = 0: must be at least 1"),
     ("RandLoraConfig", {"projection_prng_key": -(2**64)}, "must fit in 64 bits"),
     ("VBLoRAConfig", {"topk": 5, "num_vectors": 4}, "topk = 5 and num_vectors = 4: the bank has too few vectors"),
@@ -170,3 +176,33 @@ def test_orthogonal_reflections_start_from_different_columns() -> None:
     for model, rank in ((ours, 4), (theirs, 2)):
         found = [p for name, p in model.named_parameters() if "hra_u" in name]
         assert [int(torch.linalg.matrix_rank(U)) for U in found] == [rank] * len(found)
+
+
+def test_osf_is_on_the_layers_of_peft() -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
+
+    from siliang.methods.targets import OSF_TARGETS
+
+    assert {name: list(layers) for name, layers in OSF_TARGETS.items()} == (
+        TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_osf_trains_nothing_in_the_directions_that_stay(name: str) -> None:
+    config = siliang.OSFConfig(task_type=TASK[name], effective_rank=6)
+    model: Any = siliang.get_peft_model(make(name), config)
+    assert torch.equal(model.eval()(**batch(name)).logits, make(name).eval()(**batch(name)).logits)
+    model(**batch(name)).loss.backward()
+    shapes = set()
+    for layer in model.modules():
+        if hasattr(layer, "osf_svd_params"):
+            U_OK, _, V_KI = torch.linalg.svd(layer.base_layer.weight, full_matrices=False)
+            low = layer.osf_svd_params["default"]
+            for inside, grad in (
+                (U_OK[:, :6].T @ low["U_low"].grad, low["U_low"].grad),
+                (V_KI[:6] @ low["V_low"].grad.T, low["V_low"].grad),
+            ):
+                assert inside.norm() < 1e-4 * grad.norm()
+            shapes.add(layer.base_layer.weight.shape)
+    assert len(shapes) == {"llama": 4, "bert": 3}[name]  # square, tall and wide

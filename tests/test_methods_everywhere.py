@@ -123,7 +123,7 @@ def run_of(
 
 
 # one of each family in `make test`; all of them in `make test-long`
-FAMILIES = ("loha", "oft", "road", "vera", "trainable_tokens")
+FAMILIES = ("loha", "oft", "osf", "road", "vera", "trainable_tokens")
 SOME = [method if method in FAMILIES else pytest.param(method, marks=pytest.mark.long) for method in EVERY]
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from siliang.methods.lora_config import LoraConfig
     from siliang.methods.miss import MissConfig
     from siliang.methods.oft import OFTConfig
+    from siliang.methods.osf import OSFConfig
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
         LoraModel,
         MissModel,
         OFTModel,
+        OSFModel,
         RandLoraModel,
         RoadModel,
         ShiraModel,
@@ -208,6 +210,8 @@ _HOME = {
     "VBLoRAModel": "siliang.peft_api.tuners",
     "VeraConfig": "siliang.methods.vera",
     "VeraModel": "siliang.peft_api.tuners",
+    "OSFConfig": "siliang.methods.osf",
+    "OSFModel": "siliang.peft_api.tuners",
     "WaveFTConfig": "siliang.methods.waveft",
     "WaveFTModel": "siliang.peft_api.tuners",
     "allow_code": "siliang.safety.permissions",
@@ -277,6 +281,8 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
+    "OSFConfig",
+    "OSFModel",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",

@@ -45,6 +45,7 @@ class PeftType(StrEnum):
     WAVEFT = "WAVEFT"
     ADALORA = "ADALORA"
     ROAD = "ROAD"
+    OSF = "OSF"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

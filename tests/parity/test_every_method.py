@@ -78,6 +78,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hra": ("HRAConfig", {"init_weights": False, "r": 4}),
     "hra-pairs": ("HRAConfig", {"r": 6}),
     "hra-orthogonal": ("HRAConfig", {"init_weights": False, "r": 3, "apply_GS": True}),
+    "osf": ("OSFConfig", {}),
+    "osf-patterns": ("OSFConfig", {"effective_rank": 0.7, "rank_pattern": {r"\.1\.|second": 0.5, SOME_LAYERS: 5}}),
     "waveft": ("WaveFTConfig", WAVEFT),
     "waveft-sym4": ("WaveFTConfig", WAVEFT | {"wavelet_family": "sym4", "random_loc_seed": 3}),
     "waveft-direct": (
@@ -137,6 +139,7 @@ LINEAR_ALONE = {
     "ShiraConfig",
     "DeloraConfig",
     "HRAConfig",
+    "OSFConfig",
     "RoadConfig",
 }
 NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
@@ -174,6 +177,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Specified to not (save|load) .*",  # of projections
     "ignore:Found missing adapter keys.*randlora_A.*",  # which peft's files hold once more for each layer
     "ignore:Sparse invariant checks.*",  # of PyTorch, about peft's SHiRA
+    "ignore:The following rank_pattern keys did not match.*",  # peft warns where its OSF matches them
     "ignore:Unsupported layer type.*",  # of peft's LN tuning, about norms
     "ignore:Detected that the base layer has no bias term.*",  # of peft's BEFT
     "ignore:.*lora_bias=True. was passed but the targeted layer.*",

@@ -80,11 +80,18 @@ class AdaptedLayer(PeftLayer):
         self._adapters.pop(name, None)
         delete_parts(self, name)
 
-    def add_part(self, attribute: str, adapter: str, part: nn.Module | Tensor) -> None:
-        """Registers a part of an adapter, as `<attribute>.<adapter>`."""
+    def add_part(self, attribute: str, adapter: str, part: nn.Module | Tensor, *, saved: bool = True) -> None:
+        """Registers a part of an adapter, as `<attribute>.<adapter>`.
+
+        Args:
+            saved: A state dict has it. Of tensors that are not trained.
+        """
         if attribute not in self._modules:
             self.add_module(attribute, ByAdapter())
-        parts_of(self, attribute)[adapter] = part
+        held = parts_of(self, attribute)
+        held[adapter] = part
+        if not saved:
+            held.leave_out(adapter)
 
     def part(self, attribute: str, adapter: str) -> nn.Module | Tensor:
         """The part of an adapter, as it is now."""

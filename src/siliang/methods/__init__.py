@@ -27,6 +27,7 @@ from siliang.methods.lora_config import LoraConfig
 from siliang.methods.method import Method
 from siliang.methods.miss import Miss, MissConfig
 from siliang.methods.oft import OFT, OFTConfig
+from siliang.methods.osf import OSF, OSFConfig
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
@@ -61,6 +62,7 @@ METHODS: dict[str, AnyMethod] = {
         RandLora(),
         VBLoRA(),
         HRA(),
+        OSF(),
         WaveFT(),
         Road(),
         IA3(),
@@ -147,6 +149,7 @@ __all__ = [
     "Method",
     "MissConfig",
     "OFTConfig",
+    "OSFConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

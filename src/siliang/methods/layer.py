@@ -60,6 +60,10 @@ class LayerAdapter(ABC):
         self._attributes.append(attribute)
         self.layer.add_part(attribute, self.name, part)
 
+    def add_buffer(self, attribute: str, tensor: Tensor) -> None:
+        """Registers a tensor that follows from the base layer and the config, so that no file needs to hold it."""
+        self.layer.add_part(attribute, self.name, tensor, saved=False)
+
     def part(self, attribute: str) -> Tensor:
         """The parameter or buffer of this name, as it is now."""
         found = self.layer.part(attribute, self.name)
@@ -173,8 +177,12 @@ class Layer(Protocol):
     base_layer: Any  # nn.Linear or a quantized one, nn.Embedding, a norm, a module of experts ...
     training: bool
 
-    def add_part(self, attribute: str, adapter: str, part: nn.Module | Tensor) -> None:
-        """Registers a part of an adapter, as `<attribute>.<adapter>`."""
+    def add_part(self, attribute: str, adapter: str, part: nn.Module | Tensor, *, saved: bool = True) -> None:
+        """Registers a part of an adapter, as `<attribute>.<adapter>`.
+
+        Args:
+            saved: A state dict has it. Of tensors that are not trained.
+        """
 
     def part(self, attribute: str, adapter: str) -> nn.Module | Tensor:
         """The part of an adapter, as it is now."""

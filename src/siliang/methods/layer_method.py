@@ -17,7 +17,7 @@ from siliang.language import Bilingual
 from siliang.methods.config import LayerConfig
 from siliang.methods.find_targets import Blocks, find_targets
 from siliang.methods.layer import Layer, LayerAdapter, MakeAdapter
-from siliang.methods.layer_patterns import LayerPatterns
+from siliang.methods.layer_patterns import ENDINGS, LayerPatterns
 from siliang.methods.method import Method, Parts, SharedSpec
 from siliang.methods.targets import LORA_TARGETS
 from siliang.models.introspect import is_linear
@@ -67,9 +67,11 @@ class LayerMethod(Method[B]):
     Attributes:
         patterns: The settings that a layer may have a value of its own for, by the field that holds those by name, such
             as {"rank_pattern": "r"}.
+        patterns_around: What makes an expression for a layer's path of a name there.
     """
 
     patterns: ClassVar[Mapping[str, str]] = {}
+    patterns_around: ClassVar[tuple[str, str]] = ENDINGS
     default_targets = LORA_TARGETS
 
     @abstractmethod
@@ -106,7 +108,9 @@ class LayerMethod(Method[B]):
         )
         own: dict[str, B] = dict.fromkeys(paths, config)
         for field, setting in self.patterns.items():
-            found = LayerPatterns(field, getattr(config, field), paths)
+            if getattr(config, field) is None:
+                continue
+            found = LayerPatterns(field, getattr(config, field), paths, self.patterns_around)
             if not from_file:
                 found.check_effect()
             setattr(config, field, found.in_any_order())

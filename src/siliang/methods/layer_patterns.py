@@ -13,23 +13,27 @@ from siliang.types import TargetError, nearest
 
 T = TypeVar("T")
 
+ENDINGS = (r"(.*\.)?(", ")$")  # as PEFT matches these keys, but for one method's
+
 
 class LayerPatterns(Generic[T]):
-    """rank_pattern or alpha_pattern, matched against the layers' paths: each key means the whole or the ending, as in
-    PEFT, and the first that matches counts.
+    """rank_pattern or alpha_pattern, matched against the layers' paths: the first key that matches counts.
 
     Args:
         field: Its name.
         patterns: Its keys and values.
         paths: Of the layers.
+        around: Expressions before and after each key; of these a key means a whole path, or its ending.
 
     Raises:
         TargetError: A key cannot be matched.
     """
 
-    def __init__(self, field: str, patterns: Mapping[str, T], paths: Sequence[str]) -> None:
+    def __init__(
+        self, field: str, patterns: Mapping[str, T], paths: Sequence[str], around: tuple[str, str] = ENDINGS
+    ) -> None:
         self._field, self._patterns, self._paths = field, patterns, paths
-        found = find(field, list(patterns), paths, around=(r"(.*\.)?(", ")$"))
+        found = find(field, list(patterns), paths, around=around)
         self._hits = {
             key: {path for path, groups in zip(paths, one, strict=True) if groups is not None}
             for key, one in zip(patterns, found, strict=True)
@@ -64,7 +68,7 @@ class LayerPatterns(Generic[T]):
         wanted = self.values
         if self._in_order(sorted(self._patterns)) == wanted:
             return dict(self._patterns)
-        return {f"^{re.escape(path)}": wanted[path] for path in self._paths if path in wanted}
+        return {f"^{re.escape(path)}$": wanted[path] for path in self._paths if path in wanted}
 
     def _in_order(self, keys: Iterable[str]) -> dict[str, T]:
         found: dict[str, T] = {}

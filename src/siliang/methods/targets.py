@@ -57,6 +57,20 @@ ADALORA_TARGETS = LORA_TARGETS | {
     "t5": ("q", "k", "v", "o", "wi", "wo"),
 }
 
+ALL_OF_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+_AND_DOWN = ("query_key_value", "dense_4h_to_h")
+OSF_TARGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"), ALL_OF_LLAMA
+) | {
+    "bloom": _AND_DOWN,
+    "falcon": _AND_DOWN,
+    "gpt2": ("c_attn", "c_proj"),
+    "gpt_bigcode": ("c_attn", "c_proj"),
+    "gpt_neox": _AND_DOWN,
+    "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+}
+
 SHIRA_TARGETS = LORA_TARGETS | {"phi": QV_PROJ}
 
 FOURIERFT_TARGETS = LORA_TARGETS | {"gpt2": ("mlp.c_proj",), "gpt_bigcode": ("mlp.c_proj",)}  # and C3A's

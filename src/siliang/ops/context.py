@@ -55,3 +55,9 @@ class TransposedContext(Context, Protocol):
     """Of a function that multiplies with a matrix or its transpose."""
 
     transposed: bool
+
+
+class ProjectedContext(Context, Protocol):
+    """Of a parameter whose gradient is projected: on the directions that are outside of those saved, or on these."""
+
+    outside: bool

@@ -324,6 +324,10 @@ class RoadModel(TunerModel):
     """With RoAd."""
 
 
+class OSFModel(TunerModel):
+    """With OSF."""
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.ADALORA: AdaLoraModel,
@@ -348,4 +352,5 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.HRA: HRAModel,
     PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
     PeftType.ROAD: RoadModel,
+    PeftType.OSF: OSFModel,
 }
