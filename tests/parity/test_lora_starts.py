@@ -1,4 +1,4 @@
-"""LoRA's other starts and the embedding, compared with the live `peft`: PiSSA, OLoRA, LoftQ."""
+"""LoRA's other starts and the embedding, compared with the live `peft`: PiSSA, OLoRA, LoftQ, orthogonal, MiCA."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from closeness import assert_all_close, assert_close
 from tiny import TASK, batch, make
 
 import siliang
-from siliang.methods.lora_init import initialize
+from siliang.methods.lora_init import initialize, orthogonal
+from siliang.types import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*save_embedding_layers.*")
 
@@ -63,6 +64,89 @@ def test_pissa_with_few_iterations_is_nearly_pissa() -> None:
     torch.testing.assert_close(quick[1] @ quick[0], exact[1] @ exact[0], rtol=1e-2, atol=1e-2)
     for A, B, rest in (exact, quick):
         assert_close(rest + 2.0 * (B @ A), W)
+
+
+def test_orthogonal_draws_what_peft_draws() -> None:
+    layer: Any = peft.get_peft_model(make("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    layer = layer.base_model.model.model.layers[0].self_attn.q_proj
+    torch.manual_seed(3)
+    layer.orthogonal_init("default")
+    torch.manual_seed(3)
+    A, B = orthogonal(4, layer.in_features, layer.out_features, device=torch.device("cpu"))
+    assert torch.equal(A, layer.lora_A.default.weight) and torch.equal(B, layer.lora_B.default.weight)
+    assert (B @ A).abs().max() < 1e-6 < A.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"r": 3}, "r = 3: each layer's r must be even"),
+        ({"rank_pattern": {"q_proj": 5}}, "r = 5: each layer's r must be even"),
+    ],
+)
+def test_orthogonal_needs_an_even_rank(settings: dict[str, Any], where: str) -> None:
+    settings = {"init_lora_weights": "orthogonal", "target_modules": ["q_proj"]} | settings
+    with pytest.raises(ConfigError, match=where):
+        siliang.get_peft_model(make("llama"), siliang.LoraConfig(**settings))
+    with pytest.raises(ValueError):
+        peft.get_peft_model(make("llama"), peft.LoraConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("llama", ["q_proj", "v_proj"]), ("llama", ["embed_tokens"]), ("gpt2", ["c_attn"]), ("bert", ["query"])],
+)
+@pytest.mark.parametrize("init", ["orthogonal", "mica"])
+def test_starts_that_leave_the_weight(init: str, name: str, targets: list[str], tmp_path: Path) -> None:
+    """Names, the start, gradients, five steps, and files both ways."""
+    if init == "orthogonal" and "embed_tokens" in targets:
+        pytest.skip("linear layers alone")
+    settings = {"init_lora_weights": init, "task_type": TASK[name], "r": 4, "lora_alpha": 8, "target_modules": targets}
+    ours: Any = siliang.get_peft_model(make(name), siliang.LoraConfig(**settings))
+    theirs: Any = peft.get_peft_model(make(name), peft.LoraConfig(**settings))  # type: ignore[arg-type]
+    assert_close(logits(ours.eval(), name), logits(make(name), name))
+    trained = {n for n, p in ours.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in theirs.named_parameters() if p.requires_grad}
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    state, theirs_state = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == theirs_state.keys()
+    if init == "mica":
+        assert not any(".lora_B" in n for n in trained)
+        for key in (k for k in state if "lora_" in k):  # signs of a decomposition are free
+            assert_close(state[key].abs(), theirs_state[key].abs())
+    theirs.load_state_dict(state)
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (ours, theirs)]
+    for _ in range(5):
+        for model, optimizer in zip((ours.train(), theirs.train()), optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.manual_seed(0)
+            model(**batch(name)).loss.backward()
+        assert_all_close(
+            {n: p.grad for n, p in ours.named_parameters() if p.requires_grad},
+            {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad},
+        )
+        for optimizer in optimizers:
+            optimizer.step()
+    wanted = logits(theirs.eval(), name)
+    assert_close(logits(ours.eval(), name), wanted)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    here = siliang.PeftModel.from_pretrained(make(name), tmp_path / "theirs", is_trainable=True)
+    there = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
+    assert {n for n, p in here.named_parameters() if p.requires_grad} == trained
+    assert here.peft_config["default"].init_lora_weights == init
+    assert_close(logits(here.eval(), name), wanted)
+    assert_close(logits(there, name), wanted)
+    merged = here.merge_and_unload()
+    assert_close(logits(merged, name), wanted)
+
+
+def test_mica_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="r = 40, and a layer has 32 rows or columns"):
+        siliang.get_peft_model(make("llama"), siliang.LoraConfig(init_lora_weights="mica", r=40))
+    for other in ({"use_dora": True}, {"lora_bias": True}):
+        with pytest.raises(ConfigError, match="'mica' trains A alone"):
+            siliang.LoraConfig(init_lora_weights="mica", **other)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -33,6 +33,8 @@ from siliang.models.introspect import as_stored
 from siliang.ops.lora_linear import lora_linear
 from siliang.types import ConfigError, MergeError
 
+IN_FILE = ("orthogonal", "mica")  # starts that cost time, and of which a file holds all
+
 
 class LoraLinear(LowRankLinear):
     """LoRA on a linear layer."""
@@ -113,7 +115,8 @@ class Lora(Method[LoraConfig]):
         for path in layers:
             layer = model.get_submodule(path)
             kind = next(kind for kind in kinds if kind.supports(layer))
-            adapters[path] = _spec(config, kind, r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha)).make
+            r, alpha = r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha)
+            adapters[path] = _spec(config, kind, r, alpha, from_file=from_file).make
         return Parts(
             layers=adapters,
             parameters=tuple(_biases(model, config, layers, saved)),
@@ -137,7 +140,8 @@ class Lora(Method[LoraConfig]):
         return ""
 
 
-def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float) -> LoraSpec:
+def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float, *, from_file: bool) -> LoraSpec:
+    init = config.init_lora_weights
     if kind is LoraEmbedding and (config.use_dora or config.lora_bias):
         raise ConfigError(
             Bilingual(
@@ -151,10 +155,11 @@ def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float) -> Lora
         alpha=alpha,
         scaling=alpha / math.sqrt(r) if config.use_rslora else alpha / r,
         dropout_p=config.lora_dropout,
-        init=config.init_lora_weights,
+        init=True if from_file and init in IN_FILE else init,
         bias=config.lora_bias,
         bits=config.loftq_config.get("loftq_bits", 4),
         iterations=config.loftq_config.get("loftq_iter", 1),
+        frozen_b=init == "mica",
     )
 
 

@@ -9,13 +9,14 @@ from typing import ClassVar, Literal, Self
 from siliang.language import Bilingual
 from siliang.methods.config import CONFIG_NAME
 from siliang.methods.layer_method import BlocksConfig
+from siliang.methods.lora_init import check_even
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, PeftType, nearest
 
-INITS = ("gaussian", "pissa", "olora", "loftq")
+INITS = ("gaussian", "pissa", "olora", "loftq", "orthogonal", "mica")
 MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
 # Starts of PEFT that siliang does not have. The former set A and B alone, which are in the file.
-STARTS_IN_PLACE = ("eva", "orthogonal", "mica")
+STARTS_IN_PLACE = ("eva",)
 STARTS_BY_DATA = ("corda", "lora_ga")
 
 
@@ -35,6 +36,8 @@ class LoraConfig(BlocksConfig):
         init_lora_weights: True: A kaiming uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. False: both
             random, for tests. "pissa" (or "pissa_niter_4", faster), "olora": A and B take the weight's main directions,
             and the base weight keeps the rest. "loftq": the base weight is quantized, A and B correct the error.
+            "orthogonal": both random, with B A = 0; r is even. "mica": A zero; B, which is not trained, the weight's
+            smallest directions.
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
         alpha_pattern: lora_alpha likewise.
@@ -135,6 +138,15 @@ class LoraConfig(BlocksConfig):
                         f" {MOST_ROUNDS}。",
                     )
                 )
+        if init == "orthogonal" and (odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]):
+            check_even(odd[0])
+        if init == "mica" and (self.use_dora or self.lora_bias):
+            raise ConfigError(
+                Bilingual(
+                    "init_lora_weights = 'mica' trains A alone: use_dora and lora_bias do not go with it.",
+                    "init_lora_weights = 'mica' 只训练 A：不能与 use_dora 或 lora_bias 同时使用。",
+                )
+            )
         if self.use_dora and self.lora_bias:
             raise ConfigError(
                 Bilingual(

@@ -2,6 +2,9 @@
 
     y = W[x] + s (A[:, x])^T B^T        A = 0 and B normal at the start
 
+With MiCA, B is that of W^T and is not trained; LoftQ works too. The other starts are for linear layers: as in PEFT, an
+embedding among the targets has the usual one.
+
 Shapes: W (V, D), A (R, V), B (D, R); V rows of the table, D columns, R rank.
 """
 
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliang.methods.layer import BaseForward, Layer, trained_dtype
-from siliang.methods.lora_init import initialize
+from siliang.methods.lora_init import check_rank, initialize, minor_directions
 from siliang.methods.low_rank import LoraSpec, LowRank
 
 
@@ -27,6 +30,9 @@ class LoraEmbedding(LowRank):
         residual: Tensor | None = None
         if spec.init is False:
             nn.init.normal_(A)
+        elif spec.init == "mica":
+            check_rank("mica", spec.r, min(weight.shape))
+            B = B if weight.device.type == "meta" else minor_directions(weight.T, spec.r).to(B.dtype)
         elif spec.init == "loftq" and weight.device.type != "meta":
             # (V, D) is this layer's (O, I): the factors change places
             W = layer.base_parameter("weight")

@@ -1,9 +1,13 @@
-"""Starts of LoRA that change the base weight: W = W' + s B A (or nearly), and W' replaces W in the base layer.
+"""Starts of LoRA from the base weight. Most change it: W = W' + s B A (or nearly), and W' replaces W in the base layer.
 
 PiSSA (Meng et al., 2024, arXiv:2404.02948): W = U S V^T, A = sqrt(S_R / s) V_R^T, B = U_R sqrt(S_R / s).
 OLoRA (Buyukakyuz, 2024, arXiv:2406.01775): W = Q R, A = R_R, B = Q_R.
 LoftQ (Li et al., 2023, arXiv:2310.08659): W' = quantized(W - B A), B A = the best approximation of W - W' of rank R,
 alternately.
+Two leave it as it is, because B A = 0:
+orthogonal (Datta, https://datta0.github.io/posts/rethink-lora-init/): A = Q_1^T N_1 / 10, B = N_2 Q_2 / 10; Q_1 and Q_2
+(R/2, R) are every other row of an orthogonal matrix, N_1 (R/2, I) and N_2 (O, R/2) normal.
+MiCA (arXiv:2604.01694): W = U S V^T, A = 0, B = the last R columns of U, which is not trained.
 
 Shapes: W (O, I), A (R, I), B (O, R).
 """
@@ -84,6 +88,54 @@ def _quantized(W: Tensor, bits: int) -> Tensor:
         return functional.dequantize_4bit(*functional.quantize_4bit(W.contiguous(), quant_type="nf4"))
     values, scale, _ = functional.int8_vectorwise_quant(W.half())
     return functional.int8_vectorwise_dequant(values, scale)
+
+
+def orthogonal(r: int, in_features: int, out_features: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A and B, in fp32: random, with B A = 0.
+
+    Raises:
+        ConfigError: r is odd.
+    """
+    check_even(r)
+    Q, _ = torch.linalg.qr(torch.randn(r, r, device=device))
+    A = (torch.randn(in_features, r // 2, device=device) @ Q[0::2]).T / 10.0
+    B = torch.randn(r // 2, out_features, device=device).T @ Q[1::2] / 10.0
+    return A.contiguous(), B.contiguous()
+
+
+def check_even(r: int) -> None:
+    """
+    Raises:
+        ConfigError: The orthogonal start cannot have this r.
+    """
+    if r % 2:
+        raise ConfigError(
+            Bilingual(
+                f"init_lora_weights = 'orthogonal' with r = {r}: each layer's r must be even.",
+                f"init_lora_weights = 'orthogonal' 而 r = {r}：每层的 r 须为偶数。",
+            )
+        )
+
+
+@torch.no_grad()
+def minor_directions(W_OI: Tensor, r: int) -> Tensor:
+    """MiCA's B, (O, R), in fp32: the left singular vectors of the smallest singular values."""
+    U, _, _ = torch.linalg.svd(W_OI.detach().float(), full_matrices=False)
+    return U[:, -r:].contiguous()
+
+
+def check_rank(init: str, r: int, most: int) -> None:
+    """
+    Raises:
+        ConfigError: A weight has fewer directions than such a start needs.
+    """
+    if r > most:
+        raise ConfigError(
+            Bilingual(
+                f"init_lora_weights = {init!r}: r = {r}, and a layer has {most} rows or columns. Use a smaller r.",
+                f"init_lora_weights = {init!r}：r = {r}，而有一层只有 {most} 行或列。请用更小的 r。",
+            )
+        )
 
 
 def twice_the_rank(tensors: dict[str, Tensor], start: dict[str, Tensor], source: str) -> dict[str, Tensor]:

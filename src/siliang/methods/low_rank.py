@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from siliang.language import Bilingual
 from siliang.methods.layer import Layer, LayerAdapter, trained_dtype
-from siliang.methods.lora_init import RESIDUAL_STARTS, initialize
+from siliang.methods.lora_init import RESIDUAL_STARTS, check_rank, initialize, minor_directions, orthogonal
 from siliang.models.introspect import as_stored, features, is_linear, out_by_in
 from siliang.models.quantized import float_weight
-from siliang.types import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,7 @@ class LoraSpec:
         init: As `init_lora_weights`.
         bias: B has a bias b.
         bits, iterations: Of LoftQ.
+        frozen_b: B is not trained, as MiCA has it.
     """
 
     kind: type[LowRank]
@@ -45,6 +44,7 @@ class LoraSpec:
     bias: bool = False
     bits: int = 4
     iterations: int = 1
+    frozen_b: bool = False
 
     @property
     def settings(self) -> dict[str, object]:
@@ -78,6 +78,9 @@ class LowRank(LayerAdapter):
         super().__init__(layer, name, parts or {})
         self.set_scaling(spec.scaling)
         self.settings = spec.settings
+        self.frozen_b = spec.frozen_b
+        if spec.frozen_b:
+            self.B.requires_grad_(False)
         self.residual: nn.Parameter | None = None
 
     @classmethod
@@ -102,6 +105,10 @@ class LowRank(LayerAdapter):
     def overrides(self) -> dict[str, nn.Parameter]:
         return {} if self.residual is None else {"weight": self.residual}
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        found = super().parameters()
+        return {key: p for key, p in found.items() if p is not self.B} if self.frozen_b else found
+
     def _keep_residual(self, residual: Tensor) -> None:
         """Keeps the base weight that belongs to A and B."""
         dtype = self.layer.base_parameter("weight").dtype
@@ -117,15 +124,8 @@ class LowRankLinear(LowRank):
         base, weight = layer.base_layer, layer.base_layer.weight
         in_features, out_features = features(base)
         directions = min(in_features, out_features)
-        if isinstance(spec.init, str) and spec.init.startswith("pissa_niter") and spec.r > directions:
-            raise ConfigError(
-                Bilingual(
-                    f"init_lora_weights = {spec.init!r}: r = {spec.r}, and a layer has {directions} rows or columns. "
-                    "Use a smaller r, or 'pissa'.",
-                    f"init_lora_weights = {spec.init!r}：r = {spec.r}，而有一层只有 {directions} 行或列。"
-                    "请用更小的 r，或 'pissa'。",
-                )
-            )
+        if spec.init == "mica" or (isinstance(spec.init, str) and spec.init.startswith("pissa_niter")):
+            check_rank(str(spec.init), spec.r, directions)
         r = min(spec.r, directions) if spec.has_residual else spec.r  # a weight has no more directions to take
         place = {"device": weight.device, "dtype": trained_dtype(weight)}
         A, B = _empty(in_features, r, **place), _empty(r, out_features, bias=spec.bias, **place)
@@ -137,6 +137,13 @@ class LowRankLinear(LowRank):
             nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
         else:
             nn.init.zeros_(B.weight)
+        if spec.init == "orthogonal":
+            start_A, start_B = orthogonal(r, in_features, out_features, device=weight.device)
+            A.weight.data, B.weight.data = start_A.to(place["dtype"]), start_B.to(place["dtype"])
+        elif spec.init == "mica":
+            nn.init.zeros_(A.weight)
+            if weight.device.type != "meta":
+                B.weight.data = minor_directions(float_weight(base), r).to(place["dtype"])
         if spec.bias:
             nn.init.zeros_(B.bias)
         super().__init__(layer, name, spec, {"lora_A": A, "lora_B": B})

@@ -56,7 +56,8 @@ def check_terms(method: Method, *, sharded: bool) -> None:
 def check_loraplus(config: RunConfig, method: Method) -> None:
     """Raises ConfigError where the ratio of LoRA+ would change no learning rate."""
     ratio = config.train.loraplus_ratio
-    if ratio is not None and not method.has_lora_factors:
+    trained = method.has_lora_factors and config.method.arguments.get("init_lora_weights") != "mica"
+    if ratio is not None and not trained:
         raise ConfigError(
             Bilingual(
                 f"train.loraplus_ratio = {ratio:g}: {method.name} has no B that would train faster; leave it out.",

@@ -1,0 +1,85 @@
+"""LoRA's starts in `siliang train`: the plan, a stop and a resumption to the same bits, and the merge."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from siliang.config import RunConfig
+from siliang.plan.preflight import Planner
+from siliang.run_folder import open_run
+from siliang.train.log import Progress
+from siliang.train.run import train
+from siliang.train.types import Listener
+from siliang.types import ConfigError, InterruptedRunError
+from siliang.use.merge import merge
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+STARTS = ("orthogonal", "mica")
+
+
+def configured(place: dict[str, Path], data: Path, output: Path, method: dict[str, Any], **settings: Any) -> RunConfig:
+    """Four steps, each of them logged."""
+    steps = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32", "log_every": 1}
+    values = {
+        "model": str(place["llama"]),
+        "task": "causal_lm",
+        "method": {"name": "lora", "r": 2, **method},
+        "data": {"train": str(data), "test_size": 0.2, "max_length": 32},
+        "train": steps | settings,
+        "output": str(output),
+        "accept": ["SL042"],
+    }
+    return RunConfig.build(values)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def stopped_after(step: int) -> Listener:
+    stopped: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        if progress.step == step and not stopped:  # a second signal would not wait for the checkpoint
+            stopped.append(step)
+            signal.raise_signal(signal.SIGTERM)
+
+    return Listener(progress=stop)
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_a_start_through_a_run(
+    init: str, model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    def config(name: str) -> RunConfig:
+        method = {"init_lora_weights": init, "lora_dropout": 0.1}
+        return configured(model_folders, instruction_file, tmp_path / name, method)
+
+    planner = Planner()
+    record = train(config("whole"), planner=planner)
+    losses = [line.loss for line in record.steps if line.loss is not None]
+    assert record.status == "completed" and len(set(losses)) == 4
+    assert planner.last_plan is not None and planner.last_plan.error is None
+    tensors = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    assert planner.last_plan.adapter_bytes == sum(t.nbytes for t in tensors.values())
+    assert planner.last_plan.trained == record.parameters.trained
+    with pytest.raises(InterruptedRunError):
+        train(config("stopped"), stopped_after(2))
+    train(config("stopped"), resume=True)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    assert merge(open_run(tmp_path / "whole"), tmp_path / "merged").holds
+
+
+def test_loraplus_has_nothing_to_speed_up_in_mica(
+    model_folders: dict[str, Path], instruction_file: Path, tmp_path: Path
+) -> None:
+    config = configured(
+        model_folders, instruction_file, tmp_path / "run", {"init_lora_weights": "mica"}, loraplus_ratio=4
+    )
+    with pytest.raises(ConfigError, match="lora has no B that would train faster"):
+        train(config)
