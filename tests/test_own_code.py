@@ -397,7 +397,7 @@ def test_nothing_is_imported_from_the_folder_at_hand(
     monkeypatch.setattr(sys, "executable", PYTHON)
     monkeypatch.chdir(theirs)
     worker = Worker(tmp_path / "worker.log", lambda: {"PYTHONPATH": str(tmp_path / "ours")})
-    heard = list(worker.ask({}))
+    heard = list(worker.run({}))
     worker.close()
     assert heard == [{"kind": "began"}, {"kind": "done", "found": {"loads": 7}}]
     assert not mark.exists()

@@ -10,7 +10,7 @@ from typing import Any
 from faults.folders.making import USES, change_json, change_settings, change_yaml, copy, link, victim, victims, write
 from faults.folders.sandbox import Case, Site, Step
 from siliang.compare.packed import Packed, files_of, unpack
-from siliang.compare.received import Incoming, checked
+from siliang.compare.received import IncomingFolder, checked
 
 KIND = "ray"
 
@@ -36,9 +36,9 @@ NAMES = {
 }
 
 
-def _incoming(site: Site) -> Incoming:
+def _incoming(site: Site) -> IncomingFolder:
     (site.work / "runs").mkdir(exist_ok=True)
-    return Incoming(site.work / "runs" / "lora", 0, "evil")
+    return IncomingFolder(site.work / "runs" / "lora", 0, "evil")
 
 
 def _sent(*messages: Any) -> Callable[[Site], Sequence[Step]]:

@@ -8,8 +8,8 @@ from tiny import VOCABULARY, word_tokenizer
 from torch import nn
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from siliang.compare.base import CHUNK, KeptBase, checksums
-from siliang.compare.run import untuned
+from siliang.compare.base import CHUNK, CachedBase, checksums
+from siliang.compare.run import untuned_config
 from siliang.compare.worker import _measure_base
 from siliang.config import RunConfig
 
@@ -35,7 +35,7 @@ def test_a_model_without_default_targets_is_measured(tmp_path: Path, instruction
     )
     out = tmp_path / "base"
     out.mkdir()
-    found = _measure_base(untuned(run, out), {"prompts": ["say yes"], "max_new_tokens": 2}, KeptBase())
+    found = _measure_base(untuned_config(run, out), {"prompts": ["say yes"], "max_new_tokens": 2}, CachedBase())
     # the weights are small and random: every one of the tokens is as likely as the others
     assert found["eval_loss"] == pytest.approx(torch.tensor(float(VOCABULARY)).log().item(), rel=0.05)
     assert (out / "answers.json").is_file()

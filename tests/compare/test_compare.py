@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tiny import WORDS, write_jsonl
 
 from siliang.cli.main import main
-from siliang.compare.base import KeptBase, checksums
+from siliang.compare.base import CachedBase, checksums
 from siliang.compare.pool import Pool
 from siliang.compare.run import CompareListener, compare
 from siliang.config import RunConfig
@@ -150,7 +150,7 @@ def test_killed_and_gone_on(killed_then_finished: tuple[Path, dict[str, str], st
     assert comparison.status == "completed"
     assert {t.folder: t.attempts for t in comparison.trials if t.folder in before} == dict.fromkeys(before, 1)
     assert all((folder / run / "run.json").read_text() == text for run, text in before.items())
-    assert "resumed    3 of 12 runs are there already" in printed
+    assert "resumed    3 of 12 runs are completed" in printed
     assert {t.status for t in comparison.trials if t.method != "lost"} == {"completed"}
     # once more: only what failed is tried again
     again = here("compare", folder / "compare.yaml")
@@ -395,7 +395,7 @@ def test_a_killed_worker_is_one_lost_run(model_folders: dict[str, Path], review_
 def test_the_base_comes_back_or_is_loaded_anew(model_folders: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"text": f"{a} {b}", "label": str(i % 2)} for i, (a, b) in enumerate(itertools.pairwise(WORDS))]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
-    kept, models = KeptBase(), []
+    base, models = CachedBase(), []
 
     def run(name: str, seed: int) -> None:
         values = {
@@ -409,18 +409,18 @@ def test_the_base_comes_back_or_is_loaded_anew(model_folders: dict[str, Path], t
             "output": str(tmp_path / f"{name}-{seed}"),
         }
         config = RunConfig.build(values)
-        train(config, Listener(trained=lambda run: models.append(run.model)), base=kept)
-        kept.take_back(models.pop(), config)
+        train(config, Listener(trained=lambda run: models.append(run.model)), base=base)
+        base.store(models.pop(), config)
 
     for name, loads in (("lora", 1), ("bitfit", 1), ("ln_tuning", 1), ("full", 1), ("ia3", 2)):
         run(name, 1)
-        assert kept.loads == loads, name
+        assert base.loads == loads, name
     run("ia3", 2)  # another seed draws another head
-    assert kept.loads == 3
+    assert base.loads == 3
     config = RunConfig.build(yaml.safe_load((tmp_path / "ia3-2" / "run.yaml").read_text()))
     tokenizer = load_tokenizer(config.model)
-    lent = kept(config, ["0", "1"], tokenizer, dtype=torch.float32)
-    assert kept.loads == 3
+    lent = base(config, ["0", "1"], tokenizer, dtype=torch.float32)
+    assert base.loads == 3
     assert not any(getattr(m, "gradient_checkpointing", False) or m._forward_hooks for m in lent.modules())
     fresh = load_base(config, ["0", "1"], tokenizer, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, fresh[key]) for key, tensor in lent.state_dict().items())

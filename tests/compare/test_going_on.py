@@ -14,8 +14,8 @@ from tiny import write_jsonl
 
 from siliang.cli.main import main
 from siliang.compare import trials
-from siliang.compare.received import Incoming
-from siliang.compare.resume import can_resume, other_settings
+from siliang.compare.received import IncomingFolder
+from siliang.compare.resume import can_resume, changed_settings
 from siliang.compare.trials import run_config
 from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig
@@ -57,7 +57,7 @@ def test_a_comparison_goes_on_from_anywhere_and_notices_other_data(
     shutil.move("out", "elsewhere/moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
     for way in (["moved/compare.yaml"], ["../elsewhere/moved/compare.yaml"]):
-        assert "resumed    1 of 1 runs are there already" in command("compare", *way)
+        assert "resumed    1 of 1 runs are completed" in command("compare", *way)
     assert not (tmp_path / "out").exists()
     assert command("eval", "moved/runs/bitfit/seed-42")
     write_jsonl(tmp_path / "data.jsonl", [{"text": f"the film was {w}", "label": w} for w in ("good", "bad") * 20])
@@ -92,9 +92,9 @@ def test_what_a_run_changed_to_fit_is_not_another_setting(
     folder = Path(config.output)
     assert record.adjusted == {"train.batch_size": 8, "train.gradient_accumulation": 1}
     assert record.config["train"]["batch_size"] == 4
-    assert other_settings(Record.read(folder), config) == {}
+    assert changed_settings(Record.read(folder), config) == {}
     other = RunConfig.build(config.model_dump(mode="json") | {"accept": ["SL001"]})
-    assert other_settings(Record.read(folder), other) == {"accept": ([], ["SL001"])}
+    assert changed_settings(Record.read(folder), other) == {"accept": ([], ["SL001"])}
     # as one that was interrupted: it goes on as it was, whatever the plan says this time
     record.status = "interrupted"
     record.write(folder)
@@ -107,11 +107,11 @@ def test_what_a_run_changed_to_fit_is_not_another_setting(
 
 
 def test_a_folder_that_came_back_in_part_is_asked_for_again(tmp_path: Path) -> None:
-    incoming = Incoming(tmp_path / "run", 100, "other")
+    incoming = IncomingFolder(tmp_path / "run", 100, "other")
     incoming.receive({"kind": "file", "name": "run.json", "bytes": b"half"})
     incoming.receive({"kind": "folder", "nbytes": 9})
     assert incoming.incomplete and list(tmp_path.iterdir()) == []
-    incoming = Incoming(tmp_path / "run", 100, "other")
+    incoming = IncomingFolder(tmp_path / "run", 100, "other")
     incoming.receive({"kind": "file", "name": "run.json", "bytes": b"half and half"})
     incoming.receive({"kind": "folder", "nbytes": 13})
     assert not incoming.incomplete and (tmp_path / "run" / "run.json").read_bytes() == b"half and half"

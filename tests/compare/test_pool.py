@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from siliang.compare.pool import share, stop_all
+from siliang.compare.pool import distribute, stop_all
 
 
 class Echo:
@@ -18,7 +18,7 @@ class Echo:
         self.calls: list[str] = []
         self.rested = threading.Event()
 
-    def ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def run(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if request["say"] == "break":
             raise ValueError("broken")
         yield {"kind": "began"}
@@ -32,7 +32,7 @@ class Echo:
         if "impatient" in self.calls:
             raise KeyboardInterrupt
 
-    def rest(self) -> None:
+    def release(self) -> None:
         self.rested.set()
 
     def close(self) -> None:
@@ -42,19 +42,19 @@ class Echo:
 def test_each_request_is_done_once() -> None:
     workers = [Echo(), Echo(), Echo()]
     requests = [{"say": kind} for kind in ("done", "failed", "died", "done", "done")]
-    events = list(share(requests, workers))
+    events = list(distribute(requests, workers))
     assert sorted(e.number for e in events if e.kind == "began") == [0, 1, 2, 3, 4]
     assert {e.number: e.kind for e in events if e.kind != "began"} == {
         number: request["say"] for number, request in enumerate(requests)
     }
     assert all(worker.rested.wait(10) for worker in workers)
-    assert list(share([], workers)) == []
+    assert list(distribute([], workers)) == []
 
 
 def test_an_error_in_a_workers_thread_is_raised() -> None:
     """Nobody would end the wait for a thread that is gone."""
     with pytest.raises(ValueError, match="broken"):
-        list(share([{"say": "done"}, {"say": "break"}], [Echo()]))
+        list(distribute([{"say": "done"}, {"say": "break"}], [Echo()]))
 
 
 def test_all_workers_end_also_when_the_user_does_not_wait() -> None:

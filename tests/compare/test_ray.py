@@ -28,7 +28,7 @@ pytest.importorskip("siliang.compare.cluster", reason="needs the extra `cluster`
 from siliang.cli.compare import RayOption
 from siliang.cli.main import app, main
 from siliang.compare.cluster import Cluster
-from siliang.compare.packed import files_of, pack, restore_paths, unpack_once, with_users_paths
+from siliang.compare.packed import files_of, pack, restore_paths, unpack_once, with_user_paths
 from siliang.compare.resume import can_resume
 from siliang.compare.run import CompareListener, compare
 from siliang.config import RunConfig
@@ -252,7 +252,7 @@ def test_stopped_far_away_it_goes_on_from_there(
             patch.setattr("siliang.compare.cluster.version", lambda name: "0")
             events = list(cluster.run([request | {"resume": False}] * 2))
             assert [event.kind for event in events] == ["failed", "failed"]
-            assert all("not 0: install the same there" in event.message["error"] for event in events)
+            assert all("not 0: install the same version" in event.message["error"] for event in events)
         with Cluster("local", 1, tmp_path / "logs") as cluster:
             cluster.marker.unlink()  # as if no machine shared the disk
             for event in cluster.run([request | {"resume": False}]):
@@ -311,11 +311,11 @@ def test_what_is_wrong_is_said(
         assert said.startswith("error[SLE13]") and said.count("\n") <= 2 and "Traceback" not in said
         return said
 
-    assert "no Ray cluster can be joined there: Connection refused" in error(
+    assert "the Ray cluster cannot be joined: Connection refused" in error(
         "compare", file, "--ray", f"127.0.0.1:{free_port()}"
     )
     assert "Invalid address format: nonsense" in error("compare", file, "--ray", "nonsense")
-    assert "does not work through a Ray client" in error("compare", file, "--ray", "ray://head:10001")
+    assert "does not support the Ray client" in error("compare", file, "--ray", "ray://head:10001")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "pip install 'siliang[cluster]'" in error("compare", "--ray", file)
     assert not (tmp_path / "out").exists()
@@ -372,7 +372,7 @@ def test_files_and_their_names(tmp_path: Path) -> None:
     assert pack([*found[0], *found[1]], put).folder != packed.folder
     # what a run writes there has the user's names, in whatever way the path of the cache is written
     message = {"kind": "say", "line": f"{there}{user}/data/one.jsonl:3", "more": [f"see {there}{user}/model"]}
-    assert with_users_paths(message, cache) == {
+    assert with_user_paths(message, cache) == {
         "kind": "say",
         "line": f"{user}/data/one.jsonl:3",
         "more": [f"see {user}/model"],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from siliang.compare.packed import Packed, files_of, unpack, unpack_once
-from siliang.compare.received import Incoming, checked
+from siliang.compare.received import IncomingFolder, checked
 from siliang.types import ClusterError, ConfigError
 
 
@@ -39,7 +39,7 @@ from siliang.types import ClusterError, ConfigError
     ],
 )
 def test_no_run_has_a_file_of_that_name(name: str, tmp_path: Path) -> None:
-    incoming = Incoming(tmp_path / "run", 2**30, "far")
+    incoming = IncomingFolder(tmp_path / "run", 2**30, "far")
     incoming.write("run.json", b"{}")
     with pytest.raises(ClusterError, match="far sent a file"):
         incoming.write(name, b"x")
@@ -50,7 +50,7 @@ def test_a_run_comes_in_pieces(tmp_path: Path) -> None:
     """In place of what was there."""
     (tmp_path / "other").mkdir()
     (tmp_path / "run").symlink_to("other")
-    incoming = Incoming(tmp_path / "run", 2**30)
+    incoming = IncomingFolder(tmp_path / "run", 2**30)
     names = ["run.yaml", "run.json", "answers.json", "adapter/adapter_model.safetensors", "adapter/manifest.json"]
     names += ["model/vocab.txt", "model/chat_template.jinja", "model/deep/own_code.py", "model/spiece.model"]
     names += ["checkpoints/checkpoint-12/state.safetensors", "checkpoints/damaged-checkpoint-12/state.json"]
@@ -68,14 +68,14 @@ def test_a_run_comes_in_pieces(tmp_path: Path) -> None:
 
 
 def test_no_more_than_a_run_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    incoming = Incoming(tmp_path / "run", 10)
+    incoming = IncomingFolder(tmp_path / "run", 10)
     incoming.write("adapter/adapter_model.safetensors", b"x" * 6)
     with pytest.raises(ClusterError, match="more than 10 bytes"):
         incoming.write("adapter/adapter_config.json", b"x" * 6)
-    monkeypatch.setattr("siliang.compare.received.MOST_TEXT_BYTES", 5)
+    monkeypatch.setattr("siliang.compare.received.MAX_TEXT_BYTES", 5)
     with pytest.raises(ClusterError, match=r"run.json with more than 5 bytes"):
         incoming.write("run.json", b"x" * 6)
-    monkeypatch.setattr("siliang.compare.received.MOST_FILES", 3)
+    monkeypatch.setattr("siliang.compare.received.MAX_FILES", 3)
     with pytest.raises(ClusterError, match="more than 3 files"):
         for i in range(4):
             incoming.write(f"model/{i}.json", b"")
@@ -120,7 +120,7 @@ def test_files_for_a_run_stay_in_their_folder(name: str, tmp_path: Path) -> None
 
 def test_names_of_temporaries_differ(tmp_path: Path) -> None:
     """Two that receive the same run do not meet."""
-    one, other = Incoming(tmp_path / "run", 99), Incoming(tmp_path / "run", 99)
+    one, other = IncomingFolder(tmp_path / "run", 99), IncomingFolder(tmp_path / "run", 99)
     one.write("run.json", b"one")
     other.write("run.json", b"other")
     assert len(os.listdir(tmp_path)) == 2  # noqa: PTH208

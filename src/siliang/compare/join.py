@@ -15,10 +15,10 @@ import ray
 from siliang.language import Bilingual, local
 from siliang.types import ClusterError, first_line
 
-LOCAL = "local"  # in place of an address: a Ray of our own on this machine
-PROBE_S = 45.0  # for a cluster to respond
-CONNECT_S = 5.0  # to connect to its machine
-STORE_BYTES = 2**27  # object store of a Ray of our own: few files go through it
+LOCAL = "local"  # instead of an address: start Ray on this machine
+PROBE_S = 45.0  # timeout for a cluster to respond
+CONNECT_S = 5.0  # timeout for a TCP connection to its head
+STORE_BYTES = 2**27  # object store of a Ray started here: few files go through it
 PROBE = """
 import logging, sys, ray
 try:
@@ -28,11 +28,11 @@ except Exception as error:
 """
 
 
-def check(address: str) -> str:
-    """Returns the address to join, after a cluster has responded there.
+def check_address(address: str) -> str:
+    """Returns the address to join, after a cluster has responded at it.
 
     Raises:
-        ClusterError: It cannot be joined.
+        ClusterError: No cluster can be joined at the address.
     """
     if address == LOCAL:
         address = os.environ.get("RAY_ADDRESS") or LOCAL
@@ -41,12 +41,12 @@ def check(address: str) -> str:
     return address
 
 
-def start(address: str, threads: int) -> bool:
-    """Joins the cluster, or starts Ray without dashboard and telemetry. False if this process has joined a cluster
-    before; that one stays as it is.
+def connect(address: str, threads: int) -> bool:
+    """Joins the cluster, or starts Ray without dashboard and telemetry. Returns False and does nothing if this process
+    has joined a cluster before.
 
     Args:
-        threads: Of Ray on this machine, if there is no card.
+        threads: The CPUs of a Ray that is started here without a GPU.
 
     Raises:
         ClusterError: Ray cannot be started or joined.
@@ -61,12 +61,12 @@ def start(address: str, threads: int) -> bool:
         if not torch.cuda.is_available():
             settings |= {"num_cpus": threads, "num_gpus": 0}
     try:
-        # Ray's processes import from a working_dir, or else from the current folder: this one is empty
+        # without a working_dir, Ray's processes import from the current folder: give them an empty one
         with tempfile.TemporaryDirectory() as empty:
             ray.init(**settings, runtime_env={"working_dir": empty})
-    except Exception as error:  # Ray raises kinds of its own for each thing that it lacks
+    except Exception as error:  # Ray has many exception classes without a common base
         where = (
-            Bilingual("started here", "在本机启动 Ray")
+            Bilingual("started on this machine", "在本机启动 Ray")
             if address == LOCAL
             else Bilingual(f"used at {address}", f"使用 {address} 的 Ray")
         )
@@ -80,17 +80,16 @@ def start(address: str, threads: int) -> bool:
 
 
 def _probe(address: str) -> None:
-    """Joins the cluster in a process of its own, which may hang or crash in place of this one.
+    """Joins the cluster in a separate process, because joining may hang or crash.
 
     Raises:
-        ClusterError: It cannot be joined.
+        ClusterError: The cluster cannot be joined.
     """
     if "://" in address:
         raise ClusterError(
             Bilingual(
-                f"--ray {address}: siliang does not work through a Ray client. Give HOST:PORT of the "
-                "cluster's head, on a "
-                "machine that `ray start --address HOST:PORT` has made part of it.",
+                f"--ray {address}: siliang does not support the Ray client. Run it on a machine that has joined "
+                "the cluster with `ray start --address HOST:PORT`, and give HOST:PORT of the cluster's head.",
                 f"--ray {address}：siliang 不支持 Ray 客户端。请给出集群主节点的 HOST:PORT，"
                 "并在已用 `ray start --address HOST:PORT` 加入集群的机器上运行。",
             )
@@ -98,12 +97,12 @@ def _probe(address: str) -> None:
     command = [sys.executable, "-P", "-c", PROBE, address]
     host, _, port = address.rpartition(":")
     try:
-        if port.isdecimal():  # Ray itself would try for a minute
+        if port.isdecimal():  # Ray itself retries for a minute
             socket.create_connection((host, int(port)), CONNECT_S).close()
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S)
     except subprocess.TimeoutExpired:
         why: str = Bilingual(
-            f"no Ray cluster has responded within {PROBE_S:.0f} s.", f"{PROBE_S:.0f} 秒内没有 Ray 集群应答。"
+            f"no Ray cluster responded within {PROBE_S:.0f} s.", f"{PROBE_S:.0f} 秒内没有 Ray 集群应答。"
         )
     except OSError as error:
         why = f"{error.strerror or error}."
@@ -112,18 +111,18 @@ def _probe(address: str) -> None:
             return
         why = (
             done.stderr.strip().splitlines()
-            or [Bilingual(f"it ended with code {done.returncode}", f"它以代码 {done.returncode} 结束")]
+            or [Bilingual(f"the probe ended with code {done.returncode}", f"探测进程以代码 {done.returncode} 结束")]
         )[-1]
         if "InvalidAuthToken" in done.stderr:
             why = Bilingual(
-                "it requires its token: copy ~/.ray/auth_token from the cluster's head to this machine.",
+                "the cluster needs its token: copy ~/.ray/auth_token from the cluster's head to this machine.",
                 "集群需要令牌：请把主节点的 ~/.ray/auth_token 复制到本机。",
             )
     raise ClusterError(
         Bilingual(
-            f"--ray {address}: no Ray cluster can be joined there: {why}\n"
-            "Look at `ray status` on this machine; `--ray` alone starts Ray on this machine.",
-            f"--ray {address}：无法加入该处的 Ray 集群：{local(why, 'zh')}\n"
-            "请在本机查看 `ray status`；单独使用 `--ray` 则在本机启动 Ray。",
+            f"--ray {address}: the Ray cluster cannot be joined: {why}\n"
+            "Run `ray status` on this machine; `--ray` without an address starts Ray on this machine.",
+            f"--ray {address}：无法加入该 Ray 集群：{local(why, 'zh')}\n"
+            "请在本机运行 `ray status` 查看；`--ray` 不带地址则在本机启动 Ray。",
         )
     )

@@ -1,11 +1,10 @@
-"""Files that a run needs, packed for Ray's object store, and unpacked once on a machine that does not have them.
+"""The input files of a run, packed into Ray's object store, and unpacked once on each machine that does not have them.
 
-Ray's runtime_env cannot carry them: its packages hold 512 MiB at most, leave out what a .gitignore names, and are put
-on Python's path.
+Ray's runtime_env cannot be used: its packages are limited to 512 MiB, exclude the files named in a .gitignore, and are
+added to Python's path.
 
 A file keeps its absolute path below a folder of siliang's cache: /data/a.jsonl becomes CACHE/files-HASH/data/a.jsonl.
-So a path of that machine is the user's own behind the name of that folder, and what a run writes gets the user's paths
-back when that name is removed.
+To restore the user's paths in the files that a run writes, the prefix CACHE/files-HASH is removed.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from siliang.safety.safe_yaml import dump_yaml, parse_yaml
 from siliang.types import ClusterError
 
 PIECE_BYTES = 2**25
-LEFT_OUT = (".git", ".cache")  # of a downloaded folder
-FILES, RUN = "files", "run"  # prefixes of the names of the cache's folders
+EXCLUDED = (".git", ".cache")  # subfolders of a downloaded model or dataset
+FILES, RUN = "files", "run"  # prefixes of the folder names in the cache
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Packed:
     """Files in pieces.
 
     Attributes:
-        folder: The folder of the cache that they are unpacked in, named by a hash of their names and bytes.
-        files: Each file's path without its first slash, and the object store's references to its pieces.
+        folder: The name of their folder in the cache: a hash of the files' names and bytes.
+        files: For each file, its path without the first slash, and the references to its pieces in the object store.
     """
 
     folder: str
@@ -45,11 +44,11 @@ class Packed:
 
 
 def files_of(name: str) -> list[Path]:
-    """The files of an absolute path: a file, those of a folder, or those that match a pattern. Any other name, such as
-    one on the hub, has none.
+    """The files of an absolute path: a file, a folder or a glob pattern. No files for any other name, such as a
+    repository on the hub.
 
     Raises:
-        ConfigError: It is a folder, and a link in it leads out of it: only what the user has named is sent.
+        ConfigError: A link in the folder points outside of it. Only files that the user has named are sent.
     """
     path = Path(name)
     if not path.is_absolute():
@@ -63,9 +62,9 @@ def files_of(name: str) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files of a folder, in order."""
+    """All files of a folder, sorted."""
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in LEFT_OUT)
+        folders[:] = sorted(f for f in folders if f not in EXCLUDED)
         yield from (Path(parent) / name for name in sorted(names))
 
 
@@ -84,10 +83,10 @@ def pack(files: list[Path], put: Callable[[bytes], Any]) -> Packed:
 
 
 def unpack(packed: Packed, folder: Path, get: Callable[[Any], bytes]) -> None:
-    """Writes the files below a folder that has none of them.
+    """Writes the files into a folder that does not have them.
 
     Raises:
-        ClusterError: A name leads out of the folder.
+        ClusterError: A file's name points outside of the folder.
     """
     for name, pieces in packed.files:
         path = inside(folder, name, kind=ClusterError)
@@ -98,7 +97,7 @@ def unpack(packed: Packed, folder: Path, get: Callable[[Any], bytes]) -> None:
 
 
 def unpack_once(packed: Packed, cache: Path, get: Callable[[Any], bytes]) -> None:
-    """Writes the files into `cache`, unless a run before did. Removes what no run has used for a month."""
+    """Writes the files into `cache`, unless an earlier run did. Removes files that no run has used for a month."""
     from filelock import FileLock  # comes with Ray
 
     folder = inside(cache, packed.folder, kind=ClusterError)
@@ -111,20 +110,20 @@ def unpack_once(packed: Packed, cache: Path, get: Callable[[Any], bytes]) -> Non
         used(cache, packed.folder)
 
 
-def with_users_paths(value: Any, cache: Path) -> Any:
-    """A message or a file's content, with the user's paths in place of those below `cache`."""
-    return json.loads(_users_paths(json.dumps(value), cache))
+def with_user_paths(value: Any, cache: Path) -> Any:
+    """A message, or the content of a file, with the paths below `cache` replaced by the user's paths."""
+    return json.loads(_restore_paths(json.dumps(value), cache))
 
 
 def restore_paths(folder: Path, cache: Path) -> None:
-    """Writes the user's paths into the files of a run, and seals again the folders whose files have changed."""
+    """Restores the user's paths in the files of a run, and rewrites the manifests of the changed folders."""
     changed = set()
     for path in [p for p in folder.rglob("*") if p.suffix in (".json", ".yaml") and p.name != MANIFEST]:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".yaml":
-            restored = dump_yaml(with_users_paths(parse_yaml(text), cache))
+            restored = dump_yaml(with_user_paths(parse_yaml(text), cache))
         else:
-            restored = _users_paths(text, cache)
+            restored = _restore_paths(text, cache)
         if restored != text:
             write_text(path, restored)
             changed.add(path.parent)
@@ -133,7 +132,7 @@ def restore_paths(folder: Path, cache: Path) -> None:
             write_manifest(parent)
 
 
-def _users_paths(text: str, cache: Path) -> str:
-    """Removes the names of the cache's folders from a JSON text."""
-    written = {re.escape(json.dumps(str(cache), ensure_ascii=ascii_only)[1:-1]) for ascii_only in (False, True)}
-    return re.sub(rf"(?:{'|'.join(written)})/(?:{FILES}|{RUN})-[0-9a-f]{{32}}", "", text)
+def _restore_paths(text: str, cache: Path) -> str:
+    """Removes the prefixes CACHE/files-HASH and CACHE/run-HASH from a JSON text."""
+    escaped = {re.escape(json.dumps(str(cache), ensure_ascii=ascii_only)[1:-1]) for ascii_only in (False, True)}
+    return re.sub(rf"(?:{'|'.join(escaped)})/(?:{FILES}|{RUN})-[0-9a-f]{{32}}", "", text)

@@ -1,4 +1,4 @@
-"""The worker processes of this machine: each does one request after the other."""
+"""The worker processes of this machine. Each executes one request after the other."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from siliang.language import Bilingual
 from siliang.safety.safe_json import JsonError, parse_json
 from siliang.secrets import short_repr, shortened
 
-SAYS = ("say", "progress", "done", "failed")  # of the kinds of messages, those of a worker process
+WORKER_KINDS = ("say", "progress", "done", "failed")  # kinds of messages that a worker process sends
 FINAL = ("done", "failed", "died")
-STOP_S = 30.0  # for a run to end its step and save it, when the user stops a comparison
+STOP_S = 30.0  # for a run to finish its step and save a checkpoint, when the user stops a comparison
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Event:
     """A message about a request.
 
     Attributes:
-        kind: `began`; `say` and `progress`; `lost`, where the process is gone and the request is done again (only on a
-            cluster); and at the end `done`, `failed`, or `died`, where the process is gone for good.
-        number: Of the request, in the order in which they were given.
+        kind: `began`; `say` and `progress`; `lost`: the process died and the request is repeated (on a cluster only);
+            at the end `done`, `failed`, or `died`: the process died.
+        number: The index of the request.
         message: The worker's message.
     """
 
@@ -44,22 +44,22 @@ class Event:
     message: Message
 
 
-class Asked(Protocol):
-    """A worker, here or on another machine."""
+class AnyWorker(Protocol):
+    """A worker process on this machine or on another one."""
 
-    def ask(self, request: Message) -> Iterator[Message]:
-        """Has a request done and yields its messages, up to one of `FINAL`; nothing once the worker is stopped."""
+    def run(self, request: Message) -> Iterator[Message]:
+        """Executes a request and yields its messages, up to one of `FINAL`. A stopped worker yields nothing."""
         ...
 
     def stop(self) -> None:
-        """Has the run that is under way save a checkpoint and end."""
+        """Stops the current run after it has saved a checkpoint."""
         ...
 
     def wait(self) -> None:
-        """Until the run that is under way has ended, or is late."""
+        """Waits until the current run has ended, with a timeout."""
         ...
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Called when no request is left."""
         ...
 
@@ -68,23 +68,23 @@ class Asked(Protocol):
         ...
 
 
-def share(requests: Iterable[Message], workers: Sequence[Asked]) -> Iterator[Event]:
-    """Has all requests done, in order, by whichever worker is free, and yields what happens as it happens."""
+def distribute(requests: Iterable[Message], workers: Sequence[AnyWorker]) -> Iterator[Event]:
+    """Executes all requests, each on the next free worker, and yields the events as they happen."""
     numbered = list(enumerate(requests))
     waiting: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
     events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
     for item in numbered:
         waiting.put(item)
 
-    def serve(worker: Asked) -> None:
+    def serve(worker: AnyWorker) -> None:
         try:
             with suppress(queue.Empty):
                 while True:
                     number, request = waiting.get_nowait()
-                    for message in worker.ask(request):
+                    for message in worker.run(request):
                         events.put(Event(message["kind"], number, message))
-            worker.rest()
-        except BaseException as error:  # the comparison ends with it
+            worker.release()
+        except BaseException as error:  # raised in the main thread
             events.put(error)
 
     for worker in workers:
@@ -98,8 +98,8 @@ def share(requests: Iterable[Message], workers: Sequence[Asked]) -> Iterator[Eve
         yield event
 
 
-def stop_all(workers: Sequence[Asked]) -> None:
-    """Has what is under way save itself and end, and ends the workers."""
+def stop_all(workers: Sequence[AnyWorker]) -> None:
+    """Stops the current runs after they have saved checkpoints, and ends the workers."""
     for worker in workers:
         worker.stop()
     try:
@@ -111,15 +111,17 @@ def stop_all(workers: Sequence[Asked]) -> None:
 
 
 class Pool:
-    """Workers for the life of a `with` block; a worker that dies is replaced by the next request.
+    """The workers of this machine, as a context manager. A worker that died is restarted for the next request.
 
     Args:
-        jobs: How many. On CUDA each gets one of the visible cards, on the CPU its share of the threads.
-        logs: Folder for what the workers' libraries print.
+        jobs: The number of workers. Each gets one of the visible GPUs; on the CPU, an equal number of threads.
+        logs: The folder for the output of the workers' libraries.
     """
 
     def __init__(self, jobs: int, logs: Path) -> None:
-        self._workers = [Worker(logs / f"worker-{i + 1}.log", partial(_share, i, jobs)) for i in range(jobs)]
+        self._workers = [
+            Worker(logs / f"worker-{i + 1}.log", partial(_worker_environment, i, jobs)) for i in range(jobs)
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -130,16 +132,16 @@ class Pool:
         stop_all(self._workers)
 
     def run(self, requests: list[Message]) -> Iterator[Event]:
-        """Has all requests done, in order, by whichever worker is free, and yields what happens as it happens."""
-        return share(requests, self._workers[: len(requests)])
+        """Executes all requests, each on the next free worker, and yields the events as they happen."""
+        return distribute(requests, self._workers[: len(requests)])
 
 
 class Worker:
-    """One process; it starts with the first request.
+    """One worker process. It starts with the first request.
 
     Args:
-        log: For what its libraries print.
-        environment: What it has beside this process's variables.
+        log: The file for the output of its libraries.
+        environment: Environment variables, in addition to those of this process.
     """
 
     def __init__(self, log: Path, environment: Callable[[], dict[str, str]]) -> None:
@@ -149,8 +151,8 @@ class Worker:
         self._idle = threading.Event()
         self._idle.set()
 
-    def ask(self, request: Message) -> Iterator[Message]:
-        """Sends a request and yields what comes, up to done, failed or died; nothing once the worker is stopped."""
+    def run(self, request: Message) -> Iterator[Message]:
+        """Sends a request and yields the replies, up to done, failed or died. A stopped worker yields nothing."""
         if self._closed:
             return
         self._idle.clear()
@@ -158,11 +160,11 @@ class Worker:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             yield {"kind": "began"}
-            yield from self._answers(request)
+            yield from self._replies(request)
         finally:
             self._idle.set()
 
-    def _answers(self, request: Message) -> Iterator[Message]:
+    def _replies(self, request: Message) -> Iterator[Message]:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -172,32 +174,32 @@ class Worker:
             if message is None:
                 self._process.kill()
                 sent = short_repr(line.strip())
-                said = Bilingual(
-                    f"it sent {sent}, which is not a message of a worker (see {self._log})",
-                    f"它发来了 {sent}，不是工作进程的消息（见 {self._log}）",
+                error = Bilingual(
+                    f"the worker process sent {sent}, which is not a valid message (see {self._log})",
+                    f"工作进程发来的 {sent} 不是有效消息（见 {self._log}）",
                 )
-                yield {"kind": "died", "error": said}
+                yield {"kind": "died", "error": error}
                 return
             yield message
             if message["kind"] in FINAL:
                 return
-        yield {"kind": "died", "error": _why_gone(self._process.wait(), self._log)}
+        yield {"kind": "died", "error": _exit_reason(self._process.wait(), self._log)}
 
     def stop(self) -> None:
-        """Takes no more requests, and has the run that is under way save a checkpoint and end."""
+        """Accepts no more requests, and stops the current run after it has saved a checkpoint."""
         self._closed = True
         if self._process is not None and not self._idle.is_set():
             self._process.terminate()
 
     def wait(self) -> None:
-        """Until the run that is under way has ended, or is late."""
+        """Waits until the current run has ended, `STOP_S` seconds at most."""
         self._idle.wait(STOP_S)
 
-    def rest(self) -> None:
-        """Keeps the base model for the next requests."""
+    def release(self) -> None:
+        """Does nothing: the process caches the base model for later requests."""
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kills the process."""
         if self._process is None:
             return
         self._process.kill()
@@ -228,43 +230,43 @@ class Worker:
 
 
 def read_message(line: str) -> Message | None:
-    """A worker's message in a line; None where it is none."""
+    """The worker's message in a line; None if the line is not a message."""
     try:
         message = as_message(parse_json(line, foreign=True))  # a loss may be NaN
     except JsonError:
         return None
-    return message if message is not None and message["kind"] in SAYS else None
+    return message if message is not None and message["kind"] in WORKER_KINDS else None
 
 
-def _share(number: int, of: int) -> dict[str, str]:
-    """A worker's card, or its share of the processor."""
+def _worker_environment(number: int, jobs: int) -> dict[str, str]:
+    """The variables that give a worker its GPU, or its number of CPU threads."""
     import torch
 
-    if cards := torch.cuda.device_count():
-        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        visible = named.split(",") if named else [str(i) for i in range(cards)]
+    if n_gpus := torch.cuda.device_count():
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        visible = given.split(",") if given else [str(i) for i in range(n_gpus)]
         return {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)]}
-    return {} if of == 1 else {"OMP_NUM_THREADS": str(threads_each(of))}
+    return {} if jobs == 1 else {"OMP_NUM_THREADS": str(threads_each(jobs))}
 
 
 def threads_each(jobs: int) -> int:
-    """The threads of each of so many runs that share this machine."""
+    """The CPU threads of each run if `jobs` runs share this machine."""
     import torch
 
     return max(1, torch.get_num_threads() // jobs)
 
 
-def _why_gone(code: int, log: Path) -> str:
+def _exit_reason(code: int, log: Path) -> str:
     if code == -signal.SIGKILL:
         return Bilingual(
-            "the process was killed, most likely because the machine's memory was full",
+            "the process was killed, probably because the machine's memory was full",
             "进程被杀死，多半是因为机器内存已满",
         )
     with suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if lines:
-            said = shortened(lines[-1], 200)
+            last = shortened(lines[-1], 200)
             return Bilingual(
-                f"the process ended with code {code}: {said} (see {log})", f"进程以代码 {code} 结束：{said}（见 {log}）"
+                f"the process ended with code {code}: {last} (see {log})", f"进程以代码 {code} 结束：{last}（见 {log}）"
             )
     return Bilingual(f"the process ended with code {code}", f"进程以代码 {code} 结束")

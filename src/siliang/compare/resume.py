@@ -1,4 +1,4 @@
-"""What of a comparison, and of each of its runs, is in the folder already, and whether it still belongs to it."""
+"""Resuming a comparison: which of its runs are finished, and whether the settings and files are unchanged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from siliang.compare.trials import PLACES, run_config
+from siliang.compare.trials import PATH_SETTINGS, run_config
 from siliang.config import RunConfig, differences
 from siliang.config.comparison import CompareConfig
 from siliang.files import remove_stale, remove_tree
@@ -16,12 +16,12 @@ from siliang.records import COMPARISON_NAME, RECORD_NAME, Comparison, Record, Tr
 from siliang.run_folder import CHECKPOINTS, checkpoints, what_changed
 from siliang.types import ConfigError, OutputError, SiliangError
 
-OWN_FILES = r"compare\.yaml|comparison\.json|report\.html"  # that are written beside the runs
-MAY_DIFFER = ("methods", "seeds", "search", "output")  # when a comparison is resumed
+OWN_FILES = r"compare\.yaml|comparison\.json|report\.html"  # files of the comparison's folder, next to the runs
+MAY_CHANGE = ("methods", "seeds", "search", "output")  # settings that may change when a comparison is resumed
 
 
 def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
-    """The record of the comparison that was started in a folder, or a new one.
+    """Opens the record of the comparison in a folder, or makes a new one.
 
     Raises:
         ConfigError: The folder holds a comparison with other settings.
@@ -32,7 +32,7 @@ def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputError(
                 Bilingual(
-                    f"output folder {folder} is not empty. Choose another with --output.",
+                    f"output folder {folder} is not empty. Choose another folder with --output.",
                     f"输出文件夹 {folder} 不是空的。请用 --output 换一个。",
                 )
             )
@@ -41,11 +41,11 @@ def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
     remove_stale(folder, OWN_FILES)
     record = Comparison.open(path)
     for name, (was, wanted) in differences(record.config, now).items():
-        if name not in PLACES and name.partition(".")[0] not in MAY_DIFFER:
+        if name not in PATH_SETTINGS and name.partition(".")[0] not in MAY_CHANGE:
             raise ConfigError(
                 Bilingual(
                     f"{folder} holds a comparison with another {name} ({was}, here {wanted}).\n"
-                    "Choose another folder with --output, or take the settings of its compare.yaml.",
+                    "Choose another folder with --output, or use the settings of its compare.yaml.",
                     f"{folder} 中是另一次比较，{name} 不同（原来是 {was}，现在是 {wanted}）。\n"
                     "请用 --output 换一个文件夹，或采用其中 compare.yaml 的设置。",
                 )
@@ -55,8 +55,8 @@ def open_comparison(config: CompareConfig, folder: Path) -> Comparison:
 
 
 def changed_files(config: CompareConfig, folder: Path, record: Comparison) -> Iterator[tuple[type[SiliangError], str]]:
-    """Changes of the base model and the data since the comparison was started: an error's class and a sentence
-    for each. Runs compare only if all are made on one base model and the same rows."""
+    """Changes of the base model and the data since the comparison was started: (error class, message) of each. Runs
+    can only be compared if they use the same base model and the same rows."""
     if record.data_files:
         for kind, what, how in what_changed(config.run, record.model_files, record.data_files):
             yield (
@@ -68,11 +68,11 @@ def changed_files(config: CompareConfig, folder: Path, record: Comparison) -> It
             )
 
 
-def known_trial(trial: Trial, config: CompareConfig, folder: Path, record: Comparison) -> Trial:
-    """The trial as it is in the comparison's record; complete only if its run is there, with these settings.
+def recorded_trial(trial: Trial, config: CompareConfig, folder: Path, record: Comparison) -> Trial:
+    """The trial with its status from the record. It is completed only if its run exists and has these settings.
 
     Raises:
-        ConfigError: A run of other settings is there.
+        ConfigError: A run with other settings is in its folder.
     """
     before = next((t for t in record.trials if (t.folder, t.purpose) == (trial.folder, trial.purpose)), trial)
     path = folder / trial.folder
@@ -81,26 +81,26 @@ def known_trial(trial: Trial, config: CompareConfig, folder: Path, record: Compa
     run = Record.read(path)
     if run.status != "completed":
         return before.model_copy(update={"settings": trial.settings})
-    for name, (was, wanted) in other_settings(run, run_config(config, trial, folder, record.steps)).items():
+    for name, (was, wanted) in changed_settings(run, run_config(config, trial, folder, record.steps)).items():
         raise ConfigError(
             Bilingual(
                 f"{path} is a run with another {name} ({was}, here {wanted}).\n"
-                "Remove that folder, choose another with --output, or give the method a label of its own.",
+                "Remove that folder, choose another with --output, or give the method another label.",
                 f"{path} 是另一次运行，{name} 不同（原来是 {was}，现在是 {wanted}）。\n"
                 "请删除该文件夹、用 --output 换一个，或给方法另取一个 label。",
             )
         )
-    # a run that was complete when the comparison was killed has no metrics in the comparison's record
+    # if the comparison was killed just after a run was completed, its record has no metrics of that run
     metrics = before.metrics or metrics_of(run)
     return before.model_copy(update={"status": "completed", "settings": trial.settings, "metrics": metrics})
 
 
 def can_resume(config: RunConfig) -> bool:
-    """Whether an interrupted run of these settings can be resumed from a checkpoint; if not, its folder is removed."""
+    """Whether an interrupted run with these settings can resume from a checkpoint. If not, its folder is removed."""
     folder = Path(config.output)
     try:
         record = Record.read(folder)
-        same = record.status != "completed" and not other_settings(record, config)
+        same = record.status != "completed" and not changed_settings(record, config)
     except ConfigError:
         same = False
     if same and checkpoints(folder / CHECKPOINTS):
@@ -109,8 +109,8 @@ def can_resume(config: RunConfig) -> bool:
     return False
 
 
-def other_settings(record: Record, config: RunConfig) -> dict[str, tuple[object, object]]:
-    """The settings in which the run of a record was asked for otherwise than by `config`: what it was, what it is. The
-    places of its files do not count: the comparison has looked at the files."""
-    found = differences(record.asked(), plain(config.resolved().model_dump(mode="json")))
-    return {name: pair for name, pair in found.items() if name not in PLACES}
+def changed_settings(record: Record, config: RunConfig) -> dict[str, tuple[object, object]]:
+    """The settings of a recorded run that differ from those of `config`: name to (recorded, now). Paths are ignored:
+    `changed_files` compares the files themselves."""
+    changed = differences(record.asked(), plain(config.resolved().model_dump(mode="json")))
+    return {name: pair for name, pair in changed.items() if name not in PATH_SETTINGS}

@@ -1,4 +1,4 @@
-"""A comparison, from its settings to its records: what is left to do is done, what is done stays."""
+"""Runs a comparison, from its settings to its records. Finished runs are kept; the others are run or resumed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from siliang.check import find, gather_input, stop_on_errors
 from siliang.compare.pool import Event, Pool
 from siliang.compare.received import Message
-from siliang.compare.resume import can_resume, changed_files, known_trial, open_comparison
-from siliang.compare.trials import MOST_ATTEMPTS, TIMED_STEPS, run_config, search_trials, test_trials
+from siliang.compare.resume import can_resume, changed_files, open_comparison, recorded_trial
+from siliang.compare.trials import MAX_ATTEMPTS, TIMED_STEPS, run_config, search_trials, test_trials
 from siliang.config import MethodConfig, RunConfig
 from siliang.config.comparison import CompareConfig
 from siliang.files import remove_tree, write_text
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from siliang.compare.cluster import Cluster
 
 CONFIG_NAME = "compare.yaml"
-BASE = "base"  # the folder of the base model's metrics and answers
-RATE_RULE = "SL042"  # a learning rate far from the method's own
-METHODS_OWN = ("SL024", "SL025", "SL042", "SL043")  # findings about one method, which do not stop the others
+BASE = "base"  # folder of the base model's metrics and answers
+RATE_RULE = "SL042"  # the learning rate is far from the method's default
+METHOD_RULES = ("SL024", "SL025", "SL042", "SL043")  # findings about one method: the other methods still run
 
 
 @dataclass
@@ -42,10 +42,10 @@ class CompareListener:
     """Callbacks during a comparison. Only the command prints.
 
     Attributes:
-        say: Called with one line about the present work.
-        began: A trial, its number from 1, and how many trials there are.
-        progress: After every step of a trial: its number, the step, the steps, the loss, the seconds to go.
-        ended: A trial, and its record where it was completed.
+        say: Called with one line of text for the user.
+        began: Called with a trial, its number from 1, and the number of trials.
+        progress: Called after every step of a trial, with the step, the steps, the loss and the remaining seconds.
+        ended: Called with a trial, and its record if the trial was completed.
     """
 
     say: Callable[[str], None] = lambda line: None
@@ -62,28 +62,28 @@ def compare(
     ray: str | None = None,
     force: bool = False,
 ) -> Comparison:
-    """Runs every method with every seed, in worker processes, and leaves a folder of records.
+    """Runs every method with every seed in worker processes, and writes a folder of records.
 
-    A comparison that is in the output folder already is resumed: a complete run stays, an interrupted one is resumed
-    from its last checkpoint, exactly. Methods, seeds and searched settings may have been added since.
+    A comparison that exists in the output folder is resumed: completed runs are kept, and interrupted runs resume
+    exactly from their last checkpoint. Methods, seeds and searched settings may be added.
 
     Args:
-        jobs: Runs at the same time, each with a base model of its own; with `ray`, on each machine.
+        jobs: Runs at the same time, each with its own copy of the base model; with `ray`, on each machine.
         force: Resume even if the base model or the data have changed since the comparison was started.
-        ray: The address of a Ray cluster that does the runs, or `local`. None: processes of this machine do them.
+        ray: The address of a Ray cluster, or `local`. None: worker processes of this machine.
 
     Raises:
-        ClusterError: Ray is not installed, or there is no cluster at that address.
+        ClusterError: Ray is not installed, or no cluster responds at the address.
         ConfigError: The folder holds a comparison with other settings.
-        ModelError, DataError: It was started with another base model or other data, and `force` is off.
+        ModelError, DataError: The base model or the data have changed, and `force` is False.
         OutputError: The folder holds something else.
-        DataError: `siliang check` finds an error in the data that all runs would meet.
-        InterruptedRunError: Ctrl-C or SIGTERM came.
+        DataError: `siliang check` finds an error in the data.
+        InterruptedRunError: Ctrl-C or SIGTERM stopped the comparison.
     """
-    return _Comparing(config, listener or CompareListener(), jobs, ray, force).run()
+    return _ComparisonRun(config, listener or CompareListener(), jobs, ray, force).run()
 
 
-class _Comparing:
+class _ComparisonRun:
     def __init__(
         self, config: CompareConfig, listener: CompareListener, jobs: int, ray: str | None, force: bool
     ) -> None:
@@ -103,22 +103,22 @@ class _Comparing:
         write_text(self.folder / CONFIG_NAME, self.config.to_yaml())
         self._save()
         try:
-            with _stopping(), pool as self.pool:
+            with _sigterm_interrupts(), pool as self.pool:
                 self._measure_steps()
                 self._search()
                 if TASKS[self.task].writes and not self.record.base:
                     self._measure_base()
-                self._do(test_trials(self.config, self.record.chosen))
+                self._run_trials(test_trials(self.config, self.record.chosen))
         except KeyboardInterrupt:
             for trial in self.record.trials:
-                if trial.status == "running":  # the user stopped it: this is not a failed attempt
+                if trial.status == "running":  # stopped by the user: not a failed attempt
                     trial.status, trial.attempts = "waiting", trial.attempts - 1
             self._save()
             done = sum(t.status == "completed" for t in self.record.trials)
             of, command = len(self.record.trials), shell_command("siliang", "compare", self.folder / CONFIG_NAME)
             raise InterruptedRunError(
                 Bilingual(
-                    f"Stopped; {done} of {of} runs are done and kept.\nGo on with the same command, or: {command}",
+                    f"Stopped; {done} of {of} runs are done and saved.\nResume with the same command, or: {command}",
                     f"已停止；{of} 次运行中已完成并保存 {done} 次。\n用同一命令继续，或运行：{command}",
                 )
             ) from None
@@ -133,7 +133,7 @@ class _Comparing:
             raise ClusterError(
                 Bilingual(
                     "--ray needs Ray, which is not installed: pip install 'siliang[cluster]'.",
-                    "--ray 需要 Ray，而它没有安装：pip install 'siliang[cluster]'。",
+                    "--ray 需要 Ray，但没有安装：pip install 'siliang[cluster]'。",
                 )
             )
         from siliang.compare.cluster import Cluster  # imports Ray
@@ -143,13 +143,13 @@ class _Comparing:
     # ---- checks, before anything is written ----
 
     def _check(self) -> None:
-        """Raises what every run would raise, before anything is written."""
+        """Raises the errors that every run would raise."""
         trial = test_trials(self.config, {})[0]
         subject = gather_input(run_config(self.config, trial, self.folder, {}), machine())
-        findings = [f for f in find(subject, stop_early=True) if f.code not in METHODS_OWN]
+        findings = [f for f in find(subject, stop_early=True) if f.code not in METHOD_RULES]
         stop_on_errors(findings)
         for finding in findings:
-            self._say(both("warning    ", "警告       ") + f"{finding.code} {finding.headline}")
+            self._warn_once(both("warning    ", "警告       ") + f"{finding.code} {finding.headline}")
         if not len(subject.eval):
             raise ConfigError(
                 Bilingual(
@@ -160,19 +160,19 @@ class _Comparing:
         rows, held_out, columns = len(subject.train), len(subject.eval), subject.examples.says_columns
         self.listener.say(
             both(
-                f"data       {rows:,} rows to train on, {held_out:,} held out, the same for all runs",
+                f"data       {rows:,} training rows, {held_out:,} held-out rows, the same for all runs",
                 f"数据       {rows:,} 条训练样本，{held_out:,} 条验证样本，所有运行都相同",
             )
         )
         self.listener.say(both(f"columns    {columns}", f"列         {columns.zh}"))
         for line in subject.examples.notes:
             self.listener.say(f"           {local(line)}")
-        alone = [prompt for prompt in self.config.settings.prompts if len(prompt.split("\t")) != 2]
-        if alone and subject.examples.layout == "sentence-pair":
+        not_pairs = [prompt for prompt in self.config.settings.prompts if len(prompt.split("\t")) != 2]
+        if not_pairs and subject.examples.layout == "sentence-pair":
             raise ConfigError(
                 Bilingual(
-                    f"prompts: {alone[0]!r} must be two texts with a tab between them, as those of the data.",
-                    f"prompts：{alone[0]!r} 应是用制表符隔开的两段文本，与数据一致。",
+                    f"prompts: {not_pairs[0]!r} must be two texts separated by a tab, because the data has pairs.",
+                    f"prompts：{not_pairs[0]!r} 必须是用制表符隔开的两段文本，与数据一致。",
                 )
             )
 
@@ -181,8 +181,8 @@ class _Comparing:
             if not self.force:
                 raise kind(
                     Bilingual(
-                        f"{problem[0].upper()}{problem[1:]}. New runs would not compare with those that are there.\n"
-                        "Put it back, choose another folder with --output, or continue anyway with --force.",
+                        f"{problem[0].upper()}{problem[1:]}. New runs could not be compared with the finished ones.\n"
+                        "Restore it, choose another folder with --output, or continue anyway with --force.",
                         f"{local(problem, 'zh')}。新的运行无法与已有的比较。\n"
                         "请恢复原样、用 --output 换一个文件夹，或加 --force 继续。",
                     )
@@ -190,8 +190,8 @@ class _Comparing:
             self.listener.say(both("warning    ", "警告       ") + local(problem))
         self.record.model_files, self.record.data_files = hashes(self.config.run)
 
-    def _say(self, line: str) -> None:
-        """Passes a warning on once: every run has it."""
+    def _warn_once(self, line: str) -> None:
+        """Shows a warning once: every run repeats it."""
         if line.startswith(("warning", "警告")) and line not in self.shown:
             self.shown.add(line)
             self.listener.say(line)
@@ -202,7 +202,7 @@ class _Comparing:
     # ---- the phases ----
 
     def _measure_steps(self) -> None:
-        """With a budget in minutes: finds how many steps of each method fit into it."""
+        """With a budget in minutes: measures how many steps of each method fit into it."""
         minutes = self.config.settings.minutes
         if minutes is None:
             return
@@ -212,7 +212,7 @@ class _Comparing:
             trial = Trial(method=label, seed=self.config.seeds[0], purpose="test", folder=f"timing/{len(requests)}")
             values = run_config(self.config, trial, self.folder, {label: TIMED_STEPS})
             requests.append(self._request("base", values) | {"kind": "steps", "minutes": minutes})
-        for event in self._ask(requests):
+        for event in self._run_requests(requests):
             if event.kind == "done":
                 self.record.steps[labels[event.number]] = event.message["found"]["steps"]
                 label = labels[event.number]
@@ -222,12 +222,12 @@ class _Comparing:
         self._save()
 
     def _search(self) -> None:
-        """Runs the search's trials, and chooses each method's settings."""
+        """Runs the trials of the search, and chooses the settings of each method."""
         trials = search_trials(self.config)
         if not trials:
             self.record.chosen = {}
             return
-        self._do(trials)
+        self._run_trials(trials)
         quality = TASKS[self.task].quality
         self.record.chosen = {}
         best: dict[str, float] = {}
@@ -246,14 +246,14 @@ class _Comparing:
         self._save()
 
     def _measure_base(self) -> None:
-        values = untuned(self.config.run, self.folder / BASE)
-        for event in self._ask([self._request("base", values)]):
+        values = untuned_config(self.config.run, self.folder / BASE)
+        for event in self._run_requests([self._request("base", values)]):
             if event.kind == "done":
                 self.record.base = event.message["found"]
                 loss = self.record.base["eval_loss"]
                 self.listener.say(
                     both(
-                        f"base       held-out loss {loss:.4f} before any training",
+                        f"base       held-out loss {loss:.4f} before training",
                         f"基座       训练前的验证损失 {loss:.4f}",
                     )
                 )
@@ -267,9 +267,9 @@ class _Comparing:
         remove_tree(self.folder / BASE / CHECKPOINTS)
         self._save()
 
-    def _do(self, trials: list[Trial]) -> None:
-        """Runs the trials that are not complete."""
-        trials = [known_trial(trial, self.config, self.folder, self.record) for trial in trials]
+    def _run_trials(self, trials: list[Trial]) -> None:
+        """Runs the trials that are not completed."""
+        trials = [recorded_trial(trial, self.config, self.folder, self.record) for trial in trials]
         purpose = trials[0].purpose
         old = [t for t in self.record.trials if t.purpose != purpose]
         self.record.trials = [*old, *trials] if purpose == "test" else [*trials, *old]
@@ -277,14 +277,14 @@ class _Comparing:
         if len(todo) < len(trials):
             done, of = len(trials) - len(todo), len(trials)
             self.listener.say(
-                both(f"resumed    {done} of {of} runs are there already", f"继续       {of} 次运行中已有 {done} 次完成")
+                both(f"resumed    {done} of {of} runs are completed", f"继续       {of} 次运行中已有 {done} 次完成")
             )
         requests, requested = [], []
         for trial in todo:
-            if trial.attempts >= MOST_ATTEMPTS and trial.status == "running":
+            if trial.attempts >= MAX_ATTEMPTS and trial.status == "running":
                 trial.status = "failed"
                 trial.error = Bilingual(
-                    f"started {trial.attempts} times, and each time the process was killed: out of memory?",
+                    f"started {trial.attempts} times, and the process was killed each time: out of memory?",
                     f"启动了 {trial.attempts} 次，每次进程都被杀死：是否内存不足？",
                 )
                 self.listener.ended(trial, None)
@@ -294,8 +294,8 @@ class _Comparing:
             requests.append(self._request("train", values) | {"resume": can_resume(values)})
             requested.append(trial)
         self._save()
-        started: dict[int, int] = {}  # the number of each trial, in the order in which they were started
-        for event in self._ask(requests):
+        started: dict[int, int] = {}  # request to trial number, in the order of starting
+        for event in self._run_requests(requests):
             trial = requested[event.number]
             match event.kind:
                 case "began":
@@ -305,9 +305,9 @@ class _Comparing:
                     self.listener.began(trial, number, len(trials))
                 case "say":
                     line = event.message["line"]
-                    # a rate that the search tries or has chosen is not a mistake of the user's
+                    # the search chose this learning rate, not the user
                     if RATE_RULE not in line or "learning_rate" not in trial.settings:
-                        self._say(line)
+                        self._warn_once(line)
                 case "progress":
                     self.listener.progress(trial, event.message["progress"])
                 case "lost":
@@ -315,7 +315,7 @@ class _Comparing:
                     self.listener.say(
                         both(
                             f"lost       {trial.method}, seed {trial.seed}: {error}; it is run again",
-                            f"中断       {trial.method}，种子 {trial.seed}：{error}；重新运行",
+                            f"中断       {trial.method}，种子 {trial.seed}：{local(error, 'zh')}；重新运行",
                         )
                     )
                 case "done":
@@ -337,7 +337,7 @@ class _Comparing:
 
     def _request(self, kind: str, config: RunConfig) -> Message:
         settings = self.config.settings
-        config = config if self.ray is None else config.resolved()  # another process has another current folder
+        config = config if self.ray is None else config.resolved()  # Ray's processes have another current folder
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         if kind == "base":
             Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -349,14 +349,14 @@ class _Comparing:
             "max_new_tokens": settings.max_new_tokens,
         }
 
-    def _ask(self, requests: list[Message]) -> Iterator[Event]:
+    def _run_requests(self, requests: list[Message]) -> Iterator[Event]:
         assert self.pool is not None
         return self.pool.run(requests)
 
 
 @contextmanager
-def _stopping() -> Iterator[None]:
-    """Within the block SIGTERM stops as Ctrl-C does."""
+def _sigterm_interrupts() -> Iterator[None]:
+    """Within the block, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -371,8 +371,8 @@ def _stopping() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def untuned(run: RunConfig, output: Path) -> RunConfig:
-    """A run whose model computes the base model's outputs: LoRA starts at zero. Its targets are layers that every model
-    has, whatever the compared methods tune."""
+def untuned_config(run: RunConfig, output: Path) -> RunConfig:
+    """A config whose model has the outputs of the base model: LoRA starts at zero. `all-linear` exists in every
+    model."""
     method = MethodConfig.model_validate({"name": "lora", "r": 1, "target_modules": "all-linear"})
     return run.model_copy(update={"output": str(output), "method": method})

@@ -1,4 +1,4 @@
-"""The trials of a comparison, and the config of each: `siliang train` with it gives the same run."""
+"""The trials of a comparison, and the config of each. `siliang train` with this config gives the same run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from siliang.config import RunConfig
 from siliang.config.comparison import CompareConfig, MethodEntry, slug
 from siliang.records import Trial
 
-RUNS, SEARCH = "runs", "search"  # folders within the comparison's
-SAVE_MINUTES = 5.0
-MOST_ATTEMPTS = 3  # of a trial that takes its process, or the whole comparison, down with it
-PLACES = ("model", "data.train", "data.eval", "output")  # files of another name may be the same files
-TIMED_STEPS = 9  # by which a method's speed is measured; the first half is warm-up
+RUNS, SEARCH = "runs", "search"  # subfolders of the comparison
+SAVE_MINUTES = 5.0  # default interval of checkpoints in a comparison
+MAX_ATTEMPTS = 3  # for a trial that kills its process or the comparison
+PATH_SETTINGS = ("model", "data.train", "data.eval", "output")  # their files may have been moved
+TIMED_STEPS = 9  # steps that measure the speed of a method; the first half is warm-up
 
 
 def search_trials(config: CompareConfig) -> list[Trial]:
-    """The trials that settings are chosen by, with the first seed."""
+    """The trials of the search, with the first seed."""
     return [
         Trial(
             method=entry.label,
@@ -32,8 +32,8 @@ def search_trials(config: CompareConfig) -> list[Trial]:
 
 
 def test_trials(config: CompareConfig, chosen: dict[str, dict[str, Any]]) -> list[Trial]:
-    """The trials of the table, seed by seed, so that the table is whole after the first seed. Of each seed full tuning
-    comes last: it changes the base model, which then has to be loaded again."""
+    """The trials of the table, seed by seed, so that the table is complete after the first seed. Full fine-tuning is
+    the last one of each seed: it changes the base model, which is then loaded again."""
     entries = sorted(config.settings.methods, key=lambda entry: entry.name == "full")
     return [
         Trial(
@@ -49,11 +49,11 @@ def test_trials(config: CompareConfig, chosen: dict[str, dict[str, Any]]) -> lis
 
 
 def run_config(config: CompareConfig, trial: Trial, folder: Path, steps: dict[str, int]) -> RunConfig:
-    """The trial as a run of its own.
+    """The config of the trial's run.
 
     Args:
-        folder: The comparison's.
-        steps: With a budget in minutes: each method's steps.
+        folder: The folder of the comparison.
+        steps: With a budget in minutes, the steps of each method.
     """
     entry = find_entry(config, trial.method)
     values = config.run.model_dump(mode="json")
@@ -62,12 +62,12 @@ def run_config(config: CompareConfig, trial: Trial, folder: Path, steps: dict[st
     values["method"] = {"name": entry.name, **entry.arguments, **settings}
     values["train"] |= {"seed": trial.seed, "learning_rate": rate}
     if not config.run.train.saves:
-        values["train"]["save_every_minutes"] = SAVE_MINUTES  # a comparison that is killed is resumed from there
+        values["train"]["save_every_minutes"] = SAVE_MINUTES  # to resume a killed comparison
     if trial.method in steps:
         values["train"]["max_steps"] = steps[trial.method]
     data: dict[str, Any] = values["data"]
     if data["seed"] is None:
-        data["seed"] = config.run.train.seed  # the split is the same for all seeds
+        data["seed"] = config.run.train.seed  # all seeds have the same split
     if trial.purpose == "search":
         data["validation_size"] = config.settings.validation_size
     values["output"] = str(folder / trial.folder)
@@ -75,5 +75,5 @@ def run_config(config: CompareConfig, trial: Trial, folder: Path, steps: dict[st
 
 
 def find_entry(config: CompareConfig, label: str) -> MethodEntry:
-    """The method of that label."""
+    """The method with this label."""
     return next(entry for entry in config.settings.methods if entry.label == label)

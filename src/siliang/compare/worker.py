@@ -1,7 +1,7 @@
-"""The process that trains: reads one request a line, writes replies as lines, keeps the base model between requests.
+"""The worker process: it reads one request per line, writes one reply per line, and caches the base model.
 
-A process of its own, so that a run for which the memory was not enough takes nothing else down with it. Requests and
-replies are JSON; what libraries print goes to the log.
+It is a separate process, so that a run that is killed for memory does not end the comparison. Requests and replies are
+JSON; the output of libraries goes to the log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from siliang.compare.base import KeptBase
+from siliang.compare.base import CachedBase
 from siliang.compare.received import Message
 from siliang.config import RunConfig
 from siliang.memory.free import free_memory
@@ -38,13 +38,13 @@ from siliang.train.types import Listener, Run
 from siliang.types import SiliangError
 from siliang.use.answers import collect
 
-# imported when they are first used: the first run would have their memory counted as its own
+# loaded before the first run: otherwise their memory would count as that run's
 LIBRARIES = ("sklearn.metrics", "seqeval.metrics")
 Reply = Callable[[Message], None]
 
 
 def main() -> None:
-    """Serves requests; ends at once when the parent process is gone."""
+    """Executes requests until the parent process ends."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     clean_standard_streams()  # the log
@@ -59,33 +59,33 @@ def main() -> None:
         replies.write(json.dumps(message) + "\n")
         replies.flush()
 
-    kept, planner = KeptBase(), Planner()
+    base, planner = CachedBase(), Planner()
     while True:
-        serve(requests.get(), kept, planner, reply)
+        serve(requests.get(), base, planner, reply)
 
 
-def serve(request: Message, kept: KeptBase, planner: Planner, reply: Reply) -> None:
-    """Does one request, and replies with its results or the error."""
+def serve(request: Message, base: CachedBase, planner: Planner, reply: Reply) -> None:
+    """Executes one request, and replies with its results or the error."""
     try:
         config = RunConfig.model_validate(request["config"])
         match request["kind"]:
             case "train":
-                found = _train(config, request, kept, planner, reply)
+                found = _train(config, request, base, planner, reply)
             case "base":
-                found = _measure_base(config, request, kept)
+                found = _measure_base(config, request, base)
             case _:
-                found = _measure_steps(config, request, kept)
+                found = _measure_steps(config, request, base)
         reply({"kind": "done", "found": found})
     except BaseException as error:
-        kept.drop()
+        base.drop()
         if not isinstance(error, SiliangError):
             traceback.print_exc()
-        reply({"kind": "failed", "error": _why(error)})
+        reply({"kind": "failed", "error": _error_text(error)})
         if isinstance(error, KeyboardInterrupt):
             raise
 
 
-def _train(config: RunConfig, request: Message, kept: KeptBase, planner: Planner, reply: Reply) -> Message:
+def _train(config: RunConfig, request: Message, base: CachedBase, planner: Planner, reply: Reply) -> Message:
     models: list[Any] = []
 
     def trained(run: Run) -> None:
@@ -98,38 +98,38 @@ def _train(config: RunConfig, request: Message, kept: KeptBase, planner: Planner
         _listener(reply, trained),
         resume=request["resume"],
         force=request.get("force", False),
-        base=kept,
+        base=base,
         planner=planner,
     )
-    kept.take_back(models.pop(), config)
-    memory = record.memory  # loading counts for each run, also where the model was there already
-    memory.loading_bytes = max(memory.loading_bytes, kept.loading_bytes)
+    base.store(models.pop(), config)
+    memory = record.memory  # loading counts for each run, even if the model was cached
+    memory.loading_bytes = max(memory.loading_bytes, base.loading_bytes)
     memory.peak_bytes = max(memory.loading_bytes, memory.steps_bytes)
     record.write(Path(config.output))
-    return {"loads": kept.loads, **record.final}
+    return {"loads": base.loads, **record.final}
 
 
-def _measure_base(config: RunConfig, request: Message, kept: KeptBase) -> Message:
-    """The untuned model's loss on the held-out rows, and its answers; `config` is that of `untuned`."""
-    run = prepare(config, Listener(), Path(config.output), base=kept)
+def _measure_base(config: RunConfig, request: Message, base: CachedBase) -> Message:
+    """The loss of the untuned model on the held-out rows, and its answers. `config` is from `untuned_config`."""
+    run = prepare(config, Listener(), Path(config.output), base=base)
     training = Training(run)
     loss = training.measure()["loss"]
     training.engine.close()
     found = collect(run, request["prompts"], request["max_new_tokens"], base=True)
     found.save(run.folder / ANSWERS_NAME)
-    kept.take_back(run.model, config)
+    base.store(run.model, config)
     perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
     return {"eval_loss": loss, "perplexity": perplexity, **found.metrics}
 
 
-def _measure_steps(config: RunConfig, request: Message, kept: KeptBase) -> Message:
-    """Steps that fit into `minutes`, by the speed of a few."""
-    run = prepare(config, Listener(), Path(config.output), base=kept)
-    ends: list[float] = []  # of the steps
+def _measure_steps(config: RunConfig, request: Message, base: CachedBase) -> Message:
+    """The number of steps that fit into `minutes`, by the speed of a few steps."""
+    run = prepare(config, Listener(), Path(config.output), base=base)
+    ends: list[float] = []  # the time at the end of each step
     training = Training(run, on_step=lambda _: ends.append(time.perf_counter()))
     training.run()
     training.engine.close()
-    kept.take_back(run.model, config)
+    base.store(run.model, config)
     times = ends[len(ends) // 2 :]
     step_s = (times[-1] - times[0]) / (len(times) - 1)
     return {"steps": max(1, int(request["minutes"] * 60 / step_s))}
@@ -142,10 +142,10 @@ def _listener(reply: Reply, trained: Callable[[Run], None]) -> Listener:
     return Listener(lambda line: reply({"kind": "say", "line": line}), progress, trained)
 
 
-def _why(error: BaseException) -> str:
-    """An error in a line."""
+def _error_text(error: BaseException) -> str:
+    """The text of an error in one line."""
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
-        return "does not fit: the memory is full. Use a smaller train.batch_size, or train.gradient_checkpointing"
+        return "out of memory: use a smaller train.batch_size, or train.gradient_checkpointing"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines else ""
     return text if isinstance(error, SiliangError) else f"{type(error).__name__}: {text}".rstrip(": ")
@@ -154,7 +154,7 @@ def _why(error: BaseException) -> str:
 def _read(stdin: IO[str], requests: queue.SimpleQueue[Message]) -> None:
     for line in stdin:
         requests.put(json.loads(line))
-    os._exit(1)  # the parent process is gone: nobody waits for this run
+    os._exit(1)  # the parent process has ended
 
 
 if __name__ == "__main__":

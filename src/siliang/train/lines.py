@@ -17,10 +17,10 @@ def say_data(data: PreparedData, say: Callable[[str], None]) -> None:
     """Rows, columns, and what was noticed while they were read."""
     examples, train_set = data.examples, data.train
     truncated, skipped = train_set.truncated, data.skipped
-    parts = [both(f"data       {len(train_set):,} rows to train on", f"数据       {len(train_set):,} 条训练样本")]
+    parts = [both(f"data       {len(train_set):,} training rows", f"数据       {len(train_set):,} 条训练样本")]
     if not train_set.last_windows.all():
         parts[0] += both(f" (windows of {len(examples.train):,})", f"（由 {len(examples.train):,} 条文本切成的窗口）")
-    parts.append(both(f"{len(data.eval):,} held out", f"{len(data.eval):,} 条验证样本"))
+    parts.append(both(f"{len(data.eval):,} held-out rows", f"{len(data.eval):,} 条验证样本"))
     if skipped:
         parts.append(both(f"{len(skipped):,} skipped", f"跳过 {len(skipped):,} 条"))
     if truncated:
