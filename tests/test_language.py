@@ -40,7 +40,8 @@ def pairs() -> Iterator[tuple[str, ast.expr, ast.expr]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Bilingual", "both"):
                 assert len(node.args) == 2 and not node.keywords, f"{path}:{node.lineno}"
-                yield f"{path.relative_to(SOURCE)}:{node.lineno}", *node.args
+                en, zh = node.args
+                yield f"{path.relative_to(SOURCE)}:{node.lineno}", en, zh
 
 
 def written(node: ast.expr) -> str | None:
@@ -55,15 +56,20 @@ def written(node: ast.expr) -> str | None:
     return None
 
 
+def called(function: ast.expr) -> str:
+    """The name of what is called: `warn` of `warn(...)` and of `warnings.warn(...)`."""
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
 def errors(kinds: set[str]) -> Iterator[tuple[str, str]]:
-    """Every error that is made with a text in one language, with its place."""
+    """Every error or warning that is made with a text in one language, with its place."""
     for path in sorted(SOURCE.rglob("*.py")):
-        # a process of its own, which knows no languages; and, in part, what only code calls
-        if "limited" in path.parts or "peft_api" in path.parts:
+        if "limited" in path.parts:  # these run in a process of their own, which knows no languages
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds
-            if named and node.args and (text := written(node.args[0])) is not None:
+            if not isinstance(node, ast.Call) or called(node.func) not in kinds or not node.args:
+                continue
+            if (text := written(node.args[0])) is not None:
                 yield f"{path.relative_to(SOURCE)}:{node.lineno}", text
 
 
@@ -98,6 +104,7 @@ def test_pairs_are_english_and_chinese() -> None:
 def test_errors_say_it_in_both() -> None:
     kinds = {kind.__name__ for kind in all_kinds(SiliangError)} | {"BadRow", "YamlError", "JsonError"}
     assert len(kinds) > 15
+    kinds |= {"kind", "warn"}  # an error of a class that the caller chooses; a warning
     alone = [f"{place}: {text}" for place, text in errors(kinds) if re.search("[A-Za-z]{3}", text.replace("{}", ""))]
     assert not alone, "\n".join(alone)
 

@@ -787,7 +787,7 @@ def test_arguments_of_saving(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == written
     with torch.no_grad():
         shake(model)
-    with pytest.raises(ConfigError, match="siliang writes safetensors alone"):
+    with pytest.raises(ConfigError, match="siliang writes safetensors only"):
         model.save_pretrained(tmp_path, False)  # as in peft the second is safe_serialization
     model.save_pretrained(tmp_path, True)
     assert near(answer(siliang.PeftModel.from_pretrained(causal(), tmp_path)), answer(model), 1e-6)

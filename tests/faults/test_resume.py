@@ -143,7 +143,7 @@ def test_all_checkpoints_damaged(place: Place, tmp_path: Path) -> None:
     for path in (tmp_path / "whole" / "checkpoints").iterdir():
         (path / "manifest.json").write_text("{}")
     ending = run(place.config(tmp_path / "whole", eval_every=None), resume=True)
-    assert ending.code == 0 and "no sound checkpoint is left" in ending.said
+    assert ending.code == 0 and "no intact checkpoint is left" in ending.said
     assert outcome(tmp_path / "whole") == wanted
 
 

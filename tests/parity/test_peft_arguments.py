@@ -128,7 +128,7 @@ def test_the_dtype_of_adapters(wide: bool, tmp_path: Path) -> None:
 
 def test_no_pickles(tmp_path: Path) -> None:
     model = siliang.get_peft_model(make("llama"), siliang.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match="writes safetensors alone"):
+    with pytest.raises(ConfigError, match="writes safetensors only"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())
 

@@ -53,7 +53,10 @@ def combine(
                 )
             )
         if density >= 1:
-            warnings.warn(f"density = {density:g} keeps all of each tensor.", stacklevel=4)
+            kept = Bilingual(
+                f"density = {density:g} keeps all of each tensor.", f"density = {density:g} 会保留整个张量。"
+            )
+            warnings.warn(kept, stacklevel=4)
         elif way.startswith("dare"):
             tensors = [t * torch.bernoulli(torch.full_like(t, density)) / density for t in tensors]
         else:

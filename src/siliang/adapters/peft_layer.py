@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.layer import LayerAdapter
 
 
@@ -117,7 +118,9 @@ class _Scalings(MutableMapping[str, float]):
             adapter.s = float(value)
 
     def __delitem__(self, name: str) -> None:
-        raise TypeError("A scaling cannot be deleted: delete the adapter.")
+        raise TypeError(
+            Bilingual("A scaling cannot be deleted: delete the adapter.", "不能只删除缩放系数：请删除整个适配器。")
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapters)

@@ -153,7 +153,11 @@ class PeftConfig:
                         )
                     )
             elif value not in (None, False, "", [], {}):
-                warnings.warn(f"{source}: unknown field {key} = {short_repr(value)} is ignored", stacklevel=3)
+                ignored = Bilingual(
+                    f"{source}: the unknown field {key} = {short_repr(value)} is ignored.",
+                    f"{source}：未知的字段 {key} = {short_repr(value)} 不起作用。",
+                )
+                warnings.warn(ignored, stacklevel=3)
         empty = {f.name for f in dataclasses.fields(cls) if f.default_factory is dict}
         kept = {k: v for k, v in kept.items() if v is not None or k not in empty}  # older releases wrote null
         switches = {f.name for f in dataclasses.fields(cls) if isinstance(f.default, bool)}

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from siliang.hub import HUB_ARGUMENTS
+from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.peft_api import for_tasks  # noqa: F401, the classes that for_task knows
 from siliang.peft_api.model import PeftModel
@@ -33,7 +34,13 @@ class AutoPeftModel:
     auto_class: ClassVar[str] = ""
 
     def __init__(self) -> None:
-        raise OSError(f"{type(self).__name__} makes models with from_pretrained(adapter folder or hub name).")
+        name = type(self).__name__
+        raise OSError(
+            Bilingual(
+                f"{name} has no instances: call {name}.from_pretrained(adapter folder or hub name).",
+                f"{name} 没有实例：请调用 {name}.from_pretrained(适配器的文件夹或 hub 上的名称)。",
+            )
+        )
 
     @classmethod
     def from_pretrained(
@@ -69,7 +76,10 @@ class AutoPeftModel:
         base_class = cls._base_class(config, str(pretrained_model_name_or_path), import_allowlist or TRUSTED)
         if config.base_model_name_or_path is None:
             raise AdapterError(
-                f"{pretrained_model_name_or_path} does not name its base model: use PeftModel.from_pretrained."
+                Bilingual(
+                    f"{pretrained_model_name_or_path} does not name its base model: use PeftModel.from_pretrained.",
+                    f"{pretrained_model_name_or_path} 没有写明基座模型：请用 PeftModel.from_pretrained。",
+                )
             )
         base = base_class.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
         _grow(base, Path(pretrained_model_name_or_path))
@@ -88,21 +98,39 @@ class AutoPeftModel:
     def _base_class(cls, config: PeftConfig, source: str, allowed: Sequence[str]) -> Any:
         if config.task_type != cls.task_type:
             way = next((k.__name__ for k in AUTO_CLASSES if k.task_type == config.task_type), "AutoPeftModel")
-            raise AdapterError(f"{source} has task type {config.task_type}: load it with {way}.")
+            raise AdapterError(
+                Bilingual(
+                    f"{source} has task type {config.task_type}: load it with {way}.",
+                    f"{source} 的任务类型是 {config.task_type}：请用 {way} 加载。",
+                )
+            )
         if cls.task_type is not None:
             return getattr(transformers, cls.auto_class)
         mapping = config.auto_mapping or {}
         package, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
         if not package or not name:
-            raise AdapterError(f"{source} names no class of its base model: use PeftModel.from_pretrained.")
+            raise AdapterError(
+                Bilingual(
+                    f"{source} does not name the class of its base model: use PeftModel.from_pretrained.",
+                    f"{source} 没有写明基座模型的类：请用 PeftModel.from_pretrained。",
+                )
+            )
         if not any(package == one or package.startswith(f"{one}.") for one in allowed):
             raise AdapterError(
-                f"{source} wants a class of the package {package!r}. If you trust it, allow it: "
-                f"import_allowlist=[{package!r}]."
+                Bilingual(
+                    f"{source} wants a class of the package {package!r}. If you trust it, allow it: "
+                    f"import_allowlist=[{package!r}].",
+                    f"{source} 要用 {package!r} 包中的类。如果信任它，请允许：import_allowlist=[{package!r}]。",
+                )
             )
         found = getattr(importlib.import_module(package), name, None)
         if not isinstance(found, type) or not issubclass(found, nn.Module):
-            raise AdapterError(f"{source}: {package} has no model class {name!r}.")
+            raise AdapterError(
+                Bilingual(
+                    f"{source}: {package} has no model class {name!r}.",
+                    f"{source}：{package} 中没有模型类 {name!r}。",
+                )
+            )
         return found
 
 

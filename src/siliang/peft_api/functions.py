@@ -168,10 +168,13 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """Within the block the scalings of all adapters are multiplied.
 
     Raises:
-        ConfigError: No adapter has a scaling, or `multiplier` is not a number.
+        ConfigError: No adapter has a scaling.
+        TypeError: `multiplier` is not a number.
     """
     if isinstance(multiplier, bool) or not isinstance(multiplier, int | float):
-        raise TypeError(f"multiplier = {multiplier!r}: must be a number.")
+        raise TypeError(
+            Bilingual(f"multiplier = {multiplier!r}: must be a number.", f"multiplier = {multiplier!r}：必须是数。")
+        )
     before = {module: dict(module.scaling) for module in model.modules() if isinstance(module, AdaptedLayer)}
     if not any(before.values()):
         raise ConfigError(

@@ -20,7 +20,7 @@ from siliang.models.quantized import count_parameters, keep_as_stored
 from siliang.peft_api.answers_as_base import AnswersAsBase
 from siliang.peft_api.card import write_card
 from siliang.peft_api.checks import check_config, check_known, check_new_name, check_without_peft, config_for
-from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_save_directory, for_hub, save_adapters
+from siliang.peft_api.saved import AdapterToSave, SavedAdapter, check_saving, for_hub, save_adapters
 from siliang.peft_api.tuners import TUNERS, TunerModel
 from siliang.peft_checks import refresh
 from siliang.types import ConfigError, TaskType
@@ -303,15 +303,10 @@ class PeftModel(AnswersAsBase):
         Raises:
             ConfigError: An adapter is not there, or cannot be turned into plain LoRA. Nothing has been written then.
         """
-        if not safe_serialization:
-            raise ConfigError(
-                "safe_serialization = False: siliang writes safetensors alone, because a pickle runs code where it is "
-                "loaded. Leave it out."
-            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in names:
             check_known(name, self.peft_config)
-        check_save_directory(save_directory)
+        check_saving(save_directory, safe_serialization)
         found: dict[str, AdapterToSave] = {}
         for name in names:
             tensors = self.adapter_state(name, state_dict, save_embedding_layers)  # gathered by all processes

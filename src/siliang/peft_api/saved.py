@@ -17,7 +17,7 @@ from siliang.adapters.files import load_tensors, read_adapter, read_training, sa
 from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
 from siliang.hub import HUB_ARGUMENTS, adapter_folder
-from siliang.language import Bilingual
+from siliang.language import Bilingual, together
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.lora_conversion import as_plain_lora
 from siliang.types import ConfigError, nearest
@@ -130,11 +130,20 @@ class AdapterToSave:
         return AdapterToSave(self.adapter, config, tensors)
 
 
-def check_save_directory(save_directory: str | Path) -> None:
+def check_saving(save_directory: str | Path, safe_serialization: bool) -> None:
     """
     Raises:
-        ConfigError: It is a file.
+        ConfigError: The files would be pickles, or the folder is a file.
     """
+    if not safe_serialization:
+        raise ConfigError(
+            Bilingual(
+                "safe_serialization = False: siliang writes safetensors only, because a pickle runs code where it is "
+                "loaded. Leave it out.",
+                "safe_serialization = False：siliang 只写 safetensors，因为 pickle 在加载时会运行代码。"
+                "请去掉这个参数。",
+            )
+        )
     if Path(save_directory).is_file():
         raise ConfigError(
             Bilingual(
@@ -158,5 +167,6 @@ def for_hub(given: dict[str, Any]) -> dict[str, Any]:
         TypeError: There is something else.
     """
     if unknown := [key for key in given if key not in (*HUB_ARGUMENTS, *PLACING, "subfolder")]:
-        raise TypeError(f"unexpected argument {unknown[0]!r}." + nearest(unknown[0], HUB_ARGUMENTS))
+        unexpected = Bilingual(f"unexpected argument {unknown[0]!r}.", f"多余的参数 {unknown[0]!r}。")
+        raise TypeError(together(unexpected, nearest(unknown[0], HUB_ARGUMENTS)))
     return {key: value for key, value in given.items() if key not in PLACING}

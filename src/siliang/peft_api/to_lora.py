@@ -71,7 +71,10 @@ def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, pro
         )
     config = model.peft_config[adapter_name]
     if isinstance(config, LoraConfig) and not config.use_dora:
-        warnings.warn(f"Adapter {adapter_name!r} is LoRA already.", stacklevel=2)
+        warnings.warn(
+            Bilingual(f"Adapter {adapter_name!r} is LoRA already.", f"适配器 {adapter_name!r} 已经是 LoRA。"),
+            stacklevel=2,
+        )
     layers = _layers(model.injection, adapter_name)
     prefix, tensors, errors, ranks = "base_model.model.", dict[str, Tensor](), dict[str, float](), dict[str, int]()
     for path, layer in tqdm(layers.items(), disable=not progress, desc="Converting to LoRA"):

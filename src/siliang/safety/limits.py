@@ -124,7 +124,12 @@ class LimitedProcess:
                 _receive(process, time.monotonic() + START_SECONDS)
             except (OSError, EOFError, ValueError) as error:
                 self._end()
-                raise RuntimeError(f"the process for templates and patterns does not start: {error!r}") from error
+                raise RuntimeError(
+                    Bilingual(
+                        f"The process for templates and patterns does not start: {error!r}.",
+                        f"处理模板和正则表达式的进程无法启动：{error!r}。",
+                    )
+                ) from error
             return process
         return self._process
 

@@ -176,8 +176,12 @@ def _check_files(
     for kind, what, how in what_changed(config, record.model_files, record.data_files):
         if not force:
             raise kind(
-                f"{what[0].upper()}{what[1:]} has changed since the run started: {how}.\n"
-                "Put it back, or continue with the changed files by --force: the result will be another one."
+                Bilingual(
+                    f"{what[0].upper()}{what[1:]} has changed since the run started: {how}.\n"
+                    "Restore it, or continue with the changed files by --force: the result will differ.",
+                    f"{local(what, 'zh')}在训练开始之后变过：{local(how, 'zh')}。\n"
+                    "请恢复原样，或加 --force 用改过的文件继续训练：结果会与原来不同。",
+                )
             )
         say(
             both(

@@ -29,7 +29,7 @@ from siliang.disk_errors import translate_disk_errors
 from siliang.distributed.deepspeed import gathered, is_partitioned, without_hooks
 from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard
 from siliang.files import find_damage, remove, remove_stale, replacing_folder
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.methods import method_of
 from siliang.models.save import save_config
 from siliang.paths import is_link
@@ -90,9 +90,14 @@ def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
         with suppress(OSError):
             remove(renamed)
             path.rename(renamed)
-        warn(f"{path} is damaged ({problem}): the one before is used; it is now {renamed.name}")
+        warn(
+            Bilingual(
+                f"{path} is damaged ({problem}) and now named {renamed.name}: the checkpoint before it is used",
+                f"{path} 已损坏（{local(problem, 'zh')}），现改名为 {renamed.name}：改用它之前的检查点",
+            )
+        )
     if found:
-        warn(f"no sound checkpoint is left in {folder}")
+        warn(Bilingual(f"no intact checkpoint is left in {folder}", f"{folder} 中没有完好的检查点"))
     return None
 
 
