@@ -4,7 +4,7 @@
 
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
 Other files of it: lora_config.py (the settings), dora.py (magnitude, direction), lora_embedding.py (on an embedding),
-lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
+lora_conv.py (on a convolution), lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 """
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from siliang.language import Bilingual
 from siliang.methods.bitfit import bias_paths
 from siliang.methods.config import CONFIG_NAME
-from siliang.methods.dora import DoraLinear
+from siliang.methods.dora import DORA
 from siliang.methods.find_targets import Blocks, find_targets
 from siliang.methods.layer import BaseForward, MakeAdapter
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_config import LoraConfig
+from siliang.methods.lora_conv import LoraConv
 from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.low_rank import LoraSpec, LowRank, LowRankLinear
 from siliang.methods.method import Method, Parts
 from siliang.methods.targets import LORA_TARGETS
 from siliang.methods.trainable_tokens import named_rows
-from siliang.models.introspect import as_stored
 from siliang.ops.lora_linear import lora_linear
-from siliang.types import ConfigError, MergeError
+from siliang.types import ConfigError
 
 IN_FILE = ("orthogonal", "mica")  # starts that cost time, and of which a file holds all
 
@@ -52,28 +52,12 @@ class LoraLinear(LowRankLinear):
             training=self.layer.training,
         )
 
-    def merged(self) -> dict[str, Tensor]:
-        """W + s B A, and b_W + s b."""
-        base = self.layer.base_layer
-        found = {"weight": as_stored(base, self._merged_OI())}
-        if self.b is None:
-            return found
-        update_O = self.s * self.b
-        return found | {"bias": base.bias.to(update_O.dtype) + update_O}
 
-    def check_merge(self) -> None:
-        if self.b is not None and self.layer.base_layer.bias is None:
-            raise MergeError(
-                Bilingual(
-                    "The adapter's lora_bias cannot be merged: the base model's layer has no bias to add it to. "
-                    "Keep the adapter, or train it without lora_bias.",
-                    "适配器的 lora_bias 无法合并：基座模型的层没有偏置可加。请保留适配器，或训练时不用 lora_bias。",
-                )
-            )
+KINDS: tuple[type[LowRank], ...] = (LoraLinear, LoraEmbedding, LoraConv)
 
 
 class Lora(Method[LoraConfig]):
-    """Low-rank updates of linear layers and embeddings, and base biases as `bias` has it."""
+    """Low-rank updates of linear layers, embeddings and convolutions, and base biases as `bias` has it."""
 
     name = "lora"
     config = LoraConfig
@@ -87,7 +71,7 @@ class Lora(Method[LoraConfig]):
     has_lora_factors = True
 
     def attach(self, model: nn.Module, config: LoraConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
-        kinds: tuple[type[LowRank], ...] = (DoraLinear if config.use_dora else LoraLinear, LoraEmbedding)
+        kinds = DORA if config.use_dora else KINDS
         layers = find_targets(
             model,
             config,
@@ -130,7 +114,7 @@ class Lora(Method[LoraConfig]):
     def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
         for side, rank in (("A", 0), ("B", 1)):
             of_lora = f".lora_{side}." in key or key.endswith(f".lora_embedding_{side}")
-            if of_lora and len(found) == len(needed) == 2 and found[1 - rank] == needed[1 - rank]:
+            if of_lora and len(found) == len(needed) >= 2 and found[1 - rank] == needed[1 - rank]:
                 return Bilingual(
                     f"The file's rank is {found[rank]}, and its {CONFIG_NAME} has {needed[rank]} for this layer: "
                     "were r or rank_pattern changed there, or their order?",
@@ -142,11 +126,11 @@ class Lora(Method[LoraConfig]):
 
 def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float, *, from_file: bool) -> LoraSpec:
     init = config.init_lora_weights
-    if kind is LoraEmbedding and (config.use_dora or config.lora_bias):
+    if issubclass(kind, LoraEmbedding) and config.lora_bias:
         raise ConfigError(
             Bilingual(
-                "use_dora and lora_bias are for linear layers: leave the embedding out of target_modules.",
-                "use_dora 和 lora_bias 只用于线性层：请从 target_modules 中去掉嵌入层。",
+                "lora_bias is not for embeddings: leave the embedding out of target_modules.",
+                "lora_bias 不能用于嵌入层：请从 target_modules 中去掉它。",
             )
         )
     return LoraSpec(

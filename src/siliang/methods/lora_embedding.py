@@ -58,12 +58,16 @@ class LoraEmbedding(LowRank):
         return self.part("lora_embedding_B")
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
-        y, base = base_forward(x), self.layer.base_layer
-        update = F.embedding(x, self.A.T, padding_idx=base.padding_idx) @ self.B.T
+        y = base_forward(x)
+        return y + self.update(x).to(y.dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        """s (A[:, x])^T B^T, in A's dtype."""
+        base = self.layer.base_layer
+        update = self.s * (F.embedding(x, self.A.T, padding_idx=base.padding_idx) @ self.B.T)
         # BART's and Gemma's embeddings multiply their output by a constant
         scale = getattr(base, "embed_scale", None)
-        update = update if scale is None else update * scale
-        return y + (self.s * update).to(y.dtype)
+        return update if scale is None else update * scale
 
     def merged(self) -> dict[str, Tensor]:
         weight = self.layer.base_layer.weight

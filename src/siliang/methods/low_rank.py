@@ -1,6 +1,6 @@
 """What LoRA and its variants share: s B A on a layer, and starts that move a part of the base weight into B A.
 
-Shapes: W (O, I), A (R, I), B (O, R), b (O,); I in, O out, R rank.
+Shapes: W (O, I), A (R, I), B (O, R), b (O,); I in, O out, R rank. On an embedding and a convolution: see there.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from siliang.language import Bilingual
 from siliang.methods.layer import Layer, LayerAdapter, trained_dtype
 from siliang.methods.lora_init import RESIDUAL_STARTS, check_rank, initialize, minor_directions, orthogonal
 from siliang.models.introspect import as_stored, features, is_linear, out_by_in
 from siliang.models.quantized import float_weight
+from siliang.ops.lora_linear import lora_linear
+from siliang.types import MergeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,68 @@ class LowRank(LayerAdapter):
         self.residual = nn.Parameter(residual.to(dtype), requires_grad=False)
 
 
-class LowRankLinear(LowRank):
+class FactorModules(LowRank):
+    """s B A on a layer without a lookup, where A and B are modules of the layer's kind: `lora_A.<adapter>.weight`,
+    `lora_B.<adapter>.weight` and `.bias` (O,).
+
+    Attributes:
+        dropout_p: The probability of zeroing an input of A during training.
+    """
+
+    dropout_p: float = 0.0
+
+    @abstractmethod
+    def update(self, x: Tensor, like: Tensor) -> Tensor:
+        """s B A x, without b and dropout.
+
+        Args:
+            x: The layer's input.
+            like: The base layer's output, for the shape and the dtype.
+        """
+
+    def per_output(self, values_O: Tensor) -> Tensor:
+        """A number for each output, (O,), so that it multiplies the layer's output."""
+        return values_O
+
+    @property
+    def A(self) -> Tensor:
+        return cast(Tensor, self.module("lora_A", nn.Module).weight)
+
+    @property
+    def B(self) -> Tensor:
+        return cast(Tensor, self.module("lora_B", nn.Module).weight)
+
+    @property
+    def b(self) -> Tensor | None:
+        return cast(Tensor | None, self.module("lora_B", nn.Module).bias)
+
+    def merged(self) -> dict[str, Tensor]:
+        """W + s B A, and b_W + s b."""
+        base = self.layer.base_layer
+        found = {"weight": as_stored(base, self.sum())}
+        if self.b is None:
+            return found
+        update_O = self.s * self.b
+        return found | {"bias": base.bias.to(update_O.dtype) + update_O}
+
+    def sum(self) -> Tensor:
+        """W + s B A; in fp32 where W is half, for it is rounded once, at the end."""
+        base = self.layer.base_layer
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        return float_weight(base).to(wide) + self.delta()
+
+    def check_merge(self) -> None:
+        if self.b is not None and self.layer.base_layer.bias is None:
+            raise MergeError(
+                Bilingual(
+                    "The adapter's lora_bias cannot be merged: the base model's layer has no bias to add it to. "
+                    "Keep the adapter, or train it without lora_bias.",
+                    "适配器的 lora_bias 无法合并：基座模型的层没有偏置可加。请保留适配器，或训练时不用 lora_bias。",
+                )
+            )
+
+
+class LowRankLinear(FactorModules):
     """s B A on a linear layer, or GPT-2's Conv1D: `lora_A.<adapter>.weight` (R, I), `lora_B.<adapter>.weight` (O, R)
     and `.bias` (O,).
     """
@@ -127,25 +192,17 @@ class LowRankLinear(LowRank):
         if spec.init == "mica" or (isinstance(spec.init, str) and spec.init.startswith("pissa_niter")):
             check_rank(str(spec.init), spec.r, directions)
         r = min(spec.r, directions) if spec.has_residual else spec.r  # a weight has no more directions to take
-        place = {"device": weight.device, "dtype": trained_dtype(weight)}
-        A, B = _empty(in_features, r, **place), _empty(r, out_features, bias=spec.bias, **place)
-        if spec.init == "gaussian":
-            nn.init.normal_(A.weight, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-        if spec.init is False:
-            nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(B.weight)
+        A = nn.Linear(in_features, r, bias=False, device="meta")
+        B = nn.Linear(r, out_features, bias=spec.bias, device="meta")
+        dtype = trained_dtype(weight)
+        start_factors(A, B, spec, device=weight.device, dtype=dtype)
         if spec.init == "orthogonal":
             start_A, start_B = orthogonal(r, in_features, out_features, device=weight.device)
-            A.weight.data, B.weight.data = start_A.to(place["dtype"]), start_B.to(place["dtype"])
+            A.weight.data, B.weight.data = start_A.to(dtype), start_B.to(dtype)
         elif spec.init == "mica":
             nn.init.zeros_(A.weight)
             if weight.device.type != "meta":
-                B.weight.data = minor_directions(float_weight(base), r).to(place["dtype"])
-        if spec.bias:
-            nn.init.zeros_(B.bias)
+                B.weight.data = minor_directions(float_weight(base), r).to(dtype)
         super().__init__(layer, name, spec, {"lora_A": A, "lora_B": B})
         self.dropout_p = spec.dropout_p
         if spec.has_residual and weight.device.type != "meta":
@@ -159,30 +216,19 @@ class LowRankLinear(LowRank):
     def supports(cls, layer: nn.Module) -> bool:
         return is_linear(layer)
 
-    @property
-    def A(self) -> Tensor:
-        return self.module("lora_A", nn.Linear).weight
-
-    @property
-    def B(self) -> Tensor:
-        return self.module("lora_B", nn.Linear).weight
-
-    @property
-    def b(self) -> Tensor | None:
-        return self.module("lora_B", nn.Linear).bias
-
-    def _merged_OI(self) -> Tensor:
-        """W + s B A; in fp32 where W is half, for it is rounded once, at the end."""
-        base = self.layer.base_layer
-        wide = torch.promote_types(base.weight.dtype, torch.float32)
-        return float_weight(base).to(wide) + self.delta()
+    def update(self, x: Tensor, like: Tensor) -> Tensor:
+        return lora_linear(torch.zeros_like(like), x, self.A, self.B, self.s)
 
 
-def _empty(
-    in_features: int, out_features: int, *, bias: bool = False, device: torch.device, dtype: torch.dtype
-) -> nn.Linear:
-    """A linear layer whose weights are still to be set: nn.Linear itself would draw random numbers for them."""
-    layer = nn.Linear(in_features, out_features, bias=bias, device="meta")
-    for name, p in list(layer.named_parameters()):
-        setattr(layer, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype)))
-    return layer
+def start_factors(A: nn.Module, B: nn.Module, spec: LoraSpec, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives A and B, which are on the meta device, their values: nn.Linear itself would draw others first."""
+    for module in (A, B):
+        for name, p in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(torch.zeros(p.shape, device=device, dtype=dtype)))
+    weight_A, weight_B = A.get_parameter("weight"), B.get_parameter("weight")
+    if spec.init == "gaussian":
+        nn.init.normal_(weight_A, std=1 / spec.r)
+    else:
+        nn.init.kaiming_uniform_(weight_A, a=math.sqrt(5))
+    if spec.init is False:
+        nn.init.kaiming_uniform_(weight_B, a=math.sqrt(5))

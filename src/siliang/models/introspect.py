@@ -282,8 +282,9 @@ def features(layer: Any) -> tuple[int, int]:
 
 
 def is_convolution(layer: nn.Module) -> bool:
-    """nn.Conv1d, nn.Conv2d or nn.Conv3d."""
-    return isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d; no subclass that computes something else with its weight."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in kinds)
 
 
 def flat_features(layer: nn.Module) -> tuple[int, int]:

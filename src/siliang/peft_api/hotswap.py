@@ -213,6 +213,13 @@ def prepare_model_for_compiled_hotswap(
                 f"target_rank = {target_rank}：不能小于已加载的适配器的秩 {most}。",
             )
         )
+    if target_rank is not None and any(adapter.B.shape[1] != len(adapter.A) for adapter in adapters):
+        raise ConfigError(
+            Bilingual(
+                "target_rank: LoRA on a convolution in groups cannot be padded to another rank.",
+                "target_rank：分组卷积上的 LoRA 不能补零到别的秩。",
+            )
+        )
     for adapter in adapters:
         if not isinstance(adapter.s, Tensor):  # a number would be compiled in
             vars(adapter)["s"] = torch.tensor(adapter.s, device=adapter.A.device)
@@ -242,12 +249,14 @@ def _lora_layers(model: nn.Module, name: str) -> dict[str, LowRank]:
         )
     own = {path: layer.adapters[name] for path, layer in layers.items() if name in layer.adapters}
     found = {path: adapter for path, adapter in own.items() if isinstance(adapter, LowRank)}
-    if len(found) < len(own) or any(adapter.residual is not None for adapter in found.values()):
+    grouped = any(adapter.B.shape[1] != len(adapter.A) for adapter in found.values())
+    if len(found) < len(own) or grouped or any(adapter.residual is not None for adapter in found.values()):
         raise ConfigError(
             Bilingual(
-                f"Adapter {name!r} is not plain LoRA (such as trained tokens, or a start that changes the base weight):"
-                " use load_adapter.",
-                f"适配器 {name!r} 不是普通的 LoRA（例如训练了个别词元，或初始化改动了基座权重）：请用 load_adapter。",
+                f"Adapter {name!r} is not plain LoRA (such as trained tokens, convolutions in groups, or a start "
+                "that changes the base weight): use load_adapter.",
+                f"适配器 {name!r} 不是普通的 LoRA（例如训练了个别词元、用于分组卷积，或初始化改动了基座权重）："
+                "请用 load_adapter。",
             )
         )
     return found
@@ -286,9 +295,10 @@ def _set_tensor(adapter: LowRank, key: str, tensor: Tensor, rank: int) -> None:
     parameter = nn.Parameter(tensor, requires_grad=own.requires_grad)
     attribute = key.partition(".")[0]
     part = adapter.layer.part(attribute, adapter.name)
-    if isinstance(part, nn.Linear):
-        part.weight = parameter
-        part.out_features, part.in_features = parameter.shape
+    if isinstance(part, nn.Module):
+        part.register_parameter("weight", parameter)
+        if isinstance(part, nn.Linear):
+            part.out_features, part.in_features = parameter.shape
     else:
         adapter.layer.add_part(attribute, adapter.name, parameter)
 

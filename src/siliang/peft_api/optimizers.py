@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_parameter_names
 
 from siliang.language import Bilingual
-from siliang.methods.dora import DoraLinear
+from siliang.methods.dora import DORA
 from siliang.methods.low_rank import LowRank
 from siliang.peft_api.model import PeftModel
 from siliang.peft_api.weighted import lora_layers
@@ -104,7 +104,8 @@ def create_lorafa_optimizer(
         use_rslora: None, or what the active adapters' configs have.
 
     Raises:
-        ConfigError: The model has no LoRA adapter, one of DoRA, or one with another `use_rslora`.
+        ConfigError: The model has no LoRA adapter, one of DoRA or on a convolution in groups, or one with another
+            `use_rslora`.
     """
     adapters = lora_layers(model)
     if not adapters:
@@ -114,11 +115,18 @@ def create_lorafa_optimizer(
                 "模型上没有 LoRA 适配器，而 LoRA-FA 训练的是 LoRA 的 B：请用 torch.optim.AdamW。",
             )
         )
-    if any(isinstance(adapter, DoraLinear) for adapter in adapters):
+    if any(isinstance(adapter, DORA) for adapter in adapters):
         raise ConfigError(
             Bilingual(
                 "LoRA-FA's step is that of W + s B A, which DoRA's is not: leave use_dora out, or use LoRA+.",
                 "LoRA-FA 的更新针对 W + s B A，DoRA 不是这种形式：请去掉 use_dora，或使用 LoRA+。",
+            )
+        )
+    if any(adapter.B.shape[1] != len(adapter.A) for adapter in adapters):
+        raise ConfigError(
+            Bilingual(
+                "LoRA-FA's step is that of a product B A, which a convolution in groups has not: use LoRA+.",
+                "LoRA-FA 的更新针对乘积 B A，而分组卷积没有这样的乘积：请使用 LoRA+。",
             )
         )
     for name in model.active_adapters:
@@ -183,13 +191,19 @@ class LoraFAOptimizer(Optimizer):
         return loss
 
 
-def _gradient_of_b(g_OR: Tensor, A: Tensor, s: float) -> Tensor:
-    """1/s^2 g (A A^T)^-1, in g's dtype; the product is taken in bf16 where the device has it, as in PEFT."""
+def _gradient_of_b(g: Tensor, A: Tensor, s: float) -> Tensor:
+    """1/s^2 g (A A^T)^-1, in g's dtype; the product is taken in bf16 where the device has it, as in PEFT.
+
+    Args:
+        g: (O, R), or a convolution's, (O, R, 1 ...).
+        A: (R, I), or a convolution's, (R, C, window).
+    """
+    g_OR, A = g.flatten(1), A.flatten(1)
     AA_RR = A @ A.T
     inverse_RR = torch.linalg.pinv(AA_RR + DAMPING * torch.eye(len(A), device=A.device))
     in_bf16 = A.device.type != "cuda" or torch.cuda.is_bf16_supported()
     with torch.autocast(A.device.type, dtype=torch.bfloat16, enabled=in_bf16):
-        return ((1 / s**2) * (g_OR @ inverse_RR)).to(g_OR.dtype)
+        return ((1 / s**2) * (g_OR @ inverse_RR)).to(g.dtype).view_as(g)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -108,11 +108,21 @@ class Combination:
 
         Args:
             parts: The adapters that the layer has, with their weights.
+
+        Raises:
+            ConfigError: The layer is a convolution in groups.
         """
-        A, B = self._cat(parts) if self._way == "cat" else self._factors(new, parts)
         own_A, own_B = new.A, new.B
-        own_A.zero_()[: len(A)] = A
-        own_B.zero_()[:, : B.shape[1]] = B
+        if own_B.shape[1] != len(own_A):
+            raise ConfigError(
+                Bilingual(
+                    "LoRA on a convolution in groups cannot be combined: its B and A have no product.",
+                    "分组卷积上的 LoRA 无法合成：它的 B 和 A 没有乘积。",
+                )
+            )
+        A, B = self._cat(parts) if self._way == "cat" else self._factors(new, parts)
+        own_A.zero_()[: len(A)] = A.view(len(A), *own_A.shape[1:])
+        own_B.zero_()[:, : B.shape[1]] = B.view(len(B), -1, *own_B.shape[2:])
 
     def _cat(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[Tensor, Tensor]:
         found = [(w * one.s * one.A, one.B) for one, w in parts]
@@ -128,7 +138,7 @@ class Combination:
             A = combined(self._way, [one.A for one, _ in parts], _signed(roots, scaled))
             return A, combined(self._way, [one.B for one, _ in parts], roots)
         way = "linear" if self._way == "svd" else self._way.removesuffix("_svd")
-        delta = combined(way, [one.delta() for one, _ in parts], [w for _, w in parts])
+        delta = combined(way, [one.delta().flatten(1) for one, _ in parts], [w for _, w in parts])
         return main_directions(delta, len(new.A), clamp=self.svd_clamp)
 
 
