@@ -186,9 +186,10 @@ def test_a_run_in_four_bits_merges_into_its_base(folders: dict[str, Path], tmp_p
         train(RunConfig.build(config.model_dump() | {"method": "full", "output": str(tmp_path / "full")}))
 
 
-def test_osf_is_refused_on_a_quantized_base(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("config", [siliang.OSFConfig(), siliang.LNTuningConfig(target_modules=["q_proj"])])
+def test_refused_on_a_quantized_base(config: Any, folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="load the base model without quantization"):
-        siliang.get_peft_model(load(folders["llama"]), siliang.OSFConfig(task_type=TaskType.CAUSAL_LM))
+        siliang.get_peft_model(load(folders["llama"]), config)
 
 
 def test_compute_dtype_is_not_fp32_where_16_bits_are_native(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "road-4": ("RoadConfig", {"init_weights": False, "group_size": 8, "variant": "road_4"}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
+    "ln-linear": ("LNTuningConfig", {"target_modules": "all-linear"}),
     "tokens": ("TrainableTokensConfig", {"token_indices": TOKENS}),
     "tokens-random": ("TrainableTokensConfig", {"token_indices": TOKENS[:4], "init_weights": False}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),

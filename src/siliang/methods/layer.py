@@ -127,7 +127,7 @@ class LayerAdapter(ABC):
             if isinstance(part, Tensor):
                 found[attribute] = part
             else:
-                found |= {f"{attribute}.{key}": p for key, p in part.named_parameters()}
+                found |= {f"{attribute}.{key}": t for key, t in part.state_dict(keep_vars=True).items()}
         return found
 
     def parameters(self) -> dict[str, nn.Parameter]:
