@@ -44,10 +44,13 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "waveft": {"n_frequency": 40},
     "road": {"group_size": 8},
     "trainable_tokens": {"token_indices": [28, 30, 31]},
+    # variants of LoRA
+    "kasa": {"name": "lora", "r": 2, "lora_dropout": 0.1, "kasa_config": {"gamma": 0.1}},
 }
 NOT_HERE = ("bitfit", "prompt_tuning", "p_tuning", "prefix_tuning", "head", "full")  # which other tests have
-EVERY = [name for name in METHODS if name not in NOT_HERE]
-MERGEABLE = [name for name in EVERY if METHODS[name].mergeable]
+VARIANTS = [name for name, settings in SMALL.items() if "name" in settings]
+EVERY = [name for name in METHODS if name not in NOT_HERE] + VARIANTS
+MERGEABLE = [name for name in EVERY if name in VARIANTS or METHODS[name].mergeable]
 CLASSIFIED = ("loha", "oft", "shira", "vera", "randlora", "trainable_tokens")
 
 

@@ -253,12 +253,15 @@ def test_a_term_of_the_loss_is_the_trained_adapters(tmp_path: Path) -> None:
 
 
 def test_a_term_of_the_loss_is_refused_where_its_backward_would_be_wrong() -> None:
-    assert Shared().adds_to_the_loss and not Ranked().adds_to_the_loss
-    assert not METHODS["lora"].adds_to_the_loss
-    check_terms(Ranked(), sharded=True)
-    check_terms(Shared(), sharded=False)
+    shared, ranked, lora = SharedConfig(), RankedConfig(), siliang.LoraConfig()
+    assert Shared().adds_to_the_loss(shared) and not Ranked().adds_to_the_loss(ranked)
+    assert not METHODS["lora"].adds_to_the_loss(lora)
+    assert METHODS["lora"].adds_to_the_loss(siliang.LoraConfig(kasa_config=siliang.KasaConfig()))
+    check_terms(Ranked(), ranked, sharded=True)
+    check_terms(Shared(), shared, sharded=False)
+    check_terms(METHODS["full"], None, sharded=True)
     with pytest.raises(ConfigError, match=r"shared adds a term to the loss.*strategy=ddp"):
-        check_terms(Shared(), sharded=True)
+        check_terms(Shared(), shared, sharded=True)
 
 
 def test_ranks_change_while_it_is_trained(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from siliang.methods.hira import HiraConfig
     from siliang.methods.hra import HRAConfig
     from siliang.methods.ia3 import IA3Config
+    from siliang.methods.kasa import KasaConfig
     from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.loha import LoHaConfig
     from siliang.methods.lokr import LoKrConfig
@@ -157,6 +158,7 @@ _HOME = {
     "HiraModel": "siliang.peft_api.tuners",
     "IA3Config": "siliang.methods.ia3",
     "IA3Model": "siliang.peft_api.tuners",
+    "KasaConfig": "siliang.methods.kasa",
     "LNTuningConfig": "siliang.methods.ln_tuning",
     "LNTuningModel": "siliang.peft_api.tuners",
     "LoHaConfig": "siliang.methods.loha",
@@ -268,6 +270,7 @@ __all__ = [
     "HiraModel",
     "IA3Config",
     "IA3Model",
+    "KasaConfig",
     "LNTuningConfig",
     "LNTuningModel",
     "LoHaConfig",

@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"init_lora_weights": False, "r": 4}),
     "dora": ("LoraConfig", {"init_lora_weights": False, "use_dora": True, "r": 4}),
     "lora-bias": ("LoraConfig", {"init_lora_weights": False, "lora_bias": True, "r": 4}),
+    "lora-kasa": ("LoraConfig", {"init_lora_weights": False, "kasa_config": {}, "r": 4}),
     "adalora": ("AdaLoraConfig", ADALORA),
     "adalora-start": ("AdaLoraConfig", ADALORA | {"init_lora_weights": True, "orth_reg_weight": 0.1}),
     "loha": ("LoHaConfig", {"init_weights": False, "r": 4, "alpha": 8}),
@@ -143,7 +144,10 @@ LINEAR_ALONE = {
     "OSFConfig",
     "RoadConfig",
 }
-NOT_IN_PEFT = {(method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE}
+VARIANTS_OF_LINEAR = {"lora-kasa"}
+NOT_IN_PEFT = {
+    (method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE or method in VARIANTS_OF_LINEAR
+}
 CASES = [
     (m, n)
     for m in METHODS

@@ -111,7 +111,7 @@ def test_what_they_refuse() -> None:
     with pytest.raises(ConfigError, match="lr = -1: must be at least 0"):
         optimizers.create_lorafa_optimizer(model, 4, 8, -1)
     dora, _ = pair({"target_modules": ["q_proj"], "use_dora": True})
-    with pytest.raises(ConfigError, match="leave use_dora out"):
+    with pytest.raises(ConfigError, match="has use_dora: leave it out"):
         optimizers.create_lorafa_optimizer(dora, 4, 8, 1e-3)
     other: Any = siliang.get_peft_model(make("llama"), siliang.IA3Config())
     with pytest.raises(ConfigError, match="has no LoRA adapter"):

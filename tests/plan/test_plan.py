@@ -98,6 +98,16 @@ def test_the_parts_add_up() -> None:
     assert 0 < found.evaluate_bytes < found.peak_bytes and found.generate_bytes > 0 and found.merge_bytes > 0
 
 
+@pytest.mark.parametrize("start", [{"init_lora_weights": "pissa"}, {"kasa_config": {}}])
+def test_a_start_that_replaces_weights_keeps_them(start: dict[str, Any]) -> None:
+    values = {"model": "gpt2", "task": "causal_lm", "data": {"train": "-"}, "output": "-"}
+    methods = [{"name": "lora", "target_modules": ["c_attn"], **more} for more in ({}, start)]
+    configs = [RunConfig.build(values | {"method": method}) for method in methods]
+    device = target_device(configs[0], "cuda", memory_bytes=10**11)
+    plain, more = (plan(config, device, with_data=False).methods[0].parts["weights"] for config in configs)
+    assert more - plain == pytest.approx(12 * 768 * 3 * 768 * 2, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

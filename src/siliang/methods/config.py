@@ -270,6 +270,8 @@ def config_class(peft_type: object, *, source: str) -> type[PeftConfig]:
 
 
 def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a group of settings
+        return {name: _plain(own) for name, own in dataclasses.asdict(value).items()}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, set | frozenset):

@@ -11,14 +11,14 @@ import functools
 import typing
 from contextlib import suppress
 from pathlib import PurePath
-from typing import TYPE_CHECKING, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, TypeGuard, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from siliang.language import Bilingual, local
 from siliang.secrets import short_repr
-from siliang.types import ConfigError, nearest
+from siliang.types import ConfigError, message_of, nearest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,7 +39,7 @@ def check_fields(config: DataclassInstance) -> None:
         ConfigError: A value is not what its field's type allows.
     """
     for name, (kind, check) in _fields(type(config)).items():
-        value = _as_field(kind, getattr(config, name))
+        value = _as_field(kind, getattr(config, name), name)
         setattr(config, name, value)
         if isinstance(value, list | dict) and len(value) > MOST_ENTRIES:
             raise ConfigError(
@@ -77,10 +77,12 @@ def _without_none(kind: object) -> object:
     return left[0] if len(left) == 1 and type(None) in get_args(kind) else kind
 
 
-def _as_field(kind: object, value: object) -> object:
+def _as_field(kind: object, value: object, name: str) -> object:
     """A value in the form that its field has: a set or tuple as a list, an enum by its word in any case, a Path as its
-    name, a number of numpy as one of Python.
+    name, a number of numpy as one of Python, the mapping of a group of settings as that group.
     """
+    if _is_group(kind) and isinstance(value, dict):
+        return _group(kind, value, name)
     if isinstance(value, set | frozenset):
         try:
             return sorted(value)
@@ -95,6 +97,31 @@ def _as_field(kind: object, value: object) -> object:
     if isinstance(kind, enum.EnumType) and isinstance(value, str):
         return next((member for member in _members(kind) if member.value.lower() == value.lower()), value)
     return value
+
+
+def _is_group(kind: object) -> TypeGuard[type[DataclassInstance]]:
+    """Whether a field's type is a dataclass: settings within the settings, such as `kasa_config`."""
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _group(kind: type[DataclassInstance], values: dict[str, object], name: str) -> object:
+    """A group of settings, from run.yaml or a file.
+
+    Raises:
+        ConfigError: It has no such setting, or a value is not allowed.
+    """
+    known = [f.name for f in dataclasses.fields(kind)]
+    if unknown := next((key for key in values if key not in known), None):
+        raise ConfigError(
+            Bilingual(
+                f"{name} has no setting {short_repr(unknown)}.{nearest(unknown, known)} It has {', '.join(known)}.",
+                f"{name} 没有设置项 {short_repr(unknown)}。{nearest(unknown, known).zh}可用：{'、'.join(known)}。",
+            )
+        )
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(Bilingual(f"{name}: {error}", f"{name}：{local(message_of(error), 'zh')}")) from None
 
 
 def _members(kind: enum.EnumType) -> list[enum.Enum]:
@@ -112,6 +139,9 @@ def _in_words(kind: object) -> Bilingual:
     }
     if kind in words:
         return words[kind]
+    if _is_group(kind):
+        names = [f.name for f in dataclasses.fields(kind)]
+        return Bilingual(f"a mapping with {', '.join(names)}", f"含 {'、'.join(names)} 的映射")
     if isinstance(kind, enum.EnumType):
         values = [str(member.value) for member in _members(kind)]
         return Bilingual(f"one of {', '.join(values)}", f" {'、'.join(values)} 之一")

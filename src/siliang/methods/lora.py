@@ -3,8 +3,9 @@
     y = W x + s B A x        s = alpha / r,  A ~ U(kaiming), B = 0: at the start y = W x exactly
 
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
-Other files of it: lora_config.py (the settings), dora.py (magnitude, direction), lora_embedding.py (on an embedding),
-lora_conv.py (on a convolution), lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
+Other files of it: lora_config.py (the settings), lora_linear.py, lora_embedding.py and lora_conv.py (on a linear layer,
+an embedding, a convolution), dora.py (magnitude, direction), lora_variants.py (the other variants), lora_init.py (the
+starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 """
@@ -21,36 +22,20 @@ from siliang.methods.bitfit import bias_paths
 from siliang.methods.config import CONFIG_NAME
 from siliang.methods.dora import DORA
 from siliang.methods.find_targets import Blocks, find_targets
-from siliang.methods.layer import BaseForward, MakeAdapter
+from siliang.methods.layer import MakeAdapter
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_conv import LoraConv
 from siliang.methods.lora_embedding import LoraEmbedding
-from siliang.methods.low_rank import LoraSpec, LowRank, LowRankLinear
-from siliang.methods.method import Method, Parts
+from siliang.methods.lora_linear import LoraLinear
+from siliang.methods.lora_variants import variant_of
+from siliang.methods.low_rank import LoraSpec, LowRank, MakeLowRank
+from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.targets import LORA_TARGETS
 from siliang.methods.trainable_tokens import named_rows
-from siliang.ops.lora_linear import lora_linear
 from siliang.types import ConfigError
 
 IN_FILE = ("orthogonal", "mica")  # starts that cost time, and of which a file holds all
-
-
-class LoraLinear(LowRankLinear):
-    """LoRA on a linear layer."""
-
-    def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
-        """y = W x + s B A x (+ s b)"""
-        return lora_linear(
-            base_forward(x),
-            x,
-            self.A,
-            self.B,
-            self.s,
-            bias_O=self.b,
-            dropout_p=self.dropout_p,
-            training=self.layer.training,
-        )
 
 
 KINDS: tuple[type[LowRank], ...] = (LoraLinear, LoraEmbedding, LoraConv)
@@ -98,7 +83,7 @@ class Lora(Method[LoraConfig]):
         adapters: dict[str, MakeAdapter] = {}
         for path in layers:
             layer = model.get_submodule(path)
-            kind = next(kind for kind in kinds if kind.supports(layer))
+            kind = _variant(config, next(kind for kind in kinds if kind.supports(layer)), path)
             r, alpha = r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha)
             adapters[path] = _spec(config, kind, r, alpha, from_file=from_file).make
         return Parts(
@@ -106,6 +91,14 @@ class Lora(Method[LoraConfig]):
             parameters=tuple(_biases(model, config, layers, saved)),
             table_rows=named_rows(model, config.trainable_token_indices, saved=saved),
         )
+
+    def adds_to_the_loss(self, config: LoraConfig) -> bool:
+        variant = variant_of(config)
+        return variant is not None and variant.loss is not None
+
+    def extra_loss(self, adapter: Adapter[LoraConfig]) -> Tensor | None:
+        variant = variant_of(adapter.config)
+        return None if variant is None or variant.loss is None else variant.loss(adapter.layers.values())
 
     def from_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # what PEFT calls an embedding that was resized, and of which rows are trained
@@ -124,8 +117,22 @@ class Lora(Method[LoraConfig]):
         return ""
 
 
-def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float, *, from_file: bool) -> LoraSpec:
-    init = config.init_lora_weights
+def _variant(config: LoraConfig, kind: type[LowRank], path: str) -> MakeLowRank:
+    """What makes LoRA, or the variant that the config has, on the layer of this path.
+
+    Raises:
+        ConfigError: The layer is not of a kind for what the config has.
+    """
+    variant = variant_of(config)
+    if variant is not None and kind is LoraLinear:
+        return variant.kind(config, path)
+    if variant is not None:
+        raise ConfigError(
+            Bilingual(
+                f"{config.variant} is for linear layers: leave {path} out of target_modules.",
+                f"{config.variant} 只用于线性层：请从 target_modules 中去掉 {path}。",
+            )
+        )
     if issubclass(kind, LoraEmbedding) and config.lora_bias:
         raise ConfigError(
             Bilingual(
@@ -133,6 +140,11 @@ def _spec(config: LoraConfig, kind: type[LowRank], r: int, alpha: float, *, from
                 "lora_bias 不能用于嵌入层：请从 target_modules 中去掉它。",
             )
         )
+    return kind
+
+
+def _spec(config: LoraConfig, kind: MakeLowRank, r: int, alpha: float, *, from_file: bool) -> LoraSpec:
+    init = config.init_lora_weights
     return LoraSpec(
         kind=kind,
         r=r,

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal, Self
 
 from siliang.language import Bilingual
 from siliang.methods.config import CONFIG_NAME
+from siliang.methods.kasa import KasaConfig
 from siliang.methods.layer_method import BlocksConfig
-from siliang.methods.lora_init import check_even
+from siliang.methods.lora_init import RESIDUAL_STARTS, check_even
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, PeftType, nearest
 
@@ -38,6 +39,7 @@ class LoraConfig(BlocksConfig):
             and the base weight keeps the rest. "loftq": the base weight is quantized, A and B correct the error.
             "orthogonal": both random, with B A = 0; r is even. "mica": A zero; B, which is not trained, the weight's
             smallest directions.
+        kasa_config: KaSA: learned singular values between A and B, on a base weight without its r smallest ones.
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
         alpha_pattern: lora_alpha likewise.
@@ -54,6 +56,7 @@ class LoraConfig(BlocksConfig):
     use_dora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    kasa_config: KasaConfig | None = None
     loftq_config: dict[str, int] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -66,7 +69,6 @@ class LoraConfig(BlocksConfig):
         "corda_config": None,
         "ensure_weight_tying": False,
         "eva_config": None,
-        "kasa_config": None,
         "layer_replication": None,
         "lora_ga_config": None,
         "megatron_config": None,
@@ -81,6 +83,20 @@ class LoraConfig(BlocksConfig):
     }
 
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
+    VARIANTS: ClassVar[tuple[str, ...]] = ("use_dora", "kasa_config")  # of which one may be set
+    # What does not go together with a variant, and why.
+    APART: ClassVar[tuple[tuple[str, str, Bilingual], ...]] = (
+        (
+            "use_dora",
+            "lora_bias",
+            Bilingual("DoRA scales a weight, and has no bias of B", "DoRA 缩放权重，不含 B 的偏置"),
+        ),
+    )
+
+    @property
+    def variant(self) -> str | None:
+        """The setting of the variant that is switched on; None for LoRA itself."""
+        return next((name for name in self.VARIANTS if getattr(self, name)), None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,19 +156,27 @@ class LoraConfig(BlocksConfig):
                 )
         if init == "orthogonal" and (odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]):
             check_even(odd[0])
-        if init == "mica" and (self.use_dora or self.lora_bias):
+        self._check_variant()
+
+    def _check_variant(self) -> None:
+        """
+        Raises:
+            ConfigError: Several variants are switched on, or one does not go with another setting.
+        """
+        init = str(self.init_lora_weights)
+        on = [name for name in self.VARIANTS if getattr(self, name)]
+        apart = [(on[0], other, Bilingual("each is a LoRA of its own", "各是一种 LoRA")) for other in on[1:]]
+        if self.kasa_config and init.startswith(RESIDUAL_STARTS):
+            both = Bilingual("both change the base weight", "两者都会改动基座权重")
+            apart.append(("kasa_config", f"init_lora_weights = {init!r}", both))
+        if init == "mica":
+            alone = Bilingual("MiCA trains A alone", "MiCA 只训练 A")
+            others = [*on, *(["lora_bias"] if self.lora_bias else [])]
+            apart += [("init_lora_weights = 'mica'", other, alone) for other in others]
+        apart += [(one, other, why) for one, other, why in self.APART if getattr(self, one) and getattr(self, other)]
+        for one, other, why in apart[:1]:
             raise ConfigError(
-                Bilingual(
-                    "init_lora_weights = 'mica' trains A alone: use_dora and lora_bias do not go with it.",
-                    "init_lora_weights = 'mica' 只训练 A：不能与 use_dora 或 lora_bias 同时使用。",
-                )
-            )
-        if self.use_dora and self.lora_bias:
-            raise ConfigError(
-                Bilingual(
-                    "use_dora and lora_bias do not go together: DoRA scales a weight, and has no bias of B.",
-                    "use_dora 与 lora_bias 不能同时使用：DoRA 缩放权重，不含 B 的偏置。",
-                )
+                Bilingual(f"{one} and {other} do not go together: {why}.", f"{one} 与 {other} 不能同时使用：{why.zh}。")
             )
 
     @classmethod

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class LoraSpec:
     """LoRA on one layer.
 
     Attributes:
-        kind: What computes it.
+        kind: Makes what computes it.
         r: R.
         alpha: lora_alpha.
         scaling: s.
@@ -39,7 +39,7 @@ class LoraSpec:
         frozen_b: B is not trained, as MiCA has it.
     """
 
-    kind: type[LowRank]
+    kind: MakeLowRank
     r: int
     alpha: float
     scaling: float
@@ -117,6 +117,10 @@ class LowRank(LayerAdapter):
         """Keeps the base weight that belongs to A and B."""
         dtype = self.layer.base_parameter("weight").dtype
         self.residual = nn.Parameter(residual.to(dtype), requires_grad=False)
+
+
+# Makes LoRA, or a variant of it, on a layer from the layer, the adapter's name and the spec.
+MakeLowRank: TypeAlias = Callable[[Layer, str, LoraSpec], LowRank]
 
 
 class FactorModules(LowRank):

@@ -150,9 +150,8 @@ class Method(ABC, Generic[C]):
         """Whether a run of it can be merged into its base model."""
         return self.why_not_mergeable is None
 
-    @property
-    def adds_to_the_loss(self) -> bool:
-        """Whether it has a term of the loss."""
+    def adds_to_the_loss(self, config: C) -> bool:
+        """Whether it has a term of the loss with this config."""
         return type(self).extra_loss is not Method.extra_loss
 
     def prepare(self, config: C, steps: int) -> C:

@@ -90,6 +90,13 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
                     "或使用 load_adapter。",
                 )
             )
+        if config.variant not in (None, "use_dora"):
+            raise ConfigError(
+                Bilingual(
+                    f"Hot-swapping is for LoRA and DoRA, not with {config.variant}: use load_adapter.",
+                    f"热切换只用于 LoRA 和 DoRA，不能与 {config.variant} 一起使用：请用 load_adapter。",
+                )
+            )
     for key in SAME:
         own, other = getattr(config0, key), getattr(config1, key)
         if own != other:

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_parameter_names
 
 from siliang.language import Bilingual
-from siliang.methods.dora import DORA
 from siliang.methods.low_rank import LowRank
 from siliang.peft_api.model import PeftModel
 from siliang.peft_api.weighted import lora_layers
@@ -115,13 +114,6 @@ def create_lorafa_optimizer(
                 "模型上没有 LoRA 适配器，而 LoRA-FA 训练的是 LoRA 的 B：请用 torch.optim.AdamW。",
             )
         )
-    if any(isinstance(adapter, DORA) for adapter in adapters):
-        raise ConfigError(
-            Bilingual(
-                "LoRA-FA's step is that of W + s B A, which DoRA's is not: leave use_dora out, or use LoRA+.",
-                "LoRA-FA 的更新针对 W + s B A，DoRA 不是这种形式：请去掉 use_dora，或使用 LoRA+。",
-            )
-        )
     if any(adapter.B.shape[1] != len(adapter.A) for adapter in adapters):
         raise ConfigError(
             Bilingual(
@@ -130,6 +122,14 @@ def create_lorafa_optimizer(
             )
         )
     for name in model.active_adapters:
+        if variant := getattr(model.peft_config[name], "variant", None):
+            raise ConfigError(
+                Bilingual(
+                    f"LoRA-FA's step is that of W + s B A alone, and adapter {name!r} has {variant}: leave it out, "
+                    "or use LoRA+.",
+                    f"LoRA-FA 的更新只针对 W + s B A，而适配器 {name!r} 使用了 {variant}：请去掉它，或使用 LoRA+。",
+                )
+            )
         own = bool(getattr(model.peft_config[name], "use_rslora", False))
         if use_rslora is not None and own != use_rslora:
             raise ConfigError(

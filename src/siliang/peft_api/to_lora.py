@@ -70,7 +70,7 @@ def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, pro
             )
         )
     config = model.peft_config[adapter_name]
-    if isinstance(config, LoraConfig) and not config.use_dora:
+    if isinstance(config, LoraConfig) and config.variant is None:
         warnings.warn(
             Bilingual(f"Adapter {adapter_name!r} is LoRA already.", f"适配器 {adapter_name!r} 已经是 LoRA。"),
             stacklevel=2,
@@ -78,7 +78,10 @@ def to_lora(model: PeftModel, rank: float, adapter_name: str = "default", *, pro
     layers = _layers(model.injection, adapter_name)
     prefix, tensors, errors, ranks = "base_model.model.", dict[str, Tensor](), dict[str, float](), dict[str, int]()
     for path, layer in tqdm(layers.items(), disable=not progress, desc="Converting to LoRA"):
-        delta_OI = out_by_in(layer.base_layer, layer.get_delta_weight(adapter_name)).float()
+        delta = layer.get_delta_weight(adapter_name)
+        if (replacing_W := layer.adapters[adapter_name].overrides().get("weight")) is not None:
+            delta = delta + (replacing_W - layer.base_parameter("weight"))
+        delta_OI = out_by_in(layer.base_layer, delta).float()
         A, B = _directions(delta_OI, rank, path)
         ranks[path] = len(A)
         size = delta_OI.norm().item()

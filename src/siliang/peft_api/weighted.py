@@ -69,7 +69,7 @@ class Combination:
                 )
             )
         for name, config in zip(self.adapters, configs, strict=True):
-            others = ("use_dora", "lora_bias", "trainable_token_indices")
+            others = (*config.VARIANTS, "lora_bias", "trainable_token_indices")
             if field := next((field for field in others if getattr(config, field)), None):
                 raise ConfigError(
                     Bilingual(

@@ -88,6 +88,8 @@ def measure(
     token_bytes = 0.0
     with tracker.tracking(model, layers):
         tracker.categorize((x for x in held_tensors(model)), "weights")
+        if isinstance(model, PeftModel):  # weights that an adapter's start replaces, which are kept
+            tracker.categorize(model.injection.parked_parameters(), "weights")
         tracker.categorize(trained, "trained" if isinstance(model, PeftModel) else "weights")
         for batch in batches:
             tracker.categorize(_tensors(batch), "workspace")

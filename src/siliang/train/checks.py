@@ -9,7 +9,8 @@ from torch import nn
 
 from siliang.config import RunConfig, TrainConfig
 from siliang.language import Bilingual
-from siliang.methods import Method
+from siliang.methods import AnyMethod, Method
+from siliang.methods.config import PeftConfig
 from siliang.tasks import TASKS
 from siliang.train.optimizer import rate_factors
 from siliang.types import ConfigError, OutputError, nearest
@@ -40,10 +41,14 @@ def check_best(config: RunConfig) -> None:
         )
 
 
-def check_terms(method: Method, *, sharded: bool) -> None:
+def check_terms(method: AnyMethod, config: PeftConfig | None, *, sharded: bool) -> None:
     """Raises ConfigError where the backward pass of a method's loss term would be wrong: DeepSpeed's makes a step of
-    its own."""
-    if sharded and method.adds_to_the_loss:
+    its own.
+
+    Args:
+        config: The adapter's; None for full fine-tuning.
+    """
+    if sharded and config is not None and method.adds_to_the_loss(config):
         raise ConfigError(
             Bilingual(
                 f"{method.name} adds a term to the loss, which FSDP and DeepSpeed do not support: set "

@@ -28,6 +28,7 @@ from siliang.language import Bilingual, both, local
 from siliang.memory.free import free_memory
 from siliang.memory.peak import PeakMemory
 from siliang.methods import Method, find_method
+from siliang.methods.config import PeftConfig
 from siliang.models.own_code import code_of
 from siliang.peft_api.model import PeftModel
 from siliang.records import Counts, Device, Predicted, Record, Rows, Seconds
@@ -91,7 +92,9 @@ def prepare(
     config, predicted = _plan(planner, config, subject, ranks, listener)
     mesh = rank_mesh(device) if ranks.size > 1 and config.distributed.strategy == "fsdp" else None
     check_optimizer_runs(config.train, device, sharded=mesh is not None and method.config is None)
-    check_terms(method, sharded=mesh is not None or zero_stage(config, ranks) > 0)
+    own = None if method.config is None else method.config(**config.method.arguments)
+    own = own if start is None else PeftConfig.from_pretrained(start)
+    check_terms(method, own, sharded=mesh is not None or zero_stage(config, ranks) > 0)
     # one by one: the machine may not hold the whole model more than once
     with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         model = _load(base, config, method, precision, data, device)
