@@ -1,5 +1,5 @@
-"""The variants of LoRA on linear layers: one file each, and this one table of them. DoRA has other layers too, and is in
-dora.py.
+"""The variants of LoRA on linear layers: one file each, and this one table of them. DoRA has other layers too: it is
+in dora.py.
 
 A variant is what computes on a layer, and what it does beside that in training. A field of LoraConfig is its switch.
 """
