@@ -32,6 +32,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("AdaLoraConfig", {"lora_alpha": 0}, "lora_alpha = 0: must be more than 0"),
     ("AdaLoraConfig", {"total_step": 0}, "total_step = 0: must be at least 1"),
     ("GraloraConfig", {"hybrid_r": -1}, "hybrid_r = -1: must be a rank, or 0 for no LoRA beside the blocks"),
+    ("LilyConfig", {"stride_A": 0}, "stride_A = 0: must be at least 1"),
+    ("LilyConfig", {"num_B": 1}, "num_B = 1: must be at least 2, for the router to choose from"),
     ("OSFConfig", {"effective_rank": 0}, "effective_rank = 0: must be a number of singular values, 1 or more, or"),
     ("OSFConfig", {"effective_rank": 2.5}, "effective_rank = 2.5: must be a number of singular values"),
     ("OSFConfig", {"rank_pattern": {"q_proj": -1}}, "rank_pattern: 'q_proj' = -1: must be a number of singular values"),
@@ -206,3 +208,35 @@ def test_osf_trains_nothing_in_the_directions_that_stay(name: str) -> None:
                 assert inside.norm() < 1e-4 * grad.norm()
             shapes.add(layer.base_layer.weight.shape)
     assert len(shapes) == {"llama": 4, "bert": 3}[name]  # square, tall and wide
+
+
+def test_lily_shares_its_matrices_and_a_file_agrees_with_itself(tmp_path: Path) -> None:
+    config = siliang.LilyConfig(task_type=TaskType.CAUSAL_LM, r=2, stride_A=2, target_modules=["q_proj", "k_proj"])
+    model: Any = siliang.get_peft_model(make("llama"), config)
+    assert torch.equal(model.eval()(**batch("llama")).logits, make("llama").eval()(**batch("llama")).logits)
+    first, second = (model.base_model.model.model.layers[i].self_attn for i in (0, 1))
+    assert first.q_proj.lily_A["default"] is second.q_proj.lily_A["default"]
+    assert first.q_proj.lily_B["default"] is second.q_proj.lily_B["default"]
+    assert first.q_proj.lily_B["default"] is not first.k_proj.lily_B["default"]
+    assert first.q_proj.lily_router["default"] is not second.q_proj.lily_router["default"]
+    with pytest.raises(MergeError, match="no one update that could be merged"):
+        model.merge_and_unload()
+    with pytest.raises(MergeError, match="no one update that could be merged"):
+        first.q_proj.get_delta_weight("default")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lily_A.weight"
+    save_file(tensors | {key: tensors[key] + 1}, path)
+    with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj\.lily_A\.weight and .* are one tensor"):
+        siliang.PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+def test_the_engine_leaves_the_padding_in_for_lily() -> None:
+    from siliang.engine.step import Engine
+    from siliang.tasks import TASKS
+
+    model: Any = siliang.get_peft_model(make("llama"), siliang.LilyConfig(task_type=TaskType.CAUSAL_LM, r=2))
+    engine = Engine(model, TASKS[TaskType.CAUSAL_LM])
+    assert engine.padding is None
+    assert any("lily takes a mean over the whole padded batch" in note for note in engine.notes)

@@ -40,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "gralora": {"r": 4},
     "randlora": {"r": 4},
     "vblora": {"r": 2, "num_vectors": 8, "vector_length": 8},
+    "lily": {"r": 2, "stride_A": 2},
     "hra": {"r": 2},
     "waveft": {"n_frequency": 40},
     "road": {"group_size": 8},
@@ -126,7 +127,7 @@ def run_of(
 
 
 # one of each family in `make test`; all of them in `make test-long`
-FAMILIES = ("loha", "oft", "osf", "road", "vera", "trainable_tokens")
+FAMILIES = ("lily", "loha", "oft", "osf", "road", "vera", "trainable_tokens")
 SOME = [method if method in FAMILIES else pytest.param(method, marks=pytest.mark.long) for method in EVERY]
 
 

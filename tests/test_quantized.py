@@ -35,6 +35,7 @@ METHODS: dict[str, Any] = {
     "gralora": siliang.GraloraConfig(r=8),
     "randlora": siliang.RandLoraConfig(r=8, randlora_alpha=8),
     "vblora": siliang.VBLoRAConfig(num_vectors=16, vector_length=16, init_vector_bank_bound=0.5),
+    "lily": siliang.LilyConfig(init_weights=False, r=8),
     "waveft": siliang.WaveFTConfig(n_frequency=100),
     "ln_tuning": siliang.LNTuningConfig(),
     "prompt_tuning": siliang.PromptTuningConfig(num_virtual_tokens=4),

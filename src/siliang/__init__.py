@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from siliang.methods.hra import HRAConfig
     from siliang.methods.ia3 import IA3Config
     from siliang.methods.kasa import KasaConfig
+    from siliang.methods.lily import LilyConfig
     from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.loha import LoHaConfig
     from siliang.methods.lokr import LoKrConfig
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
         HiraModel,
         HRAModel,
         IA3Model,
+        LilyModel,
         LNTuningModel,
         LoHaModel,
         LoKrModel,
@@ -214,6 +216,8 @@ _HOME = {
     "VeraModel": "siliang.peft_api.tuners",
     "OSFConfig": "siliang.methods.osf",
     "OSFModel": "siliang.peft_api.tuners",
+    "LilyConfig": "siliang.methods.lily",
+    "LilyModel": "siliang.peft_api.tuners",
     "WaveFTConfig": "siliang.methods.waveft",
     "WaveFTModel": "siliang.peft_api.tuners",
     "allow_code": "siliang.safety.permissions",
@@ -273,6 +277,8 @@ __all__ = [
     "KasaConfig",
     "LNTuningConfig",
     "LNTuningModel",
+    "LilyConfig",
+    "LilyModel",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",

@@ -46,6 +46,7 @@ class PeftType(StrEnum):
     ADALORA = "ADALORA"
     ROAD = "ROAD"
     OSF = "OSF"
+    LILY = "LILY"
     BITFIT = "BITFIT"
     HEAD = "HEAD"
 

@@ -13,7 +13,8 @@ from siliang.adapters.attachments import Attachments
 from siliang.adapters.table_rows import RowsAdapter
 from siliang.adapters.training_state import TrainingState
 from siliang.methods.config import PeftConfig
-from siliang.methods.method import Adapter, SharedSpec
+from siliang.methods.layer import LayerAdapter
+from siliang.methods.method import Adapter, Parts, SharedSpec
 
 PROMPT_KEY = "prompt_embeddings"
 
@@ -138,3 +139,10 @@ def make_shared(owner: nn.Module, specs: Mapping[str, SharedSpec], adapter: str,
         if not spec.saved and not spec.trained:
             held.leave_out(adapter)
     return SharedTensors(owner, tuple(specs), adapter)
+
+
+def share_parts(layers: Mapping[str, LayerAdapter], parts: Parts) -> None:
+    """Gives layers of an adapter the parts that they have from other layers of it."""
+    for path, owners in parts.shared_parts.items():
+        for attribute, owner in owners.items():
+            layers[path].share_part(attribute, layers[owner])

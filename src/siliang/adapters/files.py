@@ -233,6 +233,16 @@ def load_tensors(
                     f"{source}：{key} 的形状是 {found}，而模型需要 {tuple(shape)}。{local(why, 'zh')}",
                 )
             )
+    first_keys: dict[int, str] = {}
+    for key, t in own.items():
+        first = first_keys.setdefault(id(t), key)
+        if not torch.allclose(tensors[first], tensors[key], rtol=0.0, atol=0.0, equal_nan=True):
+            raise AdapterError(
+                Bilingual(
+                    f"{source}: {first} and {key} are one tensor in the model, and the file has different values.",
+                    f"{source}：{first} 和 {key} 在模型中是同一个张量，而文件中的值不同。",
+                )
+            )
     adapter.check_values(tensors, source)
     if training is not None:
         training.check(adapter.prompt, f"{source}/{TRAINING_NAME}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from siliang.adapters.adapted_layer import AdaptedLayer, delete_parts
-from siliang.adapters.adapter import AttachedAdapter, make_shared
+from siliang.adapters.adapter import AttachedAdapter, make_shared, share_parts
 from siliang.adapters.attachments import Attachments
 from siliang.adapters.checks import check_rows, check_together, checked_parts
 from siliang.adapters.choose_modules import choose_saved_modules
@@ -170,6 +170,7 @@ class Injection(nn.Module):
             layer.add_adapter(layers[path])
             for p in layers[path].parameters().values():
                 p.requires_grad_(False)
+        share_parts(layers, parts)
         for path, rows in parts.table_rows.items():
             layers |= self.attachments.add_table_rows(name, path, rows)
         self.attachments.copy_parameters(name, parts.parameters)

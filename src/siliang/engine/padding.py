@@ -24,6 +24,7 @@ from siliang.capabilities import why_missing
 from siliang.engine.frozen import FrozenCache
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
 from siliang.language import Bilingual, local
+from siliang.methods import method_of
 from siliang.models.introspect import (
     NoLayerStackError,
     is_bloom_attention,
@@ -33,6 +34,7 @@ from siliang.models.introspect import (
     parameters_of,
 )
 from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.peft_api.model import PeftModel
 from siliang.secrets import shortened
 from siliang.types import first_line, message_of
 
@@ -174,6 +176,9 @@ class PaddingFree:
         Returns:
             Why packed rows are not to be used with this model; None where both give the same results.
         """
+        configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+        if mixing := next((method.name for method in map(method_of, configs) if method.mixes_rows), None):
+            return Bilingual(f"{mixing} takes a mean over the whole padded batch", f"{mixing} 对整个填充后的批次取平均")
         lengths, width = (5, 2, 4), 5
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(0)

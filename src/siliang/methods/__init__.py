@@ -19,6 +19,7 @@ from siliang.methods.head import Head, HeadConfig
 from siliang.methods.hira import Hira, HiraConfig
 from siliang.methods.hra import HRA, HRAConfig
 from siliang.methods.ia3 import IA3, IA3Config
+from siliang.methods.lily import Lily, LilyConfig
 from siliang.methods.ln_tuning import LNTuning, LNTuningConfig
 from siliang.methods.loha import LoHa, LoHaConfig
 from siliang.methods.lokr import LoKr, LoKrConfig
@@ -61,6 +62,7 @@ METHODS: dict[str, AnyMethod] = {
         Gralora(),
         RandLora(),
         VBLoRA(),
+        Lily(),
         HRA(),
         OSF(),
         WaveFT(),
@@ -143,6 +145,7 @@ __all__ = [
     "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",

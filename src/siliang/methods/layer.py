@@ -60,6 +60,10 @@ class LayerAdapter(ABC):
         self._attributes.append(attribute)
         self.layer.add_part(attribute, self.name, part)
 
+    def share_part(self, attribute: str, other: LayerAdapter) -> None:
+        """Makes a part the one that the same adapter has on another layer."""
+        self.layer.add_part(attribute, self.name, other.layer.part(attribute, other.name))
+
     def add_buffer(self, attribute: str, tensor: Tensor) -> None:
         """Registers a tensor that follows from the base layer and the config, so that no file needs to hold it."""
         self.layer.add_part(attribute, self.name, tensor, saved=False)

@@ -75,6 +75,8 @@ class Parts:
         modules: Modules of the base model that it trains copies of, in addition to those that are saved
             whole for the task or by `modules_to_save`.
         shared: Tensors that its layers share, by the names that PEFT has for them, such as `vera_A`.
+        shared_parts: Parts of its layers that are parts of other layers of it: by a layer's path and the part's
+            name, the path of the layer whose part it is. The file holds them for each layer, as PEFT's does.
         prompt: Its virtual tokens.
     """
 
@@ -83,6 +85,7 @@ class Parts:
     parameters: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     shared: Mapping[str, SharedSpec] = field(default_factory=dict)
+    shared_parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     prompt: PromptSpec | None = None
 
 
@@ -120,6 +123,8 @@ class Method(ABC, Generic[C]):
         learning_rate_source: Where that number is from.
         trains: What it trains, in a few words; bilingual, as the source of the rate is.
         freezes_the_base: The base model's own parameters stay as they are, and so may be stored in half precision.
+        mixes_rows: What a row of a batch gives depends on the other rows, and on the padding. The engine leaves the
+            padding in then, so that the results are those of the model itself.
         why_not_mergeable: Why what it trains cannot become a part of the base model's own weights; None where it can.
         tunes: What it must find in the model; `siliang check` reports where there are none.
         needs_settings: It does nothing until the user says what it is to tune: it is no choice where nothing is said.
@@ -136,6 +141,7 @@ class Method(ABC, Generic[C]):
     learning_rate_source: ClassVar[str]
     trains: ClassVar[str]
     freezes_the_base: ClassVar[bool] = True
+    mixes_rows: ClassVar[bool] = False
     why_not_mergeable: ClassVar[str | None] = None
     tunes: ClassVar[Literal["layers", "biases"]] = "layers"
     needs_settings: ClassVar[bool] = False

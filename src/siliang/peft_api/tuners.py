@@ -328,6 +328,10 @@ class OSFModel(TunerModel):
     """With OSF."""
 
 
+class LilyModel(TunerModel):
+    """With LILY."""
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.ADALORA: AdaLoraModel,
@@ -353,4 +357,5 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
     PeftType.ROAD: RoadModel,
     PeftType.OSF: OSFModel,
+    PeftType.LILY: LilyModel,
 }
