@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from siliang.adapters.adapted_attention import AdaptedAttention
 from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper, resized_module
 from siliang.adapters.parameter_override import ParameterOverride, Places, places_of, resized
@@ -19,7 +20,7 @@ from siliang.adapters.tied_weights import replace_module
 from siliang.language import Bilingual
 from siliang.methods.method import TableRows
 from siliang.methods.rows import Rows
-from siliang.models.introspect import output_layer, word_embeddings
+from siliang.models.introspect import is_multihead_attention, output_layer, word_embeddings
 from siliang.module_paths import inside
 from siliang.types import ConfigError
 
@@ -109,7 +110,8 @@ class Attachments:
         """The layer with adapters at `path`, a new one where there is none yet."""
         if path not in self.layers:
             base_layer = self.model.get_submodule(path)
-            layer = AdaptedLayer(base_layer)
+            kind = AdaptedAttention if is_multihead_attention(base_layer) else AdaptedLayer
+            layer = kind(base_layer)
             layer.train(base_layer.training)
             self.layers[path] = layer
         return self.layers[path]

@@ -11,7 +11,7 @@ from torch import nn
 
 from siliang.language import Bilingual, both, local
 from siliang.methods.config import LayerConfig
-from siliang.models.introspect import is_linear, output_layer
+from siliang.models.introspect import is_linear, is_multihead_attention, output_layer
 from siliang.module_paths import ends_with, inside, matching_paths, plain_modules
 from siliang.safety.patterns import find
 from siliang.types import TargetError, nearest
@@ -79,7 +79,8 @@ def find_targets(
         )
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         head = output_layer(model)
-        found = [p for p in supported if modules[p] is not head and is_linear(modules[p])]
+        uncalled = _uncalled(modules)
+        found = [p for p in supported if modules[p] is not head and is_linear(modules[p]) and p not in uncalled]
         if experts := _experts(modules):
             warnings.warn(
                 both(
@@ -139,6 +140,8 @@ def find_targets(
                 "应用 exclude_modules 和 layers_to_transform 之后，target_modules 没有匹配到任何层。",
             )
         )
+    if not lenient:
+        _check_called(found, _uncalled(modules))
     if unsupported := [p for p in found if p not in supported]:
         module = modules[unsupported[0]]
         kind, plain = type(module).__name__, Bilingual("", "")
@@ -177,6 +180,29 @@ def _experts(modules: dict[str, nn.Module]) -> list[str]:
     if not any(dim == 3 for dim, _ in sizes.values()):
         return []
     return sorted(name for name, (dim, kind) in sizes.items() if dim == 3 or "Router" in kind)
+
+
+def _uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The layers of which an attention around them reads the weight: what is put on them has no effect."""
+    attentions = [path for path, module in modules.items() if is_multihead_attention(module)]
+    return {f"{path}.out_proj" if path else "out_proj" for path in attentions}
+
+
+def _check_called(found: Sequence[str], uncalled: set[str]) -> None:
+    """
+    Raises:
+        TargetError: A target is never called.
+    """
+    if wrong := next((path for path in found if path in uncalled), None):
+        attention = wrong.rpartition(".")[0]
+        raise TargetError(
+            Bilingual(
+                f"target_modules: {wrong!r} is not called, its nn.MultiheadAttention reads the weight alone. Target "
+                f"{attention!r} (method lora does both), or leave it out by exclude_modules.",
+                f"target_modules：{wrong!r} 不会被调用，它所在的 nn.MultiheadAttention 只读取权重。"
+                f"请改为以 {attention!r} 为目标（lora 会同时处理两者），或用 exclude_modules 去掉它。",
+            )
+        )
 
 
 def _names_of(found: list[str], modules: Iterable[str], outside: Sequence[str]) -> list[str] | str:

@@ -170,6 +170,11 @@ class BaseForward:
         return module(x, *self._args, **self._kwargs)
 
     @property
+    def inner(self) -> Sequence[LayerAdapter]:
+        """The other adapters, the innermost first."""
+        return self._inner
+
+    @property
     def is_base_layer(self) -> bool:
         """Whether it is the base layer alone."""
         return not self._inner
@@ -180,6 +185,11 @@ class Layer(Protocol):
 
     base_layer: Any  # nn.Linear or a quantized one, nn.Embedding, a norm, a module of experts ...
     training: bool
+
+    @property
+    def adapters(self) -> Mapping[str, LayerAdapter]:
+        """The adapters on the layer by name."""
+        ...
 
     def add_part(self, attribute: str, adapter: str, part: nn.Module | Tensor, *, saved: bool = True) -> None:
         """Registers a part of an adapter, as `<attribute>.<adapter>`.

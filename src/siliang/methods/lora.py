@@ -3,9 +3,9 @@
     y = W x + s B A x        s = alpha / r,  A ~ U(kaiming), B = 0: at the start y = W x exactly
 
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
-Other files of it: lora_config.py (the settings), lora_linear.py, lora_embedding.py and lora_conv.py (on a linear layer,
-an embedding, a convolution), dora.py (magnitude, direction), lora_variants.py (the other variants), lora_init.py (the
-starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
+Other files of it: lora_config.py (the settings), lora_linear.py, lora_embedding.py, lora_conv.py and lora_attention.py
+(on a linear layer, an embedding, a convolution, an nn.MultiheadAttention), dora.py (magnitude, direction),
+lora_variants.py (the other variants), lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 """
@@ -13,7 +13,7 @@ Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from siliang.methods.dora import DORA
 from siliang.methods.find_targets import Blocks, find_targets
 from siliang.methods.layer import MakeAdapter
 from siliang.methods.layer_patterns import LayerPatterns
+from siliang.methods.lora_attention import LoraInProjection, from_keys_of_peft, on_attention, to_keys_of_peft
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_conv import LoraConv
 from siliang.methods.lora_embedding import LoraEmbedding
@@ -38,7 +39,8 @@ from siliang.types import ConfigError
 IN_FILE = ("orthogonal", "mica")  # starts that cost time, and of which a file holds all
 
 
-KINDS: tuple[type[LowRank], ...] = (LoraLinear, LoraEmbedding, LoraConv)
+KINDS: tuple[type[LowRank], ...] = (LoraLinear, LoraEmbedding, LoraConv, LoraInProjection)
+DORA_KINDS: tuple[type[LowRank], ...] = (*DORA, LoraInProjection)  # which says that it has no DoRA
 
 
 class Lora(Method[LoraConfig]):
@@ -56,7 +58,7 @@ class Lora(Method[LoraConfig]):
     has_lora_factors = True
 
     def attach(self, model: nn.Module, config: LoraConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
-        kinds = DORA if config.use_dora else KINDS
+        kinds = DORA_KINDS if config.use_dora else KINDS
         layers = find_targets(
             model,
             config,
@@ -85,10 +87,12 @@ class Lora(Method[LoraConfig]):
             layer = model.get_submodule(path)
             kind = _variant(config, next(kind for kind in kinds if kind.supports(layer)), path)
             r, alpha = r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha)
-            adapters[path] = _spec(config, kind, r, alpha, from_file=from_file).make
+            spec = _spec(config, kind, r, alpha, from_file=from_file)
+            attention = kind is LoraInProjection
+            adapters |= on_attention(path, layer, spec, config) if attention else {path: spec.make}
         return Parts(
             layers=adapters,
-            parameters=tuple(_biases(model, config, layers, saved)),
+            parameters=tuple(_biases(model, config, adapters, saved)),
             table_rows=named_rows(model, config.trainable_token_indices, saved=saved),
         )
 
@@ -102,7 +106,11 @@ class Lora(Method[LoraConfig]):
 
     def from_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # what PEFT calls an embedding that was resized, and of which rows are trained
-        return {key.replace(".token_adapter.base_layer.", ".base_layer."): t for key, t in tensors.items()}
+        tensors = {key.replace(".token_adapter.base_layer.", ".base_layer."): t for key, t in tensors.items()}
+        return {from_keys_of_peft(key): t for key, t in tensors.items()}
+
+    def to_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return to_keys_of_peft(tensors)
 
     def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
         for side, rank in (("A", 0), ("B", 1)):
@@ -159,12 +167,10 @@ def _spec(config: LoraConfig, kind: MakeLowRank, r: int, alpha: float, *, from_f
     )
 
 
-def _biases(model: nn.Module, config: LoraConfig, layers: list[str], saved: Sequence[str]) -> list[str]:
-    """The base biases that `bias` names."""
+def _biases(model: nn.Module, config: LoraConfig, layers: Collection[str], saved: Sequence[str]) -> list[str]:
+    """The base biases that `bias` names: those called so, as in PEFT, which an attention's in_proj_bias is not."""
     if config.bias == "none":
         return []
-    everywhere = bias_paths(model, outside=saved)
-    if config.bias == "all":
-        return everywhere
-    tuned = set(layers)
-    return [path for path in everywhere if path.rpartition(".")[0] in tuned]
+    parts = [path.rpartition(".") for path in bias_paths(model, outside=saved)]
+    everywhere = [(owner, f"{owner}{dot}{own}") for owner, dot, own in parts if own == "bias"]
+    return [path for owner, path in everywhere if config.bias == "all" or owner in layers]

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.layer import BaseForward, Layer, trained_dtype
-from siliang.methods.low_rank import FactorModules, LoraSpec, start_factors
+from siliang.methods.low_rank import STARTS, FactorModules, LoraSpec, start_factors
 from siliang.models.introspect import apply_weight, is_convolution
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, MergeError
-
-STARTS = (True, False, "gaussian")
 
 
 class LoraConv(FactorModules):

@@ -22,6 +22,8 @@ from siliang.models.quantized import float_weight
 from siliang.ops.lora_linear import lora_linear
 from siliang.types import MergeError
 
+STARTS = (True, False, "gaussian")  # that need nothing of the weight but its shape
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:

@@ -238,6 +238,11 @@ def is_bloom_attention(module: nn.Module) -> TypeGuard[BloomAttention]:
     return type(module).__name__ == "BloomAttention"
 
 
+def is_multihead_attention(module: nn.Module) -> bool:
+    """torch's attention, which reads the weight of its `out_proj` and does not call that."""
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+
+
 # ---- norms and activations ----
 
 
