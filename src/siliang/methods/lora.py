@@ -5,7 +5,8 @@
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
 Other files of it: lora_config.py (the settings), lora_linear.py, lora_embedding.py, lora_conv.py and lora_attention.py
 (on a linear layer, an embedding, a convolution, an nn.MultiheadAttention), dora.py (magnitude, direction),
-lora_variants.py (the other variants), lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B themselves).
+lora_variants.py (the other variants), lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B
+themselves).
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 """
