@@ -105,7 +105,7 @@ class Lily(LayerMethod[LilyConfig]):
     config = LilyConfig
     learning_rate = 1e-4
     learning_rate_source = Bilingual(
-        "PEFT's comparison on MetaMathQA: 1e-4, with scaling = 2 to 8",
+        "PEFT's comparison on MetaMathQA: 1e-4 with scaling = 2 to 8",
         "PEFT 在 MetaMathQA 上的对比：1e-4，scaling = 2 到 8",
     )
     trains = Bilingual(
