@@ -32,6 +32,7 @@ from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import Layer, LayerAdapter
 from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.p_tuning import PromptEncoderConfig, PTuning
+from siliang.methods.targets import DefaultTargets
 from siliang.methods.trainable_tokens import TrainableTokensConfig
 from siliang.models.introspect import features, is_linear
 from siliang.ops.masked_ce import masked_cross_entropy
@@ -57,7 +58,7 @@ class Scaled(Method[ScaledConfig]):
     trains = "a factor for each output"
 
     def attach(self, model: nn.Module, config: ScaledConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
-        layers = find_targets(model, config, is_linear, defaults={}, outside=saved, lenient=from_file)
+        layers = find_targets(model, config, is_linear, defaults=DefaultTargets(), outside=saved, lenient=from_file)
         return Parts(layers=dict.fromkeys(layers, scaled))
 
 

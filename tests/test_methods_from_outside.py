@@ -26,6 +26,7 @@ from siliang.methods.config import CONFIG_CLASSES, LayerConfig
 from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import BaseForward, Layer, LayerAdapter
 from siliang.methods.method import Adapter, Method, Parts, SharedSpec
+from siliang.methods.targets import DefaultTargets, queries_and_values
 from siliang.models.introspect import features, is_linear
 from siliang.train.checks import check_terms
 from siliang.train.run import train
@@ -53,7 +54,7 @@ class Shared(Method[SharedConfig]):
     learning_rate = 1e-2
     learning_rate_source = "a test"
     trains = "one matrix for all layers"
-    default_targets = {"llama": ("q_proj", "v_proj")}  # noqa: RUF012, as METHODS has it
+    default_targets = DefaultTargets(queries_and_values)
 
     def attach(self, model: nn.Module, config: SharedConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         layers = find_targets(model, config, is_linear, defaults=self.default_targets, outside=saved, lenient=from_file)
@@ -113,7 +114,7 @@ class Ranked(Method[RankedConfig]):
     trains = "as many ranks as are worth it"
 
     def attach(self, model: nn.Module, config: RankedConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
-        layers = find_targets(model, config, is_linear, defaults={}, outside=saved, lenient=from_file)
+        layers = find_targets(model, config, is_linear, defaults=DefaultTargets(), outside=saved, lenient=from_file)
         return Parts(layers={path: partial(ranked, config.ranks.get(path, config.r)) for path in layers})
 
     def after_step(self, adapter: Adapter[RankedConfig], step: int) -> None:

@@ -5,38 +5,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
 from siliang.language import Bilingual, both, local
+from siliang.methods.blocks import ALL_BLOCKS, Blocks
 from siliang.methods.config import LayerConfig
+from siliang.methods.targets import DefaultTargets
 from siliang.models.introspect import is_linear, is_multihead_attention, output_layer
 from siliang.module_paths import ends_with, inside, matching_paths, plain_modules
-from siliang.safety.patterns import find
 from siliang.types import TargetError, nearest
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Which of the model's numbered layers are tuned.
-
-    Attributes:
-        numbers: Their numbers; None or empty for all.
-        lists: The names of the lists that the numbers count in, such as "layers"; empty for any.
-    """
-
-    numbers: frozenset[int] | None = None
-    lists: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, numbers: list[int] | int | None, lists: list[str] | str | None) -> Blocks:
-        """As `layers_to_transform` and `layers_pattern` have them."""
-        chosen = None if numbers in (None, []) else frozenset([numbers] if isinstance(numbers, int) else numbers or ())
-        return cls(chosen, (lists,) if lists and isinstance(lists, str) else tuple(lists or ()))
-
-
-ALL_BLOCKS = Blocks()
 
 
 def find_targets(
@@ -44,17 +22,17 @@ def find_targets(
     config: LayerConfig,
     supports: Callable[[nn.Module], bool],
     *,
-    defaults: Mapping[str, tuple[str, ...]],
+    defaults: DefaultTargets,
     outside: Sequence[str],
     lenient: bool,
     blocks: Blocks = ALL_BLOCKS,
     also_named: Mapping[str, Sequence[str] | str | None] | None = None,
 ) -> list[str]:
-    """The paths of the layers that `config` names; fills in its `target_modules` where it is None.
+    """The paths of the layers that `config` names; fills in its `target_modules` where it is None or "all-linear".
 
     Args:
         supports: Whether the method can work on a layer.
-        defaults: The usual targets by the model's type.
+        defaults: The usual targets.
         outside: Modules that are saved whole, in which nothing is tuned.
         lenient: Some of several names may match nothing, as in files that PEFT wrote.
         blocks: The layers of the model that count.
@@ -65,11 +43,12 @@ def find_targets(
     """
     modules = dict(plain_modules(model))
     supported = [p for p, m in modules.items() if supports(m) and not inside(p, outside)]
-    if config.target_modules is None:
-        config.target_modules = _default_targets(model, config, supported, defaults)
+    wanted = config.target_modules
     if not lenient:
         _check_named({"exclude_modules": config.exclude_modules, **(also_named or {})}, list(modules))
-    wanted = config.target_modules
+        blocks.check(list(modules))
+    if wanted is None:
+        wanted = config.target_modules = _default_targets(model, config, supported, defaults, modules, outside)
     if not wanted:
         raise TargetError(
             Bilingual(
@@ -78,53 +57,152 @@ def find_targets(
             )
         )
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        head = output_layer(model)
-        uncalled = _uncalled(modules)
-        found = [p for p in supported if modules[p] is not head and is_linear(modules[p]) and p not in uncalled]
-        if experts := _experts(modules):
-            warnings.warn(
-                both(
-                    f"target_modules='all-linear' leaves out {', '.join(experts)}: these hold weights, and "
-                    "are no linear "
-                    "layers. PEFT tunes them on some models (target_parameters), siliang does not.",
-                    f"target_modules='all-linear' 不包括 {'、'.join(experts)}：它们含有权重，但不是线性层。"
-                    "PEFT 在一些模型上"
-                    "微调它们（target_parameters），siliang 不微调。",
-                ),
-                stacklevel=2,  # one place, so that it is shown once
-            )
+        found = _all_linear(model, modules, supported)
         # as in PEFT the file has the names, so that it means the same on a model with other linear layers
-        config.target_modules = _names_of([p for p in found if not inside(p, outside)], modules, outside)
+        config.target_modules = names_of(found, modules, outside)
     elif isinstance(wanted, str):
-        found = matching_paths("target_modules", list(modules), wanted)
-        if not found:
-            raise TargetError(
-                Bilingual(
-                    f"target_modules = {wanted!r} matches no module. The names are like {samples(supported)}.",
-                    f"target_modules = {wanted!r} 没有匹配到任何模块。可用的名称形如 {samples(supported)}。",
-                )
-            )
+        found = _by_expression(wanted, modules, supported)
     else:
-        missing = [name for name in wanted if not any(ends_with(p, name) for p in modules)]
-        if missing and not (lenient and len(missing) < len(wanted)):
-            endings = {p.rpartition(".")[2] for p in supported}
-            hint = nearest(missing[0], endings)
-            raise TargetError(
-                Bilingual(
-                    f"target_modules: {', '.join(map(repr, missing))} matches no module of "
-                    f"{type(model).__name__}.{hint} "
-                    f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}.",
-                    f"target_modules：{'、'.join(map(repr, missing))} 与 {type(model).__name__} 的任何模块都不"
-                    f"匹配。{hint.zh}可以微调的层：{'、'.join(sorted(endings)) or '无'}。",
-                )
+        found = _by_endings(wanted, model, modules, supported, lenient=lenient)
+    found = _left(found, config, blocks, outside)
+    if not lenient:
+        _check_called(found, _uncalled(modules))
+    _check_supported(found, supported, modules, config, by_expression=isinstance(wanted, str))
+    return found
+
+
+def samples(paths: Sequence[str]) -> str:
+    """Some of the paths, for an error."""
+    return ", ".join(map(repr, paths[:3])) or "(none)"
+
+
+def names_of(found: list[str], modules: Iterable[str], outside: Sequence[str]) -> list[str] | str:
+    """Names that match the layers of `found` alone: their last part where no other has it, otherwise the whole path."""
+    chosen = set(found)
+    others = [p for p in modules if p not in chosen and not inside(p, outside)]
+
+    def own(name: str) -> bool:
+        return not name.isdigit() and not any(ends_with(p, name) for p in others)
+
+    names = sorted({last if own(last := path.rpartition(".")[2]) else path for path in found})
+    if any(ends_with(other, name) for other in others for name in names):  # "0" at the root is in every list
+        return "|".join(re.escape(path) for path in found)
+    return names
+
+
+# ---- what the config names ----
+
+
+def _default_targets(
+    model: nn.Module,
+    config: LayerConfig,
+    supported: Sequence[str],
+    defaults: DefaultTargets,
+    modules: Mapping[str, nn.Module],
+    outside: Sequence[str],
+) -> list[str] | str:
+    """The names of the usual layers, or an error that lists the layers where none is usual."""
+    found = defaults.find(model)
+    if found.paths:
+        chosen = set(found.paths)
+        elsewhere = any(ends_with(p, name) for p in modules if p not in chosen for name in found.names)
+        return names_of(found.paths, modules, outside) if elsewhere else found.names
+    endings = sorted({p.rpartition(".")[2] for p in supported})
+    way = (
+        Bilingual("set target_modules: all-linear, or name some", "请设置 target_modules: all-linear，或写出层名")
+        if any(is_linear(modules[p]) for p in supported)
+        else Bilingual("name them in target_modules", "请在 target_modules 中写出层名")
+    )
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    raise TargetError(
+        Bilingual(
+            f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: {way}. "
+            f"Layers that can be tuned: {', '.join(endings) or 'none'}.",
+            f"{config.peft_type} 没有模型类型 {model_type!r} 的默认 target_modules：{way.zh}。"
+            f"可以微调的层：{'、'.join(endings) or '无'}。",
+        )
+    )
+
+
+def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], supported: Sequence[str]) -> list[str]:
+    """Every linear layer but the one that makes the logits."""
+    if experts := _experts(modules):
+        warnings.warn(
+            both(
+                f"target_modules='all-linear' leaves out {', '.join(experts)}: these hold weights, and "
+                "are no linear "
+                "layers. PEFT tunes them on some models (target_parameters), siliang does not.",
+                f"target_modules='all-linear' 不包括 {'、'.join(experts)}：它们含有权重，但不是线性层。"
+                "PEFT 在一些模型上"
+                "微调它们（target_parameters），siliang 不微调。",
+            ),
+            stacklevel=2,  # one place, so that it is shown once
+        )
+    left_out = _uncalled(modules)
+    head = output_layer(model)
+    return [p for p in supported if modules[p] is not head and is_linear(modules[p]) and p not in left_out]
+
+
+def _experts(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The weights of experts that are one tensor, and of their routers, by the ends of their names."""
+    own = {p: m for p, m in modules.items() if not type(m).__module__.startswith("torch.")}
+    sizes = {
+        f"{path.rpartition('.')[2]}.{name}": (p.dim(), type(module).__name__)
+        for path, module in own.items()
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() in (2, 3) and p.shape[0] > 1  # a table of positions is (1, N, D)
+    }
+    if not any(dim == 3 for dim, _ in sizes.values()):
+        return []
+    return sorted(name for name, (dim, kind) in sizes.items() if dim == 3 or "Router" in kind)
+
+
+def _by_expression(wanted: str, modules: Mapping[str, nn.Module], supported: Sequence[str]) -> list[str]:
+    """The modules whose whole paths match a regular expression."""
+    found = matching_paths("target_modules", list(modules), wanted)
+    if not found:
+        raise TargetError(
+            Bilingual(
+                f"target_modules = {wanted!r} matches no module. The names are like {samples(supported)}.",
+                f"target_modules = {wanted!r} 没有匹配到任何模块。可用的名称形如 {samples(supported)}。",
             )
-        found = [p for p in modules if any(ends_with(p, name) for name in wanted)]
-    chosen = _chosen_blocks(blocks, list(modules), lenient=lenient)
+        )
+    return found
+
+
+def _by_endings(
+    wanted: Sequence[str],
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    supported: Sequence[str],
+    *,
+    lenient: bool,
+) -> list[str]:
+    """The modules whose paths end with one of the names."""
+    missing = [name for name in wanted if not any(ends_with(p, name) for p in modules)]
+    if missing and not (lenient and len(missing) < len(wanted)):
+        endings = {p.rpartition(".")[2] for p in supported}
+        hint = nearest(missing[0], endings)
+        raise TargetError(
+            Bilingual(
+                f"target_modules: {', '.join(map(repr, missing))} matches no module of "
+                f"{type(model).__name__}.{hint} "
+                f"Layers that can be tuned: {', '.join(sorted(endings)) or 'none'}.",
+                f"target_modules：{'、'.join(map(repr, missing))} 与 {type(model).__name__} 的任何模块都不"
+                f"匹配。{hint.zh}可以微调的层：{'、'.join(sorted(endings)) or '无'}。",
+            )
+        )
+    return [p for p in modules if any(ends_with(p, name) for name in wanted)]
+
+
+# ---- what is left of it, and whether the method can work there ----
+
+
+def _left(found: Sequence[str], config: LayerConfig, blocks: Blocks, outside: Sequence[str]) -> list[str]:
+    """Those of the named layers that are neither excluded, nor in other blocks, nor saved whole."""
     excluded = set(matching_paths("exclude_modules", found, config.exclude_modules))
-    found = [p for p in found if p not in excluded]
-    if chosen is not None:
-        found = [p for p, number in zip(found, _block_numbers(found, blocks), strict=True) if number in chosen]
-    saved = found if found else outside if config.target_modules == [] else []  # all-linear does not search in them
+    found = blocks.among([p for p in found if p not in excluded])
+    saved = found or (outside if config.target_modules == [] else [])  # all-linear does not search in them
     found = [p for p in found if not inside(p, outside)]
     if saved and not found:
         raise TargetError(
@@ -140,46 +218,7 @@ def find_targets(
                 "应用 exclude_modules 和 layers_to_transform 之后，target_modules 没有匹配到任何层。",
             )
         )
-    if not lenient:
-        _check_called(found, _uncalled(modules))
-    if unsupported := [p for p in found if p not in supported]:
-        module = modules[unsupported[0]]
-        kind, plain = type(module).__name__, Bilingual("", "")
-        if next(module.children(), None) is None and hasattr(module, "weight"):
-            plain = Bilingual(" and no linear layer", "，不是线性层")
-        what = repr(unsupported[0]) if unsupported[0] else Bilingual("the whole model", "整个模型")
-        way = Bilingual("", "")
-        if isinstance(wanted, str):
-            way = Bilingual(
-                " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear.",
-                "请让表达式以层自己的名称结尾，如 .*(q_proj|v_proj)，或使用列表，或 all-linear。",
-            )
-        raise TargetError(
-            Bilingual(
-                f"target_modules: {what} is a {kind}{plain}, which {config.peft_type} cannot wrap.{way}",
-                f"target_modules：{local(what, 'zh')} 是 {kind}{plain.zh}，{config.peft_type} 不能用于它。{way.zh}",
-            )
-        )
     return found
-
-
-def samples(paths: Sequence[str]) -> str:
-    """Some of the paths, for an error."""
-    return ", ".join(map(repr, paths[:3])) or "(none)"
-
-
-def _experts(modules: dict[str, nn.Module]) -> list[str]:
-    """The weights of experts that are one tensor, and of their routers, by the ends of their names."""
-    own = {p: m for p, m in modules.items() if not type(m).__module__.startswith("torch.")}
-    sizes = {
-        f"{path.rpartition('.')[2]}.{name}": (p.dim(), type(module).__name__)
-        for path, module in own.items()
-        for name, p in module.named_parameters(recurse=False)
-        if p.dim() in (2, 3) and p.shape[0] > 1  # a table of positions is (1, N, D)
-    }
-    if not any(dim == 3 for dim, _ in sizes.values()):
-        return []
-    return sorted(name for name, (dim, kind) in sizes.items() if dim == 3 or "Router" in kind)
 
 
 def _uncalled(modules: Mapping[str, nn.Module]) -> set[str]:
@@ -205,40 +244,32 @@ def _check_called(found: Sequence[str], uncalled: set[str]) -> None:
         )
 
 
-def _names_of(found: list[str], modules: Iterable[str], outside: Sequence[str]) -> list[str] | str:
-    """Names that match the layers of `found` alone: their last part where no other has it, otherwise the whole path."""
-    chosen = set(found)
-    others = [p for p in modules if p not in chosen and not inside(p, outside)]
-
-    def own(name: str) -> bool:
-        return not name.isdigit() and not any(ends_with(p, name) for p in others)
-
-    names = sorted({last if own(last := path.rpartition(".")[2]) else path for path in found})
-    if any(ends_with(other, name) for other in others for name in names):  # "0" at the root is in every list
-        return "|".join(re.escape(path) for path in found)
-    return names
-
-
-def _default_targets(
-    model: nn.Module, config: LayerConfig, supported: list[str], defaults: Mapping[str, tuple[str, ...]]
-) -> list[str]:
-    """The usual targets for the model's type, or an error that lists the layers where the type is unknown."""
-    model_type: str | None = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is not None and model_type in defaults:
-        return list(defaults[model_type])
-    endings = sorted({p.rpartition(".")[2] for p in supported})
-    linear = any(is_linear(model.get_submodule(p)) for p in supported)
-    way = (
-        Bilingual("set target_modules: all-linear, or name some", "请设置 target_modules: all-linear，或写出层名")
-        if linear
-        else Bilingual("name them in target_modules", "请在 target_modules 中写出层名")
-    )
+def _check_supported(
+    found: Sequence[str],
+    supported: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    config: LayerConfig,
+    *,
+    by_expression: bool,
+) -> None:
+    unsupported = next((p for p in found if p not in set(supported)), None)
+    if unsupported is None:
+        return
+    module = modules[unsupported]
+    kind, plain = type(module).__name__, Bilingual("", "")
+    if next(module.children(), None) is None and hasattr(module, "weight"):
+        plain = Bilingual(" and no linear layer", "，不是线性层")
+    what = repr(unsupported) if unsupported else Bilingual("the whole model", "整个模型")
+    way = Bilingual("", "")
+    if by_expression:
+        way = Bilingual(
+            " End the pattern with the layers' own names, as in .*(q_proj|v_proj), or use a list, or all-linear.",
+            "请让表达式以层自己的名称结尾，如 .*(q_proj|v_proj)，或使用列表，或 all-linear。",
+        )
     raise TargetError(
         Bilingual(
-            f"No default target_modules of {config.peft_type} are known for model type {model_type!r}: {way}. "
-            f"Layers that can be tuned: {', '.join(endings) or 'none'}.",
-            f"{config.peft_type} 没有模型类型 {model_type!r} 的默认 target_modules：{way.zh}。"
-            f"可以微调的层：{'、'.join(endings) or '无'}。",
+            f"target_modules: {what} is a {kind}{plain}, which {config.peft_type} cannot wrap.{way}",
+            f"target_modules：{local(what, 'zh')} 是 {kind}{plain.zh}，{config.peft_type} 不能用于它。{way.zh}",
         )
     )
 
@@ -262,57 +293,3 @@ def _check_named(named: Mapping[str, Sequence[str] | str | None], paths: list[st
                         f"{field}：{name!r} 与模型的任何模块都不匹配。{hint.zh}",
                     )
                 )
-
-
-def _chosen_blocks(blocks: Blocks, paths: list[str], *, lenient: bool) -> frozenset[int] | None:
-    """The numbers of the layers that count; None for all.
-
-    Raises:
-        TargetError: The model has no layer of a number, or layers_pattern names no list of layers.
-    """
-    if blocks.numbers is None:
-        return None
-    by_list = _numbers(blocks.lists, paths)
-    if lenient:
-        return blocks.numbers
-    for pattern, found in zip(blocks.lists, by_list, strict=True):
-        if all(number is None for number in found):
-            lists = {path.split(".")[-2] for path in paths if path.rpartition(".")[2].isdigit() and "." in path}
-            there_are = Bilingual(
-                f" There are {', '.join(sorted(lists)) or 'none'}.", f"现有：{'、'.join(sorted(lists)) or '无'}。"
-            )
-            hint = nearest(pattern, lists) or there_are
-            raise TargetError(
-                Bilingual(
-                    f"layers_pattern: {pattern!r} is the name of no list of layers in this model.{hint}",
-                    f"layers_pattern：{pattern!r} 不是这个模型中任何层列表的名称。{hint.zh}",
-                )
-            )
-    there = {number for number in _block_numbers(paths, blocks) if number is not None}
-    if missing := sorted(blocks.numbers - there):
-        known = (
-            Bilingual(f"they go from {min(there)} to {max(there)}", f"层号从 {min(there)} 到 {max(there)}")
-            if there
-            else Bilingual("its layers have no numbers", "它的层没有编号")
-        )
-        raise TargetError(
-            Bilingual(
-                f"layers_to_transform: the model has no layer {', '.join(map(str, missing))}: {known}.",
-                f"layers_to_transform：模型没有第 {'、'.join(map(str, missing))} 层：{known.zh}。",
-            )
-        )
-    return blocks.numbers
-
-
-def _block_numbers(paths: list[str], blocks: Blocks) -> list[int | None]:
-    """The number of the model's layer that each path is in: the first number of the path, because later ones count
-    experts and similar parts; with layers_pattern the first after the pattern's name.
-    """
-    found = _numbers(blocks.lists or [r"[^.]*"], paths)
-    return [next((number for number in of_path if number is not None), None) for of_path in zip(*found, strict=True)]
-
-
-def _numbers(lists: Iterable[str], paths: list[str]) -> list[list[int | None]]:
-    """For each list's name, or pattern, the number that follows it in each path."""
-    found = find("layers_pattern", list(lists), ["." + p for p in paths], around=(r".*?\.(?:", r")\.(\d+)(\.|$)"))
-    return [[None if groups is None else int(groups[-2] or 0) for groups in one] for one in found]

@@ -25,7 +25,7 @@ from siliang.methods.method import Method, Parts
 from siliang.methods.targets import IA3_FEEDFORWARD, IA3_TARGETS
 from siliang.models.introspect import as_stored, features, is_linear
 from siliang.models.quantized import float_weight
-from siliang.module_paths import matching_paths
+from siliang.module_paths import ends_with, matching_paths
 from siliang.types import ConfigError, PeftType
 
 
@@ -84,8 +84,9 @@ class IA3(Method[IA3Config]):
             also_named=named,
         )
         if config.feedforward_modules is None:
-            model_type = getattr(getattr(model, "config", None), "model_type", None)
-            config.feedforward_modules = list(IA3_FEEDFORWARD.get(model_type or "", ()))
+            found, targets = IA3_FEEDFORWARD.find(model), config.target_modules
+            named = targets if isinstance(targets, list) else found.names
+            config.feedforward_modules = [n for n in named if any(ends_with(path, n) for path in found.paths)]
         feedforward = set(matching_paths("feedforward_modules", layers, config.feedforward_modules))
         ones = config.init_ia3_weights
         return Parts(layers={path: partial(_make, path in feedforward, ones) for path in layers})

@@ -14,8 +14,9 @@ from typing import ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.methods.blocks import Blocks
 from siliang.methods.config import LayerConfig
-from siliang.methods.find_targets import Blocks, find_targets
+from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import Layer, LayerAdapter, MakeAdapter
 from siliang.methods.layer_patterns import ENDINGS, LayerPatterns
 from siliang.methods.method import Method, Parts, SharedSpec

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from siliang.language import Bilingual
 from siliang.methods.bitfit import bias_paths
+from siliang.methods.blocks import Blocks
 from siliang.methods.config import CONFIG_NAME
 from siliang.methods.dora import DORA
-from siliang.methods.find_targets import Blocks, find_targets
+from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import MakeAdapter
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_attention import LoraInProjection, from_keys_of_peft, on_attention, to_keys_of_peft

@@ -20,6 +20,7 @@ from siliang.methods.config import PeftConfig
 from siliang.methods.layer import LayerAdapter, MakeAdapter
 from siliang.methods.prompt import Prompt
 from siliang.methods.prompt_hooks import PromptSpec
+from siliang.methods.targets import DefaultTargets
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -132,7 +133,7 @@ class Method(ABC, Generic[C]):
         has_smaller_files: A file may hold less than the adapter has: `from_file` puts the rest back.
         has_lora_factors: Its layers have LoRA's A and B, by these names: LoRA+ gives B a learning rate of its own.
         learned: Settings that training writes into the config; a checkpoint's are taken over when training is resumed.
-        default_targets: The usual layers by the base model's model_type, for a method that works on layers.
+        default_targets: The usual layers, for a method that works on layers.
     """
 
     name: ClassVar[str]
@@ -149,7 +150,7 @@ class Method(ABC, Generic[C]):
     has_lora_factors: ClassVar[bool] = False
     has_smaller_files: ClassVar[bool] = False
     learned: ClassVar[tuple[str, ...]] = ()
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    default_targets: ClassVar[DefaultTargets] = DefaultTargets()
 
     @property
     def mergeable(self) -> bool:

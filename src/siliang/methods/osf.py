@@ -139,8 +139,7 @@ class OSF(LayerMethod[OSFConfig]):
     patterns_around: ClassVar[tuple[str, str]] = (".*(?:", ")")  # searched for anywhere, as in PEFT
 
     def attach(self, model: nn.Module, config: OSFConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
-        model_type: str | None = getattr(getattr(model, "config", None), "model_type", None)
-        if config.target_modules is None and model_type not in OSF_TARGETS:
+        if config.target_modules is None and not OSF_TARGETS.find(model).paths:
             config.target_modules = "all-linear"  # as in PEFT
         found = super().attach(model, config, saved=saved, from_file=from_file)
         sizes = [min(features(model.get_submodule(path))) for path in found.layers]

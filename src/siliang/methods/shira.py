@@ -20,7 +20,7 @@ from siliang.methods.config import LayerConfig
 from siliang.methods.layer import Layer, new_parameter
 from siliang.methods.layer_method import LayerMethod, check_seed
 from siliang.methods.method import Parts
-from siliang.methods.targets import SHIRA_TARGETS
+from siliang.methods.targets import VERA_TARGETS
 from siliang.models.introspect import features
 from siliang.types import AdapterError, ConfigError, PeftType
 
@@ -103,7 +103,7 @@ class Shira(LayerMethod[ShiraConfig]):
     learning_rate = 3e-4
     learning_rate_source = Bilingual("PEFT's comparison on MetaMathQA: 3e-4", "PEFT 在 MetaMathQA 上的对比：3e-4")
     trains = Bilingual("one or two weights of a hundred, at places drawn at random", "随机抽取的百分之一二的权重")
-    default_targets = SHIRA_TARGETS
+    default_targets = VERA_TARGETS
 
     def attach(self, model: nn.Module, config: ShiraConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         if config.mask_type != "random" and not from_file:

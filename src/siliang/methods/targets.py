@@ -1,182 +1,257 @@
-"""Which layers a method tunes when the user names none, by the base model's `model_type`: the choices of PEFT 0.21, and
-ours for the types that it leaves out (chatglm, glm, and the norms of BERT and similar models).
+"""Which layers a method tunes when the user names none: found among the base model's own, by what each layer makes.
+
+An attention is a module whose layers make queries and values; a state-space mixer makes all that it needs from its
+input with one layer, as many attentions do. LoRA takes what makes queries and values, IA3 what makes keys and values
+and what a feed-forward ends with, LN tuning the norms of the hidden state. What a layer makes is seen in its name: the
+names that transformers' models have are below. Of a model that reads images or sounds too, its text part counts.
+
+For the model types that PEFT 0.21 lists, the layers are PEFT's: where its choice is not the rule's, it is below too.
 """
 
 from __future__ import annotations
 
-QV_PROJ = ("q_proj", "v_proj")
-QUERY_VALUE = ("query", "value")
-QUERY_KEY_VALUE = ("query_key_value",)
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
 
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "bart": QV_PROJ,
-    "bert": QUERY_VALUE,
-    "blip-2": ("q", "v", "q_proj", "v_proj"),
-    "bloom": QUERY_KEY_VALUE,
-    "chatglm": QUERY_KEY_VALUE,
-    "codegen": ("qkv_proj",),
-    "deberta": ("in_proj",),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "electra": QUERY_VALUE,
-    "falcon": QUERY_KEY_VALUE,
-    "gemma": QV_PROJ,
-    "gemma2": QV_PROJ,
-    "gemma3_text": QV_PROJ,
-    "glm": QV_PROJ,
-    "glm4": QV_PROJ,
-    "gpt2": ("c_attn",),
-    "gpt_bigcode": ("c_attn",),
-    "gpt_neo": QV_PROJ,
-    "gpt_neox": QUERY_KEY_VALUE,
-    "gptj": QV_PROJ,
-    "layoutlm": QUERY_VALUE,
-    "llama": QV_PROJ,
-    "llama4": QV_PROJ,
-    "mistral": QV_PROJ,
-    "mixtral": QV_PROJ,
-    "mpt": ("Wqkv",),
-    "mt5": ("q", "v"),
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "opt": QV_PROJ,
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "qwen2": QV_PROJ,
-    "qwen3": QV_PROJ,
-    "roberta": QUERY_VALUE,
-    "rwkv": ("key", "value", "receptance", "output"),
-    "stablelm": QV_PROJ,
-    "t5": ("q", "v"),
-    "xlm-roberta": QUERY_VALUE,
-}
+from torch import nn
 
-ADALORA_TARGETS = LORA_TARGETS | {
-    "bart": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
-    "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
-    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "roberta": ("query", "key", "value", "dense"),
-    "t5": ("q", "k", "v", "o", "wi", "wo"),
-}
+from siliang.models.introspect import is_linear, is_norm, text_parts
+from siliang.module_paths import ends_with, inside, plain_modules
 
-ALL_OF_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
-_AND_DOWN = ("query_key_value", "dense_4h_to_h")
-OSF_TARGETS: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "mixtral", "phi", "qwen2", "qwen3"), ALL_OF_LLAMA
-) | {
-    "bloom": _AND_DOWN,
-    "falcon": _AND_DOWN,
-    "gpt2": ("c_attn", "c_proj"),
-    "gpt_bigcode": ("c_attn", "c_proj"),
-    "gpt_neox": _AND_DOWN,
-    "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
-    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-}
-
-SHIRA_TARGETS = LORA_TARGETS | {"phi": QV_PROJ}
-
-FOURIERFT_TARGETS = LORA_TARGETS | {"gpt2": ("mlp.c_proj",), "gpt_bigcode": ("mlp.c_proj",)}  # and C3A's
-
-# The value projections among them, where a layer makes values alone.
-VALUES = ("v_proj", "value", "v", "value_proj")
-BEFT_TARGETS: dict[str, tuple[str, ...]] = {
-    model_type: values
-    for model_type, names in LORA_TARGETS.items()
-    if (values := tuple(name for name in names if name in VALUES))
-}
-
-IA3_TARGETS: dict[str, tuple[str, ...]] = {
-    "bart": ("q_proj", "v_proj", "fc2"),
-    "bert": ("key", "value", "output.dense"),
-    "bloom": ("query_key_value", "mlp.dense_4h_to_h"),
-    "chatglm": ("query_key_value", "mlp.dense_4h_to_h"),
-    "deberta": ("in_proj", "output.dense"),
-    "deberta-v2": ("key_proj", "value_proj", "output.dense"),
-    "falcon": ("query_key_value", "dense_4h_to_h"),
-    "gemma": ("q_proj", "v_proj", "down_proj"),
-    "gemma2": ("q_proj", "v_proj", "down_proj"),
-    "gemma3_text": ("q_proj", "v_proj", "down_proj"),
-    "glm": ("k_proj", "v_proj", "down_proj"),
-    "glm4": ("k_proj", "v_proj", "down_proj"),
-    "gpt2": ("c_attn", "mlp.c_proj"),
-    "gpt_bigcode": ("c_attn", "mlp.c_proj"),
-    "gpt_neo": ("q_proj", "v_proj", "c_proj"),
-    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
-    "gptj": ("q_proj", "v_proj", "fc_out"),
-    "llama": ("k_proj", "v_proj", "down_proj"),
-    "llama4": ("q_proj", "v_proj", "down_proj"),
-    "mistral": ("k_proj", "v_proj", "down_proj"),
-    "mixtral": ("k_proj", "v_proj", "w2"),
-    "mt5": ("k", "v", "wi_1"),
-    "opt": ("q_proj", "k_proj", "fc2"),
-    "phi": ("q_proj", "v_proj", "fc2"),
-    "qwen2": ("q_proj", "v_proj", "down_proj"),
-    "qwen3": ("q_proj", "v_proj", "down_proj"),
-    "roberta": ("key", "value", "output.dense"),
-    "t5": ("k", "v", "wo"),
-}
-
-# Those of IA3's targets whose input is scaled instead of their output.
-IA3_FEEDFORWARD: dict[str, tuple[str, ...]] = {
-    "bart": ("fc2",),
-    "bert": ("output.dense",),
-    "bloom": ("mlp.dense_4h_to_h",),
-    "chatglm": ("mlp.dense_4h_to_h",),
-    "deberta": ("output.dense",),
-    "deberta-v2": ("output.dense",),
-    "falcon": ("dense_4h_to_h",),
-    "gemma": ("down_proj",),
-    "gemma2": ("down_proj",),
-    "gemma3_text": ("down_proj",),
-    "glm": ("down_proj",),
-    "glm4": ("down_proj",),
-    "gpt2": ("mlp.c_proj",),
-    "gpt_bigcode": ("mlp.c_proj",),
-    "gpt_neo": ("c_proj",),
-    "gpt_neox": ("dense_4h_to_h",),
-    "gptj": ("fc_out",),
-    "llama": ("down_proj",),
-    "llama4": ("down_proj",),
-    "mistral": ("down_proj",),
-    "mixtral": ("w2",),
-    "mt5": (),
-    "opt": ("fc2",),
-    "phi": ("fc2",),
-    "qwen2": ("down_proj",),
-    "qwen3": ("down_proj",),
-    "roberta": ("output.dense",),
-    "t5": ("wo",),
-}
-
-GEMMA_NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "norm",
+# What the layers of an attention are called that make queries, keys and values.
+ATTENTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_head", "k_head", "v_head"),
+    ("Wq", "Wk", "Wv"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("project_q", "project_k", "project_v"),
+    ("query_key", "query_key", "value"),  # Reformer's
+    ("q_b_proj", "kv_b_proj", "kv_b_proj"),  # from a latent of few features, as DeepSeek's
+    ("q_proj", "kv_b_proj", "kv_b_proj"),
+    ("q_b_proj", "kv_proj", "kv_proj"),
+    ("to_q", "to_kv", "to_kv"),
+)
+# And one that makes all of them, or keys and values where no linear layer makes queries.
+FUSED = (
+    "query_key_value",
+    "qkv_proj",
+    "qkv",
+    "Wqkv",
+    "c_attn",
+    "in_proj",
+    "in_proj_qkv",
+    "in_proj_qkvz",
+    "kv_proj",
+)
+# What a feed-forward ends with. Some attentions end with a layer of that name too: it is not in the module of queries.
+FEEDFORWARD = (
+    "down_proj",
+    "fc2",
+    "wo",
+    "w2",
+    "dense_4h_to_h",
+    "c_proj",
+    "fc_out",
+    "lin2",
+    "output.dense",
+    "ffn_output",
+    "w_out",
+    "Wo",
+    "proj_down",
+    "linear2",
 )
 
-LN_TARGETS: dict[str, tuple[str, ...]] = {
-    "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
-    "bert": ("LayerNorm",),
-    "bloom": ("input_layernorm", "post_attention_layernorm", "ln_f"),
-    "chatglm": ("input_layernorm", "post_attention_layernorm", "final_layernorm"),
-    "deberta": ("LayerNorm",),
-    "deberta-v2": ("LayerNorm",),
-    "electra": ("LayerNorm",),
-    "falcon": ("input_layernorm", "post_attention_layernorm", "ln_f"),
-    "gemma": ("input_layernorm", "post_attention_layernorm", "norm"),
-    "gemma2": GEMMA_NORMS,
-    "gemma3_text": GEMMA_NORMS,
-    "glm": ("input_layernorm", "post_attention_layernorm", "norm"),
-    "glm4": ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm", "norm"),
-    "gpt2": ("ln_1", "ln_2", "ln_f"),
-    "gptj": ("ln_1", "ln_f"),
-    "llama": ("input_layernorm", "post_attention_layernorm", "norm"),
-    "mistral": ("input_layernorm", "post_attention_layernorm", "norm"),
-    "mt5": ("layer_norm", "final_layer_norm"),
-    "phi": ("input_layernorm", "final_layernorm"),
-    "qwen2": ("post_attention_layernorm",),
-    "qwen3": ("post_attention_layernorm",),
-    "roberta": ("LayerNorm",),
-    "t5": ("layer_norm", "final_layer_norm"),
-    "xlm-roberta": ("LayerNorm",),
+
+@dataclass(frozen=True)
+class BaseLayers:
+    """The layers of a base model among which default targets are found: those of its text part.
+
+    Attributes:
+        linear: The paths of its linear layers.
+        norms: The paths of its norms.
+    """
+
+    linear: tuple[str, ...]
+    norms: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BaseLayers:
+        """Those of a bare base model."""
+        parts = text_parts(model)
+        modules = [(p, m) for p, m in plain_modules(model) if parts == [""] or inside(p, parts)]
+        return cls(tuple(p for p, m in modules if is_linear(m)), tuple(p for p, m in modules if is_norm(m)))
+
+    @cached_property
+    def attentions(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """By the path of each attention, or mixer, the names of what makes queries and values, and keys and values."""
+        made: dict[str, set[str]] = {}
+        for path in self.linear:
+            module, _, name = path.removesuffix(".linear").rpartition(".")  # some linear layers are wrapped
+            made.setdefault(module, set()).add(name)
+        found: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        for module, names in made.items():
+            for query, key, value in ATTENTIONS:
+                if {query, key, value} <= names:
+                    found[module] = ((query, value), (key, value))
+                    break
+            else:
+                if fused := tuple(name for name in FUSED if name in names):
+                    found[module] = (fused, fused)
+        return found
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        """Names of what an attention makes, as endings of the layers' paths."""
+        ends = [end for name in dict.fromkeys(names) for end in (name, f"{name}.linear")]
+        return [end for end in ends if any(ends_with(p, end) for p in self.linear)]
+
+
+Rule: TypeAlias = Callable[[BaseLayers], Sequence[str]]
+
+
+def queries_and_values(layers: BaseLayers) -> list[str]:
+    """LoRA's rule, as Hu et al. have it."""
+    return layers.named(name for names, _ in layers.attentions.values() for name in names)
+
+
+def values(layers: BaseLayers) -> list[str]:
+    """What makes values alone."""
+    alone = [names[1] for names, keys in layers.attentions.values() if names != keys and names[1] != keys[0]]
+    return layers.named(alone)
+
+
+def feedforwards(layers: BaseLayers) -> list[str]:
+    """What feed-forwards end with."""
+    found: dict[str, None] = {}
+    for name in FEEDFORWARD:
+        paths = [path for path in layers.linear if ends_with(path, name)]
+        outer = [path for path in paths if not inside(path, layers.attentions)]
+        for path in outer:
+            parent = path.removesuffix(name).rstrip(".").rpartition(".")[2]
+            found[name if len(outer) == len(paths) else f"{parent}.{name}"] = None
+    return list(found)
+
+
+def keys_values_and_feedforwards(layers: BaseLayers) -> list[str]:
+    """IA3's rule, as Liu et al. have it."""
+    keys = layers.named(name for _, names in layers.attentions.values() for name in names)
+    return keys + feedforwards(layers) if keys else []
+
+
+def queries_values_and_feedforwards(layers: BaseLayers) -> list[str]:
+    """PEFT's for IA3 on some models, in place of keys."""
+    return queries_and_values(layers) + feedforwards(layers)
+
+
+def all_of_blocks(layers: BaseLayers) -> list[str]:
+    """Every linear layer of the model's numbered layers."""
+    inner = [path for path in layers.linear if any(part.isdigit() for part in path.split(".")[:-1])]
+    return list(dict.fromkeys(path if (name := path.rpartition(".")[2]).isdigit() else name for path in inner))
+
+
+def norms(layers: BaseLayers) -> list[str]:
+    """LN tuning's rule: the norms of the hidden state, not those within an attention or of the embeddings alone."""
+    found: dict[str, None] = {}
+    for path in layers.norms:
+        name = path.rpartition(".")[2]
+        if "emb" not in name and not inside(path, layers.attentions):
+            found[path if name.isdigit() else name] = None
+    return list(found)
+
+
+@dataclass(frozen=True)
+class FoundTargets:
+    """Default targets of one base model.
+
+    Attributes:
+        names: Endings of the layers' paths.
+        paths: The layers.
+    """
+
+    names: list[str]
+    paths: list[str]
+
+
+@dataclass(frozen=True)
+class DefaultTargets:
+    """What a method tunes where the user names nothing.
+
+    Attributes:
+        rule: Endings of the layers' paths.
+        by_type: For some model types another rule, or the endings themselves.
+    """
+
+    rule: Rule = lambda layers: ()
+    by_type: Mapping[str, Rule | Sequence[str]] = field(default_factory=dict)
+
+    def find(self, model: nn.Module) -> FoundTargets:
+        """Those of a bare base model; none where it has nothing of the kind."""
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        chosen = self.by_type.get(str(model_type), self.rule)
+        if callable(chosen):
+            layers = BaseLayers.of(model)
+            wanted, paths = chosen(layers), layers.linear + layers.norms
+        else:
+            wanted, paths = chosen, tuple(path for path, _ in plain_modules(model))
+        names = [name for name in wanted if any(ends_with(path, name) for path in paths)]
+        return FoundTargets(names, [path for path in paths if any(ends_with(path, name) for name in names)])
+
+    def but(self, by_type: Mapping[str, Rule | Sequence[str]]) -> DefaultTargets:
+        """The same with others for some model types."""
+        return DefaultTargets(self.rule, {**self.by_type, **by_type})
+
+
+# ---- each method's, and where PEFT's choice is not the rule's ----
+
+_T5 = ("q", "k", "v", "o", "wi", "wo")
+_MT5 = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
+_OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+_DEBERTA = ("query_proj", "key_proj", "value_proj", "dense")
+_QUERIES_SCALED = ("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "phi", "qwen2", "qwen3")
+
+LORA_TARGETS = DefaultTargets(
+    queries_and_values,
+    {
+        "llama4": ("q_proj", "v_proj"),  # in what reads images too
+        "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+        "rwkv": ("key", "value", "receptance", "output"),
+    },
+)
+VBLORA_TARGETS = LORA_TARGETS.but({"bart": _OPT, "deberta-v2": _DEBERTA, "mt5": _MT5, "opt": _OPT, "t5": _T5})
+ADALORA_TARGETS = VBLORA_TARGETS.but({"roberta": ("query", "key", "value", "dense")})
+VERA_TARGETS = LORA_TARGETS.but({"phi": queries_and_values})  # and SHiRA's
+FOURIERFT_TARGETS = LORA_TARGETS.but(dict.fromkeys(("gpt2", "gpt_bigcode"), feedforwards))  # and C3A's, and WaveFT's
+BEFT_TARGETS = DefaultTargets(values, {"llama4": ("v_proj",)})
+IA3_TARGETS = DefaultTargets(
+    keys_values_and_feedforwards,
+    dict.fromkeys(_QUERIES_SCALED, queries_values_and_feedforwards)
+    | {
+        "llama4": ("q_proj", "v_proj", "down_proj"),  # in what reads images too
+        "mt5": ("k", "v", "wi_1"),
+        "opt": ("q_proj", "k_proj", "fc2"),
+    },
+)
+# Those of IA3's targets whose input is scaled instead of their output.
+IA3_FEEDFORWARD = DefaultTargets(feedforwards, {"mt5": ()})
+_OSF: dict[str, Rule | Sequence[str]] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gptj", "llama", "mistral"), all_of_blocks),
+    **dict.fromkeys(("mixtral", "opt", "qwen2", "qwen3"), all_of_blocks),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), ("query_key_value", "dense_4h_to_h")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "c_proj")),
+    **dict.fromkeys(("llama4", "phi"), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")),
 }
+OSF_TARGETS = DefaultTargets(by_type=_OSF)
+LN_TARGETS = DefaultTargets(
+    norms,
+    {
+        "blip-2": ("layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"),
+        "qwen2": ("post_attention_layernorm",),
+        "qwen3": ("post_attention_layernorm",),
+    },
+)

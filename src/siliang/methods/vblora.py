@@ -23,20 +23,11 @@ from siliang.methods.additive import Factored
 from siliang.methods.layer import Layer, new_parameter
 from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_divides
 from siliang.methods.method import SharedSpec
-from siliang.methods.targets import LORA_TARGETS
+from siliang.methods.targets import VBLORA_TARGETS
 from siliang.models.introspect import features
 from siliang.types import AdapterError, ConfigError, PeftType
 
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"  # the file's form of logits: the choices, and the mixture
-_MT5 = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
-_OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-VBLORA_TARGETS = LORA_TARGETS | {
-    "bart": _OPT,
-    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
-    "mt5": _MT5,
-    "opt": _OPT,
-    "t5": ("q", "k", "v", "o", "wi", "wo"),
-}
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ from siliang.methods.additive import Additive
 from siliang.methods.layer import Layer, new_parameter
 from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_seed
 from siliang.methods.method import SharedSpec
-from siliang.methods.targets import LORA_TARGETS
+from siliang.methods.targets import VERA_TARGETS
 from siliang.models.introspect import features
 from siliang.ops.vera_linear import vera_linear
 from siliang.types import PeftType
@@ -112,7 +112,7 @@ class Vera(LayerMethod[VeraConfig]):
     learning_rate = 4e-3
     learning_rate_source = Bilingual("not measured yet", "尚未实测")
     trains = Bilingual("two vectors a layer, which scale one random update", "每层两个向量，缩放共用的随机更新")
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = LORA_TARGETS | {"phi": ("q_proj", "v_proj")}
+    default_targets = VERA_TARGETS
 
     def make(self, config: VeraConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> VeraLayer:
         return VeraLayer(config, layer, name, shared)

@@ -25,7 +25,7 @@ from siliang.methods.additive import Additive
 from siliang.methods.layer import Layer, MakeAdapter, new_parameter
 from siliang.methods.layer_method import BlocksConfig, LayerMethod, check_ranks, check_seed
 from siliang.methods.method import Parts
-from siliang.methods.targets import LORA_TARGETS
+from siliang.methods.targets import FOURIERFT_TARGETS
 from siliang.models.introspect import features
 from siliang.ops.wavelets import FAMILIES, inverse_wavelet, lowpass
 from siliang.types import ConfigError, PeftType
@@ -129,10 +129,7 @@ class WaveFT(LayerMethod[WaveFTConfig]):
     trains = Bilingual(
         "a few numbers in the wavelet spectrum of each weight's update", "各权重更新量的小波谱中的少量系数"
     )
-    default_targets: ClassVar[Mapping[str, tuple[str, ...]]] = LORA_TARGETS | {
-        "gpt2": ("mlp.c_proj",),
-        "gpt_bigcode": ("mlp.c_proj",),
-    }
+    default_targets = FOURIERFT_TARGETS
     patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
     def make(self, config: WaveFTConfig, layer: Layer, name: str, shared: Mapping[str, Tensor]) -> WaveFTLayer:

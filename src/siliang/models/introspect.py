@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.module_paths import outermost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +64,25 @@ def backbone(model: nn.Module) -> nn.Module:
     """The model without its head; the model itself where it has none."""
     prefix = getattr(model, "base_model_prefix", "")
     return getattr(model, prefix, model) if prefix else model
+
+
+def text_parts(model: nn.Module) -> list[str]:
+    """The paths of what reads and writes text in a model that reads images or sounds too; [""] where that is all of it.
+
+    transformers has the config of such a part in that of the whole (`get_text_config`).
+    """
+    from transformers import PreTrainedModel
+
+    config = getattr(model, "config", None)
+    try:
+        text = config.get_text_config() if config is not None else None
+    except (AttributeError, ValueError):  # not a config of transformers, or one with several texts
+        return [""]
+    if text is None or text is config or text is getattr(config, "decoder", None):  # whose encoder counts too
+        return [""]
+    inner = (path for path, m in model.named_modules() if path and isinstance(m, PreTrainedModel))
+    found = outermost(p for p in inner if type(model.get_submodule(p).config) is type(text))
+    return found or [""]
 
 
 def layer_stack(model: nn.Module) -> list[nn.Module]:
