@@ -11,7 +11,7 @@ import pytest
 from commands import refused
 
 from siliang import other_names
-from siliang.config import RunConfig, assign, name_here
+from siliang.config import RunConfig, assign, name_hint
 from siliang.config.comparison import CompareConfig
 from siliang.other_names import MEASURED, METHOD_VALUES, NAMES, TABLE, TASK_VALUES, Row
 from siliang.tasks import TASKS
@@ -68,14 +68,14 @@ def test_a_name_stands_in_one_row_and_is_none_of_ours() -> None:
 
 @pytest.mark.parametrize(("name", "ours"), METHOD_VALUES.items())
 def test_methods_of_other_names(name: str, ours: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"method = {name!r}: here that is ")):
+    with pytest.raises(ConfigError, match=re.escape(f"method = {name!r}: use ")):
         build(f"method='{name}'")
     build(*ours.split())
 
 
 @pytest.mark.parametrize(("name", "ours"), TASK_VALUES.items())
 def test_tasks_of_other_names(name: str, ours: str) -> None:
-    with pytest.raises(ConfigError, match=f"here that is `task={ours}`"):
+    with pytest.raises(ConfigError, match=f"use `task={ours}`"):
         build(f"task={name.replace('_', '-')}")
     build(f"task={ours}")
 
@@ -167,18 +167,18 @@ def test_names_in_the_settings(given: str, here: str) -> None:
 @pytest.mark.parametrize(
     ("given", "here"),
     [
-        ("train.optimizer=adamw_torch", "Here that is `train.optimizer=adamw`."),
-        ("train.optimizer=AdamW", "Here that is `train.optimizer=adamw`."),
-        ("train.optimizer=adamw_bnb_8bit", "Here that is `train.optimizer=adamw_8bit`."),
+        ("train.optimizer=adamw_torch", "Use `train.optimizer=adamw`."),
+        ("train.optimizer=AdamW", "Use `train.optimizer=adamw`."),
+        ("train.optimizer=adamw_bnb_8bit", "Use `train.optimizer=adamw_8bit`."),
         ("train.optimizer=sgd", "sgd: siliang does not have it;"),
         ("train.optimizer=lion_8bit", "lion_8bit: siliang does not have it;"),
-        ("train.schedule=wsd", "Here that is `train.schedule=warmup_stable_decay`."),
+        ("train.schedule=wsd", "Use `train.schedule=warmup_stable_decay`."),
         ("train.schedule=rex", "rex: siliang does not have it;"),
-        ("train.precision=bfloat16", "Here that is `train.precision=bf16`."),
+        ("train.precision=bfloat16", "Use `train.precision=bf16`."),
         ("train.trackers=all", "siliang takes trackers by name"),
-        ("train.trackers=none", "Nothing has to be set for that here: leave it out."),
+        ("train.trackers=none", "siliang needs no setting for this: leave it out."),
         ("train.trackers=[comet_ml]", "comet_ml: siliang does not have it;"),
-        ("distributed.strategy=full_shard", "Here that is `distributed.strategy=fsdp`."),
+        ("distributed.strategy=full_shard", "Use `distributed.strategy=fsdp`."),
     ],
 )
 def test_values_of_other_tools_under_our_own_name(given: str, here: str) -> None:
@@ -203,7 +203,7 @@ def test_no_nonsense() -> None:
     with pytest.raises(ConfigError) as caught:
         build("method={name: ia3, lora_rank: 4}")
     assert "method.r" not in str(caught.value)
-    assert name_here("learning_rate", RunConfig, 1, section="train") == ""
+    assert name_hint("learning_rate", RunConfig, 1, section="train") == ""
 
 
 def test_a_whole_file_of_another_tool() -> None:
@@ -221,11 +221,9 @@ def test_a_whole_file_of_another_tool() -> None:
     for here in ("model=qwen", "data.max_length=2048", "train.precision=bf16", "method.r=8", "output=saves"):
         assert f"`{here}`" in message
     assert "missing" not in message
-    with pytest.raises(ConfigError, match=r"lr is not a setting. Here that is `train.learning_rate=0.1`"):
+    with pytest.raises(ConfigError, match=r"lr is not a setting. Use `train.learning_rate=0.1`"):
         CompareConfig.build({"model": "m", "task": "seq_cls", "data": {"train": "d"}, "output": "o", "lr": 0.1})
-    with pytest.raises(
-        ConfigError, match=r"search.lr is a setting of none of the methods. Here that is .*learning_rate"
-    ):
+    with pytest.raises(ConfigError, match=r"search.lr is not a setting of any of the methods. Use .*learning_rate"):
         CompareConfig.build(
             {"model": "m", "task": "seq_cls", "data": {"train": "d"}, "output": "o", "search": {"lr": [0.1]}}
         )

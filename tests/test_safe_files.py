@@ -149,7 +149,7 @@ def test_configs_of_strangers_end_in_one_line(
     with pytest.raises(AdapterError, match=rf"adapter_config\.json(:\d+)? cannot be read: .*{message}"):
         LoraConfig.from_pretrained(folder)
     (folder / "zero.json").write_text(text)
-    with pytest.raises(ConfigError, match=rf"zero\.json(:\d+)?: not readable as JSON: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"zero\.json(:\d+)?: not valid JSON: .*{message}"):
         deepspeed_settings(str(folder / "zero.json"))
     (folder / "manifest.json").write_text(text)
     assert find_damage(folder) == "manifest.json is damaged"

@@ -353,7 +353,7 @@ def _given(options: Sequence[str], words: list[str]) -> str | None:
 
 def _no_option(option: str, error: Any, words: list[str]) -> Bilingual:
     """The message for an unknown option: what another tool's option or a setting is here, or similar names."""
-    from siliang.config import RunConfig, name_here
+    from siliang.config import RunConfig, name_hint
     from siliang.safety.safe_yaml import YamlError, parse_yaml
 
     name = _short(option)
@@ -364,7 +364,7 @@ def _no_option(option: str, error: Any, words: list[str]) -> Bilingual:
     with suppress(YamlError):
         value = parse_yaml(value)
     takes_settings = any("--set" in getattr(p, "opts", ()) for p in error.ctx.command.params)
-    if takes_settings and (found := name_here(option.lstrip("-"), RunConfig, value)):
+    if takes_settings and (found := name_hint(option.lstrip("-"), RunConfig, value)):
         as_option = [re.sub(r"`(?=[\w.]+=)", "`--set ", text) for text in (found, local(found, "zh"))]
         return together(wrong, Bilingual(as_option[0], as_option[1]))
     options = [name for p in error.ctx.command.params for name in (*p.opts, *p.secondary_opts) if name[:2] == "--"]

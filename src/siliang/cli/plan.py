@@ -210,7 +210,7 @@ def _gathered(
         ConfigError: The model is missing, or a method does not exist.
     """
     from siliang.cli.train import gather, with_adapter
-    from siliang.methods import METHODS, find_method, whole_name
+    from siliang.methods import METHODS, canonical_name, find_method
 
     values = with_adapter(gather(settings, flags, data, sets))
     if "model" not in values:
@@ -221,12 +221,12 @@ def _gathered(
             )
         )
     chosen = values.get("method", "lora")
-    own = whole_name(str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen))
+    own = canonical_name(str(chosen.get("name", "lora") if isinstance(chosen, dict) else chosen))
     if method in (None, "all"):
         choices = [name for name, m in METHODS.items() if not (m.is_baseline or m.needs_settings)]
         names = [own] if settings and method is None else choices
     else:
-        names = [whole_name(name) for name in method.split(",")]
+        names = [canonical_name(name) for name in method.split(",")]
     for name in names:
         find_method(name)
     if own not in names:

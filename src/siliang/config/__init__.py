@@ -6,7 +6,7 @@ Settings are parsed once, strictly. After parsing, a number is a number, a size 
 from siliang.config.data import LAYOUT_NAMES, Columns, DataConfig, LayoutName, Source
 from siliang.config.describing import Setting, describe
 from siliang.config.distributed import DistributedConfig
-from siliang.config.names import OWN_FIELDS, assign, differences, name_here
+from siliang.config.names import OWN_FIELDS, assign, differences, name_hint
 from siliang.config.run import METHOD_FOLDERS, MethodConfig, QuantizationConfig, RunConfig
 from siliang.config.section import Section, Seed, Settings
 from siliang.config.train import Bytes, Seconds, TrainConfig
@@ -33,5 +33,5 @@ __all__ = [
     "assign",
     "describe",
     "differences",
-    "name_here",
+    "name_hint",
 ]

@@ -1,4 +1,4 @@
-"""What settings there are: the dotted name, type, default and meaning of each."""
+"""Lists the settings: the dotted name, type, default and meaning of each."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Setting(NamedTuple):
     """One setting, as `siliang config` lists it."""
 
     name: str
-    """Dotted: train.learning_rate."""
+    """The dotted name, such as train.learning_rate."""
     kind: str
     default: str
     meaning: Bilingual
 
 
 def describe(section: type[BaseModel], prefix: str = "") -> list[Setting]:
-    """Every setting of a section and of the sections in it, in order."""
+    """All settings of a section and its subsections, in order."""
     found: list[Setting] = []
     meanings = _meanings(section)
     for name, info in section.model_fields.items():
@@ -50,9 +50,9 @@ def describe(section: type[BaseModel], prefix: str = "") -> list[Setting]:
 
 
 def _meanings(section: type[BaseModel]) -> dict[str, Bilingual]:
-    """The docstring under each field: a paragraph in English, and one in Chinese.
+    """The docstring below each field: a paragraph in English and one in Chinese.
 
-    pydantic would read it too, for every class as it is imported.
+    They are read only here: pydantic's `use_attribute_docstrings` would read those of every class at import.
     """
     (node,) = ast.parse(dedent(inspect.getsource(section))).body
     assert isinstance(node, ast.ClassDef)

@@ -1,4 +1,4 @@
-"""How several devices share a training."""
+"""The settings of training on several devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from siliang.language import Bilingual, local
 from siliang.safety.safe_json import JsonError, read_json
 from siliang.types import ConfigError, message_of, nearest
 
-# Of DeepSpeed's own configuration: what a run may set ...
+# Keys of a DeepSpeed configuration that a run may set
 DEEPSPEED_KEYS = (
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -30,7 +30,7 @@ DEEPSPEED_KEYS = (
     "dump_state",
     "comms_logger",
 )
-# ... and what follows from siliang's settings, which set it
+# Keys of a DeepSpeed configuration that siliang sets, and the settings that determine them
 SET_BY: dict[str, str] = {
     "train_batch_size": "train.batch_size and train.gradient_accumulation",
     "train_micro_batch_size_per_gpu": "train.batch_size",
@@ -44,29 +44,30 @@ def _settings(value: object, info: ValidationInfo) -> object:
 
 
 class DistributedConfig(Section):
-    """How several devices share a training."""
+    """Training on several devices."""
 
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
-    """ddp: every device holds the whole model. fsdp: its weights are sharded over the devices. auto: ddp where the
-    plan says that it fits, fsdp otherwise. deepspeed: its ZeRO; needs DeepSpeed.
+    """ddp: every device has a copy of the model. fsdp: the weights are sharded over the devices. auto: ddp if the
+    plan predicts that the model fits, otherwise fsdp. deepspeed: DeepSpeed's ZeRO; needs DeepSpeed.
 
-    ddp：每个设备都有完整的模型。fsdp：权重分片到各个设备。auto：按预估放得下时用 ddp，否则用 fsdp。deepspeed：用它的
-    ZeRO；需要安装 DeepSpeed。"""
+    ddp：每个设备都有完整的模型。fsdp：权重分片到各个设备。auto：预估放得下时用 ddp，否则用 fsdp。deepspeed：用
+    DeepSpeed 的 ZeRO；需要安装 DeepSpeed。"""
     zero_stage: Annotated[int, Field(ge=1, le=3)] | None = None
-    """Of deepspeed. 1: the optimizer's state is sharded. 2: gradients, too. 3: weights, too. None: what `deepspeed`
-    sets, otherwise 2.
+    """The ZeRO stage of deepspeed. 1: the optimizer's state is sharded. 2: gradients, too. 3: weights, too. None: the
+    stage in `deepspeed`, otherwise 2.
 
-    用于 deepspeed。1：优化器状态分片。2：梯度也分片。3：权重也分片。None：按 `deepspeed` 中的设置，否则为 2。"""
+    deepspeed 的 ZeRO 阶段。1：优化器状态分片。2：梯度也分片。3：权重也分片。None：按 `deepspeed` 中的设置，否则为
+    2。"""
     deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = None
-    """DeepSpeed's own configuration, a mapping or the name of a .json file, as TrainingArguments(deepspeed=...) takes
-    it. What siliang's settings say (batches, clipping, precision, learning rate) is left out or "auto" there.
+    """A DeepSpeed configuration: a mapping, or the name of a .json file, as for TrainingArguments(deepspeed=...).
+    Values that siliang's settings determine (batches, clipping, precision, learning rate) must be absent or "auto".
 
-    DeepSpeed 自己的配置，是一个映射或 .json 文件名，与 TrainingArguments(deepspeed=...) 相同。siliang 的设置已经决定的
-    内容（批次、裁剪、精度、学习率），在其中略去或写作 "auto"。"""
+    DeepSpeed 的配置：映射或 .json 文件名，与 TrainingArguments(deepspeed=...) 相同。由 siliang 的设置决定的值（批次、裁
+    剪、精度、学习率）必须略去或写作 "auto"。"""
 
     @property
     def stage(self) -> int:
-        """Of DeepSpeed's ZeRO; 0 for every other strategy."""
+        """The stage of DeepSpeed's ZeRO; 0 for every other strategy."""
         if self.strategy != "deepspeed":
             return 0
         return self.zero_stage or (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 2)
@@ -83,7 +84,7 @@ class DistributedConfig(Section):
             if getattr(self, name) is not None and self.strategy != "deepspeed":
                 raise ConfigError(
                     Bilingual(
-                        f"distributed.{name} has no effect with distributed.strategy = {self.strategy}: that has to be "
+                        f"distributed.{name} has no effect with distributed.strategy = {self.strategy}: it needs "
                         "deepspeed.",
                         f"distributed.{name} 在 distributed.strategy = {self.strategy} 时不起作用：只用于 deepspeed。",
                     )
@@ -92,7 +93,7 @@ class DistributedConfig(Section):
         if None not in (self.zero_stage, stage) and self.zero_stage != stage:
             raise ConfigError(
                 Bilingual(
-                    f"zero_stage is {self.zero_stage}, but distributed.deepspeed says stage {stage}: leave one out.",
+                    f"zero_stage is {self.zero_stage}, but distributed.deepspeed has stage {stage}: remove one.",
                     f"zero_stage 是 {self.zero_stage}，而 distributed.deepspeed 写的是 stage {stage}：请去掉其中一个。",
                 )
             )
@@ -100,10 +101,10 @@ class DistributedConfig(Section):
 
 
 def deepspeed_settings(value: object) -> object:
-    """A DeepSpeed configuration, or the one in the .json file of that name, checked: nothing in it contradicts the run.
+    """Reads a DeepSpeed configuration (a mapping, or the name of a .json file), and checks it against the run.
 
     Raises:
-        ConfigError: Something does; or the file cannot be read.
+        ConfigError: A key contradicts the run or is not supported, or the file cannot be read.
     """
     where = "distributed.deepspeed"
     if isinstance(value, str):
@@ -113,7 +114,7 @@ def deepspeed_settings(value: object) -> object:
     if not isinstance(value, dict):
         raise ConfigError(
             Bilingual(
-                f"{where}: must be a mapping, or the name of a .json file that holds one.",
+                f"{where}: must be a mapping, or the name of a .json file with a mapping.",
                 f"{where}：应为映射，或一个 .json 文件的名称。",
             )
         )
@@ -122,7 +123,7 @@ def deepspeed_settings(value: object) -> object:
             if inner != "auto":
                 raise ConfigError(
                     Bilingual(
-                        f'{where}: {key} = {inner!r}: {SET_BY[key]} says that. Leave it out, or "auto".',
+                        f'{where}: {key} = {inner!r}: it is set by {SET_BY[key]}. Remove it, or write "auto".',
                         f'{where}：{key} = {inner!r}：这由 {SET_BY[key]} 决定。请去掉，或写 "auto"。',
                     )
                 )
@@ -137,23 +138,22 @@ def deepspeed_settings(value: object) -> object:
         elif key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler") and not isinstance(inner, dict):
             raise ConfigError(Bilingual(f"{where}: {key} must be a mapping.", f"{where}：{key} 应为映射。"))
     for key in ("bf16", "fp16"):
-        if (said := value.get(key, {}).get("enabled", "auto")) != "auto":
+        if (enabled := value.get(key, {}).get("enabled", "auto")) != "auto":
             raise ConfigError(
                 Bilingual(
-                    f'{where}: {key}.enabled = {said!r}: train.precision says that. Set it to "auto".',
-                    f'{where}：{key}.enabled = {said!r}：这由 train.precision 决定。请写 "auto"。',
+                    f'{where}: {key}.enabled = {enabled!r}: it is set by train.precision. Write "auto".',
+                    f'{where}：{key}.enabled = {enabled!r}：这由 train.precision 决定。请写 "auto"。',
                 )
             )
     for key, instead in (("optimizer", "train.learning_rate, weight_decay"), ("scheduler", "train.schedule")):
-        fixed = [name for name, said in value.get(key, {}).get("params", {}).items() if said != "auto"]
+        fixed = [name for name, inner in value.get(key, {}).get("params", {}).items() if inner != "auto"]
         kind = value.get(key, {}).get("type", "AdamW")
         if fixed or (key == "optimizer" and kind not in ("Adam", "AdamW")):
             raise ConfigError(
                 Bilingual(
-                    f"{where}: {key} is siliang's own ({instead}): AdamW, with the schedule of every run. "
-                    "Leave it out, or "
-                    'all of its params "auto".',
-                    f"{where}：{key} 由 siliang 自己决定（{instead}）：AdamW，学习率调度与其他运行相同。"
+                    f"{where}: siliang's settings determine the {key} ({instead}): AdamW, with siliang's schedule. "
+                    'Remove it, or write "auto" for all of its params.',
+                    f"{where}：{key} 由 siliang 的设置决定（{instead}）：AdamW，以及 siliang 的学习率调度。"
                     '请去掉，或把它的 params 都写成 "auto"。',
                 )
             )
@@ -174,8 +174,8 @@ def _read_json(path: Path) -> object:
     except JsonError as error:
         raise ConfigError(
             Bilingual(
-                f"distributed.deepspeed = {error.place(path)}: not readable as JSON: {error}.",
-                f"distributed.deepspeed = {error.place(path)}：不是可读的 JSON：{local(message_of(error), 'zh')}。",
+                f"distributed.deepspeed = {error.place(path)}: not valid JSON: {error}.",
+                f"distributed.deepspeed = {error.place(path)}：不是有效的 JSON：{local(message_of(error), 'zh')}。",
             )
         ) from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is wrong with settings, in a line or two for the user, from pydantic's findings."""
+"""Turns pydantic's errors about settings into one or two lines for the user."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from siliang.config.describing import NO_MEANING, describe
-from siliang.config.names import here_it_is, name_here, value_here
+from siliang.config.names import name_hint, use_hint, value_hint
 from siliang.config.section import Settings
 from siliang.language import Bilingual, local, together
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, did_you_mean, near, nearest
 
-MOST_HINTS = 20  # more of the wrong names that one message explains
-MOST_ALSO = 4  # more of the wrong values that it names
-KINDS = ("constrained", "list[", "literal[", "union[")  # parts of a place by which pydantic names a kind of value
-# pydantic's kinds of errors in Chinese; their English is pydantic's own
+MAX_HINTS = 20  # further unknown names that a message explains
+MAX_OTHERS = 4  # further wrong values that a message shows
+KINDS = ("constrained", "list[", "literal[", "union[")  # prefixes of the parts of a pydantic `loc` that name a type
+# pydantic's error types in Chinese; the English text is pydantic's
 WRONG_ZH = {
     "bool_type": "应为 true 或 false",
     "int_type": "应为整数",
@@ -40,13 +40,13 @@ WRONG_ZH = {
 
 
 def explain(error: ValidationError, schema: type[Settings], *, others_too: bool = True) -> Bilingual:
-    """The first finding in one line, and the others in a second one, with what unknown keys are here. Unknown keys come
-    first, for they may be what is missing.
+    """The first error in one line, and the others in a second line, with siliang's names for unknown keys. Unknown keys
+    come first, because a missing key may be one of them.
 
     Args:
-        others_too: Also the second line.
+        others_too: Add the second line.
     """
-    found = sorted(one_each(error, schema), key=lambda e: e["type"] != "extra_forbidden")
+    found = sorted(first_of_each(error, schema), key=lambda e: e["type"] != "extra_forbidden")
     first, *others = found
     if not others_too:
         return _explained(first, schema, more=True)
@@ -54,20 +54,16 @@ def explain(error: ValidationError, schema: type[Settings], *, others_too: bool 
         others = [e for e in others if e["type"] != "missing"]
     unknown = [e for e in others if e["type"] == "extra_forbidden"]
     hints = [(path_of(e), _unknown(e["loc"], e["input"], schema, guess=False)) for e in unknown]
-    here = {name: hint for name, hint in hints if hint}
+    hinted = {name: hint for name, hint in hints if hint}
     shown = [
-        Bilingual(
-            f"{name}:{hint.removeprefix(' Here that is')}", f"{name}：{local(hint, 'zh').removeprefix('这里写作 ')}"
-        )
-        for name, hint in list(here.items())[:MOST_HINTS]
+        together(name, Bilingual(":", "："), _after_colon(hint)) for name, hint in list(hinted.items())[:MAX_HINTS]
     ]
-    rest = [_explained(e, schema, more=False) for e in others if path_of(e) not in here]
-    return together(_explained(first, schema, more=True), also(shown, rest))
+    rest = [_explained(e, schema, more=False) for e in others if path_of(e) not in hinted]
+    return together(_explained(first, schema, more=True), others_line(shown, rest))
 
 
-def one_each(error: ValidationError, schema: type[BaseModel]) -> list[ErrorDetails]:
-    """The findings, the first for each setting: pydantic has one for each kind that a value may be of, and for each
-    entry of a list."""
+def first_of_each(error: ValidationError, schema: type[BaseModel]) -> list[ErrorDetails]:
+    """The first error of each setting: pydantic has one error for each allowed type, and for each entry of a list."""
     names = {setting.name for setting in describe(schema)}
     found: dict[str, ErrorDetails] = {}
     for one in error.errors():
@@ -80,19 +76,18 @@ def one_each(error: ValidationError, schema: type[BaseModel]) -> list[ErrorDetai
 
 
 def path_of(found: ErrorDetails) -> str:
-    """The dotted name of what a finding is about, without the parts by which pydantic names the kinds that a value may
-    be of."""
+    """The dotted name of the setting of an error, without the parts that name a type."""
     parts = list(map(str, found["loc"]))
     own = [parts.pop()] if found["type"] == "extra_forbidden" else []  # as the user wrote it
     return ".".join([*(part for part in parts if part not in ("str", "int") and not part.startswith(KINDS)), *own])
 
 
-def also(hints: Sequence[Bilingual], wrong: Sequence[Bilingual]) -> Bilingual:
-    """What else is wrong, as a line of its own: all `hints`, and the first few of `wrong`; empty for nothing."""
-    shown = [*hints, *wrong[:MOST_ALSO]]
+def others_line(hints: Sequence[Bilingual], wrong: Sequence[Bilingual]) -> Bilingual:
+    """A separate line with the other errors: all `hints`, and the first few of `wrong`. Empty if there are none."""
+    shown = [*hints, *wrong[:MAX_OTHERS]]
     if not shown:
         return Bilingual("", "")
-    left = len(wrong) - MOST_ALSO
+    left = len(wrong) - MAX_OTHERS
     more = Bilingual(f" And {left} more.", f"还有 {left} 处。") if left > 0 else Bilingual("", "")
     return Bilingual(
         f"\nAlso {' '.join(one.partition(chr(10))[0] for one in shown)}{more}",
@@ -101,10 +96,10 @@ def also(hints: Sequence[Bilingual], wrong: Sequence[Bilingual]) -> Bilingual:
 
 
 def _explained(found: ErrorDetails, schema: type[Settings], *, more: bool) -> Bilingual:
-    """One finding.
+    """The text of one error.
 
     Args:
-        more: With what helps to correct it: the names that there are, the setting's meaning.
+        more: Add what helps to correct it: similar names, the meaning of the setting.
     """
     path = path_of(found)
     if found["type"] == "extra_forbidden":
@@ -122,18 +117,17 @@ def _explained(found: ErrorDetails, schema: type[Settings], *, more: bool) -> Bi
 
 
 def explain_value(found: ErrorDetails, path: str, schema: type[Settings] | None = None) -> Bilingual:
-    """What is wrong with the value of a setting, in one line; of a setting of `schema`, what another tool's value is
-    here."""
+    """The error of a setting's value, in one line. With a `schema`, it includes siliang's value for another tool's."""
     inner = found.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
-        named = path.split(".")[0] in str(inner)
-        return together(inner.text) if named else together(path, Bilingual(": ", "："), inner.text)
+        has_name = path.split(".")[0] in str(inner)
+        return together(inner.text) if has_name else together(path, Bilingual(": ", "："), inner.text)
     shown = short_repr(found["input"], 200)
     hint = _section_for(path, found["input"]) if found["type"] in ("model_type", "dict_type") else ""
     if found["type"] == "list_type":
         hint = Bilingual(f" Write a list: {path}=[a, b].", f"写成列表：{path}=[a, b]。")
     if found["type"] == "literal_error" and schema is not None:
-        hint = value_here(path.rstrip(".0123456789"), found["input"], schema)  # train.trackers.0
+        hint = value_hint(path.rstrip(".0123456789"), found["input"], schema)  # train.trackers.0
     wrong = wrong_value(found)
     return Bilingual(
         f"{path} = {shown}: {wrong}.{hint}", f"{path} = {shown}：{local(wrong, 'zh')}。{local(hint, 'zh')}"
@@ -141,14 +135,14 @@ def explain_value(found: ErrorDetails, path: str, schema: type[Settings] | None 
 
 
 def wrong_value(found: ErrorDetails) -> str:
-    """pydantic's own words, and the same in Chinese."""
+    """pydantic's message, and its Chinese translation."""
     en = f"{found['msg'][0].lower()}{found['msg'][1:]}"
     zh = WRONG_ZH.get(found["type"])
     return en if zh is None else Bilingual(en, zh.format(**found.get("ctx", {})).replace(" or ", " 或 "))
 
 
 def undecodable(value: object, where: str = "") -> str | None:
-    """The first setting that holds bytes which are not text, as the command line's may; None where none does."""
+    """The first setting with bytes that are not text, from the command line; None if there is none."""
     if isinstance(value, dict):
         parts = [(f"{where}.{key}".lstrip("."), inner) for key, inner in value.items()]
         return next((found for name, inner in parts if (found := undecodable(inner, name)) is not None), None)
@@ -159,10 +153,16 @@ def undecodable(value: object, where: str = "") -> str | None:
     return None
 
 
+def _after_colon(hint: str) -> Bilingual:
+    """A hint that continues a sentence: " Use ..." becomes " use ..."."""
+    en = f" use {hint[5:]}" if hint.startswith(" Use ") else str(hint)
+    return Bilingual(en, local(hint, "zh"))
+
+
 def _section_for(path: str, value: object) -> str:
-    """What was meant where a section got a value of its own."""
+    """A hint for a section that is set to a single value."""
     if path in ("data", "train") and isinstance(value, str) and value:
-        return here_it_is([f"data.train={value}"])
+        return use_hint([f"data.train={value}"])
     return Bilingual(
         f" {path} is a section: set its fields, as in {path}.field=value.",
         f"{path} 是一组配置项：请设置其中的项，如 {path}.field=value。",
@@ -170,9 +170,9 @@ def _section_for(path: str, value: object) -> str:
 
 
 def _unknown(place: tuple[int | str, ...], value: object, schema: type[Settings], *, guess: bool = True) -> str:
-    """What an unknown key is here, or the names near it."""
+    """siliang's name for an unknown key, or similar names."""
     *sections, own = map(str, place)
-    if hint := name_here(own, schema, value, section=".".join(sections)):
+    if hint := name_hint(own, schema, value, section=".".join(sections)):
         return hint
     if not guess:
         return ""
@@ -180,6 +180,6 @@ def _unknown(place: tuple[int | str, ...], value: object, schema: type[Settings]
     siblings = {p[depth] for n in names if len(p := n.split(".")) > depth and p[:depth] == sections}
     if hint := nearest(own, siblings):
         return hint
-    alike = near(own, {name.rpartition(".")[2] for name in names})  # in another section
-    found = [name for leaf in alike for name in names if name.rpartition(".")[2] == leaf]
+    similar = near(own, {name.rpartition(".")[2] for name in names})  # in another section
+    found = [name for leaf in similar for name in names if name.rpartition(".")[2] == leaf]
     return did_you_mean(found[:3])

@@ -1,4 +1,4 @@
-"""Settings by their dotted names: setting one, as --set does, and what a name that is none is here."""
+"""Settings by their dotted names: assigning one, as --set does, and hints for unknown names and values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from siliang.safety.safe_yaml import YamlError, parse_yaml
 from siliang.terminal import shell_command
 from siliang.types import ConfigError
 
-# Fields of a PEFT config that the run itself sets.
+# Fields of a PEFT config that a run sets by itself.
 OWN_FIELDS = {"task_type", "base_model_name_or_path", "inference_mode", "auto_mapping"}
 
 NOT_GIVEN: object = object()
@@ -26,18 +26,18 @@ SHELL = re.compile(r"[$`\\;|&<>\x00-\x1f\x7f]")
 
 
 def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -> None:
-    """Sets one field by its dotted name: `train.learning_rate=1e-3`; the value is read as yaml.
+    """Sets one field by its dotted name, as in `train.learning_rate=1e-3`. The value is parsed as YAML.
 
     Args:
         values: The settings so far; changed in place.
-        schema: What they become: where it has a text, the value is not taken for a number.
+        schema: The schema of the settings. If the field is a text, a number stays text.
 
     Raises:
-        ConfigError: It is not an assignment.
+        ConfigError: `assignment` is not an assignment.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
-        hint = name_here(key, schema) if key.strip() else ""
+        hint = name_hint(key, schema) if key.strip() else ""
         raise ConfigError(
             Bilingual(
                 f"--set {assignment!r}: write it as section.field=value, such as train.learning_rate=1e-3.{hint}",
@@ -61,12 +61,12 @@ def assign(values: dict[str, object], assignment: str, schema: type[Settings]) -
         value = parse_yaml(text)
     except YamlError:
         value = text
-    # a commit such as 12e45 and a folder called 2024 are texts
+    # a commit such as 12e45, or a folder named 2024, is a text
     values[last] = text.strip() if isinstance(value, int | float) and _is_text(key.strip(), schema) else value
 
 
 def differences(was: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    """The settings in which two dumped configs differ, by their dotted names: (what it was, what it is now)."""
+    """The settings in which two dumped configs differ: dotted name to (old value, new value)."""
     found: dict[str, tuple[object, object]] = {}
     for key in (*now, *(k for k in was if k not in now)):
         a, b = was.get(key), now.get(key)
@@ -77,7 +77,7 @@ def differences(was: Mapping[str, object], now: Mapping[str, object]) -> dict[st
     return found
 
 
-def name_here(
+def name_hint(
     name: str,
     schema: type[Settings],
     value: object = NOT_GIVEN,
@@ -85,16 +85,16 @@ def name_here(
     section: str = "",
     fields: Iterable[str] | None = None,
 ) -> str:
-    """What a name that is no setting is here, as a sentence; empty where it is neither one of ours in another section
-    nor another tool's.
+    """A sentence with siliang's setting for an unknown name. Empty if the name is neither a setting of another section
+    nor a setting of another tool.
 
     Args:
-        schema: The settings there are.
-        value: What was to be set.
-        section: Where it stood; "" for the top.
-        fields: The settings of the method at hand, for a name under `method`.
+        schema: The schema of the settings.
+        value: The value that was given for the name.
+        section: The section in which the name was given; "" for the top level.
+        fields: The settings of the chosen method, for a name under `method`.
     """
-    row = other_names.find(name) or _own(name, schema)
+    row = other_names.find(name) or _own_setting(name, schema)
     if row is None:
         return ""
     note = Bilingual(f" {row.note}", f"{local(row.note, 'zh')}") if row.note else Bilingual("", "")
@@ -109,19 +109,19 @@ def name_here(
     found = None if value is NOT_GIVEN else other_names.assignments(row, value)
     if found == []:
         return Bilingual(
-            f" Nothing has to be set for that here: leave it out.{note}", f"这里不需要设置，请去掉。{note.zh}"
+            f" siliang needs no setting for this: leave it out.{note}", f"siliang 不需要这个设置，请去掉。{note.zh}"
         )
     if found is not None and _is_valid(found, schema):
-        return together(here_it_is(found), note)
+        return together(use_hint(found), note)
     return Bilingual(
-        f" Here that is {row.setting}, as in `{row.setting}={row.example}`.{note}",
-        f"这里写作 {row.setting}，如 `{row.setting}={row.example}`。{note.zh}",
+        f" Use {row.setting}, as in `{row.setting}={row.example}`.{note}",
+        f"请用 {row.setting}，如 `{row.setting}={row.example}`。{note.zh}",
     )
 
 
-def value_here(setting: str, value: object, schema: type[Settings]) -> str:
-    """What another tool's value of one of our settings is here, as a sentence; empty where it is none, or where other
-    tools mean several things by it."""
+def value_hint(setting: str, value: object, schema: type[Settings]) -> str:
+    """A sentence with siliang's value for another tool's value of a setting. Empty if the value is unknown, or if its
+    meaning differs between tools."""
     rows = [row for row in other_names.TABLE if row.setting == setting]
     shown = other_names.written(value)
     text = shown.lower()
@@ -129,29 +129,29 @@ def value_here(setting: str, value: object, schema: type[Settings]) -> str:
         return Bilingual(f" {shown}: {lacking}", f"{shown}：{local(lacking, 'zh')}")
     found = {row.values[text] for row in rows if text in row.values}
     if not found and text != shown:
-        found = {f"{setting}={text}"}  # AdamW; a value as it was given is wrong, and trying it would ask here again
+        found = {f"{setting}={text}"}  # AdamW: only the case differs. The unchanged value is known to be wrong
     if len(found) != 1:
         return ""
-    if (here := found.pop()) is None:
-        return Bilingual(" Nothing has to be set for that here: leave it out.", "这里不需要设置，请去掉。")
-    assignments = other_names.split(here)
-    return here_it_is(assignments) if _is_valid(assignments, schema) else ""
+    if (ours := found.pop()) is None:
+        return Bilingual(" siliang needs no setting for this: leave it out.", "siliang 不需要这个设置，请去掉。")
+    assignments = other_names.split(ours)
+    return use_hint(assignments) if _is_valid(assignments, schema) else ""
 
 
-def here_it_is(assignments: Iterable[str]) -> Bilingual:
-    """A sentence that says how something is written here."""
+def use_hint(assignments: Iterable[str]) -> Bilingual:
+    """The hint to use these assignments, as a sentence."""
     shown = quoted(assignments)
-    return Bilingual(f" Here that is {shown}.", f"这里写作 {shown.zh}。")
+    return Bilingual(f" Use {shown}.", f"请用 {shown.zh}。")
 
 
 def quoted(assignments: Iterable[str]) -> Bilingual:
-    """Settings as they may be pasted: what a shell would run or expand is in quotes."""
+    """Assignments that can be pasted into a shell: quoted if they have special characters."""
     shown = [f"`{shell_command(a) if SHELL.search(a) else a}`" for a in assignments]
     return Bilingual(" and ".join(shown), " 和 ".join(shown))
 
 
 def _is_text(name: str, schema: type[BaseModel]) -> bool:
-    """Whether the setting of this dotted name may be a text, and not a number."""
+    """Whether the setting is a text, and cannot be a number."""
     kind: object = schema
     for part in name.split("."):
         fields = getattr(kind, "model_fields", {})
@@ -165,8 +165,8 @@ def _bare(kind: object) -> object:
     return get_args(kind)[0] if get_origin(kind) is Annotated else get_origin(kind) or kind
 
 
-def _own(name: str, schema: type[Settings]) -> other_names.Row | None:
-    """A setting of ours that stands in another section, or is a field of a method's config."""
+def _own_setting(name: str, schema: type[Settings]) -> other_names.Row | None:
+    """A setting of this name in another section, or a field of this name in a method's config."""
     from siliang.methods import METHODS
 
     name = other_names.plain(name)
@@ -178,10 +178,10 @@ def _own(name: str, schema: type[Settings]) -> other_names.Row | None:
 
 
 def _is_valid(assignments: Iterable[str], schema: type[Settings]) -> bool:
-    """Whether a run may be set so."""
+    """Whether a run with these settings is valid."""
     for method in ("lora", "prompt_tuning"):
         values: dict[str, object] = {"model": "m", "task": "causal_lm", "data": {"train": "d"}, "output": "o"}
-        values |= {"method": {"name": method}, "train": {"eval_every": 1}}  # which train.best and train.patience need
+        values |= {"method": {"name": method}, "train": {"eval_every": 1}}  # for train.best and train.patience
         try:
             for assignment in assignments:
                 assign(values, assignment, schema)

@@ -1,4 +1,4 @@
-"""A run's settings: the one strict schema behind run.yaml, the flags of `siliang train`, and `siliang config`."""
+"""The settings of a run: the strict schema of run.yaml, the flags of `siliang train`, and `siliang config`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from siliang import other_names
 from siliang.config.data import DataConfig
 from siliang.config.distributed import DistributedConfig
 from siliang.config.explaining import explain, undecodable
-from siliang.config.names import OWN_FIELDS, name_here, quoted
-from siliang.config.section import RECORDED, Name, Names, Section, Settings, split_names
+from siliang.config.names import OWN_FIELDS, name_hint, quoted
+from siliang.config.section import RECORDED, THE_SETTINGS, Name, Names, Section, Settings, split_names
 from siliang.config.train import TrainConfig
 from siliang.files import absolute
 from siliang.language import Bilingual, local, together
@@ -23,16 +23,16 @@ from siliang.safety.safe_yaml import dump_yaml
 from siliang.secrets import shortened
 from siliang.types import TRAINED_TASKS, ConfigError, TaskType, nearest
 
-VIRTUAL_TOKENS = 20  # of a prompt without a given length, as in PEFT's examples and the tutorials
+VIRTUAL_TOKENS = 20  # default number of virtual tokens, as in PEFT's examples
 
 
 class MethodConfig(BaseModel):
-    """The method's name, and any field of its PEFT config beside it: {name: lora, r: 16}."""
+    """The method's name, and any fields of its PEFT config: {name: lora, r: 16}."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = "lora"
-    """One of `siliang methods`; prompt, p-tuning and prefix are understood too.
+    """A name of `siliang methods`; prompt, p-tuning and prefix are allowed, too.
 
     `siliang methods` 中的一个名称；也可写作 prompt、p-tuning、prefix。"""
 
@@ -41,19 +41,19 @@ class MethodConfig(BaseModel):
 
     @field_validator("name")
     @classmethod
-    def _whole_name(cls, name: str) -> str:
-        from siliang.methods import whole_name
+    def _canonical_name(cls, name: str) -> str:
+        from siliang.methods import canonical_name
 
-        return whole_name(name)
+        return canonical_name(name)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The fields of the method's config that were given, and the prompt's length where none was."""
+        """The given fields of the method's config; for a prompt, also the default number of virtual tokens."""
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
-        from siliang.methods import find_method  # torch: only when a config is really checked
+        from siliang.methods import find_method  # imports torch, so only when a config is validated
 
         config = find_method(self.name).config
         if config is not None and config.is_prompt_learning and self.model_extra is not None:
@@ -61,7 +61,7 @@ class MethodConfig(BaseModel):
         fields = {f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set()
         for key, value in self.arguments.items():
             if key not in fields:
-                hint = name_here(key, RunConfig, value, section="method", fields=fields) or nearest(key, fields)
+                hint = name_hint(key, RunConfig, value, section="method", fields=fields) or nearest(key, fields)
                 allowed = ", ".join(sorted(fields)) or "none"
                 raise ConfigError(
                     Bilingual(
@@ -89,9 +89,9 @@ class MethodConfig(BaseModel):
         return self
 
 
-# Fields of a method's config that may name a folder here.
+# Fields of a method's config that may name a local folder.
 METHOD_FOLDERS = {"tokenizer_name_or_path"}
-# Fields of a PEFT config that are lists of names, which the command line's user writes with commas.
+# Fields of a PEFT config that are lists of names, written with commas on the command line.
 LISTS = {
     "target_modules",
     "exclude_modules",
@@ -105,7 +105,7 @@ LISTS = {
 def _method(value: object) -> object:
     name = value.get("name") if isinstance(value, dict) else value
     if isinstance(name, str) and (here := other_names.METHOD_VALUES.get(other_names.plain(name))):
-        raise ConfigError(_written_here(f"method = {name!r}", here.split()))
+        raise ConfigError(_use_instead(f"method = {name!r}", here.split()))
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -113,25 +113,23 @@ def _adapter(value: object) -> object:
     if isinstance(value, str) and other_names.is_method(value) and not Path(value).exists():
         here = other_names.METHOD_VALUES.get(other_names.plain(value), f"method={other_names.plain(value)}")
         raise ConfigError(
-            _written_here(
+            _use_instead(
                 Bilingual(f"adapter = {value!r} is not an adapter", f"adapter = {value!r} 不是适配器"), here.split()
             )
         )
     return value
 
 
-def _written_here(what: str, assignments: list[str]) -> Bilingual:
+def _use_instead(what: str, assignments: list[str]) -> Bilingual:
     shown = quoted(assignments)
-    return Bilingual(f"{what}: here that is {shown}.", f"{local(what, 'zh')}：这里写作 {local(shown, 'zh')}。")
+    return Bilingual(f"{what}: use {shown}.", f"{local(what, 'zh')}：请用 {local(shown, 'zh')}。")
 
 
 def _task(value: object) -> object:
     if not isinstance(value, str):
         return value
     if (here := other_names.TASK_VALUES.get(other_names.plain(value))) is not None:
-        raise ConfigError(
-            Bilingual(f"task = {value!r}: here that is `task={here}`.", f"task = {value!r}：这里写作 `task={here}`。")
-        )
+        raise ConfigError(Bilingual(f"task = {value!r}: use `task={here}`.", f"task = {value!r}：请用 `task={here}`。"))
     name = value.lower().replace("-", "_")
     for task in TRAINED_TASKS:
         if task.lower() == name:
@@ -148,7 +146,7 @@ def _task(value: object) -> object:
 def _quantization(value: object) -> object:
     if value is None or isinstance(value, dict | QuantizationConfig):
         return value
-    hint = name_here("quantization", RunConfig, value)
+    hint = name_hint("quantization", RunConfig, value)
     raise ConfigError(
         Bilingual(
             f"quantization = {value!r} is not a section.{hint}",
@@ -158,58 +156,59 @@ def _quantization(value: object) -> object:
 
 
 class QuantizationConfig(Section):
-    """The base model's linear layers quantized, as QLoRA has them. Needs bitsandbytes."""
+    """Quantization of the base model's linear layers, as in QLoRA. Needs bitsandbytes."""
 
     bits: Literal[4, 8] = 4
-    """4 or 8.
+    """The bits of a quantized weight: 4 or 8.
 
-    4 或 8。"""
+    量化后每个权重的位数：4 或 8。"""
     type: Literal["nf4", "fp4"] = "nf4"
-    """The 16 values of 4 bits: nf4 suits weights, which are nearly normal.
+    """The data type of 4 bits: nf4 suits weights, which are nearly normally distributed.
 
-    4 位所用的 16 个值：nf4 适合权重，因为权重接近正态分布。"""
+    4 位的数据类型：nf4 适合权重，因为权重接近正态分布。"""
     double: bool = True
-    """Quantize the scales as well: 0.4 bits less a parameter.
+    """Quantize the scales, too: saves 0.4 bits per parameter.
 
     缩放系数也量化：每个参数再省 0.4 位。"""
     compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What a layer's weight becomes to be multiplied. auto: bf16 where the hardware has it, fp16 on older GPUs.
+    """The number format in which weights are dequantized and multiplied. auto: bf16 if the hardware supports it, fp16
+    on older GPUs.
 
-    层的权重在相乘时转换成的格式。auto：硬件支持时用 bf16，较旧的 GPU 用 fp16。"""
+    权重反量化并相乘时的数值格式。auto：硬件支持时用 bf16，较旧的 GPU 用 fp16。"""
 
 
 class RunConfig(Settings):
     """One run."""
 
     model: Name
-    """The base model: a folder, or a name on the hub.
+    """The base model: a folder, or a name on the Hub.
 
     基座模型：文件夹，或 Hub 上的名称。"""
     revision: str | None = None
-    """The base model's revision on the hub.
+    """The base model's revision on the Hub.
 
     基座模型在 Hub 上的版本。"""
     task: Annotated[TaskType, BeforeValidator(_task)]
-    """What is learned: causal_lm (text from text), seq_cls (a class for a text), token_cls (a tag for each word),
-    seq_2_seq_lm (text from text, by an encoder and a decoder) or question_ans (the answer's place in a context).
+    """The task: causal_lm (generate text), seq_cls (classify a text), token_cls (tag each word), seq_2_seq_lm (generate
+    text with an encoder and a decoder) or question_ans (find the answer in a context).
 
-    要学习的任务：causal_lm（由文本生成文本）、seq_cls（文本分类）、token_cls（给每个词打标签）、seq_2_seq_lm（由编码器
-    和解码器从文本生成文本），或 question_ans（答案在段落中的位置）。"""
+    任务：causal_lm（生成文本）、seq_cls（文本分类）、token_cls（给每个词打标签）、seq_2_seq_lm（由编码器和解码器生成文
+    本），或 question_ans（在段落中找出答案）。"""
     method: Annotated[MethodConfig, BeforeValidator(_method)] = Field(default_factory=MethodConfig)
-    """What is tuned: a name of `siliang methods`, or {name: lora, r: 16, ...}.
+    """The fine-tuning method: a name of `siliang methods`, or {name: lora, r: 16, ...}.
 
     微调方法：`siliang methods` 中的一个名称，或 {name: lora, r: 16, ...}。"""
     adapter: Annotated[Name | None, BeforeValidator(_adapter)] = None
-    """An adapter that is trained further: a run's folder, a checkpoint in it, an adapter folder of siliang's or of
-    PEFT's, or a name on the hub. Its weights are the start and its config is the method; of a run, model, task,
-    template and labels are taken over where they are not given. The adapter itself is not changed.
+    """An adapter to train further: a run's folder, a checkpoint in it, an adapter folder of siliang or PEFT, or a name
+    on the Hub. Training starts from its weights, with its config as the method. For a run's folder, settings that are
+    not given (model, task, template, labels) come from that run. The adapter itself is not changed.
 
     要继续训练的适配器：运行的文件夹、其中的检查点、siliang 或 PEFT 的适配器文件夹，或 Hub 上的名称。以它的权重为起点，
     以它的配置为方法；如果来自一次运行，没有给出的 model、task、template 和 labels 也从中取得。适配器本身不会改变。"""
     quantization: Annotated[QuantizationConfig | None, BeforeValidator(_quantization)] = None
-    """The base model in 4 or 8 bits under the adapter: {bits: 4}. None: as it is.
+    """Quantization of the base model: {bits: 4}. None: not quantized.
 
-    适配器之下的基座模型量化为 4 或 8 位：{bits: 4}。None：不量化。"""
+    基座模型的量化：{bits: 4}。None：不量化。"""
     data: DataConfig
     """The data.
 
@@ -219,26 +218,27 @@ class RunConfig(Settings):
 
     训练。"""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
-    """How several devices share the training.
+    """Training on several devices.
 
-    多个设备如何共同训练。"""
+    多个设备上的训练。"""
     accept: Names = Field(default_factory=list)
-    """Findings of `siliang check` that are intended, by code, such as SL002: they are shown, and do not stop the run.
-    SL023 and SL028 cannot be accepted: the run would end with an error.
+    """Codes of findings of `siliang check` to accept, such as SL002: they are shown, and do not stop the run. SL023 and
+    SL028 cannot be accepted: the run would end with an error.
 
-    `siliang check` 的检查结果中有意为之的，写规则编号，如 SL002：仍会显示，但不会使运行停止。SL023 和 SL028 不能这样忽
-    略：运行终究会出错。"""
+    要接受的 `siliang check` 检查结果的规则编号，如 SL002：仍会显示，但不会使运行停止。SL023 和 SL028 不能接受：运行终究
+    会出错。"""
     output: Name
-    """The run's folder: made by the run, and must not hold anything yet.
+    """The run's folder. The run creates it; it must not exist, or must be empty.
 
-    运行的文件夹：由运行创建，事先不能有任何内容。"""
+    运行的文件夹。由运行创建；事先不存在，或为空。"""
 
     @model_validator(mode="after")
     def _of_the_adapter(self) -> RunConfig:
         if self.adapter is not None and "method" not in self.model_fields_set:
             raise ConfigError(
                 Bilingual(
-                    f"adapter = {self.adapter!r}: `method` has to be the adapter's: start_adapter.filled_in sets it.",
+                    f"adapter = {self.adapter!r}: `method` must be the adapter's method: start_adapter.filled_in sets "
+                    "it.",
                     f"adapter = {self.adapter!r}：`method` 必须是该适配器的方法：由 start_adapter.filled_in 设置。",
                 )
             )
@@ -253,10 +253,10 @@ class RunConfig(Settings):
     def check_evaluations(self, held_out: bool) -> None:
         """
         Args:
-            held_out: There are held-out rows.
+            held_out: Whether the run has held-out rows.
 
         Raises:
-            ConfigError: train.patience or train.best has no evaluations to go by.
+            ConfigError: train.patience or train.best is set, but the run has no evaluations.
         """
         t = self.train
         counts = Bilingual("it counts evaluations", "它按评估的次数计")
@@ -287,61 +287,60 @@ class RunConfig(Settings):
             ),
             "train.on_nan": self.train.nan_skips
             and Bilingual(
-                "DeepSpeed makes its step before the gradient can be seen: use stop",
-                "DeepSpeed 在能看到梯度之前就完成了这一步：请用 stop",
+                "DeepSpeed updates the weights before the gradient can be checked: use stop",
+                "DeepSpeed 在检查梯度之前就更新了权重：请用 stop",
             ),
             "train.optimizer": self.train.optimizer != "adamw"
             and Bilingual(
-                "siliang saves its state of AdamW alone: use adamw", "siliang 只保存它的 AdamW 状态：请用 adamw"
+                "siliang can save only the state of AdamW: use adamw", "siliang 只能保存 AdamW 的状态：请用 adamw"
             ),
             "train.fit": self.train.fit
-            and Bilingual(
-                "a step cannot be repeated under DeepSpeed: leave it off", "DeepSpeed 下不能重做一步：请不要打开"
-            ),
+            and Bilingual("DeepSpeed cannot repeat a step: leave it off", "DeepSpeed 不能重做一步：请不要打开"),
             "train.precision": pure
             and Bilingual(
-                "DeepSpeed keeps its weights in half precision as it is: use bf16 or fp16",
-                "DeepSpeed 本来就以半精度保存权重：请用 bf16 或 fp16",
+                "DeepSpeed always stores its weights in half precision: use bf16 or fp16",
+                "DeepSpeed 总是以半精度保存权重：请用 bf16 或 fp16",
             ),
         }
         for name, reason in reasons.items():
             if reason:
                 raise ConfigError(
                     Bilingual(
-                        f"{name} and distributed.strategy = deepspeed: {reason}.",
-                        f"{name} 与 distributed.strategy = deepspeed 不能同时使用：{local(reason, 'zh')}。",
+                        f"{name} cannot be used with distributed.strategy = deepspeed: {reason}.",
+                        f"{name} 不能与 distributed.strategy = deepspeed 同时使用：{local(reason, 'zh')}。",
                     )
                 )
         return self
 
     @classmethod
-    def build(cls, values: Mapping[str, object], *, source: str = "the settings") -> RunConfig:
+    def build(cls, values: Mapping[str, object], *, source: str = THE_SETTINGS) -> RunConfig:
         """Checks `values` and fills in the defaults.
 
         Raises:
             ConfigError: A key is unknown (with the nearest names), missing, or has a value that is not allowed.
         """
-        if (strange := undecodable(values)) is not None:
+        if (invalid := undecodable(values)) is not None:
             raise ConfigError(
                 Bilingual(
-                    f"{source}: {strange} holds bytes that are not UTF-8: rename it.",
-                    f"{local(source, 'zh')}：{strange} 含有不是 UTF-8 的字节：请改名。",
+                    f"{source}: {invalid} has bytes that are not UTF-8: rename it.",
+                    f"{local(source, 'zh')}：{invalid} 含有不是 UTF-8 的字节：请改名。",
                 )
             )
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(together(source, Bilingual(": ", "："), explain(error, cls))) from None
-        except (TypeError, OverflowError, RecursionError) as error:  # of values that no setting could have
+        except (TypeError, OverflowError, RecursionError) as error:  # for values that pydantic cannot process
             raise ConfigError(
                 Bilingual(
-                    f"{source}: a value is of the wrong kind: {error}.", f"{source}：有一个值的类型不对：{error}。"
+                    f"{source}: a value has the wrong type: {error}.",
+                    f"{local(source, 'zh')}：有一个值的类型不对：{error}。",
                 )
             ) from None
 
     @classmethod
     def recorded(cls, values: Mapping[str, object]) -> RunConfig:
-        """The settings of a record, checked as `build` does, without a look at any file that they name.
+        """The settings of a record, checked as by `build`, but without access to the files that they name.
 
         Raises:
             ConfigError: A key is unknown or missing, or has a value that is not allowed.
@@ -353,23 +352,23 @@ class RunConfig(Settings):
             raise ConfigError(together("config", Bilingual(": ", "："), wrong)) from None
         except (TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(
-                Bilingual(f"config: a value is of the wrong kind: {error}.", f"config：有一个值的类型不对：{error}。")
+                Bilingual(f"config: a value has the wrong type: {error}.", f"config：有一个值的类型不对：{error}。")
             ) from None
 
     def with_strategy(self, strategy: str) -> RunConfig:
-        """The same run, by several devices that share its model so."""
+        """The same run with another distributed strategy."""
         return self.model_copy(update={"distributed": self.distributed.model_copy(update={"strategy": strategy})})
 
     def resolved(self) -> RunConfig:
-        """The same run from any working directory: the names of files and folders that are here are absolute. Names on
-        the hub stay names."""
+        """The same run for any working directory: the names of existing files and folders are absolute. Names on the
+        Hub stay as they are."""
         return self.with_files(absolute, str(Path(self.output).absolute()))
 
     def with_files(self, change: Callable[[str], str], output: str) -> RunConfig:
         """The same run with other names for the files and folders that it reads.
 
         Args:
-            change: Returns the new name of what a setting names, which may be a name on the hub.
+            change: Maps the name of a file, of a folder or on the Hub to its new name.
             output: The new output folder.
         """
         values = self.model_dump(mode="json")
@@ -389,5 +388,5 @@ class RunConfig(Settings):
         return RunConfig.build(values)
 
     def to_yaml(self) -> str:
-        """The whole config, defaults included, as run.yaml holds it."""
+        """The content of run.yaml: all settings, defaults included."""
         return dump_yaml(self.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""What the parts of the config have in common: unknown keys are errors, and no value is guessed into another type."""
+"""The base classes and field types of the config. Unknown keys are errors; values are not converted between types."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from siliang.secrets import shortened
 from siliang.types import ConfigError
 
 RECORDED = {"recorded": True}  # the context of a validation
+THE_SETTINGS = Bilingual("the settings", "配置项")  # the default source in errors
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are errors, and values are not guessed into other types."""
+    """A section of the config: unknown keys are errors, and values are not converted between types."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -30,11 +31,11 @@ class Section(BaseModel):
 
 
 class Settings(Section):
-    """All settings of something, from the top; what a hint proposes is tried on them."""
+    """The top level of the settings. Hints are checked with it: only valid settings are proposed."""
 
     @classmethod
     @abstractmethod
-    def build(cls, values: Mapping[str, object], *, source: str = "the settings") -> Self:
+    def build(cls, values: Mapping[str, object], *, source: str = THE_SETTINGS) -> Self:
         """Checks `values` and fills in the defaults.
 
         Raises:
@@ -43,12 +44,12 @@ class Settings(Section):
 
 
 def is_recorded(info: ValidationInfo) -> bool:
-    """The settings stand in a record: what they name may lie elsewhere by now, or nowhere, and is not looked at."""
+    """Whether the settings are from a record: the files that they name may have moved, and are not read."""
     return info.context == RECORDED
 
 
 def as_list(value: object) -> object:
-    """`a,b` as [a, b], for what is a list of names: so the command line's user writes one."""
+    """Converts `a,b` to [a, b]: a list of names on the command line."""
     return split_names(value) if isinstance(value, str) else value
 
 
@@ -58,23 +59,22 @@ def split_names(text: str) -> list[str]:
 
 
 def as_name(value: object) -> object:
-    """A file, a folder, or a name on the hub.
+    """A file, a folder, or a name on the Hub.
 
     Raises:
-        ConfigError: It is empty, or holds a control character.
+        ConfigError: The name is empty, or has a control character.
     """
     if not isinstance(value, str):
         return value
     if not value.strip():
-        raise ConfigError(Bilingual("it is an empty name.", "名称为空。"))
+        raise ConfigError(Bilingual("the name is empty.", "名称为空。"))
     if any(ord(c) < 32 or c == "\x7f" for c in value):
-        # as of "C:\\new", with a line's end for the \\n
+        # such as "C:\\new", where \\n is read as a line break
         raise ConfigError(
             Bilingual(
-                f"{shortened(value, 200)!r} is a name with a control character in it. In yaml's double quotes "
-                "a backslash "
+                f"the name {shortened(value, 200)!r} has a control character. In YAML's double quotes, a backslash "
                 "begins an escape: write a Windows path in single quotes, without quotes, or with forward slashes.",
-                f"{shortened(value, 200)!r} 这个名称含有控制字符。在 yaml 的双引号中反斜杠表示转义："
+                f"名称 {shortened(value, 200)!r} 含有控制字符。在 YAML 的双引号中，反斜杠表示转义："
                 "Windows 路径请用单引号、不加引号，或用正斜杠。",
             )
         )

@@ -1,4 +1,4 @@
-"""How long, how fast and how carefully to train."""
+"""The settings of training: its length, its speed, the optimizer, checkpoints and limits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Bytes = NewType("Bytes", int)  # written as 12GB
 TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 Seconds = NewType("Seconds", float)  # written as 8h
 
-PROJECT = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # a name for each of the trackers
+PROJECT = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # a project name that every tracker accepts
 
 
 def _budget(value: object) -> object:
-    """In bytes, whatever was written."""
+    """A memory size in bytes."""
     if value is None or value == "auto":
         return value
     try:
@@ -41,7 +41,7 @@ def _budget(value: object) -> object:
 
 
 def _seconds(value: object) -> object:
-    """In seconds, whatever was written."""
+    """A time in seconds."""
     if value is None:
         return value
     try:
@@ -70,14 +70,14 @@ def _on_nan(value: object) -> object:
 
 
 class TrainConfig(Section):
-    """How long, how fast and how carefully to train."""
+    """The length of training, its speed, the optimizer, checkpoints and limits."""
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     """Passes over the training rows.
 
     遍历训练样本的轮数。"""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps; when given, `epochs` has no effect.
+    """Optimizer steps; if set, `epochs` has no effect.
 
     优化器的步数；设置后 `epochs` 不起作用。"""
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -85,34 +85,35 @@ class TrainConfig(Section):
 
     一次送入模型的样本数。"""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    """Batches that make one optimizer step, on all devices together: their number changes no result.
+    """Batches per optimizer step, on all devices together. The number of devices does not change the result.
 
-    累积多少个批次走一步优化器，所有设备合计：设备的个数不影响结果。"""
+    累积多少个批次走一步优化器，所有设备合计。设备的个数不影响结果。"""
     tokens_at_once: Annotated[int, Field(ge=8)] | None = None
-    """Tokens that go through the model at once, beside batch_size: a step's rows are split to it, which changes its
-    memory and not its result. None: no limit on a GPU; on a CPU 4,096 tokens in bf16 and 2,048 in fp32.
+    """The maximum number of tokens that go through the model at once, in addition to batch_size. The rows of a step are
+    split accordingly: this changes the memory, not the result. None: no limit on a GPU; on a CPU 4,096 tokens in bf16
+    and 2,048 in fp32.
 
-    除 batch_size 之外，一次送入模型的词元数上限：一步的样本据此拆分，只影响内存，不影响结果。None：GPU 上不限；CPU 上
+    除 batch_size 之外，一次送入模型的词元数上限。一步的样本据此拆分，只影响内存，不影响结果。None：GPU 上不限；CPU 上
     bf16 为 4,096 个词元，fp32 为 2,048 个。"""
     packing: bool = True
-    """Run the model's layers without padding. The results are the same; off by itself where a model cannot do it.
+    """Run the model's layers without padding. The results are the same. Models that do not support it are padded.
 
-    模型各层计算时不含填充。结果相同；模型不支持时自动关闭。"""
+    模型各层计算时不含填充。结果相同。不支持的模型仍使用填充。"""
     group_by_length: bool | None = None
-    """A step's rows are of like length, steps in random order: less padding, or fewer sizes of attention. None: on
-    for seq_cls and question_ans. Off for tasks with one loss per token, where grouping would give tokens of short rows
-    more weight.
+    """Give each step rows of similar length, with the steps in random order: less padding, or fewer attention sizes.
+    None: on for seq_cls and question_ans. It is off for tasks with one loss per token, where grouping would give the
+    tokens of short rows more weight.
 
     同一步的样本长度相近，步的顺序随机：填充更少，或注意力的尺寸种类更少。None：在 seq_cls 和 question_ans 中开启。在逐
     词元计算损失的任务中关闭，因为分组会让短样本的词元权重变大。"""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate. None: the method's own default (`siliang methods`).
+    """Peak learning rate. None: the method's default (`siliang methods`).
 
-    峰值学习率。None：方法自己的默认值（`siliang methods`）。"""
+    峰值学习率。None：该方法的默认值（`siliang methods`）。"""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "muon"] = "adamw"
-    """adamw_8bit: AdamW with moments of 8 bits (bitsandbytes); paged_adamw_8bit: the same, paged out of a full GPU.
-    adafactor: hardly any memory. lion: one moment; its learning rate is a third to a tenth of AdamW's. muon: Muon for
-    matrices, AdamW for embeddings, the output layer and all else.
+    """adamw_8bit: AdamW with 8-bit moments (bitsandbytes). paged_adamw_8bit: the same, paged out when the GPU is full.
+    adafactor: needs hardly any memory. lion: one moment; use a third to a tenth of AdamW's learning rate. muon: Muon
+    for matrices, AdamW for embeddings, the output layer and all other parameters.
 
     adamw_8bit：AdamW，动量为 8 位（bitsandbytes）；paged_adamw_8bit：同上，显存用满时换出到内存。adafactor：几乎不占内
     存。lion：只有一个动量；学习率取 AdamW 的三分之一到十分之一。muon：矩阵用 Muon，嵌入、输出层和其余参数用 AdamW。"""
@@ -126,21 +127,22 @@ class TrainConfig(Section):
         "inverse_sqrt",
         "warmup_stable_decay",
     ] = "linear"
-    """How the learning rate falls after the warm-up, by the names of transformers. cosine_with_min_lr ends at a tenth
-    of the peak; warmup_stable_decay falls in the last tenth of the steps.
+    """The learning rate schedule after the warm-up, with the names of transformers. cosine_with_min_lr ends at a tenth
+    of the peak; warmup_stable_decay decays in the last tenth of the steps.
 
     预热之后学习率如何下降，名称与 transformers 相同。cosine_with_min_lr 降到峰值的十分之一为止；warmup_stable_decay 只
     在最后十分之一的步数里下降。"""
     loraplus_ratio: Annotated[float, Field(gt=0)] | None = None
-    """LoRA+: the learning rate of LoRA's B is so many times that of A. The paper's choice is 16.
+    """LoRA+: the ratio of the learning rate of LoRA's B to that of A. The paper uses 16.
 
-    LoRA+：LoRA 的 B 的学习率是 A 的多少倍。论文取 16。"""
+    LoRA+：LoRA 中 B 与 A 的学习率之比。论文取 16。"""
     layerwise_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The learning rate of a layer is this share of that of the layer above it, such as 0.9; the head has the peak.
+    """Layer-wise decay: the ratio of a layer's learning rate to that of the layer above, such as 0.9. The head has the
+    peak learning rate.
 
-    每一层的学习率与上一层之比，如 0.9；任务头用峰值。"""
+    逐层衰减：每一层的学习率与上一层之比，如 0.9。任务头用峰值学习率。"""
     warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.06
-    """Share of the steps in which the learning rate rises from zero.
+    """The share of the steps in which the learning rate rises from zero.
 
     学习率从零开始上升的步数占总步数的比例。"""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -148,57 +150,57 @@ class TrainConfig(Section):
 
     优化器的权重衰减。"""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """The share of each label that is spread over all classes or tokens, such as 0.1, in training: evaluations give the
-    plain loss. Not for question_ans.
+    """Label smoothing in training: the share of each label that is spread over all classes or tokens, such as 0.1.
+    Evaluations use the loss without it. Not for question_ans.
 
     训练时把每个标签的多大比例平均分给所有类别或词元，如 0.1；评估给出的仍是不加平滑的损失。不能用于 question_ans。"""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
-    """NEFTune: noise of this size on the embeddings in training; the paper takes 5 to 15. None: none. Not for
-    seq_2_seq_lm.
+    """NEFTune: the size of the noise that is added to the embeddings in training; the paper uses 5 to 15. None: no
+    noise. Not for seq_2_seq_lm.
 
     NEFTune：训练时给嵌入加上的噪声大小；论文取 5 到 15。None：不加。不能用于 seq_2_seq_lm。"""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this norm.
+    """The gradient norm is clipped to this value.
 
-    梯度的范数超过此值时按比例缩小到此值。"""
+    梯度裁剪：范数超过此值时按比例缩小到此值。"""
     precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "pure-fp16"] = "auto"
-    """Number format of the computation. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise.
-    What is trained stays fp32, but with pure-: docs/precision.md has the bytes of each.
+    """The number format of the computation. auto: bf16 if the hardware supports it, fp16 on older GPUs, otherwise fp32.
+    Trained parameters are kept in fp32, except with pure-. docs/precision.md lists the bytes of each format.
 
-    计算所用的数值格式。auto：硬件支持时用 bf16，较旧的 GPU 用 fp16，其余用 fp32。受训练的参数保持 fp32，pure- 除外：各
-    种格式的字节数见 docs/precision.md。"""
+    计算所用的数值格式。auto：硬件支持时用 bf16，较旧的 GPU 用 fp16，其余用 fp32。可训练参数保持 fp32，pure- 除外。各种
+    格式的字节数见 docs/precision.md。"""
     memory_budget: Annotated[Bytes | Literal["auto"] | None, BeforeValidator(_budget)] = "auto"
-    """Memory that training may take, such as 12GB: as many layers as need to compute their activations again in the
-    backward pass instead of keeping them. auto: most of what is free. null: no limit.
+    """The memory that training may use, such as 12GB. To stay below it, as many layers as necessary recompute their
+    activations in the backward pass. auto: most of the free memory. null: no limit.
 
-    训练可以占用的内存，如 12GB：反向传播时，必要的那些层重新计算激活值，而不保存。auto：空闲内存的大部分。
-    null：不限。"""
+    训练可以占用的内存，如 12GB。为了不超过它，必要的那些层在反向传播时重新计算激活值，而不保存。auto：空闲内存的大部
+    分。null：不限。"""
     keep_frozen: bool = True
-    """Where the lower layers are frozen (layers_to_transform) and have no dropout, their outputs for a row are computed
-    in the first epoch and cached, in up to a quarter of what memory_budget leaves and then of the free disk.
+    """Cache the outputs of frozen lower layers (layers_to_transform) without dropout. They are computed in the first
+    epoch. The cache uses up to a quarter of the memory that memory_budget leaves, and then of the free disk.
 
-    较低的层冻结（layers_to_transform）且没有 dropout 时，第一轮算出它们对每条样本的输出并缓存，先用 memory_budget 所
-    余内存的至多四分之一，再用至多四分之一的空闲磁盘。"""
+    较低的层冻结（layers_to_transform）且没有 dropout 时，在第一轮算出它们对每条样本的输出并缓存。缓存先用 memory_budget
+    所余内存的至多四分之一，再用至多四分之一的空闲磁盘。"""
     gradient_checkpointing: bool = False
-    """All layers compute their activations again, needed or not: least memory, about a third more time.
+    """All layers recompute their activations, even if the memory suffices: least memory, about a third more time.
 
-    所有层都重新计算激活值，不论是否必要：内存最省，时间约多三分之一。"""
+    所有层都重新计算激活值，不论内存是否够用：内存最省，时间约多三分之一。"""
     seed: Seed = 42
-    """Of everything random: data order, held-out rows, new weights, dropout.
+    """The seed of all random numbers: data order, held-out rows, new weights, dropout.
 
-    一切随机内容的种子：数据顺序、验证集的划分、新建的权重、dropout。"""
+    所有随机数的种子：数据顺序、验证集的划分、新建的权重、dropout。"""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between two lines of the log.
 
     每隔多少步写一行日志。"""
     trackers: Annotated[list[TrackerName], BeforeValidator(as_list)] = Field(default_factory=list)
-    """Experiment trackers that get the log as it is written: tensorboard, wandb, swanlab, mlflow, trackio. They write
-    into `trackers` in the run's folder, and nothing is sent unless your environment names a server (docs/tracking.md).
+    """Experiment trackers that receive the log: tensorboard, wandb, swanlab, mlflow, trackio. They write into
+    `trackers` in the run's folder. Nothing is sent unless an environment variable names a server (docs/tracking.md).
 
     实时接收日志的实验跟踪工具：tensorboard、wandb、swanlab、mlflow、trackio。它们写入运行文件夹中的 `trackers`；除非
     环境变量指定了服务器，否则不向外发送任何内容（docs/tracking.md）。"""
     tracker_project: Annotated[str, Field(pattern=PROJECT)] = "siliang"
-    """The project, MLflow's experiment, under which trackers list the run. The run is named after its folder.
+    """The project of the run in the trackers (MLflow's experiment). The run has the name of its folder.
 
     跟踪工具把运行归入的项目，在 MLflow 中是 experiment。运行以其文件夹命名。"""
     eval_every: Annotated[int, Field(ge=1)] | None = None
@@ -210,57 +212,57 @@ class TrainConfig(Section):
 
     每隔多少步保存一个检查点。None：只在中断时保存。"""
     save_every_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes between two checkpoints, beside save_every.
+    """Minutes between two checkpoints, in addition to save_every.
 
     除 save_every 之外，每隔多少分钟保存一个检查点。"""
     keep: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept; older ones are deleted, but never the best one where `best` is set.
+    """The number of checkpoints to keep. Older ones are deleted, except the best one if `best` is set.
 
-    保留的检查点个数；较旧的会删除，但设置了 `best` 时不删除最好的那一个。"""
+    保留的检查点个数。较旧的会删除，但设置了 `best` 时不删除最好的那一个。"""
     max_time: Annotated[Seconds | None, BeforeValidator(_seconds)] = None
-    """Wall-clock time that the run may take, such as 8h, 90m or 1:30:00: before it is over the run saves and stops;
-    --resume continues it. Loading counts.
+    """The maximum wall-clock time of the run, loading included, such as 8h, 90m or 1:30:00. The run saves a checkpoint
+    and stops before the time is over; --resume continues it.
 
-    运行的时限，如 8h、90m 或 1:30:00：到时之前保存并停止；用 --resume 继续。加载的时间也算在内。"""
+    运行的时限，如 8h、90m 或 1:30:00，加载的时间也算在内。到时之前保存检查点并停止；用 --resume 继续。"""
     best: str | None = None
-    """A metric of the held-out rows (loss, accuracy, f1, ...): what is kept at the end are the weights of the step
-    where it was best, among the evaluations of eval_every and the last step.
+    """A metric of the held-out rows (loss, accuracy, f1, ...). The final weights are those of the step with its best
+    value, among the evaluations of eval_every and the last step.
 
-    验证集上的一个指标（loss、accuracy、f1 ……）：最后保留该指标最好的那一步的权重，在 eval_every 的各次评估和最后一
-    步之中选取。"""
+    验证集上的一个指标（loss、accuracy、f1 ……）。最后保留该指标最好的那一步的权重，在 eval_every 的各次评估和最后一步之
+    中选取。"""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Early stopping: the run ends when so many evaluations one after the other were no better than the best one, by
-    `best`, or by the loss where that is not set. Needs eval_every.
+    """Early stopping: the run ends after this number of evaluations in a row without a new best value of `best`, or of
+    the loss if `best` is not set. Needs eval_every.
 
     早停：连续这么多次评估都没有超过最好的一次时结束运行，按 `best` 比较，没有设置时按损失比较。需要设置 eval_every。"""
     on_nan: Annotated[str, BeforeValidator(_on_nan)] = "stop"
-    """At a step whose loss or gradient is nan or infinite: stop; or `skip 5`, to leave out up to so many such steps.
+    """What to do at a step with a non-finite loss or gradient (NaN or infinite). stop: end the run. `skip 5`: skip up
+    to 5 such steps.
 
-    某一步的损失或梯度为 nan 或无穷大时：stop 是停止；`skip 5` 是最多跳过这么多步。"""
+    某一步的损失或梯度不是有限值（NaN 或无穷大）时：stop 是停止运行；`skip 5` 是最多跳过 5 个这样的步。"""
     fit: bool = False
-    """Where the run would not fit, split its batches and recompute more, with the same result, instead of stopping.
-    With several devices only before the first step, by the plan: a step that has started is not repeated.
+    """If the run does not fit the memory, split its batches and recompute more, with the same result, instead of
+    stopping. With several devices this happens only before the first step, by the plan.
 
-    运行放不下时，拆分批次并更多地重新计算，结果不变，而不是停止。多个设备时只在第一步之前按预估进行：已经开始的步不会重
-    做。"""
+    运行放不下时，拆分批次并更多地重新计算，结果不变，而不是停止。多个设备时只在第一步之前按预估进行。"""
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step, on all devices together."""
+        """Rows per optimizer step, on all devices together."""
         return self.batch_size * self.gradient_accumulation
 
     @property
     def saves(self) -> bool:
-        """Checkpoints are saved during the run."""
+        """Whether checkpoints are saved during the run."""
         return bool(self.save_every or self.save_every_minutes or self.best)
 
     @property
     def nan_skips(self) -> int:
-        """Steps that may be left out because their loss or gradient is not a number."""
+        """The number of steps with a non-finite loss or gradient that may be skipped."""
         return int(self.on_nan.removeprefix("skip")) if self.on_nan != "stop" else 0
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Optimizer steps of one pass over so many rows."""
+        """Optimizer steps of one pass over `rows` rows."""
         return math.ceil(rows / self.rows_per_step)
 
     def steps(self, rows: int) -> int:
@@ -268,10 +270,10 @@ class TrainConfig(Section):
         return self.max_steps or math.ceil(self.steps_per_epoch(rows) * self.epochs)
 
     def disk_bytes(self, trained: int) -> int:
-        """What a run writes: the adapter, and checkpoints of the weights and two Adam moments each.
+        """The bytes that a run writes: the adapter, and checkpoints with the weights and two Adam moments each.
 
         Args:
-            trained: Parameters.
+            trained: The number of trained parameters.
         """
         checkpoints = self.keep + 1 + bool(self.best) if self.saves else 1
         return 4 * trained * (1 + 3 * checkpoints) + 2**20

@@ -89,8 +89,8 @@ CONFIG_CLASSES |= {
 }
 
 
-def whole_name(name: str) -> str:
-    """A method's name as the table has it, of Prompt-Tuning, p-tuning, prefix ..."""
+def canonical_name(name: str) -> str:
+    """The name of a method in the table, for spellings such as Prompt-Tuning, p-tuning or prefix."""
     name = name.strip().lower().replace("-", "_")
     return f"{name}_tuning" if f"{name}_tuning" in METHODS else name
 

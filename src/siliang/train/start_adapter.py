@@ -84,12 +84,12 @@ class StartAdapter:
         return values
 
     def _check_method(self, given: Mapping[str, object]) -> None:
-        from siliang.methods import whole_name
+        from siliang.methods import canonical_name
 
         for key, value in given.items():
             wanted = self.method.get(key, self.config.to_dict().get(key))
             if key == "name":
-                value = whole_name(str(value))
+                value = canonical_name(str(value))
             if value != wanted:
                 raise ConfigError(
                     Bilingual(
