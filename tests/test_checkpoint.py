@@ -11,8 +11,9 @@ from tiny import batch, make
 from torch import nn
 
 from siliang import BitFitConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from siliang.adapters.files import read_adapter, read_training
+from siliang.adapters.files import read_training
 from siliang.types import AdapterError
+from siliang.weight_files import read_adapter
 
 
 @pytest.fixture

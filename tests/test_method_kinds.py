@@ -21,7 +21,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import siliang
 from siliang.adapters.adapted_layer import AdaptedLayer
-from siliang.adapters.files import TRAINING_NAME, load_tensors, read_adapter
+from siliang.adapters.files import TRAINING_NAME, load_tensors
 from siliang.adapters.training_state import TrainingState
 from siliang.config import RunConfig
 from siliang.engine.method_hooks import after_step
@@ -38,6 +38,7 @@ from siliang.models.introspect import features, is_linear
 from siliang.ops.masked_ce import masked_cross_entropy
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError
+from siliang.weight_files import read_adapter
 
 CAUSAL: Any = "CAUSAL_LM"
 

@@ -28,13 +28,13 @@ from siliang import (
     get_peft_model,
 )
 from siliang.adapters.file_sizes import SPARE_ELEMENTS, FileSizes, check_sizes
-from siliang.adapters.files import read_adapter
 from siliang.methods.config import PeftConfig
 from siliang.methods.prompt import PromptConfig
 from siliang.models.base_config import load_config
 from siliang.models.load import load_model
 from siliang.tasks import SEQ_CLS
 from siliang.types import AdapterError, ModelError, SiliangError, TaskType
+from siliang.weight_files import read_adapter
 
 CAUSAL: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
 LSTM: Any = "LSTM"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from siliang.methods.lokr import LoKrConfig
     from siliang.methods.lora_config import LoraConfig
     from siliang.methods.miss import MissConfig
+    from siliang.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
     from siliang.methods.oft import OFTConfig
     from siliang.methods.osf import OSFConfig
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -172,6 +173,8 @@ _HOME = {
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "siliang.peft_api.for_tasks",
     "MissConfig": "siliang.methods.miss",
     "MissModel": "siliang.peft_api.tuners",
+    "MultitaskPromptTuningConfig": "siliang.methods.multitask_prompt_tuning",
+    "MultitaskPromptTuningInit": "siliang.methods.multitask_prompt_tuning",
     "NoMatchingPeftModuleError": "siliang.peft_api.names",
     "OFTConfig": "siliang.methods.oft",
     "OFTModel": "siliang.peft_api.tuners",
@@ -287,6 +290,8 @@ __all__ = [
     "LoraModel",
     "MissConfig",
     "MissModel",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",

@@ -1,18 +1,24 @@
-"""Checks a file of weights before it is read: an untrusted file may be small and demand gigabytes."""
+"""Reads an adapter's weights. A file is checked before: an untrusted one may be small and demand gigabytes."""
 
 from __future__ import annotations
 
 import pickletools
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from siliang.language import Bilingual
+from siliang.language import Bilingual, local
 from siliang.safety.safe_json import parse_json
 from siliang.secrets import shortened
+from siliang.types import AdapterError, first_line
 
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
 MOST_TENSORS = 1_000_000
 MOST_HEADER_BYTES = 64 * 2**20
 # the names in a pickle of plain tensors; torch's own reader allows more, such as a bytearray of any size
@@ -24,6 +30,66 @@ NAMES = {
     "torch Size",
 }
 STORAGES = ("torch", "torch.storage")
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, on the CPU. A pickled `.bin` is read without running code.
+
+    Raises:
+        AdapterError: No weights are there, or they are damaged.
+    """
+    path, pickled = folder / WEIGHTS_NAME, folder / PICKLED_NAME
+    for file in (path, pickled):
+        if file.is_file():
+            return read_weights(file)
+    raise AdapterError(
+        Bilingual(
+            f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.",
+            f"{folder} 中没有适配器权重：缺少 {WEIGHTS_NAME}。",
+        )
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        AdapterError: It is damaged.
+    """
+    try:
+        check_weights(path)
+        if path.suffix == ".bin":
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            check_tensors(tensors, path.stat().st_size)
+        else:
+            tensors = load_file(path)
+    except (
+        SafetensorError,
+        UnpicklingError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        KeyError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        raise AdapterError(
+            Bilingual(
+                f"{path} is damaged: {first_line(error).rstrip('.')}.\nDownload it, or train it, again.",
+                f"{path} 已损坏：{local(first_line(error), 'zh').rstrip('.。')}。\n请重新下载或重新训练。",
+            )
+        ) from error
+    if (name := next((n for n, t in tensors.items() if t.is_complex()), None)) is not None:
+        raise AdapterError(
+            Bilingual(
+                f"{path}: {shortened(name, 80)} holds complex numbers, which no method has.",
+                f"{path}：{shortened(name, 80)} 是复数，没有方法使用复数。",
+            )
+        )
+    return tensors
 
 
 def check_weights(path: Path, *, older: bool = False) -> None:

@@ -15,8 +15,7 @@ from siliang.adapters.training_state import TrainingState
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer import LayerAdapter
 from siliang.methods.method import Adapter, Parts, SharedSpec
-
-PROMPT_KEY = "prompt_embeddings"
+from siliang.methods.prompt import PROMPT_KEY
 
 
 @dataclass(kw_only=True)
@@ -35,7 +34,7 @@ class AttachedAdapter(Adapter[PeftConfig]):
         The keys are the same whatever else is attached. The tensors are live, but for a prompt that comes out of an
         encoder: that one is computed.
         """
-        found: dict[str, Tensor] = {} if self.prompt is None else {PROMPT_KEY: self.prompt()}
+        found: dict[str, Tensor] = {} if self.prompt is None else {PROMPT_KEY: self.prompt(), **self.prompt.beside()}
         found |= {f"base_model.{key}": self.shared[key] for key, spec in self.parts.shared.items() if spec.saved}
         for path, layer in self.layers.items():
             found |= {self._key(path, key): t for key, t in layer.tensors().items()}
@@ -86,6 +85,11 @@ class AttachedAdapter(Adapter[PeftConfig]):
             found += self.attachments.module_copy(path, self.name).parameters()
         found += (self.attachments.parameter(path, self.name) for path in self.parts.parameters)
         return list({id(p): p for p in found}.values())  # rows of a tied table are on several layers
+
+    @property
+    def is_alone(self) -> bool:
+        """A batch cannot mix it with other adapters."""
+        return self.prompt is not None or self.batch is not None or bool(self.attachments.overridden_by(self.name))
 
     def to_base_dtype(self) -> None:
         """Casts what the adapter trains to the dtype of the layers that it is on, or of the base model."""

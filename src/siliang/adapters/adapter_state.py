@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PretrainedConfig
 
-from siliang.adapters.adapter import PROMPT_KEY, AttachedAdapter
+from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.injection import Injection
 from siliang.adapters.table_rows import RowsAdapter
 from siliang.language import Bilingual
 from siliang.methods import method_of
-from siliang.methods.prompt import Prompt
+from siliang.methods.prompt import PROMPT_KEY, Prompt
 from siliang.models.introspect import output_layer, word_embeddings
 from siliang.module_paths import inside
 from siliang.safety.safe_json import read_json

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from siliang.adapters.adapter import PROMPT_KEY, AttachedAdapter
+from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.adapter_state import embedding_parameters
 from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
@@ -20,13 +18,10 @@ from siliang.files import replacing, write_text
 from siliang.language import Bilingual, local
 from siliang.methods import method_of
 from siliang.methods.config import CONFIG_NAME, PeftConfig
-from siliang.methods.prompt import Prompt
-from siliang.secrets import shortened
+from siliang.methods.prompt import PROMPT_KEY, Prompt
 from siliang.types import AdapterError, first_line
-from siliang.weight_files import check_tensors, check_weights
+from siliang.weight_files import WEIGHTS_NAME, read_weights
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLED_NAME = "adapter_model.bin"
 TRAINING_NAME = "siliang_training.safetensors"
 
 
@@ -68,24 +63,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, on the CPU. A pickled `.bin` is read without running code.
-
-    Raises:
-        AdapterError: No weights are there, or they are damaged.
-    """
-    path, pickled = folder / WEIGHTS_NAME, folder / PICKLED_NAME
-    for file in (path, pickled):
-        if file.is_file():
-            return _read(file)
-    raise AdapterError(
-        Bilingual(
-            f"{folder} holds no adapter weights: {WEIGHTS_NAME} is missing there.",
-            f"{folder} 中没有适配器权重：缺少 {WEIGHTS_NAME}。",
-        )
-    )
-
-
 def read_training(folder: Path) -> TrainingState:
     """What a resumed training needs in addition to the adapter of a folder, on the CPU; empty where it needs nothing.
 
@@ -93,49 +70,7 @@ def read_training(folder: Path) -> TrainingState:
         AdapterError: The file is damaged.
     """
     path = folder / TRAINING_NAME
-    return TrainingState.of_file(_read(path)) if path.is_file() else TrainingState()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
-
-    Raises:
-        AdapterError: It is damaged.
-    """
-    try:
-        check_weights(path)
-        if path.suffix == ".bin":
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            check_tensors(tensors, path.stat().st_size)
-        else:
-            tensors = load_file(path)
-    except (
-        SafetensorError,
-        UnpicklingError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        KeyError,
-        MemoryError,
-        OverflowError,
-    ) as error:
-        raise AdapterError(
-            Bilingual(
-                f"{path} is damaged: {first_line(error).rstrip('.')}.\nDownload it, or train it, again.",
-                f"{path} 已损坏：{local(first_line(error), 'zh').rstrip('.。')}。\n请重新下载或重新训练。",
-            )
-        ) from error
-    if (name := next((n for n, t in tensors.items() if t.is_complex()), None)) is not None:
-        raise AdapterError(
-            Bilingual(
-                f"{path}: {shortened(name, 80)} holds complex numbers, which no method has.",
-                f"{path}：{shortened(name, 80)} 是复数，没有方法使用复数。",
-            )
-        )
-    return tensors
+    return TrainingState.of_file(read_weights(path)) if path.is_file() else TrainingState()
 
 
 @contextmanager

@@ -119,8 +119,9 @@ class Injection(nn.Module):
         for name in () if self.is_disabled or self._rows is not None else self.active:
             if name in self.adapters:
                 adapter = self.adapters[name]
+                watch = None if adapter.batch is None else adapter.batch.watch(self.model)
                 remove = method_of(adapter.config).add_hooks(self.model, adapter)
-                self._remove_hooks += [remove] if remove is not None else []
+                self._remove_hooks += [end for end in (watch, remove) if end is not None]
 
     def _take_hooks_off(self) -> None:
         while self._remove_hooks:
@@ -235,7 +236,7 @@ class Injection(nn.Module):
         if self.is_disabled:
             yield
             return
-        alone = {name for name in names if name in self.prompts or self.attachments.overridden_by(name)}
+        alone = {name for name in names if name in self.adapters and self.adapters[name].is_alone}
         check_rows(names, merged=bool(self.merged), alone=alone)
         alike = len(set(names)) == 1
         before, rows = self.active, Rows(names)

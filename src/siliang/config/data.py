@@ -148,6 +148,12 @@ class Columns(Section):
     """The answer's text and start: {text: [...], answer_start: [...]}, as in SQuAD.
 
     答案的文本和起始位置：{text: [...], answer_start: [...]}，与 SQuAD 相同。"""
+    task_id: str | None = None
+    """The number of the row's task, from 0 on, for methods that train several tasks at once (poly,
+    multitask_prompt_tuning). null: all rows are of task 0.
+
+    样本所属任务的编号，从 0 开始，用于同时训练多个任务的方法（poly、multitask_prompt_tuning）。null：
+    所有样本都属于任务 0。"""
 
 
 class Source(Section):

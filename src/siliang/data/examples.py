@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from siliang.language import Bilingual
@@ -66,8 +66,15 @@ class PromptAndTarget:
     plain: bool = False
 
 
+@dataclass(frozen=True)
 class Example(ABC):
-    """What a row means. Each kind is a frozen dataclass of what the row holds, and a row of `KINDS`."""
+    """What a row means. Each kind is a frozen dataclass of what the row holds, and a row of `KINDS`.
+
+    Attributes:
+        task: The number of its task, for methods that train several at once; None where the data does not say.
+    """
+
+    task: int | None = field(default=None, kw_only=True)
 
     @property
     @abstractmethod
@@ -102,8 +109,10 @@ class Example(ABC):
         return None
 
     def values(self) -> dict[str, object]:
-        """Its fields for JSON."""
-        return dict(vars(self))  # dataclasses.asdict copies deeply, which takes longer than all the rest
+        """Its fields for JSON, without the task."""
+        own = dict(vars(self))  # dataclasses.asdict copies deeply, which takes longer than all the rest
+        del own["task"]
+        return own
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Example:
@@ -182,7 +191,7 @@ class Labelled(Example):
         return (self.label,)
 
     def with_classes(self, names: tuple[str, ...]) -> Labelled:
-        return Labelled(self.text, names[0], self.pair)
+        return replace(self, label=names[0])
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ class Tagged(Example):
         return self.tags
 
     def with_classes(self, names: tuple[str, ...]) -> Tagged:
-        return Tagged(self.tokens, names)
+        return replace(self, tags=names)
 
 
 @dataclass(frozen=True)
@@ -284,11 +293,13 @@ def conversation(instruction: str, output: str, input: str = "", system: str = "
 
 
 def to_json(example: Example) -> str:
-    """An example as one line of JSON, its kind with it."""
-    return json.dumps([type(example).__name__, example.values()], ensure_ascii=False)
+    """An example as one line of JSON, its kind with it, and its task where it has one."""
+    task = () if example.task is None else (example.task,)
+    return json.dumps([type(example).__name__, example.values(), *task], ensure_ascii=False)
 
 
 def from_json(line: str) -> Example:
     """The example that `to_json` wrote."""
-    kind, values = json.loads(line)
-    return KINDS[kind].from_values(values)
+    kind, values, *task = json.loads(line)
+    made = KINDS[kind].from_values(values)
+    return replace(made, task=task[0]) if task else made

@@ -43,7 +43,8 @@ class RowLayout:
     def taken(self, columns: Columns) -> dict[str, str]:
         """The column's name for each part of the layout; the rows may lack the optional ones."""
         named = {need: getattr(columns, need) for need in (*self.needs, *self.optional)}
-        return named | {name: name for name in (*self.fixed, *self.beside)}
+        task = {} if columns.task_id is None else {"task_id": columns.task_id}
+        return named | {name: name for name in (*self.fixed, *self.beside)} | task
 
 
 def _text(values: Values, c: Columns) -> Result:

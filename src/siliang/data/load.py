@@ -18,6 +18,7 @@ from siliang.data.reading import DataRow, Reading, columns_in_words
 from siliang.data.sources import OpenedSource, open_source
 from siliang.data.spec import DataSpec
 from siliang.data.splitting import split, weighted
+from siliang.data.task_column import with_task
 from siliang.data.turns import unused_fields
 from siliang.language import Bilingual, local, together
 from siliang.types import DataError
@@ -304,6 +305,7 @@ class _ExampleReader:
             made = layout.example(row.values, columns)
             if self.spec.adapt is not None and not isinstance(made, str):
                 made = self.spec.adapt(made)
+            made = with_task(made, row.values, columns.task_id)
             if self.data.skip_bad_rows and not isinstance(made, str):  # otherwise SL018 names them all
                 made = made.problem or made
             if isinstance(made, str) or self.labels is None or self.spec.named is None:

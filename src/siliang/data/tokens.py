@@ -23,6 +23,7 @@ from siliang.data.examples import Example, from_json
 from siliang.data.judge import Judge
 from siliang.data.small_table import SmallTable, TokenColumns
 from siliang.data.spec import DataSpec, Encode
+from siliang.data.task_column import TASK_IDS
 from siliang.data.token_key import key_of
 from siliang.language import Bilingual, local, together
 from siliang.models.tokenizer import Tokenizer
@@ -205,11 +206,11 @@ def tokenize(
         examples = ExampleSet.build((_nth(i), e) for i, e in enumerate(examples, start=1))
     table: Table
     if isinstance(examples, ExampleSet) and len(examples):
-        features = _features(spec)
+        features = _features(spec, tasks=data.columns.task_id is not None)
         key = key_of(examples, tokenizer, data, spec, labels, judged)
         table = _map(examples, partial(_batch, work, judge, list(features)), features, key, data)
     else:
-        table = _small_table(examples, work, judge, spec)
+        table = _small_table(examples, work, judge, spec, tasks=data.columns.task_id is not None)
 
     def where(number: int) -> str:
         return examples.where(number) if isinstance(examples, ExampleSet) else _nth(number + 1)
@@ -235,7 +236,7 @@ def _nth(number: int) -> str:
     return f"row {number}"
 
 
-def _features(spec: DataSpec) -> Features:
+def _features(spec: DataSpec, *, tasks: bool) -> Features:
     """The columns of the table of tokens."""
     from datasets import Features, List, Value
 
@@ -243,7 +244,7 @@ def _features(spec: DataSpec) -> Features:
         name: List(Value(column.kind)) if column.many else Value(column.kind) for name, column in spec.table.items()
     }
     own = {"row": Value("int32"), **{name: Value("int32") for name in OWN}, BAD: Value("string")}
-    return Features({**columns, **own})
+    return Features({**columns, **({TASK_IDS: Value("int32")} if tasks else {}), **own})
 
 
 def _without_labels(table: Table, spec: DataSpec, where: Callable[[int], str]) -> tuple[Table, list[str]]:
@@ -267,9 +268,12 @@ def usable(examples: ExampleSet, tokens: TokenSet) -> tuple[ExampleSet, TokenSet
     return examples.select(kept.tolist()), TokenSet(table, tokens.spec, tokens.dropped, skipped=tokens.skipped)
 
 
-def _small_table(examples: Sequence[Example], work: Encode, judge: Judge | None, spec: DataSpec) -> SmallTable:
+def _small_table(
+    examples: Sequence[Example], work: Encode, judge: Judge | None, spec: DataSpec, *, tasks: bool
+) -> SmallTable:
     """The tokens of a batch of examples."""
     kinds = {name: column.kind for name, column in spec.table.items()}
+    kinds |= {TASK_IDS: "int32"} if tasks else {}
     kinds |= {"row": "int32", **dict.fromkeys(OWN, "int32"), BAD: "str"}
     return SmallTable(_encode(work, judge, list(kinds), examples, range(len(examples))), kinds)
 
@@ -295,7 +299,7 @@ def _encode(
         if judge is not None and (problem := judge.problem(example, entries)):
             entries = [{"input_ids": [], BAD: stored(problem)}]
         for entry in entries:
-            row: dict[str, object] = {"row": number, "lost": 0, "lost_answer": 0, **entry}
+            row: dict[str, object] = {"row": number, TASK_IDS: example.task, "lost": 0, "lost_answer": 0, **entry}
             if BAD in entry:
                 row["row"] = bad_row(number)
             for name in names:

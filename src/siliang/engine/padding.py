@@ -25,6 +25,7 @@ from siliang.engine.frozen import FrozenCache
 from siliang.engine.patches import attention_implementation, pack_bloom, register_attention
 from siliang.language import Bilingual, local
 from siliang.methods import method_of
+from siliang.methods.present_batch import PresentBatch
 from siliang.models.introspect import (
     NoLayerStackError,
     is_bloom_attention,
@@ -54,6 +55,7 @@ class PaddingFree:
         layout: Of the batch in the forward pass; None outside of `packed`.
         layers: The model's layer stack.
         frozen: The cache of the lowest layers' output, where that is the same in each epoch.
+        readers: What adapters know of the batch: they are told where the rows lie.
         head_takes_packed: What follows the layers works on packed rows too (GPT-2 reshapes to the padded batch).
             `why_not` finds out.
     """
@@ -84,6 +86,7 @@ class PaddingFree:
         register_attention(ATTENTION, attend)
         self.layout: Layout | None = None
         self.head_takes_packed = False
+        self.readers: list[PresentBatch] = []
         self._rows: tuple[tuple[int, ...], int] | None = None
         self._keep_packed = False
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -113,6 +116,8 @@ class PaddingFree:
                 yield
         finally:
             self.layout = self._rows = None
+            for reader in self.readers:
+                reader.layout = None
             self._packed.clear()
 
     def _enter(
@@ -128,6 +133,8 @@ class PaddingFree:
             virtual = hidden.shape[1] - width
             self.layout = Layout.of(tuple(n + virtual for n in lengths), width + virtual, hidden.device)
             hidden = self.layout.pack(hidden)
+            for reader in self.readers:
+                reader.layout = self.layout
         if self.frozen is not None and layer is self.layers[self.frozen.count]:
             assert self.layout is not None
             hidden = self.frozen.exchange(hidden, self.layout.lengths)
@@ -166,12 +173,13 @@ class PaddingFree:
         return self._packed[id(value)][1]
 
     @torch.no_grad()
-    def why_not(self, model: nn.Module, vocabulary: int, *, comparing: bool = True) -> str | None:
+    def why_not(self, model: nn.Module, vocabulary: int, *, comparing: bool = True, **more: object) -> str | None:
         """Runs three short sequences packed and padded.
 
         Args:
             model: As it is called in training.
             comparing: Compare the results, and not only see that it runs.
+            more: What the model is called with beside the rows.
 
         Returns:
             Why packed rows are not to be used with this model; None where both give the same results.
@@ -189,13 +197,13 @@ class PaddingFree:
         model.eval()
         try:
             with suppress(Exception), self.packed(lengths, width, keep_packed=True):
-                model(**batch, **_no_cache(model))
+                model(**batch, **more, **_no_cache(model))
                 self.head_takes_packed = True
             if self.head_takes_packed and not comparing:
                 return None
-            padded = model(**batch, **_no_cache(model))
+            padded = model(**batch, **more, **_no_cache(model))
             with self.packed(lengths, width):
-                packed = model(**batch, **_no_cache(model))
+                packed = model(**batch, **more, **_no_cache(model))
         except Exception as error:  # whatever a model of any kind raises when its rows are gone
             return trial_error(error, Bilingual("packed rows", "运行打包的样本"))
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from siliang.adapters.present import present_batches, trial_inputs
 from siliang.data.batch import Batch
+from siliang.data.task_column import TASK_IDS
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.frozen import FrozenCache, FrozenLayers, StateStore, StopForwardError, find_frozen_layers
 from siliang.engine.fused import FusedModules
@@ -81,13 +83,16 @@ class Engine:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(base, PreTrainedModel)
         self._base = base
+        self._trial = trial_inputs(self._peft.injection) if self._peft else {}
+        self._default = {} if comparing else self._trial
         self.padding: PaddingFree | None = None
         self.notes: list[str] = []
         vocabulary = getattr(self._base.config.get_text_config(), "vocab_size", 32)
         if packing:
             try:
                 self.padding = PaddingFree(self._base)
-                reason = self.padding.why_not(model, vocabulary, comparing=comparing)
+                self.padding.readers += present_batches(self._peft.injection) if self._peft else []
+                reason = self.padding.why_not(model, vocabulary, comparing=comparing, **self._trial)
             except NotPackableError as error:
                 reason = message_of(error)
             if reason is not None:
@@ -116,7 +121,9 @@ class Engine:
         if task.has_encoder and not hasattr(self._base, "prepare_decoder_input_ids_from_labels"):
             head = None  # its forward needs the labels, and so all logits
         self._head = HeadLoss(self._base, head) if head is not None else None
-        if self._head and (reason := all_logits or (self._head.differs(model, vocabulary) if comparing else None)):
+        if self._head and (
+            reason := all_logits or (self._head.differs(model, vocabulary, **self._trial) if comparing else None)
+        ):
             self.notes.append(together(Bilingual("the loss takes all logits: ", "计算损失时使用全部 logits："), reason))
             self._head = None
 
@@ -264,9 +271,10 @@ class Engine:
         layout = self.padding.layout if self.padding and self._keeps_packed else None
         return seen[0], self._rows(seen[0], batch, layout)
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
         """What the model is called with: no labels, so that it forms no loss of its own."""
-        inputs = {name: x for name, x in batch.inputs.items() if name not in self.task.data.targets}
+        unused = {*self.task.data.targets, *(() if self._trial else (TASK_IDS,))}
+        inputs = self._default | {name: x for name, x in batch.inputs.items() if name not in unused}
         if self.task.has_encoder:
             labels = batch.inputs["labels"]
             # a model without this method (M2M100) shifts the labels in its own forward alone
@@ -364,11 +372,11 @@ class HeadLoss:
         return head_logits(hidden_ND, self._head, softcap=self._softcap, scale=self._scale)
 
     @torch.no_grad()
-    def differs(self, model: nn.Module, vocabulary: int) -> str | None:
-        """Tries a few tokens with and without all logits; why the losses are not the same, or None."""
+    def differs(self, model: nn.Module, vocabulary: int, **more: object) -> str | None:
+        """Tries a few tokens, and `more`, with and without all logits; why the losses are not the same, or None."""
         device = next(model.parameters()).device
         ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
-        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self._is_encoder_decoder else {})
+        inputs = more | {"input_ids": ids} | ({"decoder_input_ids": ids} if self._is_encoder_decoder else {})
         training = model.training
         model.eval()
         try:

@@ -27,6 +27,11 @@ from siliang.methods.lora import Lora
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.method import Method
 from siliang.methods.miss import Miss, MissConfig
+from siliang.methods.multitask_prompt_tuning import (
+    MultitaskPromptTuning,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+)
 from siliang.methods.oft import OFT, OFTConfig
 from siliang.methods.osf import OSF, OSFConfig
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
@@ -73,6 +78,7 @@ METHODS: dict[str, AnyMethod] = {
         TrainableTokens(),
         BitFit(),
         PromptTuning(),
+        MultitaskPromptTuning(),
         PTuning(),
         PrefixTuning(),
         Head(),
@@ -151,6 +157,8 @@ __all__ = [
     "LoraConfig",
     "Method",
     "MissConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "OFTConfig",
     "OSFConfig",
     "PrefixTuningConfig",

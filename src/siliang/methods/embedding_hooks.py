@@ -2,7 +2,7 @@
 
 Positions count on from the virtual tokens, as in PEFT.
 
-Shapes: B batch, N tokens, V virtual tokens, D hidden size; P (V, D).
+Shapes: B batch, N tokens, V virtual tokens, D hidden size; P (V, D), or (B, V, D).
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class EmbeddingHooks(PromptHooks):
         if not seen:
             if embeds is None:
                 embeds = self._embeddings(ids)
-            P = self.prompt()[:V].to(device=embeds.device, dtype=embeds.dtype)
-            named["input_ids"], named["inputs_embeds"] = None, torch.cat([P.expand(B, -1, -1), embeds], 1)
+            P = self.prompt.of_rows(B)[:, :V].to(device=embeds.device, dtype=embeds.dtype)
+            named["input_ids"], named["inputs_embeds"] = None, torch.cat([P, embeds], 1)
             if (types := tensor_in(named, "token_type_ids")) is not None:
                 named["token_type_ids"] = F.pad(types, (V, 0))
             labels = tensor_in(named, "labels")

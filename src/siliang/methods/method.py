@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from siliang.methods.config import PeftConfig
 from siliang.methods.layer import LayerAdapter, MakeAdapter
+from siliang.methods.present_batch import PresentBatch
 from siliang.methods.prompt import Prompt
 from siliang.methods.prompt_hooks import PromptSpec
 from siliang.methods.targets import DefaultTargets
@@ -79,6 +80,8 @@ class Parts:
         shared_parts: Parts of its layers that are parts of other layers of it: by a layer's path and the part's
             name, the path of the layer whose part it is. The file holds them for each layer, as PEFT's does.
         prompt: Its virtual tokens.
+        batch: What it knows of the present batch, where it computes each row in its own way. A batch cannot mix it with
+            other adapters then.
     """
 
     layers: Mapping[str, MakeAdapter] = field(default_factory=dict)
@@ -88,6 +91,7 @@ class Parts:
     shared: Mapping[str, SharedSpec] = field(default_factory=dict)
     shared_parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     prompt: PromptSpec | None = None
+    batch: PresentBatch | None = None
 
 
 @dataclass
@@ -112,6 +116,11 @@ class Adapter(Generic[C]):
     shared: Mapping[str, Tensor]
     prompt: Prompt | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> PresentBatch | None:
+        """What it knows of the present batch."""
+        return self.parts.batch if self.prompt is None else self.prompt.tasks
 
 
 class Method(ABC, Generic[C]):

@@ -14,8 +14,10 @@ from transformers import PretrainedConfig
 
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
+from siliang.methods.present_batch import TaskIds
 from siliang.types import ConfigError, TaskType
 
+PROMPT_KEY = "prompt_embeddings"  # of the table of virtual tokens in the file
 # The names that models' configs have for them, in the order in which PEFT looks.
 SHAPES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
@@ -108,6 +110,11 @@ class PromptConfig(PeftConfig):
         return self.token_dim
 
     @property
+    def file_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what the file holds, by its key there, once the config is complete."""
+        return {PROMPT_KEY: (self.rows, self.width)}
+
+    @property
     def encoder_elements(self) -> int:
         """Parameters that make the table while it is trained: the table's own where nothing else makes it."""
         return self.rows * self.width
@@ -146,14 +153,24 @@ class Prompt(nn.Module, ABC):
 
     Attributes:
         flat: The embedding is the prompt itself: it has no encoder, or was loaded from a file.
+        tasks: The task of each row, where each task has a prompt of its own.
     """
 
     embedding: nn.Embedding
     flat: bool
+    tasks: TaskIds | None = None
 
     @abstractmethod
     def forward(self) -> Tensor:
         """The table of virtual tokens, (rows, width): what `prompt_embeddings` holds in the file."""
+
+    def of_rows(self, batch: int) -> Tensor:
+        """The virtual tokens of each row of a batch, (batch, rows, width)."""
+        return self().expand(batch, -1, -1)
+
+    def beside(self) -> dict[str, nn.Parameter]:
+        """What the file holds beside the table, by its key there."""
+        return {}
 
     @torch.no_grad()
     def flatten(self, table: Tensor) -> None:

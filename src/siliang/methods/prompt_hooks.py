@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, TypeAlias, TypeVar
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from siliang.language import Bilingual, local
-from siliang.methods.prompt import Prompt, PromptConfig
+from siliang.methods.prompt import PROMPT_KEY, Prompt, PromptConfig
 from siliang.models.introspect import is_encoder_decoder, named_arguments, parameters_of, word_embeddings
 from siliang.secrets import shortened
 from siliang.types import ConfigError, TaskType, first_line
@@ -78,8 +80,8 @@ class PromptSpec:
 
     @property
     def elements(self) -> int:
-        """Elements of the table of virtual tokens."""
-        return self.config.rows * (self.config.width or 0)
+        """Elements of what the file holds."""
+        return sum(map(math.prod, self.config.file_shapes.values()))
 
     @property
     def encoder_elements(self) -> int:
@@ -91,7 +93,8 @@ class PromptSpec:
         """The sizes in the config by their fields: none may be larger than the largest size in a file."""
         c = self.config
         given = {"num_virtual_tokens": c.num_virtual_tokens, "token_dim": c.token_dim}
-        return {name: size for name, size in given.items() if size is not None}
+        largest = {key: max(shape) for key, shape in c.file_shapes.items() if key != PROMPT_KEY}
+        return {name: size for name, size in given.items() if size is not None} | largest
 
     def make(self, model: nn.Module, *, from_file: bool, has_encoder: bool) -> Prompt:
         """Makes the prompt on the model's device, and tries it there.
@@ -119,10 +122,11 @@ class PromptSpec:
         Raises:
             ConfigError: It does not.
         """
-        name, config = type(model).__name__, self.config
+        name, config, tasks = type(model).__name__, self.config, prompt.tasks
+        remove = tasks.watch(model) if tasks else None
         hooks = self.hooks(model, config, prompt)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), tasks.given(0) if tasks else nullcontext():
                 out = first_output(model, config.task_type)
                 trained = list(prompt.parameters())
                 reached = torch.autograd.grad(out.sum(), trained, allow_unused=True) if out.requires_grad else [None]
@@ -141,6 +145,8 @@ class PromptSpec:
             ) from None
         finally:
             hooks.remove()
+            if remove is not None:
+                remove()
         if all(g is None for g in reached):
             raise ConfigError(
                 Bilingual(

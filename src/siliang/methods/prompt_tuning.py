@@ -42,27 +42,28 @@ TOKENIZER_SETTINGS = (
 
 
 @dataclass(kw_only=True)
-class PromptTuningConfig(PromptConfig):
-    """Prompt tuning's settings, with PEFT's names and defaults.
+class TextPromptConfig(PromptConfig):
+    """The settings of a prompt that may start from the embeddings of a text.
 
     Attributes:
-        prompt_tuning_init: RANDOM; TEXT: the embeddings of a text, repeated or cut to length; SAMPLE_VOCAB: those of
-            random tokens.
         prompt_tuning_init_text: The text.
         tokenizer_name_or_path: The tokenizer of the text: a folder or hub name.
         tokenizer_kwargs: Passed to AutoTokenizer.from_pretrained; only the keys of `TOKENIZER_SETTINGS`.
     """
 
-    prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, object] | None = None
 
-    peft_type: ClassVar[str] = PeftType.PROMPT_TUNING
+    def check_text(self, *, wanted: bool) -> None:
+        """
+        Args:
+            wanted: The prompt starts from a text.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompt_tuning_init is PromptTuningInit.TEXT:
+        Raises:
+            ConfigError: A setting of the text is missing, or has no effect.
+        """
+        if wanted:
             for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 if not getattr(self, name):
                     raise ConfigError(
@@ -79,30 +80,7 @@ class PromptTuningConfig(PromptConfig):
                 )
             )
 
-    def make_prompt(self, word_embeddings: nn.Embedding) -> SoftPrompt:
-        """A new prompt.
-
-        Args:
-            word_embeddings: The base model's, whose rows TEXT and SAMPLE_VOCAB start from.
-        """
-        prompt = SoftPrompt(self.rows, self.token_dim or 0)
-        if self.inference_mode or self.prompt_tuning_init is PromptTuningInit.RANDOM:
-            return prompt
-        weight = word_embeddings.weight
-        if self.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
-            ids = torch.randint(0, weight.shape[0], (self.rows,))
-        else:
-            ids = torch.tensor(self._text_ids())
-        if weight.device.type != "meta":
-            with torch.no_grad():
-                prompt.embedding.weight.copy_(word_embeddings(ids.to(weight.device)))
-        return prompt
-
-    def for_file(self, *, has_encoder: bool) -> Self:
-        """As for every prompt. The file holds the prompt itself: no tokenizer is loaded to start from a text."""
-        return dataclasses.replace(self, prompt_tuning_init=PromptTuningInit.RANDOM, tokenizer_kwargs=None)
-
-    def _text_ids(self) -> list[int]:
+    def text_ids(self) -> list[int]:
         from siliang.models.tokenizers import load_tokenizer_alone  # only this start loads a tokenizer
 
         settings = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
@@ -137,6 +115,41 @@ class PromptTuningConfig(PromptConfig):
         return (ids * (self.rows // len(ids) + 1))[: self.rows]
 
 
+@dataclass(kw_only=True)
+class PromptTuningConfig(TextPromptConfig):
+    """Prompt tuning's settings, with PEFT's names and defaults.
+
+    Attributes:
+        prompt_tuning_init: RANDOM; TEXT: the embeddings of a text, repeated or cut to length; SAMPLE_VOCAB: those of
+            random tokens.
+    """
+
+    prompt_tuning_init: PromptTuningInit = PromptTuningInit.RANDOM
+
+    peft_type: ClassVar[str] = PeftType.PROMPT_TUNING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_text(wanted=self.prompt_tuning_init is PromptTuningInit.TEXT)
+
+    def make_prompt(self, word_embeddings: nn.Embedding) -> SoftPrompt:
+        """A new prompt.
+
+        Args:
+            word_embeddings: The base model's, whose rows TEXT and SAMPLE_VOCAB start from.
+        """
+        prompt = SoftPrompt(self.rows, self.width)
+        if not self.inference_mode and self.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
+            prompt.start_from(word_embeddings, torch.randint(0, word_embeddings.weight.shape[0], (self.rows,)))
+        elif not self.inference_mode and self.prompt_tuning_init is PromptTuningInit.TEXT:
+            prompt.start_from(word_embeddings, torch.tensor(self.text_ids()))
+        return prompt
+
+    def for_file(self, *, has_encoder: bool) -> Self:
+        """As for every prompt. The file holds the prompt itself: no tokenizer is loaded to start from a text."""
+        return dataclasses.replace(self, prompt_tuning_init=PromptTuningInit.RANDOM, tokenizer_kwargs=None)
+
+
 class PromptTuning(PromptMethod[PromptTuningConfig]):
     """Virtual tokens before the text."""
 
@@ -161,3 +174,14 @@ class SoftPrompt(Prompt):
 
     def forward(self) -> Tensor:
         return self.embedding.weight
+
+    @torch.no_grad()
+    def start_from(self, word_embeddings: nn.Embedding, ids: Tensor) -> None:
+        """Takes the embeddings of tokens.
+
+        Args:
+            ids: (V,).
+        """
+        weight = word_embeddings.weight
+        if weight.device.type != "meta":
+            self.embedding.weight.copy_(word_embeddings(ids.to(weight.device)))

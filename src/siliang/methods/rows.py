@@ -188,9 +188,7 @@ def watch_batches(rows: Rows, modules: Sequence[nn.Module], *, repeated: bool) -
 
 
 def _begins(rows: Rows, repeated: bool, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-    named = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-    tokens = [t for name in named if isinstance(t := kwargs.get(name), Tensor)] or tensors[:1]
+    tokens = token_tensors(args, kwargs)
     if not tokens:
         return
     batch = len(tokens[0])
@@ -202,3 +200,10 @@ def _begins(rows: Rows, repeated: bool, module: nn.Module, args: tuple[object, .
             )
         )
     rows.begin(batch, {t.shape[1] for t in tokens if t.dim() > 1})
+
+
+def token_tensors(args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
+    """What a model was called with that has its tokens, or their embeddings: the batch is the first dimension."""
+    named = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    return [t for name in named if isinstance(t := kwargs.get(name), Tensor)] or tensors[:1]

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from siliang.adapters.present import of_tasks
 from siliang.language import Bilingual
 from siliang.methods.config import BASE, PeftConfig
 from siliang.peft_api.checks import check_known
@@ -71,13 +72,18 @@ class AnswersAsBase(PreTrainedModel):
         labels: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        task_ids: Tensor | Sequence[int] | int | None = None,
         adapter_names: list[str] | None = None,
         **kwargs: object,
     ) -> object:
         """The base model's forward. The names are written out because the stock Trainer reads them off here.
 
         Args:
+            task_ids: The task of each row of the batch, (B,), for methods that train several; one number for all.
             adapter_names: The adapter of each row of the batch, "__base__" for none; None: the active one for all.
+
+        Raises:
+            ConfigError: The active adapter has several tasks and `task_ids` is not given, or it has no such task.
         """
         named = {
             "input_ids": input_ids,
@@ -92,13 +98,19 @@ class AnswersAsBase(PreTrainedModel):
             "end_positions": end_positions,
         }
         given = {name: value for name, value in named.items() if value is not None}
-        with self._rows(adapter_names):
+        with self._rows(adapter_names), of_tasks(self.injection, task_ids):
             if given.keys() <= {"input_ids"} and not isinstance(self.get_base_model(), PreTrainedModel):
                 return self.base_model(*given.values(), **kwargs)  # any nn.Module: its input has its own name
             return self.base_model(**given, **kwargs)
 
-    def generate(self, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Any:
-        """The base model's `generate`, with the active adapter, or one for each row."""
+    def generate(
+        self,
+        *args: object,
+        task_ids: Tensor | Sequence[int] | int | None = None,
+        adapter_names: list[str] | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """The base model's `generate`, with the active adapter, or one for each row; `task_ids` as for `forward`."""
         inputs = (*args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds")))
         rows = next((len(x) for x in inputs if isinstance(x, Sized)), 1)
         if adapter_names is not None and len(adapter_names) != rows:
@@ -108,7 +120,7 @@ class AnswersAsBase(PreTrainedModel):
                     f"adapter_names 有 {len(adapter_names)} 个名称，而样本有 {rows} 条：请写出每条样本的适配器。",
                 )
             )
-        with self._rows(adapter_names, repeated=True):
+        with self._rows(adapter_names, repeated=True), of_tasks(self.injection, task_ids, repeated=True):
             return cast(Callable[..., object], self.get_base_model().generate)(*args, **kwargs)
 
     def _rows(self, names: list[str] | None, *, repeated: bool = False) -> AbstractContextManager[None]:

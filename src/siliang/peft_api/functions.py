@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from siliang.adapters.adapted_layer import AdaptedLayer
-from siliang.adapters.files import load_tensors, read_adapter
+from siliang.adapters.files import load_tensors
 from siliang.hub import adapter_folder
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig, config_class
@@ -22,6 +22,7 @@ from siliang.models.checkpointing import enable_checkpointing
 from siliang.peft_api.model import PeftModel
 from siliang.peft_api.tuners import TUNERS, TunerModel
 from siliang.types import ConfigError, SiliangError
+from siliang.weight_files import read_adapter
 
 M = TypeVar("M", bound=PreTrainedModel)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.file_sizes import FileSizes
-from siliang.adapters.files import load_tensors, read_adapter, read_training, save_adapter
+from siliang.adapters.files import load_tensors, read_training, save_adapter
 from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
 from siliang.hub import HUB_ARGUMENTS, adapter_folder
@@ -21,6 +21,7 @@ from siliang.language import Bilingual, together
 from siliang.methods.config import CONFIG_NAME, PeftConfig
 from siliang.methods.lora_conversion import as_plain_lora
 from siliang.types import ConfigError, nearest
+from siliang.weight_files import read_adapter
 
 # arguments of PEFT without effect: an adapter is where its layers are
 PLACING = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")

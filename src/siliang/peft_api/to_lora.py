@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from siliang.adapters.adapted_layer import AdaptedLayer
-from siliang.adapters.files import WEIGHTS_NAME
 from siliang.adapters.injection import Injection
 from siliang.files import replacing
 from siliang.language import Bilingual
@@ -27,6 +26,7 @@ from siliang.models.introspect import is_linear, out_by_in
 from siliang.peft_api.checks import check_known
 from siliang.peft_api.model import PeftModel
 from siliang.types import ConfigError
+from siliang.weight_files import WEIGHTS_NAME
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from siliang.adapters.present import trial_inputs
 from siliang.config import TrainConfig
 from siliang.data.batch import Batch
 from siliang.distributed.sharding import reshard
@@ -129,7 +130,7 @@ def baseline_step(model: Model, batches: list[Batch]) -> None:
     """The step of transformers.Trainer on these batches: padded, with all logits, LoRA by PEFT's expression."""
     with lora_linear_as("peft"):
         for batch in batches:
-            inputs: dict[str, object] = {**batch.inputs}
+            inputs: dict[str, object] = _more(model) | batch.inputs
             if batch.targets is not None:
                 inputs |= {"labels": inputs["input_ids"], "use_cache": False}
             model(**inputs).loss.backward()
@@ -159,9 +160,15 @@ def _generate(model: Model, engine: Engine, batches: list[Batch], autocast: Auto
     rows = {name: x for name, x in batches[0].inputs.items() if name in ("input_ids", "attention_mask")}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with autocast():
-        output = model(**rows, **{cache_argument(base): DynamicCache()}, use_cache=True, logits_to_keep=1)
+        output = model(
+            **_more(model), **rows, **{cache_argument(base): DynamicCache()}, use_cache=True, logits_to_keep=1
+        )
     del output
     return True
+
+
+def _more(model: Model) -> dict[str, int]:
+    return trial_inputs(model.injection) if isinstance(model, PeftModel) else {}
 
 
 def _merge(model: Model, engine: Engine, batches: list[Batch], autocast: Autocast) -> bool:

@@ -7,10 +7,15 @@ from pathlib import Path
 
 from torch import nn
 
+from siliang.adapters.present import present_batches
 from siliang.config import RunConfig, TrainConfig
+from siliang.data.task_column import TASK_IDS
+from siliang.data.tokens import TokenSet
 from siliang.language import Bilingual
 from siliang.methods import AnyMethod, Method
 from siliang.methods.config import PeftConfig
+from siliang.methods.present_batch import TaskIds, no_such_task
+from siliang.peft_api.model import PeftModel
 from siliang.tasks import TASKS
 from siliang.train.optimizer import rate_factors
 from siliang.types import ConfigError, OutputError, nearest
@@ -56,6 +61,27 @@ def check_terms(method: AnyMethod, config: PeftConfig | None, *, sharded: bool) 
                 f"{method.name} 在损失中加了一项，FSDP 和 DeepSpeed 不支持：请设置 distributed.strategy=ddp。",
             )
         )
+
+
+def check_tasks(model: nn.Module, config: RunConfig, *sets: TokenSet) -> None:
+    """Raises ConfigError where the method has several tasks and the data does not say which a row is of, or names
+    others."""
+    batches = present_batches(model.injection) if isinstance(model, PeftModel) else []
+    for tasks in (batch for batch in batches if isinstance(batch, TaskIds)):
+        if config.data.columns.task_id is None:
+            if tasks.tasks > 1:
+                raise ConfigError(
+                    Bilingual(
+                        f"method.{tasks.setting} = {tasks.tasks}, and nothing says which task a row is of: name the "
+                        "data's column with data.columns.task_id.",
+                        f"method.{tasks.setting} = {tasks.tasks}，却没有说明每条样本属于哪个任务："
+                        "请用 data.columns.task_id 指定数据中的列。",
+                    )
+                )
+            continue
+        last = max(int(tokens.column(TASK_IDS).max(initial=0)) for tokens in sets)
+        if last >= tasks.tasks:
+            raise no_such_task(last, tasks.tasks, f"method.{tasks.setting}")
 
 
 def check_loraplus(config: RunConfig, method: Method) -> None:

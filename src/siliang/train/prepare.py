@@ -40,6 +40,7 @@ from siliang.train.checks import (
     check_loraplus,
     check_quantization,
     check_space,
+    check_tasks,
     check_terms,
 )
 from siliang.train.lines import say_data, say_model
@@ -102,6 +103,7 @@ def prepare(
         steps = config.train.steps(len(data.train))
         model, trained, total = attach(model, method, config, precision, start=start, new_tokens=added, steps=steps)
         check_layerwise(model, config.train, method)
+        check_tasks(model, config, data.train, data.eval)
         if mesh is not None:
             _shard(model, mesh, device)
     if config.adapter and resumed is None:

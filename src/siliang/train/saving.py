@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siliang.adapters.files import load_tensors, read_adapter, read_training
+from siliang.adapters.files import load_tensors, read_training
 from siliang.disk_errors import translate_disk_errors
 from siliang.distributed.deepspeed import gathered, is_partitioned, without_hooks
 from siliang.distributed.sharding import copy_full, full_tensors, is_sharded, reshard
@@ -40,6 +40,7 @@ from siliang.safety.safe_json import read_values
 from siliang.secrets import shortened
 from siliang.train.state import check_state
 from siliang.types import ConfigError, RecordError, first_line
+from siliang.weight_files import read_adapter
 
 STATE_NAME = "state"
 STATE_FILE = f"{STATE_NAME}.json"

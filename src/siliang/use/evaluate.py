@@ -13,12 +13,14 @@ from siliang.data.example_set import bad_rows_message
 from siliang.data.examples import SourceTarget
 from siliang.data.load import RunLayout, load_examples, load_rows
 from siliang.data.prepared import EvalRows, has_unanswered
+from siliang.data.task_column import TASK_IDS
 from siliang.data.tokens import TokenSet, tokenize, usable
 from siliang.engine.batches import StepCollator, in_steps, most_tokens
 from siliang.engine.evaluate import Sums, metrics_of
 from siliang.engine.evaluate import evaluate as measure
 from siliang.engine.step import Engine
 from siliang.language import Bilingual, together
+from siliang.peft_api.model import PeftModel
 from siliang.run_folder import OpenedRun, autocast
 from siliang.secrets import HIDDEN
 from siliang.tasks import TASKS, Reader
@@ -96,6 +98,7 @@ def metrics_of_texts(run: OpenedRun, rows: EvalRows, *, batch_size: int | None =
             ids = run.model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
+                **({TASK_IDS: batch[TASK_IDS]} if TASK_IDS in batch and isinstance(run.model, PeftModel) else {}),
                 max_new_tokens=run.config.data.max_target_length,
                 do_sample=False,
                 **one_plain_answer(run),

@@ -1,0 +1,134 @@
+"""Methods that train several tasks at once: the task of each row, from Python and from the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close
+from tiny import WORDS, batch, make, write_jsonl
+
+import siliang
+from siliang.config import RunConfig
+from siliang.run_folder import open_run
+from siliang.train.run import train
+from siliang.types import ConfigError, DataError
+from siliang.use.evaluate import evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+MPT: dict[str, Any] = {"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2}
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "multitask_prompt_tuning": (siliang.MultitaskPromptTuningConfig, MPT),
+}
+
+
+def with_tasks(method: str, **more: Any) -> Any:
+    kind, settings = METHODS[method]
+    return siliang.get_peft_model(make("llama"), kind(task_type="CAUSAL_LM", **settings | more)).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_is_of_its_task(method: str) -> None:
+    model, inputs = with_tasks(method), batch("llama")
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape) * p.requires_grad
+    together = model(**inputs, task_ids=torch.tensor([2, 0, 1])).logits
+    for row, task in enumerate((2, 0, 1)):
+        alone = model(input_ids=inputs["input_ids"][row : row + 1], task_ids=task).logits
+        assert_close(together[row : row + 1], alone)
+    assert not torch.allclose(together[0], model(**inputs, task_ids=0).logits[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_task_ids_that_cannot_be(method: str) -> None:
+    model, inputs = with_tasks(method), batch("llama")
+    with pytest.raises(ConfigError, match="call the model with task_ids"):
+        model(**inputs)
+    with pytest.raises(ConfigError, match=r"task 3: .*tasks = 3 has tasks 0 to 2"):
+        model(**inputs, task_ids=torch.tensor([0, 3, 1]))
+    with pytest.raises(ConfigError, match="must be 0 or more"):
+        model(**inputs, task_ids=-1)
+    with pytest.raises(ConfigError, match="2 numbers for a batch of 3 rows"):
+        model(**inputs, task_ids=[0, 1])
+    model(**inputs, task_ids=1)
+    with pytest.raises(ConfigError, match="call the model with task_ids"):  # what was given holds for its own call
+        model.get_base_model()(**inputs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_task_needs_no_ids(method: str) -> None:
+    setting = "num_tasks" if "prompt" in method else "n_tasks"
+    model, inputs = with_tasks(method, **{setting: 1}), batch("llama")
+    assert torch.equal(model(**inputs).logits, model(**inputs, task_ids=torch.zeros(3, dtype=torch.long)).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_by_beams(method: str) -> None:
+    model, ids = with_tasks(method), batch("llama")["input_ids"]
+    settings: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 2, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(input_ids=ids, task_ids=[2, 0, 1], **settings)
+    alone = [model.generate(input_ids=ids[i : i + 1], task_ids=t, **settings) for i, t in enumerate((2, 0, 1))]
+    assert found.tolist() == torch.cat(alone).tolist()
+
+
+def test_other_methods_do_not_ask() -> None:
+    model = siliang.get_peft_model(make("llama"), siliang.LoraConfig(task_type="CAUSAL_LM"))
+    assert model(**batch("llama"), task_ids=torch.tensor([0, 5, 1])).loss.isfinite()  # as in PEFT
+
+
+# ---- training ----
+
+
+@pytest.fixture(scope="module")
+def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 instructions of two tasks, which ask the same and want different answers."""
+    rows = [
+        {"instruction": f"say {w}", "output": f"{w} {w}" if t else w, "kind": t} for w in WORDS[-10:] for t in (0, 1)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "tasks.jsonl", rows)
+
+
+def configured(
+    folders: dict[str, Path], data: Path, output: Path, method: str, column: str | None = "kind", **more: Any
+) -> RunConfig:
+    settings = METHODS[method][1]
+    values = {
+        "model": str(folders["llama"]),
+        "task": "causal_lm",
+        "method": {"name": method, **settings},
+        "data": {"train": str(data), "test_size": 0.2, "columns": {"task_id": column}},
+        "train": {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32", "log_every": 1} | more,
+        "output": str(output),
+        "accept": ["SL042"],
+    }
+    return RunConfig.build(values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_by_a_column(method: str, model_folders: dict[str, Path], tasks_file: Path, tmp_path: Path) -> None:
+    found = []
+    for packing in (True, False):
+        run = tmp_path / str(packing)
+        record = train(configured(model_folders, tasks_file, run, method, packing=packing))
+        assert record.status == "completed" and record.columns["task_id"] == "kind"
+        found.append([step.loss for step in record.steps if step.loss is not None])
+        metrics = evaluate(open_run(run))
+        assert metrics["loss"] == pytest.approx(record.final["eval_loss"], rel=1e-5)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_column_that_does_not_fit(
+    method: str, model_folders: dict[str, Path], tasks_file: Path, tmp_path: Path
+) -> None:
+    setting = "num_tasks" if "prompt" in method else "n_tasks"
+    config = configured(model_folders, tasks_file, tmp_path / "a", method)
+    one = config.model_copy(update={"method": config.method.model_copy(update={setting: 1})})
+    with pytest.raises(ConfigError, match=f"task 1: method.{setting} = 1 has tasks 0 to 0"):
+        train(one)
+    with pytest.raises(ConfigError, match=r"name the data's column with data\.columns\.task_id"):
+        train(configured(model_folders, tasks_file, tmp_path / "b", method, None))
+    with pytest.raises(DataError, match=r"has 'say .*' in 'instruction', where a task's number belongs"):
+        train(configured(model_folders, tasks_file, tmp_path / "c", method, "instruction"))
