@@ -44,6 +44,8 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "hra": {"r": 2},
     "waveft": {"n_frequency": 40},
     "road": {"group_size": 8},
+    "poly": {"r": 2, "n_skills": 2},
+    "multitask_prompt_tuning": {"num_virtual_tokens": 4, "num_ranks": 2},
     "trainable_tokens": {"token_indices": [28, 30, 31]},
     # variants of LoRA
     "kasa": {"name": "lora", "r": 2, "lora_dropout": 0.1, "kasa_config": {"gamma": 0.1}},

@@ -37,6 +37,7 @@ METHODS: dict[str, Any] = {
     "vblora": siliang.VBLoRAConfig(num_vectors=16, vector_length=16, init_vector_bank_bound=0.5),
     "lily": siliang.LilyConfig(init_weights=False, r=8),
     "waveft": siliang.WaveFTConfig(n_frequency=100),
+    "poly": siliang.PolyConfig(init_weights=False, r=4),
     "ln_tuning": siliang.LNTuningConfig(),
     "prompt_tuning": siliang.PromptTuningConfig(num_virtual_tokens=4),
     "p_tuning": siliang.PromptEncoderConfig(num_virtual_tokens=4),

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "road": {"group_size": 8},
     "trainable_tokens": {"token_indices": [3, 5]},
     "prompt_tuning": {"num_virtual_tokens": 3},
+    "multitask_prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},
     "prefix_tuning": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 16},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from closeness import assert_close
@@ -14,13 +15,14 @@ import siliang
 from siliang.config import RunConfig
 from siliang.run_folder import open_run
 from siliang.train.run import train
-from siliang.types import ConfigError, DataError
+from siliang.types import AdapterError, ConfigError, DataError
 from siliang.use.evaluate import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 MPT: dict[str, Any] = {"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2}
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "multitask_prompt_tuning": (siliang.MultitaskPromptTuningConfig, MPT),
+    "poly": (siliang.PolyConfig, {"n_tasks": 3, "n_skills": 2, "n_splits": 2, "r": 2}),
 }
 
 
@@ -71,6 +73,79 @@ def test_generation_by_beams(method: str) -> None:
     found = model.generate(input_ids=ids, task_ids=[2, 0, 1], **settings)
     alone = [model.generate(input_ids=ids[i : i + 1], task_ids=t, **settings) for i, t in enumerate((2, 0, 1))]
     assert found.tolist() == torch.cat(alone).tolist()
+
+
+def test_polys_draws_are_pefts() -> None:
+    settings: dict[str, Any] = METHODS["poly"][1] | {"task_type": "CAUSAL_LM", "init_weights": False}
+    ours = siliang.get_peft_model(make("llama"), siliang.PolyConfig(**settings))
+    theirs = peft.get_peft_model(make("llama"), peft.PolyConfig(**settings))
+    theirs.load_state_dict(ours.state_dict())
+    logits = []
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(5)
+        logits.append(model(**batch("llama"), task_ids=torch.tensor([2, 0, 1])).logits)
+    assert_close(*logits)
+    assert not torch.allclose(logits[0], ours.eval()(**batch("llama"), task_ids=torch.tensor([2, 0, 1])).logits)
+
+
+def source_of_tasks(folder: Path) -> tuple[Any, Path]:
+    """A multitask prompt of three tasks, and its folder."""
+    model = with_tasks("multitask_prompt_tuning")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("init", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
+def test_starts_from_source_tasks(init: str, tmp_path: Path) -> None:
+    source, folder = source_of_tasks(tmp_path)
+    file = str(folder / "adapter_model.safetensors")
+    start = {"prompt_tuning_init": init, "prompt_tuning_init_state_dict_path": file, "prompt_tuning_init_task": 2}
+    settings: dict[str, Any] = MPT | {"num_tasks": 1, "task_type": "CAUSAL_LM"} | start
+    ours = siliang.get_peft_model(make("llama"), siliang.MultitaskPromptTuningConfig(**settings))
+    theirs = peft.get_peft_model(make("llama"), peft.MultitaskPromptTuningConfig(**settings))
+    found, there = (model.prompt_encoder["default"].state_dict() for model in (ours, theirs))
+    kept = [key for key in there if init != "ONLY_SOURCE_SHARED" or key == "embedding.weight"]
+    assert all(torch.equal(found[key], there[key]) for key in kept)
+    if init == "EXACT_SOURCE_TASK":
+        inputs = batch("llama")
+        assert_close(ours.eval()(**inputs).logits, source(**inputs, task_ids=2).logits)
+    ours.save_pretrained(tmp_path / "saved")
+    (folder / "adapter_model.safetensors").unlink()  # what is loaded does not read it again
+    again = siliang.PeftModel.from_pretrained(make("llama"), tmp_path / "saved")
+    assert_close(again(**batch("llama")).logits, ours.eval()(**batch("llama")).logits)
+
+
+def test_starts_that_cannot_be(tmp_path: Path) -> None:
+    _, folder = source_of_tasks(tmp_path)
+    exact: dict[str, Any] = {"prompt_tuning_init": "EXACT_SOURCE_TASK", "num_virtual_tokens": 4, "num_ranks": 2}
+    with pytest.raises(ConfigError, match="needs prompt_tuning_init_state_dict_path"):
+        siliang.MultitaskPromptTuningConfig(**exact)
+    exact["prompt_tuning_init_state_dict_path"] = str(folder)
+    with pytest.raises(ConfigError, match=r"starts one task, and num_tasks = 3"):
+        siliang.MultitaskPromptTuningConfig(**exact, num_tasks=3)
+    for more, said in (
+        ({"prompt_tuning_init_task": 3}, "prompt_tuning_init_task = 3: .* has tasks 0 to 2"),
+        ({"num_virtual_tokens": 5}, r"has \(4, 32\) for prompt_embeddings, which must be \(5, 32\)"),
+        ({"prompt_tuning_init_state_dict_path": str(folder / "nothing.safetensors")}, "nothing.safetensors is damaged"),
+    ):
+        config = siliang.MultitaskPromptTuningConfig(**exact | more)
+        with pytest.raises((ConfigError, AdapterError), match=said):
+            siliang.get_peft_model(make("llama"), config)
+
+
+def test_multitask_prompts_of_an_encoder_decoder() -> None:
+    """PEFT puts the second half of the rows before the decoder's tokens in a forward, and not when it generates.
+    Here they are not used, as in prompt tuning, so that what is trained is what generates."""
+    settings: dict[str, Any] = MPT | {"task_type": "SEQ_2_SEQ_LM"}
+    ours = siliang.get_peft_model(make("t5"), siliang.MultitaskPromptTuningConfig(**settings)).eval()
+    theirs = peft.get_peft_model(make("t5"), peft.MultitaskPromptTuningConfig(**settings)).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    inputs, tasks = batch("t5"), torch.tensor([2, 0, 1])
+    assert ours(**inputs, task_ids=tasks).logits.shape[1] == 7
+    assert theirs(**inputs, task_ids=tasks).logits.shape[1] == 7 + 4
+    del inputs["labels"]
+    found, there = (m.generate(**inputs, task_ids=tasks, max_new_tokens=6, do_sample=False) for m in (ours, theirs))
+    assert found.tolist() == there.tolist()
 
 
 def test_other_methods_do_not_ask() -> None:

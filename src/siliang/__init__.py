@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from siliang.methods.oft import OFTConfig
     from siliang.methods.osf import OSFConfig
     from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+    from siliang.methods.poly import PolyConfig
     from siliang.methods.prefix_tuning import PrefixTuningConfig
     from siliang.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
     from siliang.methods.randlora import RandLoraConfig
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
         MissModel,
         OFTModel,
         OSFModel,
+        PolyModel,
         RandLoraModel,
         RoadModel,
         ShiraModel,
@@ -193,6 +195,8 @@ _HOME = {
     "PeftModelForTokenClassification": "siliang.peft_api.for_tasks",
     "PeftType": "siliang.types",
     "PeftWarning": "siliang.peft_api.names",
+    "PolyConfig": "siliang.methods.poly",
+    "PolyModel": "siliang.peft_api.tuners",
     "PrefixTuningConfig": "siliang.methods.prefix_tuning",
     "PromptEmbedding": "siliang.peft_api.names",
     "PromptEncoder": "siliang.peft_api.names",
@@ -309,6 +313,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PolyConfig",
+    "PolyModel",
     "PrefixTuningConfig",
     "PromptEmbedding",
     "PromptEncoder",

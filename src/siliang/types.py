@@ -42,6 +42,7 @@ class PeftType(StrEnum):
     RANDLORA = "RANDLORA"
     VBLORA = "VBLORA"
     HRA = "HRA"
+    POLY = "POLY"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     WAVEFT = "WAVEFT"
     ADALORA = "ADALORA"

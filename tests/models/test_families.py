@@ -102,6 +102,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "road": {"group_size": 8},
     "shira": {"r": 2},
     "prompt_tuning": {"num_virtual_tokens": 3},
+    "multitask_prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
     "prefix_tuning": {"num_virtual_tokens": 3},
 }

@@ -94,6 +94,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "road": ("RoadConfig", {"init_weights": False, "group_size": 8}),
     "road-2": ("RoadConfig", {"init_weights": False, "group_size": 4, "variant": "road_2"}),
     "road-4": ("RoadConfig", {"init_weights": False, "group_size": 8, "variant": "road_4"}),
+    "poly": ("PolyConfig", {"init_weights": False, "n_tasks": 3, "r": 4}),
+    "poly-splits": ("PolyConfig", {"init_weights": False, "n_tasks": 2, "n_skills": 3, "n_splits": 4, "r": 2}),
     "ia3": ("IA3Config", {"init_ia3_weights": False}),
     "ln": ("LNTuningConfig", {}),
     "ln-linear": ("LNTuningConfig", {"target_modules": "all-linear"}),
@@ -148,11 +150,15 @@ LINEAR_ALONE = {
     "LilyConfig",
     "OSFConfig",
     "RoadConfig",
+    "PolyConfig",
 }
 VARIANTS_OF_LINEAR = {"lora-kasa"}
 NOT_IN_PEFT = {
     (method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE or method in VARIANTS_OF_LINEAR
 }
+NOT_IN_PEFT |= {
+    (method, "plain") for method, (kind, _) in METHODS.items() if kind == "PolyConfig"
+}  # 3 dimensions alone
 CASES = [
     (m, n)
     for m in METHODS

@@ -35,6 +35,7 @@ from siliang.methods.multitask_prompt_tuning import (
 from siliang.methods.oft import OFT, OFTConfig
 from siliang.methods.osf import OSF, OSFConfig
 from siliang.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType, PTuning
+from siliang.methods.poly import Poly, PolyConfig
 from siliang.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from siliang.methods.prompt_tuning import PromptTuning, PromptTuningConfig, PromptTuningInit
 from siliang.methods.randlora import RandLora, RandLoraConfig
@@ -72,6 +73,7 @@ METHODS: dict[str, AnyMethod] = {
         OSF(),
         WaveFT(),
         Road(),
+        Poly(),
         IA3(),
         LNTuning(),
         Beft(),
@@ -161,6 +163,7 @@ __all__ = [
     "MultitaskPromptTuningInit",
     "OFTConfig",
     "OSFConfig",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from siliang.adapters.combine import MajoritySign
 from siliang.adapters.injection import Injection
+from siliang.adapters.present import of_tasks
 from siliang.language import Bilingual
 from siliang.methods.adalora import AdaLora, AdaLoraConfig
 from siliang.methods.config import PeftConfig
@@ -332,6 +333,15 @@ class LilyModel(TunerModel):
     """With LILY."""
 
 
+class PolyModel(TunerModel):
+    """With Poly."""
+
+    def forward(self, *args: object, task_ids: Tensor | Sequence[int] | int | None = None, **kwargs: object) -> object:
+        """As the model's, of rows of these tasks."""
+        with of_tasks(self, task_ids):
+            return super().forward(*args, **kwargs)
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.ADALORA: AdaLoraModel,
@@ -358,4 +368,5 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.ROAD: RoadModel,
     PeftType.OSF: OSFModel,
     PeftType.LILY: LilyModel,
+    PeftType.POLY: PolyModel,
 }
