@@ -117,7 +117,8 @@ class Example(ABC):
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Example:
         """The example whose `values` these are, after JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        own: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**own)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ class PresentBatch:
         Returns:
             A function that removes them.
         """
-        hosts = dict.fromkeys([model, backbone(model), *([encoder(model)] if is_encoder_decoder(model) else [])])
+        hosts: dict[nn.Module, None] = dict.fromkeys(
+            [model, backbone(model), *([encoder(model)] if is_encoder_decoder(model) else [])]
+        )
         hooks = [
             host.register_forward_pre_hook(partial(self._enter, host is model), with_kwargs=True) for host in hosts
         ]
@@ -124,8 +126,9 @@ class TaskIds(PresentBatch):
         """
         if ids is not None and not isinstance(ids, int):
             ids = torch.as_tensor(ids).reshape(-1)
-        known = isinstance(ids, Tensor) and not hasattr(ids, "fake_mode")  # a plan's tensors have no values
-        found = [ids] if isinstance(ids, int) else ids.tolist() if known else []
+        found: list[int] = [ids] if isinstance(ids, int) else []
+        if isinstance(ids, Tensor) and not hasattr(ids, "fake_mode"):  # a plan's tensors have no values
+            found = ids.tolist()
         if wrong := next((task for task in found if not 0 <= task < self.tasks), None):
             raise no_such_task(wrong, self.tasks, self.setting)
         before = self._given, self._repeated

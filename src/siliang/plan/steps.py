@@ -130,7 +130,7 @@ def baseline_step(model: Model, batches: list[Batch]) -> None:
     """The step of transformers.Trainer on these batches: padded, with all logits, LoRA by PEFT's expression."""
     with lora_linear_as("peft"):
         for batch in batches:
-            inputs: dict[str, object] = _more(model) | batch.inputs
+            inputs: dict[str, object] = {**_more(model), **batch.inputs}
             if batch.targets is not None:
                 inputs |= {"labels": inputs["input_ids"], "use_cache": False}
             model(**inputs).loss.backward()
