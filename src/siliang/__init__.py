@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from siliang.methods.ln_tuning import LNTuningConfig
     from siliang.methods.loha import LoHaConfig
     from siliang.methods.lokr import LoKrConfig
-    from siliang.methods.lora_config import LoraConfig
+    from siliang.methods.lora_config import LoraConfig, LoraRuntimeConfig
     from siliang.methods.miss import MissConfig
     from siliang.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
     from siliang.methods.oft import OFTConfig
@@ -171,6 +171,7 @@ _HOME = {
     "LoKrConfig": "siliang.methods.lokr",
     "LoKrModel": "siliang.peft_api.tuners",
     "LoraConfig": "siliang.methods.lora_config",
+    "LoraRuntimeConfig": "siliang.methods.lora_config",
     "LoraModel": "siliang.peft_api.tuners",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "siliang.peft_api.for_tasks",
     "MissConfig": "siliang.methods.miss",
@@ -292,6 +293,7 @@ __all__ = [
     "LoKrModel",
     "LoraConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
     "MissConfig",
     "MissModel",
     "MultitaskPromptTuningConfig",

@@ -39,7 +39,7 @@ class DoraLinear(LowRankLinear):
 
     def __init__(self, layer: Layer, name: str, spec: LoraSpec) -> None:
         super().__init__(layer, name, spec)
-        add_magnitude(self)
+        add_magnitude(self, on=spec.norms_on)
 
     def forward(self, x: Tensor, base_forward: BaseForward) -> Tensor:
         return dora(self, x, base_forward)
@@ -123,15 +123,20 @@ def dora(adapter: FactorModules, x: Tensor, base_forward: BaseForward) -> Tensor
 
 
 @torch.no_grad()
-def norm_of(adapter: LowRank) -> Tensor:
-    """|W + s B A| of each output, (O,), with W as it is without other adapters: merged or not, it is the same."""
+def norm_of(adapter: LowRank, *, on: torch.device | None = None) -> Tensor:
+    """|W + s B A| of each output, (O,), with W as it is without other adapters: merged or not, it is the same.
+
+    Args:
+        on: Where it is computed, of a linear layer; None for where the layer is.
+    """
     base, A = adapter.layer.base_layer, adapter.A
     if A.device.type == "meta":
         return A.new_empty(len(adapter.B))
     own = adapter.residual if adapter.residual is not None else adapter.layer.base_parameter("weight")
     W = float_weight(base) if own is base.weight and adapter.residual is None else out_by_in(base, own)
     W = W.T if isinstance(adapter, LoraEmbedding) else W
-    return torch.linalg.norm((W.to(A.dtype) + adapter.delta()).flatten(1), dim=1)
+    update = adapter.delta() if on is None else adapter.s * (adapter.B.to(on) @ A.to(on))
+    return torch.linalg.norm((W.to(update) + update).flatten(1), dim=1).to(A.device)
 
 
 def scale_of(adapter: LowRank) -> Tensor:
@@ -148,9 +153,9 @@ def merged_dora(adapter: FactorModules) -> dict[str, Tensor]:
     return found if own_O is base.bias else found | {"bias": own_O + scale_O * (base.bias - own_O)}
 
 
-def add_magnitude(adapter: LowRank, *shape: int) -> None:
+def add_magnitude(adapter: LowRank, *shape: int, on: torch.device | None = None) -> None:
     """Registers m, which starts as |W + s B A|, in this shape."""
-    adapter.add_part(MAGNITUDE, Weight(norm_of(adapter).to(adapter.A.dtype).view(*shape or (-1,))))
+    adapter.add_part(MAGNITUDE, Weight(norm_of(adapter, on=on).to(adapter.A.dtype).view(*shape or (-1,))))
 
 
 def as_in_files(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

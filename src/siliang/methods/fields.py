@@ -66,8 +66,10 @@ def _fields(kind: type[DataclassInstance]) -> dict[str, tuple[object, TypeAdapte
     hints = get_type_hints(kind)
     settings = ConfigDict(strict=True, allow_inf_nan=False)
     return {
-        f.name: (_without_none(hints[f.name]), TypeAdapter(hints[f.name], config=settings))
+        # a group of settings has checked its own
+        f.name: (_without_none(hint), TypeAdapter(hint, config=None if _is_group(hint) else settings))
         for f in dataclasses.fields(kind)
+        for hint in [hints[f.name]]
     }
 
 

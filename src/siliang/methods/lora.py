@@ -14,8 +14,10 @@ Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
@@ -38,6 +40,7 @@ from siliang.methods.targets import LORA_TARGETS
 from siliang.methods.trainable_tokens import named_rows
 from siliang.types import ConfigError
 
+GPU = torch.device("cuda")
 IN_FILE = ("orthogonal", "mica")  # starts that cost time, and of which a file holds all
 
 
@@ -76,6 +79,14 @@ class Lora(Method[LoraConfig]):
                     "lora_dropout = 1.0: must be less than 1, or nothing is trained.",
                     "lora_dropout = 1.0：须小于 1，否则什么也训练不了。",
                 )
+            )
+        if config.runtime_config.ephemeral_gpu_offload and not config.use_dora:
+            warnings.warn(
+                Bilingual(
+                    "runtime_config.ephemeral_gpu_offload has no effect without use_dora.",
+                    "没有 use_dora 时，runtime_config.ephemeral_gpu_offload 不起作用。",
+                ),
+                stacklevel=2,
             )
         ranks = LayerPatterns("rank_pattern", config.rank_pattern, layers)
         alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, layers)
@@ -166,7 +177,26 @@ def _spec(config: LoraConfig, kind: MakeLowRank, r: int, alpha: float, *, from_f
         bits=config.loftq_config.get("loftq_bits", 4),
         iterations=config.loftq_config.get("loftq_iter", 1),
         frozen_b=init == "mica",
+        norms_on=_offload(config),
     )
+
+
+def _offload(config: LoraConfig) -> torch.device | None:
+    """Where DoRA's norms are computed at the start, as `runtime_config` has it.
+
+    Raises:
+        ConfigError: There is no GPU.
+    """
+    if not config.runtime_config.ephemeral_gpu_offload or not config.use_dora:
+        return None
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            Bilingual(
+                "runtime_config.ephemeral_gpu_offload needs a GPU, and there is none: leave it out.",
+                "runtime_config.ephemeral_gpu_offload 需要 GPU，而这里没有：请去掉它。",
+            )
+        )
+    return GPU
 
 
 def _biases(model: nn.Module, config: LoraConfig, layers: Collection[str], saved: Sequence[str]) -> list[str]:

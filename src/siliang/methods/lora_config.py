@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from siliang.language import Bilingual
 from siliang.methods.config import CONFIG_NAME
+from siliang.methods.fields import check_fields
 from siliang.methods.kasa import KasaConfig
 from siliang.methods.layer_method import BlocksConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS, check_even
@@ -19,6 +20,20 @@ MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
 # Starts of PEFT that siliang does not have. The former set A and B alone, which are in the file.
 STARTS_IN_PLACE = ("eva",)
 STARTS_BY_DATA = ("corda", "lora_ga")
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """How an adapter is made on this machine, which its file does not hold.
+
+    Attributes:
+        ephemeral_gpu_offload: DoRA's norms at the start, of linear layers in CPU memory, are computed on the GPU.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(kw_only=True)
@@ -45,6 +60,7 @@ class LoraConfig(BlocksConfig):
         alpha_pattern: lora_alpha likewise.
         trainable_token_indices: The ids of tokens whose embeddings are trained too, row by row: those of the input
             embeddings, or lists of them by the endings of the names of embeddings and heads. Tied ones stay tied.
+        runtime_config: How the adapter is made on this machine. It is not saved.
     """
 
     r: int = 8
@@ -61,6 +77,7 @@ class LoraConfig(BlocksConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
 
     peft_type: ClassVar[str] = PeftType.LORA
     UNSUPPORTED: ClassVar[dict[str, object]] = {
@@ -75,7 +92,6 @@ class LoraConfig(BlocksConfig):
         "megatron_core": "megatron.core",
         "monteclora_config": None,
         "qalora_group_size": 16,
-        "runtime_config": {"ephemeral_gpu_offload": False},
         "target_parameters": None,
         "use_bdlora": None,
         "use_qalora": False,
@@ -179,6 +195,11 @@ class LoraConfig(BlocksConfig):
                 Bilingual(f"{one} and {other} do not go together: {why}.", f"{one} 与 {other} 不能同时使用：{why.zh}。")
             )
 
+    def to_dict(self) -> dict[str, object]:
+        values = super().to_dict()
+        del values["runtime_config"]
+        return values
+
     @classmethod
     def from_dict(cls, values: dict[str, object], *, source: str = CONFIG_NAME) -> Self:
         """As for every method. Starts that siliang does not have are read if they did not change the base weights.
@@ -186,6 +207,7 @@ class LoraConfig(BlocksConfig):
         Raises:
             AdapterError: As for every method, or the start changed the base weights in a way that is not in the file.
         """
+        values = {key: value for key, value in values.items() if key != "runtime_config"}  # of another machine
         init = str(values.get("init_lora_weights")).lower()
         if init in STARTS_IN_PLACE:
             values = values | {"init_lora_weights": True}
@@ -209,7 +231,6 @@ class LoraConfig(BlocksConfig):
             "megatron_core": values.get("megatron_config"),
             "qalora_group_size": values.get("use_qalora"),
             "eva_config": False,  # a start: the file holds what came of it
-            "runtime_config": False,  # PEFT ignores it in a file
             "corda_config": init == "corda",
             "lora_ga_config": init == "lora_ga",
         }

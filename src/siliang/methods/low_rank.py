@@ -39,6 +39,7 @@ class LoraSpec:
         bias: B has a bias b.
         bits, iterations: Of LoftQ.
         frozen_b: B is not trained, as MiCA has it.
+        norms_on: Where DoRA's norms are computed at the start; None for where the layer is.
     """
 
     kind: MakeLowRank
@@ -51,6 +52,7 @@ class LoraSpec:
     bits: int = 4
     iterations: int = 1
     frozen_b: bool = False
+    norms_on: torch.device | None = None
 
     @property
     def settings(self) -> dict[str, object]:
