@@ -45,6 +45,7 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "waveft": {"n_frequency": 40},
     "road": {"group_size": 8},
     "poly": {"r": 2, "n_skills": 2},
+    "cpt": {"cpt_token_ids": [5, 9, 11, 4], "cpt_tokens_type_mask": [1, 2, 3, 4]},
     "multitask_prompt_tuning": {"num_virtual_tokens": 4, "num_ranks": 2},
     "trainable_tokens": {"token_indices": [28, 30, 31]},
     # variants of LoRA

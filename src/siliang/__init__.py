@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from siliang.methods.boft import BOFTConfig
     from siliang.methods.c3a import C3AConfig
     from siliang.methods.config import PeftConfig
+    from siliang.methods.cpt import CPTConfig
     from siliang.methods.delora import DeloraConfig
     from siliang.methods.fourierft import FourierFTConfig
     from siliang.methods.gralora import GraloraConfig
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
+        CPTEmbedding,
         NoMatchingPeftModuleError,
         PeftError,
         PeftWarning,
@@ -148,6 +150,8 @@ _HOME = {
     "BitFitConfig": "siliang.methods.bitfit",
     "C3AConfig": "siliang.methods.c3a",
     "C3AModel": "siliang.peft_api.tuners",
+    "CPTConfig": "siliang.methods.cpt",
+    "CPTEmbedding": "siliang.peft_api.names",
     "DeloraConfig": "siliang.methods.delora",
     "DeloraModel": "siliang.peft_api.tuners",
     "FourierFTConfig": "siliang.methods.fourierft",
@@ -269,6 +273,8 @@ __all__ = [
     "BitFitConfig",
     "C3AConfig",
     "C3AModel",
+    "CPTConfig",
+    "CPTEmbedding",
     "DeloraConfig",
     "DeloraModel",
     "FourierFTConfig",

@@ -103,6 +103,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens-random": ("TrainableTokensConfig", {"token_indices": TOKENS[:4], "init_weights": False}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
     "multitask": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 5, "num_tasks": 3, "num_ranks": 2}),
+    "cpt": ("CPTConfig", {"cpt_token_ids": [5, 9, 11, 4, 20], "cpt_tokens_type_mask": [1, 2, 2, 3, 4]}),
     "p-mlp": ("PromptEncoderConfig", {"num_virtual_tokens": 5, "encoder_hidden_size": 16}),
     "p-lstm": (
         "PromptEncoderConfig",
@@ -125,7 +126,7 @@ PLAIN = ("shira_indices.default",)  # no buffers in peft
 # on embeddings, which the plain model lacks; of a classifier PEFT leaves the new head untrained with these
 TABLES = ("tokens", "tokens-random")
 NO_TABLES = ("plain", "bert", "roberta")
-PROMPTS = ("prompt", "multitask", "p-mlp", "p-lstm", "prefix", "prefix-projected")
+PROMPTS = ("prompt", "multitask", "cpt", "p-mlp", "p-lstm", "prefix", "prefix-projected")
 MODELS = ("llama", "bloom", "gpt2", "qwen2", "bert", "roberta", "t5", "bart", "plain")
 # where PEFT knows no default targets, or the model has no types
 TARGETS: dict[tuple[str, str], list[str]] = {
@@ -159,6 +160,7 @@ NOT_IN_PEFT = {
 NOT_IN_PEFT |= {
     (method, "plain") for method, (kind, _) in METHODS.items() if kind == "PolyConfig"
 }  # 3 dimensions alone
+NOT_IN_PEFT |= {("cpt", name) for name in MODELS if TASK[name] != "CAUSAL_LM"}
 CASES = [
     (m, n)
     for m in METHODS

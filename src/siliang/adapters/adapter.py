@@ -28,6 +28,9 @@ class AttachedAdapter(Adapter[PeftConfig]):
 
     attachments: Attachments = field(repr=False)
 
+    def __post_init__(self) -> None:
+        self.model = self.attachments.model
+
     def tensors(self) -> dict[str, Tensor]:
         """What the adapter consists of, under the keys of its file: without its name.
 
@@ -73,7 +76,7 @@ class AttachedAdapter(Adapter[PeftConfig]):
 
     def parameters(self) -> list[nn.Parameter]:
         """What the adapter trains: without the buffers of saved modules, with the encoder of a prompt."""
-        found: list[nn.Parameter] = [] if self.prompt is None else [*self.prompt.parameters()]
+        found: list[nn.Parameter] = [] if self.prompt is None else [*self.prompt.trained()]
         for key, spec in self.parts.shared.items():
             if spec.trained:
                 tensor = self.shared[key]

@@ -56,7 +56,8 @@ class MethodConfig(BaseModel):
         from siliang.methods import find_method  # imports torch, so only when a config is validated
 
         config = find_method(self.name).config
-        if config is not None and config.is_prompt_learning and self.model_extra is not None:
+        counted = config is not None and config.is_prompt_learning and not config.has_own_length
+        if counted and self.model_extra is not None:
             self.model_extra.setdefault("num_virtual_tokens", VIRTUAL_TOKENS)
         fields = {f.name for f in dataclasses.fields(config)} - OWN_FIELDS if config else set()
         for key, value in self.arguments.items():

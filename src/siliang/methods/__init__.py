@@ -11,6 +11,7 @@ from siliang.methods.bitfit import BitFit, BitFitConfig
 from siliang.methods.boft import BOFT, BOFTConfig
 from siliang.methods.c3a import C3A, C3AConfig
 from siliang.methods.config import CONFIG_CLASSES, PeftConfig, config_class
+from siliang.methods.cpt import CPT, CPTConfig
 from siliang.methods.delora import Delora, DeloraConfig
 from siliang.methods.fourierft import FourierFT, FourierFTConfig
 from siliang.methods.full import Full
@@ -81,6 +82,7 @@ METHODS: dict[str, AnyMethod] = {
         BitFit(),
         PromptTuning(),
         MultitaskPromptTuning(),
+        CPT(),
         PTuning(),
         PrefixTuning(),
         Head(),
@@ -145,6 +147,7 @@ __all__ = [
     "BeftConfig",
     "BitFitConfig",
     "C3AConfig",
+    "CPTConfig",
     "DeloraConfig",
     "FourierFTConfig",
     "GraloraConfig",

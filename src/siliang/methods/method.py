@@ -107,6 +107,7 @@ class Adapter(Generic[C]):
         prompt: Its virtual tokens.
         state: What the method keeps between steps, such as moving averages. It is saved with a checkpoint's
             adapter, and loaded when training is resumed.
+        model: The base model, with what is attached.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Adapter(Generic[C]):
     shared: Mapping[str, Tensor]
     prompt: Prompt | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    model: nn.Module | None = field(default=None, repr=False)
 
     @property
     def batch(self) -> PresentBatch | None:

@@ -47,6 +47,7 @@ class PromptConfig(PeftConfig):
     num_layers: int | None = None
 
     is_prompt_learning: ClassVar[bool] = True
+    has_own_length: ClassVar[bool] = False  # other settings say how many virtual tokens there are
     NEEDED: ClassVar[tuple[str, ...]] = ("token_dim",)
     AT_LEAST_1: ClassVar[tuple[str, ...]] = (
         "num_virtual_tokens",
@@ -167,6 +168,10 @@ class Prompt(nn.Module, ABC):
     def of_rows(self, batch: int) -> Tensor:
         """The virtual tokens of each row of a batch, (batch, rows, width)."""
         return self().expand(batch, -1, -1)
+
+    def trained(self) -> list[nn.Parameter]:
+        """What of it is trained."""
+        return list(self.parameters())
 
     def beside(self) -> dict[str, nn.Parameter]:
         """What the file holds beside the table, by its key there."""

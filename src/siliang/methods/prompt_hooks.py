@@ -128,7 +128,7 @@ class PromptSpec:
         try:
             with torch.enable_grad(), tasks.given(0) if tasks else nullcontext():
                 out = first_output(model, config.task_type)
-                trained = list(prompt.parameters())
+                trained = prompt.trained()
                 reached = torch.autograd.grad(out.sum(), trained, allow_unused=True) if out.requires_grad else [None]
         except ConfigError:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from siliang.methods.config import CONFIG_CLASSES as PEFT_TYPE_TO_CONFIG_MAPPING
+from siliang.methods.cpt import ContextPrompt as CPTEmbedding
 from siliang.methods.p_tuning import EncodedPrompt as PromptEncoder
 from siliang.methods.prompt import Prompt as PromptEmbedding
 from siliang.methods.prompt import PromptConfig as PromptLearningConfig
@@ -22,6 +23,7 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "CPTEmbedding",
     "NoMatchingPeftModuleError",
     "PeftError",
     "PeftWarning",
