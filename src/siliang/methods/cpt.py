@@ -266,7 +266,7 @@ class ContextPrompt(Prompt):
         self.register_buffer("_bounds", torch.where(kind > 0, bounds, LEAST_BOUND)[:, None], persistent=False)
 
     def trained(self) -> list[nn.Parameter]:
-        return [self.delta_embedding.weight]
+        return list(self.delta_embedding.parameters())
 
     def forward(self) -> Tensor:
         d = self.delta_embedding.weight
