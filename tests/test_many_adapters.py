@@ -578,7 +578,7 @@ def test_prompts_are_not_active_together() -> None:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (Lora(target_modules=["key", "word_embeddings"], use_dora=True), "embedding"),
+        (Lora(target_modules=["key", "word_embeddings"], lora_bias=True), "embedding"),
         (Lora(target_modules=["key"], modules_to_save=["nothing"]), "matches no module"),
         (siliang.PromptTuningConfig(num_virtual_tokens=3, token_dim=7), "word embeddings have"),
     ],
@@ -592,7 +592,7 @@ def test_an_adapter_that_cannot_be_added_leaves_nothing(second: Any, message: st
     assert same(before, state(model))
     model.unload()
     with pytest.raises(ConfigError):
-        siliang.get_peft_model(model.get_base_model(), Lora(target_modules=["key", "word_embeddings"], use_dora=True))
+        siliang.get_peft_model(model.get_base_model(), Lora(target_modules=["key", "word_embeddings"], lora_bias=True))
     assert is_base(model.get_base_model(), bert())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import word_tokenizer
 
 from siliang.config import RunConfig
 from siliang.methods import METHODS
@@ -24,6 +25,7 @@ from siliang.types import InterruptedRunError, MergeError
 from siliang.use.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+INVOCATION = word_tokenizer().encode("Assistant :", add_special_tokens=False)
 SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "lora": {"r": 2, "lora_dropout": 0.1},
     "adalora": {"init_r": 3, "target_r": 2, "lora_dropout": 0.1},
@@ -49,6 +51,7 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "multitask_prompt_tuning": {"num_virtual_tokens": 4, "num_ranks": 2},
     "trainable_tokens": {"token_indices": [28, 30, 31]},
     # variants of LoRA
+    "alora": {"name": "lora", "r": 2, "lora_dropout": 0.1, "alora_invocation_tokens": INVOCATION},
     "kasa": {"name": "lora", "r": 2, "lora_dropout": 0.1, "kasa_config": {"gamma": 0.1}},
 }
 NOT_HERE = ("bitfit", "prompt_tuning", "p_tuning", "prefix_tuning", "head", "full")  # which other tests have
@@ -194,6 +197,10 @@ def test_on_a_frozen_base_in_bf16(
 
 @pytest.mark.parametrize("method", MERGEABLE)
 def test_merged(method: str, run_of: Callable[[str], Done], tmp_path: Path) -> None:
+    if method == "alora":
+        with pytest.raises(MergeError, match="aLoRA cannot be merged"):
+            merge(open_run(run_of(method).folder), tmp_path / "merged")
+        return
     if method == "beft":  # it trains a bias, and Llama's layers have none to add it to
         with pytest.raises(MergeError, match="layer has none to add it to"):
             merge(open_run(run_of(method).folder), tmp_path / "merged")

@@ -21,6 +21,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 METHODS: dict[str, Any] = {
     "lora": siliang.LoraConfig(target_modules="all-linear", init_lora_weights=False),
     "dora": siliang.LoraConfig(use_dora=True, init_lora_weights=False),
+    "alora": siliang.LoraConfig(alora_invocation_tokens=batch("bloom")["input_ids"][0][2:4].tolist()),
     "ia3": siliang.IA3Config(init_ia3_weights=False),
     "miss": siliang.MissConfig(init_weights=False, r=8),
     "miss_bat": siliang.MissConfig(init_weights="bat", r=8),
@@ -125,6 +126,8 @@ def test_no_merging_into_four_bits(folders: dict[str, Path]) -> None:
     assert model.active_adapters == ["default"]
     with pytest.raises(ConfigError, match="not a quantized one"):
         siliang.get_peft_model(load(folders["llama"]), siliang.LoraConfig(init_lora_weights="pissa"))
+    with pytest.raises(ConfigError, match=r"kasa_config changes the base weight: .* not quantized"):
+        siliang.get_peft_model(load(folders["llama"]), siliang.LoraConfig(r=4, kasa_config=siliang.KasaConfig()))
 
 
 def test_an_evaluation_between_two_steps_changes_nothing(folders: dict[str, Path]) -> None:

@@ -277,7 +277,7 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_a_suggested_command_is_one_that_a_shell_takes(name: str, tmp_path: Path) -> None:
     for task, method in ((TaskType.SEQ_CLS, "lora"), (TaskType.CAUSAL_LM, "full")):
-        for words in next_steps(Path(name), task, method).values():
+        for words in next_steps(Path(name), task, {"name": method}).values():
             line = shell_command("siliang", *words)
             assert shown(line) == line and "\n" not in line
             given = _as_bash_reads(line, tmp_path)

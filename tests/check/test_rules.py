@@ -183,6 +183,10 @@ TRAPS: dict[str, tuple[str, Callable[[Case], list[Finding]]]] = {
             [r | {"split": "train" if i % 3 else "test"} for i, r in enumerate(REVIEWS)], task="seq_cls", model="bert"
         ),
     ),
+    "SL038": (
+        "80 of 90 rows do not have alora_invocation_tokens before what they learn",
+        lambda c: c(method={"name": "lora", "alora_invocation_tokens": word_tokenizer().encode(f"say {WORDS[28]}")}),
+    ),
     "SL041": ("fewer than", lambda c: c(train={"max_steps": 3, "log_every": 10})),
     "SL042": ("3e-05", lambda c: c(method="full", train={"learning_rate": 3e-4})),
     "SL043": ("MB are free", lambda c: c(train={"save_every": 1, "keep": 10**12})),

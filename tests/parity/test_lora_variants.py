@@ -1,5 +1,6 @@
 """What is particular to each variant of LoRA, compared with the live `peft`: starts, terms of the loss, refusals."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from tiny import TASK, batch, make
 
 import siliang
 from siliang.engine.method_hooks import extra_loss
+from siliang.engine.padding import PaddingFree
 from siliang.peft_api.hotswap import check_hotswap_configs_compatible
 from siliang.peft_api.optimizers import create_lorafa_optimizer
-from siliang.types import AdapterError, ConfigError
+from siliang.types import AdapterError, ConfigError, MergeError
 from tests.parity.test_every_method import pair
 
 
@@ -73,9 +75,9 @@ def test_layers_that_are_refused(settings: dict[str, Any], message: str) -> None
         adapted(**settings)
 
 
-@pytest.mark.parametrize("variant", ["kasa_config"])
-def test_what_needs_a_and_b_alone_refuses_a_variant(variant: str) -> None:
-    settings = {"r": 4, variant: {}}
+@pytest.mark.parametrize(("variant", "value"), [("kasa_config", {}), ("alora_invocation_tokens", [3])])
+def test_what_needs_a_and_b_alone_refuses_a_variant(variant: str, value: Any) -> None:
+    settings = {"r": 4, variant: value}
     model = adapted(**settings)
     with pytest.raises(ConfigError, match=f"adapter 'default' has {variant}"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
@@ -83,6 +85,131 @@ def test_what_needs_a_and_b_alone_refuses_a_variant(variant: str) -> None:
         create_lorafa_optimizer(model, 4, 8, 1e-3)
     with pytest.raises(ConfigError, match=f"not with {variant}: use load_adapter"):
         check_hotswap_configs_compatible(siliang.LoraConfig(**settings), siliang.LoraConfig(**settings))
+
+
+# ---- aLoRA ----
+
+TOKENS = [7, 8]
+ALORA: dict[str, Any] = {"r": 4, "init_lora_weights": False, "alora_invocation_tokens": TOKENS}
+
+
+def aloras(name: str = "llama", **settings: Any) -> tuple[Any, Any]:
+    """The same in both libraries."""
+    ours, theirs = (give(name, **ALORA, **settings).eval() for give in (adapted, there))
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+ROWS = torch.tensor(  # invoked once, twice, nowhere, at the end, and not wholly
+    [
+        [11, 7, 8, 12, 13, 14, 15, 16],
+        [11, 7, 8, 12, 7, 8, 15, 16],
+        [11, 12, 13, 7, 14, 8, 15, 16],
+        [11, 12, 13, 14, 15, 16, 7, 8],
+        [8, 12, 13, 14, 15, 16, 17, 7],
+    ]
+)
+FIRST = (1, 4, 8, 6, 8)  # from which column on the adapter computes
+
+
+@torch.no_grad()
+def test_where_alora_begins() -> None:
+    ours, theirs = aloras()
+    found = ours(input_ids=ROWS).logits
+    assert_close(found, theirs(input_ids=ROWS).logits)
+    base: Any = make("llama").eval()
+    wanted = base(input_ids=ROWS).logits
+    for row, first in enumerate(FIRST):
+        assert torch.equal(found[row, :first], wanted[row, :first])
+        assert not any(torch.allclose(found[row, t], wanted[row, t]) for t in range(first, 8))
+    with ours.disable_adapter():
+        assert torch.equal(ours(input_ids=ROWS).logits, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_alora_with_padding(side: str) -> None:
+    """Padding is no part of an invocation, whichever token it is."""
+    ours, _ = aloras()
+    pad = torch.full((len(ROWS), 3), 8)
+    ids = torch.cat([pad, ROWS] if side == "left" else [ROWS, pad], 1)
+    mask = torch.cat([0 * pad, torch.ones_like(ROWS)] if side == "left" else [torch.ones_like(ROWS), 0 * pad], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = ours(input_ids=ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    assert_close(found, ours(input_ids=ROWS).logits.flatten(0, 1))
+
+
+def test_alora_on_packed_rows() -> None:
+    ours, _ = aloras()
+    lengths = (8, 6, 8, 8, 3)
+    mask = (torch.arange(8) < torch.tensor(lengths)[:, None]).long()
+    ids = ROWS * mask
+    padding = PaddingFree(ours.get_base_model())
+    grads, logits = [], []
+    for packed in (False, True):
+        with padding.packed(lengths, 8) if packed else nullcontext():
+            out = ours(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+            out.square().mean().backward()
+        logits.append(out.detach())
+        grads.append({n: p.grad.clone() for n, p in ours.named_parameters() if p.requires_grad})
+        ours.zero_grad()
+    assert_close(*logits)
+    assert_all_close(*grads)
+
+
+@torch.no_grad()
+def test_alora_on_the_base_models_cache() -> None:
+    """What it is for: the base model's keys and values serve, up to the invocation."""
+    ours, _ = aloras()
+    ids = torch.cat([ROWS[:1, 3:], torch.tensor([[7, 8, 20]])], 1)
+    whole = ours(input_ids=ids).logits
+    with ours.disable_adapter():
+        cache = ours(input_ids=ids[:, :5], use_cache=True).past_key_values
+    assert_close(ours(input_ids=ids[:, 5:], past_key_values=cache).logits, whole[:, 5:])
+    # and its own goes on
+    part = ours(input_ids=ids[:, :7], use_cache=True)
+    assert_close(ours(input_ids=ids[:, 7:], past_key_values=part.past_key_values).logits, whole[:, 7:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
+@pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*")
+def test_alora_generates_as_without_a_cache(settings: dict[str, Any]) -> None:
+    """PEFT refuses beams; without a cache it counts the invocation's place from an end that moves."""
+    ours, _ = aloras()
+    settings |= {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ROWS)
+    found = ours.generate(input_ids=ROWS, attention_mask=mask, **settings)
+    again = ours.generate(input_ids=ROWS, attention_mask=mask, **settings, use_cache=False)
+    assert found.tolist() == again.tolist()
+
+
+@torch.no_grad()
+def test_aloras_offsets() -> None:
+    ours, theirs = aloras()
+    offsets = [3, None, 8, 99, 1]
+    assert_close(
+        ours(input_ids=ROWS, alora_offsets=offsets).logits, theirs(input_ids=ROWS, alora_offsets=offsets).logits
+    )
+
+
+def test_what_alora_refuses() -> None:
+    ours, _ = aloras()
+    with pytest.raises(MergeError, match="aLoRA cannot be merged"):
+        ours.merge_adapter()
+    with pytest.raises(ConfigError, match="called without input_ids"):
+        ours(inputs_embeds=torch.zeros(1, 3, 32))
+    ours.add_adapter("plain", siliang.LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="not biases, prompts or aLoRA"):
+        ours.generate(input_ids=ROWS[:2], adapter_names=["default", "plain"])
+    with pytest.raises(ConfigError, match="120 is not a token of the model, which has 120"):
+        adapted(alora_invocation_tokens=[7, 120])
+    with pytest.raises(ConfigError, match="is for causal language models, not T5"):
+        siliang.get_peft_model(make("t5"), siliang.LoraConfig(alora_invocation_tokens=[7]))  # type: ignore[arg-type]
+    layer = ours.get_base_model().model.layers[0].self_attn.q_proj
+    with pytest.raises(ConfigError, match="a layer's input is \\(2, 3\\) for 5 rows of 8 tokens"):
+        ours(input_ids=ROWS)
+        layer(torch.zeros(2, 3, 32))
 
 
 # ---- KaSA ----

@@ -92,7 +92,12 @@ class AttachedAdapter(Adapter[PeftConfig]):
     @property
     def is_alone(self) -> bool:
         """A batch cannot mix it with other adapters."""
-        return self.prompt is not None or self.batch is not None or bool(self.attachments.overridden_by(self.name))
+        return (
+            self.prompt is not None
+            or self.batch is not None
+            or bool(self.attachments.overridden_by(self.name))
+            or not all(layer.PART_OF_A_BATCH for layer in self.layers.values())
+        )
 
     def to_base_dtype(self) -> None:
         """Casts what the adapter trains to the dtype of the layers that it is on, or of the base model."""

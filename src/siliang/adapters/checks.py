@@ -127,7 +127,7 @@ def check_rows(names: Sequence[str], *, merged: bool, alone: Collection[str]) ->
     if len(set(names)) > 1 and alone:
         raise ConfigError(
             Bilingual(
-                "adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases or prompts.",
-                "adapter_names 只能混用层内的适配器（LoRA、IA3、LN tuning），不能混用偏置或提示。",
+                "adapter_names mixes adapters in layers (LoRA, IA3, LN tuning), not biases, prompts or aLoRA.",
+                "adapter_names 只能混用层内的适配器（LoRA、IA3、LN tuning），不能混用偏置、提示或 aLoRA。",
             )
         )

@@ -330,7 +330,8 @@ class Injection(nn.Module):
 
     def _to_merge(self, names: Sequence[str]) -> tuple[str, ...]:
         for name in names:
-            if why_not := method_of(self.adapters[name].config).why_not_mergeable:
+            config = self.adapters[name].config
+            if why_not := method_of(config).why_not_merged(config.to_dict()):
                 raise MergeError(why_not)
         merged = (*self.merged, *(n for n in names if n not in self.merged))
         check_together([self.adapters[name] for name in merged], error=MergeError)

@@ -317,3 +317,38 @@ def padding_learned(s: CheckInput) -> Iterator[Problem]:
         yield Problem(
             Bilingual("a padded batch does not have the labels of its rows", "填充后的批次与各样本的标签不一致")
         )
+
+
+def never_invoked(s: CheckInput) -> Iterator[Problem]:
+    """Rows without aLoRA's invocation.
+
+    Cause: aLoRA computes from the last occurrence of method.alora_invocation_tokens in a row on. A row that lacks these
+    tokens, or has them behind what it learns, is computed by the base model alone and teaches nothing. The tokens of a
+    text depend on what stands beside it: a word at the beginning may have another id than one behind a blank.
+
+    Fix: Take the ids as they stand in the rows, of a part of the template that begins every answer, such as its
+    assistant tag.
+
+    有样本不含 aLoRA 的触发序列
+
+    原因：aLoRA 从样本中最后一次出现 method.alora_invocation_tokens 的位置开始计算。样本中没有这些词元，或它们在学习内
+    容之后时，只由基座模型计算，什么也学不到。同一段文本的词元还取决于它前后的内容：句首的词与空格后的词编号可能不同。
+
+    办法：使用样本中实际的编号，取模板中每个回答开头都有的部分，例如 assistant 标记。
+    """
+    tokens = s.config.method.arguments.get("alora_invocation_tokens")
+    if not tokens or not s.task.writes:
+        return
+    rows: list[int] = []
+    for i, (ids, labels) in enumerate(zip(s.train.lists("input_ids"), s.train.lists("labels"), strict=True)):
+        learned = np.flatnonzero(np.asarray(labels) != IGNORED)
+        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(ids), min(len(tokens), len(ids)))
+        begins = np.flatnonzero((windows == tokens).all(1)) if len(tokens) <= len(ids) else windows[:0]
+        if len(learned) and not (len(begins) and begins[-1] < learned[-1]):
+            rows.append(i)
+    if rows:
+        message = Bilingual(
+            f"{len(rows):,} of {len(s.train):,} rows do not have alora_invocation_tokens before what they learn",
+            f"{len(s.train):,} 条样本中有 {len(rows):,} 条在学习内容之前没有 alora_invocation_tokens",
+        )
+        yield Problem(message, s.entries(rows), len(rows))

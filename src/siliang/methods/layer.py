@@ -43,6 +43,8 @@ class LayerAdapter(ABC):
 
     # No other adapter can be active on the layer together with it.
     EXCLUSIVE: ClassVar[bool] = False
+    # It can compute on some rows of a batch, the others of which have other adapters.
+    PART_OF_A_BATCH: ClassVar[bool] = True
 
     s: float = 1.0
     config_scaling: float = 1.0

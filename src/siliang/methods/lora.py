@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_conv import LoraConv
 from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.lora_linear import LoraLinear
-from siliang.methods.lora_variants import variant_of
+from siliang.methods.lora_variants import VARIANTS, variant_of
 from siliang.methods.low_rank import LoraSpec, LowRank, MakeLowRank
 from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.targets import LORA_TARGETS
@@ -88,6 +88,8 @@ class Lora(Method[LoraConfig]):
                 ),
                 stacklevel=2,
             )
+        if (variant := variant_of(config)) is not None and variant.check is not None:
+            variant.check(model, config)
         ranks = LayerPatterns("rank_pattern", config.rank_pattern, layers)
         alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, layers)
         if not from_file:
@@ -116,6 +118,15 @@ class Lora(Method[LoraConfig]):
     def extra_loss(self, adapter: Adapter[LoraConfig]) -> Tensor | None:
         variant = variant_of(adapter.config)
         return None if variant is None or variant.loss is None else variant.loss(adapter.layers.values())
+
+    def add_hooks(self, model: nn.Module, adapter: Adapter[LoraConfig]) -> Callable[[], None] | None:
+        variant = variant_of(adapter.config)
+        if variant is None or variant.add_hooks is None:
+            return None
+        return variant.add_hooks(model, adapter.config, adapter.layers.values())
+
+    def why_not_merged(self, settings: Mapping[str, object]) -> str | None:
+        return next((v.why_not_merged for name, v in VARIANTS.items() if settings.get(name) and v.why_not_merged), None)
 
     def from_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # what PEFT calls an embedding that was resized, and of which rows are trained

@@ -13,7 +13,7 @@ from siliang.methods.kasa import KasaConfig
 from siliang.methods.layer_method import BlocksConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS, check_even
 from siliang.secrets import short_repr
-from siliang.types import AdapterError, ConfigError, PeftType, nearest
+from siliang.types import AdapterError, ConfigError, PeftType, TaskType, nearest
 
 INITS = ("gaussian", "pissa", "olora", "loftq", "orthogonal", "mica")
 MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
@@ -54,6 +54,8 @@ class LoraConfig(BlocksConfig):
             and the base weight keeps the rest. "loftq": the base weight is quantized, A and B correct the error.
             "orthogonal": both random, with B A = 0; r is even. "mica": A zero; B, which is not trained, the weight's
             smallest directions.
+        alora_invocation_tokens: aLoRA: the ids of a sequence of tokens, from whose last occurrence in a row on the
+            update is added. What stands before it is computed by the base model alone.
         kasa_config: KaSA: learned singular values between A and B, on a base weight without its r smallest ones.
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
@@ -72,6 +74,7 @@ class LoraConfig(BlocksConfig):
     use_dora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    alora_invocation_tokens: list[int] | None = None
     kasa_config: KasaConfig | None = None
     loftq_config: dict[str, int] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -81,7 +84,6 @@ class LoraConfig(BlocksConfig):
 
     peft_type: ClassVar[str] = PeftType.LORA
     UNSUPPORTED: ClassVar[dict[str, object]] = {
-        "alora_invocation_tokens": None,
         "arrow_config": None,
         "corda_config": None,
         "ensure_weight_tying": False,
@@ -99,7 +101,11 @@ class LoraConfig(BlocksConfig):
     }
 
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
-    VARIANTS: ClassVar[tuple[str, ...]] = ("use_dora", "kasa_config")  # of which one may be set
+    VARIANTS: ClassVar[tuple[str, ...]] = (
+        "use_dora",
+        "alora_invocation_tokens",
+        "kasa_config",
+    )  # of which one may be set
     # What does not go together with a variant, and why.
     APART: ClassVar[tuple[tuple[str, str, Bilingual], ...]] = (
         (
@@ -173,6 +179,7 @@ class LoraConfig(BlocksConfig):
         if init == "orthogonal" and (odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]):
             check_even(odd[0])
         self._check_variant()
+        self._check_invocation()
 
     def _check_variant(self) -> None:
         """
@@ -182,9 +189,14 @@ class LoraConfig(BlocksConfig):
         init = str(self.init_lora_weights)
         on = [name for name in self.VARIANTS if getattr(self, name)]
         apart = [(on[0], other, Bilingual("each is a LoRA of its own", "各是一种 LoRA")) for other in on[1:]]
-        if self.kasa_config and init.startswith(RESIDUAL_STARTS):
+        if init.startswith(RESIDUAL_STARTS):
             both = Bilingual("both change the base weight", "两者都会改动基座权重")
-            apart.append(("kasa_config", f"init_lora_weights = {init!r}", both))
+            before = Bilingual(
+                "before the invocation the base model computes, whose weight this start changes",
+                "触发序列之前由基座模型计算，而这种初始化会改动它的权重",
+            )
+            whys = (("kasa_config", both), ("alora_invocation_tokens", before))
+            apart += [(one, f"init_lora_weights = {init!r}", why) for one, why in whys if getattr(self, one)]
         if init == "mica":
             alone = Bilingual("MiCA trains A alone", "MiCA 只训练 A")
             others = [*on, *(["lora_bias"] if self.lora_bias else [])]
@@ -193,6 +205,31 @@ class LoraConfig(BlocksConfig):
         for one, other, why in apart[:1]:
             raise ConfigError(
                 Bilingual(f"{one} and {other} do not go together: {why}.", f"{one} 与 {other} 不能同时使用：{why.zh}。")
+            )
+
+    def _check_invocation(self) -> None:
+        """
+        Raises:
+            ConfigError: aLoRA has no invocation, or none that a row could have.
+        """
+        tokens = self.alora_invocation_tokens
+        if tokens is None:
+            return
+        if not tokens or min(tokens) < 0:
+            raise ConfigError(
+                Bilingual(
+                    f"alora_invocation_tokens = {short_repr(tokens)}: must be token ids, such as "
+                    "tokenizer.encode(text, add_special_tokens=False).",
+                    f"alora_invocation_tokens = {short_repr(tokens)}：应为 token 编号，"
+                    "例如 tokenizer.encode(text, add_special_tokens=False)。",
+                )
+            )
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
+            raise ConfigError(
+                Bilingual(
+                    f"alora_invocation_tokens is for task_type CAUSAL_LM, not {self.task_type}.",
+                    f"alora_invocation_tokens 只用于 task_type CAUSAL_LM，不能用于 {self.task_type}。",
+                )
             )
 
     def to_dict(self) -> dict[str, object]:

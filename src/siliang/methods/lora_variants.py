@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from siliang.methods.alora import WHY_NOT_MERGED, AloraLinear, check_model, follow_tokens
 from siliang.methods.kasa import KasaLinear, kasa_loss
 from siliang.methods.layer import LayerAdapter
 from siliang.methods.lora_config import LoraConfig
@@ -24,11 +25,17 @@ class Variant:
 
     Attributes:
         kind: Gives what makes the adapter on the linear layer of this path.
+        check: Raises ConfigError where it cannot work on a base model.
         loss: The term that it adds to the loss, of its layers.
+        add_hooks: Adds what it needs in the model's forward while it is active, and gives what removes that.
+        why_not_merged: Why it cannot be merged; None where it can.
     """
 
     kind: Callable[[LoraConfig, str], MakeLowRank]
+    check: Callable[[nn.Module, LoraConfig], None] | None = None
     loss: Callable[[Iterable[LayerAdapter]], Tensor] | None = None
+    add_hooks: Callable[[nn.Module, LoraConfig, Iterable[LayerAdapter]], Callable[[], None]] | None = None
+    why_not_merged: str | None = None
 
 
 def _kasa(config: LoraConfig, path: str) -> MakeLowRank:
@@ -36,7 +43,18 @@ def _kasa(config: LoraConfig, path: str) -> MakeLowRank:
     return partial(KasaLinear, settings=config.kasa_config)
 
 
+def _invocation(config: LoraConfig) -> list[int]:
+    assert config.alora_invocation_tokens is not None
+    return config.alora_invocation_tokens
+
+
 VARIANTS: dict[str, Variant] = {
+    "alora_invocation_tokens": Variant(
+        lambda config, path: AloraLinear,
+        check=lambda model, config: check_model(model, _invocation(config)),
+        add_hooks=lambda model, config, layers: follow_tokens(model, layers, _invocation(config)),
+        why_not_merged=WHY_NOT_MERGED,
+    ),
     "kasa_config": Variant(_kasa, loss=kasa_loss),
 }
 

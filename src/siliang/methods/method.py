@@ -168,6 +168,10 @@ class Method(ABC, Generic[C]):
         """Whether a run of it can be merged into its base model."""
         return self.why_not_mergeable is None
 
+    def why_not_merged(self, settings: Mapping[str, object]) -> str | None:
+        """Why an adapter with these settings cannot be merged; None where it can."""
+        return self.why_not_mergeable
+
     def adds_to_the_loss(self, config: C) -> bool:
         """Whether it has a term of the loss with this config."""
         return type(self).extra_loss is not Method.extra_loss

@@ -151,9 +151,14 @@ def takes_tokens(module: nn.Module) -> bool:
     return not {"input_ids", "inputs_embeds"}.isdisjoint(parameters_of(module))
 
 
+def cache_in(named: Mapping[str, Any]) -> Any:
+    """The cache of keys and values among a model's arguments, or in its output; None for none."""
+    return next((named[name] for name in CACHES if named.get(name) is not None), None)
+
+
 def cached_tokens(named: Mapping[str, Any]) -> int:
     """How many tokens the cache among a model's arguments holds."""
-    cache = next((named[name] for name in CACHES if named.get(name) is not None), None)
+    cache = cache_in(named)
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
