@@ -187,7 +187,7 @@ def test_pairs_are_asked_as_pairs(
 
 def test_merge_is_proved_and_opens_plainly(classifier: Path, model_folders: dict[str, Path], tmp_path: Path) -> None:
     out = siliang("merge", classifier, "--output", tmp_path / "merged")
-    assert out.startswith("proved: largest logit difference") and "100.00%" in out
+    assert out.startswith("verified: largest logit difference") and "100.00%" in out
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert merged.config.id2label == {0: "neg", 1: "pos"}
     base = AutoModelForSequenceClassification.from_pretrained(

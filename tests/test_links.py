@@ -239,7 +239,7 @@ def test_settings_are_not_written_through_a_link(
 ) -> None:
     (tmp_path / "run.yaml").symlink_to(outside.folder / "not-there")
     flags = ("--model", model_folders["bert"], "--data", review_file, "--task", "seq_cls")
-    assert "exists already" in refused("plan", *flags, "--write", tmp_path / "run.yaml")
+    assert "exists: choose another name" in refused("plan", *flags, "--write", tmp_path / "run.yaml")
     assert outside.now() == outside.was
 
 

@@ -387,7 +387,7 @@ def test_what_resume_says(world: World, run: Command, monkeypatch: pytest.Monkey
         assert finished in run("train", *way, "--resume")
     assert world.record().seconds.train == time
     assert "nothing to resume" in run("train", "own.yaml", "--resume", "--output", "none", code=2)
-    assert "name its folder" in run("train", "--resume", code=2)
+    assert "give its folder" in run("train", "--resume", code=2)
     assert "leave out --output" in run("train", "run", "--resume", "--output", "other", code=2)
     assert "it holds a finished run" in run("train", "own.yaml", "--output", "run", code=2)
     assert "it holds a finished run" in run("merge", "run", "--output", "run", code=2)

@@ -60,7 +60,7 @@ def test_pages_and_bad_usage(tmp_path: Path) -> None:
     for page, (code, rule) in zip(check("--explain", "all").split("\n\nSL"), RULES.items(), strict=True):
         assert f"SL{page.removeprefix('SL')}".strip() == f"{code} ({rule.severity}): {rule.page}"
     assert "rule SL999 does not exist; the rules are SL001 to" in check("--explain", "SL999", code=2)
-    assert "say what to look at" in check(code=2)
+    assert "give the settings to check" in check(code=2)
     assert "There is no data file" in check(
         "--model", tmp_path, "--data", tmp_path / "no.csv", "--task", "seq_cls", code=2
     )

@@ -116,7 +116,7 @@ def test_a_start_that_replaces_weights_keeps_them(start: dict[str, Any]) -> None
         (("--model", "gpt2", "--method", "prefixtuning"), "Did you mean 'prefix_tuning'"),
         (("--model", "gpt2", "--device", "tpu"), "is not one of cpu, cuda"),
         (("--model", "gpt2", "--devices", "2", "--strategy", "deepspeed"), "Plan strategy fsdp"),
-        ((), "say which model"),
+        ((), "give a model"),
     ],
 )
 def test_wrong_input(arguments: tuple[str, ...], words: str) -> None:

@@ -1,4 +1,4 @@
-"""siliang chat: the base model and runs side by side, on the same words."""
+"""siliang chat: the answers of the base model and of runs to the same questions, side by side."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from siliang.terminal import StreamedText, clean_standard_streams, one_line, raw
 if TYPE_CHECKING:
     from siliang.use.chat import Chat
 
-WIDEST = 4  # columns side by side; more stand below one another
-NARROWEST = 28  # characters of a column
+MAX_COLUMNS = 4  # side by side; further ones are below
+MIN_WIDTH = 28  # characters of a column
 
 
 def chat(
@@ -33,8 +33,8 @@ def chat(
         typer.Option(
             min=1,
             help=both(
-                "Most tokens of an answer: 128, or what the model has positions for.",
-                "每个回答最多的词元数：128，或模型的位置所允许的个数。",
+                "Maximum tokens of an answer. Default: 128, or the positions that the model has left.",
+                "每个回答最多的词元数。默认 128，或模型剩余的位置数。",
             ),
         ),
     ] = None,
@@ -42,9 +42,10 @@ def chat(
     base: Base = None,
     force: Force = False,
 ) -> None:
-    """Ask the base model and any number of runs the same, and see the answers side by side as they are written.
+    """Ask the base model and any number of runs the same questions, and show the answers side by side.
 
-    One question a line, each on its own; from standard input where that is not a terminal. An empty line ends it.
+    Each line is a separate question. Without a terminal, questions are read from standard input. An empty line ends
+    the chat.
     """
     check_folders(*runs)
     with importing():
@@ -79,26 +80,26 @@ def _prompts() -> Iterator[str]:
 
 
 def _one_by_one(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperature: float) -> None:
-    """Plain lines, each answer behind its name, for whoever reads them from a pipe."""
+    """Prints each answer on a line after its name, for a pipe or a file."""
     for name in opened.names:
         _write(f"{one_line(name)}: ")
         pieces = StreamedText()
 
-        def hear(text: str, pieces: StreamedText = pieces) -> None:
+        def on_text(text: str, pieces: StreamedText = pieces) -> None:
             _write(pieces.add(text))
 
-        opened.answer(name, prompt, hear, max_new_tokens=max_new_tokens, temperature=temperature)
+        opened.answer(name, prompt, on_text, max_new_tokens=max_new_tokens, temperature=temperature)
         _write(f"{pieces.end()}\n")
     _write("\n")
 
 
 def _write(text: str) -> None:
-    """A clean text."""
+    """Prints a text that is already cleaned."""
     print(text, end="", file=raw_stream(sys.stdout), flush=True)
 
 
 def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperature: float) -> None:
-    """A column each, filled as the words come."""
+    """Prints one column per answer, updated during generation."""
     from rich.console import Group
     from rich.live import Live
     from rich.segment import Segment, Segments
@@ -106,13 +107,13 @@ def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperatu
     from rich.text import Text
 
     console = rich_console()
-    at_once = max(1, min(WIDEST, console.width // NARROWEST, len(opened.names)))
+    n_columns = max(1, min(MAX_COLUMNS, console.width // MIN_WIDTH, len(opened.names)))
     answers = {name: Text() for name in opened.names}
 
     def drawn() -> Group:
         grids = []
-        for start in range(0, len(opened.names), at_once):
-            names = opened.names[start : start + at_once]
+        for start in range(0, len(opened.names), n_columns):
+            names = opened.names[start : start + n_columns]
             grid = Table(box=None, expand=True, padding=(0, 1), pad_edge=False, header_style="bold")
             for name in names:
                 grid.add_column(Text(one_line(name)), ratio=1, overflow="fold")
@@ -120,21 +121,21 @@ def _columns(opened: Chat, prompt: str, *, max_new_tokens: int | None, temperatu
             grids.append(grid)
         return Group(*grids)
 
-    def end_of_it() -> Segments:
-        """As much as the terminal holds: what has scrolled out of it cannot be drawn over and would stay."""
+    def last_lines() -> Segments:
+        """The lines that fit the terminal: lines that have scrolled out of it cannot be redrawn."""
         lines = console.render_lines(drawn(), pad=False)[1 - console.height :]
         return Segments([segment for line in lines for segment in (*line, Segment.line())])
 
-    with Live(end_of_it(), console=console, refresh_per_second=10) as live:
+    with Live(last_lines(), console=console, refresh_per_second=10) as live:
         clean_standard_streams()
         for name in opened.names:
             pieces = StreamedText()
 
-            def hear(text: str, shown: Text = answers[name], pieces: StreamedText = pieces) -> None:
+            def on_text(text: str, shown: Text = answers[name], pieces: StreamedText = pieces) -> None:
                 shown.append(pieces.add(text))
-                live.update(end_of_it())
+                live.update(last_lines())
 
-            opened.answer(name, prompt, hear, max_new_tokens=max_new_tokens, temperature=temperature)
+            opened.answer(name, prompt, on_text, max_new_tokens=max_new_tokens, temperature=temperature)
             answers[name].append(pieces.end())
         live.update(drawn())
     print()

@@ -1,4 +1,4 @@
-"""siliang check: what would be learned, and everything that is wrong with it, before anything is trained."""
+"""siliang check: the tokens that would be learned, and every known problem, before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from siliang.check import CheckInput, Finding
 
-# The names of counts.py.
+# the names of the counts of check/counts.py
 NAMES = {
     "rows": Bilingual("rows", "样本"),
     "train": Bilingual("train", "训练"),
@@ -78,9 +78,9 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Look at data, template and settings without training: the tokens that are learned, and every known trap.
+    """Check data, template and settings without training: show the tokens that are learned, and find known problems.
 
-    Exit code 1 where there are errors (with --strict also warnings), 0 otherwise, 2 where the data cannot be read.
+    The exit code is 1 if there are errors (with --strict also warnings), 2 if the data cannot be read, and 0 otherwise.
     """
     if explain is not None:
         print(_page(explain))
@@ -94,8 +94,8 @@ def check(
     if not values:
         raise ConfigError(
             Bilingual(
-                "say what to look at: siliang check run.yaml, or --model, --data and --task.",
-                "请指明要检查什么：siliang check run.yaml，或 --model、--data 和 --task。",
+                "give the settings to check: siliang check run.yaml, or --model, --data and --task.",
+                "请给出要检查的配置：siliang check run.yaml，或 --model、--data 和 --task。",
             )
         )
     values.setdefault("output", "siliang-run")
@@ -172,7 +172,7 @@ def _show_finding(console: Console, f: Finding) -> None:
         for name, text in lines:
             grid.add_row(f"      {name}", Text(shown(text)))
         console.print(grid)
-    else:  # a line each, which can be searched
+    else:  # one line each, for grep
         for name, text in lines:
             console.print(f"      {padded(name, 5)}  {text}", markup=False)
 
@@ -196,5 +196,5 @@ def _plain(value: JsonValue) -> str:
 
 
 def _word(name: str) -> str:
-    """A count's name; a class's is its own."""
+    """The name of a count; the name of a class stays as it is."""
     return local(NAMES.get(name, name.replace("_", " ")))

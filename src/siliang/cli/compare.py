@@ -1,4 +1,4 @@
-"""siliang compare: which method is best on one's own data."""
+"""siliang compare: compares methods on the user's data."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 
 class RayOption(TyperCommand):
-    """Lets --ray stand alone: what follows it is taken for an address only where it is not an option and no settings
-    file."""
+    """Allows --ray without a value: the next word is an address only if it is not an option or a settings file."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         given = list(args)
@@ -58,16 +57,18 @@ def compare(
         str | None,
         typer.Option(
             help=both(
-                "The methods, with commas: full,bitfit,lora,ia3,prompt,p-tuning,prefix.",
+                "The methods, separated by commas: full,bitfit,lora,ia3,prompt,p-tuning,prefix.",
                 "各种方法，用逗号分隔：full,bitfit,lora,ia3,prompt,p-tuning,prefix。",
             )
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help=both("How many seeds.", "随机种子的个数。"))] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help=both("The number of seeds.", "随机种子的个数。"))] = None,
     output: Annotated[
         str | None,
         typer.Option(
-            help=both("The comparison's folder; one that was begun goes on.", "比较的文件夹；已经开始的比较会继续。")
+            help=both(
+                "The folder of the comparison; an unfinished one is resumed.", "比较的文件夹；未完成的比较会继续。"
+            )
         ),
     ] = None,
     set_: Annotated[
@@ -82,8 +83,8 @@ def compare(
         typer.Option(
             min=1,
             help=both(
-                "Runs at the same time on a machine, each with its card or its threads.",
-                "一台机器上同时进行几次运行，每次有自己的卡或线程。",
+                "Runs at the same time on a machine, each with its own GPU or CPU threads.",
+                "一台机器上同时进行几次运行，每次有自己的显卡或 CPU 线程。",
             ),
         ),
     ] = 1,
@@ -92,8 +93,8 @@ def compare(
         typer.Option(
             metavar="[ADDRESS]",
             help=both(
-                "Share the runs out over a Ray cluster: HOST:PORT or auto; without an address, over a Ray begun here.",
-                "把各次运行分配到 Ray 集群：HOST:PORT 或 auto；不给地址时，在本机启动 Ray。",
+                "Run on a Ray cluster: HOST:PORT or auto. Without an address, Ray is started on this machine.",
+                "在 Ray 集群上运行：HOST:PORT 或 auto；不给地址时，在本机启动 Ray。",
             ),
         ),
     ] = None,
@@ -102,16 +103,16 @@ def compare(
         typer.Option(
             "--force",
             help=both(
-                "Go on where the base model or the data have changed since it was begun.",
+                "Resume even if the base model or the data have changed since the comparison was started.",
                 "基座模型或数据在比较开始之后变过也继续。",
             ),
         ),
     ] = False,
     lang: Lang = None,
 ) -> None:
-    """Train several methods with several seeds on the same rows, and say which is best: one table, one page.
+    """Train several methods with several seeds on the same rows, and show which is best: one table, one page.
 
-    Interrupted, the same command goes on where it was. Exit code 1 where no run was completed.
+    After an interruption, the same command resumes the comparison. The exit code is 1 if no run was completed.
     """
     from siliang.cli.show import quiet_loading
     from siliang.cli.train import gather
@@ -121,7 +122,7 @@ def compare(
 
     if output is None and settings is not None and (settings.parent / COMPARISON_NAME).is_file():
         check_links(settings.parent)
-        output = str(settings.parent)  # a comparison's own settings: it goes on where it lies, moved or not
+        output = str(settings.parent)  # a comparison's own compare.yaml: resume in its folder, even if it was moved
     flags = {"model": model, "task": task, "output": output}
     values = gather(settings, flags, data, set_ or [])
     values |= {k: v for k, v in {"methods": methods, "seeds": seeds}.items() if v is not None}
@@ -200,19 +201,19 @@ def _captured(console: Console, grid: Table) -> list[str]:
 
 
 def _fitting(columns: list[Column], rows: list[list[Cell]], width: int) -> list[list[Column]]:
-    """The columns in parts as wide as the terminal, each with the method in front."""
+    """The columns in groups that fit the terminal, each with the method column first."""
     from rich.cells import cell_len
 
-    def wide(i: int) -> int:
+    def column_width(i: int) -> int:
         return 2 + max(cell_len(columns[i].title), *(cell_len(cells[i].text) for cells in rows))
 
-    parts, left = [[columns[0]]], width - wide(0)
+    parts, left = [[columns[0]]], width - column_width(0)
     for i in range(1, len(columns)):
-        if wide(i) > left and len(parts[-1]) > 1:
+        if column_width(i) > left and len(parts[-1]) > 1:
             parts.append([columns[0]])
-            left = width - wide(0)
+            left = width - column_width(0)
         parts[-1].append(columns[i])
-        left -= wide(i)
+        left -= column_width(i)
     return parts
 
 
@@ -221,22 +222,22 @@ def _seed(trial: Trial) -> str:
 
 
 class Display:
-    """A line for each run when it is done; on a terminal, below them, a table of those under way."""
+    """Prints a line for each finished run; on a terminal, also a table of the current runs below."""
 
     def __init__(self) -> None:
         self._begun: dict[str, tuple[float, str]] = {}
-        self._rows: dict[str, tuple[str, ...]] = {}  # of what is under way
+        self._rows: dict[str, tuple[str, ...]] = {}  # of the current runs
         self._shown = 0.0
         self._live: Live | None = None
 
     def listener(self) -> CompareListener:
-        """For the comparison."""
+        """The callbacks for the comparison."""
         from siliang.compare.run import CompareListener
 
         return CompareListener(self.say, self.began, self.progress, self.ended)
 
     def close(self) -> None:
-        """Leaves the lines alone, and the cursor where it can be seen."""
+        """Removes the table and restores the cursor."""
         self._clear()
 
     def say(self, line: str) -> None:
@@ -269,7 +270,7 @@ class Display:
             self._draw()
 
     def ended(self, trial: Trial, record: Record | None) -> None:
-        """A trial is done, or will not be."""
+        """A trial is completed or has failed."""
         from siliang.cli.show import duration
         from siliang.tasks import TASKS
         from siliang.types import TaskType
@@ -304,7 +305,7 @@ class Display:
         self._live.update(grid, refresh=True)
 
     def _clear(self) -> None:
-        """Takes the table away; the next word of a run brings it back."""
+        """Removes the table. The next update draws it again."""
         if self._live is not None:
             self._live.stop()
             self._live = None

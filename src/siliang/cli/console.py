@@ -1,5 +1,5 @@
-"""The one door of all that is printed: secrets are hidden, control characters escaped, what the encoding cannot show is
-replaced; JSON stays JSON, and what comes in must be text."""
+"""Console input and output. Output: secrets are hidden, control characters are escaped, and characters that the
+encoding lacks are replaced; JSON stays valid. Input must be text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HANDLER = "siliang.replace"
-# For characters that siliang itself prints; each stands for one character, so that columns stay columns.
+# Replacements for characters that siliang prints. Each is one character wide, so that columns stay aligned.
 PLAIN = {
     "★": "*", "⚠": "!", "±": "~", "–": "-", "—": "-", "…": ".", "·": ".", "×": "x", "✓": "v", "✗": "x", "“": '"',
     "”": '"', "‘": "'", "’": "'", "█": "#", "▓": "%", "▒": "+", "░": ":", "━": "=",
@@ -32,10 +32,10 @@ PLAIN = {
 
 @contextmanager
 def prepared_console() -> Iterator[None]:
-    """Within the block standard output and error are screens (terminal.py), and show every text: a character that their
-    encoding lacks becomes another one.
+    """Within the block, standard output and error are cleaned (terminal.py), and characters that their encoding lacks
+    are replaced.
 
-    Without it a run on a Windows console (GBK, cp1252), or behind a pipe with LC_ALL=C, ends at the first emoji of its
+    Without it, a run on a Windows console (GBK, cp1252), or in a pipe with LC_ALL=C, fails at the first emoji of its
     data.
     """
     before = sys.stdout, sys.stderr
@@ -50,7 +50,7 @@ def prepared_console() -> Iterator[None]:
 
 
 def rich_console(**settings: Any) -> Console:
-    """A console of Rich's that writes its own escapes to standard output, and those of nobody else."""
+    """A Rich console on standard output. Only Rich's own terminal escapes reach the terminal."""
     from siliang.cli.shown_console import ShownConsole
 
     return ShownConsole(file=raw_stream(sys.stdout), highlight=False, **settings)
@@ -67,8 +67,8 @@ codecs.register_error(HANDLER, _replace)
 
 
 def print_json(value: object, indent: int | None = None) -> None:
-    """Prints a value as JSON that every reader takes: nan and infinity as null, and escapes where the encoding lacks a
-    character or a terminal would obey it. Its texts keep their content, but for secrets."""
+    """Prints a value as portable JSON: NaN and infinity as null, and escapes for control characters and for characters
+    that the encoding lacks. Texts are unchanged except for secrets."""
     unicode = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "").startswith("utf")
     value = redacted(_finite(value))
     text = json.dumps(value, ensure_ascii=False, indent=indent)
@@ -78,7 +78,7 @@ def print_json(value: object, indent: int | None = None) -> None:
 
 
 def print_product(text: str) -> None:
-    """Prints a text that the command was run for: on a terminal as all others, into a file or a pipe `clean_output`."""
+    """Prints the result of a command: on a terminal as any other text, to a file or a pipe through `clean_output`."""
     print(shown(text) if sys.stdout.isatty() else clean_output(text), file=raw_stream(sys.stdout))
 
 
@@ -91,10 +91,10 @@ def _finite(value: object) -> object:
 
 
 def input_lines() -> Iterator[str]:
-    """The lines of standard input, without their ends.
+    """The lines of standard input, without line breaks.
 
     Raises:
-        ConfigError: They are not in its encoding.
+        ConfigError: The input cannot be decoded.
     """
     number = 0
     try:
@@ -105,7 +105,7 @@ def input_lines() -> Iterator[str]:
         raise ConfigError(
             Bilingual(
                 f"standard input is not {error.encoding} after line {number}: convert it to UTF-8, "
-                "or say what it is with PYTHONIOENCODING, such as PYTHONIOENCODING=gbk.",
+                "or set its encoding with PYTHONIOENCODING, such as PYTHONIOENCODING=gbk.",
                 f"标准输入在第 {number} 行之后不是 {error.encoding} 编码：请转换为 UTF-8，"
                 "或用 PYTHONIOENCODING 指明编码，例如 PYTHONIOENCODING=gbk。",
             )
@@ -113,16 +113,16 @@ def input_lines() -> Iterator[str]:
 
 
 def as_text(text: str, what: str) -> str:
-    """`text`, if all of it is text.
+    """Returns `text` if it could be decoded.
 
     Raises:
-        ConfigError: Some bytes of it were none.
+        ConfigError: Some bytes could not be decoded.
     """
     if any("\ud800" <= c <= "\udfff" for c in text):
         encoding = sys.getfilesystemencoding()
         raise ConfigError(
             Bilingual(
-                f"{what} holds bytes that are not {encoding}: {shortened(text, 80)!r}. Convert it to UTF-8.",
+                f"{what} has bytes that are not {encoding}: {shortened(text, 80)!r}. Convert it to UTF-8.",
                 f"{local(what, 'zh')}含有不属于 {encoding} 的字节：{shortened(text, 80)!r}。请转换为 UTF-8。",
             )
         )
@@ -130,17 +130,17 @@ def as_text(text: str, what: str) -> str:
 
 
 def named(settings: Path | None) -> str:
-    """Where settings come from, for the errors: their file, or the command line."""
+    """The source of the settings, for errors: their file, or the command line."""
     return str(settings) if settings else Bilingual("the flags", "命令行参数")
 
 
 def command_line(*words: object) -> str:
-    """A siliang command as it can be pasted into a shell from here, where siliang may be on no path."""
+    """A siliang command that can be pasted into this shell, even if siliang is not on the PATH."""
     started = Path(sys.argv[0])
     if shutil.which("siliang") or not sys.argv[0]:
         program: tuple[object, ...] = ("siliang",)
     elif started.name == "__main__.py":
-        program = (sys.executable, "-P", "-m", "siliang")  # -P: no module of the folder at hand
+        program = (sys.executable, "-P", "-m", "siliang")  # -P: import nothing from the current folder
     else:
         program = (started if started.name == "siliang" and len(started.parts) > 1 else ".venv/bin/siliang",)
     return shell_command(*program, *words)

@@ -1,4 +1,4 @@
-"""siliang demo: a small comparison on the embedded default."""
+"""siliang demo: a small comparison on the included model and data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def demo(
         Path,
         typer.Option(
             help=both(
-                "Folder for the runs; a number is added where it exists.",
+                "Folder for the runs; a number is appended if it exists.",
                 "存放运行的文件夹；已存在时在名称后加上编号。",
             )
         ),
     ] = Path("siliang-demo"),
     lang: Lang = None,
 ) -> None:
-    """Compare five methods on reviews that come along: a table and a page in under 5 minutes, no network, no GPU."""
+    """Compare five methods on included reviews: a table and a page in under 5 minutes, without network or GPU."""
     from siliang.cli.compare import run
     from siliang.cli.show import duration, quiet_loading
     from siliang.demo import demo_config, encoder_folder
@@ -57,7 +57,7 @@ def demo(
         raise typer.Exit(1)
     print(both("Ask one of them:", "向其中一个提问："))
     print(f'  echo "Not what I paid for." | {command_line("chat", best.finished[0].folder)}')
-    print(both("and the same on your own data:", "在自己的数据上做同样的比较："))
+    print(both("Do the same on your own data:", "在自己的数据上做同样的比较："))
     own = ("--model", "MODEL_FOLDER", "--data", "reviews.csv", "--task", "seq_cls", "--output", "my-comparison")
     print(f"  {command_line('compare', *own)}")
 

@@ -1,4 +1,4 @@
-"""siliang eval: a run's metrics."""
+"""siliang eval: the metrics of a run."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ def evaluate(
     run: Run,
     data: Annotated[
         str | None,
-        typer.Option(help=both("Other data than the run's held-out rows.", "代替运行的验证集的其他数据。")),
+        typer.Option(
+            help=both("Data to evaluate on. Default: the run's held-out rows.", "评估所用的数据。默认为运行的验证集。")
+        ),
     ] = None,
     json: Json = False,
     base: Base = None,
     force: Force = False,
 ) -> None:
-    """Measure a run: loss, and accuracy or perplexity, on its held-out rows or on --data."""
+    """Evaluate a run on its held-out rows or on --data: loss, and accuracy or perplexity."""
     if data is not None and (not data.strip() or "\0" in data):
         raise ConfigError(
             Bilingual(
-                f"--data {data!r}: name a file, a folder, or a data set on the hub.",
+                f"--data {data!r}: give a file, a folder, or the name of a dataset on the Hub.",
                 f"--data {data!r}：请给出文件、文件夹或 Hub 上的数据集名。",
             )
         )
     check_folders(run)
     with importing():
-        from siliang.cli.show import figures, quiet_loading
+        from siliang.cli.show import metrics_line, quiet_loading
         from siliang.hardware import find_device
         from siliang.run_folder import open_run
         from siliang.use.evaluate import evaluate as measure
@@ -46,7 +48,7 @@ def evaluate(
     if data is None and not opened.record.rows.eval:
         notes.append(
             both(
-                "the run has no held-out rows: these figures are of the rows that it was trained on",
+                "the run has no held-out rows: these metrics are on its training rows",
                 "这次训练没有验证集：以下指标是在训练样本上测得的",
             )
         )
@@ -54,4 +56,4 @@ def evaluate(
     if json:
         print_json(metrics)
     else:
-        print(figures(metrics))
+        print(metrics_line(metrics))

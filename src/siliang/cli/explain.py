@@ -1,4 +1,4 @@
-"""siliang explain: what a code means."""
+"""siliang explain: the meaning of a code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def explain(
         str,
         typer.Argument(
             help=both(
-                "Of an error, such as SLE03, or of a finding of `siliang check`, SL007.",
+                "The code of an error, such as SLE03, or of a finding of `siliang check`, such as SL007.",
                 "错误的编号，如 SLE03；或 `siliang check` 检查结果的编号，如 SL007。",
             )
         ),
     ],
 ) -> None:
-    """Say what an error or a finding means, why it happens, and what to do."""
+    """Explain an error or a finding: its meaning, its cause, and what to do."""
     from siliang.errors import explain as explain_error
     from siliang.language import language
 

@@ -17,11 +17,9 @@ def generate(
     run: Run,
     instruction: Annotated[
         str,
-        typer.Argument(
-            help=both("What to ask, put into the run's own template.", "要问的内容，会放入运行自己的模板。")
-        ),
+        typer.Argument(help=both("The instruction; it is put into the run's template.", "指令，会放入运行的模板。")),
     ],
-    input: Annotated[str, typer.Option(help=both("What the instruction is about.", "指令所针对的内容。"))] = "",
+    input: Annotated[str, typer.Option(help=both("The input of the instruction.", "指令的输入内容。"))] = "",
     plain: Annotated[
         bool,
         typer.Option(
@@ -33,8 +31,8 @@ def generate(
         typer.Option(
             min=1,
             help=both(
-                "Most tokens to write: 128, or what the model has positions for.",
-                "最多生成的词元数：128，或模型的位置所允许的个数。",
+                "Maximum tokens to generate. Default: 128, or the positions that the model has left.",
+                "最多生成的词元数。默认 128，或模型剩余的位置数。",
             ),
         ),
     ] = None,
@@ -45,14 +43,15 @@ def generate(
             "--base",
             metavar="[FOLDER_OR_NAME]",
             help=both(
-                "Alone: show the base model's answer before the tuned one. With a name: where the base model is now.",
-                "单独使用：先显示基座模型的回答，再显示微调后的回答。带名称：基座模型现在的位置。",
+                "Without a name: also show the base model's answer, before the tuned one. With a name: the current "
+                "location of the base model.",
+                "不带名称：先显示基座模型的回答，再显示微调后的回答。带名称：基座模型现在的位置。",
             ),
         ),
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write text with a trained run."""
+    """Generate text with a trained run."""
     instruction, input = as_text(instruction, Bilingual("the instruction", "指令")), as_text(input, "--input")
     check_folders(run)
     with importing():
@@ -62,12 +61,12 @@ def generate(
         from siliang.use.generate import generate as write
 
         quiet_loading()
-    place = next((name for name in reversed(base or []) if name), None)
-    beside = "" in (base or [])
-    opened = open_run(run, base=place, force=force, device=find_device())
+    location = next((name for name in reversed(base or []) if name), None)
+    with_base = "" in (base or [])
+    opened = open_run(run, base=location, force=force, device=find_device())
     show_notes(opened.trained.notes if opened.trained else ())
-    for of_base in (True, False) if beside else (False,):
-        if beside:
+    for of_base in (True, False) if with_base else (False,):
+        if with_base:
             print(both("base:", "基座模型：") if of_base else both("\ntuned:", "\n微调后："))
         print_product(
             write(

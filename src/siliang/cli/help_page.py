@@ -1,4 +1,4 @@
-"""The page of --help in the reader's language: the commands' texts, and the parser's own words and lines."""
+"""The --help page in the reader's language: the texts of the commands, and the words of the parser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMANDS_ZH = {
     "有错误时退出码为 1（用 --strict 时警告也算），否则为 0；数据无法读取时为 2。",
     "train": "训练：在基座模型上用一种方法微调你的数据，结果保存在运行文件夹中。",
     "compare": "用多个随机种子在相同的样本上训练多种方法，比出最好的一种：一张表，一个网页。\n\n"
-    "中断之后，用同一条命令继续。没有任何运行完成时退出码为 1。",
+    "中断之后，用同一条命令继续。没有任何运行完成时，退出码为 1。",
     "report": "根据记录生成一次比较的表格和网页，也可用于相同数据上的任意几次运行。",
     "eval": "评估一次运行：在验证集或 --data 上的损失，以及准确率或困惑度。",
     "predict": "用训练好的运行预测：文本的类别、文本中标注的片段，或问题的答案。\n\n"
@@ -57,7 +57,7 @@ PLACEHOLDERS = {
 
 
 class ChinesePage(typer.Context.formatter_class):
-    """Lines of Chinese, by the columns that they take."""
+    """A help page in Chinese, wrapped by display width."""
 
     def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
         super().write_usage(prog, _filled_in(args, PLACEHOLDERS), prefix or "用法：")
@@ -82,7 +82,7 @@ class ChinesePage(typer.Context.formatter_class):
 
 
 def _filled_in(text: str, words: dict[str, str]) -> str:
-    """The text with the parser's words in Chinese."""
+    """The text with the parser's words translated to Chinese."""
     for english, chinese in words.items():
         text = text.replace(english, chinese)
     return text
@@ -93,7 +93,7 @@ class ChineseContext(typer.Context):
 
 
 def in_the_readers_language(group: Any) -> Any:
-    """The commands, as typer's `get_command` makes them, with their --help in the reader's language."""
+    """Sets the help texts of typer's commands to the reader's language."""
     if language() == "zh":
         for name, command in {"siliang": group, **group.commands}.items():
             command.context_class = ChineseContext

@@ -1,6 +1,6 @@
-"""What `siliang config` and `siliang methods` print, as files: the classes would take torch's two seconds.
+"""The output of `siliang config` and `siliang methods`, as files: making it from the classes would import torch (2 s).
 
-`make docs` writes them; a test holds them to the classes.
+`make docs` writes the files. A test compares them with the classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def settings(language: Language = "en") -> str:
     from siliang.methods import METHODS as TABLE
 
     lines: list[str] = []
-    of_compare = Bilingual("compare.yaml has, in place of `method`:", "compare.yaml 没有 `method`，另有：")
+    of_compare = Bilingual("compare.yaml has these settings instead of `method`:", "compare.yaml 没有 `method`，另有：")
     for rows, title in ((describe(RunConfig), ""), (describe_settings(), of_compare)):
         lines += ["\n" + local(title, language)] if title else []
         for name, kind, default, meaning in rows:
@@ -40,8 +40,8 @@ def settings(language: Language = "en") -> str:
             values = method.config()
             entry = f"method: {{name: {method.name}, ...}}"
             title = Bilingual(
-                f"{entry} may also hold, with PEFT's names and defaults:",
-                f"{entry} 还可以有下列字段，名称和默认值与 PEFT 相同：",
+                f"{entry} has these fields, with PEFT's names and defaults:",
+                f"{entry} 有下列字段，名称和默认值与 PEFT 相同：",
             )
             lines += ["\n" + local(title, language)]
             lines += [filled(", ".join(f"{name}: {getattr(values, name)}" for name in fields), 100, "    ")]

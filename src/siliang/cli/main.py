@@ -1,4 +1,4 @@
-"""`siliang`: the commands in one table, and how errors are shown. Imports of torch stay inside the commands."""
+"""`siliang`: the table of commands, and the display of errors. Only the commands themselves import torch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ app.command("config")(config.config)
 app.command("explain")(explain.explain)
 
 
-# what the parser says in Chinese
+# the messages of the parser in Chinese
 USAGE_ZH = {
     "Missing argument '(.+)'": "缺少参数 '{}'",
     "Missing option '(.+)'": "缺少选项 '{}'",
@@ -90,7 +90,7 @@ USAGE_ZH = {
     "Option '(.+)' does not take a value": "选项 '{}' 不带值",
     "(.+) is not a value for '(.+?)': .*": "{} 不能作为 '{}' 的值",
 }
-# What other tools call these commands.
+# Names of these commands in other tools.
 OTHER_COMMANDS = {
     "sft": "train",
     "finetune": "train",
@@ -136,7 +136,7 @@ def options(
             "--allow-code",
             metavar="SHA256",
             help=both(
-                "Let the model's own code of this hash run; the error gives it.",
+                "Allow the model's custom code with this hash to run; the error message shows the hash.",
                 "允许具有此哈希值的模型自带代码运行；错误信息会给出该值。",
             ),
         ),
@@ -144,16 +144,14 @@ def options(
     version: bool = typer.Option(
         False,
         "--version",
-        help=both(
-            "Show the versions of siliang and of the libraries that it needs.", "显示 siliang 及其所依赖的库的版本。"
-        ),
+        help=both("Show the versions of siliang and its main dependencies.", "显示 siliang 及其主要依赖库的版本。"),
         callback=_version,
         is_eager=True,
     ),
 ) -> None:
     """Parameter-efficient fine-tuning of transformers on the machine you have.
 
-    --allow-code and --debug may also follow the command.
+    --allow-code and --debug may also be written after the command.
     """
     from siliang.safety.permissions import allow_code as allow
 
@@ -162,8 +160,8 @@ def options(
 
 
 def main() -> None:
-    """The entry point: runs a command; errors become one or two lines and an exit code: 2, 130 for Ctrl-C, 1 for an
-    error of siliang's own, whose traceback is in a file, or shown with --debug."""
+    """The entry point: runs a command. An error is shown in one or two lines. Exit codes: 2 for an error, 130 for
+    Ctrl-C, 1 for a bug in siliang, whose traceback is written to a file, or shown with --debug."""
     with prepared_console():
         _quieten_libraries()
         bound_kernel_caches()
@@ -175,7 +173,7 @@ def main() -> None:
 
 
 def _options_first(words: list[str]) -> list[str]:
-    """With each --allow-code in front, where it belongs to all commands."""
+    """Moves each --allow-code to the front, where the parser expects the options of all commands."""
     first: list[str] = []
     others: list[str] = []
     left = iter(words)
@@ -195,7 +193,7 @@ def _run(words: list[str], *, debug: bool) -> int:
         return _run(words, debug=debug) if may_run(error) else _print_siliang_error(error)
     except KeyboardInterrupt:
         code = _print_error(both("Stopped.", "已停止。"), 130)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the pipe has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
@@ -206,7 +204,7 @@ def _run(words: list[str], *, debug: bool) -> int:
             code = 2
         elif type(error).__name__ == "Abort":
             code = _print_error(both("Stopped.", "已停止。"), 130)
-        elif (known := error if isinstance(error, SiliangError) else _as_ours(error, words)) is not None:
+        elif (known := error if isinstance(error, SiliangError) else _as_siliang_error(error, words)) is not None:
             code = _print_siliang_error(known)
         else:
             code = _unexpected(error)
@@ -214,14 +212,14 @@ def _run(words: list[str], *, debug: bool) -> int:
 
 
 def _unexpected(error: Exception) -> int:
-    """A bug in siliang: one line, and the traceback in a file that a report can include."""
-    kept = Bilingual("siliang --debug shows the traceback", "siliang --debug 显示调用栈")
+    """Reports a bug in siliang: one line, with the traceback in a file."""
+    details = Bilingual("siliang --debug shows the traceback", "siliang --debug 显示调用栈")
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="siliang-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
         ) as file:
             file.write(shown(traceback.format_exc()))
-            kept = Bilingual(f"the traceback is in {file.name}", f"调用栈在 {file.name} 中")
+            details = Bilingual(f"the traceback is in {file.name}", f"调用栈在 {file.name} 中")
     except OSError:
         pass
     where = traceback.extract_tb(error.__traceback__)[-1]
@@ -229,8 +227,8 @@ def _unexpected(error: Exception) -> int:
     what = f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
     return _print_error(
         both(
-            f"error: internal error: {what}.\nThis is a bug in siliang; {kept}. Please report it.",
-            f"错误：内部错误：{what}。\n这是 siliang 的缺陷；{kept.zh}。请反馈给我们。",
+            f"error: internal error: {what}.\nThis is a bug in siliang; {details}. Please report it.",
+            f"错误：内部错误：{what}。\n这是 siliang 的缺陷；{details.zh}。请反馈给我们。",
         ),
         1,
     )
@@ -244,26 +242,26 @@ def _print_error(message: str, code: int) -> int:
 def _print_siliang_error(error: SiliangError) -> int:
     from siliang.errors import as_shown
 
-    alone = isinstance(error, RankError | DeviceMemoryError)  # not every rank may have it
-    if os.environ.get("RANK", "0") != "0" and not alone:
+    of_one_rank = isinstance(error, RankError | DeviceMemoryError)  # other errors are on all ranks: rank 0 prints them
+    if os.environ.get("RANK", "0") != "0" and not of_one_rank:
         return error.exit_code
-    stopped = isinstance(error, InterruptedRunError)  # the user asked for it: not shown as an error
+    stopped = isinstance(error, InterruptedRunError)  # stopped by the user: not shown as an error
     return _print_error(local(error.text) if stopped else as_shown(error, language()), error.exit_code)
 
 
-def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
-    """An error of the machine or of the command line, as one of siliang's; None for a bug."""
+def _as_siliang_error(error: Exception, words: list[str]) -> SiliangError | None:
+    """Converts an error of the system or of the command line to a SiliangError; None for a bug."""
     from siliang.disk_errors import SAVED_BEFORE, disk_error
 
     if hasattr(error, "format_message"):  # of typer's parser
-        return _of_usage(error, words)
+        return _usage_error(error, words)
     name = _short(getattr(error, "filename", None))
     if isinstance(error, PermissionError):
         return OutputError(Bilingual(f"{name}: permission denied.", f"{name}：没有权限。"))
     if not isinstance(error, FileNotFoundError) and (message := disk_error(error)) is not None:
         return OutputError(together(message, SAVED_BEFORE))
     if isinstance(error, OSError) and name and not isinstance(error, FileNotFoundError):
-        # a folder for a file, a name that is too long, a link to itself
+        # such as a folder instead of a file, a name that is too long, or a link to itself
         reason = error.strerror or str(error)
         return ConfigError(Bilingual(f"{name}: {reason[0].lower()}{reason[1:]}.", f"{name}：{local(reason, 'zh')}。"))
     if isinstance(error, UnicodeEncodeError) and error.encoding in (sys.getfilesystemencoding(), "utf-8"):
@@ -278,13 +276,13 @@ def _as_ours(error: Exception, words: list[str]) -> SiliangError | None:
     if isinstance(error, ValueError) and "null byte" in str(error):
         return ConfigError(
             Bilingual(
-                "a name holds a NUL byte, which no file's name can hold.", "名称中含有 NUL 字节，文件名不能含有它。"
+                "a name has a NUL byte, which is not allowed in file names.", "名称中含有 NUL 字节，文件名不能含有它。"
             )
         )
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return DeviceMemoryError(
             Bilingual(
-                "the memory is full. `siliang explain SLE08` lists what to change.",
+                "the memory is full. `siliang explain SLE08` explains what to change.",
                 "内存已满。`siliang explain SLE08` 说明应如何修改。",
             )
         )
@@ -296,8 +294,8 @@ def _short(name: object) -> str:
     return text if len(text) <= 120 else shortened(text, 100, f"... ({len(text):,} characters)")
 
 
-def _of_usage(error: Any, words: list[str]) -> ConfigError:
-    """What is wrong with the command line, as the parser found it."""
+def _usage_error(error: Any, words: list[str]) -> ConfigError:
+    """Converts an error of the parser."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "siliang"
     message = " ".join(str(error.format_message()).split())
@@ -319,7 +317,7 @@ def _of_usage(error: Any, words: list[str]) -> ConfigError:
         shown = _short(name)
         return ConfigError(
             Bilingual(
-                f"there is no command {shown!r}.{near} `siliang --help` lists them.",
+                f"no such command: {shown!r}.{near} `siliang --help` lists the commands.",
                 f"没有命令 {shown!r}。{near.zh}`siliang --help` 列出全部命令。",
             )
         )
@@ -330,7 +328,7 @@ def _of_usage(error: Any, words: list[str]) -> ConfigError:
     message_zh = _usage_zh(message)
     return ConfigError(
         Bilingual(
-            f"{path}: {message}. `{path} --help` lists what it takes.",
+            f"{path}: {message}. `{path} --help` shows the usage.",
             f"{path}：{message_zh}。用法见 `{path} --help`。",
         )
     )
@@ -352,7 +350,7 @@ def _given(options: Sequence[str], words: list[str]) -> str | None:
 
 
 def _no_option(option: str, error: Any, words: list[str]) -> Bilingual:
-    """The message for an unknown option: what another tool's option or a setting is here, or similar names."""
+    """The message for an unknown option, with the matching setting or similar options."""
     from siliang.config import RunConfig, name_hint
     from siliang.safety.safe_yaml import YamlError, parse_yaml
 
@@ -372,11 +370,11 @@ def _no_option(option: str, error: Any, words: list[str]) -> Bilingual:
 
 
 def _quieten_libraries() -> None:
-    """Libraries' messages off, unless the user turned them on: siliang prints what matters. And no telemetry."""
+    """Turns off the libraries' messages, unless the user has turned them on, and their telemetry."""
     quieten_libraries()
-    # that a kernel of the hub's is not installed, which 4-bit training would not use (models/quantized.py)
+    # a warning about a missing kernel from the Hub, which 4-bit training does not use (models/quantized.py)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # the traceback of a step that cannot run on fake tensors: the plan has its own message for it
+    # the traceback of a step that cannot run on fake tensors: the plan has its own message
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,4 +1,4 @@
-"""siliang merge: a plain model from a run, proved to answer alike."""
+"""siliang merge: merges a run into a plain model, and verifies that the outputs are equal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def merge(
         Path,
         typer.Option(
             help=both(
-                "Folder for the merged model; must not hold anything yet.", "合并后模型的文件夹；事先不能有任何内容。"
+                "Folder for the merged model; it must not exist, or must be empty.",
+                "合并后模型的文件夹；事先不存在，或为空。",
             )
         ),
     ],
@@ -35,14 +36,14 @@ def merge(
         Dtype,
         typer.Option(
             help=both(
-                "Number format to save, in which the proof is made too.", "保存的数值格式，验证也用这种格式进行。"
+                "Number format of the saved model and of the verification.", "保存的数值格式，验证也用这种格式进行。"
             )
         ),
     ] = Dtype.FLOAT32,
     data: Annotated[
         str | None,
         typer.Option(
-            help=both("Rows for the proof, in place of the run's own data.", "用于验证的样本，代替运行自己的数据。")
+            help=both("Rows for the verification. Default: the run's data.", "用于验证的样本。默认用运行的数据。")
         ),
     ] = None,
     base: Base = None,
@@ -51,14 +52,14 @@ def merge(
         typer.Option(
             "--force",
             help=both(
-                "Keep the model even if it does not answer alike, and go on where the base model or the data have "
-                "changed since the training.",
+                "Keep the model even if its outputs differ, and continue even if the base model or the data have "
+                "changed since training.",
                 "即使输出不一致也保留模型；基座模型或数据在训练之后变过也继续。",
             ),
         ),
     ] = False,
 ) -> None:
-    """Merge a run's adapter into its base model, prove that both answer alike, and save a plain model."""
+    """Merge a run's adapter into its base model, verify that the outputs are equal, and save a plain model."""
     check_folders(run)
     with importing():
         import torch
@@ -71,19 +72,19 @@ def merge(
 
         quiet_loading()
     check_empty(output)
-    # a quantized base model would round the sum again: merging is done in the base model's own
+    # a quantized base model would round the sum again: merge into the base model's unquantized weights
     opened = open_run(run, base=base, force=force, dtype=getattr(torch, dtype.value), quantized=False)
     proof = merge_run(opened, output, data=data, force=force)
     show_notes(opened.trained.notes if opened.trained else ())
     found = proof.in_words
     print(
-        both(f"proved: {found}", f"验证一致：{found.zh}")
+        both(f"verified: {found}", f"验证一致：{found.zh}")
         if proof.holds
-        else both(f"NOT PROVED, kept by --force: {found}", f"未能验证一致，按 --force 保留：{found.zh}")
+        else both(f"NOT VERIFIED, kept by --force: {found}", f"未能验证一致，按 --force 保留：{found.zh}")
     )
     if template := served_tokenizer(opened)[1]:
         print(both(f"chat template: {template}", f"对话模板：{local(template)}"))
     kind, path = TASKS[opened.config.task].model.auto_class, str(output)
     print(both(f"saved   {path}", f"已保存  {path}"))
-    how = f"transformers.{kind}.from_pretrained({path!r})"
-    print(both(f"open it with {how}", f"打开方式：{how}"))
+    call = f"transformers.{kind}.from_pretrained({path!r})"
+    print(both(f"load it with {call}", f"加载方式：{call}"))

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options of several commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from siliang.language import both
 
 Model = Annotated[
     str | None,
-    typer.Option(help=both("Base model: a folder, or a name on the hub.", "基座模型：文件夹，或 Hub 上的名称。")),
+    typer.Option(help=both("Base model: a folder, or a name on the Hub.", "基座模型：文件夹，或 Hub 上的名称。")),
 ]
 Data = Annotated[str | None, typer.Option(help=both("Training data.", "训练数据。"))]
 Task = Annotated[
@@ -23,13 +23,13 @@ Task = Annotated[
     ),
 ]
 Method = Annotated[
-    str | None, typer.Option(help=both("What is tuned: see `siliang methods`.", "微调方法：见 `siliang methods`。"))
+    str | None, typer.Option(help=both("The method: see `siliang methods`.", "微调方法：见 `siliang methods`。"))
 ]
 Lang = Annotated[
     str | None,
     typer.Option(
         help=both(
-            "The report's language: en or zh. Default: SILIANG_LANG's.",
+            "The language of the report: en or zh. Default: that of SILIANG_LANG.",
             "报告的语言：en 或 zh。默认由 SILIANG_LANG 决定。",
         )
     ),

@@ -1,4 +1,4 @@
-"""siliang plan: what each method will need, before anything is loaded, and what to change so that it fits."""
+"""siliang plan: predicts the memory and time of each method without loading weights, and changes that make it fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from siliang.config import RunConfig
     from siliang.plan import PlanRecord
 
-NO_DATA = "(no data)"  # stands where a run's data would; nothing reads it
+NO_DATA = "(no data)"  # placeholder for data.train; nothing reads it
 
 
 def plan(
@@ -40,7 +40,7 @@ def plan(
         str | None,
         typer.Option(
             help=both(
-                "A folder, a name on the hub, or a shape by name: `--model list` shows those.",
+                "A folder, a name on the Hub, or the name of a known architecture (`--model list`).",
                 "文件夹、Hub 上的名称，或一种已知模型结构的名称：`--model list` 列出这些结构。",
             )
         ),
@@ -49,32 +49,36 @@ def plan(
         str | None,
         typer.Option(
             help=both(
-                "Training data: the plan is then for its longest batch.", "训练数据：给出时按其中最长的批次预估。"
+                "Training data: with it, the plan is for the longest batch.", "训练数据：给出时按其中最长的批次预估。"
             )
         ),
     ] = None,
     task: Task = None,
     method: Annotated[
         str | None,
-        typer.Option(help=both("A method, several with commas, or all.", "一种方法，用逗号分隔的几种，或 all。")),
+        typer.Option(
+            help=both("A method, several separated by commas, or all.", "一种方法，用逗号分隔的几种，或 all。")
+        ),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
             help=both(
-                "What there is: 8GB. Without it, what is free here.", "可用的内存，如 8GB。没有给出时为本机的空闲内存。"
+                "The available memory, such as 8GB. Default: the free memory of this machine.",
+                "可用的内存，如 8GB。默认为本机的空闲内存。",
             )
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help=both("cpu or cuda, which need not be here.", "cpu 或 cuda；本机不必有该设备。"))
+        str | None,
+        typer.Option(help=both("cpu or cuda; this machine need not have it.", "cpu 或 cuda；本机不必有该设备。")),
     ] = None,
     devices: Annotated[
         int,
         typer.Option(
             min=1,
             help=both(
-                "Of how many devices; the plan is of each, and --memory is what each has.",
+                "The number of devices. The plan is for each of them, and --memory is the memory of each.",
                 "设备的个数；预估的是其中每一个，--memory 是每个设备的内存。",
             ),
         ),
@@ -83,8 +87,8 @@ def plan(
         str | None,
         typer.Option(
             help=both(
-                "How they share the model: ddp, fsdp, or auto (distributed.strategy).",
-                "多个设备如何共用模型：ddp、fsdp 或 auto（distributed.strategy）。",
+                "The strategy of several devices: ddp, fsdp, or auto (distributed.strategy).",
+                "多个设备的并行策略：ddp、fsdp 或 auto（distributed.strategy）。",
             )
         ),
     ] = None,
@@ -92,8 +96,8 @@ def plan(
         float | None,
         typer.Option(
             help=both(
-                "What the device computes in a second, such as 65e12, for the times.",
-                "设备每秒的计算量，如 65e12，用于估计时间。",
+                "Floating-point operations per second of the device, such as 65e12, to predict the time.",
+                "设备每秒的浮点运算次数，如 65e12，用于估计时间。",
             )
         ),
     ] = None,
@@ -111,7 +115,7 @@ def plan(
         typer.Option(
             "--baseline",
             help=both(
-                "Also what PEFT with transformers.Trainer would need.",
+                "Also show the memory of PEFT with transformers.Trainer.",
                 "同时给出使用 PEFT 和 transformers.Trainer 时的需求。",
             ),
         ),
@@ -121,14 +125,14 @@ def plan(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say what memory and time a run will take, by method, and the smallest changes with which it fits.
+    """Predict the memory and time of a run for each method, and the smallest changes with which it fits.
 
-    Nothing is loaded: the run's own step is made on fake tensors. Exit code 1 where nothing of what was asked fits.
+    No weights are loaded: the step runs on fake tensors. The exit code is 1 if none of the methods fits.
     """
     from siliang.units import parse_bytes
 
     memory_bytes = parse_bytes(memory) if memory else None
-    with importing():  # what builds a config needs torch
+    with importing():  # building a config needs torch
         pass
 
     if model == "list":
@@ -136,12 +140,12 @@ def plan(
         return
     _check_flags(memory, memory_bytes, flops)
     source = named(settings)
-    values, names = _gathered(settings, {"model": model, "task": task}, data, set_ or [], method)
+    values, names = _gather(settings, {"model": model, "task": task}, data, set_ or [], method)
     comparison = _comparison_in(values)
     if comparison and write is not None:
         raise ConfigError(
             Bilingual(
-                "--write writes a run of one method, and this is a comparison: leave it out.",
+                "--write writes a run with one method, but this is a comparison: leave it out.",
                 "--write 只能写出单个方法的配置，而这是一个比较：请去掉它。",
             )
         )
@@ -174,7 +178,7 @@ def plan(
             )
             for label, (run, methods) in runs.items()
         }
-    record = _together(plans)
+    record = _merge(plans)
     if json:
         print_json(record.model_dump(mode="json"), indent=1)
     else:
@@ -201,10 +205,10 @@ def _check_flags(memory: str | None, memory_bytes: int | None, flops: float | No
         )
 
 
-def _gathered(
+def _gather(
     settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str], method: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The settings, and the methods to plan: those of --method, or the settings file's own, or else all.
+    """The settings, and the methods to plan: those of --method, otherwise of the settings file, otherwise all.
 
     Raises:
         ConfigError: The model is missing, or a method does not exist.
@@ -216,8 +220,9 @@ def _gathered(
     if "model" not in values:
         raise ConfigError(
             Bilingual(
-                "say which model: siliang plan run.yaml, or --model DIR, NAME, or a shape (--model list).",
-                "请指定模型：siliang plan run.yaml，或 --model 加文件夹、名称或结构名（--model list 列出结构名）。",
+                "give a model: siliang plan run.yaml, or --model with a folder, a name on the Hub, or a known "
+                "architecture (--model list).",
+                "请指定模型：siliang plan run.yaml，或 --model 加文件夹、Hub 上的名称或结构名（见 --model list）。",
             )
         )
     chosen = values.get("method", "lora")
@@ -235,7 +240,7 @@ def _gathered(
 
 
 def _fill_in(values: dict[str, Any], strategy: str | None) -> bool:
-    """Puts what a config needs and a plan does not into the settings; returns whether they name data."""
+    """Fills in settings that a config needs and a plan does not. Returns whether the settings have data."""
     section = values.setdefault("data", {})
     with_data = isinstance(section, dict) and bool(section.get("train"))
     if not with_data and isinstance(section, dict):
@@ -247,10 +252,10 @@ def _fill_in(values: dict[str, Any], strategy: str | None) -> bool:
 
 
 def _config(values: dict[str, Any], source: str, *, with_data: bool) -> tuple[RunConfig, PretrainedConfig | None]:
-    """The run's config, and its base model's where that was needed to find the task.
+    """The config of the run, and that of the base model if it was read to find the task.
 
     Raises:
-        ConfigError: Data was given for a shape, which has no tokenizer; or a setting is wrong.
+        ConfigError: Data is given for an architecture, which has no tokenizer; or a setting is wrong.
     """
     from siliang.config import RunConfig
     from siliang.plan import model_config
@@ -265,8 +270,8 @@ def _config(values: dict[str, Any], source: str, *, with_data: bool) -> tuple[Ru
     if with_data and config.model in SHAPES and not Path(config.model).is_dir():
         raise ConfigError(
             Bilingual(
-                f"{config.model} is a shape, without the tokenizer that the data needs: give the model's folder, "
-                "or leave the data away and set data.max_length.",
+                f"{config.model} is an architecture without a tokenizer, which the data needs: give the model's "
+                "folder, or leave out the data and set data.max_length.",
                 f"{config.model} 只是一个结构，没有处理数据所需的分词器：请给出模型文件夹，"
                 "或不给数据而设置 data.max_length。",
             )
@@ -275,7 +280,7 @@ def _config(values: dict[str, Any], source: str, *, with_data: bool) -> tuple[Ru
 
 
 def _comparison_in(values: dict[str, Any]) -> dict[str, Any]:
-    """Takes what is a comparison's out of the settings, and returns it."""
+    """Removes the settings of a comparison from `values`, and returns them."""
     from siliang.config.comparison import CompareSettings
 
     return {key: values.pop(key) for key in CompareSettings.model_fields if key in values}
@@ -284,11 +289,11 @@ def _comparison_in(values: dict[str, Any]) -> dict[str, Any]:
 def _runs_of(
     values: dict[str, Any], comparison: dict[str, Any], only: list[str] | None, source: str
 ) -> dict[str, tuple[RunConfig, list[str]]]:
-    """The runs of a comparison whose memory may differ, by label: methods without settings of their own are planned in
-    one go, under "".
+    """The runs of a comparison whose memory may differ, by label. Methods without settings are planned together, under
+    the label "".
 
     Args:
-        only: These methods; None for all.
+        only: The methods to plan; None for all.
     """
     from siliang.config import RunConfig
     from siliang.config.comparison import CompareConfig
@@ -297,17 +302,18 @@ def _runs_of(
     settings = CompareConfig.build(given | comparison, source=source).settings
     entries = [entry for entry in settings.methods if only is None or entry.name in only]
     if not entries:
-        named = ",".join(only or [])
+        wanted = ",".join(only or [])
         raise ConfigError(
             Bilingual(
-                f"--method {named}: {source} does not compare it.", f"--method {named}：{source} 没有比较这种方法。"
+                f"--method {wanted}: {source} does not compare it.",
+                f"--method {wanted}：{local(source, 'zh')} 没有比较这种方法。",
             )
         )
     plain: list[str] = []
     found: dict[str, tuple[RunConfig, list[str]]] = {}
     for entry in entries:
         for choice in settings.choices(entry) or [{}]:
-            tried = {key: value for key, value in choice.items() if key != "learning_rate"}  # which takes no memory
+            tried = {key: value for key, value in choice.items() if key != "learning_rate"}  # it takes no memory
             arguments = entry.arguments | tried
             if not arguments and entry.label == entry.name:
                 plain += [entry.name] * (entry.name not in plain)
@@ -318,8 +324,8 @@ def _runs_of(
     return ({"": (RunConfig.build(given, source=source), plain)} if plain else {}) | found
 
 
-def _together(plans: dict[str, PlanRecord]) -> PlanRecord:
-    """The plans of a comparison in one, each method under its label."""
+def _merge(plans: dict[str, PlanRecord]) -> PlanRecord:
+    """Merges the plans of a comparison into one, with each method under its label."""
     first = next(iter(plans.values()))
     for label, plan in plans.items():
         if label:
@@ -329,7 +335,7 @@ def _together(plans: dict[str, PlanRecord]) -> PlanRecord:
 
 
 class _Say:
-    """What is being planned, on a terminal, gone when it is done."""
+    """Shows on a terminal what is being planned, and removes the line at the end."""
 
     def __init__(self, on: bool) -> None:
         self._on = on and sys.stderr.isatty()
@@ -342,23 +348,23 @@ class _Say:
 
 
 def _write(config: RunConfig, record: PlanRecord, path: Path) -> None:
-    """The run of the first method that fits, changed where it needs to be."""
+    """Writes the config of the first method that fits, with the changes that it needs."""
     from siliang.files import write_text
     from siliang.safety.safe_yaml import dump_yaml, parse_yaml
 
-    able = [m for m in record.methods if not m.error and (m.fits is not False or m.fit is not None)]
-    if not able:
+    fitting = [m for m in record.methods if not m.error and (m.fits is not False or m.fit is not None)]
+    if not fitting:
         raise ConfigError(
-            Bilingual(f"nothing fits, so {path} is not written.", f"没有放得下的方法，因此没有写出 {path}。")
+            Bilingual(f"no method fits, so {path} is not written.", f"没有放得下的方法，因此没有写出 {path}。")
         )
     if os.path.lexists(path):  # a broken link too
         raise ConfigError(
             Bilingual(
-                f"{path} exists already: choose another name for --write.",
+                f"{path} exists: choose another name for --write.",
                 f"{path} 已存在：请为 --write 换一个文件名。",
             )
         )
-    best = next((m for m in able if m.method == config.method.name), able[0])
+    best = next((m for m in fitting if m.method == config.method.name), fitting[0])
     values = config.model_dump(mode="json", exclude_defaults=True)
     values["task"] = config.task.lower()
     if best.method != config.method.name:

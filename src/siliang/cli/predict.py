@@ -26,7 +26,7 @@ def predict(
         list[str] | None,
         typer.Argument(
             help=both(
-                "Texts, or files of data (.csv, .jsonl, ...); without any, a text a line from standard input.",
+                "Texts, or data files (.csv, .jsonl, ...). Default: standard input, one text per line.",
                 "文本，或数据文件（.csv、.jsonl ……）；都没有给出时，从标准输入读取，每行一条文本。",
             )
         ),
@@ -35,21 +35,21 @@ def predict(
         str | None,
         typer.Option(
             help=both(
-                "Of a run that answers questions: what all the questions given are about.",
-                "用于问答任务的运行：给出的所有问题所针对的段落。",
+                "For a run of question_ans: the context of all given questions.",
+                "用于 question_ans 的运行：给出的所有问题所针对的段落。",
             )
         ),
     ] = None,
     json: Annotated[
-        bool, typer.Option("--json", help=both("One JSON object a line.", "每行输出一个 JSON 对象。"))
+        bool, typer.Option("--json", help=both("One JSON object per line.", "每行输出一个 JSON 对象。"))
     ] = False,
     base: Base = None,
     force: Force = False,
 ) -> None:
     """Predict with a trained run: the class of a text, the tagged spans in it, or the answer to a question.
 
-    Of a file the columns are read that the run was trained on. Of pairs of texts, and of a question and its context,
-    the two have a tab between them. An empty line, or a row without a text, keeps its place as an empty line.
+    A file must have the columns that the run was trained on. A tab separates the two texts of a pair, or a question and
+    its context. An empty line, or a row without text, gives an empty line.
     """
     check_folders(run)
     with importing():
@@ -73,8 +73,8 @@ def predict(
         if "context" not in task.asks:
             raise ConfigError(
                 Bilingual(
-                    "--context is for a run that answers questions, and this one does not.",
-                    "--context 只用于抽取式问答的运行，而这次运行不是。",
+                    "--context is only for runs of question_ans, and this run is not one.",
+                    "--context 只用于 question_ans 的运行，而这次运行不是。",
                 )
             )
         given = [(text, context) if isinstance(text, str) and text.strip() else text for text in given]
@@ -82,7 +82,7 @@ def predict(
     if not asked:
         raise DataError(
             Bilingual(
-                f"no text given: {command_line('predict', run, 'a text')}, or one text a line on standard input.",
+                f"no text given: {command_line('predict', run, 'a text')}, or one text per line on standard input.",
                 f"没有给出文本：{command_line('predict', run, '一段文本')}，或从标准输入每行读入一段。",
             )
         )
@@ -93,17 +93,18 @@ def predict(
 
 
 def _given(run: OpenedRun, arguments: list[str]) -> list[Asked]:
-    """The texts, and those in files of data among them: what is named as such a file must be there."""
+    """The texts of the arguments, and of the data files among them. An argument that looks like a data file must
+    exist."""
     from siliang.data.text_files import FILE_KINDS, kind_of
     from siliang.types import DataError
     from siliang.use.predict import read_texts
 
     found: list[Asked] = []
     for argument in arguments:
-        named = kind_of(Path(argument)) in FILE_KINDS and len(argument.splitlines()) == 1
-        if named and os.path.isfile(os.path.expanduser(argument)):  # noqa: PTH113, PTH111 (a text may be any)
+        is_file_name = kind_of(Path(argument)) in FILE_KINDS and len(argument.splitlines()) == 1
+        if is_file_name and os.path.isfile(os.path.expanduser(argument)):  # noqa: PTH113, PTH111 (not always a path)
             found += read_texts(run, argument)
-        elif named and len(argument.split()) == 1:
+        elif is_file_name and len(argument.split()) == 1:
             raise DataError(Bilingual(f"There is no data file {argument}.", f"找不到数据文件 {argument}。"))
         else:
             found.append(argument)
@@ -111,13 +112,12 @@ def _given(run: OpenedRun, arguments: list[str]) -> list[Asked]:
 
 
 def _show(p: Prediction | None, task: Task, *, as_json: bool) -> None:
-    """One line; of an empty text an empty one."""
+    """Prints one line; an empty line for an empty text."""
     if as_json:
         print_json(dict(task.blank) if p is None else p.values())
         return
     cells = [""]
     if p is not None:
-        sure = [] if p.probability is None else [f"{p.probability:.2f}"]
-        text, *more = p.asked
-        cells = [p.given, *sure, text, *more]
+        probability = [] if p.probability is None else [f"{p.probability:.2f}"]
+        cells = [p.given, *probability, *p.asked]
     print("\t".join(map(one_line, cells)))

@@ -18,14 +18,14 @@ def report(
         Path | None,
         typer.Option(
             help=both(
-                "The page. Default: report.html in a comparison's folder, or here.",
-                "网页文件。默认：比较的文件夹中的 report.html；否则在当前文件夹。",
+                "The page. Default: report.html in the folder of the comparison; for runs, in the current folder.",
+                "网页文件。默认为 report.html：比较时在它的文件夹中，运行时在当前文件夹。",
             )
         ),
     ] = None,
     lang: Annotated[
         str | None,
-        typer.Option(help=both("en or zh. Default: SILIANG_LANG's.", "en 或 zh。默认由 SILIANG_LANG 决定。")),
+        typer.Option(help=both("en or zh. Default: that of SILIANG_LANG.", "en 或 zh。默认由 SILIANG_LANG 决定。")),
     ] = None,
 ) -> None:
     """Make the table and the page of a comparison, or of any runs on the same data, from their records."""
@@ -39,7 +39,7 @@ def report(
     if page.is_dir() or not page.parent.is_dir():
         raise OutputError(
             Bilingual(
-                f"--output {page}: name a file in a folder that is there, such as report.html.",
+                f"--output {page}: give a file name in an existing folder, such as report.html.",
                 f"--output {page}：请给出已有文件夹中的文件名，例如 report.html。",
             )
         )

@@ -1,4 +1,4 @@
-"""What several commands print with: plain lines, a progress bar on a terminal, sizes for people."""
+"""Output helpers of several commands: plain lines, a progress bar on a terminal, readable sizes and times."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["TrainingDisplay", "duration", "quiet_loading", "size"]
 
 
 def quiet_loading() -> None:
-    """Turns transformers' own loading bars off."""
+    """Turns off the loading bars of transformers."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 3:05 min, 1:02 h; in Chinese 42 秒, 3 分 05 秒, 1 小时 02 分."""
+    """A readable time: 42 s, 3:05 min, 1:02 h; in Chinese 42 秒, 3 分 05 秒, 1 小时 02 分."""
     s = round(seconds)
     if s < 60:
         return both(f"{s} s", f"{s} 秒")
@@ -36,8 +36,8 @@ def duration(seconds: float) -> str:
     return both(f"{s // 3600}:{s % 3600 // 60:02d} h", f"{s // 3600} 小时 {s % 3600 // 60:02d} 分")
 
 
-def figures(metrics: dict[str, float]) -> str:
-    """Metrics in a line, under the names that records have; counts as whole numbers."""
+def metrics_line(metrics: dict[str, float]) -> str:
+    """Metrics in one line, with the names of the records; counts are integers."""
     counts = ("rows", "dropped")
     return "  ".join(
         f"{name} {value:.0f}" if name in counts else f"{name} {value:.4f}" for name, value in metrics.items()
@@ -45,7 +45,7 @@ def figures(metrics: dict[str, float]) -> str:
 
 
 def _moment(p: Progress) -> str:
-    """Loss, learning rate, speed, memory, and the time that is left."""
+    """Loss, learning rate, speed, memory, and the remaining time."""
     loss = "-" if p.loss is None else f"{p.loss:.4f}"
     rate, speed, memory, left = p.learning_rate or 0.0, p.tokens_per_s, size(p.memory_bytes), duration(p.eta_s)
     return both(
@@ -55,7 +55,7 @@ def _moment(p: Progress) -> str:
 
 
 class TrainingDisplay:
-    """A progress bar on a terminal, a line every few steps elsewhere."""
+    """A progress bar on a terminal; elsewhere one line every few steps."""
 
     def __init__(self) -> None:
         self._bar: object | None = None
@@ -70,7 +70,7 @@ class TrainingDisplay:
         self.close()
 
     def close(self) -> None:
-        """Ends the bar, if there is one."""
+        """Ends the progress bar."""
         from rich.progress import Progress as Bar
 
         if isinstance(self._bar, Bar):
@@ -82,17 +82,17 @@ class TrainingDisplay:
         self._print(line)
 
     def progress(self, p: Progress) -> None:
-        """Shows where the training is."""
+        """Shows the progress of training."""
         step = both(f"step {p.step:>6,}/{p.steps:,}", f"步 {p.step:>6,}/{p.steps:,}")
         if p.measured is not None:
-            self._print(f"{step}  {figures(p.measured)}")
+            self._print(f"{step}  {metrics_line(p.measured)}")
         elif sys.stdout.isatty():
             self._draw(p)
         elif p.logged:
             print(f"{step}  {_moment(p)}", flush=True)
 
     def _print(self, line: str) -> None:
-        """A line that stays, above the bar where there is one."""
+        """Prints a line, above the progress bar if it is shown."""
         from rich.progress import Progress as Bar
 
         if isinstance(self._bar, Bar):

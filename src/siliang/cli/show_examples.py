@@ -1,4 +1,4 @@
-"""What `siliang check` shows of the rows: their tokens, and what is learned of them, for each task."""
+"""The examples of `siliang check`: the tokens of some rows, and which of them are learned."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from siliang.check import CheckInput
     from siliang.tasks import Shown
 
-MARK = "learned"  # of stretches, until they get their marks
-AROUND = 100  # tokens of a secret that is looked for on both sides of a place
-HEAD, TAIL = 300, 100  # tokens shown of a long row: its end is where the end of sequence is learned or is not
+MARK = "learned"  # style of learned tokens, until they are marked with brackets
+AROUND = 100  # tokens on both sides of a token that are searched for a secret
+HEAD, TAIL = 300, 100  # tokens shown of a long row, its end included: it shows whether the end of sequence is learned
 
 
 def show_examples(console: Console, subject: CheckInput, n: int) -> None:
@@ -55,7 +55,7 @@ def _left_out(hidden: range) -> str:
 
 
 def _marked(text: Text) -> Text:
-    """Plain text, with marks around what is learned."""
+    """Plain text, with brackets around the learned parts."""
     from rich.text import Text
 
     inside = {i for span in text.spans if span.style == MARK for i in range(span.start, span.end)}
@@ -67,14 +67,14 @@ def _marked(text: Text) -> Text:
 
 
 class _Pen:
-    """Writes tokens in colours, or, where there are none, with marks."""
+    """Writes tokens in colours, or without colours with brackets."""
 
     def __init__(self, tokenizer: Any, colours: bool) -> None:
         self.tokenizer, self.colours = tokenizer, colours
         self.special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
 
     def entry(self, shown: Shown) -> Text:
-        """One entry, and below it what is learned from all of it."""
+        """One entry, with its target below."""
         ids = list(shown.ids)
         text = self.tokens(ids, set(shown.learned)) if shown.tags is None else self.tagged(ids, shown.tags)
         if isinstance(shown.target, str):
@@ -87,14 +87,14 @@ class _Pen:
         return Text(text)
 
     def target(self, name: str = "") -> Text:
-        """A new line for what is learned from the tokens above it."""
+        """A new line for the target of the tokens above."""
         return self.plain("\n-> ").append(name, "green" if self.colours else "")
 
     def tokens(self, ids: list[int], learned: set[int] | None) -> Text:
-        """The text of tokens, the middle of very many left out.
+        """The text of tokens, without the middle of a long row.
 
         Args:
-            learned: The positions to mark. None: all, without need of a mark where there are no colours.
+            learned: The positions to mark. None: all positions, which then have no brackets.
         """
         from siliang.cli.shown_console import shown_text
 
@@ -109,7 +109,7 @@ class _Pen:
                 at = hidden.stop
             on, special = at in learned, ids[at] in self.special
             end = at + 1
-            # stretches and not single tokens: a character may be made of several
+            # decode several tokens at a time: one character may consist of several tokens
             while (
                 not special
                 and end < len(ids)
@@ -127,7 +127,7 @@ class _Pen:
         return _marked(shown_text(out)) if mark else out
 
     def hidden(self, ids: list[int]) -> range:
-        """The positions in the middle of very many that are left out: no secret is cut in two, and half of it shown."""
+        """The positions in the middle of a long row that are not shown. They do not begin or end within a secret."""
         start, stop = HEAD, max(HEAD, len(ids) - TAIL)
         while start < stop and self.cuts_a_secret(ids, start):
             start += 1
@@ -137,12 +137,12 @@ class _Pen:
 
     def cuts_a_secret(self, ids: list[int], at: int) -> bool:
         first = max(0, at - AROUND)
-        begins = len(self.tokenizer.decode(ids[first:at], clean_up_tokenization_spaces=False))
-        whole = self.tokenizer.decode(ids[first : at + AROUND], clean_up_tokenization_spaces=False)
-        return any(start < begins < end for start, end in secret_places(whole))
+        cut = len(self.tokenizer.decode(ids[first:at], clean_up_tokenization_spaces=False))
+        text = self.tokenizer.decode(ids[first : at + AROUND], clean_up_tokenization_spaces=False)
+        return any(start < cut < end for start, end in secret_places(text))
 
     def tagged(self, ids: list[int], tags: Sequence[str | None]) -> Text:
-        """Each token, with its tag where it has one."""
+        """Each token, with its tag if it has one."""
         hidden = self.hidden(ids)
         parts: list[Text] = []
         for i, (token, tag) in enumerate(zip(ids, tags, strict=True)):
@@ -151,7 +151,7 @@ class _Pen:
                     parts.append(self.plain(_left_out(hidden)))
                 continue
             text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
-            if not text or "\ufffd" in text:  # a piece of a character
+            if not text or "\ufffd" in text:  # part of a character
                 text = self.tokenizer.convert_ids_to_tokens(token)
             if tag is None:
                 style = "bright_black" + (" reverse" if token in self.special else "")

@@ -1,4 +1,4 @@
-"""What `siliang plan` shows: the table, the bars, and what to change so that a run fits."""
+"""The output of `siliang plan`: the table, the bars, and the changes with which a run fits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-# what the bar shows, in the order of its pieces; the last one is the overhead
+# the pieces of the bar, in order; the last one is the overhead
 PIECES: tuple[tuple[Bilingual, tuple[Category, ...], str, str], ...] = (
     (Bilingual("weights", "权重"), ("weights",), "█", "blue"),
     (
-        Bilingual("trained, gradients, optimizer", "训练的参数、梯度、优化器"),
+        Bilingual("trained, gradients, optimizer", "可训练参数、梯度、优化器"),
         ("trained", "gradients", "optimizer"),
         "▓",
         "magenta",
     ),
     (Bilingual("activations, cached outputs", "激活值、缓存的输出"), ("activations", "frozen"), "▒", "green"),
     (Bilingual("logits, workspace", "logits、临时张量"), ("logits", "workspace"), "░", "yellow"),
-    (Bilingual("beside the tensors", "张量以外"), (), "·", "bright_black"),
+    (Bilingual("outside the tensors", "张量以外"), (), "·", "bright_black"),
 )
 BAR = 24
 SOURCES = {
@@ -49,27 +49,27 @@ def show(record: PlanRecord) -> None:
             console.print(both(f"{m.method}: {text}", f"{m.method}：{text}"), markup=False)
     if any(m.recomputed_layers for m in record.methods if not m.error):
         twice = both(
-            "twice: so many layers compute their activations again in the backward pass",
-            "重算：这些层在反向传播时重新计算激活值",
+            "recomputed: the number of layers that recompute their activations in the backward pass",
+            "重算：在反向传播时重新计算激活值的层数",
         )
         console.print(twice, style="dim")
     _show_changes(console, record)
 
 
 def headline(record: PlanRecord) -> list[str]:
-    """What was planned, in a few lines."""
+    """The model, device, batch and speed of the plan, one line each."""
     base, base_zh = "", ""
     if record.quantization != "none":
         base, base_zh = f", base in {record.quantization}", f"，基座模型为 {record.quantization}"
-    there, there_zh = "of unknown size", "内存大小未知"
+    amount, amount_zh = "of unknown size", "内存大小未知"
     if record.memory_bytes:
         memory, source = size(record.memory_bytes), SOURCES[record.memory_source]
-        there, there_zh = f"{memory} {source}", f"{source.zh} {memory}"
+        amount, amount_zh = f"{memory} {source}", f"{source.zh} {memory}"
     more, more_zh = "", ""
     if record.devices > 1:
-        more = f"; {record.devices} of them, of each of which this is the plan"
+        more = f"; {record.devices} devices, the plan is for each of them"
         more_zh = f"；共 {record.devices} 个，以下是每个设备的用量"
-    rows = Bilingual("rows of data.max_length: no data given", "没有给出数据，按 data.max_length 的长度计")
+    rows = Bilingual("no data given: rows of data.max_length tokens", "没有给出数据，按 data.max_length 的长度计")
     if record.batch_source == "data":
         rows = Bilingual("the longest batch of the data", "数据中最长的批次")
     lines = [
@@ -77,7 +77,7 @@ def headline(record: PlanRecord) -> list[str]:
             f"model      {record.model}, {record.task}, {record.precision}{base}",
             f"模型       {record.model}，{record.task}，{record.precision}{base_zh}",
         ),
-        both(f"device     {record.device}, {there}{more}", f"设备       {record.device}，{there_zh}{more_zh}"),
+        both(f"device     {record.device}, {amount}{more}", f"设备       {record.device}，{amount_zh}{more_zh}"),
         both(
             f"batch      {record.batch_rows} rows, {record.batch_tokens:,} tokens ({rows})",
             f"批次       {record.batch_rows} 条样本，{record.batch_tokens:,} 个词元（{rows.zh}）",
@@ -110,7 +110,7 @@ def _show_table(console: Console, record: PlanRecord) -> None:
     if record.memory_bytes is not None:
         table.add_column(both("fits", "放得下"), no_wrap=True)
     if record.devices > 1:
-        table.add_column(both("shared by", "并行策略"), no_wrap=True)
+        table.add_column(both("strategy", "并行策略"), no_wrap=True)
     if timed:
         time = both("an epoch", "每个 epoch") if record.tokens_per_epoch else both("tokens/s", "词元/秒")
         table.add_column(time, justify="right", no_wrap=True)
@@ -151,7 +151,7 @@ def _fits(m: MethodPlan) -> str:
     if not m.fits:
         return both("no", "否")
     n, of = m.recomputed_layers, m.layers
-    return both(f"yes, {n}/{of} twice", f"是，{n}/{of} 层重算") if n else both("yes", "是")
+    return both(f"yes, {n}/{of} recomputed", f"是，{n}/{of} 层重算") if n else both("yes", "是")
 
 
 def _show_changes(console: Console, record: PlanRecord) -> None:
@@ -163,14 +163,14 @@ def _show_changes(console: Console, record: PlanRecord) -> None:
             _show_fit(console, m.method, m.fit)
         elif alone:
             console.print(
-                both(f"\n{m.method} does not fit, whatever is changed.", f"\n{m.method} 怎样调整设置都放不下。"),
+                both(f"\n{m.method} does not fit with any change.", f"\n{m.method} 怎样调整设置都放不下。"),
                 markup=False,
             )
     if not alone and (left := [m.method for m in record.methods if m.fits is False]):
         method = shell_command("--method", left[0].replace(",", " ").split()[0])
         console.print(
             both(
-                f"\nwhat to change so that it fits: siliang plan ... {method}",
+                f"\nto see the changes with which it fits: siliang plan ... {method}",
                 f"\n怎样调整才放得下：siliang plan ... {method}",
             ),
             markup=False,

@@ -1,4 +1,4 @@
-"""A console of Rich's whose texts are all `shown`: only Rich's own escapes reach the terminal."""
+"""A Rich console that cleans all texts: only Rich's own escapes reach the terminal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from siliang.terminal import shown, shown_changes, without_controls
 
 
 class ShownConsole(Console):
-    """Cleans texts before they are wrapped and measured, where a secret is still in one piece, and all else behind."""
+    """Cleans texts before they are wrapped, while secrets are still in one piece, and all else after rendering."""
 
     def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
-        """A string, without secrets and control characters."""
+        """Renders a string without secrets and control characters."""
         return super().render_str(shown(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Anything, in segments of which those of text are clean."""
+        """Renders an object to segments whose texts are clean."""
         if isinstance(renderable, Text):
             renderable = shown_text(renderable)
         for segment in super().render(renderable, options):
@@ -29,7 +29,7 @@ class ShownConsole(Console):
 
 
 def shown_text(text: Text) -> Text:
-    """A text with styles, without secrets, which may stand in several of them, and with control characters escaped."""
+    """A styled text without secrets, even those that span several styles, and with control characters escaped."""
     changes = shown_changes(text.plain)
     if not changes:
         return text

@@ -1,4 +1,4 @@
-"""siliang train: one run, from a settings file, from flags, or from both."""
+"""siliang train: one run, with settings from a file, from flags, or from both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def train(
         Path | None,
         typer.Argument(
             help=both(
-                "run.yaml; `siliang config` lists what it may hold. With --resume: the run's folder.",
+                "run.yaml; `siliang config` lists its settings. With --resume: the run's folder.",
                 "run.yaml，`siliang config` 列出它可以包含的配置项。与 --resume 一起时：运行的文件夹。",
             )
         ),
@@ -33,7 +33,7 @@ def train(
         str | None,
         typer.Option(
             help=both(
-                "Training data: .json, .jsonl, .csv, .tsv, a saved data set.",
+                "Training data: .json, .jsonl, .csv, .tsv, or a saved dataset.",
                 "训练数据：.json、.jsonl、.csv、.tsv，或保存的数据集。",
             )
         ),
@@ -44,14 +44,16 @@ def train(
         str | None,
         typer.Option(
             help=both(
-                "Train this further: a run, a checkpoint of one, or an adapter folder; its config is the method.",
-                "继续训练的适配器：一次运行、其中的检查点，或适配器文件夹；方法就是它的配置。",
+                "An adapter to train further: a run, a checkpoint, or an adapter folder. Its config is the method.",
+                "要继续训练的适配器：一次运行、其中的检查点，或适配器文件夹；方法就是它的配置。",
             )
         ),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(help=both("The run's folder; must not hold anything yet.", "运行的文件夹；事先不能有任何内容。")),
+        typer.Option(
+            help=both("The run's folder; it must not exist, or must be empty.", "运行的文件夹；事先不存在，或为空。")
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -68,7 +70,7 @@ def train(
         typer.Option(
             "--resume",
             help=both(
-                "Go on with an interrupted run: siliang train RUN --resume",
+                "Resume an interrupted run: siliang train RUN --resume",
                 "继续中断的运行：siliang train RUN --resume",
             ),
         ),
@@ -78,8 +80,8 @@ def train(
         typer.Option(
             "--force",
             help=both(
-                "With --resume or --adapter: go on where the base model has changed since then; with --resume also "
-                "where the data has.",
+                "With --resume or --adapter: continue even if the base model has changed since then; with --resume, "
+                "also if the data has changed.",
                 "与 --resume 或 --adapter 一起：基座模型此后变过也继续；与 --resume 一起时，数据变过也继续。",
             ),
         ),
@@ -89,14 +91,14 @@ def train(
         typer.Option(
             min=1,
             help=both(
-                "Processes that train together: one a card, or shares of the CPU.",
-                "共同训练的进程数：每张卡一个，或分用 CPU。",
+                "The number of processes that train together: one per GPU, or with shares of the CPU.",
+                "共同训练的进程数：每张显卡一个，或分用 CPU。",
             ),
         ),
     ] = 1,
 ) -> None:
-    """Train: attach a method to a base model, tune it on your data, and keep the result in a run folder."""
-    if "LOCAL_RANK" not in os.environ:  # the libraries take seconds, in which a terminal would stay empty
+    """Train: fine-tune a base model on your data with one method, and save the result in a run folder."""
+    if "LOCAL_RANK" not in os.environ:  # the import takes seconds, during which nothing else is printed
         print(
             both("starting   loading torch and transformers ...", "启动       正在加载 torch 和 transformers ..."),
             flush=True,
@@ -110,7 +112,7 @@ def train(
     elif settings is not None and settings.is_dir():
         raise ConfigError(
             Bilingual(
-                f"{settings} is a folder: give a settings file, or --resume to continue with the run in it.",
+                f"{settings} is a folder: give a settings file, or --resume to continue the run in it.",
                 f"{settings} 是文件夹：请给出配置文件，或用 --resume 继续其中的训练。",
             )
         )
@@ -131,7 +133,7 @@ def train(
     from siliang.use.learned import what_is_wrong
 
     planner, ranks = Planner(), find_ranks()
-    # torchrun restarts all processes after one was lost, and does not say so to a node whose own processes lived
+    # torchrun restarts all processes after one was lost, but nodes whose processes survived have no restart count
     if any(ranks.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)):
         resume = ranks.from_main(lambda: resume or (Path(config.output) / CONFIG_NAME).is_file())
     if not ranks.is_main:  # rank 0 prints
@@ -150,11 +152,11 @@ def train(
 
 
 def _say_end(record: Record, folder: Path, verdicts: list[str]) -> None:
-    """The figures of a finished run, and where it is saved."""
-    from siliang.cli.show import duration, figures, size
+    """Prints the metrics of a finished run, and where it is saved."""
+    from siliang.cli.show import duration, metrics_line, size
     from siliang.report.words import words
 
-    metrics, w = figures(record.final), words(language())
+    metrics, w = metrics_line(record.final), words(language())
     print(both(f"done       {metrics}", f"完成       {metrics}"))
     for verdict in verdicts:
         what = w[verdict]
@@ -176,7 +178,7 @@ def _say_end(record: Record, folder: Path, verdicts: list[str]) -> None:
 
 
 def _check_code(config: RunConfig) -> None:
-    """Checks before several processes start that a model's own code is allowed: none of them can ask."""
+    """Checks that a model's custom code is allowed, before several processes start that cannot ask the user."""
     from siliang.hub import find_file
 
     path = find_file(config.model, "config.json", config.revision)
@@ -188,8 +190,8 @@ def _check_code(config: RunConfig) -> None:
 
 
 def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> RunConfig:
-    """The settings of a run that is resumed, named by its folder, its settings file, or the flags that it was started
-    with. Flags and --set override its own settings."""
+    """The settings of a run to resume, given by its folder, its settings file, or the flags of its start. Flags and
+    --set override the run's settings."""
     from siliang.paths import check_links
     from siliang.records import RECORD_NAME
     from siliang.run_folder import CONFIG_NAME
@@ -198,7 +200,7 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
     if settings is None and flags["output"] is None:
         raise ConfigError(
             Bilingual(
-                "--resume continues a run: name its folder, as in siliang train --resume RUN.",
+                "--resume continues a run: give its folder, as in siliang train --resume RUN.",
                 "--resume 用于继续训练：请给出运行文件夹，如 siliang train --resume RUN。",
             )
         )
@@ -219,7 +221,7 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
     if flags["output"] is not None and Path(flags["output"]).absolute() != folder.absolute():
         raise ConfigError(
             Bilingual(
-                f"--resume goes on in {folder} itself: leave out --output {flags['output']}.",
+                f"--resume continues in {folder}: leave out --output {flags['output']}.",
                 f"--resume 在 {folder} 中继续训练：请去掉 --output {flags['output']}。",
             )
         )
@@ -227,7 +229,7 @@ def _begun(settings: Path | None, flags: dict[str, str | None], data: str | None
 
 
 def gather(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> dict[str, Any]:
-    """The settings file, then the flags over it, then each --set."""
+    """The settings of the file, overridden by the flags, and then by each --set."""
     from siliang.config import RunConfig, assign
     from siliang.safety.safe_yaml import read_yaml
 
@@ -235,7 +237,7 @@ def gather(settings: Path | None, flags: dict[str, str | None], data: str | None
     values |= {name: value for name, value in flags.items() if value is not None}
     if data is not None:
         section = values.setdefault("data", {})
-        if isinstance(section, dict):  # otherwise the schema says what is wrong with it
+        if isinstance(section, dict):  # otherwise the schema reports the error
             section["train"] = data
     for assignment in sets:
         assign(values, assignment, RunConfig)
@@ -243,7 +245,7 @@ def gather(settings: Path | None, flags: dict[str, str | None], data: str | None
 
 
 def read_settings(settings: Path | None, flags: dict[str, str | None], data: str | None, sets: list[str]) -> RunConfig:
-    """The settings of a run, gathered and checked."""
+    """Gathers and validates the settings of a run."""
     from siliang.config import RunConfig
 
     values = with_adapter(gather(settings, flags, data, sets))
@@ -251,9 +253,9 @@ def read_settings(settings: Path | None, flags: dict[str, str | None], data: str
 
 
 def with_adapter(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings with what the adapter that the run starts from says; as they are where it starts from none."""
+    """The settings, completed from the adapter that the run starts from. Unchanged without an adapter."""
     if values.get("adapter") is None:
         return values
-    from siliang.train.start_adapter import filled_in  # torch: only where there is an adapter
+    from siliang.train.start_adapter import filled_in  # imports torch, so only with an adapter
 
     return filled_in(values)

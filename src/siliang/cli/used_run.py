@@ -1,4 +1,4 @@
-"""What the commands that use a trained run have in common: where its base model is, and what may have changed."""
+"""The common options of the commands that use a trained run: the location of its base model, and --force."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Base = Annotated[
     typer.Option(
         "--base",
         metavar="FOLDER_OR_NAME",
-        help=both("Where the run's base model is now, if it was moved.", "基座模型移动过时，给出它现在的位置。"),
+        help=both("The new location of the run's base model, if it was moved.", "基座模型移动过时，给出它现在的位置。"),
     ),
 ]
 Force = Annotated[
@@ -33,7 +33,7 @@ Force = Annotated[
     typer.Option(
         "--force",
         help=both(
-            "Go on where the base model or the data have changed since the training.",
+            "Continue even if the base model or the data have changed since training.",
             "基座模型或数据在训练之后变过也继续。",
         ),
     ),
@@ -41,7 +41,7 @@ Force = Annotated[
 
 
 class BaseOption(TyperCommand):
-    """Lets --base stand alone: what follows it is taken for a model only where it is a folder or the name of one."""
+    """Allows --base without a value: the next word is a model only if it is a folder or looks like a model's name."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         given: list[str] = []
@@ -67,10 +67,10 @@ def _names_a_model(text: str) -> bool:
 
 
 def check_folders(*runs: Path) -> None:
-    """Refuses what is no run's folder before torch and transformers are imported, which takes seconds.
+    """Checks the folders before the import of torch and transformers, which takes seconds.
 
     Raises:
-        ConfigError: A folder is not a run's.
+        ConfigError: A folder is not a run's folder.
     """
     from siliang.run_place import find_place
 
@@ -79,6 +79,6 @@ def check_folders(*runs: Path) -> None:
 
 
 def show_notes(notes: Iterable[str]) -> None:
-    """What --force accepted."""
+    """Prints as warnings what --force has accepted."""
     for note in notes:
         print(f"{both('warning: ', '警告：')}{local(note)}", file=sys.stderr)

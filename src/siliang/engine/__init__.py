@@ -1,2 +1,1 @@
-"""What surrounds the model in a training step: no padding, no logits without a label, no layer computed twice without
-need."""
+"""The training step around the model: it avoids padding, logits without labels, and repeated computation of layers."""

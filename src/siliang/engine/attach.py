@@ -1,4 +1,4 @@
-"""A run's method on its base model: as the run itself attaches it, and its plan."""
+"""Attaches a run's method to its base model, for the run itself and for its plan."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def attach(
     new_tokens: Sequence[int] | None = None,
     steps: int | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, int, int]:
-    """The model with the run's method on it; how many parameters it trains, and of how many.
+    """The model with the run's method attached, its trained parameters, and all of its parameters.
 
     Args:
-        start: The adapter folder whose weights are the start; None for new ones.
+        start: The adapter folder with the initial weights; None for new weights.
         new_tokens: See `adapter_config`.
-        steps: Optimizer steps of the run; None where none will be made.
+        steps: Optimizer steps of the run; None if the model is not trained.
     """
     model: PreTrainedModel | PeftModel = base
     if start is not None:

@@ -1,7 +1,7 @@
 """The rows of one optimizer step as the batches that go through the model one after the other.
 
-A step is a fixed number of rows; how they are split changes what it costs, and not what it computes: the losses are
-summed and divided by the labelled tokens (or rows) of the whole step.
+A step has a fixed number of rows. Splitting them into batches changes the cost and not the result: the losses are
+summed, and divided by the labelled tokens (or rows) of the whole step.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from siliang.tasks import Task
 
 PADDED_SPLIT_TOKENS = 512  # a batch that cannot be packed is not split below: overhead would eat the gain
 PADDED_SPLIT_WASTE = 0.8  # and is split where the next row is shorter than this share of its longest
-MOST_COMPARED = 50_000  # entries that are told apart by their tokens: a second of work
+MOST_COMPARED = 50_000  # above this number, duplicate sequences are not looked for: it takes a second
 COMPARED_AT_ONCE = 1024
 CPU_TOKEN_BYTES = 8192  # most tokens of a batch on a CPU, times the bytes of a number
 
 
 def in_steps(rows: Sequence[int], step: int) -> list[Sequence[int]]:
-    """An epoch's rows as those of each step; the last may have fewer."""
+    """The rows of each step of an epoch; the last step may have fewer."""
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def most_tokens(limit: int | None, device_type: str, dtype: torch.dtype) -> int | None:
-    """The limit of tokens of a batch, with a default on a CPU.
+    """The maximum number of tokens of a batch, with a default on a CPU.
 
-    glibc gets blocks above 32 MB from the system anew each time, zeroed page by page: two batches of 4,096 tokens take
+    glibc requests blocks above 32 MB from the system each time, zeroed page by page: two batches of 4,096 tokens take
     a tenth less time than one of 8,192 in bf16 (docs/log.md), and half the memory.
 
     Args:
@@ -46,7 +46,7 @@ def most_tokens(limit: int | None, device_type: str, dtype: torch.dtype) -> int 
 
 
 class StepBatches(TypedDict):
-    """The batches of a step, and the numbers of its rows; of a step of a dummy row there are none."""
+    """The batches of a step, and the numbers of its rows; a step of a dummy row has none."""
 
     batches: list[Batch]
     rows: list[int]
@@ -57,10 +57,10 @@ class StepCollator:
     """Makes the batches of a step's rows.
 
     Attributes:
-        rows_at_once: A batch has at most so many rows. The sequences of a row stay together.
-        tokens_at_once: And at most so many tokens, padding included where there is any; None for no limit. A row longer
-            than that is a batch of its own.
-        packed: The batches will be run without padding.
+        rows_at_once: The maximum number of rows of a batch. The sequences of a row stay together.
+        tokens_at_once: The maximum number of tokens of a batch, padding included; None for no limit. A longer row is
+            a separate batch.
+        packed: The batches are run without padding.
     """
 
     pad: PadCollator
@@ -73,7 +73,7 @@ class StepCollator:
         numbers = [row.pop("row", -1) for row in rows]
         dummies = [row.pop("dummy", False) for row in rows]
         batches = [self._batch(part) for part in self.split(rows)]
-        if any(dummies):  # of a rank without a row: it has this one alone
+        if any(dummies):  # a rank without rows has only this dummy
             return {"batches": [batch.dummy() for batch in batches], "rows": []}
         return {"batches": batches, "rows": numbers}
 
@@ -91,21 +91,21 @@ class StepCollator:
         return [batch.dummy() if min(batch.entries) < 0 else batch for batch in batches]
 
     def narrow_to(self, batches: list[Batch]) -> None:
-        """From now on no batch is larger than the largest of these."""
+        """Limits later batches to the size of the largest of these."""
         self.rows_at_once = min(self.rows_at_once, max(map(len, batches)))
         tokens = max(self.cost_of(batch.lengths) for batch in batches)
         self.tokens_at_once = min(self.tokens_at_once or tokens, tokens)
 
     def cost_of(self, lengths: Sequence[int]) -> int:
-        """Tokens that a batch of sequences of these lengths computes, padding included where there is any."""
+        """The tokens that a batch of sequences of these lengths computes, padding included."""
         return sum(lengths) if self.packed else max(lengths) * len(lengths)
 
     def split(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The rows of a step as those of its batches."""
-        # the longest first: what does not fit shows at once, and rows of one length are together
+        """Splits the rows of a step into batches."""
+        # the longest rows first: a lack of memory shows at once, and rows of similar length are together
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         parts: list[list[dict[str, Any]]] = [[]]
-        tokens = sequences = longest = 0  # of the batch at hand
+        tokens = sequences = longest = 0  # of the current batch
         for row in rows:
             own = lengths_of(row)
             n = max(own)
@@ -131,7 +131,7 @@ class StepCollator:
         lengths = tuple(len(row["input_ids"]) for row in rows)
         by_token = self.task.data.label_per_token and self.task.step_loss is None
         if self.task.writes:
-            # the state of column j predicts token j + 1 where the labels are the row's own tokens
+            # if the labels are the tokens of the row, the state of column j predicts token j + 1
             labels = inputs.pop("labels")[:, 1:] if self.task.data.next_token else inputs["labels"]
             where = (labels != IGNORED).nonzero().T
             targets = torch.stack((labels[tuple(where)], *where))
@@ -142,13 +142,13 @@ class StepCollator:
 
 
 def lengths_of(row: Mapping[str, Any]) -> list[int]:
-    """Tokens of each sequence of a row."""
+    """The tokens of each sequence of a row."""
     return list(row.get("sequences") or [len(row["input_ids"])])
 
 
 def sequences_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sequences of a row. Of its other columns each gets what stands at its tokens; or, of a list with an item for
-    each sequence, its own; or the row's one value."""
+    """The sequences of a row. A sequence gets the values of other columns at its tokens; or its item of a list with one
+    item per sequence; or the single value of the row."""
     lengths = row["sequences"]
     total, start = sum(lengths), 0
     found: list[dict[str, Any]] = []
@@ -167,7 +167,7 @@ def sequences_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def distinct_tokens(tokens: TokenSet) -> int:
-    """Tokens of all different sequences, as the keys of batches tell them apart; of many entries, of all."""
+    """The tokens of all distinct sequences, by the keys of batches; with many entries, of all sequences."""
     if len(tokens) > MOST_COMPARED:
         return int(tokens.lengths.sum())
     found: dict[bytes, int] = {}

@@ -1,8 +1,8 @@
-"""The memory that a training may take. Two things are kept in what the model leaves of it, and both draw from here: the
-activations of layers that do not recompute, and the outputs of frozen layers.
+"""The memory budget of training. The activations of layers that do not recompute and the cached outputs of frozen
+layers share the memory that the model leaves.
 
-What is cached draws first, in the first epoch; the activations have what is left, and what the cache will take yet is
-not theirs.
+The cache is filled first, in the first epoch. The activations get the rest; memory that the cache will still need is
+reserved.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from torch import nn
 
 from siliang.ops.masked_ce import CHUNK_BYTES
 
-AUTO_SHARE = 0.85  # of the free memory: the allocator's own losses and what others take need the rest
-CACHE_SHARE = 0.25  # of the budget that the cache may take before it continues in a file
+AUTO_SHARE = 0.85  # share of the free memory; the rest is for allocator overhead and other processes
+CACHE_SHARE = 0.25  # share of the budget for the cache, before it continues in a file
 
 
 class MemoryBudget:
-    """What one training may take.
+    """The memory budget of one training.
 
     Attributes:
-        limit: Bytes that the process (on CUDA: the allocator) may take; "auto" for most of what is free; None for no
-            limit.
-        promised: Gives the bytes of main memory that the cache will take yet.
+        limit: The bytes that the process (on CUDA: the allocator) may use; "auto" for most of the free memory; None for
+            no limit.
+        promised: Returns the bytes of main memory that the cache will still need.
     """
 
     def __init__(self, model: nn.Module, limit: int | Literal["auto"] | None, memory_share: float = 1.0) -> None:
         """
         Args:
-            model: That is trained, on its device.
-            memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
+            model: The trained model, on its device.
+            memory_share: This process's share of the free main memory, if several processes train on one machine.
         """
         self.limit: int | Literal["auto"] | None = limit
         self.promised: Callable[[], float] = lambda: 0.0
         self._model, self._share = model, memory_share
 
     def for_activations(self) -> float:
-        """Bytes for what the layers keep: what is left without gradients, Adam's moments and the head's chunks, and
-        without what is promised to the cache."""
+        """The bytes for activations: the free memory minus gradients, Adam's moments, the head's chunks, and the memory
+        reserved for the cache."""
         device = next(self._model.parameters()).device
         if device.type == "cuda":
             taken = torch.cuda.memory_allocated(device)
@@ -50,8 +50,8 @@ class MemoryBudget:
         return self._left_of_main_memory(self.limit) - self._to_come() - self.promised()
 
     def for_cache(self) -> int:
-        """Bytes of main memory that the cache may take in all."""
-        if next(self._model.parameters()).device.type == "cuda":  # the limit is the card's
+        """The bytes of main memory that the cache may use in total."""
+        if next(self._model.parameters()).device.type == "cuda":  # the limit is for the GPU's memory
             return cache_share(self._left_of_main_memory("auto"))
         return cache_share(self._left_of_main_memory(self.limit) - self._to_come())
 
@@ -65,24 +65,24 @@ class MemoryBudget:
 
 
 def left(limit: int | Literal["auto"] | None, taken: float, free: float) -> float:
-    """Bytes that may be taken beside those that are taken already.
+    """The bytes that may be used in addition to those in use.
 
     Args:
-        free: Of the device.
+        free: The free bytes of the device.
     """
     return float(limit) - taken if isinstance(limit, int) else AUTO_SHARE * free
 
 
 def trained_bytes_to_come(trained: float, without_gradient: float) -> float:
-    """Bytes of gradients, Adam's moments and the head's chunks.
+    """The bytes of gradients, Adam's moments and the head's chunks.
 
     Args:
-        trained: Bytes of what is trained.
-        without_gradient: Of those, what has no gradient yet.
+        trained: The bytes of the trained parameters.
+        without_gradient: The bytes of those that have no gradient yet.
     """
     return 2 * trained + without_gradient + 4 * CHUNK_BYTES
 
 
 def cache_share(left_bytes: float) -> int:
-    """Bytes of these that the cache may take."""
+    """The bytes of these that the cache may use."""
     return max(0, int(CACHE_SHARE * left_bytes))

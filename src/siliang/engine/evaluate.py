@@ -1,8 +1,8 @@
 """The one evaluation: in training, for `siliang eval`, for predictions and comparisons.
 
-Losses are summed, and divided once by what all rows count: no metric depends on the batches in which rows meet, or on
-the number of processes that share them. Rows go through the engine, so that nothing is padded or computed that need not
-be, and in the format that the caller's `autocast` gives.
+Losses are summed, and divided once by the weight of all rows: no metric depends on how rows are batched, or on the
+number of processes. Rows go through the engine, without padding where possible, in the number format of the caller's
+`autocast`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from siliang.types import DataError
 
 @dataclass
 class Sums:
-    """What an evaluation adds up.
+    """The sums of an evaluation.
 
     Attributes:
-        loss: Summed over what `weight` counts; nan where the loss is one of whole steps, which `mean_loss` forms of
+        loss: Summed over what `weight` counts; NaN if the loss is one of whole steps, which `mean_loss` computes from
             `found`.
-        weight: Labelled tokens, or rows where each has one label.
+        weight: Labelled tokens, or rows if each has one label.
         found: The model's predictions by the entry's number in the token set; empty if only the loss is computed.
     """
 
@@ -44,7 +44,7 @@ class Sums:
 
     @classmethod
     def of(cls, parts: Iterable[Sums]) -> Sums:
-        """Several ranks' in one, in the order of the entries."""
+        """Merges the sums of several ranks, in the order of the entries."""
         parts = list(parts)
         found = {entry: prediction for part in parts for entry, prediction in part.found.items()}
         return cls(
@@ -65,19 +65,19 @@ def evaluate(
     autocast: Context = nullcontext,
     as_many: Callable[[list[Batch]], list[Batch]] = list,
 ) -> Sums:
-    """Runs the entries of a token set through a model, which is in eval mode afterwards.
+    """Runs the entries of a token set through a model, and leaves it in eval mode.
 
     Args:
-        model: As it is called: the engine's own, or what a strategy has wrapped around it.
+        model: The module to call: the engine's model, or its wrapper of a distributed strategy.
         collator: Makes the batches.
         steps: The numbers of the entries that are collated together; None for all of `tokens`, in order. ~i
             marks a dummy entry; it adds nothing.
-        reader: What is kept of the model's output, one item for each row of the batch; None for the loss alone.
-        autocast: Makes the context of the computation.
-        as_many: Adds dummy batches to those of a step, where every rank needs the same number.
+        reader: Extracts one item per row from the model's output; None to compute only the loss.
+        autocast: Returns the context of the computation.
+        as_many: Adds dummy batches to those of a step, if every rank needs the same number.
 
     Returns:
-        The sums of these entries alone: those of several ranks are added up by `Sums.of`.
+        The sums of these entries. `Sums.of` merges those of several ranks.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -105,17 +105,17 @@ def evaluate(
 def _values(
     model: nn.Module, engine: Engine, whole: StepLoss, batch: Batch, autocast: Context
 ) -> dict[int, EntryValues]:
-    """What a loss of whole steps takes of each entry, on the CPU."""
+    """The values of each entry for a loss of whole steps, on the CPU."""
     reference = reference_values(engine, whole, model, [batch], autocast)
     with autocast(), engine.values(model, batch) as values:
         return {i: on(kept, torch.device("cpu")) for i, kept in by_entry(batch, values, reference).items()}
 
 
 def mean_loss(task: Task, sums: Sums, step: int) -> float:
-    """The mean loss; nan where nothing has a label.
+    """The mean loss; NaN without labels.
 
     Args:
-        step: Entries of an optimizer step, as in training, where the loss is one of whole steps.
+        step: Entries of an optimizer step, for a loss of whole steps.
     """
     if not sums.weight:
         return math.nan
@@ -123,16 +123,16 @@ def mean_loss(task: Task, sums: Sums, step: int) -> float:
 
 
 def _mean_of_steps(whole: StepLoss, found: Mapping[int, EntryValues], step: int) -> float:
-    """The mean loss of a data set's entries in their order, so many a step."""
+    """The mean loss of a dataset's entries in order, with `step` entries per step."""
     parts = in_steps(sorted(found), step)
     return math.fsum(float(loss_of(whole, {i: found[i] for i in part})) for part in parts) / len(found)
 
 
 def metrics_of(task: Task, sums: Sums, rows: EvalRows) -> dict[str, float]:
-    """The mean loss, and the task's own metrics.
+    """The mean loss, and the metrics of the task.
 
     Raises:
-        DataError: Nothing in the rows has a label.
+        DataError: No row has a label.
     """
     if not sums.weight:
         raise DataError(

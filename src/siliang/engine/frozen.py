@@ -1,10 +1,10 @@
-"""The cache of what frozen layers compute. With only the top layers trained, the hidden states below the first trained
-layer are the same in every epoch: they are computed once and kept.
+"""The cache of frozen layers' outputs. If only the top layers are trained, the hidden states below the first trained
+layer are the same in every epoch: they are computed once and cached.
 
     epoch 1:      row -> layers 0 .. c-1 -> cache -> layers c .. L
     epoch 2 ...:                            cache -> layers c .. L
 
-Exact, or off: nothing below layer c may be trained or random (dropout), and the rows must come without padding.
+The cache is exact or off: nothing below layer c may be trained or random (dropout), and rows must have no padding.
 
 Shapes: n tokens of a row, D hidden.
 """
@@ -34,7 +34,7 @@ from siliang.engine.random_state import numpy_state
 from siliang.language import Bilingual, local
 from siliang.models.introspect import backbone
 
-DISK_SHARE = 0.25  # of the free disk
+DISK_SHARE = 0.25  # share of the free disk space
 RANDOM = Bilingual("something random", "随机的部分")
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems in memory
 
@@ -44,7 +44,7 @@ class FrozenLayers:
     """The layers whose output is the same in each epoch.
 
     Attributes:
-        count: How many of the lowest layers these are.
+        count: The number of these lowest layers.
         why_not: Why there are none although layers are frozen; None otherwise.
     """
 
@@ -53,10 +53,10 @@ class FrozenLayers:
 
 
 def find_frozen_layers(model: PreTrainedModel, layers: list[nn.Module], *, comparing: bool = True) -> FrozenLayers:
-    """The layers below the lowest one with something to train, if they give the same output each time.
+    """The layers below the lowest trained one, if their output is deterministic.
 
     Args:
-        comparing: Off on fake tensors, which draw nothing: operators that would draw are looked for.
+        comparing: Compare outputs. False on fake tensors, where random operators are looked for instead.
     """
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = min(trained.index(True) if any(trained) else len(layers), len(layers) - 1)
@@ -81,9 +81,10 @@ def find_frozen_layers(model: PreTrainedModel, layers: list[nn.Module], *, compa
 
 @torch.no_grad()
 def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None:
-    """What draws random numbers in training before the layer `end`, and where; None for nothing.
+    """The random operation in training before the layer `end`, and its place; None if there is none.
 
-    It is tried, not read off settings: dropout, skipped layers and jitter have their own names in each model.
+    This is found by running the model, not from settings: dropout, skipped layers and jitter have different names in
+    each model.
     """
     device = next(model.parameters()).device
     ids = torch.ones(1, 4, dtype=torch.long, device=device)
@@ -94,7 +95,7 @@ def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None
         before[module] = _random_state(device)
 
     def leave(path: str, module: nn.Module, args: object, output: object) -> None:
-        if not found and before.get(module) != _random_state(device):  # the innermost is left first
+        if not found and before.get(module) != _random_state(device):  # the innermost module ends first
             named = [v for n, v in vars(module).items() if ("dropout" in n or n == "p") and isinstance(v, float) and v]
             what = Bilingual(f"dropout of {max(named):g}", f" {max(named):g} 的 dropout") if named else RANDOM
             found.append((what, path or type(module).__name__))
@@ -114,7 +115,7 @@ def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None
             model.train()
             with suppress(StopForwardError):
                 backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
-            if not found and first != _random_state(device):  # between its layers, as where some are skipped
+            if not found and first != _random_state(device):  # between its layers, such as layer skipping
                 found.append((RANDOM, type(backbone(model)).__name__))
     finally:
         random.setstate(python)
@@ -129,8 +130,7 @@ def _find_randomness(model: nn.Module, end: nn.Module) -> tuple[str, str] | None
 
 @torch.no_grad()
 def _draws_on_paper(model: nn.Module, end: nn.Module) -> bool:
-    """Whether something draws random numbers in training before the layer `end` of a fake model; True where it does not
-    run."""
+    """Whether a fake model uses random numbers in training before the layer `end`; True if it does not run."""
 
     def stop(module: nn.Module, args: object) -> None:
         raise StopForwardError
@@ -143,7 +143,7 @@ def _draws_on_paper(model: nn.Module, end: nn.Module) -> bool:
         model.train()
         with draws, suppress(StopForwardError):
             backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except Exception:  # whatever a model of any kind does when its tensors have no values
+    except Exception:  # a model may raise any exception on tensors without values
         return True
     finally:
         handle.remove()
@@ -154,7 +154,7 @@ def _draws_on_paper(model: nn.Module, end: nn.Module) -> bool:
 
 
 class _Draws(TorchDispatchMode):
-    """Sees operators that draw random numbers."""
+    """Detects operators that use random numbers."""
 
     found = False
 
@@ -167,7 +167,7 @@ class _Draws(TorchDispatchMode):
 
 
 def _random_state(device: torch.device) -> tuple[object, ...]:
-    """Of every generator that a model may draw from, to be compared."""
+    """The states of all generators that a model may use, for comparison."""
     _, keys, place, *_ = numpy_state()
     on_card = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     torchs = torch.get_rng_state().numpy().tobytes()
@@ -179,9 +179,9 @@ class StateStore:
     """Hidden states by row: in memory up to a limit, then in a file that is removed with the process.
 
     Attributes:
-        tokens: Of all rows that will be kept; None where that is not known.
-        refused: Rows that found no room.
-        folder: Of the file; None for the folder of temporary files.
+        tokens: The tokens of all rows to be cached; None if not known.
+        refused: Rows for which no space was left.
+        folder: The folder of the file; None for the folder of temporary files.
     """
 
     memory_bytes: int
@@ -198,11 +198,11 @@ class StateStore:
 
     @classmethod
     def within(cls, budget: MemoryBudget, tokens: int | None = None) -> StateStore:
-        """With its share of the budget and one of the free disk."""
+        """A store with its share of the memory budget and of the free disk."""
         return cls(budget.for_cache(), free_disk_bytes(), tokens, folder=disk_folder())
 
     def promised(self) -> float:
-        """Bytes of memory that rows will take yet."""
+        """The bytes of memory that further rows will need."""
         most: float = self.memory_bytes
         if self.tokens is not None and self._token_bytes is not None:
             most = min(most, self.tokens * self._token_bytes)
@@ -219,7 +219,7 @@ class StateStore:
         return len(self._held) + len(self._places)
 
     def put(self, key: bytes, states_nD: Tensor) -> None:
-        """Keeps a row, if there is room."""
+        """Stores a row, if space is left."""
         if key in self:
             return
         states_nD = states_nD.detach().to("cpu", copy=True)
@@ -238,7 +238,7 @@ class StateStore:
             self.refused += 1
 
     def get(self, key: bytes) -> Tensor:
-        """A row that is there, (n, D)."""
+        """A stored row, (n, D)."""
         if key in self._held:
             return self._held[key]
         start, shape, dtype = self._places[key]
@@ -250,13 +250,13 @@ class StateStore:
 
 
 def free_disk_bytes() -> int:
-    """What the cache may take of the disk."""
+    """The bytes of disk that the cache may use."""
     folder = disk_folder()
     return int(DISK_SHARE * psutil.disk_usage(str(folder)).free) if folder else 0
 
 
 def disk_folder() -> Path | None:
-    """A folder for temporary files that is on a disk; None if there is none. The default one is often in memory."""
+    """A folder for temporary files on a disk; None if there is none. The default folder is often in memory."""
     for folder in (Path(tempfile.gettempdir()), cache_folder()):
         parts = [part for part in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(part.mountpoint)]
         kind = max(parts, key=lambda part: len(part.mountpoint)).fstype if parts else ""
@@ -266,15 +266,15 @@ def disk_folder() -> Path | None:
 
 
 class StopForwardError(Exception):
-    """The rows are in the cache, and the rest of the forward pass is not needed."""
+    """Stops a forward pass: its rows are in the cache, and the rest is not needed."""
 
 
 class FrozenCache:
-    """Keeps the output of the lowest layers, and gives it back.
+    """Caches the output of the lowest layers.
 
     Attributes:
-        count: How many layers these are; layer `count` reads from the cache.
-        only_fill: Only keep rows: the forward pass ends with a StopForwardError once they are kept.
+        count: The number of these layers; layer `count` reads from the cache.
+        only_fill: Only fill the cache: the forward pass then ends with a StopForwardError.
         hits: Batches whose lowest layers were not computed.
     """
 
@@ -302,7 +302,7 @@ class FrozenCache:
                 restore()
 
     def exchange(self, hidden_1TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """What layer `count` reads: the kept states, or those that were computed, which are kept now."""
+        """The input of layer `count`: the cached states, or the computed ones, which are cached now."""
         if self._keys is None:
             return hidden_1TD
         if self._skipping:
@@ -315,7 +315,7 @@ class FrozenCache:
         return hidden_1TD
 
     def note_output(self, output: object) -> None:
-        """Takes the output of a computed layer: a skipped one has to have an output of the same kind."""
+        """Records the type of a computed layer's output: a skipped layer must return the same type."""
         self._tuples = isinstance(output, tuple)
 
     def _skip(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:

@@ -1,7 +1,7 @@
-"""Norms and activations that transformers writes out step by step, as fused modules: they pass over memory less often.
+"""Fused modules for norms and activations that transformers computes in several steps: fewer memory accesses.
 
-These are RMS norms of Llama's kind, and the GELU by tanh, which BLOOM and GPT-2 spell out. A class of modules is tried
-beside the fused form once, on small random numbers, before its modules take it.
+They are RMS norms as in Llama, and the tanh GELU of BLOOM and GPT-2. Each class of modules is compared with the fused
+form once, on small random numbers, before its modules use it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class FusedModules:
         self._modules = [(m, partial(form, m)) for m, form in forms if form is not None]
 
     def on(self) -> AbstractContextManager[None]:
-        """Within the block, which must hold the backward pass as well, they compute so."""
+        """Within the block, which must include the backward pass, the modules use their fused forms."""
         return patched((m, form) for m, form in self._modules if not has_own_forward(m))
 
 
 @cache
 def fused_form(kind: type[nn.Module]) -> Form | None:
-    """What modules of this class may compute instead, with the same results; None where nothing is known."""
+    """The fused form of this class of modules; None if it has none."""
     form = _rms_norm if is_rms_norm(kind) else _gelu if is_gelu(kind) else None
     if form is None:
         return None
-    # another thread has no autocast and no fake tensors, whatever this one is doing
+    # a new thread has neither autocast nor fake tensors
     with ThreadPoolExecutor(1) as alone:
         return form if alone.submit(_agrees, kind, form).result() else None
 
@@ -57,7 +57,7 @@ def _gelu(module: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _agrees(kind: type[nn.Module], form: Form) -> bool:
-    """Tries a small module of the class, of which nothing is known but its name."""
+    """Compares a small module of the class with the fused form; only its name is known."""
     generator = torch.Generator().manual_seed(0)
     try:
         module = kind(TRIAL_WIDTH) if form is _rms_norm else kind()
@@ -65,5 +65,5 @@ def _agrees(kind: type[nn.Module], form: Form) -> bool:
             p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
         x = 3 * torch.randn(5, TRIAL_WIDTH, generator=generator)
         return torch.allclose(module(x), form(module, x), rtol=1e-5, atol=1e-6)
-    except Exception:  # a class of any kind may raise anything when it is made or called otherwise
+    except Exception:  # an unknown class may raise any exception
         return False

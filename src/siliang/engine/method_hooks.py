@@ -1,7 +1,6 @@
-"""What the methods on a model do in training beside their forward: a term of the loss, and a hook after each step.
+"""What methods add to training besides the forward pass: a loss term, and a hook after each step.
 
-The training loop calls both functions for every model. Where no method has either, as with plain LoRA, they do nothing
-and change no bit.
+The training loop calls both functions for every model. For methods without them, such as plain LoRA, they do nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from siliang.peft_api.model import PeftModel
 
 
 def extra_loss(model: nn.Module) -> Tensor | None:
-    """The terms that the trained adapters' methods add to the loss, summed, with their gradients; None for none.
+    """The sum of the loss terms of the trained adapters' methods, with their gradients; None if there are none.
 
-    Called once an optimizer step, when the gradient of the step's mean loss is there and ranks have exchanged theirs: a
-    backward pass of its own adds its gradient, which is the same on every rank.
+    It is called once per optimizer step, after the gradients of the mean loss have been reduced over ranks: a separate
+    backward pass adds its gradient, which is the same on every rank.
 
     Args:
-        model: As it is trained, also within DistributedDataParallel or torch.compile.
+        model: The trained model, which may be wrapped by DistributedDataParallel or torch.compile.
 
     Returns:
         (), in fp32.
@@ -34,21 +33,21 @@ def extra_loss(model: nn.Module) -> Tensor | None:
 
 
 def after_step(model: nn.Module, step: int) -> None:
-    """Lets the trained adapters' methods do what follows a step, such as giving their ranks to other layers.
+    """Calls the after-step hooks of the trained adapters' methods, such as AdaLoRA's rank allocation.
 
-    Called after the optimizer has stepped, and before the gradients are set to zero: some methods read them. A step
-    that was skipped, for its gradients were not finite, is none.
+    It is called after the optimizer's step, and before the gradients are set to zero: some methods read them. It is not
+    called for a step that was skipped because of non-finite gradients.
 
     Args:
         model: As for `extra_loss`.
-        step: Optimizer steps that are done, this one included; it continues over a resume.
+        step: The number of completed optimizer steps, this one included; a resumed run continues to count.
     """
     for method, adapter in _trained(model):
         method.after_step(adapter, step)
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[Method[Any], Adapter[Any]]]:
-    """The active adapters that are trained, each with its method."""
+    """The active, trained adapters, each with its method."""
     while not isinstance(model, PeftModel):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if not isinstance(inner, nn.Module):

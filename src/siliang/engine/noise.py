@@ -2,8 +2,8 @@
 
     x' = x + alpha / sqrt(n D) u,   u ~ U(-1, 1)
 
-n is the row's own number of tokens: nothing depends on the padding of a batch. Where no row of a batch is padded,
-this is what transformers' Trainer adds.
+n is the number of tokens of the row, so padding does not change the noise. Without padding, this is the noise of
+transformers' Trainer.
 
 Shapes: S rows, W columns of the padded batch, D hidden.
 """
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 
 class EmbeddingNoise:
-    """Adds the noise to the output of a model's token embeddings within `of` alone."""
+    """Adds the noise to the output of a model's token embeddings, only within `of`."""
 
     def __init__(self, embeddings: nn.Module, alpha: float) -> None:
         """
         Args:
-            embeddings: What turns token ids (S, W) into (S, W, D).
-            alpha: As in the equation; the paper takes 5 to 15.
+            embeddings: The module from token ids (S, W) to (S, W, D).
+            alpha: As in the equation; the paper uses 5 to 15.
         """
         self._alpha = alpha
         self._lengths: tuple[int, ...] | None = None
@@ -33,7 +33,7 @@ class EmbeddingNoise:
 
     @contextmanager
     def of(self, lengths: tuple[int, ...]) -> Iterator[None]:
-        """Within the block the embeddings of a batch, whose rows have so many tokens, are noisy."""
+        """Within the block, noise is added to the embeddings of a batch whose rows have these lengths."""
         self._lengths = lengths
         try:
             yield
@@ -41,7 +41,7 @@ class EmbeddingNoise:
             self._lengths = None
 
     def close(self) -> None:
-        """Takes it off the model again."""
+        """Removes the hook from the model."""
         self._handle.remove()
 
     def _add(self, embeddings: nn.Module, args: object, x_SWD: Tensor) -> Tensor | None:

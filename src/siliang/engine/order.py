@@ -1,4 +1,4 @@
-"""The order in which the rows of an epoch are trained, random or grouped by length; and each rank's share of a step."""
+"""The order of the rows of an epoch, random or grouped by length, and each rank's share of a step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Order(Sampler[int]):
     Args:
         lengths: Tokens of each row.
         step: Rows of an optimizer step.
-        by_length: A step's rows are of like length: a batch that is padded then has little padding, and one that is
-            packed has attention in few sizes. Steps stay in random order, but the longest comes first: what does not
-            fit shows at once.
+        by_length: Give each step rows of similar length: padded batches then have little padding, and packed batches
+            few attention sizes. Steps are in random order, except that the longest comes first: a lack of memory then
+            shows at once.
     """
 
     def __init__(self, lengths: Sequence[int], *, step: int, seed: int, by_length: bool) -> None:
@@ -39,12 +39,12 @@ class Order(Sampler[int]):
     def of(cls, config: RunConfig, lengths: Sequence[int]) -> Order:
         """The order of a run's config."""
         t = config.train
-        # where the loss is a mean over tokens, those in a step of short rows would weigh more
+        # if the loss is a mean over tokens, tokens in a step of short rows would weigh more
         by_length = TASKS[config.task].counts_rows if t.group_by_length is None else t.group_by_length
         return cls(lengths, step=t.rows_per_step, seed=t.seed, by_length=by_length)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch whose order comes next."""
+        """Sets the epoch of the next order."""
         self._epoch = epoch
         self._random.set_epoch(epoch)
 
@@ -58,14 +58,14 @@ class Order(Sampler[int]):
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         rows = get_length_grouped_indices(self._lengths, self.step, generator=generator)
         first, *steps = in_steps(rows, self.step)
-        last = steps.pop() if steps and len(steps[-1]) < self.step else []  # a short step is an epoch's last
+        last = steps.pop() if steps and len(steps[-1]) < self.step else []  # only the last step may be short
         shuffled = (steps[i] for i in torch.randperm(len(steps), generator=generator).tolist())
         yield from chain(first, *shuffled, last)
 
 
 def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list[int]]:
-    """A step's rows by rank, so that all ranks have about as many tokens: the longest row first, each row to the rank
-    with the fewest tokens so far."""
+    """Distributes the rows of a step over ranks with about equal numbers of tokens: the longest row first, each row to
+    the rank with the fewest tokens so far."""
     found: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for row in sorted(rows, key=lambda i: (-lengths[i], i)):
@@ -76,15 +76,15 @@ def shares(lengths: Sequence[int], rows: Sequence[int], ranks: int) -> list[list
 
 
 def shared_steps(rows: Iterable[int], lengths: Sequence[int], step: int, ranks: int) -> Iterator[list[list[int]]]:
-    """The rows of each step by rank. Every rank knows those of the others, so that nothing is exchanged.
+    """The rows of each step by rank. Every rank computes the rows of all ranks, so no communication is needed.
 
     Args:
-        rows: In the order of the training.
+        rows: The rows in the order of training.
         lengths: Tokens of each row.
-        step: Rows of a step.
+        step: Rows per step.
 
     Yields:
-        One list a rank. A rank for which the step has no row gets a dummy row: ~row in place of row.
+        One list per rank. A rank without a row in this step gets a dummy row: ~row instead of row.
     """
     for together in in_steps(list(rows), step):
         if ranks == 1:
@@ -94,7 +94,7 @@ def shared_steps(rows: Iterable[int], lengths: Sequence[int], step: int, ranks: 
 
 
 class WithDummies(Dataset[dict[str, object]]):
-    """A data set whose rows may be asked for as ~row, which marks a dummy row: it adds nothing to the loss."""
+    """A dataset with dummy rows: index ~row is the dummy of row, which adds nothing to the loss."""
 
     def __init__(self, rows: TokenSet) -> None:
         self._rows = rows

@@ -1,11 +1,11 @@
-"""Takes the padding out of a batch before the model's layers, and puts it back after them where the head needs it.
+"""Removes the padding of a batch before the model's layers, and restores it after them if the head needs it.
 
     embeddings (S, W, D)  ->  [ layers: (1, T, D), attention by sequence ]  ->  head: (1, T, D), or (S, W, D) again
 
-Embeddings, positions, prompts, poolers and task heads see the padded batch that they were written for. The layers,
-which are all the cost, see its T tokens alone. Attention goes through transformers' attention interface; BLOOM, which
-has none, gets the same attention from patches.py. All of it is in effect within `PaddingFree.packed` alone. Whether a
-model gives the same results on packed rows is tried on a few tokens (`PaddingFree.why_not`).
+Embeddings, positions, prompts, poolers and task heads get the padded batch. The layers, which have nearly all of the
+cost, get only its T tokens. Attention goes through transformers' attention interface; BLOOM, which does not use it,
+gets the same attention from patches.py. All changes are limited to `PaddingFree.packed`. `PaddingFree.why_not`
+verifies on a few tokens that a model gives the same results on packed rows.
 
 Shapes: S sequences, W columns of the padded batch, T tokens, V virtual tokens in front of each sequence, D hidden.
 """
@@ -40,31 +40,35 @@ from siliang.secrets import shortened
 from siliang.types import first_line, message_of
 
 ATTENTION = "siliang_packed"
-LONGEST_REASON = 100  # characters of an error of the model's own
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # what some models ask of their attention, and ours does not do
+LONGEST_REASON = 100  # characters of an error from the model's code
+UNSUPPORTED = (
+    "softcap",
+    "s_aux",
+    "position_bias",
+)  # arguments of some attentions
 
 
 class NotPackableError(Exception):
-    """The model has something that does not work on packed rows."""
+    """The model has a part that does not work on packed rows."""
 
 
 class PaddingFree:
     """Runs one model without padding.
 
     Attributes:
-        layout: Of the batch in the forward pass; None outside of `packed`.
+        layout: The layout of the batch in the forward pass; None outside of `packed`.
         layers: The model's layer stack.
-        frozen: The cache of the lowest layers' output, where that is the same in each epoch.
-        readers: What adapters know of the batch: they are told where the rows lie.
-        head_takes_packed: What follows the layers works on packed rows too (GPT-2 reshapes to the padded batch).
-            `why_not` finds out.
+        frozen: The cache of the lowest layers' output, if it is the same in each epoch.
+        readers: Adapters that read the batch: they get the positions of its rows.
+        head_takes_packed: The modules after the layers work on packed rows, too (GPT-2 reshapes to the padded batch).
+            `why_not` determines it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Prepares `model`, the base model with whatever is attached to it.
+        """Prepares `model`, the base model with its attached method.
 
         Raises:
-            NotPackableError: It is of a kind that cannot work, or the installed libraries lack what this needs.
+            NotPackableError: The model cannot run on packed rows, or the installed libraries lack a capability.
         """
         blooms = [m for m in model.modules() if is_bloom_attention(m)]
         for needed in ("packed rows", "packed rows of BLOOM") if blooms else ("packed rows",):
@@ -95,7 +99,7 @@ class PaddingFree:
         self._undo = [pack_bloom(m) for m in blooms]
 
     def close(self) -> None:
-        """Takes everything off the model again."""
+        """Removes all hooks from the model."""
         for handle in self._handles:
             handle.remove()
         for restore in self._undo:
@@ -103,12 +107,12 @@ class PaddingFree:
 
     @contextmanager
     def packed(self, lengths: tuple[int, ...], width: int, *, keep_packed: bool = False) -> Iterator[None]:
-        """Within the block, which must hold the backward pass as well, the model's layers see no padding.
+        """Within the block, which must include the backward pass, the model's layers run without padding.
 
         Args:
             lengths: Tokens of each sequence of the batch, which is padded on the right.
-            width: Its columns.
-            keep_packed: What follows the layers gets (1, T, D) too.
+            width: The columns of the padded batch.
+            keep_packed: The modules after the layers get (1, T, D), too.
         """
         self._rows, self._keep_packed = (lengths, width), keep_packed
         try:
@@ -157,7 +161,7 @@ class PaddingFree:
         return self.layout.unpack(output)
 
     def _pack(self, value: object) -> object:
-        """Rotary tables, positions: whatever has a row for each column of the batch; each once a step."""
+        """Packs rotary tables, positions and other tensors with a row per column of the batch, each once per step."""
         if isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
             return tuple(map(self._pack, value))
         layout = self.layout
@@ -169,7 +173,7 @@ class PaddingFree:
             return value
         if id(value) not in self._packed:
             packed = layout.pack(value.expand(S, *value.shape[1:]))
-            self._packed[id(value)] = (value, packed)  # the value too: while it lives, its id is its own
+            self._packed[id(value)] = (value, packed)  # keep the value: its id stays unique while it exists
         return self._packed[id(value)][1]
 
     @torch.no_grad()
@@ -177,12 +181,12 @@ class PaddingFree:
         """Runs three short sequences packed and padded.
 
         Args:
-            model: As it is called in training.
-            comparing: Compare the results, and not only see that it runs.
-            more: What the model is called with beside the rows.
+            model: The module that training calls.
+            comparing: Compare the results. False: only check that it runs.
+            more: Further arguments of the model.
 
         Returns:
-            Why packed rows are not to be used with this model; None where both give the same results.
+            Why this model cannot use packed rows; None if both give the same results.
         """
         configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
         if mixing := next((method.name for method in map(method_of, configs) if method.mixes_rows), None):
@@ -204,7 +208,7 @@ class PaddingFree:
             padded = model(**batch, **more, **_no_cache(model))
             with self.packed(lengths, width):
                 packed = model(**batch, **more, **_no_cache(model))
-        except Exception as error:  # whatever a model of any kind raises when its rows are gone
+        except Exception as error:  # a model may raise any exception on packed rows
             return trial_error(error, Bilingual("packed rows", "运行打包的样本"))
         finally:
             model.train(training)
@@ -233,7 +237,7 @@ def attend(
     is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention modules call: (1, H, T, K) in, (1, T, H, K) out."""
+    """The attention function for transformers' interface: (1, H, T, K) in, (1, T, H, K) out."""
     if not isinstance(attention_mask, Layout):
         raise NotPackableError(
             Bilingual(
@@ -245,7 +249,7 @@ def attend(
             Bilingual(f"{type(module).__name__} wants {wanted[0]}", f"{type(module).__name__} 需要 {wanted[0]}")
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if sliding_window is not None and not causal:  # a window to both sides; a trial of short rows would not show it
+    if sliding_window is not None and not causal:  # a two-sided window: short rows would not detect it
         raise NotPackableError(
             Bilingual(
                 f"{type(module).__name__} has a window to both sides", f"{type(module).__name__} 使用双向滑动窗口"
@@ -265,7 +269,7 @@ def attend(
 
 
 def _answers(output: Any, mask: Tensor) -> list[Tensor]:
-    """The model's logits or states; where it has some for each token, those of tokens that are not padding."""
+    """The model's logits or states; if it has one per token, without those of padding."""
     if hasattr(output, "start_logits"):  # each (S, W)
         return [_of_tokens(output.start_logits, mask), _of_tokens(output.end_logits, mask)]
     first = (output[0] if not hasattr(output, "logits") else output.logits).float().cpu()
@@ -277,7 +281,7 @@ def _of_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def trial_error(error: Exception, what: str) -> str:
-    """Why a trial failed, for someone who does not know the model's code: what failed, then the error's own words."""
+    """The reason of a failed trial for the user: what failed, and the text of the error."""
     if isinstance(error, NotPackableError):
         return message_of(error)
     words = shortened(first_line(error, kind=True), LONGEST_REASON, " ...")

@@ -1,9 +1,9 @@
-"""What the training step replaces in transformers' objects, and puts back: the forwards of modules, the function that
-computes attention, and the settings of gradient checkpointing.
+"""The temporary patches of the training step on transformers' objects: forwards of modules, the attention function,
+and the settings of gradient checkpointing.
 
-recompute.py alone sets something else of a model, the checkpointing of each layer. Other rooms replace one thing each,
-in one file: models/weights.py, models/quantized.py, memory/track.py, plan/fake.py, distributed/. What all of them need
-of the installed libraries is listed in capabilities.py; where it is missing, the trick is off, with a reason.
+recompute.py sets the checkpointing of each layer. Other packages have one patch each, in one file: models/weights.py,
+models/quantized.py, memory/track.py, plan/fake.py, distributed/. capabilities.py lists what they need of the installed
+libraries; if it is missing, the optimization is off, with a reason.
 
 Shapes: H heads, T tokens, K head size, D hidden.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers.models.bloom.modeling_bloom import BloomAttention
 Undo = Callable[[], None]
 
-# what transformers sets on modules when gradient checkpointing is turned on
+# attributes that transformers sets on modules for gradient checkpointing
 CHECKPOINTING = (
     "gradient_checkpointing",
     "_gradient_checkpointing_func",
@@ -35,9 +35,9 @@ CHECKPOINTING = (
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., object]) -> Undo:
-    """Gives `module` this forward; the function that is returned restores the one before.
+    """Replaces the forward of `module`. The returned function restores the previous one.
 
-    A forward of the instance's own, as accelerate and others set it, is put back; otherwise the class's is there again.
+    That is the forward of the instance, such as accelerate sets it, or else the forward of the class.
     """
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -52,13 +52,13 @@ def replace_forward(module: nn.Module, forward: Callable[..., object]) -> Undo:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody has replaced the module's forward."""
+    """Whether the module's forward is replaced."""
     return "forward" in module.__dict__
 
 
 @contextmanager
 def patched(forwards: Iterable[tuple[nn.Module, Callable[..., object]]]) -> Iterator[None]:
-    """Within the block each module has the forward beside it."""
+    """Within the block, each module has the forward of its pair."""
     undo = [replace_forward(module, forward) for module, forward in forwards]
     try:
         yield
@@ -68,7 +68,7 @@ def patched(forwards: Iterable[tuple[nn.Module, Callable[..., object]]]) -> Iter
 
 
 def register_attention(name: str, function: Callable[..., object]) -> None:
-    """Adds a function to those that transformers' attentions may call, by name."""
+    """Registers an attention function with transformers, by name."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(name, function)
@@ -76,7 +76,7 @@ def register_attention(name: str, function: Callable[..., object]) -> None:
 
 @contextmanager
 def attention_implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Within the block a model's attentions call the function of this name, which each call looks up in the config."""
+    """Within the block, the model's attentions call the function of this name; each call reads it from the config."""
     before = config._attn_implementation
     config._attn_implementation = name
     try:
@@ -86,13 +86,12 @@ def attention_implementation(config: PreTrainedConfig, name: str) -> Iterator[No
 
 
 def pack_bloom(attention: BloomAttention) -> Undo:
-    """Lets a BLOOM attention, which does not go through transformers' interface, compute packed rows by sequence."""
+    """Patches a BLOOM attention, which does not use transformers' interface, to compute packed rows by sequence."""
     return replace_forward(attention, partial(_bloom_attention, attention, attention.forward))
 
 
 def checkpoint_layers(model: PreTrainedModel) -> Undo:
-    """Turns gradient checkpointing on; the function that is returned restores the modules' settings, and removes the
-    hooks that came with it."""
+    """Turns gradient checkpointing on. The returned function restores the modules' settings, and removes its hooks."""
     modules = list(model.modules())
     before = [({n: m.__dict__[n] for n in CHECKPOINTING if n in m.__dict__}, set(m._forward_hooks)) for m in modules]
     enable_checkpointing(model)
@@ -119,7 +118,7 @@ def _bloom_attention(
     layer_past: Cache | None = None,
     **kwargs: object,
 ) -> object:
-    """BloomAttention.forward on packed rows, by sequence; the module's own on padded ones."""
+    """BloomAttention.forward on packed rows, by sequence; the module's own forward on padded rows."""
     if not isinstance(attention_mask, Layout):
         return own_forward(hidden_states, residual, alibi, attention_mask, layer_past=layer_past, **kwargs)
     q, k, v = module._reshape(module.query_key_value(hidden_states))
@@ -133,7 +132,7 @@ def _bloom_attention(
         attention_mask,
         scaling=module.inv_norm_factor,
         causal=True,
-        bias_HN=module.beta * alibi[: module.num_heads, 0],  # the same for every sequence: all begin at 0
+        bias_HN=module.beta * alibi[: module.num_heads, 0],  # the same for every sequence: all positions begin at 0
         dropout_p=module.attention_dropout.p if module.training else 0.0,
     )
     out = module.dense(out.flatten(2))

@@ -1,4 +1,4 @@
-"""The state of every random generator that training draws from."""
+"""The state of all random generators that training uses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class RandomState(TypedDict):
 
 
 def numpy_state() -> tuple[str, np.ndarray, int, int, float]:
-    """Of numpy's generator: its name, its keys (624,), the place in them, and what it has kept of a normal draw."""
+    """The state of numpy's generator: its name, its keys (624,), the position in them, and the cached normal value."""
     state = np.random.get_state(legacy=True)
     assert isinstance(state, tuple)
     return state
 
 
 def random_state() -> RandomState:
-    """Of every generator that training draws from."""
+    """The states of all generators that training uses."""
     name, keys, place, has_gauss, gauss = numpy_state()
     return {
         "python": random.getstate(),
@@ -38,7 +38,7 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Continues from a `random_state`."""
+    """Restores a `random_state`."""
     name, keys, place, has_gauss, gauss = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))

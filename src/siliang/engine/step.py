@@ -1,4 +1,4 @@
-"""Forward and loss of one batch, at the least cost that gives the same numbers."""
+"""Forward pass and loss of one batch: the same numbers at the least cost."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Engine:
     """Runs a model's batches.
 
     Attributes:
-        padding: The means to run without padding; None where it is off.
+        padding: Runs the model without padding; None if that is off.
         recompute: Which layers keep their activations.
-        frozen_layers: How many of the lowest layers give the same output each time; 0 where that is not used.
-        notes: What is off, and why.
+        frozen_layers: The number of lowest layers whose output is cached; 0 if that is off.
+        notes: The optimizations that are off, and why.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class Engine:
         label_smoothing: float = 0.0,
         neftune_alpha: float | None = None,
     ) -> None:
-        """Tries on `model` what it allows; the model is unchanged outside of `loss`.
+        """Tries which optimizations `model` allows. The model is unchanged outside of `loss`.
 
         Args:
-            comparing: Compare the results of what is tried; off on fake tensors, which have none: there it only has to
-                run, and nothing is cached.
-            all_logits: Why the output layer has to be run as it is, if it has to.
-            frozen_tokens: Gives the tokens of all rows whose frozen layers' output will be cached.
-            memory_share: Of a CPU's free memory, what this process may take beside others of the same training.
-            label_smoothing: The share of a label that is spread over all classes or tokens, in training alone.
-            neftune_alpha: Of the noise on the embeddings in training; None for none.
+            comparing: Compare the results of each optimization. False on fake tensors: it only has to run, and nothing
+                is cached.
+            all_logits: Why all logits are needed, if they are.
+            frozen_tokens: Returns the tokens of all rows whose frozen layers' output will be cached.
+            memory_share: This process's share of the free main memory, if several processes train on one machine.
+            label_smoothing: The share of a label that is spread over all classes or tokens, only in training.
+            neftune_alpha: NEFTune's alpha; None for no noise.
         """
         self.task, self.label_smoothing = task, label_smoothing
         self._peft = model if isinstance(model, PeftModel) else None
@@ -141,10 +141,10 @@ class Engine:
         """Forward and backward of one optimizer step.
 
         Args:
-            weight: What the summed loss is divided by: labelled tokens, or rows, of the whole step.
-            autocast: Makes the context of the computation.
-            no_sync: Makes the one in which ranks need not exchange gradients: of all batches but the last.
-            gather: Gives the values of each rank, where the loss is one of the whole step.
+            weight: The divisor of the summed loss: labelled tokens, or rows, of the whole step.
+            autocast: Returns the context of the computation.
+            no_sync: Returns the context without gradient reduction, for all batches but the last.
+            gather: Returns the values of each rank, for a loss of whole steps.
 
         Returns:
             The mean loss, a scalar.
@@ -163,7 +163,7 @@ class Engine:
         return mean
 
     def fill_frozen_cache(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        """Computes the frozen layers' output of these batches again, which the run had in its cache when it stopped."""
+        """Refills the cache of frozen layers' outputs for these batches, after a resume."""
         cache = self.padding.frozen if self.padding else None
         if cache is None:
             return
@@ -179,19 +179,19 @@ class Engine:
 
     @contextmanager
     def loss(self, model: nn.Module, batch: Batch) -> Iterator[Tensor]:
-        """The summed loss of `batch`, which divided by its weight is the mean; run backward within the block.
+        """The summed loss of `batch`; divided by its weight it is the mean. Run backward within the block.
 
         Args:
-            model: As it is called: the engine's own, or what a strategy has wrapped around it.
+            model: The module to call: the engine's model, or its wrapper of a distributed strategy.
         """
         with self.loss_and_output(model, batch) as (loss, _):
             yield loss
 
     @contextmanager
     def loss_and_output(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, ModelOutput | None]]:
-        """The summed loss of `batch`, in fp32, and the model's output, whose logits are those of the padded batch.
+        """The summed loss of `batch`, in fp32, and the model's output, with the logits of the padded batch.
 
-        A model that writes gives no output: its logits, one for each token of the vocabulary, are not formed.
+        A language model gives no output: its logits over the vocabulary are not computed.
         """
         smoothing = self.label_smoothing if self._training else 0.0
         with self._running(batch):
@@ -207,7 +207,7 @@ class Engine:
 
     @contextmanager
     def values(self, model: nn.Module, batch: Batch) -> Iterator[Tensor]:
-        """What the loss of a whole step takes of each sequence of `batch`, (S, ...), in fp32; run backward within the
+        """The values of each sequence of `batch` for a loss of whole steps, (S, ...), in fp32. Run backward within the
         block."""
         step = self.task.step_loss
         assert step is not None
@@ -223,7 +223,7 @@ class Engine:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within the block the model computes without its adapter, without dropout and without gradients."""
+        """Within the block, the model runs without its adapter, without dropout and without gradients."""
         assert self._peft is not None
         training = self._peft.training
         self._peft.eval()
@@ -235,17 +235,17 @@ class Engine:
 
     @property
     def _training(self) -> bool:
-        """Asked of the base model: `reference` does not reach the flag of what a strategy wraps around it."""
+        """The mode of the base model: `reference` does not set the mode of a distributed wrapper."""
         return self._base.training
 
     @property
     def _keeps_packed(self) -> bool:
-        """The output layer reads packed states."""
+        """Whether the output layer gets packed states."""
         return self.padding is not None and self.padding.head_takes_packed and self._head is not None
 
     @contextmanager
     def _running(self, batch: Batch) -> Iterator[None]:
-        """All that saves work on this batch, on within the block."""
+        """Within the block, all optimizations are on for this batch."""
         padding = self.padding
         frozen = padding.frozen if padding and self._training else None
         noise = self._noise if self._training else None
@@ -260,30 +260,30 @@ class Engine:
             yield
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of the labelled tokens, (N, V), by the model's own output layer."""
+        """The logits of the labelled tokens, (N, V), from the model's output layer."""
         logits = model(**self._inputs(batch), use_cache=False).logits
         return logits.flatten(0, 1).index_select(0, self._rows(logits, batch, None))
 
     def _states(self, head: HeadLoss, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the output layer reads, and which of its rows are those of labelled tokens."""
+        """The input of the output layer, and its rows of labelled tokens."""
         with head.skipped() as seen:
             model(**self._inputs(batch), use_cache=False)
         layout = self.padding.layout if self.padding and self._keeps_packed else None
         return seen[0], self._rows(seen[0], batch, layout)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the model is called with: no labels, so that it forms no loss of its own."""
+        """The model's arguments: without labels, so that the model computes no loss."""
         unused = {*self.task.data.targets, *(() if self._trial else (TASK_IDS,))}
         inputs = self._default | {name: x for name, x in batch.inputs.items() if name not in unused}
         if self.task.has_encoder:
             labels = batch.inputs["labels"]
-            # a model without this method (M2M100) shifts the labels in its own forward alone
+            # a model without this method (M2M100) shifts the labels only in its forward
             shift = getattr(self._base, "prepare_decoder_input_ids_from_labels", None)
             inputs |= {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels)}
         return inputs
 
     def close(self) -> None:
-        """Takes everything off the model again."""
+        """Removes all hooks from the model."""
         if self.padding is not None:
             self.padding.close()
             self.padding = None
@@ -293,16 +293,16 @@ class Engine:
         self.recompute.close()
 
     def _loss_of(self, output: ModelOutput, batch: Batch, smoothing: float) -> Tensor:
-        """The task's own loss, in fp32 and summed over what `batch.weight` counts."""
+        """The loss of the task, in fp32, summed over what `batch.weight` counts."""
         assert self.task.loss is not None
         smoothed = {"label_smoothing": smoothing} if smoothing else {}
         loss = self.task.loss(output, batch, **smoothed)
         return loss if batch.weight else loss * 0.0  # a dummy batch counts nothing
 
     def _rows(self, states: Tensor, batch: Batch, layout: Layout | None) -> Tensor:
-        """Where the state that predicts each target is in the flattened states, packed or not."""
+        """The indices, in the flattened states (packed or not), of the states that predict the targets."""
         assert batch.targets is not None
-        if self.task.has_encoder:  # the decoder's states, without virtual tokens in front
+        if self.task.has_encoder:  # the decoder's states, without virtual tokens
             return batch.targets[1] * states.shape[1] + batch.targets[2]
         if layout is not None:
             virtual, starts = layout.width - batch.width, layout.starts
@@ -318,10 +318,10 @@ def _has_prompts(model: nn.Module) -> bool:
 
 
 class HeadLoss:
-    """The loss of a language model's output layer, formed without all its logits.
+    """The loss of a language model's output layer, computed without all logits.
 
-    The model's forward skips the output layer: it gives one column in place of its logits, and `loss` takes what it
-    would have read.
+    The model's forward skips the output layer, which returns one column instead of its logits. `loss` gets the input of
+    the output layer.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Module) -> None:
@@ -338,21 +338,21 @@ class HeadLoss:
 
     @contextmanager
     def skipped(self) -> Iterator[list[Tensor]]:
-        """Within the block the output layer puts what it reads into the list, and computes nothing."""
+        """Within the block, the output layer appends its input to the list, and computes nothing."""
         seen: list[Tensor] = []
 
         def skip(states: Tensor) -> Tensor:
             seen.append(states)
-            return states[..., :1].clone()  # FSDP2 wants no view of a sharded module's output
+            return states[..., :1].clone()  # FSDP2 allows no view of a sharded module's output
 
         with patched([(self._head, skip)]):
             yield seen
 
     def loss(self, states: Tensor, rows: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Summed over the labelled rows.
+        """The loss, summed over the labelled rows.
 
         Args:
-            states: What the output layer read, (..., D).
+            states: The input of the output layer, (..., D).
             rows: (N,), into the flattened states.
             labels: (N,).
         """
@@ -367,13 +367,13 @@ class HeadLoss:
         )
 
     def logits(self, states: Tensor, rows: Tensor) -> Tensor:
-        """Of the labelled rows, (N, V), in fp32."""
+        """The logits of the labelled rows, (N, V), in fp32."""
         hidden_ND = states.flatten(0, -2).index_select(0, rows)
         return head_logits(hidden_ND, self._head, softcap=self._softcap, scale=self._scale)
 
     @torch.no_grad()
     def differs(self, model: nn.Module, vocabulary: int, **more: object) -> str | None:
-        """Tries a few tokens, and `more`, with and without all logits; why the losses are not the same, or None."""
+        """Runs a few tokens, and `more`, with and without all logits. Returns why the losses differ, or None."""
         device = next(model.parameters()).device
         ids = torch.arange(6, device=device).remainder(vocabulary).view(1, 6)
         inputs = more | {"input_ids": ids} | ({"decoder_input_ids": ids} if self._is_encoder_decoder else {})
@@ -387,7 +387,7 @@ class HeadLoss:
             states = seen[0]
             rows = torch.arange(states.shape[1] - 6, states.shape[1] - 1, device=device)
             found = self.loss(states, rows, ids[0, 1:])
-        except Exception as error:  # whatever a model of any kind raises when its logits are gone
+        except Exception as error:  # a model may raise any exception without its logits
             return trial_error(error, Bilingual("without all its logits", "在不取全部 logits 时运行"))
         finally:
             model.train(training)

@@ -1,9 +1,9 @@
 """The loss of a whole optimizer step, whose gradient reaches the model batch by batch.
 
 The values of all sequences are computed first, without gradients. The loss of the step gives the gradient of each
-value. Then each batch is run again, and the gradients of its values are passed on (gradient caching, Gao et al. 2021,
-arXiv 2101.06983). The memory is that of one batch, and the gradient that of all rows at once. A step of one batch on
-one rank is run once.
+value. Then each batch is run again, and the gradients of its values are backpropagated (gradient caching, Gao et al.
+2021, arXiv 2101.06983). The memory is that of one batch; the gradient is that of all rows at once. A step of one batch
+on one rank is run once.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from siliang.tasks import EntryValues, StepLoss
 
 Context = Callable[[], AbstractContextManager[object]]
 ByEntry = dict[int, EntryValues]
-Gather = Callable[[ByEntry], list[ByEntry]]  # the values of each rank, from one's own
+Gather = Callable[[ByEntry], list[ByEntry]]  # all-gather of the values over ranks
 
 
 class Values(Protocol):
-    """The engine, as far as it is used here."""
+    """The part of the engine that is used here."""
 
     def values(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Tensor]:
-        """What the loss takes of each sequence of the batch; backward runs within the block."""
+        """The values of each sequence of the batch for the loss. Run backward within the block."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the block the model computes without its adapter."""
+        """Within the block, the model runs without its adapter."""
         ...
 
 
 def alone(own: ByEntry) -> list[ByEntry]:
-    """One rank has all values."""
+    """The gather function of a single rank."""
     return [own]
 
 
@@ -57,7 +57,7 @@ def run_step(
     """Forward and backward of one optimizer step; the arguments are those of `Engine.run`.
 
     Returns:
-        The mean loss of this rank's share, a scalar: the mean over ranks is that of the step.
+        The mean loss of this rank's share, a scalar. The mean over ranks is the loss of the step.
     """
     batches = [_numbered(batch, number) for batch, number in zip(batches, _firsts(batches), strict=True)]
     reference = reference_values(engine, step, model, batches, autocast)
@@ -68,7 +68,7 @@ def run_step(
                 loss = loss_of(step, by_entry(batch, values, reference)) / weight
             backward(loss)
         return loss.detach()
-    states: list[RandomState] = []  # from which the dropout of each batch is drawn, twice
+    states: list[RandomState] = []  # each batch is run twice with the same dropout
     own: ByEntry = {}
     for batch in batches:
         states.append(random_state())
@@ -89,7 +89,7 @@ def run_step(
             autocast(),
             engine.values(model, batch) as values,
         ):
-            factors = [gradients[i] for i in batch.entries]  # none of a dummy batch
+            factors = [gradients[i] for i in batch.entries]  # empty for a dummy batch
             backward((values * torch.cat(factors)).sum() if factors else values.sum() * 0.0)
     return loss.detach() / len(ranks)
 
@@ -97,7 +97,7 @@ def run_step(
 def reference_values(
     engine: Values, step: StepLoss, model: nn.Module, batches: Sequence[Batch], autocast: Context
 ) -> dict[int, Tensor]:
-    """The values of each entry without the adapter; none where the loss does not take them."""
+    """The values of each entry without the adapter; empty if the loss does not use them."""
     found: dict[int, Tensor] = {}
     if step.reference:
         with engine.reference():
@@ -116,13 +116,13 @@ def by_entry(batch: Batch, values: Tensor, reference: Mapping[int, Tensor]) -> B
 
 
 def loss_of(step: StepLoss, found: Mapping[int, EntryValues]) -> Tensor:
-    """Summed over these entries."""
+    """The sum over these entries."""
     kept = [found[i] for i in sorted(found)]
     return step.loss([k.values for k in kept], [k.reference for k in kept if k.reference is not None])
 
 
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each label, (N,), in fp32.
+    """The log-probability of each label, (N,), in fp32.
 
     Args:
         logits: (N, V).
@@ -136,12 +136,12 @@ def _of_entries(batch: Batch, values: Tensor) -> Sequence[Tensor]:
 
 
 def _firsts(batches: Sequence[Batch]) -> list[int]:
-    """The number of each batch's first entry, counted through the step."""
+    """The index of each batch's first entry within the step."""
     return list(accumulate(map(len, batches), initial=0))[:-1]
 
 
 def _numbered(batch: Batch, first: int) -> Batch:
-    """With numbers of its entries, where it has none and is not a dummy."""
+    """The batch with entry numbers, if it has none and is not a dummy."""
     if batch.entries or not batch.weight:
         return batch
     return replace(batch, entries=tuple(range(first, first + len(batch))))
