@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import word_tokenizer
-from transformers import ConvBertConfig, ConvBertForSequenceClassification
+from tiny import make, word_tokenizer
+from transformers import ConvBertConfig, ConvBertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from siliang.config import RunConfig
 from siliang.plan.preflight import Planner
@@ -23,6 +23,8 @@ from siliang.use.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 METHODS: dict[str, dict[str, Any]] = {
+    "tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     "convolutions": {"target_modules": ["pointwise", "query"], "lora_dropout": 0.1},
     "dora": {"target_modules": ["pointwise", "word_embeddings"], "use_dora": True},
 }
@@ -40,11 +42,22 @@ def convbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose head is its embedding."""
+    torch.manual_seed(0)
+    plain: Any = make("llama").config
+    tokenizer, folder = word_tokenizer(), tmp_path_factory.mktemp("models") / "llama"
+    LlamaForCausalLM(LlamaConfig(**plain.to_dict() | {"tie_word_embeddings": True})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def configured(model: Path, data: Path, output: Path, name: str) -> RunConfig:
     steps = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32", "log_every": 1}
     values = {
         "model": str(model),
-        "task": "seq_cls",
+        "task": "causal_lm" if "llama" in str(model) else "seq_cls",
         "method": {"name": "lora", "r": 2, **METHODS[name]},
         "data": {"train": str(data), "test_size": 0.2, "max_length": 32},
         "train": steps,
@@ -55,8 +68,12 @@ def configured(model: Path, data: Path, output: Path, name: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run(name: str, convbert: Path, review_file: Path, tmp_path: Path) -> None:
-    planner, config = Planner(), configured(convbert, review_file, tmp_path / "run", name)
+def test_a_run(
+    name: str, convbert: Path, tied_llama: Path, review_file: Path, instruction_file: Path, tmp_path: Path
+) -> None:
+    tied = "ensure_weight_tying" in METHODS[name]
+    model, data = (tied_llama, instruction_file) if tied else (convbert, review_file)
+    planner, config = Planner(), configured(model, data, tmp_path / "run", name)
     record = train(config, planner=planner)
     assert record.status == "completed" and planner.last_plan is not None
     planned, file = planner.last_plan, tmp_path / "run" / "adapter" / "adapter_model.safetensors"
@@ -71,7 +88,7 @@ def test_a_run(name: str, convbert: Path, review_file: Path, tmp_path: Path) -> 
             stopped.append(2)
             signal.raise_signal(signal.SIGTERM)
 
-    again = configured(convbert, review_file, tmp_path / "again", name)
+    again = configured(model, data, tmp_path / "again", name)
     with pytest.raises(InterruptedRunError):
         train(again, Listener(progress=stop))
     train(again, resume=True)

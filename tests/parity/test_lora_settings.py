@@ -9,11 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from closeness import assert_close
-from tiny import make
+from closeness import assert_close, assert_same_losses
+from safetensors.torch import load_file, save_file
+from tiny import batch, make
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import siliang
-from siliang.types import ConfigError
+from siliang.types import AdapterError, ConfigError
 
 
 def test_runtime_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +51,108 @@ def test_norms_elsewhere(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, p in found[1].items():
         assert p.device.type == "cpu"
         assert_close(p, found[0][name])
+
+
+def tied(tie: bool = True) -> Any:
+    """A Llama whose head is its embedding."""
+    torch.manual_seed(0)
+    plain: Any = make("llama").config
+    return LlamaForCausalLM(LlamaConfig(**plain.to_dict() | {"tie_word_embeddings": tie})).eval()
+
+
+TIED: list[dict[str, Any]] = [
+    {"target_modules": ["embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 3, "use_rslora": True},
+    {"target_modules": r".*\.q_proj|.*embed_tokens"},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+]
+PEFTS = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*", "ignore:Setting `save_embedding_layers`.*")
+
+
+def both(settings: dict[str, Any], **more: Any) -> tuple[Any, Any]:
+    """The same tied adapter in both libraries, with the same values."""
+    settings = {"r": 4, "ensure_weight_tying": True, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | settings
+    ours: Any = siliang.get_peft_model(tied(), siliang.LoraConfig(**settings | more))
+    theirs: Any = peft.get_peft_model(tied(), peft.LoraConfig(**settings | more))
+    peft.set_peft_model_state_dict(theirs, siliang.get_peft_model_state_dict(ours))
+    return ours, theirs
+
+
+@PEFTS
+@pytest.mark.parametrize("settings", TIED, ids=str)
+def test_tied_names_answers_and_steps(settings: dict[str, Any]) -> None:
+    """PEFT has each of LoRA's tied factors twice, on one memory: SGD's two steps are those of the sum."""
+    ours, theirs = both(settings)
+    mine, peers = siliang.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
+    heads = {key for key in peers if key.endswith("base_layer.weight")}  # PEFT saves tuned embeddings along
+    assert {key: t.shape for key, t in mine.items()} == {k: t.shape for k, t in peers.items() if k not in heads}
+    if isinstance(settings["target_modules"], list):
+        assert set(ours.peft_config["default"].target_modules) == set(theirs.peft_config["default"].target_modules)
+    losses = []
+    for model in (ours, theirs):
+        params = {id(p): p for p in model.parameters() if p.requires_grad}
+        optimizer = torch.optim.SGD(params.values(), lr=0.1)
+        steps = []
+        for _ in range(5):
+            loss = model(**batch("llama")).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps.append(loss.item())
+        losses.append(steps)
+    assert_same_losses(*losses)
+    assert losses[0][-1] < losses[0][0]
+
+
+@PEFTS
+@pytest.mark.parametrize("settings", TIED, ids=str)
+def test_tied_files_go_both_ways(settings: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = both(settings)
+    wanted = theirs(**batch("llama")).logits
+    assert_close(ours(**batch("llama")).logits, wanted)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    assert_close(peft.PeftModel.from_pretrained(tied(), str(tmp_path / "ours"))(**batch("llama")).logits, wanted)
+    assert_close(siliang.PeftModel.from_pretrained(tied(), tmp_path / "theirs")(**batch("llama")).logits, wanted)
+    again: Any = siliang.PeftModel.from_pretrained(tied(), tmp_path / "ours", is_trainable=True)
+    assert again.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
+
+
+@PEFTS
+@pytest.mark.parametrize("settings", TIED, ids=str)
+def test_tied_merged_stay_tied(settings: dict[str, Any]) -> None:
+    """PEFT adds the update of LoRA to the one weight twice, for each of its names."""
+    ours, theirs = both(settings)
+    wanted = ours(**batch("llama")).logits
+    ours.merge_adapter()
+    assert_close(ours(**batch("llama")).logits, wanted)
+    ours.unmerge_adapter()
+    merged = ours.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight and merged.config.tie_word_embeddings
+    assert_close(merged(**batch("llama")).logits, wanted)
+    there = theirs.merge_and_unload()(**batch("llama")).logits
+    assert ((there - wanted).abs().max() < 1e-3) == ("modules_to_save" in settings)
+
+
+@PEFTS
+def test_what_cannot_be_tied(tmp_path: Path) -> None:
+    wrong: list[dict[str, Any]] = [{"use_dora": True}, {"rank_pattern": {"lm_head": 2}}, {"init_lora_weights": "loftq"}]
+    for one in wrong:
+        settings: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True} | one
+        with pytest.raises(ConfigError, match=r"ensure_weight_tying and .* do not go together"):
+            siliang.get_peft_model(tied(), siliang.LoraConfig(**settings))
+    for model, targets in ((tied(tie=False), "embed_tokens"), (tied(), "q_proj")):
+        with pytest.warns(UserWarning, match="ensure_weight_tying has no effect"):
+            siliang.get_peft_model(model, siliang.LoraConfig(target_modules=[targets], ensure_weight_tying=True))
+    with pytest.raises(ConfigError, match="for one embedding and one linear head, and here shared, enc"):
+        siliang.get_peft_model(make("t5"), siliang.LoraConfig(target_modules=["q"], ensure_weight_tying=True))
+    ours: Any = siliang.get_peft_model(
+        tied(), siliang.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, init_lora_weights=False)
+    )
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors |= {key: t + 1 for key, t in tensors.items() if "lm_head" in key}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"is not .* transposed"):
+        siliang.PeftModel.from_pretrained(tied(), tmp_path)

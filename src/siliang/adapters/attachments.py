@@ -124,13 +124,22 @@ class Attachments:
             self.layers[p].add_adapter(adapter)
         return found
 
-    def copy_modules(self, name: str, paths: Iterable[str]) -> None:
-        """Gives adapter `name` copies of modules."""
+    def copy_modules(self, name: str, paths: Iterable[str], *, tied: bool = False) -> None:
+        """Gives adapter `name` copies of modules.
+
+        Args:
+            tied: Copies of modules whose weights are one have one, too.
+        """
+        weights: dict[int, nn.Parameter] = {}
         for path in paths:
             module = self.model.get_submodule(path)
             if path not in self.modules_to_save:
                 self.modules_to_save[path] = ModulesToSaveWrapper(module)
             self.modules_to_save[path].add_adapter(name, module)
+            weight = module._parameters.get("weight")
+            if tied and weight is not None:
+                own = self.module_copy(path, name)
+                own.weight = weights.setdefault(id(weight), own.get_parameter("weight"))
 
     def copy_parameters(self, name: str, paths: Iterable[str]) -> None:
         """Gives adapter `name` copies of parameters."""

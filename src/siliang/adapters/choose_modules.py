@@ -11,6 +11,7 @@ from torch import nn
 
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
+from siliang.methods.tied_ends import tied_for
 from siliang.models.invented import invented_modules
 from siliang.module_paths import inside, matching_paths, outermost, plain_modules
 from siliang.types import OTHER_HEADS, TASK_HEADS, TargetError, TaskType, nearest
@@ -104,6 +105,11 @@ def choose_saved_modules(model: nn.Module, config: PeftConfig, *, lenient: bool)
         config.modules_to_save = sorted({*wanted, *heads})
     required = [] if lenient else wanted
     found = find_saved_modules(model, [*wanted, *heads], required=required, nested=not lenient)
+    if getattr(config, "ensure_weight_tying", False):
+        _, tied = tied_for(model, None, config.modules_to_save)
+        if tied is not None:
+            found = [*found, *(path for path in tied if path not in found)]
+            config.modules_to_save = tied.names(config.modules_to_save or ())
     if lenient and (lacking := [path for path in invented if not inside(path, found)]):
         warnings.warn(
             Bilingual(

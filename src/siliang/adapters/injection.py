@@ -175,7 +175,7 @@ class Injection(nn.Module):
         for path, rows in parts.table_rows.items():
             layers |= self.attachments.add_table_rows(name, path, rows)
         self.attachments.copy_parameters(name, parts.parameters)
-        self.attachments.copy_modules(name, parts.modules)
+        self.attachments.copy_modules(name, parts.modules, tied=getattr(config, "ensure_weight_tying", False))
         return AttachedAdapter(
             name=name,
             config=config,

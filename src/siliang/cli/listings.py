@@ -37,14 +37,16 @@ def settings(language: Language = "en") -> str:
     for method in TABLE.values():
         if method.config is not None:
             fields = [f.name for f in dataclasses.fields(method.config) if f.name not in OWN_FIELDS]
-            values = method.config()
+            plain = method.config()
+            values = {name: getattr(plain, name) for name in fields}
+            values |= {name: dataclasses.asdict(v) for name, v in values.items() if dataclasses.is_dataclass(v)}
             entry = f"method: {{name: {method.name}, ...}}"
             title = Bilingual(
                 f"{entry} has these fields, with PEFT's names and defaults:",
                 f"{entry} 有下列字段，名称和默认值与 PEFT 相同：",
             )
             lines += ["\n" + local(title, language)]
-            lines += [filled(", ".join(f"{name}: {getattr(values, name)}" for name in fields), 100, "    ")]
+            lines += [filled(", ".join(f"{name}: {value}" for name, value in values.items()), 100, "    ")]
     return "\n".join(lines) + "\n"
 
 

@@ -37,6 +37,7 @@ from siliang.methods.lora_variants import VARIANTS, variant_of
 from siliang.methods.low_rank import LoraSpec, LowRank, MakeLowRank
 from siliang.methods.method import Adapter, Method, Parts
 from siliang.methods.targets import LORA_TARGETS
+from siliang.methods.tied_ends import Tied, on_both, targets_with, tied_for, with_head, without_head
 from siliang.methods.trainable_tokens import named_rows
 from siliang.types import ConfigError
 
@@ -64,6 +65,9 @@ class Lora(Method[LoraConfig]):
 
     def attach(self, model: nn.Module, config: LoraConfig, *, saved: Sequence[str], from_file: bool) -> Parts:
         kinds = DORA_KINDS if config.use_dora else KINDS
+        tied = config.tied = _tied(model, config, from_file=from_file)
+        if tied is not None and config.target_modules:
+            config.target_modules = targets_with(tied, config.target_modules)
         layers = find_targets(
             model,
             config,
@@ -73,6 +77,8 @@ class Lora(Method[LoraConfig]):
             lenient=from_file,
             blocks=Blocks.of(config.layers_to_transform, config.layers_pattern),
         )
+        tied = tied if tied is not None and tied.embedding in layers else None
+        layers = [path for path in layers if tied is None or path != tied.head]
         if config.lora_dropout == 1.0 and not from_file:
             raise ConfigError(
                 Bilingual(
@@ -90,8 +96,9 @@ class Lora(Method[LoraConfig]):
             )
         if (variant := variant_of(config)) is not None and variant.check is not None:
             variant.check(model, config)
-        ranks = LayerPatterns("rank_pattern", config.rank_pattern, layers)
-        alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, layers)
+        named = [*layers, *([] if tied is None else [tied.head])]
+        ranks = LayerPatterns("rank_pattern", config.rank_pattern, named)
+        alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, named)
         if not from_file:
             ranks.check_effect()
             alphas.check_effect()
@@ -103,8 +110,13 @@ class Lora(Method[LoraConfig]):
             kind = _variant(config, next(kind for kind in kinds if kind.supports(layer)), path)
             r, alpha = r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha)
             spec = _spec(config, kind, r, alpha, from_file=from_file)
-            attention = kind is LoraInProjection
-            adapters |= on_attention(path, layer, spec, config) if attention else {path: spec.make}
+            if kind is LoraInProjection:
+                adapters |= on_attention(path, layer, spec, config)
+            elif tied is not None and path == tied.embedding:
+                r, alpha = r_of.get(tied.head, config.r), alpha_of.get(tied.head, config.lora_alpha)
+                adapters |= on_both(tied, spec, _spec(config, kind, r, alpha, from_file=from_file))
+            else:
+                adapters[path] = spec.make
         return Parts(
             layers=adapters,
             parameters=tuple(_biases(model, config, adapters, saved)),
@@ -131,10 +143,12 @@ class Lora(Method[LoraConfig]):
     def from_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # what PEFT calls an embedding that was resized, and of which rows are trained
         tensors = {key.replace(".token_adapter.base_layer.", ".base_layer."): t for key, t in tensors.items()}
-        return {from_keys_of_peft(key): t for key, t in tensors.items()}
+        tensors = {from_keys_of_peft(key): t for key, t in tensors.items()}
+        return tensors if config.tied is None else without_head(config.tied, tensors)
 
     def to_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return to_keys_of_peft(tensors)
+        tensors = to_keys_of_peft(tensors)
+        return tensors if config.tied is None else with_head(config.tied, tensors)
 
     def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:
         for side, rank in (("A", 0), ("B", 1)):
@@ -190,6 +204,24 @@ def _spec(config: LoraConfig, kind: MakeLowRank, r: int, alpha: float, *, from_f
         frozen_b=init == "mica",
         norms_on=_offload(config),
     )
+
+
+def _tied(model: nn.Module, config: LoraConfig, *, from_file: bool) -> Tied | None:
+    """What `ensure_weight_tying` ties among the targets."""
+    if not config.ensure_weight_tying:
+        return None
+    targets, saved = tied_for(model, config.target_modules, config.modules_to_save)
+    if targets is None and saved is None and not from_file and not config.trainable_token_indices:
+        warnings.warn(
+            Bilingual(
+                "ensure_weight_tying has no effect: the model's embedding and head are not tied, or neither "
+                "target_modules nor modules_to_save names embed_tokens or lm_head.",
+                "ensure_weight_tying 不起作用：模型的嵌入层与输出头没有绑定，或者 target_modules 和 modules_to_save"
+                " 都没有写 embed_tokens 或 lm_head。",
+            ),
+            stacklevel=3,
+        )
+    return targets
 
 
 def _offload(config: LoraConfig) -> torch.device | None:

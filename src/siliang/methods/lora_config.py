@@ -12,6 +12,7 @@ from siliang.methods.fields import check_fields
 from siliang.methods.kasa import KasaConfig
 from siliang.methods.layer_method import BlocksConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS, check_even
+from siliang.methods.tied_ends import Tied
 from siliang.secrets import short_repr
 from siliang.types import AdapterError, ConfigError, PeftType, TaskType, nearest
 
@@ -62,6 +63,8 @@ class LoraConfig(BlocksConfig):
         alpha_pattern: lora_alpha likewise.
         trainable_token_indices: The ids of tokens whose embeddings are trained too, row by row: those of the input
             embeddings, or lists of them by the endings of the names of embeddings and heads. Tied ones stay tied.
+        ensure_weight_tying: Where embed_tokens or lm_head is among the targets or modules_to_save and they are tied,
+            both are changed, and stay tied.
         runtime_config: How the adapter is made on this machine. It is not saved.
     """
 
@@ -80,13 +83,13 @@ class LoraConfig(BlocksConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
 
     peft_type: ClassVar[str] = PeftType.LORA
     UNSUPPORTED: ClassVar[dict[str, object]] = {
         "arrow_config": None,
         "corda_config": None,
-        "ensure_weight_tying": False,
         "eva_config": None,
         "layer_replication": None,
         "lora_ga_config": None,
@@ -122,6 +125,7 @@ class LoraConfig(BlocksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.tied: Tied | None = None  # what ensure_weight_tying ties among the targets, on the adapter's model
         if not 0.0 <= self.lora_dropout <= 1.0:
             raise ConfigError(
                 Bilingual(

@@ -19,6 +19,7 @@ from siliang.adapters.combine import WAYS, MajoritySign, combine
 from siliang.language import Bilingual
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import LowRank
+from siliang.methods.tied_ends import TiedHead
 from siliang.types import ConfigError, nearest
 
 COMBINATIONS = ("svd", "linear", "cat", *(w for w in WAYS if w != "linear"))
@@ -69,7 +70,7 @@ class Combination:
                 )
             )
         for name, config in zip(self.adapters, configs, strict=True):
-            others = (*config.VARIANTS, "lora_bias", "trainable_token_indices")
+            others = (*config.VARIANTS, "lora_bias", "trainable_token_indices", "ensure_weight_tying")
             if field := next((field for field in others if getattr(config, field)), None):
                 raise ConfigError(
                     Bilingual(
@@ -149,7 +150,7 @@ def lora_layers(model: nn.Module) -> list[LowRank]:
         for layer in model.modules()
         if isinstance(layer, AdaptedLayer)
         for adapter in layer.adapters.values()
-        if isinstance(adapter, LowRank)
+        if isinstance(adapter, LowRank) and not isinstance(adapter, TiedHead)
     ]
 
 
