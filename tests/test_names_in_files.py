@@ -155,7 +155,7 @@ def test_an_adapter_beside_a_base_model_is_left_aside(model: Path, outside: Path
     before = load_model(str(model), CAUSAL_LM.model, dtype=torch.float32)
     tuned = get_peft_model(make("llama"), LoraConfig(init_lora_weights=False))
     tuned.save_pretrained(model)
-    with pytest.warns(UserWarning, match="holds an adapter beside the model"):
+    with pytest.warns(UserWarning, match="has an adapter in the model's folder"):
         after = load_model(str(model), CAUSAL_LM.model, dtype=torch.float32)
     assert {n: p.sum().item() for n, p in before.named_parameters()} == {
         n: p.sum().item() for n, p in after.named_parameters()

@@ -278,7 +278,7 @@ def test_a_model_of_the_hub(own: Path, tmp_path: Path, mark: Path, monkeypatch: 
 )
 def test_classes_from_elsewhere(named: object, own: Path, mark: Path) -> None:
     change(own / "config.json", auto_map=CLASSES | {"AutoModel": named})
-    with pytest.raises(ModelError, match="which is not a class of a file in its own folder"):
+    with pytest.raises(ModelError, match="which is not a class in the model's folder"):
         load_config(str(own))
 
 

@@ -199,7 +199,7 @@ def test_files_name_no_code(tmp_path: Path) -> None:
             changed("transformers", "a config keeps the attention that its file names in another attribute")
 
 
-@pytest.mark.filterwarnings("ignore:.*holds an adapter beside the model")
+@pytest.mark.filterwarnings("ignore:.*has an adapter in the model's folder")
 def test_an_adapter_in_the_folder_is_left_aside(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path)  # type: ignore[operator]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))

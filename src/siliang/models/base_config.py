@@ -1,5 +1,5 @@
-"""A base model's config: from a folder or from the hub, without code that nobody allowed, and checked before anything
-else is made of it."""
+"""Loads the config of a base model from a folder or the Hub. Custom code runs only if the user allowed it, and the
+config is checked before it is used."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from siliang.paths import check_links, near_names
 from siliang.types import ModelError, first_line
 
 NEEDED = ("attention and kernels chosen only by siliang", "adapters next to a model ignored")  # capabilities
-# what transformers raises where a config does not go together
+# exceptions of transformers for inconsistent configs
 MISFITS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 
 
 def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """A base model's config.
+    """Loads the config of a base model.
 
     Raises:
-        ModelError: `name` is not a model, here or on the hub.
-        OwnCodeError: It brings code of its own, which the user has not allowed.
+        ModelError: `name` is not a model, neither a folder nor on the Hub.
+        OwnCodeError: The model has custom code, which the user has not allowed.
     """
     check_folder(name, revision)
     for needed in NEEDED:
@@ -44,14 +44,14 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
         config, code = _read_config(name, revision)
     except ModelError:
         raise
-    except Exception as error:  # a config's own checks raise kinds of their own
+    except Exception as error:  # the checks of a config class may raise any exception
         raise ModelError(why_not(name, error)) from error
     for part in _parts(config):
-        # what a downloaded file says of code to run, its own or a kernel from the hub, is not asked
+        # settings of a downloaded file that would run code, its own or a kernel from the Hub, are ignored
         if code is None:
             part.__dict__.pop("auto_map", None)
         part.__dict__.pop("fusion_config", None)
-        # nor are other ways to give the same numbers, which the training step does not know
+        # as are other implementations, which the training step does not know
         part.return_dict = True
         if "chunk_size_feed_forward" in part.__dict__:
             part.chunk_size_feed_forward = 0
@@ -62,10 +62,10 @@ def load_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
 
 
 def check_folder(name: str, revision: str | None = None) -> None:
-    """A base model's files are here or on the hub, name nothing outside of them, and ask for no more than is allowed.
+    """Checks that the files of a base model exist, name no files outside of its folder, and have allowed sizes.
 
     Raises:
-        ModelError: They are not, or do.
+        ModelError: A check fails.
     """
     path = Path(name)
     if path.is_dir():
@@ -119,10 +119,10 @@ def check_folder(name: str, revision: str | None = None) -> None:
 
 
 def why_not(name: str, error: Exception, what: str | None = None) -> str:
-    """The message for a model, or a part of it, that a library could not load."""
+    """The message for an error of a library that loads a model or a part of it."""
     what = what or Bilingual("model", "模型")
     why = first_line(error, kind=isinstance(error, TypeError | AttributeError | LookupError | ArithmeticError))
-    if "weights_only" in why:  # torch would advise to run what is in the file
+    if "weights_only" in why:  # torch would advise to allow code in the file
         why = Bilingual(
             "a .bin file of its weights holds something else than tensors, or is damaged.",
             "权重的 .bin 文件中不只有张量，或已损坏。",
@@ -138,7 +138,7 @@ def why_not(name: str, error: Exception, what: str | None = None) -> str:
 
 
 def _read_config(name: str, revision: str | None) -> tuple[PreTrainedConfig, OwnCode | None]:
-    """The config, and the model's own code that it is made with."""
+    """The config, and the model's custom code, if its config class is in it."""
     code = find_own_code(name, revision)
     if code is None:
         try:
@@ -147,7 +147,7 @@ def _read_config(name: str, revision: str | None) -> tuple[PreTrainedConfig, Own
                 name, revision=revision, trust_remote_code=False, local_files_only=cached
             ), None
         except ValueError:
-            code = find_own_code(name, revision)  # of the hub, whose config.json is here by now
+            code = find_own_code(name, revision)  # on the Hub; its config.json is downloaded by now
             if code is None:
                 raise
     config = code.find_class("AutoConfig").from_pretrained(str(code.folder))
@@ -156,7 +156,7 @@ def _read_config(name: str, revision: str | None) -> tuple[PreTrainedConfig, Own
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and those inside of it."""
+    """A config and its sub-configs."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
@@ -164,7 +164,7 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    """Not owner/name, nor the name of one of the hub's old models."""
+    """Whether the name is neither owner/name nor a name of the Hub's old models."""
     strange = (
         name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name or ":" in name
     )

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a model: computing its layers again in the backward pass."""
+"""Gradient checkpointing of a model: its layers are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def enable_checkpointing(model: PreTrainedModel, **settings: object) -> None:
-    """Turns gradient checkpointing on, under the name that this transformers has for it (5.23 renamed it).
+    """Turns gradient checkpointing on, with the method name of the installed transformers (5.23 renamed it).
 
     Args:
         settings: For torch.utils.checkpoint; `use_reentrant` is False unless given.

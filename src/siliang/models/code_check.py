@@ -1,7 +1,7 @@
-"""Looks through the Python code that a model brings along, before the user may allow it by its hash.
+"""Checks a model's custom Python code before the user can allow it by its hash.
 
-The look keeps the hash honest; it is no sandbox. Code that loads, fetches or starts other code would not be what the
-user has allowed, so it is refused. Code that is allowed may do whatever this process may do.
+The check makes sure that the hash covers all code; it is not a sandbox. Code that loads, downloads or starts other code
+is refused, because the hash does not cover that code. Allowed code can do anything that this process can do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from siliang.language import Bilingual, local
 from siliang.secrets import shortened
 from siliang.types import ModelError, first_line, message_of
 
-# Modules that load, fetch or start other code.
+# Modules that load, download or start other code.
 LOADERS = (
     *("importlib", "imp", "runpy", "pkgutil", "zipimport", "site", "builtins", "code", "codeop", "ensurepip", "pip"),
     *("ctypes", "cffi", "_ctypes", "subprocess", "multiprocessing", "pty", "concurrent.futures.process"),
@@ -45,7 +45,7 @@ ATTRIBUTES = {
     *("load_custom_generate", "load_url", "load_state_dict_from_url", "__import__", "__file__"),
 }
 ARGUMENTS = {"trust_remote_code", "allow_pickle", "custom_generate"}
-# A text that is a path leading out of the folder, or the name of a file of code.
+# A text that is a path out of the folder, or the name of a code file.
 ELSEWHERE = re.compile(
     r"/[\w.-]+(/[\w. -]*)*|~[\w.-]*/.*|\\\\.*|[a-z]:[/\\].*|([\w./\\ -]*[/\\])?\.\.([/\\].*)?|file:.*"
     r"|(.*[/\\])?\.(git|cache)([/\\].*)?|\S*\.(py[cdoiwx]?|so|dll|dylib|pkl|pickle|pth|zip|egg|whl)",
@@ -54,10 +54,10 @@ ELSEWHERE = re.compile(
 
 
 def reachable(name: str, roots: set[str], modules: dict[str, bytes]) -> dict[str, bytes]:
-    """The modules that `roots` import, directly or not, each looked through.
+    """The modules that `roots` import, directly or indirectly, after a check of each.
 
     Raises:
-        ModelError: One is missing, or is code that does more than define a model.
+        ModelError: A module is missing, or its code does more than define a model.
     """
     found: dict[str, bytes] = {}
     waiting = sorted(roots)
@@ -79,9 +79,9 @@ def reachable(name: str, roots: set[str], modules: dict[str, bytes]) -> dict[str
         except _RefusedError as error:
             raise ModelError(
                 Bilingual(
-                    f"{name}: its code {file} cannot be allowed: {error}. A hash stands for code that is all in the "
-                    "model's folder.\nUse a model that transformers knows, or take that part out of the code.",
-                    f"{name}：它的代码 {file} 不能授权：{local(message_of(error), 'zh')}。哈希只能代表全部位于"
+                    f"{name}: its code {file} cannot be allowed: {error}. The hash covers only code in the "
+                    "model's folder.\nUse a model that transformers supports, or remove that part of the code.",
+                    f"{name}：它的代码 {file} 不能授权：{local(message_of(error), 'zh')}。哈希只覆盖"
                     "模型文件夹中的代码。\n"
                     "请改用 transformers 支持的模型，或去掉代码中的这一部分。",
                 )
@@ -90,14 +90,14 @@ def reachable(name: str, roots: set[str], modules: dict[str, bytes]) -> dict[str
 
 
 class _RefusedError(Exception):
-    """Code that loads, fetches or starts other code."""
+    """The code loads, downloads or starts other code."""
 
 
 def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
     """The modules of the folder that a module imports.
 
     Raises:
-        _RefusedError: It does more than define a model.
+        _RefusedError: The module does more than define a model.
     """
     try:
         tree = ast.parse(modules[module])
@@ -110,7 +110,7 @@ def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
             )
         ) from None
     needed: set[str] = set()
-    known: dict[str, str] = {}  # what names of this file stand for
+    known: dict[str, str] = {}  # imported name to dotted name, in this file
     for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -124,7 +124,7 @@ def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
                 known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
         elif isinstance(node, ast.ImportFrom):
             needed |= _imported(node, module, modules)
-    texts = {id(part.value) for part in nodes if isinstance(part, ast.Expr)}  # docstrings, which nothing uses
+    texts = {id(part.value) for part in nodes if isinstance(part, ast.Expr)}  # docstrings have no effect
     for node in nodes:
         if isinstance(node, ast.Name) and node.id not in known:
             if node.id in NAMES:
@@ -157,7 +157,7 @@ def _look_through(module: str, modules: dict[str, bytes]) -> set[str]:
 
 
 def _imported(node: ast.ImportFrom, module: str, modules: dict[str, bytes]) -> set[str]:
-    """The modules of the folder that `from .x import y` means in `module`."""
+    """The modules of the folder that `from .x import y` imports in `module`."""
     above = module.split(".")[: -node.level]
     if node.level > len(module.split(".")):
         raise _RefusedError(
@@ -169,7 +169,7 @@ def _imported(node: ast.ImportFrom, module: str, modules: dict[str, bytes]) -> s
 
 
 def _check_name(node: ast.expr | ast.stmt, name: str) -> None:
-    """A dotted name, or the last part of one, is none of those that load, fetch or start other code."""
+    """Refuses a dotted name, or a last part, that loads, downloads or starts other code."""
     parts = name.split(".")
     refused = any(name == loader or name.startswith(f"{loader}.") for loader in LOADERS)
     if refused or not ATTRIBUTES.isdisjoint(parts) or parts[-1] == "*":
@@ -181,13 +181,13 @@ def _check_name(node: ast.expr | ast.stmt, name: str) -> None:
 
 
 def _dotted(node: ast.expr, known: dict[str, str]) -> str:
-    """The dotted name that an expression is, as far as it is one; ".x" for what is taken out of something else."""
+    """The dotted name of an expression, as far as it is one; ".x" for an attribute of another expression."""
     if isinstance(node, ast.Name):
         return known.get(node.id, node.id)
     if not isinstance(node, ast.Attribute):
         return ""
     if isinstance(node.value, ast.Name) and node.value.id not in known:
-        return f".{node.attr}"  # a variable's, which may be called as a module is
+        return f".{node.attr}"  # an attribute of a variable, which may have the name of a module
     return f"{_dotted(node.value, known)}.{node.attr}"
 
 

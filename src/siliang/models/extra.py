@@ -1,5 +1,5 @@
-"""Architectures that are here and not in transformers: each a package that is imported when a model of its type is met,
-and makes transformers' Auto classes know it."""
+"""Architectures that transformers does not have: each is a package that is imported when a model of its type is loaded,
+and registers itself with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ EXTRA = (CHATGLM,)  # by their model_type
 
 
 def make_known(model_type: object = None, *, tokenizer: object = None) -> None:
-    """Imports the package of a model type, or a tokenizer's class, that is siliang's own; of any other nothing."""
+    """Imports siliang's package for a model type or a tokenizer class, if it has one."""
     if model_type == CHATGLM or tokenizer == CHATGLM_TOKENIZER:
         import siliang.models.chatglm3  # noqa: F401

@@ -1,4 +1,4 @@
-"""What the files of a base model may name: files of its own folder, and formats that siliang loads."""
+"""Checks what the files of a base model name: only files in its folder, and formats that siliang loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from siliang.secrets import short_repr
 from siliang.types import ModelError
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-NO_ADAPTER = "no-adapter-is-looked-for"  # in place of the folder where transformers looks for an adapter
+NO_ADAPTER = "no-adapter-is-looked-for"  # given to transformers as the folder of an adapter
 # transformers loads the first of these that a folder has
 WEIGHT_FILES = (
     "model.safetensors",
@@ -24,8 +24,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 INDEX = ".index.json"
-MOST_INDEX_BYTES = 128 * 2**20  # of the list of a model's weights, a line for each
-SHARDED = re.compile(r"shard-\d{5}-model-.*\.safetensors")  # of torch's distributed checkpoints
+MOST_INDEX_BYTES = 128 * 2**20  # limit for the index of a model's weights
+SHARDED = re.compile(r"shard-\d{5}-model-.*\.safetensors")  # files of torch's distributed checkpoints
 VERSIONED = re.compile(r"tokenizer\.[\w.+-]+\.json", re.ASCII)
 SPECIAL = ("extra_special_tokens", "additional_special_tokens")
 TEXTS = ("chat_template", "added_tokens_decoder", *SPECIAL)
@@ -33,8 +33,8 @@ ELSEWHERE = re.compile(r"[/~\\].*|[A-Za-z]:[/\\].*|(.*[/\\])?\.\.([/\\].*)?|\w+:
 DTYPES = ("float32", "float16", "bfloat16")
 MODULE = re.compile(r"[\w.-]{1,200}", re.ASCII)
 MOST_MODULES = 10_000
-MOST_SPECIAL = 10_000  # special tokens of a tokenizer's settings, which transformers adds one by one
-# The fields of bitsandbytes' config, each with the values that it may have.
+MOST_SPECIAL = 10_000  # limit for special tokens in a tokenizer's config: transformers adds them one by one
+# The fields of a bitsandbytes config, and their allowed values.
 BITS_AND_BYTES: dict[str, tuple[object, ...] | type[float]] = {
     "load_in_4bit": (True, False),
     "load_in_8bit": (True, False),
@@ -49,10 +49,10 @@ BITS_AND_BYTES: dict[str, tuple[object, ...] | type[float]] = {
 
 
 def check_names(folder: Path) -> None:
-    """What a base model's files say of its weights and configs lies in its folder.
+    """Checks that the weights and configs which a base model's files name are in its folder.
 
     Raises:
-        ModelError: A name leads out, or names what siliang does not read.
+        ModelError: A name points out of the folder, or to a format that siliang does not load.
     """
     _check_config(folder / CONFIG)
     if (sharded := next((p.name for p in folder.iterdir() if SHARDED.fullmatch(p.name)), None)) is not None:
@@ -73,7 +73,7 @@ def check_names(folder: Path) -> None:
 
 
 def check_hub_names(name: str, revision: str | None) -> None:
-    """The same for a model of the hub, whose configs and list of weights are fetched for it.
+    """The same for a model on the Hub, whose configs and index of weights are downloaded.
 
     Raises:
         ModelError: As for `check_names`.
@@ -88,11 +88,11 @@ def check_hub_names(name: str, revision: str | None) -> None:
 
 
 def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
-    """What a tokenizer's config says of files lies in its folder. Returns the settings that are not taken from it:
-    names of files that transformers would look up elsewhere, and finds by itself.
+    """Checks that the files which a tokenizer's config names are in its folder. Returns settings that override the
+    config: file names that transformers would look up elsewhere, and finds by itself.
 
     Raises:
-        ModelError: A name leads out, where it cannot be left aside.
+        ModelError: A name points out of the folder, and cannot be ignored.
     """
     if (path := find_file(name, TOKENIZER_CONFIG, revision)) is None:
         return {}
@@ -120,12 +120,12 @@ def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
                     f"{path} 有 {len(tokens):,} 个 {key}：最多允许 {MOST_SPECIAL:,} 个。",
                 )
             )
-    aside: dict[str, None] = {}
+    ignored: dict[str, None] = {}
     for key, value in values.items():
         if key in TEXTS or key.endswith(("_token", "_tokens")):
             continue
         if isinstance(value, str) and (ELSEWHERE.fullmatch(value) or key.endswith("_file")):
-            aside[key] = None
+            ignored[key] = None
         elif (text := next((t for t in _texts(value) if ELSEWHERE.fullmatch(t)), None)) is not None:
             raise ModelError(
                 Bilingual(
@@ -133,17 +133,17 @@ def check_tokenizer_names(name: str, revision: str | None) -> dict[str, None]:
                     f"{path} 的 {key} 中写有 {short_repr(text)}，它不在模型的文件夹中。",
                 )
             )
-    return aside
+    return ignored
 
 
-MOST_CONFIG_BYTES = 2**22  # it is read several times; those of known models have a tenth of it
+MOST_CONFIG_BYTES = 2**22  # the config is read several times; configs of known models have a tenth of this
 
 
 def read_config(path: Path) -> dict[str, object]:
-    """The values of a config of a model's or a tokenizer's.
+    """Reads the config of a model or a tokenizer.
 
     Raises:
-        ModelError: It cannot be read, or is not a mapping.
+        ModelError: The config cannot be read, or is not a mapping.
     """
     values = read_values(
         path, ModelError, Bilingual("cannot be read", "无法读取"), most_bytes=MOST_CONFIG_BYTES, foreign=True
@@ -154,10 +154,10 @@ def read_config(path: Path) -> dict[str, object]:
 
 
 def check_index(path: Path) -> None:
-    """The parts of weights that come in several files are read wherever the index says.
+    """Checks the index of weights in several files.
 
     Raises:
-        ModelError: The index is damaged, or names a file elsewhere.
+        ModelError: The index is damaged, or names a file outside of the folder.
     """
     for name in parts_of(path):
         if not isinstance(name, str) or Path(name).name != name:
@@ -178,10 +178,10 @@ def check_index(path: Path) -> None:
 
 
 def parts_of(index: Path) -> list[object]:
-    """The files that a list of weights names.
+    """The files that an index of weights names.
 
     Raises:
-        ModelError: It is damaged.
+        ModelError: The index is damaged.
     """
     try:
         values = read_json(index, most_bytes=MOST_INDEX_BYTES, foreign=True)
@@ -191,7 +191,7 @@ def parts_of(index: Path) -> list[object]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The files of weights that transformers loads from a folder, with the list of them, if there is one."""
+    """The weight files that transformers loads from a folder, and their index, if there is one."""
     first = next((file for file in WEIGHT_FILES if (folder / file).is_file()), None)
     if first is None or not first.endswith(INDEX):
         return [first] if first else []
@@ -201,10 +201,10 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def clean_quantization(source: str, values: object) -> dict[str, object]:
-    """What a model's config says of its weights' few bits, with the fields that siliang knows.
+    """The quantization in a model's config, with the fields that siliang knows.
 
     Raises:
-        ModelError: They are of a kind that siliang does not load, or a field has a value that is not allowed.
+        ModelError: siliang does not load this quantization, or a field has a value that is not allowed.
     """
     if not isinstance(values, dict):
         raise ModelError(
@@ -277,7 +277,7 @@ def _listed(value: object) -> list[object]:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """The texts in a structure."""
+    """All texts in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

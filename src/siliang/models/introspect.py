@@ -1,8 +1,8 @@
-"""What a base model is made of: its backbone, embeddings, layers, attentions, norms and linear layers.
+"""The parts of a base model: its backbone, embeddings, layers, attentions, norms and linear layers.
 
-transformers gives a method for few of these questions. The rest is recognized by the name of a class, an attribute or
-an argument of a forward, and those names stand in this file alone: where a release renames one, this is the file to
-change (tests/contracts tells which name). Quantized weights are in quantized.py.
+transformers has methods for few of these. The others are recognized by the name of a class, of an attribute or of a
+forward argument. These names are only in this file: if a release renames one, change it here (tests/contracts reports
+which name). Quantized weights are in quantized.py.
 
 Nothing here changes a model or runs it. Importing this file imports torch, and of transformers nothing until it is
 asked.
@@ -136,7 +136,7 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def parameters_of(module: object) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a module's forward by name; none of what is not a module."""
+    """The arguments of a module's forward by name; empty if it is not a module."""
     return inspect.signature(module.forward).parameters if isinstance(module, nn.Module) else {}
 
 
@@ -241,7 +241,7 @@ def attention_host(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
 
 
 def is_disentangled_attention(module: nn.Module) -> bool:
-    """DeBERTa's attention, which has no cache, and a table of relative positions beside its keys."""
+    """DeBERTa's attention, which has no cache, and a table of relative positions in addition to its keys."""
     return type(module).__name__ == "DisentangledSelfAttention"
 
 
@@ -272,7 +272,7 @@ def is_multihead_attention(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm with parameters of its own."""
+    """Whether the module is a norm with parameters."""
     return "Norm" in type(module).__name__ and next(module.parameters(recurse=False), None) is not None
 
 

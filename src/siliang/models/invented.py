@@ -1,4 +1,4 @@
-"""What of a model its files do not hold, so that loading made it up at random: new heads, poolers."""
+"""The modules of a model that its files do not have, so that loading initializes them: new heads, poolers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 
 from siliang.module_paths import inside, outermost, parameter_paths
 
-READ = "_is_hf_initialized"  # transformers' mark on a parameter that was read from the files
+READ = "_is_hf_initialized"  # the attribute that transformers sets on a parameter that was read from files
 
 
 def invented_modules(model: nn.Module) -> list[str]:
-    """The outermost modules whose weights the model's files do not hold, so that loading made them up: new heads, and
-    whatever else stands between the layers and the head, such as the pooler of a BERT that was trained without one.
+    """The outermost modules whose weights are not in the model's files, so that loading initialized them: new heads,
+    and other modules between the layers and the head, such as the pooler of a BERT that was trained without one.
 
-    transformers marks what it has read (`READ`). A model that was made from a config, or copied, has no
-    marks, and nothing is known of it; nor where blocks inside of it have none, as when their parameters were replaced.
+    transformers marks the parameters that it has read (`READ`). A model without marks (made from a config, or copied),
+    or with blocks without marks (whose parameters were replaced), gives an empty list.
     """
     parameters = dict(parameter_paths(model))
     missing = {name for name, p in parameters.items() if not getattr(p, READ, False)}
@@ -29,15 +29,15 @@ def invented_modules(model: nn.Module) -> list[str]:
 
 
 def mark_invented(model: nn.Module, modules: list[str]) -> None:
-    """Marks a model that was made from a config as if files had held all but `modules`."""
+    """Marks a model that was made from a config, as if files had all weights except those of `modules`."""
     for name, p in model.named_parameters():
         if modules and not inside(name, modules):
             setattr(p, READ, True)
 
 
 def may_be_invented(model: nn.Module, name: str, ends: set[str]) -> bool:
-    """Whether the parameter is a part of a head or a pooler, which files may lack; without any other the model is
-    damaged.
+    """Whether the parameter belongs to a head or a pooler, which may be missing in files. Any other missing parameter
+    means that the model is damaged.
 
     Args:
         ends: The model's `embedding_weights`.
@@ -65,7 +65,7 @@ def embedding_weights(model: nn.Module) -> set[str]:
 
 
 def _owners(parameters: list[str], missing: set[str]) -> list[str]:
-    """The outermost modules all of whose parameters are `missing`, or the innermost that hold some of them."""
+    """The outermost modules whose parameters are all `missing`, or the innermost modules with some of them."""
 
     def lacks_all(path: str) -> bool:
         return all(name in missing for name in parameters if name.startswith(path + "."))

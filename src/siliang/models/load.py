@@ -1,4 +1,4 @@
-"""Loads base models: from safetensors, without code that nobody allowed, with errors that say what to do."""
+"""Loads base models from safetensors. Custom code runs only if the user allowed it; errors state what to do."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from siliang.models.spec import ModelSpec
 from siliang.models.weights import piece_by_piece
 from siliang.types import ADAPTER_CONFIG, OTHER_HEADS, ModelError
 
-BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # which files may lack: they are trained then
+BEFORE_HEADS = ("pooler", "pre_classifier", "sequence_summary")  # modules that files may lack: they are trained then
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")  # never quantized: every token's probability depends on them
-SHARDABLE_STORAGE = torch.bfloat16  # FSDP deals out what could have gradients: whole bytes pass as it, bit for bit
+SHARDABLE_STORAGE = torch.bfloat16  # FSDP shards floating-point tensors: the bytes are viewed as one, bit for bit
 
 
 def load_model(
@@ -47,28 +47,27 @@ def load_model(
     """A base model in eval mode, with its weights on the CPU, or, quantized, on `device`.
 
     Args:
-        spec: What the task asks of it.
-        dtype: Of the weights, or of those that are not quantized.
-        quantization: Of the linear layers; the task's head and the output layer stay as they are.
-        shardable: Bytes of 4 bits lie in tensors of `SHARDABLE_STORAGE`.
-        labels: The classes or tags of the model, whose head is new unless the weights bring one so large.
-        seed: Of weights that the folder does not hold, such as a new head, or the pooler of a BERT that was trained
-            without one. A method trains and saves them.
+        spec: The requirements of the task.
+        dtype: The dtype of the weights that are not quantized.
+        quantization: The quantization of the linear layers; the task's head and the output layer are not quantized.
+        shardable: Store 4-bit weights in tensors of `SHARDABLE_STORAGE`.
+        labels: The classes or tags. The head is new unless the weights have one of this size.
+        seed: The seed of weights that the folder does not have, such as a new head, or the pooler of a BERT that was
+            trained without one. A method trains and saves them.
 
     Raises:
-        ModelError: It cannot be loaded, weights of its layers are missing, or they are not quantized as its config
-            says.
+        ModelError: The model cannot be loaded, weights of its layers are missing, or they are not quantized as its
+            config states.
     """
     bound_kernel_caches()
     config = load_config(name, revision=revision)
     if (Path(name) / ADAPTER_CONFIG).is_file():
         warnings.warn(
             Bilingual(
-                f"{name} holds an adapter beside the model ({ADAPTER_CONFIG}), which is left aside: "
-                "to train it further, move it into a folder of its own and name that as `adapter`.",
+                f"{name} has an adapter in the model's folder ({ADAPTER_CONFIG}), which is ignored: "
+                "to train it further, move it into a separate folder and set `adapter` to that folder.",
                 f"{name} 中除模型外还有一个适配器（{ADAPTER_CONFIG}），不会使用它：要在它上面继续训练，"
-                "请把它移到单独的文件夹，"
-                "并用 `adapter` 指明。",
+                "请把它移到单独的文件夹，并用 `adapter` 指明。",
             ),
             stacklevel=2,
         )
@@ -79,7 +78,7 @@ def load_model(
     elif spec.outputs is not None:
         config.num_labels = spec.outputs
     if (folder := Path(name)).is_dir() and may_be_too_large(config, folder):
-        invented_weights(name, spec, config, revision=revision)  # raises where a shape differs, before memory is taken
+        invented_weights(name, spec, config, revision=revision)  # raises if a shape differs, before memory is allocated
     with torch.random.fork_rng(), piece_by_piece(quantizing=quantization is not None):
         torch.manual_seed(seed)
         quantized = _quantized(quantization, spec, device or torch.device("cpu"), shardable)
@@ -90,16 +89,16 @@ def load_model(
 
 
 def invented_weights(name: str, spec: ModelSpec, config: PreTrainedConfig, *, revision: str | None = None) -> list[str]:
-    """The modules that `load_model` will have to make up, found without reading a weight.
+    """The modules that `load_model` will initialize, found without reading weights.
 
     Args:
-        config: Of `load_config`, with the task's labels.
+        config: The config of `load_config`, with the task's labels.
 
     Raises:
-        ModelError: It cannot be loaded.
+        ModelError: The model cannot be loaded.
     """
     verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()  # its report of what is missing comes with the real loading
+    hf_logging.set_verbosity_error()  # loading reports the missing weights
     hf_logging.disable_progress_bar()
     try:
         model = _from_pretrained(name, spec, config, dtype=torch.float32, revision=revision, device_map={"": "meta"})
@@ -111,21 +110,21 @@ def invented_weights(name: str, spec: ModelSpec, config: PreTrainedConfig, *, re
 
 
 def find_invented(name: str, spec: ModelSpec, labels: list[str] | None, *, revision: str | None = None) -> list[str]:
-    """The modules that `load_model` will have to make up; none where there are no files to look into."""
+    """The modules that `load_model` will initialize; empty if the model has no files."""
     try:
         config = load_config(name, revision=revision)
         if (outputs := spec.columns(labels)) is not None:
             config.num_labels = outputs
         return invented_weights(name, spec, config, revision=revision)
-    except ModelError:  # loading will say so
+    except ModelError:  # loading will raise it
         return []
 
 
 def model_from_config(config: PreTrainedConfig, spec: ModelSpec, **settings: object) -> PreTrainedModel:
-    """A model of a config of `load_config`, with weights at random.
+    """A model with random weights, from a config of `load_config`.
 
     Raises:
-        ValueError: There is no model of this kind for the task.
+        ValueError: transformers has no class of this architecture for the task.
     """
     auto = _auto_class(spec)
     if (code := code_of(config)) is not None:
@@ -134,7 +133,7 @@ def model_from_config(config: PreTrainedConfig, spec: ModelSpec, **settings: obj
 
 
 def kept_whole(spec: ModelSpec) -> list[str]:
-    """The modules that are never quantized, as bitsandbytes takes them."""
+    """The modules that are never quantized, as bitsandbytes expects them."""
     return [*spec.heads, *OTHER_HEADS, *BEFORE_HEADS, *OUTPUT_LAYERS]
 
 
@@ -147,7 +146,7 @@ def _from_pretrained(
     name: str, spec: ModelSpec, config: PreTrainedConfig, *, revision: str | None, **settings: object
 ) -> PreTrainedModel:
     auto = _auto_class(spec)
-    # transformers would put an adapter that lies beside the weights on the model: it looks where there is none
+    # transformers would load an adapter in the folder of the weights: give it a folder without one
     cached = only_cached(name)
     elsewhere = {"subfolder": NO_ADAPTER, "local_files_only": cached}
     try:
@@ -168,13 +167,13 @@ def _from_pretrained(
         )
     except ModelError:
         raise
-    except Exception as error:  # safetensors, transformers and the hub each raise kinds of their own
+    except Exception as error:  # safetensors, transformers and the Hub client have many exception classes
         raise ModelError(why_not(name, error)) from error
     if model._hf_peft_config_loaded:
         raise ModelError(
             Bilingual(
-                f"{name} holds an adapter in {NO_ADAPTER}, which is left aside everywhere: remove it.",
-                f"{name} 的 {NO_ADAPTER} 中有一个适配器，它在哪里都不会被使用：请删除。",
+                f"{name} has an adapter in {NO_ADAPTER}, which is never used: remove it.",
+                f"{name} 的 {NO_ADAPTER} 中有一个适配器，它不会被使用：请删除。",
             )
         )
     lost = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["mismatched_keys"], *info["missing_keys"])}
@@ -192,7 +191,7 @@ def _from_pretrained(
 def _quantized(
     wanted: QuantizationConfig | None, spec: ModelSpec, device: torch.device, shardable: bool
 ) -> dict[str, object]:
-    """What from_pretrained needs to load quantized weights."""
+    """The arguments of from_pretrained for quantized weights."""
     if wanted is None:
         return {}
     if find_spec("bitsandbytes") is None:

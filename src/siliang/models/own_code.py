@@ -1,8 +1,8 @@
-"""Python code that a model brings along: found, hashed, looked through, and run only where the user has allowed it.
+"""Custom Python code of a model: found, hashed, checked, and run only if the user has allowed it.
 
-The code is read once. What is hashed, what is looked through (code_check.py) and what is run are the same bytes in
-memory: nothing is imported from the model's folder, from transformers' own cache of such modules, or from any other
-file, so a change after the check does not matter. transformers itself is never told to trust code.
+The code is read once. The same bytes in memory are hashed, checked (code_check.py) and run: nothing is imported from
+the model's folder, from transformers' cache of such modules, or from any other file, so a change after the check has no
+effect. transformers is never called with `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from siliang.safety.safe_json import JsonError, parse_json, read_json
 from siliang.secrets import short_repr
 from siliang.types import ModelError, OwnCodeError, first_line
 
-CONFIGS = ("config.json", "tokenizer_config.json")  # that name classes of a model's own
+CONFIGS = ("config.json", "tokenizer_config.json")  # files that name custom classes
 PACKAGE = "siliang_own_code_"  # and the hash
-NOT_HASHED = ".safetensors"  # tensors, and nothing that could run
-LEFT_OUT = (".git", ".cache")  # folders of other programs, which no code may name
-# of the hub, beside the weights in safetensors: weights that are not loaded for a model with code of its own
+NOT_HASHED = ".safetensors"  # they hold only tensors, and no code
+LEFT_OUT = (".git", ".cache")  # folders of other programs; code may not name them
+# files on the Hub, besides safetensors: weights that are not loaded for a model with custom code
 NOT_FETCHED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.ckpt")
-MOST_BYTES = 2**24  # of a file of code, or a config
+MOST_BYTES = 2**24  # limit for a code file or a config
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class OwnCode:
     """The code of a model's folder, as it was read.
 
     Attributes:
-        name: The model's name, as it was given.
-        folder: Where its files lie; of a hub name, in the hub's cache.
-        sha256: Over the names and bytes of all files but those of safetensors, and of `LEFT_OUT`.
+        name: The model's name, as given.
+        folder: The folder of its files; for a name on the Hub, in the Hub's cache.
+        sha256: The hash of the names and bytes of all files, except safetensors and `LEFT_OUT`.
         sources: The modules that can be imported, by their dotted names in the folder.
-        classes: Of transformers' Auto classes by name: "module.Class".
+        classes: The classes for transformers' Auto classes, by name: "module.Class".
     """
 
     name: str
@@ -64,7 +64,7 @@ class OwnCode:
 
     @property
     def files(self) -> list[str]:
-        """The names of the files of code."""
+        """The names of the code files."""
         return sorted(f"{name.replace('.', '/')}.py" for name in self.sources)
 
     @property
@@ -75,8 +75,8 @@ class OwnCode:
         """The class for one of transformers' Auto classes, from code that the user has allowed.
 
         Raises:
-            OwnCodeError: The user has not allowed it.
-            ModelError: It names no such class, or cannot be imported.
+            OwnCodeError: The user has not allowed the code.
+            ModelError: The model names no such class, or the code cannot be imported.
         """
         self.check_allowed()
         if auto not in self.classes:
@@ -91,7 +91,7 @@ class OwnCode:
         finder.known[self.package] = self
         try:
             found = vars(importlib.import_module(f"{self.package}.{module}")).get(name)
-        except Exception as error:  # a stranger's code raises whatever it likes
+        except Exception as error:  # custom code may raise any exception
             raise ModelError(
                 Bilingual(
                     f"{self.name}: its code {module}.py cannot be imported: {first_line(error, kind=True)}",
@@ -108,10 +108,10 @@ class OwnCode:
         return add_generation_mixin_to_remote_model(found) if auto.startswith("AutoModel") else found
 
     def check_allowed(self) -> None:
-        """The user has allowed this very code.
+        """Checks that the user has allowed this code.
 
         Raises:
-            OwnCodeError: The user has not.
+            OwnCodeError: The user has not allowed it.
         """
         if is_allowed(self.sha256):
             return
@@ -120,10 +120,10 @@ class OwnCode:
             more, more_zh = f" and {left} more", f" 等 {len(self.files)} 个文件"
         error = OwnCodeError(
             Bilingual(
-                f"{self.name} wants to run code of its own ({', '.join(self.files[:3])}{more}), which may do anything "
-                "that you may do.\nUse a model that transformers knows; or, having read that code, add --allow-code "
+                f"{self.name} has custom code ({', '.join(self.files[:3])}{more}), which can do anything that you can "
+                "do.\nUse a model that transformers supports, or read the code and then add --allow-code "
                 f"{self.sha256}",
-                f"{self.name} 要求运行自带的代码（{'、'.join(self.files[:3])}{more_zh}），它能做你能做的一切。"
+                f"{self.name} 自带代码（{'、'.join(self.files[:3])}{more_zh}），运行后能做你能做的一切。"
                 "\n请改用 transformers 支持的模型；或阅读代码之后加上 --allow-code "
                 f"{self.sha256}",
             )
@@ -134,11 +134,10 @@ class OwnCode:
 
 
 def find_own_code(name: str, revision: str | None = None) -> OwnCode | None:
-    """The code that a model asks to run, where transformers does not know the model itself; None where it asks for
-    none.
+    """The custom code of a model that transformers does not have; None if it has no code.
 
     Raises:
-        ModelError: It cannot be read, or it is not all in the model's folder.
+        ModelError: The code cannot be read, or is not completely in the model's folder.
     """
     folder = _folder(name, revision)
     if folder is None or not _is_unknown(_read(folder / CONFIGS[0])):
@@ -147,7 +146,7 @@ def find_own_code(name: str, revision: str | None = None) -> OwnCode | None:
 
 
 def find_tokenizer_code(name: str, revision: str | None = None) -> OwnCode | None:
-    """The same for a tokenizer that transformers does not know, of whatever model."""
+    """The same for a tokenizer that transformers does not have, of any model."""
     folder = _folder(name, revision)
     if folder is None or not isinstance(_read(folder / CONFIGS[1]).get("auto_map"), dict | list):
         return None
@@ -155,14 +154,14 @@ def find_tokenizer_code(name: str, revision: str | None = None) -> OwnCode | Non
 
 
 def code_of(config: object) -> OwnCode | None:
-    """The code that a model's config is made with; None for one that transformers knows."""
+    """The code with the config class of a model; None for a class of transformers."""
     package = type(config).__module__.partition(".")[0]
     return _finder().known.get(package) if package.startswith(PACKAGE) else None
 
 
 def write_own_code(config: PreTrainedConfig, folder: Path) -> None:
-    """Puts the code that a model was made with, if any, beside what is saved of it. To open that is to be allowed
-    again: it is another folder.
+    """Copies the custom code of a model, if any, into the folder of the saved model. The user has to allow it again for
+    the new folder.
     """
     if (code := code_of(config)) is not None:
         for name, source in code.sources.items():
@@ -172,10 +171,10 @@ def write_own_code(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def read_own_code(name: str, folder: Path) -> OwnCode:
-    """Reads and hashes a model's folder, and looks through its code.
+    """Reads and hashes a model's folder, and checks its code.
 
     Raises:
-        ModelError: It cannot be read, or it is not all in the folder.
+        ModelError: The code cannot be read, or is not completely in the folder.
     """
     check_links(folder, ModelError)
     digest, code, configs = hashlib.sha256(), {}, {}
@@ -206,10 +205,10 @@ def read_own_code(name: str, folder: Path) -> OwnCode:
 
 
 def _folder(name: str, revision: str | None) -> Path | None:
-    """Where a model's configs and code lie; a model of the hub is fetched for it, at one commit."""
+    """The folder of a model's configs and code. A model on the Hub is downloaded, at one commit."""
     if Path(name).is_dir():
         return Path(name)
-    found = cached_file(name, CONFIGS[0], revision=revision)  # load_config has fetched it
+    found = cached_file(name, CONFIGS[0], revision=revision)  # downloaded by load_config
     if found is None or not any("auto_map" in _read(found.parent / config) for config in CONFIGS):
         return None
     from huggingface_hub import snapshot_download
@@ -220,7 +219,7 @@ def _folder(name: str, revision: str | None) -> Path | None:
             name, revision=commit, ignore_patterns=[*NOT_FETCHED], local_files_only=only_cached(name)
         )
         return Path(fetched)
-    except Exception as error:  # of the hub's client, which raises many kinds
+    except Exception as error:  # the Hub client has many exception classes
         raise ModelError(
             Bilingual(
                 f"{name}: its code cannot be fetched: {first_line(error)}",
@@ -251,43 +250,42 @@ def _classes(name: str, configs: dict[str, bytes]) -> Iterator[tuple[str, str]]:
     """The classes that a model's files name, each as "module.Class" of the folder.
 
     Raises:
-        ModelError: One names something else.
+        ModelError: A file names something else.
     """
     for file, content in configs.items():
         try:
-            said = parse_json(content.decode("utf-8"), foreign=True)["auto_map"]
+            auto_map = parse_json(content.decode("utf-8"), foreign=True)["auto_map"]
         except (ValueError, KeyError, TypeError):
             continue
-        if isinstance(said, list):  # of tokenizers of long ago
-            said = {"AutoTokenizer": said}
-        if not isinstance(said, dict):
+        if isinstance(auto_map, list):  # the format of old tokenizers
+            auto_map = {"AutoTokenizer": auto_map}
+        if not isinstance(auto_map, dict):
             raise ModelError(
                 Bilingual(
                     f"{name}: auto_map in its {file} is not a mapping.", f"{name}：{file} 中的 auto_map 不是映射。"
                 )
             )
-        for auto, named in said.items():
-            for value in named if isinstance(named, list) else [named]:
+        for auto, names in auto_map.items():
+            for value in names if isinstance(names, list) else [names]:
                 if value is None:
                     continue
                 if not isinstance(value, str) or not re.fullmatch(r"[^\W\d]\w*\.[^\W\d]\w*", value):
                     raise ModelError(
                         Bilingual(
                             f"{name}: auto_map in its {file} names {short_repr(value)}, which is not a class "
-                            "of a file in "
-                            "its own folder; code from elsewhere is never run.",
+                            "in the model's folder; code from elsewhere is never run.",
                             f"{name}：{file} 的 auto_map 中写有 {short_repr(value)}，它不是自己文件夹中的类；"
                             "来自别处的代码一律不运行。",
                         )
                     )
-                yield str(auto), value  # of a tokenizer's two, the fast one, which is the second
+                yield str(auto), value  # a tokenizer has two classes: the second one is the fast one
 
 
 class _Finder(MetaPathFinder, InspectLoader):
-    """Imports the modules of code that was read, from memory.
+    """Imports the modules of custom code from memory.
 
     Attributes:
-        known: The code by its package.
+        known: The code, by package.
     """
 
     def __init__(self) -> None:
@@ -296,7 +294,7 @@ class _Finder(MetaPathFinder, InspectLoader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's place, where it is one of ours."""
+        """The spec of the module, if it is custom code."""
         package, _, module = fullname.partition(".")
         code = self.known.get(package)
         if code is None or not (module in code.sources or self.is_package(fullname)):
@@ -304,31 +302,31 @@ class _Finder(MetaPathFinder, InspectLoader):
         return spec_from_loader(fullname, self, origin=_file(fullname), is_package=self.is_package(fullname))
 
     def is_package(self, fullname: str) -> bool:
-        """Whether other modules lie in it."""
+        """Whether the module is a package."""
         package, _, module = fullname.partition(".")
         return not module or any(name.startswith(f"{module}.") for name in self.known[package].sources)
 
     def get_source(self, fullname: str) -> str:
-        """What was read of the module; nothing of a folder."""
+        """The source of the module; None for a folder."""
         package, _, module = fullname.partition(".")
         return self.known[package].sources.get(module, b"").decode("utf-8")
 
     def get_code(self, fullname: str) -> CodeType:
-        """The module, compiled, after one more look at the user's permission."""
+        """Compiles the module, after another check of the user's permission."""
         self.known[fullname.partition(".")[0]].check_allowed()
         source, file = self.get_source(fullname), _file(fullname)
-        # tracebacks and torch.jit read the code that runs, and not what lies in the folder by then
+        # tracebacks and torch.jit read the code that runs, not the files, which may have changed
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         return compile(source, file, "exec", dont_inherit=True)
 
 
 def _file(fullname: str) -> str:
-    """A name for tracebacks, of a file that cannot be."""
+    """A file name for tracebacks that cannot exist."""
     return f"/dev/null/{fullname.replace('.', '/')}.py"
 
 
 def _finder() -> _Finder:
-    """The one among Python's finders; put there when it is first needed."""
+    """The importer in `sys.meta_path`; it is added on first use."""
     found = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
     if found is None:
         found = _Finder()

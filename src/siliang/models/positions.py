@@ -1,6 +1,6 @@
-"""How many tokens a model has positions for, where it has a table of them: beyond its end there is nothing to look up.
+"""The length limit of models with a table of positions: positions beyond the table do not exist.
 
-Models with rotary or relative positions have no table, and no such end.
+Models with rotary or relative positions have no table, and no such limit.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ TABLES = ("position_embeddings", "embed_positions", "wpe", "position_embedding",
 
 @dataclass(frozen=True)
 class Positions:
-    """What a model can read and write, virtual tokens taken off.
+    """The number of tokens that a model can read and write, without virtual tokens.
 
     Attributes:
-        reads: Tokens of a row; of an encoder-decoder model, of its source. None: there is no end.
-        writes: Tokens of a target, for an encoder-decoder model. None: there is no end.
-        virtual: Tokens that the method puts in front.
+        reads: Tokens of a row; for an encoder-decoder, of its source. None: no limit.
+        writes: Tokens of a target, for an encoder-decoder. None: no limit.
+        virtual: Virtual tokens of the method.
     """
 
     reads: int | None
@@ -31,11 +31,11 @@ class Positions:
 
     @classmethod
     def of(cls, model: nn.Module, *, virtual: int = 0, prefix: bool = False) -> Positions:
-        """Of a base model, with or without its weights.
+        """The limits of a base model, with or without its weights.
 
         Args:
-            virtual: Virtual tokens in front of each row, which take positions too.
-            prefix: They are a prefix: an encoder-decoder model has them in front of its target.
+            virtual: Virtual tokens before each row, which need positions, too.
+            prefix: The virtual tokens are a prefix: an encoder-decoder has them before its target.
         """
         if not is_encoder_decoder(model):
             return cls(_less(table_of_positions(model), virtual), None, virtual)
@@ -43,7 +43,7 @@ class Positions:
         return cls(_less(reads, 0 if prefix else virtual), _less(writes, virtual if prefix else 0), virtual)
 
     def in_words(self, limit: int) -> Bilingual:
-        """The limit, and what it leaves out."""
+        """The limit as text, with the virtual tokens that it excludes."""
         if not self.virtual:
             return Bilingual(f"{limit:,} positions", f"{limit:,} 个位置")
         table = limit + self.virtual
@@ -54,18 +54,18 @@ class Positions:
 
 
 def table_of_positions(model: nn.Module) -> int | None:
-    """The rows of a model's table of positions that tokens can have; None where it has none."""
+    """The rows of a model's table of positions that tokens can use; None without a table."""
     found: list[int] = []
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in TABLES and isinstance(module, nn.Embedding):
-            # OPT and BART keep two rows in front, RoBERTa those up to the padding's number
+            # OPT and BART reserve the first two rows, RoBERTa those up to the padding id
             front = getattr(module, "offset", None)
             if not isinstance(front, int):
                 front = 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(module.weight.shape[0] - front)
         for table in TABLES:
             values = vars(module).get(table, module._buffers.get(table))
-            if isinstance(values, Tensor) and values.dim() == 2:  # GPT-J's and CTRL's, which nothing trains
+            if isinstance(values, Tensor) and values.dim() == 2:  # the tables of GPT-J and CTRL, which are not trained
                 found.append(values.shape[0])
     return min(found, default=None)
 

@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bits, as bitsandbytes (0.50) holds them: the only file that knows its layers and their fields.
+"""4-bit and 8-bit weights of bitsandbytes (0.50). Only this file knows its layers and their fields.
 
 A 4-bit weight carries a `quant_state` (scales, shape, format), an 8-bit one its scales as `SCB`.
 
@@ -20,8 +20,8 @@ from siliang.types import ModelError
 
 LAYERS = ("Linear8bitLt", "Linear4bit")
 MAY_PACK = "support_avx512bf16_for_cpu"
-NF4_BLOCK = 64  # weights that share a scale
-SCALE_BLOCK = 256  # scales that share one, where they are quantized too
+NF4_BLOCK = 64  # weights per scale
+SCALE_BLOCK = 256  # scales per second-level scale (double quantization)
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -31,7 +31,7 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def float_weight(layer: Any) -> Tensor:
-    """The layer's weight in floating point, whatever it is stored in, as (O, I)."""
+    """The layer's weight in floating point, dequantized if necessary, as (O, I)."""
     weight: Any = layer.weight
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
@@ -46,19 +46,19 @@ def float_weight(layer: Any) -> Tensor:
 
 
 def count_numbers(p: Tensor) -> int:
-    """How many numbers a parameter stands for: a 4-bit one holds two in a byte."""
+    """The number of weights of a parameter: a 4-bit parameter has two per byte."""
     state = getattr(p, "quant_state", None)
     return p.numel() if state is None else state.shape.numel()
 
 
 def check_quantized(model: nn.Module, source: str) -> None:
-    """The layers that a model's config says to be quantized are.
+    """Checks that the layers which the model's config declares as quantized are quantized.
 
     Args:
-        source: What the model is called, for the error.
+        source: The name of the model, for the error.
 
     Raises:
-        ModelError: One holds a plain weight.
+        ModelError: A layer has a plain weight.
     """
     for path, module in model.named_modules():
         if type(module).__name__ in LAYERS and type(module.weight) is nn.Parameter:
@@ -73,10 +73,10 @@ def check_quantized(model: nn.Module, source: str) -> None:
 
 
 def keep_as_stored(model: nn.Module) -> None:
-    """Forbids bitsandbytes to pack 4-bit weights anew on CPUs with AVX512-BF16.
+    """Prevents bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    It would do so in the first forward pass in eval mode: scales become bf16, so that the base is another one than
-    before, and training that continues after an evaluation has no gradient for what lies below a packed layer.
+    It would do so in the first forward pass in eval mode. The scales then become bf16, which changes the base model,
+    and training after an evaluation has no gradient below a repacked layer.
     """
     for module in model.modules():
         if hasattr(module, MAY_PACK):
@@ -84,14 +84,14 @@ def keep_as_stored(model: nn.Module) -> None:
 
 
 def keep_states(model: nn.Module) -> None:
-    """Gives each 4-bit layer its weight's state, for a weight that is gathered from shards comes back without it."""
+    """Sets the quant_state of each 4-bit layer's weight: a weight gathered from shards has lost it."""
     for module in model.modules():
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             module.quant_state, module.quant_storage = state, module.weight.dtype  # type: ignore[assignment,union-attr]
 
 
 def quantized_sizes(model: nn.Module) -> list[int]:
-    """Numbers of each quantized weight."""
+    """The number of weights of each quantized parameter."""
     weights = [w for w in (getattr(module, "weight", None) for module in model.modules()) if isinstance(w, Tensor)]
     states = [state for state in (getattr(w, "quant_state", None) for w in weights) if state is not None]
     return [math.prod(state.shape) for state in states] + [w.numel() for w in weights if w.dtype == torch.int8]
@@ -104,7 +104,7 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
         for name in ("CB", "SCB"):
             if isinstance(getattr(p, name, None), Tensor):
                 yield getattr(p, name)
-    for module in model.modules():  # which have the state too: a sharded weight has lost it
+    for module in model.modules():  # the layers have the state, too: a sharded weight has lost it
         state = getattr(getattr(module, "weight", None), "quant_state", None) or getattr(module, "quant_state", None)
         for one in (state, getattr(state, "state2", None)):
             if one is not None:
@@ -121,14 +121,14 @@ def empty_quantized(
     compute_dtype: torch.dtype,
     storage: torch.dtype,
 ) -> nn.Module:
-    """bitsandbytes' layer of this size around plain, uninitialized parameters, which may be fake tensors: its own
-    kinds of parameter cannot be.
+    """A bitsandbytes layer of this size with plain, uninitialized parameters. These can be fake tensors, unlike
+    bitsandbytes' parameter classes.
 
     Args:
-        kind: Of 4 bits: nf4 or fp4.
-        double: The scales of 4-bit weights are quantized too.
-        compute_dtype: What a 4-bit weight becomes to be multiplied.
-        storage: Of the tensors that hold the bytes of 4-bit weights.
+        kind: The 4-bit data type: nf4 or fp4.
+        double: Whether the scales of 4-bit weights are quantized, too.
+        compute_dtype: The dtype in which 4-bit weights are dequantized and multiplied.
+        storage: The dtype of the tensors that store 4-bit weights.
     """
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
@@ -166,7 +166,7 @@ def empty_quantized(
             else None,
         )
         new.quant_state, new.quant_storage = weight.quant_state, storage
-        # a weight that is gathered from shards has lost its state, and bitsandbytes would make its own kind again
+        # a weight gathered from shards has lost its state, and bitsandbytes would create its own class of parameter
         new.register_forward_pre_hook(lambda layer, args: setattr(layer.weight, "quant_state", layer.quant_state))
         new.compute_dtype, new.compute_type_is_set = compute_dtype, True
         setattr(new, MAY_PACK, False)
@@ -175,6 +175,6 @@ def empty_quantized(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters of any model, shared ones once, 4-bit ones as many as they stand for."""
+    """(trained, all) parameters of a model. Shared ones count once, 4-bit ones by their number of weights."""
     sizes = [(count_numbers(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

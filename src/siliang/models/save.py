@@ -1,4 +1,4 @@
-"""Writes a base model as transformers does, with the code that it was made with, and without the user's secrets."""
+"""Writes a base model as transformers does, with its custom code, and without the user's secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from siliang.models.tokenizer import Tokenizer
 from siliang.safety.safe_json import dump_json
 from siliang.secrets import redacted
 
-# What libraries write of settings into the folder of a model.
+# The settings files that libraries write into a model's folder.
 SETTINGS = ("config.json", "generation_config.json")
 TOKENIZER = "tokenizer_config.json"
 NAMES = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file", "merges_file")
@@ -30,7 +30,7 @@ def save_model(
     """Writes a model and its tokenizer.
 
     Args:
-        state_dict: The weights, where they are not those that the model holds.
+        state_dict: The weights, if they are not those of the model.
     """
     model.save_pretrained(folder, state_dict=state_dict)
     write_own_code(model.config, folder)
@@ -39,15 +39,15 @@ def save_model(
 
 
 def save_config(folder: Path, config: PreTrainedConfig) -> None:
-    """Writes a model's config alone."""
+    """Writes only the config of a model."""
     config.save_pretrained(folder)
     write_own_code(config, folder)
     _hide_secrets(folder)
 
 
 def _hide_secrets(folder: Path) -> None:
-    """Takes the secrets out of the settings that a library has written into a folder. A tokenizer's words and templates
-    stay, which are what it was trained with."""
+    """Removes secrets from the settings files that a library has written into a folder. The vocabulary and the
+    templates of a tokenizer are not changed."""
     for path in [folder / name for name in (*SETTINGS, TOKENIZER) if (folder / name).is_file()]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if path.name == TOKENIZER:

@@ -1,4 +1,4 @@
-"""How large a base model may be by its config.json, asked before any of it is made: a small file can say anything."""
+"""Limits for the sizes in a config.json, checked before the model is created: a small file can declare any size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from siliang.models.folder import INDEX, weight_files
 from siliang.types import ModelError, message_of
 from siliang.weight_files import check_weights
 
-# what a name counts or measures, and the most of it that a model has; the largest known have 126 layers, 2,048 experts
-# in a layer, 65,536 columns and a million words
+# the maximum of each size; the largest known models have 126 layers, 2,048 experts per layer, 65,536 columns and a
+# vocabulary of a million tokens
 LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"(^|_)num_labels$"), 50_000),
     (re.compile(r"(^|_)(num|n)_\w*heads?$"), 2**16),
@@ -24,7 +24,7 @@ LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"(size|dim|embd|inner|d_model|d_ff|rank|width|channels)s?$"), 2**24),
     (re.compile(r"(positions?|position_embeddings|n_ctx|seq_length)$"), 2**28),
 )
-MOST_ENTRIES = 50_000  # of a list or a mapping, such as labels
+MOST_ENTRIES = 50_000  # entries of a list or a mapping, such as labels
 MOST_BLOCKS = 200_000  # layers times experts
 DEPTH = "layers?$"
 WIDE = "(hidden_size|n_embd|d_model)$"
@@ -32,10 +32,10 @@ TALL = "(vocab_size|intermediate_size|ffn_dim|d_ff|n_inner)$"
 
 
 def check_counts(values: Mapping[str, object], path: Path) -> None:
-    """Whether a config.json asks for no more layers, columns or labels than any model has.
+    """Checks the numbers of layers, columns and labels in a config.json.
 
     Raises:
-        ModelError: It asks for more.
+        ModelError: A number is above its limit.
     """
     for part in _parts(values):
         for name, value in part.items():
@@ -66,10 +66,10 @@ def check_counts(values: Mapping[str, object], path: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Whether the files of weights in a model's folder are of plain tensors that lie within them.
+    """Checks that the weight files in a model's folder have plain tensors within the file.
 
     Raises:
-        ModelError: One is not.
+        ModelError: A file has not.
     """
     for path in _files(folder):
         try:
@@ -81,9 +81,9 @@ def check_files(folder: Path) -> None:
 
 
 def may_be_too_large(config: PreTrainedConfig, folder: Path) -> bool:
-    """Whether a config's matrices could have more numbers than are in the folder's files, by their bytes.
+    """Whether the matrices of a config could be larger than the weight files of the folder.
 
-    A rough question: where it is so, the shapes are compared one by one.
+    This is a rough estimate: if it is true, the shapes are compared one by one.
     """
     most = sum(path.stat().st_size for path in _files(folder)) // 2
     for part in _parts(config.to_dict()):
@@ -95,12 +95,12 @@ def may_be_too_large(config: PreTrainedConfig, folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of weights that are loaded."""
+    """The weight files to load."""
     return [path for name in weight_files(folder) if not name.endswith(INDEX) and (path := folder / name).is_file()]
 
 
 def _parts(values: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
-    """A config and those inside of it."""
+    """A config and its sub-configs."""
     yield values
     for value in values.values():
         if isinstance(value, dict):

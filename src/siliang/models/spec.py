@@ -1,4 +1,4 @@
-"""What a task asks of its base model, as models/ takes it."""
+"""The requirements of a task on its base model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model that a task is learned with.
+    """The requirements of a task on its base model.
 
     Attributes:
         task: The task's name, for errors.
         auto_class: The class of transformers that loads it.
-        heads: Names of modules that are the task's head. It is new, so it is trained, saved with the adapter, and not
+        heads: Names of the modules of the task's head. It is new, so it is trained, saved with the adapter, and not
             quantized.
-        outputs: Columns of the head, where it has no column for each label.
-        needs_padding_token: The model looks for the last token in front of the padding, so it has to know that token.
+        outputs: Columns of the head, if it does not have one column per label.
+        needs_padding_token: The model reads the last token before the padding, so it must know the padding token.
     """
 
     task: str
@@ -26,5 +26,5 @@ class ModelSpec:
     needs_padding_token: bool = False
 
     def columns(self, labels: Sequence[str] | None) -> int | None:
-        """Columns of the head with these labels; None: those of the model's own config."""
+        """The number of columns of the head with these labels; None: that of the model's config."""
         return len(labels) if labels is not None else self.outputs

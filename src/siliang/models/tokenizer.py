@@ -1,4 +1,4 @@
-"""What siliang asks of a tokenizer: of transformers' own, and of those that a model brings along."""
+"""The interface of tokenizers: those of transformers, and custom ones of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, Protocol, overload
 
 
 class CodedTexts(Protocol):
-    """The tokens of several texts, and what the tokenizer says beside them."""
+    """The tokens of several texts, with their further columns."""
 
     @overload
     def __getitem__(self, name: Literal["offset_mapping"]) -> list[list[tuple[int, int]]]: ...
@@ -19,11 +19,11 @@ class CodedTexts(Protocol):
     def __contains__(self, name: object) -> bool: ...
 
     def sequence_ids(self, i: int) -> list[int | None]:
-        """The text of a pair, 0 or 1, to which each token belongs; None for special tokens. Of fast tokenizers only."""
+        """The text of a pair, 0 or 1, to which each token belongs; None for special tokens. Fast tokenizers only."""
         ...
 
     def word_ids(self, i: int) -> list[int | None]:
-        """The number of each token's word; None for special tokens. Of fast tokenizers only."""
+        """The index of each token's word; None for special tokens. Fast tokenizers only."""
         ...
 
 

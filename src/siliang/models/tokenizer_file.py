@@ -1,4 +1,4 @@
-"""A tokenizer's files, looked at before they are read: rules in them are programs that a stranger wrote."""
+"""Checks a tokenizer's files before they are loaded: their rules are programs from an unknown author."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from siliang.types import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-NUMBERED = ("vocab.json", "added_tokens.json")  # tokens and their numbers
+NUMBERED = ("vocab.json", "added_tokens.json")  # tokens and their ids
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 NAMES = ("tokenizer.json", *SETTINGS, *NUMBERED)
-# what a folder may have beside or in place of these, of which the size alone is looked at
+# further or alternative files of a folder, of which only the size is checked
 WORDS = ("vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json")
 PIECES = ("tokenizer", "spiece", "sentencepiece", "sentencepiece.bpe", "spm", "spm_char")
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
-BESIDE = (*WORDS, *(f"{name}.model" for name in PIECES), "source.spm", "target.spm", *TEMPLATES)
+OTHER_FILES = (*WORDS, *(f"{name}.model" for name in PIECES), "source.spm", "target.spm", *TEMPLATES)
 MOST_BYTES = {"tokenizer.json": 200 * 2**20}
 OTHERS = 20 * 2**20
 
 
 def check_tokenizer(name: str, revision: str | None = None) -> None:
-    """Whether a model's tokenizer may be read here: it is tried in a process with limits first.
+    """Checks a model's tokenizer by loading it in a process with limits first.
 
     Args:
-        name: The model's folder, or its name on the hub.
+        name: The model's folder, or its name on the Hub.
 
     Raises:
-        ModelError: It asks for too much.
+        ModelError: The tokenizer exceeds a limit.
     """
     for file in NAMES:
         path = find_file(name, file, revision)
@@ -46,16 +46,16 @@ def check_tokenizer(name: str, revision: str | None = None) -> None:
         elif file in NUMBERED:
             _check_numbers(path, most)
     if (folder := Path(name)).is_dir():
-        for path in (path for beside in BESIDE for path in folder.glob(beside)):
+        for path in (path for pattern in OTHER_FILES for path in folder.glob(pattern)):
             _check_size(path, OTHERS)
 
 
 def check_made(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None = None) -> None:
-    """Whether the rules may be used that transformers made of other files than a tokenizer.json: a sentencepiece model
-    has a table of what becomes of each character.
+    """Checks the rules that transformers made from files other than a tokenizer.json: a sentencepiece model has a table
+    of character replacements.
 
     Raises:
-        ModelError: They ask for too much.
+        ModelError: The rules exceed a limit.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None or find_file(name, "tokenizer.json", revision) is not None:
@@ -84,7 +84,7 @@ def _check_size(path: Path, most: int) -> None:
 def _check_numbers(path: Path, most_bytes: int) -> None:
     try:
         values = read_json(path, most_bytes=most_bytes, foreign=True)
-    except (JsonError, OSError):  # loading says it, where the file is read at all
+    except (JsonError, OSError):  # loading raises it, if the file is used
         return
     numbers = (n for n in values.values() if type(n) is int) if isinstance(values, dict) else ()
     if (largest := max(numbers, default=0)) > MOST_NUMBER:

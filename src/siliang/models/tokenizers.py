@@ -1,4 +1,4 @@
-"""Base models' tokenizers: with a pad token, able to make tokens of a text, and without code that nobody allowed."""
+"""Loads the tokenizers of base models, with a pad token. Custom code runs only if the user allowed it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Tokenizer:
     """A base model's tokenizer, with a pad token.
 
     Raises:
-        ModelError: It cannot be loaded.
-        OwnCodeError: It, or its model, brings code of its own, which the user has not allowed.
+        ModelError: The tokenizer cannot be loaded.
+        OwnCodeError: The tokenizer or its model has custom code, which the user has not allowed.
     """
     check_folder(name, revision)
     folder = Path(name)
@@ -50,9 +50,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Tokenizer:
     except Exception as error:
         if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise ModelError(_no_tokenizer(name, TOKENIZER_FILES)) from None
-        load_config(name, revision=revision)  # which transformers reads as well, says what is wrong with itself
+        load_config(name, revision=revision)  # transformers reads config.json, too: an error in it is reported as such
         raise ModelError(why_not(name, error, what=TOKENIZER)) from error
-    # transformers makes one that knows no word where the files of its words are missing
+    # without vocabulary files, transformers creates a tokenizer with an empty vocabulary
     files = tuple(dict.fromkeys(tokenizer.vocab_files_names.values()))
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     if files and len(set(tokenizer.get_vocab()) - special) < 2:
@@ -65,16 +65,16 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Tokenizer:
             )
         )
     if tokenizer.pad_token_id is None:
-        # safe: batches mask padding by position, never by the token's number
+        # safe: batches mask padding by position, never by token id
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     try:
         run_in_time(partial(tokenizer, "a 1 \uff01", verbose=False), SECONDS)
         tokenizer.convert_tokens_to_ids(
             "\uff01 no word \uff01"
-        )  # which asks for the unknown word for ever, if it is none
+        )  # it recurses without end if the unknown token is not in the vocabulary
     except (
         Exception
-    ) as error:  # the tokenizers library raises Exception itself, as where its unknown word is not a word
+    ) as error:  # the tokenizers library raises Exception, for example if the unknown token is not in the vocabulary
         raise ModelError(
             Bilingual(
                 f"{name}: its tokenizer makes no tokens of a text: {first_line(error)}",
@@ -85,14 +85,14 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Tokenizer:
 
 
 def load_tokenizer_alone(name: str, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer that an adapter's config names, whose folder need hold no model. It runs no code of its own.
+    """The tokenizer that an adapter's config names. Its folder may be without a model. Custom code is not run.
 
     Args:
-        name: A folder, or a name on the hub.
-        settings: For AutoTokenizer.from_pretrained.
+        name: A folder, or a name on the Hub.
+        settings: Arguments of AutoTokenizer.from_pretrained.
 
     Raises:
-        ModelError: It cannot be loaded, or asks for too much.
+        ModelError: The tokenizer cannot be loaded, or exceeds a limit.
     """
     folder, revision = Path(name), settings.get("revision")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -103,9 +103,9 @@ def load_tokenizer_alone(name: str, settings: Mapping[str, Any]) -> PreTrainedTo
         check_folder(name, revision)
 
     def load() -> Any:
-        aside = check_tokenizer_names(name, revision)
+        ignored = check_tokenizer_names(name, revision)
         return AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=only_cached(name), **settings, **aside
+            name, trust_remote_code=False, local_files_only=only_cached(name), **settings, **ignored
         )
 
     try:
@@ -117,10 +117,10 @@ def load_tokenizer_alone(name: str, settings: Mapping[str, Any]) -> PreTrainedTo
 
 
 def _looked_at(name: str, revision: str | None, load: Callable[[], Any]) -> Any:
-    """What `load` gives, between a look at its files and one at the rules that were made of them.
+    """Calls `load` between a check of the tokenizer's files and a check of its rules.
 
     Raises:
-        ModelError: It asks for too much.
+        ModelError: The tokenizer exceeds a limit.
     """
     check_tokenizer(name, revision)
     tokenizer = load()
@@ -146,7 +146,7 @@ def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
                 local_files_only=only_cached(name),
                 **given,
             )
-    except ValueError as error:  # transformers does not know it
+    except ValueError as error:  # not a tokenizer of transformers
         code = find_tokenizer_code(name, revision) if "trust_remote_code" in str(error) else None
         if code is None or "AutoTokenizer" not in code.classes:
             raise
@@ -156,7 +156,8 @@ def _tokenizer_from_pretrained(name: str, revision: str | None) -> Any:
 def _no_tokenizer(name: str, files: tuple[str, ...]) -> str:
     wanted = dict.fromkeys(("tokenizer.json", *files))
     return Bilingual(
-        f"{name} has no tokenizer: of {', '.join(wanted)} none is there that holds "
-        "words.\nCopy the tokenizer's files of the model that it was made from beside config.json.",
-        f"{name} 没有分词器：{'、'.join(wanted)} 中没有一个含有词表。\n请把原模型的分词器文件复制到 config.json 旁边。",
+        f"{name} has no tokenizer: none of {', '.join(wanted)} has a vocabulary.\n"
+        "Copy the tokenizer files of the original model into the folder of config.json.",
+        f"{name} 没有分词器：{'、'.join(wanted)} 中没有一个含有词表。\n"
+        "请把原模型的分词器文件复制到 config.json 所在的文件夹。",
     )

@@ -1,11 +1,11 @@
-"""How the bytes of a file of weights become a model's weights: piece by piece, and nothing is held twice.
+"""Reads a model's weights from files piece by piece, so that nothing is in memory twice.
 
-transformers maps a model's files into memory and makes its weights from them one after the other; the files' pages stay
-with the process until the last weight is made. Weights that are converted to another format then stand beside the whole
-file, and one weight that is not converted keeps all of its file. Here the pages of what has been converted are given
-back at once: loading takes what the converted weights take, and a piece for each of transformers' threads.
+transformers maps a model's files into memory and creates the weights one after the other. The pages of the files stay
+resident until the last weight is created: converted weights are then in memory in addition to the whole file, and one
+unconverted weight keeps its whole file resident. Here, the pages of converted weights are released at once: loading
+takes the memory of the converted weights, plus one piece for each of transformers' threads.
 
-For this the function with which transformers reads one weight is replaced while a model is loaded, in this file alone.
+For this, the function with which transformers reads a weight is replaced during loading; only this file does it.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from siliang.capabilities import why_missing
 from siliang.language import Bilingual, local
 from siliang.memory.free import trim_heap
 
-PIECE_BYTES = 16 * 2**20  # of the file, that are there beside what becomes of them, in each of transformers' threads
-QUANTIZING = {4: 12, 8: 8}  # bytes for each number of a weight that bitsandbytes takes on a CPU while it makes its bits
-LEAST_BYTES = 2**18  # smaller weights are not worth a look at the process's mappings
+PIECE_BYTES = 16 * 2**20  # of the file that are in memory at a time, in each of transformers' threads
+QUANTIZING = {4: 12, 8: 8}  # bytes per weight that bitsandbytes needs on a CPU for quantization
+LEAST_BYTES = 2**18  # for smaller weights, reading the process's memory mappings is not worthwhile
 
 
 class Stored(Protocol):
-    """A tensor, or a slice of safetensors, which is read once it is indexed."""
+    """A tensor, or a safetensors slice, which is read when indexed."""
 
     def __getitem__(self, index: EllipsisType, /) -> Tensor: ...
 
 
 def passing_bytes(largest: int, *, bits: int | None, itemsize: int, cuda: bool = False) -> int:
-    """What loading holds for a moment beside the weights that it has made.
+    """The temporary memory of loading, in addition to the created weights, in bytes.
 
     Args:
-        largest: Numbers of the largest weight; of those that are quantized, where any is.
-        bits: Of the quantized weights; None where none is.
-        itemsize: Bytes of a number as it is read.
-        cuda: It is quantized on a card, whose kernels take nothing for themselves.
+        largest: The number of elements of the largest weight; with quantization, of the largest quantized weight.
+        bits: The bits of quantized weights; None without quantization.
+        itemsize: Bytes per element in the file.
+        cuda: Quantization runs on a GPU, whose kernels need no temporary memory.
     """
     if bits is None:
         workers: int = getattr(core_model_loading, "GLOBAL_WORKERS", 4)
@@ -57,10 +57,10 @@ def passing_bytes(largest: int, *, bits: int | None, itemsize: int, cuda: bool =
 
 @contextmanager
 def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
-    """Within the block transformers' `from_pretrained` makes weights so. They are the same, bit for bit.
+    """Within the block, transformers' `from_pretrained` reads weights piece by piece. They are the same, bit for bit.
 
     Args:
-        quantizing: Weights are quantized once they are read: what was read is a copy then, and is freed with it.
+        quantizing: Weights are quantized after reading: they are read as copies, which are freed.
     """
     if (missing := why_missing("weights loaded in pieces")) is not None:
         warnings.warn(
@@ -71,12 +71,12 @@ def piece_by_piece(*, quantizing: bool) -> Iterator[None]:
         )
         yield
         return
-    usual = core_model_loading._materialize_copy
+    original = core_model_loading._materialize_copy
     core_model_loading._materialize_copy = partial(_materialize, quantizing)
     try:
         yield
     finally:
-        core_model_loading._materialize_copy = usual
+        core_model_loading._materialize_copy = original
 
 
 def _materialize(
@@ -85,15 +85,15 @@ def _materialize(
     """A weight of the file on `device`, in `dtype`.
 
     Args:
-        copied: It is to be memory of its own even where nothing is converted.
+        copied: Return a copy even if nothing is converted.
     """
     if copied:
-        trim_heap()  # of what quantizing the weight before took, several times its bytes
+        trim_heap()  # frees the temporary memory of quantizing the previous weight, several times its bytes
     mapped = tensor[...]
     there = mapped.device if device is None else torch.device(device)
     kind = mapped.dtype if dtype is None else dtype
     if there == mapped.device and kind == mapped.dtype and not copied:
-        return mapped  # stays in the file, whose pages the system may share and take back
+        return mapped  # stays mapped: the system may share and reclaim its pages
     if not _is_file(mapped):
         return mapped.to(device=device, dtype=dtype, copy=copied)
     if there.type != "cpu" or not mapped.is_contiguous():
@@ -109,7 +109,7 @@ def _materialize(
 
 
 def _is_file(x: Tensor) -> bool:
-    """Whether a tensor's bytes are pages of a file that only this process sees, and nothing else."""
+    """Whether a tensor is a private mapping of a file."""
     if sys.platform != "linux" or x.device.type != "cpu" or x.nbytes < LEAST_BYTES or not x.is_contiguous():
         return False
     first, last = x.data_ptr(), x.data_ptr() + x.nbytes
@@ -127,7 +127,7 @@ def _is_file(x: Tensor) -> bool:
 
 
 def _give_back(x: Tensor) -> None:
-    """The pages that hold nothing but `x` leave the process; if they are read again, the file is."""
+    """Releases the pages that hold only `x`. If they are read again, they come from the file."""
     page = mmap.PAGESIZE
     first, last = -(-x.data_ptr() // page) * page, (x.data_ptr() + x.nbytes) // page * page
     if last > first:

@@ -36,15 +36,15 @@ def generate(
     """The model's answer to an instruction, in the run's own template.
 
     Args:
-        max_new_tokens: So many tokens may be written. None: `up_to`, or fewer where the model has no more positions.
+        max_new_tokens: The maximum number of new tokens. None: `up_to`, or fewer if the model has no more positions.
         temperature: 0 for the most probable token each time, higher for more varied text.
         plain: The instruction is the beginning of a text, to be continued without a template.
         base: Ask the base model, without the adapter.
         on_text: Called with each piece of the answer while it is generated.
 
     Raises:
-        ConfigError: The run is a classifier, or the base of a fully tuned model was asked for; or the prompt, with the
-            tokens to be written, is longer than the model can read.
+        ConfigError: The run is a classifier; `base` is set for a fully fine-tuned model; or the prompt with the new
+            tokens is longer than the model can read.
     """
     task, tokenizer = TASKS[run.config.task], run.tokenizer
     if task.prompt is None:
@@ -85,8 +85,8 @@ def generate(
         asked = short_repr(wanted.num_beams)
         raise ModelError(
             Bilingual(
-                f"{run.config.model} asks for num_beams = {asked}: at most {MOST_BEAMS}.",
-                f"{run.config.model} 要求 num_beams = {asked}：最大为 {MOST_BEAMS}。",
+                f"{run.config.model} sets num_beams = {asked}, which is more than {MOST_BEAMS}.",
+                f"{run.config.model} 设置了 num_beams = {asked}：最大为 {MOST_BEAMS}。",
             )
         )
     embeddings: Any = run.model.get_input_embeddings()
@@ -106,7 +106,7 @@ def generate(
     try:
         with run.computing(), run.model.disable_adapter() if base else nullcontext():
             written = run.model.generate(input_ids=input_ids, **settings)
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # of untrusted values
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # limits for untrusted values
         raise ModelError(
             Bilingual(
                 f"{run.config.model} cannot write: {first_line(error)}\n"
@@ -184,7 +184,7 @@ def _room(run: OpenedRun, tokens: int, wanted: int | None, up_to: int, *, base: 
 
 
 def one_plain_answer(run: OpenedRun) -> dict[str, Any]:
-    """Settings of generate with which the model writes one plain answer, whatever its generation_config says."""
+    """Settings of generate for a single plain answer; they override the model's generation_config."""
     wanted = run.model.generation_config
     return {name: value for name, value in ONE_PLAIN_ANSWER.items() if hasattr(wanted, name)}
 
