@@ -112,7 +112,7 @@ def predict(seen: Seen, *, usual: bool) -> float:
 
 def main() -> int:
     """Prints the table."""
-    print("| model | what | seen | less idle | as it ran | off | as siliang runs it |")
+    print("| model | what | seen | less idle | as it ran | error | as siliang runs it |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for seen in SEEN:
         there = seen.gib - seen.idle_gib

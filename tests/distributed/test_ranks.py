@@ -114,15 +114,15 @@ def test_a_rank_without_a_row_gets_one_that_does_not_count() -> None:
 def test_what_is_too_large_for_one_is_sharded(still_place: Place, tmp_path: Path) -> None:
     """Between what a whole model takes and what a share does: one device is too small, on two auto takes FSDP."""
     config = configured(still_place, tmp_path / "run", "full", max_steps=2)
+    alone = config.model_copy(update={"train": config.train.model_copy(update={"memory_budget": None})})
     target = replace(target_device(config), process_bytes=0, work_bytes=0)
     with fake_mesh(2) as mesh:
         whole, share = (
-            plan(config.with_strategy(strategy), target, mesh=mesh, timed=False).methods[0].needed_bytes
+            plan(alone.with_strategy(strategy), target, mesh=mesh, timed=False).methods[0].needed_bytes
             for strategy in ("ddp", "fsdp")
         )
     assert share < whole
     planner = Planner(replace(target, memory_bytes=(share + whole) // 2, memory_source="as asked"))
-    alone = config.model_copy(update={"train": config.train.model_copy(update={"memory_budget": None})})
     assert run(alone, planner=planner).code == 2
     endings = [child.end() for child in start(changed(alone, tmp_path / "run", "auto"), 2, planner=planner)]
     assert [e.code for e in endings] == [0, 0], endings[0].said

@@ -8,7 +8,7 @@ layers that do not fit, from the lowest on, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -86,14 +86,7 @@ class Recompute:
     def needed(self, tokens: int) -> int:
         """How many layers have to recompute so that a batch of so many tokens fits."""
         assert self._room is not None
-        each = [b * tokens for b in self.bytes_per_token]
-        kept, room = sum(each), self._room
-        for count, layer_bytes in enumerate(each):
-            # one layer at a time holds all its activations while it recomputes
-            if kept + (max(each[:count]) if count else 0.0) <= room:
-                return count
-            kept += self._boundary * tokens - layer_bytes
-        return len(each)
+        return layers_to_recompute([b * tokens for b in self.bytes_per_token], self._boundary * tokens, self._room)
 
     def close(self) -> None:
         """Restores what was there before: the model may go to another run."""
@@ -156,3 +149,20 @@ class Recompute:
             for handle in handles:
                 handle.remove()
         self.bytes_per_token = [b / tokens for b in found]
+
+
+def layers_to_recompute(layer_bytes: Sequence[float], input_bytes: float, room: float) -> int:
+    """How many layers, from the lowest on, have to recompute so that the activations take no more than `room` bytes;
+    all of them if even that is not enough.
+
+    Args:
+        layer_bytes: The activations of each layer that keeps them.
+        input_bytes: A layer's input, which a layer that recomputes keeps.
+    """
+    kept = sum(layer_bytes)
+    for count, its_bytes in enumerate(layer_bytes):
+        # one layer at a time holds all its activations while it recomputes
+        if kept + max(layer_bytes[:count], default=0.0) <= room:
+            return count
+        kept += input_bytes - its_bytes
+    return len(layer_bytes)

@@ -89,6 +89,7 @@ class Tracker(TorchDispatchMode):
         flops: Floating-point operations so far.
         layer_flops: Those of the layers' forward passes.
         boundary_bytes: Size of a layer's input, which a layer that recomputes keeps.
+        layer_bytes: Activations of each layer after the forward pass through all of them: of the batch with the most.
     """
 
     block_bytes: int = 1
@@ -99,6 +100,7 @@ class Tracker(TorchDispatchMode):
     flops: int = 0
     layer_flops: int = 0
     boundary_bytes: int = 0
+    layer_bytes: tuple[int, ...] = ()
     _moment: int = 0
     _peak_moment: int = 0
     _layer: int | None = None
@@ -154,7 +156,7 @@ class Tracker(TorchDispatchMode):
         ]
         for i, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(partial(self._enter, i)))
-            handles.append(layer.register_forward_hook(self._leave))
+            handles.append(layer.register_forward_hook(partial(self._leave, i)))
         handles.append(model.register_forward_pre_hook(self._gathered))
         sharded = isinstance(model, FSDPModule)
         try:
@@ -169,24 +171,31 @@ class Tracker(TorchDispatchMode):
         """Forgets the peak, and starts again with the live storages."""
         self._all = list(self._alive.values())
         self.peak_bytes, self._peak_moment = self.live_bytes, self._moment
+        self.layer_bytes = ()
 
     def peak(self, largest: int = 8) -> Peak:
         """The peak since the last `restart`, with its `largest` largest tensors."""
         at = self._peak_moment
         live = [s for s in self._all if s.born <= at and (s.freed is None or s.freed > at)]
         parts: Counter[Category] = Counter(dict.fromkeys(CATEGORIES, 0))
-        layers = [0] * self._layers
         for storage in live:
             parts[storage.category] += storage.nbytes
-            if storage.layer is not None and storage.category == "activations":
-                layers[storage.layer] += storage.nbytes
+        layers = self._activations(live)
         live.sort(key=lambda storage: -storage.nbytes)
         return Peak(
             self.peak_bytes,
             dict(parts),
-            tuple(layers),
+            layers,
             tuple((s.nbytes, s.category, *s.made_by) for s in live[:largest]),
         )
+
+    def _activations(self, storages: Iterable[TrackedStorage]) -> tuple[int, ...]:
+        """Of each layer."""
+        layers = [0] * self._layers
+        for storage in storages:
+            if storage.layer is not None and storage.category == "activations":
+                layers[storage.layer] += storage.nbytes
+        return tuple(layers)
 
     def _track(self, x: Tensor, func: OpOverload | None = None) -> TrackedStorage:
         if isinstance(x, DTensor):
@@ -248,6 +257,8 @@ class Tracker(TorchDispatchMode):
         tracked = self._track(x)
         if tracked.category == "workspace":
             tracked.category = "activations"
+        if tracked.layer is None:  # a tensor that several layers share is counted to the first, as the engine does
+            tracked.layer = self._layer
         return x
 
     def _accumulated(self, p: Tensor) -> None:
@@ -268,8 +279,10 @@ class Tracker(TorchDispatchMode):
             if (tracked := self._track(p)).category == "workspace":
                 tracked.category = "weights"
 
-    def _leave(self, layer: nn.Module, args: object, output: object) -> None:
+    def _leave(self, i: int, layer: nn.Module, args: object, output: object) -> None:
         self._layer = None
+        if i == self._layers - 1:
+            self.layer_bytes = max(self.layer_bytes, self._activations(self._alive.values()), key=sum)
 
 
 @contextmanager

@@ -137,6 +137,8 @@ class FakeRun:
                 label_smoothing=config.train.label_smoothing,
                 neftune_alpha=config.train.neftune_alpha,
             )
+            if baseline is None and config.train.memory_budget is not None and self.engine.recompute.layers:
+                self.engine.recompute.fix(0)  # layers that may recompute keep their input, as the run's do
         self.loads_on_host = quantization is None and device.kind == "cuda"
         self.packed = self.engine.padding is not None
         self.layers = len(self.engine.recompute.layers)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from siliang.config import QuantizationConfig, RunConfig
 from siliang.data.batch import Batch
+from siliang.engine.recompute import layers_to_recompute
 from siliang.language import Bilingual
 from siliang.memory.track import Peak
 from siliang.plan.fake_run import FakeRun
@@ -23,49 +25,51 @@ class MemoryLimit:
 
     Attributes:
         limit_bytes: For the tensors, without the overhead.
+        room: The bytes that a run with train.memory_budget=auto leaves for activations.
     """
 
-    def __init__(self, limit_bytes: int, work_bytes: int = 0) -> None:
+    def __init__(self, limit_bytes: int, room: Callable[[FakeRun, Measured], float], work_bytes: int = 0) -> None:
         """work_bytes: The part of the overhead that steps need and loading does not."""
-        self.limit_bytes = limit_bytes
+        self.limit_bytes, self.room = limit_bytes, room
         self._work_bytes = work_bytes
 
     def can_load(self, fake_run: FakeRun) -> bool:
         """Whether the model can be loaded; true for a model that is loaded into main memory."""
         return fake_run.loads_on_host or fake_run.loading_bytes <= self.limit_bytes + self._work_bytes
 
-    def fewest_recomputed(
-        self, fake_run: FakeRun, batches: list[Batch], measured: Measured | None = None
-    ) -> tuple[int, Peak] | None:
-        """(layers, peak): the smallest number of recomputed layers that fits; None if no number does.
+    def with_recomputing(self, fake_run: FakeRun, batches: list[Batch]) -> tuple[int, Peak] | None:
+        """(layers, peak): the layers that the run recomputes, and its peak with these; None if it does not fit."""
+        measured = fake_run.measure(batches)
+        count = recomputed_layers(measured, self.room(fake_run, measured))
+        peak = (fake_run.measure(batches, recomputed=count) if count else measured).peaks["train"]
+        return (count, peak) if peak.nbytes <= self.limit_bytes else None
 
-        Args:
-            measured: The measurement without recomputing, if it is known.
-        """
-        measured = measured or fake_run.measure(batches)
-        first = measured.peaks["train"]
-        if first.nbytes <= self.limit_bytes:
-            return 0, first
-        guess = self.estimate(measured)
-        for count in range(guess[0] if guess else fake_run.layers, fake_run.layers + 1):
-            peak = fake_run.measure(batches, recomputed=count).peaks["train"]
-            if count and peak.nbytes <= self.limit_bytes:
-                return count, peak
-        return None
 
-    def estimate(self, measured: Measured) -> tuple[int, Peak] | None:
-        """An estimate of `fewest_recomputed` from one measurement, by the activations of each layer."""
-        peak = measured.peaks["train"]
-        other = peak.nbytes - sum(peak.layers)
-        for count in range(1, len(peak.layers) + 1):
-            inputs = count * measured.boundary_bytes
-            # when a lower layer recomputes, the upper layers are done, and their activations are freed
-            reduced = other + inputs + max(sum(peak.layers[count:]), max(peak.layers[:count]))
-            if reduced <= self.limit_bytes:
-                parts = dict(peak.parts)
-                parts["activations"] -= peak.nbytes - reduced
-                return count, Peak(reduced, parts)
-        return None
+def recomputed_layers(measured: Measured, room: float) -> int:
+    """The layers that the engine recomputes.
+
+    Args:
+        measured: Without recomputing.
+        room: Bytes for the activations.
+    """
+    return layers_to_recompute(measured.layer_bytes, measured.boundary_bytes, room)
+
+
+def estimate_recomputing(measured: Measured, count: int) -> Peak:
+    """An estimate of the peak with `count` layers recomputing, by the activations of each layer.
+
+    Args:
+        measured: Without recomputing.
+    """
+    peak = measured.peaks["train"]
+    if not count or not sum(peak.layers):  # the peak is that of the optimizer's step
+        return peak
+    # when a lower layer recomputes, the upper layers are done, and their activations are freed
+    kept = count * measured.boundary_bytes + max(sum(peak.layers[count:]), max(peak.layers[:count]))
+    freed = max(0, sum(peak.layers) - kept)
+    return replace(
+        peak, nbytes=peak.nbytes - freed, parts=peak.parts | {"activations": peak.parts["activations"] - freed}
+    )
 
 
 def find_fit(
@@ -109,7 +113,7 @@ def find_fit(
     length = config.data.max_length // 2 if limit.can_load(fake_run) else 0
     while length >= SHORTEST:
         rows = [cut(row, length) for row in step.rows[:1]]
-        if (fewest := limit.fewest_recomputed(fake_run, fake_run.batches(rows, 1))) is not None:
+        if (found := limit.with_recomputing(fake_run, fake_run.batches(rows, 1))) is not None:
             price = Bilingual("longer rows are cut", "更长的样本会被截断")
             if step.windows:
                 price = Bilingual("texts become more windows", "文本会切成更多窗口")
@@ -122,13 +126,13 @@ def find_fit(
                 after=str(length),
                 price=price,
             )
-            split, recompute = _split_change(config, 1), _recompute_change(config, fake_run, fewest[0])
+            split, recompute = _split_change(config, 1), _recompute_change(config, fake_run, found[0])
             changes = [*changes_so_far, *split, *recompute, shorter]
             return Fit(
                 changes=changes,
-                peak_bytes=fewest[1].nbytes,
-                parts=fewest[1].parts,
-                time_factor=fake_run.time_factor(fewest[0]),
+                peak_bytes=found[1].nbytes,
+                parts=found[1].parts,
+                time_factor=fake_run.time_factor(found[0]),
             )
         length //= 2
     return None
@@ -142,8 +146,8 @@ def _fit_with_same_result(limit: MemoryLimit, config: RunConfig, fake_run: FakeR
     best: Fit | None = None
     for size in (n for n in range(full_size, 0, -1) if full_size % n == 0):
         rows = step.rows if size == full_size else step.rows[: 2 * size]
-        if (fewest := limit.fewest_recomputed(fake_run, fake_run.batches(rows, size))) is not None:
-            count, peak = fewest
+        if (found := limit.with_recomputing(fake_run, fake_run.batches(rows, size))) is not None:
+            count, peak = found
             changes = [*_split_change(config, size), *_recompute_change(config, fake_run, count)]
             fit = Fit(
                 changes=changes, peak_bytes=peak.nbytes, parts=peak.parts, time_factor=fake_run.time_factor(count)

@@ -9,10 +9,10 @@ from functools import partial
 from siliang.config import MethodConfig, RunConfig
 from siliang.language import Bilingual
 from siliang.methods import find_method
-from siliang.plan.cached import cached_outputs
+from siliang.plan.budget import cached_outputs, room_for_activations
 from siliang.plan.device import Device
 from siliang.plan.fake_run import Baseline, FakeRun
-from siliang.plan.fit import MemoryLimit, find_fit
+from siliang.plan.fit import MemoryLimit, estimate_recomputing, find_fit, recomputed_layers
 from siliang.plan.rows import StepRows
 from siliang.plan.steps import Measured, Phase
 from siliang.records import MethodPlan
@@ -124,21 +124,20 @@ def _plan_config(
     planned.frozen_bytes, planned.frozen_disk_bytes = cached.memory_bytes, cached.disk_bytes
     kept = cached.memory_bytes if device.kind == "cpu" else 0  # in the same memory as the step
     planned.host_bytes += cached.memory_bytes - kept
-    limit = None
-    if device.memory_bytes is not None:  # the cache fills after the loading
-        limit = MemoryLimit(device.memory_bytes - overhead - kept, device.work_bytes + kept)
-    budget = config.train.memory_budget
-    aim = limit if budget == "auto" else None
-    if isinstance(budget, int):
-        aim = MemoryLimit(budget - device.budgeted_bytes - kept)
-    if aim is not None and not always and fake_run.layers and peak.nbytes > aim.limit_bytes:
-        fewest = aim.fewest_recomputed(fake_run, batches, measured) if thorough else aim.estimate(measured)
-        if fewest is None and isinstance(budget, int):  # a run may exceed its budget
-            fewest = fake_run.layers, fake_run.measure(batches, recomputed=fake_run.layers).peaks["train"]
-        if fewest is not None:
-            planned.recomputed_layers, peak = fewest
-            planned.time_factor = fake_run.time_factor(fewest[0])
-    if limit is not None:
+    room = room_for_activations(config.train, device, fake_run, measured, cached_bytes=kept)
+    if not always and (count := recomputed_layers(measured, room)):
+        planned.recomputed_layers, planned.time_factor = count, fake_run.time_factor(count)
+        if thorough:
+            peak = fake_run.measure(batches, recomputed=count).peaks["train"]
+        else:
+            peak = estimate_recomputing(measured, count)
+    if device.memory_bytes is not None:
+        auto = config.train.model_copy(update={"memory_budget": "auto"})
+        limit = MemoryLimit(
+            device.memory_bytes - overhead - kept,
+            partial(room_for_activations, auto, device, cached_bytes=kept),
+            device.work_bytes + kept,  # the cache fills after the loading
+        )
         planned.fits = peak.nbytes <= limit.limit_bytes and limit.can_load(fake_run)
         if not planned.fits and thorough and proposing:
             can_quantize = config.quantization is None and method.freezes_the_base

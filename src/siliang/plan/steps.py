@@ -9,7 +9,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from siliang.adapters.present import trial_inputs
@@ -19,7 +18,7 @@ from siliang.distributed.sharding import reshard
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.memory.track import Peak, Tracker
-from siliang.models.introspect import NoLayerStackError, cache_argument, layer_stack
+from siliang.models.introspect import cache_argument
 from siliang.models.quantized import held_tensors
 from siliang.ops.lora_linear import lora_linear_as
 from siliang.peft_api.model import PeftModel
@@ -41,6 +40,7 @@ class Measured:
         layer_flops: Those of the layers' forward passes.
         tokens: Tokens of the batches, without padding.
         boundary_bytes: Size of a layer's input.
+        layer_bytes: Activations of each layer, of the batch with the most.
         token_bytes: The same per token of a batch without padding.
     """
 
@@ -49,6 +49,7 @@ class Measured:
     layer_flops: int = 0
     tokens: int = 0
     boundary_bytes: int = 0
+    layer_bytes: tuple[int, ...] = ()
     token_bytes: float = 0.0
 
 
@@ -81,13 +82,12 @@ def measure(
         weight = float(max(sum(batch.weight for batch in batches), 1))
         step = partial(_own_step, engine, weight, autocast)
     reshard(model)
-    layers = _layers(engine, model)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     tracker = Tracker(block_bytes, vocabulary if engine.task.writes else None)
     trained = [p for p in model.parameters() if p.requires_grad]
     peaks: dict[Phase, Peak] = {}
-    token_bytes = 0.0
-    with tracker.tracking(model, layers):
+    token_bytes, layer_bytes = 0.0, tuple[int, ...]()
+    with tracker.tracking(model, list(engine.recompute.layers)):
         tracker.categorize((x for x in held_tensors(model)), "weights")
         if isinstance(model, PeftModel):  # weights that an adapter's start replaces, which are kept
             tracker.categorize(model.injection.parked_parameters(), "weights")
@@ -109,6 +109,7 @@ def measure(
             tracker.counting = True
             step(model, batches)
             tracker.counting = False
+            layer_bytes = tracker.layer_bytes
             token_bytes = tracker.boundary_bytes / max(batches[-1].tokens, 1)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -123,7 +124,15 @@ def measure(
                     if run(model, engine, batches, autocast):
                         peaks[phase] = tracker.peak()
     tokens = sum(batch.tokens for batch in batches)
-    return Measured(peaks, tracker.flops, tracker.layer_flops, tokens, tracker.boundary_bytes, token_bytes)
+    return Measured(
+        peaks,
+        flops=tracker.flops,
+        layer_flops=tracker.layer_flops,
+        tokens=tokens,
+        boundary_bytes=tracker.boundary_bytes,
+        layer_bytes=layer_bytes,
+        token_bytes=token_bytes,
+    )
 
 
 def baseline_step(model: Model, batches: list[Batch]) -> None:
@@ -188,15 +197,6 @@ AFTER_TRAINING: dict[Phase, Callable[[Model, Engine, list[Batch], Autocast], boo
     "generate": _generate,
     "merge": _merge,
 }
-
-
-def _layers(engine: Engine, model: Model) -> list[nn.Module]:
-    if engine.padding is not None:
-        return engine.padding.layers
-    try:
-        return layer_stack(model.get_base_model() if isinstance(model, PeftModel) else model)
-    except NoLayerStackError:
-        return []
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:

@@ -1,20 +1,29 @@
-"""What a run caches of its frozen layers' outputs, planned and made."""
+"""What a run keeps: outputs of its frozen layers, and activations; planned and made."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import make
 
+from siliang import LoraConfig, get_peft_model
 from siliang.config import RunConfig
 from siliang.engine.budget import MemoryBudget
 from siliang.engine.frozen import StateStore
+from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.ops.masked_ce import CHUNK_BYTES
-from siliang.plan import plan
+from siliang.plan import model_config, plan
+from siliang.plan.budget import room_for_activations
 from siliang.plan.device import Device
+from siliang.plan.fake_run import FakeRun
+from siliang.plan.fit import recomputed_layers
 from siliang.plan.preflight import Planner
+from siliang.plan.rows import synthetic_rows
+from siliang.tasks import TASKS
 from siliang.train.run import train
 
 THERE = Device("cpu", 24 * 10**9, "as asked", Choice("fp32", "as asked"), 0, 0, here=True)
@@ -42,6 +51,37 @@ def test_the_plan_has_what_the_run_caches(reviews: RunConfig, tmp_path: Path, mo
     assert planned is not None and planned.frozen_bytes == store._used == memory.predicted_parts["frozen"] > 0
     assert store.promised() == 0 and planned.frozen_disk_bytes == 0
     assert memory.predicted_bytes == planned.needed_bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "t5"])
+@pytest.mark.parametrize("limit", ["auto", 700_000_000])
+def test_the_plan_recomputes_the_layers_that_the_engine_does(
+    limit: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same room, and by the activations that the engine measures. T5 passes masks on, which the plan counts."""
+    base: Any = make(name)
+    base.config.save_pretrained(tmp_path)
+    task = "seq_2_seq_lm" if name == "t5" else "causal_lm"
+    values = {"model": str(tmp_path), "task": task, "data": {"train": "-", "max_length": 64}, "output": "-"}
+    config = RunConfig.build(values | {"train": {"memory_budget": limit, "batch_size": 4}})
+    device = Device("cpu", 10**9, "as asked", Choice("fp32", "as asked"), 10**8, 10**7, here=True)
+    fake_run = FakeRun(config, model_config(config), device)
+    batches = fake_run.batches(synthetic_rows(config).rows)
+    measured = fake_run.measure(batches)
+
+    model = get_peft_model(base, LoraConfig()).train()
+    engine = Engine(model, TASKS[config.task], memory_budget=limit)
+    held = device.overhead_bytes + measured.peaks["loaded"].nbytes + fake_run.trained_bytes
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**9 - held))
+    monkeypatch.setattr("psutil.Process.memory_info", lambda process: SimpleNamespace(rss=held))
+    engine.run(model, batches, 1.0)
+    recompute = engine.recompute
+    room = room_for_activations(config.train, device, fake_run, measured)
+    assert recompute._room == room > 0
+    assert sum(recompute.bytes_per_token) * batches[0].tokens == pytest.approx(sum(measured.layer_bytes), rel=0.03)
+    for share in (1.05, 0.8, 0.6, 0.0):
+        recompute._room = share * sum(measured.layer_bytes)
+        assert recompute.needed(batches[0].tokens) == recomputed_layers(measured, recompute._room)
 
 
 def test_it_is_a_part_of_the_peak(reviews: RunConfig, tmp_path: Path) -> None:

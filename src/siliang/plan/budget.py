@@ -1,7 +1,9 @@
-"""What a run keeps of its frozen layers' outputs, on paper: the same shares of memory and disk as the engine's."""
+"""What a planned run may keep: activations, and outputs of its frozen layers. The shares of memory and disk are the
+engine's, which come from the engine's own functions (engine/budget.py)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import psutil
@@ -45,3 +47,23 @@ def cached_outputs(
     memory = wanted if room is None else min(wanted, cache_share(room))
     disk = wanted - memory
     return Cached(memory, min(disk, free_disk_bytes()) if device.here else disk)
+
+
+def room_for_activations(
+    settings: TrainConfig, device: Device, fake_run: FakeRun, measured: Measured, *, cached_bytes: int = 0
+) -> float:
+    """Bytes for what the layers keep, as the engine counts them after its first batch: besides the model, its gradients
+    and what is to come. Infinite without a limit, and minus infinity if every layer recomputes in any case.
+
+    Args:
+        cached_bytes: Outputs of frozen layers in the same memory.
+    """
+    budget = settings.memory_budget
+    if settings.gradient_checkpointing:
+        return -math.inf
+    if budget is None or (budget == "auto" and device.memory_bytes is None):
+        return math.inf
+    held = measured.peaks["loaded"].nbytes + fake_run.trained_bytes
+    free = (device.memory_bytes or 0) - device.overhead_bytes - held
+    to_come = trained_bytes_to_come(fake_run.trained_bytes, 0)
+    return left(budget, device.budgeted_bytes + held, free) - to_come - cached_bytes
