@@ -1,7 +1,7 @@
-"""Speed and memory: siliang beside its peers, and beside the machine's own limit, on workloads that are the same.
+"""Speed and memory: siliang compared with its peers, and with the machine's own limit, on the same workloads.
 
-In the order of reading: `workloads` (what is trained), `folders` (the models and data for it), `record` (a job and what
-it gave), `steps` (what every library's measurement shares), `ours` and `peer` (a measurement of each), `limit` (the
-matrix products alone), `gate` (whether both trained the same), `rounds` (the order of measurements, each in a process
-of its own), `table` (what is made from the records).
+In the order of reading: `workloads` (what is trained), `folders` (their models and data), `record` (a job and its
+result), `steps` (shared by the measurements of all libraries), `ours` and `peer` (a measurement of each), `limit` (only
+the matrix products), `gate` (whether both trained the same), `rounds` (the order of measurements, each in a separate
+process), `table` (the report from the records).
 """

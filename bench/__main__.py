@@ -28,7 +28,7 @@ def main() -> int:
         report(options.table)
         return 0
     if not options.gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # W1 to W4 are the CPU's; said before anything asks torch for devices
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # W1 to W4 are the CPU's; set before anything asks torch for devices
     from bench.folders import SHARED
     from bench.rounds import Bench, Plan, is_there
     from siliang.hardware import find_device

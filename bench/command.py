@@ -1,4 +1,4 @@
-"""`siliang train` in a process of its own, as its user starts it."""
+"""`siliang train` in a separate process, as a user starts it."""
 
 from __future__ import annotations
 

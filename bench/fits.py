@@ -35,7 +35,7 @@ FIXED_ROWS, FIXED_LAYERS = 32, 4
 
 
 def make_step(rows: int, layers: int) -> Callable[[], None]:
-    """A whole training step on random tokens, its optimizer's part included."""
+    """A full training step on random tokens, including the optimizer."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(llama(WIDTH, layers))
     model = get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, target_modules=["q_proj", "v_proj"]))

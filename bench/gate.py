@@ -1,4 +1,4 @@
-"""Whether two libraries trained the same: same start, same data in the same order, same losses."""
+"""Checks that two libraries trained the same: same start, same data in the same order, same losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison showed.
+    """The result of a comparison.
 
     Attributes:
         difference: The largest of a step's losses, relative to the peer's.
@@ -27,7 +27,7 @@ class Verdict:
 
 
 def compare(ours: Measurement, peer: Measurement) -> Verdict:
-    """Holds our gate run to a peer's, step by step."""
+    """Compares our gate run with a peer's, step by step."""
     if failed := [m for m in (ours, peer) if m.error]:
         return Verdict(math.nan, tuple(f"{NAMES[m.job.library]} gave no result: {m.error}" for m in failed))
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""The machine's own limit: the matrix products that a step cannot do without, and nothing else.
+"""The machine's own limit: the matrix products that a step requires, and nothing else.
 
 For T tokens of a step: every linear layer W (in, out) of the blocks takes x W and dX = dY W^T, and dW = x^T dY only
 where W is trained; the output head the same on the tokens that carry a label alone; LoRA's A and B three each;

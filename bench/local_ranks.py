@@ -28,7 +28,7 @@ from siliang.records import Record
 LOCAL = Shape("local", 6, 512, 1408, 8, 8, 6400)
 SIZES = (2, 4)
 MESSAGE_BYTES = 64 * 2**20
-# a network of their own, in which nothing else is heard; its bytes are told at the end
+# a separate network, without other traffic; its bytes are printed at the end
 APART = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c"]
 APART += ['ip link set lo up && "$@"; code=$?; cat /proc/self/net/dev; exit $code', "sh"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -57,7 +57,7 @@ class Case:
 def count() -> str:
     """Bytes over the loopback of a private network, of ranks that send in fp32."""
     found: dict[str, list[str]] = {}
-    cases = [Case(s, k) for s in STRATEGIES for k in (1, 2) if k == 1 or s.dealt or s.halves]
+    cases = [Case(s, k) for s in STRATEGIES for k in (1, 2) if k == 1 or s.sharded or s.halves]
     if find_spec("deepspeed") is None:
         cases = [c for c in cases if not c.strategy.halves]
         print("deepspeed is not installed: ZeRO is left out", file=sys.stderr)
@@ -71,7 +71,7 @@ def count() -> str:
                 each, paper = (heard[1] - heard[0]) / 4 / ranks, in_fp32.sent(LOCAL, ranks, case.batches, scatter=2)
                 found.setdefault(case.name, []).append(f"{size(each)}, {size(paper)} ({each / paper:.3f})")
                 print(f"{case.name:<28} {ranks} ranks  {found[case.name][-1]}", file=sys.stderr, flush=True)
-    head = ["", *(f"{n} ranks: counted, on paper" for n in SIZES)]
+    head = ["", *(f"{n} ranks: counted, on fake tensors" for n in SIZES)]
     return table(head, [[name, *cells] for name, cells in found.items()])
 
 
@@ -99,16 +99,16 @@ def measure(rounds: int) -> str:
         for ranks in SIZES:
             in_fp32 = replace(case.strategy, weight_bytes=4, gradient_bytes=4)
             compute = alone / min(ranks, cores) * (1 + imbalance(lengths, ranks, 16 // ranks))
-            paper = compute + in_fp32.sent(LOCAL, ranks, scatter=2) / statistics.median(speed[ranks])
+            model = compute + in_fp32.sent(LOCAL, ranks, scatter=2) / statistics.median(speed[ranks])
             took = statistics.median(seconds[case.name, ranks])
-            cells.append(f"{took:.3f} s, {paper:.3f} s ({took / paper:.2f})")
+            cells.append(f"{took:.3f} s, {model:.3f} s ({took / model:.2f})")
         rows.append([case.name, *cells])
     speeds = ", ".join(f"{n}: {size(statistics.median(speed[n]))}/s" for n in SIZES)
-    told = (
+    speed_line = (
         f"{cores} cores; each of 2 or 4 processes sends over the loopback, all-reducing {size(MESSAGE_BYTES)}: {speeds}"
     )
     head = ["", "1 process", *(f"{n}: measured, model" for n in SIZES)]
-    return f"{told}\n\n{table(head, rows)}"
+    return f"{speed_line}\n\n{table(head, rows)}"
 
 
 def make(place: Path, *, even: bool) -> None:

@@ -1,9 +1,9 @@
-"""Predicted against measured bytes at the peak of a step: what the plan says on paper, what torch's allocator counts.
+"""Predicted and measured bytes at the peak of a step: by the plan on fake tensors, and by torch's allocator.
 
 python -m bench.memory            the table of docs/memory.md: every method, model, layout and format
 python -m bench.memory --only llama lora
 python -m bench.memory --jobs 2   two cases at a time
-python -m bench.memory --ranks 2  the same on each of two processes among which the weights are dealt out
+python -m bench.memory --ranks 2  the same on each of two processes, which share the weights
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Case:
 
 
 def cases(ranks: int = 1) -> Iterator[Case]:
-    """Every combination that there is."""
+    """All combinations."""
     for model, method, checkpointing, packing, kind in product(MODELS, METHODS, (False, True), (True, False), FORMATS):
         if kind == "nf4" and method == "full":
             continue
@@ -159,7 +159,7 @@ def cases(ranks: int = 1) -> Iterator[Case]:
 
 
 def predict(case: Case) -> int:
-    """Bytes of tensors at the peak, on paper."""
+    """Planned bytes of tensors at the peak."""
     device = Device("cpu", None, "unknown", case.precision, 0, 0, here=True)
     config = MODELS[case.model][1]()
     config.num_labels = 2
@@ -216,7 +216,7 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
     engine = Engine(model, task, packing=case.packing, checkpointing=case.checkpointing)
     reshard(model)
     gc.collect()
-    standing = sum(_bytes(t) for t in _held(model))
+    held_bytes = sum(_bytes(t) for t in _held(model))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     model.train()
@@ -235,12 +235,12 @@ def _measure(case: Case, saved: Path, mesh: DeviceMesh | None) -> int:
 
     step()
     gc.collect()
-    standing += sum(_bytes(x) for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
-    standing += sum(x.nbytes for batch in batches for x in (*batch.inputs.values(), *_some(batch.targets)))
+    held_bytes += sum(_bytes(x) for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
+    held_bytes += sum(x.nbytes for batch in batches for x in (*batch.inputs.values(), *_some(batch.targets)))
     with allocations() as found:
         step()
     engine.close()
-    return standing + found.peak_bytes
+    return held_bytes + found.peak_bytes
 
 
 class Allocations:
@@ -309,10 +309,10 @@ class Result:
 def compare(case: Case, folder: Path) -> Result:
     """Plans the case and makes it."""
     try:
-        said = predict(case)
+        planned = predict(case)
     except SiliangError as error:
         return Result(case, refused=str(error).partition("\n")[0][:150])
-    return Result(case, said, measure(case, folder))
+    return Result(case, planned, measure(case, folder))
 
 
 def table(results: list[Result]) -> str:
@@ -337,7 +337,7 @@ def main() -> int:
     """Prints each case as it is made, and the table; returns 1 where a prediction is off by more than 2%."""
     parser = argparse.ArgumentParser("python -m bench.memory", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], help="words that a case must have")
-    parser.add_argument("--ranks", type=int, default=1, help="processes among which the weights are dealt out")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the weights")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     options = parser.parse_args()
     asked = [case for case in cases(options.ranks) if all(word in str(case).split() for word in options.only)]
@@ -345,7 +345,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for model in {case.model for case in asked}:
             save_model(model, Path(folder))
-        # for the processes to come; bitsandbytes has threads of its own, which torch.set_num_threads does not reach
+        # for new processes; torch.set_num_threads does not reach bitsandbytes' threads
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
         with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
             for result in pool.map(compare, asked, repeat(Path(folder))):

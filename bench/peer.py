@@ -58,7 +58,7 @@ def measure(found: Measurement, scratch: Path) -> None:
 
 
 class _Counting:
-    """A collator that remembers how many tokens each batch had: the loader is a batch ahead of the step."""
+    """A collator that counts the tokens of each batch: the loader is a batch ahead of the step."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], Any]) -> None:
         self._collate = collate
@@ -127,7 +127,7 @@ def _trainer(model: Any, rows: TokenSet, tokenizer: Any, config: RunConfig, job:
 
 
 def _sft_trainer(model: Any, rows: TokenSet, tokenizer: Any, config: RunConfig, job: Job, folder: Path) -> Trainer:
-    from trl import SFTConfig, SFTTrainer  # pyright: ignore  # an extra of its own: it need not be there
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore  # an extra, which need not be installed
 
     assert config.task is TaskType.CAUSAL_LM
     arguments = SFTConfig(

@@ -1,7 +1,7 @@
 """What each of several processes holds and takes, on this machine.
 
 python -m bench.ranks memory      resident memory of each process under ddp and fsdp, beside the plan's
-python -m bench.ranks adapters    a step under fsdp, the adapter whole on every rank or dealt out like the base, in turn
+python -m bench.ranks adapters    a step under fsdp, the adapter replicated or sharded like the base, alternately
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ def memory(folder: Path) -> None:
 
 
 def adapters(folder: Path, ranks: int = 2) -> None:
-    """Seconds of a step both ways, in turn."""
+    """Seconds of a step both ways, alternately."""
     with ProcessPoolExecutor(ranks, multiprocessing.get_context("spawn")) as pool:
         found, *_ = pool.map(partial(_time_rank, folder / uuid.uuid4().hex, ranks), range(ranks))
     for name, seconds in found.items():
         shown = "  ".join(f"{1000 * s:,.0f}" for s in seconds)
-        print(f"adapter {name:<9} {1000 * statistics.median(seconds):7,.0f} ms a step  ({shown})")
-    print(f"dealt out / whole = {statistics.median(found['dealt out']) / statistics.median(found['whole']):.3f}")
+        print(f"adapter {name:<10} {1000 * statistics.median(seconds):7,.0f} ms a step  ({shown})")
+    print(f"sharded / replicated = {statistics.median(found['sharded']) / statistics.median(found['replicated']):.3f}")
 
 
 def _time_rank(meeting: Path, ranks: int, rank: int) -> dict[str, list[float]]:
@@ -115,7 +115,7 @@ def _time_rank(meeting: Path, ranks: int, rank: int) -> dict[str, list[float]]:
     row = {"input_ids": list(range(4, 4 + LENGTH)), "labels": list(range(4, 4 + LENGTH))}
     batches = StepCollator(PadCollator(0), CAUSAL_LM, ROWS, packed=True)([dict(row) for _ in range(ROWS)])
     steps = {}
-    for name, too in (("whole", False), ("dealt out", True)):
+    for name, too in (("replicated", False), ("sharded", True)):
         torch.manual_seed(0)
         config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=16, target_modules="all-linear")
         model: Any = get_peft_model(AutoModelForCausalLM.from_config(llama(512, 8)), config)

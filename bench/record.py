@@ -1,4 +1,4 @@
-"""A job, which is one training in a process of its own, and the record of what it gave."""
+"""A job, which is one training in a separate process, and the record of its result."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 python -m bench.resident          every method of W1 to W4, and full tuning of W1's model
 python -m bench.resident --only W3
 
-Each run is a process of its own and its machine's first: no earlier run has corrected the constants.
+Each run is a separate process, and the first of its machine: no earlier run has corrected the constants.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The order of measurements: the peers' best settings are looked for, both sides pass the gate, then all are timed in
-turn. Each measurement is a process of its own."""
+turn. Each measurement is a separate process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bench.record import NAMES, Job, Measurement, Setting
 from bench.workloads import Library, Workload
 from siliang.hardware import describe_device, find_device, has_bf16, versions
 
-DEFAULT = Setting(dtype="fp32", layout="padded")  # of PEFT with the Trainer, when nothing is said
+DEFAULT = Setting(dtype="fp32", layout="padded")  # of PEFT with the Trainer, without settings
 PURPOSES = {"time": ("-time", "-search"), "gate": ("-gate",)}  # in the names of a part's records
 Tried = tuple[float, Library, Setting]  # tokens per second
 
@@ -63,7 +63,7 @@ class Bench:
 
     Args:
         records: The folder of records.
-        say: Is told each line about what is being done.
+        say: Prints a line of progress.
     """
 
     def __init__(self, plan: Plan, records: Path, say: Callable[[str], None]) -> None:
@@ -71,7 +71,7 @@ class Bench:
         self._scratch = tempfile.TemporaryDirectory(prefix="siliang-bench-")
         self.scratch = Path(self._scratch.name)
         self._device = find_device()
-        # a new process that has done its slow imports; CUDA does not survive a fork, so there everything starts anew
+        # a fork of a process that has imported everything; CUDA does not survive a fork, and needs a new process
         cuda = self._device.type == "cuda"
         self._context: Any = multiprocessing.get_context("spawn" if cuda or os.name == "nt" else "forkserver")
         if not cuda and os.name != "nt":

@@ -1,7 +1,7 @@
 """Whether two states of siliang train the same bits: a fixed set of small runs, here and at a commit.
 
 `make same COMMIT=main` trains each run with the working tree and with the commit, on the same files and compares hashes
-of what was saved, the losses of each step and the figures at the end. A change that should not alter results passes
+of what was saved, the losses of each step and the final metrics. A change that should not alter results passes
 before it is committed. The runs are started by the command alone, whose settings both states know. What a commit gave
 is kept in .venv/same, so that each of its runs is trained once.
 

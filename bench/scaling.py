@@ -2,7 +2,8 @@
 
     step time = compute + exposed communication + imbalance
 
-`python -m bench.scaling` prints the tables of docs/scaling.md; `bench/local_ranks.py` holds them to real processes.
+`python -m bench.scaling` prints the tables of docs/scaling.md; `bench/local_ranks.py` compares the formulae with real
+processes.
 
 Letters: N ranks (one a card), k batches of a step on each rank, M weights of the model, P weights of the adapter.
 """
@@ -134,7 +135,7 @@ class Strategy:
         weight_bytes: Of a weight that is sent. siliang's full tuning keeps weights in fp32, and FSDP2 sends them so;
             DeepSpeed keeps a copy in bf16, and sends that.
         gradient_bytes: Of a gradient that is sent.
-        dealt: Weights are dealt out, and put together for each batch.
+        sharded: Weights are sharded, and gathered for each batch.
         halves: Each gradient is sent to one rank alone, which then sends what it made of it: ZeRO.
     """
 
@@ -142,7 +143,7 @@ class Strategy:
     full: bool
     weight_bytes: int
     gradient_bytes: int
-    dealt: bool = False
+    sharded: bool = False
     halves: bool = False
 
     def trained(self, shape: Shape) -> int:
@@ -157,25 +158,25 @@ class Strategy:
         """
         r, trained = (ranks - 1) / ranks, self.trained(shape)
         gradients = self.gradient_bytes * trained
-        if not self.dealt:  # all-reduce; ZeRO-2's reduce-scatter in every batch, then its all-gather of weights
+        if not self.sharded:  # all-reduce; ZeRO-2's reduce-scatter in every batch, then its all-gather of weights
             once = r * (batches * scatter * gradients + self.weight_bytes * trained)
             return once if self.halves else 2 * r * gradients
         layers, root = self.weight_bytes * shape.layers * shape.layer, self.weight_bytes * shape.root
         if self.halves:  # ZeRO-3: everything for forward and again for backward, and gradients in every batch
             own = 0 if self.full else self.weight_bytes * trained
             return batches * r * (2 * (layers + root + own) + scatter * gradients)
-        # FSDP2: the root stays put together from forward to backward; adapters are whole, and averaged at the end
+        # FSDP2: the root stays gathered from forward to backward; adapters are replicated, and averaged at the end
         return batches * r * (2 * layers + root) + r * (scatter if self.full else 2) * gradients
 
     def held(self, shape: Shape, ranks: int) -> float:
         """Bytes of weights, gradients and Adam's moments on each rank; activations come on top."""
         trained = self.trained(shape)
         if self.full and not self.halves:
-            return 16 * trained / (ranks if self.dealt else 1)
-        if self.full:  # a copy in 2 bytes, gradients in 2, and 12 of fp32 weight and moments, which are dealt out
-            return trained * ((2 + 2 + 12) / ranks if self.dealt else 2 + (2 + 12) / ranks)
+            return 16 * trained / (ranks if self.sharded else 1)
+        if self.full:  # a copy in 2 bytes, gradients in 2, and 12 of fp32 weight and moments, which are sharded
+            return trained * ((2 + 2 + 12) / ranks if self.sharded else 2 + (2 + 12) / ranks)
         frozen, own = 2 * shape.whole, 16 * trained
-        if not self.dealt:
+        if not self.sharded:
             return frozen + (own if not self.halves else 4 * trained + 12 * trained / ranks)
         together = 2 * (2 * shape.layer + shape.root)  # of the layer that computes, the next, and the root
         return frozen / ranks + together + (own / ranks if self.halves else own)
@@ -190,7 +191,7 @@ class Strategy:
             return 0.0
         gradients = self.gradient_bytes * self.trained(shape)
         behind = (2 / 3 if self.full else 1 / 2) * compute_s / batches  # a batch's backward
-        if not self.dealt:
+        if not self.sharded:
             first, once = min(gradients, BUCKET_BYTES), cluster.gather_s if self.halves else cluster.reduce_s
             waits = max(once(first, ranks), once(gradients, ranks) - behind)
             after = cluster.gather_s(self.weight_bytes * self.trained(shape), ranks) if self.halves else 0.0
@@ -209,13 +210,13 @@ class Strategy:
 
 STRATEGIES = (
     Strategy("ddp, LoRA", False, 2, 4),
-    Strategy("fsdp, LoRA whole", False, 2, 4, dealt=True),
+    Strategy("fsdp, LoRA whole", False, 2, 4, sharded=True),
     Strategy("ZeRO-2, LoRA", False, 2, 2, halves=True),
-    Strategy("ZeRO-3, LoRA", False, 2, 2, dealt=True, halves=True),
+    Strategy("ZeRO-3, LoRA", False, 2, 2, sharded=True, halves=True),
     Strategy("ddp, full", True, 4, 4),
-    Strategy("fsdp, full", True, 4, 4, dealt=True),
+    Strategy("fsdp, full", True, 4, 4, sharded=True),
     Strategy("ZeRO-2, full", True, 2, 2, halves=True),
-    Strategy("ZeRO-3, full", True, 2, 2, dealt=True, halves=True),
+    Strategy("ZeRO-3, full", True, 2, 2, sharded=True, halves=True),
 )
 
 
@@ -233,8 +234,8 @@ def step_s(
     """(compute, exposed communication, imbalance) of a step with so many tokens on each rank.
 
     Args:
-        imbalance: What the rank with the most tokens has above the mean, as a share of it.
-        length: Of the row in which a token stands, on average.
+        imbalance: Excess of the rank with the most tokens over the mean, as a share of the mean.
+        length: Mean length of the row of a token.
     """
     flops = tokens * shape.flops_per_token(strategy.trained(shape), length, full=strategy.full)
     compute = flops / cluster.flops
@@ -242,18 +243,18 @@ def step_s(
 
 
 def imbalance(lengths: Sequence[int], ranks: int, rows: int, *, in_turn: bool = False, steps: int = 20) -> float:
-    """What the rank with the most tokens has above the mean, over random steps, as `train` deals rows out.
+    """Mean excess of the rank with the most tokens over the mean, in random steps, as `train` distributes rows.
 
     Args:
         rows: Of a step, on each rank.
-        in_turn: Deal them out as they come, as torch's DistributedSampler does.
+        in_turn: Distribute them in turn, as torch's DistributedSampler does.
     """
     chance, found = random.Random(ranks), []
     for _ in range(max(2, min(steps, 20_000 // (rows * ranks)))):
         step = [chance.randrange(len(lengths)) for _ in range(rows * ranks)]
         own = [lengths[i] for i in step]
-        dealt = [step[rank::ranks] for rank in range(ranks)] if in_turn else None
-        tokens = [sum(lengths[i] for i in share) for share in dealt] if dealt else _sums(own, ranks)
+        in_turns = [step[rank::ranks] for rank in range(ranks)] if in_turn else None
+        tokens = [sum(lengths[i] for i in share) for share in in_turns] if in_turns else _sums(own, ranks)
         found.append(max(tokens) / (sum(tokens) / ranks) - 1)
     return statistics.fmean(found)
 
@@ -373,7 +374,7 @@ def paper(lengths: Sequence[int]) -> str:
 
     parts.append("## Beside what others measured: full tuning of Llama 3.1 8B, FSDP2, 16,384 tokens a card\n")
     # bf16 gathered, fp32 gradients, as torchtitan's mixed precision has it; no imbalance: rows are cut to one length
-    titan = Strategy("", True, 2, 4, dealt=True)
+    titan = Strategy("", True, 2, 4, sharded=True)
     here = {n: step_s(titan, SHAPES[2], CLUSTERS[0], n, 16_384, imbalance=0, length=8192) for n in (8, 128)}
     speeds = {n: 16_384 / sum(times) for n, times in here.items()}
     measured = {8: (5762, 6667), 128: (5605, 6514)}

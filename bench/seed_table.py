@@ -1,4 +1,4 @@
-"""The methods of a comparison once more, with `peft` in its usual loop: same rows, seeds and learning rates.
+"""The methods of a comparison again, with `peft` in a plain loop: same rows, seeds and learning rates.
 
 python -m bench.seed_table examples/compare/chnsenticorp.yaml --output runs/peft
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
-    """One run with peft: the task's figures."""
+    """One run with peft: the task's metrics."""
     logging.set_verbosity_error()
     run = run_config(config, trial, Path("unused"), {})
     set_seed(trial.seed)
@@ -112,8 +112,8 @@ def measure(config: CompareConfig, trial: Trial) -> dict[str, Any]:
             if step == steps:
                 break
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    told = {"method": trial.method, "seed": trial.seed, "trained": trained, "rate": rate}
-    return told | evaluate(model, data.eval, collate, run, data.labels or [])
+    shown = {"method": trial.method, "seed": trial.seed, "trained": trained, "rate": rate}
+    return shown | evaluate(model, data.eval, collate, run, data.labels or [])
 
 
 def attach(model: Any, run: RunConfig) -> Any:
@@ -146,20 +146,20 @@ def evaluate(model: Any, rows: TokenSet, collate: PadCollator, run: RunConfig, l
             guesses += output.logits.argmax(-1).tolist()
             right += gold.tolist()
         elif run.task is TaskType.TOKEN_CLS:
-            for said, row in zip(output.logits.argmax(-1).tolist(), gold.tolist(), strict=True):
-                kept = [(labels[a], labels[b]) for a, b in zip(said, row, strict=True) if b != -100]
+            for predicted, row in zip(output.logits.argmax(-1).tolist(), gold.tolist(), strict=True):
+                kept = [(labels[a], labels[b]) for a, b in zip(predicted, row, strict=True) if b != -100]
                 guesses.append([a for a, _ in kept])
                 right.append([b for _, b in kept])
-    figures = {"eval_loss": total / max(weight, 1)}
+    found = {"eval_loss": total / max(weight, 1)}
     if run.task is TaskType.SEQ_CLS:
-        figures |= metrics.classification(guesses, right)
+        found |= metrics.classification(guesses, right)
     elif run.task is TaskType.TOKEN_CLS:
-        figures |= metrics.spans_of_tags(guesses, right)
-    return figures
+        found |= metrics.spans_of_tags(guesses, right)
+    return found
 
 
 def render(config: CompareConfig, done: list[dict[str, Any]]) -> str:
-    """Both libraries' figures, mean and spread over seeds, in Markdown; speed is `python -m bench`'s to measure."""
+    """Both libraries' metrics, mean and spread over seeds, in Markdown; speed is `python -m bench`'s to measure."""
     quality = TASKS[config.run.task].quality
     folder = Path(config.run.output)
     path = folder / COMPARISON_NAME

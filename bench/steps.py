@@ -1,4 +1,4 @@
-"""What every library's measurement shares: the same start, a quiet process, a clock on the steps."""
+"""Shared by the measurements of all libraries: the same start, a settled process, a clock on the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tutorials' own memory figures beside ours on paper, as they ran and as siliang runs.
+"""The memory that tutorials report, and the plan of it, as they ran and as siliang runs.
 
 python -m bench.tutorials            the table of docs/memory.md
 """
@@ -20,7 +20,7 @@ GIB = 2**30  # what both Windows' task manager and nvidia-smi call a GB
 
 @dataclass(frozen=True)
 class Seen:
-    """A figure that a tutorial reports.
+    """A peak that a tutorial reports.
 
     Attributes:
         gib: On the card, everything included.
@@ -79,15 +79,15 @@ SEEN = (
 )
 
 
-def predict(seen: Seen, *, usual: bool) -> float:
+def predict(seen: Seen, *, as_it_ran: bool) -> float:
     """GiB on the card, without what was in use before.
 
     Args:
-        usual: As the tutorial ran it: padded, eager attention, all logits, its format; otherwise as siliang would, in
-            the format that suits a card of today.
+        as_it_ran: As the tutorial ran it: padded, eager attention, all logits, its format; otherwise as siliang runs
+            it, in the format of today's GPUs.
     """
     shape = SHAPES[seen.model]
-    precision = Choice(seen.precision if usual else "bf16", "")
+    precision = Choice(seen.precision if as_it_ran else "bf16", "")
     config = RunConfig.build(
         {
             "model": seen.model,
@@ -101,7 +101,7 @@ def predict(seen: Seen, *, usual: bool) -> float:
     device = Device("cuda", None, "unknown", precision, CUDA_CONTEXT_BYTES, CUDA_WORK_BYTES, here=False)
     base_config = shape.config()
     base_config.num_labels = 2
-    fake_run = FakeRun(config, base_config, device, baseline=Baseline("eager") if usual else None)
+    fake_run = FakeRun(config, base_config, device, baseline=Baseline("eager") if as_it_ran else None)
     if seen.rows == 0:
         loaded = fake_run.measure(fake_run.batches([synthetic_row(config, 8)]), phases=("loaded",))
         return (loaded.peaks["loaded"].nbytes + device.overhead_bytes) / GIB
@@ -116,10 +116,10 @@ def main() -> int:
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for seen in SEEN:
         there = seen.gib - seen.idle_gib
-        usual, ours = predict(seen, usual=True), predict(seen, usual=False)
+        as_it_ran, ours = predict(seen, as_it_ran=True), predict(seen, as_it_ran=False)
         print(
-            f"| {seen.model} | {seen.what} | {seen.gib:.1f} | {there:.1f} | {usual:.1f} | "
-            f"{100 * (usual / there - 1):+.0f}% | {ours:.1f} |",
+            f"| {seen.model} | {seen.what} | {seen.gib:.1f} | {there:.1f} | {as_it_ran:.1f} | "
+            f"{100 * (as_it_ran / there - 1):+.0f}% | {ours:.1f} |",
             flush=True,
         )
     return 0

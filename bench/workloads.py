@@ -64,7 +64,7 @@ class Workload:
         batch: Rows of a step.
         layouts: How the peers may lay out a batch, library by library: "padded", "grouped" by length, or "flat", all
             rows in one without padding.
-        excluded: What was left out of `layouts`, and why; told in the table.
+        excluded: Excluded `layouts`, with the reason, for the table.
     """
 
     name: str

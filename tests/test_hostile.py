@@ -31,7 +31,7 @@ from siliang.types import AdapterError, ConfigError, DataError, ModelError, Task
     [
         ("a: " + "[" * 30 + "]" * 30, "nested more than 20 deep"),
         ("\n".join(["a0: &a0 x", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]), "10,000"),
-        ("a: &a [*a]", "is used inside of its own value"),
+        ("a: &a [*a]", "is used inside its value"),
         ("a: " + "x" * 1_000_001, "1,000,000 characters"),
         ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("b: 0\na: !!int x", "run.yaml:2: .* x is not a whole number"),

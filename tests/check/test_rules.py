@@ -435,8 +435,8 @@ def test_counts_of_an_encoder_decoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (("0", "1", "-1"), "24 rows have the label '-1' beside numbers from 0"),
-        (("0", "1", "2", "-1"), "rows have the label '-1' beside numbers from 0"),
+        (("0", "1", "-1"), "24 rows have the label '-1', and others are numbers from 0"),
+        (("0", "1", "2", "-1"), "rows have the label '-1', and others are numbers from 0"),
         (("0", "1", "true", "false"), "'0' (18 rows) and 'false' (18 rows); '1' (18 rows) and 'true' (18 rows)"),
         (("1", "0", "True"), "'1' (24 rows) and 'True' (24 rows)"),
         ((" pos", " neg"), "hold invisible characters: ' neg' (36 rows), ' pos' (36 rows)"),

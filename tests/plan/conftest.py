@@ -1,4 +1,4 @@
-"""A run of its own for each test of the plan."""
+"""A separate run for each test of the plan."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
     """Labels that may be mistakes.
 
     Cause: Labels are compared letter by letter: "a" and "a " with a blank, "1" and "1.0", "Positive" and "positive" are
-    two classes each, although no text distinguishes them. "nan", "None", and -1 beside 0 and 1 usually mean a missing
+    two classes each, although no text distinguishes them. "nan", "None", and -1 with 0 and 1 often mean a missing
     label; numbers with a decimal point are often measures; "a,b" with "a" and "b" is several labels in one.
 
     Fix: Write each class in one way, and remove rows without a label. If the names are correct, list them in
@@ -96,8 +96,8 @@ def doubtful_labels(s: CheckInput) -> Iterator[Problem]:
     if (none := no_label(names)) is not None:
         yield Problem(
             Bilingual(
-                f"{counts[none]:,} rows have the label {none!r} beside numbers from 0: GLUE and others "
-                "write that for a missing label",
+                f"{counts[none]:,} rows have the label {none!r}, and others are numbers from 0: in GLUE and others "
+                "it means a missing label",
                 f"{counts[none]:,} 条样本的标签是 {none!r}，而其他标签是从 0 开始的数字：GLUE 等数据集用它表示没有标签",
             ),
             fix=Bilingual(

@@ -127,9 +127,9 @@ def no_biases(s: CheckInput) -> Iterator[Problem]:
 def invented(s: CheckInput) -> Iterator[Problem]:
     """Weights that the model's files do not hold.
 
-    Cause: The model has parts beside the task's head that its files lack, such as the pooler of a BERT that was trained
-    without one. They are initialized at random when the model is loaded. Frozen, they would differ wherever the adapter
-    is opened, so they are trained, and saved with the adapter (modules_to_save), as the head is.
+    Cause: The model has parts, besides the task's head, that its files lack, such as the pooler of a BERT that was
+    trained without one. They are initialized at random when the model is loaded. Frozen, they would differ wherever the
+    adapter is opened, so they are trained, and saved with the adapter (modules_to_save), as the head is.
 
     Fix: Nothing needs to be done if the model normally comes without them. Otherwise use a checkpoint that has them.
 

@@ -21,7 +21,7 @@ def template_misfit(s: CheckInput) -> Iterator[Problem]:
     """The template is not this model's.
 
     Cause: A chat model was trained with one template. Another template, with role words that the tokenizer splits into
-    pieces, costs tokens and has to be learned anew. For a base model without chat training, any template works.
+    pieces, costs tokens and has to be learned again. For a base model without chat training, any template works.
 
     Fix: Use data.template=chat if the tokenizer has a chat template. Otherwise use a template whose role words are
     single tokens, or plain words (human-assistant, alpaca, vicuna).

@@ -1,8 +1,8 @@
-"""The memory budget of training. The activations of layers that do not recompute and the cached outputs of frozen
-layers share the memory that the model leaves.
+"""The memory budget of a training. Besides the model, two things share it: the activations of layers that do not
+recompute, and the cached outputs of frozen layers.
 
-The cache is filled first, in the first epoch. The activations get the rest; memory that the cache will still need is
-reserved.
+The cache is filled first, in the first epoch. The activations have the rest, without the memory that the cache has yet
+to take. The plan (plan/budget.py) uses the functions of this file, so that it decides as the engine does.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from torch import nn
 
 from siliang.ops.masked_ce import CHUNK_BYTES
 
-AUTO_SHARE = 0.85  # share of the free memory; the rest is for allocator overhead and other processes
-CACHE_SHARE = 0.25  # share of the budget for the cache, before it continues in a file
+AUTO_SHARE = 0.85  # of the free memory: the rest is for the allocator's fragmentation and for other processes
+CACHE_SHARE = 0.25  # of the budget, for the cache in memory; beyond it, the cache continues in a file
 
 
 class MemoryBudget:
-    """The memory budget of one training.
+    """The memory that one training may take.
 
     Attributes:
-        limit: The bytes that the process (on CUDA: the allocator) may use; "auto" for most of the free memory; None for
-            no limit.
-        promised: Returns the bytes of main memory that the cache will still need.
+        limit: Bytes of the process (on CUDA: of the allocator); "auto" for AUTO_SHARE of the free memory; None for no
+            limit.
+        promised: Returns the bytes of main memory that the cache has yet to take.
     """
 
     def __init__(self, model: nn.Module, limit: int | Literal["auto"] | None, memory_share: float = 1.0) -> None:
         """
         Args:
             model: The trained model, on its device.
-            memory_share: This process's share of the free main memory, if several processes train on one machine.
+            memory_share: This process's share of a CPU's free memory, if the training has several processes.
         """
         self.limit: int | Literal["auto"] | None = limit
         self.promised: Callable[[], float] = lambda: 0.0
         self._model, self._share = model, memory_share
 
     def for_activations(self) -> float:
-        """The bytes for activations: the free memory minus gradients, Adam's moments, the head's chunks, and the memory
-        reserved for the cache."""
+        """Bytes for the activations of the layers: the rest of the budget without gradients, Adam's moments, the
+        chunks of logits, and the bytes that are promised to the cache."""
         device = next(self._model.parameters()).device
         if device.type == "cuda":
             taken = torch.cuda.memory_allocated(device)
@@ -65,24 +65,25 @@ class MemoryBudget:
 
 
 def left(limit: int | Literal["auto"] | None, taken: float, free: float) -> float:
-    """The bytes that may be used in addition to those in use.
+    """Bytes that may be taken in addition.
 
     Args:
-        free: The free bytes of the device.
+        taken: Bytes in use.
+        free: Free bytes of the device.
     """
     return float(limit) - taken if isinstance(limit, int) else AUTO_SHARE * free
 
 
 def trained_bytes_to_come(trained: float, without_gradient: float) -> float:
-    """The bytes of gradients, Adam's moments and the head's chunks.
+    """Bytes that a training has yet to take for gradients, Adam's moments and the chunks of logits.
 
     Args:
-        trained: The bytes of the trained parameters.
-        without_gradient: The bytes of those that have no gradient yet.
+        trained: Bytes of the trained parameters.
+        without_gradient: Bytes of those without a gradient.
     """
     return 2 * trained + without_gradient + 4 * CHUNK_BYTES
 
 
 def cache_share(left_bytes: float) -> int:
-    """The bytes of these that the cache may use."""
+    """The cache's share of a budget, in bytes."""
     return max(0, int(CACHE_SHARE * left_bytes))

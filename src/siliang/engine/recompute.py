@@ -1,9 +1,8 @@
-"""Which layers keep the activations that their backward pass needs, and which recompute them. As many keep them as
-memory allows.
+"""Chooses the layers that recompute their activations in the backward pass: as few as the memory budget allows.
 
-Recomputing a layer costs its forward pass once more, a third of a step if all layers do it. Keeping costs memory in
-proportion to the batch's tokens. What one token costs is measured on the first batch; each later batch recomputes the
-layers that do not fit, from the lowest on, and no others.
+Recomputing a layer costs a second forward pass of it, a third of a step if all layers do it. Keeping activations costs
+memory in proportion to the batch's tokens. The cost per token is measured on the first batch; each later batch
+recomputes only the layers that do not fit, from the lowest on.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ class Recompute:
     """Chooses for each batch.
 
     Attributes:
-        layers: Those that can recompute.
-        recomputed: How many did in the last batch.
-        most: And in any so far.
-        bytes_per_token: What keeping costs, of each layer; empty until it is measured.
+        layers: The layers that can recompute.
+        recomputed: The number of layers that recomputed in the last batch.
+        most: The largest such number so far.
+        bytes_per_token: Each layer's activations per token; empty until they are measured.
     """
 
     def __init__(self, model: PreTrainedModel, budget: MemoryBudget, *, always: bool = False) -> None:
         """Prepares `model`.
 
         Args:
-            budget: What may be taken; without a limit every layer keeps its activations.
+            budget: The memory budget; without a limit every layer keeps its activations.
             always: Recompute every layer.
         """
         self.layers = checkpointed_layers(model)
@@ -63,7 +62,7 @@ class Recompute:
 
     @contextmanager
     def chosen(self, tokens: int) -> Iterator[None]:
-        """For a batch of so many tokens, padding included where it is computed; the first of them is measured."""
+        """Sets the layers for a batch of `tokens` tokens, including computed padding; the first batch is measured."""
         if self._always or self._budget.limit is None or not self.layers:
             yield
             return
@@ -77,19 +76,19 @@ class Recompute:
         yield
 
     def recompute_all(self) -> bool:
-        """From now on every layer recomputes; False where that changes nothing."""
+        """Lets every layer recompute from now on; False if that changes nothing."""
         if self._always or not self.layers:
             return False
         self.fix(len(self.layers))
         return True
 
     def needed(self, tokens: int) -> int:
-        """How many layers have to recompute so that a batch of so many tokens fits."""
+        """The number of layers that must recompute so that a batch of `tokens` tokens fits."""
         assert self._room is not None
         return layers_to_recompute([b * tokens for b in self.bytes_per_token], self._boundary * tokens, self._room)
 
     def close(self) -> None:
-        """Restores what was there before: the model may go to another run."""
+        """Restores the model for another run."""
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
@@ -99,7 +98,7 @@ class Recompute:
 
     def _prepare(self) -> None:
         self._enable()
-        for module in self._model.modules():  # what recomputes as a whole, beside its layers, does not
+        for module in self._model.modules():  # only the layers recompute, no larger modules
             if hasattr(module, FLAG):
                 setattr(module, FLAG, False)
         self._prepared = True
@@ -152,8 +151,8 @@ class Recompute:
 
 
 def layers_to_recompute(layer_bytes: Sequence[float], input_bytes: float, room: float) -> int:
-    """How many layers, from the lowest on, have to recompute so that the activations take no more than `room` bytes;
-    all of them if even that is not enough.
+    """The number of layers, from the lowest on, that must recompute so that the activations take at most `room` bytes;
+    all layers if even that is not enough.
 
     Args:
         layer_bytes: The activations of each layer that keeps them.

@@ -19,10 +19,10 @@ from siliang.plan.steps import Measured
 
 @dataclass(frozen=True)
 class Cached:
-    """Where the outputs are.
+    """The cached outputs of frozen layers.
 
     Attributes:
-        memory_bytes: In main memory: a CPU's own, or that of a card's host.
+        memory_bytes: In main memory; with a GPU, in its host's.
         disk_bytes: In a temporary file.
     """
 
@@ -33,7 +33,7 @@ class Cached:
 def cached_outputs(
     settings: TrainConfig, device: Device, fake_run: FakeRun, step: StepRows, measured: Measured
 ) -> Cached:
-    """Nothing where no layers are frozen below the trained ones, the run has one epoch, or there is no data."""
+    """Empty if no layers are frozen below the trained ones, if the run has one epoch, or without data."""
     if not fake_run.engine.frozen_layers:
         return Cached()
     wanted = int(step.cached_tokens * measured.token_bytes)
@@ -52,11 +52,11 @@ def cached_outputs(
 def room_for_activations(
     settings: TrainConfig, device: Device, fake_run: FakeRun, measured: Measured, *, cached_bytes: int = 0
 ) -> float:
-    """Bytes for what the layers keep, as the engine counts them after its first batch: besides the model, its gradients
-    and what is to come. Infinite without a limit, and minus infinity if every layer recomputes in any case.
+    """Bytes for the activations of the layers, as MemoryBudget.for_activations has them after the first batch. Infinite
+    without a limit, and minus infinity if every layer recomputes in any case.
 
     Args:
-        cached_bytes: Outputs of frozen layers in the same memory.
+        cached_bytes: Cached outputs of frozen layers in the same memory.
     """
     budget = settings.memory_budget
     if settings.gradient_checkpointing:

@@ -105,10 +105,10 @@ class Memory(Part):
     predicted_loading_bytes: Count | None = None
     """The same for loading alone."""
     recomputed_layers: Count = 0
-    """Layers that computed their activations twice, in the batch where it was most."""
+    """The most layers that recomputed their activations in a batch."""
     predicted_parts: dict[Name, Count] = Field(default_factory=dict, max_length=100)
-    """What the steps' peak is made of: weights, trained, gradients, optimizer, activations, logits, workspace, and what
-    lies beside the tensors (overhead)."""
+    """The parts of the steps' peak: weights, trained, gradients, optimizer, activations, logits, workspace, and the
+    memory besides the tensors (overhead)."""
 
     @property
     def above_bytes(self) -> int:

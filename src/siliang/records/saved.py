@@ -73,7 +73,7 @@ class Part(BaseModel):
 
 
 class Saved(Part):
-    """A part that is a file of its own.
+    """A part that is a separate file.
 
     Attributes:
         newest: The version of its schema that this siliang reads.

@@ -270,7 +270,7 @@ def _measure(text: str, most_values: int = MAX_VALUES) -> None:
             if event.anchor not in sizes:
                 raise YamlError(
                     Bilingual(
-                        f"*{event.anchor} is used inside of its own value, or before it",
+                        f"*{event.anchor} is used inside its value, or before it",
                         f"*{event.anchor} 位于它所指的内容之中或之前",
                     ),
                     line,

@@ -84,7 +84,7 @@ class Log:
         self._before_s = 0.0  # of training, before a resume
         self._steps_s = 0.0  # of the steps that were made, up to the last pause
         self._started = time.perf_counter()
-        self._since: float | None = self._started  # the steps go on since then; None during an evaluation or a save
+        self._since: float | None = self._started  # start of the present steps; None during an evaluation or a save
         self._first = Moment(0, 0, 0.0, 0)
         self._first_s = self._last_s = 0.0  # of the steps, when the training began, and at the last line
         self._last_tokens = 0

@@ -147,7 +147,7 @@ class Training:
         reshard(run.model)  # the engine's trials leave embeddings and output layer gathered: the optimizer needs shards
         rate, eps, heads = run.record.learning_rate, run.precision.adam_eps, self.engine.task.model.heads
         optimizer = make_optimizer(run.model, t, heads=heads, learning_rate=rate, eps=eps)
-        # DeepSpeed puts parts of its own in the place of these
+        # DeepSpeed replaces these
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         if is_sharded(run.model):  # it is ready: accelerate knows no FSDP on CPUs, and would wrap it in DDP
             self.model, self.optimizer = run.model, accelerator.prepare(optimizer)

@@ -18,7 +18,7 @@ def optimizer_state(run: Run, optimizer: AcceleratedOptimizer, groups: list[list
 
     Args:
         optimizer: As accelerate has prepared it.
-        groups: The parameters as they were before a strategy put parts of its own in their place.
+        groups: The parameters before a strategy replaced them.
     """
     return deepspeed.optimizer_state(optimizer.optimizer, groups) if run.zero_stage else optimizer.state_dict()
 

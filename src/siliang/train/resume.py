@@ -74,8 +74,8 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
         if found:
             raise ConfigError(
                 Bilingual(
-                    f"{folder} is finished: {in_words(*next(iter(found.items())))} has no effect any more.\n"
-                    f"Train it further as a run of its own: {_further(folder)}",
+                    f"{folder} is finished: {in_words(*next(iter(found.items())))} has no effect.\n"
+                    f"Train it further in a new run: {_further(folder)}",
                     f"{folder} 已训练完：{in_words(*next(iter(found.items()))).zh} 不再起作用。\n"
                     f"请作为新的运行继续训练：{_further(folder)}",
                 )
@@ -96,7 +96,7 @@ def check_resumed(config: RunConfig, folder: Path, say: Callable[[str], None], *
             Bilingual(
                 f"{folder} is finished, and none of its checkpoints is left to resume from: "
                 f"{in_words(*next(iter(found.items())))} cannot take effect.\n"
-                f"Train it further as a run of its own: {_further(folder)}",
+                f"Train it further in a new run: {_further(folder)}",
                 f"{folder} 已训练完，也没有可续训的检查点："
                 f"{in_words(*next(iter(found.items()))).zh} 无法生效。\n"
                 f"请作为新的运行继续训练：{_further(folder)}",
@@ -148,7 +148,7 @@ def _check_settings(found: dict[str, tuple[object, object]], folder: Path) -> No
             raise ConfigError(
                 Bilingual(
                     f"{folder} was started with another setting: {in_words(name, values)}. A resumed run keeps it.\n"
-                    f"Put it back, or train what is there further as a run of its own: {_further(folder)}",
+                    f"Restore it, or train the adapter further in a new run: {_further(folder)}",
                     f"{folder} 开始训练时用的是另一个设置：{in_words(name, values).zh}。续训须保持原来的设置。"
                     "\n"
                     f"请改回，或作为新的运行继续训练：{_further(folder)}",

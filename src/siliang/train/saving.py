@@ -55,7 +55,7 @@ def save_checkpoint(
     Args:
         folder: Of all checkpoints of the run.
         state: As state.py has it; its shards are gathered.
-        keep: Checkpoints that stay, beside the one of the best step.
+        keep: Number of checkpoints that are kept, besides the one of the best step.
     """
     weights = full_weights(model) if is_main or is_sharded_over_ranks(model) else {}
     with gathered_adapter(model):

@@ -158,7 +158,7 @@ def find_start_adapter(name: str) -> StartAdapter:
 
         folder = adapter_folder(name)
     if run is not None and run != path and folder.name != ADAPTER and folder.absolute().parent.parent != run:
-        run = None  # a folder of somebody's beside a run's files
+        run = None  # another folder in a run's folder
     values, record = ({}, None) if run is None else (_read_settings(run), Record.read(run))
     return StartAdapter(folder, PeftConfig.from_pretrained(folder), values, record)
 

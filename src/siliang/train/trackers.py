@@ -29,7 +29,7 @@ class Opened:
     """A tracker that was started.
 
     Attributes:
-        known: It goes on in a run that it holds already, outside of the run's folder: what was sent is there.
+        known: It continues a run that it already holds, outside of the run's folder.
         last_step: The last step that it holds of a metric; None where it cannot say.
         close: Ends its run.
     """
@@ -82,7 +82,7 @@ def _open_wandb(folder: Path, project: str, run: str, own_id: str | None) -> Ope
         login_timeout=30,
         init_timeout=30,
         finish_timeout=60,
-        # what wandb sends beside the figures: the command line, the user, the machine, the source
+        # what wandb sends besides the metrics: the command line, the user, the machine, the source
         host="",
         username="",
         email="",
@@ -150,7 +150,7 @@ def _open_mlflow(folder: Path, project: str, run: str, own_id: str | None) -> Op
         undo.enter_context(changed_environment({"MLFLOW_TRACKING_URI": elsewhere}))
         before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
         undo.callback(mlflow.set_tracking_uri, before)  # pyright: ignore[reportArgumentType]  # None: unset
-        # a name of its own: MLflow keeps a connection to each file that the process has written
+        # a new name: MLflow keeps a connection to each file that the process has written
         mlflow.set_tracking_uri(elsewhere or f"sqlite:///{folder / f'mlflow-{uuid4().hex}.db'}")
         artifacts = None if elsewhere else (folder / "artifacts").as_uri()
         run_id = own_id if elsewhere else None

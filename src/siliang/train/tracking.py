@@ -1,13 +1,13 @@
-"""Experiment trackers: the lines of the log, sent as they come to TensorBoard, wandb, SwanLab, MLflow and trackio, by
-accelerate's own classes.
+"""Experiment trackers: TensorBoard, wandb, SwanLab, MLflow and trackio get each line of the log, by accelerate's own
+classes.
 
     trackers/
         tensorboard/ wandb/ swanlab/ mlflow/ trackio/    what each writes
         ids.json                                         the run's id in each tracker that has one
 
 A tracker writes here, unless the user's environment names another place (WANDB_MODE, SWANLAB_MODE,
-MLFLOW_TRACKING_URI): no setting of a run can. A run that is resumed writes what is here anew, from the log of its
-checkpoint: nothing stands there twice, and nothing that others put there is read.
+MLFLOW_TRACKING_URI): no setting of a run can. A resumed run writes this folder again, from the log of its checkpoint:
+nothing is in it twice, and files that others put there are not read.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run. One that fails is left out from then on, with a warning: the training goes on.
+    """The trackers of a run. A tracker that fails is switched off with a warning, and training continues.
 
     Args:
         names: Of config.TrackerName. On a rank that is not the first, none.
@@ -140,7 +140,7 @@ class Trackers:
             self._send(values, line.step)
 
     def finish(self, final: dict[str, float]) -> None:
-        """Sends the run's final figures."""
+        """Sends the run's final metrics."""
         self._send({f"final/{name}": value for name, value in final.items()}, self._last_step)
 
     def close(self) -> None:
@@ -177,8 +177,8 @@ class Trackers:
             reason = shortened(first_line(error, kind=True), 200)
             self._say(
                 both(
-                    f"warning    {name} is left out from here on, the training goes on: {reason}",
-                    f"警告       {name} 从此不再记录，训练继续：{reason}",
+                    f"warning    {name} is switched off, and training continues: {reason}",
+                    f"警告       {name} 已停用，训练继续：{reason}",
                 )
             )
         finally:
