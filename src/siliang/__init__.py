@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from siliang.methods.boft import BOFTConfig
     from siliang.methods.c3a import C3AConfig
     from siliang.methods.config import PeftConfig
+    from siliang.methods.corda import CordaConfig
     from siliang.methods.cpt import CPTConfig
     from siliang.methods.delora import DeloraConfig
+    from siliang.methods.eva import EvaConfig
     from siliang.methods.fourierft import FourierFTConfig
     from siliang.methods.gralora import GraloraConfig
     from siliang.methods.head import HeadConfig
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from siliang.methods.loha import LoHaConfig
     from siliang.methods.lokr import LoKrConfig
     from siliang.methods.lora_config import LoraConfig, LoraRuntimeConfig
+    from siliang.methods.lora_ga import LoraGAConfig
     from siliang.methods.miss import MissConfig
     from siliang.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
     from siliang.methods.oft import OFTConfig
@@ -79,6 +82,12 @@ if TYPE_CHECKING:
         rescale_adapter_scale,
         set_base_model_state_dict,
         set_peft_model_state_dict,
+    )
+    from siliang.peft_api.lora_starts import (
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
     )
     from siliang.peft_api.names import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -176,6 +185,13 @@ _HOME = {
     "LoKrModel": "siliang.peft_api.tuners",
     "LoraConfig": "siliang.methods.lora_config",
     "LoraRuntimeConfig": "siliang.methods.lora_config",
+    "EvaConfig": "siliang.methods.eva",
+    "CordaConfig": "siliang.methods.corda",
+    "LoraGAConfig": "siliang.methods.lora_ga",
+    "get_eva_state_dict": "siliang.peft_api.lora_starts",
+    "initialize_lora_eva_weights": "siliang.peft_api.lora_starts",
+    "preprocess_corda": "siliang.peft_api.lora_starts",
+    "preprocess_loraga": "siliang.peft_api.lora_starts",
     "LoraModel": "siliang.peft_api.tuners",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "siliang.peft_api.for_tasks",
     "MissConfig": "siliang.methods.miss",
@@ -275,8 +291,10 @@ __all__ = [
     "C3AModel",
     "CPTConfig",
     "CPTEmbedding",
+    "CordaConfig",
     "DeloraConfig",
     "DeloraModel",
+    "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
     "GraloraConfig",
@@ -298,6 +316,7 @@ __all__ = [
     "LoKrConfig",
     "LoKrModel",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "MissConfig",
@@ -355,14 +374,18 @@ __all__ = [
     "convert_to_lora",
     "disable_input_dtype_casting",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
     "rescale_adapter_scale",
     "save_as_lora",
     "set_base_model_state_dict",

@@ -19,7 +19,8 @@ from siliang.types import ConfigError, InterruptedRunError
 from siliang.use.merge import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-STARTS = ("orthogonal", "mica")
+BY_DATA = ("eva", "corda", "lora_ga")
+STARTS = ("orthogonal", "mica", *BY_DATA)
 
 
 def configured(place: dict[str, Path], data: Path, output: Path, method: dict[str, Any], **settings: Any) -> RunConfig:

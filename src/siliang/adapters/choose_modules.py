@@ -103,7 +103,7 @@ def choose_saved_modules(model: nn.Module, config: PeftConfig, *, lenient: bool)
         heads = (*heads, *invented)
     if heads:
         config.modules_to_save = sorted({*wanted, *heads})
-    required = [] if lenient else wanted
+    required = [] if lenient else [name for name in wanted if name not in heads]  # of which a model has one or another
     found = find_saved_modules(model, [*wanted, *heads], required=required, nested=not lenient)
     if getattr(config, "ensure_weight_tying", False):
         _, tied = tied_for(model, None, config.modules_to_save)

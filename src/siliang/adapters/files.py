@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from siliang.adapters.adapter import AttachedAdapter
 from siliang.adapters.adapter_state import embedding_parameters
 from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
@@ -27,9 +26,9 @@ TRAINING_NAME = "siliang_training.safetensors"
 
 def save_adapter(
     folder: Path,
-    adapter: AttachedAdapter,
     config: PeftConfig,
     tensors: dict[str, Tensor],
+    training: TrainingState,
 ) -> None:
     """Writes an adapter into `folder`: each file under a temporary name first, the config last.
 
@@ -38,10 +37,10 @@ def save_adapter(
 
     Args:
         tensors: What it consists of, from `adapter_state`.
+        training: What training needs in addition.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    training = adapter.training_state().for_file()
-    for file, parts in ((TRAINING_NAME, training), (WEIGHTS_NAME, tensors)):
+    for file, parts in ((TRAINING_NAME, training.for_file()), (WEIGHTS_NAME, tensors)):
         if parts:
             with replacing(folder / file) as temporary:
                 save_file(_apart(parts), temporary, metadata={"format": "pt"})
@@ -179,6 +178,7 @@ def load_tensors(
                 )
             )
     adapter.check_values(tensors, source)
+    method_of(adapter.config).check_state(adapter, training.state if training is not None else {}, source)
     if training is not None:
         training.check(adapter.prompt, f"{source}/{TRAINING_NAME}")
         adapter.state.clear()

@@ -183,6 +183,7 @@ class Injection(nn.Module):
             layers=layers,
             shared=shared,
             prompt=prompt,
+            state=dict(parts.state),
             attachments=self.attachments,
         )
 

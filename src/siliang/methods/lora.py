@@ -5,8 +5,8 @@
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
 Other files of it: lora_config.py (the settings), lora_linear.py, lora_embedding.py, lora_conv.py and lora_attention.py
 (on a linear layer, an embedding, a convolution, an nn.MultiheadAttention), dora.py (magnitude, direction),
-lora_variants.py (the other variants), lora_init.py (the starts PiSSA, OLoRA and LoftQ), low_rank.py (A and B
-themselves).
+lora_variants.py (the other variants), lora_init.py (starts from the weight), lora_start.py (starts by data),
+low_rank.py (A and B themselves).
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from siliang.language import Bilingual
+from siliang.methods import lora_start
 from siliang.methods.bitfit import bias_paths
 from siliang.methods.blocks import Blocks
 from siliang.methods.config import CONFIG_NAME
@@ -29,13 +30,15 @@ from siliang.methods.find_targets import find_targets
 from siliang.methods.layer import MakeAdapter
 from siliang.methods.layer_patterns import LayerPatterns
 from siliang.methods.lora_attention import LoraInProjection, from_keys_of_peft, on_attention, to_keys_of_peft
-from siliang.methods.lora_config import LoraConfig
+from siliang.methods.lora_config import BY_DATA, OUT_OF_THE_WEIGHT, LoraConfig
 from siliang.methods.lora_conv import LoraConv
 from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.lora_linear import LoraLinear
+from siliang.methods.lora_start import Start, start_for, started, state_of
 from siliang.methods.lora_variants import VARIANTS, variant_of
 from siliang.methods.low_rank import LoraSpec, LowRank, MakeLowRank
 from siliang.methods.method import Adapter, Method, Parts
+from siliang.methods.start import StartData
 from siliang.methods.targets import LORA_TARGETS
 from siliang.methods.tied_ends import Tied, on_both, targets_with, tied_for, with_head, without_head
 from siliang.methods.trainable_tokens import named_rows
@@ -105,22 +108,25 @@ class Lora(Method[LoraConfig]):
         config.rank_pattern, config.alpha_pattern = ranks.in_any_order(), alphas.in_any_order()
         r_of, alpha_of = ranks.values, alphas.values
         adapters: dict[str, MakeAdapter] = {}
+        starts: dict[str, Start | None] = {}
         for path in layers:
             layer = model.get_submodule(path)
             kind = _variant(config, next(kind for kind in kinds if kind.supports(layer)), path)
             r, alpha = r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha)
             spec = _spec(config, kind, r, alpha, from_file=from_file)
+            starts[path] = None if from_file else start_for(layer, path, config)
             if kind is LoraInProjection:
                 adapters |= on_attention(path, layer, spec, config)
             elif tied is not None and path == tied.embedding:
                 r, alpha = r_of.get(tied.head, config.r), alpha_of.get(tied.head, config.lora_alpha)
                 adapters |= on_both(tied, spec, _spec(config, kind, r, alpha, from_file=from_file))
             else:
-                adapters[path] = spec.make
+                adapters[path] = spec.make if from_file else started(spec.make, starts[path], config)
         return Parts(
             layers=adapters,
             parameters=tuple(_biases(model, config, adapters, saved)),
             table_rows=named_rows(model, config.trainable_token_indices, saved=saved),
+            state=state_of(starts),
         )
 
     def adds_to_the_loss(self, config: LoraConfig) -> bool:
@@ -139,6 +145,28 @@ class Lora(Method[LoraConfig]):
 
     def why_not_merged(self, settings: Mapping[str, object]) -> str | None:
         return next((v.why_not_merged for name, v in VARIANTS.items() if settings.get(name) and v.why_not_merged), None)
+
+    def before_its_start(self, config: LoraConfig) -> LoraConfig | None:
+        return lora_start.plain(config) if config.init_lora_weights in BY_DATA else None
+
+    def start_by_data(
+        self, model: nn.Module, config: LoraConfig, adapter: Adapter[LoraConfig], data: StartData
+    ) -> LoraConfig:
+        return lora_start.learn(model, config, lora_start.Tuned.of(adapter), data)
+
+    def learning_bytes(self, adapter: Adapter[LoraConfig]) -> int:
+        return lora_start.learning_bytes(adapter)
+
+    def needs_state(self, config: LoraConfig) -> bool:
+        return config.init_lora_weights in OUT_OF_THE_WEIGHT
+
+    def check_state(self, adapter: Adapter[LoraConfig], state: Mapping[str, Tensor], source: str) -> None:
+        if self.needs_state(adapter.config):
+            lora_start.check_state(adapter, state, source)
+
+    def restore(self, adapter: Adapter[LoraConfig]) -> None:
+        if self.needs_state(adapter.config):
+            lora_start.restore(adapter)
 
     def from_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # what PEFT calls an embedding that was resized, and of which rows are trained

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from siliang.language import Bilingual
 from siliang.methods.config import CONFIG_NAME
+from siliang.methods.corda import CordaConfig
+from siliang.methods.eva import EvaConfig
 from siliang.methods.fields import check_fields
 from siliang.methods.kasa import KasaConfig
 from siliang.methods.layer_method import BlocksConfig
+from siliang.methods.lora_ga import LoraGAConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS, check_even
 from siliang.methods.tied_ends import Tied
 from siliang.secrets import short_repr
-from siliang.types import AdapterError, ConfigError, PeftType, TaskType, nearest
+from siliang.types import ConfigError, PeftType, TaskType, nearest
 
-INITS = ("gaussian", "pissa", "olora", "loftq", "orthogonal", "mica")
+BY_DATA = ("eva", "corda", "lora_ga")  # starts that are learned from data; two of them change the base weight by it
+OUT_OF_THE_WEIGHT = ("corda", "lora_ga")
+INITS = ("gaussian", "pissa", "olora", "loftq", "orthogonal", "mica", *BY_DATA)
 MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
-# Starts of PEFT that siliang does not have. The former set A and B alone, which are in the file.
-STARTS_IN_PLACE = ("eva",)
-STARTS_BY_DATA = ("corda", "lora_ga")
 
 
 @dataclass
@@ -54,7 +57,10 @@ class LoraConfig(BlocksConfig):
             random, for tests. "pissa" (or "pissa_niter_4", faster), "olora": A and B take the weight's main directions,
             and the base weight keeps the rest. "loftq": the base weight is quantized, A and B correct the error.
             "orthogonal": both random, with B A = 0; r is even. "mica": A zero; B, which is not trained, the weight's
-            smallest directions.
+            smallest directions. Learned from data before training: "eva": A the main directions of the layer's input,
+            ranks by the variance that they explain; "corda": those of the weight times the input's covariance,
+            "lora_ga": those of the weight's gradient; the base weight keeps the rest.
+        eva_config, corda_config, lora_ga_config: Of these starts; None for PEFT's defaults.
         alora_invocation_tokens: aLoRA: the ids of a sequence of tokens, from whose last occurrence in a row on the
             update is added. What stands before it is computed by the base model alone.
         kasa_config: KaSA: learned singular values between A and B, on a base weight without its r smallest ones.
@@ -80,6 +86,9 @@ class LoraConfig(BlocksConfig):
     alora_invocation_tokens: list[int] | None = None
     kasa_config: KasaConfig | None = None
     loftq_config: dict[str, int] = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -89,10 +98,7 @@ class LoraConfig(BlocksConfig):
     peft_type: ClassVar[str] = PeftType.LORA
     UNSUPPORTED: ClassVar[dict[str, object]] = {
         "arrow_config": None,
-        "corda_config": None,
-        "eva_config": None,
         "layer_replication": None,
-        "lora_ga_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "monteclora_config": None,
@@ -182,6 +188,9 @@ class LoraConfig(BlocksConfig):
                 )
         if init == "orthogonal" and (odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]):
             check_even(odd[0])
+        self._fill_start("eva", EvaConfig)
+        self._fill_start("corda", CordaConfig)
+        self._fill_start("lora_ga", LoraGAConfig)
         self._check_variant()
         self._check_invocation()
 
@@ -201,6 +210,9 @@ class LoraConfig(BlocksConfig):
             )
             whys = (("kasa_config", both), ("alora_invocation_tokens", before))
             apart += [(one, f"init_lora_weights = {init!r}", why) for one, why in whys if getattr(self, one)]
+        if init in OUT_OF_THE_WEIGHT:
+            lost = Bilingual("the weight that is left could not be saved", "剩余的权重无法保存")
+            apart += [(f"init_lora_weights = {init!r}", other, lost) for other in on]
         if init == "mica":
             alone = Bilingual("MiCA trains A alone", "MiCA 只训练 A")
             others = [*on, *(["lora_bias"] if self.lora_bias else [])]
@@ -236,6 +248,19 @@ class LoraConfig(BlocksConfig):
                 )
             )
 
+    def _fill_start(self, name: str, kind: type[EvaConfig | CordaConfig | LoraGAConfig]) -> None:
+        """The settings of a start by data: PEFT's defaults where it is chosen, none where it is not."""
+        field_name, chosen = f"{name}_config", self.init_lora_weights == name
+        if chosen and getattr(self, field_name) is None:
+            setattr(self, field_name, kind())
+        elif not chosen and getattr(self, field_name) is not None:
+            setattr(self, field_name, None)
+            said = Bilingual(
+                f"{field_name} is ignored: it is for init_lora_weights = {name!r}.",
+                f"{field_name} 不起作用：它用于 init_lora_weights = {name!r}。",
+            )
+            warnings.warn(said, stacklevel=4)
+
     def to_dict(self) -> dict[str, object]:
         values = super().to_dict()
         del values["runtime_config"]
@@ -243,36 +268,18 @@ class LoraConfig(BlocksConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, object], *, source: str = CONFIG_NAME) -> Self:
-        """As for every method. Starts that siliang does not have are read if they did not change the base weights.
-
-        Raises:
-            AdapterError: As for every method, or the start changed the base weights in a way that is not in the file.
+        """As for every method. What is of another machine, or of a start that is not the file's, is left out: PEFT's
+        files have it.
         """
-        values = {key: value for key, value in values.items() if key != "runtime_config"}  # of another machine
         init = str(values.get("init_lora_weights")).lower()
-        if init in STARTS_IN_PLACE:
-            values = values | {"init_lora_weights": True}
-        elif init in STARTS_BY_DATA:
-            raise AdapterError(
-                Bilingual(
-                    f"{source}: init_lora_weights = {init!r} changed the base model's weights by data that "
-                    "the file does "
-                    "not hold. Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion=...).",
-                    f"{source}：init_lora_weights = {init!r} 曾按数据改动基座模型的权重，而文件中没有这些数据"
-                    "。请用 PEFT 转换：save_pretrained(path_initial_model_for_weight_conversion=...)。",
-                )
-            )
-        return super().from_dict(values, source=source)
+        unused = {"runtime_config", *(f"{name}_config" for name in BY_DATA if name != init)}
+        return super().from_dict({key: v for key, v in values.items() if key not in unused}, source=source)
 
     @classmethod
     def has_effect(cls, key: str, values: dict[str, object]) -> bool:
         """Whether the field that switches the one called `key` on is set."""
-        init = str(values.get("init_lora_weights")).lower()
         switched_by = {
             "megatron_core": values.get("megatron_config"),
             "qalora_group_size": values.get("use_qalora"),
-            "eva_config": False,  # a start: the file holds what came of it
-            "corda_config": init == "corda",
-            "lora_ga_config": init == "lora_ga",
         }
         return bool(switched_by.get(key, True))

@@ -1,4 +1,4 @@
-"""An adapter whose start changed the base weight (PiSSA, OLoRA), as LoRA on the original base weight."""
+"""An adapter whose start changed the base weight (PiSSA, OLoRA, CorDA, LoRA-GA), as LoRA on the original weight."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_init import twice_the_rank
+from siliang.methods.lora_start import plain
 from siliang.types import ConfigError
 
 
 def as_plain_lora(
     config: PeftConfig, tensors: dict[str, Tensor], start: Callable[[], dict[str, Tensor]], source: str
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """A trained PiSSA or OLoRA adapter as LoRA of twice the rank.
+    """A trained adapter of such a start as LoRA of twice the rank.
 
     Args:
         config: The adapter's.
@@ -44,20 +45,13 @@ def as_plain_lora(
                 "使用 use_dora 或 init_lora_weights='loftq' 时，权重的变化不是 B 与 A 的乘积。",
             )
         )
-    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
-        raise ConfigError(
-            Bilingual(
-                "use_rslora with rank_pattern or alpha_pattern cannot be converted to LoRA of twice the rank.",
-                "use_rslora 与 rank_pattern 或 alpha_pattern 同时使用时，无法转换成两倍秩的 LoRA。",
-            )
-        )
     found = twice_the_rank(tensors, start(), source)
-    plain = dataclasses.replace(
-        config,
-        init_lora_weights=True,
+    more = math.sqrt(2) if config.use_rslora else 2  # with which s stays: it is alpha / sqrt(r), or alpha / r
+    saved = dataclasses.replace(
+        plain(config),
         r=2 * config.r,
-        lora_alpha=config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2),
+        lora_alpha=config.lora_alpha * more,
         rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
-        alpha_pattern={key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
+        alpha_pattern={key: more * alpha for key, alpha in config.alpha_pattern.items()},
     )
-    return plain, found
+    return saved, found

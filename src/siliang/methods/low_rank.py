@@ -117,6 +117,17 @@ class LowRank(LayerAdapter):
         found = super().parameters()
         return {key: p for key, p in found.items() if p is not self.B} if self.frozen_b else found
 
+    @torch.no_grad()
+    def take_out(self, A: Tensor, B: Tensor) -> None:
+        """Keeps the base weight less s B A, which has become the adapter's start."""
+        base, weight = self.layer.base_layer, self.layer.base_parameter("weight")
+        W_OI = out_by_in(base, weight).float()
+        rest = as_stored(base, W_OI - self.config_scaling * (B.to(W_OI) @ A.to(W_OI)))
+        if self.residual is None:
+            self._keep_residual(rest)
+        else:  # it may be in the model now
+            self.residual.copy_(rest)
+
     def _keep_residual(self, residual: Tensor) -> None:
         """Keeps the base weight that belongs to A and B."""
         dtype = self.layer.base_parameter("weight").dtype

@@ -21,6 +21,7 @@ from siliang.methods.layer import LayerAdapter, MakeAdapter
 from siliang.methods.present_batch import PresentBatch
 from siliang.methods.prompt import Prompt
 from siliang.methods.prompt_hooks import PromptSpec
+from siliang.methods.start import StartData
 from siliang.methods.targets import DefaultTargets
 
 C = TypeVar("C", bound=PeftConfig)
@@ -82,6 +83,7 @@ class Parts:
         prompt: Its virtual tokens.
         batch: What it knows of the present batch, where it computes each row in its own way. A batch cannot mix it with
             other adapters then.
+        state: What the method keeps of it from the beginning, as in `Adapter.state`.
     """
 
     layers: Mapping[str, MakeAdapter] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class Parts:
     shared_parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     prompt: PromptSpec | None = None
     batch: PresentBatch | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -188,6 +191,31 @@ class Method(ABC, Generic[C]):
         """
         return config
 
+    def before_its_start(self, config: C) -> C | None:
+        """The config of an adapter that is on the same layers, and changes nothing before it is trained; None where the
+        start of a new adapter is not learned from data (`start_by_data`).
+        """
+        return None
+
+    def start_by_data(self, model: nn.Module, config: C, adapter: Adapter[C], data: StartData) -> C:
+        """Learns from data how an adapter is to start, and keeps it for the one that is attached next.
+
+        Args:
+            model: With `adapter` on it, which is that of `before_its_start` and is taken off afterwards.
+            config: Of the adapter that is to start.
+
+        Returns:
+            The config with which that one is attached.
+
+        Raises:
+            ConfigError: The data, or the model, is not enough for it.
+        """
+        return config
+
+    def learning_bytes(self, adapter: Adapter[C]) -> int:
+        """Memory that learning the start of an adapter took beside the model and a batch, about."""
+        return 0
+
     @abstractmethod
     def attach(self, model: nn.Module, config: C, *, saved: Sequence[str], from_file: bool) -> Parts:
         """What an adapter will have on `model`. Changes nothing but what the config leaves open.
@@ -221,6 +249,20 @@ class Method(ABC, Generic[C]):
 
         Args:
             step: Optimizer steps that are done, this one included.
+        """
+
+    def needs_state(self, config: C) -> bool:
+        """Whether an adapter computes with what the method keeps, so that it is read even where nothing is trained."""
+        return False
+
+    def check_state(self, adapter: Adapter[C], state: Mapping[str, Tensor], source: str) -> None:
+        """
+        Args:
+            state: From the files of an adapter; empty where they have none.
+            source: The files, for the error.
+
+        Raises:
+            AdapterError: What the adapter needs of it is missing, or has another shape.
         """
 
     def restore(self, adapter: Adapter[C]) -> None:

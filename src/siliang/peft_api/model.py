@@ -287,6 +287,7 @@ class PeftModel(AnswersAsBase):
         *,
         state_dict: dict[str, Tensor] | None = None,
         model_card: bool = True,
+        to_resume: bool = False,
     ) -> None:
         """Writes the adapters: "default" into the folder itself, others into folders of their names inside it.
 
@@ -298,6 +299,7 @@ class PeftModel(AnswersAsBase):
             path_initial_model_for_weight_conversion: The folder of the same adapter as it was before training, for one
                 that started with "pissa" or "olora": what is written is plain LoRA of twice the rank, on the base.
             state_dict: See `get_peft_model_state_dict`.
+            to_resume: One that started with "corda" or "lora_ga" is so converted in any case, but with this.
             model_card: Write README.md too, as PEFT does, without paths of this machine.
 
         Raises:
@@ -310,9 +312,8 @@ class PeftModel(AnswersAsBase):
         found: dict[str, AdapterToSave] = {}
         for name in names:
             tensors = self.adapter_state(name, state_dict, save_embedding_layers)  # gathered by all processes
-            one = AdapterToSave(self.injection.adapters[name], self.peft_config[name], tensors)
-            initial = path_initial_model_for_weight_conversion
-            found[name] = one if initial is None else one.as_plain_lora(Path(initial))
+            adapter, initial = self.injection.adapters[name], path_initial_model_for_weight_conversion
+            found[name] = AdapterToSave.of(adapter, self.peft_config[name], tensors, initial, to_resume)
         if is_main_process:
             save_adapters(save_directory, found)
             if model_card and names:

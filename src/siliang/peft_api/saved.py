@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -18,8 +18,12 @@ from siliang.adapters.injection import Injection
 from siliang.adapters.training_state import TrainingState
 from siliang.hub import HUB_ARGUMENTS, adapter_folder
 from siliang.language import Bilingual, together
+from siliang.methods import method_of
 from siliang.methods.config import CONFIG_NAME, PeftConfig
+from siliang.methods.lora_config import LoraConfig
 from siliang.methods.lora_conversion import as_plain_lora
+from siliang.methods.lora_start import start_tensors
+from siliang.methods.method import Adapter
 from siliang.types import ConfigError, nearest
 from siliang.weight_files import read_adapter
 
@@ -72,6 +76,7 @@ class SavedAdapter:
         config = copy.deepcopy(config) or PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         tensors = _rewritten(read_adapter(folder), key_mapping or {})
+        with_training = with_training or method_of(config).needs_state(config)
         return cls(folder, config, tensors, read_training(folder) if with_training else None)
 
     @property
@@ -111,11 +116,11 @@ def _rewritten(tensors: dict[str, Tensor], mapping: Mapping[str, str]) -> dict[s
 
 @dataclass(frozen=True)
 class AdapterToSave:
-    """An attached adapter with the config and the tensors that its folder will hold."""
+    """An attached adapter with the config and the tensors that its folder will hold, and what training alone needs."""
 
-    adapter: AttachedAdapter
     config: PeftConfig
     tensors: dict[str, Tensor]
+    training: TrainingState
 
     def as_plain_lora(self, initial: Path) -> AdapterToSave:
         """The same as LoRA of twice the rank on the unchanged base weight.
@@ -128,7 +133,30 @@ class AdapterToSave:
             AdapterError: The folder holds another adapter.
         """
         config, tensors = as_plain_lora(self.config, self.tensors, lambda: read_adapter(initial), str(initial))
-        return AdapterToSave(self.adapter, config, tensors)
+        return AdapterToSave(config, tensors, TrainingState())
+
+    @classmethod
+    def of(
+        cls,
+        adapter: AttachedAdapter,
+        config: PeftConfig,
+        tensors: dict[str, Tensor],
+        initial: str | Path | None,
+        to_resume: bool,
+    ) -> AdapterToSave:
+        """See `PeftModel.save_pretrained`."""
+        one = cls(config, tensors, adapter.training_state())
+        if initial is not None:
+            return one.as_plain_lora(Path(initial))
+        return one if to_resume else one.without_its_start(adapter)
+
+    def without_its_start(self, adapter: AttachedAdapter) -> AdapterToSave:
+        """The same as LoRA of twice the rank, if its start has changed the base weight by data."""
+        config = self.config
+        if not (isinstance(config, LoraConfig) and method_of(config).needs_state(config)):
+            return self
+        start = start_tensors(cast(Adapter[LoraConfig], adapter))
+        return AdapterToSave(*as_plain_lora(config, self.tensors, lambda: start, ""), TrainingState())
 
 
 def check_saving(save_directory: str | Path, safe_serialization: bool) -> None:
@@ -158,7 +186,7 @@ def save_adapters(save_directory: str | Path, adapters: Mapping[str, AdapterToSa
     """Writes "default" into the folder itself, and others into folders of their names inside it."""
     for name, one in adapters.items():
         folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-        save_adapter(folder, one.adapter, one.config, one.tensors)
+        save_adapter(folder, one.config, one.tensors, one.training)
 
 
 def for_hub(given: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from siliang.models.quantized import held_tensors, quantized_sizes
 from siliang.models.weights import passing_bytes
 from siliang.ops.place import planned_for
 from siliang.peft_api.model import PeftModel
+from siliang.peft_api.saved import AdapterToSave
 from siliang.plan.device import Device
 from siliang.plan.fake import fake_mode, make_fake_base, to_fake
 from siliang.plan.rows import cut, synthetic_row
@@ -257,7 +258,9 @@ class FakeRun:
         if not isinstance(self.model, PeftModel):
             return self.trained_bytes
         tensors = self.model.adapter_state("default", save_embedding_layers=True if resized else "auto")
-        return sum(t.nbytes for t in tensors.values())
+        adapter, config = self.model.injection.adapters["default"], self.model.peft_config["default"]
+        saved = AdapterToSave.of(adapter, config, tensors, initial=None, to_resume=False)
+        return sum(t.nbytes for t in saved.tensors.values())
 
 
 def collator_of(

@@ -138,6 +138,16 @@ class File(Part):
     sha256: Sha256
 
 
+class Learned(Part):
+    """What the adapter's start was learned from, before the first step (LoRA's "eva", "corda", "lora_ga")."""
+
+    start: Name
+    rows: Count
+    """Of the training data, each as often as it was read."""
+    tokens: Count
+    seconds: Positive
+
+
 class Record(Saved):
     """run.json."""
 
@@ -182,6 +192,7 @@ class Record(Saved):
     unanswered: bool = False
     """Some training questions have no answer in their context: the run's answer may be that there is none."""
     parameters: Counts
+    learned: Learned | None = None
     rows: Rows
     seconds: Seconds = Field(default_factory=Seconds)
     tokens_trained: Count = 0

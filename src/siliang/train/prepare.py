@@ -43,6 +43,7 @@ from siliang.train.checks import (
     check_tasks,
     check_terms,
 )
+from siliang.train.learned_start import Learner, check_whole, learns_its_start
 from siliang.train.lines import say_data, say_model
 from siliang.train.optimizer import check_optimizer_runs
 from siliang.train.resume import Resumed
@@ -85,7 +86,7 @@ def prepare(
         require_deepspeed(device, half=precision.autocast)
     subject = _check_data(config, ranks, listener)
     data = subject.prepared
-    start = _start_folder(config, resumed, force=force)
+    start = _start_folder(config, method, resumed, force=force)
     say_data(data, listener.say)
     config.check_evaluations(held_out=len(data.eval) > 0)
     check_quantization(config, method)
@@ -96,18 +97,24 @@ def prepare(
     own = None if method.config is None else method.config(**config.method.arguments)
     own = own if start is None else PeftConfig.from_pretrained(start)
     check_terms(method, own, sharded=mesh is not None or zero_stage(config, ranks) > 0)
+    check_whole(config, method, sharded=mesh is not None)
+    learner = Learner(config, method, data, precision, device, ranks)
     # one by one: the machine may not hold the whole model more than once
     with ranks.one_by_one() if mesh is not None else nullcontext(), PeakMemory(device) as loading:
         model = _load(base, config, method, precision, data, device)
         added = token_ids(data.tokenizer, config.data.add_tokens)
         steps = config.train.steps(len(data.train))
-        model, trained, total = attach(model, method, config, precision, start=start, new_tokens=added, steps=steps)
+        model, trained, total = attach(
+            model, method, config, precision, start=start, new_tokens=added, steps=steps, learn=learner
+        )
         check_layerwise(model, config.train, method)
         check_tasks(model, config, data.train, data.eval)
         if mesh is not None:
             _shard(model, mesh, device)
     if config.adapter and resumed is None:
         listener.say(both(f"adapter    starts from {config.adapter}", f"适配器     从 {config.adapter} 开始训练"))
+    if learner.learned is not None:
+        listener.say(learner.in_words())
     described = describe_device(device)
     say_model(config, method, precision, trained, total, described.name, listener.say)
     record = _record(
@@ -122,6 +129,7 @@ def prepare(
         learning_rate=config.train.learning_rate or method.learning_rate,
         parameters=Counts(trained=trained, total=total),
     )
+    record.learned = learner.learned or (resumed.record.learned if resumed and resumed.record else None)
     record.seconds = Seconds(load=round(time.perf_counter() - started, 3))
     memory = record.memory
     memory.loading_bytes, memory.predicted_loading_bytes = loading.peak_bytes, predicted.loading_bytes or None
@@ -177,16 +185,17 @@ def _check_data(config: RunConfig, ranks: Ranks, listener: Listener) -> CheckInp
     return subject
 
 
-def _start_folder(config: RunConfig, resumed: Resumed | None, *, force: bool) -> Path | None:
-    """The adapter folder that the run starts from; of a resumed run, its own checkpoint.
+def _start_folder(config: RunConfig, method: Method, resumed: Resumed | None, *, force: bool) -> Path | None:
+    """The adapter folder that the run starts from; of a resumed run, its own checkpoint, so that what it was started
+    from is not read, or learned, again.
 
     Raises:
         ModelError: The adapter was trained on another base model.
     """
+    if resumed is not None and resumed.checkpoint is not None:
+        return resumed.checkpoint if config.adapter is not None or learns_its_start(config, method) else None
     if config.adapter is None:
         return None
-    if resumed is not None and resumed.checkpoint is not None:
-        return resumed.checkpoint
     found = find_start_adapter(config.adapter)
     was = found.record.model_files if found.record is not None else {}
     changed = changed_base(config.model, config.revision, was)

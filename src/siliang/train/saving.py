@@ -153,7 +153,7 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 def write_weights(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """The adapter as an adapter folder; of a model that is tuned whole, its `full_weights` and config."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder, model_card=False)
+        model.save_pretrained(folder, model_card=False, to_resume=True)
         return
     save_config(folder, model.config)
     save_file(weights, folder / MODEL_WEIGHTS, metadata={"format": "pt"})
