@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from siliang.language import Bilingual
 from siliang.methods.fields import check_fields
@@ -75,13 +76,14 @@ def mean_gradients(
 
     trained = {p: p.requires_grad for p in model.parameters()}
     was_training, weights = model.training, {path: layer.get_parameter("weight") for path, layer in layers.items()}
-    handles = [weight.register_post_accumulate_grad_hook(hook(path)) for path, weight in weights.items()]
+    handles: list[RemovableHandle] = []
     try:
         model.train()
         for p in trained:
             p.requires_grad_(False)
-        for weight in weights.values():
+        for path, weight in weights.items():
             weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(hook(path)))
         with torch.enable_grad():
             made = run()
         if unread := [path for path, weight in weights.items() if weight.grad is None]:
