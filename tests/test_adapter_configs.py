@@ -83,7 +83,6 @@ def test_starts_of_other_cases_are_known() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"init_lora_weights": "corda", "corda_config": {}}, "changed the base model's weights by data"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora = .* siliang does not support it"),
         ({"use_qalora": True}, "use_qalora = True changes what LORA computes"),
         ({"r": "8"}, "r = '8': must be a whole number. Write 8 without quotes."),

@@ -207,8 +207,7 @@ class Learner:
         """The line that is printed of it."""
         made = self.learned
         assert made is not None
-        read = f"{made.rows:,} rows ({made.tokens:,} tokens)"
         return both(
-            f"start      {made.start}, learned from {read} in {made.seconds:.1f} s",
+            f"start      {made.start}: {made.rows:,} rows ({made.tokens:,} tokens) were read, in {made.seconds:.1f} s",
             f"初始值     {made.start}：读取 {made.rows:,} 条样本（{made.tokens:,} 个词元），用时 {made.seconds:.1f} 秒",
         )
