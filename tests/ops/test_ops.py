@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from siliang.ops.lora_linear import lora_linear
 from siliang.ops.masked_ce import masked_cross_entropy
-from siliang.ops.packed_attention import Layout, packed_attention
+from siliang.ops.packed_attention import Layout, packed_attention, prefix_places, repeatable
 from siliang.ops.place import planned_for
 from siliang.ops.recomputed import recomputed_linear
 from siliang.ops.rms_norm import rms_norm
@@ -337,3 +337,51 @@ def test_flash_attention_of_cuda_takes_grouped_heads_as_they_are() -> None:
     assert kept.count((8, 2, 64)) == 2 and kept.count((8, 8, 64)) <= 2  # q and the result
     out.sum().backward()
     assert k.grad is not None and k.grad.shape == k.shape
+
+
+def test_attention_on_cuda_asks_for_gradients_in_a_fixed_order() -> None:
+    """The mode is on in the operator's own backward pass, and as before in what comes after it."""
+    seen: list[tuple[str, int]] = []
+
+    class Mark(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+            ctx.name = name
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            seen.append((ctx.name, torch.get_deterministic_debug_mode()))
+            return gradients[0], None
+
+    x = torch.ones(2, requires_grad=True)
+    Mark.apply(repeatable(Mark.apply(Mark.apply(x, "before"), "attention")), "after").sum().backward()
+    assert seen == [("after", 0), ("attention", 2), ("before", 0)] and torch.get_deterministic_debug_mode() == 0
+    assert repeatable(torch.ones(2)).grad_fn is None
+
+
+@pytest.mark.parametrize("extra", ["", "grouped", "prefix"])
+def test_a_plan_for_cuda_takes_its_flash_attention(extra: str) -> None:
+    """On fake tensors, forwards and backwards; the copies of a prefix are each sequence's own keys."""
+    from siliang.plan.fake import fake_mode
+
+    P, G = 3 if extra == "prefix" else 0, 2 if extra == "grouped" else 4
+    with fake_mode(), planned_for("cuda"):
+        shapes = [(1, 4, 8, 16), (1, G, P + 8, 16), (1, G, P + 8, 16)]
+        q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+        out = packed_attention(q, k, v, Layout.of((3, 5), 5, torch.device("cpu")), scaling=0.1, causal=True)
+        assert out.shape == (1, 8, 4, 16)
+        node: Any = out.grad_fn
+        assert "varlen" in str(node.next_functions)
+        out.sum().backward()
+        assert k.grad is not None and k.grad.shape == k.shape
+
+
+def test_each_sequence_has_the_prefix_before_it() -> None:
+    layout = Layout.of((3, 1), 3, torch.device("cpu"))
+    places = prefix_places(layout, 2)
+    x = torch.tensor([10.0, 11.0, 1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    filled = places.fill(x[:, None])[:, 0]
+    assert filled.tolist() == [10, 11, 1, 2, 3, 10, 11, 4] and places.bounds.tolist() == [0, 5, 8]
+    (gradient,) = torch.autograd.grad((filled * torch.arange(8.0)).sum(), x)
+    assert gradient.tolist() == [0 + 5, 1 + 6, 2, 3, 4, 7]

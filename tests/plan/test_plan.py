@@ -371,6 +371,21 @@ def test_loading_in_few_bits_takes_more_than_the_weights_for_a_moment(tmp_path: 
     assert found.loading_bytes - found.parts["weights"] == pytest.approx(16 * largest, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_base_in_eight_bits_is_planned(kind: Any, four_layers: str) -> None:
+    """How many inputs stay in 16 bits depends on their values, which a plan has not: none, there."""
+    peaks = {}
+    for bits in (None, 8):
+        values = {"model": four_layers, "task": "causal_lm", "method": {"name": "lora"}, "data": {"train": "-"}}
+        quantized = {} if bits is None else {"quantization": {"bits": bits}}
+        config = RunConfig.build(values | quantized | {"output": "-"})
+        device = target_device(config, kind, memory_bytes=10**11)
+        (found,) = plan(config, device, with_data=False, timed=False).methods
+        assert found.error is None
+        peaks[bits] = found.parts["weights"]
+    assert peaks[8] < peaks[None]
+
+
 def test_new_tokens_are_loaded_beside_the_old_ones(tmp_path: Path) -> None:
     data = {"train": "-", "max_length": 8, "add_tokens": ["<a>", "<b>"]}
     plain, grown = (

@@ -2,9 +2,8 @@
 
     y' = y + s (m * x) A^T B^T + s b        m: dropout's mask, 1/(1-p) or 0
 
-Saved are x (which q, k and v share when they read the same), A x^T, and one byte for each element of a mask. In
-products of which one side is the rank, it is the number of rows: on a CPU they are up to twice as fast as with so few
-columns.
+Saved are x (which q, k and v share when they read the same), A x^T, and one byte for each element of a mask. The
+products of which one side is the rank are laid out for the device: see `_thin`.
 
 Shapes: T tokens (any leading dimensions), I features in, O features out, R rank.
 """
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siliang.ops.context import LoraContext
+from siliang.ops.place import kind_of
 
 Impl = Literal["fused", "reference", "peft"]
 _impl: ContextVar[Impl] = ContextVar("lora_linear", default="fused")
@@ -92,8 +92,9 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(y_TO.device.type, enabled=False):
             if dropout_p:
                 mask_TI = torch.rand_like(x, dtype=torch.float32) >= dropout_p
-            Ax_RT = A_RI.to(dtype) @ _masked(x.to(dtype), mask_TI, dropout_p).T
-            y, B_RO = y_TO.reshape(-1, y_TO.shape[-1]), B_OR.to(dtype).T
+            A, B = A_RI.to(dtype), B_OR.to(dtype)
+            Ax_RT = _thin(A, _masked(x.to(dtype), mask_TI, dropout_p))
+            y, B_RO = y_TO.reshape(-1, y_TO.shape[-1]), B.T
             if bias_O is None:
                 y = torch.addmm(y, Ax_RT.T, B_RO, alpha=s)
             else:
@@ -110,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
         dx = dA = dB = db = None
         with torch.autocast(dy_TO.device.type, enabled=False):
             dy, x = dy_TO.reshape(-1, dy_TO.shape[-1]), x_TI.reshape(-1, x_TI.shape[-1])
-            Bdy_RT = (B_OR.to(dtype).T @ dy.T).mul_(s)
+            Bdy_RT = _thin(B_OR.to(dtype).T, dy).mul_(s)
             if needs[1]:
                 dx = _masked(Bdy_RT.T @ A_RI.to(dtype), mask_TI, ctx.p).to(x_TI.dtype).view_as(x_TI)
             if needs[2]:
@@ -120,6 +121,12 @@ class _LoraLinear(torch.autograd.Function):
             if needs[4]:
                 db = (s * dy.sum(0, dtype=torch.float32)).to(ctx.bias)
         return dy_TO, dx, dA, dB, db, None, None
+
+
+def _thin(A_RI: Tensor, x_TI: Tensor) -> Tensor:
+    """A x^T, (R, T). On a CPU it has R rows in memory, where that is up to twice as fast as so few columns; elsewhere T
+    rows, because those of T elements would begin at odd addresses, which the fast kernels of CUDA refuse."""
+    return A_RI @ x_TI.T if kind_of(x_TI) == "cpu" else (x_TI @ A_RI.T).T
 
 
 def _masked(x_TI: Tensor, mask_TI: Tensor | None, dropout_p: float) -> Tensor:

@@ -7,21 +7,30 @@ Shapes: T tokens of all sequences, S sequences, H query heads, G key and value h
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siliang.capabilities import why_missing
 from siliang.ops.context import Context, RowsContext
 from siliang.ops.place import kind_of
 
 BUCKET_RATIO = 0.8  # sequences share a bucket where the shortest is at least this share of the longest,
-BUCKET_WASTE = 3000  # and shorter ones too while their padded scores are no more: another call costs about as much
+# and shorter ones too while their padded scores are no more than this: another call costs about as much
+BUCKET_WASTE = {"cpu": 3_000, "cuda": 300_000}
+# Those of CUDA but cuDNN's: it plans anew for each shape, which takes 2 ms, and the shapes of buckets seldom return.
+SDPA_ON_CUDA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PRODUCTS_MAX_LEN = {torch.bfloat16: 512, torch.float32: 48}  # tokens of a sequence up to which _products is faster
+
+
+VARLEN = "flash attention of packed rows on CUDA"  # a row of CAPABILITIES
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Bucket:
         return (torch.arange(self.width, device=device) < lengths[:, None])[:, None, None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the sequences of a padded batch lie once the padding is gone.
 
@@ -107,12 +116,13 @@ class Layout:
     def buckets(self) -> tuple[Bucket, ...]:
         """Neighbours of about the same length, which are computed in one; sorted rows make the fewest."""
         found: list[list[int]] = []
+        most_waste = BUCKET_WASTE["cuda" if kind_of(self.index) == "cuda" else "cpu"]
         longest = wasted = 0
         for n in self.lengths:
             more = abs(longest**2 - n**2)
             if found and (
                 min(found[-1][-1], n) >= BUCKET_RATIO * max(longest, n)
-                or (wasted + more <= BUCKET_WASTE and n <= longest)
+                or (wasted + more <= most_waste and n <= longest)
             ):
                 found[-1].append(n)
                 wasted += more
@@ -210,7 +220,7 @@ def packed_attention(
     if impl == "reference":
         mask = _whole_mask(layout, P, q_1HTK, causal=causal, bias_HN=bias_HN, window=window)
         return _sdpa(q_1HTK, k_1GTK, v_1GTK, mask, scaling, dropout_p).transpose(1, 2)
-    plain = P == 0 and bias_HN is None and dropout_p == 0.0 and (causal or window is None)
+    plain = bias_HN is None and dropout_p == 0.0 and (causal or window is None)
     if impl == "varlen" or (impl == "auto" and plain and _has_varlen(q_1HTK)):
         return _varlen(
             q_1HTK, k_1GTK, v_1GTK, layout, scaling, (-1 if window is None else window - 1, 0 if causal else -1)
@@ -243,11 +253,36 @@ def packed_attention(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, dropout_p: float, *, causal: bool = False
 ) -> Tensor:
-    if q.shape[1] != k.shape[1] and q.device.type != "cuda":
+    on_cuda, grouped = q.device.type == "cuda", q.shape[1] != k.shape[1]
+    if grouped and not on_cuda:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout_p, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-    )
+        grouped = False
+    with sdpa_kernel(SDPA_ON_CUDA) if on_cuda else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+    return repeatable(out) if on_cuda else out
+
+
+def repeatable(out: Tensor) -> Tensor:
+    """`out`, whose last operator computes its gradients in the same order each time.
+
+    The attention kernels of CUDA add up the gradients of long sequences in any order, unless torch is in its
+    deterministic mode; there most operators cost more, and some are refused.
+    """
+    if out.grad_fn is not None:
+        before: list[int] = []
+
+        def begin(*_: object) -> None:
+            before.append(torch.get_deterministic_debug_mode())
+            torch.set_deterministic_debug_mode("error")  # with "warn" the kernels stay as they are
+
+        def end(*_: object) -> None:
+            torch.set_deterministic_debug_mode(before.pop())
+
+        out.grad_fn.register_prehook(begin)
+        out.grad_fn.register_hook(end)
+    return out
 
 
 def _products(
@@ -295,20 +330,62 @@ def _whole_mask(
 
 
 def _has_varlen(q: Tensor) -> bool:
-    return (
-        q.device.type == "cuda"
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and why_missing("flash attention of packed rows on CUDA") is None
-    )
+    """Whether flash attention of unlike lengths takes `q`: on CUDA, or on fake tensors of a plan for CUDA."""
+    if kind_of(q) != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return False
+    return (q.device.type == "cuda" or isinstance(q, FakeTensor)) and why_missing(VARLEN) is None
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, window: tuple[int, int]) -> Tensor:
-    """Flash attention over sequences of unlike length, as torch ships it for CUDA; window: tokens (before, after)."""
+    """Flash attention over sequences of unlike length, as torch ships it for CUDA; window: tokens (before, after). With
+    a prefix a sequence has more keys than queries: the last key is the last query's own."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest, grouped = layout.bounds, max(layout.lengths), q.shape[1] != k.shape[1]
+    P, grouped = k.shape[2] - q.shape[2], q.shape[1] != k.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped)
+    longest, bounds = max(layout.lengths), layout.bounds
+    bounds_k = bounds
+    if P:
+        places = prefix_places(layout, P)
+        k, v, bounds_k = places.fill(k), places.fill(v), places.bounds
+    out = varlen_attn(
+        q, k, v, bounds, bounds_k, longest, P + longest, scale=scaling, window_size=window, enable_gqa=grouped
+    )
     assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
+    return repeatable(out).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class PrefixPlaces:
+    """Where the rows are once each sequence has a copy of the prefix before it.
+
+    Attributes:
+        bounds: Where each sequence begins, its prefix first, and the end, (S + 1,).
+        prefix: The places of the copies, (S * P,).
+        tokens: The places of the tokens, (T,).
+    """
+
+    bounds: Tensor
+    prefix: Tensor
+    tokens: Tensor
+
+    def fill(self, x: Tensor) -> Tensor:
+        """(P + T, G, K), the prefix once, to (S * P + T, G, K)."""
+        S = len(self.bounds) - 1
+        P, rows = len(self.prefix) // S, len(self.prefix) + len(self.tokens)
+        prefix, tokens = x.split([P, len(x) - P])
+        copies = prefix.expand(S, *prefix.shape).flatten(0, 1)
+        return _spread(copies, self.prefix, rows) + _spread(tokens, self.tokens, rows)
+
+
+@lru_cache(maxsize=2)  # all layers ask for the same
+def prefix_places(layout: Layout, P: int) -> PrefixPlaces:
+    """The places of a layout's tokens with a prefix of P rows before each sequence."""
+    starts = [start + i * P for i, start in enumerate(layout.starts)]
+    device = layout.index.device
+    tokens = torch.cat([torch.arange(n) + s + P for s, n in zip(starts, layout.lengths, strict=True)])
+    prefix = torch.cat([torch.arange(P) + s for s in starts])
+    bounds = torch.tensor([*starts, layout.tokens + len(starts) * P], dtype=torch.int32)
+    return PrefixPlaces(bounds.to(device), prefix.to(device), tokens.to(device))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from siliang.ops.context import Context
@@ -30,6 +31,8 @@ def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float, *, impl: Literal["fused", "r
     if impl == "reference":
         x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))  # fp64 stays fp64, for the tests' reference
         return w_D * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
+    if x_TD.device.type == "cuda" and x_TD.dtype == w_D.dtype:
+        return F.rms_norm(x_TD, w_D.shape, w_D, eps)  # one kernel in place of eight, which keeps the same; rounds once
     return _RmsNorm.apply(x_TD, w_D, eps)
 
 

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from siliang.capabilities import why_missing
@@ -120,6 +121,9 @@ def _quantize(
 ) -> None:
     """Replaces the linear layers by bitsandbytes' layers, in the state that they have after loading."""
     for path, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):  # GPT-2's, whose weight is the other way round
+            inputs, outputs = module.weight.shape
+            module = nn.Linear(inputs, outputs, dtype=module.weight.dtype)
         if type(module) is not nn.Linear or not should_convert_module(path, kept):
             continue
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -131,4 +135,7 @@ def _quantize(
             compute_dtype=compute_dtype,
             storage=storage,
         )
+        if wanted.bits == 8:
+            state: Any = new.state
+            state.threshold = 0.0  # how many inputs are beyond it, and kept in 16 bits, is not known here
         setattr(parent, path.rpartition(".")[2], new)
