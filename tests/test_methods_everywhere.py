@@ -54,7 +54,7 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "alora": {"name": "lora", "r": 2, "lora_dropout": 0.1, "alora_invocation_tokens": INVOCATION},
     "kasa": {"name": "lora", "r": 2, "lora_dropout": 0.1, "kasa_config": {"gamma": 0.1}},
 }
-NOT_HERE = ("bitfit", "prompt_tuning", "p_tuning", "prefix_tuning", "head", "full")  # which other tests have
+NOT_HERE = ("bitfit", "prompt_tuning", "p_tuning", "prefix_tuning", "head", "full", "xlora")  # which other tests have
 VARIANTS = [name for name, settings in SMALL.items() if "name" in settings]
 EVERY = [name for name in METHODS if name not in NOT_HERE] + VARIANTS
 MERGEABLE = [name for name in EVERY if name in VARIANTS or METHODS[name].mergeable]

@@ -19,7 +19,10 @@ PROMPTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("head", "trainable_tokens")])
+NEED_SETTINGS = ("trainable_tokens", "cpt", "xlora")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("head", *NEED_SETTINGS)])
 def test_classes(method: str, shared: Path, encoder: Path, tmp_path: Path) -> None:
     """A frozen encoder with an untrained head is right on half of SST-2's reviews."""
     sst2 = shared / "data" / "sst2"
@@ -41,7 +44,7 @@ def test_classes(method: str, shared: Path, encoder: Path, tmp_path: Path) -> No
     assert record.final["accuracy"] > 0.65
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("head", "bitfit", "trainable_tokens")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("head", "bitfit", *NEED_SETTINGS)])
 def test_text(method: str, shared: Path, tmp_path: Path) -> None:
     """Without BitFit: this Llama has no biases. The prefix starts from zero: at random it harms so small a model."""
     start = {"init_weights": "zero"} if method == "prefix_tuning" else {}

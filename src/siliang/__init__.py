@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from siliang.methods.vblora import VBLoRAConfig
     from siliang.methods.vera import VeraConfig
     from siliang.methods.waveft import WaveFTConfig
+    from siliang.methods.xlora import XLoraConfig
     from siliang.peft_api.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -138,6 +139,7 @@ if TYPE_CHECKING:
         VBLoRAModel,
         VeraModel,
         WaveFTModel,
+        XLoraModel,
     )
     from siliang.safety.permissions import allow_code
     from siliang.types import PeftType, SiliangError, TaskType
@@ -248,6 +250,8 @@ _HOME = {
     "LilyModel": "siliang.peft_api.tuners",
     "WaveFTConfig": "siliang.methods.waveft",
     "WaveFTModel": "siliang.peft_api.tuners",
+    "XLoraConfig": "siliang.methods.xlora",
+    "XLoraModel": "siliang.peft_api.tuners",
     "allow_code": "siliang.safety.permissions",
     "cast_mixed_precision_params": "siliang.peft_api.functions",
     "check_if_peft_model": "siliang.peft_api.functions",
@@ -368,6 +372,8 @@ __all__ = [
     "VeraModel",
     "WaveFTConfig",
     "WaveFTModel",
+    "XLoraConfig",
+    "XLoraModel",
     "allow_code",
     "cast_mixed_precision_params",
     "check_if_peft_model",

@@ -44,6 +44,7 @@ class PeftType(StrEnum):
     VBLORA = "VBLORA"
     HRA = "HRA"
     POLY = "POLY"
+    XLORA = "XLORA"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     WAVEFT = "WAVEFT"
     ADALORA = "ADALORA"

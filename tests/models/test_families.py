@@ -159,7 +159,7 @@ SHORT = ("lora", "loha", "oft", "vera", "ia3", "ln_tuning", "bitfit", "prompt_tu
     [
         name if name in SHORT else pytest.param(name, marks=pytest.mark.long)
         for name in METHODS
-        if name not in ("full", "head", "trainable_tokens")
+        if name not in ("full", "head", "trainable_tokens", "cpt", "xlora")
     ],
 )
 def test_gradient_checkpointing_reaches_the_inputs(

@@ -17,6 +17,12 @@ def present_batches(injection: Injection) -> list[PresentBatch]:
     return [batch for batch in found if batch is not None]
 
 
+def trains_all_layers(injection: Injection) -> bool:
+    """Whether what the lowest layer gives follows from what is trained, wherever that is: a prompt, a mixture."""
+    adapters = [injection.adapters[name] for name in injection.active]
+    return any(one.prompt is not None or (one.batch is not None and one.batch.mixes_layers) for one in adapters)
+
+
 def trial_inputs(injection: Injection) -> dict[str, int]:
     """What the model is called with beside its tokens where nothing depends on them: rows of the first task."""
     return {"task_ids": 0} if any(isinstance(batch, TaskIds) for batch in present_batches(injection)) else {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from siliang.adapters.present import present_batches, trial_inputs
+from siliang.adapters.present import present_batches, trains_all_layers, trial_inputs
 from siliang.data.batch import Batch
 from siliang.data.task_column import TASK_IDS
 from siliang.engine.budget import MemoryBudget
@@ -103,7 +103,7 @@ class Engine:
         self.frozen_layers = 0
         budget = MemoryBudget(model, memory_budget, memory_share)
         self._noise = EmbeddingNoise(self._base.get_input_embeddings(), neftune_alpha) if neftune_alpha else None
-        if keep_frozen and self.padding is not None and not _has_prompts(model):
+        if keep_frozen and self.padding is not None and not (self._peft and trains_all_layers(self._peft.injection)):
             frozen = find_frozen_layers(self._base, self.padding.layers, comparing=comparing)
             if frozen.count and self._noise is not None:
                 frozen = FrozenLayers(0, Bilingual("train.neftune_alpha adds noise", "train.neftune_alpha 会加入噪声"))
@@ -311,10 +311,6 @@ class Engine:
             starts = tuple(range(0, len(batch.lengths) * states.shape[1], states.shape[1]))
         first = torch.tensor(starts).to(states.device, non_blocking=True)
         return first[batch.targets[1]] + virtual + batch.targets[2]
-
-
-def _has_prompts(model: nn.Module) -> bool:
-    return isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values())
 
 
 class HeadLoss:

@@ -46,6 +46,7 @@ from siliang.methods.trainable_tokens import TrainableTokens, TrainableTokensCon
 from siliang.methods.vblora import VBLoRA, VBLoRAConfig
 from siliang.methods.vera import Vera, VeraConfig
 from siliang.methods.waveft import WaveFT, WaveFTConfig
+from siliang.methods.xlora import XLora, XLoraConfig
 from siliang.types import ConfigError, nearest
 
 AnyMethod: TypeAlias = Method[Any]  # with whichever config
@@ -75,6 +76,7 @@ METHODS: dict[str, AnyMethod] = {
         WaveFT(),
         Road(),
         Poly(),
+        XLora(),
         IA3(),
         LNTuning(),
         Beft(),
@@ -179,6 +181,7 @@ __all__ = [
     "VBLoRAConfig",
     "VeraConfig",
     "WaveFTConfig",
+    "XLoraConfig",
     "config_class",
     "find_method",
     "method_of",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,10 @@ class PresentBatch:
 
     Attributes:
         layout: Where the rows lie while the batch has no padding: whoever takes the padding out sets it.
+        mixes_layers: What a layer adds follows from something that is trained outside of it.
     """
+
+    mixes_layers: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.layout: Layout | None = None

@@ -342,6 +342,10 @@ class PolyModel(TunerModel):
             return super().forward(*args, **kwargs)
 
 
+class XLoraModel(TunerModel):
+    """With X-LoRA."""
+
+
 TUNERS: dict[str, type[TunerModel]] = {
     PeftType.LORA: LoraModel,
     PeftType.ADALORA: AdaLoraModel,
@@ -369,4 +373,5 @@ TUNERS: dict[str, type[TunerModel]] = {
     PeftType.OSF: OSFModel,
     PeftType.LILY: LilyModel,
     PeftType.POLY: PolyModel,
+    PeftType.XLORA: XLoraModel,
 }
