@@ -378,9 +378,8 @@ def read_expert(model: nn.Module, name: str, folder: str, number: int) -> dict[s
     experts: dict[str, Expert] = {}
     modules = dict(model.named_modules())
     for path, pair in found.items():
-        layer, A, B = modules.get(path), pair.get("A"), pair.get("B")
-        fits = layer is not None and is_linear(layer) and A is not None and B is not None
-        if not fits or (A.shape[1], B.shape[0]) != features(layer) or len(A) != B.shape[1]:
+        layer, (A, B) = modules.get(path), (pair.get(factor, torch.empty(0, 0)) for factor in "AB")
+        if layer is None or not is_linear(layer) or (*A.shape, *B.shape) != (len(A), *features(layer), len(A)):
             raise ConfigError(
                 Bilingual(
                     f"adapters: {name!r} does not fit {path}: was it trained on another base model?",
