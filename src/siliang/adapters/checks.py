@@ -13,6 +13,7 @@ from siliang.adapters.choose_modules import names_of_saved
 from siliang.adapters.table_rows import check_table_rows
 from siliang.language import Bilingual
 from siliang.methods.config import PeftConfig
+from siliang.methods.layer import LayerAdapter
 from siliang.methods.method import Parts
 from siliang.models.quantized import is_quantized
 from siliang.module_paths import inside, plain_modules
@@ -88,7 +89,9 @@ def check_together(adapters: Sequence[AttachedAdapter], *, error: type[SiliangEr
 
 def _replaced(a: AttachedAdapter, b: AttachedAdapter) -> str | None:
     """What of `b` adapter `a` would replace; None for nothing."""
-    alone = [path for path, layer in a.layers.items() if layer.EXCLUSIVE]
+    alone = [
+        path for path, layer in a.layers.items() if layer.EXCLUSIVE and not _of_one_kind(layer, b.layers.get(path))
+    ]
     both = set(a.parts.parameters) & set(b.parts.parameters)
     for path in (*b.layers, *b.parts.parameters, *b.parts.modules):
         if path in both or inside(path, [*a.parts.modules, *alone]):
@@ -98,6 +101,11 @@ def _replaced(a: AttachedAdapter, b: AttachedAdapter) -> str | None:
         if own is not None and (shared := set(own.indices) & set(rows.indices)):
             return f"row {min(shared)} of {path}"
     return None
+
+
+def _of_one_kind(one: LayerAdapter, other: LayerAdapter | None) -> bool:
+    """Whether two adapters on a layer are of a class of which several can be active."""
+    return one.WITH_ITS_KIND and type(one) is type(other)
 
 
 def check_rows(names: Sequence[str], *, merged: bool, alone: Collection[str]) -> None:

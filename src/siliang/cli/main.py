@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -378,8 +379,14 @@ def _quieten_libraries() -> None:
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = partial(_show_warning, set())
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
-    print(f"{both('warning: ', '警告：')}{local(message_of(message))}", file=sys.stderr)
+def _show_warning(
+    shown: set[str], message: Warning | str, category: type[Warning], filename: str, *rest: object
+) -> None:
+    """Prints a warning once: the plan and the run have the same of one setting."""
+    line = f"{both('warning: ', '警告：')}{local(message_of(message))}"
+    if line not in shown:
+        shown.add(line)
+        print(line, file=sys.stderr)

@@ -58,6 +58,7 @@ def find_targets(
         )
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         found = _all_linear(model, modules, supported)
+        _warn_of_experts(config, modules)
         # as in PEFT the file has the names, so that it means the same on a model with other linear layers
         config.target_modules = names_of(found, modules, outside)
     elif isinstance(wanted, str):
@@ -126,21 +127,27 @@ def _default_targets(
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], supported: Sequence[str]) -> list[str]:
     """Every linear layer but the one that makes the logits."""
-    if experts := _experts(modules):
-        warnings.warn(
-            both(
-                f"target_modules='all-linear' leaves out {', '.join(experts)}: these hold weights, and "
-                "are no linear "
-                "layers. PEFT tunes them on some models (target_parameters), siliang does not.",
-                f"target_modules='all-linear' 不包括 {'、'.join(experts)}：它们含有权重，但不是线性层。"
-                "PEFT 在一些模型上"
-                "微调它们（target_parameters），siliang 不微调。",
-            ),
-            stacklevel=2,  # one place, so that it is shown once
-        )
     left_out = _uncalled(modules)
     head = output_layer(model)
     return [p for p in supported if modules[p] is not head and is_linear(modules[p]) and p not in left_out]
+
+
+def _warn_of_experts(config: LayerConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Says which weights of experts all-linear leaves out."""
+    named: Sequence[str] = getattr(config, "target_parameters", None) or ()
+    left_out = [e for e in _experts(modules) if not any(ends_with(e, n) or ends_with(n, e) for n in named)]
+    if not left_out:
+        return
+    way = Bilingual(f"{config.peft_type} cannot tune them", f"{config.peft_type} 无法微调它们")
+    if hasattr(config, "target_parameters"):
+        way = Bilingual("name them in target_parameters to tune them", "如需微调，请写入 target_parameters")
+    warnings.warn(
+        both(
+            f"target_modules='all-linear' leaves out {', '.join(left_out)}, which are no linear layers: {way}.",
+            f"target_modules='all-linear' 不包括 {'、'.join(left_out)}，它们不是线性层：{way.zh}。",
+        ),
+        stacklevel=2,  # one place, so that it is shown once
+    )
 
 
 def _experts(modules: Mapping[str, nn.Module]) -> list[str]:

@@ -45,6 +45,8 @@ class LayerAdapter(ABC):
     EXCLUSIVE: ClassVar[bool] = False
     # It can compute on some rows of a batch, the others of which have other adapters.
     PART_OF_A_BATCH: ClassVar[bool] = True
+    # Those of its own class can all the same.
+    WITH_ITS_KIND: ClassVar[bool] = False
 
     s: float = 1.0
     config_scaling: float = 1.0

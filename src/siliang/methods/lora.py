@@ -3,10 +3,10 @@
     y = W x + s B A x        s = alpha / r,  A ~ U(kaiming), B = 0: at the start y = W x exactly
 
 rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): s = alpha / sqrt(r).
-Other files of it: lora_config.py (the settings), lora_linear.py, lora_embedding.py, lora_conv.py and lora_attention.py
-(on a linear layer, an embedding, a convolution, an nn.MultiheadAttention), dora.py (magnitude, direction),
-lora_variants.py (the other variants), lora_init.py (starts from the weight), lora_start.py (starts by data),
-low_rank.py (A and B themselves).
+Other files of it: lora_config.py (the settings), lora_linear.py, lora_embedding.py, lora_conv.py, lora_attention.py and
+lora_parameters.py (on a linear layer, an embedding, a convolution, an nn.MultiheadAttention, a parameter), dora.py
+(magnitude, direction), lora_variants.py (the other variants), lora_init.py (starts from the weight), lora_start.py
+(starts by data), low_rank.py (A and B themselves).
 
 Shapes: W (O, I), A (R, I), B (O, R), b (O,); T tokens, I in, O out, R = r.
 """
@@ -34,6 +34,7 @@ from siliang.methods.lora_config import BY_DATA, OUT_OF_THE_WEIGHT, LoraConfig
 from siliang.methods.lora_conv import LoraConv
 from siliang.methods.lora_embedding import LoraEmbedding
 from siliang.methods.lora_linear import LoraLinear
+from siliang.methods.lora_parameters import find_parameters, from_nested_keys, on_parameters, to_nested_keys
 from siliang.methods.lora_start import Start, start_for, started, state_of
 from siliang.methods.lora_variants import VARIANTS, variant_of
 from siliang.methods.low_rank import LoraSpec, LowRank, MakeLowRank
@@ -71,15 +72,18 @@ class Lora(Method[LoraConfig]):
         tied = config.tied = _tied(model, config, from_file=from_file)
         if tied is not None and config.target_modules:
             config.target_modules = targets_with(tied, config.target_modules)
-        layers = find_targets(
-            model,
-            config,
-            lambda layer: any(kind.supports(layer) for kind in kinds),
-            defaults=self.default_targets,
-            outside=saved,
-            lenient=from_file,
-            blocks=Blocks.of(config.layers_to_transform, config.layers_pattern),
-        )
+        held = find_parameters(model, config.target_parameters or (), outside=saved, lenient=from_file)
+        layers: list[str] = []
+        if not held or config.target_modules or (config.target_modules is None and LORA_TARGETS.find(model).paths):
+            layers = find_targets(
+                model,
+                config,
+                lambda layer: any(kind.supports(layer) for kind in kinds),
+                defaults=self.default_targets,
+                outside=saved,
+                lenient=from_file,
+                blocks=Blocks.of(config.layers_to_transform, config.layers_pattern),
+            )
         tied = tied if tied is not None and tied.embedding in layers else None
         layers = [path for path in layers if tied is None or path != tied.head]
         if config.lora_dropout == 1.0 and not from_file:
@@ -99,7 +103,8 @@ class Lora(Method[LoraConfig]):
             )
         if (variant := variant_of(config)) is not None and variant.check is not None:
             variant.check(model, config)
-        named = [*layers, *([] if tied is None else [tied.head])]
+        parameters = [f"{module}.{own}" for module, names in held.items() for own in names]
+        named = [*layers, *([] if tied is None else [tied.head]), *parameters]
         ranks = LayerPatterns("rank_pattern", config.rank_pattern, named)
         alphas = LayerPatterns("alpha_pattern", config.alpha_pattern, named)
         if not from_file:
@@ -122,8 +127,14 @@ class Lora(Method[LoraConfig]):
                 adapters |= on_both(tied, spec, _spec(config, kind, r, alpha, from_file=from_file))
             else:
                 adapters[path] = spec.make if from_file else started(spec.make, starts[path], config)
+        specs = {
+            path: _spec(
+                config, LoraLinear, r_of.get(path, config.r), alpha_of.get(path, config.lora_alpha), from_file=from_file
+            )
+            for path in parameters
+        }
         return Parts(
-            layers=adapters,
+            layers=adapters | on_parameters(held, specs, layers),
             parameters=tuple(_biases(model, config, adapters, saved)),
             table_rows=named_rows(model, config.trainable_token_indices, saved=saved),
             state=state_of(starts),
@@ -171,11 +182,11 @@ class Lora(Method[LoraConfig]):
     def from_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # what PEFT calls an embedding that was resized, and of which rows are trained
         tensors = {key.replace(".token_adapter.base_layer.", ".base_layer."): t for key, t in tensors.items()}
-        tensors = {from_keys_of_peft(key): t for key, t in tensors.items()}
+        tensors = {from_nested_keys(from_keys_of_peft(key)): t for key, t in tensors.items()}
         return tensors if config.tied is None else without_head(config.tied, tensors)
 
     def to_file(self, config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors = to_keys_of_peft(tensors)
+        tensors = {to_nested_keys(key): t for key, t in to_keys_of_peft(tensors).items()}
         return tensors if config.tied is None else with_head(config.tied, tensors)
 
     def shape_hint(self, key: str, found: Sequence[int], needed: Sequence[int]) -> str:

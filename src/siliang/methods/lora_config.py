@@ -16,6 +16,7 @@ from siliang.methods.kasa import KasaConfig
 from siliang.methods.layer_method import BlocksConfig
 from siliang.methods.lora_ga import LoraGAConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS, check_even
+from siliang.methods.low_rank import STARTS
 from siliang.methods.tied_ends import Tied
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, PeftType, TaskType, nearest
@@ -72,6 +73,8 @@ class LoraConfig(BlocksConfig):
         ensure_weight_tying: Where embed_tokens or lm_head is among the targets or modules_to_save and they are tied,
             both are changed, and stay tied.
         runtime_config: How the adapter is made on this machine. It is not saved.
+        target_parameters: Parameters that are no linear layer's, such as the weights of a mixture's experts, by the
+            endings of their paths: "experts.gate_up_proj". Beside the layers of target_modules, of which [] is none.
     """
 
     r: int = 8
@@ -94,6 +97,7 @@ class LoraConfig(BlocksConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    target_parameters: list[str] | None = None
 
     peft_type: ClassVar[str] = PeftType.LORA
     UNSUPPORTED: ClassVar[dict[str, object]] = {
@@ -103,7 +107,6 @@ class LoraConfig(BlocksConfig):
         "megatron_core": "megatron.core",
         "monteclora_config": None,
         "qalora_group_size": 16,
-        "target_parameters": None,
         "use_bdlora": None,
         "use_qalora": False,
         "velora_config": None,
@@ -193,6 +196,27 @@ class LoraConfig(BlocksConfig):
         self._fill_start("lora_ga", LoraGAConfig)
         self._check_variant()
         self._check_invocation()
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """
+        Raises:
+            ConfigError: target_parameters is beside a setting that does not work on a parameter.
+        """
+        settings = ("lora_dropout", "fan_in_fan_out", "lora_bias", *self.VARIANTS)
+        wrong = [name for name in settings if getattr(self, name)]
+        if self.layers_to_transform not in (None, []):
+            wrong.append("layers_to_transform")
+        if self.init_lora_weights not in STARTS:
+            wrong.append(f"init_lora_weights = {self.init_lora_weights!r}")
+        if self.target_parameters and wrong:
+            raise ConfigError(
+                Bilingual(
+                    f"target_parameters and {wrong[0]} do not go together: it does not work on parameters that are no "
+                    "layer's. Leave out one of them.",
+                    f"target_parameters 与 {wrong[0]} 不能同时使用：后者不适用于不属于任何层的参数。请去掉其中一个。",
+                )
+            )
 
     def _check_variant(self) -> None:
         """

@@ -122,7 +122,9 @@ def create_lorafa_optimizer(
             )
         )
     for name in model.active_adapters:
-        if variant := getattr(model.peft_config[name], "variant", None):
+        config = model.peft_config[name]
+        other = "target_parameters" if getattr(config, "target_parameters", None) else None
+        if variant := getattr(config, "variant", None) or other:
             raise ConfigError(
                 Bilingual(
                     f"LoRA-FA's step is that of W + s B A alone, and adapter {name!r} has {variant}: leave it out, "

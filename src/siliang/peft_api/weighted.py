@@ -70,7 +70,8 @@ class Combination:
                 )
             )
         for name, config in zip(self.adapters, configs, strict=True):
-            others = (*config.VARIANTS, "lora_bias", "trainable_token_indices", "ensure_weight_tying")
+            more = ("target_parameters", "trainable_token_indices", "ensure_weight_tying")
+            others = (*config.VARIANTS, "lora_bias", *more)
             if field := next((field for field in others if getattr(config, field)), None):
                 raise ConfigError(
                     Bilingual(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
@@ -36,6 +36,22 @@ class _SharedMode(FakeTensorMode):
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
+
+    def dispatch(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+            # torch's shapes are for bf16 alone, its kernels for other dtypes too
+            with self:
+                return torch.empty(_grouped_shape(*args[:3]), dtype=args[0].dtype, device=args[0].device)
+        return super().dispatch(func, types, args, kwargs or {})
+
+
+def _grouped_shape(a: Tensor, b: Tensor, ends: Tensor) -> tuple[int, ...]:
+    """The shape of a product by groups, of which `ends` says where each ends in the dimension that they share."""
+    if a.dim() == 2 and b.dim() == 2:
+        return (ends.shape[0], a.shape[0], b.shape[1])
+    return (a.shape[-2], b.shape[-1]) if 2 in (a.dim(), b.dim()) else (a.shape[0], a.shape[1], b.shape[2])
 
 
 @contextmanager

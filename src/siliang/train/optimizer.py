@@ -151,7 +151,7 @@ def rate_factors(model: nn.Module, settings: TrainConfig) -> dict[str, float]:
                 factors[name] = decay ** (len(layers) + 1)
     if (ratio := settings.loraplus_ratio) is not None:
         for name, _ in model.named_parameters():
-            if ".lora_B." in name or ".lora_embedding_B." in name:
+            if "lora_B." in name or ".lora_embedding_B." in name:  # a parameter's has more before it
                 factors[name] = factors.get(name, 1.0) * ratio
     return factors
 
