@@ -1,4 +1,4 @@
-"""`make faults`: every part at full size, and a table of what came of it."""
+"""`make faults`: every part at full size, and a table of the results."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def arguments(place: Place, folder: Path, size: float) -> Result:
 
 
 def templates(place: Place, folder: Path, size: float) -> Result:
-    """Chat templates made to do harm"""
+    """Malicious chat templates"""
     passed = hostile_templates(place)
     return not passed, f"{len(HOSTILE) - len(passed)} of {len(HOSTILE)} refused{_lines(passed)}"
 
 
 def folders(place: Place, folder: Path, size: float) -> Result:
-    """Folders made to do harm"""
+    """Malicious folders"""
     bases = folder / "bases"
     parts = [("by hand", _hand(bases, folder / "hand", size))]
     if n := round(20_000 * size):
@@ -113,7 +113,7 @@ def folders(place: Place, folder: Path, size: float) -> Result:
 
 
 def _hand(bases: Path, folder: Path, size: float) -> Tried:
-    """Those by hand: all of them, or with a smaller size every so manieth."""
+    """The hand-written cases: all of them, or a part at a smaller size."""
     folder.mkdir()
     every = max(1, round(1 / size)) if size < 1 else 1
     return try_by_hand(bases, folder, [case for part in BY_HAND.values() for case in part][::every])

@@ -1,4 +1,5 @@
-"""Every command with arguments of every kind: each ends with 0, 1 or 2 and a line or two, none with a fault of ours.
+"""Every command with arguments of every kind: each ends with exit code 0, 1 or 2 and one or two lines, and none with
+an internal error.
 
 Nothing is trained long: where a command would start processes or a training, one of its arguments is always wrong.
 """

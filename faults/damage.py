@@ -18,7 +18,7 @@ class Damage:
     """Counts.
 
     Attributes:
-        noticed: By name: a checkpoint passed over with a warning, an adapter refused.
+        noticed: By name: a checkpoint skipped with a warning, an adapter refused.
         harmless: Not noticed, and the result was the same.
         wrong: Neither.
     """
@@ -34,14 +34,14 @@ class Damage:
 
 
 def flip(path: Path, chance: random.Random) -> None:
-    """Turns over one bit."""
+    """Flips one bit."""
     content = bytearray(path.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     path.write_bytes(content)
 
 
 def cut(path: Path, chance: random.Random) -> None:
-    """Takes the end off."""
+    """Cuts off the end."""
     content = path.read_bytes()
     path.write_bytes(content[: chance.randrange(len(content))])
 
@@ -50,7 +50,7 @@ HARM: tuple[Callable[[Path, random.Random], None], ...] = (flip, flip, flip, cut
 
 
 def damage_checkpoints(place: Place, folder: Path, *, cases: int, seed: int = 0) -> Damage:
-    """Resumes runs whose newest checkpoint was harmed."""
+    """Resumes runs whose newest checkpoint is damaged."""
     chance, counts = random.Random(seed), Damage()
     assert run(place.config(folder / "peace")).code == 0
     wanted = outcome(folder / "peace")
@@ -69,7 +69,7 @@ def damage_checkpoints(place: Place, folder: Path, *, cases: int, seed: int = 0)
 
 
 def damage_adapters(place: Place, folder: Path, *, cases: int, seed: int = 0) -> Damage:
-    """Opens runs whose adapter was harmed."""
+    """Opens runs whose adapter is damaged."""
     chance, counts = random.Random(seed), Damage()
     assert run(place.config(folder / "done")).code == 0
     whole = {p.name: p.read_bytes() for p in (folder / "done" / "adapter").iterdir()}

@@ -1,4 +1,4 @@
-"""Seen that fill up, are read-only, or whose folders go away under a run."""
+"""Disks that fill up, are read-only, or whose folders go away under a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def small_disk(folder: Path, size: str) -> Iterator[bool]:
 
 
 def try_disks(place: Place, folder: Path) -> Seen:
-    """Each case once."""
+    """Tries each case once."""
     seen = Seen()
     assert run(place.config(folder / "peace")).code == 0
     wanted = outcome(folder / "peace")
@@ -45,7 +45,7 @@ def try_disks(place: Place, folder: Path) -> Seen:
 
 
 def _full(seen: Seen, place: Place, disk: Path, wanted: object) -> None:
-    """The disk fills up while the run goes on; with room again it goes on too."""
+    """The disk fills up during a run; after space is freed the run resumes."""
     config = place.config(disk / "run")
     child = Child(config, pace_s=0.02)
     child.wait_for("step 8\n")
@@ -80,7 +80,7 @@ def _read_only(seen: Seen, place: Place, disk: Path, wanted: object) -> None:
 
 
 def _removed(seen: Seen, place: Place, folder: Path) -> None:
-    """The folder goes away, and is not made again with half a run in it."""
+    """The folder is removed, and is not created again with half a run in it."""
     child = Child(place.config(folder / "removed"), pace_s=0.02)
     child.wait_for("step 8\n")
     shutil.rmtree(folder / "removed", ignore_errors=True)

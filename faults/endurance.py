@@ -21,7 +21,7 @@ ALLOWED_GROWTH = 1.05  # of resident memory, from a third of the way on
 
 @dataclass
 class Endurance:
-    """What was measured every so many steps."""
+    """Measurements at regular intervals of steps."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -31,7 +31,7 @@ class Endurance:
 
     @property
     def growth(self) -> float:
-        """Of the mean of the last third over that of the second."""
+        """The mean of the last third, relative to that of the second."""
         middle, last = _thirds(self.resident_bytes)
         return (sum(last) / len(last)) / (sum(middle) / len(middle))
 
@@ -52,7 +52,7 @@ def _thirds(values: list[int]) -> tuple[list[int], list[int]]:
 
 
 def endure(place: Place, folder: Path, *, steps: int) -> Endurance:
-    """So many steps with a checkpoint and an evaluation every hundredth part of them."""
+    """Trains `steps` steps with 100 checkpoints and evaluations."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_run, args=(place, folder / "long", steps, send))
     process.start()

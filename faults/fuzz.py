@@ -1,4 +1,4 @@
-"""Hostile and broken files: each either works or ends in an error of ours; no hang, no other error, no file outside.
+"""Hostile and broken files: each either works or ends in a SiliangError; no hang, no other error, no file outside.
 
 Half of the cases are whole files with some bytes changed, half are made by hypothesis of what such a file may hold.
 """
@@ -48,7 +48,7 @@ class Target:
 
     Attributes:
         seeds: Whole files to begin with.
-        made: Contents that hypothesis makes up.
+        made: Contents that hypothesis generates.
         read: What siliang does with such a file.
     """
 
@@ -64,7 +64,7 @@ class Fuzzed:
 
     Attributes:
         worked: Cases in which the file was good enough.
-        refused: Cases that ended in an error of ours.
+        refused: Cases that ended in a SiliangError.
         failures: Everything else, the first of each kind with its content.
         outside: Files that appeared outside of the folder.
     """
@@ -135,7 +135,7 @@ def _fail(target: Target, content: bytes, found: Fuzzed, why: str) -> None:
 
 @contextmanager
 def _not_for_ever() -> Iterator[None]:
-    """By a timer of its own: what is tried may use the alarm."""
+    """Uses a separate timer: the tried code may use the alarm."""
 
     def stop(number: int, frame: Any) -> None:
         raise HangError(f"more than {HANG_S} s of the processor's time")
@@ -480,7 +480,7 @@ def _chat_template(place: Place) -> Target:
 
 
 def hostile_templates(place: Place) -> list[str]:
-    """Those of the templates made to do harm that were not refused."""
+    """The malicious templates that were not refused."""
     read = _chat_template(place).read
     passed = []
     for template in HOSTILE:

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, then --resume, until the run is done: the end must be that of a run left in peace."""
+"""SIGKILL at random moments, then --resume, until the run is finished: the result must be an undisturbed run's."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from siliang.records import Record
 
 
 def _config(place: Place, output: Path, method: str = "lora", **train_settings: Any) -> RunConfig:
-    """One batch a step, so that the batches can be counted."""
+    """One batch per step, so that batches can be counted."""
     return place.config(output, method, batch_size=4, gradient_accumulation=1, **train_settings)
 
 
 def losses_times(factor: float, steps: range) -> None:
-    """From now on in this process, the loss of these steps is multiplied."""
+    """Multiplies the loss of these steps from now on in this process."""
     before, seen = Engine.loss, 0
 
     @contextmanager
@@ -51,7 +51,7 @@ def no_memory_for(tokens: int, rows: int = 0) -> None:
 
 
 def try_numbers(place: Place, folder: Path) -> Seen:
-    """Each case once."""
+    """Tries each case once."""
     seen = Seen()
     assert run(_config(place, folder / "peace")).code == 0
     wanted = outcome(folder / "peace")

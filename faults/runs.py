@@ -1,4 +1,4 @@
-"""Small runs in processes of their own, quick enough to be killed by the dozen."""
+"""Small runs in separate processes, short enough to be killed many times."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Seen:
     """What was tried.
 
     Attributes:
-        failed: Cases that did not end as they should: the message was not clear, or what had been saved was not whole.
+        failed: Cases that did not end as they should: the message was not clear, or a saved file was damaged.
         skipped: Cases that this machine does not allow.
     """
 
@@ -131,7 +131,7 @@ class Ending:
 
     Attributes:
         code: Its exit code; negative for the signal that killed it.
-        said: The lines that the run told, and the error's.
+        said: The lines that the run printed, and the error's.
     """
 
     code: int
@@ -139,7 +139,7 @@ class Ending:
 
 
 class Child:
-    """A run in a forked process, so that what is loaded already need not be loaded again."""
+    """A run in a forked process, which need not import anything again."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Child:
             os._exit(code)
 
     def wait_for(self, word: str, timeout_s: float = 60.0) -> bool:
-        """Until the child has told `word`; whether it did before its end."""
+        """Waits until the child has printed `word`; returns whether it did before its end."""
         until = time.monotonic() + timeout_s
         while word.encode() not in self._text and time.monotonic() < until:
             if not self._hear(max(0.0, until - time.monotonic())):
@@ -204,7 +204,7 @@ class Child:
         return self.end()
 
     def end(self, timeout_s: float = 300.0) -> Ending:
-        """Waits for the end; one who hangs is killed."""
+        """Waits for the end; a child that hangs is killed."""
         until = time.monotonic() + timeout_s
         while self._hear(max(0.0, until - time.monotonic())):
             if time.monotonic() >= until:
@@ -229,12 +229,12 @@ def run(
     hook: Callable[[], None] = lambda: None,
     planner: Planner | None = None,
 ) -> Ending:
-    """A run in a process of its own, to its end."""
+    """Makes a run in a separate process, to its end."""
     return Child(config, resume=resume, hook=hook, planner=planner).end()
 
 
 def slow_saving(seconds: float = 0.02) -> None:
-    """Each file of a checkpoint takes so much longer to reach the disk."""
+    """Delays the writing of each file of a checkpoint."""
     flush = files._flush
 
     def slow(path: Path) -> None:
@@ -245,7 +245,7 @@ def slow_saving(seconds: float = 0.02) -> None:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a run came to: the weights' hashes, the log and the figures, without its timings."""
+    """The result of a run: the weights' hashes, the log and the metrics, without timings."""
     record = Record.read(folder)
     part = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
     return {
@@ -259,7 +259,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def damaged_parts(folder: Path) -> list[str]:
-    """What in a run folder is not whole, after whatever happened to it."""
+    """The damaged parts of a run folder."""
     found = [f"{p.name}: {d}" for p in folder.glob("checkpoints/checkpoint-*") if (d := files.find_damage(p))]
     parts = [p for p in (folder / "adapter", folder / "model") if p.is_dir()]
     found += [f"{p.name}: {d}" for p in parts if (d := files.find_damage(p))]

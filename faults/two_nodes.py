@@ -40,7 +40,7 @@ LONG: dict[str, Any] = {"max_steps": 400, "log_every": 20, "save_every": 20}
 
 
 def why_not() -> str | None:
-    """What of this machine does not allow it; None where it does."""
+    """The reason why this machine does not allow it; None if it does."""
     if missing := [tool for tool in ("unshare", "nsenter", "ip") if not shutil.which(tool)]:
         return f"{' and '.join(missing)} not found (util-linux, iproute2)"
     tried = subprocess.run([*APART, *CABLE], capture_output=True, text=True)
@@ -90,7 +90,7 @@ class Node:
         return ["nsenter", f"--net=/proc/{self.holder}/ns/net"]
 
     def sent_bytes(self) -> int:
-        """Over the cable, ever."""
+        """Bytes sent over the cable since the start."""
         found = re.search(rf"{self.end}:(?:\s+\d+){{8}}\s+(\d+)", self.run("cat", "/proc/self/net/dev"))
         assert found is not None
         return int(found[1])
@@ -117,13 +117,13 @@ class Node:
 
 @dataclass
 class Job:
-    """A node's torchrun, and where its process' words are kept."""
+    """A node's torchrun, and the log of its process."""
 
     torchrun: subprocess.Popen[bytes]
     logs: Path
 
     def trainer(self) -> psutil.Process:
-        """The process that trains, or is about to."""
+        """The training process."""
         return next(
             child
             for child in psutil.Process(self.torchrun.pid).children(recursive=True)
@@ -131,12 +131,12 @@ class Job:
         )
 
     def kill_all(self) -> None:
-        """torchrun and what it has started, as where a machine loses its power."""
+        """Kills torchrun and its processes, as at a power failure."""
         for process in (psutil.Process(self.torchrun.pid), *psutil.Process(self.torchrun.pid).children(recursive=True)):
             process.kill()
 
     def said(self) -> str:
-        """By the trainings, of every start, without torchrun's own words."""
+        """The output of the trainings, of every start, without torchrun's."""
         found = sorted([*self.logs.glob("*/attempt_*/*/stdout.log"), *self.logs.glob("*/attempt_*/*/stderr.log")])
         return "".join(path.read_text(errors="replace") for path in found)
 
@@ -178,7 +178,7 @@ class Started(NamedTuple):
 
 
 def written(place: Place, folder: Path, strategy: str = "ddp", **train: Any) -> Path:
-    """A folder with run.yaml, whose output is beside it."""
+    """A folder with run.yaml, whose output is in the same folder."""
     folder.mkdir(parents=True)
     values = place.config(folder / "run", **train).model_dump(mode="json")
     values["method"] = {"name": "lora", "r": 4}
@@ -199,7 +199,7 @@ def wait_for_checkpoint(run: Path, job: Job, beyond: int = 0) -> bool:
 
 
 def try_two_nodes(place: Place, folder: Path, *, only: str = "") -> Seen:
-    """Each case whose name has `only` in it once, told as it is done."""
+    """Tries each case whose name contains `only` once, and prints its result."""
     seen = Seen()
     alone = [sys.executable, "-m", "siliang", "train"]
     for name, settings in (("one", SHORT), ("long", LONG)):
@@ -209,12 +209,12 @@ def try_two_nodes(place: Place, folder: Path, *, only: str = "") -> Seen:
         for name, case in CASES.items():
             if only not in name:
                 continue
-            failed, told = len(seen.failed), ""
+            failed, shown = len(seen.failed), ""
             try:
-                told = case(Try(name, seen, place, folder, nodes))
+                shown = case(Try(name, seen, place, folder, nodes))
             except psutil.NoSuchProcess as error:  # what was to be killed had ended by itself
                 seen.see(name, False, error)
-            print(f"{name:<44} {told if len(seen.failed) == failed else 'FAILED'}", flush=True)
+            print(f"{name:<44} {shown if len(seen.failed) == failed else 'FAILED'}", flush=True)
     return seen
 
 
@@ -257,7 +257,7 @@ def as_one(case: Try, strategy: str) -> str:
 
 
 def killed(case: Try, number: int) -> str:
-    """The other node says so and ends; what was saved is whole."""
+    """The other node reports it and ends; saved files are intact."""
     run, jobs = case.start(**LONG)
     case.see(wait_for_checkpoint(run, jobs[0]), f"no checkpoint: {jobs[0].said()[-600:]}")
     other = jobs[1 - number]
@@ -287,7 +287,7 @@ def begins_again(case: Try) -> str:
 
 
 def goes_on_alone(case: Try) -> str:
-    """A node is lost for good with its torchrun, and the training is content with one."""
+    """A node is lost with its torchrun, and the training continues on the other."""
     run, jobs = case.start(restarts=3, needed="1:2", **LONG)
     case.see(wait_for_checkpoint(run, jobs[0]), f"no checkpoint: {jobs[0].said()[-600:]}")
     began = jobs[0].trainer().environ()["WORLD_SIZE"]

@@ -1,4 +1,4 @@
-"""What peft's BOFT wants a CUDA extension for: without it, it knows one factor alone."""
+"""Replaces the CUDA extension of peft's BOFT, which supports only one factor without it."""
 
 import torch
 

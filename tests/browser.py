@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe in its own protocol (DevTools): no driver, no port."""
+"""A headless Chromium, controlled over a pipe by its DevTools protocol: no driver, no port."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Browser:
     """One tab.
 
     Attributes:
-        events: What it told of itself: requests, console messages, errors.
+        events: Its requests, console messages and errors.
     """
 
     def __init__(self, profile: Path) -> None:
@@ -52,7 +52,7 @@ class Browser:
         os.close(self._write)
 
     def do(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol, and its result."""
+        """Sends a command of the protocol, and returns its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -64,7 +64,7 @@ class Browser:
         return found["result"]
 
     def open(self, page: Path, *, width: int = 1280, dark: bool = False) -> None:
-        """Opens a file, and waits until it is there."""
+        """Opens a file, and waits until it is loaded."""
         self.events.clear()
         self.do("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

@@ -1,4 +1,4 @@
-"""Runs siliang's commands in this process, also those that must be refused."""
+"""Runs siliang's commands in this process, including commands that must be refused."""
 
 from __future__ import annotations
 

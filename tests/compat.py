@@ -1,6 +1,6 @@
 """Runs the contract tests with the oldest and with the newest libraries that pyproject.toml allows: `make compat`.
 
-Each set of versions has a virtual environment of its own under `.venv-compat/`. torch is the one of constraints.txt in
+Each set of versions has its own virtual environment under `.venv-compat/`. torch is the one of constraints.txt in
 all of them: another would be a download of gigabytes. A failure is one line that says what a release has changed.
 """
 
@@ -59,7 +59,7 @@ def wanted(name: str) -> list[str]:
 
 
 def install(name: str, requirements: list[str]) -> Path:
-    """An environment with these, made anew where they have changed; its Python."""
+    """Creates an environment with these requirements, again if they have changed; returns its Python."""
     folder = FOLDER / name
     python, list_file = folder / "bin" / "python", folder / "requirements.txt"
     text = "".join(f"{requirement}\n" for requirement in requirements)
@@ -74,7 +74,7 @@ def install(name: str, requirements: list[str]) -> Path:
 
 
 def versions(python: Path) -> dict[str, str]:
-    """What is installed there."""
+    """The installed versions."""
     code = "from importlib.metadata import distributions as d; [print(x.name.lower(), x.version) for x in d()]"
     said = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
     return dict(line.split() for line in said.splitlines())

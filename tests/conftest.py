@@ -1,4 +1,4 @@
-"""Fixtures: tiny model folders, small files, and what is there only sometimes."""
+"""Fixtures: tiny model folders, small files, and optional test data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny import SHARED, WORDS, make, word_tokenizer, write_jsonl
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tokens of tests are not kept in the user's cache, and the user's permissions are not the tests'."""
+    """Tests do not use the user's cache and permissions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SILIANG_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))

@@ -1,4 +1,4 @@
-"""A tiny model and rows of unlike lengths for every task."""
+"""A tiny model and rows of different lengths for every task."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def start(
 
 
 def stopped(config: RunConfig) -> RunConfig:
-    """A training on two ranks that is stopped behind its seventh step, by a signal to the second rank alone."""
+    """A training on two ranks that is stopped after its seventh step, by a signal to the second rank alone."""
     children = _signalled(config, signal.SIGTERM, step=7)
     endings = [child.end() for child in children]
     assert [e.code for e in endings] == [130, 130], endings[0].said
@@ -92,7 +92,7 @@ def train_on(config: RunConfig, size: int, *, resume: bool = False) -> list[Endi
 
 
 def changed(config: RunConfig, folder: Path, strategy: str = "ddp") -> RunConfig:
-    """The same training, otherwise dealt with."""
+    """The same training with other settings."""
     distributed = config.distributed.model_copy(update={"strategy": strategy})
     return config.model_copy(update={"output": str(folder), "distributed": distributed})
 

@@ -1,4 +1,4 @@
-"""Records of runs and comparisons, made by hand: no model is trained for them."""
+"""Hand-written records of runs and comparisons: no model is trained for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
 
 
 def settings(method: str, seed: int) -> dict[str, Any]:
-    """What a run of `record` was made with."""
+    """The settings of a run of `record`."""
     known = method if method in METHODS else "lora"
     data = {"train": "reviews.csv", "test_size": 0.2, "seed": 1}
     values = {"model": "base", "task": "seq_cls", "data": data, "output": "out"}

@@ -1,4 +1,4 @@
-"""Runs scripts as processes of their own, which begin where the slow imports are done already."""
+"""Runs scripts in separate processes, in which the slow imports are done already."""
 
 from __future__ import annotations
 

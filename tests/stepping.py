@@ -1,4 +1,4 @@
-"""Rows for a step of any task, and what its backward pass leaves."""
+"""Rows for a step of any task, and the gradients of its backward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from siliang.tasks import SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, Task
 
 
 def rows_for(task: Task, lengths: tuple[int, ...] = (9, 4, 6, 6, 2)) -> list[dict[str, Any]]:
-    """Entries of so many tokens, the same each time."""
+    """Entries of these lengths, the same each time."""
     g = torch.Generator().manual_seed(1)
     rows: list[dict[str, Any]] = []
     for i, n in enumerate(lengths):

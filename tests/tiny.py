@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, made here: no test needs a network."""
+"""Tiny models and tokenizers, made without a network."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def roberta() -> nn.Module:
 
 
 def deberta() -> nn.Module:
-    """Attention of its own, with relative positions, query, key and value in one projection."""
+    """Disentangled attention with relative positions, query, key and value in one projection."""
     relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 32}
     return DebertaForSequenceClassification(DebertaConfig(**ENCODER, **relative))
 

@@ -1,4 +1,4 @@
-"""Folders that were made to do harm: what each tries, in a process that is watched, and what came of it.
+"""Malicious folders: what each tries, in a watched process, and the results.
 
 `python -m faults.folders` tries them all; `--only links pages` some kinds, `--name tokenizer` those of some names.
 """

@@ -1,4 +1,4 @@
-"""`python -m faults.folders`: the cases one by one, for who mends one."""
+"""`python -m faults.folders`: the cases one by one, to debug one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kind 10: a comparison's figures that do not agree with its runs' records, and pages that do more than show."""
+"""Kind 10: a comparison's metrics that disagree with its runs' records, and pages that do more than display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One case in a forked process: what it may open, write, start and take, and what came of it.
+"""One case in a forked process: what it may open, write, start and take, and the result.
 
 An audit hook of Python's hears of every file that is opened, removed, renamed or made, of code that is run, of
 processes and of connections. What a library opens in C it does not hear of: for that the files that must stay as they
@@ -356,7 +356,7 @@ class Watch:
             self._folders[number] = str(parent.relative_to(folder.parent))
 
     def seen(self) -> list[str]:
-        """What has happened, each once."""
+        """The events, each once."""
         found: list[str] = []
         with suppress(BlockingIOError):
             while content := os.read(self._descriptor, 65536):
@@ -372,7 +372,7 @@ class Watch:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What is in a folder: of each file a hash, of each link where it leads."""
+    """The contents of a folder: a hash of each file, the target of each link."""
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -440,7 +440,7 @@ def try_case(case: Case, site: Site, audit: Audit, report: int, most: Most = MOS
 
 
 def _step(step: Step) -> tuple[str, str, list[str]]:
-    """How it ended, what it printed, and what is wrong with that."""
+    """How a step ended, what it printed, and what is wrong with that."""
     if callable(step):
         try:
             with warnings.catch_warnings():
@@ -637,7 +637,7 @@ def _begin(cases: list[tuple[int, Case]], folder: Path, shared: Path, most: Most
 
 
 def _alone(report: Path) -> None:
-    """What a forked process sets for itself."""
+    """Settings of a forked process."""
     import faulthandler
 
     import torch
@@ -661,7 +661,7 @@ def _tell(pipe: int, message: dict[str, Any]) -> None:
 
 
 def _hear(lane: _Lane, found: Found) -> bool:
-    """Takes in what the process says; whether it is over."""
+    """Reads the output of the process; returns whether it has ended."""
     over = False
     while True:
         try:

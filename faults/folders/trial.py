@@ -1,4 +1,4 @@
-"""All cases that are made by hand, and as many as are wanted that a grammar makes."""
+"""All hand-written cases, and any number of cases from the grammar."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Tried:
 
 
 def try_by_hand(bases: Path, folder: Path, cases: Sequence[Case] | None = None, *, lanes: int | None = None) -> Tried:
-    """The cases made by hand, or some of them, each in a process of its own.
+    """Tries the hand-written cases, or some of them, each in a separate process.
 
     Args:
         bases: Good folders, which are made there if they are not there yet.
@@ -76,7 +76,7 @@ def try_by_hand(bases: Path, folder: Path, cases: Sequence[Case] | None = None, 
 
 
 def try_made(bases: Path, folder: Path, n: int, *, seed: int = 0, lanes: int | None = None) -> Tried:
-    """So many cases that a grammar makes."""
+    """Tries cases from the grammar."""
     make_bases(bases)
     found = Tried()
     try_cases(
