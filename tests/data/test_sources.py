@@ -355,7 +355,7 @@ def test_comments_and_numbers_of_words_are_no_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", "# export of 2024\ntext,label\na,x\n", "a.csv:1: '# export of 2024' is a comment and no header"),
+        ("a.csv", "# export of 2024\ntext,label\na,x\n", "a.csv:1: '# export of 2024' is a comment, not a header"),
         ("a.csv", "# export, all of it\ntext,label\na,x\n", "a.csv:1: '# export' is a comment"),
         ("a.csv", "sep=;\ntext;label\na;x\n", "a.csv:1: 'sep=' is a mark of Excel's and no header line: take"),
         ("a.csv", "sep=,\ntext,label\na,x\n", "a.csv:1: 'sep=' is a mark of Excel's and no header line: take"),

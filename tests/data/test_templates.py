@@ -391,7 +391,7 @@ def test_reasoning_and_marks_where_a_template_has_no_place_for_them() -> None:
     tok.chat_template = GENERATION
     thought = Conversation((Message("user", "a"), Message("assistant", "one", reasoning="I")))
     for template in ("chat", "human-assistant"):
-        with pytest.raises(DataError, match="has reasoning beside an answer, for which"):
+        with pytest.raises(DataError, match="has reasoning with an answer, which"):
             row(thought, tok, template)
     assert "<think>\nI\n</think>\n\none" in "".join(p.text for p in TEMPLATES["chatml"].pieces(thought))
     dropping = (

@@ -23,7 +23,7 @@ Change = Callable[[object], object]  # of a cell
 # A small file may hold a text once and name it in every row, or say that a list has a billion nulls. So:
 MOST_ROWS, FEWEST_ROWS = 1000, 16  # are unpacked at once
 UNPACKED_BYTES = 2**28  # that they may have
-MOST_UNPACKED = 50  # bytes of a parquet file's columns for each of its own, beyond SMALL_BYTES
+MOST_UNPACKED = 50  # bytes of columns per byte of a parquet file, beyond SMALL_BYTES
 SMALL_BYTES = 16 * 2**20
 MOST_GROWTH = 1000  # values and characters of all rows for each byte of the file, beyond MOST_SMALL
 MOST_SMALL = 64 * 2**20
@@ -85,8 +85,8 @@ def _rows(batch: pa.RecordBatch | pa.Table, change: dict[str, Change], name: obj
 
 
 def rows_at_once(metadata: pq.FileMetaData, path: Path, name: str) -> int:
-    """How many rows of a parquet file may be unpacked at once. A text that stands in it once can be that of every row,
-    and is no larger than the column that it stands in.
+    """How many rows of a parquet file may be decompressed at once. One stored text can be the value of every row; it is
+    no larger than its column.
 
     Raises:
         DataError: The file's columns are much larger than the file.
@@ -148,12 +148,12 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-# A value of these may stand for any number, and no program writes data of a training so.
+# A value of these types may expand to any number of values; programs do not write training data with them.
 NOT_READ = ("is_run_end_encoded", "is_union", "is_list_view", "is_large_list_view", "is_string_view", "is_binary_view")
 
 
 def _not_read(kind: pa.DataType) -> pa.DataType | None:
-    """A type within `kind`, or itself, that is not read; None where there is none."""
+    """The unsupported type within `kind`, or `kind` itself; None if all types are supported."""
     if any(getattr(pa.types, name)(kind) for name in NOT_READ):
         return kind
     if isinstance(kind, pa.BaseExtensionType):
@@ -220,14 +220,14 @@ def class_names(features: Mapping[str, object] | None) -> dict[str, Change]:
 
 
 def _features(schema: pa.Schema) -> dict[str, object]:
-    """What `datasets` says of the columns beside their types; nothing where it knows the types not."""
+    """The features of `datasets` for the columns; empty if it does not know the types."""
     from datasets import Features
 
     if b"huggingface" not in (schema.metadata or {}):
         return {}
     try:
         return dict(Features.from_arrow_schema(schema))
-    except Exception:  # `datasets` raises kinds of its own for what other programs, or later ones, have written
+    except Exception:  # `datasets` has many exception classes for files of other programs or later versions
         return {}
 
 
@@ -281,7 +281,7 @@ def _same(value: object) -> object:
 
 def _name(number: object, known: list[str]) -> object:
     if isinstance(number, int):
-        return known[number] if 0 <= number < len(known) else None  # -1: not told
+        return known[number] if 0 <= number < len(known) else None  # -1: unknown
     return number
 
 

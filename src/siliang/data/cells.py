@@ -28,7 +28,7 @@ SEVERAL = Bilingual(
 )
 
 
-class BadRow(Exception):  # noqa: N818  # about a row: who reads it catches this, and says where it stands
+class BadRow(Exception):  # noqa: N818  # the reader of the row catches it, and adds the place
     """A row that cannot be used.
 
     Attributes:

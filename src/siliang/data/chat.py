@@ -1,7 +1,7 @@
 """The tokenizer's own chat template (Jinja, in transformers' sandbox) as pieces, like a named template's.
 
 A chat template is a program that writes one text. It does not say which parts of that text come from the data. So it is
-run twice: on placeholders, which shows where each message's text stands, and on the messages themselves. If the first
+run twice: on placeholders, to find the position of each message's text, and on the messages themselves. If the first
 result with the placeholders filled in equals the second, the data's text is kept apart from the template's own. The
 model learns the template's {% generation %} spans if it has any; otherwise the text from the end of an answer's prompt
 to the end of the answer.
@@ -57,8 +57,8 @@ class ChatTemplate:
         """The conversation as pieces; see Template.pieces.
 
         Raises:
-            DataError: The template refuses the conversation or leaves out a turn of it, or its answers cannot be told
-                from the rest.
+            DataError: The template refuses the conversation or leaves out a turn of it, or its answers cannot be
+                separated from the rest.
         """
         return self.pieces_of_all([talk], train_on=train_on, prompt=prompt)[0]
 
@@ -91,10 +91,9 @@ class ChatTemplate:
         if found is None:
             raise DataError(
                 Bilingual(
-                    "has reasoning beside an answer, for which the model's chat template has no place: use a "
-                    "model that "
-                    "reasons, or leave it out",
-                    "的答案带有思考过程，而模型的对话模板没有放它的位置：请用会思考的模型，或去掉思考过程",
+                    "has reasoning with an answer, which the model's chat template does not support: use a reasoning "
+                    "model, or remove the reasoning",
+                    "的答案带有思考过程，而模型的对话模板不支持：请用推理模型，或去掉思考过程",
                 )
             )
         return found
@@ -179,8 +178,8 @@ class ChatTemplate:
             if end < start:
                 raise DataError(
                     Bilingual(
-                        "The tokenizer's chat template does not continue its own prompt, so the answers cannot be told "
-                        "from the rest: use a named template, such as data.template=chatml.",
+                        "The tokenizer's chat template does not continue its own prompt, so the answers cannot be "
+                        "separated from the rest: use a named template, such as data.template=chatml.",
                         "分词器的对话模板没有接着自己的提示写下去，无法区分答案与其余部分：请用内置模板，"
                         "例如 data.template=chatml。",
                     )
@@ -205,7 +204,7 @@ class ChatTemplate:
         if behind and rest.lstrip().startswith(behind[0]) and behind[0] != self._encoder.tokenizer.bos_token:
             at = rest.index(behind[0])
             return answer + rest[:at], behind[0], end + at + len(behind[0])
-        return bare, "", start + len(bare)  # no marker of its own: the tokenizer's end of sequence
+        return bare, "", start + len(bare)  # no end marker: use the tokenizer's end of sequence
 
     # ---- without ----
 
@@ -245,7 +244,7 @@ class ChatTemplate:
         return [text for text, _ in self._rendered(jobs, marked=False)]
 
     def _rendered(self, jobs: list[_Job], *, marked: bool) -> list[tuple[str, list[tuple[int, int]]]]:
-        """The texts, and where answers stand in them.
+        """The texts, and the positions of the answers in them.
 
         A template may come from anyone: it runs in Jinja's sandbox, in a process with limits on time and memory.
 

@@ -37,7 +37,7 @@ def stop_tokens(tokenizer: Tokenizer, *, template: str) -> list[int]:
     """The tokens that end an answer in this template, and the tokenizer's own end of sequence."""
     encoder = Encoder(tokenizer)
     write = writer(template, encoder)
-    # ChatGLM3's answers end with the token of whoever speaks next, and only the last with </s>
+    # ChatGLM3's answers end with the token of the next role, and only the last one with </s>
     talk = Conversation(
         (Message("user", "a"), Message("assistant", "a"), Message("user", "a"), Message("assistant", "a"))
     )

@@ -1,5 +1,5 @@
-"""What a data set says of its own files: a README's header, the lists that Dataset.save_to_disk writes, and the names
-of files. A stranger may have written it, so what it names lies in the data set's folder, before anybody looks for it.
+"""The metadata of a dataset: the header of its README, the lists that Dataset.save_to_disk writes, and file names. The
+author may be unknown, so names are checked before use: they must be in the dataset's folder.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def described(path: Path) -> tuple[Parts, Features | None]:
     if (path / STANDALONE).exists():
         raise DataError(
             Bilingual(
-                f"{path / STANDALONE} is not read: write into README.md what it says.",
+                f"{path / STANDALONE} is not read: write its content into README.md.",
                 f"不读取 {path / STANDALONE}：请把其中的内容写进 README.md。",
             )
         )
     readme = path / "README.md"
-    said = _header(readme)
-    _check_header(path, said, str(readme))
-    card = DatasetCardData(**{key: said[key] for key in ("configs", "dataset_info") if key in said})
+    header = _header(readme)
+    _check_header(path, header, str(readme))
+    card = DatasetCardData(**{key: header[key] for key in ("configs", "dataset_info") if key in header})
     if not card.to_dict():
         return {}, None
     infos = DatasetInfosDict.from_dataset_card_data(card)
@@ -131,7 +131,7 @@ def check_hub(name: str) -> None:
 
 
 def _header(readme: Path) -> dict[str, Any]:
-    """What stands between the two lines `---` at the beginning of a README."""
+    """The YAML block between the two lines `---` at the beginning of a README."""
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     text = ""
@@ -176,16 +176,16 @@ def _check_header(folder: Path, header: Mapping[str, object], source: str, *, ow
             _check_file(folder, name.removeprefix(own) if own and isinstance(name, str) else name, source)
 
 
-def _named_files(said: object) -> Iterator[object]:
+def _named_files(names: object) -> Iterator[object]:
     """The names in `data_files`: one, several, or those of each split."""
-    if isinstance(said, list):
-        for entry in said:
+    if isinstance(names, list):
+        for entry in names:
             yield from _named_files(entry)
-    elif isinstance(said, dict):
-        for value in [said["path"]] if "split" in said and "path" in said else said.values():
+    elif isinstance(names, dict):
+        for value in [names["path"]] if "split" in names and "path" in names else names.values():
             yield from _named_files(value)
-    elif said is not None:
-        yield said
+    elif names is not None:
+        yield names
 
 
 def _check_file(folder: Path, name: object, source: str) -> None:

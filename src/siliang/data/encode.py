@@ -1,7 +1,7 @@
 """Pieces of text to tokens, so that the tokens are those of the whole text and the borders are exact.
 
-What a tokenizer does at the border of two texts that are tokenized apart is its own affair: Llama's and ChatGLM3's put
-a space in front of each, most do nothing. `Encoder` asks the tokenizer at hand, and makes good for it.
+Tokenizers differ at the border of two texts that are tokenized separately: those of Llama and ChatGLM3 add a space
+before each, most do nothing. `Encoder` tries the given tokenizer, and corrects the difference.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class _Run:
         self.guard = ""  # text put in front for the tokenizer's sake, whose tokens are cut off again
 
     def joins(self, piece: Piece) -> bool:
-        """Whether the text goes on in `piece`."""
+        """Whether the text continues in `piece`."""
         return (self.trained, self.answer) == (piece.trained, piece.answer) and not piece.alone
 
     @property

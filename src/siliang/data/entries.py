@@ -1,7 +1,7 @@
-"""What tokenizing makes of an example: entries, one a window, each with the number of its example in `row`.
+"""The entries of tokenized examples: one per window, each with the index of its example in `row`.
 
-An example of which nothing is made keeps one entry, so that it can be named; its `row` is below zero and says why. Its
-number is kept, and not its place: tokens are kept by content, and the same content may stand in another place.
+An example without tokens keeps one entry, so that it can be reported; its `row` is negative and encodes the reason. The
+index is stored, not the source: tokens are cached by content, and the same content may have another source.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BAD: Final = "bad"  # the column for what is wrong with an example; its `row` is
 
 
 class TokenEntry(TypedDict, total=False):
-    """One entry. A task whose table has other columns, too, adds them in a class of its own.
+    """One entry. A task with further columns adds them in a subclass.
 
     Attributes:
         token_type_ids: The part of a pair that each token belongs to.
@@ -43,7 +43,7 @@ Rows = Sequence[TokenEntry]  # of one example
 
 
 def stored(reason: str) -> str:
-    """A reason as the column `bad` keeps it, in both languages; tokens are kept for readers of either."""
+    """A reason as stored in the column `bad`, in both languages: the cache serves readers of either."""
     return f"{reason}{BETWEEN}{reason.zh}" if isinstance(reason, Bilingual) else reason
 
 
@@ -54,7 +54,7 @@ def reason_of(kept: str) -> str:
 
 
 def bad_row(number: int) -> int:
-    """What stands in `row` for the example of this number, which could not be used."""
+    """The value of `row` for an example that could not be used."""
     return DROPPED - 1 - number
 
 

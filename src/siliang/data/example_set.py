@@ -22,7 +22,7 @@ SHOWN_BAD_ROWS = 5
 
 
 def bad_rows_message(bad: list[str]) -> Bilingual:
-    """The first few bad rows, and how to go on without them."""
+    """The first few bad rows, and how to continue without them."""
     n, shown = len(bad), first_rows(bad, SHOWN_BAD_ROWS)
     rows = "1 row is bad" if n == 1 else f"{n:,} rows are bad"
     rows_zh = f"{n:,} 条样本有问题"

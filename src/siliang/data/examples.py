@@ -28,9 +28,9 @@ class Message:
     """One turn.
 
     Attributes:
-        input: What an Alpaca instruction is about; templates without a place of its own join it to the content.
-        calls: The tools called; `content` is usually empty then.
-        reasoning: What the assistant thought in front of its answer, where the data keeps it apart from `content`.
+        input: The input of an Alpaca instruction; templates without a separate field append it to the content.
+        calls: The called tools; `content` is often empty then.
+        reasoning: The assistant's reasoning before its answer, if the data separates it from `content`.
         trained: The data wants this answer learned; False where it marks the turn as one that is not.
         name: Of the tool that answers.
         call_id: The `id` of the call that is answered.
@@ -239,10 +239,10 @@ class Span(Example):
     def problem(self) -> str | None:
         for text, start in zip(self.answers, self.starts, strict=True):
             if start < 0 or self.context[start : start + len(text)] != text:
-                said = shortened(text, 40)
+                answer = shortened(text, 40)
                 return Bilingual(
-                    f"has the answer {said!r}, which is not at its start ({start})",
-                    f"的答案 {said!r} 不在标明的起始位置（{start}）",
+                    f"has the answer {answer!r}, which is not at its start ({start})",
+                    f"的答案 {answer!r} 不在标明的起始位置（{start}）",
                 )
         return None
 

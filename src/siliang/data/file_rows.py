@@ -97,8 +97,8 @@ def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[D
         if problem is not None:
             yield DataRow({}, where, problem)
         elif names is None:
-            if said := _is_no_header(fields):
-                raise DataError(Bilingual(f"{where}: {said}", f"{where}：{local(said, 'zh')}"))
+            if problem := _is_no_header(fields):
+                raise DataError(Bilingual(f"{where}: {problem}", f"{where}：{local(problem, 'zh')}"))
             names = clean_header(fields, where)
         elif fields == names and names is reading.header and line == 1:
             raise DataError(
@@ -118,7 +118,7 @@ def _table(file: TextFile, kind: str, name: str, reading: Reading) -> Iterator[D
                 has = together(
                     has,
                     Bilingual(
-                        "; a cell with a comma, or whatever separates the columns, needs quotes",
+                        "; a cell with a comma or another column separator needs quotes",
                         "；单元格中含有逗号或其他列分隔符时要加引号",
                     ),
                 )
@@ -144,9 +144,9 @@ def _is_no_header(fields: list[str]) -> str | None:
             "'sep=' 是 Excel 的标记，不是标题行：请去掉这一行，分隔符会自动识别。",
         )
     if first.startswith("#") and (len(fields) == 1 or first.startswith("# ")):
-        said = shortened(first, 40)
+        line = shortened(first, 40)
         return Bilingual(
-            f"{said!r} is a comment and no header line: take it out.", f"{said!r} 是注释，不是标题行：请去掉。"
+            f"{line!r} is a comment, not a header line: remove it.", f"{line!r} 是注释，不是标题行：请去掉。"
         )
     return None
 

@@ -11,7 +11,7 @@ from siliang.data.spec import DataSpec
 from siliang.language import Bilingual, local, together
 from siliang.types import DataError, near
 
-# Other names of a column in published data sets; used only if the usual name is missing.
+# Other names of a column in published datasets; used only if the default name is missing.
 ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("conversation",),
     "prompt": ("question", "query"),
@@ -21,7 +21,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "target": ("summary", "title", "highlights"),
 }
 # of columns that a layout has a use for and does not need
-BESIDE: dict[str, tuple[str, ...]] = {"system": ("system_prompt",), "input": ("context",)}
+OPTIONAL_ALIASES: dict[str, tuple[str, ...]] = {"system": ("system_prompt",), "input": ("context",)}
 FIRST_OF_PAIR = ("sentence1", "text_a", "premise", "question1")
 SECOND_OF_PAIR = ("sentence2", "text_b", "hypothesis", "question2")
 # whose names say that they are one: what is asked, and a text that answers it or not
@@ -74,17 +74,17 @@ def _resolve(layout: RowLayout, found: Collection[str], columns: Columns) -> Col
         name = getattr(columns, need)
         if name in found:
             continue
-        usual = name == Columns.model_fields[need].default
-        other = next((a for a in _aliases(layout, need) if usual and a in found), None)
-        if other is None and layout.name == "text-label" and need == "text" and usual:
-            other = _text_beside(found, columns)
+        is_default = name == Columns.model_fields[need].default
+        other = next((a for a in _aliases(layout, need) if is_default and a in found), None)
+        if other is None and layout.name == "text-label" and need == "text" and is_default:
+            other = _text_column(found, columns)
         if other is None:
             return None
         changes[need] = other
     for part in layout.optional:
         name = getattr(columns, part)
         if name not in found and name == Columns.model_fields[part].default:
-            other = next((a for a in BESIDE.get(part, ()) if a in found), None)
+            other = next((a for a in OPTIONAL_ALIASES.get(part, ()) if a in found), None)
             changes |= {part: other} if other else {}
     return columns.model_copy(update=changes)
 
@@ -99,8 +99,8 @@ def second_text(found: Collection[str], columns: Columns) -> str | None:
 
 def _question_and_text(found: Collection[str], columns: Columns) -> tuple[str, str] | None:
     """The two columns of a question and a text, where each is there once and nobody named others."""
-    usual = all(getattr(columns, n) == Columns.model_fields[n].default for n in ("text", "text_pair"))
-    if not usual or columns.text_pair in found or any(n in found for n in (*FIRST_OF_PAIR, *SECOND_OF_PAIR)):
+    default = all(getattr(columns, n) == Columns.model_fields[n].default for n in ("text", "text_pair"))
+    if not default or columns.text_pair in found or any(n in found for n in (*FIRST_OF_PAIR, *SECOND_OF_PAIR)):
         return None
     asked, texts = ([c for c in names if c in found and c != columns.label] for names in (QUESTIONS, ANSWERED))
     if len(asked) != 1 or len(texts) != 1:
@@ -115,12 +115,12 @@ def _aliases(layout: RowLayout, need: str) -> tuple[str, ...]:
     return ALIASES.get(need, ())
 
 
-def _text_beside(found: Collection[str], columns: Columns) -> str | None:
-    """The text column, if it is certain: the one with a usual name, or the only one beside the label."""
+def _text_column(found: Collection[str], columns: Columns) -> str | None:
+    """The text column, if it is unambiguous: the one with a common name, or the only one besides the label."""
     rest = [c for c in found if c != columns.label]
-    usual = [c for c in rest if c.lower() in TEXTS]
-    if len(usual) == 1:
-        return usual[0]
+    common = [c for c in rest if c.lower() in TEXTS]
+    if len(common) == 1:
+        return common[0]
     if len(rest) != 1 or len(found) != 2:
         return None
     value = found[rest[0]] if isinstance(found, Mapping) else ""
@@ -169,13 +169,13 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
                 f"\n如果 {mark!r} 是列之间的分隔符，请设置 data.separator={mark!r}。",
             ),
         )
-    meant = {name: _meant(keys[name], name, free) for name in missing if keys[name]}
+    guessed = {name: _guess(keys[name], name, free) for name in missing if keys[name]}
     if pair is not None:
         left = [c for c in free if c not in pair and not c.lower().endswith(("id", "id1", "id2", "index", "idx"))]
-        meant.update(zip(missing, pair, strict=False))
-        if meant.get(columns.label) == "NAME" and len(left) == 1 and not other:
-            meant[columns.label] = left[0]
-    named = " ".join(f"data.columns.{keys[name]}={column}" for name, column in meant.items())
+        guessed.update(zip(missing, pair, strict=False))
+        if guessed.get(columns.label) == "NAME" and len(left) == 1 and not other:
+            guessed[columns.label] = left[0]
+    named = " ".join(f"data.columns.{keys[name]}={column}" for name, column in guessed.items())
     lacks = ", ".join(map(repr, missing))
     how = Bilingual(f"{best.name} needs {lacks}", f"{best.name} 需要 {lacks}")
     if named:
@@ -191,8 +191,8 @@ def _no_layout(suited: list[RowLayout], found: Collection[str], columns: Columns
 
 
 def _numbered_pair(free: list[str], found: Collection[str]) -> tuple[str, str] | None:
-    """Two columns of texts whose names differ in what they end with alone: text1 and text2, question_a and question_b;
-    or that usual pairs have."""
+    """Two text columns whose names differ only in their endings (text1 and text2, question_a and question_b), or have
+    common names of a pair."""
     for one in free:
         value = found[one] if isinstance(found, Mapping) else ""
         if not isinstance(value, str) or is_number(value):
@@ -223,10 +223,10 @@ def _no_classes(free: list[str], found: Collection[str]) -> str:
     return ""
 
 
-def _meant(need: str, name: str, free: list[str]) -> str:
+def _guess(need: str, name: str, free: list[str]) -> str:
     """The column that the user may mean by `name`, or the word NAME."""
-    usual = {"text": TEXTS, "label": CLASSES_NAMED, "output": ("response", "answer", "completion")}.get(
+    common = {"text": TEXTS, "label": CLASSES_NAMED, "output": ("response", "answer", "completion")}.get(
         need, ALIASES.get(need, ())
     )
-    known = [c for c in free if c.strip().lower() in usual]
+    known = [c for c in free if c.strip().lower() in common]
     return next(iter([*near(name, free), *known]), "NAME")

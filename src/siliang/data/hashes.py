@@ -31,7 +31,7 @@ ALWAYS_LOADED = (
     "chat_template.*",
     "additional_chat_templates/*.jinja",
 )
-# ... and these, of a tokenizer that has no tokenizer.json; some tokenizers read them beside it, too
+# ... and these, for a tokenizer without tokenizer.json; some tokenizers read them in addition to it
 WORDS = (
     *("*.model", "*vocab*.json", "*vocab*.txt", "merges*.txt", "dict*.txt", "bpe.codes", "*.spm", "*.tiktoken"),
     *("tekken.json", "emoji.json", "normalizer.json", "byte_maps.json", "word_*.json", "prophetnet.tokenizer"),
@@ -70,7 +70,7 @@ def source_sha256(source: str) -> str:
     """Over the bytes of a source of data, a file, a folder or a pattern of files; of a hub name, over the name."""
     path = Path(source).expanduser()
     files = [path] if path.is_file() else []
-    if path.is_dir():  # without what a library keeps beside the data
+    if path.is_dir():  # without a library's files in the data folder
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "cache-")))
     found = sorted(glob.glob(str(path), recursive=True)) if is_pattern(source) else []  # noqa: PTH207 (absolute)
     files = files or [Path(name) for name in found if Path(name).is_file()]

@@ -119,7 +119,7 @@ def json_lines(file: TextFile, name: str | Path) -> Iterator[Item]:
 
 
 def is_lines(file: TextFile) -> bool:
-    """The file holds an object a line, whatever its name says."""
+    """Whether the file has one object per line; its name does not matter."""
     filled = (line.strip(BLANK) for _, line in file.lines() if line.strip(BLANK))
     first, second = next(filled, ""), next(filled, "")
     filled.close()
@@ -320,7 +320,7 @@ class _Text:
                 value, end = DECODER.raw_decode(self._text, self.position)
                 if end < len(self._text) or self._ended:
                     break
-                self._more()  # a number at the end of what was read may go on
+                self._more()  # a number at the end of the read part may continue
             except json.JSONDecodeError as error:
                 if len(self._text) - self.position > MOST_ROW:
                     raise ValueError(

@@ -52,7 +52,7 @@ def strange(names: Iterable[str]) -> list[str]:
 
 
 def no_label(names: Collection[str]) -> str | None:
-    """The name that says that there is no label: -1 beside whole numbers from 0, as in GLUE's test parts."""
+    """The name of a missing label: -1 among integers from 0, as in GLUE's test splits."""
     rest = {name for name in names if name != "-1"}
     numbered = "0" in rest and all(is_whole(name) and not name.startswith("-") for name in rest)
     return "-1" if numbered and len(rest) < len(names) else None

@@ -12,7 +12,7 @@ from siliang.data.examples import Example
 from siliang.data.find_layout import find_layout, second_text
 from siliang.data.labels import MOST_CLASSES, known_class, no_classes
 from siliang.data.layouts import RowLayout
-from siliang.data.not_used import Aside
+from siliang.data.not_used import UnusedColumns
 from siliang.data.numbers import is_whole
 from siliang.data.reading import DataRow, Reading, columns_in_words
 from siliang.data.sources import OpenedSource, open_source
@@ -40,7 +40,7 @@ class Examples:
         columns: The data's column of each part of the layout (text, label, ...), of those that are there.
         unused: Columns that the layout has no use for, and fields of turns, as messages[].name.
         notes: How the data was read where that was not plain from the settings, a line each.
-        doubts: What may have been read otherwise than it was meant, a line each.
+        doubts: Rows or columns that may have been read in an unintended way, one line each.
         unused_texts: Unused columns that hold running text.
         unused_parts: Unused columns that say which part a row belongs to, with the parts that they name.
     """
@@ -68,8 +68,8 @@ def load_examples(data: DataConfig, spec: DataSpec, *, seed: int, keep_going: bo
     several parts has itself, or a share of the training rows.
 
     Args:
-        seed: Of the split and of weighted sources, where the data has no seed of its own.
-        keep_going: Bad rows do not stop, whatever the settings say; `siliang check` shows them all.
+        seed: The seed of the split and of weighted sources, if the settings of the data have none.
+        keep_going: Bad rows never stop the reading; `siliang check` shows all of them.
 
     Raises:
         DataError: The data cannot be read, its columns are not there, not one row of a part can be used, or rows are
@@ -150,7 +150,7 @@ class _ExampleReader:
         self.columns = data.columns
         self._seen: dict[str, None] = {}  # the columns of all rows
         self._fields: set[str] = set()  # of turns, that nothing is made of
-        self._aside = Aside()
+        self._unused = UnusedColumns()
         self._opened: dict[str, OpenedSource] = {}
         self._read: set[tuple[str, str]] = set()  # (source, part)
 
@@ -183,7 +183,7 @@ class _ExampleReader:
             make = make or self._maker(row, source)
             self._seen.update(dict.fromkeys(row.values))
             self._fields |= unused_fields(row.values, self.columns) if "messages" in self.spec.layouts else set()
-            self._aside.look(row.values, self._taken())
+            self._unused.look(row.values, self._taken())
             made = make(row)
             if isinstance(made, str):
                 self.bad.append((row.where, made))
@@ -261,7 +261,7 @@ class _ExampleReader:
                 self.reading.note(
                     Bilingual(f"{path}: not used: its part {names}", f"{path}：未使用其中的 {names} 部分")
                 )
-        notes, doubts, aside = self.reading.notes, self.reading.doubts, self._aside
+        notes, doubts, cells = self.reading.notes, self.reading.doubts, self._unused
         return Examples(
             train,
             held_out,
@@ -272,8 +272,8 @@ class _ExampleReader:
             unused,
             notes,
             doubts,
-            [column for column in unused if aside.is_running_text(column)],
-            {column: sorted(aside.parts[column]) for column in unused if column in aside.parts},
+            [column for column in unused if cells.is_running_text(column)],
+            {column: sorted(cells.parts[column]) for column in unused if column in cells.parts},
         )
 
     def _taken(self) -> dict[str, str]:
@@ -341,7 +341,7 @@ class _ExampleReader:
         return bool(self.data.labels) and not any(map(is_whole, self.data.labels or ()))
 
     def fix_labels(self, train: ExampleSet, least: int = 2) -> None:
-        """The classes that the training rows have, where nobody said them."""
+        """The classes of the training rows, if they are not given."""
         part = self.spec.named
         if part is None:
             self.labels = None

@@ -1,4 +1,4 @@
-"""Columns that a layout has no use for: which of them hold what may have been meant to be learned from."""
+"""Columns that a layout does not use: which of them may have been intended for training."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Collection, Mapping
 
 from siliang.data.words import stands_alone
 
-SAMPLE_CELLS = 200  # of each column
-WORDS = 3  # that make a cell running text; of scripts without blanks, characters
+SAMPLE_CELLS = 200  # per column
+WORDS = 3  # minimum for running text; in scripts without blanks, characters
 CHARACTERS = 12
-# names of columns whose texts belong to what is asked, however short they are
+# names of columns whose texts belong to the question, even if they are short
 ASKED = ("system", "system_prompt", "context", "question", "query", "input")
 PARTS_NAMED = ("split", "set", "subset", "fold", "partition", "part")
 PARTS = ("train", "training", "test", "testing", "dev", "eval", "evaluation", "val", "valid", "validation", "holdout")
 
 
-class Aside:
-    """What the unused columns hold, from a sample of their cells.
+class UnusedColumns:
+    """The content of the unused columns, from a sample of their cells.
 
     Attributes:
         parts: The parts of the data that a column names, such as train and test.

@@ -13,7 +13,7 @@ class CodedText:
     """The tokens of a text or a pair.
 
     Attributes:
-        ids: At most as many as asked for.
+        ids: At most the given number.
         types: The part of a pair that each belongs to; None where the tokenizer does not say, or of a single text.
         lost: How many tokens were cut off.
     """

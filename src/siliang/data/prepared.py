@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # slow to import
 
 
 class PreparedData:
-    """Tokenizer, rows and tokens of a run, each read or made when it is first asked for.
+    """Tokenizer, rows and tokens of a run, each read or computed on first use.
 
     Rows that cannot be used do not stop: they are left out, and named in `skipped`. `siliang check` shows them all, and
     a training stops at them.
@@ -35,7 +35,7 @@ class PreparedData:
         """
         Args:
             model: The base model, whose tokenizer is used.
-            seed: Of the split, where the settings have none of their own.
+            seed: The seed of the split, if the settings of the data have none.
         """
         self.settings, self.spec = settings, spec
         self._model, self._revision, self._seed = model, revision, seed

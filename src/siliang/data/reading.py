@@ -31,8 +31,8 @@ class Reading:
         separator: Of csv and tsv files; `auto` finds it.
         tagged: A .txt file holds a word and its tag a line.
         keeps_empty: An empty line of a .txt file is a row without text.
-        notes: What was guessed or left aside, a line each.
-        doubts: What may have been read otherwise than it was meant, a line each.
+        notes: What was guessed or ignored, one line each.
+        doubts: What may have been read in an unintended way, one line each.
     """
 
     header: list[str] | None = None

@@ -106,7 +106,7 @@ def open_source(source: str, reading: Reading | None = None) -> OpenedSource:
     Args:
         source: A file, a pattern of files, a folder (from Dataset.save_to_disk, or of files, as a data set's repository
             is), or a name on the hub.
-        reading: Hears of files that are left aside.
+        reading: Collects notes on ignored files.
 
     Raises:
         DataError: There is no such source.
@@ -144,7 +144,7 @@ def _folder(path: Path, source: str, reading: Reading) -> OpenedSource:
         return OpenedSource(source, _only_ours(parts or by_name(path), path, reading), features=features)
     except DataError:
         raise
-    except Exception as error:  # `datasets` raises kinds of its own
+    except Exception as error:  # `datasets` has many exception classes
         raise DataError(
             Bilingual(
                 f"{path} holds no data: {first_line(error)}\n"
@@ -200,7 +200,7 @@ def _hub(source: str) -> OpenedSource:
     from datasets.packaged_modules.cache.cache import Cache
 
     name, _, config = source.partition(":")
-    off = None if HF_HUB_OFFLINE else unreachable()  # where it is told to, `datasets` itself asks nobody
+    off = None if HF_HUB_OFFLINE else unreachable()  # offline, `datasets` itself makes no request
     try:
         _quieten()
         check_hub(name)
@@ -212,7 +212,7 @@ def _hub(source: str) -> OpenedSource:
         if not builder.config.data_files:  # without a network, from what `datasets` made of it before
             builder.download_and_prepare()
             made = builder.as_dataset()
-            assert isinstance(made, DatasetDict)  # as no part was asked for
+            assert isinstance(made, DatasetDict)  # because no split is given
             return OpenedSource(source, _tables(made))
         parts: Parts = {}
         named: dict[Path, str] = {}

@@ -25,7 +25,7 @@ class TokenColumn:
         many: An entry has a list of numbers there; otherwise one number.
         kind: What a number is.
         hidden: The batch does not hold it: it is for the function that reads the model's output.
-        target: What is learned: the model is called without it, so that it forms no loss of its own.
+        target: The columns to learn: the model is called without them, so that it computes no loss.
     """
 
     many: bool = True
@@ -52,7 +52,7 @@ class DataSpec:
         named: The part of a row that holds the names of classes: one `label`, or `tags`. None: labels have no names.
         label_per_token: Each token has a label, or none (-100), in `labels`; otherwise each entry has one label.
         next_token: A label is the token itself, and is learned from the tokens in front of it.
-        windows: A text that is too long becomes several entries, whatever the settings say.
+        windows: A text that is too long always becomes several entries.
         sequences: An entry is several sequences that stay in one batch, such as a chosen and a rejected answer: one
             behind the other in `input_ids`, their lengths in the column `sequences`.
         one_layout: Sources of different layouts cannot be mixed.

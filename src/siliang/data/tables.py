@@ -110,7 +110,7 @@ def clean_header(fields: list[str], where: str) -> list[str]:
 
 
 def whole_quoted(field: str) -> bool:
-    """The cell stands in double quotes from end to end."""
+    """Whether the whole cell is in double quotes."""
     return len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
 
 
@@ -133,7 +133,7 @@ def _separator(file: TextFile, own: str, header: list[str] | None) -> str:
     for separator in (own, *(s for s in SEPARATORS if s != own)):
         records = _records(lines, separator)
         if len(lines) == SAMPLE_LINES:
-            records = records[:-1]  # it may go on behind the sample
+            records = records[:-1]  # it may continue after the sample
         wanted = len(header) if header is not None else len(records[0]) if records else 1
         fitting = sum(len(fields) == wanted for fields in records)
         if wanted > 1 and fitting >= CONSISTENT * len(records) and records and len(records[0]) == wanted:

@@ -1,7 +1,7 @@
 """How a conversation becomes text: named templates, and the user's own in a few lines of yaml.
 
-A template writes a conversation as *pieces*: text of its own, in which markers such as <|user|> or {eos} become single
-tokens, and the words of the data, which stay text whatever they look like. Each piece knows whether it is learned.
+A template writes a conversation as *pieces*: text of the template, in which markers such as <|user|> or {eos} become
+single tokens, and text of the data, which is never a marker. Each piece has a flag whether it is learned.
 The tokenizer's own chat template, which comes as Jinja, is in chat.py and writes the same pieces.
 """
 
@@ -49,11 +49,11 @@ class Template:
     """A named template. Each field is text with {placeholders}; {bos} and {eos} are the tokenizer's own tokens.
 
     Attributes:
-        begin: In front of everything. {start}: whatever this tokenizer puts in front of every text.
+        begin: Text at the beginning. {start}: the tokens that the tokenizer adds before every text.
         system: A system message, {content}.
         default_system: The system message where the conversation has none.
         default_system_with_input: The same, where the first question has an input.
-        system_inside: The system message stands inside the first question.
+        system_inside: The system message is inside the first question.
         user: A question, {content}.
         user_with_input: A question with {instruction} and {input} apart; without it they are joined by a line break.
         assistant: Between a question and its answer; not learned.
@@ -61,7 +61,7 @@ class Template:
         end: What ends an answer: one token, learned.
         between: Between an answer and the next question.
         tool: What a tool answered, {content}.
-        tools: How the tools that may be called are told to the model, as part of the system message: {tools}.
+        tools: The description of the available tools in the system message: {tools}.
         call: How the assistant calls a tool: {name}, {arguments}.
         reasoning: How the assistant thinks in front of an answer: {reasoning}. Without it, a row that has reasoning of
             its own cannot be written.
@@ -145,10 +145,10 @@ class Template:
         if not self.reasoning and any(m.reasoning for m in talk.messages):
             raise DataError(
                 Bilingual(
-                    f"has reasoning beside an answer, for which the template {self.name} has no place: use "
-                    "data.template=chat with a model that reasons, or a template of your own with `reasoning`",
-                    f"的答案带有思考过程，而模板 {self.name} 没有放它的位置："
-                    "请用会思考的模型和 data.template=chat，或自己写含 `reasoning` 的模板",
+                    f"has reasoning with an answer, which the template {self.name} does not support: use "
+                    "data.template=chat with a reasoning model, or your own template with `reasoning`",
+                    f"的答案带有思考过程，而模板 {self.name} 不支持："
+                    "请用推理模型和 data.template=chat，或自己写含 `reasoning` 的模板",
                 )
             )
 

@@ -20,7 +20,7 @@ FILE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", *
 CHUNK_BYTES = 2**17
 MOST_ROW = 2**24  # characters of a line, a cell or an item: more than any row has
 MOST_COLUMNS = 10_000
-MOST_GROWTH = 200  # bytes that a packed file may have for each of its own, beyond SMALL_BYTES; texts have 3 to 30
+MOST_GROWTH = 200  # decompressed bytes per byte of a compressed file, beyond SMALL_BYTES; texts have 3 to 30
 SMALL_BYTES = 64 * 2**20
 MARKS = (  # longest first: the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),

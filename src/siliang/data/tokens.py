@@ -75,7 +75,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
-        """Several at once, which is much quicker; the data loader asks for it."""
+        """Several entries at once, which is much faster; the data loader calls it."""
         columns: dict[str, list[Any]] = self._for_model[rows]
         found = [self._clean({name: values[i] for name, values in columns.items()}) for i in range(len(rows))]
         if self.numbered:
@@ -100,7 +100,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
         return np.concatenate([sizes for _, sizes in self._lists("input_ids")] or [NO_NUMBERS])
 
     def outline(self, i: int) -> dict[str, Any]:
-        """What is asked of an entry to split a step into batches: its tokens' number, and not the tokens."""
+        """The columns that splitting a step into batches needs: the number of tokens, not the tokens."""
         found: dict[str, Any] = {"input_ids": range(int(self.lengths[i]))}
         return found | ({"sequences": self._sequences[i].tolist()} if self.spec.sequences else {})
 
@@ -111,7 +111,7 @@ class TokenSet(torch.utils.data.Dataset[dict[str, Any]]):
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest sequence; 0 where there is none."""
+        """Tokens of the longest sequence; 0 if there is none."""
         return int(self.sequence_lengths.max(initial=0))
 
     @cached_property
@@ -192,7 +192,7 @@ def tokenize(
 
     Args:
         labels: The classes' or tags' names, by number.
-        keep_going: Examples that cannot be used do not stop, whatever the settings say.
+        keep_going: Examples that cannot be used never stop the tokenization.
         judged: Examples without tokens to speak of, or most of whose tokens are unknown, cannot be used. False where
             nothing is learned from them.
 

@@ -1,4 +1,4 @@
-"""Conversations: the turns of a row, or an instruction and its answer in columns of their own."""
+"""Conversations: the turns of a row, or an instruction and its answer in separate columns."""
 
 from __future__ import annotations
 
@@ -341,7 +341,7 @@ def _prompt_and_completion(values: Values, c: Columns, asked: str, answered: str
     if c.input != asked and cell(values, c.input).strip():
         raise BadRow(
             Bilingual(
-                f"has turns, and a text in {c.input!r} beside them: write it into the turn that it belongs to",
+                f"has turns and also a text in {c.input!r}: write the text into the turn that it belongs to",
                 f"有多轮对话，{c.input!r} 中又有一段文本：请把它写进所属的那一轮",
             )
         )

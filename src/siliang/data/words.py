@@ -71,5 +71,5 @@ def join_words(words: Sequence[str], sentence: Sequence[str] | None = None) -> s
 
 
 def _ends_alone(text: str) -> bool:
-    """Whether the last letter, whatever signs it carries, stands alone."""
+    """Whether the last letter, with its combining marks, is a word by itself."""
     return stands_alone(next((c for c in reversed(text) if unicodedata.category(c)[0] != "M"), text[-1]))
