@@ -83,7 +83,7 @@ def test_starts_of_other_cases_are_known() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora = .* siliang does not support it"),
+        ({"monteclora_config": {"num_samples": 8}}, "monteclora_config = .* siliang does not support it"),
         ({"use_qalora": True}, "use_qalora = True changes what LORA computes"),
         ({"r": "8"}, "r = '8': must be a whole number. Write 8 without quotes."),
         ({"use_dora": 1}, "use_dora = 1: must be true or false."),

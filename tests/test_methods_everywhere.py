@@ -52,6 +52,14 @@ SMALL: dict[str, dict[str, Any]] = {  # for layers of 16 to 64
     "trainable_tokens": {"token_indices": [28, 30, 31]},
     # variants of LoRA
     "alora": {"name": "lora", "r": 2, "lora_dropout": 0.1, "alora_invocation_tokens": INVOCATION},
+    "bdlora": {
+        "name": "lora",
+        "r": 2,
+        "lora_dropout": 0.1,
+        "use_bdlora": {"target_modules_bd_b": ["proj"], "nblocks": 2},
+    },
+    "velora": {"name": "lora", "r": 2, "lora_dropout": 0.1, "velora_config": {"num_groups": 4}},
+    "velora_once": {"name": "lora", "r": 2, "velora_config": {"num_groups": 4, "init_type": "batch_average_once"}},
     "kasa": {"name": "lora", "r": 2, "lora_dropout": 0.1, "kasa_config": {"gamma": 0.1}},
 }
 NOT_HERE = ("bitfit", "prompt_tuning", "p_tuning", "prefix_tuning", "head", "full", "xlora")  # which other tests have

@@ -22,6 +22,8 @@ METHODS: dict[str, Any] = {
     "lora": siliang.LoraConfig(target_modules="all-linear", init_lora_weights=False),
     "dora": siliang.LoraConfig(use_dora=True, init_lora_weights=False),
     "alora": siliang.LoraConfig(alora_invocation_tokens=batch("bloom")["input_ids"][0][2:4].tolist()),
+    "velora": siliang.LoraConfig(velora_config=siliang.VeloraConfig(num_groups=8)),
+    "bdlora": siliang.LoraConfig(use_bdlora=siliang.BdLoraConfig(target_modules_bd_a=["query"], nblocks=2)),
     "ia3": siliang.IA3Config(init_ia3_weights=False),
     "miss": siliang.MissConfig(init_weights=False, r=8),
     "miss_bat": siliang.MissConfig(init_weights="bat", r=8),

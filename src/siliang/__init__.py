@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siliang.methods.adalora import AdaLoraConfig
+    from siliang.methods.bdlora import BdLoraConfig
     from siliang.methods.beft import BeftConfig
     from siliang.methods.bitfit import BitFitConfig
     from siliang.methods.boft import BOFTConfig
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from siliang.methods.shira import ShiraConfig
     from siliang.methods.trainable_tokens import TrainableTokensConfig
     from siliang.methods.vblora import VBLoRAConfig
+    from siliang.methods.velora import VeloraConfig
     from siliang.methods.vera import VeraConfig
     from siliang.methods.waveft import WaveFTConfig
     from siliang.methods.xlora import XLoraConfig
@@ -156,6 +158,7 @@ _HOME = {
     "AutoPeftModelForTokenClassification": "siliang.peft_api.auto",
     "BOFTConfig": "siliang.methods.boft",
     "BOFTModel": "siliang.peft_api.tuners",
+    "BdLoraConfig": "siliang.methods.bdlora",
     "BeftConfig": "siliang.methods.beft",
     "BeftModel": "siliang.peft_api.tuners",
     "BitFitConfig": "siliang.methods.bitfit",
@@ -242,6 +245,7 @@ _HOME = {
     "TunerModelStatus": "siliang.peft_api.status",
     "VBLoRAConfig": "siliang.methods.vblora",
     "VBLoRAModel": "siliang.peft_api.tuners",
+    "VeloraConfig": "siliang.methods.velora",
     "VeraConfig": "siliang.methods.vera",
     "VeraModel": "siliang.peft_api.tuners",
     "OSFConfig": "siliang.methods.osf",
@@ -288,6 +292,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "BOFTModel",
+    "BdLoraConfig",
     "BeftConfig",
     "BeftModel",
     "BitFitConfig",
@@ -368,6 +373,7 @@ __all__ = [
     "TunerModelStatus",
     "VBLoRAConfig",
     "VBLoRAModel",
+    "VeloraConfig",
     "VeraConfig",
     "VeraModel",
     "WaveFTConfig",

@@ -22,6 +22,12 @@ SOME_LAYERS = "v_proj|value|query_key_value|c_attn|v|second"
 VBLORA = {"r": 2, "num_vectors": 12, "vector_length": 8, "init_vector_bank_bound": 0.5, "init_logits_std": 1.0}
 TOKENS = [*dict.fromkeys([3, *batch("llama")["input_ids"][0].tolist()])][:7]
 INVOCATION = batch("llama")["input_ids"][0][4:6].tolist()
+BLOCKS = {  # by PEFT's rule: a part of the layer's own name
+    "target_modules_bd_a": ["o_proj", "down_proj", "dense", "fc2", "second", "wo"],
+    "target_modules_bd_b": ["v_proj", "gate_proj", "query", "fc1", "first", "wi", "q"],
+    "nblocks": 2,
+    "match_strict": False,
+}
 ADALORA = {
     "init_lora_weights": False,
     "init_r": 4,
@@ -36,6 +42,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-bias": ("LoraConfig", {"init_lora_weights": False, "lora_bias": True, "r": 4}),
     "lora-alora": ("LoraConfig", {"init_lora_weights": False, "alora_invocation_tokens": INVOCATION, "r": 4}),
     "lora-kasa": ("LoraConfig", {"init_lora_weights": False, "kasa_config": {}, "r": 4}),
+    "lora-bd": ("LoraConfig", {"r": 4, "target_modules": "all-linear", "use_bdlora": BLOCKS}),
+    "lora-velora": ("LoraConfig", {"init_lora_weights": False, "velora_config": {"num_groups": 5}, "r": 4}),
     "adalora": ("AdaLoraConfig", ADALORA),
     "adalora-start": ("AdaLoraConfig", ADALORA | {"init_lora_weights": True, "orth_reg_weight": 0.1}),
     "loha": ("LoHaConfig", {"init_weights": False, "r": 4, "alpha": 8}),
@@ -155,7 +163,7 @@ LINEAR_ALONE = {
     "RoadConfig",
     "PolyConfig",
 }
-VARIANTS_OF_LINEAR = {"lora-kasa"}
+VARIANTS_OF_LINEAR = {"lora-kasa", "lora-bd"}
 WITH_A_CACHE = ("llama", "bloom", "gpt2", "qwen2")  # decoders, which aLoRA is for
 NOT_IN_PEFT = {
     (method, "gpt2") for method, (kind, _) in METHODS.items() if kind in LINEAR_ALONE or method in VARIANTS_OF_LINEAR
@@ -280,7 +288,7 @@ def pair(method: str, name: str, seed: int = 0) -> tuple[Any, Any]:
 
 def tasks_of(model: Any, rows: int) -> dict[str, torch.Tensor]:
     """The task of each row, for a method that has several."""
-    config = model.peft_config["default"]
+    config = getattr(model, "peft_config", {}).get("default")  # a base model has none
     tasks = getattr(config, "num_tasks", getattr(config, "n_tasks", None))
     return {} if tasks is None else {"task_ids": (torch.arange(rows) + 2) % tasks}
 

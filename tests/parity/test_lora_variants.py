@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from closeness import assert_all_close, assert_close
+from closeness import assert_all_close, assert_close, assert_same_losses
 from tiny import TASK, batch, make
 
 import siliang
@@ -75,7 +75,15 @@ def test_layers_that_are_refused(settings: dict[str, Any], message: str) -> None
         adapted(**settings)
 
 
-@pytest.mark.parametrize(("variant", "value"), [("kasa_config", {}), ("alora_invocation_tokens", [3])])
+@pytest.mark.parametrize(
+    ("variant", "value"),
+    [
+        ("kasa_config", {}),
+        ("alora_invocation_tokens", [3]),
+        ("velora_config", {"num_groups": 8}),
+        ("use_bdlora", {"target_modules_bd_a": ["proj"]}),
+    ],
+)
 def test_what_needs_a_and_b_alone_refuses_a_variant(variant: str, value: Any) -> None:
     settings = {"r": 4, variant: value}
     model = adapted(**settings)
@@ -210,6 +218,93 @@ def test_what_alora_refuses() -> None:
     with pytest.raises(ConfigError, match="a layer's input is \\(2, 3\\) for 5 rows of 8 tokens"):
         ours(input_ids=ROWS)
         layer(torch.zeros(2, 3, 32))
+
+
+# ---- VeLoRA ----
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
+@pytest.mark.parametrize("init_type", ["batch_average", "batch_average_once", "random"])
+@pytest.mark.parametrize(("name", "groups"), [("llama", 5), ("gpt2", 8), ("bert", 32)])
+def test_veloras_steps(init_type: str, name: str, groups: int, tmp_path: Path) -> None:
+    """In training mode, where the gradient of A is that of compressed inputs."""
+    settings = {"r": 4, "velora_config": {"init_type": init_type, "num_groups": groups, "scale": 1.5}}
+    models = [give(name, **settings) for give in (adapted, there)]
+    models[1].load_state_dict(models[0].state_dict())
+    losses: list[list[float]] = []
+    grads: list[dict[str, torch.Tensor]] = []
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.config.attention_probs_dropout_prob = model.config.hidden_dropout_prob = 0.0
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for step in range(5):
+            loss = model(**batch(name)).loss
+            loss.backward()
+            if step == 1:  # when B is no longer zero
+                grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert_same_losses(*losses)
+    assert_all_close(*grads)
+    kept = [{key: t for key, t in m.state_dict().items() if key.endswith("lora_velora_embed.default")} for m in models]
+    assert all(t.norm().item() == pytest.approx(1) for t in kept[0].values())
+    assert_all_close(*kept)
+    models[0].save_pretrained(tmp_path)
+    assert_close(
+        logits(peft.PeftModel.from_pretrained(make(name), tmp_path).eval(), name), logits(models[0].eval(), name)
+    )
+
+
+def test_velora_is_lora_where_groups_lose_nothing_and_keeps_less() -> None:
+    """With as many groups as inputs v is one number: the gradient is LoRA's. With few, less is kept for the backward
+    pass."""
+    grads, kept = [], []
+    for velora in (None, {"num_groups": 32}, {"num_groups": 2}):
+        torch.manual_seed(0)
+        model = adapted(r=4, init_lora_weights=False, velora_config=velora, target_modules="all-linear").train()
+        seen: dict[int, int] = {}
+
+        def pack(x: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[x.untyped_storage().data_ptr()] = (
+                0 if isinstance(x, torch.nn.Parameter) else x.untyped_storage().nbytes()
+            )
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(**batch("llama")).loss
+        loss.backward()
+        kept.append(sum(seen.values()))
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad and "down" not in n})
+    assert_all_close(grads[0], grads[1])
+    assert kept[2] < kept[0]
+
+
+# ---- BD-LoRA ----
+
+
+def test_bdloras_start_and_blocks() -> None:
+    blocks = {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
+    settings = {"r": 4, "use_bdlora": blocks, "target_modules": ["q_proj", "o_proj"]}
+    ours, theirs = adapted(**settings), there(**settings)
+    shapes = [{n: p.shape for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert torch.equal(logits(ours.eval()), logits(make("llama")))
+    deltas = {}
+    for path in ("q_proj", "o_proj"):
+        layer = ours.get_base_model().model.layers[0].self_attn.get_submodule(path)
+        for p in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+            torch.nn.init.normal_(p)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        deltas[path] = layer.get_delta_weight("default"), A, B
+    delta, A, B = deltas["q_proj"]
+    assert_close(delta, 2 * torch.cat([B[:16] @ A[:2], B[16:] @ A[2:]]))
+    delta, A, B = deltas["o_proj"]
+    assert_close(delta, 2 * torch.cat([B[:, :2] @ A[:2], B[:, 2:] @ A[2:]], 1))
 
 
 # ---- KaSA ----

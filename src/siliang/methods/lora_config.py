@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from siliang.language import Bilingual
+from siliang.methods.bdlora import BdLoraConfig
 from siliang.methods.config import CONFIG_NAME
 from siliang.methods.corda import CordaConfig
 from siliang.methods.eva import EvaConfig
@@ -18,6 +19,7 @@ from siliang.methods.lora_ga import LoraGAConfig
 from siliang.methods.lora_init import RESIDUAL_STARTS, check_even
 from siliang.methods.low_rank import STARTS
 from siliang.methods.tied_ends import Tied
+from siliang.methods.velora import VeloraConfig
 from siliang.secrets import short_repr
 from siliang.types import ConfigError, PeftType, TaskType, nearest
 
@@ -65,6 +67,8 @@ class LoraConfig(BlocksConfig):
         alora_invocation_tokens: aLoRA: the ids of a sequence of tokens, from whose last occurrence in a row on the
             update is added. What stands before it is computed by the base model alone.
         kasa_config: KaSA: learned singular values between A and B, on a base weight without its r smallest ones.
+        use_bdlora: BD-LoRA: A or B of a layer is block-diagonal, for servers that cut layers over devices.
+        velora_config: VeLoRA: the inputs of A are compressed for the backward pass, which takes less memory.
         loftq_config: For "loftq": {"loftq_bits": 4 or 8, "loftq_iter": 1}.
         rank_pattern: r for layers whose name ends in, or matches, the key: the first that does, in the order given.
         alpha_pattern: lora_alpha likewise.
@@ -88,6 +92,8 @@ class LoraConfig(BlocksConfig):
     init_lora_weights: bool | str = True
     alora_invocation_tokens: list[int] | None = None
     kasa_config: KasaConfig | None = None
+    use_bdlora: BdLoraConfig | None = None
+    velora_config: VeloraConfig | None = None
     loftq_config: dict[str, int] = field(default_factory=dict)
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
@@ -107,17 +113,13 @@ class LoraConfig(BlocksConfig):
         "megatron_core": "megatron.core",
         "monteclora_config": None,
         "qalora_group_size": 16,
-        "use_bdlora": None,
         "use_qalora": False,
-        "velora_config": None,
     }
 
     AT_LEAST_1: ClassVar[tuple[str, ...]] = ("r",)
-    VARIANTS: ClassVar[tuple[str, ...]] = (
-        "use_dora",
-        "alora_invocation_tokens",
-        "kasa_config",
-    )  # of which one may be set
+    VARIANTS: ClassVar[tuple[str, ...]] = (  # of which one may be set
+        *("use_dora", "alora_invocation_tokens", "kasa_config", "use_bdlora", "velora_config"),
+    )
     # What does not go together with a variant, and why.
     APART: ClassVar[tuple[tuple[str, str, Bilingual], ...]] = (
         (
@@ -125,6 +127,7 @@ class LoraConfig(BlocksConfig):
             "lora_bias",
             Bilingual("DoRA scales a weight, and has no bias of B", "DoRA 缩放权重，不含 B 的偏置"),
         ),
+        ("use_bdlora", "lora_bias", Bilingual("B in blocks has no bias", "分块的 B 没有偏置")),
     )
 
     @property
@@ -237,6 +240,9 @@ class LoraConfig(BlocksConfig):
         if init in OUT_OF_THE_WEIGHT:
             lost = Bilingual("the weight that is left could not be saved", "剩余的权重无法保存")
             apart += [(f"init_lora_weights = {init!r}", other, lost) for other in on]
+        if self.use_bdlora and init not in ("True", "False", "gaussian"):
+            blocks = Bilingual("this start is that of an A and B without blocks", "这种初始化针对不分块的 A 和 B")
+            apart.append(("use_bdlora", f"init_lora_weights = {init!r}", blocks))
         if init == "mica":
             alone = Bilingual("MiCA trains A alone", "MiCA 只训练 A")
             others = [*on, *(["lora_bias"] if self.lora_bias else [])]

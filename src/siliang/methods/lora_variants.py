@@ -13,10 +13,12 @@ from functools import partial
 from torch import Tensor, nn
 
 from siliang.methods.alora import WHY_NOT_MERGED, AloraLinear, check_model, follow_tokens
+from siliang.methods.bdlora import bdlora_on
 from siliang.methods.kasa import KasaLinear, kasa_loss
 from siliang.methods.layer import LayerAdapter
 from siliang.methods.lora_config import LoraConfig
 from siliang.methods.low_rank import MakeLowRank
+from siliang.methods.velora import VeloraLinear
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ def _kasa(config: LoraConfig, path: str) -> MakeLowRank:
     return partial(KasaLinear, settings=config.kasa_config)
 
 
+def _velora(config: LoraConfig, path: str) -> MakeLowRank:
+    assert config.velora_config is not None
+    return partial(VeloraLinear, settings=config.velora_config)
+
+
+def _bdlora(config: LoraConfig, path: str) -> MakeLowRank:
+    assert config.use_bdlora is not None
+    return bdlora_on(config.use_bdlora, path)
+
+
 def _invocation(config: LoraConfig) -> list[int]:
     assert config.alora_invocation_tokens is not None
     return config.alora_invocation_tokens
@@ -56,6 +68,8 @@ VARIANTS: dict[str, Variant] = {
         why_not_merged=WHY_NOT_MERGED,
     ),
     "kasa_config": Variant(_kasa, loss=kasa_loss),
+    "use_bdlora": Variant(_bdlora),
+    "velora_config": Variant(_velora),
 }
 
 

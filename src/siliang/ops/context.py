@@ -61,3 +61,9 @@ class ProjectedContext(Context, Protocol):
     """Of a parameter whose gradient is projected: on the directions that are outside of those saved, or on these."""
 
     outside: bool
+
+
+class CompressedContext(ScaledContext, Protocol):
+    """Of `compressed_projection`: also the shape of its input."""
+
+    shape: torch.Size
