@@ -149,7 +149,7 @@ def test_a_run_works_from_any_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run("eval", "moved", "--json") == expected
     assert run("generate", "moved", "say one", "--max-new-tokens", 2)
-    assert "proved" in run("merge", "moved", "--output", "merged")
+    assert "verified" in run("merge", "moved", "--output", "merged")
     assert "moved: " in run("chat", "moved", "--max-new-tokens", 2, stdin="say one\n")
     assert "finished   moved was finished before: 6 steps" in run("train", "--resume", "moved")
 
@@ -308,12 +308,12 @@ def test_data_that_has_changed(world: World, run: Command, monkeypatch: pytest.M
     assert "rows 25" in run("eval", "run", "--data", "data.jsonl")
     error = run("train", "--resume", "run", "--set", "train.max_steps=8", code=2)
     assert "data has changed since the run started" in error and "--force" in error
-    assert "proved" in run("merge", "run", "--output", "merged")  # whose proof takes any rows
+    assert "verified" in run("merge", "run", "--output", "merged")  # whose proof takes any rows
     world.data.unlink()
     assert f"{world.data} is gone since run was trained" in run("eval", "run", code=2)
     assert "--data" in run("merge", "run", "--output", "again", code=2)
     write_jsonl(world.folder / "other.jsonl", ROWS[:4])
-    assert "proved" in run("merge", "run", "--output", "again", "--data", "other.jsonl")
+    assert "verified" in run("merge", "run", "--output", "again", "--data", "other.jsonl")
 
 
 def test_settings_that_are_changed_in_a_finished_run(
@@ -416,7 +416,7 @@ def test_a_checkpoint_is_used_as_a_run(world: World, run: Command, monkeypatch: 
     assert losses[4] != pytest.approx(losses[6], rel=1e-5)
     assert run("generate", step, "say one", "--max-new-tokens", 2)
     assert f"{step}: " in run("chat", step, "run", stdin="say one\n")
-    assert "proved" in run("merge", step, "--output", "merged")
+    assert "verified" in run("merge", step, "--output", "merged")
     for folder, words in (
         ("run/checkpoints", "Name one of its checkpoints, such as run/checkpoints/checkpoint-6"),
         ("run/checkpoints/checkpoint-5", "There is checkpoint-4, checkpoint-6"),
