@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ranked import ARGUMENTS, assert_same, changed, configured, killed, start, stopped, train_on
 
 from faults.runs import Place, make_place, run
-from siliang.config import RunConfig
+from siliang.config import MethodConfig, RunConfig
 from siliang.distributed.sharding import fake_mesh
 from siliang.engine.order import Order, shared_steps, shares
 from siliang.engine.step import Engine
@@ -174,3 +174,18 @@ def test_memory_that_one_rank_lacks_ends_the_run_on_all(strategy: str, still_pla
     assert second.code == 2 and "Step 2 does not fit the memory" in second.said
     assert "train.batch_size=" in second.said and "train.fit" not in second.said
     assert first.code == 2 and "has lost another rank" in first.said, first.said
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_a_start_by_data_on_ranks(init: str, still_place: Place, tmp_path: Path) -> None:
+    """One rank learns it, and the others have the same; under fsdp it is refused in one line."""
+    own: dict[str, Any] = {"eva_config": {"use_label_mask": False}} if init == "eva" else {}  # few tokens are learned
+    method = MethodConfig(name="lora", r=4, init_lora_weights=init, **own)
+    one = configured(still_place, tmp_path / "one", "lora").model_copy(update={"method": method})
+    assert run(one).code == 0
+    endings = train_on(changed(one, tmp_path / "several", "ddp"), 2)
+    assert [e.code for e in endings] == [0, 0], endings[0].said + endings[-1].said
+    assert_same(tmp_path / "one", tmp_path / "several")
+    assert endings[0].said.count(f"start      {init}: ") == 1 and "start  " not in endings[1].said
+    endings = train_on(changed(one, tmp_path / "sharded", "fsdp"), 2)
+    assert [e.code for e in endings] == [2, 2] and "its start is learned on the whole model" in endings[0].said

@@ -66,12 +66,23 @@ def test_a_start_through_a_run(
     losses = [line.loss for line in record.steps if line.loss is not None]
     assert record.status == "completed" and len(set(losses)) == 4
     assert planner.last_plan is not None and planner.last_plan.error is None
+    lines: list[str] = []
+    if init in BY_DATA:
+        assert record.learned is not None and record.learned.start == init
+        assert record.learned.rows > 0 and record.learned.tokens > record.learned.rows
+    else:
+        assert record.learned is None
+    noted = any("learning the start from data takes" in note for note in planner.last_plan.notes)
+    assert noted is (init in ("corda", "lora_ga"))
     tensors = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     assert planner.last_plan.adapter_bytes == sum(t.nbytes for t in tensors.values())
     assert planner.last_plan.trained == record.parameters.trained
     with pytest.raises(InterruptedRunError):
         train(config("stopped"), stopped_after(2))
-    train(config("stopped"), resume=True)
+    resumed = train(config("stopped"), Listener(say=lines.append), resume=True)
+    assert resumed.learned is None or (record.learned is not None and resumed.learned.rows == record.learned.rows)
+    assert not any(line.startswith("start  ") for line in lines)  # it is in the checkpoint
+    assert (resumed.learned is None) is (init not in BY_DATA)
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert merge(open_run(tmp_path / "whole"), tmp_path / "merged").holds
 

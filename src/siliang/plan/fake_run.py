@@ -20,7 +20,7 @@ from siliang.engine.batches import StepCollator, lengths_of, most_tokens
 from siliang.engine.step import Engine
 from siliang.hardware import Choice
 from siliang.language import Bilingual
-from siliang.methods import find_method
+from siliang.methods import find_method, method_of
 from siliang.models.invented import mark_invented
 from siliang.models.positions import Positions
 from siliang.models.quantized import held_tensors, quantized_sizes
@@ -35,6 +35,7 @@ from siliang.plan.steps import Measured, Phase, baseline_step, measure
 from siliang.run_folder import weight_dtype
 from siliang.tasks import TASKS
 from siliang.types import ConfigError, DataError
+from siliang.units import show_bytes
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class FakeRun:
         loading_bytes: Peak of the model's tensors during loading. Of several ranks, each loads the whole model, one
             after another.
         loads_on_host: The model is loaded into main memory, also for a GPU.
+        learning_bytes: Of what learning the adapter's start from data takes beside the model, before the first step.
         layers: Number of layers that can recompute.
         packed: Batches have no padding.
         notes: Features that the engine has switched off.
@@ -144,6 +146,7 @@ class FakeRun:
         self.packed = self.engine.padding is not None
         self.layers = len(self.engine.recompute.layers)
         self.notes = self.engine.notes
+        self.learning_bytes = self._learning_bytes()
         self.method = self._config.method.name
         self._in_buckets = mesh is not None and not sharded
 
@@ -250,6 +253,22 @@ class FakeRun:
             weight = max((w for end in ends if isinstance(w := getattr(end, "weight", None), Tensor)), key=Tensor.numel)
             passing = max(passing, weight.nbytes + weight.numel() * (4 if weight.dtype == torch.float32 else 8))
         return sum({x.untyped_storage()._cdata: x.nbytes for x in held_tensors(base)}.values()) + passing
+
+    def _learning_bytes(self) -> int:
+        """The memory of a start by data, which is noted: the steps' peak is without it."""
+        if not isinstance(self.model, PeftModel):
+            return 0
+        adapter = self.model.injection.adapters["default"]
+        found = method_of(adapter.config).learning_bytes(adapter)
+        if found:
+            size = show_bytes(found)
+            self.notes.append(
+                Bilingual(
+                    f"learning the start from data takes {size} beside the model and a batch, before the first step",
+                    f"训练前从数据学习初始值，除模型和一个批次外还需 {size}",
+                )
+            )
+        return found
 
     @torch.no_grad()
     def _saved_bytes(self, *, resized: bool) -> int:

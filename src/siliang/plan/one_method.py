@@ -113,6 +113,9 @@ def _plan_config(
         generate_bytes=_bytes_of(measured, "generate", overhead),
         merge_bytes=_bytes_of(measured, "merge", overhead),
     )
+    if fake_run.learning_bytes:  # before the first step, as loading is
+        learning = planned.loaded_bytes + fake_run.learning_bytes
+        planned.loading_bytes = max(planned.loading_bytes, device.process_bytes + learning)
     if config.quantization is not None and quantization is None:
         planned.notes.append(
             Bilingual(
