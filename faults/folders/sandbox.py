@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from faults.commands import run
-from siliang.cli.main import _as_ours
+from siliang.cli.main import _as_siliang_error
 from siliang.types import SiliangError
 
 LOOK_S = 0.02
@@ -450,7 +450,7 @@ def _step(step: Step) -> tuple[str, str, list[str]]:
             text = f"error[{error.code}]: {error}"
             return "refused", text + "\n", _of_error(text)
         except BaseException as error:
-            known = _as_ours(error, []) if isinstance(error, Exception) else None
+            known = _as_siliang_error(error, []) if isinstance(error, Exception) else None
             if known is not None:  # as the command would say it
                 text = f"error[{known.code}]: {known}"
                 return "refused", text + "\n", _of_error(text)
