@@ -17,6 +17,7 @@ from siliang.run_folder import open_run
 from siliang.train.run import train
 from siliang.types import AdapterError, ConfigError, DataError
 from siliang.use.evaluate import evaluate
+from siliang.use.generate import generate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 MPT: dict[str, Any] = {"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2}
@@ -192,6 +193,11 @@ def test_training_by_a_column(method: str, model_folders: dict[str, Path], tasks
         metrics = evaluate(open_run(run))
         assert metrics["loss"] == pytest.approx(record.final["eval_loss"], rel=1e-5)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+    with pytest.raises(ConfigError, match=r"call the model with task_ids.*--task-id"):
+        generate(open_run(run), "say the", max_new_tokens=3)
+    opened = open_run(run)
+    opened.task_id = 2
+    assert isinstance(generate(opened, "say the", max_new_tokens=3), str)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,7 +8,7 @@ import typer
 
 from siliang.cli.console import as_text, print_product
 from siliang.cli.options import Temperature
-from siliang.cli.used_run import Force, Run, check_folders, show_notes
+from siliang.cli.used_run import Force, Run, TaskId, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
 
@@ -49,6 +49,7 @@ def generate(
             ),
         ),
     ] = None,
+    task_id: TaskId = None,
     force: Force = False,
 ) -> None:
     """Generate text with a trained run."""
@@ -64,6 +65,7 @@ def generate(
     location = next((name for name in reversed(base or []) if name), None)
     with_base = "" in (base or [])
     opened = open_run(run, base=location, force=force, device=find_device())
+    opened.task_id = task_id
     show_notes(opened.trained.notes if opened.trained else ())
     for of_base in (True, False) if with_base else (False,):
         if with_base:

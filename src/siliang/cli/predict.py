@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siliang.cli.console import as_text, command_line, input_lines, print_json
-from siliang.cli.used_run import Base, Force, Run, check_folders, show_notes
+from siliang.cli.used_run import Base, Force, Run, TaskId, check_folders, show_notes
 from siliang.environment import importing
 from siliang.language import Bilingual, both
 from siliang.terminal import one_line
@@ -43,6 +43,7 @@ def predict(
     json: Annotated[
         bool, typer.Option("--json", help=both("One JSON object per line.", "每行输出一个 JSON 对象。"))
     ] = False,
+    task_id: TaskId = None,
     base: Base = None,
     force: Force = False,
 ) -> None:
@@ -63,6 +64,7 @@ def predict(
 
         quiet_loading()
     opened = open_run(run, base=base, force=force, device=find_device())
+    opened.task_id = task_id
     show_notes(opened.trained.notes if opened.trained else ())
     check_predicts(opened)
     task = TASKS[opened.config.task]

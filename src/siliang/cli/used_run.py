@@ -40,6 +40,19 @@ Force = Annotated[
 ]
 
 
+TaskId = Annotated[
+    int | None,
+    typer.Option(
+        "--task-id",
+        min=0,
+        help=both(
+            "The number of the task, for a run that trained several at once (poly, multitask_prompt_tuning).",
+            "任务的编号，用于同时训练多个任务的运行（poly、multitask_prompt_tuning）。",
+        ),
+    ),
+]
+
+
 class BaseOption(TyperCommand):
     """Allows --base without a value: the next word is a model only if it is a folder or looks like a model's name."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from siliang.adapters.present import of_tasks
 from siliang.config import RunConfig
 from siliang.data.vocabulary import fit_embeddings, grow_vocabulary
 from siliang.files import find_damage
@@ -121,6 +122,7 @@ class OpenedRun:
 
     Attributes:
         trained: The run that was opened; None for a run in training.
+        task_id: The task of what it is asked, for a method with several; None where the rows say it, or it has one.
     """
 
     folder: Path
@@ -130,6 +132,7 @@ class OpenedRun:
     tokenizer: Any
     trained: TrainedRun | None = None
     precision: Choice = FP32  # of the computation
+    task_id: int | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -138,8 +141,12 @@ class OpenedRun:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Within the block the model computes as it did in training, without gradients."""
-        with torch.no_grad(), autocast(self.precision, self.model.device):
+        with torch.no_grad(), autocast(self.precision, self.model.device), self.of_task():
             yield
+
+    def of_task(self) -> AbstractContextManager[None]:
+        """Within the block the model's rows are of `task_id`, unless they say another."""
+        return of_tasks(self.model.injection, self.task_id) if isinstance(self.model, PeftModel) else nullcontext()
 
 
 def autocast(precision: Choice, device: torch.device) -> torch.autocast:

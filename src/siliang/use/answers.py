@@ -30,7 +30,10 @@ def collect(run: Run, prompts: list[str], max_new_tokens: int, *, base: bool = F
         prompts: Texts to classify, or instructions, as the user gave them.
         base: Use the base model, without the adapter.
     """
-    opened = OpenedRun(run.folder, run.config, run.record, run.model.eval(), run.tokenizer, precision=run.precision)
+    # prompts name no task: the first
+    opened = OpenedRun(
+        run.folder, run.config, run.record, run.model.eval(), run.tokenizer, precision=run.precision, task_id=0
+    )
     if TASKS[run.config.task].writes:
         return _texts(run, opened, prompts, max_new_tokens, base=base)
     return _predictions(run, opened, prompts)
@@ -81,7 +84,8 @@ def _texts(run: Run, opened: OpenedRun, prompts: list[str], max_new_tokens: int,
         if (question := run.examples.eval[number].prompt(PREFIX)) is None:
             continue
         instruction, input, right, plain = question.instruction, question.input, question.target, question.plain
-        given = generate(opened, instruction, input, up_to=max_new_tokens, base=base, plain=plain)
+        own = replace(opened, task_id=run.examples.eval[number].task or 0)
+        given = generate(own, instruction, input, up_to=max_new_tokens, base=base, plain=plain)
         place, shown = run.examples.eval.where(number), f"{instruction}\n{input}".strip()
         if plain:  # a text that was cut in two, perhaps within a secret
             at = len(instruction)

@@ -61,7 +61,8 @@ def engine_of(run: OpenedRun) -> Iterator[Engine]:
     # outside of autocast, as in training: what it tries has to come to the same decisions
     engine = Engine(run.model, TASKS[run.config.task], packing=run.config.train.packing)
     try:
-        yield engine
+        with run.of_task():
+            yield engine
     finally:
         engine.close()
 

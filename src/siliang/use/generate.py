@@ -106,6 +106,8 @@ def generate(
     try:
         with run.computing(), run.model.disable_adapter() if base else nullcontext():
             written = run.model.generate(input_ids=input_ids, **settings)
+    except ConfigError:  # the adapter's own
+        raise
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:  # limits for untrusted values
         raise ModelError(
             Bilingual(
