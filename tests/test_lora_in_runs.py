@@ -24,6 +24,7 @@ from siliang.use.merge import merge
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 METHODS: dict[str, dict[str, Any]] = {
     "tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "replicated": {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [0, 2]]},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     "convolutions": {"target_modules": ["pointwise", "query"], "lora_dropout": 0.1},
     "dora": {"target_modules": ["pointwise", "word_embeddings"], "use_dora": True},
@@ -71,8 +72,8 @@ def configured(model: Path, data: Path, output: Path, name: str) -> RunConfig:
 def test_a_run(
     name: str, convbert: Path, tied_llama: Path, review_file: Path, instruction_file: Path, tmp_path: Path
 ) -> None:
-    tied = "ensure_weight_tying" in METHODS[name]
-    model, data = (tied_llama, instruction_file) if tied else (convbert, review_file)
+    of_llama = "q_proj" in METHODS[name]["target_modules"]
+    model, data = (tied_llama, instruction_file) if of_llama else (convbert, review_file)
     planner, config = Planner(), configured(model, data, tmp_path / "run", name)
     record = train(config, planner=planner)
     assert record.status == "completed" and planner.last_plan is not None

@@ -962,7 +962,7 @@ def test_the_base_requires_gradients_as_before() -> None:
     ("config", "message"),
     [
         (peft.LoraConfig(), r"peft's class: import siliang's: from siliang import LoraConfig\."),
-        (peft.PolyConfig(), r"peft's class: siliang does not have that method\."),
+        (peft.TinyLoraConfig(), r"peft's class: siliang does not have that method\."),
         (Lora(target_modules=[]), "target_modules is empty"),
         (Lora(target_modules=""), "target_modules is empty"),
         (

@@ -5,6 +5,7 @@ replace its own. Which adapters there are and what they may do together is injec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from siliang.adapters.adapted_attention import AdaptedAttention
 from siliang.adapters.adapted_layer import AdaptedLayer
 from siliang.adapters.modules_to_save import ModulesToSaveWrapper, resized_module
 from siliang.adapters.parameter_override import ParameterOverride, Places, places_of, resized
+from siliang.adapters.replication import Replication, replicated
 from siliang.adapters.table_rows import RowsAdapter, make_table_rows, tied_layers
 from siliang.adapters.tied_weights import replace_module
 from siliang.language import Bilingual
+from siliang.methods.config import PeftConfig
 from siliang.methods.method import TableRows
 from siliang.methods.rows import Rows
 from siliang.models.introspect import is_multihead_attention, output_layer, word_embeddings
@@ -33,6 +36,7 @@ class Attachments:
         layers: Its layers with adapters, by path.
         modules_to_save: Its modules of which adapters have copies of their own, by path.
         overrides: Its parameters of which adapters have copies of their own, by path.
+        replication: Its replicated layers, in the place of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,6 +44,7 @@ class Attachments:
         self.layers: dict[str, AdaptedLayer] = {}
         self.modules_to_save: dict[str, ModulesToSaveWrapper] = {}
         self.overrides: dict[str, ParameterOverride] = {}
+        self.replication: Replication | None = None
 
     # ---- the bare base model, and which adapters are active ----
 
@@ -105,6 +110,26 @@ class Attachments:
             yield from holder.parked_parameters()
 
     # ---- attaching an adapter, and removing it: the base model must be bare ----
+
+    @contextmanager
+    def replicated_for(self, name: str, config: PeftConfig, others: Sequence[str]) -> Iterator[None]:
+        """As `replicated`. Beside an adapter with replicated layers there is no other.
+
+        Raises:
+            ConfigError: There is one already.
+        """
+        if self.replication is not None:
+            own = self.replication.adapter
+            raise ConfigError(
+                Bilingual(
+                    f"Adapter {own!r} has layer_replication, and is the only one on its model: delete_adapter({own!r}) "
+                    "first.",
+                    f"适配器 {own!r} 有 layer_replication，只能单独使用：请先调用 delete_adapter({own!r})。",
+                )
+            )
+        with replicated(self.model, name, config, others) as found:
+            yield
+        self.replication = found
 
     def adapted_layer(self, path: str) -> AdaptedLayer:
         """The layer with adapters at `path`, a new one where there is none yet."""
@@ -172,6 +197,9 @@ class Attachments:
             override.delete_adapter(name)
             if not override.adapters:
                 del self.overrides[path]
+        if self.replication is not None and self.replication.adapter == name:
+            self.replication.undo()
+            self.replication = None
 
     # ---- what an adapter has ----
 
@@ -246,6 +274,9 @@ class Attachments:
             replace_module(self.model, path, module)
         for holder in (self.layers, self.modules_to_save, self.overrides):
             holder.clear()
+        if self.replication is not None:
+            self.replication.make_permanent()
+            self.replication = None
 
     # ---- a larger vocabulary ----
 

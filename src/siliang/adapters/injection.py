@@ -78,8 +78,7 @@ class Injection(nn.Module):
         self._rows: Rows | None = None
         self._remove_hooks: list[Callable[[], None]] = []  # of what active adapters have added to the model's forward
         self._was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        # not a child: PeftModel shows it, under PEFT's name for it
-        self.__dict__["prompts"] = nn.ModuleDict()
+        self.__dict__["prompts"] = nn.ModuleDict()  # not a child: PeftModel shows it, under PEFT's name for it
         _ATTACHED.add(model)
         # transformers' own would meet wrapped embeddings; __dict__, so that it is not a child
         if hasattr(model, "resize_token_embeddings"):
@@ -144,7 +143,7 @@ class Injection(nn.Module):
             ConfigError: The method cannot work on this model. Nothing has been changed then.
             AdapterError: The config needs more than the files hold. Nothing has been made then.
         """
-        with self.bare():
+        with self.bare(), self.attachments.replicated_for(name, config, tuple(self.adapters)):
             saved = choose_saved_modules(self.model, config, lenient=file is not None)
             parts = method_of(config).attach(self.model, config, saved=saved, from_file=file is not None)
             parts = checked_parts(self.model, config, saved, parts, for_prompts=self.for_prompts)

@@ -27,6 +27,7 @@ SEVERAL: dict[object, Bilingual] = {  # in a message
     int: Bilingual("whole numbers", "整数"),
     float: Bilingual("numbers", "数"),
     str: Bilingual("names", "名称"),
+    list[int]: Bilingual("lists of whole numbers", "整数列表"),
 }
 MOST_ENTRIES = 50_000  # of a list or mapping: the largest models have so many layers, experts counted
 

@@ -26,6 +26,7 @@ from siliang.types import ConfigError, PeftType, TaskType, nearest
 BY_DATA = ("eva", "corda", "lora_ga")  # starts that are learned from data; two of them change the base weight by it
 OUT_OF_THE_WEIGHT = ("corda", "lora_ga")
 INITS = ("gaussian", "pissa", "olora", "loftq", "orthogonal", "mica", *BY_DATA)
+MOST_LAYERS = 1000  # of layer_replication; the deepest models have under 200
 MOST_ROUNDS = 100  # of PiSSA's and LoftQ's iterations; the papers have 16 and 5
 
 
@@ -41,6 +42,27 @@ class LoraRuntimeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def check_ranges(ranges: list[list[int]] | None) -> None:
+    """
+    Raises:
+        ConfigError: `layer_replication` holds something else than ranges of layers, or too many.
+    """
+    if wrong := next((r for r in ranges or () if len(r) != 2 or not 0 <= r[0] < r[1]), None):
+        raise ConfigError(
+            Bilingual(
+                f"layer_replication: {short_repr(wrong)} must be [first, end], with 0 <= first < end.",
+                f"layer_replication：{short_repr(wrong)} 应为 [起, 止]，且 0 <= 起 < 止。",
+            )
+        )
+    if (total := sum(end - start for start, end in ranges or ())) > MOST_LAYERS:
+        raise ConfigError(
+            Bilingual(
+                f"layer_replication makes {total:,} layers: at most {MOST_LAYERS:,}.",
+                f"layer_replication 会得到 {total:,} 层：最多 {MOST_LAYERS:,} 层。",
+            )
+        )
 
 
 @dataclass(kw_only=True)
@@ -74,6 +96,8 @@ class LoraConfig(BlocksConfig):
         alpha_pattern: lora_alpha likewise.
         trainable_token_indices: The ids of tokens whose embeddings are trained too, row by row: those of the input
             embeddings, or lists of them by the endings of the names of embeddings and heads. Tied ones stay tied.
+        layer_replication: The base model's layers are stacked anew: [[0, 4], [2, 5]] makes 0, 1, 2, 3, 2, 3, 4 of them,
+            which share their weights and have adapters of their own.
         ensure_weight_tying: Where embed_tokens or lm_head is among the targets or modules_to_save and they are tied,
             both are changed, and stay tied.
         runtime_config: How the adapter is made on this machine. It is not saved.
@@ -101,6 +125,7 @@ class LoraConfig(BlocksConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layer_replication: list[list[int]] | None = None
     ensure_weight_tying: bool = False
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     target_parameters: list[str] | None = None
@@ -108,7 +133,6 @@ class LoraConfig(BlocksConfig):
     peft_type: ClassVar[str] = PeftType.LORA
     UNSUPPORTED: ClassVar[dict[str, object]] = {
         "arrow_config": None,
-        "layer_replication": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "monteclora_config": None,
@@ -136,7 +160,10 @@ class LoraConfig(BlocksConfig):
         return next((name for name in self.VARIANTS if getattr(self, name)), None)
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer_replication, list | tuple):
+            self.layer_replication = [list(r) if isinstance(r, tuple) else r for r in self.layer_replication]
         super().__post_init__()
+        check_ranges(self.layer_replication)
         self.tied: Tied | None = None  # what ensure_weight_tying ties among the targets, on the adapter's model
         if not 0.0 <= self.lora_dropout <= 1.0:
             raise ConfigError(

@@ -48,11 +48,19 @@ def check_best(config: RunConfig) -> None:
 
 def check_terms(method: AnyMethod, config: PeftConfig | None, *, sharded: bool) -> None:
     """Raises ConfigError where the backward pass of a method's loss term would be wrong: DeepSpeed's makes a step of
-    its own.
+    its own; and where layers that are sharded apart share their weights.
 
     Args:
         config: The adapter's; None for full fine-tuning.
     """
+    if sharded and getattr(config, "layer_replication", None):
+        raise ConfigError(
+            Bilingual(
+                "layer_replication is not for FSDP and DeepSpeed, which shard each layer by itself: set "
+                "distributed.strategy=ddp.",
+                "layer_replication 不能用于 FSDP 和 DeepSpeed，它们逐层切分权重：请设置 distributed.strategy=ddp。",
+            )
+        )
     if sharded and config is not None and method.adds_to_the_loss(config):
         raise ConfigError(
             Bilingual(
